@@ -1,0 +1,117 @@
+"""Everything a registry may answer instead of content: the one table of codes and statuses.
+
+    RegistryError                  UNKNOWN                    500
+    ├── PathUnknown                UNSUPPORTED                404   no such endpoint
+    ├── NameUnknown                NAME_UNKNOWN               404
+    ├── NameInvalid                NAME_INVALID               400
+    ├── TagInvalid                 TAG_INVALID                400
+    ├── DigestInvalid              DIGEST_INVALID             400
+    ├── ManifestUnknown            MANIFEST_UNKNOWN           404
+    ├── ManifestInvalid            MANIFEST_INVALID           400
+    ├── BlobUnknown                BLOB_UNKNOWN               404
+    ├── BlobUploadUnknown          BLOB_UPLOAD_UNKNOWN        404
+    ├── RangeInvalid               RANGE_INVALID              416
+    ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
+    ├── Unsupported                UNSUPPORTED                405
+    ├── Denied                     DENIED                     403
+    │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
+    └── Unavailable                UNAVAILABLE                503   cannot be asked now; what is known may serve stale
+        ├── TooManyRequests        TOOMANYREQUESTS            503   the origin answered 429; with Retry-After
+        ├── OriginFailed           UNAVAILABLE                502   connection refused or cut, 5xx, nonsense
+        └── OriginTimeout          UNAVAILABLE                504
+
+Statuses are what *our* client is answered.  An origin's 429 becomes 503: containerd repeats a 429 five
+times without delay, and goes to its next host at once on a 503.  An origin's 401 or 403 is shown by the
+HTTP server as the 404 of the thing asked for, unless bypassing is to be denied: a 401 would draw the
+user's credentials to us, and after a 404 the client asks the origin with its own.
+
+Codes and meanings: distribution-spec, "Error Codes"; those that it does not list come from Distribution.
+"""
+
+from __future__ import annotations
+
+
+class RegistryError(Exception):
+    """A registry's refusal; `str()` is a sentence for whoever reads the client's output.
+
+    `retry_after` is in seconds, or None.
+    """
+
+    code = "UNKNOWN"
+    status = 500
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class PathUnknown(RegistryError):
+    code, status = "UNSUPPORTED", 404
+
+
+class NameUnknown(RegistryError):
+    code, status = "NAME_UNKNOWN", 404
+
+
+class NameInvalid(RegistryError):
+    code, status = "NAME_INVALID", 400
+
+
+class TagInvalid(RegistryError):
+    code, status = "TAG_INVALID", 400
+
+
+class DigestInvalid(RegistryError):
+    code, status = "DIGEST_INVALID", 400
+
+
+class ManifestUnknown(RegistryError):
+    code, status = "MANIFEST_UNKNOWN", 404
+
+
+class ManifestInvalid(RegistryError):
+    code, status = "MANIFEST_INVALID", 400
+
+
+class BlobUnknown(RegistryError):
+    code, status = "BLOB_UNKNOWN", 404
+
+
+class BlobUploadUnknown(RegistryError):
+    code, status = "BLOB_UPLOAD_UNKNOWN", 404
+
+
+class RangeInvalid(RegistryError):
+    code, status = "RANGE_INVALID", 416
+
+
+class PaginationNumberInvalid(RegistryError):
+    code, status = "PAGINATION_NUMBER_INVALID", 400
+
+
+class Unsupported(RegistryError):
+    code, status = "UNSUPPORTED", 405
+
+
+class Denied(RegistryError):
+    code, status = "DENIED", 403
+
+
+class OriginDenied(Denied):
+    pass
+
+
+class Unavailable(RegistryError):
+    code, status = "UNAVAILABLE", 503
+
+
+class TooManyRequests(Unavailable):
+    code, status = "TOOMANYREQUESTS", 503
+
+
+class OriginFailed(Unavailable):
+    code, status = "UNAVAILABLE", 502
+
+
+class OriginTimeout(Unavailable):
+    code, status = "UNAVAILABLE", 504

@@ -1,0 +1,196 @@
+"""The nouns of the OCI distribution and image specifications.  Pure values: no I/O, no policy.
+
+Text from outside becomes a value here and nowhere else; inside there is no second check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import msgspec
+
+from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
+
+# image-spec, descriptor.md, "Registered algorithms"; other algorithms could not be verified.
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+# distribution-spec, "Pulling manifests": <name> and <reference> as a tag.
+_NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+
+NAME_LIMIT = 255  # characters of "host/name": the specification's advice, and what clients enforce
+
+OCTETS = "application/octet-stream"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+
+
+class Digest(str):
+    """`algorithm:encoded`.  Equal digests mean equal bytes, for ever."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """Raises DigestInvalid."""
+        if not _DIGEST.fullmatch(text):
+            raise DigestInvalid(f"{text[:150]!r} is not sha256:<64 hex digits> or sha512:<128 hex digits>")
+        return cls(text)
+
+    @classmethod
+    def of(cls, content: bytes, algorithm: str = "sha256") -> Digest:
+        return cls(f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}")
+
+    @property
+    def algorithm(self) -> str:
+        return self.partition(":")[0]
+
+    @property
+    def encoded(self) -> str:
+        return self.partition(":")[2]
+
+
+class Tag(str):
+    """A name in a repository that can be pointed at another manifest later."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Tag:
+        """Raises TagInvalid."""
+        if not _TAG.fullmatch(text):
+            raise TagInvalid(f"{text[:150]!r} is not a tag: 1 to 128 of letters, digits, '_', '.', '-'")
+        return cls(text)
+
+
+Reference: TypeAlias = Digest | Tag
+
+
+def parse_reference(text: str) -> Reference:
+    """A digest if there is a colon in it, else a tag.  Raises DigestInvalid, TagInvalid."""
+    return Digest.parse(text) if ":" in text else Tag.parse(text)
+
+
+def parse_name(text: str) -> str:
+    """A repository's name, as it is.  Raises NameInvalid."""
+    if len(text) > NAME_LIMIT or not _NAME.fullmatch(text):
+        raise NameInvalid(f"{text[:300]!r} is not a repository name")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Half-open byte positions [start, stop); `stop` None is the end of the content."""
+
+    start: int
+    stop: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What is known of content without having it.  image-spec, descriptor.md.
+
+    `size` is in bytes; -1 where the origin does not tell it.
+    """
+
+    media_type: str
+    digest: Digest
+    size: int
+    artifact_type: str | None = None
+    annotations: Mapping[str, str] | None = field(default=None, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        members: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        if self.artifact_type:
+            members["artifactType"] = self.artifact_type
+        if self.annotations:
+            members["annotations"] = dict(self.annotations)
+        return members
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The exact bytes and their media type: a manifest re-serialised is another manifest."""
+
+    media_type: str
+    content: bytes
+    digest: Digest
+
+    @classmethod
+    def of(cls, media_type: str, content: bytes, algorithm: str = "sha256") -> Manifest:
+        return cls(media_type, content, Digest.of(content, algorithm))
+
+    @property
+    def descriptor(self) -> Descriptor:
+        return Descriptor(self.media_type, self.digest, len(self.content))
+
+
+class _JSONDescriptor(msgspec.Struct, rename="camel"):
+    media_type: str
+    digest: str
+    size: int
+    artifact_type: str | None = None
+    annotations: dict[str, str] | None = None
+
+
+class _JSONManifest(msgspec.Struct, rename="camel"):
+    media_type: str | None = None
+    artifact_type: str | None = None
+    config: _JSONDescriptor | None = None
+    layers: list[_JSONDescriptor] | None = None
+    manifests: list[_JSONDescriptor] | None = None
+    subject: _JSONDescriptor | None = None
+    annotations: dict[str, str] | None = None
+
+
+_decode = msgspec.json.Decoder(_JSONManifest).decode
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestContent:
+    """What a manifest or index says, as far as a registry needs to know.
+
+    `children` are manifests (of an index), `blobs` config and layers.
+    """
+
+    media_type: str
+    artifact_type: str | None
+    children: tuple[Descriptor, ...]
+    blobs: tuple[Descriptor, ...]
+    subject: Descriptor | None
+    annotations: Mapping[str, str]
+
+
+def parse_manifest(content: bytes) -> ManifestContent:
+    """Raises ManifestInvalid when `content` is not JSON of a manifest's form.
+
+    image-spec, manifest.md and image-index.md; Docker's manifest v2 schema 2 has the same shape.
+    """
+    try:
+        found = _decode(content)
+        blobs = [found.config] if found.config else []
+        blobs += found.layers or []
+        config_type = found.config.media_type if found.config else None
+        return ManifestContent(
+            media_type=found.media_type or (OCI_INDEX if found.manifests is not None else OCI_MANIFEST),
+            # image-spec, manifest.md: without artifactType, the config's media type is the artifact's.
+            artifact_type=found.artifact_type or config_type,
+            children=tuple(_descriptor(each) for each in found.manifests or ()),
+            blobs=tuple(_descriptor(each) for each in blobs),
+            subject=_descriptor(found.subject) if found.subject else None,
+            annotations=found.annotations or {},
+        )
+    except (msgspec.DecodeError, UnicodeDecodeError, DigestInvalid) as error:
+        raise ManifestInvalid(f"not a manifest: {error}") from None
+
+
+def _descriptor(found: _JSONDescriptor) -> Descriptor:
+    return Descriptor(
+        found.media_type, Digest.parse(found.digest), found.size, found.artifact_type, found.annotations
+    )

@@ -15,7 +15,8 @@
     ├── Unsupported                UNSUPPORTED                405
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
-    └── Unavailable                UNAVAILABLE                503   cannot be asked now; what is known may serve stale
+    ├── StorageFailed              UNKNOWN                    500   our own disk, where no origin helps
+    └── Unavailable                UNAVAILABLE                503   cannot be asked now
         ├── TooManyRequests        TOOMANYREQUESTS            503   the origin answered 429; with Retry-After
         ├── OriginFailed           UNAVAILABLE                502   connection refused or cut, 5xx, nonsense
         └── OriginTimeout          UNAVAILABLE                504
@@ -98,6 +99,10 @@ class Denied(RegistryError):
 
 
 class OriginDenied(Denied):
+    pass
+
+
+class StorageFailed(RegistryError):
     pass
 
 

@@ -80,7 +80,7 @@ def parse_reference(text: str) -> Reference:
 def parse_name(text: str) -> str:
     """A repository's name, as it is.  Raises NameInvalid."""
     if len(text) > NAME_LIMIT or not _NAME.fullmatch(text):
-        raise NameInvalid(f"{text[:300]!r} is not a repository name")
+        raise NameInvalid(f"{text[:100]!r} is not a repository name")
     return text
 
 
@@ -112,6 +112,14 @@ class Descriptor:
         if self.annotations:
             members["annotations"] = dict(self.annotations)
         return members
+
+    @classmethod
+    def from_json(cls, value: Any) -> Descriptor:
+        """Raises ManifestInvalid."""
+        try:
+            return _descriptor(msgspec.convert(value, _JSONDescriptor))
+        except (msgspec.ValidationError, DigestInvalid) as error:
+            raise ManifestInvalid(f"not a descriptor: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,519 @@
+"""YAML -> typed, validated configuration; every fault is one line that names the file and the key's path.
+
+- Whatever is in the file is checked here, so that nothing that follows checks it again.
+- A key without a value (`log:`) counts as left out; only `default_namespace: null` means something.
+- `${VARIABLE}` is put into values after YAML was parsed, so what a variable holds is always text.
+- No fault quotes a value that may be, or hold, a password; no `repr` shows one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import ipaddress
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+
+DOCKER_HUB = "docker.io"
+DOCKER_HUB_ALIASES = ("index.docker.io", "registry-1.docker.io", "registry.hub.docker.com")
+WELL_KNOWN = {
+    DOCKER_HUB: "https://registry-1.docker.io",
+    "ghcr.io": "https://ghcr.io",
+    "quay.io": "https://quay.io",
+    "registry.k8s.io": "https://registry.k8s.io",
+    "gcr.io": "https://gcr.io",
+    "mcr.microsoft.com": "https://mcr.microsoft.com",
+    "public.ecr.aws": "https://public.ecr.aws",
+}
+
+_NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?")
+_HOST = re.compile(rf"{_NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", re.ASCII)
+_AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
+_URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
+_PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
+_HELPER = re.compile(r"[A-Za-z0-9._-]+")
+_UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
+_VARIABLE = re.compile(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|(\$\{)")
+# Line breaks would end a fault's one line or an HTTP header; lone surrogates cannot be encoded.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class ConfigError(Exception):
+    """What is wrong with a configuration, in one line for whoever wrote it."""
+
+
+class Secret(str):
+    """A str that `repr` does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen.  `host` "" is every address of the machine, `port` 0 any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+# What a value may be.  Each parser takes what YAML gave, and raises ValueError with the cause.
+
+
+def parse_text(value: object) -> str:
+    if not isinstance(value, str):
+        hint = "" if isinstance(value, dict | list | None) else ": put it in quotes"
+        raise ValueError(f"expected a string, got {_kind(value)}{hint}")
+    if not value:
+        raise ValueError("is empty: give it a value or leave the key out")
+    return value
+
+
+def parse_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {_kind(value)}")
+    return value
+
+
+def parse_address(value: object) -> Address:
+    """`host:port`, `[::1]:port`, or `:port` for every address."""
+    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if not found or int(found[3]) > 65535:
+        raise ValueError("expected host:port in quotes, such as '127.0.0.1:5000', '[::1]:5000' or ':5000'")
+    if found[1]:
+        ipaddress.IPv6Address(found[1])
+    return Address(found[1] or found[2], int(found[3]))
+
+
+def parse_admin(value: object) -> Address | None:
+    """As parse_address, or None for `off`, which YAML reads as false."""
+    return None if value is False or value == "off" else parse_address(value)
+
+
+def parse_duration(value: object) -> float:
+    """`500ms`, `10s`, `1h30m`, `2w`: larger units first; in seconds."""
+    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
+        return 0.0
+    found = _DURATION.fullmatch(value) if isinstance(value, str) and value else None
+    if not found:
+        raise ValueError(
+            "expected a duration: a number and its unit, one of ms, s, m, h, d, w, such as 1h30m"
+        )
+    return math.fsum(int(n) * unit for n, unit in zip(found.groups(), _UNITS.values(), strict=True) if n)
+
+
+def parse_timeout(value: object) -> float:
+    seconds = parse_duration(value)
+    if not seconds:
+        raise ValueError("must be more than 0")
+    return seconds
+
+
+def parse_freshness(value: object) -> float:
+    """A duration, or infinity for `forever`."""
+    return math.inf if value == "forever" else parse_duration(value)
+
+
+def parse_pattern(value: object) -> re.Pattern[str]:
+    """A glob, or `re:` and a regular expression; to be used with fullmatch."""
+    text = parse_text(value)
+    try:
+        return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+
+
+def parse_path(value: object) -> Path:
+    text = parse_text(value)
+    if text.startswith("~"):
+        raise ValueError("~ is not expanded: write ${HOME}")
+    return Path(text)
+
+
+def parse_name(value: object) -> str:
+    """A namespace's name: a host, with a port where it has one, or a plain word."""
+    text = parse_text(value)
+    if not _NAME.fullmatch(text):
+        raise ValueError("expected a host, with or without :port, or a plain word, in lower case")
+    return text
+
+
+def parse_host(value: object) -> str:
+    text = parse_text(value)
+    if not _HOST.fullmatch(text):
+        raise ValueError("expected a host, with or without :port, in lower case")
+    return text
+
+
+def parse_url(value: object) -> str:
+    """Where a registry is; without a slash at its end."""
+    text = parse_text(value)
+    if not text.startswith(("https://", "http://")):
+        raise ValueError("must begin with https:// or http://")
+    if "@" in text:
+        raise ValueError("must hold no user name: use the keys username and password")
+    if "?" in text or "#" in text:
+        raise ValueError("must hold no query and no fragment")
+    if not _has_authority(_URL.fullmatch(text)):
+        raise ValueError("expected https://host, https://host:port or https://host/path")
+    text = text.removesuffix("/")
+    if text.endswith("/v2"):
+        raise ValueError("leave /v2 out: it is added to every request")
+    return text
+
+
+def parse_proxy(value: object) -> Secret:
+    """A Secret because `http://user:password@host:port` is allowed."""
+    text = parse_secret(value)
+    if not _has_authority(_PROXY.fullmatch(text)):
+        raise ValueError("expected http://host:port or http://user:password@host:port")
+    return text
+
+
+def parse_secret(value: object) -> Secret:
+    return Secret(parse_text(value))
+
+
+def parse_username(value: object) -> str:
+    text = parse_text(value)
+    if ":" in text:  # RFC 7617, section 2
+        raise ValueError("a user name cannot hold a colon")
+    return text
+
+
+def parse_helper(value: object) -> str:
+    text = parse_text(value)
+    if not _HELPER.fullmatch(text):
+        raise ValueError("expected what follows docker-credential- in the program's name, such as ecr-login")
+    return text
+
+
+def _has_authority(found: re.Match[str] | None) -> bool:
+    """Whether a URL's host and port, groups 1 (IPv6) and 2, are possible ones.  Raises ValueError."""
+    if not found:
+        return False
+    if found[1]:
+        ipaddress.IPv6Address(found[1])
+    return not found[2] or 0 < int(found[2]) < 65536
+
+
+def default_cache_directory() -> Path:
+    """The user's cache directory (XDG Base Directory); for a user without a home, the system's."""
+    if (given := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return given / "entrepot"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/")
+    # Service users have a home that does not exist, and unknown users in a container have "/".
+    if home != Path("/") and home.is_dir():
+        return home / ".cache" / "entrepot"
+    return Path("/var/cache/entrepot")
+
+
+# The tree.  `Annotated` pairs what the program sees with what reads it.
+
+Text = Annotated[str, parse_text]
+Flag = Annotated[bool, parse_flag]
+File = Annotated[Path, parse_path]
+Host = Annotated[str, parse_host]
+Duration = Annotated[float, parse_duration]
+Timeout = Annotated[float, parse_timeout]
+Freshness = Annotated[float, parse_freshness]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the file.  Durations are in seconds."""
+
+
+class Disk(Section, frozen=True):
+    path: File = msgspec.field(default_factory=default_cache_directory)
+
+
+class Log(Section, frozen=True):
+    format: Literal["auto", "console", "json"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Upstream(Section, frozen=True):
+    """How to reach a registry.  `plain_http` is true whenever `url` is http."""
+
+    url: Annotated[str, parse_url]
+    username: Annotated[str, parse_username] | None = None
+    password: Annotated[Secret, parse_secret] | None = None
+    password_file: File | None = None
+    docker_config: File | None = None
+    credential_helper: Annotated[str, parse_helper] | None = None
+    token_realms: tuple[Host, ...] = ()
+    ca_file: File | None = None
+    client_certificate: File | None = None
+    client_key: File | None = None
+    proxy: Annotated[Secret, parse_proxy] | None = None
+    plain_http: Flag = False
+    insecure_skip_verify: Flag = False
+    connect_timeout: Timeout = 3.0
+    header_timeout: Timeout = 10.0
+    progress_timeout: Timeout = 60.0
+
+    def __post_init__(self) -> None:
+        sources = ("password", "password_file", "docker_config", "credential_helper")
+        given = [each for each in sources if getattr(self, each) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} each say where the password comes from: keep one of them"
+            )
+        if self.username is None and given and given[0] in ("password", "password_file"):
+            raise ValueError(f"{given[0]} needs username")
+        if self.username is not None and (not given or given[0] not in ("password", "password_file")):
+            raise ValueError("username needs password or password_file")
+        if self.client_key and not self.client_certificate:
+            raise ValueError("client_key needs client_certificate")
+        if self.url.startswith("http://"):
+            msgspec.structs.force_setattr(self, "plain_http", True)
+
+
+class TagRule(Section, frozen=True):
+    match: Annotated[re.Pattern[str], parse_pattern]
+    fresh_for: Freshness
+
+
+class Namespace(Section, frozen=True):
+    upstream: Upstream
+    aliases: tuple[Annotated[str, parse_name], ...] = ()
+    hosts: tuple[Host, ...] = ()
+    library: Flag = False
+    fresh_for: Freshness = 600.0
+    tags: tuple[TagRule, ...] = ()
+    on_upstream_delete: Literal["keep", "drop"] = "keep"
+    negative_for: Duration = 10.0
+    offline: Flag = False
+
+    def fresh_for_tag(self, tag: str) -> float:
+        """How long after its validation a tag is served unasked: seconds, math.inf for ever."""
+        return next((rule.fresh_for for rule in self.tags if rule.match.fullmatch(tag)), self.fresh_for)
+
+
+class Config(Section, frozen=True):
+    listen: Annotated[Address, parse_address] = Address("127.0.0.1", 5000)
+    admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
+    disk: Disk = msgspec.field(default_factory=Disk)
+    default_namespace: Text | None = None
+    fallback: Literal["allow", "deny"] = "allow"
+    offline: Flag = False
+    drain: Duration = 30.0
+    log: Log = Log()
+    namespaces: dict[str, Namespace] = {}
+
+
+def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration in the file at `path`, or without one the defaults.  Raises ConfigError."""
+    tree = {} if path is None else _read(path)
+    try:
+        tree = _interpolate(tree, "", environ)
+        if tree.get("namespaces") is None:
+            tree["namespaces"] = {name: {"upstream": url} for name, url in WELL_KNOWN.items()}
+        config: Config = _build(Config, tree, "")
+        _check_owners(config.namespaces)
+        if "default_namespace" not in tree and DOCKER_HUB in config.namespaces:
+            config = msgspec.structs.replace(config, default_namespace=DOCKER_HUB)
+        elif config.default_namespace not in (None, *config.namespaces):
+            nearest = _nearest(str(config.default_namespace), config.namespaces)
+            raise _Fault("default_namespace", f"there is no namespace of that name{nearest}")
+    except _Fault as fault:
+        raise ConfigError(f"{path}: {fault}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or an alias that holds itself") from None
+    return config
+
+
+class _Fault(Exception):
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(f"{path}: {cause}" if path else cause)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with duplicate keys refused and every failure a YAMLError."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here and not in construct_mapping: by then `<<` may have put in keys that ours override.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"duplicate key {key.value!r}"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError):  # such as for the date 2025-02-30
+            kind = node.tag.rpartition(":")[2]
+            problem = f"looks like a YAML {kind} and is none: put it in quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.load(text, _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except (ValueError, OverflowError) as error:  # the scanner's, for escapes such as "\\U00110000"
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        # An alias or a tag may be a password that begins with * or ! and lacks quotes: not shown.
+        hint = r"\1: text that begins with *, & or ! needs quotes"
+        problem = re.sub(r"\b(alias|anchor|handle|tag) ['\"].*", hint, error.problem or "not YAML")
+        raise ConfigError(f"{path}{place}: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        raise ConfigError(f"{path}:{line}:{column}: this character is not allowed in YAML") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {_kind(tree)}")
+    return tree or {}
+
+
+def _interpolate(value: Any, path: str, environ: Mapping[str, str]) -> Any:
+    """A copy of `value` with variables put in, and with every key and text checked for odd characters."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise _Fault(path, f"expected strings as keys, got {_kind(key)}: put it in quotes")
+            if _UNFIT.search(key):
+                raise _Fault(path, "there is a control character in a key")
+        return {key: _interpolate(item, _join(path, key), environ) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_interpolate(item, f"{path}[{index}]", environ) for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(found: re.Match[str]) -> str:
+        if found[2]:
+            raise _Fault(path, "${ must be followed by a variable's name and }; a literal $ is written $$")
+        if found[1] and found[1] not in environ:
+            raise _Fault(path, f"the environment variable {found[1]} is not set")
+        return environ[found[1]] if found[1] else "$"
+
+    text = _VARIABLE.sub(replace, value)
+    if _UNFIT.search(text):
+        raise _Fault(path, "there is a line break or another control character in it")
+    return text
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the type `kind`; `path` names its key in faults."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        try:
+            return arguments[1](value)
+        except ValueError as error:
+            raise _Fault(path, str(error)) from None
+    if origin in (typing.Union, types.UnionType):
+        return _build(arguments[0], value, path)  # always `… | None`, and a null has been left out
+    if origin is Literal:
+        if value not in arguments:
+            raise _Fault(path, f"expected one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _Fault(path, f"expected a list, got {_kind(value)}")
+        return tuple(_build(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        return _namespaces(value, path)
+    if kind is Upstream and isinstance(value, str):
+        value = {"url": value}
+    return _section(kind, value, path)
+
+
+def _section(kind: type[Section], value: Any, path: str) -> Section:
+    if not isinstance(value, dict):
+        raise _Fault(path, f"expected a mapping of keys to values, got {_kind(value)}")
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    for key in value:
+        if key not in fields:
+            # `password:hunter2` without a space is a key to YAML: what follows the colon is not shown.
+            name, colon, _ = key.partition(":")
+            hint = "; a colon needs a space after it" if colon else _nearest(name, fields)
+            raise _Fault(_join(path, name), f"unknown key{hint}")
+    given = {
+        key: _build(fields[key].type, item, _join(path, key))
+        for key, item in value.items()
+        if item is not None
+    }
+    for name, field in fields.items():
+        if field.required and name not in given:
+            raise _Fault(_join(path, name), "is required")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise _Fault(path, str(error)) from None
+
+
+def _namespaces(value: Any, path: str) -> dict[str, Namespace]:
+    if not isinstance(value, dict):
+        raise _Fault(path, f"expected a mapping of keys to values, got {_kind(value)}")
+    if not value:
+        raise _Fault(path, "names none; leave the key out for the well-known registries")
+    namespaces = {}
+    for name, item in value.items():
+        here = _join(path, name)
+        if name == DOCKER_HUB and isinstance(item, dict) and item.get("library") is None:
+            item = {**item, "library": True}
+        namespace = _build(Namespace, item, here)
+        if name == DOCKER_HUB:
+            aliases = tuple(dict.fromkeys((*namespace.aliases, *DOCKER_HUB_ALIASES)))
+            namespace = msgspec.structs.replace(namespace, aliases=aliases)
+        namespaces[_build(Annotated[str, parse_name], name, here)] = namespace
+    return namespaces
+
+
+def _check_owners(namespaces: Mapping[str, Namespace]) -> None:
+    """No name, alias or Host header may mean two namespaces."""
+    owners = {name: name for name in namespaces}
+    for name, namespace in namespaces.items():
+        for key in ("aliases", "hosts"):
+            for each in getattr(namespace, key):
+                if (owner := owners.setdefault(each, name)) != name:
+                    raise _Fault(f"namespaces.{name}.{key}", f"{each} belongs to namespace {owner} already")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]}?" if found else f"; known are {', '.join(known)}"
+
+
+def _kind(value: object) -> str:
+    names = {"dict": "a mapping", "list": "a list", "str": "a string", "NoneType": "nothing"}
+    names |= {"int": "a number", "float": "a number", "bool": "true or false"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")

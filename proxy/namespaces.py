@@ -1,0 +1,238 @@
+"""Which registry a repository belongs to.
+
+A repository's full name is `<namespace>/<repository>`.  Clients say in five ways which namespace they
+mean; `qualify` turns them all into the full name, and every method of the registry takes full names.
+
+- What a client sends is a key to look up, never an address to connect to: a namespace that is not in the
+  configuration is NameUnknown, also where a default would answer.
+- A name that says nothing of a namespace belongs to the default.  `foo.example/app` does say: its first
+  component is a host.  Asking Docker Hub for it could only answer with somebody else's image.
+- A plain word (`edge`) may be a namespace as well as a user's name on the registry that ns, Host or a
+  prefix has chosen.  So, once one of them has spoken, only a host is taken for a namespace and removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
+from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, parse_name
+from storage.registry import Blob, Registry, Upload
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A namespace and what answers for it.
+
+    `aliases` are further names of it, `hosts` are Host headers that mean it.  With `library`, a repository
+    of one component is Docker Hub's official one: alpine is library/alpine.
+    """
+
+    registry: Registry
+    name: str
+    aliases: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    library: bool = False
+
+
+class Namespaces(Registry):
+    """Registries by namespace, as one.  Its methods take full names only: see qualify()."""
+
+    def __init__(
+        self, members: Iterable[Member], default: str | None = None, catalog: Registry | None = None
+    ) -> None:
+        """`default` is a member's name.  `catalog` lists full names where the members would not.
+
+        `catalog` remains the caller's to close; the members are closed by close().
+
+        Raises ValueError when two members claim one name or host, or `default` is none of them.
+        """
+        self._members: dict[str, Member] = {}
+        self._by_name: dict[str, Member] = {}
+        self._by_host: dict[str, Member] = {}
+        self._catalog = catalog
+        for member in members:
+            _claim(self._members, member.name, member)
+            for name in (member.name, *member.aliases):
+                _claim(self._by_name, _normal(name), member)
+                _claim(self._by_host, _normal(name), member)
+            for host in member.hosts:
+                _claim(self._by_host, host.lower(), member)
+        if default is not None and default not in self._members:
+            raise ValueError(f"the default namespace {default!r} is not configured")
+        self._default = None if default is None else self._members[default]
+
+    def qualify(self, name: str, *, ns: str | None = None, host: str | None = None, prefix: str = "") -> str:
+        """The full name of what a client calls `name`, by the first of these that applies:
+
+        1. `ns`, the query's (containerd);
+        2. `host`, the Host header, where it is one of a namespace's;
+        3. the first component of `name`, where it is a namespace's name and more follows;
+           beside a prefix only where it is a host as well;
+        4. `prefix`, the component before /v2 in the path;
+        5. the default namespace.
+
+        Under 1, 2 and 4 a first component that is a host, and the chosen namespace's, is removed: a mirror
+        configured by path (override_path) is sent the namespace twice.  `<host>/v2/<repository>`, which
+        containerd makes of a mirror's path without override_path, is `<host>/<repository>`; a repository
+        that does begin with v2/ is had by ns, Host or prefix without the host in front.
+
+        Raises NameUnknown, NameInvalid.
+        """
+        first, _, rest = name.partition("/")
+        named = self._named(first) if rest else None
+        if ns is not None:
+            member = self._named(ns) or _refuse(ns)
+        elif host and (found := self._hosted(host)):
+            member = found
+        elif named and (not prefix or _is_host(first)):
+            return _full(named, _without_v2(named, rest))
+        elif prefix:
+            member = self._named(prefix) or _refuse(prefix)
+        elif rest and _is_host(first):
+            _refuse(first)
+        elif self._default:
+            return _full(self._default, name)
+        else:
+            raise NameUnknown(
+                f"{name[:80]!r} names no namespace and there is no default: write <namespace>/<repository>,"
+                " or set default_namespace: in the configuration"
+            )
+        if named is member and _is_host(first):
+            name = _without_v2(member, rest)
+        return _full(member, name)
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        member, relative = self._split(repository)
+        return await member.registry.get_blob(relative, digest, span)
+
+    async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
+        member, relative = self._split(repository)
+        return await member.registry.resolve_blob(relative, digest)
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        member, relative = self._split(repository)
+        return await member.registry.get_manifest(relative, reference)
+
+    async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
+        member, relative = self._split(repository)
+        return await member.registry.resolve_manifest(relative, reference)
+
+    async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
+        member, relative = self._split(repository)
+        return await member.registry.tags(relative, last, limit)
+
+    async def referrers(
+        self, repository: str, digest: Digest, artifact_type: str | None = None
+    ) -> list[Descriptor]:
+        member, relative = self._split(repository)
+        return await member.registry.referrers(relative, digest, artifact_type)
+
+    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+        """Full names.  Without a catalog, members that do not list theirs are left out."""
+        if self._catalog:
+            return await self._catalog.repositories(last, limit)
+        found: list[str] = []
+        # Sorted with the slash: "a-b/x" comes before "a/x".
+        for start, member in sorted((f"{name}/", member) for name, member in self._members.items()):
+            left = None if limit is None else limit - len(found)
+            if left == 0:
+                break
+            if not last.startswith(start) and start < last:
+                continue  # all of its names are before `last`
+            try:
+                names = await member.registry.repositories(last[len(start) :] if start < last else "", left)
+            except (Unsupported, Denied):
+                continue
+            found += [start + name for name in names]
+        return found
+
+    async def start_upload(self, repository: str, size: int | None = None) -> Upload:
+        member, relative = self._split(repository)
+        return await member.registry.start_upload(relative, size)
+
+    async def mount_blob(self, repository: str, digest: Digest, source: str) -> Descriptor:
+        """Within one namespace only; across them it raises BlobUnknown, and the client uploads."""
+        member, relative = self._split(repository)
+        other, relative_source = self._split(source)
+        if other is not member:
+            raise BlobUnknown(f"{digest} cannot be mounted from another namespace, {other.name!r}")
+        return await member.registry.mount_blob(relative, digest, relative_source)
+
+    async def push_manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Descriptor:
+        member, relative = self._split(repository)
+        return await member.registry.push_manifest(relative, reference, manifest)
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        member, relative = self._split(repository)
+        await member.registry.delete_blob(relative, digest)
+
+    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+        member, relative = self._split(repository)
+        await member.registry.delete_manifest(relative, reference)
+
+    async def close(self) -> None:
+        """Close every registry once, also after one failed to; then raise that failure."""
+        registries = {id(member.registry): member.registry for member in self._members.values()}
+        closing = (registry.close() for registry in registries.values())
+        results = await asyncio.gather(*closing, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _split(self, repository: str) -> tuple[Member, str]:
+        namespace, _, relative = repository.partition("/")
+        return self._members.get(namespace) or _refuse(namespace), relative
+
+    def _named(self, text: str) -> Member | None:
+        # Mostly it is written as configured: the common case is one look-up.
+        return self._by_name.get(text) or self._by_name.get(_normal(text))
+
+    def _hosted(self, text: str) -> Member | None:
+        text = text.lower()
+        return self._by_host.get(text) or self._by_host.get(text.rpartition(":")[0])
+
+
+def _claim(table: dict[str, Member], key: str, member: Member) -> None:
+    if table.setdefault(key, member) is not member:
+        raise ValueError(f"{key!r} is claimed by the namespaces {table[key].name!r} and {member.name!r}")
+
+
+def _normal(text: str) -> str:
+    """As looked up: lower case, without the ports that are the schemes' own."""
+    text = text.lower()
+    host, _, port = text.rpartition(":")
+    return host if port in ("443", "80") else text
+
+
+def _is_host(text: str) -> bool:
+    return "." in text or ":" in text or text == "localhost"
+
+
+def _without_v2(member: Member, repository: str) -> str:
+    # In a namespace named by a plain word, most likely a private one, v2/ is as good a name as any.
+    if repository.startswith("v2/") and _is_host(member.name):
+        return repository[3:]
+    return repository
+
+
+def _full(member: Member, repository: str) -> str:
+    if member.library and "/" not in repository:
+        repository = f"library/{repository}"
+    full = f"{member.name}/{repository}"
+    if len(full) > NAME_LIMIT:
+        raise NameInvalid(f"{full[:80]!r}… is longer than the {NAME_LIMIT} characters a name may have")
+    try:
+        parse_name(repository)
+    except NameInvalid:
+        raise NameInvalid(f"{repository[:80]!r} is not a repository name") from None
+    return full
+
+
+def _refuse(namespace: str) -> NoReturn:
+    raise NameUnknown(
+        f"{namespace[:80]!r} is not a configured namespace: add it under namespaces: in the configuration"
+    )

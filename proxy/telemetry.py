@@ -1,0 +1,115 @@
+"""What the server says of itself: events, one access line a request, metrics.
+
+An event is `noun.verb` with keys from the glossary; never a token, a password or a signed URL.  Metrics
+are held by an object of their own, so that several servers in one process do not mix.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
+
+UNKNOWN = "-"  # the namespace of a request that named none of ours
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One client request as it goes: filled in by whoever knows, written down when it ends.
+
+    `result` is hit, miss, revalidated, stale, negative or error, after RFC 9111; "" where no content is
+    concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
+    counts as fresh (None: for ever).
+    """
+
+    namespace: str = UNKNOWN
+    repository: str = ""
+    reference: str = ""
+    kind: str = "other"
+    result: str = ""
+    upstream_requests: int = 0
+    bytes: int = 0
+    age: float | None = None
+    ttl: float | None = None
+    detail: str = ""
+
+    def came(self, result: str, age: float = 0.0, ttl: float | None = None) -> None:
+        self.result, self.age, self.ttl = result, age, ttl
+
+
+# The exchange that runs in this context.  A task that it starts (a fill) counts into it as well: those
+# are the upstream requests that it caused.
+exchange: ContextVar[Exchange] = ContextVar("exchange")
+_NOBODY = Exchange()
+
+
+def current() -> Exchange:
+    """The exchange that is going on here; a scratch one where none is (at start, in tests)."""
+    return exchange.get(_NOBODY)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        disable_created_metrics()  # they would double what is exported, and say little
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter(
+            "entrepot_requests_total", "Client requests.", ["namespace", "kind", "result"], registry=registry
+        )
+        self.sent = Counter(
+            "entrepot_sent_bytes_total", "Body bytes sent to clients.", ["namespace"], registry=registry
+        )
+        self.received = Counter(
+            "entrepot_received_bytes_total",
+            "Body bytes received from upstreams.",
+            ["namespace"],
+            registry=registry,
+        )
+        self.upstream = Histogram(
+            "entrepot_upstream_seconds",
+            "Time until an upstream's response headers; status 0 where none came.",
+            ["namespace", "kind", "status"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "entrepot_token_fetches_total", "Token requests.", ["namespace", "result"], registry=registry
+        )
+        self.fills = Counter(
+            "entrepot_fills_total", "Fills that ended.", ["namespace", "result"], registry=registry
+        )
+        self.filling = Gauge("entrepot_fills_in_flight", "Fills going on.", registry=registry)
+        self.followers = Gauge("entrepot_followers", "Clients that read a growing blob.", registry=registry)
+        self.stored = Gauge("entrepot_stored_bytes", "Bytes of committed blobs.", registry=registry)
+
+
+def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.stderr) -> None:
+    """Send events to `stream`: for people on a terminal, one JSON object a line elsewhere."""
+    console = stream.isatty() if format == "auto" else format == "console"
+    processors: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if console:
+        processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty()))
+    else:
+        processors.append(structlog.processors.format_exc_info)
+        processors.append(structlog.processors.JSONRenderer(serializer=_to_json))
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _to_json(event: dict[str, Any], **_: Any) -> str:
+    return msgspec.json.encode(event, enc_hook=str).decode()

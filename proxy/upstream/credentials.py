@@ -1,0 +1,304 @@
+"""Where the user name and secret for an upstream come from.
+
+    Credentials     none: anonymous
+    Inline          the configuration
+    PasswordFile    a file that holds the password
+    DockerConfig    Docker's config.json: auths, credHelpers, credsStore
+    Helper          a program docker-credential-<name>
+
+Secrets rotate: a file is read again when it has changed, a program is asked again after some minutes and
+after forget().  No secret, and no output of a program, is in an error, an event or a repr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+import structlog
+
+from storage.errors import OriginDenied
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+# Docker Hub goes by several names, and Docker keeps its credentials under an address of its former API.
+HUB_KEY = "https://index.docker.io/v1/"
+HUB_HOSTS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
+
+HELPER_LIFETIME = 300.0  # seconds; the answer does not say how long it holds
+HELPER_TIMEOUT = 30.0  # seconds
+_HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# docker-credential-helpers, credentials/error.go: how a program says that it has nothing for this host.
+_NOT_FOUND = b"credentials not found in native keychain"
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A user name with a password, or an `identity_token`: a refresh token to trade at the token realm."""
+
+    username: str
+    password: str = field(default="", repr=False)
+    identity_token: str | None = field(default=None, repr=False)
+
+    def basic(self) -> str | None:
+        """The Authorization value (RFC 7617, in UTF-8), or None where an identity token is all there is."""
+        if self.identity_token and not self.password:
+            return None
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+
+
+class Credentials:
+    """No credentials, for any host."""
+
+    async def get(self, host: str) -> Credential | None:
+        """What to show to `host` (with its port, if it has one), or None: go there as nobody.
+
+        Raises OriginDenied where the source cannot be read.
+        """
+        return None
+
+    def forget(self) -> None:
+        """What get() answered was refused: the next get() asks the source afresh."""
+
+
+class Inline(Credentials):
+    def __init__(self, username: str, password: str) -> None:
+        self._credential = Credential(username, password)
+
+    async def get(self, host: str) -> Credential | None:
+        return self._credential
+
+
+class PasswordFile(Credentials):
+    """The password is the content of the file at `path`, without the newline at its end."""
+
+    def __init__(self, username: str, path: Path) -> None:
+        def parse(content: bytes) -> Credential:
+            password = content.decode().rstrip("\r\n")
+            if not password:
+                raise ValueError("it is empty")
+            return Credential(username, password)
+
+        self._file = _Watched("password file", path, parse)
+
+    async def get(self, host: str) -> Credential | None:
+        return self._file.current()
+
+
+class _Watched(Generic[T]):
+    """What `parse` makes of a file, made anew when the file has changed.  `parse` raises ValueError."""
+
+    def __init__(self, kind: str, path: Path, parse: Callable[[bytes], T]) -> None:
+        self.source, self._path, self._parse = f"{kind} {path}", path, parse
+        self._known: tuple[tuple[int, ...], T] | None = None
+
+    def current(self) -> T:
+        try:
+            if self._known is None or self._known[0] != _signature(self._path.stat()):
+                with self._path.open("rb") as file:
+                    # Before reading: a write from here on changes it, and so is noticed the next time.
+                    signature = _signature(os.fstat(file.fileno()))
+                    self._known = signature, self._parse(file.read())
+            return self._known[1]
+        except OSError as error:
+            raise _unusable(self.source, error.strerror or type(error).__name__) from None
+        except UnicodeDecodeError:  # its text would quote the content
+            raise _unusable(self.source, "it is not UTF-8") from None
+        except ValueError as error:
+            raise _unusable(self.source, str(error)) from None
+
+
+def _signature(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_mtime_ns, stat.st_size, stat.st_dev, stat.st_ino
+
+
+def _unusable(source: str, reason: str) -> OriginDenied:
+    log.error("credentials.failed", source=source, reason=reason)
+    return OriginDenied(f"no credentials for the upstream: {source}: {reason}")
+
+
+class Helper(Credentials):
+    """Runs `docker-credential-<name> get`, found in PATH.  One run at a time.
+
+    An answer is kept for `lifetime` seconds; a program silent for `timeout` seconds is killed.
+    Raises ValueError when `name` is not the end of a file name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        lifetime: float = HELPER_LIFETIME,
+        timeout: float = HELPER_TIMEOUT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not _HELPER_NAME.fullmatch(name):
+            raise ValueError(f"{name[:100]!r} is not the name of a credential helper")
+        self._program = f"docker-credential-{name}"
+        self._lifetime, self._timeout, self._clock = lifetime, timeout, clock
+        self._lock = asyncio.Lock()
+        self._answers: dict[str, _Answer] = {}
+
+    async def get(self, host: str) -> Credential | None:
+        before = self._answers.get(host)
+        async with self._lock:
+            answer = self._answers.get(host)
+            # What came while we waited for the lock is ours too, even an error: else everyone who waits
+            # for a program that hangs would sit through the time-out one after the other.
+            if answer is None or (answer is before and not self._clock() < answer.until):
+                answer = self._answers[host] = await self._ask(host)
+        if answer.error:
+            raise OriginDenied(answer.error)
+        return answer.credential
+
+    def forget(self) -> None:
+        self._answers.clear()
+
+    async def _ask(self, host: str) -> _Answer:
+        try:
+            credential = await self._run(HUB_KEY if host in HUB_HOSTS else host)
+        except OriginDenied as error:
+            return _Answer(until=self._clock(), error=str(error))
+        return _Answer(until=self._clock() + self._lifetime, credential=credential)
+
+    async def _run(self, key: str) -> Credential | None:
+        """docker-credential-helpers, "Development": the server's address in, JSON out."""
+        source = f"credential helper {self._program}"
+        try:
+            async with asyncio.timeout(self._timeout):
+                status, output = await _run([self._program, "get"], key.encode())
+        except TimeoutError:
+            raise _unusable(source, f"no answer within {self._timeout:g} s") from None
+        except OSError as error:
+            raise _unusable(source, error.strerror or type(error).__name__) from None
+        if status != 0:
+            if _NOT_FOUND in output:
+                return None
+            raise _unusable(source, f"ended with status {status}")
+        try:
+            found = msgspec.json.decode(output, type=_JSONHelped)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise _unusable(source, "its answer is not JSON with Username and Secret") from None
+        if found.username == "<token>":
+            return Credential("", identity_token=found.secret)
+        return Credential(found.username, found.secret)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    until: float
+    credential: Credential | None = None
+    error: str | None = None
+
+
+class _JSONHelped(msgspec.Struct, rename="pascal"):
+    username: str
+    secret: str
+
+
+async def _run(command: list[str], stdin: bytes) -> tuple[int, bytes]:
+    """Exit status and output; a program not awaited to its end is killed, with its children."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        output, _ = await process.communicate(stdin)
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+    return process.returncode or 0, output
+
+
+class DockerConfig(Credentials):
+    """Docker's config.json, or another tool's file of the same form, such as podman's auth.json.
+
+    As in Docker, a host's own helper goes before `credsStore`; what they do not know is looked for in
+    `auths`.  `helper` makes the Credentials of a helper's name.
+    """
+
+    def __init__(self, path: Path, *, helper: Callable[[str], Credentials] = Helper) -> None:
+        self._helpers: dict[str, Credentials] = {}
+        self._file = _Watched("Docker configuration", path, self._parse)
+        self._new_helper = helper
+
+    async def get(self, host: str) -> Credential | None:
+        config = self._file.current()
+        helper = self._helpers.get(_find(config.cred_helpers, host) or config.creds_store)
+        if helper and (found := await helper.get(host)):
+            return found
+        auth = _find(config.auths, host)
+        try:
+            return auth.credential() if auth else None
+        except ValueError as error:
+            raise _unusable(f"{self._file.source}, auths of {host}", str(error)) from None
+
+    def forget(self) -> None:
+        for helper in self._helpers.values():
+            helper.forget()
+
+    def _parse(self, content: bytes) -> _JSONConfig:
+        try:
+            config = msgspec.json.decode(content, type=_JSONConfig)
+        except msgspec.DecodeError as error:
+            raise ValueError(str(error)) from None
+        names = {*config.cred_helpers.values(), config.creds_store} - {""}
+        self._helpers = {name: self._new_helper(name) for name in names}
+        return config
+
+
+class _JSONAuth(msgspec.Struct):
+    auth: str = ""
+    username: str = ""
+    password: str = ""
+    identitytoken: str = ""
+
+    def credential(self) -> Credential | None:
+        """None for the empty entry that Docker leaves where a helper knows.  Raises ValueError."""
+        username, password = self.username, self.password
+        if self.auth:
+            try:
+                # RFC 7617: the first colon ends the user name.
+                username, colon, password = base64.b64decode(self.auth, validate=True).decode().partition(":")
+            except ValueError:  # binascii.Error and UnicodeDecodeError are ones; their text may quote
+                colon = ""
+            if not colon:
+                raise ValueError("auth is not base64 of user:password")
+        if not username and not self.identitytoken:
+            return None
+        return Credential(username, password, self.identitytoken or None)
+
+
+class _JSONConfig(msgspec.Struct, rename="camel"):
+    auths: dict[str, _JSONAuth] = {}
+    creds_store: str = ""
+    cred_helpers: dict[str, str] = {}
+
+
+def _find(entries: Mapping[str, T], host: str) -> T | None:
+    """The entry for `host`: Docker writes host, scheme://host, scheme://host/v1/, podman also host/path."""
+    hosts = HUB_HOSTS if host in HUB_HOSTS else {host}
+    for key in (HUB_KEY, *sorted(HUB_HOSTS)) if host in HUB_HOSTS else (host,):
+        if key in entries:
+            return entries[key]
+    for key, entry in entries.items():
+        if (key.partition("://")[2] or key).partition("/")[0] in hosts:
+            return entry
+    return None

@@ -1,0 +1,183 @@
+"""The URL grammar of the distribution API, both ways: parse(build(route)) == route.
+
+    /v2/                                     BASE        end-1
+    /v2/<name>/blobs/<digest>                BLOB        end-2, end-10
+    /v2/<name>/manifests/<reference>         MANIFEST    end-3, end-7, end-9
+    /v2/<name>/blobs/uploads/                UPLOADS     end-4, end-11
+    /v2/<name>/blobs/uploads/<upload>        UPLOAD      end-5, end-6, end-13, end-14
+    /v2/<name>/tags/list                     TAGS        end-8
+    /v2/<name>/referrers/<digest>            REFERRERS   end-12
+    /v2/_catalog                             CATALOG     Docker's, not in the specification
+
+The end numbers are those of distribution-spec, "Endpoints".  Rules:
+
+- Everything may stand under one more component, /<prefix>/v2/...: a mirror's address with a path.
+- The last keyword decides, since a repository may have components named v2, manifests, blobs, tags.
+- A name's first component may be a host with a port, which a repository's name may not hold.
+- Which namespace a name belongs to is not decided here but in Namespaces, which knows them; so
+  /v2/docker.io/v2/library/alpine/... is the name docker.io/v2/library/alpine.  Only a ping, which asks
+  no namespace, is told by its shape: /v2/<prefix>/ and /v2/<prefix>/v2/ are pings of a prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from urllib.parse import unquote, urlencode
+
+from storage.errors import NameInvalid, PaginationNumberInvalid, PathUnknown
+from storage.oci import NAME_LIMIT, Digest, Reference, parse_name, parse_reference
+
+_HOST = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?"
+_UNDER_PREFIX = re.compile(rf"/({_HOST})(/v2(?:/.*)?)")
+_PREFIX_PING = re.compile(rf"/v2/({_HOST})/(?:v2/?)?")
+_PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
+_UPLOAD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~=-]{0,254}")
+
+
+class Kind(Enum):
+    BASE = "base"
+    MANIFEST = "manifest"
+    BLOB = "blob"
+    TAGS = "tags"
+    REFERRERS = "referrers"
+    CATALOG = "catalog"
+    UPLOADS = "uploads"
+    UPLOAD = "upload"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a path asks for.
+
+    `name` is as the client wrote it: with or without a namespace in front.  `reference` is a Digest for
+    BLOB and REFERRERS, either for MANIFEST, else None.  `upload` is the id of the session of an UPLOAD.
+    """
+
+    kind: Kind
+    name: str = ""
+    reference: Reference | None = None
+    prefix: str = ""
+    upload: str = ""
+
+
+def parse(path: str) -> Route:
+    """The route of a request target's path, percent-encoded as it came, without the query.
+
+    Escapes are decoded once: clients do write sha256%3A…, and %2F for a slash.
+
+    Raises PathUnknown, NameInvalid, DigestInvalid, TagInvalid; nothing else, whatever the text.  The
+    latter three mean 400, but note that the conformance suite of the specification pulls the tag
+    `.INVALID_MANIFEST_NAME` and wants a 404: for GET and HEAD a TagInvalid is to be shown as ManifestUnknown.
+    """
+    if "%" in path:
+        path = _decode(path)
+    prefix = ""
+    if not path.startswith("/v2/"):
+        if path == "/v2":
+            return Route(Kind.BASE)
+        found = _UNDER_PREFIX.fullmatch(path)
+        if not found:
+            raise _unknown(path)
+        prefix, path = found.groups()
+    head, _, last = path.rpartition("/")
+    base, _, keyword = head.rpartition("/")
+    name = base[4:]  # without "/v2/"
+    if name:
+        if keyword == "manifests":
+            return Route(Kind.MANIFEST, _name(name), parse_reference(last), prefix)
+        if keyword == "blobs" and last != "uploads":
+            return Route(Kind.BLOB, _name(name), Digest.parse(last), prefix)
+        if keyword == "tags" and last == "list":
+            return Route(Kind.TAGS, _name(name), None, prefix)
+        if keyword == "referrers":
+            return Route(Kind.REFERRERS, _name(name), Digest.parse(last), prefix)
+        if keyword == "blobs":  # "uploads" without its slash
+            return Route(Kind.UPLOADS, _name(name), None, prefix)
+        if keyword == "uploads" and name.endswith("/blobs"):
+            return _upload(path, name.removesuffix("/blobs"), prefix, last)
+    return _without_name(path, prefix)
+
+
+def build(route: Route) -> str:
+    """The path of a route; it needs no quoting."""
+    start = f"/{route.prefix}/v2/" if route.prefix else "/v2/"
+    match route.kind:
+        case Kind.BASE:
+            return start
+        case Kind.CATALOG:
+            return f"{start}_catalog"
+        case Kind.MANIFEST:
+            return f"{start}{route.name}/manifests/{route.reference}"
+        case Kind.BLOB:
+            return f"{start}{route.name}/blobs/{route.reference}"
+        case Kind.REFERRERS:
+            return f"{start}{route.name}/referrers/{route.reference}"
+        case Kind.TAGS:
+            return f"{start}{route.name}/tags/list"
+        case Kind.UPLOADS | Kind.UPLOAD:
+            return f"{start}{route.name}/blobs/uploads/{route.upload}"
+
+
+def parse_limit(text: str | None) -> int | None:
+    """The query's `n`: how many entries the client wants; None where it does not say.
+
+    Raises PaginationNumberInvalid.  distribution-spec, "Content Discovery"; 0 is allowed and means none.
+    """
+    if text is None:
+        return None
+    # int() takes "+1", "1_0" and other scripts' digits; and refuses more than 4300 digits.
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise PaginationNumberInvalid(f"n={text[:50]!r} is not a number of entries: 0 or more")
+    return int(text)
+
+
+def build_next(route: Route, query: Mapping[str, object]) -> str:
+    """The `Link` header that leads to the next page: RFC 8288; distribution-spec, "Content Discovery".
+
+    Relative, so that it is right behind any proxy.  `query` is to hold `n` and `last`, and what else the
+    client had sent (ns, artifactType).
+    """
+    return f'<{build(route)}?{urlencode(query)}>; rel="next"'
+
+
+def _decode(path: str) -> str:
+    try:
+        return unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise _unknown(path) from None
+
+
+def _name(text: str) -> str:
+    """A repository's name, maybe after a host with a port."""
+    if len(text) > NAME_LIMIT:
+        raise NameInvalid(f"{text[:100]!r}… is longer than the {NAME_LIMIT} characters a name may have")
+    found = _PORT.fullmatch(text) if ":" in text else None
+    parse_name(found[1] + found[2] if found else text)
+    return text
+
+
+def _upload(path: str, name: str, prefix: str, upload: str) -> Route:
+    name = _name(name)
+    if not upload:
+        return Route(Kind.UPLOADS, name, None, prefix)
+    if not _UPLOAD.fullmatch(upload):
+        raise _unknown(path)
+    return Route(Kind.UPLOAD, name, None, prefix, upload)
+
+
+def _without_name(path: str, prefix: str) -> Route:
+    if path in ("/v2/", "/v2"):
+        return Route(Kind.BASE, prefix=prefix)
+    if path == "/v2/_catalog":
+        return Route(Kind.CATALOG, prefix=prefix)
+    found = None if prefix else _PREFIX_PING.fullmatch(path)
+    if not found:
+        raise _unknown(path)
+    return Route(Kind.BASE, prefix=found[1])
+
+
+def _unknown(path: str) -> PathUnknown:
+    return PathUnknown(f"{path[:100]!r} is no endpoint of the distribution API: those begin with /v2/")

@@ -1,0 +1,249 @@
+"""A blob, whole or growing, to a client: byte ranges, and sendfile from a descriptor of our own.
+
+FileResponse will not do: it answers an evicted file with an empty 404, several ranges with 416, and puts
+an ETag of its own.  loop.sendfile will not do either: uvloop has none.  So the socket is duplicated, and
+os.sendfile is called whenever it can take bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from proxy.telemetry import Exchange
+from storage.errors import RangeInvalid, RegistryError, StorageFailed
+from storage.oci import Span
+from storage.registry import Blob, OnDisk
+
+SMALL = 64 << 10  # bytes; so much is copied faster than a sendfile is set up
+TURN = 1 << 20  # bytes a client gets before others have their turn
+MOST_RANGES = 256  # in one request; RFC 9110 §14.2 lets a server ignore what is out of proportion
+
+_RANGES = re.compile(r"\s*bytes\s*=(.*)", re.IGNORECASE | re.DOTALL)
+_RANGE = re.compile(r"[ \t]*(\d{0,19})-(\d{0,19})[ \t]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A range-spec as the client wrote it: `bytes=first-last`, `first-`, or the last `suffix` bytes."""
+
+    first: int | None = None
+    last: int | None = None
+    suffix: int | None = None
+
+    @property
+    def span(self) -> Span | None:
+        """The bytes meant, as far as that is known without the content's size."""
+        if self.first is None:
+            return None
+        return Span(self.first, None if self.last is None else self.last + 1)
+
+
+def parse_ranges(header: str | None) -> list[Range]:
+    """RFC 9110 §14.1.2.  What is malformed, or of another unit, counts as absent (§14.2)."""
+    found = _RANGES.fullmatch(header or "")
+    if found is None:
+        return []
+    ranges = []
+    for text in found[1].split(","):
+        if not text.strip():
+            continue  # RFC 9110 §5.6.1: empty list elements are ignored
+        spec = _RANGE.fullmatch(text)
+        if spec is None or spec[1] == spec[2] == "":
+            return []
+        if spec[1] == "":
+            ranges.append(Range(suffix=int(spec[2])))
+            continue
+        first, last = int(spec[1]), int(spec[2]) if spec[2] else None
+        if last is not None and last < first:
+            return []
+        ranges.append(Range(first, last))
+    return ranges if len(ranges) <= MOST_RANGES else []
+
+
+def satisfy(ranges: Sequence[Range], size: int) -> list[Span]:
+    """Those spans that exist in `size` bytes; [] for: send all.  Raises RangeInvalid if there are none."""
+    spans = []
+    for each in ranges:
+        if each.first is None:
+            start, stop = max(0, size - (each.suffix or 0)), size
+        else:
+            start, stop = each.first, size if each.last is None else min(size, each.last + 1)
+        if start < stop:
+            spans.append(Span(start, stop))
+    if ranges and not spans:
+        raise RangeInvalid(f"no such range in {size} bytes")
+    # Overlapping ranges that add up to more than there is would only make work (RFC 9110 §17.15).
+    return spans if sum((span.stop or 0) - span.start for span in spans) <= size else []
+
+
+async def send_blob(
+    request: web.BaseRequest, blob: Blob, spans: Sequence[Span], headers: dict[str, str], exchange: Exchange
+) -> web.StreamResponse:
+    """Answer 200 or 206 with the blob or its `spans`.
+
+    What fails after the headers breaks the connection, and is noted in `exchange`: no client may take a
+    part for the whole.
+    """
+    size = blob.descriptor.size
+    response = web.StreamResponse(status=206 if spans else 200, headers=headers)
+    boundary = secrets.token_hex(16)
+    parts: list[tuple[bytes, Span]] = []
+    if len(spans) > 1:
+        parts = [(_part(boundary, span, size, headers["Content-Type"]), span) for span in spans]
+        closing = f"\r\n--{boundary}--\r\n".encode()
+        response.headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
+        length = sum(len(head) + (span.stop or 0) - span.start for head, span in parts) + len(closing)
+        response.content_length = length
+    elif spans:
+        start, stop = spans[0].start, spans[0].stop or 0
+        response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        response.content_length = stop - start
+    elif size >= 0:
+        response.content_length = size
+    else:
+        response.enable_chunked_encoding()
+    writer = await response.prepare(request)
+    if writer is None:
+        return response
+    transport = request.transport
+    try:
+        if parts:
+            for head, span in parts:
+                await response.write(head)
+                await _write(response, blob, span.start, span.stop, exchange)
+            await response.write(closing)
+        else:
+            whole = Span(0, size if size >= 0 else None)
+            await _send(request, response, writer, blob, spans[0] if spans else whole, exchange)
+        await response.write_eof()
+    except OSError:
+        _break(transport)
+        exchange.detail = "client left"
+    except (RegistryError, EOFError) as error:
+        _break(transport)
+        exchange.result, exchange.detail = "error", str(error)
+    except BaseException:
+        _break(transport)
+        raise
+    return response
+
+
+def _part(boundary: str, span: Span, size: int, media_type: str) -> bytes:
+    # RFC 9110 §14.6
+    return (
+        f"\r\n--{boundary}\r\nContent-Type: {media_type}\r\n"
+        f"Content-Range: bytes {span.start}-{(span.stop or 0) - 1}/{size}\r\n\r\n"
+    ).encode()
+
+
+async def _send(
+    request: web.BaseRequest,
+    response: web.StreamResponse,
+    writer: AbstractStreamWriter,
+    blob: Blob,
+    span: Span,
+    exchange: Exchange,
+) -> None:
+    transport = request.transport
+    position, stop = span.start, span.stop
+    if transport is None:
+        raise ConnectionResetError("the client has left")
+    encrypted = transport.get_extra_info("sslcontext") is not None
+    if stop is None or encrypted or not isinstance(blob, OnDisk):
+        await _write(response, blob, position, stop, exchange)
+        return
+    if stop - position <= SMALL and await _all_there(blob, position, stop):
+        chunk = os.pread(blob.fileno(), stop - position, position)
+        if len(chunk) < stop - position:
+            raise StorageFailed(f"{blob.descriptor.digest}: its file was truncated")
+        await response.write(chunk)
+        exchange.bytes += len(chunk)
+        return
+    # What the transport still holds, the headers for one, must have left before bytes pass it by.
+    transport.set_write_buffer_limits(high=0)
+    await writer.drain()
+    transport.set_write_buffer_limits()
+    client = os.dup(transport.get_extra_info("socket").fileno())
+    try:
+        while position < stop:
+            end = min(await blob.readable(position), stop)
+            await _sendfile(client, blob.fileno(), position, end)
+            exchange.bytes += end - position
+            position = end
+    except StorageFailed:
+        # The disk failed under the growing file; its blob may know where else to get the rest.
+        await _write(response, blob, position, stop, exchange)
+    finally:
+        os.close(client)
+
+
+async def _all_there(blob: OnDisk, position: int, stop: int) -> bool:
+    try:
+        while position < stop:
+            position = await blob.readable(position)
+        return True
+    except StorageFailed:
+        return False
+
+
+async def _write(
+    response: web.StreamResponse, blob: Blob, start: int, stop: int | None, exchange: Exchange
+) -> None:
+    async for chunk in blob.chunks(start, stop):
+        await response.write(chunk)
+        exchange.bytes += len(chunk)
+
+
+async def _sendfile(client: int, file: int, start: int, stop: int) -> None:
+    """[start, stop) of `file`, as fast as `client`, a non-blocking socket, takes it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+    position = start
+
+    def pump() -> None:
+        nonlocal position
+        if done.done():
+            return
+        try:
+            sent = os.sendfile(client, file, position, min(TURN, stop - position))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            done.set_exception(error)
+            return
+        position += sent
+        if position == stop:
+            done.set_result(None)
+        elif sent == 0:
+            done.set_exception(EOFError(f"file ends at byte {position} of {stop}"))
+
+    pump()
+    if not done.done():
+        loop.add_writer(client, pump)
+        try:
+            await done
+        finally:
+            loop.remove_writer(client)
+    else:
+        await done
+
+
+def _break(transport: Any) -> None:
+    """Reset the connection: never a clean end to what is not complete."""
+    if transport is None:
+        return
+    connection = transport.get_extra_info("socket")
+    if connection is not None and transport.get_extra_info("sslcontext") is None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

@@ -1,0 +1,385 @@
+"""The OCI distribution API over any Registry.
+
+The server knows HTTP and the specification; which registry answers, a cache, a store or an upstream, it
+cannot tell.  Everything is answered in JSON or in the exact bytes of content, and logged in one line.
+There is no router: one grammar (routes.py) reads the path, and one table the method.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from proxy.telemetry import Exchange, Metrics, exchange
+from proxy.web.routes import Kind, Route, build_next, parse, parse_limit
+from proxy.web.send import parse_ranges, satisfy, send_blob
+from storage.errors import (
+    BlobUnknown,
+    ManifestUnknown,
+    NameUnknown,
+    OriginDenied,
+    RangeInvalid,
+    RegistryError,
+    TagInvalid,
+    Unsupported,
+)
+from storage.oci import OCI_INDEX, OCTETS, Digest
+from storage.registry import Registry
+
+log = structlog.get_logger()
+
+JSON = "application/json"
+IMMUTABLE = "public, max-age=31536000, immutable"
+ALLOWED = ("GET", "HEAD")
+_ALL = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
+_UNKNOWN: dict[Kind, type[RegistryError]] = {
+    Kind.BLOB: BlobUnknown,
+    Kind.MANIFEST: ManifestUnknown,
+    Kind.REFERRERS: ManifestUnknown,
+}
+
+
+Answer = Callable[[web.BaseRequest, Route, str, Exchange], Awaitable[web.StreamResponse]]
+
+
+class Qualify(Protocol):
+    """The full name of a repository, by all that a request says of it.  Raises NameUnknown."""
+
+    def __call__(self, name: str, *, ns: str | None, host: str | None, prefix: str) -> str: ...
+
+
+class Server:
+    """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        qualify: Qualify,
+        metrics: Metrics,
+        *,
+        deny_bypass: bool = False,
+    ) -> None:
+        self._registry = registry
+        self._qualify = qualify
+        self._metrics = metrics
+        self._deny_bypass = deny_bypass
+        self._ids = (f"{secrets.token_hex(4)}-{number:x}" for number in count(1))
+        self._answers: dict[Kind, Answer] = {
+            Kind.BASE: self._base,
+            Kind.MANIFEST: self._manifest,
+            Kind.BLOB: self._blob,
+            Kind.TAGS: self._tags,
+            Kind.REFERRERS: self._referrers,
+            Kind.CATALOG: self._catalog,
+        }
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The handler for web.Server; raises nothing but cancellation."""
+        begun = time.perf_counter()
+        now = Exchange()
+        exchange.set(now)
+        id = next(self._ids)
+        status = 499  # nginx's word for: the client left before it was answered
+        try:
+            response = await self._answer(request, now)
+            response.headers["X-Request-Id"] = id
+            status = response.status
+            return response
+        finally:
+            self._log(request, now, id, status, time.perf_counter() - begun)
+
+    async def _answer(self, request: web.BaseRequest, now: Exchange) -> web.StreamResponse:
+        kind = Kind.BASE
+        try:
+            try:
+                route = parse(request.rel_url.raw_path)
+            except TagInvalid as error:
+                # What cannot exist is not there: the conformance suite asks for such a tag, and wants a 404.
+                raise ManifestUnknown(str(error)) from None
+            kind = route.kind
+            now.kind = kind.value
+            name = ""
+            answer = self._answers.get(route.kind)
+            if answer is None or request.method not in ALLOWED:
+                raise Unsupported(
+                    f"{request.method} is not for a cache: nothing can be pushed or deleted here"
+                )
+            if route.name:
+                now.reference = str(route.reference or "")
+                name = self._qualify(
+                    route.name,
+                    ns=request.query.get("ns"),
+                    host=request.headers.get("Host"),
+                    prefix=route.prefix,
+                )
+                now.namespace, _, now.repository = name.partition("/")
+            return await answer(request, route, name, now)
+        except RegistryError as error:
+            return self._error(request, kind, error, now)
+        except Exception as error:
+            log.exception("request.failed", method=request.method, path=request.path[:300])
+            return self._error(request, kind, RegistryError(type(error).__name__), now)
+
+    # The endpoints, in the order of the specification's table
+
+    async def _base(
+        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+    ) -> web.StreamResponse:
+        return _content(request, b"{}", {"Content-Type": JSON})
+
+    async def _blob(
+        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+    ) -> web.StreamResponse:
+        digest = route.reference
+        assert isinstance(digest, Digest)
+        headers = {
+            **_ALL,
+            "Content-Type": OCTETS,
+            "Docker-Content-Digest": digest,
+            "ETag": f'"{digest}"',
+            "Accept-Ranges": "bytes",
+            "Cache-Control": IMMUTABLE,
+        }
+        if request.method == "HEAD" or _matches(request, digest):
+            size = (await self._registry.resolve_blob(name, digest)).size
+            headers.update(_cache_headers(now))
+            if _matches(request, digest):
+                return _empty(304, headers)
+            if size >= 0:
+                headers["Content-Length"] = str(size)
+            return _empty(200, headers)
+        if_range = request.headers.get("If-Range", f'"{digest}"')
+        ranges = parse_ranges(request.headers.get("Range") if if_range == f'"{digest}"' else None)
+        span = ranges[0].span if len(ranges) == 1 else None
+        blob = await self._registry.get_blob(name, digest, span)
+        try:
+            size = blob.descriptor.size
+            # Without a size no range can be told; RFC 9110 §14.2 lets a server send all.
+            try:
+                spans = satisfy(ranges, size) if size >= 0 else []
+            except RangeInvalid as error:
+                return self._error(request, Kind.BLOB, error, now, {"Content-Range": f"bytes */{size}"})
+            headers.update(_cache_headers(now))
+            return await send_blob(request, blob, spans, headers, now)
+        finally:
+            await blob.close()
+
+    async def _manifest(
+        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+    ) -> web.StreamResponse:
+        reference = route.reference
+        assert reference is not None
+        content = b""
+        if request.method == "HEAD":
+            descriptor = await self._registry.resolve_manifest(name, reference)
+        else:
+            manifest = await self._registry.get_manifest(name, reference)
+            descriptor, content = manifest.descriptor, manifest.content
+        headers = {
+            **_ALL,
+            "Content-Type": descriptor.media_type,
+            "Docker-Content-Digest": descriptor.digest,
+            "ETag": f'"{descriptor.digest}"',
+            "Cache-Control": IMMUTABLE if isinstance(reference, Digest) else _freshness(now),
+            **_cache_headers(now),
+        }
+        if _matches(request, descriptor.digest):
+            return _empty(304, headers)
+        if request.method == "HEAD":
+            headers["Content-Length"] = str(descriptor.size)
+            return _empty(200, headers)
+        now.bytes = len(content)
+        return web.Response(body=content, headers=headers)
+
+    async def _tags(
+        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+    ) -> web.StreamResponse:
+        last, limit = _page(request)
+        tags = await self._registry.tags(name, last, None if limit is None else limit + 1)
+        return self._listed(request, route, "tags", tags, limit, now)
+
+    async def _catalog(
+        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+    ) -> web.StreamResponse:
+        last, limit = _page(request)
+        names = await self._registry.repositories(last, None if limit is None else limit + 1)
+        return self._listed(request, route, "repositories", names, limit, now)
+
+    def _listed(
+        self,
+        request: web.BaseRequest,
+        route: Route,
+        key: str,
+        values: Sequence[str],
+        limit: int | None,
+        now: Exchange,
+    ) -> web.Response:
+        headers = {"Content-Type": JSON, **_cache_headers(now)}
+        if limit is not None and len(values) > limit:
+            values = values[:limit]
+            if values:
+                query: dict[str, str | int] = {**request.query, "n": limit, "last": values[-1]}
+                headers["Link"] = build_next(route, query)
+        # The name as the client wrote it: it knows of no namespaces.
+        members: dict[str, object] = {"name": route.name} if route.name else {}
+        now.bytes = len(body := msgspec.json.encode({**members, key: values}))
+        return _content(request, body, headers)
+
+    async def _referrers(
+        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+    ) -> web.StreamResponse:
+        assert isinstance(route.reference, Digest)
+        artifact_type = request.query.get("artifactType") or None
+        found = await self._registry.referrers(name, route.reference, artifact_type)
+        # oras and go-containerregistry want exactly this type; else they take the answer for none.
+        headers = {"Content-Type": OCI_INDEX, **_cache_headers(now)}
+        if artifact_type:
+            headers["OCI-Filters-Applied"] = "artifactType"
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [each.to_json() for each in found]}
+        now.bytes = len(body := msgspec.json.encode(index))
+        return _content(request, body, headers)
+
+    # What goes wrong, and what is written down
+
+    def _error(
+        self,
+        request: web.BaseRequest,
+        kind: Kind,
+        error: RegistryError,
+        now: Exchange,
+        more: dict[str, str] | None = None,
+    ) -> web.Response:
+        code, status = error.code, error.status
+        if isinstance(error, OriginDenied) and not self._deny_bypass:
+            unknown = _UNKNOWN.get(kind, NameUnknown)
+            code, status = unknown.code, unknown.status
+        if now.result != "negative":
+            now.result = "error"
+        now.detail = code
+        headers = {"Content-Type": JSON, **_cache_headers(now), **(more or {})}
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        if status == Unsupported.status:
+            headers["Allow"] = ", ".join(ALLOWED)
+        return _content(request, error_body(code, str(error)), headers, status)
+
+    def _log(self, request: web.BaseRequest, now: Exchange, id: str, status: int, seconds: float) -> None:
+        self._metrics.requests.labels(now.namespace, now.kind, now.result or "none").inc()
+        if now.bytes:
+            self._metrics.sent.labels(now.namespace).inc(now.bytes)
+        log.info(
+            "request.served",
+            id=id,
+            client=request.remote,
+            method=request.method,
+            kind=now.kind,
+            namespace=now.namespace,
+            repository=now.repository,
+            reference=now.reference,
+            status=status,
+            result=now.result,
+            detail=now.detail,
+            upstream_requests=now.upstream_requests,
+            bytes=now.bytes,
+            seconds=round(seconds, 6),
+            agent=request.headers.get("User-Agent", "")[:200],
+        )
+
+
+def error_body(code: str, message: str) -> bytes:
+    """distribution-spec, "Error Codes"."""
+    return msgspec.json.encode({"errors": [{"code": code, "message": message, "detail": None}]})
+
+
+def _content(
+    request: web.BaseRequest, body: bytes, headers: dict[str, str], status: int = 200
+) -> web.Response:
+    # By body=, never text= or json_response: those append a charset to the media type.
+    if request.method == "HEAD":
+        return _empty(status, {**_ALL, **headers, "Content-Length": str(len(body))})
+    return web.Response(status=status, body=body, headers={**_ALL, **headers})
+
+
+def _empty(status: int, headers: dict[str, str]) -> web.Response:
+    return web.Response(status=status, headers=headers)
+
+
+def _matches(request: web.BaseRequest, digest: Digest) -> bool:
+    """RFC 9110 §13.1.2: If-None-Match, by weak comparison."""
+    header = request.headers.get("If-None-Match")
+    if header is None:
+        return False
+    tags = (each.strip().removeprefix("W/").strip('"') for each in header.split(","))
+    return any(each in ("*", digest) for each in tags)
+
+
+def _page(request: web.BaseRequest) -> tuple[str, int | None]:
+    """`last` and `n` of the query.  Raises PaginationNumberInvalid."""
+    return request.query.get("last", ""), parse_limit(request.query.get("n"))
+
+
+def _freshness(now: Exchange) -> str:
+    if now.result in ("hit", "miss", "revalidated") and (now.ttl is None or now.ttl > 0):
+        lifetime = 31536000 if now.ttl is None else (now.age or 0) + now.ttl
+        return f"public, max-age={int(lifetime)}"
+    return "no-cache"
+
+
+def _cache_headers(now: Exchange) -> dict[str, str]:
+    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211)."""
+    if not now.result:
+        return {}
+    headers = {}
+    if now.age is not None:
+        headers["Age"] = str(max(0, int(now.age)))
+    ttl = "" if now.ttl is None else f"; ttl={int(now.ttl)}"
+    status = {
+        "hit": f"hit{ttl}",
+        "miss": f"fwd=miss{ttl}",
+        "revalidated": f"fwd=stale; fwd-status=304{ttl}",
+        "stale": f"hit{ttl}; detail={now.detail}",
+        "negative": "hit; detail=negative",
+        "error": f"fwd=miss; detail={now.detail}",
+    }[now.result]
+    headers["Cache-Status"] = f"entrepot; {status}"
+    return headers
+
+
+class _Connection(web.RequestHandler):
+    """Answers in JSON what is not HTTP, too."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("part of an answer was sent already")
+        log.debug("request.malformed", client=request.remote, status=status, error=str(exc)[:300])
+        text = (message or "the request cannot be served").splitlines()[0][:200]
+        body = error_body("UNSUPPORTED" if status < 500 else "UNKNOWN", text)
+        response = web.Response(status=status, body=body, headers={**_ALL, "Content-Type": JSON})
+        response.force_close()
+        return response
+
+
+class Listener(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+def listener(server: Server, **options: Any) -> Listener:
+    # Cancellation tells that a client has left: its fill goes on, its file does not stay open.
+    return Listener(server.handle, handler_cancellation=True, access_log=None, **options)

@@ -1,0 +1,358 @@
+"""Blobs as plain files: the tree is the index.
+
+    <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
+    <root>/partial/<algorithm>-<encoded>        a fill on its way, locked by whoever writes it
+    <root>/partial/<id>                         any other upload
+
+A blob exists if and only if its file does, and a file gets there only by rename after verification; its
+mtime is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but
+partial/, where a fill is found by its digest and gone on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from storage.errors import BlobUnknown, DigestInvalid, RegistryError, StorageFailed
+from storage.oci import OCTETS, Descriptor, Digest
+from storage.registry import Blob, Upload
+
+CHUNK = 1 << 20  # bytes read or hashed at a time
+BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
+TOUCH = 60.0  # seconds; a last use is noted no finer, so that most hits write nothing
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(f"{path}: {error.strerror or error}") from error
+
+
+class FileBlob(Blob):
+    """A committed blob, or one that still grows under an upload."""
+
+    def __init__(self, file: int, descriptor: Descriptor, upload: FileUpload | None = None) -> None:
+        self.descriptor = descriptor
+        self._file = file
+        self._upload = upload
+
+    def fileno(self) -> int:
+        return self._file
+
+    async def readable(self, offset: int) -> int:
+        """Wait for bytes past `offset`; return where they end for now.
+
+        Raises what the upload failed with.
+        """
+        if self._upload is None:
+            return self.descriptor.size
+        return await self._upload.wait_past(offset)
+
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        while stop is None or start < stop:
+            end = await self.readable(start)
+            if end <= start:
+                return
+            end = min(end, start + CHUNK, end if stop is None else stop)
+            chunk = await asyncio.to_thread(os.pread, self._file, end - start, start)
+            if not chunk:
+                raise StorageFailed(f"{self.descriptor.digest} ends at byte {start}: its file was truncated")
+            yield chunk
+            start += len(chunk)
+
+    async def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class FileUpload(Upload):
+    """One writer appends; any number of readers follow through `follow()`.
+
+    Of what was written all but the last byte is readable, until commit() has found the digest right:
+    so no reader ever holds a complete but wrong blob.
+    """
+
+    def __init__(self, files: Files, path: Path, file: int, algorithm: str, resumable: bool) -> None:
+        self.id = path.name
+        self.offset = 0
+        self._files = files
+        self._path = path
+        self._file = file
+        self._hash = hashlib.new(algorithm)
+        self._resumable = resumable
+        self._waiting: list[bytes] = []  # accepted, not yet written
+        self._written = 0
+        self._readable = 0
+        self._complete = False
+        self._error: BaseException | None = None
+        self._moved = asyncio.Event()
+        self._flusher: asyncio.Task[None] | None = None
+
+    def rehash(self) -> None:
+        """Take in what a former writer left.  Blocks; before anybody writes or follows."""
+        while chunk := os.pread(self._file, CHUNK, self.offset):
+            self._hash.update(chunk)
+            self.offset += len(chunk)
+        os.lseek(self._file, self.offset, os.SEEK_SET)
+        self._written = self.offset
+        self._readable = max(0, self.offset - 1)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is there and right; it may not be in its place yet."""
+        return self._complete
+
+    def matches(self, digest: Digest) -> bool:
+        """Whether what was written so far is all of it.  Nothing may be waiting for the disk."""
+        return digest == f"{self._hash.name}:{self._hash.hexdigest()}"
+
+    async def write(self, chunk: bytes) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiting.append(chunk)
+        self.offset += len(chunk)
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush())
+        while self.offset - self._written > BACKLOG and self._error is None:
+            await self._moved.wait()
+
+    async def _flush(self) -> None:
+        # The disk works on one batch while the next one gathers: slow disks get large writes, and the
+        # network is read in the meantime.
+        try:
+            while self._waiting and self._error is None:
+                batch, self._waiting = self._waiting, []
+                await asyncio.to_thread(self._append, batch)
+                self._written += sum(map(len, batch))
+                self._move(max(self._readable, self._written - 1))
+        except OSError as error:
+            self._fail(StorageFailed(f"{self._path}: {error.strerror or error}"))
+        finally:
+            self._flusher = None
+
+    def _append(self, batch: list[bytes]) -> None:
+        for chunk in batch:
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(self._file, view) :]
+            self._hash.update(chunk)
+
+    async def _flushed(self) -> None:
+        # shield: whoever waits may be cancelled, but the file must not be closed under a thread's write.
+        while self._flusher is not None:
+            await asyncio.shield(self._flusher)
+
+    async def commit(self, digest: Digest) -> Descriptor:
+        await self._flushed()
+        if self._error is not None:
+            raise self._error
+        if digest.algorithm != self._hash.name:
+            self._hash = hashlib.new(digest.algorithm)
+            self.offset = 0
+            await _finished(self.rehash)
+        if not self.matches(digest):
+            error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
+            await self.cancel(error)
+            raise error
+        # Readers get their last byte now; that the disk keeps it may take its time.
+        self._complete = True
+        self._move(self.offset)
+        try:
+            with _translated(self._path):
+                await _finished(self._publish, self._files.path(digest))
+        except StorageFailed:
+            await self.cancel()
+            raise
+        self._close()
+        return Descriptor(OCTETS, digest, self.offset)
+
+    def _publish(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Data before name: after a power cut a name stands for all of its bytes.
+        os.fdatasync(self._file)
+        self._path.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    async def cancel(self, error: BaseException | None = None) -> None:
+        await self._end(error)
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+        self._close()
+
+    async def suspend(self, error: BaseException | None = None) -> None:
+        """Stop, but keep the bytes where the next upload of this digest finds them."""
+        await self._end(error)
+        if not self._resumable or not self._written:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+        self._close()
+
+    async def _end(self, error: BaseException | None) -> None:
+        self._fail(error or BlobUnknown("the upload was cancelled"))
+        await self._flushed()
+
+    def follow(self, descriptor: Descriptor) -> FileBlob:
+        """A reader of the growing file; `descriptor` is what the origin says of it.
+
+        Raises BlobUnknown when the upload has ended: what came of it is in its place then.
+        """
+        if self._file < 0:
+            raise BlobUnknown(f"the upload of {descriptor.digest} has ended")
+        # Reads are by position, so that a duplicate serves: no path that could vanish in between.
+        return FileBlob(os.dup(self._file), descriptor, self)
+
+    async def wait_past(self, offset: int) -> int:
+        while self._readable <= offset and self._error is None and not self._complete:
+            await self._moved.wait()
+        if self._readable <= offset and self._error is not None:
+            raise self._error
+        return self._readable
+
+    def _move(self, readable: int) -> None:
+        self._readable = readable
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None and not self._complete:
+            self._error = error
+        self._move(self._readable)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)  # gives up the lock as well
+            self._file = -1
+
+
+class Files:
+    """`clock` tells the time of last use, in seconds since the epoch."""
+
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+        self.root = root
+        self._clock = clock
+        self._partial = root / "partial"
+        with _translated(root):
+            self._partial.mkdir(parents=True, exist_ok=True)
+            (root / "blobs").mkdir(exist_ok=True)
+
+    def path(self, digest: Digest) -> Path:
+        return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
+
+    def holds(self, digest: Digest) -> bool:
+        return self.path(digest).exists()
+
+    def open(self, digest: Digest, size: int | None = None) -> FileBlob:
+        """Raises BlobUnknown; also where the file is not `size` bytes long, and then it is removed."""
+        path = self.path(digest)
+        with _translated(path):
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise BlobUnknown(f"{digest} is not stored here") from None
+            status = os.fstat(file)
+            if size is not None and status.st_size != size:
+                os.close(file)
+                path.unlink(missing_ok=True)
+                raise BlobUnknown(f"{digest} was damaged: {status.st_size} of {size} bytes were left")
+        now = self._clock()
+        if not 0 <= now - status.st_mtime < TOUCH:
+            with suppress(OSError):  # a read-only disk serves all the same
+                os.utime(file, (now, now))
+        return FileBlob(file, Descriptor(OCTETS, digest, status.st_size))
+
+    def create(self) -> FileUpload:
+        path = self._partial / secrets.token_urlsafe(16)
+        with _translated(path):
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        return FileUpload(self, path, file, "sha256", resumable=False)
+
+    async def resume(self, digest: Digest) -> FileUpload:
+        """The upload of this very digest, with what a former one has left.
+
+        Where another process is at it, an upload apart from it.
+        """
+        path = self._partial / f"{digest.algorithm}-{digest.encoded}"
+        file = self._lock(path)
+        if file is None:
+            return self.create()
+        upload = FileUpload(self, path, file, digest.algorithm, resumable=True)
+        try:
+            with _translated(path):
+                await _finished(upload.rehash)
+        except (RegistryError, asyncio.CancelledError):
+            await upload.suspend()
+            raise
+        return upload
+
+    def _lock(self, path: Path) -> int | None:
+        while True:
+            with _translated(path):
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # 1. we open  2. its writer renames it into blobs/ and lets go  3. we get the lock:
+                    # of a committed blob.  So the name must still lead to the file that we locked.
+                    if _leads_to(path, file):
+                        return file
+                    os.close(file)
+                except BlockingIOError:
+                    os.close(file)
+                    return None
+
+    def stored_bytes(self) -> int:
+        """Of all committed blobs.  Blocks: it looks at every file."""
+        return sum(path.stat().st_size for path in (self.root / "blobs").glob("*/*/*"))
+
+    def check(self) -> None:
+        """Raises StorageFailed where nothing can be written."""
+        path = self._partial / f"check-{os.getpid()}"
+        with _translated(path):
+            path.write_bytes(b"\n")
+            path.unlink()
+
+    def reap(self, age: float) -> int:
+        """Remove partial files that nobody wrote to for `age` seconds; how many they were."""
+        reaped = 0
+        with _translated(self._partial):
+            for path in self._partial.iterdir():
+                with suppress(FileNotFoundError):
+                    if self._clock() - path.stat().st_mtime > age:
+                        path.unlink()
+                        reaped += 1
+        return reaped
+
+
+async def _finished(function: Callable[..., None], *arguments: object) -> None:
+    """Run in a thread; even who is cancelled meanwhile waits for its end.
+
+    Else its caller would close the file under it, and the thread work on whatever gets its number next.
+    """
+    thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        raise
+
+
+def _leads_to(path: Path, file: int) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(file))

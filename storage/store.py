@@ -1,0 +1,242 @@
+"""A registry of our own: blobs plus records.
+
+Content lies on disk once; whether a repository may show it is a record of its own, a link.
+
+    tag <repository> <tag>                    digest, time of validation
+    manifest <repository> <digest>            media type, time of storing, newline, the exact bytes
+    link <repository> <digest>                size in bytes, time of storing
+    referrers <repository> <subject> <digest> descriptor as JSON
+    listing <repository> <what>               time of validation, newline, what an origin listed, as JSON
+
+Times are seconds since the epoch.  Reads are done on the loop, writes in a thread.  A record that cannot
+be read as what it should be counts as absent: a cache fetches it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from storage.errors import BlobUnknown, DigestInvalid, ManifestInvalid, ManifestUnknown, NameUnknown
+from storage.files import FileBlob, Files, FileUpload
+from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag, parse_manifest
+from storage.records import Records
+from storage.registry import Registry, Upload
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Where a tag points, and when an origin last said so."""
+
+    digest: Digest
+    validated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What an origin listed, as plain JSON values, and when."""
+
+    value: Any
+    validated_at: float
+
+
+class StoreUpload(Upload):
+    def __init__(self, store: Store, repository: str, upload: FileUpload) -> None:
+        self._store, self._repository, self._upload = store, repository, upload
+        self.id = upload.id
+        self.write, self.cancel = upload.write, upload.cancel  # type: ignore[method-assign]
+
+    @property
+    def offset(self) -> int:  # type: ignore[override]
+        return self._upload.offset
+
+    async def commit(self, digest: Digest) -> Descriptor:
+        await self._upload.commit(digest)
+        return await self._store.link(self._repository, digest)
+
+
+class Store(Registry):
+    """Every method may raise StorageFailed.  `clock` tells seconds since the epoch."""
+
+    def __init__(self, files: Files, records: Records, clock: Callable[[], float] = time.time) -> None:
+        self._files = files
+        self._records = records
+        self._clock = clock
+
+    # Pull
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> FileBlob:
+        return self.blob(repository, digest)[0]
+
+    def blob(self, repository: str, digest: Digest) -> tuple[FileBlob, float]:
+        """The blob, open, and when `repository` got it.  Raises BlobUnknown."""
+        size, linked_at = _numbers(self._records.get(f"link {repository} {digest}"), 2) or (None, 0.0)
+        if size is None:
+            raise BlobUnknown(f"{repository} holds no blob {digest}")
+        return self._files.open(digest, int(size)), linked_at
+
+    async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
+        blob = await self.get_blob(repository, digest)
+        await blob.close()
+        return blob.descriptor
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        return self.manifest(repository, reference)[0]
+
+    async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
+        return self.manifest(repository, reference)[0].descriptor
+
+    def manifest(self, repository: str, reference: Reference) -> tuple[Manifest, float]:
+        """The manifest and when it was stored.  Raises ManifestUnknown."""
+        if isinstance(reference, Tag):
+            pointer = self.pointer(repository, reference)
+            if pointer is None:
+                raise ManifestUnknown(f"{repository} holds no tag {reference}")
+            reference = pointer.digest
+        record = self._records.get(f"manifest {repository} {reference}") or b""
+        head, _, content = record.partition(b"\n")
+        media_type, _, stored_at = head.rpartition(b" ")
+        times = _numbers(stored_at, 1)
+        # Checked at every read: it costs a microsecond, and a damaged record is no manifest.
+        if times is None or Digest.of(content, reference.algorithm) != reference:
+            raise ManifestUnknown(f"{repository} holds no manifest {reference}")
+        return Manifest(media_type.decode("latin-1"), content, reference), times[0]
+
+    async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
+        prefix = f"tag {repository} "
+        tags = [key[len(prefix) :] for key, _ in islice(self._records.scan(prefix, last), limit)]
+        if not tags and self._records.first(f"manifest {repository} ") is None:
+            raise NameUnknown(f"{repository} holds nothing")
+        return tags
+
+    async def referrers(
+        self, repository: str, digest: Digest, artifact_type: str | None = None
+    ) -> list[Descriptor]:
+        records = self._records.scan(f"referrers {repository} {digest} ")
+        found = [Descriptor.from_json(msgspec.json.decode(value)) for _, value in records]
+        return [each for each in found if artifact_type in (None, each.artifact_type)]
+
+    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+        return list(islice(self._names(last), limit))
+
+    def _names(self, last: str) -> Iterator[str]:
+        # '!' follows the space that ends a name in a key: the next key is another repository's.
+        while (key := self._records.first("manifest ", f"{last}!" if last else "")) is not None:
+            last = key.split(" ")[1]
+            yield last
+
+    # Push
+
+    async def start_upload(self, repository: str, size: int | None = None) -> Upload:
+        return StoreUpload(self, repository, self._files.create())
+
+    async def mount_blob(self, repository: str, digest: Digest, source: str) -> Descriptor:
+        await self.resolve_blob(source, digest)
+        return await self.link(repository, digest)
+
+    async def push_manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Descriptor:
+        """Raises ManifestInvalid, DigestInvalid."""
+        if isinstance(reference, Digest) and Digest.of(manifest.content, reference.algorithm) != reference:
+            raise DigestInvalid(f"the manifest is {manifest.digest}, not {reference}")
+        await asyncio.to_thread(self._push, repository, reference, manifest)
+        return manifest.descriptor
+
+    def _push(self, repository: str, reference: Reference, manifest: Manifest) -> None:
+        now = self._clock()
+        record = f"{manifest.media_type} {now}\n".encode() + manifest.content
+        self._records.put(f"manifest {repository} {manifest.digest}", record)
+        self._refer(repository, manifest)
+        if isinstance(reference, Tag):  # last: a tag never points at what is not there
+            self._point(repository, reference, manifest.digest, now)
+
+    def _refer(self, repository: str, manifest: Manifest) -> None:
+        try:
+            content = parse_manifest(manifest.content)
+        except ManifestInvalid:
+            return  # of a type that we do not know; served as it is
+        if content.subject is not None:
+            descriptor = Descriptor(
+                manifest.media_type,
+                manifest.digest,
+                len(manifest.content),
+                content.artifact_type,
+                content.annotations,
+            )
+            key = f"referrers {repository} {content.subject.digest} {manifest.digest}"
+            self._records.put(key, msgspec.json.encode(descriptor.to_json()))
+
+    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+        if not await asyncio.to_thread(self._delete, repository, reference):
+            raise ManifestUnknown(f"{repository} holds no {reference}")
+
+    def _delete(self, repository: str, reference: Reference) -> bool:
+        if isinstance(reference, Tag):
+            return self._records.delete(f"tag {repository} {reference}")
+        for key, value in list(self._records.scan(f"tag {repository} ")):
+            if value.startswith(reference.encode()):
+                self._records.delete(key)
+        for key, _ in list(self._records.scan(f"referrers {repository} ")):
+            if key.endswith(reference):
+                self._records.delete(key)
+        return self._records.delete(f"manifest {repository} {reference}")
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        if not await asyncio.to_thread(self._records.delete, f"link {repository} {digest}"):
+            raise BlobUnknown(f"{repository} holds no blob {digest}")
+
+    # What a cache needs of its store besides
+
+    def holds(self, digest: Digest) -> bool:
+        """Whether the bytes are here, for whatever repository."""
+        return self._files.holds(digest)
+
+    async def link(self, repository: str, digest: Digest) -> Descriptor:
+        """Show `digest` in `repository`.  Raises BlobUnknown where its bytes are not here."""
+        blob = self._files.open(digest)
+        await blob.close()
+        record = f"{blob.descriptor.size} {self._clock()}".encode()
+        await asyncio.to_thread(self._records.put, f"link {repository} {digest}", record)
+        return blob.descriptor
+
+    async def resume_fill(self, digest: Digest) -> FileUpload:
+        """The upload of `digest`, going on where a former one was cut."""
+        return await self._files.resume(digest)
+
+    def pointer(self, repository: str, tag: Tag) -> Pointer | None:
+        digest, _, time = (self._records.get(f"tag {repository} {tag}") or b"").partition(b" ")
+        times = _numbers(time, 1)
+        return Pointer(Digest(digest.decode()), times[0]) if times else None
+
+    async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
+        """An origin said just now that `tag` is `digest`, whose manifest is here."""
+        await asyncio.to_thread(self._point, repository, tag, digest, self._clock())
+
+    def _point(self, repository: str, tag: Tag, digest: Digest, now: float) -> None:
+        self._records.put(f"tag {repository} {tag}", f"{digest} {now}".encode())
+
+    def listing(self, repository: str, what: str) -> Listing | None:
+        time, _, value = (self._records.get(f"listing {repository} {what}") or b"").partition(b"\n")
+        times = _numbers(time, 1)
+        return Listing(msgspec.json.decode(value), times[0]) if times else None
+
+    async def keep_listing(self, repository: str, what: str, value: Any) -> None:
+        record = f"{self._clock()}\n".encode() + msgspec.json.encode(value)
+        await asyncio.to_thread(self._records.put, f"listing {repository} {what}", record)
+
+    async def close(self) -> None:
+        self._records.close()
+
+
+def _numbers(record: bytes | None, count: int) -> list[float] | None:
+    """The record's `count` numbers; None where it is absent or damaged."""
+    try:
+        numbers = [float(field) for field in (record or b"").split()]
+    except ValueError:
+        return None
+    return numbers if len(numbers) == count else None

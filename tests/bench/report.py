@@ -1,0 +1,62 @@
+"""Samples become a Markdown table: medians, the spread, and ratios of samples of the same round."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from tests.bench.peers import DockerRegistry, Entrepot
+from tests.bench.scenarios import Measure, Scenario
+from tests.bench.upstream import MIB
+
+Results = dict[str, list[list[float]]]  # peer -> round -> one figure a measure
+COLUMNS = (Entrepot.name, DockerRegistry.name, "nginx")
+
+
+def ratio(measure: Measure, ours: list[float], theirs: list[float]) -> float:
+    """How many times as good ours is: the median over rounds, since noise hits neighbours alike."""
+    pairs = [(a, b) if measure.more_is_better else (b, a) for a, b in zip(ours, theirs, strict=True)]
+    return median(good / bad if bad else float("inf") for good, bad in pairs)
+
+
+def verdict(measure: Measure, figures: dict[str, list[float]]) -> str:
+    if not measure.aim or Entrepot.name not in figures:
+        return ""
+    ours = figures[Entrepot.name]
+    if not measure.aim.peer:
+        met = median(ours) <= measure.aim.value * 1.005
+    elif measure.aim.peer in figures:
+        # As precise as it is printed.
+        met = round(ratio(measure, ours, figures[measure.aim.peer]), 1) >= measure.aim.value
+    else:
+        return str(measure.aim)
+    return f"{measure.aim}: {'met' if met else '**short**'}"
+
+
+def rows(scenario: Scenario, results: Results) -> list[str]:
+    lines = []
+    for index, measure in enumerate(scenario.measures):
+        figures = {peer: [sample[index] for sample in samples] for peer, samples in results.items()}
+        size = f" ({scenario.size // MIB} MiB)" if scenario.size else ""
+        cells = [f"– {measure.title}" if index else f"{measure.title}{size}", measure.unit]
+        cells += [_spread(figures.get(peer, [])) for peer in COLUMNS]
+        for peer in COLUMNS[1:]:
+            known = Entrepot.name in figures and peer in figures
+            cells.append(f"{ratio(measure, figures[COLUMNS[0]], figures[peer]):.2f}×" if known else "")
+        lines.append(f"| {' | '.join([*cells, verdict(measure, figures)])} |")
+    return lines
+
+
+def header() -> list[str]:
+    titles = ["work", "unit", *COLUMNS, *(f"better than {peer}" for peer in COLUMNS[1:]), "aim"]
+    return [f"| {' | '.join(titles)} |", f"|{'---|' * 2}{'--:|' * 5}---|"]
+
+
+def _spread(figures: list[float]) -> str:
+    if not figures:
+        return ""
+    low, middle, high = (_number(each) for each in (min(figures), median(figures), max(figures)))
+    return middle if low == high else f"{middle} ({low}–{high})"
+
+
+def _number(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"

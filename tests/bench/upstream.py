@@ -1,0 +1,167 @@
+"""The registry that the peers cache: static files behind nginx, which is never the bottleneck.
+
+Four ports serve the same tree: `port` logs every request, `slow_port` too and limits the rate of each
+connection, `direct_port` logs nothing (nginx as a peer), and `link_port` leads to `port` through a link of
+limited bandwidth and some latency that all connections share (link.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.clients import get
+from tests.bench.peers import Process, free_port
+
+REPOSITORY = "library/bench"
+TAG = "latest"
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+SLOW_RATE = 60 << 20  # bytes per second of one connection to slow_port
+LINK_RATE = 100 << 20  # bytes per second of all connections through link_port together
+LINK_DELAY = 0.02  # seconds, one way
+QUIET = 0.3  # seconds without a request, longer than one can be on the link, mean that no more will come
+MIB = 1 << 20
+
+_CONFIGURATION = """
+{user}
+worker_processes auto;
+daemon off;
+pid {directory}/nginx.pid;
+error_log {directory}/error.log;
+events {{ worker_connections 4096; }}
+http {{
+    log_format served '$request_method $status $body_bytes_sent $uri';
+    access_log {directory}/access.log served;
+    client_body_temp_path {directory}/temporary;
+    proxy_temp_path {directory}/temporary;
+    fastcgi_temp_path {directory}/temporary;
+    scgi_temp_path {directory}/temporary;
+    uwsgi_temp_path {directory}/temporary;
+    sendfile on;
+    tcp_nopush on;
+    keepalive_requests 1000000;
+    root {directory}/tree;
+    server {{ listen 127.0.0.1:{port}; include {directory}/registry.conf; }}
+    server {{ listen 127.0.0.1:{slow_port}; limit_rate {slow_rate}; include {directory}/registry.conf; }}
+    server {{ listen 127.0.0.1:{direct_port}; access_log off; include {directory}/registry.conf; }}
+    server {{ listen 127.0.0.1:{status_port}; access_log off; location / {{ stub_status; }} }}
+}}
+"""
+_REGISTRY = """
+add_header Docker-Distribution-Api-Version registry/2.0 always;
+location = /v2/ {{ default_type application/json; return 200 '{{}}'; }}
+location ~ ^/v2/.+/blobs/(?<digest>sha256:[0-9a-f]+)$ {{
+    default_type application/octet-stream;
+    add_header Docker-Content-Digest $digest;
+}}
+location ~ ^/v2/.+/manifests/ {{
+    default_type {manifest_type};
+    add_header Docker-Content-Digest {manifest_digest};
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Content:
+    digest: str
+    size: int
+    file: Path
+
+    @property
+    def path(self) -> str:
+        return f"/v2/{REPOSITORY}/blobs/{self.digest}"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What upstream has sent: requests with and without a body, and bytes of bodies."""
+
+    gets: int
+    others: int
+    bytes: int
+
+
+class Upstream:
+    """Runs until stop(); everything it writes is below `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tree = directory / "tree" / "v2" / REPOSITORY
+        (self._tree / "blobs").mkdir(parents=True)
+        (self._tree / "manifests").mkdir()
+        self.manifest = self._add_manifest()
+        self.port, self.slow_port, self.direct_port, self._status_port = (free_port() for _ in range(4))
+        self.link_port = free_port()
+        self._write_configuration()
+        self.process = Process("nginx", ["nginx", "-c", str(directory / "nginx.conf")], directory)
+        self.process.wait_ready(self.port)
+        link = [sys.executable, str(Path(__file__).with_name("link.py"))]
+        link += [str(self.link_port), str(self.port), str(LINK_RATE), str(LINK_DELAY)]
+        self._link = Process("link", link, directory)
+        self._link.wait_ready(self.link_port)
+
+    def stop(self) -> None:
+        self._link.stop()
+        self.process.stop()
+
+    def add_blob(self, size: int) -> Content:
+        """Content that nobody has seen: one random MiB over and over, each time with another number in it."""
+        block, file, digest = bytearray(os.urandom(MIB)), self._tree / "blobs" / "new", hashlib.sha256()
+        with file.open("wb") as target:
+            for number in range(size // MIB):
+                block[:8] = number.to_bytes(8, "big")
+                digest.update(block)
+                target.write(block)
+        name = f"sha256:{digest.hexdigest()}"
+        return Content(name, size // MIB * MIB, file.rename(file.with_name(name)))
+
+    def take_log(self) -> Traffic:
+        """What was asked since the last call.  Waits until none is under way."""
+        quiet_since = time.monotonic()
+        while time.monotonic() < quiet_since + QUIET:
+            time.sleep(0.02)
+            # Requests are logged when they end; "Writing" counts those not ended, this one included.
+            if not re.search(rb"Writing: 1 ", get(self._status_port, "/")[1]):
+                quiet_since = time.monotonic()
+        log = self._directory / "access.log"
+        lines = [line.split() for line in log.read_text().splitlines()]
+        os.truncate(log, 0)
+        gets = [line for line in lines if line[0] == "GET"]
+        return Traffic(len(gets), len(lines) - len(gets), sum(int(line[2]) for line in gets))
+
+    def _add_manifest(self) -> Content:
+        def descriptor(kind: str, size: int) -> dict[str, str | int]:
+            blob = self.add_blob(size)
+            return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": blob.digest, "size": size}
+
+        content = {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "config": descriptor("config.v1+json", MIB),
+            "layers": [descriptor("layer.v1.tar+gzip", MIB) for _ in range(5)],
+        }
+        body = json.dumps(content, indent=2).encode()
+        digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+        for name in (TAG, digest):
+            (self._tree / "manifests" / name).write_bytes(body)
+        return Content(digest, len(body), self._tree / "manifests" / digest)
+
+    def _write_configuration(self) -> None:
+        main = _CONFIGURATION.format(
+            user="user root;" if os.geteuid() == 0 else "",
+            directory=self._directory,
+            port=self.port,
+            slow_port=self.slow_port,
+            slow_rate=SLOW_RATE,
+            direct_port=self.direct_port,
+            status_port=self._status_port,
+        )
+        registry = _REGISTRY.format(manifest_type=MANIFEST_TYPE, manifest_digest=self.manifest.digest)
+        (self._directory / "nginx.conf").write_text(main)
+        (self._directory / "registry.conf").write_text(registry)

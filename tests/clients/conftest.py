@@ -1,0 +1,98 @@
+"""What the tests with real clients stand on: filled upstream registries, and the site before them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.clients import images
+from tests.clients.processes import require
+from tests.clients.site import DockerRegistry, Site
+
+
+@dataclass(frozen=True)
+class Images:
+    """What lies upstream, by where it lies (namespace/repository:tag)."""
+
+    layers: images.Image  # docker.io/library/layers:1
+    schema2: images.Image  # docker.io/library/schema2:1
+    platforms: images.Image  # docker.io/library/platforms:1
+    artifact: images.Image  # docker.io/team/artifact:1
+    app: images.Image  # quay.example/team/app:1
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Directories of docker-registry with `images` in them, by namespace."""
+
+    images: Images
+    roots: dict[str, Path]
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    """Content pushed once to registries that every test starts anew, and only reads."""
+    require("docker-registry", root=False)
+    made = Images(
+        layers=images.image("layers"),
+        schema2=images.image("schema2", types=images.DOCKER),
+        platforms=images.index("platforms", "amd64", "arm64"),
+        artifact=images.artifact(),
+        app=images.image("app"),
+    )
+    directory = tmp_path_factory.mktemp("upstream")
+    contents = {
+        "docker.io": {
+            "library/layers": made.layers,
+            "library/schema2": made.schema2,
+            "library/platforms": made.platforms,
+            "team/artifact": made.artifact,
+        },
+        "quay.example": {"team/app": made.app},
+    }
+    for namespace, repositories in contents.items():
+        registry = DockerRegistry(directory / namespace, directory)
+        try:
+            for repository, image in repositories.items():
+                images.push(registry.url, repository, "1", image)
+        finally:
+            registry.stop()
+    return Filled(made, {namespace: directory / namespace for namespace in contents})
+
+
+@pytest.fixture
+def pushed(filled: Filled) -> Images:
+    return filled.images
+
+
+@pytest.fixture
+def site(filled: Filled, tmp_path: Path) -> Iterator[Site]:
+    """An empty cache before the filled upstreams."""
+    upstreams: dict[str, DockerRegistry] = {}
+    try:
+        for namespace, root in filled.roots.items():
+            upstreams[namespace] = DockerRegistry(root, tmp_path)
+        site = Site(upstreams, tmp_path)
+        try:
+            yield site
+        finally:
+            site.stop()
+    finally:
+        for upstream in upstreams.values():
+            upstream.stop()
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A directory for a client's own state; short, for a socket's path holds 107 bytes.
+
+    Its removal fails where a client left a mount behind.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="entrepot-"))
+    yield directory
+    shutil.rmtree(directory)

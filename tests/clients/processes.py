@@ -1,0 +1,129 @@
+"""Programs of others: found, run, started, waited for by what they print, and ended by their pid."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+PATIENCE = 60.0  # seconds until a program that should answer is taken for hung
+GRACE = 20.0  # seconds from the request to end to the kill
+
+
+def require(*programs: str, root: bool = True) -> None:
+    """Skip the test where a program is not installed; fail it if ENTREPOT_REQUIRE_CLIENTS=1 asks for all."""
+    lacking = [f"{name} is not installed" for name in programs if not shutil.which(name)]
+    if root and os.geteuid() != 0:
+        lacking.append("needs root")
+    if lacking and os.environ.get("ENTREPOT_REQUIRE_CLIENTS") == "1":
+        pytest.fail("; ".join(lacking))
+    if lacking:
+        pytest.skip("; ".join(lacking))
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """For clients: nobody's logins, and no way past the cache.
+
+    Every client falls back from a mirror to the real registry; through a proxy that is not there it
+    cannot, so that a failure of ours shows and no test leaves this machine.
+    """
+    nowhere = "http://127.0.0.1:9"
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "HTTP_PROXY": nowhere,
+        "HTTPS_PROXY": nowhere,
+        "NO_PROXY": "127.0.0.1",
+        **more,
+    }
+
+
+def run(command: Sequence[str | Path], environment: Mapping[str, str]) -> str:
+    """Run to the end and return standard output.  A failure fails the test with what was printed."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    if done.returncode:
+        pytest.fail(f"{' '.join(words)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on, for programs that cannot choose one themselves."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Process:
+    """A running program, all of whose output (both streams) is kept as `lines`."""
+
+    def __init__(
+        self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None, ready: str = ""
+    ):
+        """Start `command` and return once it has printed a line that holds `ready`."""
+        words = [str(word) for word in command]
+        self.lines: list[str] = []
+        self._ended = False
+        self._news = threading.Condition()
+        self._process = subprocess.Popen(
+            words,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert self._process.stdout
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
+        try:
+            self.wait_for(ready)
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_for(self, text: str) -> str:
+        """The first line that holds `text`, waiting until it is printed."""
+        seen = 0
+        deadline = time.monotonic() + PATIENCE
+        with self._news:
+            while True:
+                for line in self.lines[seen:]:
+                    if text in line:
+                        return line
+                seen = len(self.lines)
+                left = deadline - time.monotonic()
+                if self._ended or left <= 0:
+                    state = "ended" if self._ended else "is silent"
+                    said = "\n".join(self.lines)
+                    pytest.fail(f"{self._process.args!r} {state} without {text!r}:\n{said}")
+                self._news.wait(left)
+
+    def stop(self) -> None:
+        """Ask it to end, make it end, and wait until it has.  Again is harmless."""
+        self._process.terminate()
+        try:
+            self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(GRACE)
+
+    def _read(self, pipe: IO[str]) -> None:
+        with pipe:
+            for line in pipe:
+                with self._news:
+                    self.lines.append(line.rstrip("\n"))
+                    self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()

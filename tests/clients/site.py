@@ -1,0 +1,109 @@
+"""A site: real upstream registries and Entrepôt before them, each a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from tests.clients.processes import Process, free_port
+
+Pulled = TypeVar("Pulled")
+
+SERVER = (sys.executable, "-m", "proxy", "serve", "--config")
+
+_REQUEST = re.compile(r'"((?:GET|HEAD|POST|PUT|PATCH|DELETE) \S+) HTTP/1\.1"')
+
+
+class DockerRegistry:
+    """Debian's docker-registry, its content in the directory `root`."""
+
+    def __init__(self, root: Path, directory: Path):
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._marks = itertools.count()
+        config = directory / f"{root.name}.yml"
+        config.write_text(
+            json.dumps(  # JSON is YAML
+                {
+                    "version": "0.1",
+                    "log": {"level": "info", "formatter": "text"},
+                    "storage": {"filesystem": {"rootdirectory": str(root)}},
+                    "http": {"addr": self.url.removeprefix("http://"), "secret": "of no worth"},
+                }
+            )
+        )
+        self._process = Process(["docker-registry", "serve", config], ready="listening on")
+
+    def requests(self) -> list[str]:
+        """What was asked of it so far, as "METHOD target", in the order of the answers."""
+        # Its log is written behind its answers: one request more, told from all others, and wait for it.
+        mark = f"/v2/?mark={next(self._marks)}."
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(self.url + mark, timeout=30):
+            pass
+        self._process.wait_for(f"GET {mark} ")
+        found = (_REQUEST.search(line) for line in self._process.lines)
+        return [request[1] for request in found if request and "/v2/?mark=" not in request[1]]
+
+    def stop(self) -> None:
+        self._process.stop()
+
+
+class Site:
+    """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default."""
+
+    def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path):
+        self.upstreams = upstreams
+        self.address = f"127.0.0.1:{free_port()}"
+        config = directory / "entrepot.yml"
+        config.write_text(
+            json.dumps(
+                {
+                    "listen": self.address,
+                    "admin": "off",
+                    "disk": {"path": str(directory / "cache")},
+                    "default_namespace": next(iter(upstreams)),
+                    "namespaces": {
+                        namespace: {"upstream": {"url": upstream.url}, "fresh_for": "10m"}
+                        for namespace, upstream in upstreams.items()
+                    },
+                }
+            )
+        )
+        self._process = Process([*SERVER, config], ready="listening")
+
+    def requests(self) -> dict[str, list[str]]:
+        """What reached the upstream of each namespace so far."""
+        return {namespace: upstream.requests() for namespace, upstream in self.upstreams.items()}
+
+    def go_offline(self) -> None:
+        for upstream in self.upstreams.values():
+            upstream.stop()
+
+    def stop(self) -> None:
+        self._process.stop()
+        print(*self._process.lines, sep="\n")  # shown with a test that failed
+
+
+def pull_cold_warm_offline(site: Site, pull: Callable[[], Pulled], expected: Pulled) -> None:
+    """Pull through an empty cache, a full one, and a full one whose upstreams are gone.
+
+    `pull` starts from a client that holds nothing, and returns what it came to hold.  The warm pull
+    must not reach an upstream at all, the cold one ask for each blob once.
+    """
+    assert pull() == expected
+    cold = site.requests()
+    asked = [request for requests in cold.values() for request in requests]
+    assert asked, "the pull did not come through the cache"
+    blobs = [request for request in asked if request.startswith("GET ") and "/blobs/" in request]
+    assert len(blobs) == len(set(blobs)), "a blob was fetched more than once"
+
+    assert pull() == expected
+    assert site.requests() == cold
+
+    site.go_offline()
+    assert pull() == expected

@@ -1,0 +1,104 @@
+"""containerd with the cache as the `_default` host: every registry's images, told apart by `ns`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.clients.conftest import Images
+from tests.clients.images import Image
+from tests.clients.processes import Process, environment, require, run
+from tests.clients.site import Site, pull_cold_warm_offline
+
+_CONFIG = """
+version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+address = "{directory}/containerd.sock"
+"""
+
+_HOSTS = """
+server = "{mirror}"
+[host."{mirror}"]
+capabilities = ["pull", "resolve"]
+"""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What containerd holds: what each name points at, and the digests of all content."""
+
+    names: dict[str, str]
+    content: set[str]
+
+
+class Containerd:
+    """containerd in directories of its own, started anew for every pull."""
+
+    def __init__(self, site: Site, home: Path):
+        require("containerd", "ctr", "unshare")
+        self._home = home
+        self._daemons = itertools.count()
+        self._environment = environment(home)
+        self._hosts = home / "hosts"
+        (self._hosts / "_default").mkdir(parents=True)
+        (self._hosts / "_default" / "hosts.toml").write_text(_HOSTS.format(mirror=f"http://{site.address}"))
+
+    def pull(self, *names: str, how: tuple[str, ...]) -> Held:
+        """Pull into a daemon that holds nothing, by the words `how` of ctr."""
+        directory = self._home / f"containerd-{next(self._daemons)}"
+        directory.mkdir()
+        config = directory / "config.toml"
+        config.write_text(_CONFIG.format(directory=directory))
+        daemon = ["unshare", "--mount", "containerd", f"--config={config}"]  # its mounts end with it
+        process = Process(daemon, self._environment, ready="containerd successfully booted")
+        ctr = ["ctr", "--address", f"{directory}/containerd.sock"]
+        try:
+            for name in names:
+                run([*ctr, *how, "--hosts-dir", self._hosts, name], self._environment)
+            rows = run([*ctr, "images", "ls"], self._environment).splitlines()[1:]
+            content = run([*ctr, "content", "ls", "--quiet"], self._environment).split()
+        finally:
+            process.stop()
+        return Held({name: digest for name, _type, digest, *_ in map(str.split, rows)}, set(content))
+
+
+@pytest.fixture
+def containerd(site: Site, home: Path) -> Containerd:
+    return Containerd(site, home)
+
+
+def held(images: dict[str, Image]) -> Held:
+    content = {part.digest for image in images.values() for part in image.parts()}
+    return Held({name: image.digest for name, image in images.items()}, content)
+
+
+def test_pull_and_unpack(site: Site, containerd: Containerd, pushed: Images) -> None:
+    names = {
+        "docker.io/library/layers:1": pushed.layers,
+        "docker.io/library/schema2:1": pushed.schema2,
+        "docker.io/library/platforms:1": pushed.platforms,
+        f"docker.io/library/platforms@{pushed.platforms.digest}": pushed.platforms,
+        "quay.example/team/app:1": pushed.app,
+    }
+    how = ("images", "pull", "--snapshotter", "native", "--all-platforms")
+    pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=how), held(names))
+
+
+def test_pull_for_one_platform(site: Site, containerd: Containerd, pushed: Images) -> None:
+    name = "docker.io/library/platforms:1"
+    wanted = [pushed.platforms.manifest, *pushed.platforms.amd64.parts()]
+    expected = Held({name: pushed.platforms.digest}, {part.digest for part in wanted})
+    how = ("images", "pull", "--snapshotter", "native", "--platform", "linux/amd64")
+    pull_cold_warm_offline(site, lambda: containerd.pull(name, how=how), expected)
+
+
+def test_fetch_an_artifact(site: Site, containerd: Containerd, pushed: Images) -> None:
+    names = {"docker.io/team/artifact:1": pushed.artifact}
+    how = ("content", "fetch", "--all-platforms")
+    pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=how), held(names))

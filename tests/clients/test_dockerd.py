@@ -1,0 +1,78 @@
+"""dockerd with the cache in `registry-mirrors` pulls what Docker Hub's short names mean."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.clients.conftest import Images
+from tests.clients.images import Image
+from tests.clients.processes import Process, environment, require, run
+from tests.clients.site import Site, pull_cold_warm_offline
+
+
+@dataclass(frozen=True)
+class Held:
+    """What dockerd holds under a name: `digests` as repository@digest, the digest being what was named."""
+
+    digests: tuple[str, ...]
+    config: str
+    layers: tuple[str, ...]
+
+
+class Docker:
+    """dockerd and its own containerd in directories of their own, started anew for every pull."""
+
+    def __init__(self, site: Site, home: Path):
+        require("docker", "dockerd", "unshare")
+        self._mirror = f"http://{site.address}"
+        self._home = home
+        self._daemons = itertools.count()
+        self._environment = environment(home)
+
+    def pull(self, *names: str) -> list[Held]:
+        """Pull, for linux/amd64, into a daemon that holds nothing."""
+        directory = self._home / f"dockerd-{next(self._daemons)}"
+        directory.mkdir()
+        (directory / "daemon.json").write_text(json.dumps({"registry-mirrors": [self._mirror]}))
+        socket = f"unix://{directory}/docker.sock"
+        daemon = [
+            *("unshare", "--mount"),  # its mounts end with it
+            *("dockerd", f"--config-file={directory}/daemon.json", f"--host={socket}"),
+            *(f"--data-root={directory}/data", f"--exec-root={directory}/run"),
+            *(f"--pidfile={directory}/dockerd.pid", "--storage-driver=vfs"),
+            *("--bridge=none", "--iptables=false", "--ip6tables=false"),
+        ]
+        process = Process(daemon, self._environment, ready="API listen on")
+        try:
+            return [self._pull(["docker", "--host", socket], name) for name in names]
+        finally:
+            process.stop()
+
+    def _pull(self, docker: list[str], name: str) -> Held:
+        run([*docker, "pull", "--quiet", "--platform=linux/amd64", name], self._environment)
+        image = json.loads(run([*docker, "image", "inspect", name], self._environment))[0]
+        return Held(tuple(image["RepoDigests"]), image["Id"], tuple(image["RootFS"]["Layers"]))
+
+
+@pytest.fixture
+def docker(site: Site, home: Path) -> Docker:
+    return Docker(site, home)
+
+
+def held(repository: str, image: Image) -> Held:
+    return Held((f"{repository}@{image.digest}",), image.amd64.config.digest, image.amd64.diff_ids)
+
+
+def test_pull_through_registry_mirrors(site: Site, docker: Docker, pushed: Images) -> None:
+    names = {
+        "layers:1": held("layers", pushed.layers),
+        "schema2:1": held("schema2", pushed.schema2),
+        f"platforms@{pushed.platforms.digest}": held("platforms", pushed.platforms),
+        "docker.io/library/platforms:1": held("platforms", pushed.platforms),
+    }
+    pull_cold_warm_offline(site, lambda: docker.pull(*names), list(names.values()))

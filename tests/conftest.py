@@ -1,0 +1,191 @@
+"""What all tests share: a site of upstream and server, and the check that a test leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import structlog
+from structlog.testing import LogCapture
+
+from proxy.app import App
+from proxy.config import Config, load
+from tests.upstream import Upstream
+
+Serve = Callable[..., Awaitable["Site"]]
+
+
+class Clock:
+    """Time that passes only when a test says so; seconds since the epoch."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Site:
+    """A server under test with a client's session to it."""
+
+    def __init__(self, app: App, session: aiohttp.ClientSession, directory: Path, clock: Clock) -> None:
+        self.app = app
+        self.session = session
+        self.directory = directory
+        self.clock = clock
+
+    @property
+    def url(self) -> str:
+        return str(self.app.url.origin())
+
+    def request(self, method: str, path: str, **options: Any) -> Any:
+        """As aiohttp's; `path` starts with a slash, no redirect is followed."""
+        return self.session.request(method, self.url + path, allow_redirects=False, **options)
+
+    async def get(self, path: str, **headers: str) -> tuple[int, Any, bytes]:
+        """Status, headers and body of a GET; names in `headers` have _ for -."""
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.request("GET", path, headers=given) as response:
+            return response.status, response.headers, await response.read()
+
+    @property
+    def partial(self) -> list[str]:
+        return os.listdir(self.directory / "cache" / "partial")
+
+    async def metrics(self) -> str:
+        assert self.app.admin_url is not None
+        async with self.session.get(self.app.admin_url / "metrics") as response:
+            return await response.text()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    async with Upstream() as registry:
+        yield registry
+
+
+@pytest.fixture
+async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
+    """Start a server: `await serve(upstream, key=value…)`, the keys being those of namespace docker.io.
+
+    `top` are keys of the configuration's top level, `options` of the upstream, `more` further namespaces.
+    """
+    sites: list[Site] = []
+
+    async def start(
+        upstream: Upstream | str,
+        *,
+        directory: Path | None = None,
+        top: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
+        **keys: Any,
+    ) -> Site:
+        url = upstream if isinstance(upstream, str) else upstream.url
+        directory = directory or tmp_path / "disk"
+        app = App(
+            configuration(
+                tmp_path,
+                {
+                    "listen": "127.0.0.1:0",
+                    "admin": "127.0.0.1:0",
+                    "drain": "1s",
+                    "disk": {"path": str(directory)},
+                    "namespaces": {
+                        "docker.io": {
+                            "upstream": {
+                                "url": url,
+                                "connect_timeout": "2s",
+                                "header_timeout": "2s",
+                                "progress_timeout": "2s",
+                                **(options or {}),
+                            },
+                            **keys,
+                        },
+                        **(more or {}),
+                    },
+                    **(top or {}),
+                },
+            ),
+            clock,
+        )
+        await app.start()
+        # Bodies are compared to the byte: the client must not decode or hide anything.
+        session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=30))
+        site = Site(app, session, directory, clock)
+        sites.append(site)
+        return site
+
+    yield start
+    for site in sites:
+        await site.session.close()
+        await site.app.stop()
+
+
+def configuration(directory: Path, tree: dict[str, Any]) -> Config:
+    import yaml
+
+    path = directory / "entrepot.yml"
+    path.write_text(yaml.safe_dump(tree))
+    return load(path, {})
+
+
+@pytest.fixture(autouse=True)
+def events(request: pytest.FixtureRequest) -> Iterator[LogCapture]:
+    """All events of a test.  An `error` event fails it, unless it is marked `errors("noun.verb")`."""
+    capture = LogCapture()
+    before = structlog.get_config()
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, capture],
+        wrapper_class=structlog.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    yield capture
+    structlog.configure(**before)
+    marker = request.node.get_closest_marker("errors")
+    allowed = marker.args if marker else ()
+    errors = [each for each in capture.entries if each["log_level"] in ("error", "critical")]
+    unexpected = [each for each in errors if each["event"] not in allowed]
+    assert not unexpected, f"error events that the test did not ask for: {unexpected}"
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left(tmp_path: Path) -> AsyncIterator[None]:
+    """No task and no descriptor outlives a test, and no partial file but those it says it leaves.
+
+    A test that means to leave partial files removes them, having looked at them.
+    """
+    descriptors = _descriptors()
+    yield
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not tasks, f"tasks left: {tasks}"
+    left = [path for path in tmp_path.glob("**/partial/*")]
+    assert not left, f"partial files left: {left}"
+    more = _descriptors() - descriptors
+    assert not more, f"descriptors left: {more}"
+
+
+def _descriptors() -> set[str]:
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:
+            continue
+        # SQLite's are the executor threads', and close with them.
+        if target.startswith(("socket:", "/")) and "/records/" not in target:
+            found.add(f"{entry} -> {target}")
+    return found

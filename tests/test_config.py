@@ -1,0 +1,581 @@
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxy.config import (
+    WELL_KNOWN,
+    Address,
+    Config,
+    ConfigError,
+    Disk,
+    Log,
+    Namespace,
+    Secret,
+    TagRule,
+    Upstream,
+    default_cache_directory,
+    load,
+    parse_duration,
+)
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "config.example.yml"
+MANUAL = ROOT / "docs" / "configuration.md"
+SECTIONS = (Config, Disk, Log, Namespace, TagRule, Upstream)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Any:
+    def read(text: str, **environ: str) -> Config:
+        path = tmp_path / "entrepot.yml"
+        path.write_text(text, encoding="utf-8")
+        return load(path, environ)
+
+    return read
+
+
+@pytest.fixture
+def fault(read: Any, tmp_path: Path) -> Any:
+    """The one line that `text` is refused with, without the file's name before it."""
+
+    def fault(text: str, **environ: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            read(text, **environ)
+        line = str(caught.value)
+        assert len(line.splitlines()) == 1
+        hidden = caught.value.__suppress_context__ or caught.value.__context__ is None
+        assert hidden, "a traceback would show values"
+        prefix = str(tmp_path / "entrepot.yml")
+        assert line.startswith(prefix)
+        return line.removeprefix(prefix).removeprefix(": ")
+
+    return fault
+
+
+def namespace(members: str, name: str = "x") -> str:
+    return f"namespaces: {{{name}: {{upstream: https://x.example, {members}}}}}"
+
+
+def upstream(members: str) -> str:
+    return f"namespaces: {{x: {{upstream: {{{members}}}}}}}"
+
+
+def at(members: str) -> str:
+    return upstream(f"url: https://x.example, {members}")
+
+
+# Defaults
+
+
+def test_without_a_file_the_well_known_registries_are_cached() -> None:
+    config = load(None, {})
+    assert config.listen == Address("127.0.0.1", 5000)
+    assert config.admin == Address("127.0.0.1", 5001)
+    assert config.default_namespace == "docker.io"
+    assert {name: each.upstream.url for name, each in config.namespaces.items()} == WELL_KNOWN
+    hub = config.namespaces["docker.io"]
+    assert hub.library
+    assert hub.aliases == ("index.docker.io", "registry-1.docker.io", "registry.hub.docker.com")
+    assert not config.namespaces["ghcr.io"].library
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "{}", "disk:\nlog:\nnamespaces:\nlisten:\n"])
+def test_what_is_left_out_or_without_a_value_has_its_default(read: Any, text: str) -> None:
+    assert read(text) == load(None, {})
+
+
+def test_given_namespaces_replace_the_well_known(read: Any) -> None:
+    config = read(namespace(""))
+    assert list(config.namespaces) == ["x"]
+    assert config.default_namespace is None
+
+
+def test_docker_hub_keeps_its_built_in_aliases_beside_given_ones(read: Any) -> None:
+    hub = read(namespace("aliases: [hub, index.docker.io]", "docker.io")).namespaces["docker.io"]
+    assert hub.aliases == ("hub", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com")
+    assert hub.library
+    assert not read(namespace("library: false", "docker.io")).namespaces["docker.io"].library
+
+
+def test_default_namespace(read: Any, fault: Any) -> None:
+    assert read("default_namespace: null").default_namespace is None
+    assert read("default_namespace: ghcr.io").default_namespace == "ghcr.io"
+    assert fault("default_namespace: dokcer.io").endswith("did you mean docker.io?")
+
+
+def test_default_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert default_cache_directory() == Path("/xdg/entrepot")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored: XDG Base Directory, "Basics"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_directory() == tmp_path / ".cache" / "entrepot"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    for absent in ("/", str(tmp_path / "nonexistent")):
+        monkeypatch.setenv("HOME", absent)
+        assert default_cache_directory() == Path("/var/cache/entrepot")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("0.0.0.0:80", Address("0.0.0.0", 80)),
+        ("localhost:0", Address("localhost", 0)),
+        ('"[::1]:65535"', Address("::1", 65535)),
+        ('"[fe80::1%eth0]:1"', Address("fe80::1%eth0", 1)),
+        ('":5000"', Address("", 5000)),
+    ],
+)
+def test_address(read: Any, text: str, address: Address) -> None:
+    assert read(f"listen: {text}").listen == address
+    assert str(address) == text.strip('"')
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5000", "localhost", "::1:5000", '"[::g]:1"', "h:65536", "http://h:1", "'h:'", "off", "'h:٣'", "[a]"],
+)
+def test_address_refused(fault: Any, text: str) -> None:
+    assert fault(f"listen: {text}").startswith("listen: ")
+
+
+@pytest.mark.parametrize("text", ["off", "'off'", "false"])
+def test_admin_off(read: Any, text: str) -> None:
+    assert read(f"admin: {text}").admin is None
+
+
+PARTS = {"w": 604800_000, "d": 86400_000, "h": 3600_000, "m": 60_000, "s": 1000, "ms": 1}
+
+
+@given(st.fixed_dictionaries({}, optional={unit: st.integers(0, 10**6) for unit in PARTS}))
+def test_durations_round_trip(numbers: dict[str, int]) -> None:
+    text = "".join(f"{numbers[unit]}{unit}" for unit in PARTS if unit in numbers)
+    milliseconds = sum(number * PARTS[unit] for unit, number in numbers.items())
+    if text:
+        assert parse_duration(text) == pytest.approx(milliseconds / 1000, rel=1e-12)
+    else:
+        with pytest.raises(ValueError, match="unit"):
+            parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["10", "1.5", "-1s", "1m1h", "1s1s", "10 m", "'10'", "true", "false", "1y", "s", "[]"]
+)
+def test_duration_refused(fault: Any, text: str) -> None:
+    line = fault(f"drain: {text}")
+    assert line.startswith("drain: ")
+    assert "ms, s, m, h, d, w" in line
+
+
+def test_zero_is_a_duration_but_no_timeout(read: Any, fault: Any) -> None:
+    assert read("drain: 0").drain == 0
+    assert read("drain: 0s").drain == 0
+    assert fault(at("header_timeout: 0")) == "namespaces.x.upstream.header_timeout: must be more than 0"
+
+
+def test_fresh_for_tag_takes_the_first_match(read: Any) -> None:
+    rules = r"""fresh_for: 1m, tags: [
+        {match: "re:v?\\d+", fresh_for: 7d}, {match: "v*", fresh_for: 1h},
+        {match: "*-[a-c]", fresh_for: forever}]"""
+    found = read(namespace(rules)).namespaces["x"]
+    tags = ["v1", "1", "1x", "v1x", "V1", "x-b", "x-d", "x-b\n"]
+    assert [found.fresh_for_tag(tag) for tag in tags] == [604800, 604800, 60, 3600, 60, math.inf, 60, 60]
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:a{99999999999999999999}", "re:*"])
+def test_a_bad_pattern_is_named(fault: Any, pattern: str) -> None:
+    line = fault(namespace(f"tags: [{{match: '*', fresh_for: 1s}}, {{match: '{pattern}', fresh_for: 1s}}]"))
+    assert line.startswith("namespaces.x.tags[1].match: not a regular expression")
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://h", "https://h"),
+        ("https://h.example:5000/", "https://h.example:5000"),
+        ("https://h/artifactory/docker-remote/", "https://h/artifactory/docker-remote"),
+        ("https://[::1]:5000", "https://[::1]:5000"),
+    ],
+)
+def test_url(read: Any, url: str, expected: str) -> None:
+    assert read(upstream(f"url: '{url}'")).namespaces["x"].upstream == Upstream(url=expected)
+    assert read(f"namespaces: {{x: {{upstream: '{url}'}}}}").namespaces["x"].upstream == Upstream(
+        url=expected
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("h", "ftp://h", "https://", "https:///p", "https://h:0", "https://h:65536", "https://h:x", "5", ""),
+        *("https://h?q", "https://h#f", "https://[::g]", "https://[:::]", "https://h/v2/", "https://h//p"),
+        "https://h /p",
+    ],
+)
+def test_url_refused(fault: Any, url: str) -> None:
+    assert fault(upstream(f"url: '{url}'")).startswith("namespaces.x.upstream.url: ")
+
+
+def test_an_http_url_implies_plain_http(read: Any) -> None:
+    assert read(upstream("url: http://h")).namespaces["x"].upstream.plain_http
+    assert not read(upstream("url: https://h")).namespaces["x"].upstream.plain_http
+    assert read(at("plain_http: true")).namespaces["x"].upstream.plain_http
+
+
+def test_every_key_of_an_upstream_is_read(read: Any) -> None:
+    found = read(
+        at(
+            "username: u, password_file: /p, token_realms: ['auth.example:1'], ca_file: /ca, client_key: /k,"
+            "client_certificate: /c, proxy: 'http://u:p@proxy:3128', insecure_skip_verify: true,"
+            "connect_timeout: 1s, header_timeout: 2s, progress_timeout: 3s"
+        )
+    )
+    assert found.namespaces["x"].upstream == Upstream(
+        url="https://x.example",
+        username="u",
+        password_file=Path("/p"),
+        token_realms=("auth.example:1",),
+        ca_file=Path("/ca"),
+        client_key=Path("/k"),
+        client_certificate=Path("/c"),
+        proxy=Secret("http://u:p@proxy:3128"),
+        insecure_skip_verify=True,
+        connect_timeout=1.0,
+        header_timeout=2.0,
+        progress_timeout=3.0,
+    )
+
+
+# Faults name the key
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("lisen: 1", "lisen: unknown key; did you mean listen?"),
+        ("lisen:", "lisen: unknown key; did you mean listen?"),
+        ("log: {qqq: 1}", "log.qqq: unknown key; known are format, level"),
+        (at("usrname: u"), "namespaces.x.upstream.usrname: unknown key; did you mean username?"),
+        (upstream("username: u"), "namespaces.x.upstream.url: is required"),
+        ("namespaces: {docker.io: {}}", "namespaces.docker.io.upstream: is required"),
+        (
+            "namespaces: {docker.io: }",
+            "namespaces.docker.io: expected a mapping of keys to values, got nothing",
+        ),
+        ("namespaces: {}", "namespaces: names none; leave the key out for the well-known registries"),
+        ("namespaces: [a]", "namespaces: expected a mapping of keys to values, got a list"),
+        ("log: info", "log: expected a mapping of keys to values, got a string"),
+        ("log: {level: trace}", "log.level: expected one of debug, info, warning, error"),
+        ("fallback: [allow]", "fallback: expected one of allow, deny"),
+        ("offline: 'yes'", "offline: expected true or false, got a string"),
+        ("offline: 0", "offline: expected true or false, got a number"),
+        ("disk: {path: 5}", "disk.path: expected a string, got a number: put it in quotes"),
+        ("disk: {path: 2025-01-01}", "disk.path: expected a string, got a date: put it in quotes"),
+        ("disk: {path: ''}", "disk.path: is empty: give it a value or leave the key out"),
+        ("disk: {path: ~/cache}", "disk.path: ~ is not expanded: write ${HOME}"),
+        ("off: 1", "expected strings as keys, got true or false: put it in quotes"),
+        (namespace("aliases: a"), "namespaces.x.aliases: expected a list, got a string"),
+        (
+            namespace("aliases: [a, 5]"),
+            "namespaces.x.aliases[1]: expected a string, got a number: put it in quotes",
+        ),
+        (namespace("aliases: [a, null]"), "namespaces.x.aliases[1]: expected a string, got nothing"),
+        (namespace("tags: [{match: a}]"), "namespaces.x.tags[0].fresh_for: is required"),
+        (at("username: u"), "namespaces.x.upstream: username needs password or password_file"),
+        (at("password: p"), "namespaces.x.upstream: password needs username"),
+        (at("password_file: p"), "namespaces.x.upstream: password_file needs username"),
+        (
+            at("username: u, docker_config: p"),
+            "namespaces.x.upstream: username needs password or password_file",
+        ),
+        (at("client_key: k"), "namespaces.x.upstream: client_key needs client_certificate"),
+        (
+            at("username: 'a:b', password: p"),
+            "namespaces.x.upstream.username: a user name cannot hold a colon",
+        ),
+        (
+            at("username: u, password: 5"),
+            "namespaces.x.upstream.password: expected a string, got a number: put it in quotes",
+        ),
+    ],
+)
+def test_fault(fault: Any, text: str, line: str) -> None:
+    assert fault(text) == line
+
+
+def test_two_sources_of_a_password(fault: Any) -> None:
+    line = fault(at("credential_helper: ecr-login, docker_config: /d"))
+    assert line.startswith("namespaces.x.upstream: docker_config and credential_helper each say")
+
+
+@pytest.mark.parametrize("name", ["Docker.io", "a/b", "-a", "a:", "a b", "a:123456", "[::1]"])
+def test_name_refused(fault: Any, name: str) -> None:
+    assert fault(namespace("", f"'{name}'")).startswith(f"namespaces.{name}: expected a host")
+    assert fault(namespace(f"aliases: ['{name}']")).startswith("namespaces.x.aliases[0]: expected a host")
+
+
+def test_hosts_may_be_ipv6_and_are_lower_case(read: Any, fault: Any) -> None:
+    assert read(namespace("hosts: ['[::1]:5000', mirror]")).namespaces["x"].hosts == ("[::1]:5000", "mirror")
+    assert fault(namespace("hosts: [Mirror]")).startswith("namespaces.x.hosts[0]: ")
+
+
+@pytest.mark.parametrize("helper", ["../sh", "a b", "a/b"])
+def test_credential_helper_refused(fault: Any, helper: str) -> None:
+    assert fault(at(f"credential_helper: '{helper}'")).startswith("namespaces.x.upstream.credential_helper: ")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "key", "shared"),
+    [
+        ("aliases: [b]", "", "a.aliases", "b"),
+        ("hosts: [b]", "", "a.hosts", "b"),
+        ("aliases: [c]", "aliases: [c]", "b.aliases", "c"),
+        ("aliases: [c]", "hosts: [c]", "b.hosts", "c"),
+    ],
+)
+def test_a_name_belongs_to_one_namespace(fault: Any, first: str, second: str, key: str, shared: str) -> None:
+    text = f"namespaces: {{a: {{upstream: http://a, {first}}}, b: {{upstream: http://b, {second}}}}}"
+    other = "b" if key.startswith("a") else "a"
+    assert fault(text) == f"namespaces.{key}: {shared} belongs to namespace {other} already"
+
+
+def test_a_built_in_alias_may_not_be_another_namespace(fault: Any) -> None:
+    text = "namespaces: {docker.io: {upstream: http://a}, index.docker.io: {upstream: http://b}}"
+    assert "index.docker.io belongs to namespace index.docker.io already" in fault(text)
+
+
+def test_a_namespace_may_have_its_own_name_as_host(read: Any) -> None:
+    assert read(namespace("hosts: [x], aliases: [x]")).namespaces["x"].hosts == ("x",)
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "cause"),
+    [
+        ("drain: 1s\ndrain: 2s", ":2:1", "duplicate key 'drain'"),
+        ("log: {level: info, level: info}", ":1:20", "duplicate key 'level'"),
+        ("a: [\n", ":2:1", ""),
+        ("log:\n\tlevel: info", ":2:1", ""),
+        ("a: b: c", ":1:5", ""),
+        ("a: 1\n---\nb: 2", ":2:1", ""),
+        ("disk: {path: 2025-02-30}", ":1:14", "looks like a YAML timestamp and is none: put it in quotes"),
+        ("a: \a", ":1:4", "this character is not allowed in YAML"),
+        ("drain: 1s\na: b\x07", ":2:5", "this character is not allowed in YAML"),
+        ("[a, b]", "", "expected a mapping of keys to values, got a list"),
+        ("false", "", "expected a mapping of keys to values, got true or false"),
+        ("x: &x [*x]", "", "nested too deeply"),
+        ("[" * 5000, "", "nested too deeply"),
+        (r'a: "\U00110000"', "", "not YAML"),
+        ('drain: "\\n"', "", "drain: there is a line break or another control character in it"),
+        ('"a\\nb": 1', "", "there is a control character in a key"),
+    ],
+)
+def test_what_is_not_yaml(fault: Any, text: str, place: str, cause: str) -> None:
+    line = fault(text)
+    assert re.match(r"(:\d+:\d+)?", line).group() == place  # type: ignore[union-attr]
+    assert cause in line
+
+
+def test_a_merged_mapping_may_be_overridden(read: Any) -> None:
+    config = read(
+        """namespaces:
+          a: &a {upstream: https://a, fresh_for: 1h}
+          b: &b {<<: *a, fresh_for: 2h}
+          c: {<<: *b, upstream: https://c}"""
+    )
+    assert [each.fresh_for for each in config.namespaces.values()] == [3600, 7200, 7200]
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yml: cannot be read: No such file"):
+        load(tmp_path / "absent.yml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load(tmp_path)
+    (tmp_path / "latin").write_bytes(b"a: \xe9")
+    with pytest.raises(ConfigError, match="latin: not UTF-8 at byte 3"):
+        load(tmp_path / "latin")
+
+
+# Variables and secrets
+
+
+def test_variables_are_put_into_values_as_text(read: Any) -> None:
+    config = read(at("username: 'a$$${U}$b', password: '${P}${P}', ca_file: '$$$'"), U="- [x", P="*a #")
+    found = config.namespaces["x"].upstream
+    assert found.username == "a$- [x$b"
+    assert found.password == "*a #*a #"
+    assert found.ca_file == Path("$$")
+
+
+def test_what_a_variable_holds_is_not_interpolated_again(read: Any) -> None:
+    assert read(at("ca_file: '${A}'"), A="${B}$$").namespaces["x"].upstream.ca_file == Path("${B}$$")
+
+
+def test_typed_values_may_come_from_variables(read: Any) -> None:
+    assert read("drain: ${D}", D="1m").drain == 60
+
+
+def test_a_missing_variable_is_named(fault: Any) -> None:
+    text = at("username: u, password: 'x${HUB_TOKEN}'")
+    assert fault(text) == "namespaces.x.upstream.password: the environment variable HUB_TOKEN is not set"
+    text = namespace("tags: [{match: '${T}', fresh_for: 1s}]")
+    assert fault(text) == "namespaces.x.tags[0].match: the environment variable T is not set"
+
+
+@pytest.mark.parametrize("text", ["${", "${}", "${a-b}", "${1}", "${A:-b}"])
+def test_a_malformed_variable(fault: Any, text: str) -> None:
+    assert fault(f"drain: '{text}'", A="1s").startswith("drain: ${ must be followed by a variable's name")
+
+
+@pytest.mark.parametrize("value", ["a\n", "a\r\nX: y", "\0", "\udcff"])
+def test_a_variable_must_not_hold_control_characters(fault: Any, value: str) -> None:
+    line = fault(at("username: u, password: '${P}'"), P=value)
+    assert line.startswith("namespaces.x.upstream.password: there is a line break")
+
+
+def test_secrets_do_not_show(read: Any) -> None:
+    config = read(at("username: u, password: hunter2, proxy: 'http://u:hunter2@proxy:1'"))
+    assert config.namespaces["x"].upstream.password == "hunter2"
+    assert "hunter2" not in repr(config) + str(config) + f"{config}"
+    assert "'***'" in repr(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        upstream("url: 'https://u:hunter2@h'"),
+        upstream("url: 'https://h?hunter2'"),
+        upstream("url: https://h, username: u, password:hunter2"),
+        upstream("url: https://h, username: u, password: *hunter2"),
+        upstream("url: https://h, username: u, password: !hunter2"),
+        upstream("url: https://h, username: u, password: !hunter2'x y"),
+        upstream("url: https://h, username: u, password: !h!hunter2 y"),
+        at("password: hunter2"),
+        at("username: u, password: [hunter2]"),
+        at("username: u, password: {hunter2: 1}"),
+        at("username: u, password: hunter2, docker_config: /d"),
+        at("username: u, password: 'hunter2${'"),
+        at("username: u, password: 'hunter2${X}'"),
+        at('username: u, password: "hunter2\\n"'),
+        at("proxy: 'http://u:hunter2@proxy:99999'"),
+        at("proxy: 'https://u:hunter2@proxy:1'"),
+    ],
+)
+def test_faults_do_not_show_passwords(fault: Any, text: str) -> None:
+    assert "hunter2" not in fault(text)
+
+
+# Whatever the text
+
+KEYS = sorted(
+    {field.name for section in SECTIONS for field in msgspec.structs.fields(section)} | {"docker.io", "x"}
+)
+SCALARS = [
+    "10m",
+    "0",
+    "https://h",
+    "off",
+    "null",
+    "!!int x",
+    "!!timestamp x",
+    "!!binary é",
+    "${X}",
+    "re:(",
+    "*a",
+]
+MARKS = [*":-,{}[]?!&*%|>'\"#\t\n ", "&a", "<<", "=", "---", "...", "\n  ", ": "]
+TREES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.dates()
+    | st.text()
+    | st.sampled_from(SCALARS),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+TEXTS = (
+    st.text()
+    | st.lists(st.sampled_from([*KEYS, *SCALARS, *MARKS])).map(" ".join)
+    | st.lists(st.sampled_from([*KEYS, *SCALARS, *MARKS])).map("".join)
+    | TREES.map(lambda tree: yaml.dump(tree, allow_unicode=True))
+    | st.dictionaries(st.sampled_from(KEYS), TREES).map(yaml.dump)
+    | TREES.map(lambda tree: yaml.dump({"namespaces": {"x": {"upstream": "https://h", "tags": tree}}}))
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXTS)
+def test_any_text_loads_or_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "any.yml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        config = load(path, {})
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        assert str(error).startswith(str(path))
+    else:
+        assert isinstance(config, Config)
+
+
+# What is written about it
+
+
+def uncommented() -> str:
+    """The example with every "#key: value" taken for a setting."""
+    return re.sub(r"(?m)^( *)#(?=[a-z0-9-])", r"\1", EXAMPLE.read_text(encoding="utf-8"))
+
+
+def keys(tree: Any) -> set[str]:
+    if isinstance(tree, dict):
+        return set(tree).union(*map(keys, tree.values()))
+    return set().union(*map(keys, tree)) if isinstance(tree, list) else set()
+
+
+FIELDS = [(section, field.name) for section in SECTIONS for field in msgspec.structs.fields(section)]
+
+
+def test_the_example_is_the_defaults() -> None:
+    assert load(EXAMPLE, {}) == load(None, {})
+
+
+def test_the_example_without_its_comment_signs_loads(tmp_path: Path) -> None:
+    (tmp_path / "all.yml").write_text(uncommented(), encoding="utf-8")
+    config = load(tmp_path / "all.yml", {"HUB_TOKEN": "secret"})
+    private = config.namespaces["registry.example:5000"].upstream
+    for field in msgspec.structs.fields(Upstream):
+        if not field.required and field.default not in (None, ()):
+            assert getattr(private, field.name) == field.default, field.name
+
+
+def test_the_example_has_every_key() -> None:
+    assert keys(yaml.safe_load(uncommented())) >= {name for _, name in FIELDS}
+
+
+@pytest.mark.parametrize(("section", "name"), FIELDS)
+def test_the_manual_has_every_key_in_a_table(section: type, name: str) -> None:
+    assert f"\n| `{name}` | " in MANUAL.read_text(encoding="utf-8"), section
+
+
+def test_the_recipes_of_the_manual_load(tmp_path: Path) -> None:
+    recipes = re.findall(r"(?s)```yaml\n(.*?)```", MANUAL.read_text(encoding="utf-8"))
+    assert recipes
+    for recipe in recipes:
+        (tmp_path / "recipe.yml").write_text(recipe, encoding="utf-8")
+        assert load(tmp_path / "recipe.yml", {"HUB_TOKEN": "secret"}).namespaces

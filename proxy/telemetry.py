@@ -58,7 +58,7 @@ def current() -> Exchange:
 
 class Metrics:
     def __init__(self) -> None:
-        disable_created_metrics()  # they would double what is exported, and say little
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double what is exported, and say little
         self.registry = CollectorRegistry()
         registry = self.registry
         self.requests = Counter(

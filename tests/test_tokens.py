@@ -331,12 +331,12 @@ async def test_the_lifetime_counts_from_the_request(tokens: Tokens, realm: Realm
 
 async def test_the_oldest_tokens_go(tokens: Tokens, realm: Realm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens_module, "TOKENS_KEPT", 2)
-    await tokens.renew("a", [f'Bearer realm="{REALM}"'], None)
-    for scope in ("b", "c", "b", "c"):
-        await tokens.authorization(scope)
-    assert len(realm.requests) == 3
-    await tokens.authorization("a")
+    await tokens.renew("a", [BEARER], None)
+    await tokens.authorization("b")
+    await tokens.renew("a", [BEARER], "Bearer t1")
+    await tokens.authorization("c")
     assert len(realm.requests) == 4
+    assert [await tokens.authorization(scope) for scope in "acb"] == ["Bearer t3", "Bearer t4", "Bearer t5"]
 
 
 # Refusals
@@ -348,6 +348,14 @@ async def test_a_refused_token_is_renewed(tokens: Tokens, realm: Realm, challeng
     assert await tokens.renew(SCOPE, challenges, "Bearer t1") == "Bearer t2"
     assert await tokens.authorization(SCOPE) == "Bearer t2"
     assert len(realm.requests) == 2
+
+
+async def test_a_refused_token_is_not_used_again(tokens: Tokens, realm: Realm) -> None:
+    await tokens.renew(SCOPE, [BEARER], None)
+    realm.answers = [OriginFailed("connection refused")]
+    with pytest.raises(OriginFailed):
+        await tokens.renew(SCOPE, [BEARER], "Bearer t1")
+    assert await tokens.authorization(SCOPE) == "Bearer t2"
 
 
 async def test_what_another_has_renewed_is_taken(tokens: Tokens, realm: Realm) -> None:

@@ -243,7 +243,7 @@ class Tokens:
             value = await self._basic_value()
         if value is None or value == used:
             return None
-        self._basic, self._realm = True, None
+        self._basic = True
         return value
 
     def _accept(self, challenge: Challenge) -> _Realm:

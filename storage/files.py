@@ -31,11 +31,11 @@ TOUCH = 60.0  # seconds; a last use is noted no finer, so that most hits write n
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translated(what: Path | Digest) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageFailed(f"{path}: {error.strerror or error}") from error
+        raise StorageFailed(f"{what}: {error.strerror or error}") from error
 
 
 class FileBlob(Blob):
@@ -64,7 +64,8 @@ class FileBlob(Blob):
             if end <= start:
                 return
             end = min(end, start + CHUNK, end if stop is None else stop)
-            chunk = await asyncio.to_thread(os.pread, self._file, end - start, start)
+            with _translated(self.descriptor.digest):
+                chunk = await asyncio.to_thread(os.pread, self._file, end - start, start)
             if not chunk:
                 raise StorageFailed(f"{self.descriptor.digest} ends at byte {start}: its file was truncated")
             yield chunk
@@ -160,7 +161,8 @@ class FileUpload(Upload):
         if digest.algorithm != self._hash.name:
             self._hash = hashlib.new(digest.algorithm)
             self.offset = 0
-            await _finished(self.rehash)
+            with _translated(self._path):
+                await _finished(self.rehash)
         if not self.matches(digest):
             error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
             await self.cancel(error)
@@ -171,10 +173,8 @@ class FileUpload(Upload):
         try:
             with _translated(self._path):
                 await _finished(self._publish, self._files.path(digest))
-        except StorageFailed:
-            await self.cancel()
-            raise
-        self._close()
+        finally:
+            await self.cancel()  # of what is in its place already it only lets go
         return Descriptor(OCTETS, digest, self.offset)
 
     def _publish(self, path: Path) -> None:
@@ -190,16 +190,14 @@ class FileUpload(Upload):
 
     async def cancel(self, error: BaseException | None = None) -> None:
         await self._end(error)
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        self._discard()
         self._close()
 
     async def suspend(self, error: BaseException | None = None) -> None:
         """Stop, but keep the bytes where the next upload of this digest finds them."""
         await self._end(error)
         if not self._resumable or not self._written:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
+            self._discard()
         self._close()
 
     async def _end(self, error: BaseException | None) -> None:
@@ -233,6 +231,12 @@ class FileUpload(Upload):
             self._error = error
         self._move(self._readable)
 
+    def _discard(self) -> None:
+        # Once ours was renamed, the next upload of the digest has the name: that file is not ours to remove.
+        with suppress(OSError):
+            if self._file >= 0 and _leads_to(self._path, self._file):
+                self._path.unlink()
+
     def _close(self) -> None:
         if self._file >= 0:
             os.close(self._file)  # gives up the lock as well
@@ -254,7 +258,9 @@ class Files:
         return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
 
     def holds(self, digest: Digest) -> bool:
-        return self.path(digest).exists()
+        path = self.path(digest)
+        with _translated(path):
+            return path.exists()
 
     def open(self, digest: Digest, size: int | None = None) -> FileBlob:
         """Raises BlobUnknown; also where the file is not `size` bytes long, and then it is removed."""
@@ -313,6 +319,9 @@ class Files:
                 except BlockingIOError:
                     os.close(file)
                     return None
+                except OSError:
+                    os.close(file)
+                    raise
 
     def stored_bytes(self) -> int:
         """Of all committed blobs.  Blocks: it looks at every file."""
@@ -338,16 +347,21 @@ class Files:
 
 
 async def _finished(function: Callable[..., None], *arguments: object) -> None:
-    """Run in a thread; even who is cancelled meanwhile waits for its end.
+    """Run in a thread; even who is cancelled meanwhile, however often, waits for its end.
 
     Else its caller would close the file under it, and the thread work on whatever gets its number next.
     """
-    thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        await asyncio.wait([thread])
-        raise
+    thread = asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+    cancelled: asyncio.CancelledError | None = None
+    while not thread.done():
+        try:
+            await asyncio.wait([thread])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        thread.exception()  # seen
+        raise cancelled
+    thread.result()
 
 
 def _leads_to(path: Path, file: int) -> bool:

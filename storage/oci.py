@@ -194,7 +194,7 @@ def parse_manifest(content: bytes) -> ManifestContent:
             subject=_descriptor(found.subject) if found.subject else None,
             annotations=found.annotations or {},
         )
-    except (msgspec.DecodeError, UnicodeDecodeError, DigestInvalid) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, DigestInvalid) as error:
         raise ManifestInvalid(f"not a manifest: {error}") from None
 
 

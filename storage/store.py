@@ -15,8 +15,10 @@ be read as what it should be counts as absent: a cache fetches it again.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,6 +30,10 @@ from storage.files import FileBlob, Files, FileUpload
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag, parse_manifest
 from storage.records import Records
 from storage.registry import Registry, Upload
+
+_TEXT = ("utf-8", "surrogateescape")  # a media type comes back as it came, also where it is not UTF-8
+# What msgspec raises for damaged JSON; recursion where it is nested beyond all reason.
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,7 @@ class Store(Registry):
         # Checked at every read: it costs a microsecond, and a damaged record is no manifest.
         if times is None or Digest.of(content, reference.algorithm) != reference:
             raise ManifestUnknown(f"{repository} holds no manifest {reference}")
-        return Manifest(media_type.decode("latin-1"), content, reference), times[0]
+        return Manifest(media_type.decode(*_TEXT), content, reference), times[0]
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         prefix = f"tag {repository} "
@@ -119,7 +125,7 @@ class Store(Registry):
         self, repository: str, digest: Digest, artifact_type: str | None = None
     ) -> list[Descriptor]:
         records = self._records.scan(f"referrers {repository} {digest} ")
-        found = [Descriptor.from_json(msgspec.json.decode(value)) for _, value in records]
+        found = [each for _, value in records if (each := _descriptor(value)) is not None]
         return [each for each in found if artifact_type in (None, each.artifact_type)]
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
@@ -142,14 +148,17 @@ class Store(Registry):
 
     async def push_manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Descriptor:
         """Raises ManifestInvalid, DigestInvalid."""
-        if isinstance(reference, Digest) and Digest.of(manifest.content, reference.algorithm) != reference:
-            raise DigestInvalid(f"the manifest is {manifest.digest}, not {reference}")
+        if isinstance(reference, Digest):
+            named = Manifest.of(manifest.media_type, manifest.content, reference.algorithm)
+            if named.digest != reference:
+                raise DigestInvalid(f"the manifest is {named.digest}, not {reference}")
+            manifest = named  # as it will be asked for, whichever algorithm its digest had before
         await asyncio.to_thread(self._push, repository, reference, manifest)
         return manifest.descriptor
 
     def _push(self, repository: str, reference: Reference, manifest: Manifest) -> None:
         now = self._clock()
-        record = f"{manifest.media_type} {now}\n".encode() + manifest.content
+        record = f"{manifest.media_type} {now}\n".encode(*_TEXT) + manifest.content
         self._records.put(f"manifest {repository} {manifest.digest}", record)
         self._refer(repository, manifest)
         if isinstance(reference, Tag):  # last: a tag never points at what is not there
@@ -211,7 +220,9 @@ class Store(Registry):
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:
         digest, _, time = (self._records.get(f"tag {repository} {tag}") or b"").partition(b" ")
         times = _numbers(time, 1)
-        return Pointer(Digest(digest.decode()), times[0]) if times else None
+        with suppress(DigestInvalid):
+            return Pointer(Digest.parse(digest.decode(*_TEXT)), times[0]) if times else None
+        return None
 
     async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
         """An origin said just now that `tag` is `digest`, whose manifest is here."""
@@ -223,7 +234,9 @@ class Store(Registry):
     def listing(self, repository: str, what: str) -> Listing | None:
         time, _, value = (self._records.get(f"listing {repository} {what}") or b"").partition(b"\n")
         times = _numbers(time, 1)
-        return Listing(msgspec.json.decode(value), times[0]) if times else None
+        with suppress(*_NOT_JSON):
+            return Listing(msgspec.json.decode(value), times[0]) if times else None
+        return None
 
     async def keep_listing(self, repository: str, what: str, value: Any) -> None:
         record = f"{self._clock()}\n".encode() + msgspec.json.encode(value)
@@ -239,4 +252,10 @@ def _numbers(record: bytes | None, count: int) -> list[float] | None:
         numbers = [float(field) for field in (record or b"").split()]
     except ValueError:
         return None
-    return numbers if len(numbers) == count else None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
+
+
+def _descriptor(record: bytes) -> Descriptor | None:
+    with suppress(*_NOT_JSON, ManifestInvalid):
+        return Descriptor.from_json(msgspec.json.decode(record))
+    return None

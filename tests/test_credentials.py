@@ -21,6 +21,7 @@ from proxy.upstream.credentials import (
     PasswordFile,
 )
 from storage.errors import OriginDenied
+from tests.conftest import Clock
 
 HUB = "registry-1.docker.io"
 
@@ -113,6 +114,7 @@ async def test_unusable_password_file(tmp_path: Path, content: bytes | None, rea
     ]
 
 
+@pytest.mark.errors("credentials.failed")
 async def test_a_password_file_that_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "password"
     source = PasswordFile("ci", path)
@@ -284,13 +286,6 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
 ANSWER = """echo '{"ServerURL": "x", "Username": "ci", "Secret": "helped"}'"""
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.mark.parametrize(
     ("host", "key"), [("ghcr.io", "ghcr.io"), (HUB, "https://index.docker.io/v1/"), ("[::1]:5000",) * 2]
 )
@@ -313,8 +308,10 @@ async def test_helper_without_credentials(program: Program) -> None:
     assert asked.read_text() == "get ghcr.io\n"
 
 
-async def test_helper_is_asked_again_after_its_lifetime_and_when_forgotten(program: Program) -> None:
-    asked, clock = program(ANSWER), Clock()
+async def test_helper_is_asked_again_after_its_lifetime_and_when_forgotten(
+    program: Program, clock: Clock
+) -> None:
+    asked = program(ANSWER)
     helper = Helper("test", lifetime=60, clock=clock)
 
     async def runs() -> int:
@@ -322,9 +319,9 @@ async def test_helper_is_asked_again_after_its_lifetime_and_when_forgotten(progr
         return len(asked.read_text().splitlines())
 
     assert await runs() == 1
-    clock.now += 59
+    clock.advance(59)
     assert await runs() == 1
-    clock.now += 1
+    clock.advance(1)
     assert await runs() == 2
     helper.forget()
     assert await runs() == 3
@@ -368,6 +365,7 @@ async def test_unusable_helper(program: Program, body: str, reason: str) -> None
     assert [event["event"] for event in events] == ["credentials.failed"]
 
 
+@pytest.mark.errors("credentials.failed")
 async def test_no_such_helper() -> None:
     with pytest.raises(OriginDenied, match="docker-credential-absent: No such file"):
         await Helper("absent").get("ghcr.io")
@@ -379,6 +377,7 @@ def test_names_that_are_no_helpers(name: str) -> None:
         Helper(name)
 
 
+@pytest.mark.errors("credentials.failed")
 async def test_a_helper_that_hangs_is_given_up(program: Program, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "never")
     program("cat never")

@@ -18,6 +18,7 @@ from proxy.upstream import tokens as tokens_module
 from proxy.upstream.credentials import Credential, Credentials, Inline
 from proxy.upstream.tokens import Answer, Challenge, Tokens, parse_challenges, realm_allowed
 from storage.errors import OriginDenied, OriginFailed, OriginTimeout, TooManyRequests
+from tests.conftest import Clock
 
 HUB = "registry-1.docker.io"
 SCOPE = "repository:library/alpine:pull"
@@ -153,13 +154,6 @@ def test_realms_by_plain_http() -> None:
 # A realm in memory
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Realm:
     """Answers what is in `answers`, in order, then tokens t1, t2, …; keeps what it was asked."""
 
@@ -206,11 +200,6 @@ def issue(**members: object) -> Answer:
 @pytest.fixture
 async def realm() -> Realm:
     return Realm()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
@@ -313,9 +302,9 @@ async def test_lifetimes(
 ) -> None:
     realm.answers = [issue(**members)]
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t"
-    clock.now += held - 0.5
+    clock.advance(held - 0.5)
     assert await tokens.authorization(SCOPE) == "Bearer t"
-    clock.now += 0.5
+    clock.advance(0.5)
     assert await tokens.authorization(SCOPE) == "Bearer t1"
 
 
@@ -323,19 +312,22 @@ async def test_the_lifetime_counts_from_the_request(tokens: Tokens, realm: Realm
     realm.gate.clear()
     renewal = asyncio.create_task(tokens.renew(SCOPE, [BEARER], None))
     await realm.asked.wait()
-    clock.now += 270  # a slow answer
+    clock.advance(270)  # a slow answer
     realm.gate.set()
     assert await renewal == "Bearer t1"
     assert await tokens.authorization(SCOPE) == "Bearer t2"
 
 
-async def test_the_oldest_tokens_go(tokens: Tokens, realm: Realm, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_oldest_tokens_go(
+    tokens: Tokens, realm: Realm, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokens_module, "TOKENS_KEPT", 2)
     await tokens.renew("a", [BEARER], None)
+    clock.advance(200)
     await tokens.authorization("b")
-    await tokens.renew("a", [BEARER], "Bearer t1")
-    await tokens.authorization("c")
-    assert len(realm.requests) == 4
+    clock.advance(100)
+    assert await tokens.authorization("a") == "Bearer t3"  # the first one has lapsed
+    assert await tokens.authorization("c") == "Bearer t4"  # and b is the oldest now
     assert [await tokens.authorization(scope) for scope in "acb"] == ["Bearer t3", "Bearer t4", "Bearer t5"]
 
 
@@ -600,7 +592,7 @@ async def test_one_renewal_for_all_who_were_refused(tokens: Tokens, realm: Realm
 
 async def test_one_request_when_a_token_has_lapsed(tokens: Tokens, realm: Realm, clock: Clock) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
-    clock.now += 300
+    clock.advance(300)
     assert await asyncio.gather(*(tokens.authorization(SCOPE) for _ in range(50))) == ["Bearer t2"] * 50
     assert len(realm.requests) == 2
 

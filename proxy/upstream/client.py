@@ -87,7 +87,7 @@ class Upstream(Registry):
         self._metrics = metrics
         self._transport = Transport(name, settings.connect)
         self._tokens = Tokens(
-            URL(self._url).authority,
+            URL(self._url).host_port_subcomponent or "",
             credentials,
             self._fetch,
             allowed_realms=settings.token_realms,
@@ -237,11 +237,14 @@ class Upstream(Registry):
         url = self._to(repository, path) if isinstance(path, str) else path
         scope = f"repository:{repository}:pull"
         authorization = await self._tokens.authorization(scope)
-        for again in (True, False):
+        # One renewal of what was refused; learning first what is wanted does not count.
+        tries = 1 if authorization else 2
+        while True:
             given = {**headers, "Authorization": authorization} if authorization else headers
             response = await self._timed(method, url, given, kind)
-            if response.status not in (401, 403) or not again:
+            if response.status not in (401, 403) or not tries:
                 break
+            tries -= 1
             if response.url.origin() == url.origin():
                 challenges = response.headers.getall("WWW-Authenticate", ())
                 renewed = await self._renewed(response, scope, challenges, authorization)

@@ -38,8 +38,9 @@ class Filled:
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """Content pushed once to registries that every test starts anew, and only reads."""
     require("docker-registry", root=False)
+    large = Path(shutil.which("docker-registry") or "")  # megabytes, and certain to be here
     made = Images(
-        layers=images.image("layers"),
+        layers=images.image("layers", large),
         schema2=images.image("schema2", types=images.DOCKER),
         platforms=images.index("platforms", "amd64", "arm64"),
         artifact=images.artifact(),

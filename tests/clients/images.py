@@ -1,8 +1,8 @@
 """Images made on the spot from real files, and their push to a registry.
 
 Written from the image and distribution specifications with nothing of ours, so that a misreading of
-them cannot cancel itself out.  Layers hold modules of the standard library; unpacking them gives the
-diff_ids that the config names, so that real clients accept them.
+them cannot cancel itself out.  Layers hold files of this machine; unpacking them gives the diff_ids that
+the config names, so that real clients accept them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import sysconfig
 import tarfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
-PARTS = (("json", "asyncio"), ("encodings",), ("unittest", "email", "http", "xml"))
+PARTS = ([LIBRARY / "json", LIBRARY / "asyncio"], [LIBRARY / "encodings"], [LIBRARY / "email"])
 
 OCI = {
     "manifest": "application/vnd.oci.image.manifest.v1+json",
@@ -90,14 +90,14 @@ class Image:
         yield self.manifest
 
 
-def image(name: str, architecture: str = "amd64", types: dict[str, str] = OCI) -> Image:
-    """An image for linux/`architecture` of one layer for each of PARTS.
+def image(name: str, *large: Path, architecture: str = "amd64", types: Mapping[str, str] = OCI) -> Image:
+    """An image for linux/`architecture` of a layer for each of PARTS, and of one for each file of `large`.
 
     Each layer has a file called `name`: images of other names share no blob with it.
     """
-    tars = [_tar(name, names) for names in PARTS]
+    tars = [_tar(name, paths) for paths in (*PARTS, *([path] for path in large))]
     diff_ids = tuple(digest_of(tar) for tar in tars)
-    layers = tuple(Content(types["layer"], gzip.compress(tar, mtime=0)) for tar in tars)
+    layers = tuple(Content(types["layer"], gzip.compress(tar, compresslevel=1, mtime=0)) for tar in tars)
     config = _json(
         types["config"],
         {
@@ -106,9 +106,7 @@ def image(name: str, architecture: str = "amd64", types: dict[str, str] = OCI) -
             "os": "linux",
             "config": {"Cmd": ["/none"]},
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
-            "history": [
-                {"created": "2024-01-01T00:00:00Z", "created_by": " ".join(names)} for names in PARTS
-            ],
+            "history": [{"created": "2024-01-01T00:00:00Z", "created_by": "COPY"} for _ in tars],
         },
     )
     return Image(_manifest(types["manifest"], config, layers), (config, *layers), diff_ids=diff_ids)
@@ -116,7 +114,7 @@ def image(name: str, architecture: str = "amd64", types: dict[str, str] = OCI) -
 
 def index(name: str, *architectures: str) -> Image:
     """An image index with an image for each of `architectures`."""
-    children = {each: image(f"{name}-{each}", each) for each in architectures}
+    children = {each: image(f"{name}-{each}", architecture=each) for each in architectures}
     manifests = [
         {**child.manifest.descriptor, "platform": {"os": "linux", "architecture": architecture}}
         for architecture, child in children.items()
@@ -171,12 +169,12 @@ def _json(media_type: str, document: dict[str, Any]) -> Content:
     return Content(media_type, json.dumps(document, indent=3).encode())
 
 
-def _tar(mark: str, names: tuple[str, ...]) -> bytes:
+def _tar(mark: str, paths: list[Path]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         tar.addfile(tarfile.TarInfo(mark))
-        for name in names:
-            tar.add(LIBRARY / name, arcname=f"lib/{name}", filter=_plain)
+        for path in paths:
+            tar.add(path, arcname=path.name, filter=_plain)
     return buffer.getvalue()
 
 

@@ -87,6 +87,8 @@ class Site:
     def stop(self) -> None:
         self._process.stop()
         print(*self._process.lines, sep="\n")  # shown with a test that failed
+        errors = [line for line in self._process.lines if '"level":"error"' in line or "Traceback" in line]
+        assert not errors, "the server met with an error"
 
 
 def pull_cold_warm_offline(site: Site, pull: Callable[[], Pulled], expected: Pulled) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
+import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
@@ -16,6 +15,7 @@ from yarl import URL
 from proxy import config
 from proxy.cache import Cache, Policy
 from proxy.fills import Fills
+from proxy.listening import BACKLOG, StartError, bind_all
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry import Metrics
 from proxy.upstream.client import Settings, Upstream
@@ -29,20 +29,27 @@ from storage.records import Records
 from storage.store import Store
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 ABANDONED = 86400.0  # seconds after which a partial file that nobody went on with is removed
-HOUSEKEEPING = 3600.0  # seconds between its rounds
-
-
-class StartError(Exception):
-    """Why the server cannot start, in one line."""
+HOUSEKEEPING = 300.0  # seconds between its rounds
 
 
 class App:
-    """One server process.  start() and stop() belong into one event loop."""
+    """One server process.  start() and stop() belong into one event loop.
 
-    def __init__(self, settings: config.Config, clock: Callable[[], float] = time.time) -> None:
+    `sockets` are those that it listens on, for clients and for the administrator, when others listen on
+    them too; else it binds its own.
+    """
+
+    def __init__(
+        self,
+        settings: config.Config,
+        clock: Callable[[], float] = time.time,
+        sockets: tuple[list[socket.socket], list[socket.socket]] | None = None,
+    ) -> None:
         self._settings = settings
+        self._sockets = sockets
         self._clock = clock
         self._draining = False
         self._closing: list[Callable[[], Any]] = []
@@ -54,15 +61,18 @@ class App:
         """Raises StartError; then nothing is left behind."""
         try:
             await self._start()
-        except (StorageFailed, ssl.SSLError) as error:
+        except StorageFailed as error:
             await self.stop()
-            raise StartError(str(error)) from error
+            raise StartError(f"cannot store in {self._settings.disk.path} (disk.path): {error}") from error
         except BaseException:
             await self.stop()
             raise
 
     async def _start(self) -> None:
         settings = self._settings
+        listen, admin = self._sockets or bind_all(settings)
+        for each in (*listen, *admin):
+            self._closing.append(_closer(each))
         metrics = Metrics()
         root = settings.disk.path / "cache"
         self._files = Files(root, self._clock)
@@ -77,12 +87,13 @@ class App:
         self._closing.append(fills.close)  # before what they read from
         namespaces = Namespaces(members, settings.default_namespace, self._store)
         server = Server(namespaces, namespaces.qualify, metrics, deny_bypass=settings.fallback == "deny")
-        self.url = await self._listen(
-            web.ServerRunner(listener(server), shutdown_timeout=settings.drain), settings.listen
-        )
-        if settings.admin is not None:
-            runner = web.AppRunner(application(metrics.registry, self._state), access_log=None)
-            self.admin_url = await self._listen(runner, settings.admin)
+        if admin:
+            # First, since what was started last is stopped first: so it can tell of the draining.
+            pages = web.AppRunner(application(metrics, self._state), access_log=None)
+            self.admin_url = await self._serve(pages, admin)
+        # To aiohttp 0 means to wait for ever.
+        runner = web.ServerRunner(listener(server), shutdown_timeout=max(settings.drain, 0.01))
+        self.url = await self._serve(runner, listen)
         self._keeper = asyncio.create_task(self._keep_house(metrics))
 
     def _cache(self, name: str, namespace: config.Namespace, fills: Fills, metrics: Metrics) -> Cache:
@@ -92,7 +103,7 @@ class App:
             client_certificate=upstream.client_certificate,
             client_key=upstream.client_key,
             proxy=upstream.proxy,
-            plain_http=upstream.plain_http,
+            plain_http=upstream.allows_http(upstream.url[0]),
             insecure_skip_verify=upstream.insecure_skip_verify,
             connect_timeout=upstream.connect_timeout,
             header_timeout=upstream.header_timeout,
@@ -100,10 +111,15 @@ class App:
         )
         try:
             origin = Upstream(
-                name, Settings(upstream.url, connect, upstream.token_realms), _credentials(upstream), metrics
+                name,
+                Settings(upstream.url[0], connect, upstream.token_realms),
+                _credentials(upstream),
+                metrics,
             )
         except OSError as error:
-            raise StartError(f"namespaces.{name}.upstream: ca_file or client_certificate: {error}") from error
+            given = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
+            files = ", ".join(str(each) for each in given if each is not None)
+            raise StartError(f"namespaces.{name}.upstream: {files}: {error.strerror or error}") from error
         policy = Policy(
             fresh_for=namespace.fresh_for_tag,
             negative_for=namespace.negative_for,
@@ -114,15 +130,12 @@ class App:
         self._closing.append(cache.close)
         return cache
 
-    async def _listen(self, runner: web.BaseRunner, address: config.Address) -> URL:
+    async def _serve(self, runner: web.BaseRunner, sockets: list[socket.socket]) -> URL:
         await runner.setup()
         self._closing.append(runner.cleanup)
-        site = web.TCPSite(runner, address.host, address.port, backlog=1024)
-        try:
-            await site.start()
-        except OSError as error:
-            raise StartError(f"cannot listen on {address}: {error.strerror or error}") from error
-        host, port = runner.addresses[0][:2]
+        for each in sockets:
+            await web.SockSite(runner, each, backlog=BACKLOG).start()
+        host, port = sockets[0].getsockname()[:2]
         return URL.build(scheme="http", host=host, port=port)
 
     def _state(self) -> Mapping[str, str]:
@@ -135,16 +148,18 @@ class App:
         return {"status": "ready"}
 
     async def _keep_house(self, metrics: Metrics) -> None:
-        with suppress(StorageFailed, OSError):
-            metrics.stored.inc(await asyncio.to_thread(self._files.stored_bytes))
         while True:
+            begun = time.monotonic()
             try:
-                reaped = await asyncio.to_thread(self._files.reap, ABANDONED)
-                if reaped:
-                    log.info("partial.reaped", files=reaped)
-            except StorageFailed as error:
+                with self._files.turn(HOUSEKEEPING) as ours:
+                    if ours:
+                        metrics.stored.set(await _in_thread(self._files.stored_bytes))
+                        if reaped := await _in_thread(self._files.reap, ABANDONED):
+                            log.info("partial.reaped", files=reaped)
+            except (StorageFailed, OSError) as error:
                 log.error("store.failed", error=str(error))
-            await asyncio.sleep(HOUSEKEEPING)
+            # To look at a million files takes seconds: so it takes a small part of the time.
+            await asyncio.sleep(max(HOUSEKEEPING, 200 * (time.monotonic() - begun)))
 
     async def stop(self) -> None:
         """Finish what is being served, for `drain` at most; fills stop where the next start resumes them."""
@@ -154,6 +169,23 @@ class App:
             await asyncio.gather(self._keeper, return_exceptions=True)
         while self._closing:
             await self._closing.pop()()
+
+
+def _closer(listening: socket.socket) -> Callable[[], Awaitable[None]]:
+    async def close() -> None:
+        listening.close()
+
+    return close
+
+
+async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """As asyncio.to_thread, but who is cancelled waits for the thread's end: it may hold files open."""
+    thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        raise
 
 
 def _credentials(upstream: config.Upstream) -> Credentials:

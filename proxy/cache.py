@@ -13,7 +13,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import structlog
 
@@ -38,6 +38,10 @@ T = TypeVar("T")
 
 REMEMBERED = 10_000  # negatives and pauses a cache keeps in memory
 
+# What is asked for: the error that says there is none, the repository in the store, and which.  A digest
+# may be that of a blob and of a manifest, and clients do try the one after the other.
+Key: TypeAlias = tuple[type[RegistryError], str, str]
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -57,17 +61,18 @@ class Remembered:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._until: dict[object, tuple[float, RegistryError]] = {}
+        self._known: dict[Key, tuple[float, float, RegistryError]] = {}
 
-    def get(self, key: object) -> RegistryError | None:
-        until, error = self._until.get(key, (-math.inf, None))
-        return error if self._clock() < until else None
+    def get(self, key: Key) -> RegistryError | None:
+        since, seconds, error = self._known.get(key, (0.0, -1.0, None))
+        # A clock that was set back must not make seconds of days.
+        return error if error is not None and 0 <= self._clock() - since < seconds else None
 
-    def put(self, key: object, seconds: float, error: RegistryError) -> None:
-        self._until.pop(key, None)  # so that the order is that of the last put
-        self._until[key] = self._clock() + seconds, error
-        if len(self._until) > REMEMBERED:
-            del self._until[next(iter(self._until))]
+    def put(self, key: Key, seconds: float, error: RegistryError) -> None:
+        self._known.pop(key, None)  # so that the order is that of the last put
+        self._known[key] = self._clock(), seconds, error
+        if len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
 
 
 class Cache(Registry):
@@ -96,27 +101,29 @@ class Cache(Registry):
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         source = Source(self._namespace, self._origin, repository)
+        key = BlobUnknown, source.repository, digest
         try:
             blob, linked_at = self._store.blob(source.repository, digest)
             current().came("hit", self._clock() - linked_at)
             return blob
         except (BlobUnknown, StorageFailed) as error:
             failed = isinstance(error, StorageFailed)
-        self._ask_allowed(source.repository, digest)
+        self._ask_allowed(key)
         current().came("miss")
         try:
             if not failed:
                 return await self._fills.join(source, digest, span)  # which knows whether it is a miss
         except StorageFailed:
             pass
-        except BlobUnknown as error:
-            self._remember(source.repository, digest, error)
+        except (BlobUnknown, TooManyRequests) as error:
+            self._remember(key, error)
             raise
-        return Uncached(await self._origin.get_blob(repository, digest, span))
+        return Uncached(await self._origin.get_blob(repository, digest, span), source)
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         source = Source(self._namespace, self._origin, repository)
         name = source.repository
+        key = BlobUnknown, name, digest
         try:
             blob, linked_at = self._store.blob(name, digest)
             await blob.close()
@@ -127,14 +134,12 @@ class Cache(Registry):
         if (known := self._fills.descriptor(name, digest)) is not None:
             current().came("hit")
             return known
-        self._ask_allowed(name, digest)
+        self._ask_allowed(key)
         current().came("miss")
         try:
-            return await self._flights.join(
-                ("blob", name, digest), lambda: self._origin.resolve_blob(repository, digest)
-            )
-        except BlobUnknown as error:
-            self._remember(name, digest, error)
+            return await self._flights.join(key, lambda: self._origin.resolve_blob(repository, digest))
+        except (BlobUnknown, TooManyRequests) as error:
+            self._remember(key, error)
             raise
 
     # Manifests
@@ -152,13 +157,13 @@ class Cache(Registry):
             return manifest
         except (ManifestUnknown, StorageFailed):
             pass
-        self._ask_allowed(name, reference)
+        key = ManifestUnknown, name, reference
+        self._ask_allowed(key)
         current().came("miss")
-        return await self._flights.join(
-            ("manifest", name, reference), lambda: self._fetch(repository, name, reference)
-        )
+        return await self._flights.join(key, lambda: self._fetch(repository, name, reference))
 
     async def _by_tag(self, repository: str, name: str, tag: Tag) -> Manifest:
+        key = ManifestUnknown, name, tag
         known = self._known(name, tag)
         if known is not None:
             manifest, age = known
@@ -167,15 +172,15 @@ class Cache(Registry):
             if self._policy.offline or (ttl > 0 and age >= 0):
                 current().came("hit", age, None if math.isinf(ttl) else ttl)
                 return manifest
-            if (pause := self._paused.get((name, tag))) is not None:
+            if (pause := self._paused.get(key)) is not None:
                 return self._stale(manifest, age, ttl, pause)
-        self._ask_allowed(name, tag)
+        self._ask_allowed(key)
         call = (
             (lambda: self._fetch_tag(repository, name, tag))
             if known is None
             else (lambda: self._revalidate(repository, name, tag, known[0]))
         )
-        result, manifest, error = await self._flights.join(("tag", name, tag), call)
+        result, manifest, error = await self._flights.join(key, call)
         if error is not None and known is not None:
             return self._stale(manifest, known[1], ttl, error)
         fresh_for = self._policy.fresh_for(tag)
@@ -232,22 +237,17 @@ class Cache(Registry):
         except (ManifestUnknown, NameUnknown) as error:
             if self._policy.drop_deleted:
                 await self._keep(self._store.delete_manifest(name, tag))
-                self._remember(name, tag, error)
+                self._remember((ManifestUnknown, name, tag), error)
                 raise
             pause = error
-        # Known content is served; the origin is let alone for a while, not asked at every request.
-        seconds = max(self._policy.negative_for, pause.retry_after or 0)
-        self._paused.put((name, tag), seconds, pause)
+        self._pause((ManifestUnknown, name, tag), pause)
         return "stale", known, pause
 
     async def _fetch(self, repository: str, name: str, reference: Reference) -> Manifest:
         try:
             manifest = await self._origin.get_manifest(repository, reference)
-        except (ManifestUnknown, NameUnknown) as error:
-            self._remember(name, reference, error)
-            raise
-        except TooManyRequests as error:
-            self._unknown.put((name, reference), max(1.0, error.retry_after or 0), error)
+        except (ManifestUnknown, NameUnknown, TooManyRequests) as error:
+            self._remember((ManifestUnknown, name, reference), error)
             raise
         await self._keep(self._store.push_manifest(name, reference, manifest))
         return manifest
@@ -256,7 +256,9 @@ class Cache(Registry):
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         listed: list[str] = await self._listing(
-            repository, "tags", lambda: self._origin.tags(repository), lambda name: self._store.tags(name)
+            (NameUnknown, f"{self._namespace}/{repository}", "tags"),
+            lambda: self._origin.tags(repository),
+            self._store.tags,
         )
         start = bisect_right(listed, last) if last else 0
         return listed[start:] if limit is None else listed[start : start + limit]
@@ -270,19 +272,20 @@ class Cache(Registry):
         async def local(name: str) -> list[dict[str, Any]]:
             return [each.to_json() for each in await self._store.referrers(name, digest)]
 
-        listed = await self._listing(repository, f"referrers {digest}", ask, local)
+        listed = await self._listing(
+            (ManifestUnknown, f"{self._namespace}/{repository}", f"referrers {digest}"), ask, local
+        )
         found = [Descriptor.from_json(each) for each in listed]
         return [each for each in found if artifact_type in (None, each.artifact_type)]
 
     async def _listing(
         self,
-        repository: str,
-        what: str,
+        key: Key,
         ask: Callable[[], Awaitable[list[T]]],
         local: Callable[[str], Awaitable[list[T]]],
     ) -> list[T]:
         """What the origin lists, kept like a tag; offline, what was seen of it."""
-        name = f"{self._namespace}/{repository}"
+        _, name, what = key
         try:
             known = self._store.listing(name, what)
         except StorageFailed:
@@ -292,26 +295,24 @@ class Cache(Registry):
         if self._policy.offline:
             seen: list[T] = known.value if known else await self._seen(local, name)
             if not seen:
-                self._ask_allowed(name, what)
+                self._ask_allowed(key)
             current().came("hit", age)
             return seen
         if known and ttl > 0 and age >= 0:
             current().came("hit", age, ttl)
             return known.value  # type: ignore[no-any-return]
-        pause = self._paused.get((name, what))
+        pause = self._paused.get(key)
         if pause is None:
-            self._ask_allowed(name, what)
+            self._ask_allowed(key)
             try:
-                listed = await self._flights.join(
-                    ("listing", name, what), lambda: self._list(name, what, ask)
-                )
+                listed = await self._flights.join(key, lambda: self._list(key, ask))
                 current().came("miss")
                 return listed
             except Unavailable as error:
                 pause = error
-                self._paused.put((name, what), self._policy.negative_for, error)
+                self._pause(key, error)
         if known is None:
-            raise pause
+            raise pause.with_traceback(None)
         current().came("stale", age, ttl)
         current().detail = pause.code
         return known.value  # type: ignore[no-any-return]
@@ -322,28 +323,35 @@ class Cache(Registry):
         except (NameUnknown, StorageFailed):
             return []
 
-    async def _list(self, name: str, what: str, ask: Callable[[], Awaitable[list[T]]]) -> list[T]:
+    async def _list(self, key: Key, ask: Callable[[], Awaitable[list[T]]]) -> list[T]:
         try:
             listed = await ask()
         except (ManifestUnknown, NameUnknown) as error:
-            self._remember(name, what, error)
+            self._remember(key, error)
             raise
-        await self._keep(self._store.keep_listing(name, what, listed))
+        await self._keep(self._store.keep_listing(key[1], key[2], listed))
         return listed
 
     # Both
 
-    def _ask_allowed(self, name: str, what: str) -> None:
+    def _ask_allowed(self, key: Key) -> None:
         """Raise what is known without asking: that we are offline, or what the origin said just now."""
+        unknown, name, what = key
         if self._policy.offline:
-            unknown = BlobUnknown if isinstance(what, Digest) else ManifestUnknown
             raise unknown(f"{what} of {name} is not cached, and {self._namespace} is set offline")
-        if (error := self._unknown.get((name, what))) is not None:
+        if (error := self._unknown.get(key)) is not None:
             current().came("negative")
             raise error.with_traceback(None)  # or it would grow by a frame each time
 
-    def _remember(self, name: str, what: str, error: RegistryError) -> None:
-        self._unknown.put((name, what), self._policy.negative_for, error)
+    def _remember(self, key: Key, error: RegistryError) -> None:
+        seconds = self._policy.negative_for
+        if isinstance(error, TooManyRequests):
+            seconds = max(1.0, error.retry_after or 0)
+        self._unknown.put(key, seconds, error)
+
+    def _pause(self, key: Key, error: RegistryError) -> None:
+        """What is known is served; the origin is let alone for a while, not asked at every request."""
+        self._paused.put(key, max(self._policy.negative_for, error.retry_after or 0), error)
 
     async def _keep(self, writing: Awaitable[object]) -> None:
         """A store that takes nothing in does not spoil the pull."""

@@ -10,11 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
+import structlog
 from yarl import URL
 
 from proxy import telemetry
-from proxy.app import App, StartError
-from proxy.config import Config, ConfigError, load
+from proxy.config import DOCKER_HUB, Config, ConfigError, load
+from proxy.listening import StartError
+from proxy.workers import Assignment, Parent
+
+log = structlog.get_logger()
 
 _CONFIG = click.option(
     "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="The configuration, in YAML."
@@ -34,9 +38,40 @@ def serve(path: Path | None) -> None:
     config = _load(path)
     telemetry.configure(config.log.format, config.log.level)
     try:
-        asyncio.run(_serve(config))
+        asyncio.run(_serve(Parent(config, lambda: load(path)), config))
     except StartError as error:
         _fail(str(error), 1)
+
+
+@main.command(hidden=True)
+def worker() -> None:
+    """Serve as a parent says that called this; not for people."""
+    # Here, since the parent needs none of it: it stays small.
+    from proxy.app import App
+
+    assignment = Assignment.read(sys.stdin.buffer)
+    config = assignment.config
+    telemetry.configure(config.log.format, config.log.level)
+
+    async def work() -> int:
+        app = App(config, sockets=assignment.sockets())
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        loop.add_reader(sys.stdin.fileno(), ended.set)  # its end: the parent is gone
+        try:
+            await app.start()
+        except StartError as error:
+            assignment.report(str(error))
+            return 1
+        assignment.report("ready")
+        await ended.wait()
+        loop.remove_reader(sys.stdin.fileno())
+        await app.stop()
+        return 0
+
+    sys.exit(asyncio.run(work()))
 
 
 @main.command()
@@ -61,34 +96,41 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-async def _serve(config: Config) -> None:
-    app = App(config)
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    await app.start()
-    click.echo(banner(app.url, app.admin_url, config.disk.path))
-    await ended.wait()
-    await app.stop()
+async def _serve(parent: Parent, config: Config) -> None:
+    await parent.start()
+    click.echo(banner(*parent.addresses(), config))
+    await parent.run()
+    log.info("server.stopping", drain=config.drain)
+    await parent.stop()
 
 
-def banner(url: URL, admin: URL | None, path: Path) -> str:
+def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Config) -> str:
     """What it listens on, where it stores, and how the usual clients are pointed at it."""
+    url = _http(*listen)
     host = url.host or ""
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
-    reach = URL.build(scheme=url.scheme, host=host, port=url.port)
+    reach = _http(host, listen[1])
     where = f"{reach.host_subcomponent}:{reach.port}"
-    return "\n".join(
-        (
-            f"entrepot {version('entrepot')} listening on {url.origin()}"
-            + (f", admin on {admin.origin()}" if admin else ""),
-            f"storing in {path}",
-            "point clients at it:",
-            f'  dockerd     /etc/docker/daemon.json: {{"registry-mirrors": ["{reach.origin()}"]}}',
-            f'  containerd  /etc/containerd/certs.d/_default/hosts.toml: [host."{reach.origin()}"]',
-            "  podman      /etc/containers/registries.conf.d/entrepot.conf: "
-            'registry = [{prefix = "docker.io", location = "docker.io", '
-            f'mirror = [{{location = "{where}/docker.io", insecure = true}}]}}]',
-        )
+    lines = [
+        f"entrepot {version('entrepot')} listening on {url}"
+        + (f", admin on {_http(*admin)}" if admin else ""),
+        f"storing in {config.disk.path}",
+        "point clients at it:",
+    ]
+    if config.default_namespace == DOCKER_HUB:  # dockerd takes mirrors for no other registry
+        lines.append(f'  dockerd     /etc/docker/daemon.json: {{"registry-mirrors": ["{reach}"]}}')
+    # Without capabilities containerd would send pushes here as well; they need a line of their own in TOML.
+    lines.append(f'  containerd  /etc/containerd/certs.d/_default/hosts.toml: [host."{reach}"]')
+    lines.append('              capabilities = ["pull", "resolve"]')
+    name = DOCKER_HUB if DOCKER_HUB in config.namespaces else next(iter(config.namespaces))
+    lines.append(
+        "  podman      /etc/containers/registries.conf.d/entrepot.conf: "
+        f'registry = [{{prefix = "{name}", location = "{name}", '
+        f'mirror = [{{location = "{where}/{name}", insecure = true}}]}}]'
     )
+    return "\n".join(lines)
+
+
+def _http(host: str, port: int) -> URL:
+    return URL.build(scheme="http", host=host, port=port).origin()

@@ -42,6 +42,7 @@ _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,
 _AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
 _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
 _PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
+_RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
@@ -72,6 +73,17 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What to keep of a rate limit: so many requests, or so many in a hundred."""
+
+    requests: int = 0
+    percent: int = 0
+
+    def of(self, limit: int) -> float:
+        return self.requests or limit * self.percent / 100
 
 
 # What a value may be.  Each parser takes what YAML gave, and raises ValueError with the cause.
@@ -126,6 +138,15 @@ def parse_timeout(value: object) -> float:
     return seconds
 
 
+def parse_workers(value: object) -> int | None:
+    """A number of processes, or None for `auto`."""
+    if value == "auto":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
+        raise ValueError("expected auto, or a number of processes from 1 to 256")
+    return value
+
+
 def parse_freshness(value: object) -> float:
     """A duration, or infinity for `forever`."""
     return math.inf if value == "forever" else parse_duration(value)
@@ -177,6 +198,33 @@ def parse_url(value: object) -> str:
     if text.endswith("/v2"):
         raise ValueError("leave /v2 out: it is added to every request")
     return text
+
+
+def parse_urls(value: object) -> tuple[str, ...]:
+    """Where a registry is, and where else: a URL, or a list of them in the order to try."""
+    if not isinstance(value, list):
+        return (parse_url(value),)
+    if not value:
+        raise ValueError("names none")
+    urls: list[str] = []
+    for number, each in enumerate(value):
+        try:
+            urls.append(parse_url(each))
+        except ValueError as error:
+            raise ValueError(f"[{number}]: {error}") from None
+    if len(set(urls)) < len(urls):
+        raise ValueError("names one twice")
+    return tuple(urls)
+
+
+def parse_reserve(value: object) -> Reserve:
+    """A number of requests, or a percentage of the limit."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return Reserve(requests=value)
+    found = _RESERVE.fullmatch(value) if isinstance(value, str) else None
+    if not found or (found[2] and int(found[1]) > 100):
+        raise ValueError("expected a number of requests, or a percentage of the limit such as 10%")
+    return Reserve(percent=int(found[1])) if found[2] else Reserve(requests=int(found[1]))
 
 
 def parse_proxy(value: object) -> Secret:
@@ -252,29 +300,17 @@ class Log(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Upstream(Section, frozen=True):
-    """How to reach a registry.  `plain_http` is true whenever `url` is http."""
+class Login(Section, frozen=True):
+    """Where a user name and password come from; nothing given is nobody."""
 
-    url: Annotated[str, parse_url]
     username: Annotated[str, parse_username] | None = None
     password: Annotated[Secret, parse_secret] | None = None
     password_file: File | None = None
     docker_config: File | None = None
     credential_helper: Annotated[str, parse_helper] | None = None
-    token_realms: tuple[Host, ...] = ()
-    ca_file: File | None = None
-    client_certificate: File | None = None
-    client_key: File | None = None
-    proxy: Annotated[Secret, parse_proxy] | None = None
-    plain_http: Flag = False
-    insecure_skip_verify: Flag = False
-    connect_timeout: Timeout = 3.0
-    header_timeout: Timeout = 10.0
-    progress_timeout: Timeout = 60.0
 
     def __post_init__(self) -> None:
-        sources = ("password", "password_file", "docker_config", "credential_helper")
-        given = [each for each in sources if getattr(self, each) is not None]
+        given = self.sources()
         if len(given) > 1:
             raise ValueError(
                 f"{' and '.join(given)} each say where the password comes from: keep one of them"
@@ -283,10 +319,48 @@ class Upstream(Section, frozen=True):
             raise ValueError(f"{given[0]} needs username")
         if self.username is not None and (not given or given[0] not in ("password", "password_file")):
             raise ValueError("username needs password or password_file")
+
+    def sources(self) -> list[str]:
+        """The keys given of those that say where the password comes from."""
+        keys = ("password", "password_file", "docker_config", "credential_helper")
+        return [each for each in keys if getattr(self, each) is not None]
+
+
+class Upstream(Login, frozen=True, kw_only=True):
+    """How to reach a registry.  `url` holds at least one; each is asked with all else that is said here."""
+
+    url: Annotated[tuple[str, ...], parse_urls]
+    credentials: tuple[Login, ...] = ()
+    reserve: Annotated[Reserve, parse_reserve] = Reserve(percent=10)
+    token_realms: tuple[Host, ...] = ()
+    ca_file: File | None = None
+    client_certificate: File | None = None
+    client_key: File | None = None
+    proxy: Annotated[Secret, parse_proxy] | None = None
+    plain_http: Flag = False
+    private_redirects: Flag = False
+    insecure_skip_verify: Flag = False
+    connect_timeout: Timeout = 3.0
+    header_timeout: Timeout = 10.0
+    progress_timeout: Timeout = 60.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.credentials and (given := self.sources()):
+            raise ValueError(f"{given[0]} and credentials each say who we are: keep one of them")
+        for number, login in enumerate(self.credentials):
+            if not login.sources():
+                raise ValueError(f"credentials[{number}] gives none")
         if self.client_key and not self.client_certificate:
             raise ValueError("client_key needs client_certificate")
-        if self.url.startswith("http://"):
-            msgspec.structs.force_setattr(self, "plain_http", True)
+
+    def allows_http(self, url: str) -> bool:
+        """Whether the upstream at `url`, one of ours, may send us on to http."""
+        return self.plain_http or url.startswith("http://")
+
+    def logins(self) -> tuple[Login, ...]:
+        """At least one."""
+        return self.credentials or (self,)
 
 
 class TagRule(Section, frozen=True):
@@ -318,6 +392,7 @@ class Config(Section, frozen=True):
     fallback: Literal["allow", "deny"] = "allow"
     offline: Flag = False
     drain: Duration = 30.0
+    workers: Annotated[int | None, parse_workers] = None
     log: Log = Log()
     namespaces: dict[str, Namespace] = {}
 
@@ -447,7 +522,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         return tuple(_build(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         return _namespaces(value, path)
-    if kind is Upstream and isinstance(value, str):
+    if kind is Upstream and isinstance(value, str | list):
         value = {"url": value}
     return _section(kind, value, path)
 

@@ -12,8 +12,9 @@ import hashlib
 import os
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -23,12 +24,13 @@ from storage.errors import (
     BlobUnknown,
     DigestInvalid,
     OriginFailed,
+    RangeInvalid,
     RegistryError,
     StorageFailed,
     Unavailable,
 )
 from storage.files import CHUNK, FileBlob, FileUpload
-from storage.oci import Descriptor, Digest, Span
+from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob, Registry
 from storage.store import Store
 
@@ -61,13 +63,19 @@ class Source:
 
 @dataclass(slots=True)
 class Fill:
-    """`started` yields None if there was nothing to transfer: the store has the blob."""
+    """`started` yields None if there is nothing to follow: the store has the blob, or there is an `error`.
+
+    `repositories` are those whose origin said that they may show it.
+    """
 
     digest: Digest
+    source: Source
     started: asyncio.Future[tuple[FileUpload, Descriptor] | None]
     repositories: set[str] = field(default_factory=set)
+    upload: FileUpload | None = None
     task: asyncio.Task[None] | None = None
     received: bool = False  # nothing more is wanted of the origin
+    error: Exception | None = None
 
 
 class Fills:
@@ -83,46 +91,71 @@ class Fills:
 
         Raises what the origin answers if it does not serve it, StorageFailed if it cannot be stored.
         """
-        fill = self._fills.get(digest)
-        if fill is None:
-            fill = self._start(source, digest)
-        elif source.repository not in fill.repositories:
-            await self._permit(fill, source)
-        # shield: a client that goes away must not cancel what others wait for.
-        started = await asyncio.shield(fill.started)
-        if started is None:
-            return await self._store.get_blob(source.repository, digest)
-        upload, descriptor = started
+        while True:
+            fill = self._fills.get(digest)
+            if fill is None:
+                fill = self._start(source, digest)
+            elif source.repository not in (fill.source.repository, *fill.repositories):
+                await self._permit(fill, source)
+            # shield: a client that goes away must not cancel what others wait for.
+            started = await asyncio.shield(fill.started)
+            blob = await self._follow(source, *started, span) if started else None
+            if blob is None and source.repository in fill.repositories:
+                blob = await self._stored(source, digest)
+            if blob is not None:
+                return blob
+            # What was answered to another repository says nothing of ours: then it is begun anew.
+            if fill.error is not None and fill.source.repository == source.repository:
+                raise fill.error
+
+    async def _follow(
+        self, source: Source, upload: FileUpload, descriptor: Descriptor, span: Span | None
+    ) -> Blob | None:
+        """None: the upload has ended."""
         current().came("hit" if upload.complete else "miss")
-        if span is not None and span.start - upload.offset > FAR_AHEAD:
-            return await source.origin.get_blob(source.name, digest, span)
+        if span is not None and upload.offset + FAR_AHEAD < span.start < descriptor.size:
+            # Else it is to be waited for, which takes longer but needs nobody's leave.
+            with suppress(Unavailable):
+                return await source.origin.get_blob(source.name, descriptor.digest, span)
         try:
             blob = upload.follow(descriptor)
-        except BlobUnknown:  # it has just ended
-            return await self._store.get_blob(source.repository, digest)
+        except BlobUnknown:
+            return None
         if descriptor.size == 0:
             # There is no last byte to withhold: withhold all.
             try:
                 await blob.readable(0)
+            except RegistryError:
+                await blob.close()
+                return None
             except BaseException:
                 await blob.close()
                 raise
         return Followed(blob, source, self._metrics)
+
+    async def _stored(self, source: Source, digest: Digest) -> Blob | None:
+        """What came of a fill that has ended; None if nothing did."""
+        try:
+            return await self._store.get_blob(source.repository, digest)
+        except BlobUnknown:
+            if not self._store.holds(digest):
+                return None
+        # 1. the fill makes its links  2. our origin permits  3. nobody has made ours
+        await self._store.link(source.repository, digest)
+        return await self._store.get_blob(source.repository, digest)
 
     def descriptor(self, repository: str, digest: Digest) -> Descriptor | None:
         """What is known of a blob that `repository` is getting just now."""
         fill = self._fills.get(digest)
         if fill is None or repository not in fill.repositories:
             return None
-        if not fill.started.done() or fill.started.exception() is not None:
-            return None
-        started = fill.started.result()
+        started = fill.started.result() if fill.started.done() else None
         return started[1] if started else None
 
     def _start(self, source: Source, digest: Digest) -> Fill:
-        fill = Fill(digest, asyncio.get_running_loop().create_future(), {source.repository})
+        fill = Fill(digest, source, asyncio.get_running_loop().create_future())
         self._fills[digest] = fill
-        fill.task = asyncio.create_task(self._run(fill, source))
+        fill.task = asyncio.create_task(self._run(fill))
         return fill
 
     async def _permit(self, fill: Fill, source: Source) -> None:
@@ -130,75 +163,97 @@ class Fills:
         key = (source.repository, fill.digest)
         await self._permissions.join(key, lambda: source.origin.resolve_blob(source.name, fill.digest))
         fill.repositories.add(source.repository)
-        if self._fills.get(fill.digest) is not fill and self._store.holds(fill.digest):
-            await self._store.link(source.repository, fill.digest)  # it ended while we asked
 
-    async def _run(self, fill: Fill, source: Source) -> None:
-        begun = time.monotonic()
+    async def _run(self, fill: Fill) -> None:
+        begun, result = time.monotonic(), "failed"
         self._metrics.filling.inc()
-        result, size = "failed", 0
-        upload: FileUpload | None = None
         try:
-            if self._store.holds(fill.digest):
-                # HEAD is the permission; the bytes came for another repository.
-                await source.origin.resolve_blob(source.name, fill.digest)
-            else:
-                upload = await self._store.resume_fill(fill.digest)
-                await self._transfer(fill, source, upload)
-                fill.received = True
-                size = (await upload.commit(fill.digest)).size
+            outcome, descriptor = await self._bring(fill)
             for repository in list(fill.repositories):
                 await self._store.link(repository, fill.digest)
-            result = "committed" if upload else "linked"
+            result = outcome
             if not fill.started.done():
                 fill.started.set_result(None)
-            log.info(
-                f"fill.{result}",
-                namespace=source.namespace,
-                repository=source.repository,
-                digest=fill.digest,
-                bytes=size,
-                seconds=round(time.monotonic() - begun, 3),
-            )
-        except (Exception, asyncio.CancelledError) as error:
-            await self._fail(fill, source, upload, error)
-            if isinstance(error, asyncio.CancelledError):
-                raise
+            seconds = round(time.monotonic() - begun, 3)
+            _log(fill).info(f"fill.{result}", bytes=descriptor.size, seconds=seconds)
+        except asyncio.CancelledError:
+            result = "suspended"
+            await self._end(fill, Unavailable("the server is shutting down"))
+            _log(fill).info("fill.suspended", bytes=fill.upload.offset if fill.upload else 0)
+            raise
+        except Exception as error:
+            # Where nothing was begun, each client is answered with it: an event only if the fault is ours.
+            told = not fill.started.done() and isinstance(error, RegistryError)
+            await self._end(fill, error)
+            if not told or isinstance(error, StorageFailed):
+                _log(fill).error("fill.failed", error=str(error) or type(error).__name__)
         finally:
             del self._fills[fill.digest]
             self._metrics.filling.dec()
-            self._metrics.fills.labels(source.namespace, result).inc()
+            self._metrics.fills.labels(fill.source.namespace, result).inc()
 
-    async def _transfer(self, fill: Fill, source: Source, upload: FileUpload) -> None:
+    async def _bring(self, fill: Fill) -> tuple[str, Descriptor]:
+        """Have the blob in the store: how it came there, and what it is."""
+        resolve = fill.source.origin.resolve_blob
+        if not self._store.holds(fill.digest):
+            upload = fill.upload = await self._store.resume_fill(fill.digest)
+            if not upload.ours:
+                # Another process transfers it.  A HEAD tells whether we may show it, and its size.
+                descriptor = await resolve(fill.source.name, fill.digest)
+                fill.repositories.add(fill.source.repository)
+                fill.started.set_result((upload, descriptor))
+                if await upload.watch(fill.digest):
+                    return "followed", Descriptor(OCTETS, fill.digest, upload.offset)
+            # 1. we find it missing  2. another process commits it  3. we get the lock
+            if not self._store.holds(fill.digest):
+                upload = await self._transfer(fill, upload)
+                fill.received = True
+                try:
+                    return "committed", await upload.commit(fill.digest)
+                except DigestInvalid as error:  # not the client's fault, as its status would have it
+                    raise OriginFailed(f"{fill.source.namespace} sent another blob: {error}") from error
+            await upload.cancel()
+        # HEAD is the permission; the bytes came for another repository.
+        descriptor = await resolve(fill.source.name, fill.digest)
+        fill.repositories.add(fill.source.repository)
+        try:
+            return "linked", await self._store.link(fill.source.repository, fill.digest, descriptor.size)
+        except BlobUnknown:  # they were damaged, and are gone
+            return await self._bring(fill)
+
+    async def _transfer(self, fill: Fill, upload: FileUpload) -> FileUpload:
+        """The upload with all of the bytes, not committed yet."""
         if upload.offset and upload.matches(fill.digest):
             # A former fill had all of it and was killed before it could say so.
-            await source.origin.resolve_blob(source.name, fill.digest)
-            return
+            await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
+            fill.repositories.add(fill.source.repository)
+            return upload
         failures = 0
         while True:
             before = upload.offset
             try:
-                await self._receive(fill, source, upload)
-                return
+                await self._receive(fill, upload)
+                return upload
+            except RangeInvalid as error:
+                if fill.started.done():
+                    raise
+                # What a former fill left is not the beginning of this blob: it is as long, or longer.
+                await upload.cancel(error)
+                upload = fill.upload = await self._store.resume_fill(fill.digest)
             except Unavailable as error:
                 failures = 0 if upload.offset > before else failures + 1
                 if not fill.started.done() or failures > RETRIES:
                     raise
-                log.warning(
-                    "fill.interrupted",
-                    namespace=source.namespace,
-                    repository=source.repository,
-                    digest=fill.digest,
-                    offset=upload.offset,
-                    error=str(error),
-                )
+                _log(fill).warning("fill.interrupted", offset=upload.offset, error=str(error))
             if failures:
                 await asyncio.sleep(self._backoff * 2 ** (failures - 1))
 
-    async def _receive(self, fill: Fill, source: Source, upload: FileUpload) -> None:
+    async def _receive(self, fill: Fill, upload: FileUpload) -> None:
+        source = fill.source
         span = Span(upload.offset) if upload.offset else None
         blob = await source.origin.get_blob(source.name, fill.digest, span)
         try:
+            fill.repositories.add(source.repository)
             if not fill.started.done():
                 fill.started.set_result((upload, blob.descriptor))
             size = blob.descriptor.size
@@ -212,29 +267,18 @@ class Fills:
         finally:
             await blob.close()
 
-    async def _fail(
-        self, fill: Fill, source: Source, upload: FileUpload | None, error: BaseException
-    ) -> None:
-        if upload is not None:
-            # On a full disk the bytes are in the way; else the next fill goes on from them.
-            if isinstance(error, StorageFailed):
-                await upload.cancel(error)
+    async def _end(self, fill: Fill, error: Exception) -> None:
+        """Tell all who wait or follow."""
+        fill.error = error
+        if fill.upload is not None:
+            # On a full disk the bytes are in the way, and beyond the blob's end they are of no use; else
+            # the next fill goes on from them.
+            if isinstance(error, StorageFailed | RangeInvalid):
+                await fill.upload.cancel(error)
             else:
-                await upload.suspend(error)
+                await fill.upload.suspend(error)
         if not fill.started.done():
-            fill.started.set_exception(
-                error if isinstance(error, Exception) else BlobUnknown("shutting down")
-            )
-            fill.started.exception()  # seen, even if every client has left
-            if not isinstance(error, StorageFailed) and isinstance(error, RegistryError):
-                return  # each client is answered with it; nothing was begun
-        log.error(
-            "fill.failed",
-            namespace=source.namespace,
-            repository=source.repository,
-            digest=fill.digest,
-            error=str(error) or type(error).__name__,
-        )
+            fill.started.set_result(None)
 
     async def close(self) -> None:
         """Stop all fills; what they have stays where the next one finds it."""
@@ -246,6 +290,11 @@ class Fills:
                     fill.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._permissions.close()
+
+
+def _log(fill: Fill) -> Any:
+    source = fill.source
+    return log.bind(namespace=source.namespace, repository=source.name, digest=fill.digest)
 
 
 class Followed(Blob):
@@ -297,19 +346,28 @@ class Followed(Blob):
 class Uncached(Blob):
     """The origin's blob, past a store that cannot take it."""
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, source: Source) -> None:
         self.descriptor = blob.descriptor
-        self._blob = blob
+        self._blob: Blob | None = blob
+        self._source = source
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
-        content = self._blob.chunks(start, stop)
-        if start == 0:
-            content = verified(content, self.descriptor, hashlib.new(self.descriptor.digest.algorithm), 0)
-        async for chunk in content:
-            yield chunk
+        digest = self.descriptor.digest
+        blob, self._blob = self._blob, None
+        if blob is None:  # a transfer can be read once, and of several ranges this is a later one
+            blob = await self._source.origin.get_blob(self._source.name, digest, Span(start, stop))
+        try:
+            content = blob.chunks(start, stop)
+            if start == 0:
+                content = verified(content, self.descriptor, hashlib.new(digest.algorithm), 0)
+            async for chunk in content:
+                yield chunk
+        finally:
+            await blob.close()
 
     async def close(self) -> None:
-        await self._blob.close()
+        if self._blob is not None:
+            await self._blob.close()
 
 
 async def verified(

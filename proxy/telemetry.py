@@ -6,7 +6,9 @@ are held by an object of their own, so that several servers in one process do no
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +16,15 @@ from typing import Any, TextIO
 
 import msgspec
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
 
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
@@ -25,11 +35,13 @@ UNKNOWN = "-"  # the namespace of a request that named none of ours
 class Exchange:
     """One client request as it goes: filled in by whoever knows, written down when it ends.
 
+    `id` tells it from all others, to the client too (X-Request-Id).
     `result` is hit, miss, revalidated, stale, negative or error, after RFC 9111; "" where no content is
     concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
     counts as fresh (None: for ever).
     """
 
+    id: str = ""
     namespace: str = UNKNOWN
     repository: str = ""
     reference: str = ""
@@ -57,10 +69,16 @@ def current() -> Exchange:
 
 
 class Metrics:
+    """Of all workers, where they have a directory for them in common; else of this object."""
+
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double what is exported, and say little
-        self.registry = CollectorRegistry()
-        registry = self.registry
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double what is exported
+        self._common = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._registry = CollectorRegistry()
+        # A registry of their own would only tell of this process.
+        registry = None if self._common else self._registry
+        if self._common:
+            MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
         self.requests = Counter(
             "entrepot_requests_total", "Client requests.", ["namespace", "kind", "result"], registry=registry
         )
@@ -86,9 +104,25 @@ class Metrics:
         self.fills = Counter(
             "entrepot_fills_total", "Fills that ended.", ["namespace", "result"], registry=registry
         )
-        self.filling = Gauge("entrepot_fills_in_flight", "Fills going on.", registry=registry)
-        self.followers = Gauge("entrepot_followers", "Clients that read a growing blob.", registry=registry)
-        self.stored = Gauge("entrepot_stored_bytes", "Bytes of committed blobs.", registry=registry)
+        self.filling = Gauge(
+            "entrepot_fills_in_flight", "Fills going on.", multiprocess_mode="livesum", registry=registry
+        )
+        self.followers = Gauge(
+            "entrepot_followers",
+            "Clients that read a growing blob.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.stored = Gauge(
+            "entrepot_stored_bytes",
+            "Bytes of committed blobs, counted now and then.",
+            multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
+
+    def exposition(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
 
 
 def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.stderr) -> None:
@@ -112,4 +146,7 @@ def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.st
 
 
 def _to_json(event: dict[str, Any], **_: Any) -> str:
-    return msgspec.json.encode(event, enc_hook=str).decode()
+    try:
+        return msgspec.json.encode(event, enc_hook=str).decode()
+    except UnicodeEncodeError:  # a client's header that is not UTF-8: slower, but escapes it
+        return json.dumps(event, default=str)

@@ -3,6 +3,7 @@
     <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
     <root>/partial/<algorithm>-<encoded>        a fill on its way, locked by whoever writes it
     <root>/partial/<id>                         any other upload
+    <root>/locks/<name's hash>                  held by a process while it does what only one may do
 
 A blob exists if and only if its file does, and a file gets there only by rename after verification; its
 mtime is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but
@@ -18,15 +19,16 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
-from storage.errors import BlobUnknown, DigestInvalid, RegistryError, StorageFailed
+from storage.errors import BlobUnknown, DigestInvalid, RegistryError, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Blob, Upload
 
 CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
+POLL = 0.02  # seconds between looks at what another process writes
 TOUCH = 60.0  # seconds; a last use is noted no finer, so that most hits write nothing
 
 
@@ -82,11 +84,24 @@ class FileUpload(Upload):
 
     Of what was written all but the last byte is readable, until commit() has found the digest right:
     so no reader ever holds a complete but wrong blob.
+
+    An upload that is not `ours` is written by another process; it can be followed, and watch() waits for
+    its end.
     """
 
-    def __init__(self, files: Files, path: Path, file: int, algorithm: str, resumable: bool) -> None:
+    def __init__(
+        self,
+        files: Files,
+        path: Path,
+        file: int,
+        algorithm: str,
+        *,
+        resumable: bool = False,
+        ours: bool = True,
+    ) -> None:
         self.id = path.name
         self.offset = 0
+        self.ours = ours
         self._files = files
         self._path = path
         self._file = file
@@ -101,13 +116,43 @@ class FileUpload(Upload):
         self._flusher: asyncio.Task[None] | None = None
 
     def rehash(self) -> None:
-        """Take in what a former writer left.  Blocks; before anybody writes or follows."""
+        """Take in what a former writer left.  Blocks; before anybody writes."""
+        self.offset = 0
         while chunk := os.pread(self._file, CHUNK, self.offset):
             self._hash.update(chunk)
             self.offset += len(chunk)
         os.lseek(self._file, self.offset, os.SEEK_SET)
         self._written = self.offset
-        self._readable = max(0, self.offset - 1)
+        self._readable = max(self._readable, self.offset - 1)
+
+    async def watch(self, digest: Digest) -> bool:
+        """Follow what another process writes, to its end.
+
+        True: it has committed it.  False: it is gone, and the upload is ours to go on with.
+
+        Raises Unavailable where it gave up and left nothing.
+        """
+        final = self._files.path(digest)
+        while True:
+            # 1. it renames and lets go  2. we get the lock: so the name is looked at after the lock.
+            with _translated(self._path):
+                free = _try_lock(self._file)
+                if _leads_to(final, self._file):
+                    self._complete = True
+                    self.offset = os.fstat(self._file).st_size
+                    self._move(self.offset)
+                    self._close()
+                    return True
+                if free and not _leads_to(self._path, self._file):
+                    raise Unavailable("the process that was transferring it gave up")
+                if free:
+                    self.ours = True
+                    await _finished(self.rehash)
+                    return False
+                self.offset = os.fstat(self._file).st_size
+            if self.offset - 1 > self._readable:
+                self._move(self.offset - 1)
+            await asyncio.sleep(POLL)  # flock and appending tell nobody
 
     @property
     def complete(self) -> bool:
@@ -160,7 +205,6 @@ class FileUpload(Upload):
             raise self._error
         if digest.algorithm != self._hash.name:
             self._hash = hashlib.new(digest.algorithm)
-            self.offset = 0
             with _translated(self._path):
                 await _finished(self.rehash)
         if not self.matches(digest):
@@ -174,7 +218,8 @@ class FileUpload(Upload):
             with _translated(self._path):
                 await _finished(self._publish, self._files.path(digest))
         finally:
-            await self.cancel()  # of what is in its place already it only lets go
+            self._discard()  # where it did not get into its place
+            self._close()
         return Descriptor(OCTETS, digest, self.offset)
 
     def _publish(self, path: Path) -> None:
@@ -234,12 +279,14 @@ class FileUpload(Upload):
     def _discard(self) -> None:
         # Once ours was renamed, the next upload of the digest has the name: that file is not ours to remove.
         with suppress(OSError):
-            if self._file >= 0 and _leads_to(self._path, self._file):
+            if self.ours and self._file >= 0 and _leads_to(self._path, self._file):
                 self._path.unlink()
 
     def _close(self) -> None:
         if self._file >= 0:
-            os.close(self._file)  # gives up the lock as well
+            # Not by closing alone: the readers' duplicates would go on holding the lock.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            os.close(self._file)
             self._file = -1
 
 
@@ -250,8 +297,10 @@ class Files:
         self.root = root
         self._clock = clock
         self._partial = root / "partial"
+        self._locks = root / "locks"
         with _translated(root):
             self._partial.mkdir(parents=True, exist_ok=True)
+            self._locks.mkdir(exist_ok=True)
             (root / "blobs").mkdir(exist_ok=True)
 
     def path(self, digest: Digest) -> Path:
@@ -281,47 +330,97 @@ class Files:
                 os.utime(file, (now, now))
         return FileBlob(file, Descriptor(OCTETS, digest, status.st_size))
 
+    def verify(self, digest: Digest) -> None:
+        """Read all of it.  Blocks.  Raises BlobUnknown, also where it is damaged, and then it is removed."""
+        path = self.path(digest)
+        with _translated(path):
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, digest.algorithm).hexdigest()
+            except FileNotFoundError:
+                raise BlobUnknown(f"{digest} is not stored here") from None
+            if found != digest.encoded:
+                path.unlink(missing_ok=True)
+                raise BlobUnknown(f"{digest} was damaged: its content is {found}")
+
     def create(self) -> FileUpload:
         path = self._partial / secrets.token_urlsafe(16)
         with _translated(path):
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        return FileUpload(self, path, file, "sha256", resumable=False)
+        return FileUpload(self, path, file, "sha256")
 
     async def resume(self, digest: Digest) -> FileUpload:
         """The upload of this very digest, with what a former one has left.
 
-        Where another process is at it, an upload apart from it.
+        Where another process is at it, its upload: see FileUpload.watch().
         """
         path = self._partial / f"{digest.algorithm}-{digest.encoded}"
-        file = self._lock(path)
-        if file is None:
-            return self.create()
-        upload = FileUpload(self, path, file, digest.algorithm, resumable=True)
-        try:
-            with _translated(path):
-                await _finished(upload.rehash)
-        except (RegistryError, asyncio.CancelledError):
-            await upload.suspend()
-            raise
+        file, locked = self._open_locked(path)
+        upload = FileUpload(self, path, file, digest.algorithm, resumable=True, ours=locked)
+        if locked:
+            try:
+                with _translated(path):
+                    await _finished(upload.rehash)
+            except (RegistryError, asyncio.CancelledError):
+                await upload.suspend()
+                raise
         return upload
 
-    def _lock(self, path: Path) -> int | None:
+    def _open_locked(self, path: Path) -> tuple[int, bool]:
+        """The file, created if need be, and whether the lock of it is ours."""
         while True:
             with _translated(path):
                 file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    locked = _try_lock(file)
                     # 1. we open  2. its writer renames it into blobs/ and lets go  3. we get the lock:
-                    # of a committed blob.  So the name must still lead to the file that we locked.
+                    # of a committed blob.  So the name must still lead to the file that we opened.
                     if _leads_to(path, file):
-                        return file
-                    os.close(file)
-                except BlockingIOError:
-                    os.close(file)
-                    return None
-                except OSError:
+                        return file, locked
+                except BaseException:
                     os.close(file)
                     raise
+                os.close(file)
+
+    @asynccontextmanager
+    async def exclusive(self, name: str) -> AsyncIterator[None]:
+        """Of all processes on this directory one at a time is inside, for each `name`.
+
+        Where no lock can be had since the disk fails, all go on: this spares work, it guards nothing.
+        """
+        path = self._locks / hashlib.sha256(name.encode()).hexdigest()[:32]
+        file: int | None = None
+        with suppress(StorageFailed):
+            while True:
+                file, locked = self._open_locked(path)
+                if locked:
+                    break
+                os.close(file)
+                await asyncio.sleep(POLL)
+        try:
+            yield
+        finally:
+            if file is not None:
+                with suppress(OSError):
+                    path.unlink()  # while it is locked: who opened it meanwhile sees that its name is gone
+                os.close(file)
+
+    @contextmanager
+    def turn(self, seconds: float) -> Iterator[bool]:
+        """Whether this process is to keep house: none does, and none that still runs did so for `seconds`."""
+        path = self.root.parent / "keeper.lock"
+        with _translated(path):
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            pid, _, text = os.pread(file, 100, 0).partition(b" ")
+            recent = text != b"" and 0 <= self._clock() - float(text) < seconds
+            ours = _try_lock(file) and not (recent and _runs(int(pid)))
+            yield ours
+            if ours:
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"{os.getpid()} {self._clock()}".encode(), 0)
+        finally:
+            os.close(file)
 
     def stored_bytes(self) -> int:
         """Of all committed blobs.  Blocks: it looks at every file."""
@@ -362,6 +461,24 @@ async def _finished(function: Callable[..., None], *arguments: object) -> None:
         thread.exception()  # seen
         raise cancelled
     thread.result()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _leads_to(path: Path, file: int) -> bool:

@@ -106,7 +106,9 @@ class Descriptor:
     annotations: Mapping[str, str] | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        members: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        """Plain JSON values."""
+        digest = str(self.digest)  # msgspec encodes no subclass of str
+        members: dict[str, Any] = {"mediaType": self.media_type, "digest": digest, "size": self.size}
         if self.artifact_type:
             members["artifactType"] = self.artifact_type
         if self.annotations:

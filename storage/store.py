@@ -205,10 +205,15 @@ class Store(Registry):
         """Whether the bytes are here, for whatever repository."""
         return self._files.holds(digest)
 
-    async def link(self, repository: str, digest: Digest) -> Descriptor:
-        """Show `digest` in `repository`.  Raises BlobUnknown where its bytes are not here."""
+    async def link(self, repository: str, digest: Digest, size: int = -1) -> Descriptor:
+        """Show `digest` in `repository`; `size` is what an origin says of it, if it does.
+
+        Raises BlobUnknown where its bytes are not here, or are damaged.
+        """
         blob = self._files.open(digest)
         await blob.close()
+        if size not in (-1, blob.descriptor.size):
+            await asyncio.to_thread(self._files.verify, digest)  # one of the two is wrong
         record = f"{blob.descriptor.size} {self._clock()}".encode()
         await asyncio.to_thread(self._records.put, f"link {repository} {digest}", record)
         return blob.descriptor

@@ -18,7 +18,9 @@ from proxy.config import (
     ConfigError,
     Disk,
     Log,
+    Login,
     Namespace,
+    Reserve,
     Secret,
     TagRule,
     Upstream,
@@ -30,7 +32,7 @@ from proxy.config import (
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.yml"
 MANUAL = ROOT / "docs" / "configuration.md"
-SECTIONS = (Config, Disk, Log, Namespace, TagRule, Upstream)
+SECTIONS = (Config, Disk, Log, Login, Namespace, TagRule, Upstream)
 
 
 @pytest.fixture
@@ -81,7 +83,9 @@ def test_without_a_file_the_well_known_registries_are_cached() -> None:
     assert config.listen == Address("127.0.0.1", 5000)
     assert config.admin == Address("127.0.0.1", 5001)
     assert config.default_namespace == "docker.io"
-    assert {name: each.upstream.url for name, each in config.namespaces.items()} == WELL_KNOWN
+    assert {name: each.upstream.url for name, each in config.namespaces.items()} == {
+        name: (url,) for name, url in WELL_KNOWN.items()
+    }
     hub = config.namespaces["docker.io"]
     assert hub.library
     assert hub.aliases == ("index.docker.io", "registry-1.docker.io", "registry.hub.docker.com")
@@ -209,9 +213,9 @@ def test_a_bad_pattern_is_named(fault: Any, pattern: str) -> None:
     ],
 )
 def test_url(read: Any, url: str, expected: str) -> None:
-    assert read(upstream(f"url: '{url}'")).namespaces["x"].upstream == Upstream(url=expected)
+    assert read(upstream(f"url: '{url}'")).namespaces["x"].upstream == Upstream(url=(expected,))
     assert read(f"namespaces: {{x: {{upstream: '{url}'}}}}").namespaces["x"].upstream == Upstream(
-        url=expected
+        url=(expected,)
     )
 
 
@@ -227,10 +231,73 @@ def test_url_refused(fault: Any, url: str) -> None:
     assert fault(upstream(f"url: '{url}'")).startswith("namespaces.x.upstream.url: ")
 
 
-def test_an_http_url_implies_plain_http(read: Any) -> None:
-    assert read(upstream("url: http://h")).namespaces["x"].upstream.plain_http
-    assert not read(upstream("url: https://h")).namespaces["x"].upstream.plain_http
-    assert read(at("plain_http: true")).namespaces["x"].upstream.plain_http
+def test_an_http_url_implies_plain_http_for_itself_alone(read: Any) -> None:
+    found = read(upstream("url: [http://h, https://h]")).namespaces["x"].upstream
+    assert found.allows_http("http://h")
+    assert not found.allows_http("https://h")
+    assert read(at("plain_http: true")).namespaces["x"].upstream.allows_http("https://x.example")
+
+
+@pytest.mark.parametrize("upstream", ["{url: [https://a, 'http://b/c/']}", "[https://a, 'http://b/c/']"])
+def test_several_urls_keep_their_order(read: Any, upstream: str) -> None:
+    text = f"namespaces: {{x: {{upstream: {upstream}}}}}"
+    assert read(text).namespaces["x"].upstream.url == ("https://a", "http://b/c")
+
+
+@pytest.mark.parametrize(
+    ("urls", "cause"),
+    [
+        ("[]", "names none"),
+        ("[https://a, 'https://a/']", "names one twice"),
+        ("[https://a, b]", "[1]: must begin with https:// or http://"),
+        ("[https://a, [https://b]]", "[1]: expected a string, got a list"),
+    ],
+)
+def test_several_urls_refused(fault: Any, urls: str, cause: str) -> None:
+    assert fault(upstream(f"url: {urls}")) == f"namespaces.x.upstream.url: {cause}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reserve"),
+    [
+        ("10%", Reserve(percent=10)),
+        ("0%", Reserve()),
+        ("100%", Reserve(percent=100)),
+        ("0", Reserve()),
+        ("25", Reserve(requests=25)),
+        ("'25'", Reserve(requests=25)),
+    ],
+)
+def test_reserve(read: Any, text: str, reserve: Reserve) -> None:
+    assert read(at(f"reserve: {text}")).namespaces["x"].upstream.reserve == reserve
+
+
+def test_what_a_reserve_keeps_of_a_limit() -> None:
+    assert Reserve(percent=10).of(200) == 20
+    assert Reserve(requests=7).of(200) == 7
+    assert Reserve().of(200) == 0
+
+
+@pytest.mark.parametrize("text", ["-1", "101%", "true", "1.5", "ten", "[1]", "'10 %'", "'1٤%'"])
+def test_reserve_refused(fault: Any, text: str) -> None:
+    line = fault(at(f"reserve: {text}"))
+    assert line.startswith("namespaces.x.upstream.reserve: expected a number of requests, or a percentage")
+
+
+def test_several_credentials(read: Any) -> None:
+    logins = "{username: a, password: p}, {docker_config: /d}, {credential_helper: h}"
+    found = read(at(f"credentials: [{logins}]")).namespaces["x"].upstream
+    expected = (
+        Login(username="a", password=Secret("p")),
+        Login(docker_config=Path("/d")),
+        Login(credential_helper="h"),
+    )
+    assert found.credentials == found.logins() == expected
+
+
+def test_the_single_form_of_credentials_is_one_login(read: Any) -> None:
+    (login,) = read(at("username: u, password: p")).namespaces["x"].upstream.logins()
+    assert (login.username, login.password) == ("u", "p")
 
 
 def test_every_key_of_an_upstream_is_read(read: Any) -> None:
@@ -238,11 +305,12 @@ def test_every_key_of_an_upstream_is_read(read: Any) -> None:
         at(
             "username: u, password_file: /p, token_realms: ['auth.example:1'], ca_file: /ca, client_key: /k,"
             "client_certificate: /c, proxy: 'http://u:p@proxy:3128', insecure_skip_verify: true,"
+            "plain_http: true, private_redirects: true, reserve: 5,"
             "connect_timeout: 1s, header_timeout: 2s, progress_timeout: 3s"
         )
     )
     assert found.namespaces["x"].upstream == Upstream(
-        url="https://x.example",
+        url=("https://x.example",),
         username="u",
         password_file=Path("/p"),
         token_realms=("auth.example:1",),
@@ -251,6 +319,9 @@ def test_every_key_of_an_upstream_is_read(read: Any) -> None:
         client_certificate=Path("/c"),
         proxy=Secret("http://u:p@proxy:3128"),
         insecure_skip_verify=True,
+        plain_http=True,
+        private_redirects=True,
+        reserve=Reserve(requests=5),
         connect_timeout=1.0,
         header_timeout=2.0,
         progress_timeout=3.0,
@@ -298,6 +369,20 @@ def test_every_key_of_an_upstream_is_read(read: Any) -> None:
         (
             at("username: u, docker_config: p"),
             "namespaces.x.upstream: username needs password or password_file",
+        ),
+        (at("credentials: [{}]"), "namespaces.x.upstream: credentials[0] gives none"),
+        (
+            at("credentials: [{username: u}]"),
+            "namespaces.x.upstream.credentials[0]: username needs password or password_file",
+        ),
+        (
+            at("credentials: [{docker_config: d, password: p}]"),
+            "namespaces.x.upstream.credentials[0]: password and docker_config each say where the password"
+            " comes from: keep one of them",
+        ),
+        (
+            at("docker_config: d, credentials: [{docker_config: d}]"),
+            "namespaces.x.upstream: docker_config and credentials each say who we are: keep one of them",
         ),
         (at("client_key: k"), "namespaces.x.upstream: client_key needs client_certificate"),
         (
@@ -464,6 +549,9 @@ def test_secrets_do_not_show(read: Any) -> None:
         upstream("url: https://h, username: u, password: !hunter2'x y"),
         upstream("url: https://h, username: u, password: !h!hunter2 y"),
         at("password: hunter2"),
+        at("credentials: [{password: hunter2}]"),
+        at("credentials: [{username: u, password: hunter2, docker_config: /d}]"),
+        upstream("url: [https://h, 'https://u:hunter2@h']"),
         at("username: u, password: [hunter2]"),
         at("username: u, password: {hunter2: 1}"),
         at("username: u, password: hunter2, docker_config: /d"),

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 
 import aiohttp
@@ -46,6 +47,7 @@ from storage.oci import (
     Manifest,
     Reference,
     Span,
+    Tag,
     parse_manifest,
 )
 from storage.registry import Blob, Registry
@@ -105,7 +107,7 @@ class Upstream(Registry):
         response = await self._ask("GET", repository, f"blobs/{digest}", "blob", headers)
         try:
             start, size = self._extent(response, span)
-            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            if _encoding(response):
                 raise OriginFailed(f"{self._name} encoded {digest} though identity was asked for")
             if size < 0:
                 # Clients want a length, and progress needs one.
@@ -118,8 +120,7 @@ class Upstream(Registry):
     def _extent(self, response: aiohttp.ClientResponse, span: Span | None) -> tuple[int, int]:
         """Where the body starts in the blob, and the blob's size, or -1."""
         if response.status != 206:
-            length = response.headers.get("Content-Length", "")
-            return 0, int(length) if length.isdigit() else -1
+            return 0, _length(response)
         # RFC 9110 §14.4
         unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
         positions, _, total = rest.partition("/")
@@ -134,9 +135,8 @@ class Upstream(Registry):
             response = await self._ask("HEAD", repository, path, "blob", {})
         except Unsupported:  # no HEAD there: ask for the content, and leave it
             response = await self._ask("GET", repository, path, "blob", {})
-        length = response.headers.get("Content-Length", "")
         response.close()
-        return Descriptor(OCTETS, digest, int(length) if length.isdigit() else -1)
+        return Descriptor(OCTETS, digest, _length(response))
 
     # Manifests
 
@@ -171,10 +171,10 @@ class Upstream(Registry):
         path = f"manifests/{reference}"
         try:
             async with await self._ask("HEAD", repository, path, "manifest", headers) as response:
-                digest, length = _digest(response), response.headers.get("Content-Length", "")
-                media_type = _media_type(response)
-            if digest is not None and length.isdigit() and media_type not in _VAGUE:
-                return Descriptor(media_type, digest, int(length))
+                digest, size, media_type = _digest(response), _length(response), _media_type(response)
+            right = isinstance(reference, Tag) or digest == reference
+            if digest is not None and right and size >= 0 and media_type not in _VAGUE:
+                return Descriptor(media_type, digest, size)
         except Unsupported:
             pass
         # Some registries say too little on HEAD, or know none.
@@ -185,8 +185,9 @@ class Upstream(Registry):
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         found: set[str] = set()
         async for page in self._pages(repository, "tags/list", "tags"):
-            tags = page.get("tags") if isinstance(page, dict) else None
-            # Distribution says null for none.
+            tags = page.get("tags") if isinstance(page, dict) else ""
+            if not isinstance(tags, list | None):  # Distribution says null for none
+                raise OriginFailed(f"{self._name} lists as tags of {repository} what is no list")
             found.update(tag for tag in tags or () if isinstance(tag, str) and tag > last)
         return sorted(found)[:limit]
 
@@ -219,7 +220,9 @@ class Upstream(Registry):
             try:
                 yield msgspec.json.decode(content)
             except (msgspec.DecodeError, UnicodeDecodeError):
-                raise ManifestUnknown(f"{self._name} answered {path} with no JSON") from None
+                # Some registries without a referrers API answer with a page for people.
+                nonsense = ManifestUnknown if kind == "referrers" else OriginFailed
+                raise nonsense(f"{self._name} answered {path} with no JSON") from None
             url = URL(str(link["url"])) if link else None
             if url is not None and url.origin() != URL(self._url).origin():
                 raise OriginFailed(f"{self._name} lists on at another host, {url.host}")
@@ -297,7 +300,7 @@ class Upstream(Registry):
             )
         if status == 416:
             return RangeInvalid(said)
-        if status in (405, 501):
+        if status in (405, 501) and response.method == "HEAD":
             return Unsupported(said)
         if status in (404, 410) or (kind == "referrers" and 400 <= status < 500):
             unknown = {"blob": BlobUnknown, "tags": NameUnknown}.get(kind, ManifestUnknown)
@@ -306,8 +309,8 @@ class Upstream(Registry):
 
     async def _content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         content = await self._transport.read(response, limit)
-        encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if encoding == "identity":
+        encoding = _encoding(response)
+        if not encoding:
             return content
         if encoding in ("gzip", "x-gzip", "deflate"):
             try:
@@ -380,6 +383,18 @@ def _media_type(response: aiohttp.ClientResponse) -> str:
     return response.headers.get("Content-Type", "").partition(";")[0].strip()
 
 
+def _length(response: aiohttp.ClientResponse) -> int:
+    """Of the content, in bytes; -1 where it is not told, or is that of its encoded form."""
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() and not _encoding(response) else -1
+
+
+def _encoding(response: aiohttp.ClientResponse) -> str:
+    """The content's coding; "" is the identity."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return "" if encoding == "identity" else encoding
+
+
 def _digest(response: aiohttp.ClientResponse) -> Digest | None:
     text = response.headers.get("Docker-Content-Digest", "")
     try:
@@ -389,5 +404,13 @@ def _digest(response: aiohttp.ClientResponse) -> Digest | None:
 
 
 def _seconds(value: str | None) -> float | None:
-    """RFC 9110 §10.2.3, Retry-After as seconds."""
-    return float(value) if value is not None and value.isascii() and value.isdigit() else None
+    """RFC 9110 §10.2.3, Retry-After: a number or a date."""
+    if value is None:
+        return None
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        until = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, until.timestamp() - time.time())

@@ -102,6 +102,7 @@ class Transport:
             response.release()
             try:
                 target = url.join(URL(location, encoded=True))
+                elsewhere = target.origin() != url.origin()
             except ValueError:
                 raise OriginFailed(f"{self._name} redirected to what is no URL") from None
             if target.scheme not in ("https", "http") or (
@@ -110,7 +111,7 @@ class Transport:
                 raise OriginFailed(
                     f"{self._name} redirected from {url.scheme} to {target.scheme}; plain_http allows http"
                 )
-            if target.origin() != url.origin():
+            if elsewhere:
                 given.pop("Authorization", None)
             url = target
         raise OriginFailed(f"{self._name} redirected more than {REDIRECTS} times")

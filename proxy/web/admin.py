@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from proxy.telemetry import Metrics
 
 
-def application(registry: CollectorRegistry, state: Callable[[], Mapping[str, str]]) -> web.Application:
+def application(metrics: Metrics, state: Callable[[], Mapping[str, str]]) -> web.Application:
     """`state` tells `status`, "ready", "degraded" or "draining", and what more there is to say."""
 
-    async def metrics(request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    async def exposition(request: web.Request) -> web.Response:
+        return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(request: web.Request) -> web.Response:
         return _json({"status": "alive"})
@@ -33,7 +35,7 @@ def application(registry: CollectorRegistry, state: Callable[[], Mapping[str, st
             return _json({"error": error.reason}, error.status)
 
     admin = web.Application(middlewares=[in_json])  # type: ignore[list-item]
-    admin.router.add_get("/metrics", metrics)
+    admin.router.add_get("/metrics", exposition)
     admin.router.add_get("/healthz", healthz)
     admin.router.add_get("/readyz", readyz)
     return admin

@@ -25,12 +25,13 @@ from storage.errors import RangeInvalid, RegistryError, StorageFailed
 from storage.oci import Span
 from storage.registry import Blob, OnDisk
 
+LEFT = "client left"
 SMALL = 64 << 10  # bytes; so much is copied faster than a sendfile is set up
 TURN = 1 << 20  # bytes a client gets before others have their turn
 MOST_RANGES = 256  # in one request; RFC 9110 §14.2 lets a server ignore what is out of proportion
 
 _RANGES = re.compile(r"\s*bytes\s*=(.*)", re.IGNORECASE | re.DOTALL)
-_RANGE = re.compile(r"[ \t]*(\d{0,19})-(\d{0,19})[ \t]*")
+_RANGE = re.compile(r"[ \t]*([0-9]{0,19})-([0-9]{0,19})[ \t]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,12 @@ def parse_ranges(header: str | None) -> list[Range]:
 
 
 def satisfy(ranges: Sequence[Range], size: int) -> list[Span]:
-    """Those spans that exist in `size` bytes; [] for: send all.  Raises RangeInvalid if there are none."""
+    """Those spans that exist in `size` bytes; [] for: send all.  Raises RangeInvalid if there are none.
+
+    Of nothing all is sent: containerd asks for `bytes=0-` before it knows that a layer is empty.
+    """
+    if size == 0:
+        return []
     spans = []
     for each in ranges:
         if each.first is None:
@@ -111,12 +117,10 @@ async def send_blob(
         response.content_length = stop - start
     elif size >= 0:
         response.content_length = size
-    else:
-        response.enable_chunked_encoding()
+    # Else it is sent in chunks, to an HTTP/1.0 client until the connection is closed.
     writer = await response.prepare(request)
     if writer is None:
         return response
-    transport = request.transport
     try:
         if parts:
             for head, span in parts:
@@ -128,13 +132,13 @@ async def send_blob(
             await _send(request, response, writer, blob, spans[0] if spans else whole, exchange)
         await response.write_eof()
     except OSError:
-        _break(transport)
-        exchange.detail = "client left"
+        _break(request.transport)
+        exchange.detail = LEFT
     except (RegistryError, EOFError) as error:
-        _break(transport)
+        _break(request.transport)
         exchange.result, exchange.detail = "error", str(error)
     except BaseException:
-        _break(transport)
+        _break(request.transport)
         raise
     return response
 
@@ -241,7 +245,7 @@ async def _sendfile(client: int, file: int, span: Span, exchange: Exchange) -> N
 
 def _break(transport: Any) -> None:
     """Reset the connection: never a clean end to what is not complete."""
-    if transport is None:
+    if transport is None:  # lost already
         return
     connection = transport.get_extra_info("socket")
     if connection is not None and transport.get_extra_info("sslcontext") is None:

@@ -7,6 +7,7 @@ There is no router: one grammar (routes.py) reads the path, and one table the me
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 import time
@@ -20,7 +21,7 @@ from aiohttp import web
 
 from proxy.telemetry import Exchange, Metrics, exchange
 from proxy.web.routes import Kind, Route, build_next, parse, parse_limit
-from proxy.web.send import parse_ranges, satisfy, send_blob
+from proxy.web.send import LEFT, parse_ranges, satisfy, send_blob
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -29,6 +30,7 @@ from storage.errors import (
     RangeInvalid,
     RegistryError,
     TagInvalid,
+    TooManyRequests,
     Unsupported,
 )
 from storage.oci import OCI_INDEX, OCTETS, Digest
@@ -38,6 +40,7 @@ log = structlog.get_logger()
 
 JSON = "application/json"
 IMMUTABLE = "public, max-age=31536000, immutable"
+MOST_LISTED = 1 << 31  # entries in a page
 ALLOWED = ("GET", "HEAD")
 _ALL = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
 _UNKNOWN: dict[Kind, type[RegistryError]] = {
@@ -71,7 +74,8 @@ class Server:
         self._qualify = qualify
         self._metrics = metrics
         self._deny_bypass = deny_bypass
-        self._ids = (f"{secrets.token_hex(4)}-{number:x}" for number in count(1))
+        start = secrets.token_hex(4)
+        self._ids = (f"{start}-{number:x}" for number in count(1))
         self._answers: dict[Kind, Answer] = {
             Kind.BASE: self._base,
             Kind.MANIFEST: self._manifest,
@@ -84,17 +88,21 @@ class Server:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The handler for web.Server; raises nothing but cancellation."""
         begun = time.perf_counter()
-        now = Exchange()
+        now = Exchange(next(self._ids))
         exchange.set(now)
-        id = next(self._ids)
         status = 499  # nginx's word for: the client left before it was answered
         try:
             response = await self._answer(request, now)
-            response.headers["X-Request-Id"] = id
-            status = response.status
+            if not response.prepared:
+                response.headers["X-Request-Id"] = now.id
+            if now.detail != LEFT:
+                status = response.status
             return response
+        except asyncio.CancelledError:
+            now.detail = LEFT if request.transport is None else "server stopped"
+            raise
         finally:
-            self._log(request, now, id, status, time.perf_counter() - begun)
+            self._log(request, now, status, time.perf_counter() - begun)
 
     async def _answer(self, request: web.BaseRequest, now: Exchange) -> web.StreamResponse:
         kind = Kind.BASE
@@ -103,7 +111,7 @@ class Server:
                 route = parse(request.rel_url.raw_path)
             except TagInvalid as error:
                 # What cannot exist is not there: the conformance suite asks for such a tag, and wants a 404.
-                raise ManifestUnknown(str(error)) from None
+                raise ManifestUnknown(str(error)) if request.method in ALLOWED else error from None
             kind = route.kind
             now.kind = kind.value
             name = ""
@@ -142,6 +150,7 @@ class Server:
         assert isinstance(digest, Digest)
         headers = {
             **_ALL,
+            "X-Request-Id": now.id,
             "Content-Type": OCTETS,
             "Docker-Content-Digest": digest,
             "ETag": f'"{digest}"',
@@ -222,7 +231,7 @@ class Server:
         limit: int | None,
         now: Exchange,
     ) -> web.Response:
-        headers = {"Content-Type": JSON, **_cache_headers(now)}
+        headers = {"Content-Type": JSON, "Cache-Control": _freshness(now, 0), **_cache_headers(now)}
         if limit is not None and len(values) > limit:
             values = values[:limit]
             if values:
@@ -240,7 +249,7 @@ class Server:
         artifact_type = request.query.get("artifactType") or None
         found = await self._registry.referrers(name, route.reference, artifact_type)
         # oras and go-containerregistry want exactly this type; else they take the answer for none.
-        headers = {"Content-Type": OCI_INDEX, **_cache_headers(now)}
+        headers = {"Content-Type": OCI_INDEX, "Cache-Control": _freshness(now, 0), **_cache_headers(now)}
         if artifact_type:
             headers["OCI-Filters-Applied"] = "artifactType"
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [each.to_json() for each in found]}
@@ -261,23 +270,24 @@ class Server:
         if isinstance(error, OriginDenied) and not self._deny_bypass:
             unknown = _UNKNOWN.get(kind, NameUnknown)
             code, status = unknown.code, unknown.status
+        now.detail = code
+        # no-store: a 404 may be kept without being told to (RFC 9110 §15.1), and the tag be pushed meanwhile.
+        headers = {"Content-Type": JSON, "Cache-Control": "no-store", **_cache_headers(now), **(more or {})}
         if now.result != "negative":
             now.result = "error"
-        now.detail = code
-        headers = {"Content-Type": JSON, **_cache_headers(now), **(more or {})}
-        if error.retry_after is not None:
-            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        if error.retry_after is not None or isinstance(error, TooManyRequests):
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 0)))
         if status == Unsupported.status:
             headers["Allow"] = ", ".join(ALLOWED)
         return _content(request, error_body(code, str(error)), headers, status)
 
-    def _log(self, request: web.BaseRequest, now: Exchange, id: str, status: int, seconds: float) -> None:
+    def _log(self, request: web.BaseRequest, now: Exchange, status: int, seconds: float) -> None:
         self._metrics.requests.labels(now.namespace, now.kind, now.result or "none").inc()
         if now.bytes:
             self._metrics.sent.labels(now.namespace).inc(now.bytes)
         log.info(
             "request.served",
-            id=id,
+            id=now.id,
             client=request.remote,
             method=request.method,
             kind=now.kind,
@@ -313,43 +323,47 @@ def _empty(status: int, headers: dict[str, str]) -> web.Response:
 
 
 def _matches(request: web.BaseRequest, digest: Digest) -> bool:
-    """RFC 9110 §13.1.2: If-None-Match, by weak comparison."""
-    header = request.headers.get("If-None-Match")
-    if header is None:
-        return False
-    tags = (each.strip().removeprefix("W/").strip('"') for each in header.split(","))
-    return any(each in ("*", digest) for each in tags)
+    """RFC 9110 §13.1.2: If-None-Match, by weak comparison; a digest that lacks its quotes will do."""
+    ours = ("*", f'"{digest}"', digest)
+    return any(
+        each.strip().removeprefix("W/") in ours
+        for line in request.headers.getall("If-None-Match", ())
+        for each in line.split(",")
+    )
 
 
 def _page(request: web.BaseRequest) -> tuple[str, int | None]:
     """`last` and `n` of the query.  Raises PaginationNumberInvalid."""
-    return request.query.get("last", ""), parse_limit(request.query.get("n"))
+    limit = parse_limit(request.query.get("n"))
+    return request.query.get("last", ""), None if limit is None else min(limit, MOST_LISTED)
 
 
-def _freshness(now: Exchange) -> str:
-    if now.result in ("hit", "miss", "revalidated") and (now.ttl is None or now.ttl > 0):
-        lifetime = 31536000 if now.ttl is None else (now.age or 0) + now.ttl
-        return f"public, max-age={int(lifetime)}"
+def _freshness(now: Exchange, untold: float = 31536000) -> str:
+    """Cache-Control for what may change; `untold` is its lifetime, in seconds, where no `ttl` is known."""
+    ttl = untold if now.ttl is None else now.ttl
+    if now.result in ("hit", "miss", "revalidated") and ttl > 0:
+        # A client takes Age off.
+        return f"public, max-age={int(ttl + (now.age or 0))}"
     return "no-cache"
 
 
 def _cache_headers(now: Exchange) -> dict[str, str]:
-    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211)."""
-    if not now.result:
+    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither where no cache was asked."""
+    result = now.result or ("miss" if now.upstream_requests else "")
+    if not result:
         return {}
     headers = {}
-    if now.age is not None:
-        headers["Age"] = str(max(0, int(now.age)))
-    ttl = "" if now.ttl is None else f"; ttl={int(now.ttl)}"
-    status = {
-        "hit": f"hit{ttl}",
-        "miss": f"fwd=miss{ttl}",
-        "revalidated": f"fwd=stale; fwd-status=304{ttl}",
-        "stale": f"hit{ttl}; detail={now.detail}",
-        "negative": "hit; detail=negative",
-        "error": f"fwd=miss; detail={now.detail}",
-    }[now.result]
+    status = "hit" if result in ("hit", "negative") else f"fwd={'miss' if result == 'miss' else 'stale'}"
+    if result == "stale" and not now.upstream_requests:
+        status = "hit"
+    if now.ttl is not None:
+        status += f"; ttl={int(now.ttl)}"
+    if detail := result if result in ("revalidated", "negative") else now.detail:
+        status += f"; detail={detail}"
     headers["Cache-Status"] = f"entrepot; {status}"
+    # Age on what the origin has just said would deny that it did.
+    if result in ("hit", "stale") and now.age is not None:
+        headers["Age"] = str(max(0, int(now.age)))
     return headers
 
 

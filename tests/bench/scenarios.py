@@ -138,6 +138,7 @@ def all_scenarios(quick: bool) -> list[Scenario]:
 
     first = Measure("cold blob through the link, first byte", "ms", aim=Aim(1, "docker-registry"))
     memory = Measure("peak memory of a process, 100 followers of a cold blob", "MiB", aim=Aim(150))
+    single = time("cold blob through the link, 1 client", 1)
     linked = time("cold blob through the link, 20 clients", 5)
     one, twenty = time("cold blob, 1 client", 1), time("cold blob, 20 clients", 5)
     cold_cost = (bytes_once, cpu_all)
@@ -150,7 +151,8 @@ def all_scenarios(quick: bool) -> list[Scenario]:
         Scenario("warm8", (speed("warm blob, 8 clients"), cpu_gib), warm(8, 2), full),
         Scenario("cold1", (one, *cold_cost), cold(1), full, True),
         Scenario("cold20", (twenty, *cold_cost), cold(20), full, True),
-        # Without nginx: it is known how long twenty transfers take on a link of known speed.
+        # Without nginx: it is known how long transfers take on a link of known speed.
+        Scenario("link1", (single, *cold_cost), cold(1), full // 3, True, "link_port", rounds=3, nginx=False),
         Scenario(
             "link20", (linked, *cold_cost), cold(20), full // 3, True, "link_port", rounds=2, nginx=False
         ),

@@ -91,7 +91,7 @@ class Upstream:
     """Runs until stop(); everything it writes is below `directory`."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self._tree = directory / "tree" / "v2" / REPOSITORY
         (self._tree / "blobs").mkdir(parents=True)
         (self._tree / "manifests").mkdir()
@@ -129,7 +129,7 @@ class Upstream:
             # Requests are logged when they end; "Writing" counts those not ended, this one included.
             if not re.search(rb"Writing: 1 ", get(self._status_port, "/")[1]):
                 quiet_since = time.monotonic()
-        log = self._directory / "access.log"
+        log = self.directory / "access.log"
         lines = [line.split() for line in log.read_text().splitlines()]
         os.truncate(log, 0)
         gets = [line for line in lines if line[0] == "GET"]
@@ -155,7 +155,7 @@ class Upstream:
     def _write_configuration(self) -> None:
         main = _CONFIGURATION.format(
             user="user root;" if os.geteuid() == 0 else "",
-            directory=self._directory,
+            directory=self.directory,
             port=self.port,
             slow_port=self.slow_port,
             slow_rate=SLOW_RATE,
@@ -163,5 +163,5 @@ class Upstream:
             status_port=self._status_port,
         )
         registry = _REGISTRY.format(manifest_type=MANIFEST_TYPE, manifest_digest=self.manifest.digest)
-        (self._directory / "nginx.conf").write_text(main)
-        (self._directory / "registry.conf").write_text(registry)
+        (self.directory / "nginx.conf").write_text(main)
+        (self.directory / "registry.conf").write_text(registry)

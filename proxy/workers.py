@@ -1,0 +1,262 @@
+"""One parent and its workers: they share the listening sockets, it sees to it that they are there.
+
+The parent binds, starts, watches and stops; it serves nothing, so that nothing but its own bugs can end
+it.  A worker is a process of its own, with a fresh interpreter: nothing is shared but the sockets, the
+disk and the directory of the metrics.  Rules:
+
+- A worker that ends by itself is replaced, at once if it had lived for a while, else after a wait that
+  doubles.
+- On SIGHUP the configuration is read again.  Is it good, new workers are started with it, and when they
+  serve, the old ones are drained; is it bad, all stays as it was.
+- A worker whose parent is gone drains and ends: it sees the end of its standard input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import structlog
+from prometheus_client import multiprocess
+
+from proxy.config import Address, Config, ConfigError
+from proxy.listening import StartError, bind
+
+log = structlog.get_logger()
+
+LIVED = 60.0  # seconds after which a death counts as the first one
+WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a worker is replaced that died young
+GRACE = 10.0  # seconds beyond `drain` before a worker is killed
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is told: the configuration, and which descriptors it inherits."""
+
+    config: Config
+    listen: tuple[int, ...]
+    admin: tuple[int, ...]
+    ready: int  # a pipe to say "ready" into, or why not
+
+    @classmethod
+    def read(cls, stream: BinaryIO) -> Assignment:
+        """From the parent, over a pipe of ours: nobody else can have written it."""
+        found = pickle.load(stream)
+        assert isinstance(found, cls)
+        return found
+
+    def sockets(self) -> tuple[list[socket.socket], list[socket.socket]]:
+        return [socket.socket(fileno=fd) for fd in self.listen], [
+            socket.socket(fileno=fd) for fd in self.admin
+        ]
+
+    def report(self, message: str) -> None:
+        os.write(self.ready, message.encode())
+        os.close(self.ready)
+
+
+@dataclass
+class Generation:
+    """The workers of one configuration, and the tasks that keep them."""
+
+    config: Config
+    retired: asyncio.Event = field(default_factory=asyncio.Event)
+    keepers: list[asyncio.Task[None]] = field(default_factory=list)
+
+
+class Parent:
+    """`reload` reads the configuration again.  run() belongs into one event loop."""
+
+    def __init__(
+        self, config: Config, reload: Callable[[], Config], command: list[str] | None = None
+    ) -> None:
+        self._config = config
+        self._reload = reload
+        self._command = command or [sys.executable, "-m", "proxy", "worker"]
+        self._sockets: dict[Address, list[socket.socket]] = {}
+        self._metrics = Path(tempfile.mkdtemp(prefix="entrepot-metrics-"))
+        self._changes: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._generation: Generation | None = None
+
+    def addresses(self) -> tuple[tuple[str, int], tuple[str, int] | None]:
+        """Where it listens, and where for the administrator."""
+        admin = self._config.admin
+        listen = self._sockets[self._config.listen][0].getsockname()
+        return listen[:2], self._sockets[admin][0].getsockname()[:2] if admin else None
+
+    async def start(self) -> None:
+        """Raises StartError; then nothing is left behind."""
+        try:
+            self._bind(self._config)
+            self._generation = await self._launch(self._config)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        await self._stopping.wait()
+
+    async def stop(self) -> None:
+        for task in self._changes:
+            task.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
+        if self._generation is not None:
+            await self._retire(self._generation)
+        for sockets in self._sockets.values():
+            for each in sockets:
+                each.close()
+        shutil.rmtree(self._metrics, ignore_errors=True)
+
+    # Configuration
+
+    def _on_hangup(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._change())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    async def _change(self) -> None:
+        async with self._reloading:
+            try:
+                config = self._reload()
+                self._bind(config)
+                generation = await self._launch(config)
+            except (ConfigError, StartError) as error:
+                log.error("config.refused", error=str(error))
+                self._unbind(self._config)
+                return
+            old, self._generation, self._config = self._generation, generation, config
+            self._unbind(config)
+            log.info("config.reloaded", workers=len(generation.keepers))
+            if old is not None:
+                await self._retire(old)
+
+    def _bind(self, config: Config) -> None:
+        for key, address in (("listen", config.listen), ("admin", config.admin)):
+            if address is not None and address not in self._sockets:
+                self._sockets[address] = bind(address, key)
+
+    def _unbind(self, config: Config) -> None:
+        for address in [each for each in self._sockets if each not in (config.listen, config.admin)]:
+            for each in self._sockets.pop(address):
+                each.close()
+
+    # Workers
+
+    async def _launch(self, config: Config) -> Generation:
+        """All its workers, serving.  Raises StartError if one cannot start."""
+        generation = Generation(config)
+        first: list[asyncio.Future[None]] = []
+        for _ in range(config.workers or os.cpu_count() or 1):
+            serving = asyncio.get_running_loop().create_future()
+            first.append(serving)
+            generation.keepers.append(asyncio.create_task(self._keep(generation, serving)))
+        try:
+            await asyncio.gather(*first)
+        except BaseException:
+            await asyncio.gather(*first, return_exceptions=True)
+            await self._retire(generation)
+            raise
+        return generation
+
+    async def _keep(self, generation: Generation, serving: asyncio.Future[None]) -> None:
+        """Have one worker running until the generation is retired."""
+        wait = 0.0
+        while not generation.retired.is_set():
+            begun = time.monotonic()
+            status: int | str
+            try:
+                process = await self._spawn(generation.config)
+            except StartError as error:
+                if not serving.done():
+                    serving.set_exception(error)
+                    return
+                status = str(error)
+            else:
+                if not serving.done():
+                    serving.set_result(None)
+                status = await self._watch(process, generation)
+                if generation.retired.is_set():
+                    return
+            wait = 0.0 if time.monotonic() - begun > LIVED else min(LONGEST_WAIT, wait * 2 or WAIT)
+            log.error("worker.died", status=status, again_in=wait)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(generation.retired.wait(), wait)
+
+    async def _spawn(self, config: Config) -> asyncio.subprocess.Process:
+        """A worker that serves.  Raises StartError."""
+        listen = tuple(each.fileno() for each in self._sockets[config.listen])
+        admin = tuple(each.fileno() for each in self._sockets[config.admin]) if config.admin else ()
+        ours, theirs = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(*listen, *admin, theirs),
+                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
+            )
+        except OSError as error:
+            os.close(ours)
+            raise StartError(f"cannot start a worker: {error.strerror}") from error
+        finally:
+            os.close(theirs)
+        assert process.stdin is not None
+        with contextlib.suppress(ConnectionError):  # it is gone already; what it said tells why
+            process.stdin.write(pickle.dumps(Assignment(config, listen, admin, theirs)))
+            await process.stdin.drain()
+        message = await _read(ours)
+        if message == "ready":
+            return process
+        await process.wait()
+        raise StartError(message or f"a worker ended with status {process.returncode} before it served")
+
+    async def _watch(self, process: asyncio.subprocess.Process, generation: Generation) -> int:
+        """Until it ends, by itself or since its generation is retired; its exit status."""
+        ended = asyncio.ensure_future(process.wait())
+        retired = asyncio.ensure_future(generation.retired.wait())
+        await asyncio.wait((ended, retired), return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait((ended,), timeout=generation.config.drain + GRACE)
+            if not ended.done():
+                log.error("worker.killed", pid=process.pid)
+                process.kill()
+        retired.cancel()
+        status = await ended
+        multiprocess.mark_process_dead(process.pid, str(self._metrics))  # type: ignore[no-untyped-call]
+        return status
+
+    async def _retire(self, generation: Generation) -> None:
+        generation.retired.set()
+        await asyncio.gather(*generation.keepers, return_exceptions=True)
+
+
+async def _read(file: int) -> str:
+    """All that comes out of a pipe until it is closed."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    transport, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(file, "rb", 0)
+    )
+    try:
+        return (await reader.read()).decode()
+    finally:
+        transport.close()

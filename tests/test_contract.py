@@ -1,0 +1,193 @@
+"""The contract, for every implementation; and that the fake upstream, through Upstream, keeps it as well.
+
+What tells a fault of the fake from one of Upstream is tests/test_upstream_fake.py, which asks the fake by
+plain HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from proxy.cache import Cache, Policy
+from proxy.fills import Fills
+from proxy.namespaces import Member, Namespaces
+from proxy.telemetry import Metrics
+from proxy.upstream.client import Settings, Upstream
+from proxy.upstream.credentials import Credentials
+from proxy.web.server import Server, listener
+from storage.errors import BlobUnknown, ManifestUnknown, Unsupported
+from storage.files import Files
+from storage.oci import Digest, Manifest, Tag
+from storage.records import Records
+from storage.registry import Registry
+from storage.store import Store
+from tests import upstream as fake
+from tests.conftest import Clock
+
+pytest.register_assert_rewrite("tests.contract")
+
+from tests.contract import PullContract, PushContract, Subject, call, manifest, methods, refused  # noqa: E402
+
+PUSH = frozenset(("start_upload", "mount_blob", "push_manifest", "delete_blob", "delete_manifest"))
+
+
+class FakeContent:
+    def __init__(self, registry: fake.Upstream) -> None:
+        self._registry = registry
+
+    async def blob(self, repository: str, content: bytes, algorithm: str = "sha256") -> Digest:
+        return Digest(self._registry.blob(repository, content, algorithm))
+
+    async def manifest(self, repository: str, manifest: Manifest, tag: str | None = None) -> Digest:
+        algorithm = manifest.digest.algorithm
+        return Digest(
+            self._registry.manifest(repository, manifest.content, manifest.media_type, tag, algorithm)
+        )
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        self._registry.delete_blob(repository, digest)
+
+
+class StoreContent:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def blob(self, repository: str, content: bytes, algorithm: str = "sha256") -> Digest:
+        upload = await self._store.start_upload(repository)
+        await upload.write(content)
+        return (await upload.commit(Digest.of(content, algorithm))).digest
+
+    async def manifest(self, repository: str, manifest: Manifest, tag: str | None = None) -> Digest:
+        reference = manifest.digest if tag is None else Tag(tag)
+        return (await self._store.push_manifest(repository, reference, manifest)).digest
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        await self._store.delete_blob(repository, digest)
+
+
+class Builder:
+    """Builds registries, and takes them down again in the opposite order."""
+
+    def __init__(self, directory: Path, clock: Clock, stack: AsyncExitStack) -> None:
+        self._directory, self._clock, self._stack = directory, clock, stack
+
+    async def build(self, kind: str) -> Subject:
+        outer, _, inner = kind.partition(" -> ")
+        if kind == "store":
+            store = self.store("store")
+            return Subject(store, StoreContent(store), frozenset())
+        if kind == "upstream -> fake":
+            registry = await self._stack.enter_async_context(fake.Upstream())
+            return Subject(self.upstream(registry.url), FakeContent(registry), PUSH | {"repositories"})
+        subject = await self.build(inner)
+        if outer == "namespaces":
+            others = Member(Registry(), "docker.io"), Member(Registry(), "z")
+            namespaces = Namespaces([*others, Member(subject.registry, "local")])
+            return Subject(namespaces, subject.content, frozenset(), "local/")
+        if outer == "server":
+            subject.registry = self.upstream(await self.serve(subject.registry))
+        elif outer == "cache":
+            subject.registry = self.cache(subject.registry)
+        else:
+            raise ValueError(kind)
+        subject.unsupported = PUSH | {"repositories"}
+        return subject
+
+    def store(self, name: str) -> Store:
+        directory = self._directory / name
+        store = Store(Files(directory, self._clock), Records(directory / "records"), self._clock)
+        self._stack.push_async_callback(store.close)
+        return store
+
+    def upstream(self, url: str) -> Upstream:
+        upstream = Upstream("docker.io", Settings(url), Credentials(), Metrics(), self._clock)
+        self._stack.push_async_callback(upstream.close)
+        return upstream
+
+    async def serve(self, registry: Registry) -> str:
+        """The URL of our server over it, whose repositories' names are the registry's own."""
+
+        def qualify(name: str, *, ns: str | None, host: str | None, prefix: str) -> str:
+            return name
+
+        runner = web.ServerRunner(listener(Server(registry, qualify, Metrics())), shutdown_timeout=1)
+        await runner.setup()
+        self._stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0]
+        return f"http://{host}:{port}"
+
+    def cache(self, origin: Registry) -> Cache:
+        store = self.store("cache")
+        fills = Fills(store, Metrics())
+        # Nothing stays fresh, nor unknown: what is put at the origin is seen at once.
+        policy = Policy(fresh_for=lambda tag: 0.0, negative_for=0.0)
+        cache = Cache("docker.io", origin, store, fills, policy, self._clock)
+        self._stack.push_async_callback(cache.close)
+        self._stack.push_async_callback(fills.close)
+        return cache
+
+
+@pytest.fixture
+async def builder(tmp_path: Path, clock: Clock) -> AsyncIterator[Builder]:
+    async with AsyncExitStack() as stack:
+        yield Builder(tmp_path, clock, stack)
+
+
+@pytest.fixture
+async def subject(request: pytest.FixtureRequest, builder: Builder) -> Subject:
+    return await builder.build(request.param)
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "store",
+        "upstream -> fake",
+        "server -> store",
+        "cache -> store",
+        "cache -> upstream -> fake",
+        "cache -> server -> store",
+        "namespaces -> store",
+    ],
+    indirect=True,
+)
+class TestPull(PullContract):
+    pass
+
+
+@pytest.mark.parametrize("subject", ["store", "namespaces -> store"], indirect=True)
+class TestPush(PushContract):
+    pass
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+async def test_a_registry_of_no_kind_refuses_everything(name: str) -> None:
+    await refused(call(Registry(), name), Unsupported)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+async def test_who_cannot_tell_referrers_says_so(builder: Builder, cached: bool) -> None:
+    """Not by an empty list: clients then look for the fallback tag."""
+    async with fake.Upstream(referrers_api=False) as registry:
+        upstream: Registry = builder.upstream(registry.url)
+        asked = builder.cache(upstream) if cached else upstream
+        await FakeContent(registry).manifest("a", manifest(), "latest")
+        for repository in ("a", "nowhere"):
+            await refused(asked.referrers(repository, manifest().digest), ManifestUnknown)
+
+
+async def test_a_cache_that_holds_a_blob_for_one_repository_asks_for_another(builder: Builder) -> None:
+    async with fake.Upstream() as registry:
+        cache = builder.cache(builder.upstream(registry.url))
+        digest = await StoreContent(builder.store("cache")).blob("docker.io/a", b"content")
+        registry.blob("b", b"another")
+        for _ in range(2):
+            await refused(cache.get_blob("b", digest), BlobUnknown)
+            await refused(cache.resolve_blob("b", digest), BlobUnknown)
+        await (await cache.get_blob("a", digest)).close()

@@ -1,0 +1,685 @@
+"""One transfer a digest, and following it while it grows: design.md §3, "Blob, miss" and "Range on a miss"."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import structlog
+from structlog.testing import LogCapture
+from yarl import URL
+
+from proxy.fills import Fills, Source
+from proxy.telemetry import Metrics
+from proxy.upstream import client
+from proxy.upstream.credentials import Credentials
+from proxy.upstream.transport import Connect
+from storage.errors import BlobUnknown, OriginFailed, Unavailable
+from storage.files import Files
+from storage.oci import Digest, Span
+from storage.records import Records
+from storage.registry import Blob
+from storage.store import Store
+from tests.conftest import Clock, Serve, Site
+from tests.upstream import Corrupt, Fault, Hold, Reset, Status, Truncate, Upstream, WrongLength, digest_of
+
+MANY = 50
+
+
+def content_of(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+BODY = content_of(300_000)
+
+
+def path_of(digest: str, repository: str = "a/b") -> str:
+    return f"/v2/{repository}/blobs/{digest}"
+
+
+def short(digest: str) -> str:
+    """As the fake's log has it."""
+    return digest[:19]
+
+
+def blobs(site: Site) -> list[bytes]:
+    return [path.read_bytes() for path in (site.directory / "cache" / "blobs").glob("*/*/*")]
+
+
+def heard(event: str) -> asyncio.Event:
+    """Set when the server says so."""
+    found = asyncio.Event()
+
+    def listen(logger: object, method: str, entry: Any) -> Any:
+        if entry["event"] == event:
+            found.set()
+        return entry
+
+    structlog.get_config()["processors"].insert(0, listen)
+    return found
+
+
+async def read_broken(response: aiohttp.ClientResponse) -> bytes:
+    """What came of a body that must not end well."""
+    found = bytearray()
+    with pytest.raises((aiohttp.ClientError, ConnectionError)):
+        async for piece in response.content.iter_any():
+            found += piece
+    return bytes(found)
+
+
+class Reader:
+    """A client on a raw socket: no buffer of its own between the test and the network."""
+
+    def __init__(self, url: str, path: str) -> None:
+        self._address = URL(url).host or "", URL(url).port or 0
+        self._request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 << 20)
+        self._socket.setblocking(False)
+
+    async def __aenter__(self) -> Reader:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(self._socket, self._address)
+        await loop.sock_sendall(self._socket, self._request)
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += await loop.sock_recv(self._socket, 1)
+        assert head.startswith(b"HTTP/1.1 200 ")
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._socket.close()
+
+    async def equals(self, content: bytes) -> bool:
+        """Compares as it reads, so that many readers of much content need no memory."""
+        loop, expected, position = asyncio.get_running_loop(), memoryview(content), 0
+        buffer = memoryview(bytearray(1 << 20))
+        while position < len(content):
+            count = await loop.sock_recv_into(self._socket, buffer)
+            if count == 0 or buffer[:count] != expected[position : position + count]:
+                return False
+            position += count
+        return True
+
+
+# Through the server
+
+
+async def test_fifty_cold_pulls_of_100_MB_are_one_get(serve: Serve, upstream: Upstream) -> None:
+    content = content_of(100_000_000)
+    digest = upstream.blob("a/b", content)
+    site = await serve(upstream)
+
+    async def pull() -> bool:
+        async with Reader(site.url, path_of(digest)) as reader:
+            return await reader.equals(content)
+
+    assert await asyncio.gather(*(pull() for _ in range(MANY))) == [True] * MANY
+    assert upstream.log == [f"GET blob a/b@{short(digest)}"]
+    assert upstream.bytes_sent == len(content)
+
+
+async def test_who_comes_while_a_fill_runs_follows_it(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=100_000))
+    responses = []
+    for _ in range(10):  # headers come one after the other, all of them before the body is there
+        response = await site.request("GET", path_of(digest))
+        assert response.status == 200
+        assert response.headers["Content-Length"] == str(len(BODY))
+        responses.append(response)
+    # The first byte does not wait for the last.
+    assert await responses[0].content.readexactly(1000) == BODY[:1000]
+    assert "entrepot_followers 10.0" in await site.metrics()
+    gate.set()
+    bodies = await asyncio.gather(*(response.read() for response in responses))
+    assert bodies == [BODY[1000:]] + [BODY] * 9
+    assert upstream.log == [f"GET blob a/b@{short(digest)}"]
+
+
+async def test_a_fill_outlives_its_clients(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate, left, committed = asyncio.Event(), heard("request.served"), heard("fill.committed")
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    response = await site.request("GET", path_of(digest))
+    response.close()
+    await left.wait()
+    gate.set()
+    await committed.wait()
+    assert (await site.get(path_of(digest)))[2] == BODY
+    assert upstream.log == [f"GET blob a/b@{short(digest)}"]
+
+
+async def test_a_client_that_leaves_before_the_headers_disturbs_nobody(
+    serve: Serve, upstream: Upstream
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate, left = asyncio.Event(), heard("request.served")
+    hold = Hold(gate, after=None)
+    upstream.next("GET", digest, hold)
+    first = asyncio.ensure_future(site.get(path_of(digest)))
+    await hold.reached.wait()
+    second = asyncio.ensure_future(site.get(path_of(digest)))
+    first.cancel()
+    await left.wait()
+    gate.set()
+    assert (await second)[2] == BODY
+    assert upstream.log == [f"GET blob a/b@{short(digest)}"]
+
+
+async def test_a_slow_client_does_not_hold_up_the_fill(serve: Serve, upstream: Upstream) -> None:
+    content = content_of(20 << 20)
+    digest = upstream.blob("a/b", content)
+    site = await serve(upstream)
+    committed = heard("fill.committed")
+    async with Reader(site.url, path_of(digest)) as slow:
+        await committed.wait()  # though the slow one has read nothing of the body
+        assert (await site.get(path_of(digest)))[2] == content
+        assert await slow.equals(content)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+async def test_a_hit_asks_nothing(serve: Serve, upstream: Upstream, algorithm: str) -> None:
+    digest = upstream.blob("a/b", BODY, algorithm)
+    site = await serve(upstream)
+    for result in ("fwd=miss", "hit"):
+        status, headers, body = await site.get(path_of(digest))
+        assert (status, body, headers["Docker-Content-Digest"]) == (200, BODY, digest)
+        assert result in headers["Cache-Status"]
+    assert len(upstream.log) == 1
+
+
+@pytest.mark.errors("fill.failed")
+@pytest.mark.parametrize("at", [0, 150_000, len(BODY) - 1])
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+async def test_wrong_content_is_never_complete_and_never_kept(
+    serve: Serve, upstream: Upstream, algorithm: str, at: int
+) -> None:
+    digest = upstream.blob("a/b", BODY, algorithm)
+    site = await serve(upstream)
+    gate, failed = asyncio.Event(), heard("fill.failed")
+    upstream.next("GET", digest, Corrupt(at), Hold(gate, after=len(BODY) // 2))
+    responses = [await site.request("GET", path_of(digest)) for _ in range(3)]
+    gate.set()
+    for response in responses:
+        assert len(await read_broken(response)) < len(BODY)
+    await failed.wait()
+    assert (blobs(site), site.partial) == ([], [])
+    assert (await site.get(path_of(digest)))[2] == BODY
+
+
+async def test_the_last_byte_waits_for_the_digest(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.content_length = False  # so that the end of the body is not the last byte
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=len(BODY)))
+    async with site.request("GET", path_of(digest)) as response:
+        assert await response.content.readexactly(len(BODY) - 1) == BODY[:-1]
+        last = asyncio.ensure_future(response.content.read())
+        assert blobs(site) == []  # all is there, and known to be right or wrong by nobody
+        assert not last.done()
+        gate.set()
+        assert await last == BODY[-1:]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+@pytest.mark.parametrize("told", [True, False], ids=["length", "no length"])
+async def test_tiny_blobs(serve: Serve, upstream: Upstream, size: int, told: bool) -> None:
+    digest = upstream.blob("a/b", BODY[:size])
+    upstream.content_length = told
+    site = await serve(upstream)
+    committed = heard("fill.committed")
+    for _ in ("miss", "hit"):
+        status, headers, body = await site.get(path_of(digest))
+        assert (status, body) == (200, BODY[:size])
+        await committed.wait()
+    assert headers["Content-Length"] == str(size)
+
+
+@pytest.mark.errors("fill.failed")
+@pytest.mark.parametrize("told", [True, False], ids=["length", "no length"])
+async def test_an_empty_answer_is_no_blob(serve: Serve, upstream: Upstream, told: bool) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.repositories["a/b"].blobs[digest] = b""
+    upstream.content_length = told
+    site = await serve(upstream)
+    async with site.request("GET", path_of(digest)) as response:
+        assert response.status == 502  # an empty blob has no last byte to withhold: all of it is
+    assert (len(upstream.log), blobs(site), site.partial) == (1 if told else 2, [], [])
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["length", "no length"])
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+@pytest.mark.parametrize("cut", [Reset(after=100_000), Truncate(after=100_000)], ids=["reset", "truncated"])
+async def test_a_cut_is_resumed_within_the_same_response(
+    serve: Serve, upstream: Upstream, cut: Fault, ranges: bool, told: bool
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.ranges, upstream.content_length = ranges, told
+    site = await serve(upstream)
+    upstream.next("GET", digest, cut, times=1 if not ranges else 2)
+    status, _, body = await site.get(path_of(digest))
+    assert (status, body) == (200, BODY)
+    gets = [request for request in upstream.requests if request.method == "GET"]
+    assert gets[0].range is None
+    assert len(gets) == (2 if not ranges else 3)
+    # Without a length there is a HEAD in between, and what a cut finds unread is lost.
+    assert not told or all((request.range or "").startswith("bytes=") for request in gets[1:])
+
+
+async def test_a_second_repository_costs_one_head(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.blob("c/d", BODY)
+    site = await serve(upstream)
+    committed = heard("fill.committed")
+    await site.get(path_of(digest))
+    await committed.wait()
+    upstream.clear()
+    found = await asyncio.gather(*(site.get(path_of(digest, "c/d")) for _ in range(5)))
+    assert [body for _, _, body in found] == [BODY] * 5
+    assert upstream.log == [f"HEAD blob c/d@{short(digest)}"]
+    assert (await site.get(path_of(digest, "c/d")))[2] == BODY
+    assert len(upstream.log) == 1
+
+
+async def test_a_second_repository_joins_a_fill_for_one_head(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.blob("c/d", BODY)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    first = await site.request("GET", path_of(digest))
+    second = await site.request("GET", path_of(digest, "c/d"))
+    third = await site.request("GET", path_of(digest, "c/d"))
+    gate.set()
+    assert [await response.read() for response in (first, second, third)] == [BODY] * 3
+    assert upstream.log == [f"GET blob a/b@{short(digest)}", f"HEAD blob c/d@{short(digest)}"]
+    await site.get(path_of(digest, "c/d"))
+    assert len(upstream.log) == 2  # its link was made as well
+
+
+async def test_another_namespace_costs_one_head(serve: Serve, upstream: Upstream) -> None:
+    async with Upstream() as other:
+        digest = upstream.blob("a/b", BODY)
+        other.blob("x", BODY)
+        site = await serve(upstream, more={"other.example": {"upstream": other.url}})
+        await site.get(path_of(digest))
+        assert (await site.get(path_of(digest, "other.example/x")))[2] == BODY
+        assert other.log == [f"HEAD blob x@{short(digest)}"]
+        assert len(upstream.log) == 1
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["in flight", "committed"])
+async def test_a_digest_is_no_permission(serve: Serve, upstream: Upstream, held: bool) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.blob("c/d", b"else")
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    if held:
+        upstream.next("GET", digest, Hold(gate, after=1000))
+    async with site.request("GET", path_of(digest)) as response:
+        if not held:
+            await response.read()
+        status, _, body = await site.get(path_of(digest, "c/d"))
+        assert (status, b"BLOB_UNKNOWN" in body) == (404, True)
+        gate.set()
+        await response.read()
+
+
+@pytest.mark.parametrize("refused", [Status(404), Status(403), Status(500)], ids=str)
+async def test_what_another_repository_is_refused_says_nothing_of_ours(
+    serve: Serve, upstream: Upstream, refused: Fault
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.blob("c/d", BODY)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    hold = Hold(gate, after=None)
+    upstream.next("GET", lambda request: request.repository == "a/b", refused, hold)
+    permitted = Hold(gate, after=None)
+    upstream.next("HEAD", lambda request: request.repository == "c/d", permitted)
+    first = asyncio.ensure_future(site.get(path_of(digest)))
+    await hold.reached.wait()
+    second = asyncio.ensure_future(site.get(path_of(digest, "c/d")))
+    await permitted.reached.wait()
+    gate.set()
+    assert (await first)[0] in (404, 502)
+    assert (await second)[2] == BODY
+
+
+@pytest.mark.errors("fill.failed")
+async def test_a_fill_that_fails_while_we_ask_for_permission_is_begun_anew(
+    serve: Serve, upstream: Upstream
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.blob("c/d", BODY)
+    site = await serve(upstream)
+    gate, asked, failed = asyncio.Event(), asyncio.Event(), heard("fill.failed")
+    upstream.next("GET", digest, Corrupt(), Hold(gate, after=1000))
+    permission = Hold(asked, after=None)
+    upstream.next("HEAD", digest, permission)
+    first = await site.request("GET", path_of(digest))
+    second = asyncio.ensure_future(site.get(path_of(digest, "c/d")))
+    await permission.reached.wait()
+    gate.set()
+    await failed.wait()
+    await read_broken(first)
+    asked.set()
+    status, _, body = await second
+    assert (status, body) == (200, BODY)
+
+
+async def test_a_fill_that_ends_while_we_ask_for_permission_serves_us(
+    serve: Serve, upstream: Upstream
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.blob("c/d", BODY)
+    site = await serve(upstream)
+    gate, asked, committed = asyncio.Event(), asyncio.Event(), heard("fill.committed")
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    permission = Hold(asked, after=None)
+    upstream.next("HEAD", digest, permission)
+    first = await site.request("GET", path_of(digest))
+    second = asyncio.ensure_future(site.get(path_of(digest, "c/d")))
+    await permission.reached.wait()
+    gate.set()
+    assert await first.read() == BODY
+    await committed.wait()
+    asked.set()
+    assert (await second)[2] == BODY
+    await site.get(path_of(digest, "c/d"))
+    assert len(upstream.log) == 2
+
+
+async def test_a_damaged_file_is_not_shown_to_another_repository(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.blob("c/d", BODY)
+    site = await serve(upstream)
+    committed = heard("fill.committed")
+    await site.get(path_of(digest))
+    await committed.wait()
+    [path] = (site.directory / "cache" / "blobs").glob("*/*/*")
+    path.write_bytes(BODY[:1000])
+    assert (await site.get(path_of(digest, "c/d")))[2] == BODY
+
+
+async def test_head_never_transfers(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    for log in ([f"HEAD blob a/b@{short(digest)}"], []):
+        async with site.request("HEAD", path_of(digest)) as response:
+            assert response.status == 200
+            assert response.headers["Content-Length"] == str(len(BODY))
+        assert (upstream.log, blobs(site), site.partial) == (log, [], []) or not log
+        if log:
+            # Again while it is on its way: what is known of it needs no request.
+            upstream.next("GET", digest, Hold(gate, after=1000))
+            filling = await site.request("GET", path_of(digest))
+            upstream.clear()
+    assert upstream.log == []
+    gate.set()
+    assert await filling.read() == BODY
+
+
+async def test_a_range_near_the_frontier_waits_for_the_fill(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    async with site.request("GET", path_of(digest), headers={"Range": "bytes=2000-2999"}) as response:
+        assert response.status == 206
+        assert response.headers["Content-Range"] == f"bytes 2000-2999/{len(BODY)}"
+        gate.set()
+        assert await response.read() == BODY[2000:3000]
+    assert (await site.get(path_of(digest)))[2] == BODY
+    assert upstream.log == [f"GET blob a/b@{short(digest)}"]
+
+
+async def test_a_range_far_ahead_passes_through_while_the_fill_goes_on(
+    serve: Serve, upstream: Upstream
+) -> None:
+    content = content_of(18 << 20)
+    digest = upstream.blob("a/b", content)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    start = 17 << 20
+    status, headers, body = await site.get(path_of(digest), Range=f"bytes={start}-{start + 999}")
+    assert (status, body) == (206, content[start : start + 1000])
+    assert headers["Content-Range"] == f"bytes {start}-{start + 999}/{len(content)}"
+    assert blobs(site) == []  # a part never becomes a blob
+    status, headers, _ = await site.get(path_of(digest), Range=f"bytes={len(content)}-")
+    assert (status, headers["Content-Range"]) == (416, f"bytes */{len(content)}")
+    # Where the origin gives no second transfer, there is still the first one.
+    upstream.next("GET", digest, Status(429))
+    async with site.request("GET", path_of(digest), headers={"Range": f"bytes={start}-"}) as response:
+        gate.set()
+        assert await response.read() == content[start:]
+    assert (await site.get(path_of(digest)))[2] == content
+    assert upstream.log == [
+        f"GET blob a/b@{short(digest)}",
+        f"GET blob a/b@{short(digest)} bytes={start}-{start + 999}",
+        f"GET blob a/b@{short(digest)} bytes={start}-",
+    ]
+
+
+async def test_a_range_far_ahead_of_unknown_size_gets_all(serve: Serve, upstream: Upstream) -> None:
+    content = content_of(18 << 20)
+    digest = upstream.blob("a/b", content)
+    upstream.content_length = False
+    site = await serve(upstream)
+    status, _, body = await site.get(path_of(digest), Range=f"bytes={17 << 20}-")
+    assert (status, body) == (200, content)
+
+
+@pytest.mark.parametrize("hung", [True, False], ids=["client waits", "client left"])
+async def test_a_fill_goes_on_after_a_restart(serve: Serve, upstream: Upstream, hung: bool) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream, top={"drain": "10ms"})
+    gate, left = asyncio.Event(), heard("request.served")
+    upstream.next("GET", digest, Hold(gate, after=100_000))
+    response = await site.request("GET", path_of(digest))
+    await response.content.readexactly(99_999)  # what can be read was written
+    if not hung:
+        response.close()
+        await left.wait()
+    await site.app.stop()
+    if hung:
+        await read_broken(response)
+    assert site.partial == [f"sha256-{digest[7:]}"]
+    upstream.clear()
+    site = await serve(upstream)
+    assert (await site.get(path_of(digest)))[2] == BODY
+    assert upstream.log == [f"GET blob a/b@{short(digest)} bytes=100000-"]
+
+
+@pytest.mark.parametrize(
+    ("left", "log"),
+    [
+        (BODY, ["HEAD"]),
+        (BODY[:1000], ["GET bytes=1000-"]),
+        (BODY[:-1], [f"GET bytes={len(BODY) - 1}-"]),
+        (b"\0" * len(BODY), [f"GET bytes={len(BODY)}-", "GET"]),
+        (BODY + b"more", [f"GET bytes={len(BODY) + 4}-", "GET"]),
+        (b"", ["GET"]),
+    ],
+    ids=["all of it", "the beginning", "all but a byte", "as long but wrong", "too long", "nothing"],
+)
+async def test_what_a_killed_server_left(
+    serve: Serve, upstream: Upstream, left: bytes, log: list[str]
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    (site.directory / "cache" / "partial" / f"sha256-{digest[7:]}").write_bytes(left)
+    committed = heard("fill.committed")
+    assert (await site.get(path_of(digest)))[2] == BODY
+    await committed.wait()
+    assert [" ".join([each.method, each.range or ""]).strip() for each in upstream.requests] == log
+    assert blobs(site) == [BODY]
+
+
+@pytest.mark.errors("fill.failed")
+async def test_a_beginning_that_was_wrong_spoils_one_pull_only(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    (site.directory / "cache" / "partial" / f"sha256-{digest[7:]}").write_bytes(b"\0" * 1000)
+    failed = heard("fill.failed")
+    async with site.request("GET", path_of(digest)) as response:
+        assert len(await read_broken(response)) < len(BODY)
+    await failed.wait()
+    assert (blobs(site), site.partial) == ([], [])
+    assert (await site.get(path_of(digest)))[2] == BODY
+
+
+@pytest.mark.errors("fill.failed")
+@pytest.mark.parametrize("by", [7, -7])
+async def test_a_wrong_length_is_a_broken_connection(serve: Serve, upstream: Upstream, by: int) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    failed = heard("fill.failed")
+    upstream.next("GET", digest, WrongLength(by))
+    async with site.request("GET", path_of(digest)) as response:
+        await read_broken(response)
+    await failed.wait()
+    assert (blobs(site), site.partial) == ([], [])
+    assert (await site.get(path_of(digest)))[2] == BODY
+
+
+# Without a server
+
+
+@dataclass
+class Rig:
+    """Fills over a store, from the fake, without waiting between its retries."""
+
+    fills: Fills
+    store: Store
+    source: Source
+    partial: Path
+
+    async def read(self, blob: Blob, span: Span = Span(0)) -> bytes:  # noqa: B008
+        try:
+            return b"".join([chunk async for chunk in blob.chunks(span.start, span.stop)])
+        finally:
+            await blob.close()
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Rig]:
+    metrics = Metrics()
+    connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
+    origin = client.Upstream("up", client.Settings(upstream.url, connect), Credentials(), metrics)
+    store = Store(Files(tmp_path, clock), Records(tmp_path / "records"), clock)
+    fills = Fills(store, metrics, backoff=0)
+    yield Rig(fills, store, Source("up", origin, "a/b"), tmp_path / "partial")
+    await fills.close()
+    await origin.close()
+    await store.close()
+
+
+@pytest.mark.errors("fill.failed")
+async def test_a_fill_without_progress_gives_up_and_keeps_what_it_has(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.next("GET", digest, Reset(after=100_000))
+    upstream.next("GET", digest, Reset(after=0), times=5)
+    with pytest.raises(OriginFailed):
+        await rig.read(await rig.fills.join(rig.source, digest))
+    assert len(upstream.log) == 6
+    [left] = rig.partial.iterdir()
+    assert left.stat().st_size > 0
+    assert BODY.startswith(left.read_bytes())
+    upstream.clear()
+    assert await rig.read(await rig.fills.join(rig.source, digest)) == BODY
+    assert (upstream.requests[0].range or "").startswith("bytes=")
+
+
+async def test_progress_starts_the_count_of_failures_again(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    for _ in range(3):
+        upstream.next("GET", digest, Reset(after=50_000))
+        upstream.next("GET", digest, Status(503), times=4)
+    assert await rig.read(await rig.fills.join(rig.source, digest)) == BODY
+    assert len(upstream.log) == 16
+
+
+@pytest.mark.parametrize("refused", [404, 403, 429, 500])
+async def test_who_is_refused_is_told_and_nothing_is_left(
+    rig: Rig, upstream: Upstream, refused: int, events: LogCapture
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.next("GET", digest, Status(refused))
+    expected = {404: "BlobUnknown", 403: "OriginDenied", 429: "TooManyRequests", 500: "OriginFailed"}
+    found = await asyncio.gather(
+        *(rig.fills.join(rig.source, digest) for _ in range(3)), return_exceptions=True
+    )
+    assert {type(error).__name__ for error in found} == {expected[refused]}
+    assert len(upstream.log) == 1
+    assert [each for each in events.entries if each["event"] == "fill.failed"] == []  # no fault of ours
+
+
+async def test_close_keeps_what_a_fill_has_and_tells_its_followers(
+    rig: Rig, upstream: Upstream, events: LogCapture
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.next("GET", digest, Hold(asyncio.Event(), after=100_000))
+    blob = await rig.fills.join(rig.source, digest)
+    assert isinstance(blob, Blob)
+    reading = blob.chunks(0)
+    position = 0
+    while position < 99_999:
+        position += len(await anext(reading))
+    await rig.fills.close()
+    with pytest.raises(Unavailable):
+        await anext(reading)
+    await blob.close()
+    [left] = rig.partial.iterdir()
+    assert left.read_bytes() == BODY[:100_000]
+    assert [each["event"] for each in events.entries if each["event"].startswith("fill.")] == [
+        "fill.suspended"
+    ]
+    left.unlink()
+
+
+async def test_who_waits_for_headers_when_it_closes_is_told(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    hold = Hold(asyncio.Event(), after=None)
+    upstream.next("GET", digest, hold)
+    waiting = asyncio.ensure_future(rig.fills.join(rig.source, digest))
+    await hold.reached.wait()
+    await rig.fills.close()
+    with pytest.raises(Unavailable):  # not BlobUnknown: that would be remembered
+        await waiting
+
+
+async def test_descriptor_tells_only_who_may_know(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    assert rig.fills.descriptor("up/a/b", digest) is None
+    blob = await rig.fills.join(rig.source, digest)
+    known = rig.fills.descriptor("up/a/b", digest)
+    assert known is not None
+    assert (known.digest, known.size) == (digest, len(BODY))
+    assert rig.fills.descriptor("up/c/d", digest) is None
+    gate.set()
+    assert await rig.read(blob) == BODY
+
+
+async def test_an_absent_blob_is_unknown(rig: Rig, upstream: Upstream) -> None:
+    upstream.blob("a/b", BODY)
+    with pytest.raises(BlobUnknown):
+        await rig.fills.join(rig.source, Digest(digest_of(b"absent")))

@@ -1,0 +1,366 @@
+"""Digests, tags, names and manifests: what is one, what is not, and that all else is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
+from storage.oci import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    NAME_LIMIT,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Descriptor,
+    Digest,
+    Manifest,
+    Tag,
+    parse_manifest,
+    parse_name,
+    parse_reference,
+)
+
+SHA256, SHA512 = "sha256:" + "0a" * 32, "sha512:" + "0a" * 64
+CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
+
+
+def described(media_type: str, content: bytes = b"", **more: Any) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": Digest.of(content), "size": len(content), **more}
+
+
+# Digests
+
+
+@pytest.mark.parametrize(("text", "algorithm", "length"), [(SHA256, "sha256", 64), (SHA512, "sha512", 128)])
+def test_a_digest_is_its_algorithm_and_its_encoded_part(text: str, algorithm: str, length: int) -> None:
+    digest = Digest.parse(text)
+    assert (digest, digest.algorithm, digest.encoded) == (text, algorithm, "0a" * (length // 2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":",
+        "sha256",
+        "sha256:",
+        SHA256[:-1],
+        SHA256 + "0",
+        SHA256 + "\n",
+        " " + SHA256,
+        SHA256.upper(),
+        SHA256.replace("a", "A"),
+        SHA256.replace("a", "g"),
+        SHA256.replace("0", "٠"),  # a digit, but not of these
+        SHA256.replace(":", "-"),
+        "sha256:" + "0a" * 64,
+        "sha512:" + "0a" * 32,
+        "sha384:" + "0a" * 48,
+        "md5:" + "0a" * 16,
+        "sha256+b64:" + "0a" * 32,
+        "sha256:../../../../etc/passwd",
+        "sha256:" + "../" * 21 + "x",
+        SHA256 + "\0",
+    ],
+)
+def test_what_is_no_digest(text: str) -> None:
+    with pytest.raises(DigestInvalid):
+        Digest.parse(text)
+
+
+@given(st.binary(), st.sampled_from(["sha256", "sha512"]))
+def test_the_digest_of_content(content: bytes, algorithm: str) -> None:
+    digest = Digest.of(content, algorithm)
+    assert digest == f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
+    assert Digest.parse(digest) == digest
+
+
+# Tags and names
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "_", "0", "latest", "v1.2.3-rc.1_x", "A" * 128, "sha256-abc.sig", "a..b"]
+)
+def test_what_is_a_tag(text: str) -> None:
+    assert Tag.parse(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "..", "-", ".a", "-a", "A" * 129, "a b", "a/b", "a:b", "a\n", "é", "a\0", "a+b", "a%20"]
+)
+def test_what_is_no_tag(text: str) -> None:
+    with pytest.raises(TagInvalid):
+        Tag.parse(text)
+
+
+def test_a_reference_with_a_colon_is_a_digest_or_nothing() -> None:
+    assert isinstance(parse_reference(SHA256), Digest)
+    assert isinstance(parse_reference("sha256-" + "0a" * 32), Tag)
+    assert not isinstance(parse_reference("latest"), Digest)
+    with pytest.raises(DigestInvalid):
+        parse_reference("latest:1")
+    with pytest.raises(TagInvalid):
+        parse_reference("")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a", "0", "a/b", "a/b/c/d/e", "a.b", "a_b", "a__b", "a-b", "a---b", "a1.b2_c3__d4-e5", "x" * NAME_LIMIT],
+)
+def test_what_is_a_name(text: str) -> None:
+    assert parse_name(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "/",
+        "/a",
+        "a/",
+        "a//b",
+        "A",
+        "a/B",
+        "a..b",
+        "a___b",
+        "a_-b",
+        "a.-b",
+        ".a",
+        "a.",
+        "-a",
+        "a-",
+        "_a",
+        "a_",
+        "..",
+        "../a",
+        "a/../b",
+        "a/./b",
+        "a b",
+        "a\n",
+        "a:b",
+        "a@b",
+        "é",
+        "٠",
+        "a\0b",
+        "x" * (NAME_LIMIT + 1),
+        "a-" * 127,
+    ],
+)
+def test_what_is_no_name(text: str) -> None:
+    with pytest.raises(NameInvalid):
+        parse_name(text)
+
+
+# Written apart from the source: by characters, not by grammar.
+_PIECE = st.from_regex(r"[a-z0-9]{1,5}", fullmatch=True)
+_COMPONENT = st.lists(_PIECE, min_size=1, max_size=3).flatmap(
+    lambda pieces: st.sampled_from([".", "_", "__", "-", "--"]).map(lambda between: between.join(pieces))
+)
+
+
+@given(st.lists(_COMPONENT, min_size=1, max_size=4).map("/".join))
+def test_components_joined_by_slashes_are_a_name(text: str) -> None:
+    assert parse_name(text) == text
+
+
+@given(st.one_of(st.text(), st.text("ab./_-:A0 \n", max_size=20)))
+def test_what_is_accepted_is_safe_as_a_key_and_in_a_path(text: str) -> None:
+    """No space (records' keys), no component that a path would follow elsewhere, no other form of itself."""
+    for parse in (parse_name, parse_reference):
+        try:
+            accepted = parse(text)
+        except (NameInvalid, DigestInvalid, TagInvalid):
+            continue
+        assert accepted == text
+        assert re.fullmatch(r"[\x21-\x7e]+", text)
+        assert not {"", ".", ".."} & set(text.split("/"))
+
+
+# Descriptors
+
+
+@given(
+    st.builds(
+        Descriptor,
+        st.text(),
+        st.sampled_from([Digest(SHA256), Digest(SHA512)]),
+        st.integers(0, 2**63 - 1),
+        st.none() | st.text(min_size=1),
+        st.none() | st.dictionaries(st.text(), st.text(), min_size=1),
+    )
+)
+def test_descriptors_go_to_json_and_back(descriptor: Descriptor) -> None:
+    read = Descriptor.from_json(msgspec.json.decode(msgspec.json.encode(descriptor.to_json())))
+    assert read == descriptor
+    assert read.annotations == descriptor.annotations  # which equality leaves out
+
+
+def test_a_descriptor_in_json_has_the_specifications_members() -> None:
+    descriptor = Descriptor(OCI_MANIFEST, Digest(SHA256), 7, "text/x", {"a": "b"})
+    assert descriptor.to_json() == {
+        "mediaType": OCI_MANIFEST,
+        "digest": SHA256,
+        "size": 7,
+        "artifactType": "text/x",
+        "annotations": {"a": "b"},
+    }
+    assert Descriptor(OCI_MANIFEST, Digest(SHA256), 7).to_json().keys() == {"mediaType", "digest", "size"}
+
+
+def test_further_members_of_a_descriptor_are_passed_over() -> None:
+    given = described(LAYER_TYPE, b"x", urls=["https://cdn.test/x"], platform={"os": "linux"}, data="eA==")
+    assert Descriptor.from_json(given) == Descriptor(LAYER_TYPE, Digest.of(b"x"), 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        "text",
+        {},
+        {"mediaType": LAYER_TYPE, "digest": SHA256},
+        {"mediaType": LAYER_TYPE, "size": 1},
+        {"digest": SHA256, "size": 1},
+        {"mediaType": LAYER_TYPE, "digest": "sha256:0a", "size": 1},
+        {"mediaType": LAYER_TYPE, "digest": SHA256, "size": "1"},
+        {"mediaType": LAYER_TYPE, "digest": SHA256, "size": None},
+        {"mediaType": 1, "digest": SHA256, "size": 1},
+        {"mediaType": LAYER_TYPE, "digest": SHA256, "size": 1, "annotations": {"a": 1}},
+    ],
+)
+def test_what_is_no_descriptor(value: Any) -> None:
+    with pytest.raises(ManifestInvalid):
+        Descriptor.from_json(value)
+
+
+# Manifests
+
+
+def test_a_manifest_is_described_by_its_exact_bytes() -> None:
+    content = b' {"schemaVersion" : 2}\n'
+    for algorithm in ("sha256", "sha512"):
+        manifest = Manifest.of(OCI_MANIFEST, content, algorithm)
+        assert manifest.descriptor == Descriptor(OCI_MANIFEST, Digest.of(content, algorithm), len(content))
+
+
+@pytest.mark.parametrize("media_type", [OCI_MANIFEST, DOCKER_MANIFEST])
+def test_parse_an_image(media_type: str) -> None:
+    body = {
+        "schemaVersion": 2,
+        "mediaType": media_type,
+        "config": described(CONFIG_TYPE, b"{}"),
+        "layers": [described(LAYER_TYPE, b"1"), described(LAYER_TYPE, b"2", urls=["https://cdn.test/2"])],
+        "annotations": {"a": "b"},
+    }
+    found = parse_manifest(json.dumps(body).encode())
+    assert found.media_type == media_type
+    assert found.artifact_type == CONFIG_TYPE
+    assert [each.digest for each in found.blobs] == [Digest.of(each) for each in (b"{}", b"1", b"2")]
+    assert (found.children, found.subject, found.annotations) == ((), None, {"a": "b"})
+
+
+@pytest.mark.parametrize("media_type", [OCI_INDEX, DOCKER_LIST])
+def test_parse_an_index(media_type: str) -> None:
+    child = described(OCI_MANIFEST, b"1", platform={"os": "linux", "architecture": "arm", "variant": "v7"})
+    body = {"schemaVersion": 2, "mediaType": media_type, "manifests": [child]}
+    found = parse_manifest(json.dumps(body).encode())
+    assert (found.media_type, found.artifact_type) == (media_type, None)
+    assert [each.digest for each in found.children] == [Digest.of(b"1")]
+    assert found.blobs == ()
+
+
+def test_parse_an_artifact() -> None:
+    body = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": "application/vnd.example.signature",
+        "config": described("application/vnd.oci.empty.v1+json", b"{}", data="e30="),
+        "layers": [described("application/vnd.oci.empty.v1+json", b"{}")],
+        "subject": described(OCI_MANIFEST, b"subject"),
+    }
+    found = parse_manifest(json.dumps(body).encode())
+    assert found.artifact_type == "application/vnd.example.signature"
+    assert found.subject == Descriptor(OCI_MANIFEST, Digest.of(b"subject"), 7)
+    assert found.annotations == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "media_type"),
+    [
+        ({"schemaVersion": 2}, OCI_MANIFEST),
+        ({"schemaVersion": 2, "layers": None, "annotations": None, "subject": None}, OCI_MANIFEST),
+        ({"schemaVersion": 2, "manifests": []}, OCI_INDEX),
+    ],
+)
+def test_the_media_type_follows_from_the_form_where_none_is_given(body: Any, media_type: str) -> None:
+    assert parse_manifest(json.dumps(body).encode()).media_type == media_type
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0",
+        b"null",
+        b"[]",
+        b"7",
+        b"{",
+        b"<html>",
+        b'{"mediaType":"\xff"}',
+        b'{"mediaType":"\\ud800"}',
+        b'{"mediaType":7}',
+        b'{"layers":{}}',
+        b'{"layers":[null]}',
+        b'{"config":[]}',
+        b'{"subject":"sha256"}',
+        b'{"manifests":[{"mediaType":"a/b","digest":"sha256:0a","size":1}]}',
+        b'{"annotations":{"a":{}}}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"annotations":' * 100_000,
+    ],
+    ids=lambda content: repr(content[:30]),
+)
+def test_what_is_no_manifest(content: bytes) -> None:
+    with pytest.raises(ManifestInvalid):
+        parse_manifest(content)
+
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([SHA256, OCI_INDEX]),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(
+            st.text()
+            | st.sampled_from(["mediaType", "digest", "size", "config", "layers", "manifests", "subject"]),
+            inner,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.binary() | _JSON.map(lambda value: json.dumps(value).encode()))
+def test_of_garbage_comes_a_manifest_or_a_refusal(content: bytes) -> None:
+    try:
+        found = parse_manifest(content)
+    except ManifestInvalid:
+        return
+    for each in (*found.children, *found.blobs, *filter(None, [found.subject])):
+        assert Digest.parse(each.digest) == each.digest

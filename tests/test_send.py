@@ -1,0 +1,479 @@
+"""Blobs on the wire: ranges as written, and bytes that are right or visibly cut, whatever befalls them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.telemetry import Metrics
+from proxy.web.send import MOST_RANGES, Range, parse_ranges, satisfy
+from proxy.web.server import Server, listener
+from storage.errors import OriginFailed, RangeInvalid, StorageFailed
+from storage.files import FileBlob, Files
+from storage.oci import OCTETS, Descriptor, Digest, Span
+from storage.registry import Blob, Registry
+from tests.conftest import Serve, Site
+from tests.events import Ear
+from tests.upstream import Corrupt, Hold, Status, Truncate, Upstream, digest_of
+from tests.wire import connect
+
+MiB = 1 << 20
+BIG = os.urandom(MiB) * 8 + b"the end"  # more than all the buffers between server and client hold
+SLOW = 16 << 10  # bytes that a slow client takes before it reads
+
+# Ranges
+
+
+@pytest.mark.parametrize(
+    ("header", "ranges"),
+    [
+        (None, []),
+        ("", []),
+        ("bytes=0-0", [Range(0, 0)]),
+        ("bytes=0-", [Range(0)]),
+        ("bytes=-5", [Range(suffix=5)]),
+        ("BYTES = 1-2", [Range(1, 2)]),
+        (" bytes=1-2 ", [Range(1, 2)]),
+        ("bytes=1-2,\t-3 , 4-", [Range(1, 2), Range(suffix=3), Range(4)]),
+        ("bytes=,,1-2,", [Range(1, 2)]),
+        ("bytes=007-08", [Range(7, 8)]),
+        ("bytes=9999999999999999999-", [Range(9999999999999999999)]),
+        ("bytes=99999999999999999999-", []),
+        ("bytes=2-1", []),
+        ("bytes=1-2,2-1", []),
+        ("bytes=1", []),
+        ("bytes=-", []),
+        ("bytes=--1", []),
+        ("bytes=1--2", []),
+        ("bytes=1-2-3", []),
+        ("bytes=1- 2", []),
+        ("bytes=１-２", []),
+        ("bytes=+1-2", []),
+        ("bytes=1_0-", []),
+        ("bytes", []),
+        ("bytes=", []),
+        ("bytes:1-2", []),
+        ("items=1-2", []),
+        ("bytes=1-2;q=1", []),
+        ("bytes=" + "0-0," * MOST_RANGES, [Range(0, 0)] * MOST_RANGES),
+        ("bytes=" + "0-0," * (MOST_RANGES + 1), []),
+    ],
+)
+def test_parse_ranges(header: str | None, ranges: list[Range]) -> None:
+    assert parse_ranges(header) == ranges
+
+
+NUMBERS = st.integers(0, 40)
+SPECS = st.one_of(
+    st.builds(Range, NUMBERS),
+    st.tuples(NUMBERS, NUMBERS).map(lambda pair: Range(min(pair), max(pair))),
+    st.builds(lambda suffix: Range(suffix=suffix), NUMBERS),
+)
+SPACE = st.sampled_from(["", " ", "\t", " \t "])
+
+
+def written(each: Range) -> str:
+    if each.first is None:
+        return f"-{each.suffix}"
+    return f"{each.first}-{'' if each.last is None else each.last}"
+
+
+@given(st.lists(st.tuples(SPACE, SPECS, SPACE), max_size=10), st.sampled_from([",", ",,", " , , "]))
+def test_ranges_are_read_as_they_are_written(specs: list[tuple[str, Range, str]], comma: str) -> None:
+    header = "bytes=" + comma.join(f"{before}{written(each)}{after}" for before, each, after in specs)
+    assert parse_ranges(header) == [each for _, each, _ in specs]
+
+
+@given(st.one_of(st.text(), st.text("bytes=0123456789-, ").map("bytes={}".format)))
+def test_whatever_is_written_is_read_or_ignored(header: str) -> None:
+    for each in parse_ranges(header):
+        assert (each.first is None) != (each.suffix is None)
+        assert each.last is None or (each.first is not None and each.first <= each.last)
+
+
+def positions(each: Range, size: int) -> list[int]:
+    """RFC 9110 section 14.1.2, byte by byte."""
+    if each.first is None:
+        return [at for at in range(size) if at >= size - (each.suffix or 0)]
+    return [at for at in range(size) if each.first <= at and (each.last is None or at <= each.last)]
+
+
+@given(st.lists(SPECS, max_size=5), NUMBERS)
+def test_satisfy(ranges: list[Range], size: int) -> None:
+    wanted = [found for each in ranges if (found := positions(each, size))]
+    if ranges and size and not wanted:
+        with pytest.raises(RangeInvalid, match=str(size)):
+            satisfy(ranges, size)
+        return
+    if sum(map(len, wanted)) > size:
+        wanted = []  # all of it is less
+    assert [list(range(span.start, span.stop or 0)) for span in satisfy(ranges, size)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("each", "span"),
+    [(Range(3), Span(3)), (Range(3, 5), Span(3, 6)), (Range(0, 0), Span(0, 1)), (Range(suffix=4), None)],
+)
+def test_what_is_known_of_a_range_before_the_size(each: Range, span: Span | None) -> None:
+    assert each.span == span
+
+
+# Through the whole server
+
+
+@pytest.fixture
+def digest(upstream: Upstream) -> str:
+    return upstream.blob("library/alpine", BIG)
+
+
+def path_of(digest: str) -> str:
+    return f"/v2/library/alpine/blobs/{digest}"
+
+
+async def warm(site: Site, digest: str) -> None:
+    ear = Ear()
+    status, _, body = await site.get(path_of(digest))
+    assert (status, digest_of(body)) == (200, digest)
+    await ear.heard("fill.committed")
+
+
+def open_files(site: Site) -> int:
+    """Descriptors of blobs, growing or not."""
+    found = 0
+    places = (f"{site.directory}/cache/blobs", f"{site.directory}/cache/partial")
+    for each in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found += str(each.readlink()).startswith(places)
+    return found
+
+
+@pytest.mark.parametrize("state", ["cold", "warm"])
+async def test_a_big_blob_is_exact(serve: Serve, upstream: Upstream, digest: str, state: str) -> None:
+    site = await serve(upstream)
+    if state == "warm":
+        await warm(site, digest)
+    async with connect(site.url) as wire:
+        for header, start, stop in (
+            ("", 0, len(BIG)),
+            ("bytes=5-", 5, len(BIG)),
+            (f"bytes={MiB - 1}-{3 * MiB}", MiB - 1, 3 * MiB + 1),
+            (f"bytes=-{2 * MiB}", len(BIG) - 2 * MiB, len(BIG)),
+            ("bytes=7-100", 7, 101),
+        ):
+            reply = await wire.ask("GET", path_of(digest), f"Range: {header}")
+            assert reply.status == (206 if header else 200)
+            assert reply.body == BIG[start:stop]
+    assert len(upstream.log) == 1
+
+
+@pytest.mark.parametrize("state", ["cold", "warm"])
+async def test_a_slow_client_gets_all_and_holds_up_nobody(
+    serve: Serve, upstream: Upstream, digest: str, state: str
+) -> None:
+    site = await serve(upstream)
+    if state == "warm":
+        await warm(site, digest)
+    async with connect(site.url, buffer=SLOW) as slow:
+        await slow.send(f"GET {path_of(digest)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        status, headers = await slow.head()
+        assert (status, headers["Content-Length"]) == (200, str(len(BIG)))
+        begun = await slow.read(1000)
+        async with connect(site.url) as quick:
+            assert (await quick.ask("GET", path_of(digest))).body == BIG
+        assert begun + await slow.read(len(BIG) - 1000) == BIG
+        # And the connection is still in step.
+        assert (await slow.ask("GET", "/v2/")).body == b"{}"
+    assert len(upstream.log) == 1
+
+
+async def test_a_client_that_leaves_a_fill_does_not_end_it(
+    serve: Serve, upstream: Upstream, digest: str
+) -> None:
+    gate = asyncio.Event()
+    upstream.next("GET", digest, hold := Hold(gate, after=3 * MiB))
+    site = await serve(upstream)
+    ear = Ear()
+    async with connect(site.url) as wire:
+        await wire.send(f"GET {path_of(digest)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await wire.head()
+        assert await wire.read(MiB) == BIG[:MiB]
+        await hold.reached.wait()
+    event = await ear.heard("request.served")
+    assert (event["status"], event["detail"], event["result"]) == (499, "client left", "miss")
+    assert MiB <= event["bytes"] < len(BIG)
+    assert open_files(site) == 1  # the fill's own
+    gate.set()
+    await ear.heard("fill.committed")
+    assert open_files(site) == 0
+    status, headers, body = await site.get(path_of(digest))
+    assert (status, headers["Cache-Status"], body) == (200, "entrepot; hit", BIG)
+    assert len(upstream.log) == 1
+
+
+async def test_a_client_that_leaves_a_stored_blob_leaves_nothing_open(
+    serve: Serve, upstream: Upstream, digest: str
+) -> None:
+    site = await serve(upstream)
+    await warm(site, digest)
+    ear = Ear()
+    for header in ("", f"bytes=0-{4 * MiB},-{4 * MiB - 1}"):
+        async with connect(site.url, buffer=SLOW) as wire:
+            lines = f"Host: x\r\nRange: {header}\r\n\r\n"
+            await wire.send(f"GET {path_of(digest)} HTTP/1.1\r\n{lines}".encode())
+            await wire.head()
+            await wire.read(1000)
+            assert open_files(site) == 1
+        event = await ear.heard("request.served")
+        assert (event["status"], event["detail"], event["result"]) == (499, "client left", "hit")
+        assert 0 < event["bytes"] < len(BIG)
+        assert open_files(site) == 0
+
+
+async def test_many_who_leave_cost_no_descriptor(serve: Serve, upstream: Upstream, digest: str) -> None:
+    # containerd opens many ranges to the end, and closes each when it has its part.
+    site = await serve(upstream)
+    await warm(site, digest)
+    before = set(Path("/proc/self/fd").iterdir())
+    ear = Ear()
+    for start in range(40):
+        async with connect(site.url) as wire:
+            lines = f"Host: x\r\nRange: bytes={start}-\r\n\r\n"
+            await wire.send(f"GET {path_of(digest)} HTTP/1.1\r\n{lines}".encode())
+            await wire.head()
+            assert await wire.read(100) == BIG[start : start + 100]
+        assert (await ear.heard("request.served"))["detail"] == "client left"
+    assert set(Path("/proc/self/fd").iterdir()) <= before
+
+
+REQUESTS = {
+    "whole": b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n",
+    "to the end": b"GET %b HTTP/1.1\r\nHost: x\r\nRange: bytes=5-\r\n\r\n",
+    "parts": b"GET %b HTTP/1.1\r\nHost: x\r\nRange: bytes=0-9,-10\r\n\r\n",
+    "old client": b"GET %b HTTP/1.0\r\n\r\n",
+}
+
+
+@pytest.mark.errors("fill.failed")
+@pytest.mark.parametrize("size", [1000, len(BIG)])
+@pytest.mark.parametrize("length", [True, False], ids=["length", "no length"])
+@pytest.mark.parametrize("request_text", REQUESTS.values(), ids=REQUESTS)
+async def test_wrong_bytes_are_cut_never_ended(
+    serve: Serve, upstream: Upstream, request_text: bytes, length: bool, size: int
+) -> None:
+    digest = upstream.blob("library/alpine", BIG[:size])
+    upstream.content_length = length
+    upstream.next("GET", digest, Corrupt(at=0))
+    site = await serve(upstream)
+    ear = Ear()
+    async with connect(site.url) as wire:
+        await wire.send(request_text % path_of(digest).encode())
+        status, _ = await wire.head()
+        assert status in (200, 206)
+        # A reset, not an end: to who was told no length an end would be the end.
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+    event = await ear.heard("request.served")
+    assert event["result"] == "error"
+    assert "sha256" in event["detail"]
+    assert site.partial == []
+    if size == 1000:
+        assert (await site.get(path_of(digest)))[2] == BIG[:size]
+
+
+@pytest.mark.errors("fill.failed")
+async def test_what_upstream_never_finishes_is_cut(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("library/alpine", BIG)
+    upstream.next("GET", digest, Truncate(after=MiB))
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Status(404), Hold(gate, after=None))  # to who asks for the rest
+    site = await serve(upstream)
+    async with connect(site.url) as wire:
+        await wire.send(f"GET {path_of(digest)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await wire.head()
+        assert await wire.read(MiB - 1) == BIG[: MiB - 1]
+        gate.set()  # not before: a reset takes along what is still on its way
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+    for name in site.partial:  # from there the next fill would go on
+        (site.directory / "cache" / "partial" / name).unlink()
+
+
+async def test_a_file_that_is_truncated_meanwhile_is_cut(
+    serve: Serve, upstream: Upstream, digest: str
+) -> None:
+    site = await serve(upstream)
+    await warm(site, digest)
+    ear = Ear()
+    (file,) = (site.directory / "cache" / "blobs").glob(f"*/*/{digest.partition(':')[2]}")
+    async with connect(site.url, buffer=SLOW) as wire:
+        await wire.send(f"GET {path_of(digest)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await wire.head()
+        await wire.read(1000)
+        os.truncate(file, 1000)
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+    event = await ear.heard("request.served")
+    assert (event["result"], event["status"]) == ("error", 200)
+    assert (await site.get(path_of(digest)))[2] == BIG  # and it is fetched again
+
+
+async def test_an_evicted_file_is_sent_to_its_end(serve: Serve, upstream: Upstream, digest: str) -> None:
+    site = await serve(upstream)
+    await warm(site, digest)
+    (file,) = (site.directory / "cache" / "blobs").glob(f"*/*/{digest.partition(':')[2]}")
+    async with connect(site.url, buffer=SLOW) as wire:
+        await wire.send(f"GET {path_of(digest)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await wire.head()
+        begun = await wire.read(1000)
+        file.unlink()
+        assert begun + await wire.read(len(BIG) - 1000) == BIG
+
+
+# Over a registry of one blob, in plain and by TLS
+
+
+class One(Registry):
+    """Whatever blob is asked for, it is the one that `open` opens."""
+
+    def __init__(self, open: Callable[[], Blob]) -> None:
+        self._open = open
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        return self._open()
+
+
+class Failing(FileBlob):
+    """A blob on a disk that fails at byte `at`; `rest` is what it can be had from then, if at all."""
+
+    at = 2 * MiB
+    rest: bytes | None = None
+
+    async def readable(self, offset: int) -> int:
+        if offset >= self.at:
+            raise StorageFailed("the disk failed")
+        return self.at
+
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        if start < self.at:
+            yield os.pread(self.fileno(), self.at - start, start)
+        if self.rest is None:
+            raise OriginFailed("there is no more")
+        yield self.rest[max(start, self.at) : stop]
+
+
+Over = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+async def over() -> AsyncIterator[Over]:
+    runners = []
+
+    async def start(registry: Registry, tls: ssl.SSLContext | None = None) -> str:
+        server = Server(registry, lambda name, **_: f"test/{name}", Metrics())
+        runner = web.ServerRunner(listener(server), shutdown_timeout=1)
+        runners.append(runner)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        host, port = runner.addresses[0]
+        return f"http://{host}:{port}"
+
+    yield start
+    for runner in runners:
+        await runner.cleanup()
+    await asyncio.sleep(0)  # their transports close their sockets in the next turn of the loop
+
+
+@pytest.fixture
+async def files(tmp_path: Path) -> Any:
+    found = Files(tmp_path / "files")
+    upload = found.create()
+    await upload.write(BIG)
+    await upload.commit(Digest.of(BIG))
+    return found
+
+
+@pytest.fixture
+def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    authority = trustme.CA()
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return server, client
+
+
+def failing(files: Files, rest: bytes | None) -> Blob:
+    digest = Digest.of(BIG)
+    blob = Failing(os.open(files.path(digest), os.O_RDONLY), Descriptor(OCTETS, digest, len(BIG)))
+    blob.rest = rest
+    return blob
+
+
+PATH = f"/v2/library/alpine/blobs/{digest_of(BIG)}"
+
+
+async def test_by_tls_the_bytes_are_the_same(
+    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    url = await over(One(lambda: files.open(Digest.of(BIG))), contexts[0])
+    async with connect(url, tls=contexts[1]) as wire:
+        assert (await wire.ask("GET", PATH)).body == BIG
+        assert (await wire.ask("GET", PATH, f"Range: bytes=10-{MiB}")).body == BIG[10 : MiB + 1]
+        assert (await wire.ask("GET", PATH, "Range: bytes=1-2")).body == BIG[1:3]
+        parts = await wire.ask("GET", PATH, "Range: bytes=1-2,5-6")
+        assert parts.headers["Content-Type"].startswith("multipart/byteranges")
+        assert parts.headers["Content-Length"] == str(len(parts.body))
+        assert (await wire.ask("GET", "/v2/")).body == b"{}"
+
+
+async def test_by_tls_a_slow_client_may_leave(
+    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    url = await over(One(lambda: files.open(Digest.of(BIG))), contexts[0])
+    ear = Ear()
+    async with connect(url, buffer=SLOW, tls=contexts[1]) as wire:
+        await wire.send(f"GET {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await wire.head()
+        assert await wire.read(1000) == BIG[:1000]
+    event = await ear.heard("request.served")
+    assert (event["status"], event["detail"]) == (499, "client left")
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_a_blob_that_fails_is_cut(
+    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext], encrypted: bool
+) -> None:
+    server, client = contexts if encrypted else (None, None)
+    url = await over(One(lambda: failing(files, None)), server)
+    async with connect(url, tls=client) as wire:
+        await wire.send(f"GET {PATH} HTTP/1.0\r\n\r\n".encode())
+        _, headers = await wire.head()
+        assert headers["Content-Length"] == str(len(BIG))
+        with pytest.raises((ConnectionError, ssl.SSLError, asyncio.IncompleteReadError)):
+            await wire.read(len(BIG))
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_a_blob_whose_disk_fails_goes_on_from_where_it_knows(
+    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext], encrypted: bool
+) -> None:
+    server, client = contexts if encrypted else (None, None)
+    url = await over(One(lambda: failing(files, BIG)), server)
+    async with connect(url, tls=client) as wire:
+        for header, start, stop in (
+            ("", 0, len(BIG)),
+            (f"bytes={2 * MiB - 5}-{2 * MiB + 5}", 2 * MiB - 5, 2 * MiB + 6),
+            (f"bytes={3 * MiB}-", 3 * MiB, len(BIG)),
+        ):
+            assert (await wire.ask("GET", PATH, f"Range: {header}")).body == BIG[start:stop]

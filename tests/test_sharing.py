@@ -1,0 +1,110 @@
+"""Two servers on one disk, as two workers are: one transfer, one revalidation, whoever is asked.
+
+A lock belongs to an open file, not to a process, so that two servers in one process are as far apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.conftest import Serve, Site
+from tests.upstream import Corrupt, Hold, Upstream
+
+REPOSITORY = "library/alpine"
+LAYER = os.urandom(3 << 20)
+
+
+def requests(upstream: Upstream, digest: str) -> list[str]:
+    return [line.replace(f"{REPOSITORY}@{digest[:19]}", "it") for line in upstream.log]
+
+
+async def pull(site: Site, digest: str) -> bytes:
+    status, _, body = await site.get(f"/v2/{REPOSITORY}/blobs/{digest}")
+    assert status == 200
+    return body
+
+
+@pytest.fixture
+async def sites(serve: Serve, upstream: Upstream, tmp_path: Path) -> list[Site]:
+    directory, slow = tmp_path / "shared", {"progress_timeout": "60s"}
+    return [await serve(upstream, directory=directory, options=slow, top={"drain": "0s"}) for _ in range(2)]
+
+
+async def test_a_fill_of_one_worker_is_followed_from_another(sites: list[Site], upstream: Upstream) -> None:
+    digest = upstream.blob(REPOSITORY, LAYER)
+    hold = Hold(gate := asyncio.Event(), after=1 << 20)
+    upstream.next("GET", digest, hold)
+    first = asyncio.create_task(pull(sites[0], digest))
+    await hold.reached.wait()
+    async with sites[1].request("GET", f"/v2/{REPOSITORY}/blobs/{digest}") as response:
+        # What is there already comes before the rest is: all but the byte that is withheld.
+        begun = await response.content.readexactly((1 << 20) - 1)
+        gate.set()
+        body = begun + await response.read()
+    assert body == LAYER == await first
+    assert requests(upstream, digest) == ["GET blob it", "HEAD blob it"]
+    assert upstream.bytes_sent == len(LAYER)
+    assert await pull(sites[1], digest) == LAYER
+    assert len(upstream.log) == 2
+
+
+async def test_a_fill_whose_worker_ends_is_taken_over(sites: list[Site], upstream: Upstream) -> None:
+    digest = upstream.blob(REPOSITORY, LAYER)
+    hold = Hold(asyncio.Event(), after=1 << 20)
+    upstream.next("GET", digest, hold)
+    first = asyncio.create_task(pull(sites[0], digest))
+    await hold.reached.wait()
+    async with sites[1].request("GET", f"/v2/{REPOSITORY}/blobs/{digest}") as response:
+        begun = await response.content.readexactly((1 << 20) - 1)
+        await sites[0].app.stop()
+        body = begun + await response.read()
+    assert hashlib.sha256(body).hexdigest() == hashlib.sha256(LAYER).hexdigest()
+    with pytest.raises(aiohttp.ClientError):
+        await first
+    log = requests(upstream, digest)
+    assert log[:2] == ["GET blob it", "HEAD blob it"]
+    assert log[2].startswith("GET blob it bytes=1048")
+    assert upstream.bytes_sent <= 1.05 * len(LAYER)
+
+
+@pytest.mark.errors("fill.failed")
+async def test_wrong_bytes_of_one_worker_reach_no_client_of_another(
+    sites: list[Site], upstream: Upstream
+) -> None:
+    digest = upstream.blob(REPOSITORY, LAYER)
+    hold = Hold(gate := asyncio.Event(), after=1 << 20)
+    upstream.next("GET", digest, hold, Corrupt(at=5))
+    first = asyncio.create_task(pull(sites[0], digest))
+    await hold.reached.wait()
+    async with sites[1].request("GET", f"/v2/{REPOSITORY}/blobs/{digest}") as response:
+        await response.content.readexactly(1000)
+        gate.set()
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    with pytest.raises(aiohttp.ClientError):
+        await first
+    assert await pull(sites[1], digest) == LAYER
+    assert await pull(sites[0], digest) == LAYER
+
+
+async def test_a_tag_is_asked_for_once_in_its_time_over_all_workers(
+    sites: list[Site], upstream: Upstream
+) -> None:
+    image = upstream.image(REPOSITORY, "latest")
+
+    async def tag(site: Site) -> bytes:
+        status, _, body = await site.get(f"/v2/{REPOSITORY}/manifests/latest")
+        assert status == 200
+        return body
+
+    assert await asyncio.gather(*(tag(site) for site in sites * 10)) == [image.content] * 20
+    assert upstream.log == ["GET manifest library/alpine:latest"]
+    sites[0].clock.advance(601)
+    assert await asyncio.gather(*(tag(site) for site in sites * 10)) == [image.content] * 20
+    assert upstream.log[1:] == ["HEAD manifest library/alpine:latest"]

@@ -168,19 +168,13 @@ class Cache(Registry):
         if known is not None:
             manifest, age = known
             ttl = self._policy.fresh_for(tag) - age
-            # A clock that was set back must not keep a tag fresh for ever: hence age >= 0.
-            if self._policy.offline or (ttl > 0 and age >= 0):
+            if self._policy.offline or self._fresh(tag, age):
                 current().came("hit", age, None if math.isinf(ttl) else ttl)
                 return manifest
             if (pause := self._paused.get(key)) is not None:
                 return self._stale(manifest, age, ttl, pause)
         self._ask_allowed(key)
-        call = (
-            (lambda: self._fetch_tag(repository, name, tag))
-            if known is None
-            else (lambda: self._revalidate(repository, name, tag, known[0]))
-        )
-        result, manifest, error = await self._flights.join(key, call)
+        result, manifest, error = await self._flights.join(key, lambda: self._ask(repository, name, tag))
         if error is not None and known is not None:
             return self._stale(manifest, known[1], ttl, error)
         fresh_for = self._policy.fresh_for(tag)
@@ -202,10 +196,22 @@ class Cache(Registry):
         current().detail = why.code
         return manifest
 
-    async def _fetch_tag(
-        self, repository: str, name: str, tag: Tag
-    ) -> tuple[str, Manifest, RegistryError | None]:
-        return "miss", await self._fetch(repository, name, tag), None
+    def _fresh(self, tag: Tag, age: float) -> bool:
+        # A clock that was set back must not keep a tag fresh for ever.
+        return 0 <= age < self._policy.fresh_for(tag)
+
+    async def _ask(self, repository: str, name: str, tag: Tag) -> tuple[str, Manifest, RegistryError | None]:
+        """What came of asking the origin, or of another process that did: see _revalidate()."""
+        begun = self._clock()
+        async with self._store.exclusive(f"tag {name} {tag}") as waited:
+            known = self._known(name, tag)
+            if known is None:
+                return "miss", await self._fetch(repository, name, tag), None
+            if self._fresh(tag, known[1]) or (waited and self._clock() - known[1] >= begun):
+                return "hit", known[0], None
+            if waited:  # it was asked for just now, in vain: who waited so long is not to wait again
+                return "stale", known[0], Unavailable(f"{self._namespace} could not be asked for {tag}")
+            return await self._revalidate(repository, name, tag, known[0])
 
     async def _revalidate(
         self, repository: str, name: str, tag: Tag, known: Manifest

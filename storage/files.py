@@ -383,22 +383,24 @@ class Files:
                 os.close(file)
 
     @asynccontextmanager
-    async def exclusive(self, name: str) -> AsyncIterator[None]:
-        """Of all processes on this directory one at a time is inside, for each `name`.
+    async def exclusive(self, name: str) -> AsyncIterator[bool]:
+        """Of all processes on this directory one is inside at a time, for each `name`; whether it waited.
 
         Where no lock can be had since the disk fails, all go on: this spares work, it guards nothing.
         """
         path = self._locks / hashlib.sha256(name.encode()).hexdigest()[:32]
         file: int | None = None
+        waited = False
         with suppress(StorageFailed):
             while True:
                 file, locked = self._open_locked(path)
                 if locked:
                     break
                 os.close(file)
+                file, waited = None, True
                 await asyncio.sleep(POLL)
         try:
-            yield
+            yield waited
         finally:
             if file is not None:
                 with suppress(OSError):

@@ -18,7 +18,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -228,6 +228,10 @@ class Store(Registry):
         with suppress(DigestInvalid):
             return Pointer(Digest.parse(digest.decode(*_TEXT)), times[0]) if times else None
         return None
+
+    def exclusive(self, name: str) -> AbstractAsyncContextManager[bool]:
+        """See Files.exclusive()."""
+        return self._files.exclusive(name)
 
     async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
         """An origin said just now that `tag` is `digest`, whose manifest is here."""

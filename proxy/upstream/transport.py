@@ -102,7 +102,8 @@ class Transport:
             response.release()
             try:
                 target = url.join(URL(location, encoded=True))
-                elsewhere = target.origin() != url.origin()
+                # The port as well: origin() lets pass one that is out of range.
+                elsewhere = (target.origin(), target.port) != (url.origin(), url.port)
             except ValueError:
                 raise OriginFailed(f"{self._name} redirected to what is no URL") from None
             if target.scheme not in ("https", "http") or (

@@ -118,10 +118,12 @@ async def send_blob(
     elif size >= 0:
         response.content_length = size
     # Else it is sent in chunks, to an HTTP/1.0 client until the connection is closed.
-    writer = await response.prepare(request)
-    if writer is None:
-        return response
+    connection = request.get_extra_info("socket")
+    transport = request.transport
     try:
+        writer = await response.prepare(request)
+        if writer is None:
+            return response
         if parts:
             for head, span in parts:
                 await response.write(head)
@@ -132,13 +134,13 @@ async def send_blob(
             await _send(request, response, writer, blob, spans[0] if spans else whole, exchange)
         await response.write_eof()
     except OSError:
-        _break(request.transport)
+        _break(transport, connection)
         exchange.detail = LEFT
     except (RegistryError, EOFError) as error:
-        _break(request.transport)
+        _break(transport, connection)
         exchange.result, exchange.detail = "error", str(error)
     except BaseException:
-        _break(request.transport)
+        _break(transport, connection)
         raise
     return response
 
@@ -243,11 +245,9 @@ async def _sendfile(client: int, file: int, span: Span, exchange: Exchange) -> N
         await done
 
 
-def _break(transport: Any) -> None:
+def _break(transport: Any, connection: Any) -> None:
     """Reset the connection: never a clean end to what is not complete."""
-    if transport is None:  # lost already
+    if connection is None or connection.fileno() < 0:  # lost already
         return
-    connection = transport.get_extra_info("socket")
-    if connection is not None and transport.get_extra_info("sslcontext") is None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()

@@ -91,6 +91,7 @@ class Server:
         now = Exchange(next(self._ids))
         exchange.set(now)
         status = 499  # nginx's word for: the client left before it was answered
+        connection = request.get_extra_info("socket")
         try:
             response = await self._answer(request, now)
             if not response.prepared:
@@ -99,7 +100,7 @@ class Server:
                 status = response.status
             return response
         except asyncio.CancelledError:
-            now.detail = LEFT if request.transport is None else "server stopped"
+            now.detail = LEFT if connection is None or connection.fileno() < 0 else "server stopped"
             raise
         finally:
             self._log(request, now, status, time.perf_counter() - begun)
@@ -371,6 +372,10 @@ class _Connection(web.RequestHandler):
     """Answers in JSON what is not HTTP, too."""
 
     __slots__ = ()
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        # aiohttp waits so long for the handler, then once more, and only then cancels it.
+        await super().shutdown(None if timeout is None else timeout / 2)
 
     def handle_error(
         self,

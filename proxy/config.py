@@ -571,12 +571,21 @@ def _namespaces(value: Any, path: str) -> dict[str, Namespace]:
 
 def _check_owners(namespaces: Mapping[str, Namespace]) -> None:
     """No name, alias or Host header may mean two namespaces."""
-    owners = {name: name for name in namespaces}
+    owners: dict[str, str] = {}
+    for name in namespaces:
+        if (owner := owners.setdefault(without_port(name), name)) != name:
+            raise _Fault(f"namespaces.{name}", f"this is namespace {owner} already")
     for name, namespace in namespaces.items():
         for key in ("aliases", "hosts"):
             for each in getattr(namespace, key):
-                if (owner := owners.setdefault(each, name)) != name:
+                if (owner := owners.setdefault(without_port(each), name)) != name:
                     raise _Fault(f"namespaces.{name}.{key}", f"{each} belongs to namespace {owner} already")
+
+
+def without_port(name: str) -> str:
+    """A host's name as it is compared: without the ports that are the schemes' own."""
+    host, _, port = name.rpartition(":")
+    return host if port in ("443", "80") else name
 
 
 def _join(path: str, key: str) -> str:

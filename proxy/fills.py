@@ -95,6 +95,9 @@ class Fills:
             fill = self._fills.get(digest)
             if fill is None:
                 fill = self._start(source, digest)
+            elif fill.error is not None and fill.task is not None:
+                await asyncio.wait([fill.task])  # it has failed, and is clearing up
+                continue
             elif source.repository not in (fill.source.repository, *fill.repositories):
                 await self._permit(fill, source)
             # shield: a client that goes away must not cancel what others wait for.

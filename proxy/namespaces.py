@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from proxy.config import without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, parse_name
 from storage.registry import Blob, Registry, Upload
@@ -202,10 +203,8 @@ def _claim(table: dict[str, Member], key: str, member: Member) -> None:
 
 
 def _normal(text: str) -> str:
-    """As looked up: lower case, without the ports that are the schemes' own."""
-    text = text.lower()
-    host, _, port = text.rpartition(":")
-    return host if port in ("443", "80") else text
+    """As looked up."""
+    return without_port(text.lower())
 
 
 def _is_host(text: str) -> bool:

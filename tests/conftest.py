@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import hypothesis
 import pytest
 import structlog
 from structlog.testing import LogCapture
@@ -16,6 +16,10 @@ from structlog.testing import LogCapture
 from proxy.app import App
 from proxy.config import Config, load
 from tests.upstream import Upstream
+
+# A deadline would be a timed test.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 Serve = Callable[..., Awaitable["Site"]]
 
@@ -58,7 +62,7 @@ class Site:
 
     @property
     def partial(self) -> list[str]:
-        return os.listdir(self.directory / "cache" / "partial")
+        return [path.name for path in (self.directory / "cache" / "partial").iterdir()]
 
     async def metrics(self) -> str:
         assert self.app.admin_url is not None
@@ -172,7 +176,7 @@ async def nothing_left(tmp_path: Path) -> AsyncIterator[None]:
     yield
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     assert not tasks, f"tasks left: {tasks}"
-    left = [path for path in tmp_path.glob("**/partial/*")]
+    left = list(tmp_path.glob("**/partial/*"))
     assert not left, f"partial files left: {left}"
     more = _descriptors() - descriptors
     assert not more, f"descriptors left: {more}"
@@ -180,12 +184,12 @@ async def nothing_left(tmp_path: Path) -> AsyncIterator[None]:
 
 def _descriptors() -> set[str]:
     found = set()
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(f"/proc/self/fd/{entry}")
+            target = str(entry.readlink())
         except FileNotFoundError:
             continue
         # SQLite's are the executor threads', and close with them.
         if target.startswith(("socket:", "/")) and "/records/" not in target:
-            found.add(f"{entry} -> {target}")
+            found.add(f"{entry.name} -> {target}")
     return found

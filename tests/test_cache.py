@@ -1,4 +1,4 @@
-"""What a cache asks its origin, and what it answers when that cannot: design.md §3, "Manifest by tag"."""
+"""What a cache asks its origin and when, and what it answers where that cannot be asked or says no."""
 
 from __future__ import annotations
 
@@ -613,7 +613,7 @@ async def test_pages_come_from_what_is_kept(serve: Serve, upstream: Upstream) ->
     site = await serve(upstream)
     path, pages = f"{TAGS}?n=3", []
     while path:
-        status, headers, body = await site.get(path)
+        _, headers, body = await site.get(path)
         pages.append(json.loads(body)["tags"])
         path = headers.get("Link", "<>").partition("<")[2].partition(">")[0]
     assert pages == [["a", "b", "c"], ["d"]]

@@ -260,7 +260,6 @@ async def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
         assert await run(tmp_path, "serve", "--config", str(path)) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="config compares names as written, Namespaces without port 443")
 async def test_two_namespaces_of_one_host_are_refused(tmp_path: Path) -> None:
     config = write(
         tmp_path, "namespaces: {a.example: {upstream: https://x.y}, a.example:443: {upstream: https://x.z}}"

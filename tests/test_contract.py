@@ -20,7 +20,7 @@ from proxy.telemetry import Metrics
 from proxy.upstream.client import Settings, Upstream
 from proxy.upstream.credentials import Credentials
 from proxy.web.server import Server, listener
-from storage.errors import BlobUnknown, ManifestUnknown, Unsupported
+from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
 from storage.files import Files
 from storage.oci import Digest, Manifest, Tag
 from storage.records import Records
@@ -191,3 +191,13 @@ async def test_a_cache_that_holds_a_blob_for_one_repository_asks_for_another(bui
             await refused(cache.get_blob("b", digest), BlobUnknown)
             await refused(cache.resolve_blob("b", digest), BlobUnknown)
         await (await cache.get_blob("a", digest)).close()
+
+
+@pytest.mark.parametrize("kind", ["tags", "referrers"])
+async def test_a_listing_nested_beyond_reason_is_no_listing(builder: Builder, kind: str) -> None:
+    async with fake.Upstream() as registry:
+        upstream = builder.upstream(registry.url)
+        await FakeContent(registry).manifest("a", manifest(), "latest")
+        registry.next("GET", kind, fake.Status(200, body=b'{"a":' * 100_000))
+        asked = upstream.tags("a") if kind == "tags" else upstream.referrers("a", manifest().digest)
+        await refused(asked, RegistryError)

@@ -292,7 +292,11 @@ async def test_nothing_is_kept_of_nothing_nor_of_an_upload_without_a_digest(file
     assert partial_files(files) == []
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=25,
+    deadline=None,
+)
 @given(
     content=st.binary(max_size=60), cuts=st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=6)
 )
@@ -479,14 +483,24 @@ async def test_a_file_system_without_locks_is_a_disk_that_fails(
     (files.root / "partial" / f"sha256-{DIGEST.encoded}").unlink()
 
 
-@pytest.mark.parametrize("end", ["cancel", "suspend"])
-async def test_the_end_of_one_upload_does_not_touch_the_next_ones_file(files: Files, end: str) -> None:
+@pytest.mark.parametrize("end", ["commit", "cancel", "suspend"])
+async def test_the_end_of_one_upload_does_not_touch_the_next_ones_file(
+    files: Files, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """1. the one is renamed into its place  2. the next begins under the name  3. the one ends."""
     upload = await files.resume(DIGEST)
     await upload.write(CONTENT)
-    await upload.commit(DIGEST)
+    gate = Gate(os.fsync)  # of the directory, after the renaming
+    monkeypatch.setattr(os, "fsync", gate)
+    commit = asyncio.create_task(upload.commit(DIGEST))
+    await gate.reached.wait()
     following = await files.resume(DIGEST)
-    await following.write(CONTENT)
-    await getattr(upload, end)()
+    await write_through(following, CONTENT)
+    if end != "commit":
+        await getattr(upload, end)()
+    gate.open()
+    await commit
+    assert partial_files(files) == [f"sha256-{DIGEST.encoded}"]
     await following.commit(DIGEST)
     assert await read(files.open(DIGEST)) == CONTENT
 

@@ -1,11 +1,11 @@
-"""One transfer a digest, and following it while it grows: design.md §3, "Blob, miss" and "Range on a miss"."""
+"""One transfer a digest whatever number of clients, and following it while it grows."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import Connect
 from storage.errors import BlobUnknown, OriginFailed, Unavailable
 from storage.files import Files
-from storage.oci import Digest, Span
+from storage.oci import Digest
 from storage.records import Records
 from storage.registry import Blob
 from storage.store import Store
@@ -571,9 +571,9 @@ class Rig:
     source: Source
     partial: Path
 
-    async def read(self, blob: Blob, span: Span = Span(0)) -> bytes:  # noqa: B008
+    async def read(self, blob: Blob) -> bytes:
         try:
-            return b"".join([chunk async for chunk in blob.chunks(span.start, span.stop)])
+            return b"".join([chunk async for chunk in blob.chunks()])
         finally:
             await blob.close()
 

@@ -9,7 +9,7 @@ import pytest
 from multidict import CIMultiDict
 
 from proxy.upstream.health import BLOCKED, FAILURES, LAST, UNTOLD, Breaker, Budget, Budgets, seconds_until
-from storage.errors import OriginFailed, OriginTimeout, RegistryError, TooManyRequests
+from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from tests.conftest import Clock
 
 CUT = OriginFailed("cut")
@@ -114,6 +114,15 @@ def test_an_answered_probe_closes_it_and_forgets_the_past(host: Host, clock: Clo
     assert host.breaker.closed
     host.fail(final=True)
     assert host.open_for == 1
+
+
+def test_transfers_that_break_off_open_it_as_other_failures_do(host: Host) -> None:
+    for _ in range(FAILURES):
+        assert host.breaker.closed
+        host.breaker.cut(CUT)
+    assert host.open_for == 1
+    host.breaker.cut(CUT)
+    assert host.open_for == 1, "no news"
 
 
 def test_a_probe_that_is_cancelled_leaves_room_for_the_next(host: Host, clock: Clock) -> None:
@@ -263,7 +272,7 @@ def test_below_the_reserve_one_may_look_as_often_as_one_request_comes_back(
 
 
 def used(budgets: Budgets, times: int) -> list[int]:
-    return [budgets.usable()[0] for _ in range(times)]
+    return [budgets.take_turn()[0] for _ in range(times)]
 
 
 def test_credentials_are_used_in_turn(clock: Clock) -> None:
@@ -274,9 +283,9 @@ def test_that_with_the_most_remaining_comes_first_and_the_untold_count_as_much(c
     budgets = Budgets(3, clock)
     budgets[0].read(told("5;w=600"))
     budgets[1].read(told("50;w=600"))
-    assert budgets.usable() == [2, 1, 0]
+    assert budgets.take_turn() == [2, 1, 0]
     budgets[2].read(told("20;w=600"))
-    assert budgets.usable() == [1, 2, 0]
+    assert budgets.take_turn() == [1, 2, 0]
     budgets[0].read(told("50;w=600"))
     assert sorted(used(budgets, 4)) == [0, 0, 1, 1]
 
@@ -285,17 +294,41 @@ def test_a_blocked_one_is_not_used(clock: Clock) -> None:
     budgets = Budgets(2, clock)
     budgets[0].refused(10)
     assert used(budgets, 3) == [1, 1, 1]
+    assert budgets.blocked_for == 10
     clock.advance(10)
-    assert sorted(budgets.usable()) == [0, 1]
+    assert sorted(budgets.take_turn()) == [0, 1]
+    assert budgets.blocked_for == 0
 
 
 def test_when_all_are_blocked_it_says_when_the_first_is_not(clock: Clock) -> None:
     budgets = Budgets(2, clock)
     budgets[0].refused(30)
     budgets[1].refused(20)
-    with pytest.raises(TooManyRequests) as caught:
-        budgets.usable()
-    assert caught.value.retry_after == 20
+    assert budgets.take_turn() == []
+    assert budgets.blocked_for == 20
+
+
+def test_the_reserve_counts_for_the_one_whose_turn_it_is(clock: Clock) -> None:
+    budgets = Budgets(2, clock)
+    budgets[1].read(told("3;w=600", "100;w=600"))
+    clock.advance(6)
+    budgets[0].read(told("5;w=600", "100;w=600"))
+    assert not budgets.spares(keep(10)), "what the other one was told is old, but it is not the one to ask"
+    budgets[0].refused(60)
+    assert budgets.spares(keep(10))
+    budgets[1].refused(60)
+    assert budgets.spares(keep(10)), "none can be asked, which is to be told otherwise"
+
+
+def test_a_clock_that_was_set_back_prolongs_nothing(host: Host, budget: Budget, clock: Clock) -> None:
+    host.fail(final=True)
+    budget.read(told("0;w=600"))
+    budget.refused(60)
+    clock.advance(-86400)
+    assert host.breaker.due
+    assert budget.blocked_for == 0
+    assert budget.remaining is None
+    host.succeed()
 
 
 # Retry-After

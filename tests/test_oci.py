@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
@@ -29,6 +29,7 @@ from storage.oci import (
 )
 
 SHA256, SHA512 = "sha256:" + "0a" * 32, "sha512:" + "0a" * 64
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
 
@@ -77,6 +78,7 @@ def test_what_is_no_digest(text: str) -> None:
         Digest.parse(text)
 
 
+@UNTIMED
 @given(st.binary(), st.sampled_from(["sha256", "sha512"]))
 def test_the_digest_of_content(content: bytes, algorithm: str) -> None:
     digest = Digest.of(content, algorithm)
@@ -167,11 +169,13 @@ _COMPONENT = st.lists(_PIECE, min_size=1, max_size=3).flatmap(
 )
 
 
+@UNTIMED
 @given(st.lists(_COMPONENT, min_size=1, max_size=4).map("/".join))
 def test_components_joined_by_slashes_are_a_name(text: str) -> None:
     assert parse_name(text) == text
 
 
+@UNTIMED
 @given(st.one_of(st.text(), st.text("ab./_-:A0 \n", max_size=20)))
 def test_what_is_accepted_is_safe_as_a_key_and_in_a_path(text: str) -> None:
     """No space (records' keys), no component that a path would follow elsewhere, no other form of itself."""
@@ -188,6 +192,7 @@ def test_what_is_accepted_is_safe_as_a_key_and_in_a_path(text: str) -> None:
 # Descriptors
 
 
+@UNTIMED
 @given(
     st.builds(
         Descriptor,
@@ -356,6 +361,7 @@ _JSON = st.recursive(
 )
 
 
+@UNTIMED
 @given(st.binary() | _JSON.map(lambda value: json.dumps(value).encode()))
 def test_of_garbage_comes_a_manifest_or_a_refusal(content: bytes) -> None:
     try:

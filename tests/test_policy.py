@@ -1,6 +1,7 @@
-"""The status-code policy of clients.md §3.3: every row, cached and not, over HTTP.
+"""The status-code policy: what is answered in which situation, cached and not, over HTTP.
 
-A test names its row.  `cached` has been pulled before and is due to be asked for again, as far as it ever is.
+A heading names the situation.  `cached` has been pulled before and is due to be
+asked for again, as far as it ever is.
 """
 
 from __future__ import annotations
@@ -432,8 +433,10 @@ async def test_draining_finishes_what_is_being_served(serve: Serve, upstream: Up
         assert await response.content.readexactly(999) == BODY[:999]
         with pytest.raises(ConnectionError):  # new ones find nobody, and go to their next host
             while True:
-                _, writer = await asyncio.open_connection(site.app.url.host, site.app.url.port)
-                writer.transport.abort()
+                with socket.socket() as another:
+                    another.setblocking(False)
+                    address = site.app.url.host, site.app.url.port
+                    await asyncio.get_running_loop().sock_connect(another, address)
         gate.set()
         assert await response.content.read() == BODY[999:]
     await stopping

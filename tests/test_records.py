@@ -111,7 +111,11 @@ def test_first_skips_from_group_to_group(records: Records) -> None:
     assert records.first("tag ", "b!") is None
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=30,
+    deadline=None,
+)
 @given(st.sets(st.text("Aa0./_- ", max_size=6), max_size=12), st.text("Aa0./_- ", max_size=4))
 def test_a_scan_is_what_sorting_the_keys_would_give(records: Records, keys: set[str], after: str) -> None:
     for key, _ in list(records.scan("")):

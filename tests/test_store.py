@@ -336,7 +336,11 @@ _RECORDS = st.binary() | st.lists(_FIELDS, max_size=4).flatmap(
 
 
 @pytest.mark.parametrize("kind", ["tag", "manifest", "link", "referrers", "listing"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=80,
+    deadline=None,
+)
 @given(record=_RECORDS)
 @example(record=b"nan 7")
 @example(record=b"1e999 7")

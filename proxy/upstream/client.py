@@ -219,7 +219,7 @@ class Upstream(Registry):
                 link = response.links.get("next")
             try:
                 yield msgspec.json.decode(content)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 # Some registries without a referrers API answer with a page for people.
                 nonsense = ManifestUnknown if kind == "referrers" else OriginFailed
                 raise nonsense(f"{self._name} answered {path} with no JSON") from None

@@ -189,7 +189,7 @@ class Helper(Credentials):
             raise _unusable(source, f"ended with status {status}")
         try:
             found = msgspec.json.decode(output, type=_JSONHelped)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise _unusable(source, "its answer is not JSON with Username and Secret") from None
         if found.username == "<token>":
             return Credential("", identity_token=found.secret)
@@ -257,7 +257,7 @@ class DockerConfig(Credentials):
     def _parse(self, content: bytes) -> _JSONConfig:
         try:
             config = msgspec.json.decode(content, type=_JSONConfig)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise ValueError(str(error)) from None
         names = {*config.cred_helpers.values(), config.creds_store} - {""}
         self._helpers = {name: self._new_helper(name) for name in names}

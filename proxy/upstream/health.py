@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
-from storage.errors import RegistryError, TooManyRequests
+from storage.errors import RegistryError
 
 FAILURES = 3  # in a row that open a breaker, where one alone proves nothing
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
@@ -38,8 +38,7 @@ class Breaker:
         self._changed = changed
         self._failures = 0  # in a row, while closed
         self._error: RegistryError | None = None  # what opened it; None: closed
-        self._seconds = 0.0  # how long it is open this time
-        self._until = 0.0
+        self._since = self._seconds = 0.0  # when it opened last, and for how long
         self._openings = 0
         self._probing = False
 
@@ -50,7 +49,10 @@ class Breaker:
     @property
     def due(self) -> bool:
         """Half-open, and nobody is probing."""
-        return self._error is not None and not self._probing and self._clock() >= self._until
+        return self._error is not None and not self._probing and not self._left()
+
+    def _left(self) -> float:
+        return _left(self._since, self._seconds, self._clock())
 
     @contextmanager
     def call(self) -> Iterator[Call]:
@@ -60,10 +62,9 @@ class Breaker:
         """
         error, probe = self._error, False
         if error is not None:
-            left = self._until - self._clock()
-            if left > 0 or self._probing:
-                seconds = max(left, FIRST) if self._probing else left
-                raise type(error)(f"{error}; not asked again so soon", retry_after=seconds)
+            seconds = self._left()
+            if seconds or self._probing:
+                raise type(error)(f"{error}; not asked again so soon", retry_after=seconds or FIRST)
             self._probing = probe = True
         try:
             yield Call(self, self._openings)
@@ -87,14 +88,19 @@ class Breaker:
             return
         was, self._error = self._error, error
         self._seconds = min(LAST, self._seconds * 2) if was is not None else FIRST
-        self._until = self._clock() + self._seconds
+        self._since = self._clock()
         self._openings += 1
         if was is None:
             self._changed(error)
 
+    def cut(self, error: RegistryError) -> None:
+        """A transfer broke off, long after its request was answered."""
+        if self._error is None:
+            self.failed(error, self._openings, final=False)
+
 
 class Call:
-    """One request that a breaker let out, and the transfer that follows."""
+    """One request that a breaker let out."""
 
     def __init__(self, breaker: Breaker, opening: int) -> None:
         self._breaker = breaker
@@ -119,7 +125,8 @@ class Budget:
         self.limit: int | None = None
         self._remaining: int | None = None
         self._window = UNTOLD  # seconds
-        self._begun = self._told = self._blocked = -math.inf
+        self._begun = self._told = -math.inf
+        self._blocked = 0.0, 0.0  # since when, and for how many seconds
 
     def read(self, headers: Mapping[str, str]) -> bool:
         """Whether they tell anything."""
@@ -132,28 +139,28 @@ class Budget:
             self.limit = int(limit[1])
         self._remaining, self._told = int(remaining[1]), self._clock()
         self._window = min(BLOCKED, float(window)) if window else UNTOLD
-        if self._told >= self._begun + self._window:
+        if not _left(self._begun, self._window, self._told):
             self._begun = self._told
         return True
 
     def refused(self, retry_after: float | None) -> float:
         """A 429: nothing is sent for as many seconds as are returned."""
         now = self._clock()
-        rest = self._begun + self._window - now
-        seconds = retry_after if retry_after is not None else rest if rest > 0 else UNTOLD
-        seconds = min(BLOCKED, max(1.0, seconds))
-        self._blocked = max(self._blocked, now + seconds)
+        if retry_after is None:
+            retry_after = _left(self._begun, self._window, now) or UNTOLD
+        seconds = min(BLOCKED, max(1.0, self.blocked_for, retry_after))
+        self._blocked = now, seconds
         return seconds
 
     @property
     def blocked_for(self) -> float:
         """Seconds; 0: it may be used."""
-        return max(0.0, self._blocked - self._clock())
+        return _left(*self._blocked, self._clock())
 
     @property
     def remaining(self) -> int | None:
         """None too when it was told so long ago that all has come back."""
-        return self._remaining if self._clock() < self._told + self._window else None
+        return self._remaining if _left(self._told, self._window, self._clock()) else None
 
     def spares(self, reserve: Callable[[int], float]) -> bool:
         """Whether it can be spent on what is known already; `reserve` is what to keep of a limit.
@@ -163,7 +170,12 @@ class Budget:
         """
         if (remaining := self.remaining) is None or remaining >= reserve(self.limit or 0):
             return True
-        return self._clock() >= self._told + self._window / max(1, self.limit or 0)
+        return not _left(self._told, self._window / max(1, self.limit or 0), self._clock())
+
+
+def _left(since: float, seconds: float, now: float) -> float:
+    """How many of the `seconds` are left; a clock that was set back must not make hours of them."""
+    return seconds - (now - since) if 0 <= now - since < seconds else 0.0
 
 
 class Budgets:
@@ -176,24 +188,33 @@ class Budgets:
     def __getitem__(self, number: int) -> Budget:
         return self._budgets[number]
 
-    def usable(self) -> list[int]:
-        """In the order to try: with the most remaining, the untold counting as much; among equals in turn.
+    def take_turn(self) -> list[int]:
+        """Those not blocked, in the order to try.
 
-        Raises TooManyRequests when all are blocked.
+        That with the most remaining comes first, the untold counting as much, among equals each in turn.
         """
-        count = len(self._budgets)
-        found = [number for number in range(count) if not self._budgets[number].blocked_for]
-        if not found:
-            seconds = min(budget.blocked_for for budget in self._budgets)
-            raise TooManyRequests("the rate limit is used up", retry_after=seconds)
+        order = self._order()
+        if order:
+            self._turn = order[0] + 1
+        return order
 
+    def _order(self) -> list[int]:
         def rank(number: int) -> tuple[float, int]:
             remaining = self._budgets[number].remaining
             return -math.inf if remaining is None else -remaining, (number - self._turn) % count
 
-        found.sort(key=rank)
-        self._turn = (found[0] + 1) % count
-        return found
+        count = len(self._budgets)
+        return sorted((n for n in range(count) if not self._budgets[n].blocked_for), key=rank)
+
+    def spares(self, reserve: Callable[[int], float]) -> bool:
+        """Budget.spares() of the one whose turn it is."""
+        order = self._order()
+        return not order or self._budgets[order[0]].spares(reserve)
+
+    @property
+    def blocked_for(self) -> float:
+        """Seconds until the first of those that are blocked is not; 0: none is."""
+        return min((each.blocked_for for each in self._budgets if each.blocked_for), default=0.0)
 
 
 def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:

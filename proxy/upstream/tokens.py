@@ -343,7 +343,7 @@ def _issued(answer: Answer, url: URL, anonymous: bool) -> tuple[str, float]:
     try:
         # Not strict: there are realms that write expires_in as a string.
         found = msgspec.json.decode(answer.content, type=_JSONToken, strict=False)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OriginFailed(f"{realm} answered no token: {error}") from None
     token = found.token or found.access_token or ""
     if not (token.isascii() and token.isprintable() and token):

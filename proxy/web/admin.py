@@ -32,7 +32,10 @@ def application(metrics: Metrics, state: Callable[[], Mapping[str, str]]) -> web
         try:
             return await handler(request)  # type: ignore[misc, no-any-return]
         except web.HTTPException as error:
-            return _json({"error": error.reason}, error.status)
+            answer = _json({"error": error.reason}, error.status)
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                answer.headers["Allow"] = error.headers["Allow"]
+            return answer
 
     admin = web.Application(middlewares=[in_json])  # type: ignore[list-item]
     admin.router.add_get("/metrics", exposition)

@@ -34,7 +34,7 @@ def main() -> None:
 @main.command()
 @_CONFIG
 def serve(path: Path | None) -> None:
-    """Serve.  Without FILE: the well-known public registries, on 127.0.0.1:5000."""
+    """Serve; without FILE the well-known public registries, on 127.0.0.1:5000."""
     config = _load(path)
     telemetry.configure(config.log.format, config.log.level)
     try:
@@ -97,9 +97,13 @@ def _fail(message: str, status: int) -> None:
 
 
 async def _serve(parent: Parent, config: Config) -> None:
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # until run() sees to them
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await parent.start()
     click.echo(banner(*parent.addresses(), config))
-    await parent.run()
+    if not ended.is_set():
+        await parent.run()
     log.info("server.stopping", drain=config.drain)
     await parent.stop()
 

@@ -46,6 +46,7 @@ _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
+_SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
 _VARIABLE = re.compile(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|(\$\{)")
 # Line breaks would end a fault's one line or an HTTP header; lone surrogates cannot be encoded.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -144,6 +145,20 @@ def parse_workers(value: object) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
         raise ValueError("expected auto, or a number of processes from 1 to 256")
+    return value
+
+
+def parse_size(value: object) -> int:
+    """`512KiB`, `100MB`, `500GiB`: in bytes; K, M, G and T with iB are powers of 1024, with B of 1000."""
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not found or not int(found[1]):
+        raise ValueError("expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB")
+    return int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+
+
+def parse_count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
+        raise ValueError("expected a number from 1 to 1000000")
     return value
 
 
@@ -343,6 +358,8 @@ class Upstream(Login, frozen=True, kw_only=True):
     connect_timeout: Timeout = 3.0
     header_timeout: Timeout = 10.0
     progress_timeout: Timeout = 60.0
+    max_fills: Annotated[int, parse_count] = 32
+    bandwidth: Annotated[int, parse_size] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -363,6 +380,16 @@ class Upstream(Login, frozen=True, kw_only=True):
         return self.credentials or (self,)
 
 
+class Limits(Section, frozen=True):
+    """Of clients and fills; over all workers.  Each worker has its part of the numbers."""
+
+    connections_per_address: Annotated[int, parse_count] = 1000
+    request_timeout: Timeout = 30.0
+    idle_timeout: Timeout = 75.0
+    client_timeout: Timeout = 300.0
+    fills: Annotated[int, parse_count] = 64
+
+
 class TagRule(Section, frozen=True):
     match: Annotated[re.Pattern[str], parse_pattern]
     fresh_for: Freshness
@@ -378,6 +405,7 @@ class Namespace(Section, frozen=True):
     on_upstream_delete: Literal["keep", "drop"] = "keep"
     negative_for: Duration = 10.0
     offline: Flag = False
+    lazy: Flag = False
 
     def fresh_for_tag(self, tag: str) -> float:
         """How long after its validation a tag is served unasked: seconds, math.inf for ever."""
@@ -394,6 +422,7 @@ class Config(Section, frozen=True):
     drain: Duration = 30.0
     workers: Annotated[int | None, parse_workers] = None
     log: Log = Log()
+    limits: Limits = Limits()
     namespaces: dict[str, Namespace] = {}
 
 

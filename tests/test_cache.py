@@ -136,7 +136,7 @@ async def test_a_fresh_tag_costs_no_request_and_no_write(
     serve: Serve, upstream: Upstream, clock: Clock, method: str
 ) -> None:
     site, image = await warm(serve, upstream)
-    before = on_disk(site.directory)
+    before = on_disk(site.directory / "cache")
     for seconds in (0, 1, FRESH - 2):
         clock.advance(seconds)
         async with site.request(method, TAG) as response:
@@ -144,7 +144,7 @@ async def test_a_fresh_tag_costs_no_request_and_no_write(
             assert response.headers["Docker-Content-Digest"] == image.digest
             assert response.headers["Age"] == str(int(clock.now - 1_700_000_000))
     assert upstream.log == []
-    assert on_disk(site.directory) == before
+    assert on_disk(site.directory / "cache") == before
 
 
 async def test_a_fresh_tag_makes_no_call_that_writes(

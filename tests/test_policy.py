@@ -426,19 +426,20 @@ async def test_a_commit_that_fails_spoils_no_pull(
 async def test_draining_finishes_what_is_being_served(serve: Serve, upstream: Upstream) -> None:
     image = upstream.image("a/b", "latest", [BODY])
     site = await serve(upstream, top={"drain": "20s"})
+    address = site.app.url.host, site.app.url.port
     gate = asyncio.Event()
     upstream.next("GET", image.layers[0], Hold(gate, after=1000))
+    idle, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+    await idle.readuntil(b"{}")
     async with site.request("GET", path_of("blob", image)) as response:
         stopping = asyncio.ensure_future(site.app.stop())
-        assert await response.content.readexactly(999) == BODY[:999]
-        with pytest.raises(ConnectionError):  # new ones find nobody, and go to their next host
-            while True:
-                with socket.socket() as another:
-                    another.setblocking(False)
-                    address = site.app.url.host, site.app.url.port
-                    await asyncio.get_running_loop().sock_connect(another, address)
+        assert await idle.read() == b""  # kept connections end, once nobody listens any more
+        writer.close()
+        with pytest.raises(ConnectionRefusedError):  # new clients go to their next host
+            await asyncio.open_connection(*address)
         gate.set()
-        assert await response.content.read() == BODY[999:]
+        assert await response.read() == BODY
     await stopping
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -379,12 +380,15 @@ Over = Callable[..., Awaitable[str]]
 async def over() -> AsyncIterator[Over]:
     runners = []
 
-    async def start(registry: Registry, tls: ssl.SSLContext | None = None) -> str:
+    async def start(registry: Registry, tls: ssl.SSLContext | None = None, buffer: int = 0) -> str:
         server = Server(registry, lambda name, **_: f"test/{name}", Metrics())
         runner = web.ServerRunner(listener(server), shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        listening = socket.create_server(("127.0.0.1", 0))
+        if buffer:  # those that are accepted have it as well
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+        await web.SockSite(runner, listening, ssl_context=tls).start()
         host, port = runner.addresses[0]
         return f"http://{host}:{port}"
 
@@ -421,6 +425,16 @@ def failing(files: Files, rest: bytes | None) -> Blob:
 
 
 PATH = f"/v2/library/alpine/blobs/{digest_of(BIG)}"
+
+
+async def test_what_was_written_before_is_not_overtaken(over: Over, files: Files) -> None:
+    # The first answer waits within the server for a client that does not read; the second goes by sendfile.
+    url = await over(One(lambda: files.open(Digest.of(BIG))), buffer=SLOW)
+    async with connect(url, buffer=SLOW) as wire:
+        first = f"GET {PATH} HTTP/1.1\r\nHost: x\r\nRange: bytes=0-59999\r\n\r\n"
+        await wire.send(f"{first}GET {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (await wire.reply()).body == BIG[:60000]
+        assert (await wire.reply()).body == BIG
 
 
 async def test_by_tls_the_bytes_are_the_same(

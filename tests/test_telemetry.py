@@ -89,6 +89,7 @@ async def test_one_line_a_request(serve: Serve, upstream: Upstream, image: Image
     assert await line("GET", f"{ALPINE}/blobs/{ABSENT}") == ("blob", absent, "negative", "BLOB_UNKNOWN", 0, 0)
     tags = len(b'{"name":"library/alpine","tags":["latest"]}')
     assert await line("GET", f"{ALPINE}/tags/list") == ("tags", (*hub, ""), "miss", "", 1, tags)
+    assert await line("HEAD", f"{ALPINE}/tags/list") == ("tags", (*hub, ""), "hit", "", 0, 0)
     kind, named, result, _, asked, _ = await line("GET", f"{ALPINE}/referrers/{image.digest}")
     assert (kind, named, result, asked) == ("referrers", by_digest, "miss", 1)
     assert (await line("GET", "/v2/_catalog"))[:3] == ("catalog", nobody, "")

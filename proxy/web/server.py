@@ -98,6 +98,8 @@ class Server:
                 response.headers["X-Request-Id"] = now.id
             if now.detail != LEFT:
                 status = response.status
+            if request.method == "HEAD":
+                now.bytes = 0
             return response
         except asyncio.CancelledError:
             now.detail = LEFT if connection is None or connection.fileno() < 0 else "server stopped"
@@ -132,17 +134,17 @@ class Server:
                 now.namespace, _, now.repository = name.partition("/")
             return await answer(request, route, name, now)
         except RegistryError as error:
-            return self._error(request, kind, error, now)
+            return self._error(kind, error, now)
         except Exception as error:
             log.exception("request.failed", method=request.method, path=request.path[:300])
-            return self._error(request, kind, RegistryError(type(error).__name__), now)
+            return self._error(kind, RegistryError(type(error).__name__), now)
 
     # The endpoints, in the order of the specification's table
 
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.StreamResponse:
-        return _content(request, b"{}", {"Content-Type": JSON})
+        return _content(b"{}", {"Content-Type": JSON})
 
     async def _blob(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
@@ -176,7 +178,7 @@ class Server:
             try:
                 spans = satisfy(ranges, size) if size >= 0 else []
             except RangeInvalid as error:
-                return self._error(request, Kind.BLOB, error, now, {"Content-Range": f"bytes */{size}"})
+                return self._error(Kind.BLOB, error, now, {"Content-Range": f"bytes */{size}"})
             headers.update(_cache_headers(now))
             return await send_blob(request, blob, spans, headers, now)
         finally:
@@ -241,7 +243,7 @@ class Server:
         # The name as the client wrote it: it knows of no namespaces.
         members: dict[str, object] = {"name": route.name} if route.name else {}
         now.bytes = len(body := msgspec.json.encode({**members, key: values}))
-        return _content(request, body, headers)
+        return _content(body, headers)
 
     async def _referrers(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
@@ -255,13 +257,12 @@ class Server:
             headers["OCI-Filters-Applied"] = "artifactType"
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [each.to_json() for each in found]}
         now.bytes = len(body := msgspec.json.encode(index))
-        return _content(request, body, headers)
+        return _content(body, headers)
 
     # What goes wrong, and what is written down
 
     def _error(
         self,
-        request: web.BaseRequest,
         kind: Kind,
         error: RegistryError,
         now: Exchange,
@@ -280,7 +281,7 @@ class Server:
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 0)))
         if status == Unsupported.status:
             headers["Allow"] = ", ".join(ALLOWED)
-        return _content(request, error_body(code, str(error)), headers, status)
+        return _content(error_body(code, str(error)), headers, status)
 
     def _log(self, request: web.BaseRequest, now: Exchange, status: int, seconds: float) -> None:
         self._metrics.requests.labels(now.namespace, now.kind, now.result or "none").inc()
@@ -310,12 +311,9 @@ def error_body(code: str, message: str) -> bytes:
     return msgspec.json.encode({"errors": [{"code": code, "message": message, "detail": None}]})
 
 
-def _content(
-    request: web.BaseRequest, body: bytes, headers: dict[str, str], status: int = 200
-) -> web.Response:
-    # By body=, never text= or json_response: those append a charset to the media type.
-    if request.method == "HEAD":
-        return _empty(status, {**_ALL, **headers, "Content-Length": str(len(body))})
+def _content(body: bytes, headers: dict[str, str], status: int = 200) -> web.Response:
+    # By body=, never text= or json_response: those append a charset to the media type.  On HEAD a Response,
+    # other than a StreamResponse, sends no body.
     return web.Response(status=status, body=body, headers={**_ALL, **headers})
 
 

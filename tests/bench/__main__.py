@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,8 +25,7 @@ from tests.bench.peers import DockerRegistry, Entrepot, Peer
 from tests.bench.scenarios import Scenario, Target, all_scenarios, verify
 from tests.bench.upstream import REPOSITORY, TAG, Upstream
 
-# command -> Debian's package
-NEEDED = {"docker-registry": "docker-registry", "nginx": "nginx-light", "wrk": "wrk"}
+NEEDED = ("docker-registry", "nginx", "wrk")  # commands, and Debian's packages of the same names
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Entrepot, DockerRegistry)}
 
 
@@ -36,12 +36,10 @@ def say(text: str) -> None:
 def refuse_without_tools() -> None:
     # Debian keeps nginx in /usr/sbin, which is not on every user's path.
     os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"
-    if missing := [package for command, package in NEEDED.items() if not shutil.which(command)]:
-        raise click.ClickException(
-            f"not installed: {' '.join(missing)}; try: apt-get install {' '.join(missing)}"
-        )
     if sys.platform != "linux":
         raise click.ClickException("only Linux tells what processes cost, in /proc")
+    if missing := " ".join(command for command in NEEDED if not shutil.which(command)):
+        raise click.ClickException(f"not installed: {missing}; on Debian: apt-get install {missing}")
 
 
 def environment() -> list[str]:
@@ -83,9 +81,8 @@ def forget(directory: Path) -> None:
     """
     for path in directory.rglob("blobs/sha256/**/*"):
         if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run(
@@ -153,23 +150,22 @@ def main(only: tuple[str, ...], peers: str, rounds: int | None, quick: bool) -> 
     if unknown := set(names) - {*PEERS, "nginx"}:
         raise click.BadParameter(f"unknown: {', '.join(sorted(unknown))}", param_hint="--peers")
     lines = [*environment(), "", *report.header()]
-    with tempfile.TemporaryDirectory(prefix="entrepot-bench-") as name:
-        directory = Path(name)
-        upstream = Upstream(directory)
-        try:
-            for scenario in all_scenarios(quick):
-                if only and scenario.key not in only:
-                    continue
+    chosen = [each for each in all_scenarios(quick) if not only or each.key in only]
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="entrepot-bench-") as directory,
+            closing(Upstream(Path(directory))) as upstream,
+        ):
+            for scenario in chosen:
                 titles = [f"{measure.title} [{measure.unit}]" for measure in scenario.measures]
                 say(f"{scenario.key}: {', '.join(titles)}")
                 count = min(scenario.rounds, rounds or (1 if quick else scenario.rounds))
                 with tempfile.TemporaryDirectory(dir=directory) as place:
                     lines += report.rows(scenario, run(scenario, upstream, Path(place), names, count))
-        except BenchError as error:
-            raise click.ClickException(str(error)) from None
-        finally:
-            upstream.stop()
-            print("\n".join(lines))
+    except BenchError as error:
+        raise click.ClickException(str(error)) from None
+    finally:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Traffic:
 
 
 class Upstream:
-    """Runs until stop(); everything it writes is below `directory`."""
+    """Runs until close(); everything it writes is below `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -100,13 +100,17 @@ class Upstream:
         self.link_port = free_port()
         self._write_configuration()
         self.process = Process("nginx", ["nginx", "-c", str(directory / "nginx.conf")], directory)
-        self.process.wait_ready(self.port)
         link = [sys.executable, str(Path(__file__).with_name("link.py"))]
         link += [str(self.link_port), str(self.port), str(LINK_RATE), str(LINK_DELAY)]
         self._link = Process("link", link, directory)
-        self._link.wait_ready(self.link_port)
+        try:
+            self.process.wait_ready(self.port)
+            self._link.wait_ready(self.link_port)
+        except BaseException:
+            self.close()
+            raise
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._link.stop()
         self.process.stop()
 

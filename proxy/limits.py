@@ -1,0 +1,55 @@
+"""How much at once, and how fast: turns for fills, and a bound on their bytes a second."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep at every chunk
+
+
+class Turns:
+    """At most `total` at once, and of these at most so many for each namespace, first come first served.
+
+    `shares` says how many each namespace may have; one that is not named has `total`.
+    """
+
+    def __init__(self, total: int, shares: dict[str, int] | None = None) -> None:
+        self._all = asyncio.Semaphore(total)
+        self._each = {name: asyncio.Semaphore(number) for name, number in (shares or {}).items()}
+        self._total = total
+
+    @asynccontextmanager
+    async def turn(self, namespace: str) -> AsyncIterator[None]:
+        """Inside, it is this one's turn."""
+        # The namespace's own first: who waits for a busy upstream does not keep others from theirs.
+        each = self._each.get(namespace)
+        if each is None:
+            async with self._all:
+                yield
+            return
+        async with each, self._all:
+            yield
+
+
+class Bandwidth:
+    """Bytes a second, over all transfers that take theirs here; None is no bound."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._paid_until = 0.0  # of the loop's clock: when what was taken so far has been earned
+
+    async def take(self, number: int) -> None:
+        """Return when `number` bytes more fit the rate."""
+        if self._rate is None:
+            return
+        now = asyncio.get_running_loop().time()
+        self._paid_until = max(now, self._paid_until) + number / self._rate
+        if (ahead := self._paid_until - now) > BURST:
+            await asyncio.sleep(ahead)
+
+
+def part(total: int, workers: int) -> int:
+    """One worker's part of `total`, at least 1."""
+    return max(1, -(-total // workers))

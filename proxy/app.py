@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
@@ -15,14 +16,17 @@ from yarl import URL
 from proxy import config
 from proxy.cache import Cache, Policy
 from proxy.fills import Fills
+from proxy.limits import Turns, part
 from proxy.listening import BACKLOG, StartError, bind_all
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry import Metrics
 from proxy.upstream.client import Settings, Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
+from proxy.upstream.failover import Failover
 from proxy.upstream.transport import Connect
 from proxy.web.admin import application
-from proxy.web.server import Server, listener
+from proxy.web.listener import Listener, Manners
+from proxy.web.server import Server
 from storage.errors import StorageFailed
 from storage.files import Files
 from storage.records import Records
@@ -50,6 +54,7 @@ class App:
     ) -> None:
         self._settings = settings
         self._sockets = sockets
+        self._workers = 1 if sockets is None else settings.processes()
         self._clock = clock
         self._draining = False
         self._closing: list[Callable[[], Any]] = []
@@ -79,20 +84,39 @@ class App:
         self._files.check()
         self._store = Store(self._files, Records(root / "records"), self._clock)
         self._closing.append(self._store.close)
-        fills = Fills(self._store, metrics)
+        turns = Turns(
+            part(settings.limits.fills, self._workers),
+            {
+                name: part(each.upstream.max_fills, self._workers)
+                for name, each in settings.namespaces.items()
+            },
+        )
+        fills = Fills(self._store, metrics, turns)
         members = []
         for name, namespace in settings.namespaces.items():
             cache = self._cache(name, namespace, fills, metrics)
             members.append(Member(cache, name, namespace.aliases, namespace.hosts, namespace.library))
         self._closing.append(fills.close)  # before what they read from
         namespaces = Namespaces(members, settings.default_namespace, self._store)
-        server = Server(namespaces, namespaces.qualify, metrics, deny_bypass=settings.fallback == "deny")
+        server = Server(
+            namespaces,
+            namespaces.qualify,
+            metrics,
+            deny_bypass=settings.fallback == "deny",
+            client_timeout=settings.limits.client_timeout,
+        )
         if admin:
             # First, since what was started last is stopped first: so it can tell of the draining.
             pages = web.AppRunner(application(metrics, self._state), access_log=None)
             self.admin_url = await self._serve(pages, admin)
+        limits = settings.limits
+        manners = Manners(
+            part(limits.connections_per_address, self._workers), limits.request_timeout, limits.idle_timeout
+        )
         # To aiohttp 0 means to wait for ever.
-        runner = web.ServerRunner(listener(server), shutdown_timeout=max(settings.drain, 0.01))
+        runner = web.ServerRunner(
+            Listener(server.handle, manners), shutdown_timeout=max(settings.drain, 0.01)
+        )
         self.url = await self._serve(runner, listen)
         self._keeper = asyncio.create_task(self._keep_house(metrics))
 
@@ -103,29 +127,31 @@ class App:
             client_certificate=upstream.client_certificate,
             client_key=upstream.client_key,
             proxy=upstream.proxy,
-            plain_http=upstream.allows_http(upstream.url[0]),
+            private_redirects=upstream.private_redirects,
             insecure_skip_verify=upstream.insecure_skip_verify,
             connect_timeout=upstream.connect_timeout,
             header_timeout=upstream.header_timeout,
             progress_timeout=upstream.progress_timeout,
         )
         try:
-            origin = Upstream(
-                name,
-                Settings(upstream.url[0], connect, upstream.token_realms),
-                _credentials(upstream),
-                metrics,
-            )
+            credentials = [_credentials(login) for login in upstream.logins()]
+            origins = []
+            for url in upstream.url:
+                reach = replace(connect, plain_http=upstream.allows_http(url))
+                given = Settings(url, reach, upstream.token_realms, upstream.reserve.of)
+                origins.append(Upstream(name, given, credentials, metrics, self._clock))
         except OSError as error:
-            given = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
-            files = ", ".join(str(each) for each in given if each is not None)
+            needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
+            files = ", ".join(str(each) for each in needed if each is not None)
             raise StartError(f"namespaces.{name}.upstream: {files}: {error.strerror or error}") from error
         policy = Policy(
             fresh_for=namespace.fresh_for_tag,
             negative_for=namespace.negative_for,
             drop_deleted=namespace.on_upstream_delete == "drop",
             offline=namespace.offline or self._settings.offline,
+            lazy=namespace.lazy,
         )
+        origin = origins[0] if len(origins) == 1 else Failover(origins, self._clock)
         cache = Cache(name, origin, self._store, fills, policy, self._clock)
         self._closing.append(cache.close)
         return cache
@@ -188,13 +214,13 @@ async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
         raise
 
 
-def _credentials(upstream: config.Upstream) -> Credentials:
-    if upstream.username is not None and upstream.password is not None:
-        return Inline(upstream.username, upstream.password)
-    if upstream.username is not None and upstream.password_file is not None:
-        return PasswordFile(upstream.username, upstream.password_file)
-    if upstream.docker_config is not None:
-        return DockerConfig(upstream.docker_config)
-    if upstream.credential_helper is not None:
-        return Helper(upstream.credential_helper)
+def _credentials(login: config.Login) -> Credentials:
+    if login.username is not None and login.password is not None:
+        return Inline(login.username, login.password)
+    if login.username is not None and login.password_file is not None:
+        return PasswordFile(login.username, login.password_file)
+    if login.docker_config is not None:
+        return DockerConfig(login.docker_config)
+    if login.credential_helper is not None:
+        return Helper(login.credential_helper)
     return Credentials()

@@ -8,6 +8,7 @@ A store that cannot be used is passed by: the pull goes on from the origin.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from bisect import bisect_right
@@ -37,6 +38,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 REMEMBERED = 10_000  # negatives and pauses a cache keeps in memory
+PATIENCE = 0.02  # seconds to wait for an origin that has failed, where something known can be served
 
 # What is asked for: the error that says there is none, the repository in the store, and which.  A digest
 # may be that of a blob and of a manifest, and clients do try the one after the other.
@@ -47,6 +49,8 @@ Key: TypeAlias = tuple[type[RegistryError], str, str]
 class Policy:
     """How long things count as what they were; seconds.
 
+    With `lazy`, a byte range of what is not cached does not start its fill.
+
     `fresh_for` maps a tag to its freshness lifetime (RFC 9111 §4.2); listings have that of the tag "".
     """
 
@@ -54,6 +58,7 @@ class Policy:
     negative_for: float = 10.0
     drop_deleted: bool = False
     offline: bool = False
+    lazy: bool = False
 
 
 class Remembered:
@@ -96,6 +101,7 @@ class Cache(Registry):
         self._flights = Flights()
         self._unknown = Remembered(clock)
         self._paused = Remembered(clock)
+        self._failing: RegistryError | None = None  # what the origin has failed with last, until it serves
 
     # Blobs
 
@@ -111,11 +117,11 @@ class Cache(Registry):
         self._ask_allowed(key)
         current().came("miss")
         try:
-            if not failed:
+            if not failed and not (span and self._policy.lazy and not self._fills.filling(digest)):
                 return await self._fills.join(source, digest, span)  # which knows whether it is a miss
         except StorageFailed:
             pass
-        except (BlobUnknown, TooManyRequests) as error:
+        except BlobUnknown as error:
             self._remember(key, error)
             raise
         return Uncached(await self._origin.get_blob(repository, digest, span), source)
@@ -138,7 +144,7 @@ class Cache(Registry):
         current().came("miss")
         try:
             return await self._flights.join(key, lambda: self._origin.resolve_blob(repository, digest))
-        except (BlobUnknown, TooManyRequests) as error:
+        except BlobUnknown as error:
             self._remember(key, error)
             raise
 
@@ -174,7 +180,14 @@ class Cache(Registry):
             if (pause := self._paused.get(key)) is not None:
                 return self._stale(manifest, age, ttl, pause)
         self._ask_allowed(key)
-        result, manifest, error = await self._flights.join(key, lambda: self._ask(repository, name, tag))
+        try:
+            # It may be slow to fail again: then let who asks next know how it ended.
+            async with asyncio.timeout(PATIENCE if known and self._failing else None):
+                result, manifest, error = await self._flights.join(
+                    key, lambda: self._ask(repository, name, tag)
+                )
+        except TimeoutError:
+            return self._stale(manifest, age, ttl, self._failing or Unavailable())
         if error is not None and known is not None:
             return self._stale(manifest, known[1], ttl, error)
         fresh_for = self._policy.fresh_for(tag)
@@ -220,6 +233,7 @@ class Cache(Registry):
         try:
             # HEAD does not count against a rate limit; GET does.
             digest = (await self._origin.resolve_manifest(repository, tag)).digest
+            self._failing = None
             if digest == known.digest:
                 await self._keep(self._store.point(name, tag, digest))
                 return "revalidated", known, None
@@ -239,6 +253,7 @@ class Cache(Registry):
             )
             return "miss", moved, None
         except Unavailable as error:
+            self._fails(error)
             pause: RegistryError = error
         except (ManifestUnknown, NameUnknown) as error:
             if self._policy.drop_deleted:
@@ -252,9 +267,13 @@ class Cache(Registry):
     async def _fetch(self, repository: str, name: str, reference: Reference) -> Manifest:
         try:
             manifest = await self._origin.get_manifest(repository, reference)
-        except (ManifestUnknown, NameUnknown, TooManyRequests) as error:
+        except (ManifestUnknown, NameUnknown) as error:
             self._remember((ManifestUnknown, name, reference), error)
             raise
+        except Unavailable as error:
+            self._fails(error)
+            raise
+        self._failing = None
         await self._keep(self._store.push_manifest(name, reference, manifest))
         return manifest
 
@@ -350,14 +369,16 @@ class Cache(Registry):
             raise error.with_traceback(None)  # or it would grow by a frame each time
 
     def _remember(self, key: Key, error: RegistryError) -> None:
-        seconds = self._policy.negative_for
-        if isinstance(error, TooManyRequests):
-            seconds = max(1.0, error.retry_after or 0)
-        self._unknown.put(key, seconds, error)
+        self._unknown.put(key, self._policy.negative_for, error)
 
     def _pause(self, key: Key, error: RegistryError) -> None:
         """What is known is served; the origin is let alone for a while, not asked at every request."""
         self._paused.put(key, max(self._policy.negative_for, error.retry_after or 0), error)
+
+    def _fails(self, error: Unavailable) -> None:
+        # A rate limit is told at once: it makes nobody wait.
+        if not isinstance(error, TooManyRequests):
+            self._failing = error
 
     async def _keep(self, writing: Awaitable[object]) -> None:
         """A store that takes nothing in does not spoil the pull."""

@@ -152,8 +152,11 @@ def parse_size(value: object) -> int:
     """`512KiB`, `100MB`, `500GiB`: in bytes; K, M, G and T with iB are powers of 1024, with B of 1000."""
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not found or not int(found[1]):
-        raise ValueError("expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB")
-    return int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+        raise ValueError(
+            "expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+        )
+    power: int = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+    return int(found[1]) * power
 
 
 def parse_count(value: object) -> int:
@@ -424,6 +427,9 @@ class Config(Section, frozen=True):
     log: Log = Log()
     limits: Limits = Limits()
     namespaces: dict[str, Namespace] = {}
+
+    def processes(self) -> int:
+        return self.workers or os.cpu_count() or 1
 
 
 def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import structlog
 
 from proxy.flights import Flights
+from proxy.limits import Turns
 from proxy.telemetry import Metrics, current
 from storage.errors import (
     BlobUnknown,
@@ -79,9 +80,12 @@ class Fill:
 
 
 class Fills:
-    def __init__(self, store: Store, metrics: Metrics, backoff: float = BACKOFF) -> None:
+    def __init__(
+        self, store: Store, metrics: Metrics, turns: Turns | None = None, backoff: float = BACKOFF
+    ) -> None:
         self._store = store
         self._metrics = metrics
+        self._turns = turns or Turns(1000)
         self._backoff = backoff
         self._fills: dict[Digest, Fill] = {}
         self._permissions = Flights()
@@ -147,6 +151,10 @@ class Fills:
         await self._store.link(source.repository, digest)
         return await self._store.get_blob(source.repository, digest)
 
+    def filling(self, digest: Digest) -> bool:
+        """Whether it is coming in just now, for whatever repository."""
+        return digest in self._fills
+
     def descriptor(self, repository: str, digest: Digest) -> Descriptor | None:
         """What is known of a blob that `repository` is getting just now."""
         fill = self._fills.get(digest)
@@ -198,24 +206,11 @@ class Fills:
     async def _bring(self, fill: Fill) -> tuple[str, Descriptor]:
         """Have the blob in the store: how it came there, and what it is."""
         resolve = fill.source.origin.resolve_blob
-        if not self._store.holds(fill.digest):
-            upload = fill.upload = await self._store.resume_fill(fill.digest)
-            if not upload.ours:
-                # Another process transfers it.  A HEAD tells whether we may show it, and its size.
-                descriptor = await resolve(fill.source.name, fill.digest)
-                fill.repositories.add(fill.source.repository)
-                fill.started.set_result((upload, descriptor))
-                if await upload.watch(fill.digest):
-                    return "followed", Descriptor(OCTETS, fill.digest, upload.offset)
-            # 1. we find it missing  2. another process commits it  3. we get the lock
-            if not self._store.holds(fill.digest):
-                upload = await self._transfer(fill, upload)
-                fill.received = True
-                try:
-                    return "committed", await upload.commit(fill.digest)
-                except DigestInvalid as error:  # not the client's fault, as its status would have it
-                    raise OriginFailed(f"{fill.source.namespace} sent another blob: {error}") from error
-            await upload.cancel()
+        while not self._store.holds(fill.digest):
+            async with self._turns.turn(fill.source.namespace):
+                brought = await self._fetch(fill)
+            if brought is not None:
+                return brought
         # HEAD is the permission; the bytes came for another repository.
         descriptor = await resolve(fill.source.name, fill.digest)
         fill.repositories.add(fill.source.repository)
@@ -223,6 +218,27 @@ class Fills:
             return "linked", await self._store.link(fill.source.repository, fill.digest, descriptor.size)
         except BlobUnknown:  # they were damaged, and are gone
             return await self._bring(fill)
+
+    async def _fetch(self, fill: Fill) -> tuple[str, Descriptor] | None:
+        """None: it has come meanwhile."""
+        upload = fill.upload = await self._store.resume_fill(fill.digest)
+        if not upload.ours:
+            # Another process transfers it.  A HEAD tells whether we may show it, and its size.
+            descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
+            fill.repositories.add(fill.source.repository)
+            fill.started.set_result((upload, descriptor))
+            if await upload.watch(fill.digest):
+                return "followed", Descriptor(OCTETS, fill.digest, upload.offset)
+        # 1. we find it missing  2. another process commits it  3. we get the lock
+        if self._store.holds(fill.digest):
+            await upload.cancel()
+            return None
+        upload = await self._transfer(fill, upload)
+        fill.received = True
+        try:
+            return "committed", await upload.commit(fill.digest)
+        except DigestInvalid as error:  # not the client's fault, as its status would have it
+            raise OriginFailed(f"{fill.source.namespace} sent another blob: {error}") from error
 
     async def _transfer(self, fill: Fill, upload: FileUpload) -> FileUpload:
         """The upload with all of the bytes, not committed yet."""

@@ -101,6 +101,33 @@ class Metrics:
         self.tokens = Counter(
             "entrepot_token_fetches_total", "Token requests.", ["namespace", "result"], registry=registry
         )
+        self.retries = Counter(
+            "entrepot_upstream_retries_total",
+            "Requests to upstreams repeated after a failure.",
+            ["namespace"],
+            registry=registry,
+        )
+        self.open = Gauge(
+            "entrepot_upstream_open",
+            "1: the host has failed, and is let alone.",
+            ["namespace", "host"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.ratelimit_limit = Gauge(
+            "entrepot_ratelimit_limit",
+            "Requests that an upstream grants in a window.",
+            ["namespace", "host", "credential"],
+            multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
+        self.ratelimit_remaining = Gauge(
+            "entrepot_ratelimit_remaining",
+            "What remained of them when it told last.",
+            ["namespace", "host", "credential"],
+            multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
         self.fills = Counter(
             "entrepot_fills_total", "Fills that ended.", ["namespace", "result"], registry=registry
         )

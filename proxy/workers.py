@@ -165,7 +165,7 @@ class Parent:
         """All its workers, serving.  Raises StartError if one cannot start."""
         generation = Generation(config)
         first: list[asyncio.Future[None]] = []
-        for _ in range(config.workers or os.cpu_count() or 1):
+        for _ in range(config.processes()):
             serving = asyncio.get_running_loop().create_future()
             first.append(serving)
             generation.keepers.append(asyncio.create_task(self._keep(generation, serving)))

@@ -13,19 +13,22 @@ partial/, where a fill is found by its digest and gone on with.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
+from storage.disk import Disk
 from storage.errors import BlobUnknown, DigestInvalid, RegistryError, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Blob, Upload
 
+KIND = "blobs"  # what the disk calls what fails here
 CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
 POLL = 0.02  # seconds between looks at what another process writes
@@ -109,6 +112,7 @@ class FileUpload(Upload):
         self._resumable = resumable
         self._waiting: list[bytes] = []  # accepted, not yet written
         self._written = 0
+        self._size = 0  # in the end, as far as is known
         self._readable = 0
         self._complete = False
         self._error: BaseException | None = None
@@ -163,6 +167,19 @@ class FileUpload(Upload):
         """Whether what was written so far is all of it.  Nothing may be waiting for the disk."""
         return digest == f"{self._hash.name}:{self._hash.hexdigest()}"
 
+    def expect(self, size: int) -> None:
+        """Say how many bytes it will have in the end.
+
+        Raises StorageFailed where there is no room for them, seeing what others are to have.
+        """
+        self._size = size
+        self._files.check_room(self)
+
+    @property
+    def lacks(self) -> int:
+        """How many of the bytes that it will have are not on the disk yet."""
+        return max(0, self._size - self._written)
+
     async def write(self, chunk: bytes) -> None:
         if self._error is not None:
             raise self._error
@@ -179,11 +196,13 @@ class FileUpload(Upload):
         try:
             while self._waiting and self._error is None:
                 batch, self._waiting = self._waiting, []
-                await asyncio.to_thread(self._append, batch)
-                self._written += sum(map(len, batch))
+                end = self._written + sum(map(len, batch))
+                with self._files.guard(self._path, max(end, self._size)):
+                    await asyncio.to_thread(self._append, batch)
+                self._written = end
                 self._move(max(self._readable, self._written - 1))
-        except OSError as error:
-            self._fail(StorageFailed(f"{self._path}: {error.strerror or error}"))
+        except StorageFailed as error:
+            self._fail(error)
         finally:
             self._flusher = None
 
@@ -215,23 +234,23 @@ class FileUpload(Upload):
         self._complete = True
         self._move(self.offset)
         try:
-            with _translated(self._path):
+            with self._files.guard(self._path, self.offset):
                 await _finished(self._publish, self._files.path(digest))
         finally:
             self._discard()  # where it did not get into its place
             self._close()
+        self._files.disk.worked(KIND, self.offset)
         return Descriptor(OCTETS, digest, self.offset)
 
     def _publish(self, path: Path) -> None:
+        made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Data before name: after a power cut a name stands for all of its bytes.
         os.fdatasync(self._file)
         self._path.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        # A new directory is itself a name, in one that may be as new.
+        for directory in (path.parent, *(path.parents[1:4] if made else ())):
+            _sync(directory)
 
     async def cancel(self, error: BaseException | None = None) -> None:
         await self._end(error)
@@ -288,20 +307,48 @@ class FileUpload(Upload):
             fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
             self._file = -1
+            self._files.growing.discard(self)
 
 
 class Files:
-    """`clock` tells the time of last use, in seconds since the epoch."""
+    """`clock` tells the time of last use, in seconds since the epoch.
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+    Where its directories are removed, it makes them again.
+    """
+
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time, disk: Disk | None = None) -> None:
         self.root = root
+        self.disk = disk or Disk(root, clock)
         self._clock = clock
         self._partial = root / "partial"
         self._locks = root / "locks"
+        self.growing: set[FileUpload] = set()  # those whose size is known
         with _translated(root):
-            self._partial.mkdir(parents=True, exist_ok=True)
-            self._locks.mkdir(exist_ok=True)
-            (root / "blobs").mkdir(exist_ok=True)
+            self._make()
+
+    def _make(self) -> None:
+        for directory in (self._partial, self._locks, self.root / "blobs"):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def _create(self, path: Path, flags: int = 0) -> int:
+        flags |= os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o644)
+        except FileNotFoundError:
+            self._make()
+            return os.open(path, flags, 0o644)
+
+    def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
+        """Around what writes: see Disk.guard()."""
+        return self.disk.guard(KIND, path, size)
+
+    def check_room(self, upload: FileUpload) -> None:
+        """See FileUpload.expect()."""
+        lacking = sum(each.lacks for each in self.growing | {upload})
+        with self.guard(self.root, lacking):
+            if self.disk.room() < lacking:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.growing.add(upload)
 
     def path(self, digest: Digest) -> Path:
         return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
@@ -345,8 +392,8 @@ class Files:
 
     def create(self) -> FileUpload:
         path = self._partial / secrets.token_urlsafe(16)
-        with _translated(path):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with self.guard(path):
+            file = self._create(path, os.O_EXCL)
         return FileUpload(self, path, file, "sha256")
 
     async def resume(self, digest: Digest) -> FileUpload:
@@ -369,8 +416,8 @@ class Files:
     def _open_locked(self, path: Path) -> tuple[int, bool]:
         """The file, created if need be, and whether the lock of it is ours."""
         while True:
-            with _translated(path):
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            with self.guard(path):
+                file = self._create(path)
                 try:
                     locked = _try_lock(file)
                     # 1. we open  2. its writer renames it into blobs/ and lets go  3. we get the lock:
@@ -411,8 +458,8 @@ class Files:
     def turn(self, seconds: float) -> Iterator[bool]:
         """Whether this process is to keep house: none does, and none that still runs did so for `seconds`."""
         path = self.root.parent / "keeper.lock"
-        with _translated(path):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with self.guard(path):
+            file = self._create(path)
         try:
             pid, _, text = os.pread(file, 100, 0).partition(b" ")
             recent = text != b"" and 0 <= self._clock() - float(text) < seconds
@@ -426,14 +473,23 @@ class Files:
 
     def stored_bytes(self) -> int:
         """Of all committed blobs.  Blocks: it looks at every file."""
-        return sum(path.stat().st_size for path in (self.root / "blobs").glob("*/*/*"))
+        total = 0
+        for path in (self.root / "blobs").glob("*/*/*"):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                total += path.stat().st_size
+        return total
 
     def check(self) -> None:
         """Raises StorageFailed where nothing can be written."""
         path = self._partial / f"check-{os.getpid()}"
-        with _translated(path):
-            path.write_bytes(b"\n")
-            path.unlink()
+        with self.guard(path):
+            file = self._create(path)
+            try:
+                os.write(file, b"\n")
+            finally:
+                os.close(file)
+                path.unlink(missing_ok=True)
+        self.disk.worked(KIND)
 
     def reap(self, age: float) -> int:
         """Remove partial files that nobody wrote to for `age` seconds; how many they were."""
@@ -463,6 +519,14 @@ async def _finished(function: Callable[..., None], *arguments: object) -> None:
         thread.exception()  # seen
         raise cancelled
     thread.result()
+
+
+def _sync(directory: Path) -> None:
+    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _runs(pid: int) -> bool:

@@ -3,22 +3,64 @@
 A key is its kind and fields, joined by spaces, which neither names nor tags nor digests hold; a space
 sorts before every character that they do hold, so a scan over a prefix is in the order of the fields.
 A read takes about 10 µs and may be done on the event loop; a write is a transaction: call it in a thread.
+
+Each record carries a check sum; one that is not what was put counts as absent.  A database that is damaged
+is moved aside, to `<directory>.damaged-<time>`, by whichever process first finds it so, and one with all
+that could still be read takes its place.  What is lost are the records on damaged pages; where the
+database's first page is damaged, all.  Meanwhile what is readable is read, and nothing can be put.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import diskcache
+import structlog
 
+from storage.disk import Disk, may_pass, primary
 from storage.errors import StorageFailed
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+KIND = "records"  # what the disk calls what fails here
+LOCKED = 10.0  # seconds that a write waits for another process's
+KEPT = 2  # damaged databases
+AGAIN = 10.0  # seconds until a rebuilding that failed is tried again
+AT_START = 0.5  # seconds that opening waits for a rebuilding
+POLL = 0.02  # seconds between looks at a lock
 
 _INLINE = 1 << 30  # bytes; larger values would go to files of their own, whose loss SQLite does not notice
 _BATCH = 500
+_CHECK = 4  # bytes
+_ROWIDS = 1 << 62
+# Result codes that tell of the disk or of a lock; every other one tells that the database is damaged.
+_OF_THE_DISK = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_INTERRUPT,
+}
+
+Identity = tuple[int, int] | None  # of a file; None: there is none
 
 
 class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
@@ -26,52 +68,59 @@ class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
         # Never unpickle: whoever can write the file could run code (CVE-2025-69872).
         if mode == diskcache.core.MODE_PICKLE:
             raise StorageFailed("a pickled record was refused: somebody else wrote to the records")
-        return super().fetch(mode, filename, value, read)
+        return value  # never what a file holds: we name none
 
-
-@contextmanager
-def _translated(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error, diskcache.Timeout) as error:
-        raise StorageFailed(f"records in {directory}: {error or type(error).__name__}") from error
+    def remove(self, file_path: str) -> None:
+        """We have no files; a damaged record may name any."""
 
 
 class Records:
-    """Every method raises StorageFailed."""
+    """Every method raises StorageFailed.  Several processes may share `directory`, which is made if need be.
 
-    def __init__(self, directory: Path) -> None:
+    Opening raises only where the disk is not the cause: on one that is full, or damaged, every other
+    method fails until it is not.
+    """
+
+    def __init__(
+        self, directory: Path, clock: Callable[[], float] = time.time, disk: Disk | None = None
+    ) -> None:
         self._directory = directory
-        with _translated(directory):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Culling may throw away the value just stored, and an LRU read is a write: hence neither.
-            self._cache = diskcache.Cache(
-                str(directory),
-                disk=_BytesOnly,
-                disk_min_file_size=_INLINE,
-                eviction_policy="none",
-                cull_limit=0,
-            )
+        self._file = directory / diskcache.core.DBNAME
+        self._lock = directory.with_name(f"{directory.name}.lock")
+        self._clock = clock
+        self._disk = disk or Disk(directory.parent, clock)
+        self._opening = threading.Lock()
+        self._opened: tuple[diskcache.Cache, Identity] | None = None
+        self._rebuilding: threading.Thread | None = None
+        self._rebuilt_at = -AGAIN
+        self._closing = threading.Event()
+        try:
+            self._do(lambda cache: None)
+        except StorageFailed as error:
+            if not may_pass(error):
+                raise
+        if self._rebuilding is not None:
+            self._rebuilding.join(AT_START)
 
     def get(self, key: str) -> bytes | None:
-        with _translated(self._directory):
-            value: bytes | None = self._cache.get(key)
-            return value
+        return _checked(key, self._do(lambda cache: cache.get(key)))
 
     def put(self, key: str, value: bytes) -> None:
-        with _translated(self._directory):
-            self._cache.set(key, value)
+        with self._writing(len(value)):
+            self._do(lambda cache: cache.set(key, _check(key, value) + value))
 
     def delete(self, key: str) -> bool:
         """Whether it was there."""
-        with _translated(self._directory):
-            return bool(self._cache.delete(key))
+        with self._writing(0):
+            return bool(self._do(lambda cache: cache.delete(key)))
 
     def scan(self, prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
         """Keys that start with `prefix` and come after `prefix + after`, in order, with their values."""
         last = prefix + after
         while rows := self._rows("SELECT key, value", last, prefix + "\U0010ffff", _BATCH):
-            yield from rows
+            for key, stored in rows:
+                if (value := _checked(key, stored)) is not None:
+                    yield key, value
             last = rows[-1][0]
 
     def first(self, prefix: str, after: str = "") -> str | None:
@@ -79,12 +128,202 @@ class Records:
         rows = self._rows("SELECT key, NULL", prefix + after, prefix + "\U0010ffff", 1)
         return rows[0][0] if rows else None
 
-    def _rows(self, select: str, above: str, below: str, limit: int) -> list[tuple[str, bytes]]:
+    def _rows(self, select: str, above: str, below: str, limit: int) -> list[tuple[str, Any]]:
         # diskcache lists keys only from end to end; its index on (key, raw) serves ranges as well.
-        with _translated(self._directory):
-            statement = f"{select} FROM Cache WHERE key > ? AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
-            rows: list[tuple[str, bytes]] = self._cache._sql(statement, (above, below, limit)).fetchall()
-            return rows
+        statement = f"{select} FROM Cache WHERE key > ? AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
+        return self._do(lambda cache: list(cache._sql(statement, (above, below, limit))))
 
     def close(self) -> None:
-        self._cache.close()
+        """A rebuilding is given up; the next to open does it."""
+        self._closing.set()
+        if self._rebuilding is not None:
+            self._rebuilding.join()
+        if self._opened is not None:
+            self._opened[0].close()
+
+    # Opening
+
+    def _do(self, work: Callable[[diskcache.Cache], T]) -> T:
+        found = _identity(self._file)
+        cache: diskcache.Cache | None = None
+        try:
+            cache, found = self._current(found)
+            return work(cache)
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            if cache is not None:
+                with suppress(sqlite3.Error):
+                    cache.close()  # this thread's: it may be in a transaction, or the disk was read-only
+            raise self._failed(_origin(error), found) from _origin(error)
+
+    def _current(self, found: Identity) -> tuple[diskcache.Cache, Identity]:
+        """The database that has the name; another one where it was rebuilt, or removed."""
+        opened = self._opened
+        if opened is None or found is None or found != opened[1]:
+            with self._opening, self._shared():
+                found, opened = _identity(self._file), self._opened
+                if opened is None or found is None or found != opened[1]:
+                    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    cache = _open(self._directory)
+                    opened = self._opened = cache, _identity(self._file)
+        return opened
+
+    def _failed(self, error: Exception, found: Identity) -> StorageFailed:
+        if isinstance(error, OSError) or primary(error) in _OF_THE_DISK:
+            return self._disk.failed(KIND, self._directory, error)
+        self._rebuild(found)
+        return StorageFailed(f"records in {self._directory} are damaged: {error}")
+
+    @contextmanager
+    def _writing(self, size: int) -> Iterator[None]:
+        _ = self._do(lambda cache: None)  # which may have to open it, and so take the lock itself
+        with self._disk.guard(KIND, self._lock), self._shared():
+            yield
+        self._disk.worked(KIND, size)
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """So that nobody moves the database away meanwhile.  Raises StorageFailed where one is at it."""
+        with closing(_Lock(self._lock)) as lock:
+            if not lock.take(fcntl.LOCK_SH):
+                raise StorageFailed(f"records in {self._directory} are being rebuilt")
+            yield
+
+    # Rebuilding
+
+    def _rebuild(self, damaged: Identity) -> None:
+        with self._opening:
+            running = self._rebuilding is not None and self._rebuilding.is_alive()
+            early = 0 <= self._clock() - self._rebuilt_at < AGAIN
+            if running or early or self._closing.is_set():
+                return
+            self._rebuilt_at = self._clock()
+            # Not on the caller's time, which may be the event loop's: it takes seconds for a million.
+            self._rebuilding = threading.Thread(target=self._replace, args=(damaged,), name="records")
+            self._rebuilding.start()
+
+    def _replace(self, damaged: Identity) -> None:
+        fresh = self._directory.with_name(f"{self._directory.name}.new")
+        aside = self._directory.with_name(f"{self._directory.name}.damaged-{int(self._clock() * 1000)}")
+        try:
+            with closing(_Lock(self._lock)) as lock:
+                while not lock.take(fcntl.LOCK_EX):
+                    if self._closing.wait(POLL):
+                        return
+                if _identity(self._file) != damaged:
+                    return  # another process was first
+                shutil.rmtree(fresh, ignore_errors=True)
+                salvaged = self._salvage(fresh)
+                if not self._closing.is_set():
+                    self._directory.rename(aside)
+                    fresh.rename(self._directory)
+                    log.error("records.damaged", path=str(aside), salvaged=salvaged, action="rebuilt")
+                shutil.rmtree(fresh, ignore_errors=True)
+                kept = sorted(aside.parent.glob(f"{self._directory.name}.damaged-*"))
+                for each in kept[:-KEPT]:
+                    shutil.rmtree(each, ignore_errors=True)
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            self._disk.failed(KIND, fresh, _origin(error))
+
+    def _salvage(self, fresh: Path) -> int:
+        """Make a database of all that can be read; how many records it has."""
+        salvaged = 0
+        records = (record for record in _readable(self._file) if not self._closing.is_set())
+        with closing(_open(fresh)) as cache:
+            while batch := list(islice(records, _BATCH)):
+                with cache.transact():
+                    for key, stored in batch:
+                        cache.set(key, stored)
+                        salvaged += 1
+        return salvaged
+
+
+class _Lock:
+    """Of several processes, and threads; gone with whoever holds it."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
+        try:
+            self._file = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, flags, 0o600)
+
+    def take(self, how: int) -> bool:
+        try:
+            fcntl.flock(self._file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _open(directory: Path) -> diskcache.Cache:
+    """Raises sqlite3.Error, OSError."""
+    try:
+        return diskcache.Cache(
+            str(directory),
+            timeout=LOCKED,
+            disk=_BytesOnly,
+            disk_min_file_size=_INLINE,
+            # Culling may throw away the value just stored, and an LRU read is a write: hence neither.
+            eviction_policy="none",
+            cull_limit=0,
+            # A page that vanishes from a mapped file is no error to handle but a signal that kills.
+            sqlite_mmap_size=0,
+        )
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # It reads its settings from the database, and believes them.
+        raise sqlite3.DatabaseError(f"settings: {error}") from error
+
+
+def _origin(error: Exception) -> Exception:
+    """What went wrong first: diskcache says Timeout for all, and rolls back what is rolled back already."""
+    while isinstance(error.__context__, sqlite3.Error):
+        error = error.__context__
+    return error
+
+
+def _identity(file: Path) -> Identity:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _check(key: str, value: bytes) -> bytes:
+    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(_CHECK, "big")
+
+
+def _checked(key: str, stored: Any) -> bytes | None:
+    if isinstance(stored, bytes) and stored[:_CHECK] == _check(key, value := stored[_CHECK:]):
+        return value
+    return None
+
+
+def _readable(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Every record of a damaged database that can be reached from either end, as it is stored."""
+    uri = f"file:{quote(str(file))}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCKED)) as source:
+        source.text_factory = bytes
+        for start, compare, order, sign in ((0, ">=", "ASC", 1), (_ROWIDS, "<=", "DESC", -1)):
+            statement = f"SELECT rowid, key, value FROM Cache WHERE rowid {compare} ? ORDER BY rowid {order}"
+            at, step, whole = start, 1, True
+            while 0 <= at <= _ROWIDS:
+                try:
+                    for rowid, name, stored in source.execute(statement, (at,)):
+                        at, step = rowid + sign, 1
+                        with suppress(AttributeError, UnicodeDecodeError):  # the key is none of ours
+                            key = name.decode()
+                            if _checked(key, stored) is not None:
+                                yield key, stored
+                    break
+                except sqlite3.Error:
+                    # Over the damaged page: in ever larger steps, since it may be one of many rows.  What
+                    # that leaves out behind it is reached from the other end.
+                    at, step, whole = at + sign * step, step * 2, False
+            if whole:
+                return

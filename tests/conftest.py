@@ -13,6 +13,7 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
+from proxy import cache
 from proxy.app import App
 from proxy.config import Config, load
 from tests.upstream import Upstream
@@ -73,6 +74,12 @@ class Site:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a machine is quick or slow decides no test: one about it says for how long to wait."""
+    monkeypatch.setattr(cache, "PATIENCE", None)
 
 
 @pytest.fixture

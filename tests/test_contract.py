@@ -19,7 +19,8 @@ from proxy.namespaces import Member, Namespaces
 from proxy.telemetry import Metrics
 from proxy.upstream.client import Settings, Upstream
 from proxy.upstream.credentials import Credentials
-from proxy.web.server import Server, listener
+from proxy.web.listener import Listener, Manners
+from proxy.web.server import Server
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
 from storage.files import Files
 from storage.oci import Digest, Manifest, Tag
@@ -105,7 +106,7 @@ class Builder:
         return store
 
     def upstream(self, url: str) -> Upstream:
-        upstream = Upstream("docker.io", Settings(url), Credentials(), Metrics(), self._clock)
+        upstream = Upstream("docker.io", Settings(url), [Credentials()], Metrics(), self._clock)
         self._stack.push_async_callback(upstream.close)
         return upstream
 
@@ -115,7 +116,9 @@ class Builder:
         def qualify(name: str, *, ns: str | None, host: str | None, prefix: str) -> str:
             return name
 
-        runner = web.ServerRunner(listener(Server(registry, qualify, Metrics())), shutdown_timeout=1)
+        runner = web.ServerRunner(
+            Listener(Server(registry, qualify, Metrics()).handle, Manners()), shutdown_timeout=1
+        )
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()

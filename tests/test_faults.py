@@ -50,7 +50,7 @@ from tests.upstream import (
 pytestmark = pytest.mark.errors("fill.failed", "upstream.wrong_digest")
 
 FRESH = 600.0  # seconds, the default
-LATER = 11.0  # seconds: more than negative_for, and than any Retry-After below
+LATER = 61.0  # seconds: more than negative_for, any Retry-After below, and a 429 without one
 SPAN = slice(1000, 2000)
 ALWAYS = 1000
 

@@ -23,7 +23,8 @@ import pytest
 from aiohttp import web
 
 from proxy.telemetry import Metrics
-from proxy.web.server import Server, listener
+from proxy.web.listener import Listener, Manners
+from proxy.web.server import Server
 from storage.errors import Denied
 from storage.files import FileUpload
 from storage.oci import Digest, Manifest, Reference
@@ -456,7 +457,7 @@ async def forbidding() -> AsyncIterator[str]:
     def qualify(name: str, *, ns: str | None, host: str | None, prefix: str) -> str:
         return f"x/{name}"
 
-    runner = web.ServerRunner(listener(Server(Forbidding(), qualify, Metrics())))
+    runner = web.ServerRunner(Listener(Server(Forbidding(), qualify, Metrics()).handle, Manners()))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     yield f"http://127.0.0.1:{runner.addresses[0][1]}"

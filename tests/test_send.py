@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.telemetry import Metrics
+from proxy.web.listener import Listener, Manners
 from proxy.web.send import MOST_RANGES, Range, parse_ranges, satisfy
-from proxy.web.server import Server, listener
+from proxy.web.server import Server
 from storage.errors import OriginFailed, RangeInvalid, StorageFailed
 from storage.files import FileBlob, Files
 from storage.oci import OCTETS, Descriptor, Digest, Span
@@ -382,7 +383,7 @@ async def over() -> AsyncIterator[Over]:
 
     async def start(registry: Registry, tls: ssl.SSLContext | None = None, buffer: int = 0) -> str:
         server = Server(registry, lambda name, **_: f"test/{name}", Metrics())
-        runner = web.ServerRunner(listener(server), shutdown_timeout=1)
+        runner = web.ServerRunner(Listener(server.handle, Manners()), shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))

@@ -7,11 +7,12 @@ that is not what its digest says.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 
 import aiohttp
@@ -21,6 +22,7 @@ from yarl import URL
 
 from proxy.telemetry import Metrics, current
 from proxy.upstream.credentials import Credentials
+from proxy.upstream.health import UNTOLD, Budgets, seconds_until
 from proxy.upstream.tokens import Answer, Tokens
 from proxy.upstream.transport import Connect, Transport
 from storage.errors import (
@@ -33,6 +35,7 @@ from storage.errors import (
     RangeInvalid,
     RegistryError,
     TooManyRequests,
+    Unavailable,
     Unsupported,
 )
 from storage.oci import (
@@ -66,37 +69,81 @@ _VAGUE = frozenset(("", "application/json", "text/plain", "text/html", OCTETS))
 
 @dataclass(frozen=True)
 class Settings:
-    """`url` ends before /v2; `token_realms` are hosts that may be asked for tokens besides its own."""
+    """`url` ends before /v2; `token_realms` are hosts that may be asked for tokens besides its own.
+
+    `reserve` says how much of a rate limit is kept for what is not known yet; nothing, if it says 0.
+    """
 
     url: str
     connect: Connect = field(default_factory=Connect)
     token_realms: tuple[str, ...] = ()
+    reserve: Callable[[int], float] = lambda limit: 0
 
 
 class Upstream(Registry):
-    """Read-only.  Needs a running event loop."""
+    """Read-only.  Needs a running event loop.  Of `credentials` there is at least one."""
 
     def __init__(
         self,
         name: str,
         settings: Settings,
-        credentials: Credentials,
+        credentials: Sequence[Credentials],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        home = URL(settings.url)
+        self.host = home.host_port_subcomponent or ""
         self._name = name
         self._url = settings.url.rstrip("/")
         self._metrics = metrics
-        self._transport = Transport(name, settings.connect)
-        self._tokens = Tokens(
-            URL(self._url).host_port_subcomponent or "",
-            credentials,
-            self._fetch,
-            allowed_realms=settings.token_realms,
-            plain_http=settings.connect.plain_http,
+        self._reserve = settings.reserve
+        self._transport = Transport(
+            name,
+            settings.connect,
+            home,
+            changed=self._changed,
+            retried=metrics.retries.labels(name).inc,
             clock=clock,
-            on_fetch=lambda result: metrics.tokens.labels(name, result).inc(),
         )
+        metrics.open.labels(name, self.host).set(0)
+        self._health = self._transport.breaker(home)
+        self._budgets = Budgets(len(credentials), clock)
+        self._tokens = [
+            Tokens(
+                self.host,
+                each,
+                self._fetch,
+                allowed_realms=settings.token_realms,
+                plain_http=settings.connect.plain_http,
+                clock=clock,
+                on_fetch=lambda result: metrics.tokens.labels(name, result).inc(),
+            )
+            for each in credentials
+        ]
+
+    # Health
+
+    def _changed(self, host: str, error: RegistryError | None) -> None:
+        self._metrics.open.labels(self._name, host).set(error is not None)
+        if error is not None:
+            log.warning("upstream.opened", namespace=self._name, host=host, error=str(error))
+        else:
+            log.info("upstream.closed", namespace=self._name, host=host)
+
+    @property
+    def well(self) -> bool:
+        """As far as is known, it answers."""
+        return self._health.closed
+
+    @property
+    def due(self) -> bool:
+        """It did not answer, and it is time to find out whether it does."""
+        return self._health.due
+
+    async def probe(self) -> None:
+        """Find out; `well` tells."""
+        with suppress(RegistryError):
+            (await self._transport.send("GET", URL(f"{self._url}/v2/"), {})).release()
 
     # Blobs
 
@@ -167,6 +214,9 @@ class Upstream(Registry):
         return manifest
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
+        """Of a Tag only who knows it asks that: below the reserve it is refused with TooManyRequests."""
+        if isinstance(reference, Tag) and not self._budgets.spares(self._reserve):
+            raise TooManyRequests(f"what {self._name} still grants us is kept for what is not known yet")
         headers = {"Accept": ACCEPT}
         path = f"manifests/{reference}"
         try:
@@ -236,10 +286,30 @@ class Upstream(Registry):
     async def _ask(
         self, method: str, repository: str, path: str | URL, kind: str, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
-        """A response with content.  Raises what its status says, translated."""
+        """A response with content, with whichever credentials.  Raises what its status says, translated."""
         url = self._to(repository, path) if isinstance(path, str) else path
+        denied: OriginDenied | None = None
+        for number in self._budgets.take_turn():
+            try:
+                return await self._ask_as(number, method, repository, url, kind, headers)
+            except TooManyRequests as error:
+                seconds = self._budgets[number].refused(error.retry_after)
+                log.warning("upstream.limited", namespace=self._name, host=self.host, credential=number,
+                            seconds=round(seconds))  # fmt: skip
+            except OriginDenied as error:
+                denied = error
+        # Whoever is blocked might have been let in.
+        if denied is not None and not self._budgets.blocked_for:
+            raise denied
+        seconds = math.ceil(self._budgets.blocked_for)
+        raise TooManyRequests(f"{self._name} limits our requests", retry_after=seconds)
+
+    async def _ask_as(
+        self, number: int, method: str, repository: str, url: URL, kind: str, headers: dict[str, str]
+    ) -> aiohttp.ClientResponse:
         scope = f"repository:{repository}:pull"
-        authorization = await self._tokens.authorization(scope)
+        tokens = self._tokens[number]
+        authorization = await tokens.authorization(scope)
         # One renewal of what was refused; learning first what is wanted does not count.
         tries = 1 if authorization else 2
         while True:
@@ -250,23 +320,42 @@ class Upstream(Registry):
             tries -= 1
             if response.url.origin() == url.origin():
                 challenges = response.headers.getall("WWW-Authenticate", ())
-                renewed = await self._renewed(response, scope, challenges, authorization)
+                renewed = await self._renewed(tokens, response, scope, challenges, authorization)
                 if renewed is None:
                     break
                 authorization = renewed
             # Else a signed URL has lapsed: from the start there is a fresh one.
             response.release()
+        home = response.url.origin() == url.origin()
+        if home and self._budgets[number].read(response.headers):
+            self._tell(number)
         if response.status in (200, 206):
             return response
         error = self._refusal(response, repository, kind)
+        if isinstance(error, TooManyRequests) and not home:
+            # A CDN's limit has nothing to do with these credentials.
+            error = Unavailable(str(error), retry_after=error.retry_after)
         response.release()
         raise error
 
+    def _tell(self, number: int) -> None:
+        labels = self._name, self.host, str(number)
+        budget = self._budgets[number]
+        if budget.remaining is not None:
+            self._metrics.ratelimit_remaining.labels(*labels).set(budget.remaining)
+        if budget.limit is not None:
+            self._metrics.ratelimit_limit.labels(*labels).set(budget.limit)
+
     async def _renewed(
-        self, response: aiohttp.ClientResponse, scope: str, challenges: Any, used: str | None
+        self,
+        tokens: Tokens,
+        response: aiohttp.ClientResponse,
+        scope: str,
+        challenges: Any,
+        used: str | None,
     ) -> str | None:
         try:
-            return await self._tokens.renew(scope, challenges, used)
+            return await tokens.renew(scope, challenges, used)
         except BaseException:
             response.release()
             raise
@@ -296,7 +385,7 @@ class Upstream(Registry):
             return OriginDenied(f"{said}: it refuses these credentials" if status == 403 else said)
         if status == 429:
             return TooManyRequests(
-                f"{self._name} limits our requests", retry_after=_seconds(response.headers.get("Retry-After"))
+                f"{self._name} limits our requests", retry_after=seconds_until(response.headers, time.time)
             )
         if status == 416:
             return RangeInvalid(said)
@@ -305,7 +394,7 @@ class Upstream(Registry):
         if status in (404, 410) or (kind == "referrers" and 400 <= status < 500):
             unknown = {"blob": BlobUnknown, "tags": NameUnknown}.get(kind, ManifestUnknown)
             return unknown(said)
-        return OriginFailed(said, retry_after=_seconds(response.headers.get("Retry-After")))
+        return OriginFailed(said, retry_after=seconds_until(response.headers, time.time))
 
     async def _content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         content = await self._transport.read(response, limit)
@@ -339,10 +428,14 @@ class Upstream(Registry):
         response = await self._transport.send(method, url, headers, form)
         async with response:
             content = await self._content(response, MANIFEST_LIMIT)
-            return Answer(response.status, content, _seconds(response.headers.get("Retry-After")))
+            seconds = seconds_until(response.headers, time.time)
+            if response.status == 429 and seconds is None:
+                seconds = UNTOLD  # the window of the registry's limit says nothing of this one
+            return Answer(response.status, content, seconds)
 
     async def close(self) -> None:
-        await self._tokens.close()
+        for each in self._tokens:
+            await each.close()
         await self._transport.close()
 
 
@@ -372,7 +465,7 @@ class _Download(Blob):
                 if stop is not None and self._position >= stop:
                     return
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise self._transport.failed(error) from error
+            raise self._transport.broken(self._response, error) from error
 
     async def close(self) -> None:
         # Not release(): that would read what is left of a large body.
@@ -401,16 +494,3 @@ def _digest(response: aiohttp.ClientResponse) -> Digest | None:
         return Digest.parse(text)
     except RegistryError:
         return None
-
-
-def _seconds(value: str | None) -> float | None:
-    """RFC 9110 §10.2.3, Retry-After: a number or a date."""
-    if value is None:
-        return None
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        until = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, until.timestamp() - time.time())

@@ -1,26 +1,41 @@
-"""HTTP to one upstream: connections, time-outs, redirects.  Knows nothing of registries.
+"""HTTP to one upstream: connections, time-outs, retries, redirects.  Knows nothing of registries.
 
 Time is bounded by step, never in total: a layer may take an hour as long as bytes flow.  A redirect to
 another origin carries no Authorization (RFC 9110 §15.4, RFC 6750 §5.3), and its URL is sent as it came:
 normalising the escapes of a signed URL breaks its signature.
+
+Each host has a breaker of its own, the upstream's as well as a token server's and a CDN's: a registry whose
+CDN is down still tells what its tags are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import ipaddress
+import random
+import socket
 import ssl
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from yarl import URL
 
+from proxy.upstream.health import Breaker
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 
 REDIRECTS = 5
 READ = 1 << 20  # bytes buffered of a body before its socket is paused
+RETRIES = 2
+BACKOFF = 0.1  # seconds before the first retry at most, doubling
+HOSTS = 100  # whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
+_DOWN = frozenset((502, 503, 504))  # a 500 tells of one request only
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class Connect:
     client_key: Path | None = None
     proxy: str | None = None
     plain_http: bool = False
+    private_redirects: bool = False
     insecure_skip_verify: bool = False
     connect_timeout: float = 3.0
     header_timeout: float = 10.0
@@ -57,13 +73,49 @@ class Connect:
 
 
 class Transport:
-    """Needs a running event loop.  `name` says in errors whom we could not reach."""
+    """Needs a running event loop.  `name` says in errors whom we could not reach, `home` is the upstream.
 
-    def __init__(self, name: str, connect: Connect) -> None:
+    `changed` is called with a host whose breaker has opened, and the error, or has closed, and None;
+    `retried` at each retry.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connect: Connect,
+        home: URL,
+        *,
+        changed: Callable[[str, RegistryError | None], None] = lambda host, error: None,
+        retried: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
         self._name = name
         self._connect = connect
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=connect.ssl_context(), limit=0, ttl_dns_cache=30),
+        self._home = home.origin()
+        self._changed = changed
+        self._retried = retried
+        self._clock = clock
+        self._jitter = jitter
+        self._breakers: dict[URL, Breaker] = {}
+        self.breaker(home)  # the first, and so never dropped
+        self._private = connect.private_redirects or is_private(home.host or "")
+        ssl = connect.ssl_context()
+        # Two pools: a connection made for the upstream itself is never used for where it redirects to.
+        self._session = self._open(ssl, self._socket_home)
+        self._away = self._open(ssl, self._socket_away)
+        for each in (self._session, self._away):
+            each._retry_connection = False  # its one silent repetition would double each of ours
+
+    def _open(self, ssl: ssl.SSLContext | bool, new_socket: Callable[[Any], socket.socket]) -> Any:
+        connect = self._connect
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                ssl=ssl,
+                limit=0,
+                ttl_dns_cache=30,
+                socket_factory=None if connect.proxy else new_socket,
+            ),
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=connect.connect_timeout, sock_read=connect.progress_timeout
             ),
@@ -74,13 +126,58 @@ class Transport:
             headers={"User-Agent": "entrepot", "Accept-Encoding": "identity"},
         )
 
+    # The address is looked at where it is connected to, since a name may resolve to another one each time.
+
+    def _socket_home(self, address: Any) -> socket.socket:
+        family, kind, protocol, _, (host, *_) = address
+        self._private = self._connect.private_redirects or is_private(host)
+        return socket.socket(family, kind, protocol)
+
+    def _socket_away(self, address: Any) -> socket.socket:
+        family, kind, protocol, _, (host, *_) = address
+        if not self._private and is_private(host):
+            raise OSError(errno.EACCES, "it sends us to a private address; private_redirects allows it")
+        return socket.socket(family, kind, protocol)
+
+    def breaker(self, url: URL) -> Breaker:
+        """That of the URL's host."""
+        origin = url.origin()
+        if (found := self._breakers.get(origin)) is None:
+            changed = partial(self._changed, origin.host_port_subcomponent or "")
+            found = self._breakers[origin] = Breaker(self._clock, changed)
+            if len(self._breakers) > HOSTS:
+                del self._breakers[list(self._breakers)[1]]
+        return found
+
     async def send(
         self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None = None
     ) -> aiohttp.ClientResponse:
-        """One request, no redirect followed.  Raises OriginFailed, OriginTimeout."""
-        try:
-            async with asyncio.timeout(self._connect.header_timeout):
-                return await self._session.request(
+        """One request, no redirect followed; repeated where that is safe and may help.
+
+        Raises OriginFailed, OriginTimeout; at once if the host is known to fail.
+        """
+        with self.breaker(url).call() as call:
+            try:
+                async with asyncio.timeout(self._connect.header_timeout):
+                    response = await self._persist(method, url, headers, form)
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                failure = self.failed(error)
+                call.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
+                raise failure from error
+            if response.status in _DOWN:
+                call.failed(OriginFailed(f"{self._name} answered {response.status}"))
+            else:
+                call.succeeded()
+            return response
+
+    async def _persist(
+        self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None
+    ) -> aiohttp.ClientResponse:
+        session = self._session if url.origin() == self._home else self._away
+        retries = RETRIES if method in ("GET", "HEAD") else 0  # RFC 9110 §9.2.1
+        for attempt in range(retries + 1):
+            try:
+                response: aiohttp.ClientResponse = await session.request(
                     method,
                     url,
                     headers=headers,
@@ -88,8 +185,16 @@ class Transport:
                     proxy=self._connect.proxy,
                     allow_redirects=False,
                 )
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise self.failed(error) from error
+                if attempt == retries or response.status not in _DOWN or "Retry-After" in response.headers:
+                    return response
+                response.release()
+            except aiohttp.ClientConnectionError as error:
+                # What timed out has cost its time, and a certificate will not change.
+                if attempt == retries or isinstance(error, TimeoutError | aiohttp.ClientSSLError):
+                    raise
+            self._retried()
+            await asyncio.sleep(BACKOFF * 2**attempt * self._jitter())
+        raise AssertionError("the last attempt ends in one way or the other")
 
     async def follow(self, method: str, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """The answer at the end of the redirects.  Raises OriginFailed, OriginTimeout."""
@@ -114,21 +219,35 @@ class Transport:
                 )
             if elsewhere:
                 given.pop("Authorization", None)
+            if self._connect.proxy and not self._private and is_private(target.host or ""):
+                raise OriginFailed(
+                    f"{self._name} redirected to a private address; private_redirects allows it"
+                )
             url = target
         raise OriginFailed(f"{self._name} redirected more than {REDIRECTS} times")
 
     async def read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        """The body.  Raises OriginFailed where it has more than `limit` bytes, or ends early."""
+        """The body of a small document; `progress_timeout` is for all of it.
+
+        Raises OriginTimeout, and OriginFailed where it has more than `limit` bytes, or ends early.
+        """
         try:
             content = bytearray()
-            async for chunk in response.content.iter_any():
-                content += chunk
-                if len(content) > limit:
-                    response.close()
-                    raise OriginFailed(f"{self._name} sent more than {limit} bytes where less were due")
+            async with asyncio.timeout(self._connect.progress_timeout):
+                async for chunk in response.content.iter_any():
+                    content += chunk
+                    if len(content) > limit:
+                        response.close()
+                        raise OriginFailed(f"{self._name} sent more than {limit} bytes where less were due")
             return bytes(content)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise self.failed(error) from error
+            raise self.broken(response, error) from error
+
+    def broken(self, response: aiohttp.ClientResponse, error: BaseException) -> RegistryError:
+        """What it means that a body did not come to its end."""
+        failure = self.failed(error)
+        self.breaker(response.url).cut(failure)
+        return failure
 
     def failed(self, error: BaseException) -> RegistryError:
         """What a failure of the network means to who asked."""
@@ -142,3 +261,18 @@ class Transport:
 
     async def close(self) -> None:
         await self._session.close()
+        await self._away.close()
+
+
+def is_private(host: str) -> bool:
+    """Whether it is an address that is not for everybody: private, loopback, link-local and the like.
+
+    A name is none.
+    """
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    return not address.is_global

@@ -8,6 +8,7 @@ socket is duplicated, and os.sendfile is called whenever it can take bytes: also
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ from storage.oci import Span
 from storage.registry import Blob, OnDisk
 
 LEFT = "client left"
+STUCK = "client took nothing"
 SMALL = 64 << 10  # bytes; so much is copied faster than a sendfile is set up
 TURN = 1 << 20  # bytes a client gets before others have their turn
 MOST_RANGES = 256  # in one request; RFC 9110 §14.2 lets a server ignore what is out of proportion
@@ -94,9 +96,14 @@ def satisfy(ranges: Sequence[Range], size: int) -> list[Span]:
 
 
 async def send_blob(
-    request: web.BaseRequest, blob: Blob, spans: Sequence[Span], headers: dict[str, str], exchange: Exchange
+    request: web.BaseRequest,
+    blob: Blob,
+    spans: Sequence[Span],
+    headers: dict[str, str],
+    exchange: Exchange,
+    patience: float = math.inf,
 ) -> web.StreamResponse:
-    """Answer 200 or 206 with the blob or its `spans`.
+    """Answer 200 or 206 with the blob or its `spans`; a client may take nothing for `patience` seconds.
 
     What fails after the headers breaks the connection, and is noted in `exchange`: no client may take a
     part for the whole.
@@ -127,12 +134,16 @@ async def send_blob(
         if parts:
             for head, span in parts:
                 await response.write(head)
-                await _write(response, blob, span.start, span.stop, exchange)
+                await _write(response, blob, span, exchange, patience)
             await response.write(closing)
         else:
             whole = Span(0, size if size >= 0 else None)
-            await _send(request, response, writer, blob, spans[0] if spans else whole, exchange)
+            span = spans[0] if spans else whole
+            await _send(request, response, writer, blob, span, exchange, patience)
         await response.write_eof()
+    except TimeoutError:
+        _break(transport, connection)
+        exchange.detail = STUCK
     except OSError:
         _break(transport, connection)
         exchange.detail = LEFT
@@ -160,6 +171,7 @@ async def _send(
     blob: Blob,
     span: Span,
     exchange: Exchange,
+    patience: float,
 ) -> None:
     transport = request.transport
     position, stop = span.start, span.stop
@@ -167,7 +179,7 @@ async def _send(
         raise ConnectionResetError("the client has left")
     encrypted = transport.get_extra_info("sslcontext") is not None
     if stop is None or encrypted or not isinstance(blob, OnDisk):
-        await _write(response, blob, position, stop, exchange)
+        await _write(response, blob, span, exchange, patience)
         return
     if stop - position <= SMALL and await _all_there(blob, position, stop):
         chunk = os.pread(blob.fileno(), stop - position, position)
@@ -178,17 +190,18 @@ async def _send(
         return
     # What the transport still holds, the headers for one, must have left before bytes pass it by.
     transport.set_write_buffer_limits(high=0)
-    await writer.drain()
+    async with asyncio.timeout(_bounded(patience)):
+        await writer.drain()
     transport.set_write_buffer_limits()
     client = os.dup(transport.get_extra_info("socket").fileno())
     try:
         while position < stop:
             end = min(await blob.readable(position), stop)
-            await _sendfile(client, blob.fileno(), Span(position, end), exchange)
+            await _sendfile(client, blob.fileno(), Span(position, end), exchange, patience)
             position = end
     except StorageFailed:
         # The disk failed under the growing file; its blob may know where else to get the rest.
-        await _write(response, blob, position, stop, exchange)
+        await _write(response, blob, Span(position, stop), exchange, patience)
     finally:
         os.close(client)
 
@@ -203,15 +216,23 @@ async def _all_there(blob: OnDisk, position: int, stop: int) -> bool:
 
 
 async def _write(
-    response: web.StreamResponse, blob: Blob, start: int, stop: int | None, exchange: Exchange
+    response: web.StreamResponse, blob: Blob, span: Span, exchange: Exchange, patience: float
 ) -> None:
-    async for chunk in blob.chunks(start, stop):
-        await response.write(chunk)
+    async for chunk in blob.chunks(span.start, span.stop):
+        async with asyncio.timeout(_bounded(patience)):
+            await response.write(chunk)
         exchange.bytes += len(chunk)
 
 
-async def _sendfile(client: int, file: int, span: Span, exchange: Exchange) -> None:
-    """`span` of `file`, as fast as `client`, a non-blocking socket, takes it."""
+def _bounded(patience: float) -> float | None:
+    return None if math.isinf(patience) else patience
+
+
+async def _sendfile(client: int, file: int, span: Span, exchange: Exchange, patience: float) -> None:
+    """`span` of `file`, as fast as `client`, a non-blocking socket, takes it.
+
+    Raises TimeoutError where it takes nothing for `patience` seconds.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
     position, stop = span.start, span.stop or 0
@@ -238,11 +259,15 @@ async def _sendfile(client: int, file: int, span: Span, exchange: Exchange) -> N
     if not done.done():
         loop.add_writer(client, pump)
         try:
-            await done
+            before = -1
+            while position > before and not done.done():
+                before = position
+                await asyncio.wait((done,), timeout=_bounded(patience))
         finally:
             loop.remove_writer(client)
-    else:
-        await done
+    if not done.done():
+        raise TimeoutError("the client takes nothing")
+    await done
 
 
 def _break(transport: Any, connection: Any) -> None:

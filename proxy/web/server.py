@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -60,7 +60,10 @@ class Qualify(Protocol):
 
 
 class Server:
-    """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves."""
+    """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves.
+
+    A client that takes nothing of a blob for `client_timeout` seconds is cut off.
+    """
 
     def __init__(
         self,
@@ -69,11 +72,13 @@ class Server:
         metrics: Metrics,
         *,
         deny_bypass: bool = False,
+        client_timeout: float = math.inf,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
         self._metrics = metrics
         self._deny_bypass = deny_bypass
+        self._client_timeout = client_timeout
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
         self._answers: dict[Kind, Answer] = {
@@ -180,7 +185,7 @@ class Server:
             except RangeInvalid as error:
                 return self._error(Kind.BLOB, error, now, {"Content-Range": f"bytes */{size}"})
             headers.update(_cache_headers(now))
-            return await send_blob(request, blob, spans, headers, now)
+            return await send_blob(request, blob, spans, headers, now, self._client_timeout)
         finally:
             await blob.close()
 
@@ -281,7 +286,7 @@ class Server:
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 0)))
         if status == Unsupported.status:
             headers["Allow"] = ", ".join(ALLOWED)
-        return _content(error_body(code, str(error)), headers, status)
+        return error_answer(code, str(error), status, headers)
 
     def _log(self, request: web.BaseRequest, now: Exchange, status: int, seconds: float) -> None:
         self._metrics.requests.labels(now.namespace, now.kind, now.result or "none").inc()
@@ -306,9 +311,10 @@ class Server:
         )
 
 
-def error_body(code: str, message: str) -> bytes:
+def error_answer(code: str, message: str, status: int, headers: dict[str, str] | None = None) -> web.Response:
     """distribution-spec, "Error Codes"."""
-    return msgspec.json.encode({"errors": [{"code": code, "message": message, "detail": None}]})
+    body = msgspec.json.encode({"errors": [{"code": code, "message": message, "detail": None}]})
+    return _content(body, {"Content-Type": JSON, **(headers or {})}, status)
 
 
 def _content(body: bytes, headers: dict[str, str], status: int = 200) -> web.Response:
@@ -364,39 +370,3 @@ def _cache_headers(now: Exchange) -> dict[str, str]:
     if result in ("hit", "stale") and now.age is not None:
         headers["Age"] = str(max(0, int(now.age)))
     return headers
-
-
-class _Connection(web.RequestHandler):
-    """Answers in JSON what is not HTTP, too."""
-
-    __slots__ = ()
-
-    async def shutdown(self, timeout: float | None = 15.0) -> None:
-        # aiohttp waits so long for the handler, then once more, and only then cancels it.
-        await super().shutdown(None if timeout is None else timeout / 2)
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionResetError("part of an answer was sent already")
-        log.debug("request.malformed", client=request.remote, status=status, error=str(exc)[:300])
-        text = (message or "the request cannot be served").splitlines()[0][:200]
-        body = error_body("UNSUPPORTED" if status < 500 else "UNKNOWN", text)
-        response = web.Response(status=status, body=body, headers={**_ALL, "Content-Type": JSON})
-        response.force_close()
-        return response
-
-
-class Listener(web.Server):
-    def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
-def listener(server: Server, **options: Any) -> Listener:
-    # Cancellation tells that a client has left: its fill goes on, its file does not stay open.
-    return Listener(server.handle, handler_cancellation=True, access_log=None, **options)

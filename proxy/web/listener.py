@@ -1,0 +1,127 @@
+"""Connections of clients: what is not HTTP is answered in JSON; who hogs or dawdles is let go.
+
+A connection that has begun a request must finish its head in time, a fresh one counts as having begun.
+Between requests it may idle for a while.  aiohttp bounds the size of the head by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import structlog
+from aiohttp import web
+
+from proxy.web.server import error_answer
+
+log = structlog.get_logger()
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Manners:
+    """What is asked of clients; times in seconds."""
+
+    connections_per_address: int = 1000
+    request_timeout: float = 30.0
+    idle_timeout: float = 75.0
+
+
+class Connection(web.RequestHandler):
+    __slots__ = ("address", "begun")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # Since when it owes us the head of a request; None while it does not.
+        self.begun: float | None = self._loop.time()
+        peer = transport.get_extra_info("peername")
+        self.address: str = peer[0] if isinstance(peer, tuple) else ""
+        cast(Listener, self._manager).admit(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if (manager := cast(Listener | None, self._manager)) is not None:
+            manager.leave(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.begun is None and not self._request_in_progress:
+            self.begun = self._loop.time()
+        super().data_received(data)
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        # aiohttp waits so long for the handler, then once more, and only then cancels it.
+        await super().shutdown(None if timeout is None else timeout / 2)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("part of an answer was sent already")
+        log.debug("request.malformed", client=request.remote, status=status, error=str(exc)[:300])
+        text = (message or "the request cannot be served").splitlines()[0][:200]
+        response = error_answer("UNSUPPORTED" if status < 500 else "UNKNOWN", text, status)
+        response.force_close()
+        return response
+
+
+class Listener(web.Server):
+    """A web.Server with manners.  Cancellation tells a handler that its client has left."""
+
+    def __init__(self, handler: Handler, manners: Manners, **options: Any) -> None:
+        super().__init__(
+            self._handle,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=manners.idle_timeout,
+            **options,
+        )
+        self._answer = handler
+        self._manners = manners
+        self._addresses: Counter[str] = Counter()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep()
+
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        cast(Connection, request.protocol).begun = None
+        return await self._answer(request)
+
+    def admit(self, connection: Connection) -> None:
+        self._addresses[connection.address] += 1
+        if self._addresses[connection.address] > self._manners.connections_per_address:
+            if self._addresses[connection.address] == self._manners.connections_per_address + 1:
+                log.warning(
+                    "client.refused",
+                    client=connection.address,
+                    connections=self._manners.connections_per_address,
+                )
+            connection.force_close()
+
+    def leave(self, connection: Connection) -> None:
+        self._addresses[connection.address] -= 1
+        if not self._addresses[connection.address]:
+            del self._addresses[connection.address]
+
+    def _sweep(self) -> None:
+        """Look at all now and then: a timer for each request would cost more than most requests do."""
+        limit = self._manners.request_timeout
+        now = self._loop.time()
+        for connection in cast(list[Connection], self.connections):
+            if connection.begun is not None and now - connection.begun > limit:
+                connection.force_close()
+        self._sweeper = self._loop.call_later(limit / 4, self._sweep)
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await super().shutdown(timeout)

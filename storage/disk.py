@@ -1,0 +1,137 @@
+"""The disk beneath a store: what is wrong with it, told once, and how much room it has.
+
+Whoever meets a failure reports it here, and gets the StorageFailed to raise.  The first failure of a cause
+is an event, `disk.failed`; those that follow are not.  The cause stands until
+
+- of a full disk: there is room for what did not fit;
+- of all else: something of the same kind works that is as large as what failed;
+- or nothing has failed for it for a while;
+
+and then `disk.recovered` is told.  So neither a hundred pulls on a full disk nor small blobs among large
+ones that do not fit make more than one event.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from storage.errors import StorageFailed
+
+log = structlog.get_logger()
+
+SPARE = 1 << 20  # bytes that blobs leave free, for records
+FORGOTTEN = 600.0  # seconds without a failure after which anything that works is good enough
+
+_FULL = os.strerror(errno.ENOSPC)
+# What SQLite makes of an errno: the same cause, whoever meets it.
+_SQLITE = {
+    sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_READONLY: os.strerror(errno.EROFS),
+    sqlite3.SQLITE_IOERR: os.strerror(errno.EIO),
+}
+_PASSING = {_FULL, *map(os.strerror, (errno.EROFS, errno.EIO, errno.EDQUOT))}
+
+
+def primary(error: Exception) -> int:
+    """SQLite's primary result code; 0 where the error has none."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def _cause(error: BaseException | None) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, sqlite3.Error):
+        return _SQLITE.get(primary(error)) or str(error)
+    return str(error)
+
+
+def may_pass(error: StorageFailed) -> bool:
+    """Whether it is of a kind that ends without anybody's changing the configuration."""
+    return isinstance(error.__cause__, sqlite3.Error) or _cause(error.__cause__) in _PASSING
+
+
+@dataclass(slots=True)
+class _Trouble:
+    path: str
+    size: int
+    failed_at: float
+
+
+class Disk:
+    """One for all that lies below `root`.  `clock` tells seconds.  Any thread may use it."""
+
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+        self._root = root
+        self._clock = clock
+        self._troubles: dict[tuple[str, str], _Trouble] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def guard(self, kind: str, path: Path, size: int = 0) -> Iterator[None]:
+        """Report an OSError: see failed().  Raises StorageFailed."""
+        try:
+            yield
+        except OSError as error:
+            raise self.failed(kind, path, error, size) from error
+
+    def failed(self, kind: str, path: Path, error: Exception, size: int = 0) -> StorageFailed:
+        """Take note of it; `size` bytes is how large what failed was to be.
+
+        What it returns is to be raised from `error`.
+        """
+        cause = _cause(error)
+        # Blobs and records share the room, but not the fate of a file.
+        key = ("room" if cause == _FULL else kind), cause
+        with self._lock:
+            known = self._troubles.get(key)
+            size = max(size, known.size if known else 0)
+            self._troubles[key] = _Trouble(known.path if known else str(path), size, self._clock())
+        if known is None:
+            log.error("disk.failed", path=str(path), cause=cause, action="pulls go on uncached")
+        return StorageFailed(f"{path}: {cause}")
+
+    def worked(self, kind: str, size: int = 0) -> None:
+        """Something of `size` bytes was written."""
+        if not self._troubles:
+            return
+        with self._lock:
+            over = [key for key in self._troubles if self._is_over(key, kind, size)]
+            troubles = [(cause, self._troubles.pop((of, cause))) for of, cause in over]
+        for cause, trouble in troubles:
+            log.info("disk.recovered", path=trouble.path, cause=cause)
+
+    def _is_over(self, key: tuple[str, str], kind: str, size: int) -> bool:
+        trouble = self._troubles[key]
+        if key[0] == "room":
+            over = self.room() >= trouble.size
+        elif key[0] == kind:
+            over = size >= trouble.size
+        else:
+            return False
+        return over or not 0 <= self._clock() - trouble.failed_at < FORGOTTEN
+
+    def room(self) -> int:
+        """Bytes that blobs may take."""
+        try:
+            status = os.statvfs(self._root)
+        except OSError:
+            return sys.maxsize  # whoever writes will see
+        if status.f_files and not status.f_favail:
+            return -1
+        return status.f_bavail * status.f_frsize - SPARE
+
+    def troubles(self) -> list[str]:
+        """A sentence for each cause that stands."""
+        with self._lock:
+            return [f"{trouble.path}: {cause}" for (_, cause), trouble in self._troubles.items()]

@@ -1,0 +1,117 @@
+"""Clients that hog, dawdle or get stuck."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import AsyncExitStack
+
+import pytest
+
+from tests.conftest import Serve
+from tests.events import Ear
+from tests.upstream import Upstream
+from tests.wire import connect
+
+PING = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def test_an_address_may_have_so_many_connections(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream, top={"limits": {"connections_per_address": 3}})
+    ear = Ear()
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connect(site.url)) for _ in range(3)]
+        for wire in wires:
+            assert (await wire.ask("GET", "/v2/")).status == 200
+        async with connect(site.url) as fourth:
+            assert await fourth.rest() == b""
+        assert (await ear.heard("client.refused"))["connections"] == 3
+        for wire in wires:  # those that are in are left alone
+            assert (await wire.ask("GET", "/v2/")).status == 200
+    async with connect(site.url) as again:
+        assert (await again.ask("GET", "/v2/")).status == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v2/ HTT", PING[:-2]])
+async def test_who_does_not_finish_a_request_in_time_is_let_go(
+    serve: Serve, upstream: Upstream, sent: bytes
+) -> None:
+    site = await serve(upstream, top={"limits": {"request_timeout": "200ms", "idle_timeout": "1h"}})
+    async with connect(site.url) as wire:
+        await wire.send(sent)
+        assert await wire.rest() == b""
+
+
+async def test_a_drop_at_a_time_does_not_put_off_the_end(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream, top={"limits": {"request_timeout": "200ms", "idle_timeout": "1h"}})
+    async with connect(site.url) as wire:
+        await wire.send(b"GET /v2/ HTTP/1.1\r\n")
+        ended = asyncio.ensure_future(wire.rest())
+        drops = 0
+        while not ended.done():
+            wire.writer.write(b"X-Drop: 1\r\n")
+            drops += 1
+            await asyncio.wait((ended,), timeout=0.02)
+            assert drops < 500
+        assert (await asyncio.gather(ended, return_exceptions=True))[0] in (b"",) or ended.exception()
+
+
+async def test_between_requests_a_client_may_idle_but_not_for_ever(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream, top={"limits": {"request_timeout": "50ms", "idle_timeout": "1s"}})
+    async with connect(site.url) as wire:
+        for _ in range(2):
+            assert (await wire.ask("GET", "/v2/")).status == 200
+        begun = asyncio.get_running_loop().time()
+        assert await wire.rest() == b""
+        assert asyncio.get_running_loop().time() - begun > 0.9  # the time it has, not that for a request
+
+
+async def test_a_client_that_takes_nothing_is_cut_off(serve: Serve, upstream: Upstream) -> None:
+    content = os.urandom(32 << 20)
+    digest = upstream.blob("library/alpine", content)
+    site = await serve(upstream, top={"limits": {"client_timeout": "200ms"}})
+    assert (await site.get(f"/v2/alpine/blobs/{digest}"))[2] == content
+    ear = Ear()
+    async with connect(site.url, buffer=16 << 10) as wire:
+        await wire.send(f"GET /v2/alpine/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (await wire.head())[0] == 200
+        served = await ear.heard("request.served", kind="blob")
+        assert served["detail"] == "client took nothing"
+        assert served["bytes"] < len(content)
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+
+
+async def test_slow_clients_that_take_something_are_not_cut_off(serve: Serve, upstream: Upstream) -> None:
+    content = os.urandom(8 << 20)
+    digest = upstream.blob("library/alpine", content)
+    site = await serve(upstream, top={"limits": {"client_timeout": "2s"}})
+    async with connect(site.url, buffer=64 << 10) as wire:
+        await wire.send(f"GET /v2/alpine/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (await wire.head())[0] == 200
+        assert await wire.read(len(content)) == content
+
+
+async def test_oversized_and_endless_heads_are_refused(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream)
+    for head in (
+        b"GET /v2/" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /v2/ HTTP/1.1\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"GET /v2/ HTTP/1.1\r\n" + b"X: 1\r\n" * 1000 + b"\r\n",
+    ):
+        async with connect(site.url) as wire:
+            await wire.send(head)
+            reply = await wire.reply()
+            assert reply.status == 400
+            assert reply.headers["Content-Type"] == "application/json"
+            assert await wire.rest() == b""
+
+
+async def test_many_requests_at_once_on_one_connection_are_answered_in_order(
+    serve: Serve, upstream: Upstream
+) -> None:
+    site = await serve(upstream)
+    async with connect(site.url) as wire:
+        await wire.send(PING * 500)
+        for _ in range(500):
+            assert (await wire.reply()).body == b"{}"

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from proxy.upstream.transport import Connect
 from proxy.web.admin import application
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
+from storage.disk import Disk, may_pass
 from storage.errors import StorageFailed
 from storage.files import Files
 from storage.records import Records
@@ -80,9 +82,14 @@ class App:
             self._closing.append(_closer(each))
         metrics = Metrics()
         root = settings.disk.path / "cache"
-        self._files = Files(root, self._clock)
-        self._files.check()
-        self._store = Store(self._files, Records(root / "records"), self._clock)
+        self._disk = Disk(root, self._clock)
+        self._files = Files(root, self._clock, self._disk)
+        try:
+            self._files.check()
+        except StorageFailed as error:
+            if not may_pass(error):
+                raise
+        self._store = Store(self._files, Records(root / "records", self._clock, self._disk), self._clock)
         self._closing.append(self._store.close)
         turns = Turns(
             part(settings.limits.fills, self._workers),
@@ -167,10 +174,10 @@ class App:
     def _state(self) -> Mapping[str, str]:
         if self._draining:
             return {"status": "draining"}
-        try:
+        with suppress(StorageFailed):  # it is among the troubles then
             self._files.check()
-        except StorageFailed as error:
-            return {"status": "degraded", "store": str(error)}
+        if troubles := self._disk.troubles():
+            return {"status": "degraded", "store": "; ".join(troubles)}
         return {"status": "ready"}
 
     async def _keep_house(self, metrics: Metrics) -> None:
@@ -182,7 +189,9 @@ class App:
                         metrics.stored.set(await _in_thread(self._files.stored_bytes))
                         if reaped := await _in_thread(self._files.reap, ABANDONED):
                             log.info("partial.reaped", files=reaped)
-            except (StorageFailed, OSError) as error:
+            except StorageFailed:
+                pass  # the disk has told of it
+            except OSError as error:
                 log.error("store.failed", error=str(error))
             # To look at a million files takes seconds: so it takes a small part of the time.
             await asyncio.sleep(max(HOUSEKEEPING, 200 * (time.monotonic() - begun)))

@@ -384,10 +384,8 @@ class Cache(Registry):
         """A store that takes nothing in does not spoil the pull."""
         try:
             await writing
-        except StorageFailed as error:
-            log.error("store.failed", namespace=self._namespace, error=str(error))
-        except ManifestUnknown:
-            pass  # deleted already
+        except (StorageFailed, ManifestUnknown):
+            pass  # the disk has told of it; deleted already
 
     async def close(self) -> None:
         await self._flights.close()

@@ -196,7 +196,10 @@ class Fills:
             # Where nothing was begun, each client is answered with it: an event only if the fault is ours.
             told = not fill.started.done() and isinstance(error, RegistryError)
             await self._end(fill, error)
-            if not told or isinstance(error, StorageFailed):
+            if isinstance(error, StorageFailed):  # the disk has told of it, and each client goes on by itself
+                result = "uncached"
+                _log(fill).info("fill.uncached", error=str(error))
+            elif not told:
                 _log(fill).error("fill.failed", error=str(error) or type(error).__name__)
         finally:
             del self._fills[fill.digest]
@@ -227,7 +230,11 @@ class Fills:
             descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
             fill.repositories.add(fill.source.repository)
             fill.started.set_result((upload, descriptor))
-            if await upload.watch(fill.digest):
+            try:
+                committed = await upload.watch(fill.digest)
+            except Unavailable as error:  # its disk is ours, and may be full: each client goes on by itself
+                raise StorageFailed(str(error)) from error
+            if committed:
                 return "followed", Descriptor(OCTETS, fill.digest, upload.offset)
         # 1. we find it missing  2. another process commits it  3. we get the lock
         if self._store.holds(fill.digest):
@@ -273,9 +280,10 @@ class Fills:
         blob = await source.origin.get_blob(source.name, fill.digest, span)
         try:
             fill.repositories.add(source.repository)
+            size = blob.descriptor.size
+            upload.expect(size)
             if not fill.started.done():
                 fill.started.set_result((upload, blob.descriptor))
-            size = blob.descriptor.size
             async for chunk in blob.chunks(upload.offset):
                 if 0 <= size < upload.offset + len(chunk):
                     raise OriginFailed(f"{source.namespace} sent more than the {size} bytes it announced")
@@ -334,25 +342,41 @@ class Followed(Blob):
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         position = start
-        try:
-            async for chunk in self._blob.chunks(start, stop):
-                position += len(chunk)
-                yield chunk
-            return
-        except StorageFailed:
-            digest = self.descriptor.digest
-        held = await asyncio.to_thread(self._hash, digest.algorithm, position)
+        digest = self.descriptor.digest
+        held: Hash | None = None
+        if self.fileno() >= 0:
+            try:
+                async for chunk in self._blob.chunks(start, stop):
+                    position += len(chunk)
+                    yield chunk
+                return
+            except StorageFailed:
+                held = await asyncio.to_thread(self._hash, digest.algorithm, position)
+            # The room that its file takes is wanted now, not when the slowest client has all of it.
+            await self._blob.close()
+        elif start == 0:
+            held = hashlib.new(digest.algorithm)
         span = Span(position, stop) if position or stop else None
         blob = await self._source.origin.get_blob(self._source.name, digest, span)
         try:
-            async for chunk in verified(blob.chunks(position, stop), self.descriptor, held, position):
+            content = blob.chunks(position, stop)
+            if held is not None:
+                content = verified(content, self.descriptor, held, position)
+            async for chunk in content:
                 yield chunk
         finally:
             await blob.close()
 
     def _hash(self, algorithm: str, stop: int) -> Hash:
+        """Raises StorageFailed where what the client has cannot be read again: then none can vouch for it."""
         found, position = hashlib.new(algorithm), 0
-        while position < stop and (chunk := os.pread(self.fileno(), min(CHUNK, stop - position), position)):
+        while position < stop:
+            try:
+                chunk = os.pread(self.fileno(), min(CHUNK, stop - position), position)
+            except OSError as error:
+                raise StorageFailed(f"{self.descriptor.digest}: {error.strerror or error}") from error
+            if not chunk:
+                raise StorageFailed(f"{self.descriptor.digest}: its file was truncated")
             found.update(chunk)
             position += len(chunk)
         return found

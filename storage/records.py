@@ -13,6 +13,7 @@ database's first page is damaged, all.  Meanwhile what is readable is read, and 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import sqlite3
@@ -38,7 +39,7 @@ T = TypeVar("T")
 KIND = "records"  # what the disk calls what fails here
 LOCKED = 10.0  # seconds that a write waits for another process's
 KEPT = 2  # damaged databases
-AGAIN = 10.0  # seconds until a rebuilding that failed is tried again
+AGAIN = 10.0  # seconds between rebuildings, lest a disk that damages all have us do nothing else
 AT_START = 0.5  # seconds that opening waits for a rebuilding
 POLL = 0.02  # seconds between looks at a lock
 
@@ -92,7 +93,7 @@ class Records:
         self._opening = threading.Lock()
         self._opened: tuple[diskcache.Cache, Identity] | None = None
         self._rebuilding: threading.Thread | None = None
-        self._rebuilt_at = -AGAIN
+        self._rebuilt_at = -math.inf
         self._closing = threading.Event()
         try:
             self._do(lambda cache: None)
@@ -168,14 +169,14 @@ class Records:
         return opened
 
     def _failed(self, error: Exception, found: Identity) -> StorageFailed:
-        if isinstance(error, OSError) or primary(error) in _OF_THE_DISK:
+        short = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ  # a truncated log
+        if isinstance(error, OSError) or (primary(error) in _OF_THE_DISK and not short):
             return self._disk.failed(KIND, self._directory, error)
         self._rebuild(found)
         return StorageFailed(f"records in {self._directory} are damaged: {error}")
 
     @contextmanager
     def _writing(self, size: int) -> Iterator[None]:
-        _ = self._do(lambda cache: None)  # which may have to open it, and so take the lock itself
         with self._disk.guard(KIND, self._lock), self._shared():
             yield
         self._disk.worked(KIND, size)
@@ -227,15 +228,13 @@ class Records:
 
     def _salvage(self, fresh: Path) -> int:
         """Make a database of all that can be read; how many records it has."""
-        salvaged = 0
         records = (record for record in _readable(self._file) if not self._closing.is_set())
         with closing(_open(fresh)) as cache:
             while batch := list(islice(records, _BATCH)):
                 with cache.transact():
                     for key, stored in batch:
                         cache.set(key, stored)
-                        salvaged += 1
-        return salvaged
+            return len(cache)
 
 
 class _Lock:
@@ -288,7 +287,7 @@ def _origin(error: Exception) -> Exception:
 
 def _identity(file: Path) -> Identity:
     try:
-        status = os.stat(file)
+        status = file.stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino
@@ -305,25 +304,35 @@ def _checked(key: str, stored: Any) -> bytes | None:
 
 
 def _readable(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Every record of a damaged database that can be reached from either end, as it is stored."""
+    """Every record of a damaged database that can be reached, as it is stored."""
     uri = f"file:{quote(str(file))}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCKED)) as source:
         source.text_factory = bytes
-        for start, compare, order, sign in ((0, ">=", "ASC", 1), (_ROWIDS, "<=", "DESC", -1)):
-            statement = f"SELECT rowid, key, value FROM Cache WHERE rowid {compare} ? ORDER BY rowid {order}"
-            at, step, whole = start, 1, True
-            while 0 <= at <= _ROWIDS:
-                try:
-                    for rowid, name, stored in source.execute(statement, (at,)):
-                        at, step = rowid + sign, 1
-                        with suppress(AttributeError, UnicodeDecodeError):  # the key is none of ours
-                            key = name.decode()
-                            if _checked(key, stored) is not None:
-                                yield key, stored
-                    break
-                except sqlite3.Error:
-                    # Over the damaged page: in ever larger steps, since it may be one of many rows.  What
-                    # that leaves out behind it is reached from the other end.
-                    at, step, whole = at + sign * step, step * 2, False
-            if whole:
-                return
+        for _, key, stored in _rows(source):
+            with suppress(AttributeError, UnicodeDecodeError):  # a key that is none of ours
+                if _checked(name := key.decode(), stored) is not None:
+                    yield name, stored
+
+
+def _rows(source: sqlite3.Connection) -> Iterator[tuple[int, Any, Any]]:
+    select = "SELECT rowid, key, value FROM Cache WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
+    gaps: list[tuple[int, int]] = []
+    at, step, missed = 0, 0, 0
+    while at < _ROWIDS:
+        try:
+            for row in source.execute(select, (at, _ROWIDS)):
+                if step:
+                    gaps.append((missed, row[0]))
+                at, step = row[0] + 1, 0
+                yield row
+            break
+        except sqlite3.Error:
+            # Over what is damaged: in ever larger steps, since it may be a page of many rows.
+            missed = at if step == 0 else missed
+            step = step * 2 or 1
+            at += step
+    if step:
+        gaps.append((missed, _ROWIDS))
+    for gap in gaps:  # what the steps left out lies at its end
+        with suppress(sqlite3.Error):
+            yield from source.execute(f"{select} DESC", gap)

@@ -34,6 +34,7 @@ from tests.upstream import (
     Status,
     Truncate,
     Upstream,
+    WrongLength,
 )
 
 FRESH = 600.0  # seconds, the default
@@ -42,7 +43,7 @@ PAUSE = 10.0  # seconds that a tag is not asked for after it could not be; the d
 TAG = "/v2/a/b/manifests/latest"
 OTHER = "/v2/a/b/manifests/other"
 CHUNK = 1 << 18
-QUICK = {"header_timeout": "50ms"}
+QUICK = {"header_timeout": "250ms"}
 
 
 def blob_of(digest: str) -> str:
@@ -125,10 +126,11 @@ async def test_the_probe_is_one_request_and_its_answer_closes_the_breaker(
     serve: Serve, upstream: Upstream, clock: Clock
 ) -> None:
     image = upstream.image("a/b", "latest")
-    site = await serve(upstream, options=QUICK)
+    site = await serve(upstream)
     ear = Ear()
-    upstream.next("GET", "latest", silence())
-    assert (await pull(site))[0] == 504
+    await upstream.stop()
+    assert (await pull(site))[0] == 502
+    await upstream.start()
     opened = await ear.heard("upstream.opened", namespace="docker.io")
     assert opened["host"] == URL(upstream.url).host_port_subcomponent
     assert await metric(site, "entrepot_upstream_open") == {opened["host"]: 1}
@@ -137,10 +139,10 @@ async def test_the_probe_is_one_request_and_its_answer_closes_the_breaker(
     upstream.next("GET", "latest", held)
     probe = asyncio.create_task(pull(site))
     await held.reached.wait()
-    assert (await pull(site, blob_of(image.layers[0])))[0] == 504
+    assert (await pull(site, blob_of(image.layers[0])))[0] == 502
     held.gate.set()
     assert (await probe)[:2] == (200, image.content)
-    assert len(upstream.log) == 2
+    assert len(upstream.log) == 1
     await ear.heard("upstream.closed", namespace="docker.io", host=opened["host"])
     assert await metric(site, "entrepot_upstream_open") == {opened["host"]: 0}
     assert (await pull(site, blob_of(image.layers[0])))[0] == 200
@@ -658,7 +660,7 @@ async def test_a_transfer_that_breaks_off_goes_on_from_the_next_url(
     first, second, third = mirrors
     content = bytes(range(256)) * (CHUNK // 32)
     image = image_on(first, second, third, layers=(content,))
-    site = await serve_all(serve, first, second, third, progress_timeout="100ms")
+    site = await serve_all(serve, first, second, third, progress_timeout="250ms")
     first.next("GET", image.layers[0], make(3 * CHUNK))
     second.next("GET", image.layers[0], Truncate(CHUNK))
     assert (await pull(site, blob_of(image.layers[0])))[:2] == (200, content)
@@ -668,6 +670,42 @@ async def test_a_transfer_that_breaks_off_goes_on_from_the_next_url(
     assert after_one.range == f"bytes={3 * CHUNK}-"
     (after_two,) = third.requests
     assert after_two.range == f"bytes={4 * CHUNK}-"
+
+
+@pytest.mark.errors("fill.failed")
+@pytest.mark.xfail(strict=True, reason="proxy.fills does not compare the sizes that the two told")
+async def test_who_was_told_another_size_is_cut_off(serve: Serve, mirrors: Mirrors) -> None:
+    """Else the client of one that told too little has a complete body of wrong bytes."""
+    first, second, _ = mirrors
+    image = image_on(first, second, layers=(bytes(100),))
+    site = await serve_all(serve, first, second)
+    first.next("GET", image.layers[0], WrongLength(-90), Truncate(5))
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await pull(site, blob_of(image.layers[0]))
+    assert (await pull(site, blob_of(image.layers[0])))[:2] == (200, bytes(100))
+
+
+@pytest.mark.xfail(strict=True, reason="proxy.fills looks at its own back-off only, not at retry_after")
+async def test_a_transfer_under_way_waits_as_long_as_it_is_told(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an open breaker, which refuses at once, uses up the fill's tries in no time."""
+    digest = upstream.blob("a/b", bytes(1000))
+    site = await serve(upstream)
+    upstream.next("GET", digest, Truncate(500))
+    upstream.next("GET", digest, RetryAfter(3, 503))
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def record(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", record)
+    status, body, _ = await pull(site, blob_of(digest))
+    monkeypatch.undo()
+    assert (status, body) == (200, bytes(1000))
+    assert 3 in slept
 
 
 async def test_after_the_last_url_comes_the_first(serve: Serve, mirrors: Mirrors) -> None:

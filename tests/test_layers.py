@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("storage.errors",),
     ("storage.oci",),
-    ("storage.registry",),
+    ("storage.registry", "storage.disk"),
     ("storage.files", "storage.records"),
     ("storage.store",),
     (

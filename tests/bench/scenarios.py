@@ -121,7 +121,7 @@ def verify(target: Target, content: Content) -> None:
 
 def all_scenarios(quick: bool) -> list[Scenario]:
     """Quick ones have short samples and small blobs: to see that all works, not to quote."""
-    seconds, full = (1, 100 * MIB) if quick else (4, 300 * MIB)
+    seconds, full = (1, 60 * MIB) if quick else (4, 300 * MIB)
     cpu = Measure("server CPU", "µs/request")
     cpu_gib = Measure("server CPU", "s/GiB")
     cpu_all = Measure("server CPU", "s")

@@ -100,18 +100,20 @@ class Transport:
         self._breakers: dict[URL, Breaker] = {}
         self.breaker(home)  # the first, and so never dropped
         self._private = connect.private_redirects or is_private(home.host or "")
-        ssl = connect.ssl_context()
+        context = connect.ssl_context()
         # Two pools: a connection made for the upstream itself is never used for where it redirects to.
-        self._session = self._open(ssl, self._socket_home)
-        self._away = self._open(ssl, self._socket_away)
+        self._session = self._open(context, self._socket_home)
+        self._away = self._open(context, self._socket_away)
         for each in (self._session, self._away):
             each._retry_connection = False  # its one silent repetition would double each of ours
 
-    def _open(self, ssl: ssl.SSLContext | bool, new_socket: Callable[[Any], socket.socket]) -> Any:
+    def _open(
+        self, context: ssl.SSLContext | bool, new_socket: Callable[[Any], socket.socket]
+    ) -> aiohttp.ClientSession:
         connect = self._connect
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                ssl=ssl,
+                ssl=context,
                 limit=0,
                 ttl_dns_cache=30,
                 socket_factory=None if connect.proxy else new_socket,
@@ -177,7 +179,7 @@ class Transport:
         retries = RETRIES if method in ("GET", "HEAD") else 0  # RFC 9110 §9.2.1
         for attempt in range(retries + 1):
             try:
-                response: aiohttp.ClientResponse = await session.request(
+                response = await session.request(
                     method,
                     url,
                     headers=headers,

@@ -1,0 +1,257 @@
+"""The server as people run it: `entrepot serve`, a parent and its workers, and what they say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.upstream import Upstream
+
+PATIENCE = 30.0  # seconds; only what never happens takes them
+
+Event = dict[str, Any]
+
+
+class Worker:
+    """One of the processes that serve, with a connection that is kept: all requests over it go there."""
+
+    def __init__(self, pid: int, url: str) -> None:
+        self.pid = pid
+        self.prefix = ""  # of the ids of its requests
+        self._url = url
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=1, keepalive_timeout=3600), auto_decompress=False
+        )
+
+    @asynccontextmanager
+    async def ask(self, path: str, method: str = "GET", **headers: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Fails where another worker answers.  Names in `headers` have _ for -."""
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self._session.request(method, self._url + path, headers=given) as response:
+            prefix = response.headers["X-Request-Id"].partition("-")[0]
+            self.prefix = self.prefix or prefix
+            assert prefix == self.prefix, "another worker has answered"
+            yield response
+
+    async def get(self, path: str, status: int = 200, **headers: str) -> bytes:
+        async with self.ask(path, **headers) as response:
+            assert response.status == status, await response.text()
+            return await response.read()
+
+    def descriptors(self) -> list[str]:
+        """What it holds open, but for what the interpreter and the libraries hold for themselves."""
+        found = []
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+            try:
+                found.append(os.readlink(entry))
+            except FileNotFoundError:
+                continue
+        return sorted(each for each in found if each.startswith(("socket:", "/")) and "/records" not in each)
+
+    @property
+    def memory(self) -> int:
+        """Bytes in use."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+class Server:
+    """`events` are all that it has logged so far, `noise` the lines of standard error that are no events."""
+
+    def __init__(self, process: asyncio.subprocess.Process, directory: Path) -> None:
+        self.directory = directory
+        self.url = self.admin_url = ""
+        self.events: list[Event] = []
+        self.noise: list[str] = []
+        self._process = process
+        self._news = asyncio.Event()
+        self._listening = asyncio.create_task(self._listen())
+        self._workers: list[Worker] = []
+
+    async def _listen(self) -> None:
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            try:
+                self.events.append(json.loads(line))
+            except ValueError:
+                self.noise.append(line.decode())
+            self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def serving(self) -> None:
+        """Wait for the banner."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            line = (await self._process.stdout.readline()).decode()
+        found = re.search(r"listening on (\S+), admin on (\S+)", line)
+        assert found, f"it says {line!r}, and: {self.noise}"
+        self.url, self.admin_url = found.groups()
+
+    async def heard(self, name: str, nth: int = 1, **keys: Any) -> Event:
+        """The `nth` of all events of that name and with those keys, once it has come."""
+        async with asyncio.timeout(PATIENCE):
+            while len(found := self.said(name, **keys)) < nth:
+                assert not self._listening.done(), f"it has ended without {name}: {self.noise}"
+                await self._news.wait()
+        return found[nth - 1]
+
+    def said(self, name: str, **keys: Any) -> list[Event]:
+        return [each for each in self.events if each["event"] == name and keys.items() <= each.items()]
+
+    # Its processes
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def pids(self) -> list[int]:
+        """Of the workers."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    async def worker(self, pid: int) -> Worker:
+        """A connection to that very one: the others are stopped while it is accepted."""
+        worker = Worker(pid, self.url)
+        self._workers.append(worker)
+        others = [each for each in self.pids() if each != pid]
+        for other in others:
+            os.kill(other, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await worker.get("/v2/")
+        finally:
+            for other in others:
+                os.kill(other, signal.SIGCONT)
+        return worker
+
+    async def workers(self) -> list[Worker]:
+        """A connection to each."""
+        found = [await self.worker(pid) for pid in self.pids()]
+        assert len({each.prefix for each in found}) == len(found)
+        return found
+
+    def send(self, number: signal.Signals) -> None:
+        """To the parent alone."""
+        self._process.send_signal(number)
+
+    async def ended(self) -> int:
+        """The parent's exit status, once the workers have ended too."""
+        async with asyncio.timeout(PATIENCE):
+            await self._listening  # they all hold the other end
+            return await self._process.wait()
+
+    async def kill(self) -> None:
+        """All processes at once."""
+        os.killpg(self.pid, signal.SIGKILL)
+        await self.ended()
+
+    async def stop(self) -> None:
+        self.send(signal.SIGTERM)
+        assert await self.ended() == 0
+
+    async def clear(self) -> None:
+        for worker in self._workers:
+            await worker.close()
+        if not self._listening.done():
+            await self.kill()
+        await self._process.wait()
+        await asyncio.sleep(0)  # its pipes are closed in the next turn of the loop
+
+    # What it shows
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The sum of all its samples that have those labels."""
+        async with aiohttp.ClientSession() as session, session.get(f"{self.admin_url}/metrics") as response:
+            text = await response.text()
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def partial(self) -> list[Path]:
+        return list((self.directory / "cache" / "partial").iterdir())
+
+    def locks(self) -> list[Path]:
+        return list((self.directory / "cache" / "locks").iterdir())
+
+
+class Place:
+    """A directory and a configuration; servers are started on it one after the other."""
+
+    def __init__(self, home: Path, upstream: Upstream) -> None:
+        self.home = home
+        self.directory = home / "disk"
+        self.temporary = home / "temporary"
+        self.temporary.mkdir()
+        self.servers: list[Server] = []
+        self.namespace: dict[str, Any] = {"upstream": {"url": upstream.url, "progress_timeout": "60s"}}
+        self.tree: dict[str, Any] = {
+            "listen": "127.0.0.1:0",
+            "admin": "127.0.0.1:0",
+            "workers": 2,
+            "disk": {"path": str(self.directory)},
+            "namespaces": {"docker.io": self.namespace},
+        }
+
+    def configure(self) -> Path:
+        """Write `tree` to the file."""
+        path = self.home / "entrepot.yml"
+        path.write_text(yaml.safe_dump(self.tree))
+        return path
+
+    async def start(self) -> Server:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", "serve", "--config", str(self.configure())),
+            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(self.temporary)},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=1 << 20,
+            start_new_session=True,  # a process group of its own, so that all can be killed at once
+        )
+        server = Server(process, self.directory)
+        self.servers.append(server)
+        await server.serving()
+        return server
+
+
+@pytest.fixture
+async def place(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream) -> AsyncIterator[Place]:
+    """Its servers may say no error but those that the test is marked with."""
+    place = Place(tmp_path, upstream)
+    yield place
+    for server in place.servers:
+        await server.clear()
+    marker = request.node.get_closest_marker("errors")
+    for server in place.servers:
+        assert server.noise == []
+        errors = [each for each in server.events if each["level"] in ("error", "critical")]
+        unexpected = [each for each in errors if each["event"] not in (marker.args if marker else ())]
+        assert not unexpected, f"error events that the test did not ask for: {unexpected}"
+
+
+async def digest(response: aiohttp.ClientResponse, begun: bytes = b"") -> str:
+    """Of the body, without having it in memory."""
+    found = hashlib.sha256(begun)
+    async for chunk in response.content.iter_chunked(1 << 20):
+        found.update(chunk)
+    return f"sha256:{found.hexdigest()}"

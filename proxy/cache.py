@@ -13,13 +13,15 @@ import math
 import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import structlog
 
-from proxy.fills import Fills, Source, Uncached
+from proxy.fills import Fills
 from proxy.flights import Flights
+from proxy.following import Source, Uncached
 from proxy.telemetry import current
 from storage.errors import (
     BlobUnknown,
@@ -382,10 +384,8 @@ class Cache(Registry):
 
     async def _keep(self, writing: Awaitable[object]) -> None:
         """A store that takes nothing in does not spoil the pull."""
-        try:
+        with suppress(StorageFailed, ManifestUnknown):  # the disk has told of it; deleted already
             await writing
-        except (StorageFailed, ManifestUnknown):
-            pass  # the disk has told of it; deleted already
 
     async def close(self) -> None:
         await self._flights.close()

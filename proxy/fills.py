@@ -8,17 +8,15 @@ wastes nothing.  Fills are shared by all caches over one store, whichever origin
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import os
 import time
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
 from proxy.flights import Flights
+from proxy.following import Followed, Source
 from proxy.limits import Turns
 from proxy.telemetry import Metrics, current
 from storage.errors import (
@@ -30,9 +28,9 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
-from storage.files import CHUNK, FileBlob, FileUpload
+from storage.files import FileUpload
 from storage.oci import OCTETS, Descriptor, Digest, Span
-from storage.registry import Blob, Registry
+from storage.registry import Blob
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -40,26 +38,6 @@ log = structlog.get_logger()
 RETRIES = 4  # in a row without a byte between them
 BACKOFF = 0.2  # seconds before the second one in a row, doubling; after progress there is no wait
 FAR_AHEAD = 16 << 20  # bytes; a reader so far before the frontier asks the origin itself
-
-
-class Hash(Protocol):
-    @property
-    def name(self) -> str: ...
-    def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a blob comes from, and the repository of the store that may show it then."""
-
-    namespace: str
-    origin: Registry
-    name: str  # the origin's name of the repository
-
-    @property
-    def repository(self) -> str:
-        return f"{self.namespace}/{self.name}"
 
 
 @dataclass(slots=True)
@@ -322,112 +300,3 @@ class Fills:
 def _log(fill: Fill) -> Any:
     source = fill.source
     return log.bind(namespace=source.namespace, repository=source.name, digest=fill.digest)
-
-
-class Followed(Blob):
-    """A reader of a growing blob, who asks the origin for the rest should our disk fail."""
-
-    def __init__(self, blob: FileBlob, source: Source, metrics: Metrics) -> None:
-        self.descriptor = blob.descriptor
-        self._blob = blob
-        self._source = source
-        self._followers = metrics.followers
-        self._followers.inc()
-
-    def fileno(self) -> int:
-        return self._blob.fileno()
-
-    async def readable(self, offset: int) -> int:
-        return await self._blob.readable(offset)
-
-    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
-        position = start
-        digest = self.descriptor.digest
-        held: Hash | None = None
-        if self.fileno() >= 0:
-            try:
-                async for chunk in self._blob.chunks(start, stop):
-                    position += len(chunk)
-                    yield chunk
-                return
-            except StorageFailed:
-                held = await asyncio.to_thread(self._hash, digest.algorithm, position)
-            # The room that its file takes is wanted now, not when the slowest client has all of it.
-            await self._blob.close()
-        elif start == 0:
-            held = hashlib.new(digest.algorithm)
-        span = Span(position, stop) if position or stop else None
-        blob = await self._source.origin.get_blob(self._source.name, digest, span)
-        try:
-            content = blob.chunks(position, stop)
-            if held is not None:
-                content = verified(content, self.descriptor, held, position)
-            async for chunk in content:
-                yield chunk
-        finally:
-            await blob.close()
-
-    def _hash(self, algorithm: str, stop: int) -> Hash:
-        """Raises StorageFailed where what the client has cannot be read again: then none can vouch for it."""
-        found, position = hashlib.new(algorithm), 0
-        while position < stop:
-            try:
-                chunk = os.pread(self.fileno(), min(CHUNK, stop - position), position)
-            except OSError as error:
-                raise StorageFailed(f"{self.descriptor.digest}: {error.strerror or error}") from error
-            if not chunk:
-                raise StorageFailed(f"{self.descriptor.digest}: its file was truncated")
-            found.update(chunk)
-            position += len(chunk)
-        return found
-
-    async def close(self) -> None:
-        self._followers.dec()
-        await self._blob.close()
-
-
-class Uncached(Blob):
-    """The origin's blob, past a store that cannot take it."""
-
-    def __init__(self, blob: Blob, source: Source) -> None:
-        self.descriptor = blob.descriptor
-        self._blob: Blob | None = blob
-        self._source = source
-
-    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
-        digest = self.descriptor.digest
-        blob, self._blob = self._blob, None
-        if blob is None:  # a transfer can be read once, and of several ranges this is a later one
-            blob = await self._source.origin.get_blob(self._source.name, digest, Span(start, stop))
-        try:
-            content = blob.chunks(start, stop)
-            if start == 0:
-                content = verified(content, self.descriptor, hashlib.new(digest.algorithm), 0)
-            async for chunk in content:
-                yield chunk
-        finally:
-            await blob.close()
-
-    async def close(self) -> None:
-        if self._blob is not None:
-            await self._blob.close()
-
-
-async def verified(
-    chunks: AsyncIterator[bytes], descriptor: Descriptor, held: Hash, position: int
-) -> AsyncIterator[bytes]:
-    """The chunks, which go on at `position` after what `held` has hashed.
-
-    If they reach the blob's end, their last byte is withheld until the digest is right; else
-    DigestInvalid is raised.
-    """
-    last = b""
-    async for chunk in chunks:
-        held.update(chunk)
-        position += len(chunk)
-        yield last + chunk[:-1]
-        last = chunk[-1:]
-    found = f"{held.name}:{held.hexdigest()}"
-    if descriptor.size in (-1, position) and found != descriptor.digest:
-        raise DigestInvalid(f"content is {found}, not {descriptor.digest}")
-    yield last

@@ -85,7 +85,7 @@ class Parent:
         self._config = config
         self._reload = reload
         self._command = command or [sys.executable, "-m", "proxy", "worker"]
-        self._sockets: dict[Address, list[socket.socket]] = {}
+        self._sockets: dict[tuple[str, Address | None], list[socket.socket]] = {}
         self._metrics = Path(tempfile.mkdtemp(prefix="entrepot-metrics-"))
         self._changes: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -94,9 +94,8 @@ class Parent:
 
     def addresses(self) -> tuple[tuple[str, int], tuple[str, int] | None]:
         """Where it listens, and where for the administrator."""
-        admin = self._config.admin
-        listen = self._sockets[self._config.listen][0].getsockname()
-        return listen[:2], self._sockets[admin][0].getsockname()[:2] if admin else None
+        (listen, *_), admin = self._bound(self._config)
+        return listen.getsockname()[:2], admin[0].getsockname()[:2] if admin else None
 
     async def start(self) -> None:
         """Raises StartError; then nothing is left behind."""
@@ -120,10 +119,10 @@ class Parent:
             task.cancel()
         await asyncio.gather(*self._changes, return_exceptions=True)
         if self._generation is not None:
+            self._generation.retired.set()  # first: none is to be started without sockets
+        self._unbind()  # before it drains: nobody is to be left waiting for whom nobody will serve
+        if self._generation is not None:
             await self._retire(self._generation)
-        for sockets in self._sockets.values():
-            for each in sockets:
-                each.close()
         shutil.rmtree(self._metrics, ignore_errors=True)
 
     # Configuration
@@ -150,12 +149,17 @@ class Parent:
                 await self._retire(old)
 
     def _bind(self, config: Config) -> None:
-        for key, address in (("listen", config.listen), ("admin", config.admin)):
-            if address is not None and address not in self._sockets:
-                self._sockets[address] = bind(address, key)
+        for key, address in _addresses(config):
+            if address is not None and (key, address) not in self._sockets:
+                self._sockets[key, address] = bind(address, key)
 
-    def _unbind(self, config: Config) -> None:
-        for address in [each for each in self._sockets if each not in (config.listen, config.admin)]:
+    def _bound(self, config: Config) -> list[list[socket.socket]]:
+        """For clients, and for the administrator."""
+        return [self._sockets.get(each, []) for each in _addresses(config)]
+
+    def _unbind(self, config: Config | None = None) -> None:
+        """But for those of `config`."""
+        for address in self._sockets.keys() - (_addresses(config) if config else ()):
             for each in self._sockets.pop(address):
                 each.close()
 
@@ -179,7 +183,7 @@ class Parent:
 
     async def _keep(self, generation: Generation, serving: asyncio.Future[None]) -> None:
         """Have one worker running until the generation is retired."""
-        wait = 0.0
+        wait, pid = 0.0, None
         while not generation.retired.is_set():
             begun = time.monotonic()
             status: int | str
@@ -193,18 +197,20 @@ class Parent:
             else:
                 if not serving.done():
                     serving.set_result(None)
+                else:
+                    log.info("worker.replaced", pid=process.pid)
+                pid = process.pid
                 status = await self._watch(process, generation)
                 if generation.retired.is_set():
                     return
             wait = 0.0 if time.monotonic() - begun > LIVED else min(LONGEST_WAIT, wait * 2 or WAIT)
-            log.error("worker.died", status=status, again_in=wait)
+            log.error("worker.died", pid=pid, status=status, again_in=wait)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(generation.retired.wait(), wait)
 
     async def _spawn(self, config: Config) -> asyncio.subprocess.Process:
         """A worker that serves.  Raises StartError."""
-        listen = tuple(each.fileno() for each in self._sockets[config.listen])
-        admin = tuple(each.fileno() for each in self._sockets[config.admin]) if config.admin else ()
+        listen, admin = (tuple(each.fileno() for each in sockets) for sockets in self._bound(config))
         ours, theirs = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -247,6 +253,10 @@ class Parent:
     async def _retire(self, generation: Generation) -> None:
         generation.retired.set()
         await asyncio.gather(*generation.keepers, return_exceptions=True)
+
+
+def _addresses(config: Config) -> tuple[tuple[str, Address | None], ...]:
+    return ("listen", config.listen), ("admin", config.admin)
 
 
 async def _read(file: int) -> str:

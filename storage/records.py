@@ -30,7 +30,7 @@ from urllib.parse import quote
 import diskcache
 import structlog
 
-from storage.disk import Disk, may_pass, primary
+from storage.disk import Disk, primary
 from storage.errors import StorageFailed
 
 log = structlog.get_logger()
@@ -78,8 +78,8 @@ class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
 class Records:
     """Every method raises StorageFailed.  Several processes may share `directory`, which is made if need be.
 
-    Opening raises only where the disk is not the cause: on one that is full, or damaged, every other
-    method fails until it is not.
+    Opening raises only where it cannot be made: where the disk fails, or the database is damaged, all that
+    follows fails until they do not.
     """
 
     def __init__(
@@ -91,15 +91,17 @@ class Records:
         self._clock = clock
         self._disk = disk or Disk(directory.parent, clock)
         self._opening = threading.Lock()
+        self._turn = threading.Lock()
         self._opened: tuple[diskcache.Cache, Identity] | None = None
         self._rebuilding: threading.Thread | None = None
         self._rebuilt_at = -math.inf
         self._closing = threading.Event()
         try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageFailed(f"records in {directory}: {error.strerror or error}") from error
+        with suppress(StorageFailed):
             self._do(lambda cache: None)
-        except StorageFailed as error:
-            if not may_pass(error):
-                raise
         if self._rebuilding is not None:
             self._rebuilding.join(AT_START)
 
@@ -139,8 +141,9 @@ class Records:
         self._closing.set()
         if self._rebuilding is not None:
             self._rebuilding.join()
-        if self._opened is not None:
-            self._opened[0].close()
+        with self._turn:
+            if self._opened is not None:
+                self._opened[0].close()
 
     # Opening
 
@@ -177,7 +180,10 @@ class Records:
 
     @contextmanager
     def _writing(self, size: int) -> Iterator[None]:
-        with self._disk.guard(KIND, self._lock), self._shared():
+        # One at a time, as SQLite has it anyhow; so close() can wait for a thread that nobody waits for.
+        with self._turn, self._disk.guard(KIND, self._lock), self._shared():
+            if self._closing.is_set():
+                raise StorageFailed(f"records in {self._directory} are closed")
             yield
         self._disk.worked(KIND, size)
 

@@ -471,6 +471,7 @@ async def test_the_lock_of_a_file_that_was_committed_meanwhile_is_not_taken(
     await upload.cancel()
 
 
+@pytest.mark.errors("disk.failed")
 async def test_a_file_system_without_locks_is_a_disk_that_fails(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,6 +640,7 @@ async def failing_upload(
     return await reader
 
 
+@pytest.mark.errors("disk.failed")
 async def test_a_file_that_may_not_grow(files: Files) -> None:
     digest = Digest.of(LARGE)
     with largest_file(CHUNK):
@@ -649,6 +651,7 @@ async def test_a_file_that_may_not_grow(files: Files) -> None:
     assert await put(files, LARGE) == digest
 
 
+@pytest.mark.errors("disk.failed")
 async def test_a_disk_that_is_full(small_disk: Path) -> None:
     files, digest = Files(small_disk), Digest.of(LARGE)
     got, error = await failing_upload(await files.resume(digest), digest, LARGE)
@@ -659,6 +662,7 @@ async def test_a_disk_that_is_full(small_disk: Path) -> None:
     assert await read(files.open(await put(files, CONTENT))) == CONTENT  # there is room again
 
 
+@pytest.mark.errors("disk.failed")
 async def test_a_blob_that_cannot_be_put_into_its_place(files: Files) -> None:
     """Its followers have it all the same: all of it was written, and right."""
     (files.root / "blobs").rmdir()
@@ -670,6 +674,7 @@ async def test_a_blob_that_cannot_be_put_into_its_place(files: Files) -> None:
         files.open(DIGEST)
 
 
+@pytest.mark.errors("disk.failed")
 async def test_a_directory_that_went(files: Files) -> None:
     (files.root / "partial").rmdir()
     (files.root / "partial").write_bytes(b"")

@@ -16,7 +16,8 @@ import structlog
 from structlog.testing import LogCapture
 from yarl import URL
 
-from proxy.fills import Fills, Source
+from proxy.fills import Fills
+from proxy.following import Source
 from proxy.telemetry import Metrics
 from proxy.upstream import client
 from proxy.upstream.credentials import Credentials

@@ -27,6 +27,7 @@ LAYERS = (
     ),
     ("proxy.upstream.tokens",),
     ("proxy.upstream.transport",),
+    ("proxy.following",),
     ("proxy.upstream.client", "proxy.fills", "proxy.web.send", "proxy.namespaces"),
     ("proxy.upstream.failover", "proxy.cache"),
     ("proxy.web.server",),

@@ -308,7 +308,7 @@ def broken_store(site: Site, part: str) -> Iterator[None]:
         aside.rename(path)
 
 
-@pytest.mark.errors("fill.failed", "store.failed")
+@pytest.mark.errors("disk.failed")
 async def test_disk_full_streams_through(serve: Serve, upstream: Upstream, small_disk: Path) -> None:
     image = upstream.image("a/b", "latest", [BODY])
     site = await serve(upstream, directory=small_disk)
@@ -319,7 +319,7 @@ async def test_disk_full_streams_through(serve: Serve, upstream: Upstream, small
     await site.app.stop()
 
 
-@pytest.mark.errors("fill.failed")
+@pytest.mark.errors("disk.failed")
 @pytest.mark.parametrize("clients", [1, 5])
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 async def test_disk_full_in_mid_fill_goes_on_from_the_right_byte(
@@ -342,7 +342,7 @@ async def test_disk_full_in_mid_fill_goes_on_from_the_right_byte(
     assert (await site.get(f"/v2/a/b/blobs/{digest}"))[2] == BODY
 
 
-@pytest.mark.errors("fill.failed")
+@pytest.mark.errors("disk.failed")
 async def test_disk_full_never_completes_a_wrong_blob(serve: Serve, upstream: Upstream) -> None:
     digest = upstream.blob("a/b", BODY)
     site = await serve(upstream)
@@ -359,7 +359,7 @@ async def test_disk_full_never_completes_a_wrong_blob(serve: Serve, upstream: Up
     assert len(found) < len(BODY)
 
 
-@pytest.mark.errors("fill.failed", "store.failed")
+@pytest.mark.errors("disk.failed")
 @pytest.mark.parametrize("part", ["partial", "blobs"])
 async def test_store_error_streams_through(serve: Serve, upstream: Upstream, part: str) -> None:
     image = upstream.image("a/b", "latest", [BODY])
@@ -384,7 +384,7 @@ async def test_store_error_streams_through(serve: Serve, upstream: Upstream, par
     assert (await answer(site, "GET", path))[2] == BODY
 
 
-@pytest.mark.errors("store.failed", "fill.failed")
+@pytest.mark.errors("disk.failed")
 async def test_records_error_streams_through(
     serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,7 +405,7 @@ async def test_records_error_streams_through(
     await warm(site, image)
 
 
-@pytest.mark.errors("fill.failed")
+@pytest.mark.errors("disk.failed")
 async def test_a_commit_that_fails_spoils_no_pull(
     serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

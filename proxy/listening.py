@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
-from proxy.config import Address, Config
+from proxy.config import Config
+from proxy.values import Address
 
 BACKLOG = 1024  # connections that may wait to be accepted
 

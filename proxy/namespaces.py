@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from proxy.config import without_port
+from proxy.values import without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, parse_name
 from storage.registry import Blob, Registry, Upload

@@ -31,8 +31,9 @@ from typing import BinaryIO
 import structlog
 from prometheus_client import multiprocess
 
-from proxy.config import Address, Config, ConfigError
+from proxy.config import Config, ConfigError
 from proxy.listening import StartError, bind
+from proxy.values import Address
 
 log = structlog.get_logger()
 
@@ -91,6 +92,7 @@ class Parent:
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Lock()
         self._generation: Generation | None = None
+        self._leaving: Generation | None = None  # the one before it, while it drains
 
     def addresses(self) -> tuple[tuple[str, int], tuple[str, int] | None]:
         """Where it listens, and where for the administrator."""
@@ -118,11 +120,11 @@ class Parent:
         for task in self._changes:
             task.cancel()
         await asyncio.gather(*self._changes, return_exceptions=True)
-        if self._generation is not None:
-            self._generation.retired.set()  # first: none is to be started without sockets
+        generations = [each for each in (self._leaving, self._generation) if each is not None]
+        for generation in generations:
+            generation.retired.set()  # first: none is to be started without sockets
         self._unbind()  # before it drains: nobody is to be left waiting for whom nobody will serve
-        if self._generation is not None:
-            await self._retire(self._generation)
+        await asyncio.gather(*map(self._retire, generations))
         shutil.rmtree(self._metrics, ignore_errors=True)
 
     # Configuration
@@ -142,11 +144,13 @@ class Parent:
                 log.error("config.refused", error=str(error))
                 self._unbind(self._config)
                 return
-            old, self._generation, self._config = self._generation, generation, config
+            self._leaving, self._generation, self._config = self._generation, generation, config
             self._unbind(config)
             log.info("config.reloaded", workers=len(generation.keepers))
-            if old is not None:
-                await self._retire(old)
+            if self._leaving is not None:
+                # shield: if we are stopped meanwhile, stop() goes on waiting for its workers.
+                await asyncio.shield(self._retire(self._leaving))
+                self._leaving = None
 
     def _bind(self, config: Config) -> None:
         for key, address in _addresses(config):

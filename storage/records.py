@@ -75,6 +75,30 @@ class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
         """We have no files; a damaged record may name any."""
 
 
+class _Database(diskcache.Cache):  # type: ignore[misc]
+    """Raises sqlite3.Error, OSError, diskcache.Timeout."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            super().__init__(
+                str(directory),
+                timeout=LOCKED,
+                disk=_BytesOnly,
+                disk_min_file_size=_INLINE,
+                # Culling may throw away the value just stored, and an LRU read is a write: hence neither.
+                eviction_policy="none",
+                cull_limit=0,
+                # A page that vanishes from a mapped file is no error to handle but a signal that kills.
+                sqlite_mmap_size=0,
+            )
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ValueError | TypeError | LookupError | AttributeError):
+                # It reads its settings from the database, and believes them.
+                raise sqlite3.DatabaseError(f"settings: {error}") from error
+            raise
+
+
 class Records:
     """Every method raises StorageFailed.  Several processes may share `directory`, which is made if need be.
 
@@ -92,7 +116,7 @@ class Records:
         self._disk = disk or Disk(directory.parent, clock)
         self._opening = threading.Lock()
         self._turn = threading.Lock()
-        self._opened: tuple[diskcache.Cache, Identity] | None = None
+        self._opened: tuple[_Database, Identity] | None = None
         self._rebuilding: threading.Thread | None = None
         self._rebuilt_at = -math.inf
         self._closing = threading.Event()
@@ -147,9 +171,9 @@ class Records:
 
     # Opening
 
-    def _do(self, work: Callable[[diskcache.Cache], T]) -> T:
+    def _do(self, work: Callable[[_Database], T]) -> T:
         found = _identity(self._file)
-        cache: diskcache.Cache | None = None
+        cache: _Database | None = None
         try:
             cache, found = self._current(found)
             return work(cache)
@@ -159,7 +183,7 @@ class Records:
                     cache.close()  # this thread's: it may be in a transaction, or the disk was read-only
             raise self._failed(_origin(error), found) from _origin(error)
 
-    def _current(self, found: Identity) -> tuple[diskcache.Cache, Identity]:
+    def _current(self, found: Identity) -> tuple[_Database, Identity]:
         """The database that has the name; another one where it was rebuilt, or removed."""
         opened = self._opened
         if opened is None or found is None or found != opened[1]:
@@ -167,7 +191,7 @@ class Records:
                 found, opened = _identity(self._file), self._opened
                 if opened is None or found is None or found != opened[1]:
                     self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    cache = _open(self._directory)
+                    cache = _Database(self._directory)
                     opened = self._opened = cache, _identity(self._file)
         return opened
 
@@ -235,7 +259,7 @@ class Records:
     def _salvage(self, fresh: Path) -> int:
         """Make a database of all that can be read; how many records it has."""
         records = (record for record in _readable(self._file) if not self._closing.is_set())
-        with closing(_open(fresh)) as cache:
+        with closing(_Database(fresh)) as cache:
             while batch := list(islice(records, _BATCH)):
                 with cache.transact():
                     for key, stored in batch:
@@ -263,25 +287,6 @@ class _Lock:
 
     def close(self) -> None:
         os.close(self._file)
-
-
-def _open(directory: Path) -> diskcache.Cache:
-    """Raises sqlite3.Error, OSError."""
-    try:
-        return diskcache.Cache(
-            str(directory),
-            timeout=LOCKED,
-            disk=_BytesOnly,
-            disk_min_file_size=_INLINE,
-            # Culling may throw away the value just stored, and an LRU read is a write: hence neither.
-            eviction_policy="none",
-            cull_limit=0,
-            # A page that vanishes from a mapped file is no error to handle but a signal that kills.
-            sqlite_mmap_size=0,
-        )
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        # It reads its settings from the database, and believes them.
-        raise sqlite3.DatabaseError(f"settings: {error}") from error
 
 
 def _origin(error: Exception) -> Exception:

@@ -13,21 +13,18 @@ from hypothesis import strategies as st
 
 from proxy.config import (
     WELL_KNOWN,
-    Address,
     Config,
     ConfigError,
     Disk,
     Log,
     Login,
     Namespace,
-    Reserve,
-    Secret,
     TagRule,
     Upstream,
     default_cache_directory,
     load,
-    parse_duration,
 )
+from proxy.values import Address, Reserve, Secret, parse_duration
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.yml"

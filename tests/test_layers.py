@@ -16,6 +16,7 @@ LAYERS = (
     ("storage.registry", "storage.disk"),
     ("storage.files", "storage.records"),
     ("storage.store",),
+    ("proxy.values",),
     (
         "proxy.config",
         "proxy.web.routes",

@@ -1,0 +1,258 @@
+"""What a value of the configuration may be.
+
+Each parser takes what YAML gave, and raises ValueError with the cause, in half a sentence.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?")
+_HOST = re.compile(rf"{_NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", re.ASCII)
+_AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
+_URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
+_PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
+_RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
+_HELPER = re.compile(r"[A-Za-z0-9._-]+")
+_UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
+_SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
+
+
+class Secret(str):
+    """A str that `repr` does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen.  `host` "" is every address of the machine, `port` 0 any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What to keep of a rate limit: so many requests, or so many in a hundred."""
+
+    requests: int = 0
+    percent: int = 0
+
+    def of(self, limit: int) -> float:
+        return self.requests or limit * self.percent / 100
+
+
+def parse_text(value: object) -> str:
+    if not isinstance(value, str):
+        hint = "" if isinstance(value, dict | list | None) else ": put it in quotes"
+        raise ValueError(f"expected a string, got {kind_of(value)}{hint}")
+    if not value:
+        raise ValueError("is empty: give it a value or leave the key out")
+    return value
+
+
+def parse_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {kind_of(value)}")
+    return value
+
+
+def parse_address(value: object) -> Address:
+    """`host:port`, `[::1]:port`, or `:port` for every address."""
+    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if not found or int(found[3]) > 65535:
+        raise ValueError("expected host:port in quotes, such as '127.0.0.1:5000', '[::1]:5000' or ':5000'")
+    if found[1]:
+        ipaddress.IPv6Address(found[1])
+    return Address(found[1] or found[2], int(found[3]))
+
+
+def parse_admin(value: object) -> Address | None:
+    """As parse_address, or None for `off`, which YAML reads as false."""
+    return None if value is False or value == "off" else parse_address(value)
+
+
+def parse_duration(value: object) -> float:
+    """`500ms`, `10s`, `1h30m`, `2w`: larger units first; in seconds."""
+    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
+        return 0.0
+    found = _DURATION.fullmatch(value) if isinstance(value, str) and value else None
+    if not found:
+        raise ValueError(
+            "expected a duration: a number and its unit, one of ms, s, m, h, d, w, such as 1h30m"
+        )
+    return math.fsum(int(n) * unit for n, unit in zip(found.groups(), _UNITS.values(), strict=True) if n)
+
+
+def parse_timeout(value: object) -> float:
+    seconds = parse_duration(value)
+    if not seconds:
+        raise ValueError("must be more than 0")
+    return seconds
+
+
+def parse_workers(value: object) -> int | None:
+    """A number of processes, or None for `auto`."""
+    if value == "auto":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
+        raise ValueError("expected auto, or a number of processes from 1 to 256")
+    return value
+
+
+def parse_size(value: object) -> int:
+    """`512KiB`, `100MB`, `500GiB`: in bytes; K, M, G and T with iB are powers of 1024, with B of 1000."""
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not found or not int(found[1]):
+        raise ValueError(
+            "expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+        )
+    power: int = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+    return int(found[1]) * power
+
+
+def parse_count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
+        raise ValueError("expected a number from 1 to 1000000")
+    return value
+
+
+def parse_freshness(value: object) -> float:
+    """A duration, or infinity for `forever`."""
+    return math.inf if value == "forever" else parse_duration(value)
+
+
+def parse_pattern(value: object) -> re.Pattern[str]:
+    """A glob, or `re:` and a regular expression; to be used with fullmatch."""
+    text = parse_text(value)
+    try:
+        return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+
+
+def parse_path(value: object) -> Path:
+    text = parse_text(value)
+    if text.startswith("~"):
+        raise ValueError("~ is not expanded: write ${HOME}")
+    return Path(text)
+
+
+def parse_name(value: object) -> str:
+    """A namespace's name: a host, with a port where it has one, or a plain word."""
+    text = parse_text(value)
+    if not _NAME.fullmatch(text):
+        raise ValueError("expected a host, with or without :port, or a plain word, in lower case")
+    return text
+
+
+def parse_host(value: object) -> str:
+    text = parse_text(value)
+    if not _HOST.fullmatch(text):
+        raise ValueError("expected a host, with or without :port, in lower case")
+    return text
+
+
+def parse_url(value: object) -> str:
+    """Where a registry is; without a slash at its end."""
+    text = parse_text(value)
+    if not text.startswith(("https://", "http://")):
+        raise ValueError("must begin with https:// or http://")
+    if "@" in text:
+        raise ValueError("must hold no user name: use the keys username and password")
+    if "?" in text or "#" in text:
+        raise ValueError("must hold no query and no fragment")
+    if not _has_authority(_URL.fullmatch(text)):
+        raise ValueError("expected https://host, https://host:port or https://host/path")
+    text = text.removesuffix("/")
+    if text.endswith("/v2"):
+        raise ValueError("leave /v2 out: it is added to every request")
+    return text
+
+
+def parse_urls(value: object) -> tuple[str, ...]:
+    """Where a registry is, and where else: a URL, or a list of them in the order to try."""
+    if not isinstance(value, list):
+        return (parse_url(value),)
+    if not value:
+        raise ValueError("names none")
+    urls: list[str] = []
+    for number, each in enumerate(value):
+        try:
+            urls.append(parse_url(each))
+        except ValueError as error:
+            raise ValueError(f"[{number}]: {error}") from None
+    if len(set(urls)) < len(urls):
+        raise ValueError("names one twice")
+    return tuple(urls)
+
+
+def parse_reserve(value: object) -> Reserve:
+    """A number of requests, or a percentage of the limit."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return Reserve(requests=value)
+    found = _RESERVE.fullmatch(value) if isinstance(value, str) else None
+    if not found or (found[2] and int(found[1]) > 100):
+        raise ValueError("expected a number of requests, or a percentage of the limit such as 10%")
+    return Reserve(percent=int(found[1])) if found[2] else Reserve(requests=int(found[1]))
+
+
+def parse_proxy(value: object) -> Secret:
+    """A Secret because `http://user:password@host:port` is allowed."""
+    text = parse_secret(value)
+    if not _has_authority(_PROXY.fullmatch(text)):
+        raise ValueError("expected http://host:port or http://user:password@host:port")
+    return text
+
+
+def parse_secret(value: object) -> Secret:
+    return Secret(parse_text(value))
+
+
+def parse_username(value: object) -> str:
+    text = parse_text(value)
+    if ":" in text:  # RFC 7617, section 2
+        raise ValueError("a user name cannot hold a colon")
+    return text
+
+
+def parse_helper(value: object) -> str:
+    text = parse_text(value)
+    if not _HELPER.fullmatch(text):
+        raise ValueError("expected what follows docker-credential- in the program's name, such as ecr-login")
+    return text
+
+
+def _has_authority(found: re.Match[str] | None) -> bool:
+    """Whether a URL's host and port, groups 1 (IPv6) and 2, are possible ones.  Raises ValueError."""
+    if not found:
+        return False
+    if found[1]:
+        ipaddress.IPv6Address(found[1])
+    return not found[2] or 0 < int(found[2]) < 65536
+
+
+def without_port(name: str) -> str:
+    """A host's name as it is compared: without the ports that are the schemes' own."""
+    host, _, port = name.rpartition(":")
+    return host if port in ("443", "80") else name
+
+
+def kind_of(value: object) -> str:
+    names = {"dict": "a mapping", "list": "a list", "str": "a string", "NoneType": "nothing"}
+    names |= {"int": "a number", "float": "a number", "bool": "true or false"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")

@@ -17,7 +17,7 @@ from yarl import URL
 from proxy import config
 from proxy.cache import Cache, Policy
 from proxy.fills import Fills
-from proxy.limits import Turns, part
+from proxy.limits import Bandwidth, Turns, part
 from proxy.listening import BACKLOG, StartError, bind_all
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry import Metrics
@@ -142,10 +142,11 @@ class App:
         )
         try:
             credentials = [_credentials(login) for login in upstream.logins()]
+            bandwidth = Bandwidth(part(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
             origins = []
             for url in upstream.url:
                 reach = replace(connect, plain_http=upstream.allows_http(url))
-                given = Settings(url, reach, upstream.token_realms, upstream.reserve.of)
+                given = Settings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
                 origins.append(Upstream(name, given, credentials, metrics, self._clock))
         except OSError as error:
             needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)

@@ -266,7 +266,6 @@ class Fills:
                 if 0 <= size < upload.offset + len(chunk):
                     raise OriginFailed(f"{source.namespace} sent more than the {size} bytes it announced")
                 await upload.write(chunk)
-                self._metrics.received.labels(source.namespace).inc(len(chunk))
             if upload.offset < size:
                 raise OriginFailed(f"{source.namespace} ended at byte {upload.offset} of {size}")
         finally:

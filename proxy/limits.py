@@ -36,7 +36,7 @@ class Turns:
 class Bandwidth:
     """Bytes a second, over all transfers that take theirs here; None is no bound."""
 
-    def __init__(self, rate: float | None) -> None:
+    def __init__(self, rate: float | None = None) -> None:
         self._rate = rate
         self._paid_until = 0.0  # of the loop's clock: when what was taken so far has been earned
 

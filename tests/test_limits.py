@@ -109,3 +109,12 @@ async def test_lazy_passes_a_range_through_and_fetches_no_more(serve: Serve, ups
     upstream.clear()
     assert (await site.get(f"/v2/alpine/blobs/{digest}", Range="bytes=5-9"))[2] == content[5:10]
     assert upstream.log == []
+
+
+async def test_the_blobs_of_an_upstream_keep_to_its_bandwidth(serve: Serve, upstream: Upstream) -> None:
+    content = os.urandom(1_000_000)
+    digest = upstream.blob("library/alpine", content)
+    site = await serve(upstream, options={"bandwidth": "2MB"})
+    begun = asyncio.get_running_loop().time()
+    assert (await site.get(f"/v2/alpine/blobs/{digest}"))[2] == content
+    assert asyncio.get_running_loop().time() - begun > 0.3

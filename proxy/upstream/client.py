@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ import msgspec
 import structlog
 from yarl import URL
 
+from proxy.limits import Bandwidth
 from proxy.telemetry import Metrics, current
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.health import UNTOLD, Budgets, seconds_until
@@ -71,6 +72,7 @@ _VAGUE = frozenset(("", "application/json", "text/plain", "text/html", OCTETS))
 class Settings:
     """`url` ends before /v2; `token_realms` are hosts that may be asked for tokens besides its own.
 
+    Blobs keep to `bandwidth`, which several upstreams may share.
     `reserve` says how much of a rate limit is kept for what is not known yet; nothing, if it says 0.
     """
 
@@ -78,6 +80,7 @@ class Settings:
     connect: Connect = field(default_factory=Connect)
     token_realms: tuple[str, ...] = ()
     reserve: Callable[[int], float] = lambda limit: 0
+    bandwidth: Bandwidth = field(default_factory=Bandwidth)
 
 
 class Upstream(Registry):
@@ -97,6 +100,8 @@ class Upstream(Registry):
         self._url = settings.url.rstrip("/")
         self._metrics = metrics
         self._reserve = settings.reserve
+        self._bandwidth = settings.bandwidth
+        self._received = metrics.received.labels(name)
         self._transport = Transport(
             name,
             settings.connect,
@@ -159,10 +164,15 @@ class Upstream(Registry):
             if size < 0:
                 # Clients want a length, and progress needs one.
                 size = (await self.resolve_blob(repository, digest)).size
-            return _Download(self._transport, response, Descriptor(OCTETS, digest, size), start)
+            descriptor = Descriptor(OCTETS, digest, size)
+            return _Download(self._transport, response, descriptor, start, self._took)
         except BaseException:
             response.close()
             raise
+
+    async def _took(self, number: int) -> None:
+        self._received.inc(number)
+        await self._bandwidth.take(number)
 
     def _extent(self, response: aiohttp.ClientResponse, span: Span | None) -> tuple[int, int]:
         """Where the body starts in the blob, and the blob's size, or -1."""
@@ -398,6 +408,7 @@ class Upstream(Registry):
 
     async def _content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         content = await self._transport.read(response, limit)
+        self._received.inc(len(content))
         encoding = _encoding(response)
         if not encoding:
             return content
@@ -443,9 +454,15 @@ class _Download(Blob):
     """A body under way; it can be read once."""
 
     def __init__(
-        self, transport: Transport, response: aiohttp.ClientResponse, descriptor: Descriptor, start: int
+        self,
+        transport: Transport,
+        response: aiohttp.ClientResponse,
+        descriptor: Descriptor,
+        start: int,
+        took: Callable[[int], Awaitable[None]],
     ) -> None:
         self.descriptor = descriptor
+        self._took = took
         self._transport = transport
         self._response = response
         self._position = start
@@ -455,6 +472,7 @@ class _Download(Blob):
             raise ValueError(f"the body is past byte {start}")
         try:
             async for chunk in self._response.content.iter_any():
+                await self._took(len(chunk))
                 # An upstream that ignores Range sends what we have once more.
                 skipped = min(len(chunk), start - self._position)
                 self._position += len(chunk)

@@ -85,7 +85,7 @@ class Parent:
     ) -> None:
         self._config = config
         self._reload = reload
-        self._command = command or [sys.executable, "-m", "proxy", "worker"]
+        self._command = command or [sys.executable, "-P", "-m", "proxy", "worker"]
         self._sockets: dict[tuple[str, Address | None], list[socket.socket]] = {}
         self._metrics = Path(tempfile.mkdtemp(prefix="entrepot-metrics-"))
         self._changes: set[asyncio.Task[None]] = set()

@@ -4,6 +4,7 @@ Whoever meets a failure reports it here, and gets the StorageFailed to raise.  T
 is an event, `disk.failed`; those that follow are not.  The cause stands until
 
 - of a full disk: there is room for what did not fit;
+- of one that is read-only: it no longer is, and something was written;
 - of all else: something of the same kind works that is as large as what failed;
 - or nothing has failed for it for a while;
 
@@ -34,13 +35,8 @@ SPARE = 1 << 20  # bytes that blobs leave free, for records
 FORGOTTEN = 600.0  # seconds without a failure after which anything that works is good enough
 
 _FULL = os.strerror(errno.ENOSPC)
-# What SQLite makes of an errno: the same cause, whoever meets it.
-_SQLITE = {
-    sqlite3.SQLITE_FULL: _FULL,
-    sqlite3.SQLITE_READONLY: os.strerror(errno.EROFS),
-    sqlite3.SQLITE_IOERR: os.strerror(errno.EIO),
-}
-_PASSING = {_FULL, *map(os.strerror, (errno.EROFS, errno.EIO, errno.EDQUOT))}
+_READ_ONLY = os.strerror(errno.EROFS)
+_PASSING = {_FULL, _READ_ONLY, os.strerror(errno.EIO), os.strerror(errno.EDQUOT)}
 
 
 def primary(error: Exception) -> int:
@@ -49,11 +45,7 @@ def primary(error: Exception) -> int:
 
 
 def _cause(error: BaseException | None) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, sqlite3.Error):
-        return _SQLITE.get(primary(error)) or str(error)
-    return str(error)
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def may_pass(error: StorageFailed) -> bool:
@@ -90,9 +82,9 @@ class Disk:
 
         What it returns is to be raised from `error`.
         """
-        cause = _cause(error)
-        # Blobs and records share the room, but not the fate of a file.
-        key = ("room" if cause == _FULL else kind), cause
+        cause = self._cause(error)
+        # Blobs and records share the disk, but not the fate of a file.
+        key = ("disk" if cause in (_FULL, _READ_ONLY) else kind), cause
         with self._lock:
             known = self._troubles.get(key)
             size = max(size, known.size if known else 0)
@@ -100,6 +92,20 @@ class Disk:
         if known is None:
             log.error("disk.failed", path=str(path), cause=cause, action="pulls go on uncached")
         return StorageFailed(f"{path}: {cause}")
+
+    def _cause(self, error: Exception) -> str:
+        """The same, whoever meets it."""
+        if primary(error) == sqlite3.SQLITE_FULL:
+            return _FULL
+        if primary(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and self._read_only():
+            return _READ_ONLY
+        return _cause(error)
+
+    def _read_only(self) -> bool:
+        try:
+            return bool(os.statvfs(self._root).f_flag & os.ST_RDONLY)
+        except OSError:
+            return False
 
     def worked(self, kind: str, size: int = 0) -> None:
         """Something of `size` bytes was written."""
@@ -113,8 +119,10 @@ class Disk:
 
     def _is_over(self, key: tuple[str, str], kind: str, size: int) -> bool:
         trouble = self._troubles[key]
-        if key[0] == "room":
+        if key == ("disk", _FULL):
             over = self.room() >= trouble.size
+        elif key == ("disk", _READ_ONLY):
+            over = not self._read_only()
         elif key[0] == kind:
             over = size >= trouble.size
         else:

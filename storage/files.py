@@ -466,8 +466,9 @@ class Files:
             ours = _try_lock(file) and not (recent and _runs(int(pid)))
             yield ours
             if ours:
-                os.ftruncate(file, 0)
-                os.pwrite(file, f"{os.getpid()} {self._clock()}".encode(), 0)
+                with self.guard(path):
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, f"{os.getpid()} {self._clock()}".encode(), 0)
         finally:
             os.close(file)
 

@@ -116,6 +116,7 @@ class Records:
         self._disk = disk or Disk(directory.parent, clock)
         self._opening = threading.Lock()
         self._turn = threading.Lock()
+        self._local = threading.local()
         self._opened: tuple[_Database, Identity] | None = None
         self._rebuilding: threading.Thread | None = None
         self._rebuilt_at = -math.inf
@@ -176,6 +177,9 @@ class Records:
         cache: _Database | None = None
         try:
             cache, found = self._current(found)
+            former, self._local.cache = getattr(self._local, "cache", cache), cache
+            if former is not cache:
+                former.close()  # this thread's connection to what has gone
             return work(cache)
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             if cache is not None:

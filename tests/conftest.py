@@ -197,6 +197,6 @@ def _descriptors() -> set[str]:
         except FileNotFoundError:
             continue
         # SQLite's are the executor threads', and close with them.
-        if target.startswith(("socket:", "/")) and "/records/" not in target:
+        if target.startswith(("socket:", "/")) and "/records" not in target:
             found.add(f"{entry.name} -> {target}")
     return found

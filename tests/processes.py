@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,22 @@ class Server:
     def pids(self) -> list[int]:
         """Of the workers."""
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    async def gone(self, *pids: int) -> None:
+        """Wait for the end of these."""
+        for pid in pids:
+            try:
+                file = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            ended = asyncio.Event()
+            asyncio.get_running_loop().add_reader(file, ended.set)
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await ended.wait()
+            finally:
+                asyncio.get_running_loop().remove_reader(file)
+                os.close(file)
 
     async def worker(self, pid: int) -> Worker:
         """A connection to that very one: the others are stopped while it is accepted."""

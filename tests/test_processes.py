@@ -348,10 +348,12 @@ async def test_a_new_configuration_takes_effect_and_no_request_fails(place: Plac
 
     async def reload() -> None:
         for nth in (1, 2, 3):
+            old = server.pids()
             place.tree["namespaces"][f"edge{nth}.example"] = {"upstream": upstream.url}
             place.configure()
             server.send(signal.SIGHUP)
             await server.heard("config.reloaded", nth)
+            await server.gone(*old)
 
     await under_load(server, reload)
     assert not set(server.pids()) & set(before)
@@ -383,14 +385,18 @@ async def test_downloads_outlive_a_new_configuration(place: Place, upstream: Ups
     hold = held(upstream, name, 1 << 20)
     server = await place.start()
     (old, _) = await server.workers()
+    before = server.pids()
     async with old.ask(blob(name)) as response:
         begun = await response.content.readexactly((1 << 20) - 1)
         server.send(signal.SIGHUP)
         await server.heard("config.reloaded")
-        (new, _) = [await server.worker(pid) for pid in server.pids() if pid != old.pid][-2:]
+        (new, _) = [await server.worker(pid) for pid in server.pids() if pid not in before]
         async with new.ask(blob(name)) as other:
             assert await other.content.readexactly((1 << 20) - 1) == begun
+            server.send(signal.SIGTERM)  # with those of two configurations at work
+            await refused(server.url)
             hold.gate.set()
             assert await digest(other, begun) == name
         assert await digest(response, begun) == name
+    assert await server.ended() == 0
     assert [request.method for request in upstream.requests] == ["GET", "HEAD"]

@@ -35,6 +35,7 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
+LONGEST_WAIT = 30.0  # seconds, whatever an origin tells of when to come back
 RETRIES = 4  # in a row without a byte between them
 BACKOFF = 0.2  # seconds before the second one in a row, doubling; after progress there is no wait
 FAR_AHEAD = 16 << 20  # bytes; a reader so far before the frontier asks the origin itself
@@ -232,7 +233,7 @@ class Fills:
             await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
             fill.repositories.add(fill.source.repository)
             return upload
-        failures = 0
+        failures, told = 0, 0.0
         while True:
             before = upload.offset
             try:
@@ -249,8 +250,9 @@ class Fills:
                 if not fill.started.done() or failures > RETRIES:
                     raise
                 _log(fill).warning("fill.interrupted", offset=upload.offset, error=str(error))
+                told = min(error.retry_after or 0.0, LONGEST_WAIT)
             if failures:
-                await asyncio.sleep(self._backoff * 2 ** (failures - 1))
+                await asyncio.sleep(max(told, self._backoff * 2 ** (failures - 1)))
 
     async def _receive(self, fill: Fill, upload: FileUpload) -> None:
         source = fill.source
@@ -262,6 +264,9 @@ class Fills:
             upload.expect(size)
             if not fill.started.done():
                 fill.started.set_result((upload, blob.descriptor))
+            elif (started := fill.started.result()) and 0 <= started[1].size != size:
+                # Who follows was promised the other size, and would take that many bytes for all.
+                raise OriginFailed(f"{source.namespace} told {started[1].size} bytes first, now {size}")
             async for chunk in blob.chunks(upload.offset):
                 if 0 <= size < upload.offset + len(chunk):
                     raise OriginFailed(f"{source.namespace} sent more than the {size} bytes it announced")

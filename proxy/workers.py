@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import pickle
 import shutil
@@ -40,6 +41,7 @@ log = structlog.get_logger()
 LIVED = 60.0  # seconds after which a death counts as the first one
 WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a worker is replaced that died young
 GRACE = 10.0  # seconds beyond `drain` before a worker is killed
+_METRICS = "entrepot-metrics-"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Parent:
         self._reload = reload
         self._command = command or [sys.executable, "-P", "-m", "proxy", "worker"]
         self._sockets: dict[tuple[str, Address | None], list[socket.socket]] = {}
-        self._metrics = Path(tempfile.mkdtemp(prefix="entrepot-metrics-"))
+        self._metrics, self._metrics_lock = _metrics_directory()
         self._changes: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -101,9 +103,11 @@ class Parent:
 
     async def start(self) -> None:
         """Raises StartError; then nothing is left behind."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         try:
-            self._bind(self._config)
-            self._generation = await self._launch(self._config)
+            async with self._reloading:  # a change waits until there is something to change
+                self._bind(self._config)
+                self._generation = await self._launch(self._config)
         except BaseException:
             await self.stop()
             raise
@@ -113,7 +117,6 @@ class Parent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         await self._stopping.wait()
 
     async def stop(self) -> None:
@@ -126,6 +129,9 @@ class Parent:
         self._unbind()  # before it drains: nobody is to be left waiting for whom nobody will serve
         await asyncio.gather(*map(self._retire, generations))
         shutil.rmtree(self._metrics, ignore_errors=True)
+        if self._metrics_lock >= 0:
+            os.close(self._metrics_lock)
+            self._metrics_lock = -1
 
     # Configuration
 
@@ -197,7 +203,7 @@ class Parent:
                 if not serving.done():
                     serving.set_exception(error)
                     return
-                status = str(error)
+                status, pid = str(error), None
             else:
                 if not serving.done():
                     serving.set_result(None)
@@ -220,7 +226,7 @@ class Parent:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,
-                pass_fds=(*listen, *admin, theirs),
+                pass_fds=(*listen, *admin, theirs, self._metrics_lock),
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
             )
         except OSError as error:
@@ -261,6 +267,32 @@ class Parent:
 
 def _addresses(config: Config) -> tuple[tuple[str, Address | None], ...]:
     return ("listen", config.listen), ("admin", config.admin)
+
+
+def _metrics_directory() -> tuple[Path, int]:
+    """One that is new, and a lock on it: workers inherit that, so it is free when the last has ended.
+
+    Those of parents that were killed are removed.
+    """
+    place = Path(tempfile.gettempdir())
+    for path in place.glob(f"{_METRICS}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or in use
+            os.close(_locked(path))
+            shutil.rmtree(path, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=f".{_METRICS}"))
+    lock = _locked(path)
+    # Only now under the name by which it would be found, and removed, by a parent that starts meanwhile.
+    return path.rename(path.with_name(path.name[1:])), lock
+
+
+def _locked(directory: Path) -> int:
+    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise
+    return file
 
 
 async def _read(file: int) -> str:

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
@@ -61,7 +62,7 @@ class FileBlob(Blob):
         """
         if self._upload is None:
             return self.descriptor.size
-        return await self._upload.wait_past(offset)
+        return await self._upload.wait_past(offset, self.descriptor.size)
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         while stop is None or start < stop:
@@ -278,12 +279,21 @@ class FileUpload(Upload):
         # Reads are by position, so that a duplicate serves: no path that could vanish in between.
         return FileBlob(os.dup(self._file), descriptor, self)
 
-    async def wait_past(self, offset: int) -> int:
-        while self._readable <= offset and self._error is None and not self._complete:
+    async def wait_past(self, offset: int, size: int = -1) -> int:
+        """See FileBlob.readable(); `size` is what the reader was promised, if anything.
+
+        Of that, too, the last byte is withheld: a promise may be wrong.
+        """
+        withheld = size - 1 if size >= 0 else sys.maxsize
+        while min(self._readable, withheld) <= offset and self._error is None and not self._complete:
             await self._moved.wait()
-        if self._readable <= offset and self._error is not None:
+        if self._complete:
+            if size not in (-1, self.offset):
+                raise Unavailable(f"{size} bytes were promised, but there are {self.offset}")
+            return self._readable
+        if min(self._readable, withheld) <= offset and self._error is not None:
             raise self._error
-        return self._readable
+        return min(self._readable, withheld)
 
     def _move(self, readable: int) -> None:
         self._readable = readable

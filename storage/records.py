@@ -61,6 +61,9 @@ _OF_THE_DISK = {
     sqlite3.SQLITE_INTERRUPT,
 }
 
+# diskcache reads its settings from the database, and believes them: the last ones come of that.
+_FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError, TypeError, LookupError, AttributeError)
+
 Identity = tuple[int, int] | None  # of a file; None: there is none
 
 
@@ -76,7 +79,7 @@ class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
 
 
 class _Database(diskcache.Cache):  # type: ignore[misc]
-    """Raises sqlite3.Error, OSError, diskcache.Timeout."""
+    """Raises _FAILURES."""
 
     def __init__(self, directory: Path) -> None:
         try:
@@ -91,11 +94,8 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
                 # A page that vanishes from a mapped file is no error to handle but a signal that kills.
                 sqlite_mmap_size=0,
             )
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if isinstance(error, ValueError | TypeError | LookupError | AttributeError):
-                # It reads its settings from the database, and believes them.
-                raise sqlite3.DatabaseError(f"settings: {error}") from error
             raise
 
 
@@ -135,7 +135,7 @@ class Records:
 
     def put(self, key: str, value: bytes) -> None:
         with self._writing(len(value)):
-            self._do(lambda cache: cache.set(key, _check(key, value) + value))
+            self._do(lambda cache: cache.set(key, _check(key, value) + value), len(value))
 
     def delete(self, key: str) -> bool:
         """Whether it was there."""
@@ -172,20 +172,23 @@ class Records:
 
     # Opening
 
-    def _do(self, work: Callable[[_Database], T]) -> T:
+    def _do(self, work: Callable[[_Database], T], size: int = 0, again: bool = True) -> T:
         found = _identity(self._file)
         cache: _Database | None = None
         try:
             cache, found = self._current(found)
-            former, self._local.cache = getattr(self._local, "cache", cache), cache
+            former: Any = getattr(self._local, "cache", cache)
+            self._local.cache = cache
             if former is not cache:
                 former.close()  # this thread's connection to what has gone
             return work(cache)
-        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+        except _FAILURES as error:
             if cache is not None:
                 with suppress(sqlite3.Error):
                     cache.close()  # this thread's: it may be in a transaction, or the disk was read-only
-            raise self._failed(_origin(error), found) from _origin(error)
+            if again and cache is not None and _identity(self._file) != found:
+                return self._do(work, size, again=False)  # it was taken away under us
+            raise self._failed(_origin(error), found, size) from _origin(error)
 
     def _current(self, found: Identity) -> tuple[_Database, Identity]:
         """The database that has the name; another one where it was rebuilt, or removed."""
@@ -199,10 +202,10 @@ class Records:
                     opened = self._opened = cache, _identity(self._file)
         return opened
 
-    def _failed(self, error: Exception, found: Identity) -> StorageFailed:
+    def _failed(self, error: Exception, found: Identity, size: int) -> StorageFailed:
         short = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ  # a truncated log
         if isinstance(error, OSError) or (primary(error) in _OF_THE_DISK and not short):
-            return self._disk.failed(KIND, self._directory, error)
+            return self._disk.failed(KIND, self._directory, error, size)
         self._rebuild(found)
         return StorageFailed(f"records in {self._directory} are damaged: {error}")
 
@@ -256,7 +259,7 @@ class Records:
                 kept = sorted(aside.parent.glob(f"{self._directory.name}.damaged-*"))
                 for each in kept[:-KEPT]:
                     shutil.rmtree(each, ignore_errors=True)
-        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+        except _FAILURES as error:
             shutil.rmtree(fresh, ignore_errors=True)
             self._disk.failed(KIND, fresh, _origin(error))
 

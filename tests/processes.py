@@ -1,4 +1,4 @@
-"""The server as people run it: `entrepot serve`, a parent and its workers, and what they say of themselves."""
+"""The server as people run it: `entrepot serve`, a parent and its workers, and what they say."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ class Worker:
         )
 
     @asynccontextmanager
-    async def ask(self, path: str, method: str = "GET", **headers: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def ask(
+        self, path: str, method: str = "GET", **headers: str
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Fails where another worker answers.  Names in `headers` have _ for -."""
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         async with self._session.request(method, self._url + path, headers=given) as response:
@@ -57,7 +59,7 @@ class Worker:
         found = []
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             try:
-                found.append(os.readlink(entry))
+                found.append(str(entry.readlink()))
             except FileNotFoundError:
                 continue
         return sorted(each for each in found if each.startswith(("socket:", "/")) and "/records" not in each)
@@ -144,19 +146,25 @@ class Server:
                 os.close(file)
 
     async def worker(self, pid: int) -> Worker:
-        """A connection to that very one: the others are stopped while it is accepted."""
+        """A connection to that very one."""
         worker = Worker(pid, self.url)
         self._workers.append(worker)
+        with self.alone(pid):
+            async with asyncio.timeout(PATIENCE):
+                await worker.get("/v2/")
+        return worker
+
+    @contextmanager
+    def alone(self, pid: int) -> Iterator[None]:
+        """Inside, that worker accepts all connections: the others are stopped."""
         others = [each for each in self.pids() if each != pid]
         for other in others:
             os.kill(other, signal.SIGSTOP)
         try:
-            async with asyncio.timeout(PATIENCE):
-                await worker.get("/v2/")
+            yield
         finally:
             for other in others:
                 os.kill(other, signal.SIGCONT)
-        return worker
 
     async def workers(self) -> list[Worker]:
         """A connection to each."""
@@ -188,7 +196,7 @@ class Server:
             await worker.close()
         if not self._listening.done():
             await self.kill()
-        await self._process.wait()
+        await self._process.communicate()
         await asyncio.sleep(0)  # its pipes are closed in the next turn of the loop
 
     # What it shows

@@ -673,7 +673,6 @@ async def test_a_transfer_that_breaks_off_goes_on_from_the_next_url(
 
 
 @pytest.mark.errors("fill.failed")
-@pytest.mark.xfail(strict=True, reason="proxy.fills does not compare the sizes that the two told")
 async def test_who_was_told_another_size_is_cut_off(serve: Serve, mirrors: Mirrors) -> None:
     """Else the client of one that told too little has a complete body of wrong bytes."""
     first, second, _ = mirrors
@@ -685,7 +684,6 @@ async def test_who_was_told_another_size_is_cut_off(serve: Serve, mirrors: Mirro
     assert (await pull(site, blob_of(image.layers[0])))[:2] == (200, bytes(100))
 
 
-@pytest.mark.xfail(strict=True, reason="proxy.fills looks at its own back-off only, not at retry_after")
 async def test_a_transfer_under_way_waits_as_long_as_it_is_told(
     serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ async def read(blob: FileBlob, start: int = 0, stop: int | None = None) -> bytes
 async def write_through(upload: FileUpload, content: bytes) -> None:
     """Write, and wait until it is in the file."""
     await upload.write(content)
-    blob = upload.follow(WHOLE)
+    blob = upload.follow(Descriptor(OCTETS, WHOLE.digest, -1))
     await blob.readable(upload.offset - 2)
     await blob.close()
 

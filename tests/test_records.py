@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sqlite3
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,11 @@ import diskcache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import LogCapture
 
 from storage.errors import StorageFailed
-from storage.records import Records
+from storage.records import AGAIN, Records
+from tests.conftest import Clock
 
 MANY = 1_200  # more than two batches of a scan
 
@@ -218,23 +224,295 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         Records(tmp_path / "file" / "records")
 
 
-def test_a_file_that_is_no_database_is_named(directory: Path) -> None:
-    directory.mkdir()
-    (directory / "cache.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(StorageFailed, match=str(directory)):
-        Records(directory)
+# Damage
 
 
-def test_a_database_that_loses_its_table_fails_as_storage(records: Records, directory: Path) -> None:
-    with sqlite3.connect(directory / "cache.db") as connection:
-        connection.execute("DROP TABLE Cache")
-    connection.close()
-    for use in (
-        lambda: records.get("tag r a"),
-        lambda: records.put("tag r a", b""),
-        lambda: records.delete("tag r a"),
+def settle() -> None:
+    """Wait until what is being rebuilt is."""
+    for thread in threading.enumerate():
+        if thread.name == "records":
+            thread.join()
+
+
+def damaged(directory: Path) -> list[Path]:
+    return sorted(directory.parent.glob("records.damaged-*"))
+
+
+def expected(count: int) -> dict[str, bytes]:
+    return {f"tag r {number:04}": b"%d" % number * (number % 50) for number in range(count)}
+
+
+def filled(directory: Path, count: int) -> dict[str, bytes]:
+    """Records of a database that is closed, and all in one file."""
+    records = Records(directory)
+    for key, value in expected(count).items():
+        records.put(key, value)
+    records.close()
+    with closing(sqlite3.connect(directory / "cache.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return expected(count)
+
+
+def use(records: Records, key: str) -> None:
+    """Every way to read and write; it may fail, but in one way only."""
+    for way in (
+        lambda: records.get(key),
+        lambda: records.put("tag r other", b"x"),
+        lambda: records.delete("tag r none"),
         lambda: records.first("tag "),
         lambda: list(records.scan("tag ")),
     ):
-        with pytest.raises(StorageFailed, match=str(directory)):
-            use()
+        with suppress(StorageFailed):
+            way()
+
+
+@pytest.mark.errors("records.damaged")
+@pytest.mark.parametrize("content", [b"not a database" * 1000, b"SQLite format 3\0", b"\0" * 8192])
+def test_a_file_that_is_no_database_makes_way(directory: Path, content: bytes, events: LogCapture) -> None:
+    directory.mkdir()
+    (directory / "cache.db").write_bytes(content)
+    records = Records(directory)
+    settle()
+    records.put("tag r a", b"1")
+    assert records.get("tag r a") == b"1"
+    (aside,) = damaged(directory)
+    assert (aside / "cache.db").read_bytes() == content
+    (told,) = [each for each in events.entries if each["event"] == "records.damaged"]
+    assert (told["path"], told["salvaged"]) == (str(aside), 0)
+    assert {path.name for path in directory.parent.iterdir()} == {"records", "records.lock", aside.name}
+    records.close()
+
+
+@pytest.mark.errors("records.damaged", "disk.failed")
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+)
+@given(
+    places=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=3000)), max_size=6
+    ),
+    cut=st.none() | st.floats(0, 1),
+    running=st.booleans(),
+)
+def test_whatever_is_damaged_no_record_is_wrong_and_it_works_again(
+    sound: tuple[bytes, dict[str, bytes]],
+    tmp_path_factory: pytest.TempPathFactory,
+    places: list[tuple[float, bytes]],
+    cut: float | None,
+    running: bool,
+) -> None:
+    content, values = sound
+    directory = tmp_path_factory.mktemp("damaged") / "records"
+    directory.mkdir()
+    file = directory / "cache.db"
+    file.write_bytes(content)
+    records = Records(directory) if running else None
+    if records is not None:
+        assert records.get("tag r 0001") == b"1"
+    with file.open("r+b") as opened:
+        for at, noise in places:
+            opened.seek(int(at * len(content)))
+            opened.write(noise)
+        if cut is not None:
+            opened.truncate(int(cut * len(content)))
+    records = records or Records(directory)
+    for _ in range(2):
+        for key in [*values][::7]:
+            use(records, key)
+        settle()
+    found = dict(records.scan("tag r "))
+    found.pop("tag r other", None)
+    assert found.items() <= values.items()
+    assert all(records.get(key) in (None, value) for key, value in values.items())
+    for key in ("tag r 0003", "tag r new"):
+        with suppress(StorageFailed):  # so far nothing may have met the damage
+            records.put(key, b"again")
+    settle()
+    records.put("tag r new", b"again")
+    assert records.get("tag r new") == b"again"
+    records.close()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, bytes]]:
+    """A database file, and what it holds."""
+    directory = tmp_path_factory.mktemp("sound") / "records"
+    values = filled(directory, 400)
+    return (directory / "cache.db").read_bytes(), values
+
+
+@pytest.mark.errors("records.damaged")
+def test_all_but_the_damaged_pages_is_salvaged(directory: Path) -> None:
+    values = filled(directory, 3000)
+    file = directory / "cache.db"
+    content = file.read_bytes()
+    for key in ("tag r 0500", "tag r 1700", "tag r 2999"):
+        # Its row, not its entry of the index.
+        check = zlib.crc32(values[key], zlib.crc32(key.encode())).to_bytes(4, "big")
+        at = content.index(check)
+        with file.open("r+b") as opened:
+            opened.seek(at // 4096 * 4096)
+            opened.write(b"\xa5" * 4096)
+    records = Records(directory)
+    for key in values:
+        with suppress(StorageFailed):
+            records.get(key)
+    settle()
+    found = dict(records.scan("tag r "))
+    assert found.items() < values.items()
+    assert len(values) - 300 < len(found) < len(values)
+    for key in ("tag r 0000", "tag r 1000", "tag r 2000", "tag r 2700"):
+        assert found[key] == values[key]
+    records.close()
+
+
+@pytest.mark.errors("records.damaged")
+def test_one_of_several_moves_it_and_the_others_notice(directory: Path) -> None:
+    filled(directory, 100)
+    sharers = [Records(directory) for _ in range(4)]
+    for each in sharers:
+        assert each.get("tag r 0001") == b"1"
+    os.truncate(directory / "cache.db", 5000)
+    barrier = threading.Barrier(len(sharers))
+
+    def meet(records: Records) -> None:
+        barrier.wait()
+        for number in range(100):
+            use(records, f"tag r {number:04}")
+
+    with ThreadPoolExecutor(len(sharers)) as threads:
+        list(threads.map(meet, sharers))
+    settle()
+    assert len(damaged(directory)) == 1
+    sharers[0].put("tag r shared", b"1")
+    assert [each.get("tag r shared") for each in sharers] == [b"1"] * 4
+    sharers[3].put("tag r shared", b"2")
+    assert [each.get("tag r shared") for each in sharers] == [b"2"] * 4
+    for each in sharers:
+        each.close()
+
+
+@pytest.mark.errors("records.damaged")
+def test_two_damaged_databases_are_kept(directory: Path, clock: Clock) -> None:
+    for _ in range(4):
+        Records(directory, clock).close()
+        (directory / "cache.db").write_bytes(b"not a database" * 1000)
+        records = Records(directory, clock)
+        settle()
+        clock.advance(AGAIN)
+        records.close()
+    times = [int(path.name.rpartition("-")[2]) for path in damaged(directory)]
+    assert times == [int((clock.now - AGAIN * back) * 1000) for back in (2, 1)]
+
+
+@pytest.mark.errors("records.damaged")
+def test_no_connection_to_what_was_moved_stays_open(directory: Path) -> None:
+    filled(directory, 10)
+    records = Records(directory)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(records.put, "tag r a", b"").result()
+        os.truncate(directory / "cache.db", 0)
+        os.truncate(directory / "cache.db-wal", 0)
+        use(records, "tag r a")
+        settle()
+        records.get("tag r a")
+        thread.submit(records.put, "tag r a", b"").result()
+        held = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        assert [each for each in held if each.startswith(f"{directory}.damaged")] == []
+        thread.submit(records.close).result()
+    records.close()
+
+
+@pytest.mark.errors("records.damaged")
+def test_a_database_that_loses_its_table_fails_as_storage_and_is_rebuilt(
+    records: Records, directory: Path
+) -> None:
+    records.put("tag r a", b"1")
+    with closing(sqlite3.connect(directory / "cache.db")) as connection:
+        connection.execute("DROP TABLE Cache")
+        connection.commit()
+    with pytest.raises(StorageFailed, match=str(directory)):
+        records.get("tag r a")
+    settle()
+    assert records.get("tag r a") is None
+    records.put("tag r a", b"2")
+    assert records.get("tag r a") == b"2"
+
+
+def test_a_record_that_is_not_what_was_put_counts_as_absent(records: Records, directory: Path) -> None:
+    for key in ("tag r a", "tag r b"):
+        records.put(key, b"value of " + key.encode())
+    with closing(sqlite3.connect(directory / "cache.db")) as connection:
+        connection.execute("UPDATE Cache SET value = CAST(value || 'x' AS BLOB) WHERE key = 'tag r a'")
+        connection.execute("UPDATE Cache SET key = 'tag r c' WHERE key = 'tag r b'")
+        connection.commit()
+    assert [records.get(f"tag r {name}") for name in "abc"] == [None, None, None]
+    assert list(records.scan("tag r ")) == []
+    records.put("tag r a", b"again")
+    assert records.get("tag r a") == b"again"
+
+
+def test_no_file_is_read_or_removed_that_a_record_names(records: Records, directory: Path) -> None:
+    records.put("tag r a", b"1")
+    (directory / "precious").write_bytes(b"precious")
+    with closing(sqlite3.connect(directory / "cache.db")) as connection:
+        connection.execute("UPDATE Cache SET mode = 2, filename = 'precious'")
+        connection.commit()
+    records.get("tag r a")
+    records.put("tag r a", b"2")
+    records.delete("tag r a")
+    assert (directory / "precious").read_bytes() == b"precious"
+
+
+# The disk
+
+
+@pytest.mark.errors("disk.failed")
+def test_a_database_that_is_locked_is_waited_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, events: LogCapture
+) -> None:
+    monkeypatch.setattr("storage.records.LOCKED", 0.01)
+    hasty = Records(directory)
+    monkeypatch.undo()
+    patient = Records(directory)
+    with ThreadPoolExecutor(1) as thread, closing(sqlite3.connect(directory / "cache.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageFailed, match="locked"):
+            hasty.put("tag r a", b"hasty")
+        assert hasty.get("tag r a") is None  # reading needs no lock
+        waiting = thread.submit(patient.put, "tag r a", b"patient")
+        other.execute("COMMIT")
+        waiting.result()
+        thread.submit(patient.close).result()
+    hasty.put("tag r b", b"hasty")
+    assert hasty.get("tag r a") == b"patient"
+    assert [each["event"] for each in events.entries] == ["disk.failed", "disk.recovered"]
+    hasty.close()
+    patient.close()
+
+
+@pytest.mark.errors("disk.failed")
+def test_a_database_that_may_not_grow_is_read_all_the_same(records: Records, events: LogCapture) -> None:
+    records.put("tag r a", b"1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        for _ in range(3):
+            with pytest.raises(StorageFailed, match="disk I/O error"):
+                records.put("tag r b", b"x" * 300_000)
+            records.put("tag r a", b"2")
+            assert records.get("tag r a") == b"2"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    records.put("tag r b", b"x" * 300_000)
+    assert [each["event"] for each in events.entries] == ["disk.failed", "disk.recovered"]
+
+
+def test_what_is_closed_takes_nothing(directory: Path) -> None:
+    records = Records(directory)
+    records.close()
+    with pytest.raises(StorageFailed, match="closed"):
+        records.put("tag r a", b"1")

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from tests.conftest import Serve, Site
-from tests.upstream import Corrupt, Hold, Upstream
+from tests.upstream import Corrupt, Hold, Upstream, WrongLength
 
 REPOSITORY = "library/alpine"
 LAYER = os.urandom(3 << 20)
@@ -91,6 +91,24 @@ async def test_wrong_bytes_of_one_worker_reach_no_client_of_another(
         await first
     assert await pull(sites[1], digest) == LAYER
     assert await pull(sites[0], digest) == LAYER
+
+
+async def test_who_was_promised_too_little_by_a_head_gets_no_complete_blob(
+    sites: list[Site], upstream: Upstream
+) -> None:
+    digest = upstream.blob(REPOSITORY, LAYER)
+    hold = Hold(gate := asyncio.Event(), after=1 << 20)
+    upstream.next("GET", digest, hold)
+    upstream.next("HEAD", digest, WrongLength(by=500_000 - len(LAYER)))
+    first = asyncio.create_task(pull(sites[0], digest))
+    await hold.reached.wait()
+    async with sites[1].request("GET", f"/v2/{REPOSITORY}/blobs/{digest}") as response:
+        assert response.headers["Content-Length"] == "500000"
+        assert await response.content.readexactly(499_999) == LAYER[:499_999]
+        gate.set()
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    assert await first == LAYER
 
 
 async def test_a_tag_is_asked_for_once_in_its_time_over_all_workers(

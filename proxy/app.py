@@ -117,9 +117,7 @@ class App:
             pages = web.AppRunner(application(metrics, self._state), access_log=None)
             self.admin_url = await self._serve(pages, admin)
         limits = settings.limits
-        manners = Manners(
-            part(limits.connections_per_address, self._workers), limits.request_timeout, limits.idle_timeout
-        )
+        manners = Manners(limits.connections_per_address, limits.request_timeout, limits.idle_timeout)
         # To aiohttp 0 means to wait for ever.
         runner = web.ServerRunner(
             Listener(server.handle, manners), shutdown_timeout=max(settings.drain, 0.01)

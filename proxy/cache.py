@@ -71,13 +71,14 @@ class Remembered:
         self._known: dict[Key, tuple[float, float, RegistryError]] = {}
 
     def get(self, key: Key) -> RegistryError | None:
-        since, seconds, error = self._known.get(key, (0.0, -1.0, None))
+        since, seconds, known = self._known.get(key, (0.0, -1.0, None))
         # A clock that was set back must not make seconds of days.
-        return error if error is not None and 0 <= self._clock() - since < seconds else None
+        return known.copy() if known is not None and 0 <= self._clock() - since < seconds else None
 
     def put(self, key: Key, seconds: float, error: RegistryError) -> None:
         self._known.pop(key, None)  # so that the order is that of the last put
-        self._known[key] = self._clock(), seconds, error
+        # A copy here and there: one that was raised holds on to all that its frames knew.
+        self._known[key] = self._clock(), seconds, error.copy()
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
 
@@ -368,7 +369,7 @@ class Cache(Registry):
             raise unknown(f"{what} of {name} is not cached, and {self._namespace} is set offline")
         if (error := self._unknown.get(key)) is not None:
             current().came("negative")
-            raise error.with_traceback(None)  # or it would grow by a frame each time
+            raise error
 
     def _remember(self, key: Key, error: RegistryError) -> None:
         self._unknown.put(key, self._policy.negative_for, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -52,6 +53,9 @@ def worker() -> None:
     assignment = Assignment.read(sys.stdin.buffer)
     config = assignment.config
     telemetry.configure(config.log.format, config.log.level)
+    # A follower takes three descriptors; the soft limit is made for programs that use select().
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     async def work() -> int:
         app = App(config, sockets=assignment.sockets())

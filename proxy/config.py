@@ -173,7 +173,7 @@ class Upstream(Login, frozen=True, kw_only=True):
 
 
 class Limits(Section, frozen=True):
-    """Of clients and fills; over all workers.  Each worker has its part of the numbers."""
+    """Of clients in each worker; of fills over all workers, each of which has its part of them."""
 
     connections_per_address: Annotated[int, parse_count] = 1000
     request_timeout: Timeout = 30.0

@@ -35,6 +35,7 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
+UNTOLD = 64 << 30  # bytes that a blob may have whose size no origin tells: a body must end some time
 LONGEST_WAIT = 30.0  # seconds, whatever an origin tells of when to come back
 RETRIES = 4  # in a row without a byte between them
 BACKOFF = 0.2  # seconds before the second one in a row, doubling; after progress there is no wait
@@ -268,7 +269,7 @@ class Fills:
                 # Who follows was promised the other size, and would take that many bytes for all.
                 raise OriginFailed(f"{source.namespace} told {started[1].size} bytes first, now {size}")
             async for chunk in blob.chunks(upload.offset):
-                if 0 <= size < upload.offset + len(chunk):
+                if (size if size >= 0 else UNTOLD) < upload.offset + len(chunk):
                     raise OriginFailed(f"{source.namespace} sent more than the {size} bytes it announced")
                 await upload.write(chunk)
             if upload.offset < size:

@@ -31,6 +31,8 @@ Codes and meanings: distribution-spec, "Error Codes"; those that it does not lis
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class RegistryError(Exception):
     """A registry's refusal; `str()` is a sentence for whoever reads the client's output.
@@ -44,6 +46,10 @@ class RegistryError(Exception):
     def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def copy(self) -> Self:
+        """The same, never raised."""
+        return type(self)(str(self), retry_after=self.retry_after)
 
 
 class PathUnknown(RegistryError):

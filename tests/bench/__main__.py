@@ -21,12 +21,12 @@ import click
 
 from tests.bench import report
 from tests.bench.clients import BenchError, get
-from tests.bench.peers import DockerRegistry, Entrepot, Peer
+from tests.bench.peers import DockerRegistry, Entrepot, OneWorker, Peer
 from tests.bench.scenarios import Scenario, Target, all_scenarios, verify
 from tests.bench.upstream import REPOSITORY, TAG, Upstream
 
 NEEDED = ("docker-registry", "nginx", "wrk")  # commands, and Debian's packages of the same names
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Entrepot, DockerRegistry)}
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Entrepot, OneWorker, DockerRegistry)}
 
 
 def say(text: str) -> None:
@@ -149,7 +149,7 @@ def main(only: tuple[str, ...], peers: str, rounds: int | None, quick: bool) -> 
     names = peers.split(",")
     if unknown := set(names) - {*PEERS, "nginx"}:
         raise click.BadParameter(f"unknown: {', '.join(sorted(unknown))}", param_hint="--peers")
-    lines = [*environment(), "", *report.header()]
+    lines = [*environment(), "", *report.header(names)]
     chosen = [each for each in all_scenarios(quick) if not only or each.key in only]
     try:
         with (
@@ -161,7 +161,7 @@ def main(only: tuple[str, ...], peers: str, rounds: int | None, quick: bool) -> 
                 say(f"{scenario.key}: {', '.join(titles)}")
                 count = min(scenario.rounds, rounds or (1 if quick else scenario.rounds))
                 with tempfile.TemporaryDirectory(dir=directory) as place:
-                    lines += report.rows(scenario, run(scenario, upstream, Path(place), names, count))
+                    lines += report.rows(scenario, run(scenario, upstream, Path(place), names, count), names)
     except BenchError as error:
         raise click.ClickException(str(error)) from None
     finally:

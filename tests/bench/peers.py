@@ -95,12 +95,16 @@ class Peer:
 
 
 class Entrepot(Peer):
+    """With its defaults: one worker for each core."""
+
     name = "entrepot"
+    workers: str | int = "auto"
 
     def configure(self, directory: Path, upstream: str) -> list[str]:
         configuration = {
             "listen": f"127.0.0.1:{self.port}",
             "admin": "off",
+            "workers": self.workers,
             "disk": {"path": str(directory / "disk")},
             "default_namespace": "docker.io",
             "namespaces": {"docker.io": {"upstream": {"url": upstream}, "fresh_for": "10m"}},
@@ -108,6 +112,11 @@ class Entrepot(Peer):
         file = directory / "config.yml"
         file.write_text(yaml.safe_dump(configuration))
         return [sys.executable, "-m", "proxy", "serve", "--config", str(file)]
+
+
+class OneWorker(Entrepot):
+    name = "entrepot-1"
+    workers = 1
 
 
 class DockerRegistry(Peer):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from statistics import median
 
-from tests.bench.peers import DockerRegistry, Entrepot
+from tests.bench.peers import Entrepot
 from tests.bench.scenarios import Measure, Scenario
 from tests.bench.upstream import MIB
 
 Results = dict[str, list[list[float]]]  # peer -> round -> one figure a measure
-COLUMNS = (Entrepot.name, DockerRegistry.name, "nginx")
 
 
 def ratio(measure: Measure, ours: list[float], theirs: list[float]) -> float:
@@ -32,23 +31,28 @@ def verdict(measure: Measure, figures: dict[str, list[float]]) -> str:
     return f"{measure.aim}: {'met' if met else '**short**'}"
 
 
-def rows(scenario: Scenario, results: Results) -> list[str]:
+def rows(scenario: Scenario, results: Results, peers: list[str]) -> list[str]:
+    """A column for each of `peers`, and for each but Entrepôt one of how much better Entrepôt is."""
     lines = []
     for index, measure in enumerate(scenario.measures):
         figures = {peer: [sample[index] for sample in samples] for peer, samples in results.items()}
         size = f" ({scenario.size // MIB} MiB)" if scenario.size else ""
         cells = [f"– {measure.title}" if index else f"{measure.title}{size}", measure.unit]
-        cells += [_spread(figures.get(peer, [])) for peer in COLUMNS]
-        for peer in COLUMNS[1:]:
+        cells += [_spread(figures.get(peer, [])) for peer in peers]
+        for peer in _others(peers):
             known = Entrepot.name in figures and peer in figures
-            cells.append(f"{ratio(measure, figures[COLUMNS[0]], figures[peer]):.2f}×" if known else "")
+            cells.append(f"{ratio(measure, figures[Entrepot.name], figures[peer]):.2f}×" if known else "")
         lines.append(f"| {' | '.join([*cells, verdict(measure, figures)])} |")
     return lines
 
 
-def header() -> list[str]:
-    titles = ["work", "unit", *COLUMNS, *(f"better than {peer}" for peer in COLUMNS[1:]), "aim"]
-    return [f"| {' | '.join(titles)} |", f"|{'---|' * 2}{'--:|' * 5}---|"]
+def header(peers: list[str]) -> list[str]:
+    titles = ["work", "unit", *peers, *(f"better than {peer}" for peer in _others(peers)), "aim"]
+    return [f"| {' | '.join(titles)} |", f"|{'---|' * 2}{'--:|' * (len(titles) - 3)}---|"]
+
+
+def _others(peers: list[str]) -> list[str]:
+    return [peer for peer in peers if peer != Entrepot.name]
 
 
 def _spread(figures: list[float]) -> str:

@@ -167,6 +167,7 @@ class App:
         self._closing.append(runner.cleanup)
         for each in sockets:
             await web.SockSite(runner, each, backlog=BACKLOG).start()
+        self._closing.append(lambda: _stop_accepting(sockets))
         host, port = sockets[0].getsockname()[:2]
         return URL.build(scheme="http", host=host, port=port)
 
@@ -203,6 +204,15 @@ class App:
             await asyncio.gather(self._keeper, return_exceptions=True)
         while self._closing:
             await self._closing.pop()()
+
+
+async def _stop_accepting(sockets: list[socket.socket]) -> None:
+    """Before the servers on them are closed."""
+    # 1. a connection is accepted, a task is to make its transport  2. the server is closed  3. the transport
+    # cannot be made any more, and nobody closes the connection: its client would wait.
+    for each in sockets:
+        asyncio.get_running_loop().remove_reader(each.fileno())
+    await asyncio.sleep(0)
 
 
 def _closer(listening: socket.socket) -> Callable[[], Awaitable[None]]:

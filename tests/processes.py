@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,21 +55,6 @@ class Worker:
             assert response.status == status, await response.text()
             return await response.read()
 
-    def descriptors(self) -> list[str]:
-        """What it holds open, but for what the interpreter and the libraries hold for themselves."""
-        found = []
-        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
-            try:
-                found.append(str(entry.readlink()))
-            except FileNotFoundError:
-                continue
-        return sorted(each for each in found if each.startswith(("socket:", "/")) and "/records" not in each)
-
-    @property
-    def memory(self) -> int:
-        """Bytes in use."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     async def close(self) -> None:
         await self._session.close()
 
@@ -110,11 +96,15 @@ class Server:
 
     async def heard(self, name: str, nth: int = 1, **keys: Any) -> Event:
         """The `nth` of all events of that name and with those keys, once it has come."""
+        await self.until(lambda: len(self.said(name, **keys)) >= nth)
+        return self.said(name, **keys)[nth - 1]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until it holds, which an event may change."""
         async with asyncio.timeout(PATIENCE):
-            while len(found := self.said(name, **keys)) < nth:
-                assert not self._listening.done(), f"it has ended without {name}: {self.noise}"
+            while not condition():
+                assert not self._listening.done(), f"it has ended: {self.noise}"
                 await self._news.wait()
-        return found[nth - 1]
 
     def said(self, name: str, **keys: Any) -> list[Event]:
         return [each for each in self.events if each["event"] == name and keys.items() <= each.items()]
@@ -267,10 +257,28 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstre
         await server.clear()
     marker = request.node.get_closest_marker("errors")
     for server in place.servers:
-        assert server.noise == []
+        assert not server.noise, "".join(server.noise)
         errors = [each for each in server.events if each["level"] in ("error", "critical")]
         unexpected = [each for each in errors if each["event"] not in (marker.args if marker else ())]
         assert not unexpected, f"error events that the test did not ask for: {unexpected}"
+
+
+def memory(pid: int) -> int:
+    """Bytes that a process uses."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors(pid: int) -> Counter[str]:
+    """What a process holds open, but for what libraries keep open once it is used: databases, counters."""
+    found: Counter[str] = Counter()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except FileNotFoundError:
+            continue
+        if not ("/records/" in target or "entrepot-metrics" in target):
+            found[target.partition(":[")[0]] += 1
+    return found
 
 
 async def digest(response: aiohttp.ClientResponse, begun: bytes = b"") -> str:

@@ -9,13 +9,13 @@ import asyncio
 import os
 import secrets
 import signal
-from contextlib import AsyncExitStack
+from collections import Counter
 from random import Random
 from statistics import median
 
 import pytest
 
-from tests.processes import Place, Server, Worker, place
+from tests.processes import Event, Place, Server, Worker, descriptors, memory, place
 from tests.soak import REPOSITORIES, TAGS, Load, Storm, drop_one
 from tests.upstream import Upstream
 
@@ -33,6 +33,7 @@ class Soak:
         self.random = random
         self.place = place
         self.server = server
+        self.upstream = upstream
         self.storm = Storm(upstream, random)
         self.load = Load(server.url, upstream, random)
         self.kills = 0
@@ -57,6 +58,7 @@ class Soak:
             self.storm.breathe()
         if number % MOVE == 0:
             self.load.move(self.random.choice(REPOSITORIES), self.random.choice(TAGS))
+            self.upstream.clear()  # for it remembers all that it was asked
         if number % DROP == 0:
             drop_one(self.place.directory, self.random)
         if number % SAMPLE == 0:
@@ -90,23 +92,20 @@ class Soak:
 
     async def quiet(self, workers: list[Worker]) -> None:
         """Wait until no fill is on its way."""
+        count = len(ends(self.server))
         while True:
-            ended = len(ends(self.server))
             for worker in workers:
                 await worker.get("/v2/")  # what it has logged, it has counted by now
             if not await self.server.metric("entrepot_fills_in_flight"):
                 return
-            await self.server.more(lambda: len(ends(self.server)) > ended)
+            await self.server.until(lambda: len(ends(self.server)) > count)
+            count = len(ends(self.server))
 
 
-def ends(server: Server) -> list[object]:
-    return [each for each in server.events if each["event"].startswith("fill.") and "interrupted" not in each["event"]]
-
-
-def memory(pid: int) -> int:
-    """Bytes in use."""
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def ends(server: Server) -> list[Event]:
+    """Of fills."""
+    names = {f"fill.{word}" for word in ("committed", "followed", "linked", "suspended", "failed")}
+    return [each for each in server.events if each["event"] in names]
 
 
 @pytest.mark.errors("fill.failed", "worker.died", "upstream.wrong_digest")
@@ -117,16 +116,39 @@ async def test_soak(place: Place, upstream: Upstream) -> None:
     place.namespace["upstream"].update(header_timeout="2s", progress_timeout="2s")
     server = await place.start()
     soak = Soak(place, server, upstream, Random(seed))
-    before = (await server.worker(soak.eldest)).descriptors()
+    before = await held(server, soak.eldest)
     await soak.run(SECONDS)
     print(dict(soak.load.done), f"kills={soak.kills}")
     assert soak.load.wrong == []
+    assert min(soak.load.done[f"{name} right"] for name in ("pull", "some", "leave", "dawdle", "head")) > 0
 
     if soak.kills:
         await server.heard("worker.replaced", soak.kills)
     workers = await server.workers()
-    for worker in workers:
-        await soak.pull_all(worker)
+    await asyncio.gather(*map(soak.pull_all, workers))
     await soak.quiet(workers)
+    for worker in workers:
+        await worker.close()
     assert server.partial() == []
     assert server.said("request.failed") == []
+
+    await upstream.stop()  # so that no connection to it is kept
+    assert await held(server, soak.eldest) == before
+    assert await server.metric("entrepot_followers") == 0
+    half = len(soak.memory) // 2
+    third, fourth = soak.memory[half : half + half // 2], soak.memory[half + half // 2 :]
+    print(f"memory: {soak.memory[0] >> 20}, {median(third) / 2**20:.1f}, {median(fourth) / 2**20:.1f} MiB")
+    assert max(soak.memory) < MEMORY
+    assert median(fourth) < 1.1 * median(third) + (8 << 20)
+    await server.stop()
+    assert server.locks() == []
+    assert list(place.temporary.iterdir()) == []
+
+
+async def held(server: Server, pid: int) -> Counter[str]:
+    """What that worker holds open, with one connection to it."""
+    worker = await server.worker(pid)
+    await worker.get("/v2/")  # by now it has seen whatever was closed before
+    found = descriptors(pid)
+    await worker.close()
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ from proxy.web.server import error_answer
 log = structlog.get_logger()
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+ON_ITS_WAY = 1.0  # seconds that a request begun may take to arrive, once the server is to end
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.begun is None and not self._request_in_progress:
+        if self.begun is None and not self.answering:
             self.begun = self._loop.time()
         super().data_received(data)
+
+    @property
+    def answering(self) -> bool:
+        return self._request_in_progress
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         # aiohttp waits so long for the handler, then once more, and only then cancels it.
@@ -86,6 +94,8 @@ class Listener(web.Server):
         self._answer = handler
         self._manners = manners
         self._addresses: Counter[str] = Counter()
+        self._closing = False
+        self._settled = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep()
 
@@ -93,7 +103,11 @@ class Listener(web.Server):
         return Connection(self, loop=self._loop, **self._kwargs)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        cast(Connection, request.protocol).begun = None
+        connection = cast(Connection, request.protocol)
+        connection.begun = None
+        if self._closing:
+            connection.close()  # when it has its answer
+            self._settle()
         return await self._answer(request)
 
     def admit(self, connection: Connection) -> None:
@@ -111,6 +125,8 @@ class Listener(web.Server):
         self._addresses[connection.address] -= 1
         if not self._addresses[connection.address]:
             del self._addresses[connection.address]
+        connection.begun = None
+        self._settle()
 
     def _sweep(self) -> None:
         """Look at all now and then: a timer for each request would cost more than most requests do."""
@@ -121,7 +137,27 @@ class Listener(web.Server):
                 connection.force_close()
         self._sweeper = self._loop.call_later(limit / 4, self._sweep)
 
+    # The end
+
+    def pre_shutdown(self) -> None:
+        """Close what is idle, now that nobody is accepted; a request on its way is still answered."""
+        self._closing = True
+        for connection in cast(list[Connection], self.connections):
+            if connection.answering:
+                connection.close()
+            elif connection.begun is None:
+                connection.force_close()  # close() would leave it open, with nobody to read it
+        self._settle()
+
+    def _settle(self) -> None:
+        owing = any(each.begun is not None for each in cast(list[Connection], self.connections))
+        if self._closing and not owing:
+            self._settled.set()
+
     async def shutdown(self, timeout: float | None = None) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ON_ITS_WAY if timeout is None else min(timeout, ON_ITS_WAY)):
+                await self._settled.wait()
         await super().shutdown(timeout)

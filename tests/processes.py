@@ -117,7 +117,8 @@ class Server:
 
     def pids(self) -> list[int]:
         """Of the workers."""
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(pid) for pid in children if not ended(pid)]
 
     async def gone(self, *pids: int) -> None:
         """Wait for the end of these."""
@@ -261,6 +262,14 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstre
         errors = [each for each in server.events if each["level"] in ("error", "critical")]
         unexpected = [each for each in errors if each["event"] not in (marker.args if marker else ())]
         assert not unexpected, f"error events that the test did not ask for: {unexpected}"
+
+
+def ended(pid: str) -> bool:
+    """A process that has ended is a child until its parent has asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def memory(pid: int) -> int:

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.processes import Place, place
+from tests.processes import Place, descriptors, memory, place
 from tests.upstream import Hold, Upstream
 from tests.wire import Wire, connect
 
@@ -61,18 +61,18 @@ async def test_a_thousand_slow_readers_cost_little_and_slow_nobody(
             readers[await begin(stack, server.url, cold if number % 2 else warm)] = content
         assert await server.metric("entrepot_followers") == READERS / 2
         assert await worker.get(f"/v2/{REPOSITORY}/manifests/latest") == image.content
-        assert worker.memory < BOUND
+        assert memory(worker.pid) < BOUND
         hold.gate.set()
         # Whoever does read gets all, whatever the others do.
         for wire in list(readers)[-10:]:
             assert await wire.read(len(WARM)) == readers[wire]
         await server.heard("fill.committed", digest=cold)
-        assert worker.memory < BOUND
+        assert memory(worker.pid) < BOUND
     # They have left: nothing of them stays.
     for nth in range(1, READERS + 1):
         await server.heard("request.served", nth=nth, kind="blob")
     assert await server.metric("entrepot_followers") == 0
-    assert len(worker.descriptors()) < 50
+    assert len(descriptors(worker.pid)) < 50
     assert upstream.bytes_sent == len(WARM) + len(COLD)
 
 
@@ -81,7 +81,7 @@ async def test_thousands_of_unknown_names_leave_little(place: Place, upstream: U
     place.tree["log"] = {"level": "error"}
     server = await place.start()
     (worker,) = await server.workers()
-    before = worker.memory
+    before = memory(worker.pid)
     async with connect(server.url) as wire:
         for number in range(0, 6000, 100):
             names = [
@@ -92,4 +92,4 @@ async def test_thousands_of_unknown_names_leave_little(place: Place, upstream: U
             for _ in names:
                 assert (await wire.reply()).status == 404
     assert len(upstream.log) == 6000
-    assert worker.memory - before < 40 << 20
+    assert memory(worker.pid) - before < 40 << 20

@@ -8,6 +8,7 @@ socket is duplicated, and os.sendfile is called whenever it can take bytes: also
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import os
 import re
@@ -246,7 +247,11 @@ async def _sendfile(client: int, file: int, span: Span, exchange: Exchange, pati
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            done.set_exception(error)
+            # Only the disk says that; all else is the client's end.
+            failed = (
+                StorageFailed(f"reading failed at byte {position}") if error.errno == errno.EIO else error
+            )
+            done.set_exception(failed)
             return
         position += sent
         exchange.bytes += sent

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -144,6 +146,27 @@ async def test_a_blob_of_which_all_was_there_is_not_asked_for_again(place: Place
     assert {request.method for request in upstream.requests} == {"HEAD"}
     await server.stop()
     assert server.partial() == []
+
+
+@pytest.mark.xfail(strict=True, reason="send.py leaves the error of a broken connection in a future")
+async def test_clients_that_leave_make_no_noise(place: Place, upstream: Upstream, layer: bytes) -> None:
+    name = upstream.blob(REPOSITORY, layer)
+    server = await place.start()
+    (worker, _) = await server.workers()
+    to = URL(server.url)
+    for nth in (1, 2, 3):
+        with server.alone(worker.pid):
+            reader, writer = await asyncio.open_connection(to.host, to.port)
+            writer.write(f"GET {blob(name)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            await reader.readexactly(1 << 20)
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        await server.heard("request.served", nth, detail="client left")
+    await server.heard("fill.committed")
+    await server.stop()
+    noise, server.noise[:] = "".join(server.noise), []
+    assert noise == ""
 
 
 # What is asked of an upstream

@@ -13,8 +13,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.conftest import Serve, Site
-from tests.upstream import Corrupt, Hold, Upstream, WrongLength
+from tests.conftest import Clock, Serve, Site
+from tests.test_faults import FRESH, LATER, SCENARIOS, Held, Switch, verify_store
+from tests.upstream import Bearer, Corrupt, Hold, Upstream, WrongLength
 
 REPOSITORY = "library/alpine"
 LAYER = os.urandom(3 << 20)
@@ -126,3 +127,57 @@ async def test_a_tag_is_asked_for_once_in_its_time_over_all_workers(
     sites[0].clock.advance(601)
     assert await asyncio.gather(*(tag(site) for site in sites * 10)) == [image.content] * 20
     assert upstream.log[1:] == ["HEAD manifest library/alpine:latest"]
+
+
+# Those after which the two must agree on what came of it: the bytes or their lack, not the manners.
+FAULTS = (
+    "status 404",
+    "status 500",
+    "refuse",
+    "reset before headers",
+    "reset",
+    "truncate at once",
+    "truncate",
+    "corrupt",
+    "hold",
+    "length too long",
+    "length too short",
+    "wrong digest",
+    "expired token",
+    "gzip",
+)
+
+
+@pytest.mark.errors("fill.failed", "upstream.wrong_digest")
+@pytest.mark.parametrize("operation", ["tag", "digest", "blob GET", "blob Range"])
+@pytest.mark.parametrize("name", FAULTS)
+async def test_fault_over_two_workers(
+    serve: Serve, upstream: Upstream, clock: Clock, tmp_path: Path, name: str, operation: str
+) -> None:
+    """What test_faults.py asks of one: cold at both at once, warm at the one that did not fetch it."""
+    scenario = SCENARIOS[name]
+    if name == "expired token":
+        upstream.auth = Bearer()
+    directory = tmp_path / "shared"
+    one, two = [await serve(upstream, directory=directory, options=scenario.options) for _ in range(2)]
+    cold, warm, stale = (Held.put(upstream, f"a/{each}") for each in ("cold", "warm", "stale"))
+    for held in (warm, stale):
+        assert await held.ask(one, operation) == "exact"
+    switch = Switch(upstream, scenario)
+    switch.on = True
+    upstream.clear()
+    assert await warm.ask(two, operation) == "exact"
+    assert upstream.log == []
+    await asyncio.gather(*(cold.ask(site, operation) for site in (one, two)))
+    assert upstream.requests
+    clock.advance(FRESH + 1)
+    outcomes = await asyncio.gather(*(stale.ask(site, operation) for site in (one, two)))
+    if operation != "tag" or name in ("status 500", "refuse"):
+        assert outcomes == ["exact", "exact"]
+    switch.on = False
+    clock.advance(LATER)
+    for held in (cold, warm, stale):
+        assert [await held.ask(site, operation) for site in (two, one)] == ["exact", "exact"]
+    for site in (one, two):
+        await site.app.stop()
+    verify_store(directory)

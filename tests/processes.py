@@ -109,6 +109,10 @@ class Server:
     def said(self, name: str, **keys: Any) -> list[Event]:
         return [each for each in self.events if each["event"] == name and keys.items() <= each.items()]
 
+    def forget(self, name: str) -> None:
+        """Those events so far."""
+        self.events[:] = [each for each in self.events if each["event"] != name]
+
     # Its processes
 
     @property
@@ -219,6 +223,7 @@ class Place:
         self.temporary = home / "temporary"
         self.temporary.mkdir()
         self.servers: list[Server] = []
+        self.environment: dict[str, str] = {}  # besides the usual
         self.namespace: dict[str, Any] = {"upstream": {"url": upstream.url, "progress_timeout": "60s"}}
         self.tree: dict[str, Any] = {
             "listen": "127.0.0.1:0",
@@ -237,7 +242,12 @@ class Place:
     async def start(self) -> Server:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "proxy", "serve", "--config", str(self.configure())),
-            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(self.temporary)},
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(self.home),
+                "TMPDIR": str(self.temporary),
+                **self.environment,
+            },
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=1 << 20,

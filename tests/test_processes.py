@@ -46,6 +46,37 @@ def held(upstream: Upstream, name: str, after: int) -> Hold:
     return hold
 
 
+# Starting
+
+# Writes down which directories are listed by whom; Python runs it before all else.
+WITNESS = """
+import os, sys, threading
+journal = os.open(os.environ["WITNESS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def heard(event, arguments):
+    if event in ("os.listdir", "os.scandir"):
+        main = threading.current_thread() is threading.main_thread()
+        os.write(journal, f"{'start' if main else 'later'} {arguments[0]}\\n".encode())
+sys.addaudithook(heard)
+"""
+
+
+async def test_to_start_takes_no_look_at_what_is_stored(place: Place) -> None:
+    (place.home / "sitecustomize.py").write_text(WITNESS)
+    journal = place.home / "journal"
+    place.environment = {"PYTHONPATH": str(place.home), "WITNESS": str(journal)}
+    for number in range(256):
+        directory = place.directory / f"cache/blobs/sha256/{number:02x}"
+        directory.mkdir(parents=True)
+        (directory / f"{number:064x}").touch()
+    server = await place.start()
+    await server.workers()
+    await server.stop()
+    # What is counted or cleared up later is so in threads.
+    listed = [line.removeprefix("start ") for line in journal.read_text().splitlines() if line[:5] == "start"]
+    assert listed  # by imports
+    assert [path for path in listed if path.startswith(str(place.directory))] == []
+
+
 # A blob that comes in
 
 

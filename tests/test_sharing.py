@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from tests.conftest import Clock, Serve, Site
+from tests.events import Ear
 from tests.test_faults import FRESH, LATER, SCENARIOS, Held, Switch, verify_store
 from tests.upstream import Bearer, Corrupt, Hold, Upstream, WrongLength
 
@@ -161,8 +162,11 @@ async def test_fault_over_two_workers(
     directory = tmp_path / "shared"
     one, two = [await serve(upstream, directory=directory, options=scenario.options) for _ in range(2)]
     cold, warm, stale = (Held.put(upstream, f"a/{each}") for each in ("cold", "warm", "stale"))
+    ear = Ear()
     for held in (warm, stale):
         assert await held.ask(one, operation) == "exact"
+        if operation.startswith("blob"):
+            await ear.heard("fill.committed")  # its client had the last byte before
     switch = Switch(upstream, scenario)
     switch.on = True
     upstream.clear()

@@ -471,9 +471,10 @@ class Files:
         with self.guard(path):
             file = self._create(path)
         try:
+            locked = _try_lock(file)
             pid, _, text = os.pread(file, 100, 0).partition(b" ")
             recent = text != b"" and 0 <= self._clock() - float(text) < seconds
-            ours = _try_lock(file) and not (recent and _runs(int(pid)))
+            ours = locked and not (recent and _runs(int(pid)))
             yield ours
             if ours:
                 with self.guard(path):
@@ -503,10 +504,13 @@ class Files:
         self.disk.worked(KIND)
 
     def reap(self, age: float) -> int:
-        """Remove partial files that nobody wrote to for `age` seconds; how many they were."""
+        """Remove what the dead left: partial files and locks that nobody touched for `age` seconds.
+
+        How many they were.
+        """
         reaped = 0
         with _translated(self._partial):
-            for path in self._partial.iterdir():
+            for path in (*self._partial.iterdir(), *self._locks.iterdir()):
                 with suppress(FileNotFoundError):
                     if self._clock() - path.stat().st_mtime > age:
                         path.unlink()

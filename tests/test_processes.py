@@ -179,7 +179,6 @@ async def test_a_blob_of_which_all_was_there_is_not_asked_for_again(place: Place
     assert server.partial() == []
 
 
-@pytest.mark.xfail(strict=True, reason="send.py leaves the error of a broken connection in a future")
 async def test_clients_that_leave_make_no_noise(place: Place, upstream: Upstream, layer: bytes) -> None:
     name = upstream.blob(REPOSITORY, layer)
     server = await place.start()

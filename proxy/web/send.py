@@ -30,8 +30,8 @@ from storage.registry import Blob, OnDisk
 LEFT = "client left"
 STUCK = "client took nothing"
 SMALL = 64 << 10  # bytes; so much is copied faster than a sendfile is set up
-# Bytes a client gets before others have their turn.  With 4 MiB at once the kernel queues so much for a client
-# with a small receive buffer that it was served at the pace of TCP's timers: 20 s for what takes a moment.
+# Bytes a client gets before others have their turn.  With 4 MiB at once the kernel queues so much for a
+# client with a small receive buffer that it goes at the pace of TCP's timers: 20 s for what takes a moment.
 TURN = 1 << 20
 MOST_RANGES = 256  # in one request; RFC 9110 §14.2 lets a server ignore what is out of proportion
 

@@ -54,6 +54,7 @@ class Fill:
     started: asyncio.Future[tuple[FileUpload, Descriptor] | None]
     repositories: set[str] = field(default_factory=set)
     upload: FileUpload | None = None
+    size: int = -1  # bytes, once it is stored
     task: asyncio.Task[None] | None = None
     received: bool = False  # nothing more is wanted of the origin
     error: Exception | None = None
@@ -88,7 +89,7 @@ class Fills:
             started = await asyncio.shield(fill.started)
             blob = await self._follow(source, *started, span) if started else None
             if blob is None and source.repository in fill.repositories:
-                blob = await self._stored(source, digest)
+                blob = await self._stored(source, fill)
             if blob is not None:
                 return blob
             # What was answered to another repository says nothing of ours: then it is begun anew.
@@ -120,16 +121,18 @@ class Fills:
                 raise
         return Followed(blob, source, self._metrics)
 
-    async def _stored(self, source: Source, digest: Digest) -> Blob | None:
-        """What came of a fill that has ended; None if nothing did."""
+    async def _stored(self, source: Source, fill: Fill) -> Blob | None:
+        """What came of a fill that has ended; None if nothing did, or it was damaged since."""
         try:
-            return await self._store.get_blob(source.repository, digest)
+            return await self._store.get_blob(source.repository, fill.digest)
         except BlobUnknown:
-            if not self._store.holds(digest):
-                return None
-        # 1. the fill makes its links  2. our origin permits  3. nobody has made ours
-        await self._store.link(source.repository, digest)
-        return await self._store.get_blob(source.repository, digest)
+            pass
+        try:
+            # 1. the fill makes its links  2. our origin permits  3. nobody has made ours
+            await self._store.link(source.repository, fill.digest, fill.size)
+            return await self._store.get_blob(source.repository, fill.digest)
+        except BlobUnknown:
+            return None
 
     def filling(self, digest: Digest) -> bool:
         """Whether it is coming in just now, for whatever repository."""
@@ -160,8 +163,9 @@ class Fills:
         self._metrics.filling.inc()
         try:
             outcome, descriptor = await self._bring(fill)
+            fill.size = descriptor.size
             for repository in list(fill.repositories):
-                await self._store.link(repository, fill.digest)
+                await self._store.link(repository, fill.digest, descriptor.size)
             result = outcome
             if not fill.started.done():
                 fill.started.set_result(None)

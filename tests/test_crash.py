@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.conftest import Serve, Site
+from tests.events import Ear
 from tests.upstream import Hold, Upstream
 
 REPOSITORY = "library/alpine"
@@ -204,7 +205,9 @@ async def test_a_truncated_blob_is_noticed_before_its_status_line(ground: Ground
     again = await ground.heir()
     async with again.request("HEAD", f"/v2/{REPOSITORY}/blobs/{digest}") as response:
         assert response.headers["Content-Length"] == str(len(LAYER))
+    ear = Ear()
     assert await pulled(again, f"blobs/{digest}") == LAYER
+    await ear.heard("fill.committed")  # its last byte comes sooner
     # For another repository, which has no link with a size of its own, too.
     for path in (ground.directory / "disk").glob("cache/blobs/*/*/*"):
         os.truncate(path, 1000)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
-from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
@@ -30,12 +29,11 @@ from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from storage.disk import Disk, may_pass
 from storage.errors import StorageFailed
-from storage.files import Files
+from storage.files import Files, finished
 from storage.records import Records
 from storage.store import Store
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 ABANDONED = 86400.0  # seconds after which a partial file that nobody went on with is removed
 HOUSEKEEPING = 300.0  # seconds between its rounds
@@ -59,7 +57,7 @@ class App:
         self._workers = 1 if sockets is None else settings.processes()
         self._clock = clock
         self._draining = False
-        self._closing: list[Callable[[], Any]] = []
+        self._closing = AsyncExitStack()
         self._keeper: asyncio.Task[None] | None = None
         self.url = URL()
         self.admin_url: URL | None = None
@@ -79,7 +77,7 @@ class App:
         settings = self._settings
         listen, admin = self._sockets or bind_all(settings)
         for each in (*listen, *admin):
-            self._closing.append(_closer(each))
+            self._closing.callback(each.close)
         metrics = Metrics()
         root = settings.disk.path / "cache"
         self._disk = Disk(root, self._clock)
@@ -90,7 +88,7 @@ class App:
             if not may_pass(error):
                 raise
         self._store = Store(self._files, Records(root / "records", self._clock, self._disk), self._clock)
-        self._closing.append(self._store.close)
+        self._closing.push_async_callback(self._store.close)
         turns = Turns(
             part(settings.limits.fills, self._workers),
             {
@@ -103,7 +101,7 @@ class App:
         for name, namespace in settings.namespaces.items():
             cache = self._cache(name, namespace, fills, metrics)
             members.append(Member(cache, name, namespace.aliases, namespace.hosts, namespace.library))
-        self._closing.append(fills.close)  # before what they read from
+        self._closing.push_async_callback(fills.close)  # before what they read from
         namespaces = Namespaces(members, settings.default_namespace, self._store)
         server = Server(
             namespaces,
@@ -159,15 +157,15 @@ class App:
         )
         origin = origins[0] if len(origins) == 1 else Failover(origins, self._clock)
         cache = Cache(name, origin, self._store, fills, policy, self._clock)
-        self._closing.append(cache.close)
+        self._closing.push_async_callback(cache.close)
         return cache
 
     async def _serve(self, runner: web.BaseRunner, sockets: list[socket.socket]) -> URL:
         await runner.setup()
-        self._closing.append(runner.cleanup)
+        self._closing.push_async_callback(runner.cleanup)
         for each in sockets:
             await web.SockSite(runner, each, backlog=BACKLOG).start()
-        self._closing.append(lambda: _stop_accepting(sockets))
+        self._closing.push_async_callback(_stop_accepting, sockets)
         host, port = sockets[0].getsockname()[:2]
         return URL.build(scheme="http", host=host, port=port)
 
@@ -186,8 +184,8 @@ class App:
             try:
                 with self._files.turn(HOUSEKEEPING) as ours:
                     if ours:
-                        metrics.stored.set(await _in_thread(self._files.stored_bytes))
-                        if reaped := await _in_thread(self._files.reap, ABANDONED):
+                        metrics.stored.set(await finished(self._files.stored_bytes))
+                        if reaped := await finished(self._files.reap, ABANDONED):
                             log.info("partial.reaped", files=reaped)
             except StorageFailed:
                 pass  # the disk has told of it
@@ -202,8 +200,7 @@ class App:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        while self._closing:
-            await self._closing.pop()()
+        await self._closing.aclose()
 
 
 async def _stop_accepting(sockets: list[socket.socket]) -> None:
@@ -213,23 +210,6 @@ async def _stop_accepting(sockets: list[socket.socket]) -> None:
     for each in sockets:
         asyncio.get_running_loop().remove_reader(each.fileno())
     await asyncio.sleep(0)
-
-
-def _closer(listening: socket.socket) -> Callable[[], Awaitable[None]]:
-    async def close() -> None:
-        listening.close()
-
-    return close
-
-
-async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """As asyncio.to_thread, but who is cancelled waits for the thread's end: it may hold files open."""
-    thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        await asyncio.wait([thread])
-        raise
 
 
 def _credentials(login: config.Login) -> Credentials:

@@ -18,7 +18,6 @@ class Turns:
     def __init__(self, total: int, shares: dict[str, int] | None = None) -> None:
         self._all = asyncio.Semaphore(total)
         self._each = {name: asyncio.Semaphore(number) for name, number in (shares or {}).items()}
-        self._total = total
 
     @asynccontextmanager
     async def turn(self, namespace: str) -> AsyncIterator[None]:

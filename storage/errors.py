@@ -9,7 +9,6 @@
     ├── ManifestUnknown            MANIFEST_UNKNOWN           404
     ├── ManifestInvalid            MANIFEST_INVALID           400
     ├── BlobUnknown                BLOB_UNKNOWN               404
-    ├── BlobUploadUnknown          BLOB_UPLOAD_UNKNOWN        404
     ├── RangeInvalid               RANGE_INVALID              416
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
@@ -82,10 +81,6 @@ class ManifestInvalid(RegistryError):
 
 class BlobUnknown(RegistryError):
     code, status = "BLOB_UNKNOWN", 404
-
-
-class BlobUploadUnknown(RegistryError):
-    code, status = "BLOB_UPLOAD_UNKNOWN", 404
 
 
 class RangeInvalid(RegistryError):

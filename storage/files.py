@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from storage.disk import Disk
 from storage.errors import BlobUnknown, DigestInvalid, RegistryError, StorageFailed, Unavailable
@@ -30,6 +31,8 @@ from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Blob, Upload
 
 KIND = "blobs"  # what the disk calls what fails here
+T = TypeVar("T")
+
 CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
 POLL = 0.02  # seconds between looks at what another process writes
@@ -152,7 +155,7 @@ class FileUpload(Upload):
                     raise Unavailable("the process that was transferring it gave up")
                 if free:
                     self.ours = True
-                    await _finished(self.rehash)
+                    await finished(self.rehash)
                     return False
                 self.offset = os.fstat(self._file).st_size
             if self.offset - 1 > self._readable:
@@ -226,7 +229,7 @@ class FileUpload(Upload):
         if digest.algorithm != self._hash.name:
             self._hash = hashlib.new(digest.algorithm)
             with _translated(self._path):
-                await _finished(self.rehash)
+                await finished(self.rehash)
         if not self.matches(digest):
             error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
             await self.cancel(error)
@@ -236,7 +239,7 @@ class FileUpload(Upload):
         self._move(self.offset)
         try:
             with self._files.guard(self._path, self.offset):
-                await _finished(self._publish, self._files.path(digest))
+                await finished(self._publish, self._files.path(digest))
         finally:
             self._discard()  # where it did not get into its place
             self._close()
@@ -417,7 +420,7 @@ class Files:
         if locked:
             try:
                 with _translated(path):
-                    await _finished(upload.rehash)
+                    await finished(upload.rehash)
             except (RegistryError, asyncio.CancelledError):
                 await upload.suspend()
                 raise
@@ -518,7 +521,7 @@ class Files:
         return reaped
 
 
-async def _finished(function: Callable[..., None], *arguments: object) -> None:
+async def finished(function: Callable[..., T], *arguments: object) -> T:
     """Run in a thread; even who is cancelled meanwhile, however often, waits for its end.
 
     Else its caller would close the file under it, and the thread work on whatever gets its number next.
@@ -533,7 +536,7 @@ async def _finished(function: Callable[..., None], *arguments: object) -> None:
     if cancelled is not None:
         thread.exception()  # seen
         raise cancelled
-    thread.result()
+    return thread.result()
 
 
 def _sync(directory: Path) -> None:

@@ -100,6 +100,25 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
             raise
 
 
+class Batch:
+    """The records within a transaction."""
+
+    def __init__(self, cache: _Database) -> None:
+        self._cache = cache
+
+    def get(self, key: str) -> bytes | None:
+        # Half of the time that diskcache's own get() takes, which looks for expiry, tags and files as well.
+        row = self._cache._con.execute(_GET, (key,)).fetchone()
+        return _checked(key, row[0]) if row else None
+
+    def put(self, key: str, value: bytes) -> None:
+        self._cache.set(key, _check(key, value) + value)
+
+    def delete(self, key: str) -> bool:
+        """Whether it was there."""
+        return bool(self._cache.delete(key))
+
+
 class Records:
     """Every method raises StorageFailed.  Several processes may share `directory`, which is made if need be.
 
@@ -132,18 +151,29 @@ class Records:
             self._rebuilding.join(AT_START)
 
     def get(self, key: str) -> bytes | None:
-        # Half of the time that diskcache's own get() takes, which looks for expiry, tags and files as well.
-        row = self._do(lambda cache: cache._con.execute(_GET, (key,)).fetchone())
-        return _checked(key, row[0]) if row else None
+        return self._do(lambda cache: Batch(cache).get(key))
 
     def put(self, key: str, value: bytes) -> None:
         with self._writing(len(value)):
-            self._do(lambda cache: cache.set(key, _check(key, value) + value), len(value))
+            self._do(lambda cache: Batch(cache).put(key, value), len(value))
 
     def delete(self, key: str) -> bool:
         """Whether it was there."""
         with self._writing(0):
-            return bool(self._do(lambda cache: cache.delete(key)))
+            return self._do(lambda cache: Batch(cache).delete(key))
+
+    def transaction(self, work: Callable[[Batch], T]) -> T:
+        """What `work` returns; all that it does happens, or nothing, and no process writes meanwhile.
+
+        It may be run twice, so it is to touch nothing but its batch.
+        """
+
+        def run(cache: _Database) -> T:
+            with cache.transact():
+                return work(Batch(cache))
+
+        with self._writing(0):
+            return self._do(run)
 
     def scan(self, prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
         """Keys that start with `prefix` and come after `prefix + after`, in order, with their values."""

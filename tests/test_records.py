@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
 from storage.errors import StorageFailed
-from storage.records import AGAIN, Records
+from storage.records import AGAIN, Batch, Records
 from tests.conftest import Clock
 
 MANY = 1_200  # more than two batches of a scan
@@ -514,3 +514,48 @@ def test_what_is_closed_takes_nothing(directory: Path) -> None:
     records.close()
     with pytest.raises(StorageFailed, match="closed"):
         records.put("tag r a", b"1")
+
+
+def test_transaction(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    records.put("a", b"1")
+
+    def work(batch: Batch) -> bytes | None:
+        batch.put("b", b"2")
+        assert batch.get("b") == b"2"
+        assert batch.delete("a")
+        assert not batch.delete("a")
+        return batch.get("a")
+
+    assert records.transaction(work) is None
+    assert records.get("a") is None
+    assert records.get("b") == b"2"
+    records.close()
+
+
+def test_transaction_is_whole_or_nothing(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+
+    def work(batch: Batch) -> None:
+        batch.put("a", b"1")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        records.transaction(work)
+    assert records.get("a") is None
+    records.put("b", b"2")
+    records.close()
+
+
+def test_transactions_of_several_lose_nothing(tmp_path: Path) -> None:
+    ours, theirs = Records(tmp_path / "records"), Records(tmp_path / "records")
+
+    def add(batch: Batch) -> None:
+        batch.put("n", str(int(batch.get("n") or b"0") + 1).encode())
+
+    with ThreadPoolExecutor(4) as pool:
+        for each in (ours, theirs) * 20:
+            pool.submit(each.transaction, add)
+    assert ours.get("n") == b"40"
+    ours.close()
+    theirs.close()

@@ -32,6 +32,7 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
+from storage.files import FileBlob
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.registry import Blob, Registry
 from storage.store import Store
@@ -82,9 +83,15 @@ class Remembered:
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
 
+    def forget(self, repository: str) -> None:
+        self._known = {key: known for key, known in self._known.items() if key[1] != repository}
+
 
 class Cache(Registry):
-    """Repositories are the origin's names; in the store they stand under `namespace`."""
+    """Repositories are the origin's names; in the store they stand under `namespace`.
+
+    `moved` is told of a tag that moves: its repository in the store, the tag, the old digest and the new one.
+    """
 
     def __init__(
         self,
@@ -94,6 +101,7 @@ class Cache(Registry):
         fills: Fills,
         policy: Policy,
         clock: Callable[[], float] = time.time,
+        moved: Callable[[str, Tag, Digest, Digest], None] | None = None,
     ) -> None:
         self._namespace = namespace
         self._origin = origin
@@ -101,6 +109,7 @@ class Cache(Registry):
         self._fills = fills
         self._policy = policy
         self._clock = clock
+        self._moved = moved
         self._flights = Flights()
         self._unknown = Remembered(clock)
         self._paused = Remembered(clock)
@@ -128,6 +137,25 @@ class Cache(Registry):
             self._remember(key, error)
             raise
         return Uncached(await self._origin.get_blob(repository, digest, span), source)
+
+    async def fill_blob(self, repository: str, digest: Digest) -> int:
+        """Have the blob in the store; how many bytes came for it.
+
+        Raises as get_blob() does, what its fill failed with, and StorageFailed where it cannot be kept.
+        """
+        blob = await self.get_blob(repository, digest)
+        await blob.close()
+        if isinstance(blob, FileBlob):
+            return 0
+        if isinstance(blob, Uncached):
+            raise StorageFailed(f"{digest} could not be stored")
+        await self._fills.ended(digest)
+        try:
+            stored = await self._store.get_blob(f"{self._namespace}/{repository}", digest)
+        except BlobUnknown as error:  # the fill failed before it could be waited for, or the blob was taken
+            raise Unavailable(f"{digest} did not stay: {error}") from error
+        await stored.close()
+        return stored.descriptor.size
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         source = Source(self._namespace, self._origin, repository)
@@ -197,6 +225,22 @@ class Cache(Registry):
         current().came(result, 0.0, None if math.isinf(fresh_for) else fresh_for)
         return manifest
 
+    async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
+        """Ask the origin, fresh or not: hit, miss or revalidated, the manifest, and what the tag was before.
+
+        Where get_manifest() would serve what is stale, this raises why.
+        """
+        name = f"{self._namespace}/{repository}"
+        if self._policy.offline:
+            raise Unavailable(f"{tag} of {name} cannot be validated: {self._namespace} is set offline")
+        known = self._known(name, tag)
+        result, manifest, error = await self._flights.join(
+            (ManifestUnknown, name, tag), lambda: self._ask(repository, name, tag, forced=True)
+        )
+        if error is not None:
+            raise error.copy()
+        return result, manifest, known[0].digest if known else None
+
     def _known(self, name: str, tag: Tag) -> tuple[Manifest, float] | None:
         """What the tag was last, and how many seconds ago the origin said so."""
         try:
@@ -216,14 +260,17 @@ class Cache(Registry):
         # A clock that was set back must not keep a tag fresh for ever.
         return 0 <= age < self._policy.fresh_for(tag)
 
-    async def _ask(self, repository: str, name: str, tag: Tag) -> tuple[str, Manifest, RegistryError | None]:
+    async def _ask(
+        self, repository: str, name: str, tag: Tag, forced: bool = False
+    ) -> tuple[str, Manifest, RegistryError | None]:
         """What came of asking the origin, or of another process that did: see _revalidate()."""
         begun = self._clock()
         async with self._store.exclusive(f"tag {name} {tag}") as waited:
             known = self._known(name, tag)
             if known is None:
                 return "miss", await self._fetch(repository, name, tag), None
-            if self._fresh(tag, known[1]) or (waited and self._clock() - known[1] >= begun):
+            fresh = not forced and self._fresh(tag, known[1])
+            if fresh or (waited and self._clock() - known[1] >= begun):
                 return "hit", known[0], None
             if waited:  # it was asked for just now, in vain: who waited so long is not to wait again
                 return "stale", known[0], Unavailable(f"{self._namespace} could not be asked for {tag}")
@@ -254,6 +301,8 @@ class Cache(Registry):
                 old=known.digest,
                 new=moved.digest,
             )
+            if self._moved is not None:
+                self._moved(name, tag, known.digest, moved.digest)
             return "miss", moved, None
         except Unavailable as error:
             self._fails(error)
@@ -387,6 +436,15 @@ class Cache(Registry):
         """A store that takes nothing in does not spoil the pull."""
         with suppress(StorageFailed, ManifestUnknown):  # the disk has told of it; deleted already
             await writing
+
+    @property
+    def origin(self) -> Registry:
+        return self._origin
+
+    def forget(self, repository: str) -> None:
+        """The origin is asked anew, also for what it did not have and where it did not answer just now."""
+        for remembered in (self._unknown, self._paused):
+            remembered.forget(f"{self._namespace}/{repository}")
 
     async def close(self) -> None:
         await self._flights.close()

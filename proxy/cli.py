@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import signal
 import socket
@@ -15,11 +16,14 @@ import structlog
 from yarl import URL
 
 from proxy import telemetry
+from proxy.commands import COMMANDS
 from proxy.config import DOCKER_HUB, Config, ConfigError, load
 from proxy.listening import StartError
 from proxy.workers import Assignment, Parent
 
 log = structlog.get_logger()
+
+BEHIND = 10  # see nice(2)
 
 _CONFIG = click.option(
     "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="The configuration, in YAML."
@@ -30,6 +34,10 @@ _CONFIG = click.option(
 @click.version_option(version("entrepot"), prog_name="entrepot")
 def main() -> None:
     """A pull-through cache for OCI registries."""
+
+
+for each in COMMANDS:
+    main.add_command(each)
 
 
 @main.command()
@@ -47,6 +55,17 @@ def serve(path: Path | None) -> None:
 @main.command(hidden=True)
 def worker() -> None:
     """Serve as a parent says that called this; not for people."""
+    _work()
+
+
+@main.command(hidden=True)
+def keeper() -> None:
+    """Keep house as a parent says that called this; not for people."""
+    os.nice(BEHIND)  # those that serve clients come first
+    _work()
+
+
+def _work() -> None:
     # Here, since the parent needs none of it: it stays small.
     from proxy.app import App
 
@@ -58,7 +77,7 @@ def worker() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     async def work() -> int:
-        app = App(config, sockets=assignment.sockets())
+        app = App(config, sockets=assignment.sockets(), run=assignment.run)
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import types
@@ -24,6 +25,7 @@ from proxy.values import (
     Address,
     Reserve,
     Secret,
+    Share,
     kind_of,
     parse_address,
     parse_admin,
@@ -31,14 +33,20 @@ from proxy.values import (
     parse_duration,
     parse_flag,
     parse_freshness,
+    parse_glob,
     parse_helper,
     parse_host,
+    parse_keep,
     parse_name,
     parse_path,
     parse_pattern,
+    parse_percentage,
+    parse_platform,
     parse_proxy,
+    parse_rate,
     parse_reserve,
     parse_secret,
+    parse_share,
     parse_size,
     parse_text,
     parse_timeout,
@@ -92,6 +100,8 @@ Host = Annotated[str, parse_host]
 Duration = Annotated[float, parse_duration]
 Timeout = Annotated[float, parse_timeout]
 Freshness = Annotated[float, parse_freshness]
+Keep = Annotated[float, parse_keep]
+Size = Annotated[int, parse_size]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,7 +109,15 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Disk(Section, frozen=True):
+    """`scrub` is bytes a second, None for not at all."""
+
     path: File = msgspec.field(default_factory=default_cache_directory)
+    cache_limit: Size | None = None
+    min_free: Annotated[Share, parse_share] = Share(percent=1)
+    evict_to: Annotated[float, parse_percentage] = 0.9
+    keep_for: Keep = math.inf
+    evict_every: Timeout = 3600.0
+    scrub: Annotated[int | None, parse_rate] = 10 << 20
 
 
 class Log(Section, frozen=True):
@@ -151,7 +169,7 @@ class Upstream(Login, frozen=True, kw_only=True):
     header_timeout: Timeout = 10.0
     progress_timeout: Timeout = 60.0
     max_fills: Annotated[int, parse_count] = 32
-    bandwidth: Annotated[int, parse_size] | None = None
+    bandwidth: Size | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,7 +205,22 @@ class TagRule(Section, frozen=True):
     fresh_for: Freshness
 
 
+class RepositoryRule(Section, frozen=True):
+    match: Annotated[re.Pattern[str], parse_pattern]
+    keep_for: Keep
+
+
+class PinRule(Section, frozen=True):
+    """`keep_fresh` is the time between two refreshings, None for none."""
+
+    match: Annotated[str, parse_glob]
+    keep_fresh: Timeout | None = None
+    platforms: tuple[Annotated[str, parse_platform], ...] = ()
+
+
 class Namespace(Section, frozen=True):
+    """`keep_for` is None where that of the disk counts."""
+
     upstream: Upstream
     aliases: tuple[Annotated[str, parse_name], ...] = ()
     hosts: tuple[Host, ...] = ()
@@ -198,6 +231,9 @@ class Namespace(Section, frozen=True):
     negative_for: Duration = 10.0
     offline: Flag = False
     lazy: Flag = False
+    keep_for: Keep | None = None
+    repositories: tuple[RepositoryRule, ...] = ()
+    cache_limit: Size | None = None
 
     def fresh_for_tag(self, tag: str) -> float:
         """How long after its validation a tag is served unasked: seconds, math.inf for ever."""
@@ -205,9 +241,13 @@ class Namespace(Section, frozen=True):
 
 
 class Config(Section, frozen=True):
+    """`pins` are those of the file; there may be more by command."""
+
     listen: Annotated[Address, parse_address] = Address("127.0.0.1", 5000)
     admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
+    admin_token: Annotated[Secret, parse_secret] | None = None
     disk: Disk = msgspec.field(default_factory=Disk)
+    pins: tuple[PinRule, ...] = ()
     default_namespace: Text | None = None
     fallback: Literal["allow", "deny"] = "allow"
     offline: Flag = False
@@ -219,6 +259,17 @@ class Config(Section, frozen=True):
 
     def processes(self) -> int:
         return self.workers or os.cpu_count() or 1
+
+    def keep_for(self, repository: str) -> float:
+        """How long what nobody uses is kept of a repository, by its full name: seconds, math.inf for ever."""
+        name, _, relative = repository.partition("/")
+        namespace = self.namespaces.get(name)
+        if namespace is None:
+            return self.disk.keep_for
+        for rule in namespace.repositories:
+            if rule.match.fullmatch(relative):
+                return rule.keep_for
+        return self.disk.keep_for if namespace.keep_for is None else namespace.keep_for
 
 
 def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -348,6 +399,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         return _namespaces(value, path)
     if kind is Upstream and isinstance(value, str | list):
         value = {"url": value}
+    if kind is PinRule and isinstance(value, str):
+        value = {"match": value}
     return _section(kind, value, path)
 
 

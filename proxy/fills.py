@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ import structlog
 from proxy.flights import Flights
 from proxy.following import Followed, Source
 from proxy.limits import Turns
+from proxy.room import MakeRoom, nobody
 from proxy.telemetry import Metrics, current
 from storage.errors import (
     BlobUnknown,
@@ -46,12 +48,14 @@ FAR_AHEAD = 16 << 20  # bytes; a reader so far before the frontier asks the orig
 class Fill:
     """`started` yields None if there is nothing to follow: the store has the blob, or there is an `error`.
 
-    `repositories` are those whose origin said that they may show it.
+    `repositories` are those whose origin said that they may show it.  `begun` is in seconds since the epoch.
     """
 
     digest: Digest
     source: Source
     started: asyncio.Future[tuple[FileUpload, Descriptor] | None]
+    begun: float
+    followers: int = 0
     repositories: set[str] = field(default_factory=set)
     upload: FileUpload | None = None
     size: int = -1  # bytes, once it is stored
@@ -61,13 +65,24 @@ class Fill:
 
 
 class Fills:
+    """`make_room` sees to it, as far as that is possible, that so many bytes more can be stored."""
+
     def __init__(
-        self, store: Store, metrics: Metrics, turns: Turns | None = None, backoff: float = BACKOFF
+        self,
+        store: Store,
+        metrics: Metrics,
+        turns: Turns | None = None,
+        backoff: float = BACKOFF,
+        make_room: MakeRoom = nobody,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._turns = turns or Turns(1000)
         self._backoff = backoff
+        self.make_room = make_room
+        self._clock = clock
+        self._making_room: set[asyncio.Task[None]] = set()
         self._fills: dict[Digest, Fill] = {}
         self._permissions = Flights()
 
@@ -87,7 +102,7 @@ class Fills:
                 await self._permit(fill, source)
             # shield: a client that goes away must not cancel what others wait for.
             started = await asyncio.shield(fill.started)
-            blob = await self._follow(source, *started, span) if started else None
+            blob = await self._follow(fill, source, *started, span) if started else None
             if blob is None and source.repository in fill.repositories:
                 blob = await self._stored(source, fill)
             if blob is not None:
@@ -97,7 +112,7 @@ class Fills:
                 raise fill.error
 
     async def _follow(
-        self, source: Source, upload: FileUpload, descriptor: Descriptor, span: Span | None
+        self, fill: Fill, source: Source, upload: FileUpload, descriptor: Descriptor, span: Span | None
     ) -> Blob | None:
         """None: the upload has ended."""
         current().came("hit" if upload.complete else "miss")
@@ -119,7 +134,7 @@ class Fills:
             except BaseException:
                 await blob.close()
                 raise
-        return Followed(blob, source, self._metrics)
+        return Followed(blob, source, self._metrics, fill)
 
     async def _stored(self, source: Source, fill: Fill) -> Blob | None:
         """What came of a fill that has ended; None if nothing did, or it was damaged since."""
@@ -138,6 +153,18 @@ class Fills:
         """Whether it is coming in just now, for whatever repository."""
         return digest in self._fills
 
+    def going_on(self) -> list[Fill]:
+        """To be looked at only."""
+        return list(self._fills.values())
+
+    async def ended(self, digest: Digest) -> None:
+        """Wait for its fill, if there is one.  Raises what it failed with."""
+        fill = self._fills.get(digest)
+        if fill is not None and fill.task is not None:
+            await asyncio.wait([fill.task])
+            if fill.error is not None:
+                raise fill.error
+
     def descriptor(self, repository: str, digest: Digest) -> Descriptor | None:
         """What is known of a blob that `repository` is getting just now."""
         fill = self._fills.get(digest)
@@ -147,7 +174,7 @@ class Fills:
         return started[1] if started else None
 
     def _start(self, source: Source, digest: Digest) -> Fill:
-        fill = Fill(digest, source, asyncio.get_running_loop().create_future())
+        fill = Fill(digest, source, asyncio.get_running_loop().create_future(), self._clock())
         self._fills[digest] = fill
         fill.task = asyncio.create_task(self._run(fill))
         return fill
@@ -167,6 +194,8 @@ class Fills:
             for repository in list(fill.repositories):
                 await self._store.link(repository, fill.digest, descriptor.size)
             result = outcome
+            if outcome == "committed":
+                self._tell_of_room(0)
             if not fill.started.done():
                 fill.started.set_result(None)
             seconds = round(time.monotonic() - begun, 3)
@@ -266,6 +295,7 @@ class Fills:
         try:
             fill.repositories.add(source.repository)
             size = blob.descriptor.size
+            await self._see_to_room(upload, size)
             upload.expect(size)
             if not fill.started.done():
                 fill.started.set_result((upload, blob.descriptor))
@@ -280,6 +310,18 @@ class Fills:
                 raise OriginFailed(f"{source.namespace} ended at byte {upload.offset} of {size}")
         finally:
             await blob.close()
+
+    async def _see_to_room(self, upload: FileUpload, size: int) -> None:
+        if upload.fits(size):
+            self._tell_of_room(max(size, 0))
+        else:
+            await self.make_room(size)
+
+    def _tell_of_room(self, coming: int) -> None:
+        """There is room, but maybe more will be stored than is allowed: nobody waits for that."""
+        task = asyncio.create_task(self.make_room(coming))
+        self._making_room.add(task)
+        task.add_done_callback(self._making_room.discard)
 
     async def _end(self, fill: Fill, error: Exception) -> None:
         """Tell all who wait or follow."""
@@ -303,6 +345,9 @@ class Fills:
                 if not fill.received:  # else it is done in a moment, and need not be asked for again
                     fill.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for task in self._making_room:
+            task.cancel()
+        await asyncio.gather(*self._making_room, return_exceptions=True)
         await self._permissions.close()
 
 

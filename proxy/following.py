@@ -36,15 +36,24 @@ class Source:
         return f"{self.namespace}/{self.name}"
 
 
-class Followed(Blob):
-    """A reader of a growing blob, who asks the origin for the rest should our disk fail."""
+class Counts(Protocol):
+    followers: int
 
-    def __init__(self, blob: FileBlob, source: Source, metrics: Metrics) -> None:
+
+class Followed(Blob):
+    """A reader of a growing blob, who asks the origin for the rest should our disk fail.
+
+    It is one of `followed.followers` until it is closed.
+    """
+
+    def __init__(self, blob: FileBlob, source: Source, metrics: Metrics, followed: Counts) -> None:
         self.descriptor = blob.descriptor
         self._blob = blob
         self._source = source
         self._followers = metrics.followers
         self._followers.inc()
+        self._followed = followed
+        followed.followers += 1
 
     def fileno(self) -> int:
         return self._blob.fileno()
@@ -95,6 +104,7 @@ class Followed(Blob):
 
     async def close(self) -> None:
         self._followers.dec()
+        self._followed.followers -= 1
         await self._blob.close()
 
 

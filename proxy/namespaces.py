@@ -16,12 +16,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
 
 from proxy.values import without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
-from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, parse_name
+from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
 from storage.registry import Blob, Registry, Upload
+
+
+@runtime_checkable
+class Refreshable(Protocol):
+    """What a cache can besides a Registry: see Cache."""
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest: ...
+    async def referrers(self, repository: str, digest: Digest) -> list[Descriptor]: ...
+    async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]: ...
+    async def fill_blob(self, repository: str, digest: Digest) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,22 @@ class Namespaces(Registry):
     async def delete_manifest(self, repository: str, reference: Reference) -> None:
         member, relative = self._split(repository)
         await member.registry.delete_manifest(relative, reference)
+
+    async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
+        """Raises Unsupported where no cache answers for the namespace."""
+        cache, relative = self._cache(repository)
+        return await cache.revalidate(relative, tag)
+
+    async def fill_blob(self, repository: str, digest: Digest) -> int:
+        """Raises Unsupported where no cache answers for the namespace."""
+        cache, relative = self._cache(repository)
+        return await cache.fill_blob(relative, digest)
+
+    def _cache(self, repository: str) -> tuple[Refreshable, str]:
+        member, relative = self._split(repository)
+        if not isinstance(member.registry, Refreshable):
+            raise Unsupported(f"{member.name} is no cache: there is nothing to refresh it from")
+        return member.registry, relative
 
     async def close(self) -> None:
         """Close every registry once, also after one failed to; then raise that failure."""

@@ -38,7 +38,7 @@ class Exchange:
     `id` tells it from all others, to the client too (X-Request-Id).
     `result` is hit, miss, revalidated, stale, negative or error, after RFC 9111; "" where no content is
     concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
-    counts as fresh (None: for ever).
+    counts as fresh (None: for ever).  `digest` is that of the content, once it is known.
     """
 
     id: str = ""
@@ -52,6 +52,7 @@ class Exchange:
     age: float | None = None
     ttl: float | None = None
     detail: str = ""
+    digest: str = ""
 
     def came(self, result: str, age: float = 0.0, ttl: float | None = None) -> None:
         self.result, self.age, self.ttl = result, age, ttl
@@ -66,6 +67,24 @@ _NOBODY = Exchange()
 def current() -> Exchange:
     """The exchange that is going on here; a scratch one where none is (at start, in tests)."""
     return exchange.get(_NOBODY)
+
+
+class Traffic:
+    """Of this process with the upstreams of a namespace, since it started."""
+
+    def __init__(self, received: Counter) -> None:
+        self.requests = 0
+        self.received = 0  # bytes
+        self._received = received
+
+    def asked(self) -> None:
+        self.requests += 1
+        current().upstream_requests += 1
+
+    def took(self, number: int) -> None:
+        """So many bytes of a body."""
+        self.received += number
+        self._received.inc(number)
 
 
 class Metrics:
@@ -147,6 +166,14 @@ class Metrics:
             registry=registry,
         )
 
+        self.upstreams: dict[str, Traffic] = {}
+
+    def traffic(self, namespace: str) -> Traffic:
+        found = self.upstreams.get(namespace)
+        if found is None:
+            found = self.upstreams[namespace] = Traffic(self.received.labels(namespace))
+        return found
+
     def exposition(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
@@ -160,7 +187,9 @@ def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.st
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if console:
-        processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty()))
+        # Its own choice, where rich is installed, shows the values of variables: tokens among them.
+        plain = structlog.dev.plain_traceback
+        processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain))
     else:
         processors.append(structlog.processors.format_exc_info)
         processors.append(structlog.processors.JSONRenderer(serializer=_to_json))

@@ -19,6 +19,8 @@ _AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
 _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
 _PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
+_PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
+_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
@@ -41,6 +43,14 @@ class Address:
     host: str
     port: int
 
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
@@ -54,6 +64,17 @@ class Reserve:
 
     def of(self, limit: int) -> float:
         return self.requests or limit * self.percent / 100
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """So many bytes, or so many in a hundred."""
+
+    size: int = 0
+    percent: int = 0
+
+    def of(self, whole: int) -> int:
+        return self.size or whole * self.percent // 100
 
 
 def parse_text(value: object) -> str:
@@ -134,6 +155,52 @@ def parse_count(value: object) -> int:
 def parse_freshness(value: object) -> float:
     """A duration, or infinity for `forever`."""
     return math.inf if value == "forever" else parse_duration(value)
+
+
+def parse_keep(value: object) -> float:
+    """A duration of more than 0, or infinity for `never`."""
+    return math.inf if value == "never" else parse_timeout(value)
+
+
+def parse_share(value: object) -> Share:
+    """A size, or a percentage of the whole; `0` is nothing."""
+    if value == 0 and not isinstance(value, bool):
+        return Share()
+    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if found and int(found[1]) < 100:
+        return Share(percent=int(found[1]))
+    try:
+        return Share(size=parse_size(value))
+    except ValueError:
+        raise ValueError("expected a size such as 10GiB, or a percentage below 100% of the disk") from None
+
+
+def parse_percentage(value: object) -> float:
+    """`90%`, as a fraction."""
+    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if not found or not 1 <= int(found[1]) <= 100:
+        raise ValueError("expected a percentage from 1% to 100%")
+    return int(found[1]) / 100
+
+
+def parse_rate(value: object) -> int | None:
+    """Bytes a second, as a size; None for `off`, which YAML reads as false."""
+    return None if value is False or value == "off" else parse_size(value)
+
+
+def parse_glob(value: object) -> str:
+    """What is pinned: `docker.io/library/alpine:3*`."""
+    text = parse_text(value)
+    if text.split() != [text] or "/" not in text:
+        raise ValueError("expected namespace/repository:tag, such as docker.io/library/alpine:3*")
+    return text
+
+
+def parse_platform(value: object) -> str:
+    text = parse_text(value)
+    if not _PLATFORM.fullmatch(text):
+        raise ValueError("expected os/architecture or os/architecture/variant, such as linux/arm64/v8")
+    return text
 
 
 def parse_pattern(value: object) -> re.Pattern[str]:

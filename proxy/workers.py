@@ -1,4 +1,4 @@
-"""One parent and its workers: they share the listening sockets, it sees to it that they are there.
+"""One parent, its workers and one keeper: it holds the listening sockets, and sees to it that they are there.
 
 The parent binds, starts, watches and stops; it serves nothing, so that nothing but its own bugs can end
 it.  A worker is a process of its own, with a fresh interpreter: nothing is shared but the sockets, the
@@ -41,7 +41,7 @@ log = structlog.get_logger()
 LIVED = 60.0  # seconds after which a death counts as the first one
 WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a worker is replaced that died young
 GRACE = 10.0  # seconds beyond `drain` before a worker is killed
-_METRICS = "entrepot-metrics-"
+_RUN = "entrepot-run-"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Assignment:
     config: Config
     listen: tuple[int, ...]
     admin: tuple[int, ...]
+    run: Path  # where the processes of this server find each other
     ready: int  # a pipe to say "ready" into, or why not
 
     @classmethod
@@ -87,9 +88,9 @@ class Parent:
     ) -> None:
         self._config = config
         self._reload = reload
-        self._command = command or [sys.executable, "-P", "-m", "proxy", "worker"]
+        self._command = command or [sys.executable, "-P", "-m", "proxy"]
         self._sockets: dict[tuple[str, Address | None], list[socket.socket]] = {}
-        self._metrics, self._metrics_lock = _metrics_directory()
+        self._run, self._run_lock = _run_directory()
         self._changes: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -128,10 +129,10 @@ class Parent:
             generation.retired.set()  # first: none is to be started without sockets
         self._unbind()  # before it drains: nobody is to be left waiting for whom nobody will serve
         await asyncio.gather(*map(self._retire, generations))
-        shutil.rmtree(self._metrics, ignore_errors=True)
-        if self._metrics_lock >= 0:
-            os.close(self._metrics_lock)
-            self._metrics_lock = -1
+        shutil.rmtree(self._run, ignore_errors=True)
+        if self._run_lock >= 0:
+            os.close(self._run_lock)
+            self._run_lock = -1
 
     # Configuration
 
@@ -152,7 +153,7 @@ class Parent:
                 return
             self._leaving, self._generation, self._config = self._generation, generation, config
             self._unbind(config)
-            log.info("config.reloaded", workers=len(generation.keepers))
+            log.info("config.reloaded", workers=config.processes())
             if self._leaving is not None:
                 # shield: if we are stopped meanwhile, stop() goes on waiting for its workers.
                 await asyncio.shield(self._retire(self._leaving))
@@ -179,10 +180,10 @@ class Parent:
         """All its workers, serving.  Raises StartError if one cannot start."""
         generation = Generation(config)
         first: list[asyncio.Future[None]] = []
-        for _ in range(config.processes()):
+        for role in ["keeper"] + ["worker"] * config.processes():
             serving = asyncio.get_running_loop().create_future()
             first.append(serving)
-            generation.keepers.append(asyncio.create_task(self._keep(generation, serving)))
+            generation.keepers.append(asyncio.create_task(self._keep(generation, role, serving)))
         try:
             await asyncio.gather(*first)
         except BaseException:
@@ -191,14 +192,14 @@ class Parent:
             raise
         return generation
 
-    async def _keep(self, generation: Generation, serving: asyncio.Future[None]) -> None:
-        """Have one worker running until the generation is retired."""
+    async def _keep(self, generation: Generation, role: str, serving: asyncio.Future[None]) -> None:
+        """Have one process of `role` running until the generation is retired."""
         wait, pid = 0.0, None
         while not generation.retired.is_set():
             begun = time.monotonic()
             status: int | str
             try:
-                process = await self._spawn(generation.config)
+                process = await self._spawn(generation.config, role)
             except StartError as error:
                 if not serving.done():
                     serving.set_exception(error)
@@ -208,41 +209,43 @@ class Parent:
                 if not serving.done():
                     serving.set_result(None)
                 else:
-                    log.info("worker.replaced", pid=process.pid)
+                    log.info(f"{role}.replaced", pid=process.pid)
                 pid = process.pid
                 status = await self._watch(process, generation)
                 if generation.retired.is_set():
                     return
             wait = 0.0 if time.monotonic() - begun > LIVED else min(LONGEST_WAIT, wait * 2 or WAIT)
-            log.error("worker.died", pid=pid, status=status, again_in=wait)
+            log.error(f"{role}.died", pid=pid, status=status, again_in=wait)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(generation.retired.wait(), wait)
 
-    async def _spawn(self, config: Config) -> asyncio.subprocess.Process:
-        """A worker that serves.  Raises StartError."""
-        listen, admin = (tuple(each.fileno() for each in sockets) for sockets in self._bound(config))
+    async def _spawn(self, config: Config, role: str) -> asyncio.subprocess.Process:
+        """A worker or keeper that serves.  Raises StartError."""
+        clients, administrator = (tuple(each.fileno() for each in sockets) for sockets in self._bound(config))
+        listen, admin = (clients, ()) if role == "worker" else ((), administrator)
         ours, theirs = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
+                role,
                 stdin=asyncio.subprocess.PIPE,
-                pass_fds=(*listen, *admin, theirs, self._metrics_lock),
-                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
+                pass_fds=(*listen, *admin, theirs, self._run_lock),
+                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._run)},
             )
         except OSError as error:
             os.close(ours)
-            raise StartError(f"cannot start a worker: {error.strerror}") from error
+            raise StartError(f"cannot start a {role}: {error.strerror}") from error
         finally:
             os.close(theirs)
         assert process.stdin is not None
         with contextlib.suppress(ConnectionError):  # it is gone already; what it said tells why
-            process.stdin.write(pickle.dumps(Assignment(config, listen, admin, theirs)))
+            process.stdin.write(pickle.dumps(Assignment(config, listen, admin, self._run, theirs)))
             await process.stdin.drain()
         message = await _read(ours)
         if message == "ready":
             return process
         await process.wait()
-        raise StartError(message or f"a worker ended with status {process.returncode} before it served")
+        raise StartError(message or f"a {role} ended with status {process.returncode} before it served")
 
     async def _watch(self, process: asyncio.subprocess.Process, generation: Generation) -> int:
         """Until it ends, by itself or since its generation is retired; its exit status."""
@@ -257,7 +260,7 @@ class Parent:
                 process.kill()
         retired.cancel()
         status = await ended
-        multiprocess.mark_process_dead(process.pid, str(self._metrics))  # type: ignore[no-untyped-call]
+        multiprocess.mark_process_dead(process.pid, str(self._run))  # type: ignore[no-untyped-call]
         return status
 
     async def _retire(self, generation: Generation) -> None:
@@ -269,17 +272,17 @@ def _addresses(config: Config) -> tuple[tuple[str, Address | None], ...]:
     return ("listen", config.listen), ("admin", config.admin)
 
 
-def _metrics_directory() -> tuple[Path, int]:
+def _run_directory() -> tuple[Path, int]:
     """One that is new, and a lock on it: workers inherit that, so it is free when the last has ended.
 
     Those of parents that were killed are removed.
     """
     place = Path(tempfile.gettempdir())
-    for path in place.glob(f"{_METRICS}*"):
+    for path in place.glob(f"{_RUN}*"):
         with contextlib.suppress(OSError):  # somebody else's, or in use
             os.close(_locked(path))
             shutil.rmtree(path, ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=f".{_METRICS}"))
+    path = Path(tempfile.mkdtemp(prefix=f".{_RUN}"))
     lock = _locked(path)
     # Only now under the name by which it would be found, and removed, by a parent that starts meanwhile.
     return path.rename(path.with_name(path.name[1:])), lock

@@ -4,6 +4,7 @@
     <root>/partial/<algorithm>-<encoded>        a fill on its way, locked by whoever writes it
     <root>/partial/<id>                         any other upload
     <root>/locks/<name's hash>                  held by a process while it does what only one may do
+    <root>/damaged/<algorithm>-<encoded>        found to be something else; of no use but to be looked at
 
 A blob exists if and only if its file does, and a file gets there only by rename after verification; its
 mtime is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but
@@ -171,6 +172,10 @@ class FileUpload(Upload):
         """Whether what was written so far is all of it.  Nothing may be waiting for the disk."""
         return digest == f"{self._hash.name}:{self._hash.hexdigest()}"
 
+    def fits(self, size: int) -> bool:
+        """Whether there is room for it, were it to have `size` bytes in the end."""
+        return self._files.room() >= max(0, size - self._written)
+
     def expect(self, size: int) -> None:
         """Say how many bytes it will have in the end.
 
@@ -249,6 +254,8 @@ class FileUpload(Upload):
     def _publish(self, path: Path) -> None:
         made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
+        now = self._files.clock()
+        os.utime(self._file, (now, now))  # the time of last use is of our clock
         # Data before name: after a power cut a name stands for all of its bytes.
         os.fdatasync(self._file)
         self._path.replace(path)
@@ -332,7 +339,7 @@ class Files:
     def __init__(self, root: Path, clock: Callable[[], float] = time.time, disk: Disk | None = None) -> None:
         self.root = root
         self.disk = disk or Disk(root, clock)
-        self._clock = clock
+        self.clock = clock
         self._partial = root / "partial"
         self._locks = root / "locks"
         self.growing: set[FileUpload] = set()  # those whose size is known
@@ -363,6 +370,10 @@ class Files:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.growing.add(upload)
 
+    def room(self) -> int:
+        """Bytes that nobody has or is to have yet."""
+        return self.disk.room() - sum(each.lacks for each in self.growing)
+
     def path(self, digest: Digest) -> Path:
         return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
 
@@ -384,11 +395,18 @@ class Files:
                 os.close(file)
                 path.unlink(missing_ok=True)
                 raise BlobUnknown(f"{digest} was damaged: {status.st_size} of {size} bytes were left")
-        now = self._clock()
+        now = self.clock()
         if not 0 <= now - status.st_mtime < TOUCH:
             with suppress(OSError):  # a read-only disk serves all the same
                 os.utime(file, (now, now))
         return FileBlob(file, Descriptor(OCTETS, digest, status.st_size))
+
+    def touch(self, digest: Digest, at: float) -> None:
+        """It was used at `at`, though nobody opened it.  What is not here is passed by."""
+        path = self.path(digest)
+        with suppress(OSError):  # vanished, or on a read-only disk
+            if at - path.stat().st_mtime >= TOUCH:
+                os.utime(path, (at, at))
 
     def verify(self, digest: Digest) -> None:
         """Read all of it.  Blocks.  Raises BlobUnknown, also where it is damaged, and then it is removed."""
@@ -402,6 +420,28 @@ class Files:
             if found != digest.encoded:
                 path.unlink(missing_ok=True)
                 raise BlobUnknown(f"{digest} was damaged: its content is {found}")
+
+    def set_aside(self, digest: Digest, found: os.stat_result) -> Path | None:
+        """Move the file that `found` tells of, and that is damaged, out of the tree; where it lies then.
+
+        None: the name leads to another file by now, or to none.  Its mtime tells when it was moved.
+        """
+        path = self.path(digest)
+        aside = self.root / "damaged" / f"{digest.algorithm}-{digest.encoded}"
+        with self.guard(aside), suppress(FileNotFoundError):
+            if not os.path.samestat(path.lstat(), found):
+                return None
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+            # 1. we look  2. it is evicted, and filled again  3. we rename what is good: it goes back.
+            if not os.path.samestat(aside.lstat(), found):
+                aside.rename(path)
+                return None
+            now = self.clock()
+            with suppress(OSError):  # a file of another user's
+                os.utime(aside, (now, now))
+            return aside
+        return None
 
     def create(self) -> FileUpload:
         path = self._partial / secrets.token_urlsafe(16)
@@ -476,13 +516,13 @@ class Files:
         try:
             locked = _try_lock(file)
             pid, _, text = os.pread(file, 100, 0).partition(b" ")
-            recent = text != b"" and 0 <= self._clock() - float(text) < seconds
+            recent = text != b"" and 0 <= self.clock() - float(text) < seconds
             ours = locked and not (recent and _runs(int(pid)))
             yield ours
             if ours:
                 with self.guard(path):
                     os.ftruncate(file, 0)
-                    os.pwrite(file, f"{os.getpid()} {self._clock()}".encode(), 0)
+                    os.pwrite(file, f"{os.getpid()} {self.clock()}".encode(), 0)
         finally:
             os.close(file)
 
@@ -515,7 +555,7 @@ class Files:
         with _translated(self._partial):
             for path in (*self._partial.iterdir(), *self._locks.iterdir()):
                 with suppress(FileNotFoundError):
-                    if self._clock() - path.stat().st_mtime > age:
+                    if self.clock() - path.stat().st_mtime > age:
                         path.unlink()
                         reaped += 1
         return reaped

@@ -147,6 +147,7 @@ class _JSONDescriptor(msgspec.Struct, rename="camel"):
     size: int
     artifact_type: str | None = None
     annotations: dict[str, str] | None = None
+    platform: Any = None  # whatever it is: a manifest is none the worse for a strange one
 
 
 class _JSONManifest(msgspec.Struct, rename="camel"):
@@ -166,7 +167,8 @@ _decode = msgspec.json.Decoder(_JSONManifest).decode
 class ManifestContent:
     """What a manifest or index says, as far as a registry needs to know.
 
-    `children` are manifests (of an index), `blobs` config and layers.
+    `children` are manifests (of an index), `blobs` config and layers.  `platforms` are those of the
+    children, as os/architecture[/variant], None where none is told.
     """
 
     media_type: str
@@ -175,6 +177,7 @@ class ManifestContent:
     blobs: tuple[Descriptor, ...]
     subject: Descriptor | None
     annotations: Mapping[str, str]
+    platforms: tuple[str | None, ...] = ()
 
 
 def parse_manifest(content: bytes) -> ManifestContent:
@@ -195,9 +198,19 @@ def parse_manifest(content: bytes) -> ManifestContent:
             blobs=tuple(_descriptor(each) for each in blobs),
             subject=_descriptor(found.subject) if found.subject else None,
             annotations=found.annotations or {},
+            platforms=tuple(_platform(each.platform) for each in found.manifests or ()),
         )
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, DigestInvalid) as error:
         raise ManifestInvalid(f"not a manifest: {error}") from None
+
+
+def _platform(found: Any) -> str | None:
+    if not isinstance(found, dict):
+        return None
+    fields = [found.get(name) for name in ("os", "architecture", "variant")]
+    if not isinstance(fields[0], str) or not isinstance(fields[1], str):
+        return None
+    return "/".join(each for each in fields if isinstance(each, str) and each)
 
 
 def _descriptor(found: _JSONDescriptor) -> Descriptor:

@@ -100,6 +100,10 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
             raise
 
 
+class _Own(Exception):
+    """What the work of a transaction has failed with."""
+
+
 class Batch:
     """The records within a transaction."""
 
@@ -170,10 +174,17 @@ class Records:
 
         def run(cache: _Database) -> T:
             with cache.transact():
-                return work(Batch(cache))
+                try:
+                    return work(Batch(cache))
+                except (ValueError, TypeError, LookupError, AttributeError) as error:
+                    raise _Own from error  # it says nothing of the database
 
         with self._writing(0):
-            return self._do(run)
+            try:
+                return self._do(run)
+            except _Own as error:
+                assert error.__cause__ is not None
+                raise error.__cause__ from None
 
     def scan(self, prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
         """Keys that start with `prefix` and come after `prefix + after`, in order, with their values."""

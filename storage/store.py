@@ -71,8 +71,8 @@ class Store(Registry):
     """Every method may raise StorageFailed.  `clock` tells seconds since the epoch."""
 
     def __init__(self, files: Files, records: Records, clock: Callable[[], float] = time.time) -> None:
-        self._files = files
-        self._records = records
+        self.files = files
+        self.records = records
         self._clock = clock
 
     # Pull
@@ -82,10 +82,10 @@ class Store(Registry):
 
     def blob(self, repository: str, digest: Digest) -> tuple[FileBlob, float]:
         """The blob, open, and when `repository` got it.  Raises BlobUnknown."""
-        size, linked_at = _numbers(self._records.get(f"link {repository} {digest}"), 2) or (None, 0.0)
+        size, linked_at = _numbers(self.records.get(f"link {repository} {digest}"), 2) or (None, 0.0)
         if size is None:
             raise BlobUnknown(f"{repository} holds no blob {digest}")
-        return self._files.open(digest, int(size)), linked_at
+        return self.files.open(digest, int(size)), linked_at
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         blob = await self.get_blob(repository, digest)
@@ -105,7 +105,7 @@ class Store(Registry):
             if pointer is None:
                 raise ManifestUnknown(f"{repository} holds no tag {reference}")
             reference = pointer.digest
-        record = self._records.get(f"manifest {repository} {reference}") or b""
+        record = self.records.get(f"manifest {repository} {reference}") or b""
         head, _, content = record.partition(b"\n")
         media_type, _, stored_at = head.rpartition(b" ")
         times = _numbers(stored_at, 1)
@@ -116,15 +116,15 @@ class Store(Registry):
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         prefix = f"tag {repository} "
-        tags = [key[len(prefix) :] for key, _ in islice(self._records.scan(prefix, last), limit)]
-        if not tags and self._records.first(f"manifest {repository} ") is None:
+        tags = [key[len(prefix) :] for key, _ in islice(self.records.scan(prefix, last), limit)]
+        if not tags and self.records.first(f"manifest {repository} ") is None:
             raise NameUnknown(f"{repository} holds nothing")
         return tags
 
     async def referrers(
         self, repository: str, digest: Digest, artifact_type: str | None = None
     ) -> list[Descriptor]:
-        records = self._records.scan(f"referrers {repository} {digest} ")
+        records = self.records.scan(f"referrers {repository} {digest} ")
         found = [each for _, value in records if (each := _descriptor(value)) is not None]
         return [each for each in found if artifact_type in (None, each.artifact_type)]
 
@@ -133,14 +133,14 @@ class Store(Registry):
 
     def _names(self, last: str) -> Iterator[str]:
         # '!' follows the space that ends a name in a key: the next key is another repository's.
-        while (key := self._records.first("manifest ", f"{last}!" if last else "")) is not None:
+        while (key := self.records.first("manifest ", f"{last}!" if last else "")) is not None:
             last = key.split(" ")[1]
             yield last
 
     # Push
 
     async def start_upload(self, repository: str, size: int | None = None) -> Upload:
-        return StoreUpload(self, repository, self._files.create())
+        return StoreUpload(self, repository, self.files.create())
 
     async def mount_blob(self, repository: str, digest: Digest, source: str) -> Descriptor:
         await self.resolve_blob(source, digest)
@@ -159,7 +159,7 @@ class Store(Registry):
     def _push(self, repository: str, reference: Reference, manifest: Manifest) -> None:
         now = self._clock()
         record = f"{manifest.media_type} {now}\n".encode(*_TEXT) + manifest.content
-        self._records.put(f"manifest {repository} {manifest.digest}", record)
+        self.records.put(f"manifest {repository} {manifest.digest}", record)
         self._refer(repository, manifest)
         if isinstance(reference, Tag):  # last: a tag never points at what is not there
             self._point(repository, reference, manifest.digest, now)
@@ -178,7 +178,7 @@ class Store(Registry):
                 content.annotations,
             )
             key = f"referrers {repository} {content.subject.digest} {manifest.digest}"
-            self._records.put(key, msgspec.json.encode(descriptor.to_json()))
+            self.records.put(key, msgspec.json.encode(descriptor.to_json()))
 
     async def delete_manifest(self, repository: str, reference: Reference) -> None:
         if not await asyncio.to_thread(self._delete, repository, reference):
@@ -186,44 +186,44 @@ class Store(Registry):
 
     def _delete(self, repository: str, reference: Reference) -> bool:
         if isinstance(reference, Tag):
-            return self._records.delete(f"tag {repository} {reference}")
-        for key, value in list(self._records.scan(f"tag {repository} ")):
+            return self.records.delete(f"tag {repository} {reference}")
+        for key, value in list(self.records.scan(f"tag {repository} ")):
             if value.startswith(reference.encode()):
-                self._records.delete(key)
-        for key, _ in list(self._records.scan(f"referrers {repository} ")):
+                self.records.delete(key)
+        for key, _ in list(self.records.scan(f"referrers {repository} ")):
             if key.endswith(reference):
-                self._records.delete(key)
-        return self._records.delete(f"manifest {repository} {reference}")
+                self.records.delete(key)
+        return self.records.delete(f"manifest {repository} {reference}")
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
-        if not await asyncio.to_thread(self._records.delete, f"link {repository} {digest}"):
+        if not await asyncio.to_thread(self.records.delete, f"link {repository} {digest}"):
             raise BlobUnknown(f"{repository} holds no blob {digest}")
 
     # What a cache needs of its store besides
 
     def holds(self, digest: Digest) -> bool:
         """Whether the bytes are here, for whatever repository."""
-        return self._files.holds(digest)
+        return self.files.holds(digest)
 
     async def link(self, repository: str, digest: Digest, size: int = -1) -> Descriptor:
         """Show `digest` in `repository`; `size` is what an origin says of it, if it does.
 
         Raises BlobUnknown where its bytes are not here, or are damaged.
         """
-        blob = self._files.open(digest)
+        blob = self.files.open(digest)
         await blob.close()
         if size not in (-1, blob.descriptor.size):
-            await asyncio.to_thread(self._files.verify, digest)  # one of the two is wrong
+            await asyncio.to_thread(self.files.verify, digest)  # one of the two is wrong
         record = f"{blob.descriptor.size} {self._clock()}".encode()
-        await asyncio.to_thread(self._records.put, f"link {repository} {digest}", record)
+        await asyncio.to_thread(self.records.put, f"link {repository} {digest}", record)
         return blob.descriptor
 
     async def resume_fill(self, digest: Digest) -> FileUpload:
         """The upload of `digest`, going on where a former one was cut."""
-        return await self._files.resume(digest)
+        return await self.files.resume(digest)
 
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:
-        digest, _, time = (self._records.get(f"tag {repository} {tag}") or b"").partition(b" ")
+        digest, _, time = (self.records.get(f"tag {repository} {tag}") or b"").partition(b" ")
         times = _numbers(time, 1)
         with suppress(DigestInvalid):
             return Pointer(Digest.parse(digest.decode(*_TEXT)), times[0]) if times else None
@@ -231,17 +231,17 @@ class Store(Registry):
 
     def exclusive(self, name: str) -> AbstractAsyncContextManager[bool]:
         """See Files.exclusive()."""
-        return self._files.exclusive(name)
+        return self.files.exclusive(name)
 
     async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
         """An origin said just now that `tag` is `digest`, whose manifest is here."""
         await asyncio.to_thread(self._point, repository, tag, digest, self._clock())
 
     def _point(self, repository: str, tag: Tag, digest: Digest, now: float) -> None:
-        self._records.put(f"tag {repository} {tag}", f"{digest} {now}".encode())
+        self.records.put(f"tag {repository} {tag}", f"{digest} {now}".encode())
 
     def listing(self, repository: str, what: str) -> Listing | None:
-        time, _, value = (self._records.get(f"listing {repository} {what}") or b"").partition(b"\n")
+        time, _, value = (self.records.get(f"listing {repository} {what}") or b"").partition(b"\n")
         times = _numbers(time, 1)
         with suppress(*_NOT_JSON):
             return Listing(msgspec.json.decode(value), times[0]) if times else None
@@ -249,10 +249,10 @@ class Store(Registry):
 
     async def keep_listing(self, repository: str, what: str, value: Any) -> None:
         record = f"{self._clock()}\n".encode() + msgspec.json.encode(value)
-        await asyncio.to_thread(self._records.put, f"listing {repository} {what}", record)
+        await asyncio.to_thread(self.records.put, f"listing {repository} {what}", record)
 
     async def close(self) -> None:
-        self._records.close()
+        self.records.close()
 
 
 def _numbers(record: bytes | None, count: int) -> list[float] | None:

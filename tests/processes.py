@@ -11,7 +11,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,16 @@ class Server:
 
     def pids(self) -> list[int]:
         """Of the workers."""
+        return self._children("worker")
+
+    def keeper(self) -> int:
+        """The pid of who keeps house."""
+        (pid,) = self._children("keeper")
+        return pid
+
+    def _children(self, role: str) -> list[int]:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(pid) for pid in children if not ended(pid)]
+        return [int(pid) for pid in children if not ended(pid) and _role(pid) == role]
 
     async def gone(self, *pids: int) -> None:
         """Wait for the end of these."""
@@ -274,6 +282,12 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstre
         assert not unexpected, f"error events that the test did not ask for: {unexpected}"
 
 
+def _role(pid: str) -> str:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").rpartition("\0")[2]
+    return ""
+
+
 def ended(pid: str) -> bool:
     """A process that has ended is a child until its parent has asked for its status."""
     try:
@@ -295,7 +309,7 @@ def descriptors(pid: int) -> Counter[str]:
             target = str(entry.readlink())
         except FileNotFoundError:
             continue
-        if not ("/records/" in target or "entrepot-metrics" in target):
+        if not ("/records/" in target or "entrepot-run" in target):
             found[target.partition(":[")[0]] += 1
     return found
 

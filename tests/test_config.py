@@ -642,7 +642,7 @@ def test_the_example_is_the_defaults() -> None:
 
 def test_the_example_without_its_comment_signs_loads(tmp_path: Path) -> None:
     (tmp_path / "all.yml").write_text(uncommented(), encoding="utf-8")
-    config = load(tmp_path / "all.yml", {"HUB_TOKEN": "secret"})
+    config = load(tmp_path / "all.yml", {"HUB_TOKEN": "secret", "ADMIN_TOKEN": "t"})
     private = config.namespaces["registry.example:5000"].upstream
     for field in msgspec.structs.fields(Upstream):
         if not field.required and field.default not in (None, ()):
@@ -663,4 +663,4 @@ def test_the_recipes_of_the_manual_load(tmp_path: Path) -> None:
     assert recipes
     for recipe in recipes:
         (tmp_path / "recipe.yml").write_text(recipe, encoding="utf-8")
-        assert load(tmp_path / "recipe.yml", {"HUB_TOKEN": "secret"}).namespaces
+        assert load(tmp_path / "recipe.yml", {"HUB_TOKEN": "secret", "ADMIN_TOKEN": "t"}).namespaces

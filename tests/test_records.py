@@ -540,8 +540,14 @@ def test_transaction_is_whole_or_nothing(tmp_path: Path) -> None:
         batch.put("a", b"1")
         raise ZeroDivisionError
 
+    def slip(batch: Batch) -> None:
+        batch.put("a", b"1")
+        raise KeyError("a slip is no damage")
+
     with pytest.raises(ZeroDivisionError):
         records.transaction(work)
+    with pytest.raises(KeyError):
+        records.transaction(slip)
     assert records.get("a") is None
     records.put("b", b"2")
     records.close()

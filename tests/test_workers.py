@@ -24,12 +24,14 @@ WORKER = """
 import asyncio, os, signal, sys
 from proxy.workers import Assignment
 given = Assignment.read(sys.stdin.buffer)
+keeps = sys.argv[1] == "keeper"
 journal = {journal!r}
 def write(line):
     with open(journal, "a") as file:
         file.write(line + "\\n")
-write(f"begun {{os.getpid()}}")
-{begin}
+if not keeps:
+    write(f"begun {{os.getpid()}}")
+    {begin}
 async def answer(reader, writer):
     writer.write(given.config.log.level.encode())
     writer.close()
@@ -37,6 +39,10 @@ async def main():
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     asyncio.get_running_loop().add_reader(0, ended.set)
+    if keeps:
+        given.report("ready")
+        await ended.wait()
+        return
     server = await asyncio.start_server(answer, sock=given.sockets()[0][0])
     given.report("ready")
     {serving}
@@ -133,8 +139,8 @@ async def test_a_dead_worker_is_replaced(
     await parent.start()
     spawn = parent._spawn
 
-    async def noticed(config: Config) -> asyncio.subprocess.Process:
-        process = await spawn(config)
+    async def noticed(config: Config, role: str) -> asyncio.subprocess.Process:
+        process = await spawn(config, role)
         respawned.set()
         return process
 
@@ -157,12 +163,12 @@ async def test_a_crash_loop_backs_off_and_says_so(
     parent = site.parent(serving="os._exit(3)", config=msgspec.structs.replace(CONFIG, workers=1))
     spawn, count = parent._spawn, 0
 
-    async def counted(config: Config) -> asyncio.subprocess.Process:
+    async def counted(config: Config, role: str) -> asyncio.subprocess.Process:
         nonlocal count
-        count += 1
+        count += role == "worker"
         if count == 5:
             third.set()
-        return await spawn(config)
+        return await spawn(config, role)
 
     monkeypatch.setattr(parent, "_spawn", counted)
     await parent.start()
@@ -231,9 +237,11 @@ async def test_a_worker_whose_parent_is_gone_ends(site: Site) -> None:
     spawned: list[asyncio.subprocess.Process] = []
     spawn = parent._spawn
 
-    async def noted(config: Config) -> asyncio.subprocess.Process:
-        spawned.append(await spawn(config))
-        return spawned[-1]
+    async def noted(config: Config, role: str) -> asyncio.subprocess.Process:
+        process = await spawn(config, role)
+        if role == "worker":
+            spawned.append(process)
+        return process
 
     parent._spawn = noted  # type: ignore[method-assign]
     await parent.start()

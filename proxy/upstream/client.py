@@ -21,9 +21,9 @@ import structlog
 from yarl import URL
 
 from proxy.limits import Bandwidth
-from proxy.telemetry import Metrics, current
+from proxy.telemetry import Metrics
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.health import UNTOLD, Budgets, seconds_until
+from proxy.upstream.health import UNTOLD, Budgets, HostState, seconds_until
 from proxy.upstream.tokens import Answer, Tokens
 from proxy.upstream.transport import Connect, Transport
 from storage.errors import (
@@ -101,7 +101,7 @@ class Upstream(Registry):
         self._metrics = metrics
         self._reserve = settings.reserve
         self._bandwidth = settings.bandwidth
-        self._received = metrics.received.labels(name)
+        self._traffic = metrics.traffic(name)
         self._transport = Transport(
             name,
             settings.connect,
@@ -145,6 +145,13 @@ class Upstream(Registry):
         """It did not answer, and it is time to find out whether it does."""
         return self._health.due
 
+    def state(self) -> list[HostState]:
+        """Of the upstream itself first, then of where it has sent us."""
+        return [
+            each.state(self._url, host, self._budgets.state() if each is self._health else [])
+            for host, each in self._transport.breakers()
+        ]
+
     async def probe(self) -> None:
         """Find out; `well` tells."""
         with suppress(RegistryError):
@@ -171,7 +178,7 @@ class Upstream(Registry):
             raise
 
     async def _took(self, number: int) -> None:
-        self._received.inc(number)
+        self._traffic.took(number)
         await self._bandwidth.take(number)
 
     def _extent(self, response: aiohttp.ClientResponse, span: Span | None) -> tuple[int, int]:
@@ -374,7 +381,7 @@ class Upstream(Registry):
         self, method: str, url: URL, headers: dict[str, str], kind: str
     ) -> aiohttp.ClientResponse:
         begun, status = time.monotonic(), 0
-        current().upstream_requests += 1
+        self._traffic.asked()
         try:
             response = await self._transport.follow(method, url, headers)
             status = response.status
@@ -408,7 +415,7 @@ class Upstream(Registry):
 
     async def _content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         content = await self._transport.read(response, limit)
-        self._received.inc(len(content))
+        self._traffic.took(len(content))
         encoding = _encoding(response)
         if not encoding:
             return content
@@ -435,7 +442,7 @@ class Upstream(Registry):
     async def _fetch(
         self, method: str, url: URL, *, headers: Any, form: Any = None
     ) -> Answer:  # tokens.Fetch
-        current().upstream_requests += 1
+        self._traffic.asked()
         response = await self._transport.send(method, url, headers, form)
         async with response:
             content = await self._content(response, MANIFEST_LIMIT)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import structlog
 
 from proxy.upstream.client import Upstream
+from proxy.upstream.health import HostState
 from storage.errors import RegistryError
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span
 from storage.registry import Blob, Registry
@@ -90,6 +91,10 @@ class Failover(Registry):
                 self._probes.add(probe)
                 probe.add_done_callback(self._probes.discard)
         return [number for number in order if number not in failing] + failing
+
+    def state(self) -> list[HostState]:
+        """Of each upstream, in their order."""
+        return [state for each in self._upstreams for state in each.state()]
 
     async def close(self) -> None:
         for probe in self._probes:

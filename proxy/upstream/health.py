@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
@@ -23,6 +24,34 @@ UNTOLD = 60.0  # seconds without a request after a 429 that does not tell how lo
 BLOCKED = 86400.0  # seconds without a request at most, whatever Retry-After says
 
 _LIMIT = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9})\s*)?(?:[,;]|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitState:
+    """The rate limit of one credential, by number, as far as it is told.
+
+    `blocked_for` is in seconds, 0: it may be used.
+    """
+
+    credential: int
+    limit: int | None
+    remaining: int | None
+    blocked_for: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """A host that the upstream at `url` is reached by, or sends us to.
+
+    While `open` it is let alone, for `seconds`; then one request finds out.  `limits` are the upstream's own.
+    """
+
+    url: str
+    host: str
+    open: bool
+    seconds: float
+    error: str | None
+    limits: list[LimitState]
 
 
 class Breaker:
@@ -50,6 +79,12 @@ class Breaker:
     def due(self) -> bool:
         """Half-open, and nobody is probing."""
         return self._error is not None and not self._probing and not self._left()
+
+    def state(self, url: str, host: str, limits: list[LimitState]) -> HostState:
+        error = self._error
+        if error is None:
+            return HostState(url, host, False, 0.0, None, limits)
+        return HostState(url, host, True, self._left(), str(error), limits)
 
     def _left(self) -> float:
         return _left(self._since, self._seconds, self._clock())
@@ -210,6 +245,12 @@ class Budgets:
         """Budget.spares() of the one whose turn it is."""
         order = self._order()
         return not order or self._budgets[order[0]].spares(reserve)
+
+    def state(self) -> list[LimitState]:
+        return [
+            LimitState(number, each.limit, each.remaining, each.blocked_for)
+            for number, each in enumerate(self._budgets)
+        ]
 
     @property
     def blocked_for(self) -> float:

@@ -151,6 +151,10 @@ class Transport:
                 del self._breakers[list(self._breakers)[1]]
         return found
 
+    def breakers(self) -> list[tuple[str, Breaker]]:
+        """With their hosts, the upstream's own first."""
+        return [(url.host_port_subcomponent or "", each) for url, each in self._breakers.items()]
+
     async def send(
         self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None = None
     ) -> aiohttp.ClientResponse:

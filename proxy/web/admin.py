@@ -1,50 +1,177 @@
-"""The admin listener: metrics and health.  Not for clients that pull."""
+"""The admin listener: metrics, health, and the admin API.  Not for clients that pull.
+
+Metrics and health are open.  The API is for whoever holds the token; where there is none, for whoever is on
+this machine, if the listener is a loopback one, and else for nobody.  A browser on this machine is there for
+any page that it shows: so without a token, what such a page can send is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hmac
+import ipaddress
+import math
+import re
+import warnings
+from collections.abc import Awaitable, Callable, Mapping
 
-import msgspec
+import structlog
 from aiohttp import web
+from aiohttp_cache import MemoryCache, cache_middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from proxy.asking import BadField
+from proxy.operations import Operations
 from proxy.telemetry import Metrics
+from proxy.web.api import Api, Handler, in_json
+from storage.errors import RegistryError
+
+log = structlog.get_logger()
+
+OPEN = ("/metrics", "/healthz", "/readyz")
+SUMMARIES = 100  # answers that are kept at once
+_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?")
+
+State = Callable[[], Awaitable[Mapping[str, str]]]
 
 
-def application(metrics: Metrics, state: Callable[[], Mapping[str, str]]) -> web.Application:
-    """`state` tells `status`, "ready", "degraded" or "draining", and what more there is to say."""
+def application(
+    metrics: Metrics, state: State, operations: Operations, *, token: str | None, loopback: bool
+) -> web.Application:
+    """`state` tells `status`, "ready", "degraded" or "draining", and what more there is to say.
+
+    `loopback`: only this machine reaches the listener.  The application closes `operations`.
+    """
 
     async def exposition(request: web.Request) -> web.Response:
         return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(request: web.Request) -> web.Response:
-        return _json({"status": "alive"})
+        return in_json({"status": "alive"})
 
     async def readyz(request: web.Request) -> web.Response:
         # A degraded server still serves, uncached: only one that is leaving is not ready.
-        found = state()
-        return _json(found, 503 if found["status"] == "draining" else 200)
+        found = await state()
+        return in_json(found, 503 if found["status"] == "draining" else 200)
 
     @web.middleware
-    async def in_json(
-        request: web.Request, handler: Callable[[web.Request], web.StreamResponse]
-    ) -> web.StreamResponse:
-        try:
-            return await handler(request)  # type: ignore[misc, no-any-return]
-        except web.HTTPException as error:
-            answer = _json({"error": error.reason}, error.status)
-            if isinstance(error, web.HTTPMethodNotAllowed):
-                answer.headers["Allow"] = error.headers["Allow"]
-            return answer
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in OPEN:
+            check(request, token, loopback)
+        return await handler(request)
 
-    admin = web.Application(middlewares=[in_json])  # type: ignore[list-item]
-    admin.router.add_get("/metrics", exposition)
-    admin.router.add_get("/healthz", healthz)
-    admin.router.add_get("/readyz", readyz)
+    summaries = Summaries()
+    # The cache comes last: what it holds is given to whoever gets as far as that.
+    admin = web.Application(middlewares=[errors_in_json, guarded, cache_middleware])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", web.NotAppKeyWarning)  # it is the name that the middleware looks for
+        admin["cache"] = summaries
+    admin.on_cleanup.append(lambda app: operations.close())
+    open_ones: list[Handler] = [exposition, healthz, readyz]
+    for path, handler in zip(OPEN, open_ones, strict=True):
+        admin.router.add_get(path, handler)
+    for method, path, handler in Api(operations, summaries.forget).routes():
+        if method == "GET":
+            admin.router.add_get(path, handler)  # and HEAD
+        else:
+            admin.router.add_route(method, path, handler)
     return admin
 
 
-def _json(value: Mapping[str, str], status: int = 200) -> web.Response:
-    return web.Response(
-        status=status, body=msgspec.json.encode(value), headers={"Content-Type": "application/json"}
-    )
+class Summaries(MemoryCache):
+    """What is costly to answer, for some seconds, whoever asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generation = 0
+
+    async def make_key(self, request: web.Request) -> str:
+        return f"{self._generation} {request.method} {request.rel_url.raw_path_qs}"
+
+    async def set(self, key: str, value: dict[str, object], expires: int = 0) -> None:
+        if len(self._cache) >= SUMMARIES:
+            self._cache.clear()  # what has expired is else only dropped when it is asked for again
+        await super().set(key, value, expires)
+
+    def forget(self) -> None:
+        # 1. a summary is begun  2. something is purged, and this called  3. the summary is stored: under
+        # the key that it had when it was begun, so that nobody finds it.
+        self._generation += 1
+        self._cache.clear()
+
+
+def check(request: web.Request, token: str | None, loopback: bool) -> None:
+    """Raises HTTPException."""
+    if token is not None:
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        # As bytes: of other text than ASCII compare_digest wants nothing.
+        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
+        if kind.lower() != "bearer" or not same:
+            headers = {"WWW-Authenticate": 'Bearer realm="entrepot"'}
+            raise web.HTTPUnauthorized(reason="the admin API wants the token: admin_token", headers=headers)
+    elif not loopback:
+        raise web.HTTPForbidden(
+            reason="other machines reach this listener, and there is no token: set admin_token"
+        )
+    else:
+        _check_page(request)
+    if request.method not in ("GET", "HEAD", "OPTIONS") and request.content_type != "application/json":
+        # A page can send forms and plain text to any host unasked; this it cannot.
+        raise web.HTTPUnsupportedMediaType(reason="expected Content-Type: application/json")
+
+
+def _check_page(request: web.Request) -> None:
+    """Refuse what a foreign page can have its browser send."""
+    host = request.headers.get("Host", "")
+    found = _AUTHORITY.fullmatch(host)
+    # A page of evil.example may have that name lead to this machine, and then is of the same origin.
+    if found is None or not _is_here(found[1] or found[2]):
+        raise web.HTTPForbidden(reason="without admin_token, Host must be localhost or an IP address")
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
+        raise web.HTTPForbidden(reason="without admin_token, no page of another origin may ask")
+
+
+def _is_here(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+@web.middleware
+async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        answer = _error(error.status, error.reason, _CODES.get(error.status, "UNKNOWN"))
+        for name in ("Allow", "WWW-Authenticate"):
+            if name in error.headers:
+                answer.headers[name] = error.headers[name]
+        return answer
+    except BadField as error:
+        return _error(400, str(error), "FIELD_INVALID", field=error.field)
+    except RegistryError as error:
+        answer = _error(error.status, str(error), error.code)
+        if error.retry_after is not None:
+            answer.headers["Retry-After"] = str(math.ceil(error.retry_after))
+        return answer
+    except Exception as error:
+        log.exception("admin.failed", method=request.method, path=request.path[:300], error=str(error))
+        return _error(500, "something went wrong here: the log tells what", "UNKNOWN")
+
+
+_CODES = {
+    401: "UNAUTHORIZED",
+    403: "DENIED",
+    404: "PATH_UNKNOWN",
+    405: "UNSUPPORTED",
+    413: "TOO_LARGE",
+    415: "UNSUPPORTED",
+}
+
+
+def _error(status: int, sentence: str, code: str, **more: str) -> web.Response:
+    return in_json({"error": sentence, "code": code, **more}, status)

@@ -63,6 +63,7 @@ class Server:
     """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves.
 
     A client that takes nothing of a blob for `client_timeout` seconds is cut off.
+    `served` is told of each request that has ended, with its status.
     """
 
     def __init__(
@@ -73,12 +74,14 @@ class Server:
         *,
         deny_bypass: bool = False,
         client_timeout: float = math.inf,
+        served: Callable[[Exchange, int], None] | None = None,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
         self._metrics = metrics
         self._deny_bypass = deny_bypass
         self._client_timeout = client_timeout
+        self._served = served
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
         self._answers: dict[Kind, Answer] = {
@@ -156,6 +159,7 @@ class Server:
     ) -> web.StreamResponse:
         digest = route.reference
         assert isinstance(digest, Digest)
+        now.digest = digest
         headers = {
             **_ALL,
             "X-Request-Id": now.id,
@@ -200,6 +204,7 @@ class Server:
         else:
             manifest = await self._registry.get_manifest(name, reference)
             descriptor, content = manifest.descriptor, manifest.content
+        now.digest = descriptor.digest
         headers = {
             **_ALL,
             "Content-Type": descriptor.media_type,
@@ -292,6 +297,8 @@ class Server:
         self._metrics.requests.labels(now.namespace, now.kind, now.result or "none").inc()
         if now.bytes:
             self._metrics.sent.labels(now.namespace).inc(now.bytes)
+        if self._served is not None:
+            self._served(now, status)
         log.info(
             "request.served",
             id=now.id,

@@ -1,0 +1,226 @@
+"""How a command gets at a cache: by the admin API of a running server, or in the directory where none runs.
+
+Both are one seam: reach() gives what has the methods of Operations.  Remote sends them over the network, and
+reads the answers into the same structures.
+
+Only where nobody listens at the admin address is the directory taken: a server that answers with an error, or
+not in time, is there, and knows more than its directory tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import msgspec
+from yarl import URL
+
+from proxy import answers
+from proxy.config import Config
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+    from proxy.operations import Operations
+
+T = TypeVar("T")
+CONNECT = 5.0  # seconds for a connection to the server; how long it works on an answer is its own affair
+# Where to connect to who listens everywhere.
+EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class Failed(Exception):
+    """What could not be done, as a sentence; `usage` if it was asked wrongly.  `code` is for programs."""
+
+    def __init__(self, message: str, code: str = "UNKNOWN", *, usage: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = 2 if usage else 1
+
+
+class Remote:
+    """Operations of the server whose admin listener is at `url`.  Raises Failed."""
+
+    def __init__(self, session: ClientSession, url: URL, token: str | None) -> None:
+        self._session = session
+        self._url = url
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    async def ls(
+        self, pattern: str = "*", *, tags: bool = False, limit: int | None = None, last: str = ""
+    ) -> answers.Listed:
+        if not tags:
+            return await self._get(answers.Listed, "repositories", match=pattern)
+        return await self._get(answers.Listed, "images", match=pattern, limit=limit, last=last or None)
+
+    async def show(self, reference: str) -> answers.Tree:
+        return await self._get(answers.Tree, "image", ref=reference)
+
+    async def stats(self, period: str = "24h") -> answers.Stats:
+        return await self._get(answers.Stats, "stats", period=period)
+
+    async def fills(self) -> list[answers.FillRow]:
+        return await self._get(list[answers.FillRow], "fills")
+
+    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> answers.Purged:
+        return await self._do(answers.Purged, "POST", "purge", pattern=pattern, dry_run=dry_run, force=force)
+
+    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> answers.Refreshed:
+        return await self._do(
+            answers.Refreshed, "POST", "refresh", reference=reference, platforms=list(platforms)
+        )
+
+    async def pins(self) -> list[answers.PinRow]:
+        return await self._get(list[answers.PinRow], "pins")
+
+    async def pin(
+        self, pattern: str, keep_fresh: float | None = None, platforms: Sequence[str] = ()
+    ) -> list[answers.PinRow]:
+        given = {"keep_fresh": keep_fresh, "platforms": list(platforms)}
+        return await self._do(list[answers.PinRow], "POST", "pins", pattern=pattern, **given)
+
+    async def unpin(self, pattern: str) -> answers.Unpinned:
+        return await self._do(answers.Unpinned, "DELETE", "pins", pattern=pattern)
+
+    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> answers.Evicted:
+        return await self._do(answers.Evicted, "POST", "evict", to=to, dry_run=dry_run)
+
+    async def scrub(self) -> answers.Scrubbing:
+        return await self._do(answers.Scrubbing, "POST", "scrub")
+
+    async def scrubbing(self) -> answers.Scrubbing:
+        return await self._get(answers.Scrubbing, "scrub")
+
+    async def why(self, reference: str) -> answers.Why:
+        return await self._get(answers.Why, "why", ref=reference)
+
+    async def _get(self, kind: type[T], name: str, **query: str | int | None) -> T:
+        given = {key: str(value) for key, value in query.items() if value is not None}
+        return await self._ask(kind, "GET", name, given)
+
+    async def _do(self, kind: type[T], method: str, name: str, **fields: Any) -> T:
+        return await self._ask(kind, method, name, {}, msgspec.json.encode(fields))
+
+    async def _ask(
+        self, kind: type[T], method: str, name: str, query: Mapping[str, str], body: bytes | None = None
+    ) -> T:
+        from aiohttp import ClientError
+
+        headers = self._headers if body is None else {**self._headers, "Content-Type": "application/json"}
+        url = (self._url / "api/v1" / name).with_query(query)
+        try:
+            # The token is for nobody else: no redirect is followed.
+            async with self._session.request(
+                method, url, headers=headers, data=body, allow_redirects=False
+            ) as response:
+                status, content = response.status, await response.read()
+        except (ClientError, OSError, TimeoutError) as error:
+            raise Failed(f"{self._url}: {error or 'no answer'}", "UNREACHABLE") from error
+        if status not in (200, 202):
+            raise _refusal(self._url, status, content)
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Failed(f"{self._url} answers what entrepot does not: {error}", "NOT_UNDERSTOOD") from error
+
+
+class _Error(msgspec.Struct):
+    error: str
+    code: str
+
+
+def _refusal(url: URL, status: int, content: bytes) -> Failed:
+    try:
+        told = msgspec.json.decode(content, type=_Error)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        told = _Error(f"{url} answers {status}: is that the admin address of entrepot?", "NOT_UNDERSTOOD")
+    if status == 401:
+        told.error += f"; give it to {url} by --token or ENTREPOT_ADMIN_TOKEN"
+    return Failed(told.error, told.code, usage=status == 400)
+
+
+Reached: TypeAlias = "Operations | Remote"
+
+
+@asynccontextmanager
+async def reach(config: Config, server: str | None, token: str | None) -> AsyncIterator[Reached]:
+    """Operations of the server at `server`, else of that of `config` if it runs, else on its directory.
+
+    What its methods raise comes out of the block as Failed.
+    """
+    url = _address(server) if server else _configured(config)
+    if url is not None and await _listens(url, must=server is not None):
+        from aiohttp import ClientSession, ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=CONNECT)
+        async with ClientSession(timeout=timeout) as session:
+            yield Remote(session, url, token or config.admin_token)
+        return
+    async with _directory(config, url) as operations:
+        yield operations
+
+
+def _address(server: str) -> URL:
+    try:
+        url = URL(server if "//" in server else f"http://{server}")
+        if url.host and url.scheme in ("http", "https"):
+            return url
+    except ValueError:
+        pass
+    raise Failed(f"--server {server}: expected an address such as http://127.0.0.1:5001", usage=True)
+
+
+def _configured(config: Config) -> URL | None:
+    if config.admin is None or not config.admin.port:
+        return None
+    host = EVERYWHERE.get(config.admin.host, config.admin.host)
+    return URL.build(scheme="http", host=host, port=config.admin.port)
+
+
+async def _listens(url: URL, must: bool) -> bool:
+    """Whether somebody does.  Raises Failed if not and somebody must, or if it cannot be told."""
+    try:
+        # Of several addresses of a name it tries each, and tells what became of the last.
+        connection = await asyncio.to_thread(socket.create_connection, (url.host, url.port), CONNECT)
+    except OSError as error:
+        if isinstance(error, ConnectionRefusedError) and not must:
+            return False
+        raise Failed(f"no server at {url}: {error.strerror or 'no answer'}", "UNREACHABLE") from error
+    connection.close()
+    return True
+
+
+@asynccontextmanager
+async def _directory(config: Config, asked: URL | None) -> AsyncIterator[Operations]:
+    root = config.disk.path / "cache"
+    try:
+        there = root.is_dir()
+    except OSError as error:
+        raise Failed(f"{root}: {error.strerror}", "DENIED") from error
+    if not there:  # to look for it must not make it
+        tried = f"nobody listens at {asked}, and " if asked else ""
+        raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
+    from proxy.asking import BadField
+    from proxy.composition import Composition
+    from proxy.listening import StartError
+    from proxy.live import Everyone
+    from proxy.operations import Operations
+    from storage.errors import RegistryError
+
+    try:
+        async with AsyncExitStack() as closing:
+            composition = Composition(config)
+            closing.push_async_callback(composition.close)
+            # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
+            operations = Operations(composition, Everyone(composition.live, None))
+            closing.push_async_callback(operations.close)
+            yield operations
+    except BadField as error:
+        raise Failed(str(error), "FIELD_INVALID", usage=True) from error
+    except RegistryError as error:
+        raise Failed(str(error) or error.code, error.code, usage=error.status == 400) from error
+    except StartError as error:
+        raise Failed(str(error), "UNKNOWN") from error

@@ -1,0 +1,304 @@
+"""What the admin API answers, and the commands print; the same whether a server was asked or a directory.
+
+`repository` is a full name, `<namespace>/<repository>`.  Sizes are bytes, times seconds since the epoch,
+and durations seconds; a time or duration that is for ever is None, as JSON has no infinity.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+# What is stored
+
+
+class RepositoryRow(Answer, frozen=True):
+    """`bytes` are those that lie here of what the repository may show; others may show the same ones."""
+
+    repository: str
+    tags: int
+    manifests: int
+    bytes: int
+
+
+class PlatformRow(Answer, frozen=True):
+    """`platform` is None where none is told, `bytes_whole` None where its manifest is not here."""
+
+    platform: str | None
+    complete: bool
+    bytes_held: int
+    bytes_whole: int | None
+
+
+class ImageRow(Answer, frozen=True):
+    """`tag` is None for a manifest listed by its digest.
+
+    `bytes_whole` is of all that is known: a child of an index that is not here counts with its manifest
+    only.  It is None, and `media_type` too, where the manifest itself is not here.  `fresh_until` None is
+    for ever.
+    """
+
+    repository: str
+    tag: str | None
+    digest: str
+    media_type: str | None
+    bytes_held: int
+    bytes_whole: int | None
+    complete: bool
+    platforms: list[PlatformRow]
+    last_used: float | None
+    uses: int
+    fresh_until: float | None
+    pinned: bool
+
+
+class Listed(Answer, frozen=True):
+    """Repositories, or images.  With `next`, there are more: it is what to give as `last`."""
+
+    repositories: list[RepositoryRow] = []
+    images: list[ImageRow] = []
+    next: str | None = None
+
+
+class Node(Answer, frozen=True):
+    """`role` is manifest, config, layer or referrer.
+
+    What is named twice has its children where it is named first.
+    """
+
+    role: str
+    digest: str
+    media_type: str
+    size: int
+    present: bool
+    platform: str | None
+    artifact_type: str | None
+    children: list[Node]
+
+
+class MoveRow(Answer, frozen=True):
+    at: float
+    old: str
+    new: str
+
+
+class UseRow(Answer, frozen=True):
+    count: int
+    last: float
+    first: float
+
+
+class Tree(Answer, frozen=True):
+    """`moves` are of the tag, the oldest first; `pins` the patterns that match it."""
+
+    repository: str
+    reference: str
+    digest: str
+    node: Node
+    referrers: list[Node]
+    moves: list[MoveRow]
+    uses: UseRow | None
+    pins: list[str]
+
+
+# What goes on
+
+
+class FillRow(Answer, frozen=True):
+    """`size` is -1 where it is not told yet; then `eta`, in seconds, is None, and while nothing comes."""
+
+    digest: str
+    namespace: str
+    repository: str
+    bytes: int
+    size: int
+    started: float
+    followers: int
+    pid: int
+    own: bool
+    speed: float
+    eta: float | None
+
+
+class StatsRow(Answer, frozen=True):
+    """Counters of a namespace, or of all: see storage.usage.Counters.
+
+    The ratios are fractions, None where there was nothing to be one of.
+    """
+
+    namespace: str
+    requests: int
+    hits: int
+    misses: int
+    revalidated: int
+    stale: int
+    negative: int
+    errors: int
+    hit_bytes: int
+    sent_bytes: int
+    received_bytes: int
+    upstream_requests: int
+    hit_ratio: float | None
+    byte_hit_ratio: float | None
+    bytes_saved: int
+    requests_saved: int
+
+
+class Stats(Answer, frozen=True):
+    """Of the last `period` seconds.  `limit` is that of the configuration, None for none."""
+
+    period: float
+    since: float
+    namespaces: list[StatsRow]
+    total: StatsRow
+    stored_bytes: int
+    limit: int | None
+
+
+# What was done
+
+
+class Purged(Answer, frozen=True):
+    """`references` are the tags and manifests that were named, `kept` those that were not since pinned.
+
+    Then what went with them: `manifests`, `links` of repositories to blobs, and `blobs` of so many `bytes`.
+    """
+
+    references: list[str]
+    kept: list[str]
+    manifests: int
+    links: int
+    blobs: int
+    bytes: int
+    dry_run: bool
+
+
+class Refreshed(Answer, frozen=True):
+    """`moved` is what the tag was before, None where that is what it is.
+
+    It consists of so many `manifests` and `blobs`, of which `fetched` had to come, of `bytes`.
+    """
+
+    repository: str
+    reference: str
+    digest: str
+    new: bool
+    moved: str | None
+    manifests: int
+    blobs: int
+    fetched: int
+    bytes: int
+
+
+class PinRow(Answer, frozen=True):
+    """`since` is None for a pin of the configuration.  `references` is how many it matches here now."""
+
+    pattern: str
+    keep_fresh: float | None
+    platforms: list[str]
+    since: float | None
+    references: int
+    manifests: int
+    blobs: int
+    bytes: int
+
+
+class Unpinned(Answer, frozen=True):
+    pattern: str
+
+
+class Evicted(Answer, frozen=True):
+    """`short` is how many bytes are still too many."""
+
+    blobs: int
+    bytes: int
+    manifests: int
+    tags: int
+    links: int
+    seconds: float
+    short: int
+    dry_run: bool
+
+
+class ScrubRow(Answer, frozen=True):
+    """A pass over blobs and manifests; `begun` is 0 before the first.
+
+    So many were `checked`, of `bytes` out of `total_bytes`, an estimate.  What was `damaged` was set aside,
+    and `healed` where upstream had it.  `foreign` is how many files are none of ours.  `digest` is that of
+    the blob that is being read, or empty.
+    """
+
+    begun: float
+    running: bool
+    checked: int
+    bytes: int
+    total_bytes: int
+    damaged: int
+    healed: int
+    foreign: int
+    digest: str
+
+
+class Scrubbing(Answer, frozen=True):
+    """The slow pass of the server's own, and the last that was `asked` for; `error` is what ended that."""
+
+    background: ScrubRow
+    asked: ScrubRow
+    error: str | None
+
+
+# What would be done
+
+Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
+
+
+class HostRow(Answer, frozen=True):
+    """See proxy.live.UpstreamState; of all processes the one that fares worst."""
+
+    url: str
+    host: str
+    open: bool
+    until: float | None
+    error: str | None
+    ratelimit_limit: int | None
+    ratelimit_remaining: int | None
+    limited_until: float | None
+
+
+class Why(Answer, frozen=True):
+    """What a pull of `reference` would do now: `verdict` says it in a word, `because` in a sentence.
+
+    `verdict` is hit (served from here, nobody is asked), revalidate (one HEAD decides), miss (fetched),
+    stale (served from here since upstream is let alone), refused (answered with an error).  `complete` is
+    whether all of it is here; what is not is fetched when a client asks for it.
+
+    `qualified` tells how the namespace was found, `fresh_rule`, `keep_rule` and `pin` which rule applies.
+    """
+
+    asked: str
+    namespace: str
+    repository: str
+    reference: str
+    qualified: str
+    fresh_rule: str | None
+    fresh_for: float | None
+    keep_rule: str
+    keep_for: float | None
+    pin: str | None
+    digest: str | None
+    stored: bool
+    complete: bool
+    validated_at: float | None
+    age: float | None
+    fresh_until: float | None
+    last_used: float | None
+    offline: bool
+    upstreams: list[HostRow]
+    verdict: Verdict
+    because: str

@@ -1,0 +1,91 @@
+"""How an operator writes what is meant: references as a client's are, and globs over full names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from proxy.inventory import WILD
+from proxy.namespaces import Namespaces
+from proxy.values import parse_platform, parse_timeout
+from storage.errors import RegistryError
+from storage.oci import Digest, Reference, Tag
+from storage.pins import Pin
+
+
+class BadField(ValueError):
+    """`field` cannot be read; why not, as a sentence."""
+
+    def __init__(self, field: str, cause: object) -> None:
+        super().__init__(f"{field}: {cause}")
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What somebody wrote, and what it was read as."""
+
+    text: str
+    repository: str
+    reference: Reference
+
+    @property
+    def namespace(self) -> str:
+        return self.repository.partition("/")[0]
+
+
+class Reading:
+    """Every method raises BadField."""
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
+
+    def pattern(self, field: str, text: str) -> Pin:
+        """With the full name, where it names one repository."""
+        wanted = literal(field, text)
+        repository = wanted.parts[0]
+        if WILD.search(repository):
+            return wanted
+        return literal(field, self._qualify(field, repository) + wanted.pattern[len(repository) :])
+
+    def reference(self, field: str, text: str) -> Asked:
+        """`name`, `name:tag`, `name@digest`, `name:tag@digest`: then the tag does not count."""
+        named, at, digest = text.partition("@")
+        name, _, tag = literal(field, named).parts
+        if name == named:
+            tag = "latest"
+        try:
+            reference: Reference = Digest.parse(digest) if at else Tag.parse(tag)
+        except RegistryError as error:
+            raise BadField(field, error) from None
+        return Asked(text, self._qualify(field, name), reference)
+
+    def _qualify(self, field: str, name: str) -> str:
+        try:
+            return self._namespaces.qualify(name)
+        except RegistryError as error:
+            raise BadField(field, error) from None
+
+
+def literal(field: str, text: str) -> Pin:
+    """The pattern as it is.  Raises BadField."""
+    try:
+        return Pin(text)
+    except ValueError as error:
+        raise BadField(field, error) from None
+
+
+def platforms(field: str, texts: Sequence[str]) -> tuple[str, ...]:
+    """Raises BadField."""
+    try:
+        return tuple(map(parse_platform, texts))
+    except ValueError as error:
+        raise BadField(field, error) from None
+
+
+def seconds(field: str, text: str) -> float:
+    """Raises BadField."""
+    try:
+        return parse_timeout(text)
+    except ValueError as error:
+        raise BadField(field, error) from None

@@ -1,0 +1,124 @@
+"""How a command is called: the options that all have, what is printed, and how the program ends.
+
+Exit status: 0; 1 for what cannot be done, or is not there; 2 for what was asked wrongly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeAlias
+
+import click
+import msgspec
+import structlog
+
+from proxy import telemetry
+from proxy.adminclient import Failed, Reached, reach
+from proxy.config import ConfigError, load
+from proxy.console import Table, write
+
+P = ParamSpec("P")
+
+View: TypeAlias = "Callable[[Any, float], Sequence[Table]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a command was called: what is common to all of them."""
+
+    path: Path | None
+    server: str | None
+    token: str | None
+    json: bool
+
+    def run(self, work: Callable[[Reached], Awaitable[None]]) -> None:
+        """Do it, and end the program if that fails."""
+        try:
+            asyncio.run(self._run(work))
+        except (Failed, ConfigError) as error:
+            failed = error if isinstance(error, Failed) else Failed(str(error), "CONFIG_INVALID", usage=True)
+            self._fail(failed)
+
+    async def _run(self, work: Callable[[Reached], Awaitable[None]]) -> None:
+        config = load(self.path)
+        if not structlog.is_configured():
+            # Beside what was asked for nobody wants to read but of trouble; and not in its place.
+            telemetry.configure(config.log.format, "warning")
+        async with reach(config, self.server, self.token) as operations:
+            await work(operations)
+
+    def ask(self, question: Callable[[Reached], Awaitable[Any]], view: View) -> None:
+        """Print what the answer looks like."""
+
+        async def work(operations: Reached) -> None:
+            self.print(await question(operations), view)
+
+        self.run(work)
+
+    def print(self, found: Any, view: View) -> None:
+        if self.json:
+            click.echo(msgspec.json.encode(found))
+        else:
+            write(*view(found, time.time()))
+
+    def _fail(self, failed: Failed) -> None:
+        if self.json:
+            click.echo(msgspec.json.encode({"error": str(failed), "code": failed.code}), err=True)
+        else:
+            click.echo(f"entrepot: {failed}", err=True)
+        sys.exit(failed.status)
+
+
+def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None]:
+    """The options that every command has, as its first argument."""
+
+    def called(
+        path: Path | None,
+        server: str | None,
+        token: str | None,
+        as_json: bool,
+        *rest: P.args,
+        **more: P.kwargs,
+    ) -> None:
+        function(Call(path, server, token, as_json), *rest, **more)
+
+    called.__doc__ = function.__doc__
+    called.__name__ = function.__name__
+    options = (
+        click.option(
+            "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="As of serve."
+        ),
+        click.option(
+            "--server", metavar="URL", help="The admin address of a server; else that of the configuration."
+        ),
+        click.option(
+            "--token",
+            metavar="TOKEN",
+            envvar="ENTREPOT_ADMIN_TOKEN",
+            help="Of the admin API; else $ENTREPOT_ADMIN_TOKEN, else admin_token of the configuration.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="What the admin API answers, for programs."),
+    )
+    decorated: Callable[..., None] = called
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
+
+
+def read(parse: Callable[[object], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """What the configuration reads in the same way."""
+
+    def callback(context: click.Context, parameter: click.Parameter, given: Any) -> Any:
+        try:
+            if isinstance(given, tuple):
+                return tuple(map(parse, given))
+            return None if given is None else parse(given)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return callback

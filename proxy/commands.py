@@ -1,0 +1,260 @@
+"""The commands that look at a cache and steer it.
+
+Each asks through the admin API of a running server, or works on the directory when none runs; which of the
+two makes no difference to what it prints.  With --json that is, to the byte, what the API answers.
+Nothing here asks an upstream, except `refresh` and what `pin --keep-fresh` has a server do.
+
+The server starts by this module's importer, and its parent process stays small: so what is large (aiohttp,
+rich, the whole of the cache) is only imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing, suppress
+from typing import Any
+
+import click
+import msgspec
+
+from proxy import tables
+from proxy.adminclient import Failed, Reached, Remote
+from proxy.calling import Call, common, read
+from proxy.console import Progress, write
+from proxy.values import parse_platform, parse_size, parse_timeout
+
+PAUSE = 1.0  # seconds between two looks at what goes on
+PAGE = 1000  # images that are asked for at once: as many as the API gives
+WILD = re.compile(r"[*?[]")
+
+
+def _period(given: object) -> object:
+    parse_timeout(given)
+    return given  # as it was: it is read where it is used
+
+
+_PLATFORMS = click.option(
+    "--platform",
+    "platforms",
+    callback=read(parse_platform),
+    multiple=True,
+    metavar="OS/ARCH",
+    help="Only this of an index; may be repeated.",
+)
+_DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would go, and let it be.")
+
+
+@click.command()
+@click.argument("pattern", default="*")
+@click.option("--tags", is_flag=True, help="List the tags, with what is held of each.")
+@common
+def ls(call: Call, pattern: str, tags: bool) -> None:
+    """List what is cached: repositories that match PATTERN, a glob, or their tags."""
+
+    async def question(operations: Reached) -> Any:
+        found = await operations.ls(pattern, tags=tags, limit=PAGE)
+        while found.next is not None:
+            more = await operations.ls(pattern, tags=tags, limit=PAGE, last=found.next)
+            found = type(found)(images=found.images + more.images, next=more.next)
+        return found
+
+    call.ask(question, tables.listed)
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@common
+def show(call: Call, reference: str) -> None:
+    """Show what REF consists of, and what of that is here."""
+    call.ask(lambda operations: operations.show(reference), tables.shown)
+
+
+@click.command()
+@click.option(
+    "--period",
+    default="24h",
+    metavar="DURATION",
+    callback=read(_period),
+    show_default=True,
+    help="Until now.",
+)
+@common
+def stats(call: Call, period: str) -> None:
+    """Tell how much the cache has saved."""
+    call.ask(lambda operations: operations.stats(period), tables.counted)
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Go on looking, until Ctrl-C.")
+@common
+def fills(call: Call, watch: bool) -> None:
+    """List the transfers that go on: how far, how fast, for how many."""
+
+    async def work(operations: Reached) -> None:
+        if not isinstance(operations, Remote):
+            raise Failed("no server is running: nothing is being transferred", "NOT_RUNNING")
+        if not watch:
+            call.print(await operations.fills(), tables.filling)
+            return
+        await follow(operations, call.json, _seconds())
+
+    with suppress(KeyboardInterrupt):
+        call.run(work)
+
+
+async def _seconds() -> AsyncIterator[None]:
+    """At once, and then each time that a look is due."""
+    while True:
+        yield
+        await asyncio.sleep(PAUSE)
+
+
+async def follow(operations: Reached, as_json: bool, looks: AsyncIterator[None]) -> None:
+    """Show the fills at each of `looks`: as bars, as lines, or each look as a line of JSON."""
+    with closing(Progress(sys.stdout)) as progress:
+        async for _ in looks:
+            found = await operations.fills()
+            if as_json:
+                click.echo(msgspec.json.encode(found))
+            else:
+                tables.progress(found, progress)
+
+
+@click.command()
+@click.argument("pattern", metavar="REF|GLOB")
+@_DRY_RUN
+@click.option("--yes", is_flag=True, help="Do not ask before purging by a glob.")
+@click.option("--force", is_flag=True, help="Also what is pinned, and do not ask.")
+@common
+def purge(call: Call, pattern: str, dry_run: bool, yes: bool, force: bool) -> None:
+    """Remove REF, or all that matches GLOB, and what then is named by nothing any more.
+
+    A pull of it fetches it anew. A name without tag and digest is all of that repository.
+    """
+
+    async def work(operations: Reached) -> None:
+        if WILD.search(pattern) and not (dry_run or yes or force):
+            await _confirm(operations, pattern)
+        found = await operations.purge(pattern, dry_run=dry_run, force=force)
+        call.print(found, tables.purged)
+        if not found.references:
+            raise Failed(f"nothing that is cached matches {pattern}", "NAME_UNKNOWN")
+
+    call.run(work)
+
+
+def asks() -> bool:
+    """Whether there is somebody to answer."""
+    return sys.stdin.isatty()
+
+
+async def _confirm(operations: Reached, pattern: str) -> None:
+    if not asks():
+        raise Failed("purge by a glob asks before it does it: say --yes", "NOT_CONFIRMED", usage=True)
+    found = await operations.purge(pattern, dry_run=True)
+    if found.references:
+        write(*tables.purged(found, time.time()), file=sys.stderr)
+        if not click.confirm("Purge?", err=True):
+            raise Failed("nothing was purged", "NOT_CONFIRMED")
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@_PLATFORMS
+@common
+def refresh(call: Call, reference: str, platforms: tuple[str, ...]) -> None:
+    """Ask upstream what REF is now, and fetch all of it that is not here."""
+
+    async def work(operations: Reached) -> None:
+        refreshing = asyncio.ensure_future(operations.refresh(reference, platforms))
+        if not call.json:
+            with closing(Progress(sys.stderr)) as progress:
+                while not (await asyncio.wait({refreshing}, timeout=PAUSE))[0]:
+                    tables.progress(await operations.fills(), progress)
+        call.print(await refreshing, tables.refreshed)
+
+    call.run(work)
+
+
+@click.command()
+@click.argument("pattern")
+@click.option(
+    "--keep-fresh",
+    callback=read(parse_timeout),
+    metavar="DURATION",
+    help="Ask upstream so often, and fetch what is new.",
+)
+@_PLATFORMS
+@common
+def pin(call: Call, pattern: str, keep_fresh: float | None, platforms: tuple[str, ...]) -> None:
+    """Keep what matches PATTERN, a glob over namespace/repository:tag, whatever its age."""
+    call.ask(lambda operations: operations.pin(pattern, keep_fresh, platforms), tables.pinned)
+
+
+@click.command()
+@click.argument("pattern")
+@common
+def unpin(call: Call, pattern: str) -> None:
+    """Take back a pin, given as it is listed by `pins`."""
+    call.ask(lambda operations: operations.unpin(pattern), tables.unpinned)
+
+
+@click.command()
+@common
+def pins(call: Call) -> None:
+    """List the pins, of the configuration and by command, and what they hold."""
+    call.ask(lambda operations: operations.pins(), tables.pinned)
+
+
+@click.command()
+@click.option(
+    "--to", callback=read(parse_size), metavar="SIZE", help="So much is to be left; else the limits decide."
+)
+@_DRY_RUN
+@common
+def evict(call: Call, to: int | None, dry_run: bool) -> None:
+    """Make room: what was not used for its time goes, then the least recently used."""
+    call.ask(lambda operations: operations.evict(to, dry_run=dry_run), tables.evicted)
+
+
+@click.command()
+@click.option("--wait", is_flag=True, help="Until it is done; without a server that is always so.")
+@common
+def scrub(call: Call, wait: bool) -> None:
+    """Have everything read, and compared with its digest.
+
+    With --wait the exit status is 1 if anything was damaged.
+    """
+
+    async def work(operations: Reached) -> None:
+        found = await operations.scrub()
+        if wait or not isinstance(operations, Remote):
+            with closing(Progress(sys.stderr)) as progress:
+                while found.asked.running:
+                    if not call.json:
+                        tables.scrubbing(found.asked, progress)
+                    await asyncio.sleep(PAUSE)
+                    found = await operations.scrubbing()
+        call.print(found, tables.scrubbed)
+        if found.error is not None:
+            raise Failed(found.error)
+        if found.asked.damaged and not found.asked.running:
+            damaged, healed = found.asked.damaged, found.asked.healed
+            raise Failed(f"{damaged} damaged and set aside, {healed} of them fetched again", "DAMAGED")
+
+    call.run(work)
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@common
+def why(call: Call, reference: str) -> None:
+    """Tell what a pull of REF would do now, and by which rules; without doing it."""
+    call.ask(lambda operations: operations.why(reference), tables.explained)
+
+
+COMMANDS = (ls, show, stats, fills, purge, refresh, pin, unpin, pins, evict, scrub, why)

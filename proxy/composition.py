@@ -1,0 +1,183 @@
+"""The tree of the configuration becomes the tree of registries, and what looks after their store.
+
+No listeners, no processes, no loops: the workers, the keeper, and the commands that find no server running
+all stand on it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+from proxy.cache import Cache, Policy
+from proxy.config import Config, Login, Namespace
+from proxy.fills import Fills
+from proxy.freshness import Freshener
+from proxy.limits import Bandwidth, Turns, part
+from proxy.listening import StartError
+from proxy.live import Live
+from proxy.namespaces import Member, Namespaces
+from proxy.recorder import Recorder
+from proxy.room import MakeRoom, nobody
+from proxy.telemetry import Metrics
+from proxy.upstream.client import Settings, Upstream
+from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
+from proxy.upstream.failover import Failover
+from proxy.upstream.transport import Connect
+from storage.disk import Disk, may_pass
+from storage.errors import StorageFailed
+from storage.eviction import Eviction, Rules
+from storage.files import Files
+from storage.pins import Pin, Pins
+from storage.records import Records
+from storage.scrub import Scrub
+from storage.store import Store
+from storage.usage import Usage
+
+
+class Composition:
+    """Raises StartError.  It belongs into one event loop; `workers` share what is bounded over all."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
+        workers: int = 1,
+        make_room: MakeRoom = nobody,
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.metrics = metrics or Metrics()
+        self._workers = workers
+        self._make_room = make_room
+        self._closing = AsyncExitStack()
+        try:
+            self._compose()
+        except StorageFailed as error:
+            raise StartError(f"cannot store in {config.disk.path} (disk.path): {error}") from error
+
+    def _compose(self) -> None:
+        config, clock = self.config, self.clock
+        root = config.disk.path / "cache"
+        self.disk = Disk(root, clock)
+        self.files = Files(root, clock, self.disk)
+        try:
+            self.files.check()
+        except StorageFailed as error:
+            if not may_pass(error):
+                raise
+        self.store = Store(self.files, Records(root / "records", clock, self.disk), clock)
+        self._closing.push_async_callback(self.store.close)
+        self.usage = Usage(self.store.records, clock)
+        self.recorder = Recorder(self.store, self.usage, self.metrics, clock)
+        self._closing.push_async_callback(self.recorder.close)
+        self.fills = Fills(
+            self.store,
+            self.metrics,
+            self._turns(),
+            make_room=self._make_room,
+            clock=clock,
+        )
+        self.caches = {name: self._cache(name, each) for name, each in config.namespaces.items()}
+        self._closing.push_async_callback(self.fills.close)  # before what they read from
+        members = [
+            Member(self.caches[name], name, each.aliases, each.hosts, each.library)
+            for name, each in config.namespaces.items()
+        ]
+        self.namespaces = Namespaces(members, config.default_namespace, self.store)
+        self.pins = Pins(
+            self.store, [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins], clock
+        )
+        self.eviction = Eviction(self.store, self._rules(), self.pins.pinned, clock)
+        self.scrub = Scrub(self.store, config.disk.scrub, clock)
+        self.freshener = Freshener(self.namespaces, self.store, self.pins, clock)
+        self.live = Live(self.fills, self.caches, self.disk, clock)
+
+    def _turns(self) -> Turns:
+        namespaces = self.config.namespaces.items()
+        shares = {name: part(each.upstream.max_fills, self._workers) for name, each in namespaces}
+        return Turns(part(self.config.limits.fills, self._workers), shares)
+
+    def _rules(self) -> Rules:
+        config = self.config
+        offline = [name for name, each in config.namespaces.items() if config.offline or each.offline]
+        return Rules(
+            keep_for=config.keep_for,
+            default_keep_for=config.disk.keep_for,
+            limit=config.disk.cache_limit,
+            evict_to=config.disk.evict_to,
+            min_free=config.disk.min_free.of,
+            limits={
+                name: each.cache_limit
+                for name, each in config.namespaces.items()
+                if each.cache_limit is not None
+            },
+            kept=frozenset(offline),
+        )
+
+    @property
+    def evicts(self) -> bool:
+        """Whether there is an age at which anything goes."""
+        config = self.config
+        ages = [config.disk.keep_for]
+        for each in config.namespaces.values():
+            ages += [rule.keep_for for rule in each.repositories]
+            ages += [] if each.keep_for is None else [each.keep_for]
+        return any(map(math.isfinite, ages))
+
+    def _cache(self, name: str, namespace: Namespace) -> Cache:
+        upstream = namespace.upstream
+        connect = Connect(
+            ca_file=upstream.ca_file,
+            client_certificate=upstream.client_certificate,
+            client_key=upstream.client_key,
+            proxy=upstream.proxy,
+            private_redirects=upstream.private_redirects,
+            insecure_skip_verify=upstream.insecure_skip_verify,
+            connect_timeout=upstream.connect_timeout,
+            header_timeout=upstream.header_timeout,
+            progress_timeout=upstream.progress_timeout,
+        )
+        try:
+            credentials = [_credentials(login) for login in upstream.logins()]
+            bandwidth = Bandwidth(part(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
+            origins = []
+            for url in upstream.url:
+                reach = replace(connect, plain_http=upstream.allows_http(url))
+                given = Settings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
+                origins.append(Upstream(name, given, credentials, self.metrics, self.clock))
+        except OSError as error:
+            needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
+            files = ", ".join(str(each) for each in needed if each is not None)
+            raise StartError(f"namespaces.{name}.upstream: {files}: {error.strerror or error}") from error
+        policy = Policy(
+            fresh_for=namespace.fresh_for_tag,
+            negative_for=namespace.negative_for,
+            drop_deleted=namespace.on_upstream_delete == "drop",
+            offline=namespace.offline or self.config.offline,
+            lazy=namespace.lazy,
+        )
+        origin = origins[0] if len(origins) == 1 else Failover(origins, self.clock)
+        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self.recorder.moved)
+        self._closing.push_async_callback(cache.close)
+        return cache
+
+    async def close(self) -> None:
+        """Stop what goes on, and let go of all."""
+        await self._closing.aclose()
+
+
+def _credentials(login: Login) -> Credentials:
+    if login.username is not None and login.password is not None:
+        return Inline(login.username, login.password)
+    if login.username is not None and login.password_file is not None:
+        return PasswordFile(login.username, login.password_file)
+    if login.docker_config is not None:
+        return DockerConfig(login.docker_config)
+    if login.credential_helper is not None:
+        return Helper(login.credential_helper)
+    return Credentials()

@@ -1,0 +1,300 @@
+"""What is stored: repositories, images, and the tree of one of them.
+
+Everything here blocks, and only looks: nothing counts as use, nobody is asked.  What it keeps in memory is
+in proportion to repositories, or to a page of images, never to what is stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
+
+from proxy.answers import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
+from proxy.config import Config
+from proxy.freshness import foreign
+from storage.errors import ManifestUnknown
+from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
+from storage.pins import Pin, Pins, contents
+from storage.store import Store
+from storage.usage import Usage
+
+WILD = re.compile(r"[*?[]")
+DEEPEST = 50  # levels of a tree that are shown: indexes may name indexes, and anyone can make one
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A manifest or blob of an image.  `size` is 0 where nobody tells it."""
+
+    size: int
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An image, or what of it is for one platform; each part is counted once."""
+
+    media_type: str | None
+    parts: dict[Digest, Part]
+    platforms: list[PlatformRow] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        return sum(each.size for each in self.parts.values() if each.held)
+
+    @property
+    def whole(self) -> int | None:
+        return None if self.media_type is None else sum(each.size for each in self.parts.values())
+
+    @property
+    def complete(self) -> bool:
+        return all(each.held for each in self.parts.values())
+
+
+class Inventory:
+    """Every method may raise StorageFailed."""
+
+    def __init__(self, config: Config, store: Store, usage: Usage, pins: Pins) -> None:
+        self._config = config
+        self._store = store
+        self._usage = usage
+        self._pins = pins
+
+    # Listings
+
+    def repositories(self, wanted: Pin) -> list[RepositoryRow]:
+        """Those whose name matches; what `wanted` says of a reference does not count."""
+        pattern = wanted.parts[0]
+        wild = WILD.search(pattern)
+        start = pattern[: wild.start()] if wild else f"{pattern} "
+        counts: dict[str, list[int]] = {}
+        for number, kind in enumerate(("tag", "manifest", "link")):
+            name, row = "", None  # keys come in the order of repositories: one look at each
+            for key, value in self._store.records.scan(f"{kind} {start}"):
+                _, repository, reference = key.split(" ")
+                if repository != name:
+                    name = repository
+                    row = counts.setdefault(name, [0, 0, 0]) if fnmatchcase(name, pattern) else None
+                if row is None:
+                    continue
+                if kind == "link":
+                    row[2] += self._linked(Digest(reference), value)
+                else:
+                    row[number] += 1
+                    row[2] += len(value) - value.find(b"\n") - 1 if kind == "manifest" else 0
+        return [
+            RepositoryRow(repository=name, tags=tags, manifests=manifests, bytes=size)
+            for name, (tags, manifests, size) in sorted(counts.items())
+        ]
+
+    def _linked(self, digest: Digest, record: bytes) -> int:
+        size = record.partition(b" ")[0]
+        return int(size) if size.isdigit() and self._store.holds(digest) else 0
+
+    def images(self, wanted: Pin, limit: int | None = None, last: str = "") -> Listed:
+        """At most `limit` of those that match, in the order of their names, after `last`."""
+        pins = self._pins.list()
+        found = list(islice(self._matching(wanted, last), None if limit is None else limit + 1))
+        page = found[:limit]
+        rows = [self._image(repository, reference, pins) for repository, reference in page]
+        more = page[-1] if len(found) > len(page) and page else None
+        return Listed(images=rows, next=None if more is None else written(*more))
+
+    def _matching(self, wanted: Pin, last: str) -> Iterator[tuple[str, Reference]]:
+        prefix, after = wanted.prefix, ""
+        if last:
+            repository, sign, reference = Pin(last).parts
+            key = f"{'manifest' if sign == '@' else 'tag'} {repository} {reference}"
+            if not key.startswith(prefix):
+                if key > prefix:
+                    return  # all that match come before it
+            else:
+                after = key[len(prefix) :]
+        for key, _ in self._store.records.scan(prefix, after):
+            kind, repository, reference = key.split(" ")
+            if wanted.matches(repository, reference):
+                yield repository, Tag(reference) if kind == "tag" else Digest(reference)
+
+    def _image(self, repository: str, reference: Reference, pins: Sequence[Pin]) -> ImageRow:
+        digest = self.digest(repository, reference)
+        measured = self.measure(repository, digest) if digest else Measured(None, {})
+        use = self._usage.use(repository, reference)
+        return ImageRow(
+            repository=repository,
+            tag=str(reference) if isinstance(reference, Tag) else None,
+            digest=str(digest or ""),
+            media_type=measured.media_type,
+            bytes_held=measured.held,
+            bytes_whole=measured.whole,
+            complete=measured.complete and measured.media_type is not None,
+            platforms=measured.platforms,
+            last_used=use.last if use else None,
+            uses=use.count if use else 0,
+            fresh_until=self.fresh_until(repository, reference),
+            pinned=any(pin.matches(repository, reference) for pin in pins),
+        )
+
+    def digest(self, repository: str, reference: Reference) -> Digest | None:
+        """What it is, where that is known."""
+        if isinstance(reference, Digest):
+            return reference
+        pointer = self._store.pointer(repository, reference)
+        return None if pointer is None else pointer.digest
+
+    def fresh_until(self, repository: str, reference: Reference) -> float | None:
+        """None: for ever, since it is a digest, or by the configuration."""
+        if isinstance(reference, Digest):
+            return None
+        name = repository.partition("/")[0]
+        namespace = self._config.namespaces.get(name)
+        pointer = self._store.pointer(repository, reference)
+        if namespace is None or pointer is None:
+            return 0.0  # nothing says that it is fresh
+        if self._config.offline or namespace.offline:
+            return None
+        return finite(pointer.validated_at + namespace.fresh_for_tag(reference))
+
+    # One image
+
+    def measure(self, repository: str, digest: Digest) -> Measured:
+        """What it consists of, and what of that is here for this repository."""
+        manifest = self._manifest(repository, digest)
+        if manifest is None:
+            return Measured(None, {digest: Part(0, False)})
+        parts = {digest: Part(len(manifest.content), True)}
+        content = contents(manifest.content)
+        if content is None:
+            return Measured(manifest.media_type, parts)
+        for blob in content.blobs:
+            self._take(repository, blob, parts)
+        platforms = []
+        for child, platform in zip(content.children, content.platforms, strict=True):
+            found = self._parts(repository, child)
+            parts |= found.parts
+            platforms.append(
+                PlatformRow(
+                    platform=platform,
+                    complete=found.complete,
+                    bytes_held=found.held,
+                    bytes_whole=found.whole,
+                )
+            )
+        return Measured(manifest.media_type, parts, platforms)
+
+    def _parts(self, repository: str, top: Descriptor) -> Measured:
+        """All below a manifest.  No recursion: indexes may be nested as deep as one likes to make them."""
+        parts: dict[Digest, Part] = {}
+        media_type, todo = None, [top]
+        while todo:
+            named = todo.pop()
+            if named.digest in parts:
+                continue
+            manifest = self._manifest(repository, named.digest)
+            if manifest is None:
+                parts[named.digest] = Part(max(0, named.size), False)
+                continue
+            if named is top:
+                media_type = manifest.media_type
+            parts[named.digest] = Part(len(manifest.content), True)
+            if (content := contents(manifest.content)) is not None:
+                todo += content.children
+                for blob in content.blobs:
+                    self._take(repository, blob, parts)
+        return Measured(media_type, parts)
+
+    def _take(self, repository: str, blob: Descriptor, parts: dict[Digest, Part]) -> None:
+        if blob.digest not in parts and not foreign(blob):
+            parts[blob.digest] = Part(max(0, blob.size), self._held(repository, blob.digest))
+
+    def _held(self, repository: str, digest: Digest) -> bool:
+        # Not by opening it, which would count as use.
+        linked = self._store.records.get(f"link {repository} {digest}") is not None
+        return linked and self._store.holds(digest)
+
+    def _manifest(self, repository: str, digest: Digest) -> Manifest | None:
+        try:
+            return self._store.manifest(repository, digest)[0]
+        except ManifestUnknown:
+            return None
+
+    def tree(self, repository: str, reference: Reference) -> Tree:
+        """Raises ManifestUnknown where nothing is known of it."""
+        digest = self.digest(repository, reference)
+        if digest is None:
+            raise ManifestUnknown(f"{written(repository, reference)} is not cached")
+        manifest = self._store.manifest(repository, digest)[0]
+        seen: set[Digest] = set()
+        use = self._usage.use(repository, reference)
+        moves = self._usage.moves(repository, reference) if isinstance(reference, Tag) else []
+        return Tree(
+            repository=repository,
+            reference=str(reference),
+            digest=str(digest),
+            node=self._node(repository, "manifest", manifest.descriptor, None, seen),
+            referrers=self._referrers(repository, digest, seen),
+            moves=[MoveRow(at=each.at, old=str(each.old), new=str(each.new)) for each in moves],
+            uses=UseRow(count=use.count, last=use.last, first=use.first) if use else None,
+            pins=[pin.pattern for pin in self._pins.list() if pin.matches(repository, reference)],
+        )
+
+    def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[Node]:
+        found = []
+        for key, _ in self._store.records.scan(f"referrers {repository} {digest} "):
+            manifest = self._manifest(repository, Digest(key.rpartition(" ")[2]))
+            if manifest is not None:
+                found.append(self._node(repository, "referrer", manifest.descriptor, None, seen))
+        return found
+
+    def _node(
+        self,
+        repository: str,
+        role: str,
+        named: Descriptor,
+        platform: str | None,
+        seen: set[Digest],
+        depth: int = 0,
+    ) -> Node:
+        manifest = self._manifest(repository, named.digest)
+        content = contents(manifest.content) if manifest else None
+        children: list[Node] = []
+        if content and named.digest not in seen and depth < DEEPEST:
+            seen.add(named.digest)
+            for number, blob in enumerate(content.blobs):
+                children.append(self._leaf(repository, "layer" if number else "config", blob))
+            for child, what in zip(content.children, content.platforms, strict=True):
+                children.append(self._node(repository, "manifest", child, what, seen, depth + 1))
+        return Node(
+            role=role,
+            digest=str(named.digest),
+            media_type=named.media_type,
+            size=named.size,
+            present=manifest is not None,
+            platform=platform,
+            artifact_type=content.artifact_type if content and role == "referrer" else named.artifact_type,
+            children=children,
+        )
+
+    def _leaf(self, repository: str, role: str, blob: Descriptor) -> Node:
+        return Node(
+            role=role,
+            digest=str(blob.digest),
+            media_type=blob.media_type,
+            size=blob.size,
+            present=self._held(repository, blob.digest),
+            platform=None,
+            artifact_type=blob.artifact_type,
+            children=[],
+        )
+
+
+def written(repository: str, reference: Reference) -> str:
+    """As a user writes it."""
+    return f"{repository}{'@' if isinstance(reference, Digest) else ':'}{reference}"
+
+
+def finite(number: float) -> float | None:
+    """None for infinity, as the answers have it."""
+    return None if number == float("inf") else number

@@ -1,0 +1,110 @@
+"""Keeping house: what nobody uses or is too much goes, what is pinned stays fresh, what lies is checked.
+
+Of all processes on a directory one does it at a time.  It stands back behind those that serve: it has a low
+priority, and what is not urgent works half of the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import structlog
+
+from proxy.composition import Composition
+from storage.errors import RegistryError, StorageFailed
+from storage.files import finished
+from storage.oci import Digest
+
+log = structlog.get_logger()
+
+ABANDONED = 86400.0  # seconds after which a partial file that nobody went on with is removed
+ROUND = 300.0  # seconds between lookings after what needs no more than that
+REFRESHED = 60.0  # seconds between lookings for pins that are due
+AGAIN = 60.0  # seconds after a piece of work failed
+
+
+class Stopped(Exception):
+    pass
+
+
+class Keeper:
+    """run() until it is cancelled, then close()."""
+
+    def __init__(self, composition: Composition) -> None:
+        self._composition = composition
+        self._eviction = composition.eviction
+        self._stopping = threading.Event()
+        self._one = asyncio.Lock()  # evicts at a time
+        self._eviction.pause = self.pause
+
+    def pause(self, seconds: float) -> None:
+        """In the thread that works.  Raises Stopped when all is to end."""
+        if self._stopping.wait(seconds):
+            raise Stopped
+
+    async def run(self) -> None:
+        composition = self._composition
+        async with composition.store.exclusive("keeper"), asyncio.TaskGroup() as work:
+            work.create_task(self._again_and_again(self._round, ROUND))
+            work.create_task(self._again_and_again(self._refresh, REFRESHED))
+            if composition.evicts:
+                work.create_task(self._again_and_again(self.expire, composition.config.disk.evict_every))
+            if composition.config.disk.scrub is not None:
+                work.create_task(self._again_and_again(self._scrub, ROUND))
+
+    async def _again_and_again(self, work: Callable[[], Awaitable[object]], every: float) -> None:
+        while True:
+            seconds = every
+            try:
+                await work()
+            except Stopped:
+                return
+            except StorageFailed:
+                seconds = min(seconds, AGAIN)  # the disk has told of it
+            except Exception as error:
+                seconds = min(seconds, AGAIN)
+                log.exception("keeper.failed", work=work.__name__.strip("_"), error=str(error))
+            await asyncio.sleep(seconds)
+
+    async def make_room(self, coming: int) -> None:
+        """Evict where what is there and `coming` bytes more are too much."""
+        async with self._one:
+            with suppress(StorageFailed, Stopped):
+                if await finished(self._eviction.over, coming):
+                    await finished(self._eviction.shrink, coming)
+
+    async def _round(self) -> None:
+        begun = time.monotonic()
+        composition = self._composition
+        await self.make_room(0)
+        composition.metrics.stored.set(await finished(self._eviction.stored))
+        if reaped := await finished(composition.files.reap, ABANDONED):
+            log.info("partial.reaped", files=reaped)
+        # To look at a million files takes seconds: so it takes a small part of the time.
+        await asyncio.sleep(200 * (time.monotonic() - begun))
+
+    async def expire(self) -> None:
+        async with self._one:
+            await finished(self._eviction.expire)
+
+    async def _refresh(self) -> None:
+        await self._composition.freshener.run_once()
+
+    async def _scrub(self) -> None:
+        await self._composition.scrub.run(self.heal)
+
+    async def heal(self, digest: Digest, repositories: list[str]) -> bool:
+        """Fetch what was damaged again, for one of those that show it."""
+        for repository in repositories:
+            with suppress(RegistryError):
+                await self._composition.namespaces.fill_blob(repository, digest)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Before run() is cancelled: what works in a thread ends soon."""
+        self._stopping.set()

@@ -1,0 +1,283 @@
+"""What goes on in the processes of a server just now: fills, upstreams let alone, troubles of the disk.
+
+Each process serves a unix socket of its own, which only its user may connect to:
+
+    GET /state      LiveState
+    POST /forget    {"repository": "<namespace>/<repository>"}
+
+and who wants to know asks all of them.  One that does not answer in time is as good as gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import aiohttp
+import msgspec
+import structlog
+from aiohttp import web
+
+from proxy.cache import Cache
+from proxy.fills import Fill, Fills
+from proxy.upstream.health import HostState, LimitState
+from storage.disk import Disk
+
+log = structlog.get_logger()
+
+PATIENCE = 2.0  # seconds that another process may take to answer
+CLOSING = 1.0  # seconds that answers under way may take when the socket is closed
+
+
+class FillState(msgspec.Struct, frozen=True, kw_only=True):
+    """`bytes` of `size` are here (-1: it is not told yet), for `followers` clients.
+
+    `repository` is the full name of that which began it, `started` is in seconds since the epoch.  With
+    `own`, the process transfers it, or is to; without, it follows another process's transfer.
+    """
+
+    digest: str
+    namespace: str
+    repository: str
+    bytes: int
+    size: int
+    started: float
+    followers: int
+    pid: int
+    own: bool
+
+
+class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
+    """One host by which the upstream at `url` is reached; of its several, the upstream's own comes first.
+
+    While `open` it is let alone, since it failed with `error`; `until` tells when it is tried again.
+    `limits` are those of each credential, for the upstream's own host; `ratelimit_` is their sum, None where
+    nothing is told.  When all credentials are blocked, `limited_until` tells when the first is not.  Times
+    are in seconds since the epoch.
+    """
+
+    namespace: str
+    url: str
+    host: str
+    open: bool
+    until: float | None
+    error: str | None
+    ratelimit_limit: int | None
+    ratelimit_remaining: int | None
+    limited_until: float | None
+    limits: list[LimitState]
+
+
+class LiveState(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one process.  `troubles` holds a sentence for each."""
+
+    pid: int
+    fills: list[FillState]
+    upstreams: list[UpstreamState]
+    troubles: list[str]
+
+
+class _Forget(msgspec.Struct, frozen=True):
+    repository: str
+
+
+@runtime_checkable
+class _Upstream(Protocol):
+    """An origin across the network."""
+
+    def state(self) -> list[HostState]: ...
+
+
+class Live:
+    """Of this process.  `clock` is the one that the fills have; `caches` are by namespace."""
+
+    def __init__(
+        self,
+        fills: Fills,
+        caches: Mapping[str, Cache],
+        disk: Disk,
+        clock: Callable[[], float] = time.time,
+        pid: int | None = None,
+    ) -> None:
+        self._fills = fills
+        self._caches = caches
+        self._disk = disk
+        self._clock = clock
+        self.pid = os.getpid() if pid is None else pid
+
+    def state(self) -> LiveState:
+        """Looks at what is in memory, and asks nobody."""
+        now = self._clock()
+        return LiveState(
+            pid=self.pid,
+            fills=[_fill(each, self.pid) for each in self._fills.going_on()],
+            upstreams=[
+                _upstream(namespace, host, now)
+                for namespace, cache in self._caches.items()
+                if isinstance(cache.origin, _Upstream)
+                for host in cache.origin.state()
+            ],
+            troubles=self._disk.troubles(),
+        )
+
+    async def forget(self, repository: str) -> None:
+        """Drop what is remembered of its upstream's having had nothing, or not having answered."""
+        namespace, _, name = repository.partition("/")
+        if cache := self._caches.get(namespace):
+            cache.forget(name)
+
+
+def _fill(fill: Fill, pid: int) -> FillState:
+    started = fill.started.result() if fill.started.done() else None
+    return FillState(
+        digest=str(fill.digest),  # a plain one: msgspec refuses a str of another class
+        namespace=fill.source.namespace,
+        repository=fill.source.repository,
+        bytes=fill.upload.offset if fill.upload else 0,
+        size=started[1].size if started else fill.size,
+        started=fill.begun,
+        followers=fill.followers,
+        pid=pid,
+        own=fill.upload is None or fill.upload.ours,
+    )
+
+
+def _upstream(namespace: str, state: HostState, now: float) -> UpstreamState:
+    blocked = [each.blocked_for for each in state.limits]
+    return UpstreamState(
+        namespace=namespace,
+        url=state.url,
+        host=state.host,
+        open=state.open,
+        until=now + state.seconds if state.open else None,
+        error=state.error,
+        ratelimit_limit=_sum(each.limit for each in state.limits),
+        ratelimit_remaining=_sum(each.remaining for each in state.limits),
+        limited_until=now + min(blocked) if blocked and all(blocked) else None,
+        limits=state.limits,
+    )
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    told = [number for number in numbers if number is not None]
+    return sum(told) if told else None
+
+
+# Between processes
+
+
+async def serve_live(live: Live, path: Path) -> Callable[[], Awaitable[None]]:
+    """Answer those who ask; what it returns ends it.
+
+    Raises OSError, also where the path is too long for a socket: about 100 bytes.
+    """
+
+    async def state(request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(live.state()), content_type="application/json")
+
+    async def forget(request: web.Request) -> web.Response:
+        try:
+            wanted = msgspec.json.decode(await request.read(), type=_Forget)
+        except msgspec.DecodeError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        await live.forget(wanted.repository)
+        return web.Response(status=204)
+
+    application = web.Application()
+    application.router.add_get("/state", state)
+    application.router.add_post("/forget", forget)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
+    listening = _listening(path)
+    inode = path.stat().st_ino
+    await runner.setup()
+    await web.SockSite(runner, listening).start()
+
+    async def close() -> None:
+        await runner.cleanup()
+        listening.close()
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == inode:  # else it is another's by now
+                path.unlink()
+
+    return close
+
+
+def _listening(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)  # of a process that was killed, and had our id
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(str(path))
+        path.chmod(0o600)  # before it listens: until then nobody can connect
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+class Everyone:
+    """All processes of a server: this one if it has a Live, and those with a socket in `directory`."""
+
+    def __init__(self, live: Live | None, directory: Path | None) -> None:
+        self._live = live
+        self._directory = directory
+
+    async def states(self) -> list[LiveState]:
+        found = [self._live.state()] if self._live else []
+        pids = {each.pid for each in found}
+        for answer in await self._ask("GET", "/state"):
+            with suppress(msgspec.DecodeError):  # what does not speak as we do is none of ours
+                state = msgspec.json.decode(answer, type=LiveState)
+                if state.pid not in pids:  # our own socket may be among them
+                    found.append(state)
+        return found
+
+    async def fills(self) -> list[FillState]:
+        """One for each digest, the oldest first: as who transfers it sees it, with the followers of all."""
+        found: dict[str, list[FillState]] = {}
+        for state in await self.states():
+            for fill in state.fills:
+                found.setdefault(fill.digest, []).append(fill)
+        return sorted(map(_merged, found.values()), key=lambda each: (each.started, each.digest))
+
+    async def forget(self, repository: str) -> None:
+        """See Live.forget()."""
+        if self._live:
+            await self._live.forget(repository)
+        await self._ask("POST", "/forget", msgspec.json.encode(_Forget(repository)))
+
+    async def _ask(self, method: str, path: str, body: bytes | None = None) -> list[bytes]:
+        """The answers of those that gave one."""
+        sockets = sorted(self._directory.glob("*.sock")) if self._directory else []
+        answers = await asyncio.gather(*(_answer(each, method, path, body) for each in sockets))
+        return [answer for answer in answers if answer is not None]
+
+
+async def _answer(path: Path, method: str, target: str, body: bytes | None) -> bytes | None:
+    try:
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(path)),
+                timeout=aiohttp.ClientTimeout(total=PATIENCE),
+                raise_for_status=True,
+            ) as session,
+            session.request(method, f"http://live{target}", data=body) as response,
+        ):
+            return await response.read()
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        log.debug("live.unanswered", path=str(path), error=str(error) or type(error).__name__)
+        return None
+
+
+def _merged(fills: list[FillState]) -> FillState:
+    # One that waits for its turn may take itself for the one that is to transfer it.
+    best = max(fills, key=lambda each: (each.own, each.bytes))
+    return msgspec.structs.replace(
+        best, followers=sum(each.followers for each in fills), size=max(each.size for each in fills)
+    )

@@ -1,0 +1,336 @@
+"""What an operator can see and do: the methods of the admin API, and of the commands on a directory.
+
+Patterns are globs over full names, `<namespace>/<repository>`, with `:<tag>` or `@<digest>` where it is about
+these.  References, and patterns whose repository holds no wildcard, are read as a client's are: `alpine:3`
+is that of the default namespace.  What takes long is done in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import structlog
+
+from proxy import asking
+from proxy.answers import (
+    Evicted,
+    FillRow,
+    Listed,
+    PinRow,
+    Purged,
+    Refreshed,
+    Scrubbing,
+    ScrubRow,
+    Stats,
+    StatsRow,
+    Tree,
+    Unpinned,
+    Why,
+)
+from proxy.asking import BadField, literal
+from proxy.composition import Composition
+from proxy.freshness import refresh
+from proxy.inventory import WILD, Inventory
+from proxy.live import Everyone, FillState
+from proxy.purging import Purging
+from proxy.reasons import Reasons
+from storage.errors import NameUnknown, RegistryError
+from storage.eviction import Report
+from storage.files import finished
+from storage.oci import Digest
+from storage.pins import Pin, walk
+from storage.scrub import Heal, Progress, Scrub
+from storage.usage import Counters
+
+log = structlog.get_logger()
+
+LOOK = 1.0  # seconds between two looks that a fill's speed is told from, at least
+
+
+class Operations:
+    """Every method raises RegistryError, or BadField where what it is given cannot be read.  To be closed.
+
+    `evicting` is what others hold who evict in this process; `heal` fetches what a scrub found damaged.
+    """
+
+    def __init__(
+        self,
+        composition: Composition,
+        everyone: Everyone,
+        evicting: asyncio.Lock | None = None,
+        heal: Heal | None = None,
+    ) -> None:
+        parts = self._composition = composition
+        self._everyone = everyone
+        self._reading = asking.Reading(parts.namespaces)
+        self._evicting = evicting or nullcontext()
+        self._inventory = Inventory(parts.config, parts.store, parts.usage, parts.pins)
+        self._purging = Purging(parts.store, parts.pins)
+        self._reasons = Reasons(
+            parts.config, parts.store, parts.usage, parts.pins, self._inventory, parts.clock
+        )
+        self._looks: dict[str, tuple[float, int, float]] = {}
+        # Beside the one that is slow, and takes days: who asks wants to know.  They share the work.
+        self._scrub = Scrub(parts.store, None, parts.clock)
+        self._scrubbing: asyncio.Task[None] | None = None
+        self._scrub_error: str | None = None
+        self._heal = heal
+
+    # What is stored
+
+    async def ls(
+        self, pattern: str = "*", *, tags: bool = False, limit: int | None = None, last: str = ""
+    ) -> Listed:
+        """Repositories, or with `tags` what they hold: at most `limit`, after `last`, as a former one said.
+
+        A pattern with @ lists manifests by their digests.
+        """
+        wanted = self._reading.pattern("match", pattern)
+        if tags:
+            if last:
+                literal("last", last)
+            return await finished(self._inventory.images, wanted, limit, last)
+        return Listed(repositories=await finished(self._inventory.repositories, wanted))
+
+    async def show(self, reference: str) -> Tree:
+        asked = self._reading.reference("ref", reference)
+        return await finished(self._inventory.tree, asked.repository, asked.reference)
+
+    # What goes on
+
+    async def stats(self, period: str = "24h") -> Stats:
+        seconds = asking.seconds("period", period)
+        parts = self._composition
+        since = parts.clock() - seconds
+        counted = await finished(parts.usage.stats, since)
+        return Stats(
+            period=seconds,
+            since=since,
+            namespaces=[_row(name, each) for name, each in sorted(counted.items())],
+            total=_row("", sum(counted.values(), Counters())),
+            stored_bytes=await finished(parts.eviction.stored),
+            limit=parts.config.disk.cache_limit,
+        )
+
+    async def fills(self) -> list[FillRow]:
+        """Those of all processes, the oldest first."""
+        found = await self._everyone.fills()
+        now = self._composition.clock()
+        going_on = {each.digest for each in found}
+        self._looks = {digest: look for digest, look in self._looks.items() if digest in going_on}
+        return [self._fill(each, now) for each in found]
+
+    def _fill(self, fill: FillState, now: float) -> FillRow:
+        at, had, speed = self._looks.get(fill.digest, (fill.started, 0, 0.0))
+        if now - at >= LOOK:
+            speed = max(0.0, (fill.bytes - had) / (now - at))
+            self._looks[fill.digest] = now, fill.bytes, speed
+        return FillRow(
+            digest=fill.digest,
+            namespace=fill.namespace,
+            repository=fill.repository,
+            bytes=fill.bytes,
+            size=fill.size,
+            started=fill.started,
+            followers=fill.followers,
+            pid=fill.pid,
+            own=fill.own,
+            speed=speed,
+            eta=(fill.size - fill.bytes) / speed if speed and fill.size >= 0 else None,
+        )
+
+    # What is done
+
+    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> Purged:
+        """See Purging.purge()."""
+        wanted = self._reading.pattern("pattern", pattern)
+        purged = await finished(self._purging.purge, wanted, dry_run, force)
+        if not dry_run:
+            repositories = {Pin(each).parts[0] for each in purged.references}
+            if not WILD.search(wanted.parts[0]):
+                repositories.add(wanted.parts[0])
+            for each in repositories:
+                await self._everyone.forget(each)
+            log.info(
+                "purge.done",
+                pattern=wanted.pattern,
+                references=len(purged.references),
+                manifests=purged.manifests,
+                links=purged.links,
+                blobs=purged.blobs,
+                bytes=purged.bytes,
+            )
+        return purged
+
+    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> Refreshed:
+        """Ask upstream what it is now, and have all of it here."""
+        asked = self._reading.reference("reference", reference)
+        wanted = asking.platforms("platforms", platforms)
+        await self._everyone.forget(asked.repository)
+        done = await refresh(self._composition.namespaces, asked.repository, asked.reference, wanted)
+        return Refreshed(
+            repository=done.repository,
+            reference=str(done.reference),
+            digest=str(done.digest),
+            new=done.new,
+            moved=None if done.moved is None else str(done.moved),
+            manifests=done.manifests,
+            blobs=done.blobs,
+            fetched=done.fetched,
+            bytes=done.bytes,
+        )
+
+    async def pins(self) -> list[PinRow]:
+        """Those of the configuration first."""
+        return await finished(lambda: [self._pin_row(pin) for pin in self._composition.pins.list()])
+
+    async def pin(
+        self, pattern: str, keep_fresh: float | None = None, platforms: Sequence[str] = ()
+    ) -> list[PinRow]:
+        """In place of what was pinned by command with the same pattern."""
+        wanted = self._reading.pattern("pattern", pattern)
+        only = asking.platforms("platforms", platforms)
+        try:
+            pin = Pin(wanted.pattern, keep_fresh, only, self._composition.clock())
+        except ValueError as error:
+            raise BadField("keep_fresh", error) from None
+        try:
+            await finished(self._composition.pins.add, pin)
+        except ValueError as error:
+            raise BadField("pattern", error) from None
+        log.info("pin.added", pattern=pin.pattern, keep_fresh=keep_fresh, platforms=pin.platforms)
+        return [await finished(self._pin_row, pin)]
+
+    async def unpin(self, pattern: str) -> Unpinned:
+        """Raises NameUnknown where there is no such pin by command."""
+        pins = self._composition.pins
+        for each in dict.fromkeys(
+            (literal("pattern", pattern).pattern, self._reading.pattern("pattern", pattern).pattern)
+        ):
+            if await finished(pins.remove, each):
+                log.info("pin.removed", pattern=each)
+                return Unpinned(pattern=each)
+            if any(pin.pattern == each for pin in await finished(pins.list)):
+                raise NameUnknown(f"{each} is pinned by the configuration: take it back there")
+        raise NameUnknown(f"{pattern} is not pinned: a pin is taken back as it is listed")
+
+    def _pin_row(self, pin: Pin) -> PinRow:
+        parts = self._composition
+        manifests: set[Digest] = set()
+        blobs: dict[Digest, int] = {}
+        references = 0
+        for repository, reference in parts.pins.matching(pin):
+            references += 1
+            if (digest := self._inventory.digest(repository, reference)) is not None:
+                found = walk(parts.store, repository, digest, pin.platforms)
+                manifests |= found.manifests
+                blobs |= {each: named.size for each, named in found.blobs.items()}
+        held = [max(0, size) for digest, size in blobs.items() if parts.store.holds(digest)]
+        return PinRow(
+            pattern=pin.pattern,
+            keep_fresh=pin.keep_fresh,
+            platforms=list(pin.platforms),
+            since=pin.since,
+            references=references,
+            manifests=len(manifests),
+            blobs=len(held),
+            bytes=sum(held),
+        )
+
+    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
+        """Until `to` bytes are left; without it, what is too old goes, and what the limits do not allow."""
+        if to is not None and to < 0:
+            raise BadField("to", "must be a number of bytes, 0 or more")
+        async with self._evicting:
+            return await finished(self._evict, to, dry_run)
+
+    def _evict(self, to: int | None, dry_run: bool) -> Evicted:
+        eviction = self._composition.eviction
+        if to is not None:
+            return _evicted([eviction.shrink(0, to, dry_run)], dry_run)
+        expired = eviction.expire(dry_run)
+        if not dry_run:
+            return _evicted([expired, eviction.shrink()], dry_run)
+        # Nothing has gone, so a second report would tell much of that again: what is old goes first in both.
+        if eviction.over() <= expired.bytes:
+            return _evicted([expired], dry_run)
+        return _evicted([eviction.shrink(0, None, dry_run)], dry_run)
+
+    async def scrub(self) -> Scrubbing:
+        """Begin a pass at full speed, where none that was asked for goes on."""
+        if self._scrubbing is None or self._scrubbing.done():
+            self._scrub.progress = Progress(self._composition.clock())
+            self._scrubbing = asyncio.create_task(self._run_scrub())
+        return await self.scrubbing()
+
+    async def _run_scrub(self) -> None:
+        self._scrub_error = None
+        try:
+            await self._scrub.run(self._heal)
+        except RegistryError as error:
+            self._scrub_error = str(error)
+        except Exception as error:
+            log.exception("scrub.failed", error=str(error))
+            self._scrub_error = f"{type(error).__name__}: {error}"
+
+    async def scrubbing(self) -> Scrubbing:
+        """How far it is."""
+        background, asked = self._composition.scrub.progress, self._scrub.progress
+        return Scrubbing(background=_scrub_row(background), asked=_scrub_row(asked), error=self._scrub_error)
+
+    async def close(self) -> None:
+        if self._scrubbing is not None:
+            self._scrubbing.cancel()
+            await asyncio.gather(self._scrubbing, return_exceptions=True)
+
+    # What would be done
+
+    async def why(self, reference: str) -> Why:
+        """Asks no upstream."""
+        asked = self._reading.reference("ref", reference)
+        states = [each for state in await self._everyone.states() for each in state.upstreams]
+        return await finished(self._reasons.why, asked, states)
+
+
+def _row(namespace: str, counted: Counters) -> StatsRow:
+    counters: dict[str, Any] = {name: getattr(counted, name) for name in counted.__struct_fields__}
+    served = counted.hits + counted.revalidated + counted.stale + counted.misses
+    return StatsRow(
+        namespace=namespace,
+        **counters,
+        hit_ratio=counted.hit_ratio if served else None,
+        byte_hit_ratio=counted.byte_hit_ratio if counted.sent_bytes else None,
+        bytes_saved=counted.bytes_saved,
+        requests_saved=counted.requests_saved,
+    )
+
+
+def _evicted(reports: Sequence[Report], dry_run: bool) -> Evicted:
+    return Evicted(
+        blobs=sum(each.blobs for each in reports),
+        bytes=sum(each.bytes for each in reports),
+        manifests=sum(each.manifests for each in reports),
+        tags=sum(each.tags for each in reports),
+        links=sum(each.links for each in reports),
+        seconds=sum(each.seconds for each in reports),
+        short=reports[-1].short,
+        dry_run=dry_run,
+    )
+
+
+def _scrub_row(progress: Progress | None) -> ScrubRow:
+    known = progress or Progress(0.0, running=False)
+    return ScrubRow(
+        begun=known.started_at,
+        running=known.running,
+        checked=known.checked,
+        bytes=known.bytes,
+        total_bytes=known.total_bytes,
+        damaged=known.damaged,
+        healed=known.healed,
+        foreign=known.foreign,
+        digest=str(known.current or ""),
+    )

@@ -1,0 +1,192 @@
+"""What requests do is counted in memory and recorded now and then: uses, moves, counters of namespaces.
+
+Nothing is written for a single request: a write is a transaction, and of all processes only one writes at a
+time.  What is counted here and not recorded yet is lost with a process that is killed.
+
+A manifest that is served is a use of all that it names: clients that hold a base layer already never ask
+for it, yet the next client needs it.  So, when it is recorded, the manifests of an index count as used,
+though not as asked for, and the files of config and layers get its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+
+from proxy.telemetry import UNKNOWN, Exchange, Metrics
+from storage.errors import StorageFailed
+from storage.files import TOUCH, finished
+from storage.oci import Digest, Tag
+from storage.pins import walk
+from storage.store import Store
+from storage.usage import HOUR, Counters, Move, Usage, Use
+
+EVERY = 10.0  # seconds between recordings
+MOST = 50_000  # references, and moves, that wait to be recorded; what is beyond counts for its namespace only
+SLICE = 500  # uses in a transaction: no process can write while it lasts
+
+
+@dataclass(slots=True)
+class Window:
+    """What came between two recordings.
+
+    `uses` are of manifests, by namespace, repository, reference and digest: how often, when last, when first.
+    """
+
+    counts: dict[tuple[int, str], Counters] = field(default_factory=dict)
+    uses: dict[tuple[str, str, str, str], list[float]] = field(default_factory=dict)
+    moves: list[tuple[str, Tag, Move]] = field(default_factory=list)
+
+    def counters(self, namespace: str, now: float) -> Counters:
+        key = int(now) // HOUR * HOUR, namespace
+        found = self.counts.get(key)
+        if found is None:
+            found = self.counts[key] = Counters()
+        return found
+
+
+class Recorder:
+    """It belongs into one event loop.  What cannot be recorded waits for the next time."""
+
+    def __init__(
+        self, store: Store, usage: Usage, metrics: Metrics, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._usage = usage
+        self._metrics = metrics
+        self._clock = clock
+        self._window = Window()
+        self._flushing = asyncio.Lock()
+        self._traffic: dict[
+            str, tuple[int, int]
+        ] = {}  # requests and bytes of it that are counted here already
+        # Only flush() has to do with what follows, in its thread.
+        self._counts: dict[tuple[int, str], Counters] = {}
+        self._uses: dict[tuple[str, str], Use] = {}
+        self._moves: list[tuple[str, Tag, Move]] = []
+        self._served: dict[tuple[str, Digest], float] = {}  # when; what they name is to be touched
+        self._touched: dict[tuple[str, Digest], float] = {}
+
+    # On the way of every request: no I/O, no locks
+
+    def served(self, exchange: Exchange, status: int) -> None:
+        """A request has ended."""
+        namespace = exchange.namespace
+        if namespace == UNKNOWN:
+            return
+        now, window = self._clock(), self._window
+        counters = window.counters(namespace, now)
+        counters.requests += 1
+        counters.sent_bytes += exchange.bytes
+        match exchange.result:
+            case "hit":
+                counters.hits += 1
+                counters.hit_bytes += exchange.bytes
+            case "miss":
+                counters.misses += 1
+            case "revalidated":
+                counters.revalidated += 1
+                counters.hit_bytes += exchange.bytes
+            case "stale":
+                counters.stale += 1
+                counters.hit_bytes += exchange.bytes
+            case "negative":
+                counters.negative += 1
+            case "error":
+                counters.errors += 1
+        if exchange.kind == "manifest" and exchange.digest and status in (200, 304):
+            key = namespace, exchange.repository, exchange.reference, exchange.digest
+            use = window.uses.get(key)
+            if use is not None:
+                use[0] += 1
+                use[1] = now
+            elif len(window.uses) < MOST:
+                window.uses[key] = [1, now, now]
+
+    def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        """`repository` is a full name."""
+        if len(self._window.moves) < MOST:
+            self._window.moves.append((repository, tag, Move(self._clock(), old, new)))
+
+    # Now and then
+
+    async def run(self) -> None:
+        """Record, until cancelled."""
+        while True:
+            await asyncio.sleep(EVERY)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Record what there is."""
+        async with self._flushing:
+            window, self._window = self._window, Window()
+            self._count_traffic(window)
+            await finished(self._record, window)
+
+    async def close(self) -> None:
+        await self.flush()
+
+    def _count_traffic(self, window: Window) -> None:
+        for namespace, traffic in self._metrics.upstreams.items():
+            total = traffic.requests, traffic.received
+            known = self._traffic.get(namespace, (0, 0))
+            if total != known:
+                counters = window.counters(namespace, self._clock())
+                counters.upstream_requests += total[0] - known[0]
+                counters.received_bytes += total[1] - known[1]
+                self._traffic[namespace] = total
+
+    def _record(self, window: Window) -> None:
+        self._take(window)
+        with suppress(StorageFailed):  # the disk has told of it
+            self._touch()
+        with suppress(StorageFailed):
+            while self._uses or self._moves or self._counts:
+                uses = dict(islice(self._uses.items(), SLICE))
+                self._usage.record(uses, self._moves, self._counts)
+                self._moves, self._counts = [], {}
+                for key in uses:
+                    del self._uses[key]
+
+    def _take(self, window: Window) -> None:
+        for at, counters in window.counts.items():
+            self._counts[at] = self._counts.get(at, Counters()) + counters
+        self._moves += window.moves[: MOST - len(self._moves)]
+        for (namespace, name, reference, digest), (count, last, first) in window.uses.items():
+            repository = f"{namespace}/{name}"
+            for each in {reference, digest}:
+                self._use(repository, each, Use(int(count), last, first))
+            if len(self._served) < MOST:
+                key = repository, Digest(digest)
+                self._served[key] = max(last, self._served.get(key, last))
+
+    def _use(self, repository: str, reference: str, use: Use) -> None:
+        key = repository, reference
+        known = self._uses.get(key)
+        if known is not None:
+            self._uses[key] = known + use
+        elif len(self._uses) < 2 * MOST:  # of each that was served its tag and its digest
+            self._uses[key] = use
+
+    def _touch(self) -> None:
+        """What was served lately is a use of all that it names, noted once a minute at most."""
+        self._touched = {key: at for key, at in self._touched.items() if 0 <= self._clock() - at < TOUCH}
+        used: dict[Digest, float] = {}
+        try:
+            while self._served:
+                (repository, digest), at = next(iter(self._served.items()))
+                if (repository, digest) not in self._touched:
+                    named = walk(self._store, repository, digest)
+                    for each in named.manifests - {digest}:
+                        self._use(repository, each, Use(0, at, at))
+                    used.update((blob, max(at, used.get(blob, -math.inf))) for blob in named.blobs)
+                    self._touched[repository, digest] = at
+                del self._served[repository, digest]
+        finally:
+            for blob, at in used.items():
+                self._store.files.touch(blob, at)

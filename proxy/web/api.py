@@ -1,0 +1,203 @@
+"""The admin API: the methods of Operations over HTTP, as openapi.yaml describes them.
+
+What is asked is in the query, what is to be done in a JSON body; a field that is not known is refused, lest
+a misspelt `dry_run` purge.  Who may ask is decided before: see admin.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+from aiohttp import web
+from aiohttp_cache import cache
+
+from proxy.asking import BadField
+from proxy.operations import Operations
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+SUMMARY = 10  # seconds that a costly answer is given again
+PAGE, LARGEST_PAGE = 100, 1000  # images
+# Where msgspec says what is wrong: `$.pattern`, or the field that is missing or not known.
+_FIELD = re.compile(r"`\$\.(\w+)|field `([^`]+)`")
+
+
+class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class _Purge(_Body, frozen=True):
+    pattern: str
+    dry_run: bool = False
+    force: bool = False
+
+
+class _Refresh(_Body, frozen=True):
+    reference: str
+    platforms: tuple[str, ...] = ()
+
+
+class _Pin(_Body, frozen=True):
+    pattern: str
+    keep_fresh: float | None = None
+    platforms: tuple[str, ...] = ()
+
+
+class _Unpin(_Body, frozen=True):
+    pattern: str
+
+
+class _Evict(_Body, frozen=True):
+    to: int | None = None
+    dry_run: bool = False
+
+
+class _Nothing(_Body, frozen=True):
+    pass
+
+
+class Api:
+    """`changed` is called when something was done that may change what there is to see."""
+
+    def __init__(self, operations: Operations, changed: Callable[[], None]) -> None:
+        self._operations = operations
+        self._changed = changed
+
+    def routes(self) -> list[tuple[str, str, Handler]]:
+        return [
+            ("GET", "/api/v1/openapi.json", self.document),
+            ("GET", "/api/v1/repositories", self.repositories),
+            ("GET", "/api/v1/images", self.images),
+            ("GET", "/api/v1/image", self.image),
+            ("GET", "/api/v1/stats", self.stats),
+            ("GET", "/api/v1/fills", self.fills),
+            ("GET", "/api/v1/why", self.why),
+            ("GET", "/api/v1/pins", self.pins),
+            ("GET", "/api/v1/scrub", self.scrub_state),
+            ("POST", "/api/v1/purge", self._doing(self.purge)),
+            ("POST", "/api/v1/refresh", self._doing(self.refresh)),
+            ("POST", "/api/v1/pins", self._doing(self.pin)),
+            ("DELETE", "/api/v1/pins", self._doing(self.unpin)),
+            ("POST", "/api/v1/evict", self._doing(self.evict)),
+            ("POST", "/api/v1/scrub", self._doing(self.scrub)),
+        ]
+
+    def _doing(self, handler: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                return await handler(request)
+            finally:
+                self._changed()  # also by what failed half-way
+
+        return handle
+
+    async def document(self, request: web.Request) -> web.Response:
+        return web.Response(body=_document(), content_type="application/json")
+
+    @cache(expires=SUMMARY)
+    async def repositories(self, request: web.Request) -> web.Response:
+        asked = _query(request, match="*")
+        return in_json(await self._operations.ls(asked["match"]))
+
+    @cache(expires=SUMMARY)
+    async def images(self, request: web.Request) -> web.Response:
+        asked = _query(request, match="*", limit=str(PAGE), last="")
+        limit = _count("limit", asked["limit"], LARGEST_PAGE)
+        return in_json(await self._operations.ls(asked["match"], tags=True, limit=limit, last=asked["last"]))
+
+    async def image(self, request: web.Request) -> web.Response:
+        return in_json(await self._operations.show(_query(request, ref=None)["ref"]))
+
+    @cache(expires=SUMMARY)
+    async def stats(self, request: web.Request) -> web.Response:
+        return in_json(await self._operations.stats(_query(request, period="24h")["period"]))
+
+    async def fills(self, request: web.Request) -> web.Response:
+        _query(request)
+        return in_json(await self._operations.fills())
+
+    async def why(self, request: web.Request) -> web.Response:
+        return in_json(await self._operations.why(_query(request, ref=None)["ref"]))
+
+    async def pins(self, request: web.Request) -> web.Response:
+        _query(request)
+        return in_json(await self._operations.pins())
+
+    async def scrub_state(self, request: web.Request) -> web.Response:
+        _query(request)
+        return in_json(await self._operations.scrubbing())
+
+    async def purge(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Purge)
+        return in_json(
+            await self._operations.purge(wanted.pattern, dry_run=wanted.dry_run, force=wanted.force)
+        )
+
+    async def refresh(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Refresh)
+        return in_json(await self._operations.refresh(wanted.reference, wanted.platforms))
+
+    async def pin(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Pin)
+        return in_json(await self._operations.pin(wanted.pattern, wanted.keep_fresh, wanted.platforms))
+
+    async def unpin(self, request: web.Request) -> web.Response:
+        return in_json(await self._operations.unpin((await _body(request, _Unpin)).pattern))
+
+    async def evict(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Evict)
+        return in_json(await self._operations.evict(wanted.to, dry_run=wanted.dry_run))
+
+    async def scrub(self, request: web.Request) -> web.Response:
+        await _body(request, _Nothing)
+        return in_json(await self._operations.scrub(), 202)
+
+
+def in_json(value: object, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+
+
+@functools.cache
+def _document() -> bytes:
+    text = files("proxy.web").joinpath("openapi.yaml").read_text(encoding="utf-8")
+    return msgspec.json.encode(yaml.safe_load(text))
+
+
+def _query(request: web.Request, **known: str | None) -> Mapping[str, str]:
+    """The query, with what is left out as in `known`; None there: it must be given.  Raises BadField."""
+    found: dict[str, Any] = dict(known)
+    for name, value in request.query.items():
+        if name not in known:
+            raise BadField(name, "there is no such field")
+        if len(request.query.getall(name)) > 1:
+            raise BadField(name, "is given twice")
+        found[name] = value
+    for name, value in found.items():
+        if value is None or (value == "" and known[name]):
+            raise BadField(name, "is to be given")
+    return found
+
+
+def _count(name: str, text: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 0 < int(text) <= most):
+        raise BadField(name, f"expected a number from 1 to {most}")
+    return int(text)
+
+
+async def _body(request: web.Request, form: type[T]) -> T:
+    """Raises BadField."""
+    _query(request)
+    try:
+        return msgspec.json.decode(await request.read() or b"{}", type=form)
+    except msgspec.ValidationError as error:
+        found = _FIELD.search(str(error))
+        raise BadField((found[1] or found[2]) if found else "body", error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadField("body", f"is no JSON: {error}") from None

@@ -1,0 +1,153 @@
+"""Text for people: on a terminal, and where a program reads it."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+
+from proxy.console import (
+    Column,
+    Progress,
+    Table,
+    clean,
+    duration,
+    moment,
+    plain,
+    plural,
+    share,
+    short,
+    size,
+    write,
+)
+
+DIGEST = "sha256:" + "ab" * 32
+COLUMNS = (Column("NAME"), Column("SIZE", right=True), Column("DIGEST", digests=True))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def table() -> Table:
+    made = Table(COLUMNS, empty="nothing is there", notes=["2 in all"])
+    made.add("alpine", "1.0 KiB", DIGEST)
+    made.add("a-longer-name", "12 B", DIGEST)
+    return made
+
+
+def test_elsewhere_columns_are_whole() -> None:
+    found = io.StringIO()
+    write(table(), file=found)
+    assert found.getvalue().splitlines() == [
+        "NAME              SIZE  DIGEST",
+        f"alpine         1.0 KiB  {DIGEST}",
+        f"a-longer-name     12 B  {DIGEST}",
+        "2 in all",
+    ]
+
+
+def test_on_a_terminal_digests_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    found = Terminal()
+    write(table(), file=found)
+    assert "sha256:abababababab" in found.getvalue()
+    assert DIGEST not in found.getvalue()
+
+
+def test_without_rows_a_sentence_says_so() -> None:
+    found = io.StringIO()
+    write(Table(COLUMNS, empty="nothing is there"), file=found)
+    assert found.getvalue() == "nothing is there\n"
+
+
+@pytest.mark.parametrize("file", [io.StringIO, Terminal])
+def test_what_steers_a_terminal_is_taken_out(file: type[io.StringIO]) -> None:
+    made = Table((Column("TYPE"),), notes=["\x1b[2J"])
+    made.add("[red]\x1b]0;title\x07")
+    found = file()
+    write(made, file=found)
+    assert "\x1b]" not in found.getvalue()
+    assert "\x1b[2J" not in found.getvalue()
+    assert "[red]" in found.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1_288_490_189, "1.2 GiB"),
+        (1024**2 - 1, "1.0 MiB"),
+        (3 * 1024**5, "3072.0 TiB"),
+        (None, "?"),
+        (-1, "?"),
+    ],
+)
+def test_sizes(count: int | None, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("time", "text"),
+    [
+        (1000 - 3 * 3600, "3 h ago"),
+        (1000 - 59, "59 s ago"),
+        (1000 - 60, "1 min ago"),
+        (1000.4, "now"),
+        (1000 + 600, "in 10 min"),
+        (1000 + 86400 * 800, "in 2 y"),
+        (math.inf, "for ever"),
+        (None, "never"),
+    ],
+)
+def test_moments(time: float | None, text: str) -> None:
+    assert moment(time, 1000.0) == text
+
+
+def test_small_words() -> None:
+    assert duration(0.2) == "0 s"
+    assert share(None) == "-"
+    assert share(0.957) == "95.7%"
+    assert plural(1, "blob") == "1 blob"
+    assert plural(2, "repository", "repositories") == "2 repositories"
+    assert short(f"└─ {DIGEST}") == "└─ sha256:abababababab"
+    assert short("alpine:3") == "alpine:3"
+    assert clean("a\nb") == "a\N{REPLACEMENT CHARACTER}b"
+
+
+def test_lines_tell_of_progress_by_tenths() -> None:
+    found = io.StringIO()
+    progress = Progress(found)
+    for done in range(0, 1001, 50):
+        progress.show("a", done, 1000, f"{done} of 1000")
+    progress.show("b", 512, -1, "512 B, 2 followers")
+    progress.close()
+    lines = found.getvalue().splitlines()
+    assert lines[0] == "a: 0 of 1000"
+    assert lines[-2:] == ["a: 1000 of 1000", "b: 512 B, 2 followers"]
+    assert len(lines) == 12
+
+
+def test_bars_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    found = Terminal()
+    progress = Progress(found)
+    progress.show("[a]", 1, 2, "[half]")
+    progress.show("b", 1, None, "")
+    assert progress.parts() == {"[a]", "b"}
+    progress.drop("b")
+    assert progress.parts() == {"[a]"}
+    progress.close()
+    assert "[a]" in found.getvalue()
+    assert "[half]" in found.getvalue()
+
+
+def test_plain_aligns_by_the_widest() -> None:
+    made = Table((Column("A"), Column("B")))
+    made.add("longer", "x")
+    assert plain(made) == "A       B\nlonger  x\n"

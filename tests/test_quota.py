@@ -1,0 +1,65 @@
+"""A limit far below what is pulled, by several clients at once: each pull succeeds, and the disk keeps to it.
+
+ENTREPOT_QUOTA_SECONDS sets for how long, ENTREPOT_SOAK_SEED with which load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from pathlib import Path
+from random import Random
+
+from tests.processes import Place, place
+from tests.soak import SIZES, Load
+from tests.upstream import Upstream
+
+__all__ = ["place"]  # the fixture
+
+SECONDS = float(os.environ.get("ENTREPOT_QUOTA_SECONDS", "10"))
+CLIENTS = 4
+LIMIT = 16 << 20
+
+
+def stored(directory: Path) -> int:
+    total = 0
+    for path in (directory / "cache" / "blobs").glob("*/*/*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # evicted meanwhile
+            continue
+    return total
+
+
+async def test_a_quota_below_the_working_set(place: Place, upstream: Upstream) -> None:
+    seed = os.environ.get("ENTREPOT_SOAK_SEED") or secrets.token_hex(4)
+    print(f"ENTREPOT_SOAK_SEED={seed}")
+    place.tree["disk"] |= {"cache_limit": f"{LIMIT >> 20}MiB", "min_free": 0}
+    place.tree["log"] = {"level": "debug"}  # it tells of each blob that it evicts
+    server = await place.start()
+    load = Load(server.url, upstream, Random(seed))
+    working_set = sum(map(len, load.contents.values()))
+    # Each client has one large layer on its way at most, of at most twice the largest size.
+    most = LIMIT + CLIENTS * 2 * SIZES[-1]
+    assert most < working_set * 0.9, "the limit would not be felt"
+    highest = 0
+
+    async def look() -> None:
+        nonlocal highest
+        highest = max(highest, await asyncio.to_thread(stored, server.directory))
+
+    loop = asyncio.get_running_loop()
+    until = loop.time() + SECONDS
+    async with asyncio.TaskGroup() as group:
+        for _ in range(CLIENTS):
+            group.create_task(load.client(lambda: loop.time() < until, look))
+    assert not load.wrong, load.wrong
+    done = {outcome: number for outcome, number in load.done.items() if number}
+    assert not [each for each in done if each.endswith(" broken")], done
+    assert not [each for each in done if each.endswith(" refused") and not each.startswith("nothing")], done
+    assert done["pull right"] > 0
+    assert server.said("blob.evicted")
+    assert highest <= most, (highest, most, working_set)
+    await server.stop()
+    assert stored(server.directory) <= most

@@ -24,6 +24,7 @@ log = structlog.get_logger()
 ABANDONED = 86400.0  # seconds after which a partial file that nobody went on with is removed
 ROUND = 300.0  # seconds between lookings after what needs no more than that
 REFRESHED = 60.0  # seconds between lookings for pins that are due
+CHECKED = 86400.0  # seconds for which what was found right is let be
 AGAIN = 60.0  # seconds after a piece of work failed
 
 
@@ -95,7 +96,7 @@ class Keeper:
         await self._composition.freshener.run_once()
 
     async def _scrub(self) -> None:
-        await self._composition.scrub.run(self.heal)
+        await self._composition.scrub.run(self.heal, older_than=CHECKED)
 
     async def heal(self, digest: Digest, repositories: list[str]) -> bool:
         """Fetch what was damaged again, for one of those that show it."""

@@ -18,8 +18,6 @@ from proxy.composition import Composition
 from proxy.keeper import Keeper
 from proxy.listening import BACKLOG, bind_all
 from proxy.live import Everyone, serve_live
-from proxy.operations import Operations
-from proxy.web.admin import application
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from storage.errors import StorageFailed
@@ -87,11 +85,14 @@ class App:
         self._closing.push_async_callback(_ended, keeping)
         self._closing.callback(keeper.close)
         if admin:
+            from proxy.operations import Operations
+            from proxy.web.admin import application  # here, since workers need none of it
+
             # First, since what was started last is stopped first: so it can tell of the draining.
             pages = application(
                 composition.metrics,
                 self._state,
-                Operations(composition, self._everyone),
+                Operations(composition, self._everyone, keeper.evicting, keeper.heal),
                 token=settings.admin_token,
                 loopback=settings.admin is not None and settings.admin.loopback,
             )

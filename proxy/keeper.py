@@ -39,7 +39,7 @@ class Keeper:
         self._composition = composition
         self._eviction = composition.eviction
         self._stopping = threading.Event()
-        self._one = asyncio.Lock()  # evicts at a time
+        self.evicting = asyncio.Lock()  # one at a time
         self._eviction.pause = self.pause
 
     def pause(self, seconds: float) -> None:
@@ -73,7 +73,7 @@ class Keeper:
 
     async def make_room(self, coming: int) -> None:
         """Evict where what is there and `coming` bytes more are too much."""
-        async with self._one:
+        async with self.evicting:
             with suppress(StorageFailed, Stopped):
                 if await finished(self._eviction.over, coming):
                     await finished(self._eviction.shrink, coming)
@@ -89,7 +89,7 @@ class Keeper:
         await asyncio.sleep(200 * (time.monotonic() - begun))
 
     async def expire(self) -> None:
-        async with self._one:
+        async with self.evicting:
             await finished(self._eviction.expire)
 
     async def _refresh(self) -> None:

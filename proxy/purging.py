@@ -188,8 +188,9 @@ class Purging:
         name = plan.repository
         plan.keys = [f"tag {name} {tag}" for tag in sorted(tags)]
         plan.keys += [f"manifest {name} {digest}" for digest in sorted(manifests)]
-        plan.keys += [f"use {name} {each}" for each in (*tags, *manifests)]
-        plan.keys += [f"moves {name} {tag}" for tag in tags]
+        if not whole or plan.kept:
+            plan.keys += [f"use {name} {each}" for each in (*tags, *manifests)]
+            plan.keys += [f"moves {name} {tag}" for tag in tags]
         plan.keys += [
             key
             for key, _ in self._records.scan(f"referrers {name} ")

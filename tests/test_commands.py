@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -419,3 +420,16 @@ def test_who_serves_loads_nothing_that_is_large() -> None:
     program = "import sys, proxy.cli; print({'aiohttp', 'diskcache', 'proxy.operations'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+async def test_watching_ends_by_ctrl_c(served: Shop) -> None:
+    words = ["fills", "--watch", "--json", "--server", str(served.site.app.admin_url)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "proxy", *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout
+    assert await process.stdout.readline() == b"[]\n"
+    process.send_signal(signal.SIGINT)
+    _, said = await process.communicate()
+    assert (process.returncode, said) == (0, b"")
+    await asyncio.sleep(0)  # its pipes are closed in the next turn of the loop

@@ -455,6 +455,22 @@ async def test_purge_of_what_is_not_there(site: Site) -> None:
     assert site.everyone.forgotten == ["docker.io/library/nothing"]
 
 
+async def test_purge_of_what_has_no_name(site: Site) -> None:
+    await site.blob(ALPINE, b"alone")
+    purged = await site.operations.purge("alpine")
+    assert (purged.references, purged.links, purged.blobs) == ([ALPINE], 1, 1)
+    assert site.records() == set()
+
+
+async def test_purge_of_a_repository_keeps_the_history_of_what_is_pinned(site: Site) -> None:
+    for tag in ("3", "4"):
+        await site.image(ALPINE, tag, tag.encode())
+        site.composition.usage.record({(ALPINE, tag): Use(1, 1.0, 1.0)}, [], {})
+    await site.operations.pin("alpine:3")
+    await site.operations.purge("docker.io/*")
+    assert site.records("use ") == {f"use {ALPINE} 3"}
+
+
 async def test_purge_of_a_tag_that_points_nowhere(site: Site) -> None:
     site.store.records.put(f"tag {ALPINE} bad", b"no digest 1.0")
     assert (await site.operations.purge("alpine:bad")).references == [f"{ALPINE}:bad"]
@@ -495,6 +511,17 @@ async def test_evict(site: Site, clock: Clock) -> None:
     assert (await site.operations.evict()).blobs == 0
     with pytest.raises(BadField, match="to: must be"):
         await site.operations.evict(-1)
+
+
+async def test_one_evicts_at_a_time(site: Site) -> None:
+    evicting = asyncio.Lock()
+    operations = Operations(site.composition, site.everyone, evicting)
+    await evicting.acquire()
+    waiting = asyncio.ensure_future(operations.evict(0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    evicting.release()
+    assert (await waiting).blobs == 0
 
 
 @pytest.mark.parametrize("settings", [{"keep_for": "1h", "repositories": []}])

@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,11 @@ def leave(path: Path, size: int) -> Path:
     """Fill the disk with something else, so that `size` bytes are left; the file that does it."""
     filler = path / "filler"
     with filler.open("ab") as file:
-        os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), room(path) - size)
-    return filler
+        for _ in range(100):
+            with suppress(OSError):  # the server has written something since its room was asked for
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), room(path) - size)
+                return filler
+    raise AssertionError("the disk could not be filled")
 
 
 async def kept(site: Site, wanted: str, event: str = "fill.committed") -> None:

@@ -73,6 +73,10 @@ class App:
             await self._keep_house(admin)
         if listen:
             await self._serve_clients(listen)
+        if keeps:  # last: nothing is looked through before it listens
+            keeping = asyncio.create_task(self.keeper.run())
+            self._closing.push_async_callback(_ended, keeping)
+            self._closing.callback(self.keeper.close)
 
     async def _keep_house(self, admin: list[socket.socket]) -> None:
         composition, settings = self.composition, self._settings
@@ -81,9 +85,6 @@ class App:
         self._everyone = Everyone(composition.live, self._run)
         if self._run is not None:
             self._closing.push_async_callback(await room.serve(self._run / KEEPER, keeper.make_room))
-        keeping = asyncio.create_task(keeper.run())
-        self._closing.push_async_callback(_ended, keeping)
-        self._closing.callback(keeper.close)
         if admin:
             from proxy.operations import Operations
             from proxy.web.admin import application  # here, since workers need none of it

@@ -526,14 +526,6 @@ class Files:
         finally:
             os.close(file)
 
-    def stored_bytes(self) -> int:
-        """Of all committed blobs.  Blocks: it looks at every file."""
-        total = 0
-        for path in (self.root / "blobs").glob("*/*/*"):
-            with suppress(FileNotFoundError):  # removed meanwhile
-                total += path.stat().st_size
-        return total
-
     def check(self) -> None:
         """Raises StorageFailed where nothing can be written."""
         path = self._partial / f"check-{os.getpid()}"

@@ -800,16 +800,6 @@ async def test_what_nobody_went_on_with_is_reaped(files: Files, clock: Clock) ->
     assert files.reap(100) == 2
 
 
-async def test_the_bytes_stored_are_those_committed(files: Files) -> None:
-    assert files.stored_bytes() == 0
-    await put(files, CONTENT)
-    await put(files, LARGE)
-    upload = files.create()
-    await upload.write(CONTENT)
-    assert files.stored_bytes() == len(CONTENT) + len(LARGE)
-    await upload.cancel()
-
-
 async def test_check_leaves_nothing(files: Files) -> None:
     files.check()
     assert partial_files(files) == []

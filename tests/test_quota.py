@@ -1,4 +1,4 @@
-"""A limit that falls far below what is pulled, by several clients at once: no pull fails, the disk keeps to it.
+"""A limit that falls far below what is pulled, by several clients at once: no pull fails, and it is kept.
 
 ENTREPOT_QUOTA_SECONDS sets for how long, ENTREPOT_SOAK_SEED with which load.
 """

@@ -13,9 +13,12 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from proxy.cache import Cache, Policy
-from proxy.config import Config, Login, Namespace
+from proxy.config import Config, Hosting, Login, Namespace
+from proxy.config import Upstream as UpstreamKeys
 from proxy.fills import Fills
 from proxy.freshness import Freshener
+from proxy.hosted import Hosted
+from proxy.hosted import Rules as PushRules
 from proxy.limits import Bandwidth, Turns, part
 from proxy.listening import StartError
 from proxy.live import Live
@@ -82,24 +85,41 @@ class Composition:
             make_room=self._make_room,
             clock=clock,
         )
-        self.caches = {name: self._cache(name, each) for name, each in config.namespaces.items()}
+        self.caches = {name: self._cache(name, *each) for name, each in config.cached().items()}
         self._closing.push_async_callback(self.fills.close)  # before what they read from
+        self.private = self._private() if config.hosted() else None
+        self.hosted = {name: self._host(name, each) for name, each in config.hosted().items()}
+        registries = {**self.caches, **self.hosted}
         members = [
-            Member(self.caches[name], name, each.aliases, each.hosts, each.library)
+            Member(registries[name], name, each.aliases, each.hosts, each.library)
             for name, each in config.namespaces.items()
         ]
-        self.namespaces = Namespaces(members, config.default_namespace, self.store)
+        stores = [self.store] if self.private is None else [self.store, self.private]
+        self.namespaces = Namespaces(members, config.default_namespace, stores)
         self.pins = Pins(
             self.store, [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins], clock
         )
         self.eviction = Eviction(self.store, self._rules(), self.pins.pinned, clock)
         self.scrub = Scrub(self.store, config.disk.scrub, clock)
         self.freshener = Freshener(self.namespaces, self.store, self.pins, clock)
-        self.live = Live(self.fills, self.caches, self.disk, clock)
+        self.live = Live(self.fills, self.caches, [each.files.disk for each in stores], clock)
+
+    def _private(self) -> Store:
+        """Where all that is pushed lies.  Nothing of it goes but what nobody can reach."""
+        root = self.config.disk.path / "private"
+        files = Files(root, self.clock)
+        records = Records(root / "records", self.clock, files.disk, durable=True)
+        store = Store(files, records, self.clock, collected=True)
+        self._closing.push_async_callback(store.close)
+        return store
+
+    def _host(self, name: str, hosting: Hosting) -> Hosted:
+        assert self.private is not None
+        return Hosted(name, self.private, PushRules(hosting.sparse, hosting.immutable_tags))
 
     def _turns(self) -> Turns:
-        namespaces = self.config.namespaces.items()
-        shares = {name: part(each.upstream.max_fills, self._workers) for name, each in namespaces}
+        namespaces = self.config.cached().items()
+        shares = {name: part(upstream.max_fills, self._workers) for name, (_, upstream) in namespaces}
         return Turns(part(self.config.limits.fills, self._workers), shares)
 
     def _rules(self) -> Rules:
@@ -129,8 +149,7 @@ class Composition:
             ages += [] if each.keep_for is None else [each.keep_for]
         return any(map(math.isfinite, ages))
 
-    def _cache(self, name: str, namespace: Namespace) -> Cache:
-        upstream = namespace.upstream
+    def _cache(self, name: str, namespace: Namespace, upstream: UpstreamKeys) -> Cache:
         connect = Connect(
             ca_file=upstream.ca_file,
             client_certificate=upstream.client_certificate,

@@ -218,10 +218,31 @@ class PinRule(Section, frozen=True):
     platforms: tuple[Annotated[str, parse_platform], ...] = ()
 
 
-class Namespace(Section, frozen=True):
-    """`keep_for` is None where that of the disk counts."""
+class KeepRule(Section, frozen=True):
+    match: Annotated[re.Pattern[str], parse_pattern]
+    last: Annotated[int, parse_count]
 
-    upstream: Upstream
+
+class Hosting(Section, frozen=True):
+    """What is pushed to a registry of our own: see proxy.hosted.Rules; and what of it is collected.
+
+    Of the tags that a rule of `keep_tags` matches, the first that does, only the last pushed ones are kept.
+    """
+
+    sparse: Flag = False
+    immutable_tags: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    keep_untagged_for: Keep = math.inf
+    keep_tags: tuple[KeepRule, ...] = ()
+
+
+class Namespace(Section, frozen=True):
+    """Either a cache of `upstream`, or a `store` of our own.
+
+    `keep_for` is None where that of the disk counts.
+    """
+
+    upstream: Upstream | None = None
+    store: Hosting | None = None
     aliases: tuple[Annotated[str, parse_name], ...] = ()
     hosts: tuple[Host, ...] = ()
     library: Flag = False
@@ -235,9 +256,31 @@ class Namespace(Section, frozen=True):
     repositories: tuple[RepositoryRule, ...] = ()
     cache_limit: Size | None = None
 
+    def __post_init__(self) -> None:
+        if (self.upstream is None) == (self.store is None):
+            raise ValueError("needs either upstream, to be a cache of it, or store: {}, to be pushed to")
+        if self.store is not None:
+            given = [each for each in _OF_CACHES if getattr(self, each) != _DEFAULTS[each]]
+            if given:
+                raise ValueError(f"{given[0]} is for a cache, and this is a store")
+
     def fresh_for_tag(self, tag: str) -> float:
         """How long after its validation a tag is served unasked: seconds, math.inf for ever."""
         return next((rule.fresh_for for rule in self.tags if rule.match.fullmatch(tag)), self.fresh_for)
+
+
+_OF_CACHES = (
+    "fresh_for",
+    "tags",
+    "on_upstream_delete",
+    "negative_for",
+    "offline",
+    "lazy",
+    "keep_for",
+    "repositories",
+    "cache_limit",
+)
+_DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(Namespace)}
 
 
 class Config(Section, frozen=True):
@@ -259,6 +302,16 @@ class Config(Section, frozen=True):
 
     def processes(self) -> int:
         return self.workers or os.cpu_count() or 1
+
+    def cached(self) -> dict[str, tuple[Namespace, Upstream]]:
+        """The namespaces that are caches, each with its upstream."""
+        return {
+            name: (each, each.upstream) for name, each in self.namespaces.items() if each.upstream is not None
+        }
+
+    def hosted(self) -> dict[str, Hosting]:
+        """The namespaces of our own."""
+        return {name: each.store for name, each in self.namespaces.items() if each.store is not None}
 
     def keep_for(self, repository: str) -> float:
         """How long what nobody uses is kept of a repository, by its full name: seconds, math.inf for ever."""

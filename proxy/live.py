@@ -14,7 +14,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -101,13 +101,13 @@ class Live:
         self,
         fills: Fills,
         caches: Mapping[str, Cache],
-        disk: Disk,
+        disks: Sequence[Disk],
         clock: Callable[[], float] = time.time,
         pid: int | None = None,
     ) -> None:
         self._fills = fills
         self._caches = caches
-        self._disk = disk
+        self._disks = disks
         self._clock = clock
         self.pid = os.getpid() if pid is None else pid
 
@@ -123,7 +123,7 @@ class Live:
                 if isinstance(cache.origin, _Upstream)
                 for host in cache.origin.state()
             ],
-            troubles=self._disk.troubles(),
+            troubles=[trouble for disk in self._disks for trouble in disk.troubles()],
         )
 
     async def forget(self, repository: str) -> None:

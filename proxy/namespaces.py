@@ -14,14 +14,14 @@ mean; `qualify` turns them all into the full name, and every method of the regis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, runtime_checkable
 
 from proxy.values import without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
-from storage.registry import Blob, Registry, Upload
+from storage.registry import Blob, Registry, Upload, everything
 
 
 @runtime_checkable
@@ -53,18 +53,18 @@ class Namespaces(Registry):
     """Registries by namespace, as one.  Its methods take full names only: see qualify()."""
 
     def __init__(
-        self, members: Iterable[Member], default: str | None = None, catalog: Registry | None = None
+        self, members: Iterable[Member], default: str | None = None, catalogs: Sequence[Registry] = ()
     ) -> None:
-        """`default` is a member's name.  `catalog` lists full names where the members would not.
+        """`default` is a member's name.  `catalogs` list full names where the members would not.
 
-        `catalog` remains the caller's to close; the members are closed by close().
+        They remain the caller's to close; the members are closed by close().
 
         Raises ValueError when two members claim one name or host, or `default` is none of them.
         """
         self._members: dict[str, Member] = {}
         self._by_name: dict[str, Member] = {}
         self._by_host: dict[str, Member] = {}
-        self._catalog = catalog
+        self._catalogs = catalogs
         for member in members:
             _claim(self._members, member.name, member)
             for name in (member.name, *member.aliases):
@@ -143,9 +143,10 @@ class Namespaces(Registry):
         return await member.registry.referrers(relative, digest, artifact_type)
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
-        """Full names.  Without a catalog, members that do not list theirs are left out."""
-        if self._catalog:
-            return await self._catalog.repositories(last, limit)
+        """Full names.  Without catalogs, members that do not list theirs are left out."""
+        if self._catalogs:
+            listed = [await each.repositories(last, limit) for each in self._catalogs]
+            return sorted(set().union(*listed))[:limit]
         found: list[str] = []
         # Sorted with the slash: "a-b/x" comes before "a/x".
         for start, member in sorted((f"{name}/", member) for name, member in self._members.items()):
@@ -161,21 +162,38 @@ class Namespaces(Registry):
             found += [start + name for name in names]
         return found
 
-    async def start_upload(self, repository: str, size: int | None = None) -> Upload:
+    async def start_upload(
+        self, repository: str, size: int | None = None, algorithm: str = "sha256"
+    ) -> Upload:
         member, relative = self._split(repository)
-        return await member.registry.start_upload(relative, size)
+        return await member.registry.start_upload(relative, size, algorithm)
 
-    async def mount_blob(self, repository: str, digest: Digest, source: str) -> Descriptor:
+    async def resume_upload(self, repository: str, id: str) -> Upload:
+        member, relative = self._split(repository)
+        return await member.registry.resume_upload(relative, id)
+
+    async def mount_blob(
+        self,
+        repository: str,
+        digest: Digest,
+        source: str | None = None,
+        visible: Callable[[str], bool] = everything,
+    ) -> Descriptor:
         """Within one namespace only; across them it raises BlobUnknown, and the client uploads."""
         member, relative = self._split(repository)
-        other, relative_source = self._split(source)
-        if other is not member:
-            raise BlobUnknown(f"{digest} cannot be mounted from another namespace, {other.name!r}")
-        return await member.registry.mount_blob(relative, digest, relative_source)
+        if source is not None:
+            other, source = self._split(source)
+            if other is not member:
+                raise BlobUnknown(f"{digest} cannot be mounted from another namespace, {other.name!r}")
+        return await member.registry.mount_blob(
+            relative, digest, source, lambda each: visible(f"{member.name}/{each}")
+        )
 
-    async def push_manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Descriptor:
+    async def push_manifest(
+        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+    ) -> Descriptor:
         member, relative = self._split(repository)
-        return await member.registry.push_manifest(relative, reference, manifest)
+        return await member.registry.push_manifest(relative, reference, manifest, tags)
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         member, relative = self._split(repository)

@@ -38,7 +38,8 @@ class Exchange:
     `id` tells it from all others, to the client too (X-Request-Id).
     `result` is hit, miss, revalidated, stale, negative or error, after RFC 9111; "" where no content is
     concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
-    counts as fresh (None: for ever).  `digest` is that of the content, once it is known.
+    counts as fresh (None: for ever).  `digest` is that of the content, once it is known.  `ns` is the
+    query's, where the client gave one.  `bytes` are those of the answer's body, `received` of the request's.
     """
 
     id: str = ""
@@ -49,6 +50,8 @@ class Exchange:
     result: str = ""
     upstream_requests: int = 0
     bytes: int = 0
+    received: int = 0
+    ns: str | None = None
     age: float | None = None
     ttl: float | None = None
     detail: str = ""
@@ -103,6 +106,9 @@ class Metrics:
         )
         self.sent = Counter(
             "entrepot_sent_bytes_total", "Body bytes sent to clients.", ["namespace"], registry=registry
+        )
+        self.pushed = Counter(
+            "entrepot_pushed_bytes_total", "Body bytes taken from clients.", ["namespace"], registry=registry
         )
         self.received = Counter(
             "entrepot_received_bytes_total",

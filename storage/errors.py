@@ -8,10 +8,17 @@
     ├── DigestInvalid              DIGEST_INVALID             400
     ├── ManifestUnknown            MANIFEST_UNKNOWN           404
     ├── ManifestInvalid            MANIFEST_INVALID           400
+    │   └── ManifestTooLarge       MANIFEST_INVALID           413
+    ├── ManifestBlobUnknown        MANIFEST_BLOB_UNKNOWN      400   it names what is not in its repository
     ├── BlobUnknown                BLOB_UNKNOWN               404
+    ├── BlobUploadUnknown          BLOB_UPLOAD_UNKNOWN        404
+    ├── BlobUploadInvalid          BLOB_UPLOAD_INVALID        400
+    │   └── UploadStalled          BLOB_UPLOAD_INVALID        408   its bytes stopped coming
+    ├── SizeInvalid                SIZE_INVALID               400
     ├── RangeInvalid               RANGE_INVALID              416
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
+    ├── Unauthorized               UNAUTHORIZED               401   who are you?  With a challenge
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
     ├── StorageFailed              UNKNOWN                    500   our own disk, where no origin helps
@@ -30,6 +37,7 @@ Codes and meanings: distribution-spec, "Error Codes"; those that it does not lis
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Self
 
 
@@ -79,8 +87,40 @@ class ManifestInvalid(RegistryError):
     code, status = "MANIFEST_INVALID", 400
 
 
+class ManifestTooLarge(ManifestInvalid):
+    status = 413
+
+
+class ManifestBlobUnknown(RegistryError):
+    """`missing` are the digests of blobs and manifests that it names."""
+
+    code, status = "MANIFEST_BLOB_UNKNOWN", 400
+
+    def __init__(
+        self, message: str = "", *, missing: Iterable[str] = (), retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.missing = tuple(missing)
+
+
 class BlobUnknown(RegistryError):
     code, status = "BLOB_UNKNOWN", 404
+
+
+class BlobUploadUnknown(RegistryError):
+    code, status = "BLOB_UPLOAD_UNKNOWN", 404
+
+
+class BlobUploadInvalid(RegistryError):
+    code, status = "BLOB_UPLOAD_INVALID", 400
+
+
+class UploadStalled(BlobUploadInvalid):
+    status = 408
+
+
+class SizeInvalid(RegistryError):
+    code, status = "SIZE_INVALID", 400
 
 
 class RangeInvalid(RegistryError):
@@ -93,6 +133,18 @@ class PaginationNumberInvalid(RegistryError):
 
 class Unsupported(RegistryError):
     code, status = "UNSUPPORTED", 405
+
+
+class Unauthorized(RegistryError):
+    """`challenges` are values of WWW-Authenticate (RFC 9110 §11.6.1)."""
+
+    code, status = "UNAUTHORIZED", 401
+
+    def __init__(
+        self, message: str = "", *, challenges: Iterable[str] = (), retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.challenges = tuple(challenges)
 
 
 class Denied(RegistryError):

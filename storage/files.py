@@ -2,7 +2,7 @@
 
     <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
     <root>/partial/<algorithm>-<encoded>        a fill on its way, locked by whoever writes it
-    <root>/partial/<id>                         any other upload
+    <root>/partial/<id>                         any other upload, locked while somebody writes it
     <root>/locks/<name's hash>                  held by a process while it does what only one may do
     <root>/damaged/<algorithm>-<encoded>        found to be something else; of no use but to be looked at
 
@@ -18,26 +18,40 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from storage.disk import Disk
-from storage.errors import BlobUnknown, DigestInvalid, RegistryError, StorageFailed, Unavailable
+from storage.errors import (
+    BlobUnknown,
+    BlobUploadUnknown,
+    DigestInvalid,
+    RegistryError,
+    StorageFailed,
+    Unavailable,
+)
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Blob, Upload
 
 KIND = "blobs"  # what the disk calls what fails here
 T = TypeVar("T")
+HASH: TypeAlias = "hashlib._Hash"
 
 CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
 POLL = 0.02  # seconds between looks at what another process writes
 TOUCH = 60.0  # seconds; a last use is noted no finer, so that most hits write nothing
+HASHES = 1000  # suspended uploads whose hash is remembered; the others are read again at their end
+IN_USE = 10.0  # seconds that an upload waits for whoever writes it: most likely he was cut off
+
+
+_ID = re.compile(r"[A-Za-z0-9_-]{22}\.[0-9a-f]{16}")
 
 
 @contextmanager
@@ -114,6 +128,7 @@ class FileUpload(Upload):
         self._path = path
         self._file = file
         self._hash = hashlib.new(algorithm)
+        self._hashed = 0  # what it has seen: the first so many bytes
         self._resumable = resumable
         self._waiting: list[bytes] = []  # accepted, not yet written
         self._written = 0
@@ -126,13 +141,18 @@ class FileUpload(Upload):
 
     def rehash(self) -> None:
         """Take in what a former writer left.  Blocks; before anybody writes."""
-        self.offset = 0
-        while chunk := os.pread(self._file, CHUNK, self.offset):
-            self._hash.update(chunk)
-            self.offset += len(chunk)
-        os.lseek(self._file, self.offset, os.SEEK_SET)
-        self._written = self.offset
+        self._catch_up()
+        self.take_over()
+
+    def take_over(self) -> None:
+        """The same, but for the hash: that is caught up with at the end."""
+        self.offset = self._written = os.lseek(self._file, 0, os.SEEK_END)
         self._readable = max(self._readable, self.offset - 1)
+
+    def _catch_up(self) -> None:
+        while chunk := os.pread(self._file, CHUNK, self._hashed):
+            self._hash.update(chunk)
+            self._hashed += len(chunk)
 
     async def watch(self, digest: Digest) -> bool:
         """Follow what another process writes, to its end.
@@ -150,7 +170,7 @@ class FileUpload(Upload):
                     self._complete = True
                     self.offset = os.fstat(self._file).st_size
                     self._move(self.offset)
-                    self._close()
+                    self.close()
                     return True
                 if free and not _leads_to(self._path, self._file):
                     raise Unavailable("the process that was transferring it gave up")
@@ -216,11 +236,15 @@ class FileUpload(Upload):
             self._flusher = None
 
     def _append(self, batch: list[bytes]) -> None:
+        end = self._written
         for chunk in batch:
             view = memoryview(chunk)
             while view:
                 view = view[os.write(self._file, view) :]
-            self._hash.update(chunk)
+            if self._hashed == end:
+                self._hash.update(chunk)
+                self._hashed += len(chunk)
+            end += len(chunk)
 
     async def _flushed(self) -> None:
         # shield: whoever waits may be cancelled, but the file must not be closed under a thread's write.
@@ -232,9 +256,10 @@ class FileUpload(Upload):
         if self._error is not None:
             raise self._error
         if digest.algorithm != self._hash.name:
-            self._hash = hashlib.new(digest.algorithm)
+            self._hash, self._hashed = hashlib.new(digest.algorithm), 0
+        if self._hashed != self._written:
             with _translated(self._path):
-                await finished(self.rehash)
+                await finished(self._catch_up)
         if not self.matches(digest):
             error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
             await self.cancel(error)
@@ -247,7 +272,7 @@ class FileUpload(Upload):
                 await finished(self._publish, self._files.path(digest))
         finally:
             self._discard()  # where it did not get into its place
-            self._close()
+            self.close()
         self._files.disk.worked(KIND, self.offset)
         return Descriptor(OCTETS, digest, self.offset)
 
@@ -266,14 +291,28 @@ class FileUpload(Upload):
     async def cancel(self, error: BaseException | None = None) -> None:
         await self._end(error)
         self._discard()
-        self._close()
+        self.close()
 
     async def suspend(self, error: BaseException | None = None) -> None:
-        """Stop, but keep the bytes where the next upload of this digest finds them."""
+        """Stop, but keep the bytes where the next upload of this digest, or whoever reopens it, finds them.
+
+        Without `error` that is all that was written; raises StorageFailed where it could not be.
+        """
+        if error is None:
+            await self._flushed()
+        failed = self._error
         await self._end(error)
-        if not self._resumable or not self._written:
+        if not self._resumable:
+            self._files.remember(self.id, self._hash, self._hashed)
+        elif not self._written:
             self._discard()
-        self._close()
+        self.close()
+        if failed is not None and error is None:
+            raise failed
+
+    def adopt(self, hash: HASH, hashed: int) -> None:
+        """Go on with a hash of what is there already, as far as it has come."""
+        self._hash, self._hashed = hash, hashed
 
     async def _end(self, error: BaseException | None) -> None:
         self._fail(error or BlobUnknown("the upload was cancelled"))
@@ -321,7 +360,8 @@ class FileUpload(Upload):
             if self.ours and self._file >= 0 and _leads_to(self._path, self._file):
                 self._path.unlink()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the file, whatever becomes of it."""
         if self._file >= 0:
             # Not by closing alone: the readers' duplicates would go on holding the lock.
             fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -343,6 +383,7 @@ class Files:
         self._partial = root / "partial"
         self._locks = root / "locks"
         self.growing: set[FileUpload] = set()  # those whose size is known
+        self._hashes: dict[str, tuple[HASH, int]] = {}
         with _translated(root):
             self._make()
 
@@ -408,6 +449,16 @@ class Files:
             if at - path.stat().st_mtime >= TOUCH:
                 os.utime(path, (at, at))
 
+    def renew(self, digest: Digest) -> None:
+        """It is used now.  Raises BlobUnknown where it is not here."""
+        now = self.clock()
+        path = self.path(digest)
+        with _translated(path):
+            try:
+                os.utime(path, (now, now))
+            except FileNotFoundError:
+                raise BlobUnknown(f"{digest} is not stored here") from None
+
     def verify(self, digest: Digest) -> None:
         """Read all of it.  Blocks.  Raises BlobUnknown, also where it is damaged, and then it is removed."""
         path = self.path(digest)
@@ -443,11 +494,53 @@ class Files:
             return aside
         return None
 
-    def create(self) -> FileUpload:
-        path = self._partial / secrets.token_urlsafe(16)
+    def create(self, owner: str = "", algorithm: str = "sha256") -> FileUpload:
+        """An upload that can be suspended, and gone on with by whoever names its id and `owner`."""
+        path = self._partial / f"{secrets.token_urlsafe(16)}.{_mark(owner)}"
         with self.guard(path):
             file = self._create(path, os.O_EXCL)
-        return FileUpload(self, path, file, "sha256")
+            _try_lock(file)
+        return FileUpload(self, path, file, algorithm)
+
+    async def reopen(self, id: str, owner: str = "") -> FileUpload:
+        """The upload of this id, by whichever process it was suspended.
+
+        Raises BlobUploadUnknown, and Unavailable while somebody else goes on writing it.
+        """
+        if not _ID.fullmatch(id) or not id.endswith(f".{_mark(owner)}"):
+            raise BlobUploadUnknown(f"there is no upload {id[:80]!r} of this repository")
+        path = self._partial / id
+        with _translated(path):
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise BlobUploadUnknown(f"there is no upload {id!r}: it has ended, or was given up") from None
+        upload = FileUpload(self, path, file, "sha256", ours=False)
+        try:
+            await self._lock_upload(path, file)
+            upload.ours = True
+            upload.take_over()
+        except BaseException:
+            upload.close()
+            raise
+        if (known := self._hashes.pop(id, None)) is not None:
+            upload.adopt(*known)
+        return upload
+
+    async def _lock_upload(self, path: Path, file: int) -> None:
+        for _ in range(int(IN_USE / POLL)):
+            if _try_lock(file):
+                if not _leads_to(path, file):
+                    raise BlobUploadUnknown(f"there is no upload {path.name!r}: it has just ended")
+                return
+            await asyncio.sleep(POLL)
+        raise Unavailable(f"upload {path.name!r} is being written by another request", retry_after=1.0)
+
+    def remember(self, id: str, hash: HASH, hashed: int) -> None:
+        """Spare whoever goes on with a suspended upload here to read it again."""
+        self._hashes[id] = hash, hashed
+        if len(self._hashes) > HASHES:
+            del self._hashes[next(iter(self._hashes))]
 
     async def resume(self, digest: Digest) -> FileUpload:
         """The upload of this very digest, with what a former one has left.
@@ -569,6 +662,11 @@ async def finished(function: Callable[..., T], *arguments: object) -> T:
         thread.exception()  # seen
         raise cancelled
     return thread.result()
+
+
+def _mark(owner: str) -> str:
+    """What an upload's id carries, so that it is of use for its owner only."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:16]
 
 
 def _sync(directory: Path) -> None:

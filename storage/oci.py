@@ -161,23 +161,32 @@ class _JSONManifest(msgspec.Struct, rename="camel"):
 
 
 _decode = msgspec.json.Decoder(_JSONManifest).decode
+# Layers that may be had elsewhere only: image-spec, layer.md, "Non-Distributable Layers"; Docker's foreign.
+_ELSEWHERE = re.compile(r".*(?:\.nondistributable\.|\.foreign\.).*")
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestContent:
     """What a manifest or index says, as far as a registry needs to know.
 
+    `media_type` is what it is `declared` to be, where it is, else what its form tells.
     `children` are manifests (of an index), `blobs` config and layers.  `platforms` are those of the
     children, as os/architecture[/variant], None where none is told.
     """
 
     media_type: str
+    declared: str | None
     artifact_type: str | None
     children: tuple[Descriptor, ...]
     blobs: tuple[Descriptor, ...]
     subject: Descriptor | None
     annotations: Mapping[str, str]
     platforms: tuple[str | None, ...] = ()
+
+    @property
+    def distributable(self) -> tuple[Descriptor, ...]:
+        """Those of the blobs that a registry is to hold."""
+        return tuple(each for each in self.blobs if not _ELSEWHERE.fullmatch(each.media_type))
 
 
 def parse_manifest(content: bytes) -> ManifestContent:
@@ -191,6 +200,7 @@ def parse_manifest(content: bytes) -> ManifestContent:
         blobs += found.layers or []
         config_type = found.config.media_type if found.config else None
         return ManifestContent(
+            declared=found.media_type,
             media_type=found.media_type or (OCI_INDEX if found.manifests is not None else OCI_MANIFEST),
             # image-spec, manifest.md: without artifactType, the config's media type is the artifact's.
             artifact_type=found.artifact_type or config_type,

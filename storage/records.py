@@ -82,7 +82,7 @@ class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
 class _Database(diskcache.Cache):  # type: ignore[misc]
     """Raises _FAILURES."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, durable: bool) -> None:
         try:
             super().__init__(
                 str(directory),
@@ -94,6 +94,8 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
                 cull_limit=0,
                 # A page that vanishes from a mapped file is no error to handle but a signal that kills.
                 sqlite_mmap_size=0,
+                # FULL waits for the disk at every commit; NORMAL may lose the last ones with the power.
+                sqlite_synchronous=2 if durable else 1,
             )
         except BaseException:
             self.close()
@@ -126,14 +128,21 @@ class Batch:
 class Records:
     """Every method raises StorageFailed.  Several processes may share `directory`, which is made if need be.
 
+    Where it is `durable`, what was put is on the disk when put() returns.
+
     Opening raises only where it cannot be made: where the disk fails, or the database is damaged, all that
     follows fails until they do not.
     """
 
     def __init__(
-        self, directory: Path, clock: Callable[[], float] = time.time, disk: Disk | None = None
+        self,
+        directory: Path,
+        clock: Callable[[], float] = time.time,
+        disk: Disk | None = None,
+        durable: bool = False,
     ) -> None:
         self._directory = directory
+        self._durable = durable
         self._file = directory / diskcache.core.DBNAME
         self._lock = directory.with_name(f"{directory.name}.lock")
         self._clock = clock
@@ -242,7 +251,7 @@ class Records:
                 found, opened = _identity(self._file), self._opened
                 if opened is None or found is None or found != opened[1]:
                     self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    cache = _Database(self._directory)
+                    cache = _Database(self._directory, self._durable)
                     opened = self._opened = cache, _identity(self._file)
         return opened
 
@@ -310,7 +319,7 @@ class Records:
     def _salvage(self, fresh: Path) -> int:
         """Make a database of all that can be read; how many records it has."""
         records = (record for record in _readable(self._file) if not self._closing.is_set())
-        with closing(_Database(fresh)) as cache:
+        with closing(_Database(fresh, self._durable)) as cache:
             while batch := list(islice(records, _BATCH)):
                 with cache.transact():
                     for key, stored in batch:

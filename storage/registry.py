@@ -7,11 +7,15 @@ only the pull half.  Any method may raise Denied or Unavailable (errors.py) besi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from storage.errors import Unsupported
-from storage.oci import Descriptor, Digest, Manifest, Reference, Span
+from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
+
+
+def everything(repository: str) -> bool:
+    return True
 
 
 class Blob:
@@ -55,6 +59,10 @@ class Upload:
 
     async def commit(self, digest: Digest) -> Descriptor:
         """Verify and make visible.  Raises DigestInvalid, and then the upload is cancelled."""
+        raise NotImplementedError
+
+    async def suspend(self, error: BaseException | None = None) -> None:
+        """Let go of it, but keep the bytes, to go on with later; whoever follows gets `error`."""
         raise NotImplementedError
 
     async def cancel(self, error: BaseException | None = None) -> None:
@@ -105,16 +113,37 @@ class Registry:
 
     # Push
 
-    async def start_upload(self, repository: str, size: int | None = None) -> Upload:
-        """`size` in bytes, where it is known beforehand."""
+    async def start_upload(
+        self, repository: str, size: int | None = None, algorithm: str = "sha256"
+    ) -> Upload:
+        """`size` in bytes, where it is known beforehand; `algorithm` is that of the digest to come."""
         raise Unsupported("this registry takes no pushes")
 
-    async def mount_blob(self, repository: str, digest: Digest, source: str) -> Descriptor:
-        """Show in `repository` what `source` shows already.  Raises BlobUnknown."""
+    async def resume_upload(self, repository: str, id: str) -> Upload:
+        """Go on with one that was suspended, by whichever process.  Raises BlobUploadUnknown."""
         raise Unsupported("this registry takes no pushes")
 
-    async def push_manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Descriptor:
-        """Raises ManifestInvalid, DigestInvalid."""
+    async def mount_blob(
+        self,
+        repository: str,
+        digest: Digest,
+        source: str | None = None,
+        visible: Callable[[str], bool] = everything,
+    ) -> Descriptor:
+        """Show in `repository` what `source` shows already.
+
+        Without `source`, whichever does of those that are `visible` to who asks: to know a digest is no
+        permission.  Raises BlobUnknown, NameUnknown.
+        """
+        raise Unsupported("this registry takes no pushes")
+
+    async def push_manifest(
+        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+    ) -> Descriptor:
+        """With further `tags`; all of it or nothing happens.
+
+        Raises ManifestInvalid, ManifestBlobUnknown, DigestInvalid.
+        """
         raise Unsupported("this registry takes no pushes")
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:

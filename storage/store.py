@@ -7,6 +7,11 @@ Content lies on disk once; whether a repository may show it is a record of its o
     link <repository> <digest>                size in bytes, time of storing
     referrers <repository> <subject> <digest> descriptor as JSON
     listing <repository> <what>               time of validation, newline, what an origin listed, as JSON
+    pushed <repository>                       how often its tags and manifests changed, where they are collected
+
+What changes together is one transaction: of a push all is there, or nothing.  A link is made in one that sees
+the blob's file, and gives it the present time; so whoever removes files that have no link, and are old, in
+a transaction of his own, removes none that gets one.
 
 Times are seconds since the epoch.  Reads are done on the loop, writes in a thread.  A record that cannot
 be read as what it should be counts as absent: a cache fetches it again.
@@ -17,19 +22,26 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import msgspec
 
-from storage.errors import BlobUnknown, DigestInvalid, ManifestInvalid, ManifestUnknown, NameUnknown
+from storage.errors import (
+    BlobUnknown,
+    DigestInvalid,
+    ManifestInvalid,
+    ManifestUnknown,
+    NameUnknown,
+    StorageFailed,
+)
 from storage.files import FileBlob, Files, FileUpload
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag, parse_manifest
-from storage.records import Records
-from storage.registry import Registry, Upload
+from storage.records import Batch, Records
+from storage.registry import Registry, Upload, everything
 
 _TEXT = ("utf-8", "surrogateescape")  # a media type comes back as it came, also where it is not UTF-8
 # What msgspec raises for damaged JSON; recursion where it is nested beyond all reason.
@@ -57,6 +69,7 @@ class StoreUpload(Upload):
         self._store, self._repository, self._upload = store, repository, upload
         self.id = upload.id
         self.write, self.cancel = upload.write, upload.cancel  # type: ignore[method-assign]
+        self.suspend = upload.suspend  # type: ignore[method-assign]
 
     @property
     def offset(self) -> int:  # type: ignore[override]
@@ -68,10 +81,20 @@ class StoreUpload(Upload):
 
 
 class Store(Registry):
-    """Every method may raise StorageFailed.  `clock` tells seconds since the epoch."""
+    """Every method may raise StorageFailed.  `clock` tells seconds since the epoch.
 
-    def __init__(self, files: Files, records: Records, clock: Callable[[], float] = time.time) -> None:
+    Of one that is `collected`, changes are counted.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        records: Records,
+        clock: Callable[[], float] = time.time,
+        collected: bool = False,
+    ) -> None:
         self.files = files
+        self._collected = collected
         self.records = records
         self._clock = clock
 
@@ -117,7 +140,7 @@ class Store(Registry):
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         prefix = f"tag {repository} "
         tags = [key[len(prefix) :] for key, _ in islice(self.records.scan(prefix, last), limit)]
-        if not tags and self.records.first(f"manifest {repository} ") is None:
+        if not tags and not any(self.records.first(f"{kind} {repository} ") for kind in ("manifest", "link")):
             raise NameUnknown(f"{repository} holds nothing")
         return tags
 
@@ -128,72 +151,137 @@ class Store(Registry):
         found = [each for _, value in records if (each := _descriptor(value)) is not None]
         return [each for each in found if artifact_type in (None, each.artifact_type)]
 
-    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
-        return list(islice(self._names(last), limit))
+    async def repositories(
+        self, last: str = "", limit: int | None = None, within: str | None = None
+    ) -> list[str]:
+        """Those of the namespace `within` only, where it is given; full names."""
+        names = self._names(max(last, f"{within}/") if within else last)
+        if within:
+            names = takewhile(lambda each: each.startswith(f"{within}/"), names)
+        return list(islice(names, limit))
 
-    def _names(self, last: str) -> Iterator[str]:
+    def _names(self, last: str, kind: str = "manifest") -> Iterator[str]:
         # '!' follows the space that ends a name in a key: the next key is another repository's.
-        while (key := self.records.first("manifest ", f"{last}!" if last else "")) is not None:
+        while (key := self.records.first(f"{kind} ", f"{last}!" if last else "")) is not None:
             last = key.split(" ")[1]
             yield last
 
     # Push
 
-    async def start_upload(self, repository: str, size: int | None = None) -> Upload:
-        return StoreUpload(self, repository, self.files.create())
+    async def start_upload(
+        self, repository: str, size: int | None = None, algorithm: str = "sha256"
+    ) -> Upload:
+        upload = self.files.create(repository, algorithm)
+        if size is not None:
+            try:
+                upload.expect(size)
+            except StorageFailed as error:
+                await upload.cancel(error)
+                raise
+        return StoreUpload(self, repository, upload)
 
-    async def mount_blob(self, repository: str, digest: Digest, source: str) -> Descriptor:
+    async def resume_upload(self, repository: str, id: str) -> Upload:
+        return StoreUpload(self, repository, await self.files.reopen(id, repository))
+
+    async def mount_blob(
+        self,
+        repository: str,
+        digest: Digest,
+        source: str | None = None,
+        visible: Callable[[str], bool] = everything,
+    ) -> Descriptor:
+        if source is None:
+            source = await asyncio.to_thread(self._showing, digest, visible)
         await self.resolve_blob(source, digest)
         return await self.link(repository, digest)
 
-    async def push_manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Descriptor:
-        """Raises ManifestInvalid, DigestInvalid."""
+    def _showing(self, digest: Digest, visible: Callable[[str], bool]) -> str:
+        for repository in self._names("", "link"):
+            if self.records.get(f"link {repository} {digest}") is not None and visible(repository):
+                return repository
+        raise BlobUnknown(f"no repository shows {digest}")
+
+    def _changed(self, batch: Batch, repository: str) -> None:
+        if self._collected:
+            times = _numbers(batch.get(f"pushed {repository}"), 1) or [0.0]
+            batch.put(f"pushed {repository}", b"%d" % (times[0] + 1))
+
+    async def push_manifest(
+        self,
+        repository: str,
+        reference: Reference,
+        manifest: Manifest,
+        tags: Sequence[Tag] = (),
+        allowed: Callable[[Batch], None] | None = None,
+    ) -> Descriptor:
+        """`allowed`, in the transaction, raises what speaks against it.  Raises DigestInvalid."""
         if isinstance(reference, Digest):
             named = Manifest.of(manifest.media_type, manifest.content, reference.algorithm)
             if named.digest != reference:
                 raise DigestInvalid(f"the manifest is {named.digest}, not {reference}")
             manifest = named  # as it will be asked for, whichever algorithm its digest had before
-        await asyncio.to_thread(self._push, repository, reference, manifest)
+        else:
+            tags = (reference, *tags)
+        await asyncio.to_thread(self._push, repository, manifest, tags, allowed)
         return manifest.descriptor
 
-    def _push(self, repository: str, reference: Reference, manifest: Manifest) -> None:
+    def _push(
+        self,
+        repository: str,
+        manifest: Manifest,
+        tags: Sequence[Tag],
+        allowed: Callable[[Batch], None] | None,
+    ) -> None:
         now = self._clock()
         record = f"{manifest.media_type} {now}\n".encode(*_TEXT) + manifest.content
-        self.records.put(f"manifest {repository} {manifest.digest}", record)
-        self._refer(repository, manifest)
-        if isinstance(reference, Tag):  # last: a tag never points at what is not there
-            self._point(repository, reference, manifest.digest, now)
+        subject = _subject(manifest)
+        referrer = msgspec.json.encode(_referrer(manifest).to_json()) if subject else b""
 
-    def _refer(self, repository: str, manifest: Manifest) -> None:
-        try:
-            content = parse_manifest(manifest.content)
-        except ManifestInvalid:
-            return  # of a type that we do not know; served as it is
-        if content.subject is not None:
-            descriptor = Descriptor(
-                manifest.media_type,
-                manifest.digest,
-                len(manifest.content),
-                content.artifact_type,
-                content.annotations,
-            )
-            key = f"referrers {repository} {content.subject.digest} {manifest.digest}"
-            self.records.put(key, msgspec.json.encode(descriptor.to_json()))
+        def work(batch: Batch) -> None:
+            if allowed is not None:
+                allowed(batch)
+            batch.put(f"manifest {repository} {manifest.digest}", record)
+            if subject is not None:
+                batch.put(f"referrers {repository} {subject.digest} {manifest.digest}", referrer)
+            for tag in tags:
+                batch.put(f"tag {repository} {tag}", f"{manifest.digest} {now}".encode())
+            self._changed(batch, repository)
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
-        if not await asyncio.to_thread(self._delete, repository, reference):
+        self.records.transaction(work)
+
+    async def delete_manifest(
+        self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None = None
+    ) -> None:
+        """`allowed`, in the transaction, raises what speaks against it."""
+        if not await asyncio.to_thread(self._delete, repository, reference, allowed):
             raise ManifestUnknown(f"{repository} holds no {reference}")
 
-    def _delete(self, repository: str, reference: Reference) -> bool:
-        if isinstance(reference, Tag):
-            return self.records.delete(f"tag {repository} {reference}")
-        for key, value in list(self.records.scan(f"tag {repository} ")):
-            if value.startswith(reference.encode()):
-                self.records.delete(key)
-        for key, _ in list(self.records.scan(f"referrers {repository} ")):
-            if key.endswith(reference):
-                self.records.delete(key)
-        return self.records.delete(f"manifest {repository} {reference}")
+    def _delete(self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None) -> bool:
+        def work(batch: Batch) -> bool:
+            if allowed is not None:
+                allowed(batch)
+            self._changed(batch, repository)
+            if isinstance(reference, Tag):
+                return batch.delete(f"tag {repository} {reference}")
+            return self.remove_manifest(batch, repository, reference)
+
+        return self.records.transaction(work)
+
+    def remove_manifest(self, batch: Batch, repository: str, digest: Digest) -> bool:
+        """With its tags, and what it is a referrer of; whether it was there."""
+        for tag in self.tags_of(repository, digest):
+            batch.delete(f"tag {repository} {tag}")
+        record = batch.get(f"manifest {repository} {digest}") or b""
+        subject = _subject(Manifest("", record.partition(b"\n")[2], digest))
+        if subject is not None:
+            batch.delete(f"referrers {repository} {subject.digest} {digest}")
+        return batch.delete(f"manifest {repository} {digest}")
+
+    def tags_of(self, repository: str, digest: Digest) -> list[Tag]:
+        """The tags that point to it."""
+        prefix = f"tag {repository} "
+        found = self.records.scan(prefix)
+        return [Tag(key[len(prefix) :]) for key, value in found if value.startswith(digest.encode())]
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         if not await asyncio.to_thread(self.records.delete, f"link {repository} {digest}"):
@@ -214,9 +302,17 @@ class Store(Registry):
         await blob.close()
         if size not in (-1, blob.descriptor.size):
             await asyncio.to_thread(self.files.verify, digest)  # one of the two is wrong
-        record = f"{blob.descriptor.size} {self._clock()}".encode()
-        await asyncio.to_thread(self.records.put, f"link {repository} {digest}", record)
+        await asyncio.to_thread(self._link, repository, blob.descriptor)
         return blob.descriptor
+
+    def _link(self, repository: str, blob: Descriptor) -> None:
+        record = f"{blob.size} {self._clock()}".encode()
+
+        def work(batch: Batch) -> None:
+            self.files.renew(blob.digest)
+            batch.put(f"link {repository} {blob.digest}", record)
+
+        self.records.transaction(work)
 
     async def resume_fill(self, digest: Digest) -> FileUpload:
         """The upload of `digest`, going on where a former one was cut."""
@@ -262,6 +358,20 @@ def _numbers(record: bytes | None, count: int) -> list[float] | None:
     except ValueError:
         return None
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
+
+
+def _subject(manifest: Manifest) -> Descriptor | None:
+    try:
+        return parse_manifest(manifest.content).subject
+    except ManifestInvalid:
+        return None  # of a type that we do not know; served as it is
+
+
+def _referrer(manifest: Manifest) -> Descriptor:
+    """As the referrers API shows it: distribution-spec, "Listing Referrers"."""
+    content = parse_manifest(manifest.content)
+    size = len(manifest.content)
+    return Descriptor(manifest.media_type, manifest.digest, size, content.artifact_type, content.annotations)
 
 
 def _descriptor(record: bytes) -> Descriptor | None:

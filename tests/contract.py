@@ -17,6 +17,7 @@ import pytest
 
 from storage.errors import (
     BlobUnknown,
+    BlobUploadUnknown,
     DigestInvalid,
     ManifestUnknown,
     NameUnknown,
@@ -341,6 +342,37 @@ class PushContract:
         digest = Digest.of(b"content")
         await refused(subject.registry.get_blob(subject.name("a"), digest), BlobUnknown, NameUnknown)
 
+    async def test_an_upload_that_is_suspended_is_gone_on_with(self, subject: Subject) -> None:
+        registry, name, digest = subject.registry, subject.name("a"), Digest.of(LARGE)
+        upload = await registry.start_upload(name)
+        for start in range(0, len(LARGE), 1_500_000):
+            await upload.write(LARGE[start : start + 1_500_000])
+            await upload.suspend()
+            upload = await registry.resume_upload(name, upload.id)
+            assert upload.offset == min(len(LARGE), start + 1_500_000)
+        await upload.commit(digest)
+        assert await subject.read("a", digest) == LARGE
+        await refused(registry.resume_upload(name, upload.id), BlobUploadUnknown)
+
+    async def test_an_upload_is_of_its_repository_only(self, subject: Subject) -> None:
+        registry, name = subject.registry, subject.name("a")
+        upload = await registry.start_upload(name)
+        await upload.suspend()
+        for id in (upload.id + "x", "../" + upload.id, "none", ""):
+            await refused(registry.resume_upload(name, id), BlobUploadUnknown)
+        await refused(registry.resume_upload(subject.name("b"), upload.id), BlobUploadUnknown)
+        await (await registry.resume_upload(name, upload.id)).cancel()
+        await refused(registry.resume_upload(name, upload.id), BlobUploadUnknown)
+
+    @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+    async def test_an_upload_for_another_algorithm(self, subject: Subject, algorithm: str) -> None:
+        for other in ("sha256", "sha512"):
+            upload = await subject.registry.start_upload(subject.name("a"), None, algorithm)
+            await upload.write(b"content")
+            digest = Digest.of(b"content", other)
+            assert (await upload.commit(digest)).digest == digest
+            assert await subject.read("a", digest) == b"content"
+
     async def upload(self, subject: Subject, content: bytes) -> Upload:
         upload = await subject.registry.start_upload(subject.name("a"), len(content))
         for position in range(0, len(content), 1_000_000):
@@ -357,6 +389,16 @@ class PushContract:
             source, digest
         )
         assert await subject.read("b", digest) == b"content"
+        await registry.delete_blob(source, digest)
+        assert await subject.read("b", digest) == b"content"
+
+    async def test_mounting_from_wherever_it_is(self, subject: Subject) -> None:
+        registry, target = subject.registry, subject.name("b")
+        digest = await subject.content.blob("a", b"content")
+        await refused(registry.mount_blob(target, digest, visible=lambda name: False), BlobUnknown)
+        await refused(registry.mount_blob(target, Digest.of(b"other")), BlobUnknown)
+        await registry.mount_blob(target, digest, visible=lambda name: name == subject.name("a"))
+        assert await subject.read("b", digest) == b"content"
 
     @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
     async def test_a_manifest(self, subject: Subject, algorithm: str) -> None:
@@ -367,6 +409,14 @@ class PushContract:
         assert await registry.push_manifest(name, Tag("latest"), given) == given.descriptor
         assert await registry.get_manifest(name, Tag("latest")) == given
         assert await registry.tags(name) == ["latest"]
+
+    async def test_a_manifest_with_several_tags(self, subject: Subject) -> None:
+        registry, name, given = subject.registry, subject.name("a"), manifest(1)
+        await registry.push_manifest(name, given.digest, given, [Tag("v1"), Tag("v1.2")])
+        assert await registry.push_manifest(name, Tag("latest"), given, [Tag("v1.2")]) == given.descriptor
+        assert await registry.tags(name) == ["latest", "v1", "v1.2"]
+        for tag in ("latest", "v1", "v1.2"):
+            assert await registry.get_manifest(name, Tag(tag)) == given
 
     async def test_a_manifest_that_is_not_what_its_digest_says(self, subject: Subject) -> None:
         registry, name = subject.registry, subject.name("a")
@@ -395,6 +445,7 @@ class PushContract:
 ARGUMENTS: dict[str, Any] = {
     "repository": "a",
     "source": "b",
+    "id": "upload",
     "digest": manifest().digest,
     "reference": Tag("latest"),
     "manifest": manifest(),

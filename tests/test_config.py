@@ -336,7 +336,22 @@ def test_every_key_of_an_upstream_is_read(read: Any) -> None:
         ("log: {qqq: 1}", "log.qqq: unknown key; known are format, level"),
         (at("usrname: u"), "namespaces.x.upstream.usrname: unknown key; did you mean username?"),
         (upstream("username: u"), "namespaces.x.upstream.url: is required"),
-        ("namespaces: {docker.io: {}}", "namespaces.docker.io.upstream: is required"),
+        (
+            "namespaces: {docker.io: {}}",
+            "namespaces.docker.io: needs either upstream, to be a cache of it, or store: {}, to be pushed to",
+        ),
+        (
+            "namespaces: {x: {upstream: 'https://x.example', store: {}}}",
+            "namespaces.x: needs either upstream, to be a cache of it, or store: {}, to be pushed to",
+        ),
+        (
+            "namespaces: {x: {store: {}, fresh_for: 1m}}",
+            "namespaces.x: fresh_for is for a cache, and this is a store",
+        ),
+        (
+            "namespaces: {x: {store: {keep_tags: [{match: 'ci-*'}]}}}",
+            "namespaces.x.store.keep_tags[0].last: is required",
+        ),
         (
             "namespaces: {docker.io: }",
             "namespaces.docker.io: expected a mapping of keys to values, got nothing",

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from proxy.cache import Cache, Policy
 from proxy.fills import Fills
+from proxy.hosted import Hosted, Rules
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry import Metrics
 from proxy.upstream.client import Settings, Upstream
@@ -34,7 +35,9 @@ pytest.register_assert_rewrite("tests.contract")
 
 from tests.contract import PullContract, PushContract, Subject, call, manifest, methods, refused  # noqa: E402
 
-PUSH = frozenset(("start_upload", "mount_blob", "push_manifest", "delete_blob", "delete_manifest"))
+PUSH = frozenset(
+    ("start_upload", "resume_upload", "mount_blob", "push_manifest", "delete_blob", "delete_manifest")
+)
 
 
 class FakeContent:
@@ -55,20 +58,21 @@ class FakeContent:
 
 
 class StoreContent:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, prefix: str = "") -> None:
         self._store = store
+        self._prefix = prefix
 
     async def blob(self, repository: str, content: bytes, algorithm: str = "sha256") -> Digest:
-        upload = await self._store.start_upload(repository)
+        upload = await self._store.start_upload(self._prefix + repository)
         await upload.write(content)
         return (await upload.commit(Digest.of(content, algorithm))).digest
 
     async def manifest(self, repository: str, manifest: Manifest, tag: str | None = None) -> Digest:
         reference = manifest.digest if tag is None else Tag(tag)
-        return (await self._store.push_manifest(repository, reference, manifest)).digest
+        return (await self._store.push_manifest(self._prefix + repository, reference, manifest)).digest
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
-        await self._store.delete_blob(repository, digest)
+        await self._store.delete_blob(self._prefix + repository, digest)
 
 
 class Builder:
@@ -82,6 +86,12 @@ class Builder:
         if kind == "store":
             store = self.store("store")
             return Subject(store, StoreContent(store), frozenset())
+        if kind == "hosted":
+            store = self.store("store")
+            # Put past its rules: what was imported need not keep them, and is served all the same.
+            return Subject(
+                Hosted("local", store, Rules(sparse=True)), StoreContent(store, "local/"), frozenset()
+            )
         if kind == "upstream -> fake":
             registry = await self._stack.enter_async_context(fake.Upstream())
             return Subject(self.upstream(registry.url), FakeContent(registry), PUSH | {"repositories"})
@@ -157,6 +167,8 @@ async def subject(request: pytest.FixtureRequest, builder: Builder) -> Subject:
         "cache -> upstream -> fake",
         "cache -> server -> store",
         "namespaces -> store",
+        "hosted",
+        "cache -> server -> hosted",
     ],
     indirect=True,
 )
@@ -164,7 +176,7 @@ class TestPull(PullContract):
     pass
 
 
-@pytest.mark.parametrize("subject", ["store", "namespaces -> store"], indirect=True)
+@pytest.mark.parametrize("subject", ["store", "hosted", "namespaces -> store"], indirect=True)
 class TestPush(PushContract):
     pass
 

@@ -237,6 +237,7 @@ async def test_an_upload_that_has_ended_cannot_be_followed(files: Files) -> None
         await getattr(upload, end)(*([DIGEST] if end == "commit" else []))
         with pytest.raises(BlobUnknown):
             upload.follow(WHOLE)
+    await (await files.reopen(upload.id)).cancel()
 
 
 # Going on where a former upload was cut
@@ -284,11 +285,14 @@ async def test_what_is_damaged_in_the_meantime_is_not_committed(files: Files) ->
     assert (await put(files, CONTENT)) == DIGEST
 
 
-async def test_nothing_is_kept_of_nothing_nor_of_an_upload_without_a_digest(files: Files) -> None:
+async def test_nothing_is_kept_of_nothing_but_of_an_upload_with_an_id(files: Files) -> None:
     await (await files.resume(DIGEST)).suspend()
+    assert partial_files(files) == []
     upload = files.create()
     await upload.write(CONTENT)
     await upload.suspend()
+    assert partial_files(files) == [upload.id]
+    await (await files.reopen(upload.id)).cancel()
     assert partial_files(files) == []
 
 

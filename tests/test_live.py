@@ -89,7 +89,7 @@ async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterat
         cache = Cache("up", origin, store, fills, Policy(lambda tag: 600.0), clock)
         closing.push_async_callback(cache.close)
         closing.push_async_callback(fills.close)
-        return Process(cache, fills, disk, Live(fills, {"up": cache}, disk, clock, pid))
+        return Process(cache, fills, disk, Live(fills, {"up": cache}, [disk], clock, pid))
 
     async with closing:
         yield start
@@ -143,7 +143,7 @@ async def test_of_a_process_that_does_nothing_there_is_little_to_tell(
 
 def test_by_itself_it_is_this_process(tmp_path: Path) -> None:
     store = Store(Files(tmp_path), Records(tmp_path / "records"))
-    assert Live(Fills(store, Metrics()), {}, Disk(tmp_path)).pid == os.getpid()
+    assert Live(Fills(store, Metrics()), {}, [Disk(tmp_path)]).pid == os.getpid()
 
 
 async def test_a_fill_tells_how_far_it_is_and_who_follows(
@@ -283,7 +283,7 @@ async def test_an_origin_that_is_not_far_away_has_no_upstream(
     process = start()
     store = Store(Files(tmp_path / "other", clock), Records(tmp_path / "other" / "records", clock), clock)
     cache = Cache("near", store, store, process.fills, Policy(lambda tag: 0.0), clock)
-    assert Live(process.fills, {"near": cache}, process.disk).state().upstreams == []
+    assert Live(process.fills, {"near": cache}, [process.disk]).state().upstreams == []
     await cache.close()
 
 

@@ -246,8 +246,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "resolve_manifest": (DIGEST,),
     "tags": ("a", 3),
     "referrers": (DIGEST, "application/x"),
-    "start_upload": (7,),
-    "push_manifest": (Tag("latest"), MANIFEST),
+    "start_upload": (7, "sha512"),
+    "resume_upload": ("id",),
+    "push_manifest": (Tag("latest"), MANIFEST, (Tag("v1"),)),
     "delete_blob": (DIGEST,),
     "delete_manifest": (Tag("latest"),),
 }
@@ -280,13 +281,23 @@ async def test_mount_stays_within_a_namespace() -> None:
     hub, ghcr = Recorder(), Recorder()
     namespaces = Namespaces([Member(hub, "docker.io"), Member(ghcr, "ghcr.io")])
     answer = await namespaces.mount_blob("docker.io/a/b", DIGEST, "docker.io/c/d")
-    assert hub.calls == [("mount_blob", "a/b", DIGEST, "c/d")]
+    assert hub.calls[0][:4] == ("mount_blob", "a/b", DIGEST, "c/d")
     assert answer is hub.answers[0]
     with pytest.raises(BlobUnknown, match=r"ghcr\.io"):
         await namespaces.mount_blob("docker.io/a/b", DIGEST, "ghcr.io/c/d")
     with pytest.raises(NameUnknown):
         await namespaces.mount_blob("docker.io/a/b", DIGEST, "nowhere/c/d")
     assert len(hub.calls) == 1 and not ghcr.calls
+
+
+async def test_a_mount_from_anywhere_tells_what_is_visible_by_full_names() -> None:
+    hub = Recorder()
+    asked: list[str] = []
+    namespaces = Namespaces([Member(hub, "docker.io")])
+    await namespaces.mount_blob("docker.io/a/b", DIGEST, visible=lambda name: bool(asked.append(name)))
+    ((_, repository, digest, source, visible),) = hub.calls
+    assert (repository, digest, source) == ("a/b", DIGEST, None)
+    assert not visible("c/d") and asked == ["docker.io/c/d"]
 
 
 class Listing(Registry):
@@ -330,14 +341,14 @@ async def test_a_full_page_asks_no_further() -> None:
 
 async def test_the_catalog_is_asked_instead() -> None:
     member = Member(Listing("never"), "edge")
-    namespaces = Namespaces([member], catalog=Listing("docker.io/library/alpine", "edge/app"))
+    namespaces = Namespaces([member], catalogs=[Listing("docker.io/library/alpine", "edge/app")])
     assert await namespaces.repositories("docker.io/z", 5) == ["edge/app"]
 
 
 async def test_close_closes_each_once_and_not_the_catalog() -> None:
     shared, other, catalog = Recorder(), Recorder(), Listing()
     members = [Member(shared, "a"), Member(shared, "b"), Member(other, "c")]
-    await Namespaces(members, catalog=catalog).close()
+    await Namespaces(members, catalogs=[catalog]).close()
     assert shared.calls == other.calls == [("close",)]
 
 

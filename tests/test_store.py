@@ -22,7 +22,7 @@ from storage.errors import (
 )
 from storage.files import Files
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, Manifest, Tag
-from storage.records import Records
+from storage.records import Batch, Records
 from storage.store import Pointer, Store
 from tests.conftest import Clock
 
@@ -37,7 +37,7 @@ class Home:
     def __init__(self, directory: Path, clock: Callable[[], float]) -> None:
         self.files = Files(directory, clock)
         self.records = Records(directory / "records")
-        self.store = Store(self.files, self.records, clock)
+        self.store = Store(self.files, self.records, clock, collected=True)
 
     async def put_blob(self, repository: str, content: bytes) -> Digest:
         upload = await self.store.start_upload(repository)
@@ -183,28 +183,57 @@ async def test_a_manifest_that_is_not_what_its_digest_says_is_refused(home: Home
     assert list(home.records.scan("")) == []
 
 
-async def test_the_tag_is_put_last(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash between two writes leaves a manifest without its tag, never a tag without its manifest."""
-    put: list[str] = []
+async def test_a_push_is_all_or_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, manifest = Batch.put, image(subject=described(b"subject"))
+    for failing in ("manifest", "referrers", "tag", "pushed"):
 
-    def fail_at(count: int) -> None:
-        def record(key: str, value: bytes) -> None:
-            if len(put) == count:
+        def record(batch: Batch, key: str, value: bytes, failing: str = failing) -> None:
+            if key.startswith(f"{failing} "):
                 raise StorageFailed("power cut")
-            put.append(key)
+            put(batch, key, value)
 
-        put.clear()
-        monkeypatch.setattr(home.records, "put", record)
+        monkeypatch.setattr(Batch, "put", record)
+        with pytest.raises(StorageFailed):
+            await home.store.push_manifest("a", LATEST, manifest, [Tag("v1")])
+        assert list(home.records.scan("")) == []
+    monkeypatch.setattr(Batch, "put", put)
+    await home.store.push_manifest("a", LATEST, manifest, [Tag("v1")])
+    kinds = [key.partition(" ")[0] for key, _ in home.records.scan("")]
+    assert kinds == ["manifest", "pushed", "referrers", "tag", "tag"]
 
-    manifest = image(subject=described(b"subject"))
-    for count in range(4):
-        fail_at(count)
-        if count < 3:
-            with pytest.raises(StorageFailed):
-                await home.store.push_manifest("a", LATEST, manifest)
-        else:
-            await home.store.push_manifest("a", LATEST, manifest)
-    assert [key.partition(" ")[0] for key in put] == ["manifest", "referrers", "tag"]
+
+async def test_what_changes_tags_and_manifests_is_counted(home: Home) -> None:
+    async def pushed() -> bytes | None:
+        return home.records.get("pushed a")
+
+    assert await pushed() is None
+    await home.store.push_manifest("a", LATEST, image())
+    await home.store.push_manifest("b", LATEST, image())
+    assert await pushed() == b"1"
+    await home.store.delete_manifest("a", LATEST)
+    await home.store.delete_manifest("a", image().digest)
+    assert await pushed() == b"3"
+
+
+async def test_a_blob_that_is_linked_was_used_just_now(home: Home, clock: Clock) -> None:
+    """So whoever collects what is old and without a link spares it."""
+    digest = await home.put_blob("a", b"content")
+    clock.advance(1000)
+    await home.store.mount_blob("b", digest, "a")
+    assert home.files.path(digest).stat().st_mtime == clock()
+
+
+async def test_a_mount_from_whichever_repository_shows_it(home: Home) -> None:
+    digest = await home.put_blob("a/b", b"content")
+    await home.put_blob("c", b"content")
+    with pytest.raises(BlobUnknown):
+        await home.store.mount_blob("d", Digest.of(b"other"))
+    with pytest.raises(BlobUnknown):
+        await home.store.mount_blob("d", digest, visible=lambda name: name == "elsewhere")
+    for name in ("a/b", "c"):
+        asked = f"d{name}"
+        await home.store.mount_blob(asked, digest, visible=lambda each, name=name: each == name)  # type: ignore[misc]
+        assert await home.read(asked, digest) == b"content"
 
 
 async def test_a_tag_that_points_at_nothing_is_unknown(home: Home) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import structlog
 from aiohttp import web
 
-from proxy.web.server import error_answer
+from proxy.web.responses import error_answer
 
 log = structlog.get_logger()
 

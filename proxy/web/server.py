@@ -11,7 +11,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
 from typing import Protocol
 
@@ -20,10 +20,23 @@ import structlog
 from aiohttp import web
 
 from proxy.telemetry import Exchange, Metrics, exchange
+from proxy.web.pushing import Pushing
+from proxy.web.responses import (
+    ALL,
+    IMMUTABLE,
+    JSON,
+    Refused,
+    cache_headers,
+    content,
+    empty,
+    error_answer,
+    freshness,
+)
 from proxy.web.routes import Kind, Route, build_next, parse, parse_limit
 from proxy.web.send import LEFT, parse_ranges, satisfy, send_blob
 from storage.errors import (
     BlobUnknown,
+    ManifestBlobUnknown,
     ManifestUnknown,
     NameUnknown,
     OriginDenied,
@@ -31,6 +44,7 @@ from storage.errors import (
     RegistryError,
     TagInvalid,
     TooManyRequests,
+    Unauthorized,
     Unsupported,
 )
 from storage.oci import OCI_INDEX, OCTETS, Digest
@@ -38,11 +52,8 @@ from storage.registry import Registry
 
 log = structlog.get_logger()
 
-JSON = "application/json"
-IMMUTABLE = "public, max-age=31536000, immutable"
 MOST_LISTED = 1 << 31  # entries in a page
-ALLOWED = ("GET", "HEAD")
-_ALL = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
+READING = ("GET", "HEAD")
 _UNKNOWN: dict[Kind, type[RegistryError]] = {
     Kind.BLOB: BlobUnknown,
     Kind.MANIFEST: ManifestUnknown,
@@ -82,15 +93,27 @@ class Server:
         self._deny_bypass = deny_bypass
         self._client_timeout = client_timeout
         self._served = served
+        pushing = Pushing(registry, self._full_name, metrics, client_timeout)
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
-        self._answers: dict[Kind, Answer] = {
-            Kind.BASE: self._base,
-            Kind.MANIFEST: self._manifest,
-            Kind.BLOB: self._blob,
-            Kind.TAGS: self._tags,
-            Kind.REFERRERS: self._referrers,
-            Kind.CATALOG: self._catalog,
+        self._answers: dict[Kind, dict[str, Answer]] = {
+            Kind.BASE: _reading(self._base),
+            Kind.MANIFEST: {
+                **_reading(self._manifest),
+                "PUT": pushing.push_manifest,
+                "DELETE": pushing.delete_manifest,
+            },
+            Kind.BLOB: {**_reading(self._blob), "DELETE": pushing.delete_blob},
+            Kind.TAGS: _reading(self._tags),
+            Kind.REFERRERS: _reading(self._referrers),
+            Kind.CATALOG: _reading(self._catalog),
+            Kind.UPLOADS: {"POST": pushing.start},
+            Kind.UPLOAD: {
+                **_reading(pushing.status),
+                "PATCH": pushing.append,
+                "PUT": pushing.finish,
+                "DELETE": pushing.cancel,
+            },
         }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -122,37 +145,41 @@ class Server:
                 route = parse(request.rel_url.raw_path)
             except TagInvalid as error:
                 # What cannot exist is not there: the conformance suite asks for such a tag, and wants a 404.
-                raise ManifestUnknown(str(error)) if request.method in ALLOWED else error from None
+                raise ManifestUnknown(str(error)) if request.method in READING else error from None
             kind = route.kind
             now.kind = kind.value
             name = ""
-            answer = self._answers.get(route.kind)
-            if answer is None or request.method not in ALLOWED:
-                raise Unsupported(
-                    f"{request.method} is not for a cache: nothing can be pushed or deleted here"
-                )
+            answers = self._answers[route.kind]
+            answer = answers.get(request.method)
+            if answer is None:
+                unsupported = Unsupported(f"{request.method} is not for {route.kind.value}")
+                raise Refused(unsupported, {"Allow": ", ".join(answers)})
             if route.name:
-                now.reference = str(route.reference or "")
-                name = self._qualify(
-                    route.name,
-                    ns=request.query.get("ns"),
-                    host=request.headers.get("Host"),
-                    prefix=route.prefix,
-                )
+                now.reference = str(route.reference or route.upload)
+                name = self._full_name(request, route, route.name)
                 now.namespace, _, now.repository = name.partition("/")
+                now.ns = request.query.get("ns")
             return await answer(request, route, name, now)
         except RegistryError as error:
             return self._error(kind, error, now)
+        except Refused as refused:
+            return self._error(kind, refused.error, now, refused.headers)
         except Exception as error:
             log.exception("request.failed", method=request.method, path=request.path[:300])
             return self._error(kind, RegistryError(type(error).__name__), now)
+
+    def _full_name(self, request: web.BaseRequest, route: Route, name: str) -> str:
+        """What the client calls `name`.  Raises NameUnknown, NameInvalid."""
+        return self._qualify(
+            name, ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=route.prefix
+        )
 
     # The endpoints, in the order of the specification's table
 
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.StreamResponse:
-        return _content(b"{}", {"Content-Type": JSON})
+        return content(b"{}", {"Content-Type": JSON})
 
     async def _blob(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
@@ -161,7 +188,7 @@ class Server:
         assert isinstance(digest, Digest)
         now.digest = digest
         headers = {
-            **_ALL,
+            **ALL,
             "X-Request-Id": now.id,
             "Content-Type": OCTETS,
             "Docker-Content-Digest": digest,
@@ -171,12 +198,12 @@ class Server:
         }
         if request.method == "HEAD" or _matches(request, digest):
             size = (await self._registry.resolve_blob(name, digest)).size
-            headers.update(_cache_headers(now))
+            headers.update(cache_headers(now))
             if _matches(request, digest):
-                return _empty(304, headers)
+                return empty(304, headers)
             if size >= 0:
                 headers["Content-Length"] = str(size)
-            return _empty(200, headers)
+            return empty(200, headers)
         if_range = request.headers.get("If-Range", f'"{digest}"')
         ranges = parse_ranges(request.headers.get("Range") if if_range == f'"{digest}"' else None)
         span = ranges[0].span if len(ranges) == 1 else None
@@ -188,7 +215,7 @@ class Server:
                 spans = satisfy(ranges, size) if size >= 0 else []
             except RangeInvalid as error:
                 return self._error(Kind.BLOB, error, now, {"Content-Range": f"bytes */{size}"})
-            headers.update(_cache_headers(now))
+            headers.update(cache_headers(now))
             return await send_blob(request, blob, spans, headers, now, self._client_timeout)
         finally:
             await blob.close()
@@ -206,18 +233,18 @@ class Server:
             descriptor, content = manifest.descriptor, manifest.content
         now.digest = descriptor.digest
         headers = {
-            **_ALL,
+            **ALL,
             "Content-Type": descriptor.media_type,
             "Docker-Content-Digest": descriptor.digest,
             "ETag": f'"{descriptor.digest}"',
-            "Cache-Control": IMMUTABLE if isinstance(reference, Digest) else _freshness(now),
-            **_cache_headers(now),
+            "Cache-Control": IMMUTABLE if isinstance(reference, Digest) else freshness(now),
+            **cache_headers(now),
         }
         if _matches(request, descriptor.digest):
-            return _empty(304, headers)
+            return empty(304, headers)
         if request.method == "HEAD":
             headers["Content-Length"] = str(descriptor.size)
-            return _empty(200, headers)
+            return empty(200, headers)
         now.bytes = len(content)
         return web.Response(body=content, headers=headers)
 
@@ -244,7 +271,7 @@ class Server:
         limit: int | None,
         now: Exchange,
     ) -> web.Response:
-        headers = {"Content-Type": JSON, "Cache-Control": _freshness(now, 0), **_cache_headers(now)}
+        headers = {"Content-Type": JSON, "Cache-Control": freshness(now, 0), **cache_headers(now)}
         if limit is not None and len(values) > limit:
             values = values[:limit]
             if values:
@@ -253,7 +280,7 @@ class Server:
         # The name as the client wrote it: it knows of no namespaces.
         members: dict[str, object] = {"name": route.name} if route.name else {}
         now.bytes = len(body := msgspec.json.encode({**members, key: values}))
-        return _content(body, headers)
+        return content(body, headers)
 
     async def _referrers(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
@@ -262,12 +289,12 @@ class Server:
         artifact_type = request.query.get("artifactType") or None
         found = await self._registry.referrers(name, route.reference, artifact_type)
         # oras and go-containerregistry want exactly this type; else they take the answer for none.
-        headers = {"Content-Type": OCI_INDEX, "Cache-Control": _freshness(now, 0), **_cache_headers(now)}
+        headers = {"Content-Type": OCI_INDEX, "Cache-Control": freshness(now, 0), **cache_headers(now)}
         if artifact_type:
             headers["OCI-Filters-Applied"] = "artifactType"
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [each.to_json() for each in found]}
         now.bytes = len(body := msgspec.json.encode(index))
-        return _content(body, headers)
+        return content(body, headers)
 
     # What goes wrong, and what is written down
 
@@ -276,7 +303,7 @@ class Server:
         kind: Kind,
         error: RegistryError,
         now: Exchange,
-        more: dict[str, str] | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> web.Response:
         code, status = error.code, error.status
         if isinstance(error, OriginDenied) and not self._deny_bypass:
@@ -284,14 +311,20 @@ class Server:
             code, status = unknown.code, unknown.status
         now.detail = code
         # no-store: a 404 may be kept without being told to (RFC 9110 §15.1), and the tag be pushed meanwhile.
-        headers = {"Content-Type": JSON, "Cache-Control": "no-store", **_cache_headers(now), **(more or {})}
+        headers = {"Content-Type": JSON, "Cache-Control": "no-store", **cache_headers(now), **(more or {})}
         if now.result != "negative":
             now.result = "error"
         if error.retry_after is not None or isinstance(error, TooManyRequests):
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 0)))
         if status == Unsupported.status:
-            headers["Allow"] = ", ".join(ALLOWED)
-        return error_answer(code, str(error), status, headers)
+            headers.setdefault("Allow", ", ".join(READING))
+        missing = error.missing if isinstance(error, ManifestBlobUnknown) else ()
+        details = [{"digest": each} for each in missing]
+        answer = error_answer(code, str(error), status, headers, details or [None])
+        if isinstance(error, Unauthorized):
+            for challenge in error.challenges:
+                answer.headers.add("WWW-Authenticate", challenge)
+        return answer
 
     def _log(self, request: web.BaseRequest, now: Exchange, status: int, seconds: float) -> None:
         self._metrics.requests.labels(now.namespace, now.kind, now.result or "none").inc()
@@ -313,25 +346,14 @@ class Server:
             detail=now.detail,
             upstream_requests=now.upstream_requests,
             bytes=now.bytes,
+            received=now.received,
             seconds=round(seconds, 6),
             agent=request.headers.get("User-Agent", "")[:200],
         )
 
 
-def error_answer(code: str, message: str, status: int, headers: dict[str, str] | None = None) -> web.Response:
-    """distribution-spec, "Error Codes"."""
-    body = msgspec.json.encode({"errors": [{"code": code, "message": message, "detail": None}]})
-    return _content(body, {"Content-Type": JSON, **(headers or {})}, status)
-
-
-def _content(body: bytes, headers: dict[str, str], status: int = 200) -> web.Response:
-    # By body=, never text= or json_response: those append a charset to the media type.  On HEAD a Response,
-    # other than a StreamResponse, sends no body.
-    return web.Response(status=status, body=body, headers={**_ALL, **headers})
-
-
-def _empty(status: int, headers: dict[str, str]) -> web.Response:
-    return web.Response(status=status, headers=headers)
+def _reading(answer: Answer) -> dict[str, Answer]:
+    return dict.fromkeys(READING, answer)
 
 
 def _matches(request: web.BaseRequest, digest: Digest) -> bool:
@@ -348,32 +370,3 @@ def _page(request: web.BaseRequest) -> tuple[str, int | None]:
     """`last` and `n` of the query.  Raises PaginationNumberInvalid."""
     limit = parse_limit(request.query.get("n"))
     return request.query.get("last", ""), None if limit is None else min(limit, MOST_LISTED)
-
-
-def _freshness(now: Exchange, untold: float = 31536000) -> str:
-    """Cache-Control for what may change; `untold` is its lifetime, in seconds, where no `ttl` is known."""
-    ttl = untold if now.ttl is None else now.ttl
-    if now.result in ("hit", "miss", "revalidated") and ttl > 0:
-        # A client takes Age off.
-        return f"public, max-age={int(ttl + (now.age or 0))}"
-    return "no-cache"
-
-
-def _cache_headers(now: Exchange) -> dict[str, str]:
-    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither where no cache was asked."""
-    result = now.result or ("miss" if now.upstream_requests else "")
-    if not result:
-        return {}
-    headers = {}
-    status = "hit" if result in ("hit", "negative") else f"fwd={'miss' if result == 'miss' else 'stale'}"
-    if result == "stale" and not now.upstream_requests:
-        status = "hit"
-    if now.ttl is not None:
-        status += f"; ttl={int(now.ttl)}"
-    if detail := result if result in ("revalidated", "negative") else now.detail:
-        status += f"; detail={detail}"
-    headers["Cache-Status"] = f"entrepot; {status}"
-    # Age on what the origin has just said would deny that it did.
-    if result in ("hit", "stale") and now.age is not None:
-        headers["Age"] = str(max(0, int(now.age)))
-    return headers

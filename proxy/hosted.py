@@ -1,0 +1,199 @@
+"""A namespace of our own: the part of the private store that bears its name, and its rules for pushes.
+
+A manifest is taken if it is what its media type says, and all that it names is here, unless that may lack.
+What an immutable tag points to stays: it is neither moved nor deleted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from storage.errors import (
+    Denied,
+    ManifestBlobUnknown,
+    ManifestInvalid,
+    ManifestUnknown,
+)
+from storage.oci import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Descriptor,
+    Digest,
+    Manifest,
+    ManifestContent,
+    Reference,
+    Span,
+    Tag,
+    parse_manifest,
+)
+from storage.records import Batch
+from storage.registry import Blob, Registry, Upload, everything
+from storage.store import Store
+
+INDEXES = (OCI_INDEX, DOCKER_LIST)
+IMAGES = (OCI_MANIFEST, DOCKER_MANIFEST)
+_LACKING = 100  # digests that a refusal names at most
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """With `sparse`, a manifest may name what is not here.  `immutable` are patterns of tags."""
+
+    sparse: bool = False
+    immutable: tuple[re.Pattern[str], ...] = ()
+
+
+class Hosted(Registry):
+    """Repositories are named within the namespace; in the store they stand under `namespace`."""
+
+    def __init__(self, namespace: str, store: Store, rules: Rules = Rules()) -> None:
+        self._namespace = namespace
+        self._store = store
+        self._rules = rules
+
+    def _full(self, repository: str) -> str:
+        return f"{self._namespace}/{repository}"
+
+    # Pull
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        return await self._store.get_blob(self._full(repository), digest, span)
+
+    async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
+        return await self._store.resolve_blob(self._full(repository), digest)
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        return await self._store.get_manifest(self._full(repository), reference)
+
+    async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
+        return await self._store.resolve_manifest(self._full(repository), reference)
+
+    async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
+        return await self._store.tags(self._full(repository), last, limit)
+
+    async def referrers(
+        self, repository: str, digest: Digest, artifact_type: str | None = None
+    ) -> list[Descriptor]:
+        name = self._full(repository)
+        found = {each.digest: each for each in await self._store.referrers(name, digest)}
+        for each in self._fallback(name, digest):
+            found.setdefault(each.digest, each)
+        return [each for each in found.values() if artifact_type in (None, each.artifact_type)]
+
+    def _fallback(self, name: str, digest: Digest) -> Iterator[Descriptor]:
+        """What clients listed that took us for a registry without the referrers API.
+
+        distribution-spec, "Referrers Tag Schema" and "Enabling the Referrers API".
+        """
+        with suppress(ManifestUnknown, ManifestInvalid):
+            tag = Tag(f"{digest.algorithm[:32]}-{digest.encoded[:64]}")
+            for each in parse_manifest(self._store.manifest(name, tag)[0].content).children:
+                with suppress(ManifestUnknown):
+                    self._store.manifest(name, each.digest)
+                    yield each
+
+    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+        start = len(self._namespace) + 1
+        full = await self._store.repositories(self._full(last), limit, within=self._namespace)
+        return [each[start:] for each in full]
+
+    # Push
+
+    async def start_upload(
+        self, repository: str, size: int | None = None, algorithm: str = "sha256"
+    ) -> Upload:
+        return await self._store.start_upload(self._full(repository), size, algorithm)
+
+    async def resume_upload(self, repository: str, id: str) -> Upload:
+        return await self._store.resume_upload(self._full(repository), id)
+
+    async def mount_blob(
+        self,
+        repository: str,
+        digest: Digest,
+        source: str | None = None,
+        visible: Callable[[str], bool] = everything,
+    ) -> Descriptor:
+        start = self._full("")
+
+        def ours(full: str) -> bool:
+            return full.startswith(start) and visible(full.removeprefix(start))
+
+        name = None if source is None else self._full(source)
+        return await self._store.mount_blob(self._full(repository), digest, name, ours)
+
+    async def push_manifest(
+        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+    ) -> Descriptor:
+        """Raises Denied where a tag is immutable."""
+        name = self._full(repository)
+        content = _checked(manifest)
+        moved = [*([reference] if isinstance(reference, Tag) else []), *tags]
+
+        def allowed(batch: Batch) -> None:
+            if content is not None and not self._rules.sparse:
+                self._check_complete(batch, name, content)
+            for tag in moved:
+                known = batch.get(f"tag {name} {tag}")
+                if known is not None and not known.startswith(manifest.digest.encode()):
+                    self._check_mutable(repository, tag)
+
+        return await self._store.push_manifest(name, reference, manifest, tags, allowed)
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        await self._store.delete_blob(self._full(repository), digest)
+
+    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+        """Raises Denied where a tag is immutable."""
+        name = self._full(repository)
+
+        def allowed(batch: Batch) -> None:
+            tags = [reference] if isinstance(reference, Tag) else self._store.tags_of(name, reference)
+            for tag in tags:
+                if batch.get(f"tag {name} {tag}") is not None:
+                    self._check_mutable(repository, tag)
+
+        await self._store.delete_manifest(name, reference, allowed)
+
+    def _check_complete(self, batch: Batch, name: str, content: ManifestContent) -> None:
+        lacking = [
+            each.digest
+            for each in content.distributable
+            if batch.get(f"link {name} {each.digest}") is None or not self._store.holds(each.digest)
+        ]
+        lacking += [
+            each.digest for each in content.children if batch.get(f"manifest {name} {each.digest}") is None
+        ]
+        if lacking:
+            raise ManifestBlobUnknown(
+                f"{name} lacks {len(lacking)} of the blobs and manifests that it names: push them first",
+                missing=list(dict.fromkeys(lacking))[:_LACKING],
+            )
+
+    def _check_mutable(self, repository: str, tag: Tag) -> None:
+        if any(each.fullmatch(tag) for each in self._rules.immutable):
+            raise Denied(f"tag {tag} of {self._full(repository)} is immutable (store.immutable_tags)")
+
+
+def _checked(manifest: Manifest) -> ManifestContent | None:
+    """What it says; None for a type that we do not know, which is kept as it is.
+
+    Raises ManifestInvalid.
+    """
+    if not manifest.media_type:
+        raise ManifestInvalid("it was sent without a Content-Type, and does not say itself what it is")
+    known = manifest.media_type in (*INDEXES, *IMAGES)
+    try:
+        content = parse_manifest(manifest.content)
+    except ManifestInvalid:
+        if known:
+            raise
+        return None
+    if known and content.declared not in (None, manifest.media_type):
+        raise ManifestInvalid(f"it says it is {content.declared}, but was sent as {manifest.media_type}")
+    return content

@@ -7,7 +7,7 @@ Content lies on disk once; whether a repository may show it is a record of its o
     link <repository> <digest>                size in bytes, time of storing
     referrers <repository> <subject> <digest> descriptor as JSON
     listing <repository> <what>               time of validation, newline, what an origin listed, as JSON
-    pushed <repository>                       how often its tags and manifests changed, where they are collected
+    pushed <repository>                       how often its tags and manifests changed; where it is collected
 
 What changes together is one transaction: of a push all is there, or nothing.  A link is made in one that sees
 the blob's file, and gives it the present time; so whoever removes files that have no link, and are old, in

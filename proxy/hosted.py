@@ -162,12 +162,14 @@ class Hosted(Registry):
 
     def _check_complete(self, batch: Batch, name: str, content: ManifestContent) -> None:
         lacking = [
-            each.digest
+            str(each.digest)
             for each in content.distributable
             if batch.get(f"link {name} {each.digest}") is None or not self._store.holds(each.digest)
         ]
         lacking += [
-            each.digest for each in content.children if batch.get(f"manifest {name} {each.digest}") is None
+            str(each.digest)
+            for each in content.children
+            if batch.get(f"manifest {name} {each.digest}") is None
         ]
         if lacking:
             raise ManifestBlobUnknown(

@@ -40,11 +40,13 @@ class Worker:
 
     @asynccontextmanager
     async def ask(
-        self, path: str, method: str = "GET", **headers: str
+        self, path: str, method: str = "GET", body: bytes = b"", **headers: str
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Fails where another worker answers.  Names in `headers` have _ for -."""
         given = {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self._session.request(method, self._url + path, headers=given) as response:
+        async with self._session.request(
+            method, self._url + path, data=body or None, headers=given
+        ) as response:
             prefix = response.headers["X-Request-Id"].partition("-")[0]
             self.prefix = self.prefix or prefix
             assert prefix == self.prefix, "another worker has answered"

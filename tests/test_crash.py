@@ -7,6 +7,7 @@ for the little that was not on disk yet; nothing is left behind.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import aiohttp
 import pytest
 import yaml
 
+from storage.oci import Digest
 from tests.conftest import Serve, Site
 from tests.events import Ear
 from tests.upstream import Hold, Upstream
@@ -31,6 +33,7 @@ from pathlib import Path
 from proxy.app import App
 from proxy.config import load
 from proxy import telemetry
+from proxy.web import pushing
 from storage import files, records
 
 telemetry.configure("json", "error")
@@ -50,11 +53,13 @@ if step == "before the data is safe":
 elif step == "before the name":
     stop(Path, "replace", lambda path, target: "blobs" in str(target))
 elif step == "before the link":
-    stop(records.Records, "put", lambda self, key, value: key.startswith("link "))
+    stop(records.Batch, "put", lambda self, key, value: key.startswith("link "))
 elif step == "before the manifest":
-    stop(records.Records, "put", lambda self, key, value: key.startswith("manifest "))
+    stop(records.Batch, "put", lambda self, key, value: key.startswith("manifest "))
 elif step == "before the tag":
-    stop(records.Records, "put", lambda self, key, value: key.startswith("tag "))
+    stop(records.Batch, "put", lambda self, key, value: key.startswith("tag "))
+elif step == "before the answer":
+    stop(pushing.Pushing, "_created", lambda self, *arguments: True)
 
 async def main():
     app = App(load(Path(sys.argv[1]), {}))
@@ -98,7 +103,7 @@ class Ground:
             "admin": "off",
             "disk": {"path": str(self.directory / "disk")},
             "log": {"level": "error"},
-            "namespaces": {"docker.io": namespace},
+            "namespaces": {"docker.io": namespace, "local": {"store": {}}},
         }
         path.write_text(yaml.safe_dump(tree))
         process = await asyncio.create_subprocess_exec(
@@ -114,7 +119,8 @@ class Ground:
             return await response.read()
 
     async def heir(self) -> Site:
-        return await self.serve(self.upstream, directory=self.directory / "disk")
+        more = {"local": {"store": {}}}
+        return await self.serve(self.upstream, directory=self.directory / "disk", more=more)
 
 
 @pytest.fixture
@@ -214,3 +220,106 @@ async def test_a_truncated_blob_is_noticed_before_its_status_line(ground: Ground
     ground.upstream.blob("library/other", LAYER)
     status, _, body = await again.get(f"/v2/library/other/blobs/{digest}")
     assert (status, body) == (200, LAYER)
+
+
+# Pushes
+
+CONFIG = b"{}"
+TYPE = "application/vnd.oci.image.manifest.v1+json"
+LOCAL = "/v2/local/app"
+
+
+async def send(
+    ground: Ground, url: str, method: str, path: str, status: int, body: bytes = b"", kind: str = ""
+) -> str:
+    """The answer's Location."""
+    headers = {"Content-Type": kind} if kind else {}
+    async with ground.session.request(method, url + path, data=body, headers=headers) as response:
+        assert response.status == status, await response.text()
+        return response.headers.get("Location", "")
+
+
+async def begun(ground: Ground, url: str, content: bytes) -> str:
+    """Where an upload goes on that has all of the content."""
+    place = await send(ground, url, "POST", f"{LOCAL}/blobs/uploads/", 202)
+    return await send(ground, url, "PATCH", place, 202, content)
+
+
+@pytest.mark.parametrize("step", ["before the data is safe", "before the name"])
+async def test_killed_before_a_pushed_blob_is_in_its_place(ground: Ground, step: str) -> None:
+    digest = Digest.of(LAYER)
+    doomed = await ground.doomed(step)
+    place = await begun(ground, doomed.url, LAYER)
+    end = asyncio.create_task(send(ground, doomed.url, "PUT", f"{place}?digest={digest}", 201))
+    await doomed.reached()
+    await doomed.killed()
+    with pytest.raises(aiohttp.ClientError):
+        await end
+    site = await ground.heir()
+    assert (await site.get(f"{LOCAL}/blobs/{digest}"))[0] == 404
+    # What was taken is there, and is gone on with.
+    async with site.request("GET", place) as response:
+        assert (response.status, response.headers["Range"]) == (204, f"0-{len(LAYER) - 1}")
+    await send(ground, site.url, "PUT", f"{place}?digest={digest}", 201)
+    assert (await site.get(f"{LOCAL}/blobs/{digest}"))[2] == LAYER
+
+
+async def test_killed_before_a_pushed_blob_is_shown(ground: Ground) -> None:
+    digest = Digest.of(LAYER)
+    doomed = await ground.doomed("before the link")
+    place = await begun(ground, doomed.url, LAYER)
+    end = asyncio.create_task(send(ground, doomed.url, "PUT", f"{place}?digest={digest}", 201))
+    await doomed.reached()
+    await doomed.killed()
+    with pytest.raises(aiohttp.ClientError):
+        await end
+    site = await ground.heir()
+    assert (await site.get(f"{LOCAL}/blobs/{digest}"))[0] == 404
+    await send(ground, site.url, "GET", place, 404)
+    place = await begun(ground, site.url, LAYER)
+    await send(ground, site.url, "PUT", f"{place}?digest={digest}", 201)
+    assert (await site.get(f"{LOCAL}/blobs/{digest}"))[2] == LAYER
+
+
+async def test_killed_once_a_pushed_blob_is_there(ground: Ground) -> None:
+    digest = Digest.of(LAYER)
+    doomed = await ground.doomed("before the answer")
+    place = await begun(ground, doomed.url, LAYER)
+    end = asyncio.create_task(send(ground, doomed.url, "PUT", f"{place}?digest={digest}", 201))
+    await doomed.reached()
+    await doomed.killed()
+    with pytest.raises(aiohttp.ClientError):
+        await end
+    site = await ground.heir()
+    assert (await site.get(f"{LOCAL}/blobs/{digest}"))[2] == LAYER
+
+
+@pytest.mark.parametrize("step", ["before the manifest", "before the tag", "before the answer"])
+async def test_killed_while_a_manifest_is_pushed(ground: Ground, step: str) -> None:
+    """All of it is there, or nothing."""
+    config = Digest.of(CONFIG)
+    described = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": config, "size": len(CONFIG)}
+    subject = {"mediaType": TYPE, "digest": Digest.of(b"subject"), "size": 7}
+    body = {"schemaVersion": 2, "mediaType": TYPE, "config": described, "layers": [], "subject": subject}
+    content = json.dumps(body).encode()
+    site = await ground.heir()
+    place = await begun(ground, site.url, CONFIG)
+    await send(ground, site.url, "PUT", f"{place}?digest={config}", 201)
+    await site.app.stop()
+    doomed = await ground.doomed(step)
+    target = f"{LOCAL}/manifests/{Digest.of(content)}?tag=v1&tag=v2"
+    push = asyncio.create_task(send(ground, doomed.url, "PUT", target, 201, content, TYPE))
+    await doomed.reached()
+    await doomed.killed()
+    with pytest.raises(aiohttp.ClientError):
+        await push
+    again = await ground.heir()
+    there = step == "before the answer"
+    status, _, listed = await again.get(f"{LOCAL}/tags/list")
+    assert (status, json.loads(listed)["tags"]) == (200, ["v1", "v2"] if there else [])
+    for reference in (Digest.of(content), "v1", "v2"):
+        assert (await again.get(f"{LOCAL}/manifests/{reference}"))[0] == (200 if there else 404)
+    referrers = json.loads((await again.get(f"{LOCAL}/referrers/{Digest.of(b'subject')}"))[2])
+    assert len(referrers["manifests"]) == there
+    await send(ground, again.url, "PUT", target, 201, content, TYPE)
+    assert (await again.get(f"{LOCAL}/manifests/v2"))[2] == content

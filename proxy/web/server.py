@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -47,12 +47,13 @@ from storage.errors import (
     Unauthorized,
     Unsupported,
 )
-from storage.oci import OCI_INDEX, OCTETS, Digest
+from storage.oci import OCI_INDEX, OCTETS, Descriptor, Digest
 from storage.registry import Registry
 
 log = structlog.get_logger()
 
 MOST_LISTED = 1 << 31  # entries in a page
+LARGEST_LISTING = 4_000_000  # bytes of referrers in a page: clients take no larger index
 READING = ("GET", "HEAD")
 _UNKNOWN: dict[Kind, type[RegistryError]] = {
     Kind.BLOB: BlobUnknown,
@@ -287,12 +288,17 @@ class Server:
     ) -> web.StreamResponse:
         assert isinstance(route.reference, Digest)
         artifact_type = request.query.get("artifactType") or None
+        last, limit = _page(request)
         found = await self._registry.referrers(name, route.reference, artifact_type)
+        shown, more = _referrers_page(found, last, limit)
         # oras and go-containerregistry want exactly this type; else they take the answer for none.
         headers = {"Content-Type": OCI_INDEX, "Cache-Control": freshness(now, 0), **cache_headers(now)}
         if artifact_type:
             headers["OCI-Filters-Applied"] = "artifactType"
-        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [each.to_json() for each in found]}
+        if more:
+            query: dict[str, str | int] = {**request.query, "last": shown[-1]["digest"]}
+            headers["Link"] = build_next(route, query)
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": shown}
         now.bytes = len(body := msgspec.json.encode(index))
         return content(body, headers)
 
@@ -364,6 +370,26 @@ def _matches(request: web.BaseRequest, digest: Digest) -> bool:
         for line in request.headers.getall("If-None-Match", ())
         for each in line.split(",")
     )
+
+
+def _referrers_page(
+    found: Sequence[Descriptor], last: str, limit: int | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """Those after the digest `last`, and whether there are more; no more than a client takes at once.
+
+    Of `limit` 0 it is one all the same: a page must lead to the next.
+    """
+    shown: list[dict[str, Any]] = []
+    size = 0
+    for each in sorted(found, key=lambda each: each.digest):
+        if each.digest <= last:
+            continue
+        row = each.to_json()
+        size += len(msgspec.json.encode(row)) + 1
+        if shown and (size > LARGEST_LISTING or (limit is not None and len(shown) >= limit)):
+            return shown, True
+        shown.append(row)
+    return shown, False
 
 
 def _page(request: web.BaseRequest) -> tuple[str, int | None]:

@@ -54,7 +54,10 @@ class DockerRegistry:
 
 
 class Site:
-    """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default."""
+    """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
+
+    What is pushed goes to the namespace `local`.
+    """
 
     def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path):
         self.upstreams = upstreams
@@ -70,7 +73,8 @@ class Site:
                     "namespaces": {
                         namespace: {"upstream": {"url": upstream.url}, "fresh_for": "10m"}
                         for namespace, upstream in upstreams.items()
-                    },
+                    }
+                    | {"local": {"store": {}}},
                 }
             )
         )

@@ -18,7 +18,7 @@ from proxy.freshness import foreign
 from storage.errors import ManifestUnknown
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.pins import Pin, Pins, contents
-from storage.store import Store
+from storage.store import Pointer, Store
 from storage.usage import Usage
 
 WILD = re.compile(r"[*?[]")
@@ -144,6 +144,9 @@ class Inventory:
         pointer = self._store.pointer(repository, reference)
         return None if pointer is None else pointer.digest
 
+    def pointer(self, repository: str, tag: Tag) -> Pointer | None:
+        return self._store.pointer(repository, tag)
+
     def fresh_until(self, repository: str, reference: Reference) -> float | None:
         """None: for ever, since it is a digest, or by the configuration."""
         if isinstance(reference, Digest):
@@ -153,7 +156,7 @@ class Inventory:
         pointer = self._store.pointer(repository, reference)
         if namespace is None or pointer is None:
             return 0.0  # nothing says that it is fresh
-        if self._config.offline or namespace.offline:
+        if self._config.offline or namespace.offline or namespace.store is not None:
             return None
         return finite(pointer.validated_at + namespace.fresh_for_tag(reference))
 
@@ -224,7 +227,7 @@ class Inventory:
         """Raises ManifestUnknown where nothing is known of it."""
         digest = self.digest(repository, reference)
         if digest is None:
-            raise ManifestUnknown(f"{written(repository, reference)} is not cached")
+            raise ManifestUnknown(f"{written(repository, reference)} is not stored here")
         manifest = self._store.manifest(repository, digest)[0]
         seen: set[Digest] = set()
         use = self._usage.use(repository, reference)
@@ -288,6 +291,20 @@ class Inventory:
             artifact_type=blob.artifact_type,
             children=[],
         )
+
+
+def merged(pages: Sequence[Listed], limit: int | None) -> Listed:
+    """One page of several, each of which begins at the same place."""
+    rows = sorted((row for page in pages for row in page.images), key=_name)
+    if limit is None or (len(rows) <= limit and all(page.next is None for page in pages)):
+        return Listed(images=rows)
+    last = rows[:limit][-1]
+    return Listed(images=rows[:limit], next="{}{}{}".format(*_name(last)))
+
+
+def _name(row: ImageRow) -> tuple[str, str, str]:
+    # As it is written; in the order of the records' keys, in which a space follows the repository's name.
+    return (row.repository, ":", row.tag) if row.tag is not None else (row.repository, "@", row.digest)
 
 
 def written(repository: str, reference: Reference) -> str:

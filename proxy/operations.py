@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import structlog
@@ -33,7 +34,7 @@ from proxy.answers import (
 from proxy.asking import BadField, literal
 from proxy.composition import Composition
 from proxy.freshness import refresh
-from proxy.inventory import WILD, Inventory
+from proxy.inventory import WILD, Inventory, merged
 from proxy.live import Everyone, FillState
 from proxy.purging import Purging
 from proxy.reasons import Reasons
@@ -68,10 +69,11 @@ class Operations:
         self._reading = asking.Reading(parts.namespaces)
         self._evicting = evicting or nullcontext()
         self._inventory = Inventory(parts.config, parts.store, parts.usage, parts.pins)
+        self._inventories = [self._inventory]
+        if parts.private is not None:
+            self._inventories.append(Inventory(parts.config, parts.private, parts.usage, parts.pins))
         self._purging = Purging(parts.store, parts.pins)
-        self._reasons = Reasons(
-            parts.config, parts.store, parts.usage, parts.pins, self._inventory, parts.clock
-        )
+        self._reasons = Reasons(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._looks: dict[str, tuple[float, int, float]] = {}
         # Beside the one that is slow, and takes days: who asks wants to know.  They share the work.
         self._scrub = Scrub(parts.store, None, parts.clock)
@@ -92,12 +94,20 @@ class Operations:
         if tags:
             if last:
                 literal("last", last)
-            return await finished(self._inventory.images, wanted, limit, last)
-        return Listed(repositories=await finished(self._inventory.repositories, wanted))
+            return merged(
+                [await finished(each.images, wanted, limit, last) for each in self._inventories], limit
+            )
+        found = [await finished(each.repositories, wanted) for each in self._inventories]
+        return Listed(repositories=sorted(chain(*found), key=lambda row: row.repository))
 
     async def show(self, reference: str) -> Tree:
         asked = self._reading.reference("ref", reference)
-        return await finished(self._inventory.tree, asked.repository, asked.reference)
+        inventory = self._inventory_of(asked.namespace)
+        return await finished(inventory.tree, asked.repository, asked.reference)
+
+    def _inventory_of(self, namespace: str) -> Inventory:
+        """Of the store in which it lies."""
+        return self._inventories[namespace in self._composition.hosted]
 
     # What goes on
 

@@ -14,36 +14,36 @@ from proxy.inventory import Inventory, Measured, finite
 from proxy.live import UpstreamState
 from storage.oci import Tag
 from storage.pins import Pins
-from storage.store import Pointer, Store
+from storage.store import Pointer
 from storage.usage import Usage
 
 
 class Reasons:
-    """Blocks.  Every method may raise StorageFailed."""
+    """Blocks.  Every method may raise StorageFailed.  `inventory_of` is that of a namespace."""
 
     def __init__(
         self,
         config: Config,
-        store: Store,
         usage: Usage,
         pins: Pins,
-        inventory: Inventory,
+        inventory_of: Callable[[str], Inventory],
         clock: Callable[[], float],
     ) -> None:
         self._config = config
-        self._store = store
         self._usage = usage
         self._pins = pins
-        self._inventory = inventory
+        self._inventory_of = inventory_of
         self._clock = clock
 
     def why(self, asked: Asked, upstreams: Sequence[UpstreamState]) -> Why:
         config, repository, reference = self._config, asked.repository, asked.reference
         namespace = config.namespaces[asked.namespace]
         tag = reference if isinstance(reference, Tag) else None
-        pointer = self._store.pointer(repository, tag) if tag is not None else None
-        digest = self._inventory.digest(repository, reference)
-        measured = self._inventory.measure(repository, digest) if digest else Measured(None, {})
+        inventory = self._inventory_of(asked.namespace)
+        cached = namespace.store is None
+        pointer = inventory.pointer(repository, tag) if tag is not None else None
+        digest = inventory.digest(repository, reference)
+        measured = inventory.measure(repository, digest) if digest else Measured(None, {})
         use = self._usage.use(repository, reference)
         pin = self._pins.of(repository, reference)
         offline = config.offline or namespace.offline
@@ -55,17 +55,17 @@ class Reasons:
             repository=repository,
             reference=str(reference),
             qualified=self._qualified(asked),
-            fresh_rule=None if tag is None else self._fresh_rule(asked.namespace, tag),
-            fresh_for=None if tag is None else finite(namespace.fresh_for_tag(tag)),
+            fresh_rule=self._fresh_rule(asked.namespace, tag) if cached and tag is not None else None,
+            fresh_for=finite(namespace.fresh_for_tag(tag)) if cached and tag is not None else None,
             keep_rule=self._keep_rule(repository),
-            keep_for=finite(config.keep_for(repository)),
+            keep_for=finite(config.keep_for(repository)) if cached else None,
             pin=pin.pattern if pin else None,
             digest=None if digest is None or (tag is None and measured.media_type is None) else str(digest),
             stored=measured.media_type is not None,
             complete=measured.media_type is not None and measured.complete,
             validated_at=pointer.validated_at if pointer else None,
             age=self._clock() - pointer.validated_at if pointer else None,
-            fresh_until=self._inventory.fresh_until(repository, reference),
+            fresh_until=inventory.fresh_until(repository, reference),
             last_used=use.last if use else None,
             offline=offline,
             upstreams=hosts,
@@ -83,6 +83,10 @@ class Reasons:
     ) -> tuple[Verdict, str]:
         tag = asked.reference if isinstance(asked.reference, Tag) else None
         stored = measured.media_type is not None
+        if self._config.namespaces[asked.namespace].store is not None:
+            if stored:
+                return "hit", f"{asked.namespace} is a store, and this was pushed to it"
+            return "refused", f"{asked.namespace} is a store, and this was not pushed to it"
         if stored and tag is None:
             return "hit", "it is asked for by its digest, and stored"
         if stored and offline:
@@ -123,6 +127,8 @@ class Reasons:
     def _keep_rule(self, repository: str) -> str:
         name, _, relative = repository.partition("/")
         namespace = self._config.namespaces[name]
+        if namespace.store is not None:
+            return f"namespaces.{name}.store"
         for number, rule in enumerate(namespace.repositories):
             if rule.match.fullmatch(relative):
                 return f"namespaces.{name}.repositories[{number}]"

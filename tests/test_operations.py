@@ -18,7 +18,7 @@ from proxy.inventory import DEEPEST
 from proxy.live import Everyone, FillState, LiveState, UpstreamState
 from proxy.operations import Operations
 from proxy.purging import Kept
-from storage.errors import ManifestUnknown, NameUnknown
+from storage.errors import ManifestUnknown, NameUnknown, Unsupported
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.usage import Counters, Move, Use
 from tests.conftest import Clock, configuration
@@ -104,7 +104,11 @@ async def site(tmp_path: Path, clock: Clock, settings: dict[str, Any]) -> AsyncI
     }
     tree = {
         "disk": {"path": str(tmp_path / "disk"), "min_free": 0, "cache_limit": "1GiB"},
-        "namespaces": {"docker.io": hub, "ghcr.io": {"upstream": "http://127.0.0.1:9"}},
+        "namespaces": {
+            "docker.io": hub,
+            "ghcr.io": {"upstream": "http://127.0.0.1:9"},
+            "local": {"store": {}},
+        },
         "pins": [{"match": "docker.io/library/base:*"}],
     }
     composition = Composition(configuration(tmp_path, tree), clock)
@@ -284,7 +288,7 @@ async def test_the_tree(site: Site) -> None:
     assert (referrer.digest, referrer.artifact_type) == (signature["digest"], "a/signature")
     by_digest = await site.operations.show(f"alpine@{index['digest']}")
     assert by_digest.node == tree.node
-    with pytest.raises(ManifestUnknown, match="alpine:4 is not cached"):
+    with pytest.raises(ManifestUnknown, match="alpine:4 is not stored here"):
         await site.operations.show("alpine:4")
 
 
@@ -772,3 +776,61 @@ async def test_refresh(tmp_path: Path, clock: Clock, upstream: Upstream) -> None
     finally:
         await operations.close()
         await composition.close()
+
+
+# What was pushed
+
+
+@pytest.fixture
+async def both(site: Site) -> Site:
+    """Images in the cache and in the private store, by turns of their names."""
+    private = site.composition.private
+    assert private is not None
+    await site.image("docker.io/library/alpine", "3", b"one")
+    await site.image("ghcr.io/z/app", "1", b"two")
+    site.store = private
+    await site.image("local/a/app", "1", b"three")
+    await site.image("local/a/app", "2", b"four")
+    site.store = site.composition.store
+    await site.image("ghcr.io/m/app", "1", b"five")
+    return site
+
+
+async def test_ls_has_what_was_pushed_among_what_is_cached(both: Site) -> None:
+    listed = await both.operations.ls()
+    names = ["docker.io/library/alpine", "ghcr.io/m/app", "ghcr.io/z/app", "local/a/app"]
+    assert [row.repository for row in listed.repositories] == names
+    assert listed.repositories[-1].tags == 2
+    listed = await both.operations.ls("local/*", tags=True)
+    assert [(row.tag, row.complete, row.fresh_until) for row in listed.images] == [
+        ("1", True, None),
+        ("2", True, None),
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 6])
+async def test_ls_of_both_page_by_page(both: Site, limit: int) -> None:
+    whole = await both.operations.ls(tags=True)
+    assert whole.next is None and len(whole.images) == 5
+    found, last = [], ""
+    while True:
+        page = await both.operations.ls(tags=True, limit=limit, last=last)
+        assert len(page.images) <= limit
+        found += page.images
+        if page.next is None:
+            break
+        last = page.next
+    assert found == whole.images
+
+
+async def test_show_and_why_of_what_was_pushed(both: Site) -> None:
+    tree = await both.operations.show("local/a/app:1")
+    assert [child.present for child in tree.node.children] == [True, True]
+    why = await both.operations.why("local/a/app:1")
+    assert (why.verdict, why.stored, why.complete) == ("hit", True, True)
+    assert (why.fresh_rule, why.keep_rule, why.keep_for) == (None, "namespaces.local.store", None)
+    why = await both.operations.why("local/a/app:9")
+    assert (why.verdict, why.digest) == ("refused", None)
+    with pytest.raises(Unsupported):
+        await both.operations.refresh("local/a/app:1")
+    assert (await both.operations.purge("local/*")).references == []

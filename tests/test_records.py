@@ -136,6 +136,20 @@ def test_a_scan_is_what_sorting_the_keys_would_give(records: Records, keys: set[
 # Several who look
 
 
+def test_whether_it_waits_for_the_disk_is_up_to_whom_it_is_for(directory: Path) -> None:
+    """In every thread, and again once it is there: SQLite's PRAGMA synchronous, 1 is NORMAL and 2 FULL."""
+    for durable in (False, True, True, False):
+        with closing(Records(directory, durable=durable)) as found, ThreadPoolExecutor(1) as pool:
+            found.put("a", b"b")
+            ask = found._do
+            levels = {ask(_level), pool.submit(lambda ask=ask: ask(_level)).result()}
+            assert levels == {2 if durable else 1}
+
+
+def _level(cache: Any) -> int:
+    return int(cache._sql("PRAGMA synchronous").fetchone()[0])
+
+
 def test_two_on_one_directory_see_each_other(directory: Path) -> None:
     one, other = Records(directory), Records(directory)
     one.put("tag r a", b"1")

@@ -115,7 +115,9 @@ class Composition:
 
     def _host(self, name: str, hosting: Hosting) -> Hosted:
         assert self.private is not None
-        return Hosted(name, self.private, PushRules(hosting.sparse, hosting.immutable_tags))
+        rules = PushRules(hosting.sparse, hosting.immutable_tags)
+        # By way of the fills: whoever keeps house in this process is told to them.
+        return Hosted(name, self.private, rules, lambda coming: self.fills.make_room(coming))
 
     def _turns(self) -> Turns:
         namespaces = self.config.cached().items()

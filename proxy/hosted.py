@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from proxy.room import MakeRoom, nobody
 from storage.errors import (
     Denied,
     ManifestBlobUnknown,
@@ -37,6 +38,7 @@ from storage.store import Store
 
 INDEXES = (OCI_INDEX, DOCKER_LIST)
 IMAGES = (OCI_MANIFEST, DOCKER_MANIFEST)
+ROOM = 1 << 30  # bytes that an upload may take which does not say how many
 _LACKING = 100  # digests that a refusal names at most
 
 
@@ -49,12 +51,18 @@ class Rules:
 
 
 class Hosted(Registry):
-    """Repositories are named within the namespace; in the store they stand under `namespace`."""
+    """Repositories are named within the namespace; in the store they stand under `namespace`.
 
-    def __init__(self, namespace: str, store: Store, rules: Rules = Rules()) -> None:
+    Where the disk lacks room, `make_room` is asked for it before an upload begins.
+    """
+
+    def __init__(
+        self, namespace: str, store: Store, rules: Rules = Rules(), make_room: MakeRoom = nobody
+    ) -> None:
         self._namespace = namespace
         self._store = store
         self._rules = rules
+        self._make_room = make_room
 
     def _full(self, repository: str) -> str:
         return f"{self._namespace}/{repository}"
@@ -107,6 +115,9 @@ class Hosted(Registry):
     async def start_upload(
         self, repository: str, size: int | None = None, algorithm: str = "sha256"
     ) -> Upload:
+        wanted = ROOM if size is None else size
+        if self._store.files.room() < wanted:
+            await self._make_room(wanted)  # what is cached goes before what is pushed is refused
         return await self._store.start_upload(self._full(repository), size, algorithm)
 
     async def resume_upload(self, repository: str, id: str) -> Upload:

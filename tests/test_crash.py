@@ -239,6 +239,14 @@ async def send(
         return response.headers.get("Location", "")
 
 
+async def cut(doomed: Doomed, asking: asyncio.Task[str]) -> None:
+    """Kill it at its step; who was asking gets no answer."""
+    await doomed.reached()
+    await doomed.killed()
+    with pytest.raises(aiohttp.ClientError):
+        await asking
+
+
 async def begun(ground: Ground, url: str, content: bytes) -> str:
     """Where an upload goes on that has all of the content."""
     place = await send(ground, url, "POST", f"{LOCAL}/blobs/uploads/", 202)
@@ -251,10 +259,7 @@ async def test_killed_before_a_pushed_blob_is_in_its_place(ground: Ground, step:
     doomed = await ground.doomed(step)
     place = await begun(ground, doomed.url, LAYER)
     end = asyncio.create_task(send(ground, doomed.url, "PUT", f"{place}?digest={digest}", 201))
-    await doomed.reached()
-    await doomed.killed()
-    with pytest.raises(aiohttp.ClientError):
-        await end
+    await cut(doomed, end)
     site = await ground.heir()
     assert (await site.get(f"{LOCAL}/blobs/{digest}"))[0] == 404
     # What was taken is there, and is gone on with.
@@ -269,10 +274,7 @@ async def test_killed_before_a_pushed_blob_is_shown(ground: Ground) -> None:
     doomed = await ground.doomed("before the link")
     place = await begun(ground, doomed.url, LAYER)
     end = asyncio.create_task(send(ground, doomed.url, "PUT", f"{place}?digest={digest}", 201))
-    await doomed.reached()
-    await doomed.killed()
-    with pytest.raises(aiohttp.ClientError):
-        await end
+    await cut(doomed, end)
     site = await ground.heir()
     assert (await site.get(f"{LOCAL}/blobs/{digest}"))[0] == 404
     await send(ground, site.url, "GET", place, 404)
@@ -286,10 +288,7 @@ async def test_killed_once_a_pushed_blob_is_there(ground: Ground) -> None:
     doomed = await ground.doomed("before the answer")
     place = await begun(ground, doomed.url, LAYER)
     end = asyncio.create_task(send(ground, doomed.url, "PUT", f"{place}?digest={digest}", 201))
-    await doomed.reached()
-    await doomed.killed()
-    with pytest.raises(aiohttp.ClientError):
-        await end
+    await cut(doomed, end)
     site = await ground.heir()
     assert (await site.get(f"{LOCAL}/blobs/{digest}"))[2] == LAYER
 
@@ -309,10 +308,7 @@ async def test_killed_while_a_manifest_is_pushed(ground: Ground, step: str) -> N
     doomed = await ground.doomed(step)
     target = f"{LOCAL}/manifests/{Digest.of(content)}?tag=v1&tag=v2"
     push = asyncio.create_task(send(ground, doomed.url, "PUT", target, 201, content, TYPE))
-    await doomed.reached()
-    await doomed.killed()
-    with pytest.raises(aiohttp.ClientError):
-        await push
+    await cut(doomed, push)
     again = await ground.heir()
     there = step == "before the answer"
     status, _, listed = await again.get(f"{LOCAL}/tags/list")

@@ -319,6 +319,47 @@ async def test_files_that_may_not_grow(place: Place, upstream: Upstream) -> None
     await server.stop()
 
 
+UPLOADS = "/v2/local/app/blobs/uploads/"
+
+
+async def test_what_is_cached_makes_room_for_what_is_pushed(
+    disk: Path, serve: Serve, upstream: Upstream
+) -> None:
+    site = await serve(upstream, directory=disk, more={"local": {"store": {}}})
+    cached = [upstream.blob(NAME, LARGE[at * MIB : (at + 10) * MIB]) for at in (0, 10, 20)]
+    for each in cached:
+        await kept(site, each)
+    content = LARGE[: 25 * MIB]
+    async with site.request("POST", f"{UPLOADS}?digest={Digest.of(content)}", data=content) as response:
+        assert response.status == 201, await response.text()
+    async with site.request("GET", f"/v2/local/app/blobs/{Digest.of(content)}") as response:
+        assert await digest(response) == Digest.of(content)
+    assert all([await pulled(site, each) for each in cached])
+
+
+@pytest.mark.errors("disk.failed")
+async def test_what_cannot_be_pushed_for_lack_of_room(
+    disk: Path, serve: Serve, upstream: Upstream, events: LogCapture
+) -> None:
+    """Whether it is known beforehand or not; what is there stays, and what fits is taken."""
+    site = await serve(upstream, directory=disk, more={"local": {"store": {}}})
+    content = LARGE[: 60 * MIB]
+
+    async def stream() -> AsyncIterator[bytes]:
+        for at in range(0, len(content), MIB):
+            yield content[at : at + MIB]
+
+    for body in (content, stream()):
+        async with site.request("POST", f"{UPLOADS}?digest={Digest.of(content)}", data=body) as response:
+            assert response.status == 500
+            (error,) = (await response.json())["errors"]
+            assert error["code"] == "UNKNOWN" and FULL in error["message"]
+    assert site.partial == [] and list((disk / "private" / "partial").iterdir()) == []
+    assert said(events, "disk.failed") == [("disk.failed", FULL)]
+    async with site.request("POST", f"{UPLOADS}?digest={Digest.of(SMALL)}", data=SMALL) as response:
+        assert response.status == 201
+
+
 @pytest.mark.errors("disk.failed")
 def test_records_on_a_full_disk_can_be_read(disk: Path, clock: Clock, events: LogCapture) -> None:
     records = Records(disk / "records", clock)

@@ -20,6 +20,8 @@ from proxy.listening import BACKLOG, bind_all
 from proxy.live import Everyone, serve_live
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
+from proxy.webhooks import waking
+from proxy.webhooks.delivery import Deliveries
 from storage.errors import StorageFailed
 
 KEEPER = "keeper"
@@ -67,6 +69,8 @@ class App:
         workers = 1 if self._sockets is None else settings.processes()
         self.composition = Composition(settings, self._clock, None, workers, make_room)
         self._closing.push_async_callback(self.composition.close)
+        if self.composition.teller is not None and self._run is not None:
+            self.composition.teller.wake = waking.caller(self._run)
         recording = asyncio.create_task(self.composition.recorder.run())
         self._closing.push_async_callback(_ended, recording)
         if keeps:
@@ -80,7 +84,7 @@ class App:
 
     async def _keep_house(self, admin: list[socket.socket]) -> None:
         composition, settings = self.composition, self._settings
-        self.keeper = keeper = Keeper(composition)
+        self.keeper = keeper = Keeper(composition, self._deliveries())
         composition.fills.make_room = keeper.make_room
         self._everyone = Everyone(composition.live, self._run)
         if self._run is not None:
@@ -99,6 +103,22 @@ class App:
             )
             self.admin_url = await self._serve(web.AppRunner(pages, access_log=None), admin)
 
+    def _deliveries(self) -> Deliveries | None:
+        """Raises StartError."""
+        composition, settings = self.composition, self._settings
+        if composition.queue is None or composition.teller is None:
+            return None
+        deliveries = Deliveries(
+            settings.webhooks,
+            composition.queue,
+            settings.listen.port,
+            composition.metrics,
+            composition.clock,
+            self._run,
+        )
+        composition.teller.wake = deliveries.wake
+        return deliveries
+
     async def _serve_clients(self, listen: list[socket.socket]) -> None:
         composition, settings = self.composition, self._settings
         limits = settings.limits
@@ -109,6 +129,8 @@ class App:
             deny_bypass=settings.fallback == "deny",
             client_timeout=limits.client_timeout,
             served=composition.recorder.served,
+            teller=composition.teller,
+            clock=self._clock,
         )
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"

@@ -34,7 +34,7 @@ from storage.errors import (
 )
 from storage.files import FileBlob
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
-from storage.registry import Blob, Registry
+from storage.registry import Blob, Moved, Registry
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -90,7 +90,7 @@ class Remembered:
 class Cache(Registry):
     """Repositories are the origin's names; in the store they stand under `namespace`.
 
-    `moved` is told of a tag that moves: its repository in the store, the tag, the old digest and the new one.
+    `moved` is told of a tag that moves.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Cache(Registry):
         fills: Fills,
         policy: Policy,
         clock: Callable[[], float] = time.time,
-        moved: Callable[[str, Tag, Digest, Digest], None] | None = None,
+        moved: Moved | None = None,
     ) -> None:
         self._namespace = namespace
         self._origin = origin
@@ -302,7 +302,7 @@ class Cache(Registry):
                 new=moved.digest,
             )
             if self._moved is not None:
-                self._moved(name, tag, known.digest, moved.digest)
+                await self._moved(name, tag, known.digest, moved.digest)
             return "miss", moved, None
         except Unavailable as error:
             self._fails(error)

@@ -30,10 +30,13 @@ from proxy.upstream.client import Settings, Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
 from proxy.upstream.failover import Failover
 from proxy.upstream.transport import Connect
+from proxy.webhooks.queue import Queue
+from proxy.webhooks.teller import Teller
 from storage.disk import Disk, may_pass
 from storage.errors import StorageFailed
 from storage.eviction import Eviction, Rules
 from storage.files import Files
+from storage.oci import Digest, Tag
 from storage.pins import Pin, Pins
 from storage.records import Records
 from storage.scrub import Scrub
@@ -78,6 +81,8 @@ class Composition:
         self.usage = Usage(self.store.records, clock)
         self.recorder = Recorder(self.store, self.usage, self.metrics, clock)
         self._closing.push_async_callback(self.recorder.close)
+        self.queue = self._queue() if config.webhooks else None
+        self.teller = self._teller(self.queue) if self.queue else None
         self.fills = Fills(
             self.store,
             self.metrics,
@@ -117,7 +122,30 @@ class Composition:
         assert self.private is not None
         rules = PushRules(hosting.sparse, hosting.immutable_tags)
         # By way of the fills: whoever keeps house in this process is told to them.
-        return Hosted(name, self.private, rules, lambda coming: self.fills.make_room(coming))
+        return Hosted(
+            name,
+            self.private,
+            rules,
+            make_room=lambda coming: self.fills.make_room(coming),
+            moved=self.teller.moved if self.teller else None,
+        )
+
+    def _queue(self) -> Queue:
+        root = self.config.disk.path / "events"
+        queue = Queue(Records(root / "records", self.clock, durable=True), self.clock)
+        self._closing.callback(queue.close)
+        return queue
+
+    def _teller(self, queue: Queue) -> Teller:
+        teller = Teller(queue, self.config.webhooks, self.metrics, self.clock)
+        self._closing.push_async_callback(teller.close)
+        return teller
+
+    async def _tag_moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        """In a cache."""
+        self.recorder.moved(repository, tag, old, new)
+        if self.teller is not None:
+            await self.teller.moved(repository, tag, old, new)
 
     def _turns(self) -> Turns:
         namespaces = self.config.cached().items()
@@ -183,7 +211,7 @@ class Composition:
             lazy=namespace.lazy,
         )
         origin = origins[0] if len(origins) == 1 else Failover(origins, self.clock)
-        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self.recorder.moved)
+        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self._tag_moved)
         self._closing.push_async_callback(cache.close)
         return cache
 

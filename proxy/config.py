@@ -31,12 +31,14 @@ from proxy.values import (
     parse_admin,
     parse_count,
     parse_duration,
+    parse_fields,
     parse_flag,
     parse_freshness,
     parse_glob,
     parse_helper,
     parse_host,
     parse_keep,
+    parse_label,
     parse_name,
     parse_path,
     parse_pattern,
@@ -48,6 +50,7 @@ from proxy.values import (
     parse_secret,
     parse_share,
     parse_size,
+    parse_target,
     parse_text,
     parse_timeout,
     parse_urls,
@@ -218,6 +221,44 @@ class PinRule(Section, frozen=True):
     platforms: tuple[Annotated[str, parse_platform], ...] = ()
 
 
+class Webhook(Section, frozen=True):
+    """Who is told of what happens: see docs/events.md.
+
+    `match` are patterns of full names, `media_types` of media types; none stands for all.
+    """
+
+    name: Annotated[str, parse_label]
+    url: Annotated[Secret, parse_target]
+    format: Literal["registry", "cloudevents"] = "registry"
+    actions: tuple[Literal["push", "pull", "delete", "mount", "move"], ...] = (
+        "push",
+        "delete",
+        "mount",
+        "move",
+    )
+    match: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    media_types: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    headers: Annotated[dict[str, Secret], parse_fields] = {}
+    secret: Annotated[Secret, parse_secret] | None = None
+    ca_file: File | None = None
+    timeout: Timeout = 5.0
+    backoff: Timeout = 1.0
+    backoff_limit: Timeout = 60.0
+    keep: Keep = 604800.0
+
+    def wants(self, action: str, repository: str, media_type: str) -> bool:
+        """`media_type` is "" where none is known; that keeps nothing away."""
+        return (
+            action in self.actions
+            and _any(self.match, repository)
+            and (not media_type or _any(self.media_types, media_type))
+        )
+
+
+def _any(patterns: tuple[re.Pattern[str], ...], text: str) -> bool:
+    return not patterns or any(each.fullmatch(text) for each in patterns)
+
+
 class KeepRule(Section, frozen=True):
     match: Annotated[re.Pattern[str], parse_pattern]
     last: Annotated[int, parse_count]
@@ -291,6 +332,7 @@ class Config(Section, frozen=True):
     admin_token: Annotated[Secret, parse_secret] | None = None
     disk: Disk = msgspec.field(default_factory=Disk)
     pins: tuple[PinRule, ...] = ()
+    webhooks: tuple[Webhook, ...] = ()
     default_namespace: Text | None = None
     fallback: Literal["allow", "deny"] = "allow"
     offline: Flag = False
@@ -334,6 +376,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
             tree["namespaces"] = {name: {"upstream": url} for name, url in WELL_KNOWN.items()}
         config: Config = _build(Config, tree, "")
         _check_owners(config.namespaces)
+        _check_webhooks(config.webhooks)
         if "default_namespace" not in tree and DOCKER_HUB in config.namespaces:
             config = msgspec.structs.replace(config, default_namespace=DOCKER_HUB)
         elif config.default_namespace not in (None, *config.namespaces):
@@ -510,6 +553,15 @@ def _check_owners(namespaces: Mapping[str, Namespace]) -> None:
             for each in getattr(namespace, key):
                 if (owner := owners.setdefault(without_port(each), name)) != name:
                     raise _Fault(f"namespaces.{name}.{key}", f"{each} belongs to namespace {owner} already")
+
+
+def _check_webhooks(webhooks: tuple[Webhook, ...]) -> None:
+    """What waits for one is found by its name."""
+    names: set[str] = set()
+    for number, each in enumerate(webhooks):
+        if each.name in names:
+            raise _Fault(f"webhooks[{number}].name", f"there is another webhook {each.name}")
+        names.add(each.name)
 
 
 def _join(path: str, key: str) -> str:

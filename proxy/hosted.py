@@ -33,7 +33,7 @@ from storage.oci import (
     parse_manifest,
 )
 from storage.records import Batch
-from storage.registry import Blob, Registry, Upload, everything
+from storage.registry import Blob, Moved, Registry, Upload, everything
 from storage.store import Store
 
 INDEXES = (OCI_INDEX, DOCKER_LIST)
@@ -53,16 +53,23 @@ class Rules:
 class Hosted(Registry):
     """Repositories are named within the namespace; in the store they stand under `namespace`.
 
-    Where the disk lacks room, `make_room` is asked for it before an upload begins.
+    Where the disk lacks room, `make_room` is asked for it before an upload begins.  `moved` is told of a tag
+    that moves.
     """
 
     def __init__(
-        self, namespace: str, store: Store, rules: Rules = Rules(), make_room: MakeRoom = nobody
+        self,
+        namespace: str,
+        store: Store,
+        rules: Rules = Rules(),
+        make_room: MakeRoom = nobody,
+        moved: Moved | None = None,
     ) -> None:
         self._namespace = namespace
         self._store = store
         self._rules = rules
         self._make_room = make_room
+        self._moved = moved
 
     def _full(self, repository: str) -> str:
         return f"{self._namespace}/{repository}"
@@ -144,17 +151,25 @@ class Hosted(Registry):
         """Raises Denied where a tag is immutable."""
         name = self._full(repository)
         content = _checked(manifest)
-        moved = [*([reference] if isinstance(reference, Tag) else []), *tags]
+        digest = reference if isinstance(reference, Digest) else manifest.digest
+        pushed = [*([reference] if isinstance(reference, Tag) else []), *tags]
+        moved: dict[Tag, Digest] = {}  # from where
 
         def allowed(batch: Batch) -> None:
             if content is not None and not self._rules.sparse:
                 self._check_complete(batch, name, content)
-            for tag in moved:
-                known = batch.get(f"tag {name} {tag}")
-                if known is not None and not known.startswith(manifest.digest.encode()):
+            moved.clear()
+            for tag in pushed:
+                former = (batch.get(f"tag {name} {tag}") or b"").partition(b" ")[0].decode("utf-8", "replace")
+                if former not in ("", digest):
                     self._check_mutable(repository, tag)
+                    moved[tag] = Digest(former)
 
-        return await self._store.push_manifest(name, reference, manifest, tags, allowed)
+        descriptor = await self._store.push_manifest(name, reference, manifest, tags, allowed)
+        if self._moved is not None:
+            for tag, former in moved.items():
+                await self._moved(name, tag, former, digest)
+        return descriptor
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         await self._store.delete_blob(self._full(repository), digest)

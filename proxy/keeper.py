@@ -15,6 +15,7 @@ from contextlib import suppress
 import structlog
 
 from proxy.composition import Composition
+from proxy.webhooks.delivery import Deliveries
 from storage.errors import RegistryError, StorageFailed
 from storage.files import finished
 from storage.oci import Digest
@@ -35,8 +36,9 @@ class Stopped(Exception):
 class Keeper:
     """run() until it is cancelled, then close()."""
 
-    def __init__(self, composition: Composition) -> None:
+    def __init__(self, composition: Composition, deliveries: Deliveries | None = None) -> None:
         self._composition = composition
+        self._deliveries = deliveries
         self._eviction = composition.eviction
         self._stopping = threading.Event()
         self.evicting = asyncio.Lock()  # one at a time
@@ -52,6 +54,8 @@ class Keeper:
         async with composition.store.exclusive("keeper"), asyncio.TaskGroup() as work:
             work.create_task(self._again_and_again(self._round, ROUND))
             work.create_task(self._again_and_again(self._refresh, REFRESHED))
+            if self._deliveries is not None:
+                work.create_task(self._again_and_again(self._deliver, AGAIN))
             if composition.evicts:
                 work.create_task(self._again_and_again(self.expire, composition.config.disk.evict_every))
             if composition.config.disk.scrub is not None:
@@ -91,6 +95,10 @@ class Keeper:
     async def expire(self) -> None:
         async with self.evicting:
             await finished(self._eviction.expire)
+
+    async def _deliver(self) -> None:
+        assert self._deliveries is not None
+        await self._deliveries.run()
 
     async def _refresh(self) -> None:
         await self._composition.freshener.run_once()

@@ -26,6 +26,8 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from storage.oci import Descriptor
+
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
 UNKNOWN = "-"  # the namespace of a request that named none of ours
@@ -38,8 +40,9 @@ class Exchange:
     `id` tells it from all others, to the client too (X-Request-Id).
     `result` is hit, miss, revalidated, stale, negative or error, after RFC 9111; "" where no content is
     concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
-    counts as fresh (None: for ever).  `digest` is that of the content, once it is known.  `ns` is the
-    query's, where the client gave one.  `bytes` are those of the answer's body, `received` of the request's.
+    counts as fresh (None: for ever).  `digest` is that of the content, once it is known; `content` describes
+    what is pulled.  `ns` is the query's, where the client gave one.  `bytes` are those of the answer's body,
+    `received` of the request's.
     """
 
     id: str = ""
@@ -56,6 +59,7 @@ class Exchange:
     ttl: float | None = None
     detail: str = ""
     digest: str = ""
+    content: Descriptor | None = None
 
     def came(self, result: str, age: float = 0.0, ttl: float | None = None) -> None:
         self.result, self.age, self.ttl = result, age, ttl
@@ -168,6 +172,19 @@ class Metrics:
         self.stored = Gauge(
             "entrepot_stored_bytes",
             "Bytes of committed blobs, counted now and then.",
+            multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
+        self.webhook_events = Counter(
+            "entrepot_webhook_events_total",
+            "Events for a webhook: queued, delivered, failed (to be tried again), dropped, lost.",
+            ["webhook", "result"],
+            registry=registry,
+        )
+        self.webhook_pending = Gauge(
+            "entrepot_webhook_pending",
+            "Events that a webhook has not been told of yet.",
+            ["webhook"],
             multiprocess_mode="livemostrecent",
             registry=registry,
         )

@@ -21,6 +21,10 @@ _PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
+_LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
+_TARGET = re.compile(rf"https?://{_AUTHORITY}(?:[/?][!-~]*)?")
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
+_OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
@@ -266,6 +270,45 @@ def parse_urls(value: object) -> tuple[str, ...]:
     if len(set(urls)) < len(urls):
         raise ValueError("names one twice")
     return tuple(urls)
+
+
+def parse_label(value: object) -> str:
+    """A name that somebody gives to something of his own."""
+    text = parse_text(value)
+    if not _LABEL.fullmatch(text) or len(text) > 63:
+        raise ValueError("expected a word in lower case, of letters, digits, '.', '_' and '-'")
+    return text
+
+
+def parse_target(value: object) -> Secret:
+    """Where to POST to; a Secret because many a receiver knows its callers by path or query."""
+    text = parse_secret(value)
+    if not text.startswith(("https://", "http://")):
+        raise ValueError("must begin with https:// or http://")
+    if "@" in text.partition("//")[2].partition("/")[0]:
+        raise ValueError("must hold no user name: send an Authorization header (headers)")
+    if "#" in text or not _has_authority(_TARGET.fullmatch(text)):
+        raise ValueError("expected https://host, https://host:port/path or https://host/path?query")
+    return text
+
+
+def parse_fields(value: object) -> dict[str, Secret]:
+    """Headers of a request, by name."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping of header names to values, got {kind_of(value)}")
+    fields: dict[str, Secret] = {}
+    for name, each in value.items():
+        if not _FIELD.fullmatch(name):
+            raise ValueError("there is a name in it that no header can have")
+        if name.lower() in _OWN_FIELDS:
+            raise ValueError(f"{name} is not yours to set")
+        try:
+            fields[name] = parse_secret(each)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    if len({name.lower() for name in fields}) < len(fields):
+        raise ValueError("names one twice")
+    return fields
 
 
 def parse_reserve(value: object) -> Reserve:

@@ -7,11 +7,14 @@ only the pull half.  Any method may raise Denied or Unavailable (errors.py) besi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from storage.errors import Unsupported
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
+
+# Told of a tag that has moved: its repository, by the full name, the tag, the old digest and the new one.
+Moved: TypeAlias = Callable[[str, Tag, Digest, Digest], Awaitable[None]]
 
 
 def everything(repository: str) -> bool:

@@ -12,14 +12,14 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NoReturn
-from urllib.parse import urlencode
 
 from aiohttp import web
 
 from proxy.telemetry import Exchange, Metrics
 from proxy.web.responses import ALL, Refused, cache_headers, empty
-from proxy.web.routes import Kind, Route, build
+from proxy.web.routes import Kind, Route, build_location
 from proxy.web.send import LEFT
+from proxy.web.telling import Telling
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -32,7 +32,7 @@ from storage.errors import (
     SizeInvalid,
     UploadStalled,
 )
-from storage.oci import Digest, Manifest, Tag, parse_manifest
+from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag, parse_manifest
 from storage.registry import Registry, Upload
 
 # Bytes; containerd takes no larger one, and the specification wants registries to take 4 MB at least.
@@ -52,9 +52,15 @@ class Pushing:
     """
 
     def __init__(
-        self, registry: Registry, full_name: FullName, metrics: Metrics, client_timeout: float
+        self,
+        registry: Registry,
+        full_name: FullName,
+        metrics: Metrics,
+        client_timeout: float,
+        telling: Telling,
     ) -> None:
         self._registry = registry
+        self._telling = telling
         self._full_name = full_name
         self._metrics = metrics
         self._client_timeout = None if math.isinf(client_timeout) else client_timeout
@@ -82,6 +88,7 @@ class Pushing:
         full = self._full_name(request, route, source) if source else None
         descriptor = await self._registry.mount_blob(name, digest, full)
         now.detail = "mounted"
+        await self._telling.did("mount", "blob", request, route, now, descriptor, source=full)
         return self._created(request, route, Kind.BLOB, descriptor.digest, now)
 
     async def _whole(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
@@ -92,8 +99,7 @@ class Pushing:
         except BaseException as error:
             await upload.cancel(error)  # its id was told to nobody
             raise
-        await upload.commit(digest)
-        return self._created(request, route, Kind.BLOB, digest, now)
+        return await self._commit(request, route, now, upload, digest)
 
     async def status(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
         """GET: how far it has come."""
@@ -122,7 +128,13 @@ class Pushing:
         except BaseException:
             await upload.suspend()
             raise
-        await upload.commit(digest)
+        return await self._commit(request, route, now, upload, digest)
+
+    async def _commit(
+        self, request: web.BaseRequest, route: Route, now: Exchange, upload: Upload, digest: Digest
+    ) -> web.Response:
+        descriptor = await upload.commit(digest)
+        await self._telling.did("push", "blob", request, route, now, descriptor)
         return self._created(request, route, Kind.BLOB, digest, now)
 
     async def cancel(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
@@ -183,6 +195,9 @@ class Pushing:
         manifest = Manifest.of(media_type or _told(body), body)
         descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
         now.digest = descriptor.digest
+        pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
+        for tag in pushed or (None,):
+            await self._telling.did("push", "manifest", request, route, now, descriptor, tag=tag)
         answer = self._created(request, route, Kind.MANIFEST, descriptor.digest, now)
         with suppress(ManifestInvalid):
             if (subject := parse_manifest(body).subject) is not None:
@@ -210,6 +225,11 @@ class Pushing:
     ) -> web.Response:
         assert route.reference is not None
         await self._registry.delete_manifest(name, route.reference)
+        if isinstance(route.reference, Tag):
+            await self._telling.did("delete", "tag", request, route, now, tag=route.reference)
+        else:
+            gone = Descriptor("", route.reference, -1)
+            await self._telling.did("delete", "manifest", request, route, now, gone)
         return self._deleted(now)
 
     async def delete_blob(
@@ -217,6 +237,8 @@ class Pushing:
     ) -> web.Response:
         assert isinstance(route.reference, Digest)
         await self._registry.delete_blob(name, route.reference)
+        gone = Descriptor(OCTETS, route.reference, -1)
+        await self._telling.did("delete", "blob", request, route, now, gone)
         return self._deleted(now)
 
     # Answers
@@ -228,7 +250,7 @@ class Pushing:
         return {
             **ALL,
             **cache_headers(now),
-            "Location": _location(request, session),
+            "Location": build_location(session, now.ns),
             # Of an empty upload too: there is no way to write none, and clients know this one.
             "Range": f"0-{max(0, upload.offset - 1)}",
             "Docker-Upload-UUID": upload.id,
@@ -237,7 +259,7 @@ class Pushing:
     def _created(
         self, request: web.BaseRequest, route: Route, kind: Kind, digest: Digest, now: Exchange
     ) -> web.Response:
-        location = _location(request, Route(kind, route.name, digest, route.prefix))
+        location = build_location(Route(kind, route.name, digest, route.prefix), now.ns)
         headers = {"Location": location, "Docker-Content-Digest": str(digest), "Content-Length": "0"}
         return empty(201, {**ALL, **cache_headers(now), **headers})
 
@@ -250,11 +272,6 @@ async def _continue(request: web.BaseRequest) -> None:
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # of the answer itself
-
-
-def _location(request: web.BaseRequest, route: Route) -> str:
-    ns = request.query.get("ns")
-    return build(route) if ns is None else f"{build(route)}?{urlencode({'ns': ns})}"
 
 
 def _told(body: bytes) -> str:

@@ -121,6 +121,11 @@ def build(route: Route) -> str:
             return f"{start}{route.name}/blobs/uploads/{route.upload}"
 
 
+def build_location(route: Route, ns: str | None) -> str:
+    """The path of a route, and the `ns` by which its client named the registry, if he did."""
+    return build(route) if ns is None else f"{build(route)}?{urlencode({'ns': ns})}"
+
+
 def parse_limit(text: str | None) -> int | None:
     """The query's `n`: how many entries the client wants; None where it does not say.
 

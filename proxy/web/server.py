@@ -34,6 +34,7 @@ from proxy.web.responses import (
 )
 from proxy.web.routes import Kind, Route, build_next, parse, parse_limit
 from proxy.web.send import LEFT, parse_ranges, satisfy, send_blob
+from proxy.web.telling import Teller, Telling
 from storage.errors import (
     BlobUnknown,
     ManifestBlobUnknown,
@@ -75,7 +76,7 @@ class Server:
     """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves.
 
     A client that takes nothing of a blob for `client_timeout` seconds is cut off.
-    `served` is told of each request that has ended, with its status.
+    `served` is told of each request that has ended, with its status, `teller` of what was done to content.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class Server:
         deny_bypass: bool = False,
         client_timeout: float = math.inf,
         served: Callable[[Exchange, int], None] | None = None,
+        teller: Teller | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
@@ -94,7 +97,8 @@ class Server:
         self._deny_bypass = deny_bypass
         self._client_timeout = client_timeout
         self._served = served
-        pushing = Pushing(registry, self._full_name, metrics, client_timeout)
+        self._telling = Telling(teller, clock)
+        pushing = Pushing(registry, self._full_name, metrics, client_timeout, self._telling)
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
         self._answers: dict[Kind, dict[str, Answer]] = {
@@ -160,7 +164,10 @@ class Server:
                 name = self._full_name(request, route, route.name)
                 now.namespace, _, now.repository = name.partition("/")
                 now.ns = request.query.get("ns")
-            return await answer(request, route, name, now)
+            response = await answer(request, route, name, now)
+            if self._telling.pulls and request.method in READING:
+                self._telling.pulled(request, route, now, response.status)
+            return response
         except RegistryError as error:
             return self._error(kind, error, now)
         except Refused as refused:
@@ -198,7 +205,8 @@ class Server:
             "Cache-Control": IMMUTABLE,
         }
         if request.method == "HEAD" or _matches(request, digest):
-            size = (await self._registry.resolve_blob(name, digest)).size
+            now.content = await self._registry.resolve_blob(name, digest)
+            size = now.content.size
             headers.update(cache_headers(now))
             if _matches(request, digest):
                 return empty(304, headers)
@@ -210,6 +218,7 @@ class Server:
         span = ranges[0].span if len(ranges) == 1 else None
         blob = await self._registry.get_blob(name, digest, span)
         try:
+            now.content = blob.descriptor
             size = blob.descriptor.size
             # Without a size no range can be told; RFC 9110 §14.2 lets a server send all.
             try:
@@ -232,7 +241,7 @@ class Server:
         else:
             manifest = await self._registry.get_manifest(name, reference)
             descriptor, content = manifest.descriptor, manifest.content
-        now.digest = descriptor.digest
+        now.digest, now.content = descriptor.digest, descriptor
         headers = {
             **ALL,
             "Content-Type": descriptor.media_type,

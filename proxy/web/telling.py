@@ -1,0 +1,106 @@
+"""What requests have done becomes happenings, for whoever wants to be told of them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Protocol
+
+from aiohttp import web
+
+from proxy.telemetry import Exchange
+from proxy.web.routes import Kind as Endpoint
+from proxy.web.routes import Route, build_location
+from proxy.web.send import LEFT
+from proxy.webhooks.happening import Action, Happening, Kind, Request
+from storage.oci import Descriptor, Digest, Tag
+
+_CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
+
+
+class Teller(Protocol):
+    pulls: bool
+
+    async def tell(self, happening: Happening) -> None: ...
+
+    def mention(self, happening: Happening) -> None: ...
+
+
+class Telling:
+    """Without a teller it does nothing."""
+
+    def __init__(self, teller: Teller | None, clock: Callable[[], float] = time.time) -> None:
+        self._teller = teller
+        self._clock = clock
+        self.pulls = teller is not None and teller.pulls  # whether it wants them
+
+    async def did(
+        self,
+        action: Action,
+        kind: Kind,
+        request: web.BaseRequest,
+        route: Route,
+        now: Exchange,
+        descriptor: Descriptor | None = None,
+        *,
+        tag: Tag | None = None,
+        source: str | None = None,
+    ) -> None:
+        """Returns when it is safe to say so; raises nothing.  `source` is where a blob was mounted from."""
+        if self._teller is not None:
+            await self._teller.tell(
+                self._happening(action, kind, request, route, now, descriptor, tag, source)
+            )
+
+    def pulled(self, request: web.BaseRequest, route: Route, now: Exchange, status: int) -> None:
+        """The answer to a GET or HEAD was sent.  What a client has already is no pull of a manifest."""
+        blob = route.kind is Endpoint.BLOB
+        if self._teller is None or route.kind not in _CONTENT or now.detail == LEFT or now.content is None:
+            return
+        if status in (200, 206) or (blob and status == 304):
+            tag = route.reference if isinstance(route.reference, Tag) else None
+            kind: Kind = "blob" if blob else "manifest"
+            self._teller.mention(self._happening("pull", kind, request, route, now, now.content, tag, None))
+
+    def _happening(
+        self,
+        action: Action,
+        kind: Kind,
+        request: web.BaseRequest,
+        route: Route,
+        now: Exchange,
+        descriptor: Descriptor | None,
+        tag: Tag | None,
+        source: str | None,
+    ) -> Happening:
+        return Happening(
+            id=str(uuid.uuid4()),
+            at=self._clock(),
+            action=action,
+            kind=kind,
+            repository=f"{now.namespace}/{now.repository}",
+            digest=str(descriptor.digest) if descriptor else "",
+            media_type=descriptor.media_type if descriptor else "",
+            size=descriptor.size if descriptor else -1,
+            tag=str(tag or ""),
+            source=source or "",
+            url=_url(request, route, kind, descriptor.digest, now.ns)
+            if descriptor and action != "delete"
+            else "",
+            request=Request(
+                id=now.id,
+                address=request.remote or "",
+                host=request.headers.get("Host", ""),
+                method=request.method,
+                agent=request.headers.get("User-Agent", "")[:200],
+            ),
+        )
+
+
+def _url(request: web.BaseRequest, route: Route, kind: Kind, digest: Digest, ns: str | None) -> str:
+    """Where this client finds it."""
+    scheme = request.headers.get("X-Forwarded-Proto", request.scheme)
+    endpoint = Endpoint.BLOB if kind == "blob" else Endpoint.MANIFEST
+    path = build_location(Route(endpoint, route.name, digest, route.prefix), ns)
+    return f"{scheme if scheme == 'https' else 'http'}://{request.headers.get('Host', '')}{path}"

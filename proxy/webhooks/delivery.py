@@ -1,0 +1,288 @@
+"""From the queues to those who want to be told: one task for each webhook, one POST for each event, in order.
+
+- Delivered is what was answered with 2xx.  A redirect is not followed, and is no delivery: whoever answers so has
+  taken nothing.
+- All else is tried again, for as long as events are kept: a little later each time, up to a limit, and not before
+  the time that Retry-After says.  Meanwhile what follows waits.
+- What a receiver refuses for what it is, by 400, 413, 415 or 422, is dropped after two hours of refusal, lest it
+  stand in the way for days.
+- What was delivered is removed behind that.  Who is killed in between delivers it once more: an event comes at
+  least once, with the same id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import random
+import secrets
+import ssl
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, nullcontext, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import structlog
+from yarl import URL
+
+from proxy.config import Webhook
+from proxy.listening import StartError
+from proxy.telemetry import Metrics
+from proxy.upstream.health import seconds_until
+from proxy.webhooks import waking
+from proxy.webhooks.formats import Source, render
+from proxy.webhooks.happening import Happening
+from proxy.webhooks.queue import Event, Queue, State
+from storage.errors import StorageFailed
+from storage.files import finished
+
+log = structlog.get_logger()
+
+AT_ONCE = 100  # events in memory, and in a transaction that removes them
+LOOK = 60.0  # seconds after which a queue is looked at without a call: other servers may share the directory
+REFUSED = 7200.0  # seconds
+LATEST = 3600.0  # seconds at most that Retry-After is kept to
+IDLE = 4.0  # seconds that a connection is kept; less than servers do, since one that is closing takes nothing
+AGAIN = 60.0  # seconds after which a disk that failed is tried again
+_OF_THE_EVENT = (400, 413, 415, 422)
+
+Wait = Callable[[float], Awaitable[None]]
+
+
+class Refusal(Exception):
+    """Why an event was not taken; `status` is 0 where there was no answer, `after` what Retry-After says."""
+
+    def __init__(self, cause: str, status: int = 0, after: float | None = None) -> None:
+        super().__init__(cause)
+        self.status = status
+        self.after = after
+
+
+class Deliveries:
+    """run() until it is cancelled.  `run_directory` is where other processes call that something is new.
+
+    Raises StartError where a ca_file cannot be used.
+    """
+
+    def __init__(
+        self,
+        webhooks: Sequence[Webhook],
+        queue: Queue,
+        port: int,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+        run_directory: Path | None = None,
+        wait: Wait = asyncio.sleep,
+    ) -> None:
+        self._queue = queue
+        self._run_directory = run_directory
+        source = Source.here(port, secrets.token_hex(8))
+        self._deliveries = []
+        for number, each in enumerate(webhooks):
+            try:
+                context = ssl.create_default_context(cafile=each.ca_file)
+            except OSError as error:
+                where = f"webhooks[{number}].ca_file: {each.ca_file}"
+                raise StartError(f"{where}: {error.strerror or error}") from error
+            self._deliveries.append(Delivery(each, queue, source, context, metrics, clock, wait))
+
+    def wake(self) -> None:
+        for each in self._deliveries:
+            each.wake()
+
+    async def run(self) -> None:
+        directory = self._run_directory
+        with nullcontext() if directory is None else waking.listening(directory, self.wake):
+            try:
+                settled = await finished(self._queue.settle, [each.name for each in self._deliveries])
+                for name, events in settled.items():
+                    log.warning("webhook.dropped", webhook=name, events=events, cause="no longer configured")
+            except StorageFailed:
+                pass  # the disk has told of it; the next start does it
+            async with asyncio.TaskGroup() as work:
+                for each in self._deliveries:
+                    work.create_task(each.run())
+
+
+class Delivery:
+    """To one webhook.  `wait` is asyncio.sleep, or a test's."""
+
+    def __init__(
+        self,
+        webhook: Webhook,
+        queue: Queue,
+        source: Source,
+        context: ssl.SSLContext,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        wait: Wait,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.name = webhook.name
+        self._webhook = webhook
+        self._queue = queue
+        self._source = source
+        self._context = context
+        self._events = metrics.webhook_events
+        self._pending = metrics.webhook_pending.labels(webhook.name)
+        self._clock = clock
+        self._wait = wait
+        self._jitter = jitter
+        self._news = asyncio.Event()
+        self._after = ""  # the key of the last event that is through
+        self._state = State()
+        self._gone: list[str] = []  # keys of what is to be removed
+        self._removing: asyncio.Task[None] | None = None
+        self._dropped: Counter[str] = Counter()  # events that it is to be told of, by cause
+
+    def wake(self) -> None:
+        self._news.set()
+
+    async def run(self) -> None:
+        async with self._session() as session, AsyncExitStack() as closing:
+            closing.push_async_callback(self._removed)
+            self._state = await finished(self._queue.state, self.name)
+            while True:
+                self._news.clear()
+                try:
+                    events = await finished(self._queue.read, self.name, self._after, AT_ONCE)
+                    self._pending.set(await finished(self._queue.pending, self.name))
+                except StorageFailed:  # the disk has told of it
+                    await self._wait(AGAIN)
+                    continue
+                for each in events:
+                    await self._deliver(session, each)
+                await self._removed()
+                if not events:
+                    await self._rest()
+
+    def _session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._context, limit=1, keepalive_timeout=IDLE),
+            timeout=aiohttp.ClientTimeout(total=self._webhook.timeout),
+            headers={"User-Agent": f"entrepot/{version('entrepot')}"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def _rest(self) -> None:
+        """Until there is something new."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK):
+                await self._news.wait()
+
+    async def _deliver(self, session: aiohttp.ClientSession, event: Event) -> None:
+        """Until it is delivered, or dropped."""
+        happening, attempts, refused_at = event.happening, 0, None
+        while True:
+            now = self._clock()
+            if happening is None:
+                return self._drop(event, "cannot be read")
+            if now - happening.at > self._webhook.keep:
+                return self._drop(event, "kept for as long as events are")
+            if refused_at is not None and now - refused_at >= REFUSED:
+                return self._drop(event, f"refused again and again: {self._state.error}")
+            try:
+                await self._post(session, happening)
+            except Refusal as refusal:
+                of_the_event = refusal.status in _OF_THE_EVENT
+                refused_at = (now if refused_at is None else refused_at) if of_the_event else None
+                await self._failed(refusal)
+                await self._wait(self._delay(attempts, refusal.after or 0.0))
+                attempts += 1
+            else:
+                return self._delivered(event)
+
+    def _delay(self, attempts: int, after: float) -> float:
+        webhook = self._webhook
+        delay = min(webhook.backoff_limit, webhook.backoff * 2.0 ** min(attempts, 30))
+        return max(delay * (1 + self._jitter()) / 2, min(after, LATEST))
+
+    async def _post(self, session: aiohttp.ClientSession, happening: Happening) -> None:
+        """Raises Refusal."""
+        webhook = self._webhook
+        media_type, body = render(happening, webhook.format, self._source)
+        headers = {**webhook.headers, "Content-Type": media_type}
+        if webhook.secret is not None:
+            signature = hmac.new(webhook.secret.encode(), body, hashlib.sha256).hexdigest()
+            headers["X-Hub-Signature-256"] = f"sha256={signature}"
+        url = URL(webhook.url, encoded=True)
+        try:
+            async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+                status = response.status
+                after = seconds_until(response.headers, self._clock)
+        except TimeoutError:
+            raise Refusal(f"no answer within {webhook.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Refusal(_said(error)) from None
+        if not 200 <= status < 300:
+            hint = ": a redirect is not followed" if 300 <= status < 400 else ""
+            raise Refusal(f"answered {status}{hint}", status, after)
+
+    # What came of it
+
+    def _delivered(self, event: Event) -> None:
+        now = self._clock()
+        if (since := self._state.failing_since) is not None:
+            log.info("webhook.recovered", webhook=self.name, seconds=round(now - since, 3))
+        self._state = msgspec.structs.replace(self._state, delivered_at=now, failing_since=None)
+        self._settle(event, "delivered")
+
+    async def _failed(self, refusal: Refusal) -> None:
+        now, since, cause = self._clock(), self._state.failing_since, str(refusal)
+        if since is None:
+            log.warning("webhook.failing", webhook=self.name, error=cause)
+        self._state = msgspec.structs.replace(
+            self._state, failing_since=now if since is None else since, failed_at=now, error=cause
+        )
+        self._events.labels(self.name, "failed").inc()
+        await self._removed()
+        with suppress(StorageFailed):
+            await finished(self._queue.remove, self.name, [], self._state)
+            self._pending.set(await finished(self._queue.pending, self.name))
+
+    def _drop(self, event: Event, cause: str) -> None:
+        self._dropped[cause] += 1
+        self._settle(event, "dropped")
+
+    def _settle(self, event: Event, result: str) -> None:
+        self._after = event.key
+        self._events.labels(self.name, result).inc()
+        self._gone.append(event.key)
+        self._remove_soon()
+
+    def _remove_soon(self) -> None:
+        if self._gone and self._removing is None:
+            self._removing = asyncio.create_task(self._remove())
+
+    async def _remove(self) -> None:
+        try:
+            while keys := self._gone[:AT_ONCE]:
+                await finished(self._queue.remove, self.name, keys, self._state)
+                del self._gone[: len(keys)]
+        except StorageFailed:
+            pass  # the disk has told of it; it is tried with the next
+        finally:
+            self._removing = None
+
+    async def _removed(self) -> None:
+        """What is through is removed, if it can be; and it is told what was dropped."""
+        self._remove_soon()
+        if self._removing is not None:
+            await asyncio.wait([self._removing])
+        dropped, self._dropped = self._dropped, Counter()
+        for cause, events in dropped.items():
+            log.error("webhook.dropped", webhook=self.name, events=events, cause=cause)
+
+
+def _said(error: Exception) -> str:
+    """Without the URL, which may hold a secret."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.message or "answered what is not HTTP"
+    if isinstance(error, aiohttp.InvalidURL):
+        return "its url cannot be used"
+    return str(error) or type(error).__name__

@@ -1,0 +1,148 @@
+"""What webhooks are still to be told of, on disk: one queue for each, in the order in which it happened.
+
+    event <webhook> <number>    the happening, as JSON
+    number                      the last one that was given
+    pending <webhook>           how many events there are of it
+    webhook <webhook>           how its deliveries went: State, as JSON
+
+A number is given in the transaction that puts the event there: so no event ever comes up behind one that was
+read already, whichever process put it.  Numbers begin with the time, in µs, so that they go on increasing
+should the last one be lost with a damaged database.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+
+import msgspec
+
+from proxy.webhooks.happening import Happening, decode, encode
+from storage.records import Batch, Records
+
+_DIGITS = 20
+
+
+class State(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Times in seconds since the epoch; None where there is none.
+
+    While deliveries fail, `failing_since` tells since when.  `error` is what the last one that failed, at
+    `failed_at`, has failed with.
+    """
+
+    delivered_at: float | None = None
+    failing_since: float | None = None
+    failed_at: float | None = None
+    error: str | None = None
+
+
+class Event(msgspec.Struct, frozen=True):
+    """`key` is what it has in the queue; `happening` None where that cannot be read."""
+
+    key: str
+    happening: Happening | None
+
+
+class Queue:
+    """Every method raises StorageFailed, and is to be called in a thread; close() apart."""
+
+    def __init__(self, records: Records, clock: Callable[[], float] = time.time) -> None:
+        self._records = records
+        self._clock = clock
+
+    def put(self, happenings: Sequence[tuple[Happening, Sequence[str]]], limit: int) -> Counter[str]:
+        """Each into the queues of the webhooks that are named with it; how many came into which.
+
+        What was pulled does not where `limit` events are pending already.
+        """
+        encoded = [(happening, names, encode(happening)) for happening, names in happenings]
+
+        def work(batch: Batch) -> Counter[str]:
+            number = max(_number(batch, "number"), int(self._clock() * 1_000_000))
+            pending: Counter[str] = Counter()
+            queued: Counter[str] = Counter()
+            for happening, names, record in encoded:
+                for name in names:
+                    if name not in pending:
+                        pending[name] = _number(batch, f"pending {name}")
+                    if happening.action == "pull" and pending[name] >= limit:
+                        continue
+                    number += 1
+                    batch.put(f"event {name} {number:0{_DIGITS}}", record)
+                    pending[name] += 1
+                    queued[name] += 1
+            for name, count in pending.items():
+                batch.put(f"pending {name}", b"%d" % count)
+            batch.put("number", b"%d" % number)
+            return queued
+
+        return self._records.transaction(work)
+
+    def read(self, webhook: str, after: str, limit: int) -> list[Event]:
+        """The first of those after the key `after`; of all, where that is empty."""
+        prefix = f"event {webhook} "
+        found = self._records.scan(prefix, after.removeprefix(prefix))
+        return [Event(key, decode(record)) for key, record in islice(found, limit)]
+
+    def remove(self, webhook: str, keys: Iterable[str], state: State | None = None) -> None:
+        """What it was told of, or never will be; and how deliveries go, where that has changed."""
+
+        def work(batch: Batch) -> None:
+            gone = sum(batch.delete(key) for key in keys)
+            batch.put(f"pending {webhook}", b"%d" % max(0, _number(batch, f"pending {webhook}") - gone))
+            if state is not None:
+                batch.put(f"webhook {webhook}", msgspec.json.encode(state))
+
+        self._records.transaction(work)
+
+    def pending(self, webhook: str) -> int:
+        return _number(self._records, f"pending {webhook}")
+
+    def oldest(self, webhook: str) -> float | None:
+        """When the first event that it has not been told of happened."""
+        return next((each.happening.at for each in self.read(webhook, "", 1) if each.happening), None)
+
+    def state(self, webhook: str) -> State:
+        try:
+            return msgspec.json.decode(self._records.get(f"webhook {webhook}") or b"{}", type=State)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return State()
+
+    def settle(self, webhooks: Iterable[str]) -> dict[str, int]:
+        """Count anew, and drop what is of no webhook of these: how many events, by its name."""
+        names = set(webhooks)
+        dropped: dict[str, int] = {}
+        for name in self._known() - names:
+            dropped[name] = self._drop(name)
+        for name in names:
+            self._records.transaction(lambda batch, name=name: self._count(batch, name))  # type: ignore[misc]
+        return {name: count for name, count in dropped.items() if count}
+
+    def _known(self) -> set[str]:
+        return {
+            key.partition(" ")[2]
+            for kind in ("pending", "webhook")
+            for key, _ in self._records.scan(f"{kind} ")
+        }
+
+    def _drop(self, webhook: str) -> int:
+        count = 0
+        while events := self.read(webhook, "", 500):
+            self.remove(webhook, [each.key for each in events])
+            count += len(events)
+        for kind in ("pending", "webhook"):
+            self._records.delete(f"{kind} {webhook}")
+        return count
+
+    def _count(self, batch: Batch, webhook: str) -> None:
+        batch.put(f"pending {webhook}", b"%d" % batch.count(f"event {webhook} "))
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def _number(records: Records | Batch, key: str) -> int:
+    record = records.get(key) or b"0"
+    return int(record) if record.isdigit() else 0

@@ -1,0 +1,149 @@
+"""From what happens to the queues: gathered in memory, and written by one transaction for all that is there.
+
+Whoever pushes is answered when what he did is in the queues, unless they cannot be written: then it is lost,
+which is an error event, the first time, and the push goes on.  What is pulled is written a little later, and
+nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from proxy.config import Webhook
+from proxy.telemetry import Metrics
+from proxy.webhooks.happening import Happening
+from proxy.webhooks.queue import Queue
+from storage.errors import StorageFailed
+from storage.files import finished
+from storage.oci import Digest, Tag
+
+log = structlog.get_logger()
+
+LATER = 0.1  # seconds that a pull waits for others
+GATHERED = 10_000  # pulls that may wait to be written; what is beyond is lost
+PENDING = 1_000_000  # events of a webhook that may be pending before pulls are lost
+
+
+class Teller:
+    """It belongs into one event loop.  `wake` is called when there is something new to deliver."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        webhooks: Sequence[Webhook],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._queue = queue
+        self._webhooks = webhooks
+        self._metrics = metrics
+        self._clock = clock
+        self.wake: Callable[[], None] = lambda: None
+        self.pulls = any("pull" in each.actions for each in webhooks)  # whether anybody wants them
+        self._gathered: list[Happening] = []
+        self._lost: Counter[str] = Counter()  # pulls for which there was no room in memory
+        self._losing: set[str] = set()  # webhooks of which it was told
+        self._later: asyncio.TimerHandle | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._written: asyncio.Future[None] | None = None  # what is gathered now
+
+    async def tell(self, happening: Happening) -> None:
+        """Returns when it is in the queues of all who want it, or is lost; raises nothing."""
+        if not self._wanting(happening):
+            return
+        self._gathered.append(happening)
+        if self._written is None:
+            self._written = asyncio.get_running_loop().create_future()
+        written = self._written
+        self._write()
+        await asyncio.shield(written)
+
+    async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        """As tell(), of a tag; `repository` is a full name."""
+        happening = Happening(
+            id=str(uuid.uuid4()),
+            at=self._clock(),
+            action="move",
+            kind="tag",
+            repository=repository,
+            tag=str(tag),
+            digest=str(new),
+            former=str(old),
+        )
+        await self.tell(happening)
+
+    def mention(self, happening: Happening) -> None:
+        """A pull: nobody waits for it."""
+        if len(self._gathered) >= GATHERED:
+            for name in self._wanting(happening):
+                self._lost[name] += 1
+            return
+        self._gathered.append(happening)
+        if self._later is None and self._writing is None:
+            self._later = asyncio.get_running_loop().call_later(LATER, self._write)
+
+    def _wanting(self, happening: Happening) -> list[str]:
+        return [
+            each.name
+            for each in self._webhooks
+            if each.wants(happening.action, happening.repository, happening.media_type)
+        ]
+
+    def _write(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._gathered or self._lost:
+                gathered, self._gathered = self._gathered, []
+                written, self._written = self._written, None
+                lost, self._lost = self._lost, Counter()
+                try:
+                    await self._put(gathered, lost)
+                finally:
+                    if written is not None:
+                        written.set_result(None)
+        finally:
+            self._writing = None
+
+    async def _put(self, gathered: list[Happening], lost: Counter[str]) -> None:
+        cause = f"{GATHERED} wait to be written"
+        # In a thread, since many patterns take their time.
+        wanted = await finished(lambda: [(each, self._wanting(each)) for each in gathered])
+        expected = Counter(name for _, names in wanted for name in names)
+        queued: Counter[str] = Counter()
+        if expected:
+            try:
+                queued = await finished(self._queue.put, wanted, PENDING)
+                self.wake()
+            except StorageFailed as error:
+                cause = str(error)
+        if short := expected - queued:
+            lost += short
+            cause = f"{PENDING} are pending" if queued else cause
+        self._count(queued, lost, cause)
+
+    def _count(self, queued: Counter[str], lost: Counter[str], cause: str) -> None:
+        for name, events in lost.items():
+            self._metrics.webhook_events.labels(name, "lost").inc(events)
+            if name not in self._losing:
+                log.error("webhook.lost", webhook=name, events=events, cause=cause)
+        for name, events in queued.items():
+            self._metrics.webhook_events.labels(name, "queued").inc(events)
+        self._losing = (self._losing - queued.keys()) | lost.keys()
+
+    async def close(self) -> None:
+        """What is gathered is written first."""
+        self._write()
+        while self._writing is not None:
+            await asyncio.wait([self._writing])

@@ -49,9 +49,8 @@ class Telling:
     ) -> None:
         """Returns when it is safe to say so; raises nothing.  `source` is where a blob was mounted from."""
         if self._teller is not None:
-            await self._teller.tell(
-                self._happening(action, kind, request, route, now, descriptor, tag, source)
-            )
+            happening = self._happening(action, kind, request, route, now, descriptor, tag, source)
+            await self._teller.tell(happening)
 
     def pulled(self, request: web.BaseRequest, route: Route, now: Exchange, status: int) -> None:
         """The answer to a GET or HEAD was sent.  What a client has already is no pull of a manifest."""
@@ -74,6 +73,7 @@ class Telling:
         tag: Tag | None,
         source: str | None,
     ) -> Happening:
+        gone = action == "delete"
         return Happening(
             id=str(uuid.uuid4()),
             at=self._clock(),
@@ -85,9 +85,7 @@ class Telling:
             size=descriptor.size if descriptor else -1,
             tag=str(tag or ""),
             source=source or "",
-            url=_url(request, route, kind, descriptor.digest, now.ns)
-            if descriptor and action != "delete"
-            else "",
+            url="" if gone or not descriptor else _url(request, route, kind, descriptor.digest, now.ns),
             request=Request(
                 id=now.id,
                 address=request.remote or "",

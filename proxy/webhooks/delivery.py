@@ -1,13 +1,13 @@
-"""From the queues to those who want to be told: one task for each webhook, one POST for each event, in order.
+"""From the queues to those who want to be told: a task for each webhook, a POST for each event, in order.
 
-- Delivered is what was answered with 2xx.  A redirect is not followed, and is no delivery: whoever answers so has
-  taken nothing.
-- All else is tried again, for as long as events are kept: a little later each time, up to a limit, and not before
-  the time that Retry-After says.  Meanwhile what follows waits.
-- What a receiver refuses for what it is, by 400, 413, 415 or 422, is dropped after two hours of refusal, lest it
-  stand in the way for days.
-- What was delivered is removed behind that.  Who is killed in between delivers it once more: an event comes at
-  least once, with the same id.
+- Delivered is what was answered with 2xx.  A redirect is not followed, and is no delivery: whoever answers so
+  has taken nothing.
+- All else is tried again, for as long as events are kept: a little later each time, up to a limit, and not
+  before the time that Retry-After says.  Meanwhile what follows waits.
+- What a receiver refuses for what it is, by 400, 413, 415 or 422, is dropped after two hours of refusal, lest
+  it stand in the way for days.
+- What was delivered is removed behind that.  Who is killed in between delivers it once more: an event comes
+  at least once, with the same id.
 """
 
 from __future__ import annotations

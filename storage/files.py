@@ -22,7 +22,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -651,17 +651,22 @@ async def finished(function: Callable[..., T], *arguments: object) -> T:
 
     Else its caller would close the file under it, and the thread work on whatever gets its number next.
     """
-    thread = asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+    return await undisturbed(asyncio.get_running_loop().run_in_executor(None, function, *arguments))
+
+
+async def undisturbed(work: Awaitable[T]) -> T:
+    """The same of what goes on in this thread: it comes to its end before a cancellation counts."""
+    task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
-    while not thread.done():
+    while not task.done():
         try:
-            await asyncio.wait([thread])
+            await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        thread.exception()  # seen
+        task.exception()  # seen
         raise cancelled
-    return thread.result()
+    return task.result()
 
 
 def _mark(owner: str) -> str:

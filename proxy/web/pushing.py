@@ -1,7 +1,8 @@
 """The push half of the distribution API over any Registry: uploads, manifests, deletion.
 
 An upload's session is its file in the store: any worker goes on with it, and what was taken of a request that
-is cut stays, to be resumed.  Locations are relative, so that they are right behind any proxy.
+is cut stays, to be resumed.  What is done in the end is done whole, and told of, should the client leave too.
+Locations are relative, so that they are right behind any proxy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -32,6 +33,7 @@ from storage.errors import (
     SizeInvalid,
     UploadStalled,
 )
+from storage.files import undisturbed
 from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag, parse_manifest
 from storage.registry import Registry, Upload
 
@@ -72,7 +74,7 @@ class Pushing:
         if "mount" in request.query:
             # What cannot be mounted is uploaded: clients expect no error.
             with suppress(BlobUnknown, NameUnknown, NameInvalid, DigestInvalid):
-                return await self._mount(request, route, name, now)
+                return await undisturbed(self._mount(request, route, name, now))
         if "digest" in request.query:
             return await self._whole(request, route, name, now)
         algorithm = request.query.get("digest-algorithm", "sha256")
@@ -99,7 +101,7 @@ class Pushing:
         except BaseException as error:
             await upload.cancel(error)  # its id was told to nobody
             raise
-        return await self._commit(request, route, now, upload, digest)
+        return await undisturbed(self._commit(request, route, now, upload, digest))
 
     async def status(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
         """GET: how far it has come."""
@@ -128,7 +130,7 @@ class Pushing:
         except BaseException:
             await upload.suspend()
             raise
-        return await self._commit(request, route, now, upload, digest)
+        return await undisturbed(self._commit(request, route, now, upload, digest))
 
     async def _commit(
         self, request: web.BaseRequest, route: Route, now: Exchange, upload: Upload, digest: Digest
@@ -193,18 +195,30 @@ class Pushing:
         body = await self._manifest_body(request, now)
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
         manifest = Manifest.of(media_type or _told(body), body)
-        descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
-        now.digest = descriptor.digest
-        pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
-        for tag in pushed or (None,):
-            await self._telling.did("push", "manifest", request, route, now, descriptor, tag=tag)
-        answer = self._created(request, route, Kind.MANIFEST, descriptor.digest, now)
+        now.digest = await undisturbed(self._push(request, route, name, now, manifest, tags))
+        answer = self._created(request, route, Kind.MANIFEST, Digest(now.digest), now)
         with suppress(ManifestInvalid):
             if (subject := parse_manifest(body).subject) is not None:
                 answer.headers["OCI-Subject"] = subject.digest
         if tags:
             answer.headers["OCI-Tag"] = ", ".join(tags)
         return answer
+
+    async def _push(
+        self,
+        request: web.BaseRequest,
+        route: Route,
+        name: str,
+        now: Exchange,
+        manifest: Manifest,
+        tags: Sequence[Tag],
+    ) -> Digest:
+        assert route.reference is not None
+        descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
+        pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
+        for tag in pushed or (None,):
+            await self._telling.did("push", "manifest", request, route, now, descriptor, tag=tag)
+        return descriptor.digest
 
     async def _manifest_body(self, request: web.BaseRequest, now: Exchange) -> bytes:
         body = bytearray()
@@ -223,22 +237,32 @@ class Pushing:
     async def delete_manifest(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.Response:
-        assert route.reference is not None
-        await self._registry.delete_manifest(name, route.reference)
-        if isinstance(route.reference, Tag):
-            await self._telling.did("delete", "tag", request, route, now, tag=route.reference)
-        else:
-            gone = Descriptor("", route.reference, -1)
-            await self._telling.did("delete", "manifest", request, route, now, gone)
+        reference = route.reference
+        assert reference is not None
+
+        async def delete() -> None:
+            await self._registry.delete_manifest(name, reference)
+            if isinstance(reference, Tag):
+                await self._telling.did("delete", "tag", request, route, now, tag=reference)
+            else:
+                gone = Descriptor("", reference, -1)
+                await self._telling.did("delete", "manifest", request, route, now, gone)
+
+        await undisturbed(delete())
         return self._deleted(now)
 
     async def delete_blob(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.Response:
-        assert isinstance(route.reference, Digest)
-        await self._registry.delete_blob(name, route.reference)
-        gone = Descriptor(OCTETS, route.reference, -1)
-        await self._telling.did("delete", "blob", request, route, now, gone)
+        digest = route.reference
+        assert isinstance(digest, Digest)
+
+        async def delete() -> None:
+            await self._registry.delete_blob(name, digest)
+            gone = Descriptor(OCTETS, digest, -1)
+            await self._telling.did("delete", "blob", request, route, now, gone)
+
+        await undisturbed(delete())
         return self._deleted(now)
 
     # Answers

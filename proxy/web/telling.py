@@ -81,7 +81,7 @@ class Telling:
             kind=kind,
             repository=f"{now.namespace}/{now.repository}",
             digest=str(descriptor.digest) if descriptor else "",
-            media_type=descriptor.media_type if descriptor else "",
+            media_type=_text(descriptor.media_type) if descriptor else "",
             size=descriptor.size if descriptor else -1,
             tag=str(tag or ""),
             source=source or "",
@@ -89,16 +89,21 @@ class Telling:
             request=Request(
                 id=now.id,
                 address=request.remote or "",
-                host=request.headers.get("Host", ""),
+                host=_text(request.host),
                 method=request.method,
-                agent=request.headers.get("User-Agent", "")[:200],
+                agent=_text(request.headers.get("User-Agent", "")[:200]),
             ),
         )
 
 
 def _url(request: web.BaseRequest, route: Route, kind: Kind, digest: Digest, ns: str | None) -> str:
     """Where this client finds it."""
-    scheme = request.headers.get("X-Forwarded-Proto", request.scheme)
+    secure = request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
     endpoint = Endpoint.BLOB if kind == "blob" else Endpoint.MANIFEST
     path = build_location(Route(endpoint, route.name, digest, route.prefix), ns)
-    return f"{scheme if scheme == 'https' else 'http'}://{request.headers.get('Host', '')}{path}"
+    return f"{'https' if secure else 'http'}://{_text(request.host)}{path}"
+
+
+def _text(value: str) -> str:
+    """What can be encoded, of a header that need not be UTF-8."""
+    return value.encode("utf-8", "replace").decode()

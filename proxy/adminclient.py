@@ -94,6 +94,9 @@ class Remote:
     async def scrubbing(self) -> answers.Scrubbing:
         return await self._get(answers.Scrubbing, "scrub")
 
+    async def webhooks(self) -> list[answers.WebhookRow]:
+        return await self._get(list[answers.WebhookRow], "webhooks")
+
     async def why(self, reference: str) -> answers.Why:
         return await self._get(answers.Why, "why", ref=reference)
 

@@ -213,6 +213,25 @@ class Unpinned(Answer, frozen=True):
     pattern: str
 
 
+class WebhookRow(Answer, frozen=True):
+    """`url` without path and query, which may hold a secret.  So many events are `pending`, since `oldest`.
+
+    While deliveries fail, `failing_since` tells since when.  `error` is what the last one that failed, at
+    `failed_at`, has failed with.
+    """
+
+    name: str
+    url: str
+    format: str
+    actions: list[str]
+    pending: int
+    oldest: float | None
+    delivered_at: float | None
+    failing_since: float | None
+    failed_at: float | None
+    error: str | None
+
+
 class Evicted(Answer, frozen=True):
     """`short` is how many bytes are still too many."""
 

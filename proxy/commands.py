@@ -250,6 +250,13 @@ def scrub(call: Call, wait: bool) -> None:
 
 
 @click.command()
+@common
+def webhooks(call: Call) -> None:
+    """List the webhooks, with what they have not been told of yet, and how deliveries go."""
+    call.ask(lambda operations: operations.webhooks(), tables.webhooks)
+
+
+@click.command()
 @click.argument("reference", metavar="REF")
 @common
 def why(call: Call, reference: str) -> None:
@@ -257,4 +264,4 @@ def why(call: Call, reference: str) -> None:
     call.ask(lambda operations: operations.why(reference), tables.explained)
 
 
-COMMANDS = (ls, show, stats, fills, purge, refresh, pin, unpin, pins, evict, scrub, why)
+COMMANDS = (ls, show, stats, fills, purge, refresh, pin, unpin, pins, evict, scrub, webhooks, why)

@@ -107,7 +107,8 @@ class Composition:
         self.eviction = Eviction(self.store, self._rules(), self.pins.pinned, clock)
         self.scrub = Scrub(self.store, config.disk.scrub, clock)
         self.freshener = Freshener(self.namespaces, self.store, self.pins, clock)
-        self.live = Live(self.fills, self.caches, [each.files.disk for each in stores], clock)
+        disks = [each.files.disk for each in stores] + ([self._events] if config.webhooks else [])
+        self.live = Live(self.fills, self.caches, disks, clock)
 
     def _private(self) -> Store:
         """Where all that is pushed lies.  Nothing of it goes but what nobody can reach."""
@@ -132,7 +133,8 @@ class Composition:
 
     def _queue(self) -> Queue:
         root = self.config.disk.path / "events"
-        queue = Queue(Records(root / "records", self.clock, durable=True), self.clock)
+        self._events = Disk(root, self.clock)
+        queue = Queue(Records(root / "records", self.clock, self._events, durable=True), self.clock)
         self._closing.callback(queue.close)
         return queue
 

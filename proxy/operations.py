@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import structlog
+from yarl import URL
 
 from proxy import asking
 from proxy.answers import (
@@ -29,15 +30,18 @@ from proxy.answers import (
     StatsRow,
     Tree,
     Unpinned,
+    WebhookRow,
     Why,
 )
 from proxy.asking import BadField, literal
 from proxy.composition import Composition
+from proxy.config import Webhook
 from proxy.freshness import refresh
 from proxy.inventory import WILD, Inventory, merged
 from proxy.live import Everyone, FillState
 from proxy.purging import Purging
 from proxy.reasons import Reasons
+from proxy.webhooks.queue import Queue
 from storage.errors import NameUnknown, RegistryError
 from storage.eviction import Report
 from storage.files import finished
@@ -250,6 +254,14 @@ class Operations:
             bytes=sum(held),
         )
 
+    async def webhooks(self) -> list[WebhookRow]:
+        """In the order of the configuration."""
+        queue = self._composition.queue
+        if queue is None:
+            return []
+        webhooks = self._composition.config.webhooks
+        return await finished(lambda: [_webhook(each, queue) for each in webhooks])
+
     async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
         """Until `to` bytes are left; without it, what is too old goes, and what the limits do not allow."""
         if to is not None and to < 0:
@@ -315,6 +327,22 @@ def _row(namespace: str, counted: Counters) -> StatsRow:
         byte_hit_ratio=counted.byte_hit_ratio if counted.sent_bytes else None,
         bytes_saved=counted.bytes_saved,
         requests_saved=counted.requests_saved,
+    )
+
+
+def _webhook(webhook: Webhook, queue: Queue) -> WebhookRow:
+    state = queue.state(webhook.name)
+    return WebhookRow(
+        name=webhook.name,
+        url=str(URL(webhook.url).origin()),
+        format=webhook.format,
+        actions=list(webhook.actions),
+        pending=queue.pending(webhook.name),
+        oldest=queue.oldest(webhook.name),
+        delivered_at=state.delivered_at,
+        failing_since=state.failing_since,
+        failed_at=state.failed_at,
+        error=state.error,
     )
 
 

@@ -304,6 +304,32 @@ def scrubbing(found: answers.ScrubRow, shown: Progress) -> None:
     shown.show("scrub", found.bytes, found.total_bytes or None, said)
 
 
+def webhooks(found: Sequence[answers.WebhookRow], now: float) -> Sequence[Table]:
+    columns = (
+        Column("WEBHOOK", whole=True),
+        Column("URL"),
+        Column("FORMAT"),
+        Column("ACTIONS"),
+        Column("PENDING", right=True),
+        Column("OLDEST"),
+        Column("DELIVERED"),
+        Column("STATE"),
+    )
+    table = Table(columns, empty="no webhook is configured")
+    for each in found:
+        table.add(
+            each.name,
+            each.url,
+            each.format,
+            " ".join(each.actions),
+            str(each.pending),
+            moment(each.oldest, now, ""),
+            moment(each.delivered_at, now, "never"),
+            "" if each.failing_since is None else f"fails, {moment(each.failing_since, now)}: {each.error}",
+        )
+    return [table]
+
+
 def explained(found: answers.Why, now: float) -> Sequence[Table]:
     table = Table((Column("WHY"), Column(_full(found.repository, found.reference))))
     fresh = "" if found.fresh_for is None else f", {duration(found.fresh_for)}"

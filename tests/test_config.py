@@ -21,6 +21,7 @@ from proxy.config import (
     Namespace,
     TagRule,
     Upstream,
+    Webhook,
     default_cache_directory,
     load,
 )
@@ -29,7 +30,8 @@ from proxy.values import Address, Reserve, Secret, parse_duration
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.yml"
 MANUAL = ROOT / "docs" / "configuration.md"
-SECTIONS = (Config, Disk, Log, Login, Namespace, TagRule, Upstream)
+TOKENS = dict.fromkeys(("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET", "AUDIT_TOKEN"), "t")
+SECTIONS = (Config, Disk, Log, Login, Namespace, TagRule, Upstream, Webhook)
 
 
 @pytest.fixture
@@ -325,6 +327,41 @@ def test_every_key_of_an_upstream_is_read(read: Any) -> None:
     )
 
 
+HOOK = "name: a, url: 'https://h.example/hook?token=hunter2'"
+
+
+def webhook(members: str = HOOK) -> str:
+    return f"webhooks: [{{{members}}}]"
+
+
+def test_a_webhook_needs_a_name_and_a_url(read: Any) -> None:
+    (found,) = read(webhook()).webhooks
+    assert (found.name, found.url) == ("a", "https://h.example/hook?token=hunter2")
+    assert (found.format, found.actions) == ("registry", ("push", "delete", "mount", "move"))
+    assert (found.timeout, found.backoff, found.backoff_limit, found.keep) == (5, 1, 60, 7 * 86400)
+    assert read("").webhooks == ()
+
+
+def test_every_key_of_a_webhook_is_read(read: Any) -> None:
+    (found,) = read(
+        webhook(
+            f"{HOOK}, format: cloudevents, actions: [pull], match: ['local/*'], media_types: ['re:.*json'],"
+            "headers: {Authorization: Bearer hunter2}, secret: hunter2, ca_file: /ca, timeout: 1s,"
+            "backoff: 2s, backoff_limit: 3s, keep: never"
+        )
+    ).webhooks
+    assert (found.format, found.actions) == ("cloudevents", ("pull",))
+    assert found.headers == {"Authorization": "Bearer hunter2"}
+    assert (found.secret, found.ca_file) == ("hunter2", Path("/ca"))
+    assert (found.timeout, found.backoff, found.backoff_limit, found.keep) == (1, 2, 3, math.inf)
+    assert found.wants("pull", "local/team/app", "application/json")
+    assert not found.wants("push", "local/team/app", "application/json")
+    assert not found.wants("pull", "docker.io/library/alpine", "application/json")
+    assert not found.wants("pull", "local/team/app", "application/octet-stream")
+    assert found.wants("pull", "local/team/app", "")
+    assert "hunter2" not in repr(found)
+
+
 # Faults name the key
 
 
@@ -396,6 +433,31 @@ def test_every_key_of_an_upstream_is_read(read: Any) -> None:
             at("docker_config: d, credentials: [{docker_config: d}]"),
             "namespaces.x.upstream: docker_config and credentials each say who we are: keep one of them",
         ),
+        ("webhooks: [{url: 'https://h'}]", "webhooks[0].name: is required"),
+        ("webhooks: [{name: a}]", "webhooks[0].url: is required"),
+        (
+            f"webhooks: [{{{HOOK}}}, {{{HOOK}}}]",
+            "webhooks[1].name: there is another webhook a",
+        ),
+        (
+            webhook("name: A b, url: 'https://h'"),
+            "webhooks[0].name: expected a word in lower case, of letters, digits, '.', '_' and '-'",
+        ),
+        (webhook("name: a, url: 'ftp://h'"), "webhooks[0].url: must begin with https:// or http://"),
+        (
+            webhook(f"{HOOK}, actions: [pushed]"),
+            "webhooks[0].actions[0]: expected one of push, pull, delete, mount, move",
+        ),
+        (
+            webhook(f"{HOOK}, headers: [a]"),
+            "webhooks[0].headers: expected a mapping of header names to values, got a list",
+        ),
+        (
+            webhook(f"{HOOK}, headers: {{X-A: 5}}"),
+            "webhooks[0].headers: X-A expected a string, got a number: put it in quotes",
+        ),
+        (webhook(f"{HOOK}, headers: {{Host: h}}"), "webhooks[0].headers: Host is not yours to set"),
+        (webhook(f"{HOOK}, headers: {{A: h, a: h}}"), "webhooks[0].headers: names one twice"),
         (at("client_key: k"), "namespaces.x.upstream: client_key needs client_certificate"),
         (
             at("username: 'a:b', password: p"),
@@ -560,6 +622,13 @@ def test_secrets_do_not_show(read: Any) -> None:
         upstream("url: https://h, username: u, password: !hunter2"),
         upstream("url: https://h, username: u, password: !hunter2'x y"),
         upstream("url: https://h, username: u, password: !h!hunter2 y"),
+        webhook("name: a, url: 'https://u:hunter2@h'"),
+        webhook("name: a, url: 'hunter2'"),
+        webhook("name: a, url: 'https://h/#hunter2'"),
+        webhook("name: a, url: 'https://h/ hunter2'"),
+        webhook(f"{HOOK}, headers: {{'Authorization:hunter2': a}}"),
+        webhook(f"{HOOK}, headers: {{Authorization: [hunter2]}}"),
+        webhook(f"{HOOK}, secret: [hunter2]"),
         at("password: hunter2"),
         at("credentials: [{password: hunter2}]"),
         at("credentials: [{username: u, password: hunter2, docker_config: /d}]"),
@@ -657,7 +726,7 @@ def test_the_example_is_the_defaults() -> None:
 
 def test_the_example_without_its_comment_signs_loads(tmp_path: Path) -> None:
     (tmp_path / "all.yml").write_text(uncommented(), encoding="utf-8")
-    config = load(tmp_path / "all.yml", {"HUB_TOKEN": "secret", "ADMIN_TOKEN": "t"})
+    config = load(tmp_path / "all.yml", TOKENS)
     private = config.namespaces["registry.example:5000"].upstream
     for field in msgspec.structs.fields(Upstream):
         if not field.required and field.default not in (None, ()):
@@ -674,8 +743,9 @@ def test_the_manual_has_every_key_in_a_table(section: type, name: str) -> None:
 
 
 def test_the_recipes_of_the_manual_load(tmp_path: Path) -> None:
-    recipes = re.findall(r"(?s)```yaml\n(.*?)```", MANUAL.read_text(encoding="utf-8"))
-    assert recipes
-    for recipe in recipes:
-        (tmp_path / "recipe.yml").write_text(recipe, encoding="utf-8")
-        assert load(tmp_path / "recipe.yml", {"HUB_TOKEN": "secret", "ADMIN_TOKEN": "t"}).namespaces
+    for manual in (MANUAL, MANUAL.with_name("events.md")):
+        recipes = re.findall(r"(?s)```yaml\n(.*?)```", manual.read_text(encoding="utf-8"))
+        assert recipes
+        for recipe in recipes:
+            (tmp_path / "recipe.yml").write_text(recipe, encoding="utf-8")
+            assert load(tmp_path / "recipe.yml", TOKENS).namespaces

@@ -81,6 +81,7 @@ class Api:
             ("GET", "/api/v1/why", self.why),
             ("GET", "/api/v1/pins", self.pins),
             ("GET", "/api/v1/scrub", self.scrub_state),
+            ("GET", "/api/v1/webhooks", self.webhooks),
             ("POST", "/api/v1/purge", self._doing(self.purge)),
             ("POST", "/api/v1/refresh", self._doing(self.refresh)),
             ("POST", "/api/v1/pins", self._doing(self.pin)),
@@ -133,6 +134,10 @@ class Api:
     async def scrub_state(self, request: web.Request) -> web.Response:
         _query(request)
         return in_json(await self._operations.scrubbing())
+
+    async def webhooks(self, request: web.Request) -> web.Response:
+        _query(request)
+        return in_json(await self._operations.webhooks())
 
     async def purge(self, request: web.Request) -> web.Response:
         wanted = await _body(request, _Purge)

@@ -44,7 +44,7 @@ from storage.files import finished
 log = structlog.get_logger()
 
 AT_ONCE = 100  # events in memory, and in a transaction that removes them
-LOOK = 60.0  # seconds after which a queue is looked at without a call: other servers may share the directory
+LOOK = 60.0  # seconds after which a queue is looked at uncalled: a command on the directory calls nobody
 REFUSED = 7200.0  # seconds
 LATEST = 3600.0  # seconds at most that Retry-After is kept to
 IDLE = 4.0  # seconds that a connection is kept; less than servers do, since one that is closing takes nothing

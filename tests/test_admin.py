@@ -270,6 +270,7 @@ async def test_a_tour(admin: Open) -> None:
     assert (await site.get("/api/v1/image?ref=alpine:3"))["node"]["children"][0]["role"] == "config"
     assert (await site.get("/api/v1/stats?period=1h"))["total"]["requests"] == 0
     assert await site.get("/api/v1/fills") == []
+    assert await site.get("/api/v1/webhooks") == []
     assert (await site.get("/api/v1/why?ref=alpine:3"))["verdict"] == "hit"
     assert (await site.post("/api/v1/pins", pattern="alpine:3", platforms=["linux/amd64"]))[0][
         "references"

@@ -23,7 +23,8 @@ from proxy import answers, commands
 from proxy.adminclient import reach
 from proxy.cli import main
 from proxy.config import load
-from tests.conftest import Serve, Site
+from tests.conftest import Clock, Serve, Site
+from tests.events import Ear
 from tests.upstream import Hold, Image, Manifest, Upstream
 
 LAYER = b"a layer" * 1000
@@ -333,6 +334,34 @@ async def test_what_is_asked_wrongly_is_status_2(shop: Shop) -> None:
     assert "nowhere.example" in await shop.fails("show", "nowhere.example/x:1", status=2)
 
 
+@pytest.mark.parametrize("running", [True, False])
+async def test_webhooks_are_listed_with_what_is_pending(
+    serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock, running: bool
+) -> None:
+    hook = {"name": "deploy", "url": "http://127.0.0.1:9/hook?token=hidden", "actions": ["pull", "move"]}
+    ear = Ear()
+    shop = await stocked(serve, upstream, tmp_path, running, webhooks=[hook])
+    if running:
+        await ear.heard("webhook.failing")
+        teller = shop.site.app.composition.teller
+        assert teller is not None
+        await teller.close()  # what was pulled is written
+    heads, row = await shop.lines("webhooks")
+    assert heads.split() == ["WEBHOOK", "URL", "FORMAT", "ACTIONS", "PENDING", "OLDEST", "DELIVERED", "STATE"]
+    assert row.startswith("deploy   http://127.0.0.1:9  registry  pull move")
+    assert "hidden" not in row
+    assert "never" in row
+    (found,) = msgspec.convert(await shop.told("webhooks"), list[answers.WebhookRow])
+    assert (found.pending, found.oldest, found.delivered_at) == (5, clock(), None)
+    if running:
+        assert f": {found.error}" in row
+        assert "Connect call failed" in (found.error or "")
+
+
+async def test_without_webhooks_none_is_listed(shop: Shop) -> None:
+    assert await shop.lines("webhooks") == ["no webhook is configured"]
+
+
 async def test_json_is_what_the_api_answers(served: Shop) -> None:
     for words, path in (
         (("ls",), "repositories"),
@@ -342,6 +371,7 @@ async def test_json_is_what_the_api_answers(served: Shop) -> None:
         (("stats",), "stats"),
         (("pins",), "pins"),
         (("fills",), "fills"),
+        (("webhooks",), "webhooks"),
     ):
         assert served.site.app.admin_url
         async with served.site.session.get(f"{served.site.app.admin_url}/api/v1/{path}") as response:

@@ -234,8 +234,6 @@ class Delivery:
 
     async def _failed(self, refusal: Refusal) -> None:
         now, since, cause = self._clock(), self._state.failing_since, str(refusal)
-        if since is None:
-            log.warning("webhook.failing", webhook=self.name, error=cause)
         self._state = msgspec.structs.replace(
             self._state, failing_since=now if since is None else since, failed_at=now, error=cause
         )
@@ -244,6 +242,8 @@ class Delivery:
         with suppress(StorageFailed):
             await finished(self._queue.remove, self.name, [], self._state)
             self._pending.set(await finished(self._queue.pending, self.name))
+        if since is None:
+            log.warning("webhook.failing", webhook=self.name, error=cause)
 
     def _drop(self, event: Event, cause: str) -> None:
         self._dropped[cause] += 1

@@ -53,7 +53,7 @@ class Telling:
             await self._teller.tell(happening)
 
     def pulled(self, request: web.BaseRequest, route: Route, now: Exchange, status: int) -> None:
-        """The answer to a GET or HEAD was sent.  What a client has already is no pull of a manifest."""
+        """A GET or HEAD is answered.  Where a client has a manifest already, that is no pull of it."""
         blob = route.kind is Endpoint.BLOB
         if self._teller is None or route.kind not in _CONTENT or now.detail == LEFT or now.content is None:
             return

@@ -18,6 +18,7 @@ from yarl import URL
 from proxy import telemetry
 from proxy.commands import COMMANDS
 from proxy.config import DOCKER_HUB, Config, ConfigError, load
+from proxy.doctor.command import doctor
 from proxy.listening import StartError
 from proxy.setup.command import setup
 from proxy.setup.renderers import RENDERERS
@@ -40,7 +41,7 @@ def main() -> None:
     """A pull-through cache for OCI registries."""
 
 
-for each in (*COMMANDS, setup):
+for each in (*COMMANDS, setup, doctor):
     main.add_command(each)
 
 

@@ -22,7 +22,7 @@ from proxy.doctor.command import doctor
 from proxy.listening import StartError
 from proxy.setup.command import setup
 from proxy.setup.renderers import RENDERERS
-from proxy.setup.site import reach, site_of
+from proxy.setup.site import reach, scheme_of, site_of
 from proxy.workers import Assignment, Parent
 
 log = structlog.get_logger()
@@ -143,7 +143,7 @@ def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Confi
         + (f", admin on {_http(*admin)}" if admin else ""),
         f"storing in {config.disk.path}",
     ]
-    site = site_of(config, url=str(reach("http", *listen)))
+    site = site_of(config, url=str(reach(scheme_of(config), *listen)))
     if site.namespaces:
         # One registry will do for those that have each named; setup names all.
         name = DOCKER_HUB if DOCKER_HUB in site.namespaces else site.namespaces[0]

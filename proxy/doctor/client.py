@@ -76,9 +76,6 @@ async def _answers(session: aiohttp.ClientSession, site: Site) -> Check:
         advice = "give its authority: entrepot setup CLIENT --ca-file FILE puts it where the client looks"
         return failed("server", site.base, message, advice)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        cause_ = (
-            getattr(getattr(error, "os_error", None), "strerror", None) or str(error) or "no answer in time"
-        )
         advice = "see whether it runs (entrepot doctor there), listens here, and no firewall is between"
         return failed("server", site.base, f"{url}: {cause(error)}", advice)
     if server != "entrepot":

@@ -68,7 +68,6 @@ def _works(path: Path) -> Iterator[Check]:
                 yield _locks(subject, written.fileno())
             yield _links(subject, file)
     except OSError as error:
-        cause = error.strerror or str(error)
         advice = (
             f"give it to the user of the server, and call this as that user; now it is user {os.geteuid()}"
         )

@@ -6,6 +6,7 @@ import os
 import resource
 import ssl
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from proxy.config import Config
+from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.listening import StartError, bind
 from proxy.setup.site import EVERYWHERE
@@ -40,9 +42,14 @@ class _State(msgspec.Struct):
 
 async def look(config: Config, admin: URL | None = None) -> list[Check]:
     """`admin` is the admin address where it is not that of the configuration."""
-    url = admin or (url_of("http", config.admin) if config.admin and config.admin.port else None)
+    url = admin
+    if url is None and config.admin and config.admin.port:
+        # Who listens for this machine alone has no need of TLS.
+        url = url_of("https" if tls_of(config) and not config.admin.loopback else "http", config.admin)
     timeout = aiohttp.ClientTimeout(total=PATIENCE)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    # It is asked by its address, and a certificate is for its name.
+    connector = aiohttp.TCPConnector(ssl=False)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         if url is None:
             advice = "set admin: in the configuration, to see how it does"
             found = [warning("server", "-", "its admin listener is off: how it does is not told", advice)]
@@ -112,9 +119,9 @@ async def _listens(session: aiohttp.ClientSession, config: Config, runs: bool | 
     subject = str(config.listen)
     if not config.listen.port:
         return warning("listen", subject, "is any free port: clients cannot know it", "give listen: a port")
-    url = url_of("http", config.listen)
+    url = url_of("https" if tls_of(config) else "http", config.listen)
     try:
-        async with session.get(url / "v2/", ssl=_unverified()) as response:
+        async with session.get(url / "v2/") as response:
             theirs, status = response.headers.get("Server", ""), response.status
     except aiohttp.ClientConnectorError as error:
         if runs:
@@ -134,14 +141,6 @@ async def _listens(session: aiohttp.ClientSession, config: Config, runs: bool | 
     return ok("listen", subject, f"answers {status}")
 
 
-def _unverified() -> ssl.SSLContext:
-    """It is asked by its address, and a certificate is for its name."""
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 def _could_listen(config: Config) -> Check:
     subject = str(config.listen)
     try:
@@ -150,6 +149,29 @@ def _could_listen(config: Config) -> Check:
     except StartError as error:
         return failed("listen", subject, str(error), "choose an address of this machine's, and a free port")
     return ok("listen", subject, "is free, for the server to listen at")
+
+
+def tls_of(config: Config) -> Any:
+    """What the configuration says of TLS for our own listener, if it can say anything."""
+    return getattr(config, "tls", None)
+
+
+def own_certificate(config: Config) -> list[Check]:
+    """Of the listener's, where it has one."""
+    tls = tls_of(config)
+    if tls is None:
+        return []
+    subject = str(tls.certificate)
+    try:
+        end = certificates.of_files(tls.certificate, tls.key)
+    except ssl.SSLError as error:
+        advice = "renew it, or give the key that belongs to it (tls.key)"
+        return [failed("tls", subject, certificates.refused(error), advice)]
+    except OSError as error:
+        return [
+            failed("tls", subject, f"cannot be read: {cause(error)}", "see to tls.certificate and tls.key")
+        ]
+    return [certificates.judged("tls", subject, end, "renew it: the server reads it again by itself")]
 
 
 def machine(config: Config) -> list[Check]:

@@ -23,6 +23,7 @@ async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
     checks = [ok("configuration", subject, "is valid")]
     local = await asyncio.gather(
         asyncio.to_thread(disk.look, config.disk),
+        asyncio.to_thread(running.own_certificate, config),
         asyncio.to_thread(running.machine, config),
         running.look(config, admin),
     )

@@ -109,6 +109,11 @@ def reach(scheme: str, host: str, port: int) -> URL:
     return URL.build(scheme=scheme, host=socket.gethostname() if host in EVERYWHERE else host, port=port)
 
 
+def scheme_of(config: Config) -> str:
+    """How its clients are spoken to."""
+    return "https" if getattr(config, "tls", None) else "http"
+
+
 def site_of(
     config: Config,
     *,
@@ -118,7 +123,7 @@ def site_of(
     bypass: bool = True,
 ) -> Site:
     """The server of that configuration, but for what is given.  Raises ValueError, in a sentence."""
-    where = _url(url) if url else reach("http", config.listen.host, config.listen.port)
+    where = _url(url) if url else reach(scheme_of(config), config.listen.host, config.listen.port)
     if not where.port:
         raise ValueError("listen has port 0, which is any: give --url")
     if ca_file is not None and where.scheme == "http":

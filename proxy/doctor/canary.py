@@ -31,7 +31,7 @@ LIMIT = 4 << 20  # bytes of a manifest
 PATIENCE = 300.0  # seconds for a client's own pull
 PULLERS = {
     "docker": ("docker", "pull", "--quiet"),
-    "containerd": ("ctr", "images", "pull", "--hosts-dir", f"{CONTAINERD}/certs.d"),
+    "containerd": ("ctr", "images", "pull"),
     "podman": ("podman", "pull", "--quiet"),
 }
 
@@ -170,6 +170,8 @@ async def pull(
     Whether it came through is told by the server's metrics, where `admin` is given and answers.
     """
     words = [*PULLERS[client], str(Name.parse(reference))]
+    if client == "containerd":  # ctr does not look there by itself
+        words.insert(-1, f"--hosts-dir={host.path(CONTAINERD)}/certs.d")
     if not shutil.which(words[0]):
         return None
     before = await _requests(session, admin)

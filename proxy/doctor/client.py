@@ -47,7 +47,7 @@ async def examine(site: Site, root: Path, wish: Wish) -> list[Check]:
             for client in here or [podman.CLIENT]:
                 checks.append(await canary.look(session, host, client, name))
         if wish.pull:
-            pulled = [await canary.pull(session, each, wish.pull, wish.admin) for each in here]
+            pulled = [await canary.pull(session, host, each, wish.pull, wish.admin) for each in here]
             checks += [each for each in pulled if each is not None]
     return checks
 

@@ -342,6 +342,9 @@ def test_a_later_file_replaces_a_table(root: Path) -> None:
 # All of it, by the command
 
 
+MORE = ("--namespace", "docker.io", "--json")
+
+
 class Cache:
     """A server, and how a client's machine is looked over that is to ask it."""
 
@@ -355,9 +358,10 @@ class Cache:
 
     async def look(self, *words: str, url: str = "") -> list[Check]:
         result = await asyncio.to_thread(
-            CliRunner().invoke, main,
-            ["doctor", "--client", url or self.site.url, "--root", str(self.root), "--namespace", "docker.io", "--json", *words],
-        )  # fmt: skip
+            CliRunner().invoke,
+            main,
+            [*("doctor", "--client", url or self.site.url, "--root", str(self.root)), *MORE, *words],
+        )
         assert result.exception is None or isinstance(result.exception, SystemExit), result.output
         self.status = result.exit_code
         return msgspec.json.decode(result.stdout, type=Diagnosis).checks

@@ -163,7 +163,7 @@ def _reason(content: bytes) -> str:
 
 
 async def pull(
-    session: aiohttp.ClientSession, client: str, reference: str, admin: URL | None
+    session: aiohttp.ClientSession, host: Host, client: str, reference: str, admin: URL | None
 ) -> Check | None:
     """By the client's own program; None if that is not here.
 

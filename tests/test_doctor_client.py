@@ -190,7 +190,7 @@ OURS = f'[host."{BASE}"]\ncapabilities = ["pull", "resolve"]\n'
         (f'[host."{BASE}/docker.io"]\noverride_path = true\n', "failed", "override_path leaves out /v2"),
         (f'[host."{BASE}"]\nca = "/etc/absent.crt"\n', "failed", "there is no /etc/absent.crt"),
         (f'[host."https://other.example"]\n{OURS}', "warning", "https://other.example is asked before"),
-        (f'server = "{BASE}"\n', "warning", "has no [host]: containerd before 1.7.15"),
+        (f'server = "{BASE}"\n', "warning", "has no [host]: older containerd"),
     ],
 )
 def test_containerd_that_is_not_well(root: Path, text: str, state: str, says: str) -> None:

@@ -21,7 +21,8 @@ from proxy.setup.renderers import RENDERERS, text
 from proxy.setup.site import Setup, Site, site_of
 from tests.conftest import configuration
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, CLIENTS = ROOT / "README.md", ROOT / "docs" / "clients.md"
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 PLAIN = Site(URL("http://cache.example:5000"), ("docker.io", "ghcr.io", "registry.example:5000"))
 SECURE = replace(PLAIN, url=URL("https://cache.example"), ca=PEM)
@@ -126,7 +127,7 @@ def test_containerd_asks_for_some() -> None:
 
 
 def test_containerd_without_bypass_has_nobody_but_the_server() -> None:
-    """And an empty [host]: without any, containerd before 1.7.15 takes the file for broken."""
+    """And an empty [host]: without any, older containerd takes the file for broken."""
     found = content(made("containerd", PLAIN, bypass=False), f"{CERTS}/_default/hosts.toml")
     assert found == {"server": "http://cache.example:5000", "capabilities": PULL, "host": {}}
 
@@ -290,12 +291,28 @@ def test_the_readme_says_what_is_rendered() -> None:
     """Each block of the section on clients is the whole of a file, for its one registry."""
     section = re.search(r"^## Point clients at it$(.*?)^## ", README.read_text(), re.DOTALL | re.MULTILINE)
     assert section
-    blocks = re.findall(r"^```(?:json|toml)\n(.*?)^```$", section[1], re.DOTALL | re.MULTILINE)
-    site = Site(URL("http://cache.example:5000"), ("docker.io",))
-    rendered = {each.content for client in RENDERERS for each in RENDERERS[client](site).pieces}
-    assert len(blocks) >= 4
-    for each in blocks:
-        assert each in rendered
+    found = blocks(section[1])
+    assert len(found) >= 4
+    assert found <= rendered(Site(URL("http://cache.example:5000"), ("docker.io",)))
+
+
+def test_the_page_on_clients_says_what_is_rendered() -> None:
+    """And has a section for each of them."""
+    page = CLIENTS.read_text()
+    site = Site(URL("http://cache.example:5000"), ("docker.io", "ghcr.io"))
+    found = blocks(page)
+    assert len(found) >= 12
+    assert found <= rendered(site) | rendered(replace(site, bypass=False))
+    heads = " ".join(re.findall(r"^## (.*)$", page, re.MULTILINE)).lower().replace("-", "")
+    assert all(client in heads for client in RENDERERS)
+
+
+def blocks(page: str) -> set[str]:
+    return set(re.findall(r"^```(?:json|toml|yaml|text)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+
+
+def rendered(site: Site) -> set[str]:
+    return {each.content for client in RENDERERS for each in RENDERERS[client](site).pieces}
 
 
 # Of which server

@@ -111,7 +111,7 @@ def _file(host: Host, path: Path, names: list[str]) -> Iterator[Check]:
         return
     if "host" not in tree:
         message = (
-            f"{path} has no [host]: containerd before 1.7.15 takes it for broken, and goes past the server"
+            f"{path} has no [host]: older containerd, such as 1.6, takes it for broken, and goes past it"
         )
         yield warning("configuration", subject, message, "put an empty [host] at its end")
     ours = [each for each in servers if each.url.origin() == host.site.url.origin()]

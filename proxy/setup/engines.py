@@ -4,7 +4,8 @@ Traps that are avoided here:
 
 - dockerd has mirrors for Docker Hub only, and refused a path in their URLs before version 24.
 - containerd without `capabilities` sends pushes to a mirror, without "resolve" in them no tag.
-- containerd before 1.7.15 logs a hosts.toml without any [host] table as an error, and goes past it.
+- Older containerd, all of 1.6 among it, takes a hosts.toml without any [host] table for broken, and goes
+  past it.
 - Without `server`, containerd asks the registry itself last; there is no other way to keep it from that.
 - podman tries plain http only where `insecure` says so; a mirror's path comes after /v2 there, so that
   /v2/ has to answer as well, which it does.

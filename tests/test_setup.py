@@ -323,9 +323,13 @@ def test_the_site_is_that_of_the_configuration(tmp_path: Path) -> None:
         "docker.io": {"upstream": "https://registry-1.docker.io"},
         "edge": {"upstream": "https://edge.example"},  # no client takes that for a registry
         "ghcr.io": {"upstream": "https://ghcr.io"},
+        "store.example": {"store": {}},  # pulled by full name
     }
     tree = {"listen": "0.0.0.0:5000", "namespaces": namespaces, "default_namespace": "edge"}
-    found = site_of(configuration(tmp_path, tree))
+    config = configuration(tmp_path, tree)
+    with pytest.raises(ValueError, match="a store of our own"):
+        site_of(config, namespaces=["store.example"])
+    found = site_of(config)
     assert found.base == f"http://{socket.gethostname()}:5000"
     assert found.namespaces == ("docker.io", "ghcr.io")
     assert found.every and found.bypass and not found.hub

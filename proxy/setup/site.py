@@ -129,6 +129,8 @@ def site_of(
     if ca_file is not None and where.scheme == "http":
         raise ValueError(f"--ca-file is of no use: {where} has no TLS")
     # What a store holds nobody mirrors: it is pulled by full name.
+    if stores := sorted(config.hosted().keys() & set(namespaces)):
+        raise ValueError(f"--namespace {stores[0]}: is a store of our own: it is pulled by full name")
     caches = [name for name, each in config.namespaces.items() if each.upstream is not None]
     return Site(
         url=where,

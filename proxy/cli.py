@@ -6,8 +6,8 @@ import asyncio
 import os
 import resource
 import signal
-import socket
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,12 +18,17 @@ from yarl import URL
 from proxy import telemetry
 from proxy.commands import COMMANDS
 from proxy.config import DOCKER_HUB, Config, ConfigError, load
+from proxy.doctor.command import doctor
 from proxy.listening import StartError
+from proxy.setup.command import setup
+from proxy.setup.renderers import RENDERERS
+from proxy.setup.site import reach, scheme_of, site_of
 from proxy.workers import Assignment, Parent
 
 log = structlog.get_logger()
 
 BEHIND = 10  # see nice(2)
+SHOWN = ("docker", "containerd", "podman")  # in the banner
 
 _CONFIG = click.option(
     "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="The configuration, in YAML."
@@ -36,7 +41,7 @@ def main() -> None:
     """A pull-through cache for OCI registries."""
 
 
-for each in COMMANDS:
+for each in (*COMMANDS, setup, doctor):
     main.add_command(each)
 
 
@@ -133,29 +138,23 @@ async def _serve(parent: Parent, config: Config) -> None:
 
 def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Config) -> str:
     """What it listens on, where it stores, and how the usual clients are pointed at it."""
-    url = _http(*listen)
-    host = url.host or ""
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()
-    reach = _http(host, listen[1])
-    where = f"{reach.host_subcomponent}:{reach.port}"
     lines = [
-        f"entrepot {version('entrepot')} listening on {url}"
+        f"entrepot {version('entrepot')} listening on {_http(*listen)}"
         + (f", admin on {_http(*admin)}" if admin else ""),
         f"storing in {config.disk.path}",
-        "point clients at it:",
     ]
-    if config.default_namespace == DOCKER_HUB:  # dockerd takes mirrors for no other registry
-        lines.append(f'  dockerd     /etc/docker/daemon.json: {{"registry-mirrors": ["{reach}"]}}')
-    # Without capabilities containerd would send pushes here as well; they need a line of their own in TOML.
-    lines.append(f'  containerd  /etc/containerd/certs.d/_default/hosts.toml: [host."{reach}"]')
-    lines.append('              capabilities = ["pull", "resolve"]')
-    name = DOCKER_HUB if DOCKER_HUB in config.namespaces else next(iter(config.namespaces))
-    lines.append(
-        "  podman      /etc/containers/registries.conf.d/entrepot.conf: "
-        f'registry = [{{prefix = "{name}", location = "{name}", '
-        f'mirror = [{{location = "{where}/{name}", insecure = true}}]}}]'
-    )
+    site = site_of(config, url=str(reach(scheme_of(config), *listen)))
+    if site.namespaces:
+        # One registry will do for those that have each named; setup names all.
+        name = DOCKER_HUB if DOCKER_HUB in site.namespaces else site.namespaces[0]
+        lines.append("point clients at it:")
+        for client in SHOWN:
+            if client == "docker" and name != DOCKER_HUB:  # it takes mirrors for no other registry
+                continue
+            piece = RENDERERS[client](replace(site, namespaces=(name,))).pieces[0]
+            lines.append(f"  {client}: {piece.path}")
+            lines += [f"    {line}".rstrip() for line in piece.content.splitlines()]
+    lines.append("all there is to it, and other clients: entrepot setup --help")
     return "\n".join(lines)
 
 

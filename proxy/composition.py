@@ -182,19 +182,9 @@ class Composition:
         return any(map(math.isfinite, ages))
 
     def _cache(self, name: str, namespace: Namespace, upstream: UpstreamKeys) -> Cache:
-        connect = Connect(
-            ca_file=upstream.ca_file,
-            client_certificate=upstream.client_certificate,
-            client_key=upstream.client_key,
-            proxy=upstream.proxy,
-            private_redirects=upstream.private_redirects,
-            insecure_skip_verify=upstream.insecure_skip_verify,
-            connect_timeout=upstream.connect_timeout,
-            header_timeout=upstream.header_timeout,
-            progress_timeout=upstream.progress_timeout,
-        )
         try:
-            credentials = [_credentials(login) for login in upstream.logins()]
+            connect = connect_of(upstream)
+            credentials = [credentials_of(login) for login in upstream.logins()]
             bandwidth = Bandwidth(part(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
             origins = []
             for url in upstream.url:
@@ -222,7 +212,21 @@ class Composition:
         await self._closing.aclose()
 
 
-def _credentials(login: Login) -> Credentials:
+def connect_of(upstream: UpstreamKeys) -> Connect:
+    return Connect(
+        ca_file=upstream.ca_file,
+        client_certificate=upstream.client_certificate,
+        client_key=upstream.client_key,
+        proxy=upstream.proxy,
+        private_redirects=upstream.private_redirects,
+        insecure_skip_verify=upstream.insecure_skip_verify,
+        connect_timeout=upstream.connect_timeout,
+        header_timeout=upstream.header_timeout,
+        progress_timeout=upstream.progress_timeout,
+    )
+
+
+def credentials_of(login: Login) -> Credentials:
     if login.username is not None and login.password is not None:
         return Inline(login.username, login.password)
     if login.username is not None and login.password_file is not None:

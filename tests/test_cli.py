@@ -25,6 +25,7 @@ from tests.wire import connect
 
 COMMAND = (sys.executable, "-m", "proxy")
 PATIENCE = 30.0  # seconds; only a process that hangs takes them
+END = "all there is to it, and other clients: entrepot setup --help"
 BLOB = os.urandom(1 << 20) * 4
 
 
@@ -128,21 +129,21 @@ def site(home: Path, upstream: Upstream, **top: Any) -> tuple[Path, str]:
 
 
 async def banner(program: Program) -> str:
-    """All of it: it ends with what concerns podman."""
+    """All of it: it ends with where there is more."""
     lines = [await program.line()]
-    while lines[-1] and "podman" not in lines[-1]:
+    while lines[-1] != END:
         lines.append(await program.line())
+        assert lines.count("") < 10, "it has ended"
     return "\n".join(lines)
 
 
 def settings(text: str, client: str) -> str:
-    """What the banner says to put into the client's file: after its name, on until the next client's."""
-    lines = text.splitlines()
-    (start,) = (number for number, line in enumerate(lines) if line.startswith(f"  {client} "))
-    more = lines[start + 1 :]
-    stop = next((number for number, line in enumerate(more) if not line.startswith("    ")), len(more))
-    first = lines[start].partition(": ")[2]
-    return "\n".join([first, dedent("\n".join(more[:stop]))])
+    """What the banner says to put into the client's file: below its name, on until the next client's."""
+    _, found, after = text.partition(f"  {client}: ")
+    assert found
+    lines = after.splitlines()[1:]
+    stop = next(number for number, line in enumerate(lines) if line and not line.startswith("    "))
+    return dedent("\n".join(lines[:stop]))
 
 
 # Starting
@@ -159,24 +160,35 @@ async def test_banner(tmp_path: Path, upstream: Upstream) -> None:
     assert first == f"entrepot {version('entrepot')} listening on {url}, admin on http://127.0.0.1:{admin}"
     assert second == f"storing in {tmp_path}/disk"
     assert third == "point clients at it:"
-    assert "/etc/docker/daemon.json: " in said
-    assert json.loads(settings(said, "dockerd")) == {"registry-mirrors": [url]}
-    assert "/etc/containerd/certs.d/_default/hosts.toml: " in said
+    assert "  docker: /etc/docker/daemon.json\n" in said
+    assert json.loads(settings(said, "docker")) == {"registry-mirrors": [url]}
+    assert "  containerd: /etc/containerd/certs.d/_default/hosts.toml\n" in said
     # Without capabilities containerd would push here as well.
     assert tomllib.loads(settings(said, "containerd")) == {
         "host": {url: {"capabilities": ["pull", "resolve"]}}
     }
-    assert "/etc/containers/registries.conf.d/entrepot.conf: " in said
+    assert "  podman: /etc/containers/registries.conf.d/entrepot.conf\n" in said
     location = url.removeprefix("http://")
     assert tomllib.loads(settings(said, "podman")) == {
         "registry": [
             {
-                "prefix": "docker.io",
                 "location": "docker.io",
                 "mirror": [{"location": f"{location}/docker.io", "insecure": True}],
-            }
+            },
+            {"location": location, "insecure": True},
         ]
     }
+
+
+async def test_the_banner_says_what_setup_writes(tmp_path: Path, upstream: Upstream) -> None:
+    config, _ = site(tmp_path, upstream)
+    async with running(tmp_path, "serve", "--config", str(config)) as program:
+        said = await banner(program)
+        program.send(signal.SIGTERM)
+        await program.end()
+    for client in ("docker", "containerd", "podman"):
+        _, out, _ = await run(tmp_path, "setup", client, "--config", str(config))
+        assert settings(said, client).strip() in out
 
 
 async def test_the_banner_speaks_only_of_what_is_configured(tmp_path: Path, upstream: Upstream) -> None:
@@ -187,7 +199,7 @@ async def test_the_banner_speaks_only_of_what_is_configured(tmp_path: Path, upst
         await program.end()
     assert "admin" not in said
     assert "docker" not in said  # it takes mirrors for Docker Hub only
-    (registry,) = tomllib.loads(settings(said, "podman"))["registry"]
+    registry, _ = tomllib.loads(settings(said, "podman"))["registry"]
     assert registry["location"] == "edge.example"
 
 

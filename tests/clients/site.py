@@ -56,18 +56,22 @@ class DockerRegistry:
 class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
-    What is pushed goes to the namespace `local`.
+    What is pushed goes to the namespace `local`.  `config` is its configuration, `admin` the URL of its admin
+    listener.
     """
 
     def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path):
         self.upstreams = upstreams
-        self.address = f"127.0.0.1:{free_port()}"
-        config = directory / "entrepot.yml"
-        config.write_text(
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        admin = f"127.0.0.1:{free_port()}"
+        self.admin = f"http://{admin}"
+        self.config = directory / "entrepot.yml"
+        self.config.write_text(
             json.dumps(
                 {
                     "listen": self.address,
-                    "admin": "off",
+                    "admin": admin,
                     "disk": {"path": str(directory / "cache")},
                     "default_namespace": next(iter(upstreams)),
                     "namespaces": {
@@ -78,7 +82,7 @@ class Site:
                 }
             )
         )
-        self._process = Process([*SERVER, config], ready="listening")
+        self._process = Process([*SERVER, self.config], ready="listening")
 
     def requests(self) -> dict[str, list[str]]:
         """What reached the upstream of each namespace so far."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from tests.clients.conftest import Images
 from tests.clients.images import Image
 from tests.clients.processes import Process, environment, require, run
+from tests.clients.setup import tls, write
 from tests.clients.site import Site, pull_cold_warm_offline
 
 _CONFIG = """
@@ -20,12 +23,6 @@ state = "{directory}/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
 [grpc]
 address = "{directory}/containerd.sock"
-"""
-
-_HOSTS = """
-server = "{mirror}"
-[host."{mirror}"]
-capabilities = ["pull", "resolve"]
 """
 
 
@@ -45,32 +42,42 @@ class Containerd:
         self._home = home
         self._daemons = itertools.count()
         self._environment = environment(home)
-        self._hosts = home / "hosts"
-        (self._hosts / "_default").mkdir(parents=True)
-        (self._hosts / "_default" / "hosts.toml").write_text(_HOSTS.format(mirror=f"http://{site.address}"))
+        self._site = site
+        self._hosts = home / "etc" / "containerd" / "certs.d"
+
+    def configure(self, *words: str | Path, url: str = "") -> None:
+        write(self._home, "containerd", self._site, *words, url=url)
 
     def pull(self, *names: str, how: tuple[str, ...]) -> Held:
         """Pull into a daemon that holds nothing, by the words `how` of ctr."""
+        with self.running() as socket:
+            ctr = ["ctr", "--address", socket]
+            for name in names:
+                run([*ctr, *how, "--hosts-dir", self._hosts, name], self._environment)
+            rows = run([*ctr, "images", "ls"], self._environment).splitlines()[1:]
+            content = run([*ctr, "content", "ls", "--quiet"], self._environment).split()
+        return Held({name: digest for name, _type, digest, *_ in map(str.split, rows)}, set(content))
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """A daemon that holds nothing; where it listens."""
         directory = self._home / f"containerd-{next(self._daemons)}"
         directory.mkdir()
         config = directory / "config.toml"
         config.write_text(_CONFIG.format(directory=directory))
         daemon = ["unshare", "--mount", "containerd", f"--config={config}"]  # its mounts end with it
         process = Process(daemon, self._environment, ready="containerd successfully booted")
-        ctr = ["ctr", "--address", f"{directory}/containerd.sock"]
         try:
-            for name in names:
-                run([*ctr, *how, "--hosts-dir", self._hosts, name], self._environment)
-            rows = run([*ctr, "images", "ls"], self._environment).splitlines()[1:]
-            content = run([*ctr, "content", "ls", "--quiet"], self._environment).split()
+            yield f"{directory}/containerd.sock"
         finally:
             process.stop()
-        return Held({name: digest for name, _type, digest, *_ in map(str.split, rows)}, set(content))
 
 
 @pytest.fixture
 def containerd(site: Site, home: Path) -> Containerd:
-    return Containerd(site, home)
+    made = Containerd(site, home)
+    made.configure()
+    return made
 
 
 def held(images: dict[str, Image]) -> Held:
@@ -102,3 +109,34 @@ def test_fetch_an_artifact(site: Site, containerd: Containerd, pushed: Images) -
     names = {"docker.io/team/artifact:1": pushed.artifact}
     how = ("content", "fetch", "--all-platforms")
     pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=how), held(names))
+
+
+HOW = ("images", "pull", "--snapshotter", "native", "--all-platforms")
+
+
+@pytest.mark.parametrize(
+    "words", [("--no-bypass",), ("--namespace", "docker.io", "--namespace", "quay.example")]
+)
+def test_pull_as_setup_is_asked(site: Site, home: Path, pushed: Images, words: tuple[str, ...]) -> None:
+    """Whatever goes past the cache cannot succeed here: it would need the network."""
+    containerd = Containerd(site, home)
+    containerd.configure(*words)
+    names = {"docker.io/library/schema2:1": pushed.schema2, "quay.example/team/app:1": pushed.app}
+    pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=HOW), held(names))
+
+
+def test_pull_by_full_name(site: Site, containerd: Containerd, pushed: Images) -> None:
+    names = {f"{site.address}/quay.example/team/app:1": pushed.app}
+    pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=HOW), held(names))
+
+
+@pytest.mark.parametrize("words", [(), ("--no-bypass",)])
+def test_pull_by_https(site: Site, home: Path, pushed: Images, words: tuple[str, ...]) -> None:
+    containerd = Containerd(site, home)
+    with tls(site, home) as (url, authority):
+        containerd.configure("--ca-file", authority, *words, url=url)
+        names = {
+            "docker.io/library/schema2:1": pushed.schema2,
+            f"{url.removeprefix('https://')}/quay.example/team/app:1": pushed.app,
+        }
+        pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=HOW), held(names))

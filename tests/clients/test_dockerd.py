@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from tests.clients.conftest import Images
 from tests.clients.images import Image
 from tests.clients.processes import Process, environment, require, run
+from tests.clients.setup import write
 from tests.clients.site import Site, pull_cold_warm_offline
 
 
@@ -29,7 +32,7 @@ class Docker:
 
     def __init__(self, site: Site, home: Path):
         require("docker", "dockerd", "unshare")
-        self._mirror = f"http://{site.address}"
+        self._site = site
         self._home = home
         self._daemons = itertools.count()
         self._environment = environment(home)
@@ -38,18 +41,24 @@ class Docker:
         """Pull, for linux/amd64, into a daemon that holds nothing."""
         directory = self._home / f"dockerd-{next(self._daemons)}"
         directory.mkdir()
-        (directory / "daemon.json").write_text(json.dumps({"registry-mirrors": [self._mirror]}))
+        write(directory, "docker", self._site)
+        with self.running(directory) as socket:
+            return [self._pull(["docker", "--host", socket], name) for name in names]
+
+    @contextmanager
+    def running(self, directory: Path) -> Iterator[str]:
+        """dockerd, with what is its configuration below `directory`; where it listens."""
         socket = f"unix://{directory}/docker.sock"
         daemon = [
             *("unshare", "--mount"),  # its mounts end with it
-            *("dockerd", f"--config-file={directory}/daemon.json", f"--host={socket}"),
+            *("dockerd", f"--config-file={directory}/etc/docker/daemon.json", f"--host={socket}"),
             *(f"--data-root={directory}/data", f"--exec-root={directory}/run"),
             *(f"--pidfile={directory}/dockerd.pid", "--storage-driver=vfs"),
             *("--bridge=none", "--iptables=false", "--ip6tables=false"),
         ]
         process = Process(daemon, self._environment, ready="API listen on")
         try:
-            return [self._pull(["docker", "--host", socket], name) for name in names]
+            yield socket
         finally:
             process.stop()
 

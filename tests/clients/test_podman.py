@@ -12,7 +12,7 @@ import pytest
 from tests.clients.conftest import Images
 from tests.clients.images import Image
 from tests.clients.processes import environment, require, run
-from tests.clients.registries_conf import write_mirrors
+from tests.clients.setup import write_mirrors
 from tests.clients.site import Site, pull_cold_warm_offline
 
 
@@ -66,7 +66,6 @@ def held(image: Image) -> Held:
 
 
 def test_pull_through_mirrors(site: Site, containers: Containers, pushed: Images) -> None:
-    """The bare mirror is Docker Hub's, the one with a path another registry's."""
     names = {
         "docker.io/library/layers:1": pushed.layers,
         "docker.io/library/schema2:1": pushed.schema2,

@@ -11,7 +11,7 @@ import pytest
 from tests.clients.conftest import Images
 from tests.clients.images import Image, digest_of
 from tests.clients.processes import environment, require, run
-from tests.clients.registries_conf import write_mirrors
+from tests.clients.setup import tls, write_mirrors
 from tests.clients.site import Site, pull_cold_warm_offline
 
 _NAMES = {
@@ -23,11 +23,12 @@ _NAMES = {
 
 
 class Skopeo:
-    def __init__(self, site: Site, home: Path):
+    def __init__(self, site: Site, home: Path, *words: str | Path, url: str = ""):
+        """As `entrepot setup podman` configures it with `words`."""
         require("skopeo", root=False)
         self._home = home
         self._copies = 0
-        write_mirrors(home, site)
+        write_mirrors(home, site, *words, url=url)
         self._environment = environment(home)
 
     def run(self, command: str, *words: str | Path) -> str:
@@ -58,13 +59,28 @@ def test_copy_by_prefixed_name(site: Site, skopeo: Skopeo, pushed: Images, image
 
 
 def test_copy_through_mirrors(site: Site, skopeo: Skopeo, pushed: Images) -> None:
-    """The bare mirror is Docker Hub's, the one with a path another registry's."""
     names = ["docker.io/library/platforms:1", "quay.example/team/app:1"]
     pull_cold_warm_offline(
         site,
         lambda: [skopeo.copy(name) for name in names],
         [digests(pushed.platforms), digests(pushed.app)],
     )
+
+
+def test_copy_without_bypass(site: Site, home: Path, pushed: Images) -> None:
+    skopeo = Skopeo(site, home, "--no-bypass")
+    names = ["docker.io/library/platforms:1", "quay.example/team/app:1"]
+    expected = [digests(pushed.platforms), digests(pushed.app)]
+    pull_cold_warm_offline(site, lambda: [skopeo.copy(name) for name in names], expected)
+
+
+@pytest.mark.parametrize("words", [(), ("--no-bypass",)])
+def test_copy_by_https(site: Site, home: Path, pushed: Images, words: tuple[str, ...]) -> None:
+    with tls(site, home) as (url, authority):
+        skopeo = Skopeo(site, home, "--ca-file", authority, *words, url=url)
+        names = ["quay.example/team/app:1", f"{url.removeprefix('https://')}/docker.io/library/schema2:1"]
+        expected = [digests(pushed.app), digests(pushed.schema2)]
+        pull_cold_warm_offline(site, lambda: [skopeo.copy(name) for name in names], expected)
 
 
 def test_copy_by_digest(site: Site, skopeo: Skopeo, pushed: Images) -> None:

@@ -1,0 +1,223 @@
+"""A pull through the server as each client does it, and by the client itself.
+
+What it asks for is an image of the user's choice: the server may have to ask its upstream for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from proxy.config import DOCKER_HUB
+from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.doctor.host import Host
+from proxy.doctor.running import REQUESTS, metrics
+from proxy.setup.engines import CONTAINERD
+from storage.errors import RegistryError
+from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Digest
+
+ACCEPT = ", ".join((OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST))
+LIMIT = 4 << 20  # bytes of a manifest
+PATIENCE = 300.0  # seconds for a client's own pull
+PULLERS = {
+    "docker": ("docker", "pull", "--quiet"),
+    "containerd": ("ctr", "images", "pull"),
+    "podman": ("podman", "pull", "--quiet"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """An image's: `namespace` is a registry's host, `reference` a tag or a digest."""
+
+    namespace: str
+    repository: str
+    reference: str
+
+    @classmethod
+    def parse(cls, text: str) -> Name:
+        """As clients complete it."""
+        before, at, digest = text.partition("@")
+        first, slash, rest = before.partition("/")
+        if not (slash and ("." in first or ":" in first or first == "localhost")):
+            first, rest = DOCKER_HUB, before
+        name, colon, tag = rest.rpartition(":")
+        if not colon:
+            name, tag = rest, "latest"
+        if first == DOCKER_HUB and "/" not in name:
+            name = f"library/{name}"
+        return cls(first, name, digest if at else tag)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.repository}{'@' if ':' in self.reference else ':'}{self.reference}"
+
+
+class _Wrong(Exception):
+    """What did not come as it should, in half a sentence."""
+
+
+async def look(session: aiohttp.ClientSession, host: Host, client: str, name: Name) -> Check:
+    """Ask for a manifest, for what it names, and for a blob, each as the client does."""
+    try:
+        said = await _Pull(session, host, client, name).run()
+    except _Wrong as error:
+        advice = f"entrepot why {name} on the server tells what it does; --canary names another image"
+        return failed("canary", client, str(error), advice)
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        message = f"{name}: {cause(error)}"
+        return failed("canary", client, message, "see whether a firewall keeps this machine from the server")
+    return ok("canary", client, f"{name} comes through it: {said}")
+
+
+class _Pull:
+    def __init__(self, session: aiohttp.ClientSession, host: Host, client: str, name: Name) -> None:
+        self._session, self._site, self._client, self._name = session, host.site, client, name
+
+    def _url(self, path: str) -> URL:
+        """Each client says in its own way which registry it means."""
+        name, base = self._name, self._site.base
+        if self._client == "containerd":
+            return URL(f"{base}/v2/{name.repository}/{path}").with_query(ns=name.namespace)
+        if self._client == "docker" and name.namespace == DOCKER_HUB:
+            prefix = "" if self._site.hub else f"/{DOCKER_HUB}"
+            return URL(f"{base}{prefix}/v2/{name.repository}/{path}")
+        return URL(f"{base}/v2/{name.namespace}/{name.repository}/{path}")
+
+    async def run(self) -> str:
+        """How it was answered.  Raises _Wrong."""
+        name = self._name
+        if self._client != "containerd":
+            await self._ask("GET", URL(f"{self._site.base}/v2/"))
+        reference = name.reference
+        if self._client != "podman" and ":" not in reference:
+            headers, _ = await self._ask("HEAD", self._url(f"manifests/{reference}"))
+            if not headers.get("Docker-Content-Digest") or "Content-Length" not in headers:
+                raise _Wrong(f"{name}: the answer to HEAD lacks its digest or its length: what is between?")
+            reference = headers["Docker-Content-Digest"]
+        headers, content = await self._ask("GET", self._url(f"manifests/{reference}"))
+        said = f"{headers.get('Cache-Status', 'no Cache-Status')}, request {headers.get('X-Request-Id', '?')}"
+        tree = self._manifest(headers.get("Docker-Content-Digest", reference), content)
+        if isinstance(tree.get("manifests"), list) and tree["manifests"]:
+            child = _digest(tree["manifests"][0])
+            _, content = await self._ask("GET", self._url(f"manifests/{child}"))
+            tree = self._manifest(child, content)
+        if config := _digest(tree.get("config")):
+            await self._ask("HEAD", self._url(f"blobs/{config}"))
+        return said
+
+    async def _ask(self, method: str, url: URL) -> tuple[Mapping[str, str], bytes]:
+        async with self._session.request(
+            method, url, headers={"Accept": ACCEPT}, allow_redirects=False
+        ) as response:
+            content = await response.content.read(LIMIT)
+            while more := await response.content.read(LIMIT - len(content)):
+                content += more
+            if response.status != 200:
+                raise _Wrong(
+                    f"{self._name}: {method} {url.path} is answered {response.status}{_reason(content)}"
+                )
+            return response.headers, content
+
+    def _manifest(self, digest: str, content: bytes) -> dict[str, Any]:
+        try:
+            algorithm = Digest.parse(digest).algorithm
+            right = hashlib.new(algorithm, content).hexdigest() == digest.partition(":")[2]
+            tree = msgspec.json.decode(content)
+        except (RegistryError, msgspec.DecodeError, UnicodeDecodeError):
+            right, tree = False, None
+        if not right or not isinstance(tree, dict):
+            raise _Wrong(
+                f"{self._name}: what came is not what {digest or 'no digest'} says: what is between?"
+            )
+        return tree
+
+
+def _digest(descriptor: object) -> str:
+    return str(descriptor.get("digest", "")) if isinstance(descriptor, dict) else ""
+
+
+class _Error(msgspec.Struct):
+    code: str = ""
+    message: str = ""
+
+
+class _Errors(msgspec.Struct):
+    errors: list[_Error]
+
+
+def _reason(content: bytes) -> str:
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, IndexError):
+        error = msgspec.json.decode(content, type=_Errors).errors[0]
+        return f" {error.code}: {error.message[:200]}"
+    return ""
+
+
+async def pull(
+    session: aiohttp.ClientSession, host: Host, client: str, reference: str, admin: URL | None
+) -> Check | None:
+    """By the client's own program; None if that is not here.
+
+    Whether it came through is told by the server's metrics, where `admin` is given and answers.
+    """
+    words = [*PULLERS[client], str(Name.parse(reference))]
+    if client == "containerd":  # ctr does not look there by itself
+        words.insert(-1, f"--hosts-dir={host.path(CONTAINERD)}/certs.d")
+    if not shutil.which(words[0]):
+        return None
+    before = await _requests(session, admin)
+    status, said = await _run(words)
+    if status:
+        return failed(
+            "pull", client, f"{' '.join(words)} ends with status {status}: {said}", "see what it says"
+        )
+    after = await _requests(session, admin)
+    if before is None or after is None:
+        message = f"{reference} was pulled; whether through the server is not seen from here"
+        return warning("pull", client, message, "give its admin address: --server URL")
+    if after > before:
+        return ok("pull", client, f"{reference} was pulled through the server: {after - before:.0f} requests")
+    advice = "the checks above tell what goes past it; a restart of the client may be due"
+    return failed("pull", client, f"{reference} was pulled, and the server was not asked", advice)
+
+
+async def _requests(session: aiohttp.ClientSession, admin: URL | None) -> float | None:
+    """How many for content the server has answered so far; None if it does not tell."""
+    if admin is None:
+        return None
+    try:
+        found = await metrics(session, admin)
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        return None
+    return sum(each.value for each in found if each.name == REQUESTS and each.labels.get("kind") != "base")
+
+
+async def _run(words: list[str]) -> tuple[int, str]:
+    """Exit status, and the last line of what it says."""
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ,
+    )
+    try:
+        async with asyncio.timeout(PATIENCE):
+            _, errors = await process.communicate()
+    except TimeoutError:
+        return 1, f"nothing, for {PATIENCE:.0f} s"
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    lines = errors.decode(errors="replace").strip().splitlines()
+    return process.returncode or 0, lines[-1] if lines else "nothing"

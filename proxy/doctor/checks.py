@@ -1,0 +1,72 @@
+"""What a doctor finds: checks, each of which is well, gives cause for concern, or has failed.
+
+A Check says in a sentence what is the case and, unless it is well, in another what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from proxy.console import Column, Table
+
+State: TypeAlias = Literal["ok", "warning", "failed"]
+
+
+class Check(msgspec.Struct, frozen=True):
+    """`name` is what was looked at, `subject` of what: a namespace, a file, a client."""
+
+    name: str
+    subject: str
+    state: State
+    message: str
+    advice: str = ""
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """All checks, and how many of them are in each state."""
+
+    checks: list[Check]
+    ok: int
+    warnings: int
+    failed: int
+
+    @classmethod
+    def of(cls, checks: Iterable[Check]) -> Diagnosis:
+        found = list(checks)
+        states = [each.state for each in found]
+        return cls(found, *(states.count(each) for each in ("ok", "warning", "failed")))
+
+
+def ok(name: str, subject: str, message: str) -> Check:
+    return Check(name, subject, "ok", message)
+
+
+def warning(name: str, subject: str, message: str, advice: str) -> Check:
+    return Check(name, subject, "warning", message, advice)
+
+
+def failed(name: str, subject: str, message: str, advice: str) -> Check:
+    return Check(name, subject, "failed", message, advice)
+
+
+def cause(error: BaseException) -> str:
+    """Why something could not be done, in the words of the system."""
+    error = getattr(error, "os_error", error)  # aiohttp wraps it, and its text names the address once more
+    number = getattr(error, "errno", None)
+    if isinstance(number, int) and number > 0:
+        return os.strerror(number)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def shown(found: Diagnosis, now: float) -> Sequence[Table]:
+    table = Table((Column("CHECK", whole=True), Column("OF"), Column("STATE", whole=True), Column("FOUND")))
+    for each in found.checks:
+        table.add(each.name, each.subject, each.state, "; ".join(filter(None, (each.message, each.advice))))
+    table.notes.append(f"{found.ok} ok, {found.warnings} to be looked at, {found.failed} failed")
+    return [table]

@@ -1,0 +1,47 @@
+"""A server's own machine, looked over."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from yarl import URL
+
+from proxy.config import Config, ConfigError, load
+from proxy.doctor import disk, running, upstreams
+from proxy.doctor.checks import Check, failed, ok
+
+
+async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
+    """By the configuration in the file at `path`, as of serve."""
+    subject = str(path or "built-in")
+    try:
+        config = load(path)
+    except ConfigError as error:
+        # All else is told by it.
+        return [failed("configuration", subject, str(error), "see config.example.yml, and entrepot check")]
+    checks = [ok("configuration", subject, "is valid")]
+    local = await asyncio.gather(
+        asyncio.to_thread(disk.look, config.disk),
+        asyncio.to_thread(running.own_certificate, config),
+        asyncio.to_thread(running.machine, config),
+        running.look(config, admin),
+    )
+    checks += [each for found in local for each in found]
+    return checks + await _upstreams(config)
+
+
+async def _upstreams(config: Config) -> list[Check]:
+    asked = {}
+    checks = []
+    for name, (namespace, upstream) in config.cached().items():
+        if config.offline or namespace.offline:
+            checks.append(ok("upstream", name, "is offline: it is never asked"))
+        else:
+            asked[name] = upstream
+    found = await asyncio.gather(*(upstreams.look(name, each) for name, each in asked.items()))
+    ahead = []
+    for each, clocks in found:
+        checks += each
+        ahead += clocks
+    return [*checks, upstreams.clock(ahead)] if asked else checks

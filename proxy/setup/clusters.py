@@ -1,0 +1,105 @@
+"""What runs Kubernetes and writes containerd's configuration itself: k3s, kind, Talos.
+
+An address of this machine's own (127.0.0.1) is another machine to a node that is a container or elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import yaml
+
+from proxy.setup.engines import CONTAINERD, CRI, config_path, hosts
+from proxy.setup.site import Piece, Setup, Site
+
+K3S = "/etc/rancher/k3s"
+OURS = "/etc/entrepot/clients"  # where nobody else has a place for it
+EVERY = "*"
+
+
+def k3s(site: Site) -> Setup:
+    authority = f"{K3S}/entrepot.crt"
+    tree: dict[str, Any] = {"mirrors": {each: {"endpoint": [site.base]} for each in _names(site)}}
+    pieces = []
+    if site.ca:
+        tree["configs"] = {site.host: {"tls": {"ca_file": authority}}}
+        pieces.append(Piece(authority, site.ca))
+    pieces.insert(0, Piece(f"{K3S}/registries.yaml", _dump(tree)))
+    if not site.bypass:
+        pieces.append(
+            Piece(f"{K3S}/config.yaml.d/entrepot.yaml", _dump({"disable-default-registry-endpoint": True}))
+        )
+    notes = ["it is needed on each node; RKE2 has the same files in /etc/rancher/rke2"]
+    if not site.bypass:
+        notes.append(
+            "disable-default-registry-endpoint needs a release of January 2024 or later (1.29.1, 1.26.13)"
+        )
+    return Setup("k3s", pieces, "systemctl restart k3s (on agents: k3s-agent)", [*notes, *_away(site)])
+
+
+def kind(site: Site) -> Setup:
+    directory = f"{OURS}/kind/certs.d"
+    tree = {
+        "kind": "Cluster",
+        "apiVersion": "kind.x-k8s.io/v1alpha4",
+        "containerdConfigPatches": [config_path(CRI["1"])],
+        "nodes": [
+            {
+                "role": "control-plane",
+                "extraMounts": [
+                    {"hostPath": directory, "containerPath": f"{CONTAINERD}/certs.d", "readOnly": True}
+                ],
+            }
+        ],
+    }
+    config = f"{OURS}/kind/cluster.yaml"
+    notes = [
+        "the patch is for nodes before kind 0.27; later ones look there anyway, and are not harmed by it",
+        "further nodes need the same extraMounts",
+    ]
+    pieces = [Piece(config, _dump(tree)), *hosts(site, directory)]
+    return Setup("kind", pieces, f"kind create cluster --config {config}", [*notes, *_away(site)])
+
+
+def talos(site: Site) -> Setup:
+    mirror: dict[str, Any] = {"endpoints": [site.base]}
+    if not site.bypass:
+        mirror["skipFallback"] = True
+    registries: dict[str, Any] = {"mirrors": dict.fromkeys(_names(site), mirror)}
+    if site.ca:
+        registries["config"] = {site.host: {"tls": {"ca": base64.b64encode(site.ca.encode()).decode()}}}
+    path = f"{OURS}/talos/registries.yaml"
+    pieces = [Piece(path, _dump({"machine": {"registries": registries}}))]
+    notes = ["Talos 1.12 and later have documents RegistryMirrorConfig for it as well, and still take this"]
+    after = f"talosctl patch machineconfig --nodes NODE --patch @{path}"
+    return Setup("talos", pieces, after, [*notes, *_away(site)])
+
+
+def _names(site: Site) -> tuple[str, ...]:
+    return (EVERY,) if site.every else site.namespaces
+
+
+def _away(site: Site) -> list[str]:
+    if not site.loopback:
+        return []
+    return [f"to a node {site.host} is itself: give --url with an address that the nodes reach"]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines as a block, and no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _dump(tree: dict[str, Any]) -> str:
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=1000)
+    return text

@@ -1,0 +1,384 @@
+"""What clients are told: parsed as they parse it, and compared by its meaning."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import socket
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+import yaml
+from yarl import URL
+
+from proxy.config import load
+from proxy.setup.renderers import RENDERERS, text
+from proxy.setup.site import Setup, Site, site_of
+from tests.conftest import configuration
+
+ROOT = Path(__file__).parent.parent
+README, CLIENTS = ROOT / "README.md", ROOT / "docs" / "clients.md"
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+PLAIN = Site(URL("http://cache.example:5000"), ("docker.io", "ghcr.io", "registry.example:5000"))
+SECURE = replace(PLAIN, url=URL("https://cache.example"), ca=PEM)
+CERTS = "/etc/containerd/certs.d"
+PULL = ["pull", "resolve"]
+
+
+def made(client: str, site: Site, **changes: Any) -> Setup:
+    return RENDERERS[client](replace(site, **changes))
+
+
+def content(setup: Setup, path: str) -> Any:
+    """What is in the file there, parsed by what its name says; a certificate as it is."""
+    (piece,) = (each for each in setup.pieces if each.path == path)
+    if path.endswith(".json"):
+        return json.loads(piece.content)
+    if path.endswith((".toml", ".conf")):
+        return tomllib.loads(piece.content)
+    if path.endswith(".yaml"):
+        return yaml.safe_load(piece.content)
+    return piece.content
+
+
+def notes(setup: Setup) -> str:
+    return "\n".join(setup.notes)
+
+
+# docker
+
+
+def test_docker_by_http() -> None:
+    setup = made("docker", PLAIN)
+    assert content(setup, "/etc/docker/daemon.json") == {
+        "registry-mirrors": ["http://cache.example:5000"],
+        "insecure-registries": ["cache.example:5000"],
+    }
+    assert "Docker Hub only" in notes(setup)
+    assert "cache.example:5000/ghcr.io/owner/image" in notes(setup)
+
+
+def test_docker_trusts_loopback_addresses_by_itself() -> None:
+    for url in ("http://127.0.0.1:5000", "http://[::1]:5000", "http://localhost:5000"):
+        found = content(made("docker", PLAIN, url=URL(url)), "/etc/docker/daemon.json")
+        assert found == {"registry-mirrors": [url]}
+
+
+def test_docker_by_https() -> None:
+    setup = made("docker", SECURE)
+    assert content(setup, "/etc/docker/daemon.json") == {"registry-mirrors": ["https://cache.example"]}
+    # The port that is the scheme's own is none of its name there.
+    assert content(setup, "/etc/docker/certs.d/cache.example/ca.crt") == PEM
+
+
+def test_docker_with_the_containerd_store_asks_for_every_registry() -> None:
+    for site in (PLAIN, replace(SECURE, bypass=False)):
+        docker, containerd = RENDERERS["docker"](site), RENDERERS["containerd"](site)
+        theirs = content(containerd, f"{CERTS}/_default/hosts.toml")
+        assert content(docker, "/etc/docker/certs.d/_default/hosts.toml") == theirs
+
+
+def test_docker_without_bypass_says_what_it_cannot() -> None:
+    assert "block registry-1.docker.io" in notes(made("docker", PLAIN, bypass=False))
+    assert "block" not in notes(made("docker", PLAIN))
+
+
+def test_docker_where_a_bare_name_is_not_docker_hubs() -> None:
+    setup = made("docker", PLAIN, hub=False)
+    found = content(setup, "/etc/docker/daemon.json")
+    assert found["registry-mirrors"] == ["http://cache.example:5000/docker.io"]
+    assert "Docker 24" in notes(setup)
+
+
+def test_docker_without_docker_hub_has_no_mirror() -> None:
+    setup = made("docker", PLAIN, namespaces=("ghcr.io",))
+    found = content(setup, "/etc/docker/daemon.json")
+    assert found == {"insecure-registries": ["cache.example:5000"]}
+    assert "docker.io is not among the namespaces" in notes(setup)
+
+
+# containerd
+
+
+def test_containerd_asks_for_every_registry() -> None:
+    setup = made("containerd", PLAIN)
+    assert content(setup, f"{CERTS}/_default/hosts.toml") == {
+        "host": {"http://cache.example:5000": {"capabilities": PULL}}
+    }
+    # By its own name it takes pushes too: no capabilities are all of them.
+    assert content(setup, f"{CERTS}/cache.example:5000/hosts.toml") == {
+        "server": "http://cache.example:5000",
+        "host": {},
+    }
+
+
+def test_containerd_asks_for_some() -> None:
+    setup = made("containerd", PLAIN, every=False, namespaces=("ghcr.io", "registry.example:5000"))
+    paths = [each.path for each in setup.pieces if each.path.endswith("hosts.toml")]
+    assert paths == [
+        f"{CERTS}/{each}/hosts.toml" for each in ("ghcr.io", "registry.example:5000", PLAIN.host)
+    ]
+    assert "asked directly" in notes(setup)
+
+
+def test_containerd_without_bypass_has_nobody_but_the_server() -> None:
+    """And an empty [host]: without any, older containerd takes the file for broken."""
+    found = content(made("containerd", PLAIN, bypass=False), f"{CERTS}/_default/hosts.toml")
+    assert found == {"server": "http://cache.example:5000", "capabilities": PULL, "host": {}}
+
+
+@pytest.mark.parametrize("bypass", [True, False])
+def test_containerd_by_https(bypass: bool) -> None:
+    setup = made("containerd", SECURE, bypass=bypass)
+    found = content(setup, f"{CERTS}/_default/hosts.toml")
+    told = found["host"]["https://cache.example"] if bypass else found
+    # Beside the file that names it.
+    assert told["ca"] == "ca.crt"
+    assert content(setup, f"{CERTS}/_default/ca.crt") == PEM
+    assert content(setup, f"{CERTS}/cache.example/hosts.toml")["ca"] == "ca.crt"
+    assert content(setup, f"{CERTS}/cache.example/ca.crt") == PEM
+
+
+def test_containerd_of_either_version_is_told_where_to_look() -> None:
+    parts = [each for each in made("containerd", PLAIN).pieces if each.kind == "part"]
+    assert [each.about for each in parts] == ["containerd 1.x", "containerd 2.x"]
+    plugins = [tomllib.loads(each.content)["plugins"] for each in parts]
+    assert plugins == [
+        {"io.containerd.grpc.v1.cri": {"registry": {"config_path": CERTS}}},
+        {"io.containerd.cri.v1.images": {"registry": {"config_path": CERTS}}},
+    ]
+
+
+# podman, buildah, skopeo, CRI-O
+
+REGISTRIES = "/etc/containers/registries.conf.d/entrepot.conf"
+
+
+@pytest.mark.parametrize("client", ["podman", "crio"])
+def test_each_registry_has_a_table(client: str) -> None:
+    found = content(made(client, PLAIN), REGISTRIES)["registry"]
+    assert found == [
+        *(
+            {
+                "location": each,
+                "mirror": [{"location": f"cache.example:5000/{each}", "insecure": True}],
+            }
+            for each in PLAIN.namespaces
+        ),
+        {"location": "cache.example:5000", "insecure": True},
+    ]
+
+
+def test_each_registry_has_a_table_by_https() -> None:
+    setup = made("podman", SECURE)
+    assert content(setup, REGISTRIES)["registry"][0] == {
+        "location": "docker.io",
+        "mirror": [{"location": "cache.example/docker.io"}],
+    }
+    assert len(content(setup, REGISTRIES)["registry"]) == len(SECURE.namespaces)
+    assert content(setup, "/etc/containers/certs.d/cache.example/ca.crt") == PEM
+
+
+def test_without_bypass_the_registry_is_where_the_server_is() -> None:
+    found = content(made("podman", PLAIN, bypass=False), REGISTRIES)["registry"]
+    assert found[1] == {"prefix": "ghcr.io", "location": "cache.example:5000/ghcr.io", "insecure": True}
+    assert not any("mirror" in each for each in found)
+
+
+# BuildKit, kaniko
+
+
+def test_buildkit() -> None:
+    setup = made("buildkit", PLAIN)
+    assert content(setup, "/etc/buildkit/buildkitd.toml") == {
+        "registry": {
+            **{each: {"mirrors": [f"cache.example:5000/{each}"]} for each in PLAIN.namespaces},
+            "cache.example:5000": {"http": True},
+        }
+    }
+    secure = made("buildkit", SECURE, bypass=False)
+    registries = content(secure, "/etc/buildkit/buildkitd.toml")["registry"]
+    assert registries["cache.example"] == {"ca": ["/etc/buildkit/entrepot.crt"]}
+    assert content(secure, "/etc/buildkit/entrepot.crt") == PEM
+    assert "nothing keeps it from that" in notes(secure)
+
+
+def test_kaniko() -> None:
+    (piece,) = made("kaniko", PLAIN).pieces
+    assert piece.content.splitlines() == [
+        "--registry-map=index.docker.io=cache.example:5000/docker.io",  # as kaniko calls Docker Hub
+        "--registry-map=ghcr.io=cache.example:5000/ghcr.io",
+        "--registry-map=registry.example:5000=cache.example:5000/registry.example:5000",
+        "--insecure-registry=cache.example:5000",
+    ]
+    (piece,) = made("kaniko", SECURE, bypass=False).pieces
+    assert piece.content.splitlines()[-2:] == [
+        "--registry-certificate=cache.example=/kaniko/entrepot.crt",
+        "--skip-default-registry-fallback",
+    ]
+
+
+# k3s, kind, Talos
+
+
+def test_k3s() -> None:
+    setup = made("k3s", PLAIN)
+    (piece,) = setup.pieces
+    assert yaml.safe_load(piece.content) == {"mirrors": {"*": {"endpoint": ["http://cache.example:5000"]}}}
+    secure = made("k3s", SECURE, every=False, bypass=False)
+    found = content(secure, "/etc/rancher/k3s/registries.yaml")
+    assert list(found["mirrors"]) == list(SECURE.namespaces)
+    assert found["configs"] == {"cache.example": {"tls": {"ca_file": "/etc/rancher/k3s/entrepot.crt"}}}
+    assert content(secure, "/etc/rancher/k3s/entrepot.crt") == PEM
+    assert content(secure, "/etc/rancher/k3s/config.yaml.d/entrepot.yaml") == {
+        "disable-default-registry-endpoint": True
+    }
+
+
+def test_kind_mounts_what_containerd_reads() -> None:
+    setup = made("kind", SECURE)
+    cluster = content(setup, "/etc/entrepot/clients/kind/cluster.yaml")
+    (node,) = cluster["nodes"]
+    (mount,) = node["extraMounts"]
+    assert mount["containerPath"] == CERTS
+    containerd = made("containerd", SECURE)
+    for each in (piece for piece in containerd.pieces if piece.kind == "file"):
+        mounted = each.path.replace(CERTS, mount["hostPath"])
+        assert content(setup, mounted) == content(containerd, each.path)
+    (patch,) = cluster["containerdConfigPatches"]
+    (plugin,) = tomllib.loads(patch)["plugins"].values()
+    assert plugin == {"registry": {"config_path": CERTS}}
+
+
+def test_talos() -> None:
+    path = "/etc/entrepot/clients/talos/registries.yaml"
+    assert content(made("talos", PLAIN), path) == {
+        "machine": {"registries": {"mirrors": {"*": {"endpoints": ["http://cache.example:5000"]}}}}
+    }
+    found = content(made("talos", SECURE, every=False, bypass=False), path)["machine"]["registries"]
+    mirror = {"endpoints": ["https://cache.example"], "skipFallback": True}
+    assert found["mirrors"] == dict.fromkeys(SECURE.namespaces, mirror)
+    assert base64.b64decode(found["config"]["cache.example"]["tls"]["ca"]).decode() == PEM
+
+
+@pytest.mark.parametrize("client", ["k3s", "kind", "talos"])
+def test_a_node_has_a_loopback_of_its_own(client: str) -> None:
+    assert "give --url" in notes(made(client, PLAIN, url=URL("http://127.0.0.1:5000")))
+    assert "give --url" not in notes(made(client, PLAIN))
+
+
+# What is printed
+
+
+@pytest.mark.parametrize("client", RENDERERS)
+def test_all_that_is_no_content_is_a_comment(client: str) -> None:
+    for site in (PLAIN, replace(SECURE, bypass=False)):
+        setup = RENDERERS[client](site)
+        printed = "\n".join(text(setup))
+        for piece in setup.pieces:
+            assert f"# {piece.path or 'flags'}" in printed
+            printed = printed.replace(piece.content.rstrip("\n"), "")
+        assert all(line.startswith("# ") for line in printed.splitlines() if line)
+        assert f"# then: {setup.after}" in printed
+
+
+def test_the_readme_says_what_is_rendered() -> None:
+    """Each block of the section on clients is the whole of a file, for its one registry."""
+    section = re.search(r"^## Point clients at it$(.*?)^## ", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert section
+    found = blocks(section[1])
+    assert len(found) >= 4
+    assert found <= rendered(Site(URL("http://cache.example:5000"), ("docker.io",)))
+
+
+def test_the_page_on_clients_says_what_is_rendered() -> None:
+    """And has a section for each of them."""
+    page = CLIENTS.read_text()
+    site = Site(URL("http://cache.example:5000"), ("docker.io", "ghcr.io"))
+    found = blocks(page)
+    assert len(found) >= 12
+    assert found <= rendered(site) | rendered(replace(site, bypass=False))
+    heads = " ".join(re.findall(r"^## (.*)$", page, re.MULTILINE)).lower().replace("-", "")
+    assert all(client in heads for client in RENDERERS)
+
+
+def blocks(page: str) -> set[str]:
+    return set(re.findall(r"^```(?:json|toml|yaml|text)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+
+
+def rendered(site: Site) -> set[str]:
+    return {each.content for client in RENDERERS for each in RENDERERS[client](site).pieces}
+
+
+# Of which server
+
+
+def test_the_site_is_that_of_the_configuration(tmp_path: Path) -> None:
+    namespaces = {
+        "docker.io": {"upstream": "https://registry-1.docker.io"},
+        "edge": {"upstream": "https://edge.example"},  # no client takes that for a registry
+        "ghcr.io": {"upstream": "https://ghcr.io"},
+        "store.example": {"store": {}},  # pulled by full name
+    }
+    tree = {"listen": "0.0.0.0:5000", "namespaces": namespaces, "default_namespace": "edge"}
+    config = configuration(tmp_path, tree)
+    with pytest.raises(ValueError, match="a store of our own"):
+        site_of(config, namespaces=["store.example"])
+    found = site_of(config)
+    assert found.base == f"http://{socket.gethostname()}:5000"
+    assert found.namespaces == ("docker.io", "ghcr.io")
+    assert found.every and found.bypass and not found.hub
+
+
+def test_what_is_given_goes_before_the_configuration() -> None:
+    found = site_of(
+        load(None),
+        url="https://cache.example/",
+        namespaces=("quay.io", "x.example:1", "quay.io"),
+        bypass=False,
+    )
+    assert (found.base, found.host) == ("https://cache.example", "cache.example")
+    assert found.namespaces == ("quay.io", "x.example:1")
+    assert not found.every and not found.bypass
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"url": "http://cache.example/path"}, "leave the path out"),
+        ({"url": "ftp://cache.example"}, "must begin with https:// or http://"),
+        ({"url": "http://me:secret@cache.example"}, "must hold no user name"),
+        ({"namespaces": ["edge"]}, "is no host"),
+        ({"namespaces": ['x"\n.example']}, "expected a host"),
+        ({"namespaces": ["../x.example"]}, "expected a host"),
+        ({"ca_file": Path("ca.pem")}, "has no TLS"),
+        ({"url": "https://cache.example", "ca_file": Path("/no/such.pem")}, "No such file"),
+        ({"url": "https://cache.example", "ca_file": Path(__file__)}, "holds no certificate"),
+    ],
+)
+def test_what_cannot_be_is_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        site_of(load(None), **given)
+
+
+def test_an_authority_is_taken_and_a_key_is_not(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    pem = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(pem))
+    found = site_of(load(None), url="https://cache.example", ca_file=pem)
+    assert found.ca == pem.read_text()
+    pem.write_bytes(authority.cert_pem.bytes() + authority.private_key_pem.bytes())
+    with pytest.raises(ValueError, match="private key"):
+        site_of(load(None), url="https://cache.example", ca_file=pem)
+
+
+def test_any_port_cannot_be_told(tmp_path: Path) -> None:
+    config = configuration(tmp_path, {"listen": "127.0.0.1:0"})
+    with pytest.raises(ValueError, match="give --url"):
+        site_of(config)
+    assert site_of(config, url="cache.example:5000").base == "http://cache.example:5000"

@@ -15,8 +15,7 @@ import click
 import structlog
 from yarl import URL
 
-from proxy import telemetry
-from proxy.commands import COMMANDS
+from proxy import commands, preparing, telemetry
 from proxy.config import DOCKER_HUB, Config, ConfigError, load
 from proxy.listening import StartError
 from proxy.workers import Assignment, Parent
@@ -36,7 +35,7 @@ def main() -> None:
     """A pull-through cache for OCI registries."""
 
 
-for each in COMMANDS:
+for each in (*commands.COMMANDS, *preparing.COMMANDS):
     main.add_command(each)
 
 

@@ -15,6 +15,8 @@ from contextlib import suppress
 import structlog
 
 from proxy.composition import Composition
+from proxy.readiness import Readiness
+from proxy.warming import Schedule, Warmer
 from proxy.webhooks.delivery import Deliveries
 from storage.errors import RegistryError, StorageFailed
 from storage.files import finished
@@ -43,6 +45,10 @@ class Keeper:
         self._stopping = threading.Event()
         self.evicting = asyncio.Lock()  # one at a time
         self._eviction.pause = self.pause
+        readiness = Readiness(composition.store, composition.private, composition.hosted)
+        warmer = Warmer(composition.namespaces, readiness, composition.live.forget)
+        rules = composition.config.warm
+        self.schedule = Schedule(rules, warmer, composition.store.records, composition.clock)
 
     def pause(self, seconds: float) -> None:
         """In the thread that works.  Raises Stopped when all is to end."""
@@ -56,6 +62,8 @@ class Keeper:
             work.create_task(self._again_and_again(self._refresh, REFRESHED))
             if self._deliveries is not None:
                 work.create_task(self._again_and_again(self._deliver, AGAIN))
+            if composition.config.warm:
+                work.create_task(self._again_and_again(self._warm, REFRESHED))
             if composition.evicts:
                 work.create_task(self._again_and_again(self.expire, composition.config.disk.evict_every))
             if composition.config.disk.scrub is not None:
@@ -101,7 +109,12 @@ class Keeper:
         await self._deliveries.run()
 
     async def _refresh(self) -> None:
-        await self._composition.freshener.run_once()
+        if not self._composition.drill.left:  # what is put off is no failure
+            await self._composition.freshener.run_once()
+
+    async def _warm(self) -> None:
+        if not self._composition.drill.left:
+            await self.schedule.run_once()
 
     async def _scrub(self) -> None:
         await self._composition.scrub.run(self.heal, older_than=CHECKED)

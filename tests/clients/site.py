@@ -59,15 +59,15 @@ class Site:
     What is pushed goes to the namespace `local`.
     """
 
-    def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path):
+    def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path, admin: str = "off"):
         self.upstreams = upstreams
         self.address = f"127.0.0.1:{free_port()}"
-        config = directory / "entrepot.yml"
-        config.write_text(
+        self.config = directory / "entrepot.yml"
+        self.config.write_text(
             json.dumps(
                 {
                     "listen": self.address,
-                    "admin": "off",
+                    "admin": admin,
                     "disk": {"path": str(directory / "cache")},
                     "default_namespace": next(iter(upstreams)),
                     "namespaces": {
@@ -78,7 +78,7 @@ class Site:
                 }
             )
         )
-        self._process = Process([*SERVER, config], ready="listening")
+        self._process = Process([*SERVER, self.config], ready="listening")
 
     def requests(self) -> dict[str, list[str]]:
         """What reached the upstream of each namespace so far."""

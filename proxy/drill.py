@@ -49,9 +49,13 @@ class DrillState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Drill:
-    """Of this process.  Of one that has ended the state is known until the next."""
+    """Of this process.  Of one that has ended the state is known until the next.
+
+    `begun` is called when one begins.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.begun: Callable[[], None] = lambda: None
         self._clock = clock
         self._order: Order | None = None
         self._ended = False
@@ -63,6 +67,7 @@ class Drill:
         if self._order != order:
             self._order, self._ended = order, False
             self._missed, self._untold = {}, 0
+            self.begun()
 
     def end(self) -> None:
         self._ended = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 
 import structlog
@@ -48,6 +48,8 @@ class Keeper:
         readiness = Readiness(composition.store, composition.private, composition.hosted)
         warmer = Warmer(composition.namespaces, readiness, composition.live.forget)
         rules = composition.config.warm
+        self._fetching: set[asyncio.Task[object]] = set()
+        composition.drill.begun = self._put_off
         self.schedule = Schedule(rules, warmer, composition.store.records, composition.clock)
 
     def pause(self, seconds: float) -> None:
@@ -109,12 +111,29 @@ class Keeper:
         await self._deliveries.run()
 
     async def _refresh(self) -> None:
-        if not self._composition.drill.left:  # what is put off is no failure
-            await self._composition.freshener.run_once()
+        await self._fetch(self._composition.freshener.run_once)
 
     async def _warm(self) -> None:
-        if not self._composition.drill.left:
-            await self.schedule.run_once()
+        await self._fetch(self.schedule.run_once)
+
+    async def _fetch(self, work: Callable[[], Coroutine[None, None, object]]) -> None:
+        """Do it, unless a drill goes on, and until one begins: then it is put off, which is no failure."""
+        if self._composition.drill.left:
+            return
+        task = asyncio.create_task(work())
+        self._fetching.add(task)
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._fetching.discard(task)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if not task.cancelled():
+            task.result()
+
+    def _put_off(self) -> None:
+        for task in self._fetching:
+            task.cancel()
 
     async def _scrub(self) -> None:
         await self._composition.scrub.run(self.heal, older_than=CHECKED)

@@ -17,9 +17,10 @@ from proxy import drill as module
 from proxy.answers import Drilling
 from proxy.drill import Drill, DrillState, Missed, Order, merged
 from proxy.telemetry import Exchange, exchange
+from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
 from tests.processes import Place, Server, place
-from tests.upstream import Image, Upstream
+from tests.upstream import Hold, Image, Upstream
 
 __all__ = ["place"]  # a fixture
 
@@ -222,20 +223,38 @@ async def test_listings_that_were_seen_are_served(serve: Serve, upstream: Upstre
     assert [(each.kind, each.repository) for each in found.missed] == [("tags", "docker.io/library/other")]
 
 
-async def test_housekeeping_waits_and_does_not_fail(
+async def test_housekeeping_is_put_off_and_does_not_fail(
     serve: Serve, upstream: Upstream, events: LogCapture
 ) -> None:
-    upstream.image("library/app", "1")
-    rules = {
-        "pins": [{"match": "docker.io/library/app:1", "keep_fresh": "1h"}],
-        "warm": [{"images": ["app:1"], "every": "1h"}],
-    }
-    site = await serve(upstream, top=rules)
+    image = upstream.image("library/app", "1", [b"pinned" * 100])
+    other = upstream.image("library/app", "2", [b"warmed" * 100])
+    holds = [Hold(asyncio.Event(), after=None) for _ in range(2)]
+    for each, hold in zip((image, other), holds, strict=True):
+        upstream.next("GET", each.layers[0], hold)
+    site = await serve(
+        upstream,
+        top={
+            "pins": [{"match": f"{NAME}:1", "keep_fresh": "1h"}],
+            "warm": [{"images": ["app:2"], "every": "1h"}],
+        },
+    )
+    await asyncio.gather(*(hold.reached.wait() for hold in holds))  # the keeper has begun with both
     await ask(site, "POST", {"seconds": 600})
-    await site.app.keeper._refresh()
-    await site.app.keeper._warm()
-    assert not [each for each in events.entries if each["event"] in ("pin.failed", "warm.failed")]
+    for work in (site.app.keeper._refresh, site.app.keeper._warm):
+        await work()
+    assert not [each for each in events.entries if each["event"] in FETCHED]
     assert (await ask(site, "DELETE")).missed == []
+    for hold in holds:
+        hold.gate.set()
+    for work in (site.app.keeper._refresh, site.app.keeper._warm):
+        await work()
+    told = {each["event"] for each in events.entries if each["event"] in FETCHED}
+    assert "warm.done" in told
+    assert not told & {"pin.failed", "warm.failed"}
+    assert all(site.app.composition.store.holds(Digest(each.layers[0])) for each in (image, other))
+
+
+FETCHED = ("pin.failed", "pin.refreshed", "warm.failed", "warm.done")
 
 
 # Several processes

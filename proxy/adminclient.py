@@ -97,6 +97,27 @@ class Remote:
     async def webhooks(self) -> list[answers.WebhookRow]:
         return await self._get(list[answers.WebhookRow], "webhooks")
 
+    async def warm(
+        self, reference: str, platforms: Sequence[str] = (), referrers: bool = True
+    ) -> answers.WarmRow:
+        given = {"platforms": list(platforms), "referrers": referrers}
+        return await self._do(answers.WarmRow, "POST", "warm", reference=reference, **given)
+
+    async def ready(
+        self, references: Sequence[str], platforms: Sequence[str] = (), referrers: bool = True
+    ) -> list[answers.ReadyRow]:
+        given = {"platforms": list(platforms), "referrers": referrers}
+        return await self._do(list[answers.ReadyRow], "POST", "ready", references=list(references), **given)
+
+    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> answers.Drilling:
+        return await self._do(answers.Drilling, "POST", "drill", seconds=seconds, namespaces=list(namespaces))
+
+    async def drill(self) -> answers.Drilling:
+        return await self._get(answers.Drilling, "drill")
+
+    async def end_drill(self) -> answers.Drilling:
+        return await self._do(answers.Drilling, "DELETE", "drill")
+
     async def why(self, reference: str) -> answers.Why:
         return await self._get(answers.Why, "why", ref=reference)
 
@@ -149,8 +170,12 @@ Reached: TypeAlias = "Operations | Remote"
 
 
 @asynccontextmanager
-async def reach(config: Config, server: str | None, token: str | None) -> AsyncIterator[Reached]:
+async def reach(
+    config: Config, server: str | None, token: str | None, *, make: bool = False
+) -> AsyncIterator[Reached]:
     """Operations of the server at `server`, else of that of `config` if it runs, else on its directory.
+
+    With `make`, a directory that is not there is made.
 
     What its methods raise comes out of the block as Failed.
     """
@@ -162,7 +187,7 @@ async def reach(config: Config, server: str | None, token: str | None) -> AsyncI
         async with ClientSession(timeout=timeout) as session:
             yield Remote(session, url, token or config.admin_token)
         return
-    async with _directory(config, url) as operations:
+    async with _directory(config, url, make) as operations:
         yield operations
 
 
@@ -197,13 +222,13 @@ async def _listens(url: URL, must: bool) -> bool:
 
 
 @asynccontextmanager
-async def _directory(config: Config, asked: URL | None) -> AsyncIterator[Operations]:
+async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
     root = config.disk.path / "cache"
     try:
         there = root.is_dir()
     except OSError as error:
         raise Failed(f"{root}: {error.strerror}", "DENIED") from error
-    if not there:  # to look for it must not make it
+    if not there and not make:  # to look for it must not make it
         tried = f"nobody listens at {asked}, and " if asked else ""
         raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
     from proxy.asking import BadField

@@ -321,3 +321,91 @@ class Why(Answer, frozen=True):
     upstreams: list[HostRow]
     verdict: Verdict
     because: str
+
+
+# What is prepared for upstreams being away
+
+
+class WarmRow(Answer, frozen=True):
+    """`here`: all of it is, for the platforms that were asked for.
+
+    `error` tells why it is not, or, where it is, what kept upstream from vouching for it; `code` is for
+    programs.  It consists of so many `manifests`, of which `referrers` refer to others, and `blobs`, of which
+    `fetched` had to come, of `bytes`; nothing is counted where upstream did not serve.
+    """
+
+    asked: str
+    repository: str
+    reference: str
+    digest: str | None
+    here: bool
+    manifests: int = 0
+    referrers: int = 0
+    blobs: int = 0
+    fetched: int = 0
+    bytes: int = 0
+    error: str | None = None
+    code: str | None = None
+
+
+class MissingRow(Answer, frozen=True):
+    """What is not here, of `size` bytes, -1 where that is not told.
+
+    `kind` is manifest, blob or referrer; `platforms` are those of the images that need it.
+    """
+
+    digest: str
+    kind: str
+    size: int
+    platforms: list[str]
+
+
+Completeness: TypeAlias = Literal["complete", "partial", "absent"]
+
+
+class ReadyRow(Answer, frozen=True):
+    """Whether `asked` can be pulled while no upstream answers, whole.
+
+    `lacking` are platforms that were asked for and that the image is not made for.  `referrers` is how many
+    are here of the `referrers_known`, those that upstream was heard to list.  `error` tells why it cannot be
+    judged.
+    """
+
+    asked: str
+    repository: str
+    reference: str
+    digest: str | None
+    state: Completeness
+    missing: list[MissingRow] = []
+    lacking: list[str] = []
+    referrers: int = 0
+    referrers_known: int = 0
+    error: str | None = None
+
+
+class MissedRow(Answer, frozen=True):
+    """What a client asked for `count` times in vain; `kind` is manifest, blob, tags or referrers."""
+
+    client: str
+    kind: str
+    repository: str
+    reference: str
+    count: int
+    first: float
+    last: float
+
+
+class Drilling(Answer, frozen=True):
+    """The drill that goes on, for `left` seconds more, or else the last one; `begun` is 0 before the first.
+
+    No `namespaces` are all.  `missed` is what was asked for and is not here, the first first; `untold` is how
+    many requests more there were when these had become too many.
+    """
+
+    running: bool
+    begun: float
+    seconds: float
+    left: float
+    namespaces: list[str]
+    missed: list[MissedRow]
+    untold: int

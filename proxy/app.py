@@ -15,6 +15,7 @@ from yarl import URL
 
 from proxy import config, room
 from proxy.composition import Composition
+from proxy.drills import Drills, resume
 from proxy.keeper import Keeper
 from proxy.listening import BACKLOG, bind_all
 from proxy.live import Everyone, serve_live
@@ -93,11 +94,14 @@ class App:
             from proxy.operations import Operations
             from proxy.web.admin import application  # here, since workers need none of it
 
+            drills = Drills(
+                self._everyone, composition.drill, composition.metrics, composition.clock, self._run
+            )
             # First, since what was started last is stopped first: so it can tell of the draining.
             pages = application(
                 composition.metrics,
                 self._state,
-                Operations(composition, self._everyone, keeper.evicting, keeper.heal),
+                Operations(composition, self._everyone, keeper.evicting, keeper.heal, drills),
                 token=settings.admin_token,
                 loopback=settings.admin is not None and settings.admin.loopback,
             )
@@ -135,6 +139,7 @@ class App:
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"
             self._closing.push_async_callback(await serve_live(composition.live, path))
+            resume(composition.drill, self._run)
         manners = Manners(limits.connections_per_address, limits.request_timeout, limits.idle_timeout)
         # To aiohttp 0 means to wait for ever.
         runner = web.ServerRunner(
@@ -156,10 +161,12 @@ class App:
             return {"status": "draining"}
         with suppress(StorageFailed):  # it is among the troubles then
             self.composition.files.check()
+        left = self.composition.drill.left
+        drill = {"drill": f"upstreams are cut off for {left:.0f} s more"} if left else {}
         states = await self._everyone.states()
         if troubles := dict.fromkeys(trouble for each in states for trouble in each.troubles):
-            return {"status": "degraded", "store": "; ".join(troubles)}
-        return {"status": "ready"}
+            return {"status": "degraded", "store": "; ".join(troubles), **drill}
+        return {"status": "ready", **drill}
 
     async def stop(self) -> None:
         """Finish what is being served, for `drain` at most; fills stop where the next start resumes them."""

@@ -15,10 +15,11 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import structlog
 
+from proxy.drill import Drill
 from proxy.fills import Fills
 from proxy.flights import Flights
 from proxy.following import Source, Uncached
@@ -64,6 +65,14 @@ class Policy:
     lazy: bool = False
 
 
+@runtime_checkable
+class _Limited(Protocol):
+    """An origin that grants so many requests in a time."""
+
+    @property
+    def spares(self) -> bool: ...
+
+
 class Remembered:
     """What holds for some seconds only, in memory; the oldest go when they are many."""
 
@@ -90,7 +99,7 @@ class Remembered:
 class Cache(Registry):
     """Repositories are the origin's names; in the store they stand under `namespace`.
 
-    `moved` is told of a tag that moves.
+    `moved` is told of a tag that moves.  While `drill` cuts the namespace, all is as if it were offline.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class Cache(Registry):
         policy: Policy,
         clock: Callable[[], float] = time.time,
         moved: Moved | None = None,
+        drill: Drill | None = None,
     ) -> None:
         self._namespace = namespace
         self._origin = origin
@@ -110,6 +120,7 @@ class Cache(Registry):
         self._policy = policy
         self._clock = clock
         self._moved = moved
+        self._drill = drill or Drill(clock)
         self._flights = Flights()
         self._unknown = Remembered(clock)
         self._paused = Remembered(clock)
@@ -205,7 +216,7 @@ class Cache(Registry):
         if known is not None:
             manifest, age = known
             ttl = self._policy.fresh_for(tag) - age
-            if self._policy.offline or self._fresh(tag, age):
+            if self._offline or self._fresh(tag, age):
                 current().came("hit", age, None if math.isinf(ttl) else ttl)
                 return manifest
             if (pause := self._paused.get(key)) is not None:
@@ -231,8 +242,8 @@ class Cache(Registry):
         Where get_manifest() would serve what is stale, this raises why.
         """
         name = f"{self._namespace}/{repository}"
-        if self._policy.offline:
-            raise Unavailable(f"{tag} of {name} cannot be validated: {self._namespace} is set offline")
+        if self._offline:
+            raise Unavailable(f"{tag} of {name} cannot be validated: {self._why_offline}")
         known = self._known(name, tag)
         result, manifest, error = await self._flights.join(
             (ManifestUnknown, name, tag), lambda: self._ask(repository, name, tag, forced=True)
@@ -240,6 +251,17 @@ class Cache(Registry):
         if error is not None:
             raise error.copy()
         return result, manifest, known[0].digest if known else None
+
+    def spare(self, repository: str, reference: Reference) -> None:
+        """Raise TooManyRequests where fetching it would take of what is kept for clients' misses."""
+        name = f"{self._namespace}/{repository}"
+        if isinstance(self._origin, _Limited) and not self._origin.spares:
+            try:
+                self._store.manifest(name, reference)
+            except (ManifestUnknown, StorageFailed):
+                raise TooManyRequests(
+                    f"what {self._namespace} still grants us is kept for what clients ask for"
+                ) from None
 
     def _known(self, name: str, tag: Tag) -> tuple[Manifest, float] | None:
         """What the tag was last, and how many seconds ago the origin said so."""
@@ -369,9 +391,9 @@ class Cache(Registry):
             known = None
         age = self._clock() - known.validated_at if known else 0.0
         ttl = self._policy.fresh_for("") - age
-        if self._policy.offline:
+        if self._offline:
             seen: list[T] = known.value if known else await self._seen(local, name)
-            if not seen:
+            if known is None and not seen:
                 self._ask_allowed(key)
             current().came("hit", age)
             return seen
@@ -415,10 +437,21 @@ class Cache(Registry):
         """Raise what is known without asking: that we are offline, or what the origin said just now."""
         unknown, name, what = key
         if self._policy.offline:
-            raise unknown(f"{what} of {name} is not cached, and {self._namespace} is set offline")
+            raise unknown(f"{what} of {name} is not cached, and {self._why_offline}")
         if (error := self._unknown.get(key)) is not None:
             current().came("negative")
             raise error
+        if self._drill.cuts(self._namespace):
+            self._drill.missed()
+            raise unknown(f"{what} of {name} is not cached, and {self._why_offline}")
+
+    @property
+    def _offline(self) -> bool:
+        return self._policy.offline or self._drill.cuts(self._namespace)
+
+    @property
+    def _why_offline(self) -> str:
+        return f"{self._namespace} is {'set offline' if self._policy.offline else 'cut off by a drill'}"
 
     def _remember(self, key: Key, error: RegistryError) -> None:
         self._unknown.put(key, self._policy.negative_for, error)

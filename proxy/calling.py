@@ -36,20 +36,20 @@ class Call:
     token: str | None
     json: bool
 
-    def run(self, work: Callable[[Reached], Awaitable[None]]) -> None:
-        """Do it, and end the program if that fails."""
+    def run(self, work: Callable[[Reached], Awaitable[None]], *, make: bool = False) -> None:
+        """Do it, and end the program if that fails.  With `make`, a cache that is not there is made."""
         try:
-            asyncio.run(self._run(work))
+            asyncio.run(self._run(work, make))
         except (Failed, ConfigError) as error:
             failed = error if isinstance(error, Failed) else Failed(str(error), "CONFIG_INVALID", usage=True)
             self._fail(failed)
 
-    async def _run(self, work: Callable[[Reached], Awaitable[None]]) -> None:
+    async def _run(self, work: Callable[[Reached], Awaitable[None]], make: bool) -> None:
         config = load(self.path)
         if not structlog.is_configured():
             # Beside what was asked for nobody wants to read but of trouble; and not in its place.
             telemetry.configure(config.log.format, "warning")
-        async with reach(config, self.server, self.token) as operations:
+        async with reach(config, self.server, self.token, make=make) as operations:
             await work(operations)
 
     def ask(self, question: Callable[[Reached], Awaitable[Any]], view: View) -> None:

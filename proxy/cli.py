@@ -15,8 +15,7 @@ import click
 import structlog
 from yarl import URL
 
-from proxy import telemetry
-from proxy.commands import COMMANDS
+from proxy import commands, preparing, telemetry
 from proxy.config import DOCKER_HUB, Config, ConfigError, load
 from proxy.doctor.command import doctor
 from proxy.listening import StartError
@@ -41,7 +40,7 @@ def main() -> None:
     """A pull-through cache for OCI registries."""
 
 
-for each in (*COMMANDS, setup, doctor):
+for each in (*commands.COMMANDS, *preparing.COMMANDS, setup, doctor):
     main.add_command(each)
 
 

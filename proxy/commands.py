@@ -37,7 +37,7 @@ def _period(given: object) -> object:
     return given  # as it was: it is read where it is used
 
 
-_PLATFORMS = click.option(
+PLATFORMS = click.option(
     "--platform",
     "platforms",
     callback=read(parse_platform),
@@ -164,7 +164,7 @@ async def _confirm(operations: Reached, pattern: str) -> None:
 
 @click.command()
 @click.argument("reference", metavar="REF")
-@_PLATFORMS
+@PLATFORMS
 @common
 def refresh(call: Call, reference: str, platforms: tuple[str, ...]) -> None:
     """Ask upstream what REF is now, and fetch all of it that is not here."""
@@ -188,7 +188,7 @@ def refresh(call: Call, reference: str, platforms: tuple[str, ...]) -> None:
     metavar="DURATION",
     help="Ask upstream so often, and fetch what is new.",
 )
-@_PLATFORMS
+@PLATFORMS
 @common
 def pin(call: Call, pattern: str, keep_fresh: float | None, platforms: tuple[str, ...]) -> None:
     """Keep what matches PATTERN, a glob over namespace/repository:tag, whatever its age."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 from proxy.cache import Cache, Policy
 from proxy.config import Config, Hosting, Login, Namespace
 from proxy.config import Upstream as UpstreamKeys
+from proxy.drill import Drill
 from proxy.fills import Fills
 from proxy.freshness import Freshener
 from proxy.hosted import Hosted
@@ -90,6 +91,7 @@ class Composition:
             make_room=self._make_room,
             clock=clock,
         )
+        self.drill = Drill(clock)
         self.caches = {name: self._cache(name, *each) for name, each in config.cached().items()}
         self._closing.push_async_callback(self.fills.close)  # before what they read from
         self.private = self._private() if config.hosted() else None
@@ -108,7 +110,7 @@ class Composition:
         self.scrub = Scrub(self.store, config.disk.scrub, clock)
         self.freshener = Freshener(self.namespaces, self.store, self.pins, clock)
         disks = [each.files.disk for each in stores] + ([self._events] if config.webhooks else [])
-        self.live = Live(self.fills, self.caches, disks, clock)
+        self.live = Live(self.fills, self.caches, disks, clock, None, self.drill)
 
     def _private(self) -> Store:
         """Where all that is pushed lies.  Nothing of it goes but what nobody can reach."""
@@ -203,7 +205,7 @@ class Composition:
             lazy=namespace.lazy,
         )
         origin = origins[0] if len(origins) == 1 else Failover(origins, self.clock)
-        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self._tag_moved)
+        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self._tag_moved, self.drill)
         self._closing.push_async_callback(cache.close)
         return cache
 

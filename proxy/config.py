@@ -46,12 +46,14 @@ from proxy.values import (
     parse_platform,
     parse_proxy,
     parse_rate,
+    parse_reference,
     parse_reserve,
     parse_secret,
     parse_share,
     parse_size,
     parse_target,
     parse_text,
+    parse_time,
     parse_timeout,
     parse_urls,
     parse_username,
@@ -259,6 +261,23 @@ def _any(patterns: tuple[re.Pattern[str], ...], text: str) -> bool:
     return not patterns or any(each.fullmatch(text) for each in patterns)
 
 
+class WarmRule(Section, frozen=True):
+    """What is fetched whole, `every` so many seconds, or daily `at` an hour and minute."""
+
+    images: tuple[Annotated[str, parse_reference], ...] = ()
+    list: File | None = None
+    every: Timeout | None = None
+    at: Annotated[tuple[int, int], parse_time] | None = None
+    platforms: tuple[Annotated[str, parse_platform], ...] = ()
+    referrers: Flag = True
+
+    def __post_init__(self) -> None:
+        if not self.images and self.list is None:
+            raise ValueError("needs images or list")
+        if (self.every is None) == (self.at is None):
+            raise ValueError("needs either every, such as 6h, or at, such as '03:30'")
+
+
 class KeepRule(Section, frozen=True):
     match: Annotated[re.Pattern[str], parse_pattern]
     last: Annotated[int, parse_count]
@@ -333,6 +352,7 @@ class Config(Section, frozen=True):
     disk: Disk = msgspec.field(default_factory=Disk)
     pins: tuple[PinRule, ...] = ()
     webhooks: tuple[Webhook, ...] = ()
+    warm: tuple[WarmRule, ...] = ()
     default_namespace: Text | None = None
     fallback: Literal["allow", "deny"] = "allow"
     offline: Flag = False

@@ -28,7 +28,16 @@ from storage.errors import (
 )
 from storage.files import finished
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
-from storage.pins import Pin, Pins, contents, selected, walk
+from storage.pins import (
+    Pin,
+    Pins,
+    attestations,
+    contents,
+    fallback_tag,
+    selected,
+    signature_tags,
+    walk,
+)
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -43,7 +52,7 @@ class Refreshed:
     """What is whole now.  `moved` is what the tag was before, None where it is what it was, or is new.
 
     `manifests` and `blobs` are how many it consists of, `fetched` how many blobs of them had to come, of
-    `bytes`.
+    `bytes`; `referrers` how many of the manifests refer to others of them.
     """
 
     repository: str
@@ -55,6 +64,7 @@ class Refreshed:
     blobs: int
     fetched: int
     bytes: int
+    referrers: int = 0
 
     @property
     def here(self) -> int:
@@ -72,20 +82,24 @@ async def refresh(
     reference: Reference,
     platforms: Sequence[str] = (),
     referrers: bool = False,
+    sparing: bool = False,
 ) -> Refreshed:
     """Have all in the store that `reference` means now; of an index the children for `platforms`.
 
-    With `referrers` also what refers to any of it, which costs a request for each manifest.  What the
-    origin does not know is left out; then, when the rest is here, that is raised.  Raises RegistryError.
+    With `referrers` also what refers to any of it, which costs a few requests for each manifest.  What the
+    origin does not know is left out; then, when the rest is here, that is raised.  `sparing` leaves clients
+    what is kept in reserve of the origin's rate limit: see Cache.spare().  Raises RegistryError.
     """
     old: Digest | None = None
     new = False
+    if sparing:
+        registry.spare(repository, reference)
     if isinstance(reference, Tag):
         _, manifest, old = await registry.revalidate(repository, reference)
         new = old is None
     else:
         manifest = await registry.get_manifest(repository, reference)
-    whole = _Whole(registry, repository)
+    whole = _Whole(registry, repository, sparing)
     await whole.take(manifest, platforms)
     if referrers:
         await whole.take_referrers()
@@ -102,6 +116,7 @@ async def refresh(
         len(whole.blobs),
         whole.fetched,
         whole.bytes,
+        whole.referrers,
     )
 
 
@@ -111,11 +126,14 @@ class _Whole:
 
     registry: Refreshable
     repository: str
+    sparing: bool
     manifests: set[Digest] = field(default_factory=set)
     blobs: dict[Digest, Descriptor] = field(default_factory=dict)
     unknown: list[RegistryError] = field(default_factory=list)
     fetched: int = 0
     bytes: int = 0
+    referrers: int = 0
+    attestations: set[Digest] = field(default_factory=set)
 
     async def take(self, manifest: Manifest, platforms: Sequence[str] = ()) -> None:
         todo = [manifest]
@@ -126,27 +144,42 @@ class _Whole:
             if content is None:
                 continue
             self.blobs.update((each.digest, each) for each in content.blobs)
+            self.attestations |= attestations(content)
             for child in selected(content, platforms):
                 if child.digest in self.manifests:
                     continue
                 try:
-                    todo.append(await self.registry.get_manifest(self.repository, child.digest))
+                    todo.append(await self._manifest(child.digest))
                 except ManifestUnknown as error:
                     self.unknown.append(error)
 
+    async def _manifest(self, reference: Reference) -> Manifest:
+        if self.sparing:
+            self.registry.spare(self.repository, reference)
+        return await self.registry.get_manifest(self.repository, reference)
+
     async def take_referrers(self) -> None:
         """What refers to the manifests, and what refers to that."""
+        image = frozenset(self.manifests)
+        signed = image - self.attestations  # these are about an image, and nobody signs them for themselves
         asked: set[Digest] = set()
         while ask := self.manifests - asked:
             asked |= ask
             for digest in ask:
                 listed: list[Descriptor] = []
-                with suppress(ManifestUnknown, NameUnknown, Unsupported):  # it has no referrers API
+                tags = signature_tags(digest) if digest in signed else []
+                try:
                     listed = await self.registry.referrers(self.repository, digest)
-                for each in listed:
-                    if each.digest not in self.manifests:
-                        with suppress(ManifestUnknown):  # listed once, and gone
-                            await self.take(await self.registry.get_manifest(self.repository, each.digest))
+                except (ManifestUnknown, NameUnknown, Unsupported):  # it has no referrers API
+                    tags = [fallback_tag(digest), *tags]
+                found: list[Reference] = [*(each.digest for each in listed), *tags]
+                for each in found:
+                    if each not in self.manifests:
+                        unknown = len(self.unknown)
+                        with suppress(ManifestUnknown, NameUnknown):  # there is no such tag
+                            await self.take(await self._manifest(each))
+                        del self.unknown[unknown:]  # listed once, and gone
+        self.referrers = len(self.manifests - image)
 
     async def fill(self) -> None:
         turns = asyncio.Semaphore(FILLS)

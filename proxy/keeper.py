@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 
 import structlog
 
 from proxy.composition import Composition
+from proxy.readiness import Readiness
+from proxy.warming import Schedule, Warmer
 from proxy.webhooks.delivery import Deliveries
 from storage.errors import RegistryError, StorageFailed
 from storage.files import finished
@@ -43,6 +45,12 @@ class Keeper:
         self._stopping = threading.Event()
         self.evicting = asyncio.Lock()  # one at a time
         self._eviction.pause = self.pause
+        readiness = Readiness(composition.store, composition.private, composition.hosted)
+        warmer = Warmer(composition.namespaces, readiness, composition.live.forget)
+        rules = composition.config.warm
+        self._fetching: set[asyncio.Task[object]] = set()
+        composition.drill.begun = self._put_off
+        self.schedule = Schedule(rules, warmer, composition.store.records, composition.clock)
 
     def pause(self, seconds: float) -> None:
         """In the thread that works.  Raises Stopped when all is to end."""
@@ -56,6 +64,8 @@ class Keeper:
             work.create_task(self._again_and_again(self._refresh, REFRESHED))
             if self._deliveries is not None:
                 work.create_task(self._again_and_again(self._deliver, AGAIN))
+            if composition.config.warm:
+                work.create_task(self._again_and_again(self._warm, REFRESHED))
             if composition.evicts:
                 work.create_task(self._again_and_again(self.expire, composition.config.disk.evict_every))
             if composition.config.disk.scrub is not None:
@@ -101,7 +111,29 @@ class Keeper:
         await self._deliveries.run()
 
     async def _refresh(self) -> None:
-        await self._composition.freshener.run_once()
+        await self._fetch(self._composition.freshener.run_once)
+
+    async def _warm(self) -> None:
+        await self._fetch(self.schedule.run_once)
+
+    async def _fetch(self, work: Callable[[], Coroutine[None, None, object]]) -> None:
+        """Do it, unless a drill goes on, and until one begins: then it is put off, which is no failure."""
+        if self._composition.drill.left:
+            return
+        task = asyncio.create_task(work())
+        self._fetching.add(task)
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._fetching.discard(task)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if not task.cancelled():
+            task.result()
+
+    def _put_off(self) -> None:
+        for task in self._fetching:
+            task.cancel()
 
     async def _scrub(self) -> None:
         await self._composition.scrub.run(self.heal, older_than=CHECKED)

@@ -1,10 +1,13 @@
-"""How much at once, and how fast: turns for fills, and a bound on their bytes a second."""
+"""How much at once, and how fast: turns, and a bound on bytes a second."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep at every chunk
 
@@ -47,6 +50,22 @@ class Bandwidth:
         self._paid_until = max(now, self._paid_until) + number / self._rate
         if (ahead := self._paid_until - now) > BURST:
             await asyncio.sleep(ahead)
+
+
+async def several(work: Callable[[T], Awaitable[None]], items: Iterable[T], most: int) -> None:
+    """Do it for each, in their order, at most so many at once.  The first failure ends all, and is raised."""
+    left = iter(items)
+
+    async def one_after_the_other() -> None:
+        for item in left:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as working:
+            for _ in range(most):
+                working.create_task(one_after_the_other())
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
 
 
 def part(total: int, workers: int) -> int:

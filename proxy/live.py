@@ -4,6 +4,9 @@ Each process serves a unix socket of its own, which only its user may connect to
 
     GET /state      LiveState
     POST /forget    {"repository": "<namespace>/<repository>"}
+    GET /drill      DrillState
+    POST /drill     Order
+    DELETE /drill
 
 and who wants to know asks all of them.  One that does not answer in time is as good as gone.
 """
@@ -17,7 +20,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import aiohttp
 import msgspec
@@ -25,11 +28,13 @@ import structlog
 from aiohttp import web
 
 from proxy.cache import Cache
+from proxy.drill import Drill, DrillState, Order
 from proxy.fills import Fill, Fills
 from proxy.upstream.health import HostState, LimitState
 from storage.disk import Disk
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 PATIENCE = 2.0  # seconds that another process may take to answer
 CLOSING = 1.0  # seconds that answers under way may take when the socket is closed
@@ -104,12 +109,14 @@ class Live:
         disks: Sequence[Disk],
         clock: Callable[[], float] = time.time,
         pid: int | None = None,
+        drill: Drill | None = None,
     ) -> None:
         self._fills = fills
         self._caches = caches
         self._disks = disks
         self._clock = clock
         self.pid = os.getpid() if pid is None else pid
+        self.drill = drill or Drill(clock)
 
     def state(self) -> LiveState:
         """Looks at what is in memory, and asks nobody."""
@@ -179,19 +186,26 @@ async def serve_live(live: Live, path: Path) -> Callable[[], Awaitable[None]]:
     """
 
     async def state(request: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(live.state()), content_type="application/json")
+        return _in_json(live.state())
 
     async def forget(request: web.Request) -> web.Response:
-        try:
-            wanted = msgspec.json.decode(await request.read(), type=_Forget)
-        except msgspec.DecodeError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
-        await live.forget(wanted.repository)
+        await live.forget((await _body(request, _Forget)).repository)
+        return web.Response(status=204)
+
+    async def drill(request: web.Request) -> web.Response:
+        if request.method == "GET":
+            return _in_json(live.drill.state())
+        if request.method == "POST":
+            live.drill.begin(await _body(request, Order))
+        else:
+            live.drill.end()
         return web.Response(status=204)
 
     application = web.Application()
     application.router.add_get("/state", state)
     application.router.add_post("/forget", forget)
+    for method in ("GET", "POST", "DELETE"):
+        application.router.add_route(method, "/drill", drill)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
     listening = _listening(path)
     inode = path.stat().st_ino
@@ -206,6 +220,17 @@ async def serve_live(live: Live, path: Path) -> Callable[[], Awaitable[None]]:
                 path.unlink()
 
     return close
+
+
+def _in_json(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+async def _body(request: web.Request, form: type[T]) -> T:
+    try:
+        return msgspec.json.decode(await request.read(), type=form)
+    except msgspec.DecodeError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
 
 
 def _listening(path: Path) -> socket.socket:
@@ -252,11 +277,33 @@ class Everyone:
             await self._live.forget(repository)
         await self._ask("POST", "/forget", msgspec.json.encode(_Forget(repository)))
 
+    async def begin_drill(self, order: Order) -> None:
+        if self._live:
+            self._live.drill.begin(order)
+        await self._ask("POST", "/drill", msgspec.json.encode(order))
+
+    async def end_drill(self) -> None:
+        if self._live:
+            self._live.drill.end()
+        await self._ask("DELETE", "/drill")
+
+    async def drills(self) -> list[DrillState]:
+        """What each knows of the last one, with no process twice."""
+        found = {self._live.pid: self._live.drill.state()} if self._live else {}
+        for path, answer in await self._ask_each("GET", "/drill"):
+            with suppress(msgspec.DecodeError, ValueError):
+                found.setdefault(int(path.stem), msgspec.json.decode(answer, type=DrillState))
+        return list(found.values())
+
     async def _ask(self, method: str, path: str, body: bytes | None = None) -> list[bytes]:
+        """The answers of those that gave one."""
+        return [answer for _, answer in await self._ask_each(method, path, body)]
+
+    async def _ask_each(self, method: str, path: str, body: bytes | None = None) -> list[tuple[Path, bytes]]:
         """The answers of those that gave one."""
         sockets = sorted(self._directory.glob("*.sock")) if self._directory else []
         answers = await asyncio.gather(*(_answer(each, method, path, body) for each in sockets))
-        return [answer for answer in answers if answer is not None]
+        return [(path, each) for path, each in zip(sockets, answers, strict=True) if each is not None]
 
 
 async def _answer(path: Path, method: str, target: str, body: bytes | None) -> bytes | None:

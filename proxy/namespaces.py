@@ -32,6 +32,7 @@ class Refreshable(Protocol):
     async def referrers(self, repository: str, digest: Digest) -> list[Descriptor]: ...
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]: ...
     async def fill_blob(self, repository: str, digest: Digest) -> int: ...
+    def spare(self, repository: str, reference: Reference) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,11 @@ class Namespaces(Registry):
         """Raises Unsupported where no cache answers for the namespace."""
         cache, relative = self._cache(repository)
         return await cache.fill_blob(relative, digest)
+
+    def spare(self, repository: str, reference: Reference) -> None:
+        """See Cache.spare().  Raises Unsupported where no cache answers for the namespace."""
+        cache, relative = self._cache(repository)
+        cache.spare(relative, reference)
 
     def _cache(self, repository: str) -> tuple[Refreshable, str]:
         member, relative = self._split(repository)

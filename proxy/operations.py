@@ -36,9 +36,11 @@ from proxy.answers import (
 from proxy.asking import BadField, literal
 from proxy.composition import Composition
 from proxy.config import Webhook
+from proxy.drills import Drills
 from proxy.freshness import refresh
 from proxy.inventory import WILD, Inventory, merged
 from proxy.live import Everyone, FillState
+from proxy.preparations import Preparations
 from proxy.purging import Purging
 from proxy.reasons import Reasons
 from proxy.webhooks.queue import Queue
@@ -55,10 +57,11 @@ log = structlog.get_logger()
 LOOK = 1.0  # seconds between two looks that a fill's speed is told from, at least
 
 
-class Operations:
+class Operations(Preparations):
     """Every method raises RegistryError, or BadField where what it is given cannot be read.  To be closed.
 
-    `evicting` is what others hold who evict in this process; `heal` fetches what a scrub found damaged.
+    `evicting` is what others hold who evict in this process; `heal` fetches what a scrub found damaged;
+    without `drills` no server is running.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Operations:
         everyone: Everyone,
         evicting: asyncio.Lock | None = None,
         heal: Heal | None = None,
+        drills: Drills | None = None,
     ) -> None:
+        super().__init__(composition, everyone, drills)
         parts = self._composition = composition
         self._everyone = everyone
         self._reading = asking.Reading(parts.namespaces)
@@ -304,6 +309,7 @@ class Operations:
         return Scrubbing(background=_scrub_row(background), asked=_scrub_row(asked), error=self._scrub_error)
 
     async def close(self) -> None:
+        await super().close()
         if self._scrubbing is not None:
             self._scrubbing.cancel()
             await asyncio.gather(self._scrubbing, return_exceptions=True)

@@ -182,13 +182,13 @@ def filling(found: Sequence[answers.FillRow], now: float) -> Sequence[Table]:
     return [table]
 
 
-def progress(found: Sequence[answers.FillRow], shown: Progress) -> None:
-    """The fills as they are now; those that are not among them any more have ended."""
+def progress(found: Sequence[answers.FillRow], shown: Progress, beside: str = "") -> None:
+    """The fills as they are now; those that are not among them any more have ended, but for `beside`."""
     for each in found:
         said = [f"{size(each.bytes)} of {size(each.size)}", f"{size(each.speed)}/s"]
         said.append(plural(each.followers, "follower"))
         shown.show(_part(each), each.bytes, each.size, ", ".join(said))
-    for part in shown.parts() - {_part(each) for each in found}:
+    for part in shown.parts() - {_part(each) for each in found} - {beside}:
         shown.drop(part)
 
 

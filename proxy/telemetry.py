@@ -42,7 +42,7 @@ class Exchange:
     concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
     counts as fresh (None: for ever).  `digest` is that of the content, once it is known; `content` describes
     what is pulled.  `ns` is the query's, where the client gave one.  `bytes` are those of the answer's body,
-    `received` of the request's.
+    `received` of the request's.  `client` is its address.
     """
 
     id: str = ""
@@ -60,6 +60,7 @@ class Exchange:
     detail: str = ""
     digest: str = ""
     content: Descriptor | None = None
+    client: str = ""
 
     def came(self, result: str, age: float = 0.0, ttl: float | None = None) -> None:
         self.result, self.age, self.ttl = result, age, ttl
@@ -186,6 +187,13 @@ class Metrics:
             "Events that a webhook has not been told of yet.",
             ["webhook"],
             multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
+
+        self.drill = Gauge(
+            "entrepot_drill",
+            "1: a drill cuts upstreams off.",
+            multiprocess_mode="livemax",
             registry=registry,
         )
 

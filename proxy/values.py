@@ -25,6 +25,7 @@ _LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
 _TARGET = re.compile(rf"https?://{_AUTHORITY}(?:[/?][!-~]*)?")
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 _OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
+_TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
@@ -205,6 +206,22 @@ def parse_platform(value: object) -> str:
     if not _PLATFORM.fullmatch(text):
         raise ValueError("expected os/architecture or os/architecture/variant, such as linux/arm64/v8")
     return text
+
+
+def parse_reference(value: object) -> str:
+    """As clients write it: `alpine:3`, `ghcr.io/team/app@sha256:…`.  What it means shows when it is used."""
+    text = parse_text(value)
+    if text.split() != [text]:
+        raise ValueError("expected a reference such as alpine:3 or ghcr.io/team/app:1")
+    return text
+
+
+def parse_time(value: object) -> tuple[int, int]:
+    """A time of the day, `03:30`: hour and minute."""
+    found = _TIME.fullmatch(value) if isinstance(value, str) else None
+    if not found or int(found[1]) > 23 or int(found[2]) > 59:
+        raise ValueError("expected a time of the day in quotes, from '00:00' to '23:59'")
+    return int(found[1]), int(found[2])
 
 
 def parse_pattern(value: object) -> re.Pattern[str]:

@@ -115,11 +115,15 @@ class Kept:
 
 @dataclass(slots=True)
 class Tree:
-    """What a manifest names, itself included.  `missing` are the manifests that are not stored."""
+    """What a manifest names, itself included.  `missing` are the manifests that are not stored.
+
+    `tags` are those by which clients find what refers to it.
+    """
 
     manifests: set[Digest] = field(default_factory=set)
     blobs: dict[Digest, Descriptor] = field(default_factory=dict)
     missing: set[Digest] = field(default_factory=set)
+    tags: set[Tag] = field(default_factory=set)
 
 
 class _Record(msgspec.Struct):
@@ -190,9 +194,9 @@ class Pins:
                 if digest is None or (repository, digest, pin.platforms) in seen:
                     continue
                 seen.add((repository, digest, pin.platforms))
-                manifests, blobs = self._kept(repository, digest, pin.platforms)
-                references.update((repository, each) for each in manifests)
-                digests |= manifests | blobs
+                found = self._kept(repository, digest, pin.platforms)
+                references.update((repository, each) for each in (*found.manifests, *found.tags))
+                digests |= found.manifests | set(found.blobs)
         return Kept(frozenset(references), frozenset(digests))
 
     def _digest(self, repository: str, reference: Reference) -> Digest | None:
@@ -201,26 +205,29 @@ class Pins:
         pointer = self._store.pointer(repository, reference)
         return None if pointer is None else pointer.digest
 
-    def _kept(
-        self, repository: str, digest: Digest, platforms: Sequence[str]
-    ) -> tuple[set[Digest], set[Digest]]:
-        """Manifests and blobs of the manifest, of what refers to it, of what refers to that, …"""
+    def _kept(self, repository: str, digest: Digest, platforms: Sequence[str]) -> Tree:
+        """The manifest, what refers to it, what refers to that, …, and all that these name."""
         found = walk(self._store, repository, digest, platforms)
-        manifests, blobs = found.manifests, set(found.blobs)
-        todo = list(manifests)
+        todo = list(found.manifests)
         while todo:
-            for referrer in self._referrers(repository, todo.pop()):
-                if referrer not in manifests:
+            for referrer, tag in referring(self._store, repository, todo.pop()):
+                found.tags |= set() if tag is None else {tag}
+                if referrer not in found.manifests:
                     # What refers is for no platform: all of it.
-                    found = walk(self._store, repository, referrer)
-                    todo += found.manifests - manifests
-                    manifests |= found.manifests
-                    blobs |= set(found.blobs)
-        return manifests, blobs
+                    more = walk(self._store, repository, referrer)
+                    todo += more.manifests - found.manifests
+                    found.manifests |= more.manifests
+                    found.blobs.update(more.blobs)
+        return found
 
-    def _referrers(self, repository: str, digest: Digest) -> Iterator[Digest]:
-        for key, _ in self._store.records.scan(f"referrers {repository} {digest} "):
-            yield Digest(key.rpartition(" ")[2])
+
+def referring(store: Store, repository: str, digest: Digest) -> Iterator[tuple[Digest, Tag | None]]:
+    """What is known here to refer to it, with the tag that says so, if it is one that does."""
+    for key, _ in store.records.scan(f"referrers {repository} {digest} "):
+        yield Digest(key.rpartition(" ")[2]), None
+    for tag in (fallback_tag(digest), *signature_tags(digest)):
+        if (pointer := store.pointer(repository, tag)) is not None:
+            yield pointer.digest, tag
 
 
 def walk(store: Store, repository: str, digest: Digest, platforms: Sequence[str] = ()) -> Tree:
@@ -259,6 +266,33 @@ def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Des
         for child, platform in zip(content.children, content.platforms, strict=True)
         if platform is None or any(_is(platform, wanted) for wanted in platforms)
     ]
+
+
+def lacking(content: ManifestContent, platforms: Sequence[str]) -> list[str]:
+    """Those of `platforms` that no child of an index is for; none where it is no index."""
+    if not content.children or None in content.platforms:
+        return []
+    told = [each for each in content.platforms if each is not None]
+    return [wanted for wanted in platforms if not any(_is(each, wanted) for each in told)]
+
+
+def attestations(content: ManifestContent) -> set[Digest]:
+    """The children of an index that BuildKit wrote about others of them: for no platform, as they say."""
+    return {
+        child.digest
+        for child, platform in zip(content.children, content.platforms, strict=True)
+        if platform is not None and platform.startswith("unknown/")
+    }
+
+
+def fallback_tag(digest: Digest) -> Tag:
+    """Under which an index lists the referrers: distribution-spec, "Referrers Tag Schema"."""
+    return Tag(f"{digest.algorithm[:32]}-{digest.encoded[:64]}")
+
+
+def signature_tags(digest: Digest) -> list[Tag]:
+    """Under which cosign keeps signatures, attestations and SBOMs, with a referrers API or without."""
+    return [Tag(f"{digest.algorithm}-{digest.encoded}.{kind}") for kind in ("sig", "att", "sbom")]
 
 
 def _is(platform: str, wanted: str) -> bool:

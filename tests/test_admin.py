@@ -237,7 +237,8 @@ async def test_fields_of_a_body_are_those_of_the_document(admin: Open, method: s
     assert schema["additionalProperties"] is False
     fields = schema.get("properties", {})
     # A misspelt dry_run must not do it.
-    good = dict.fromkeys(schema.get("required", []), "x")
+    some = {"string": "x", "number": 1, "array": ["x"]}
+    good = {name: some[fields[name]["type"]] for name in schema.get("required", [])}
     status, found, _ = await site.ask(method.upper(), path, {**good, "dryrun": True})
     assert (status, found["field"]) == (400, "dryrun")
     for name in schema.get("required", []):
@@ -284,6 +285,10 @@ async def test_a_tour(admin: Open) -> None:
     assert (await site.get("/api/v1/scrub"))["asked"]["running"] is False
     assert (await site.ask("POST", "/api/v1/scrub", {}))[0] == 202
     assert (await site.post("/api/v1/purge", pattern="docker.io/*", force=True))["kept"] == []
+    (row,) = await site.post("/api/v1/ready", references=["alpine:3"])
+    assert (row["state"], row["repository"]) == ("absent", ALPINE)
+    row = await site.post("/api/v1/warm", reference="local")
+    assert (row["here"], row["code"]) == (False, "UNAVAILABLE")  # nobody listens there
 
 
 @pytest.mark.parametrize(
@@ -312,6 +317,11 @@ async def test_a_tour(admin: Open) -> None:
         ("DELETE", "/api/v1/pins", {"pattern": "alpine"}, 404, "NAME_UNKNOWN", None),
         ("POST", "/api/v1/evict", {"to": -1}, 400, "FIELD_INVALID", "to"),
         ("POST", "/api/v1/refresh", {"reference": "x y"}, 400, "FIELD_INVALID", "reference"),
+        ("POST", "/api/v1/warm", {"reference": "a", "platforms": ["x"]}, 400, "FIELD_INVALID", "platforms"),
+        ("POST", "/api/v1/ready", {"references": ["a"] * 1001}, 400, "FIELD_INVALID", "references"),
+        ("POST", "/api/v1/drill", {"seconds": 0}, 400, "FIELD_INVALID", "seconds"),
+        ("POST", "/api/v1/drill", {"seconds": 1, "namespaces": ["x"]}, 400, "FIELD_INVALID", "namespaces"),
+        ("POST", "/api/v1/drill", {"seconds": 1}, 405, "UNSUPPORTED", None),  # none is running here
         ("POST", "/api/v1/purge", b"x" * (2 << 20), 413, "TOO_LARGE", None),
     ],
 )

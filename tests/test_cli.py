@@ -433,6 +433,7 @@ async def test_the_log_is_json_in_a_pipe(tmp_path: Path, upstream: Upstream, ima
         "detail": "",
         "upstream_requests": 1,
         "bytes": len(image.content),
+        "received": 0,
         "agent": "test \udcff",
     }
 

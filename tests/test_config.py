@@ -21,6 +21,7 @@ from proxy.config import (
     Namespace,
     TagRule,
     Upstream,
+    WarmRule,
     Webhook,
     default_cache_directory,
     load,
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.yml"
 MANUAL = ROOT / "docs" / "configuration.md"
 TOKENS = dict.fromkeys(("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET", "AUDIT_TOKEN"), "t")
-SECTIONS = (Config, Disk, Log, Login, Namespace, TagRule, Upstream, Webhook)
+SECTIONS = (Config, WarmRule, Disk, Log, Login, Namespace, TagRule, Upstream, Webhook)
 
 
 @pytest.fixture
@@ -701,6 +702,44 @@ def test_any_text_loads_or_is_refused_in_one_line(tmp_path: Path, text: str) -> 
         assert str(error).startswith(str(path))
     else:
         assert isinstance(config, Config)
+
+
+# What is warmed
+
+
+def test_what_is_warmed(read: Any) -> None:
+    text = """
+warm:
+- {images: [alpine:3, ghcr.io/x/y], every: 6h, platforms: [linux/amd64], referrers: false}
+- {list: /etc/images.txt, at: "03:30"}
+"""
+    first, second = read(text).warm
+    assert first == WarmRule(
+        images=("alpine:3", "ghcr.io/x/y"), every=21600.0, platforms=("linux/amd64",), referrers=False
+    )
+    assert second == WarmRule(list=Path("/etc/images.txt"), at=(3, 30))
+    assert read("").warm == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("every: 6h", "warm[0]: needs images or list"),
+        ("images: [a]", "warm[0]: needs either every, such as 6h, or at, such as '03:30'"),
+        ("images: [a], every: 1h, at: '03:30'", "warm[0]: needs either every"),
+        ("images: [a b], every: 1h", "warm[0].images[0]: expected a reference such as alpine:3"),
+        ("images: a, every: 1h", "warm[0].images: expected a list"),
+        ("images: [a], every: 0", "warm[0].every: must be more than 0"),
+        # YAML 1.1 reads 03:30 without quotes as a number.
+        ("images: [a], at: 3:30", "warm[0].at: expected a time of the day in quotes"),
+        ("images: [a], at: '24:00'", "warm[0].at: expected a time of the day"),
+        ("images: [a], at: '3:30'", "warm[0].at: expected a time of the day"),
+        ("images: [a], every: 1h, platforms: [amd64]", "warm[0].platforms[0]: expected os/architecture"),
+        ("images: [a], every: 1h, files: [a]", "warm[0].files: unknown key"),
+    ],
+)
+def test_what_cannot_be_warmed(fault: Any, rule: str, says: str) -> None:
+    assert fault(f"warm: [{{{rule}}}]").startswith(says)
 
 
 # What is written about it

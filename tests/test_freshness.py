@@ -25,16 +25,17 @@ from storage.errors import (
     OriginFailed,
     RegistryError,
     StorageFailed,
+    TooManyRequests,
     Unavailable,
     Unsupported,
 )
 from storage.files import Files
 from storage.oci import Digest, Tag
-from storage.pins import Pin, Pins, walk
+from storage.pins import Pin, Pins, fallback_tag, walk
 from storage.records import Records
 from storage.store import Store
 from tests.conftest import Clock
-from tests.upstream import Hold, Image, Refuse, RetryAfter, Status, Upstream, digest_of
+from tests.upstream import Hold, Image, Manifest, Refuse, RetryAfter, Status, Upstream, digest_of
 
 NAME = "up/a/b"
 TAG = Tag("latest")
@@ -52,10 +53,19 @@ class Rig:
     namespaces: Namespaces
     upstream: Upstream
     clock: Clock
+    reserve: int = 0
 
-    async def refresh(self, reference: str = TAG, *platforms: str, referrers: bool = False) -> Refreshed:
+    async def refresh(
+        self, reference: str = TAG, *platforms: str, referrers: bool = False, sparing: bool = False
+    ) -> Refreshed:
         named = Digest(reference) if ":" in reference else Tag(reference)
-        return await refresh(self.namespaces, NAME, named, platforms, referrers)
+        return await refresh(self.namespaces, NAME, named, platforms, referrers, sparing)
+
+    def pointed(self, tag: str) -> Digest:
+        """What the tag is here."""
+        pointer = self.store.pointer(NAME, Tag(tag))
+        assert pointer is not None
+        return pointer.digest
 
     def holds(self, *digests: str) -> list[bool]:
         """Whether the repository shows them, and their bytes are here."""
@@ -76,12 +86,14 @@ def policy(offline: bool = False, drop: bool = False) -> Policy:
 async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Rig]:
     metrics = Metrics()
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
-    origin = client.Upstream("up", client.Settings(upstream.url, connect), [Credentials()], metrics)
+    told = client.Settings(upstream.url, connect, reserve=lambda limit: rig.reserve)
+    origin = client.Upstream("up", told, [Credentials()], metrics, clock)
     store = Store(Files(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
     cache = Cache("up", origin, store, fills, policy(), clock)
     namespaces = Namespaces([Member(cache, "up"), Member(store, "own")])
-    yield Rig(store, cache, namespaces, upstream, clock)
+    rig = Rig(store, cache, namespaces, upstream, clock)
+    yield rig
     await fills.close()
     await namespaces.close()
 
@@ -95,6 +107,15 @@ def asked(upstream: Upstream) -> list[str]:
 
 def fetches(image: Image, *first: str) -> list[str]:
     return sorted([*first, *(f"GET blob a/b@{each[:19]}" for each in (image.config, *image.layers))])
+
+
+def signatures(*manifests: Manifest) -> list[str]:
+    """The tags that cosign would have made are asked for, in vain."""
+    return [
+        f"GET manifest a/b:{each.digest.replace(':', '-')}.{kind}"
+        for each in manifests
+        for kind in ("sig", "att", "sbom")
+    ]
 
 
 def told(events: LogCapture, name: str) -> list[dict[str, object]]:
@@ -227,6 +248,7 @@ async def test_what_refers_to_it_comes_where_wanted(rig: Rig, upstream: Upstream
             f"GET manifest a/b@{signature.digest[:19]}",
             f"GET blob a/b@{digest_of(b'{}')[:19]}",
             *(f"GET referrers a/b@{each.digest[:19]}" for each in (image, bill, signature)),
+            *signatures(image),
         ]
     )
     assert (found.manifests, found.blobs, found.fetched) == (3, 3, 1)
@@ -236,8 +258,48 @@ async def test_what_refers_to_it_comes_where_wanted(rig: Rig, upstream: Upstream
 
 async def test_without_a_referrers_api_there_are_none(rig: Rig, upstream: Upstream) -> None:
     upstream.referrers_api = False
-    upstream.image("a/b", "latest")
+    image = upstream.image("a/b", "latest")
     assert (await rig.refresh(referrers=True)).manifests == 1
+    assert f"GET manifest a/b:{image.digest.replace(':', '-')}" in upstream.log
+
+
+async def test_without_a_referrers_api_there_are_those_of_the_fallback_tag(
+    rig: Rig, upstream: Upstream
+) -> None:
+    upstream.referrers_api = False
+    image = upstream.image("a/b", "latest")
+    bill = upstream.artifact("a/b", image, "application/sbom")
+    fallback = upstream.index("a/b", image.digest.replace(":", "-"), [bill])
+    found = await rig.refresh(referrers=True)
+    assert (found.manifests, found.referrers) == (3, 2)
+    assert rig.holds(digest_of(b"{}")) == [True]
+    kept = Pins(rig.store, [Pin(PIN)]).pinned()
+    assert {bill.digest, digest_of(b"{}"), fallback.digest} <= kept.digests
+    assert (NAME, fallback_tag(Digest(image.digest))) in kept.references
+
+
+async def test_signatures_come_by_the_tags_that_cosign_makes(rig: Rig, upstream: Upstream) -> None:
+    image = upstream.image("a/b", "latest")
+    signature = upstream.image("a/b", f"{image.digest.replace(':', '-')}.sig", [b"signed"])
+    found = await rig.refresh(referrers=True)
+    assert (found.manifests, found.referrers) == (2, 1)
+    assert rig.holds(*signature.layers) == [True]
+    kept = Pins(rig.store, [Pin(PIN)]).pinned()
+    assert {signature.digest, *signature.layers} <= kept.digests
+
+
+async def test_below_the_reserve_what_is_not_here_is_left_to_clients(rig: Rig, upstream: Upstream) -> None:
+    upstream.image("a/b", "latest")
+    image = upstream.image("a/b", "other")
+    upstream.ratelimit = 100, 3600, 10
+    await rig.refresh()
+    rig.reserve = 20
+    assert (await rig.refresh(rig.pointed("latest"), sparing=True)).fetched == 0
+    upstream.clear()
+    with pytest.raises(TooManyRequests):
+        await rig.refresh("other", sparing=True)
+    assert asked(upstream) == []
+    assert (await rig.refresh("other")).digest == image.digest
 
 
 async def test_some_blobs_come_at_once_but_not_all(rig: Rig, upstream: Upstream) -> None:
@@ -407,7 +469,7 @@ async def test_a_pin_fetches_in_the_beginning(rig: Rig, upstream: Upstream, even
     assert isinstance(found, Refreshed)
     assert found.digest == image.digest
     assert asked(upstream) == fetches(
-        image, "GET manifest a/b:latest", f"GET referrers a/b@{image.digest[:19]}"
+        image, "GET manifest a/b:latest", f"GET referrers a/b@{image.digest[:19]}", *signatures(image)
     )
     (event,) = told(events, "pin.refreshed")
     assert (event["namespace"], event["repository"], event["reference"]) == ("up", "a/b", "latest")

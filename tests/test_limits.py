@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from proxy.limits import Bandwidth, Turns, part
+from proxy.limits import Bandwidth, Turns, part, several
 from tests.conftest import Serve
 from tests.upstream import Hold, Upstream
 
@@ -118,3 +118,40 @@ async def test_the_blobs_of_an_upstream_keep_to_its_bandwidth(serve: Serve, upst
     begun = asyncio.get_running_loop().time()
     assert (await site.get(f"/v2/alpine/blobs/{digest}"))[2] == content
     assert asyncio.get_running_loop().time() - begun > 0.3
+
+
+# Several
+
+
+async def test_several_at_once_in_their_order() -> None:
+    begun: list[int] = []
+    gate = asyncio.Event()
+
+    async def work(number: int) -> None:
+        begun.append(number)
+        await gate.wait()
+
+    working = asyncio.create_task(several(work, range(5), 2))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert begun == [0, 1]
+    gate.set()
+    await working
+    assert begun == [0, 1, 2, 3, 4]
+    await several(work, [], 3)
+
+
+async def test_the_first_failure_ends_all() -> None:
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        if number == 1:
+            raise ValueError(number)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(number)
+
+    with pytest.raises(ValueError, match="1"):
+        await several(work, range(5), 2)
+    assert ended == [0]

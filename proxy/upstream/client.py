@@ -145,6 +145,11 @@ class Upstream(Registry):
         """It did not answer, and it is time to find out whether it does."""
         return self._health.due
 
+    @property
+    def spares(self) -> bool:
+        """Its rate limit allows more than what is kept in reserve."""
+        return self._budgets.spares(self._reserve)
+
     def state(self) -> list[HostState]:
         """Of the upstream itself first, then of where it has sent us."""
         return [
@@ -232,7 +237,7 @@ class Upstream(Registry):
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
         """Of a Tag only who knows it asks that: below the reserve it is refused with TooManyRequests."""
-        if isinstance(reference, Tag) and not self._budgets.spares(self._reserve):
+        if isinstance(reference, Tag) and not self.spares:
             raise TooManyRequests(f"what {self._name} still grants us is kept for what is not known yet")
         headers = {"Accept": ACCEPT}
         path = f"manifests/{reference}"

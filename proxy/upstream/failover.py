@@ -92,6 +92,11 @@ class Failover(Registry):
                 probe.add_done_callback(self._probes.discard)
         return [number for number in order if number not in failing] + failing
 
+    @property
+    def spares(self) -> bool:
+        """One at least does."""
+        return any(each.spares for each in self._upstreams)
+
     def state(self) -> list[HostState]:
         """Of each upstream, in their order."""
         return [state for each in self._upstreams for state in each.state()]

@@ -59,6 +59,23 @@ class _Evict(_Body, frozen=True):
     dry_run: bool = False
 
 
+class _Warm(_Body, frozen=True):
+    reference: str
+    platforms: tuple[str, ...] = ()
+    referrers: bool = True
+
+
+class _Ready(_Body, frozen=True):
+    references: tuple[str, ...]
+    platforms: tuple[str, ...] = ()
+    referrers: bool = True
+
+
+class _Drill(_Body, frozen=True):
+    seconds: float
+    namespaces: tuple[str, ...] = ()
+
+
 class _Nothing(_Body, frozen=True):
     pass
 
@@ -82,6 +99,11 @@ class Api:
             ("GET", "/api/v1/pins", self.pins),
             ("GET", "/api/v1/scrub", self.scrub_state),
             ("GET", "/api/v1/webhooks", self.webhooks),
+            ("GET", "/api/v1/drill", self.drill),
+            ("POST", "/api/v1/ready", self.ready),
+            ("POST", "/api/v1/warm", self._doing(self.warm)),
+            ("POST", "/api/v1/drill", self.begin_drill),
+            ("DELETE", "/api/v1/drill", self.end_drill),
             ("POST", "/api/v1/purge", self._doing(self.purge)),
             ("POST", "/api/v1/refresh", self._doing(self.refresh)),
             ("POST", "/api/v1/pins", self._doing(self.pin)),
@@ -163,6 +185,28 @@ class Api:
     async def scrub(self, request: web.Request) -> web.Response:
         await _body(request, _Nothing)
         return in_json(await self._operations.scrub(), 202)
+
+    async def warm(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Warm)
+        return in_json(await self._operations.warm(wanted.reference, wanted.platforms, wanted.referrers))
+
+    async def ready(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Ready)
+        if len(wanted.references) > LARGEST_PAGE:
+            raise BadField("references", f"expected at most {LARGEST_PAGE}")
+        return in_json(await self._operations.ready(wanted.references, wanted.platforms, wanted.referrers))
+
+    async def drill(self, request: web.Request) -> web.Response:
+        _query(request)
+        return in_json(await self._operations.drill())
+
+    async def begin_drill(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Drill)
+        return in_json(await self._operations.begin_drill(wanted.seconds, wanted.namespaces))
+
+    async def end_drill(self, request: web.Request) -> web.Response:
+        await _body(request, _Nothing)
+        return in_json(await self._operations.end_drill())
 
 
 def in_json(value: object, status: int = 200) -> web.Response:

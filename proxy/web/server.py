@@ -124,7 +124,7 @@ class Server:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The handler for web.Server; raises nothing but cancellation."""
         begun = time.perf_counter()
-        now = Exchange(next(self._ids))
+        now = Exchange(next(self._ids), client=request.remote or "")
         exchange.set(now)
         status = 499  # nginx's word for: the client left before it was answered
         connection = request.get_extra_info("socket")

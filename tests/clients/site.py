@@ -57,21 +57,21 @@ class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
     What is pushed goes to the namespace `local`.  `config` is its configuration, `admin` the URL of its admin
-    listener.
+    listener, if it is to have one.
     """
 
-    def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path):
+    def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path, admin: bool = True):
         self.upstreams = upstreams
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
-        admin = f"127.0.0.1:{free_port()}"
-        self.admin = f"http://{admin}"
+        where = f"127.0.0.1:{free_port()}" if admin else "off"
+        self.admin = f"http://{where}"
         self.config = directory / "entrepot.yml"
         self.config.write_text(
             json.dumps(
                 {
                     "listen": self.address,
-                    "admin": admin,
+                    "admin": where,
                     "disk": {"path": str(directory / "cache")},
                     "default_namespace": next(iter(upstreams)),
                     "namespaces": {

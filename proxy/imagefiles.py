@@ -1,0 +1,341 @@
+"""Which images files name: compose files, Kubernetes manifests (Helm's output too), and plain lists.
+
+What a file is its content tells, document by document.  A compose file has `services`; what has a `kind` is
+Kubernetes', and names images wherever it has containers, so also in templates of pods within anything else;
+a list has a reference a line, or is one in YAML.  Anything else is an error: to find nothing in a file that
+was meant to hold images would look like success.
+
+References of compose files and manifests are given in full, as clients read them; those of lists as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import yaml
+
+from proxy.values import parse_host
+from storage.errors import RegistryError
+from storage.oci import Digest, Tag, parse_name
+
+# libyaml is ten times as fast, where PyYAML was built with it; rendered charts can be long.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+CONTAINERS = ("initContainers", "containers", "ephemeralContainers")
+PULLED = ("always", "missing", "if_not_present", "daily", "weekly")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPERATOR = re.compile(r":?[-?+]")
+_SETTING = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*)")
+_EXPECTED = (
+    "expected a compose file (services:), Kubernetes manifests (kind:), or a list of references, one a line"
+)
+
+
+class Unreadable(ValueError):
+    """What is wrong with a file, in one line that names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """`place` is the file and the line."""
+
+    reference: str
+    place: str
+
+
+@dataclass(slots=True)
+class Findings:
+    """`built` are places of services that are built where they run, so that nobody pulls them."""
+
+    mentions: list[Mention] = field(default_factory=list)
+    built: list[str] = field(default_factory=list)
+
+    @property
+    def references(self) -> list[str]:
+        """Each once, in their order."""
+        return list(dict.fromkeys(each.reference for each in self.mentions))
+
+
+def look(
+    paths: Sequence[str],
+    standard_input: TextIO,
+    environ: Mapping[str, str],
+    registries: Sequence[str] = (),
+    *,
+    plain: bool = False,
+) -> Findings:
+    """What all files at `paths` name; `-` is standard input.  `plain` takes them for lists.
+
+    `registries` are addresses of this server's own, which are no part of a name.  Raises Unreadable.
+    """
+    found = Findings()
+    for path in paths:
+        name, text, settings = _read(path, standard_input)
+        # As Compose does: the environment wins over .env beside the file.
+        _Search(name, {**settings, **environ}, registries, found).search(text, plain)
+    return found
+
+
+def _read(path: str, standard_input: TextIO) -> tuple[str, str, Mapping[str, str]]:
+    if path == "-":
+        try:
+            return "standard input", standard_input.read(), {}
+        except UnicodeDecodeError as error:
+            raise Unreadable(f"standard input: not UTF-8 at byte {error.start}") from None
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{path}: not UTF-8 at byte {error.start}") from None
+    return path, text, _settings(Path(path).parent / ".env")
+
+
+def _settings(path: Path) -> Mapping[str, str]:
+    """What a file of KEY=VALUE lines sets; nothing, where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    settings = {}
+    for line in lines:
+        if found := _SETTING.fullmatch(line.strip()):
+            value = found[2]
+            if value[:1] in ("'", '"') and (end := value.find(value[0], 1)) > 0:
+                settings[found[1]] = value[1:end]
+            else:
+                settings[found[1]] = re.split(r"\s+#|^#", value)[0].strip()
+    return settings
+
+
+class _Search:
+    """Through one file."""
+
+    def __init__(
+        self, name: str, environ: Mapping[str, str], registries: Sequence[str], found: Findings
+    ) -> None:
+        self._name = name
+        self._environ = environ
+        self._registries = registries
+        self._found = found
+        self._hint = ""
+        self._seen: set[int] = set()  # nodes: an alias is the node that it names, which may hold itself
+
+    def search(self, text: str, plain: bool) -> None:
+        if plain or _is_list(text):
+            for number, line in enumerate(text.splitlines(), 1):
+                if reference := line.partition("#")[0].strip():
+                    self._listed(reference, number)
+            return
+        if "{{" in text:
+            self._hint = "; a chart's template is given as `helm template` prints it"
+        try:
+            loader = _Loader(text)
+            try:
+                while loader.check_node():
+                    self._document(loader, loader.get_node())
+            finally:
+                loader.dispose()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            self._fail(mark.line + 1 if mark else 1, error.problem or "not YAML")
+        except yaml.YAMLError as error:  # of a character that YAML does not allow
+            position = getattr(error, "position", 0)
+            self._fail(text.count("\n", 0, position) + 1, "this character is not allowed in YAML")
+        except RecursionError:
+            self._fail(1, "nested too deeply, or an alias that holds itself")
+
+    def _fail(self, line: int, cause: object) -> NoReturn:
+        raise Unreadable(f"{self._name}:{line}: {cause}{self._hint}") from None
+
+    def _document(self, loader: Any, node: yaml.Node) -> None:
+        if isinstance(node, yaml.MappingNode):
+            members = _members(loader, node)
+            services = members.get("services")
+            if "kind" in members:
+                self._seen.clear()  # they are told apart as long as they live: as long as their document
+                self._manifest(loader, node)
+            elif isinstance(services, yaml.MappingNode):
+                for service in _members(loader, services).values():
+                    self._service(loader, service)
+            else:
+                self._fail(_line(node), _EXPECTED)
+        elif isinstance(node, yaml.SequenceNode):
+            for each in node.value:
+                if isinstance(each, yaml.ScalarNode):
+                    self._listed(each.value, _line(each))
+                else:
+                    self._document(loader, each)
+        elif not (isinstance(node, yaml.ScalarNode) and not node.value):
+            self._fail(_line(node), _EXPECTED)
+
+    def _service(self, loader: Any, service: yaml.Node) -> None:
+        if not isinstance(service, yaml.MappingNode):
+            return
+        members = _members(loader, service)
+        image, policy = _text(members.get("image")), _text(members.get("pull_policy")) or ""
+        if "build" in members and not (image and (policy in PULLED or policy.startswith("every_"))):
+            self._found.built.append(f"{self._name}:{_line(service)}")
+        elif image:
+            line = _line(members["image"])
+            try:
+                reference = interpolate(image, self._environ)
+            except ValueError as error:
+                self._fail(line, error)
+            self._named(reference, line)
+
+    def _manifest(self, loader: Any, node: yaml.Node) -> None:
+        if id(node) in self._seen:
+            return
+        self._seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for each in node.value:
+                self._manifest(loader, each)
+        elif isinstance(node, yaml.MappingNode):
+            members = _members(loader, node)
+            for key, value in members.items():
+                if isinstance(value, yaml.SequenceNode):
+                    for image in _images(loader, key, value):
+                        self._named(str(image.value), _line(image))
+                self._manifest(loader, value)
+
+    def _named(self, reference: str, line: int) -> None:
+        try:
+            full = normal(reference.strip(), self._registries)
+        except ValueError as error:
+            self._fail(line, error)
+        self._found.mentions.append(Mention(full, f"{self._name}:{line}"))
+
+    def _listed(self, reference: str, line: int) -> None:
+        try:
+            full = normal(reference, self._registries)
+        except ValueError as error:
+            self._fail(line, error)
+        own = reference.partition("/")[0] in self._registries
+        self._found.mentions.append(Mention(full if own else reference, f"{self._name}:{line}"))
+
+
+def _is_list(text: str) -> bool:
+    """Whether each line that says something is one word, and none that YAML would mean something by."""
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return all(
+        len(line.split()) == 1 and line[0] not in "{}[]'\"-&*!%|>?" and not line.endswith(":")
+        for line in lines
+        if line
+    )
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _members(loader: Any, node: yaml.MappingNode) -> dict[str, yaml.Node]:
+    """With what `<<` takes in, which the mapping's own keys override."""
+    loader.flatten_mapping(node)
+    return {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+
+
+def _text(node: yaml.Node | None) -> str | None:
+    """None too for null, and for Compose's `!reset`."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag in ("tag:yaml.org,2002:null", "!reset"):
+        return None
+    return str(node.value)
+
+
+def _images(loader: Any, key: str, items: yaml.SequenceNode) -> Iterator[yaml.Node]:
+    """Of containers, or of volumes that are images."""
+    for each in items.value:
+        if not isinstance(each, yaml.MappingNode):
+            continue
+        image = _members(loader, each).get("image")
+        if key == "volumes" and isinstance(image, yaml.MappingNode):
+            image = _members(loader, image).get("reference")
+        elif key not in CONTAINERS:
+            continue
+        if image is not None and image.value:  # a pod's template may leave it to who uses it
+            yield image
+
+
+def normal(text: str, registries: Sequence[str] = ()) -> str:
+    """In full, as clients read it: `alpine` is docker.io/library/alpine:latest.
+
+    Of tag and digest the digest counts.  Raises ValueError.
+    """
+    named, at, digest = text.partition("@")
+    slash = named.rfind("/") + 1
+    last, colon, tag = named[slash:].partition(":")
+    host, _, path = (named[:slash] + last).partition("/")
+    if not path or not ("." in host or ":" in host or host == "localhost"):
+        host, path = "docker.io", named[:slash] + last
+    try:
+        reference = f"@{Digest.parse(digest)}" if at else f":{Tag.parse(tag) if colon else 'latest'}"
+        parse_name(path)
+    except RegistryError as error:
+        raise ValueError(f"{text[:150]!r} is no reference of an image: {error}") from None
+    if host in registries:
+        return path + reference  # which this server reads as it reads its clients'
+    try:
+        parse_host(host.lower())
+    except ValueError:
+        raise ValueError(f"{text[:150]!r} is no reference of an image: {host!r} is no host") from None
+    host = "docker.io" if host == "index.docker.io" else host
+    if host == "docker.io" and "/" not in path:
+        path = f"library/{path}"
+    return f"{host.lower()}/{path}{reference}"
+
+
+def interpolate(text: str, environ: Mapping[str, str]) -> str:
+    """With variables put in as Compose does; one that is not set and has no default is a ValueError.
+
+    compose-spec, "Interpolation".
+    """
+    found, at = "", 0
+    while (dollar := text.find("$", at)) >= 0:
+        found += text[at:dollar]
+        at = dollar + 1
+        if text.startswith("$", at):
+            found, at = f"{found}$", at + 1
+            continue
+        braced = text.startswith("{", at)
+        name = _VARIABLE.match(text, at + braced)
+        if name is None:
+            raise ValueError("$ must be followed by a variable; a literal $ is written $$")
+        end = _closing(text, at) if braced else name.end()
+        found += _value(name[0], text[name.end() : end], environ)
+        at = end + braced
+    return found + text[at:]
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace is closed that is opened at `start`."""
+    depth = 0
+    for at in range(start, len(text)):
+        if text[at] == "{":
+            depth += 1
+        elif text[at] == "}":
+            depth -= 1
+            if not depth:
+                return at
+    raise ValueError("${ lacks its }")
+
+
+def _value(name: str, rest: str, environ: Mapping[str, str]) -> str:
+    """Of `${name}`, or with `rest` such as `:-default`."""
+    value = environ.get(name)
+    if not rest:
+        if value is None:
+            raise ValueError(f"the variable {name} is not set, and has no default")
+        return value
+    operator = _OPERATOR.match(rest)
+    if operator is None:
+        raise ValueError(f"${{{name}{rest}}} is no interpolation that Compose knows")
+    other = rest[operator.end() :]
+    there = value is not None and not (operator[0].startswith(":") and not value)
+    if operator[0].endswith("?") and not there:
+        raise ValueError(f"the variable {name} is not set: {interpolate(other, environ)}")
+    if operator[0].endswith("+"):
+        return interpolate(other, environ) if there else ""
+    return value if there and value is not None else interpolate(other, environ)

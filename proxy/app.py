@@ -14,6 +14,7 @@ from aiohttp import web
 from yarl import URL
 
 from proxy import config, room
+from proxy.admission import admission, needed
 from proxy.composition import Composition
 from proxy.drills import Drills, resume
 from proxy.keeper import Keeper
@@ -135,6 +136,7 @@ class App:
             served=composition.recorder.served,
             teller=composition.teller,
             clock=self._clock,
+            access=admission(composition, self._closing) if needed(settings) else None,
         )
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"

@@ -92,6 +92,7 @@ class Composition:
             clock=clock,
         )
         self.drill = Drill(clock)
+        self.upstreams: dict[str, Upstream] = {}  # of each cache, the one whose word is final
         self.caches = {name: self._cache(name, *each) for name, each in config.cached().items()}
         self._closing.push_async_callback(self.fills.close)  # before what they read from
         self.private = self._private() if config.hosted() else None
@@ -204,6 +205,7 @@ class Composition:
             offline=namespace.offline or self.config.offline,
             lazy=namespace.lazy,
         )
+        self.upstreams[name] = origins[-1]
         origin = origins[0] if len(origins) == 1 else Failover(origins, self.clock)
         cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self._tag_moved, self.drill)
         self._closing.push_async_callback(cache.close)

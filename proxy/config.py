@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import ItemsView, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,9 +23,11 @@ import yaml
 
 from proxy.values import (
     Address,
+    Network,
     Reserve,
     Secret,
     Share,
+    Who,
     kind_of,
     parse_address,
     parse_admin,
@@ -40,12 +42,14 @@ from proxy.values import (
     parse_keep,
     parse_label,
     parse_name,
+    parse_network,
     parse_path,
     parse_pattern,
     parse_percentage,
     parse_platform,
     parse_proxy,
     parse_rate,
+    parse_realm,
     parse_reference,
     parse_reserve,
     parse_secret,
@@ -57,6 +61,8 @@ from proxy.values import (
     parse_timeout,
     parse_urls,
     parse_username,
+    parse_where,
+    parse_who,
     parse_workers,
     without_port,
 )
@@ -295,6 +301,51 @@ class Hosting(Section, frozen=True):
     keep_tags: tuple[KeepRule, ...] = ()
 
 
+Action = Literal["pull", "push", "delete"]
+
+
+class AccessRule(Section, frozen=True):
+    """One of `who`, from one of `sources`, `may` do this with repositories that match one of `where`."""
+
+    who: tuple[Annotated[Who, parse_who], ...]
+    may: tuple[Action, ...]
+    sources: tuple[Annotated[Network, parse_network], ...] = msgspec.field(default=(), name="from")
+    where: tuple[Annotated[re.Pattern[str], parse_where], ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("who", "may"):
+            if not getattr(self, key):
+                raise ValueError(f"{key} names none, so the rule grants nothing: remove it")
+
+
+class TokenService(Section, frozen=True):
+    """A server whose tokens are taken: it is at `realm`, and signs for `service` with one of `keys`."""
+
+    realm: Annotated[str, parse_realm]
+    service: Annotated[str, parse_label]
+    issuer: Text
+    keys: tuple[File, ...]
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError(
+                "keys names none: give the file with the token server's public key or certificate"
+            )
+
+
+class Access(Section, frozen=True):
+    """Who may do what; with `rules` None the built-in ones hold.  `remember` is for visibility: caller."""
+
+    htpasswd: File | None = None
+    realm: Annotated[str, parse_label] = "entrepot"
+    groups: dict[str, tuple[Text, ...]] = {}
+    token: TokenService | None = None
+    trusted_proxies: tuple[Annotated[Network, parse_network], ...] = ()
+    rules: tuple[AccessRule, ...] | None = None
+    ping: Literal["auto", "challenge", "open"] = "auto"
+    remember: Timeout = 300.0
+
+
 class Namespace(Section, frozen=True):
     """Either a cache of `upstream`, or a `store` of our own.
 
@@ -315,6 +366,7 @@ class Namespace(Section, frozen=True):
     keep_for: Keep | None = None
     repositories: tuple[RepositoryRule, ...] = ()
     cache_limit: Size | None = None
+    visibility: Literal["public", "rules", "caller"] = "public"
 
     def __post_init__(self) -> None:
         if (self.upstream is None) == (self.store is None):
@@ -339,6 +391,7 @@ _OF_CACHES = (
     "keep_for",
     "repositories",
     "cache_limit",
+    "visibility",
 )
 _DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(Namespace)}
 
@@ -349,6 +402,7 @@ class Config(Section, frozen=True):
     listen: Annotated[Address, parse_address] = Address("127.0.0.1", 5000)
     admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
     admin_token: Annotated[Secret, parse_secret] | None = None
+    access: Access = Access()
     disk: Disk = msgspec.field(default_factory=Disk)
     pins: tuple[PinRule, ...] = ()
     webhooks: tuple[Webhook, ...] = ()
@@ -374,6 +428,15 @@ class Config(Section, frozen=True):
     def hosted(self) -> dict[str, Hosting]:
         """The namespaces of our own."""
         return {name: each.store for name, each in self.namespaces.items() if each.store is not None}
+
+    def unnamed(self) -> list[str]:
+        """The namespaces which rules and tokens are about, and that may be meant without being named."""
+        return [
+            name
+            for name, each in self.namespaces.items()
+            if (each.store is not None or each.visibility == "rules")
+            and (each.hosts or name == self.default_namespace)
+        ]
 
     def keep_for(self, repository: str) -> float:
         """How long what nobody uses is kept of a repository, by its full name: seconds, math.inf for ever."""
@@ -402,6 +465,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         elif config.default_namespace not in (None, *config.namespaces):
             nearest = _nearest(str(config.default_namespace), config.namespaces)
             raise _Fault("default_namespace", f"there is no namespace of that name{nearest}")
+        _check_access(config)
     except _Fault as fault:
         raise ConfigError(f"{path}: {fault}") from None
     except RecursionError:
@@ -511,8 +575,10 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list):
             raise _Fault(path, f"expected a list, got {kind_of(value)}")
         return tuple(_build(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
+    if kind == dict[str, Namespace]:
         return _namespaces(value, path)
+    if origin is dict:
+        return {name: _build(arguments[1], item, _join(path, name)) for name, item in _mapping(value, path)}
     if kind is Upstream and isinstance(value, str | list):
         value = {"url": value}
     if kind is PinRule and isinstance(value, str):
@@ -521,22 +587,20 @@ def _build(kind: Any, value: Any, path: str) -> Any:
 
 
 def _section(kind: type[Section], value: Any, path: str) -> Section:
-    if not isinstance(value, dict):
-        raise _Fault(path, f"expected a mapping of keys to values, got {kind_of(value)}")
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
-    for key in value:
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    for key, _ in _mapping(value, path):
         if key not in fields:
             # `password:hunter2` without a space is a key to YAML: what follows the colon is not shown.
             name, colon, _ = key.partition(":")
             hint = "; a colon needs a space after it" if colon else _nearest(name, fields)
             raise _Fault(_join(path, name), f"unknown key{hint}")
     given = {
-        key: _build(fields[key].type, item, _join(path, key))
+        fields[key].name: _build(fields[key].type, item, _join(path, key))
         for key, item in value.items()
         if item is not None
     }
     for name, field in fields.items():
-        if field.required and name not in given:
+        if field.required and field.name not in given:
             raise _Fault(_join(path, name), "is required")
     try:
         return kind(**given)
@@ -544,13 +608,18 @@ def _section(kind: type[Section], value: Any, path: str) -> Section:
         raise _Fault(path, str(error)) from None
 
 
-def _namespaces(value: Any, path: str) -> dict[str, Namespace]:
+def _mapping(value: Any, path: str) -> ItemsView[str, Any]:
     if not isinstance(value, dict):
         raise _Fault(path, f"expected a mapping of keys to values, got {kind_of(value)}")
-    if not value:
+    return value.items()
+
+
+def _namespaces(value: Any, path: str) -> dict[str, Namespace]:
+    items = _mapping(value, path)
+    if not items:
         raise _Fault(path, "names none; leave the key out for the well-known registries")
     namespaces = {}
-    for name, item in value.items():
+    for name, item in items:
         here = _join(path, name)
         if name == DOCKER_HUB and isinstance(item, dict) and item.get("library") is None:
             item = {**item, "library": True}
@@ -582,6 +651,20 @@ def _check_webhooks(webhooks: tuple[Webhook, ...]) -> None:
         if each.name in names:
             raise _Fault(f"webhooks[{number}].name", f"there is another webhook {each.name}")
         names.add(each.name)
+
+
+def _check_access(config: Config) -> None:
+    """Raises _Fault where nobody could be let in, or where it is not clear into what."""
+    ruled = [name for name, each in config.namespaces.items() if each.visibility == "rules"]
+    if ruled and config.access.rules is None and config.access.token is None:
+        raise _Fault(f"namespaces.{ruled[0]}.visibility", "no rule lets anybody in: write access.rules")
+    short = config.unnamed()
+    if config.access.token is not None and len(short) > 1:
+        raise _Fault(
+            "access.token",
+            f"the namespaces {' and '.join(short)} are found by Host or default_namespace, and the scope of a"
+            " token does not tell them apart: let one at most have hosts or be the default",
+        )
 
 
 def _join(path: str, key: str) -> str:

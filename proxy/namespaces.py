@@ -117,6 +117,15 @@ class Namespaces(Registry):
             name = _without_v2(member, rest)
         return _full(member, name)
 
+    def chosen(self, *, ns: str | None = None, host: str | None = None, prefix: str = "") -> str | None:
+        """The namespace that a request about no repository chooses, by the rules of qualify(); None: none."""
+        member = (
+            (self._named(ns) if ns is not None else None)
+            or (self._hosted(host) if host else None)
+            or (self._named(prefix) if prefix else None)
+        )
+        return member.name if member else None
+
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         member, relative = self._split(repository)
         return await member.registry.get_blob(relative, digest, span)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -27,6 +28,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from storage.oci import Descriptor
+from storage.registry import everything
 
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
@@ -43,6 +45,9 @@ class Exchange:
     counts as fresh (None: for ever).  `digest` is that of the content, once it is known; `content` describes
     what is pulled.  `ns` is the query's, where the client gave one.  `bytes` are those of the answer's body,
     `received` of the request's.  `client` is its address.
+
+    `user` is who the client has proved to be, `visible` tells of a full name whether it may pull from there.
+    What is not `shared` is for this client alone.
     """
 
     id: str = ""
@@ -55,6 +60,9 @@ class Exchange:
     bytes: int = 0
     received: int = 0
     ns: str | None = None
+    user: str = ""
+    visible: Callable[[str], bool] = everything
+    shared: bool = True
     age: float | None = None
     ttl: float | None = None
     detail: str = ""

@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?")
 _HOST = re.compile(rf"{_NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
@@ -18,6 +19,7 @@ _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,
 _AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
 _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
 _PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
+_REALM = re.compile(rf"https?://{_AUTHORITY}(?:/[^\s\"\\#]*)?", re.ASCII)
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
@@ -30,6 +32,8 @@ _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
 _SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Secret(str):
@@ -80,6 +84,18 @@ class Share:
 
     def of(self, whole: int) -> int:
         return self.size or whole * self.percent // 100
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Whom a rule is about: `kind` is anonymous, authenticated, user, group or claim.
+
+    `name` is that of the user, group or claim; `glob` is what the claim's value must match.
+    """
+
+    kind: str
+    name: str = ""
+    glob: re.Pattern[str] | None = None
 
 
 def parse_text(value: object) -> str:
@@ -231,6 +247,55 @@ def parse_pattern(value: object) -> re.Pattern[str]:
         return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"not a regular expression: {error}") from None
+
+
+def parse_who(value: object) -> Who:
+    text = parse_text(value)
+    kind, colon, name = text.partition(":")
+    claim, equals, glob = name.partition("=")
+    if kind in ("anonymous", "authenticated") and not colon:
+        return Who(kind)
+    if kind in ("user", "group") and name:
+        return Who(kind, name)
+    if kind == "claim" and claim and equals:
+        return Who(kind, claim, re.compile(fnmatch.translate(glob)))
+    raise ValueError(
+        "expected anonymous, authenticated, user:NAME, group:NAME, or claim:NAME=GLOB for what a token says"
+    )
+
+
+def parse_where(value: object) -> re.Pattern[str]:
+    """Repositories by their full names: a glob, or `re:` and a regular expression."""
+    text = parse_text(value)
+    if not text.startswith("re:") and not any(mark in text for mark in "/*?["):
+        raise ValueError("expected a glob over namespace/repository, such as local/team/*")
+    return parse_pattern(text)
+
+
+def parse_network(value: object) -> Network:
+    """An address, or a range of them in CIDR notation."""
+    text = parse_text(value)
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        hint = ": its last bits must be 0" if "host bits" in str(error) else ""
+        raise ValueError(f"expected an address or a range such as 10.0.0.0/8 or fd00::/8{hint}") from None
+
+
+def parse_realm(value: object) -> str:
+    """Where a token server is; a URL that stands in a header between quotes."""
+    text = parse_text(value)
+    if not _REALM.fullmatch(text):
+        raise ValueError("expected the URL of a token server, such as https://auth.example/token")
+    return text
+
+
+def parse_label(value: object) -> str:
+    """Text that stands in a header between quotes."""
+    text = parse_text(value)
+    if not (text.isascii() and text.isprintable()) or '"' in text or "\\" in text:
+        raise ValueError("expected ASCII letters, digits and signs, without quotes and backslashes")
+    return text
 
 
 def parse_path(value: object) -> Path:

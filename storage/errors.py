@@ -19,6 +19,7 @@
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
     ├── Unauthorized               UNAUTHORIZED               401   who are you?  With a challenge
+    ├── Throttled                  TOOMANYREQUESTS            429   our own: too many wrong passwords
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
     ├── StorageFailed              UNKNOWN                    500   our own disk, where no origin helps
@@ -145,6 +146,10 @@ class Unauthorized(RegistryError):
     ) -> None:
         super().__init__(message, retry_after=retry_after)
         self.challenges = tuple(challenges)
+
+
+class Throttled(RegistryError):
+    code, status = "TOOMANYREQUESTS", 429
 
 
 class Denied(RegistryError):

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -98,7 +99,9 @@ class Upstream(Registry):
         self.host = home.host_port_subcomponent or ""
         self._name = name
         self._url = settings.url.rstrip("/")
+        self._settings = settings
         self._metrics = metrics
+        self._clock = clock
         self._reserve = settings.reserve
         self._bandwidth = settings.bandwidth
         self._traffic = metrics.traffic(name)
@@ -112,19 +115,31 @@ class Upstream(Registry):
         )
         metrics.open.labels(name, self.host).set(0)
         self._health = self._transport.breaker(home)
-        self._budgets = Budgets(len(credentials), clock)
+        self._caller = False
+        self._show(credentials)
+
+    def _show(self, credentials: Sequence[Credentials]) -> None:
+        self._budgets = Budgets(len(credentials), self._clock)
         self._tokens = [
             Tokens(
                 self.host,
                 each,
                 self._fetch,
-                allowed_realms=settings.token_realms,
-                plain_http=settings.connect.plain_http,
-                clock=clock,
-                on_fetch=lambda result: metrics.tokens.labels(name, result).inc(),
+                allowed_realms=self._settings.token_realms,
+                plain_http=self._settings.connect.plain_http,
+                clock=self._clock,
+                on_fetch=lambda result: self._metrics.tokens.labels(self._name, result).inc(),
             )
             for each in credentials
         ]
+
+    def as_caller(self, credentials: Credentials) -> Upstream:
+        """The same, by the same connections, with credentials that are not ours.  To be closed before it."""
+        caller = copy(self)
+        caller._caller = True
+        caller._reserve = lambda limit: 0
+        caller._show([credentials])
+        return caller
 
     # Health
 
@@ -349,7 +364,7 @@ class Upstream(Registry):
             # Else a signed URL has lapsed: from the start there is a fresh one.
             response.release()
         home = response.url.origin() == url.origin()
-        if home and self._budgets[number].read(response.headers):
+        if home and self._budgets[number].read(response.headers) and not self._caller:
             self._tell(number)
         if response.status in (200, 206):
             return response
@@ -459,7 +474,8 @@ class Upstream(Registry):
     async def close(self) -> None:
         for each in self._tokens:
             await each.close()
-        await self._transport.close()
+        if not self._caller:
+            await self._transport.close()
 
 
 class _Download(Blob):

@@ -27,6 +27,7 @@ from typing import Generic, TypeVar
 import msgspec
 import structlog
 
+from proxy.watched import Watched
 from storage.errors import OriginDenied
 
 log = structlog.get_logger()
@@ -101,27 +102,17 @@ class _Watched(Generic[T]):
     """What `parse` makes of a file, made anew when the file has changed.  `parse` raises ValueError."""
 
     def __init__(self, kind: str, path: Path, parse: Callable[[bytes], T]) -> None:
-        self.source, self._path, self._parse = f"{kind} {path}", path, parse
-        self._known: tuple[tuple[int, ...], T] | None = None
+        self.source, self._file = f"{kind} {path}", Watched(path, parse)
 
     def current(self) -> T:
         try:
-            if self._known is None or self._known[0] != _signature(self._path.stat()):
-                with self._path.open("rb") as file:
-                    # Before reading: a write from here on changes it, and so is noticed the next time.
-                    signature = _signature(os.fstat(file.fileno()))
-                    self._known = signature, self._parse(file.read())
-            return self._known[1]
+            return self._file.current()
         except OSError as error:
             raise _unusable(self.source, error.strerror or type(error).__name__) from None
         except UnicodeDecodeError:  # its text would quote the content
             raise _unusable(self.source, "it is not UTF-8") from None
         except ValueError as error:
             raise _unusable(self.source, str(error)) from None
-
-
-def _signature(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_mtime_ns, stat.st_size, stat.st_dev, stat.st_ino
 
 
 def _unusable(source: str, reason: str) -> OriginDenied:

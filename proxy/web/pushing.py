@@ -88,7 +88,9 @@ class Pushing:
         digest = Digest.parse(request.query["mount"])
         source = request.query.get("from")
         full = self._full_name(request, route, source) if source else None
-        descriptor = await self._registry.mount_blob(name, digest, full)
+        if full is not None and not now.visible(full):
+            raise BlobUnknown(f"{full} is not for everybody to be mounted from")
+        descriptor = await self._registry.mount_blob(name, digest, full, now.visible)
         now.detail = "mounted"
         await self._telling.did("mount", "blob", request, route, now, descriptor, source=full)
         return self._created(request, route, Kind.BLOB, descriptor.digest, now)

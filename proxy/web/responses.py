@@ -13,7 +13,7 @@ from proxy.telemetry import Exchange
 from storage.errors import RegistryError
 
 JSON = "application/json"
-IMMUTABLE = "public, max-age=31536000, immutable"
+_IMMUTABLE = {whose: f"{whose}, max-age=31536000, immutable" for whose in ("public", "private")}
 ALL = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
 
 
@@ -48,13 +48,22 @@ def empty(status: int, headers: Mapping[str, str]) -> web.Response:
     return web.Response(status=status, headers=headers)
 
 
+def immutable(now: Exchange) -> str:
+    """Cache-Control for what never changes."""
+    return _IMMUTABLE[_whose(now)]
+
+
 def freshness(now: Exchange, untold: float = 31536000) -> str:
     """Cache-Control for what may change; `untold` is its lifetime, in seconds, where no `ttl` is known."""
     ttl = untold if now.ttl is None else now.ttl
     if now.result in ("hit", "miss", "revalidated") and ttl > 0:
         # A client takes Age off.
-        return f"public, max-age={int(ttl + (now.age or 0))}"
+        return f"{_whose(now)}, max-age={int(ttl + (now.age or 0))}"
     return "no-cache"
+
+
+def _whose(now: Exchange) -> str:
+    return "public" if now.shared else "private"
 
 
 def cache_headers(now: Exchange) -> dict[str, str]:

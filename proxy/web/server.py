@@ -20,10 +20,10 @@ import structlog
 from aiohttp import web
 
 from proxy.telemetry import Exchange, Metrics, exchange
+from proxy.web.access import Access
 from proxy.web.pushing import Pushing
 from proxy.web.responses import (
     ALL,
-    IMMUTABLE,
     JSON,
     Refused,
     cache_headers,
@@ -31,6 +31,7 @@ from proxy.web.responses import (
     empty,
     error_answer,
     freshness,
+    immutable,
 )
 from proxy.web.routes import Kind, Route, build_next, parse, parse_limit
 from proxy.web.send import LEFT, parse_ranges, satisfy, send_blob
@@ -77,6 +78,7 @@ class Server:
 
     A client that takes nothing of a blob for `client_timeout` seconds is cut off.
     `served` is told of each request that has ended, with its status, `teller` of what was done to content.
+    Without `access`, everybody may do all.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Server:
         served: Callable[[Exchange, int], None] | None = None,
         teller: Teller | None = None,
         clock: Callable[[], float] = time.time,
+        access: Access | None = None,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
@@ -99,6 +102,7 @@ class Server:
         self._served = served
         self._telling = Telling(teller, clock)
         pushing = Pushing(registry, self._full_name, metrics, client_timeout, self._telling)
+        self._access = access
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
         self._answers: dict[Kind, dict[str, Answer]] = {
@@ -164,6 +168,8 @@ class Server:
                 name = self._full_name(request, route, route.name)
                 now.namespace, _, now.repository = name.partition("/")
                 now.ns = request.query.get("ns")
+                if self._access is not None:
+                    await self._access.permit(request, route, name, now)
             response = await answer(request, route, name, now)
             if self._telling.pulls and request.method in READING:
                 self._telling.pulled(request, route, now, response.status)
@@ -187,7 +193,11 @@ class Server:
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.StreamResponse:
-        return content(b"{}", {"Content-Type": JSON})
+        challenges = () if self._access is None else await self._access.ping(request, route, now)
+        answer = content(b"{}", {"Content-Type": JSON})
+        for challenge in challenges:
+            answer.headers.add("WWW-Authenticate", challenge)
+        return answer
 
     async def _blob(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
@@ -202,7 +212,7 @@ class Server:
             "Docker-Content-Digest": digest,
             "ETag": f'"{digest}"',
             "Accept-Ranges": "bytes",
-            "Cache-Control": IMMUTABLE,
+            "Cache-Control": immutable(now),
         }
         if request.method == "HEAD" or _matches(request, digest):
             now.content = await self._registry.resolve_blob(name, digest)
@@ -247,7 +257,7 @@ class Server:
             "Content-Type": descriptor.media_type,
             "Docker-Content-Digest": descriptor.digest,
             "ETag": f'"{descriptor.digest}"',
-            "Cache-Control": IMMUTABLE if isinstance(reference, Digest) else freshness(now),
+            "Cache-Control": immutable(now) if isinstance(reference, Digest) else freshness(now),
             **cache_headers(now),
         }
         if _matches(request, descriptor.digest):
@@ -269,7 +279,11 @@ class Server:
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.StreamResponse:
         last, limit = _page(request)
-        names = await self._registry.repositories(last, None if limit is None else limit + 1)
+        wanted = None if limit is None else limit + 1
+        if self._access is None:
+            names = await self._registry.repositories(last, wanted)
+        else:
+            names = await self._access.repositories(request, self._registry, last, wanted, now)
         return self._listed(request, route, "repositories", names, limit, now)
 
     def _listed(
@@ -353,6 +367,7 @@ class Server:
             client=request.remote,
             method=request.method,
             kind=now.kind,
+            user=now.user,
             namespace=now.namespace,
             repository=now.repository,
             reference=now.reference,

@@ -1,0 +1,71 @@
+"""Which address a request comes from, by its connection and by what proxies have written into its headers.
+
+Only a proxy that is trusted is believed.  A request that came through any other has no address at all: it
+matches no range, and is not from this machine even if the proxy is.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+
+from multidict import CIMultiDictProxy
+
+from proxy.access.rules import Address
+from proxy.values import Network
+
+# Any of them is the mark of a proxy.
+_MARKS = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Forwarded-Host", "X-Forwarded-Proto", "Via")
+_FOR = re.compile(r'(?i)(?:^|;)\s*for\s*=\s*(?:"([^"]*)"|([^;\s"]*))\s*(?=;|$)')
+
+
+class Addresses:
+    """`trusted` are proxies that tell in X-Forwarded-For or Forwarded who asked them."""
+
+    def __init__(self, trusted: Sequence[Network] = ()) -> None:
+        self._trusted = tuple(trusted)
+
+    def of(self, peer: str | None, headers: CIMultiDictProxy[str]) -> Address | None:
+        """None where it cannot be told."""
+        address = parse(peer or "")
+        if address is None or not self._is_trusted(address):
+            return None if any(mark in headers for mark in _MARKS) else address
+        forwarded, plain = headers.getall("Forwarded", []), headers.getall("X-Forwarded-For", [])
+        if bool(forwarded) == bool(plain):
+            # None: a proxy that does not say for whom it asks.  Both: one of them is the client's own.
+            return None
+        hops = _elements(forwarded) if forwarded else [each.strip() for each in ",".join(plain).split(",")]
+        for hop in reversed(hops):
+            address = parse(hop)
+            if address is None or not self._is_trusted(address):
+                return address
+        return address  # all are proxies: the first of them asks for itself
+
+    def _is_trusted(self, address: Address) -> bool:
+        return any(address in each for each in self._trusted)
+
+
+def parse(text: str) -> Address | None:
+    """An address, with or without a port; None for what is none."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return address.ipv4_mapped
+    return address
+
+
+def _elements(values: Sequence[str]) -> list[str]:
+    """The `for` of each element, in order; empty where one has none.  RFC 7239, section 4."""
+    found = []
+    for element in ",".join(values).split(","):
+        match = _FOR.search(element.strip())
+        found.append((match[1] or match[2] or "") if match else "")
+    return found

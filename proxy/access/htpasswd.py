@@ -1,0 +1,163 @@
+"""Users and their passwords in a file as `htpasswd -B` writes it.
+
+- Only bcrypt is taken: a line that holds anything else is named, and is nobody's.
+- The file is read again when it has changed, so whoever is taken out of it is out at once.
+- bcrypt takes tens of milliseconds by design: it runs in threads of its own, so that a flood of passwords
+  delays no pull, and a pair that was right is remembered for some minutes, as a keyed hash.
+- Whether there is such a user is not told by how long the answer takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import bcrypt
+import structlog
+
+from proxy.flights import Flights
+from proxy.watched import Watched
+from storage.errors import Throttled
+
+log = structlog.get_logger()
+
+REMEMBERED_FOR = 300.0  # seconds
+REMEMBERED = 10_000  # pairs
+THREADS = 2
+WAITING = 64  # passwords that may wait for a thread
+DEAREST = 16  # a cost above it would hold a thread for more than some seconds
+_HASH = re.compile(rb"\$2[aby]\$([0-9]{2})\$[./A-Za-z0-9]{53}")
+_SHOWN = 5  # bad lines that are named
+
+
+@dataclass(frozen=True)
+class Users:
+    """`hashes` by user; `dummy` is as dear as they are, and nobody's; `bad` says what is wrong with lines."""
+
+    hashes: dict[str, bytes]
+    dummy: bytes
+    bad: tuple[str, ...] = ()
+
+
+def parse(content: bytes) -> Users:
+    hashes: dict[str, bytes] = {}
+    bad = []
+    for number, line in enumerate(content.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith(b"#"):
+            continue
+        try:
+            user, value = _read(line)
+            if user in hashes:
+                raise ValueError("names a user a second time")
+            hashes[user] = value
+        except ValueError as error:
+            bad.append(f"line {number} {error}")
+    costs = Counter(value[4:6] for value in hashes.values())
+    cost = costs.most_common(1)[0][0] if costs else b"10"
+    return Users(hashes, b"$2b$" + cost + b"$" + b"." * 53, tuple(bad))
+
+
+def _read(line: bytes) -> tuple[str, bytes]:
+    """No text of the line is in the error: it may hold a password."""
+    name, colon, value = line.partition(b":")
+    if not colon or not name:
+        raise ValueError("is not <user>:<hash>")
+    found = _HASH.fullmatch(value)
+    if not found:
+        raise ValueError("holds no bcrypt hash: use htpasswd -B")
+    if not 4 <= int(found[1]) <= DEAREST:
+        raise ValueError(f"has a bcrypt cost other than 4 to {DEAREST}: use htpasswd -B -C 10")
+    try:
+        return name.decode(), value
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+
+
+NOBODY = parse(b"")
+
+
+class Htpasswd:
+    """Raises OSError, and ValueError if there is a bad line."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file = Watched(path, parse)
+        self._clock = clock
+        self._key = secrets.token_bytes(32)
+        self._right: dict[bytes, float] = {}  # until when
+        self._flights = Flights()
+        self._waiting = 0
+        self._reason = ""
+        self._users = self._file.current()
+        if self._users.bad:
+            raise ValueError("; ".join(self._users.bad[:_SHOWN]))
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="bcrypt")
+
+    def remembers(self, user: str, password: str) -> bool:
+        """Whether the pair was found right not long ago, in the file as it is now."""
+        self._look()
+        return self._clock() < self._right.get(self._hash(user, password), 0.0)
+
+    async def verify(self, user: str, password: str) -> bool:
+        """Raises Throttled where too many wait for an answer already."""
+        self._look()
+        users, key = self._users, self._hash(user, password)
+        if self._clock() < self._right.get(key, 0.0):
+            return True
+        right = await self._flights.join((key, id(users)), lambda: self._check(users, user, password))
+        if right and users is self._users:
+            self._right.pop(key, None)
+            self._right[key] = self._clock() + REMEMBERED_FOR
+            if len(self._right) > REMEMBERED:
+                del self._right[next(iter(self._right))]
+        return right
+
+    async def close(self) -> None:
+        await self._flights.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _look(self) -> None:
+        """Have the users of the file as it is now; none where it cannot be read."""
+        try:
+            users, reason = self._file.current(), ""
+            reason = "; ".join(users.bad[:_SHOWN])
+        except OSError as error:
+            users, reason = NOBODY, error.strerror or type(error).__name__
+        if reason and reason != self._reason:
+            log.error("htpasswd.failed", path=str(self._file.path), reason=reason)
+        self._reason = reason
+        if users is not self._users:
+            self._users = users
+            self._right.clear()
+
+    async def _check(self, users: Users, user: str, password: str) -> bool:
+        if self._waiting >= WAITING:
+            raise Throttled("too many passwords are being checked: try again", retry_after=1)
+        self._waiting += 1
+        try:
+            value = users.hashes.get(user)
+            right = await asyncio.get_running_loop().run_in_executor(
+                self._threads, _matches, password, value or users.dummy
+            )
+            return right and value is not None
+        finally:
+            self._waiting -= 1
+
+    def _hash(self, user: str, password: str) -> bytes:
+        pair = f"{user}\0{password}".encode("utf-8", "surrogateescape")
+        return hmac.digest(self._key, pair, hashlib.sha256)
+
+
+def _matches(password: str, value: bytes) -> bool:
+    # bcrypt takes 72 bytes, and htpasswd cut longer passwords there.
+    given = password.encode("utf-8", "surrogateescape")[:72]
+    return b"\0" not in given and bcrypt.checkpw(given, value)

@@ -1,0 +1,133 @@
+"""Whether a caller may see a repository of a cache: by what its own credentials are told upstream.
+
+Asked by a HEAD for what the caller wants.  A yes holds for the caller and the repository for some minutes; a
+"there is no such thing" is passed on, and is no yes: that is how some registries refuse.  While the upstream
+cannot be asked, a yes of the last day does.
+
+The caller's credentials are shown to this upstream and its token realms, as ours would be, and to nobody
+else; they are held in memory for the callers of late.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from proxy.flights import Flights
+from proxy.upstream.client import Upstream
+from proxy.upstream.credentials import Credential, Credentials, Inline
+from storage.errors import OriginDenied, Unavailable
+from storage.registry import Registry
+
+log = structlog.get_logger()
+
+YESTERDAY = 86400.0  # seconds for which a yes does while the upstream cannot be asked
+REMEMBERED = 10_000  # verdicts
+CALLERS = 200  # with credentials of their own, whose tokens are kept
+
+Ask = Callable[[Registry], Awaitable[object]]
+
+
+@dataclass(slots=True)
+class _Caller:
+    upstream: Upstream
+    busy: int = 0
+
+
+class Visibility:
+    """Of one namespace.  `upstream` is the one whose word counts; with `offline` it is not asked."""
+
+    def __init__(
+        self,
+        namespace: str,
+        upstream: Upstream,
+        remember: float,
+        clock: Callable[[], float] = time.time,
+        *,
+        offline: bool = False,
+    ) -> None:
+        self._namespace = namespace
+        self._upstream = upstream
+        self._remember = remember
+        self._clock = clock
+        self._offline = offline
+        self._key = secrets.token_bytes(32)
+        self._seen: dict[tuple[bytes, str], float] = {}  # when a caller was told yes of a repository last
+        self._callers: dict[bytes, _Caller] = {}
+        self._flights = Flights()
+
+    def remembers(self, repository: str, credential: Credential | None) -> bool:
+        """Whether there is a yes for the caller, or for everybody, that still holds."""
+        return any(
+            0 <= self._age(who, repository) < self._remember
+            for who in {self._who(credential), self._who(None)}
+        )
+
+    async def check(self, repository: str, credential: Credential | None, what: str, ask: Ask) -> None:
+        """Return if the caller, nobody in particular without a `credential`, may see the repository.
+
+        `ask` asks for `what` it wants there.  Raises OriginDenied where the upstream refuses it, Unavailable
+        where that cannot be told, and what else the upstream answers, such as ManifestUnknown.
+        """
+        if self.remembers(repository, credential):
+            return
+        who = self._who(credential)
+        try:
+            if self._offline:
+                raise Unavailable(f"{self._namespace} is set offline")
+            await self._flights.join((who, repository, what), lambda: self._ask(who, credential, ask))
+        except OriginDenied:
+            self._seen.pop((who, repository), None)
+            raise
+        except Unavailable as error:
+            if 0 <= self._age(who, repository) < YESTERDAY:
+                log.info("access.stale", namespace=self._namespace, repository=repository, error=str(error))
+                return
+            raise Unavailable(
+                f"whether you may see {self._namespace}/{repository} cannot be told now: {error}",
+                retry_after=error.retry_after,
+            ) from error
+        self._seen.pop((who, repository), None)
+        self._seen[who, repository] = self._clock()
+        if len(self._seen) > REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+
+    def _age(self, who: bytes, repository: str) -> float:
+        since = self._seen.get((who, repository))
+        return -1.0 if since is None else self._clock() - since
+
+    def _who(self, credential: Credential | None) -> bytes:
+        if credential is None:
+            return b""
+        pair = f"{credential.username}\0{credential.password}".encode("utf-8", "surrogateescape")
+        return hmac.digest(self._key, pair, "sha256")
+
+    async def _ask(self, who: bytes, credential: Credential | None, ask: Ask) -> None:
+        caller = self._callers.pop(who, None)
+        if caller is None:
+            shown = Inline(credential.username, credential.password) if credential else Credentials()
+            caller = _Caller(self._upstream.as_caller(shown))
+        self._callers[who] = caller
+        caller.busy += 1
+        try:
+            await ask(caller.upstream)
+        finally:
+            caller.busy -= 1
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of callers that have not asked for longest."""
+        # One that is idle has nothing to be closed: its connections are the upstream's own.
+        idle = [who for who, caller in self._callers.items() if not caller.busy]
+        for who in idle[: max(0, len(self._callers) - CALLERS)]:
+            del self._callers[who]
+
+    async def close(self) -> None:
+        await self._flights.close()
+        for caller in self._callers.values():
+            await caller.upstream.close()

@@ -1,0 +1,111 @@
+"""Who is let in: `access:` of the configuration, and how its namespaces are guarded, become an Access."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxy.access.addresses import Addresses
+from proxy.access.rules import Rule, Rules, of_stores
+from proxy.access.visibility import Visibility
+from proxy.composition import Composition
+from proxy.config import Access as Keys
+from proxy.config import Config, TokenService
+from proxy.listening import StartError
+from proxy.web.access import Access, Door, Guarded
+from proxy.web.proofs import Proofs
+
+if TYPE_CHECKING:
+    from proxy.access.bearer import Tokens
+    from proxy.access.htpasswd import Htpasswd
+
+
+def needed(config: Config) -> bool:
+    """Whether there is anything to decide: public caches by themselves are for everybody."""
+    doors = _doors(config).values()
+    return config.access != Keys() or any(door is not Door.PUBLIC for door in doors)
+
+
+def admission(composition: Composition, closing: AsyncExitStack) -> Access:
+    """What it holds is let go of by `closing`.  Raises StartError for a file that is none."""
+    config = composition.config
+    keys = config.access
+    visibilities = {}
+    for name, namespace in config.namespaces.items():
+        if namespace.visibility == "caller":
+            visibilities[name] = Visibility(
+                name,
+                composition.upstreams[name],
+                keys.remember,
+                composition.clock,
+                offline=config.offline or namespace.offline,
+            )
+            closing.push_async_callback(visibilities[name].close)
+    names = composition.namespaces
+    guarded = Guarded(_doors(config), visibilities, names.chosen, config.default_namespace)
+    return Access(guarded, _rules(config), _proofs(config, composition.clock, closing), keys.ping)
+
+
+def _doors(config: Config) -> dict[str, Door]:
+    return {
+        name: Door.STORE if each.store is not None else Door(each.visibility)
+        for name, each in config.namespaces.items()
+    }
+
+
+def _rules(config: Config) -> Rules:
+    given = config.access.rules
+    rules = (
+        of_stores(list(config.hosted()))
+        if given is None
+        else [Rule(each.who, each.may, each.sources, each.where) for each in given]
+    )
+    named = [name for key, each in config.namespaces.items() for name in (key, *each.aliases)]
+    unnamed = config.unnamed()
+    return Rules(rules, named, unnamed[0] if len(unnamed) == 1 else None)
+
+
+def _proofs(config: Config, clock: Callable[[], float], closing: AsyncExitStack) -> Proofs:
+    keys = config.access
+    groups: defaultdict[str, set[str]] = defaultdict(set)
+    for group, users in keys.groups.items():
+        for user in users:
+            groups[user].add(group)
+    passwords = _passwords(keys.htpasswd, closing) if keys.htpasswd else None
+    return Proofs(
+        passwords,
+        _tokens(keys.token, clock) if keys.token else None,
+        (keys.token.realm, keys.token.service) if keys.token else ("", ""),
+        keys.realm,
+        {user: frozenset(each) for user, each in groups.items()},
+        Addresses(keys.trusted_proxies),
+    )
+
+
+def _passwords(path: Path, closing: AsyncExitStack) -> Htpasswd:
+    from proxy.access.htpasswd import Htpasswd  # here, for its library is not needed without
+
+    try:
+        passwords = Htpasswd(path)
+    except (OSError, ValueError) as error:
+        raise StartError(f"{path} (access.htpasswd): {_cause(error)}") from None
+    closing.push_async_callback(passwords.close)
+    return passwords
+
+
+def _tokens(service: TokenService, clock: Callable[[], float]) -> Tokens:
+    from proxy.access.bearer import Tokens
+
+    try:
+        return Tokens(service.service, service.issuer, service.keys, clock)
+    except OSError as error:
+        raise StartError(f"{error.filename} (access.token.keys): {_cause(error)}") from None
+    except ValueError as error:
+        raise StartError(f"{error} (access.token.keys)") from None
+
+
+def _cause(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

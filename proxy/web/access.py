@@ -1,0 +1,261 @@
+"""Who may pull, push and delete where: what a request shows is verified, and the rules decide.
+
+- A public cache is open to everybody and asks nobody who it is; what a client shows of itself there is not
+  even looked at.
+- A client is challenged only where nobody in particular may not do what it wants: a challenge draws
+  credentials.
+- All that is decided on is the request: a refusal does not tell whether there is what it asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import Literal, Protocol
+
+import structlog
+from aiohttp import web
+
+from proxy.access.rules import Action, Principal, Rules
+from proxy.access.visibility import Ask, Visibility
+from proxy.telemetry import Exchange
+from proxy.web.proofs import Proofs, authorization, credential
+from proxy.web.routes import Kind, Route
+from storage.errors import Denied, OriginDenied, RegistryError, Unauthorized
+from storage.oci import Digest
+from storage.registry import Registry
+
+log = structlog.get_logger()
+
+CATALOG = "registry:catalog"
+PAGE = 1000  # names that are looked through at once
+
+
+class Choose(Protocol):
+    """See Namespaces.chosen()."""
+
+    def __call__(self, *, ns: str | None, host: str | None, prefix: str) -> str | None: ...
+
+
+class Door(Enum):
+    """How a namespace is guarded."""
+
+    PUBLIC = "public"  # a cache for everybody
+    RULES = "rules"  # a cache, by the rules
+    CALLER = "caller"  # a cache, by what its upstream says
+    STORE = "store"  # by the rules
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """The namespaces by name, and who tells what callers may see of those that are guarded by that.
+
+    `chosen` tells which one a request about no repository is about, `default` is meant where that is none.
+    """
+
+    doors: Mapping[str, Door]
+    visibilities: Mapping[str, Visibility]
+    chosen: Choose
+    default: str | None
+
+    def of(self, repository: str) -> Door | None:
+        """None where the namespace is none any more."""
+        return self.doors.get(repository.partition("/")[0])
+
+
+class Access:
+    """Every method may raise Unauthorized, Denied and Throttled.
+
+    `ping` is how a ping is answered: open, by a challenge, or as it suits the namespace that it is about.
+    """
+
+    def __init__(
+        self,
+        guarded: Guarded,
+        rules: Rules,
+        proofs: Proofs,
+        ping: Literal["auto", "challenge", "open"] = "auto",
+    ) -> None:
+        self._guarded = guarded
+        self._rules = rules
+        self._proofs = proofs
+        self._ping = ping
+
+    async def permit(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> None:
+        """Return if the request may go on.  `name` is the full one.
+
+        Tells `now` who the client is and what it may see.
+        """
+        door = self._guarded.of(name)
+        if door is Door.PUBLIC:
+            return
+        now.shared = False
+        action = _action(route, request.method)
+        if door is not Door.STORE and action != "pull":
+            return  # which a cache refuses to everybody
+        try:
+            if door is Door.CALLER:
+                await self._permit_caller(request, route, name, now)
+            else:
+                await self._permit_by_rules(request, route, name, now, action)
+        except RegistryError as error:
+            self._refused(request, now, action, error)
+            raise
+
+    async def _permit_by_rules(
+        self, request: web.BaseRequest, route: Route, name: str, now: Exchange, action: Action
+    ) -> None:
+        named = bool(route.prefix) or "ns" in request.query
+        scope = self._rules.scope(name, route.name, named)
+        wanted = f"repository:{scope}:{'pull,push' if action == 'push' else action}"
+        principal = await self._proofs.identify(request, wanted)
+        now.user = principal.user
+        now.visible = partial(self._may_see, principal, named)
+        if not self._rules.allow(principal, action, name, scope):
+            raise self._refusal(principal, f"{action} {name}", wanted)
+
+    def _refusal(self, principal: Principal, what: str, wanted: str) -> RegistryError:
+        proofs = self._proofs
+        if principal.known:
+            return Denied(f"{principal.user} may not {what}")
+        if not proofs.taken:
+            return Denied(f"not everybody may {what}, and no way to log in is configured (access.htpasswd)")
+        if principal.anonymous:
+            return Unauthorized(
+                f"you may not {what} without logging in", challenges=proofs.challenges(wanted)
+            )
+        # Not 403: by this a client knows that it has to ask for another token.  RFC 6750, section 3.1.
+        return proofs.wrong(f"the token does not allow to {what}", wanted, "insufficient_scope")
+
+    def _may_see(self, principal: Principal, named: bool, repository: str) -> bool:
+        door = self._guarded.of(repository)
+        if door not in (Door.STORE, Door.RULES):
+            return door is Door.PUBLIC
+        scope = self._rules.scope(repository, repository.partition("/")[2], named)
+        return self._rules.allow(principal, "pull", repository, scope)
+
+    async def _permit_caller(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> None:
+        namespace, _, repository = name.partition("/")
+        visibility = self._guarded.visibilities[namespace]
+        shown = credential(request)
+        now.visible = nothing
+        what, ask = _question(route, repository)
+
+        async def visible() -> bool:
+            try:
+                await visibility.check(repository, shown, what, ask)
+            except OriginDenied:
+                return False
+            return True
+
+        if visibility.remembers(repository, shown):
+            right = True
+        elif shown is None:
+            right = await visible()
+        else:
+            user = f"{namespace}/{shown.username}"
+            right = await self._proofs.attempts.make(self._proofs.place(request), user, visible)
+        if not right:
+            whom = "everybody" if shown is None else "you"
+            raise Unauthorized(
+                f"{namespace} does not show {repository} to {whom}", challenges=[self._proofs.basic]
+            )
+        now.user = shown.username if shown else ""
+
+    # What is about no repository
+
+    async def ping(self, request: web.BaseRequest, route: Route, now: Exchange) -> tuple[str, ...]:
+        """Challenges for an answer that goes well all the same."""
+        chosen = self._guarded.chosen(
+            ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=route.prefix
+        )
+        namespace = chosen or self._guarded.default
+        door = self._guarded.doors.get(namespace or "", Door.PUBLIC)
+        if chosen and door is Door.PUBLIC:
+            return ()
+        if door is Door.CALLER:
+            if not authorization(request) and self._ping != "open":
+                raise Unauthorized(f"{namespace} asks who you are", challenges=[self._proofs.basic])
+            return ()  # whether it is right shows with the first repository
+        if not self._proofs.taken:
+            return ()
+        try:
+            principal = await self._proofs.identify(request)
+        except RegistryError as error:
+            self._refused(request, now, "ping", error)
+            raise
+        now.user = principal.user
+        if not principal.anonymous or self._ping == "open":
+            return ()
+        if door is not Door.PUBLIC or self._ping == "challenge":
+            # Also where everybody may pull: docker shows who it is only if the ping has asked.
+            raise Unauthorized("who are you?", challenges=self._proofs.challenges())
+        # podman and its like take a challenge from a good answer too, and log in by it.  Not for tokens: they
+        # would fetch one for every pull, and not pull if they got none.
+        return (self._proofs.basic,) if self._proofs.tokens is None else ()
+
+    async def repositories(
+        self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, now: Exchange
+    ) -> list[str]:
+        """Those that the client may pull from; of caches that ask their upstream, none."""
+        now.shared = False
+        scope = f"{CATALOG}:*"
+        principal = await self._proofs.identify(request, scope)
+        now.user = principal.user
+        visible: Callable[[str], bool] = partial(self._may_see, principal, False)
+        if self._rules.allow(principal, "pull", CATALOG):
+            visible = self._listed
+        found: list[str] = []
+        hidden = False
+        while limit is None or len(found) < limit:
+            names = await registry.repositories(last, None if limit is None else max(limit, PAGE))
+            seen = [name for name in names if visible(name)]
+            hidden = hidden or len(seen) < len(names)
+            found += seen
+            if limit is None or len(names) < max(limit, PAGE):
+                break
+            last = names[-1]
+        if hidden and not found and principal.anonymous and self._proofs.taken:
+            raise self._refusal(principal, "list repositories", scope)
+        return found if limit is None else found[:limit]
+
+    def _listed(self, repository: str) -> bool:
+        return self._guarded.of(repository) not in (Door.CALLER, None)
+
+    def _refused(self, request: web.BaseRequest, now: Exchange, action: str, error: RegistryError) -> None:
+        """Without the user name of somebody unknown: it may be a password, put into the wrong field."""
+        if not isinstance(error, Unauthorized | Denied) and error.status != 429:
+            return
+        told = log.info if authorization(request) else log.debug  # else it is but asked who it is
+        told(
+            "access.refused",
+            id=now.id,
+            client=str(self._proofs.place(request)),
+            user=now.user,
+            action=action,
+            namespace=now.namespace,
+            repository=now.repository,
+            reason=str(error),
+        )
+
+
+def nothing(repository: str) -> bool:
+    return False
+
+
+def _action(route: Route, method: str) -> Action:
+    if route.kind in (Kind.UPLOADS, Kind.UPLOAD):
+        return "push"
+    return "pull" if method in ("GET", "HEAD") else "delete" if method == "DELETE" else "push"
+
+
+def _question(route: Route, repository: str) -> tuple[str, Ask]:
+    """What the upstream is asked to know whether a caller may have what it wants."""
+    reference = route.reference
+    if reference is None:
+        return "tags", lambda registry: registry.tags(repository)
+    if route.kind is Kind.BLOB and isinstance(reference, Digest):
+        return f"blob {reference}", lambda registry: registry.resolve_blob(repository, reference)
+    return f"manifest {reference}", lambda registry: registry.resolve_manifest(repository, reference)

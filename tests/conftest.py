@@ -22,6 +22,9 @@ from tests.upstream import Upstream
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+# Everybody may do all: for tests of what is done.
+OPEN: dict[str, Any] = {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]}
+
 Serve = Callable[..., Awaitable["Site"]]
 
 
@@ -93,6 +96,7 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
     """Start a server: `await serve(upstream, key=value…)`, the keys being those of namespace docker.io.
 
     `top` are keys of the configuration's top level, `options` of the upstream, `more` further namespaces.
+    Where there are stores, everybody may push to them unless `top` has an `access`.
     """
     sites: list[Site] = []
 
@@ -128,6 +132,7 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
                         },
                         **(more or {}),
                     },
+                    **({"access": OPEN} if any("store" in each for each in (more or {}).values()) else {}),
                     **(top or {}),
                 },
             ),

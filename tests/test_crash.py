@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from storage.oci import Digest
-from tests.conftest import Serve, Site
+from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
 from tests.upstream import Hold, Upstream
 
@@ -104,6 +104,7 @@ class Ground:
             "disk": {"path": str(self.directory / "disk")},
             "log": {"level": "error"},
             "namespaces": {"docker.io": namespace, "local": {"store": {}}},
+            "access": OPEN,
         }
         path.write_text(yaml.safe_dump(tree))
         process = await asyncio.create_subprocess_exec(

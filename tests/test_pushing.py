@@ -15,7 +15,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.web.pushing import LARGEST_MANIFEST
 from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Digest
-from tests.conftest import Serve, Site
+from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
 from tests.processes import Place, Worker, place  # noqa: F401  a fixture
 from tests.upstream import Upstream
@@ -658,6 +658,7 @@ async def pushed(
 
 
 async def test_any_worker_goes_on_with_an_upload(place: Place) -> None:  # noqa: F811
+    place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
     server = await place.start()
     one, two = await server.workers()
@@ -678,6 +679,7 @@ async def test_any_worker_goes_on_with_an_upload(place: Place) -> None:  # noqa:
 
 async def test_workers_push_one_tag_at_once(place: Place) -> None:  # noqa: F811
     """Whichever is last, tag and manifest belong together."""
+    place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
     server = await place.start()
     workers = await server.workers()

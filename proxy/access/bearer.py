@@ -79,7 +79,10 @@ class Tokens:
         self._issuer = issuer
         self._clock = clock
         self._files = [Watched(each, parse_keys) for each in keys]
-        self._registry = JWSRegistry(algorithms=[each for group in ALGORITHMS.values() for each in group])
+        # Headers that nobody knows are to be ignored, RFC 7515, section 4; unless they are critical.
+        self._registry = JWSRegistry(
+            algorithms=[each for group in ALGORITHMS.values() for each in group], strict_check_header=False
+        )
         self._known: dict[bytes, _Verified] = {}
         self._reasons: dict[Path, str] = {}
         self._last: dict[Path, Sequence[Key]] = {}
@@ -198,6 +201,8 @@ def _jwks(content: bytes) -> list[Any]:
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON") from None
     keys = document.get("keys", [document])
+    if not isinstance(keys, list):
+        raise ValueError("its keys is no list")
     return [each for each in keys if not isinstance(each, dict) or each.get("use", "sig") == "sig"]
 
 

@@ -127,8 +127,9 @@ class Rules:
         own requests for tokens say that.  It must be clear what is meant: so there is one namespace only of
         which this holds, and a name that begins with a namespace's is a full one.
         """
-        namespace = repository.partition("/")[0]
-        if named or namespace != self._short or written.partition("/")[0] in self._namespaces:
+        namespace, _, relative = repository.partition("/")
+        left_out = relative in (written, f"library/{written}") and not named
+        if not left_out or namespace != self._short or written.partition("/")[0] in self._namespaces:
             return repository
         return written
 

@@ -73,6 +73,7 @@ class Site:
                     "listen": self.address,
                     "admin": where,
                     "disk": {"path": str(directory / "cache")},
+                    "access": {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]},
                     "default_namespace": next(iter(upstreams)),
                     "namespaces": {
                         namespace: {"upstream": {"url": upstream.url}, "fresh_for": "10m"}

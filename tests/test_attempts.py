@@ -1,0 +1,122 @@
+"""Whoever tries passwords waits, ever longer."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+
+from proxy.access import attempts as module
+from proxy.access.attempts import FORGOTTEN, FREE, LONGEST, Attempts
+from storage.errors import Throttled
+from tests.conftest import Clock
+
+HOME = ipaddress.ip_address("192.0.2.1")
+AWAY = ipaddress.ip_address("198.51.100.1")
+
+
+@pytest.fixture
+def attempts(clock: Clock) -> Attempts:
+    async def sleep(seconds: float) -> None:
+        clock.advance(seconds)
+
+    return Attempts(clock, sleep)
+
+
+async def wrong() -> bool:
+    return False
+
+
+async def right() -> bool:
+    return True
+
+
+def fail(attempts: Attempts, times: int, address: object = HOME, user: str = "alice") -> None:
+    for _ in range(times):
+        attempts.failed(address, user)  # type: ignore[arg-type]
+
+
+async def test_the_first_failures_cost_nothing_then_it_doubles(attempts: Attempts, clock: Clock) -> None:
+    begun = clock.now
+    waits = []
+    for _ in range(FREE + 7):
+        before = clock.now
+        assert not await attempts.make(HOME, "alice", wrong)
+        waits.append(clock.now - before)
+    assert waits == [0] * (FREE + 1) + [1, 1, 2, 4, 8, 16]
+    assert clock.now - begun == sum(waits)
+
+
+def test_no_wait_is_longer_than_the_longest(attempts: Attempts, clock: Clock) -> None:
+    fail(attempts, 100)
+    clock.advance(1)
+    assert attempts.turn(HOME, "alice") == 0
+    assert attempts.turn(HOME, "alice") == LONGEST
+
+
+def test_many_at_once_queue_and_the_last_are_refused(attempts: Attempts, clock: Clock) -> None:
+    fail(attempts, FREE + 5)
+    turns = []
+    with pytest.raises(Throttled) as raised:
+        for _ in range(10):
+            turns.append(attempts.turn(HOME, "alice"))
+    assert turns == [1, 17]
+    assert raised.value.retry_after == 33
+
+
+def test_who_waits_long_enough_is_forgiven(attempts: Attempts, clock: Clock) -> None:
+    fail(attempts, 20)
+    clock.advance(FORGOTTEN)
+    assert attempts.turn(HOME, "alice") == 0
+    fail(attempts, FREE)
+    assert attempts.turn(HOME, "alice") == 0
+
+
+def test_by_address_and_by_user(attempts: Attempts) -> None:
+    fail(attempts, FREE + 1)
+    assert attempts.turn(HOME, "bob") == 1
+    assert attempts.turn(AWAY, "alice") == 1
+    assert attempts.turn(AWAY, "bob") == 0
+
+
+def test_who_cannot_be_told_apart_waits_together(attempts: Attempts) -> None:
+    fail(attempts, FREE + 1, None)
+    assert attempts.turn(None, "bob") == 1
+
+
+def test_a_network_is_one_client_in_ipv6(attempts: Attempts) -> None:
+    fail(attempts, FREE + 1, ipaddress.ip_address("2001:db8::1"))
+    assert attempts.turn(ipaddress.ip_address("2001:db8::2:1"), "bob") == 1
+    assert attempts.turn(ipaddress.ip_address("2001:db8:0:1::1"), "bob") == 0
+
+
+async def test_a_user_is_not_kept_out_by_others_in_its_name(attempts: Attempts) -> None:
+    assert await attempts.make(HOME, "alice", right)
+    fail(attempts, 50, AWAY)
+    assert attempts.turn(HOME, "alice") == 0
+    assert attempts.turn(AWAY, "alice") > 0
+
+
+async def test_a_right_password_does_not_buy_further_tries(attempts: Attempts) -> None:
+    fail(attempts, FREE + 3, user="mallory")
+    assert await attempts.make(HOME, "alice", right)
+    assert attempts.turn(HOME, "mallory") > 0
+
+
+async def test_memory_is_bounded(attempts: Attempts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 10)
+    for number in range(100):
+        await attempts.make(HOME, f"user-{number}", wrong)
+        await attempts.make(HOME, f"user-{number}", right)
+    assert len(attempts._failures) == 10
+    assert len(attempts._welcome) == 10
+
+
+async def test_what_went_wrong_is_no_failure(attempts: Attempts) -> None:
+    async def broken() -> bool:
+        raise Throttled("busy")
+
+    for _ in range(20):
+        with pytest.raises(Throttled):
+            await attempts.make(HOME, "alice", broken)
+    assert attempts.turn(HOME, "alice") == 0

@@ -48,6 +48,7 @@ from proxy.values import (
     parse_percentage,
     parse_platform,
     parse_proxy,
+    parse_quotable,
     parse_rate,
     parse_realm,
     parse_reference,
@@ -322,7 +323,7 @@ class TokenService(Section, frozen=True):
     """A server whose tokens are taken: it is at `realm`, and signs for `service` with one of `keys`."""
 
     realm: Annotated[str, parse_realm]
-    service: Annotated[str, parse_label]
+    service: Annotated[str, parse_quotable]
     issuer: Text
     keys: tuple[File, ...]
 
@@ -337,7 +338,7 @@ class Access(Section, frozen=True):
     """Who may do what; with `rules` None the built-in ones hold.  `remember` is for visibility: caller."""
 
     htpasswd: File | None = None
-    realm: Annotated[str, parse_label] = "entrepot"
+    realm: Annotated[str, parse_quotable] = "entrepot"
     groups: dict[str, tuple[Text, ...]] = {}
     token: TokenService | None = None
     trusted_proxies: tuple[Annotated[Network, parse_network], ...] = ()

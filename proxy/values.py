@@ -290,7 +290,7 @@ def parse_realm(value: object) -> str:
     return text
 
 
-def parse_label(value: object) -> str:
+def parse_quotable(value: object) -> str:
     """Text that stands in a header between quotes."""
     text = parse_text(value)
     if not (text.isascii() and text.isprintable()) or '"' in text or "\\" in text:

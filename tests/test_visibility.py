@@ -35,8 +35,9 @@ Open = Callable[..., Any]
 
 
 @pytest.fixture
-def opened(serve: Serve, upstream: Upstream, image: Image) -> Open:
+def opened(serve: Serve, upstream: Upstream, image: Image, monkeypatch: pytest.MonkeyPatch) -> Open:
     """A cache with credentials of its own, whose upstream lets nobody in without."""
+    monkeypatch.setattr(attempts, "FREE", 100)  # a test that waits says so
 
     async def open(access: dict[str, Any] | None = None, **keys: Any) -> Door:
         top = {"access": access} if access else None
@@ -65,7 +66,7 @@ async def test_the_caller_sees_what_upstream_shows_it(opened: Open, upstream: Up
     for _ in ("cold", "warm"):
         for path in paths:
             assert await get(door, path) == 401
-            assert await get(door, path, WRONG) in (401, 429)
+            assert await get(door, path, WRONG) == 401
             assert await get(door, path, {"Authorization": "Bearer x"}) == 401
             assert await get(door, path, ME) == 200
         await asyncio.sleep(0)
@@ -202,14 +203,16 @@ async def test_the_callers_credentials_go_to_upstream_alone(
     # The realm is another host, and not one that it may send us to.
     assert await get(door, "manifests/latest", caller) == 401
     assert all(request.headers.get("Authorization") is None for request in upstream.requests)
-    upstream.auth = Basic("caller", "wonderland")
-    assert await get(door, f"blobs/{image.layers[0]}", caller) in (200, 404)
-    for request in upstream.requests:
-        if request.kind == "cdn":
-            assert "Authorization" not in request.headers
+    upstream.auth = OWNER
+    assert await get(door, f"blobs/{image.layers[0]}", ME) == 200
+    stored = [request for request in upstream.requests if request.kind == "cdn"]
+    assert stored
+    assert all("Authorization" not in request.headers for request in stored)
     text = repr(events.entries)
+    for header in (ME, caller):
+        assert header["Authorization"][6:] not in text
     assert "wonderland" not in text
-    assert caller["Authorization"][6:] not in text
+    assert "s3cret" not in text
 
 
 async def test_who_tries_too_often_has_to_wait(

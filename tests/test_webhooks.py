@@ -15,7 +15,7 @@ import pytest
 from proxy.webhooks.teller import Teller
 from storage.files import Files
 from storage.oci import OCI_MANIFEST, OCTETS, Digest
-from tests.conftest import Clock, Serve
+from tests.conftest import OPEN, Clock, Serve
 from tests.events import Ear
 from tests.processes import Place, place  # noqa: F401  a fixture
 from tests.receiver import Receiver, receiver  # noqa: F401  a fixture
@@ -328,6 +328,7 @@ async def test_it_is_listed(told: Told, receiver: Receiver, clock: Clock) -> Non
 
 
 async def test_the_keeper_is_woken_by_workers(place: Place, receiver: Receiver) -> None:  # noqa: F811
+    place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
     place.tree["webhooks"] = [hook(receiver, actions=["push"])]
     server = await place.start()
@@ -358,6 +359,7 @@ async def test_what_was_acknowledged_is_told_by_the_next_server(
     place: Place,  # noqa: F811
     receiver: Receiver,  # noqa: F811
 ) -> None:
+    place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
     place.tree["webhooks"] = [hook(receiver, actions=["push"])]
     receiver.gate = asyncio.Event()  # nothing is answered, so nothing is delivered

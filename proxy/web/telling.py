@@ -85,6 +85,7 @@ class Telling:
             size=descriptor.size if descriptor else -1,
             tag=str(tag or ""),
             source=source or "",
+            actor=now.user,
             url="" if gone or not descriptor else _url(request, route, kind, descriptor.digest, now.ns),
             request=Request(
                 id=now.id,

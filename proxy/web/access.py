@@ -189,12 +189,20 @@ class Access:
         now.user = principal.user
         if not principal.anonymous or self._ping == "open":
             return ()
-        if door is not Door.PUBLIC or self._ping == "challenge":
-            # Also where everybody may pull: docker shows who it is only if the ping has asked.
+        if self._ping == "challenge" or (door is not Door.PUBLIC and not self._is_open(namespace)):
             raise Unauthorized("who are you?", challenges=self._proofs.challenges())
         # podman and its like take a challenge from a good answer too, and log in by it.  Not for tokens: they
         # would fetch one for every pull, and not pull if they got none.
         return (self._proofs.basic,) if self._proofs.tokens is None else ()
+
+    def _is_open(self, namespace: str | None) -> bool:
+        """Whether its pings are best left unchallenged, though it is guarded.
+
+        docker shows who it is only if the ping has asked, and pulls nothing after a Basic challenge that it
+        cannot meet.  So it is open if everybody may pull all of it; a token everybody can get.
+        """
+        # No repository is called so: what covers all of them covers it.
+        return self._proofs.tokens is None and self._rules.allow(Principal(), "pull", f"{namespace}/*")
 
     async def repositories(
         self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, now: Exchange

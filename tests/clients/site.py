@@ -9,7 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tests.clients.processes import Process, free_port
 
@@ -17,6 +17,8 @@ Pulled = TypeVar("Pulled")
 
 SERVER = (sys.executable, "-m", "proxy", "serve", "--config")
 
+# Everybody may do all.
+OPEN = {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]}
 _REQUEST = re.compile(r'"((?:GET|HEAD|POST|PUT|PATCH|DELETE) \S+) HTTP/1\.1"')
 
 
@@ -56,11 +58,17 @@ class DockerRegistry:
 class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
-    What is pushed goes to the namespace `local`.  `config` is its configuration, `admin` the URL of its admin
-    listener, if it is to have one.
+    What is pushed goes to the namespace `local`, which is also meant by the host `localhost`.  `config` is its
+    configuration, `admin` the URL of its admin listener, if it is to have one.
     """
 
-    def __init__(self, upstreams: Mapping[str, DockerRegistry], directory: Path, admin: bool = True):
+    def __init__(
+        self,
+        upstreams: Mapping[str, DockerRegistry],
+        directory: Path,
+        admin: bool = True,
+        access: Mapping[str, Any] = OPEN,
+    ):
         self.upstreams = upstreams
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
@@ -73,13 +81,13 @@ class Site:
                     "listen": self.address,
                     "admin": where,
                     "disk": {"path": str(directory / "cache")},
-                    "access": {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]},
+                    "access": access,
                     "default_namespace": next(iter(upstreams)),
                     "namespaces": {
                         namespace: {"upstream": {"url": upstream.url}, "fresh_for": "10m"}
                         for namespace, upstream in upstreams.items()
                     }
-                    | {"local": {"store": {}}},
+                    | {"local": {"store": {}, "hosts": ["localhost"]}},
                 }
             )
         )

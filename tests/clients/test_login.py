@@ -1,0 +1,227 @@
+"""Real clients log in, push and pull; by a password, and by tokens of a token server."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bcrypt
+import pytest
+
+from tests.clients.conftest import Filled
+from tests.clients.processes import PATIENCE, Process, environment, require
+from tests.clients.site import DockerRegistry, Site
+from tests.clients.token_server import ISSUER, SERVICE, TokenServer
+
+USER, PASSWORD = "alice", "wonderland"
+ONLY_USERS = [{"who": ["authenticated"], "may": ["pull", "push", "delete"], "where": ["local/*"]}]
+
+Start = Callable[..., Site]
+
+
+@pytest.fixture
+def start(filled: Filled, tmp_path: Path) -> Iterator[Start]:
+    """A site whose store is for users alone."""
+    running: list[DockerRegistry | Site] = []
+
+    def start(**access: Any) -> Site:
+        htpasswd = tmp_path / "htpasswd"
+        htpasswd.write_text(f"{USER}:{bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()}\n")
+        upstreams = {}
+        for namespace, root in filled.roots.items():
+            upstreams[namespace] = DockerRegistry(root, tmp_path)
+            running.append(upstreams[namespace])
+        given = {"htpasswd": str(htpasswd), "rules": ONLY_USERS, **access}
+        site = Site(upstreams, tmp_path, False, {key: each for key, each in given.items() if each is not None})
+        running.append(site)
+        return site
+
+    yield start
+    for each in reversed(running):
+        each.stop()
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Iterator[TokenServer]:
+    server = TokenServer(tmp_path, USER, PASSWORD)
+    yield server
+    server.stop()
+
+
+def by_tokens(server: TokenServer) -> dict[str, Any]:
+    service = {"realm": server.realm, "service": SERVICE, "issuer": ISSUER, "keys": [str(server.keys)]}
+    return {"token": service, "htpasswd": None, "rules": []}
+
+
+class Client:
+    """A program that pulls and pushes, with a home of its own."""
+
+    def __init__(self, home: Path, **more: str) -> None:
+        self._home = home
+        self._environment = environment(home, **more)
+
+    def run(self, *words: str | Path) -> bool:
+        """Whether it goes well."""
+        done = subprocess.run(
+            [str(word) for word in words],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            stdin=subprocess.DEVNULL,
+        )
+        print(*words, done.returncode, done.stdout, done.stderr, sep="\n")
+        return done.returncode == 0
+
+
+class Skopeo(Client):
+    def __init__(self, home: Path) -> None:
+        require("skopeo", root=False)
+        super().__init__(home, REGISTRY_AUTH_FILE=str(home / "auth.json"))
+
+    def login(self, address: str, password: str) -> bool:
+        return self.run("skopeo", "login", "--tls-verify=false", "-u", USER, "-p", password, address)
+
+    def logout(self, address: str) -> bool:
+        return self.run("skopeo", "logout", address)
+
+    def pull(self, name: str) -> bool:
+        place = f"dir:{self._home}/{abs(hash(name))}"
+        words = ["skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--all"]
+        return self.run(*words, f"docker://{name}", place)
+
+    def push(self, source: str, name: str) -> bool:
+        words = ["skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--dest-tls-verify=false"]
+        return self.run(*words, f"docker://{source}", f"docker://{name}")
+
+
+class Podman(Client):
+    def __init__(self, home: Path) -> None:
+        require("podman")
+        configuration = home / "containers.conf"
+        configuration.write_text(
+            f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\nlock_type = "file"\n'
+            f'tmp_dir = "{home / "tmp"}"\n'
+        )
+        auth = home / "auth.json"
+        auth.write_text("{}")  # it wants one to be there
+        super().__init__(home, CONTAINERS_CONF=str(configuration), REGISTRY_AUTH_FILE=str(auth))
+        storage = (f"--root={home}/storage/root", f"--runroot={home}/storage/run", "--storage-driver=vfs")
+        self._podman = ("podman", *storage)
+
+    def login(self, address: str, password: str) -> bool:
+        return self.run(*self._podman, "login", "--tls-verify=false", "-u", USER, "-p", password, address)
+
+    def logout(self, address: str) -> bool:
+        return self.run(*self._podman, "logout", address)
+
+    def pull(self, name: str) -> bool:
+        return self.run(*self._podman, "pull", "--tls-verify=false", "--quiet", "--arch=amd64", name)
+
+    def push(self, source: str, name: str) -> bool:
+        return self.run(*self._podman, "push", "--tls-verify=false", source, f"docker://{name}")
+
+
+class Docker(Client):
+    def __init__(self, home: Path) -> None:
+        require("docker", "dockerd", "unshare")
+        super().__init__(home)
+        directory = home / "dockerd"
+        directory.mkdir()
+        socket = f"unix://{directory}/docker.sock"
+        (directory / "daemon.json").write_text("{}")
+        daemon = [
+            *("unshare", "--mount"),  # its mounts end with it
+            *("dockerd", f"--config-file={directory}/daemon.json", f"--host={socket}"),
+            *(f"--data-root={directory}/data", f"--exec-root={directory}/run"),
+            *(f"--pidfile={directory}/dockerd.pid", "--storage-driver=vfs"),
+            *("--bridge=none", "--iptables=false", "--ip6tables=false"),
+        ]
+        self._process = Process(daemon, environment(home), ready="API listen on")
+        self._docker = ("docker", "--host", socket)
+
+    def login(self, address: str, password: str) -> bool:
+        return self.run(*self._docker, "login", "-u", USER, "-p", password, address)
+
+    def logout(self, address: str) -> bool:
+        return self.run(*self._docker, "logout", address)
+
+    def pull(self, name: str) -> bool:
+        return self.run(*self._docker, "pull", "--quiet", "--platform=linux/amd64", name)
+
+    def push(self, source: str, name: str) -> bool:
+        return self.run(*self._docker, "tag", source, name) and self.run(*self._docker, "push", name)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+
+@pytest.fixture(params=["skopeo", "podman", "docker"])
+def client(request: pytest.FixtureRequest, home: Path) -> Iterator[Client]:
+    if request.param != "docker":
+        yield {"skopeo": Skopeo, "podman": Podman}[request.param](home)
+        return
+    docker = Docker(home)
+    yield docker
+    docker.stop()
+
+
+def pulls_pushes_and_pulls(address: str, client: Any, name: str, source: str, public: bool = True) -> None:
+    """What is for everybody without a login, if it is `public`; then what is not, with one.
+
+    `address` is where it logs in, `source` what is pushed as `name`.
+    """
+    assert client.pull(source) == public
+    assert not client.push(source, name)
+    assert not client.login(address, "wrong")
+    assert client.login(address, PASSWORD)
+    assert client.pull(source)  # with credentials, which are not looked at
+    assert client.push(source, name)
+    assert client.pull(name)
+    client.logout(address)
+    assert not client.pull(name)
+
+
+def names(site: Site) -> tuple[str, str]:
+    """Of what is pushed, and of what is pulled from a cache, at one address."""
+    return f"{site.address}/local/team/app:1", f"{site.address}/docker.io/library/layers:1"
+
+
+def test_by_a_password(start: Start, client: Client) -> None:
+    site = start(ping="challenge")
+    # docker pulls nothing after a Basic challenge that it cannot meet, whether it has to or not.
+    pulls_pushes_and_pulls(site.address, client, *names(site), public=not isinstance(client, Docker))
+
+
+def test_by_a_token(start: Start, client: Client, tokens: TokenServer) -> None:
+    site = start(ping="challenge", **by_tokens(tokens))
+    pulls_pushes_and_pulls(site.address, client, *names(site))
+    assert any("scope=repository%3Alocal%2Fteam%2Fapp%3Apu" in each for each in tokens.asked)
+
+
+@pytest.mark.parametrize("client", ["skopeo", "podman"], indirect=True)
+def test_by_a_password_though_the_ping_goes_well(start: Start, client: Client) -> None:
+    site = start()
+    pulls_pushes_and_pulls(site.address, client, *names(site))
+
+
+@pytest.mark.parametrize("client", ["docker"], indirect=True)
+def test_docker_does_not_say_who_it_is_if_the_ping_goes_well(start: Start, client: Any) -> None:
+    site = start()
+    name, source = names(site)
+    assert client.login(site.address, "whatever")  # nobody has looked at it
+    assert client.pull(source)
+    assert not client.push(source, name)
+
+
+@pytest.mark.parametrize("proof", ["password", "token"])
+def test_a_store_with_a_host_of_its_own(
+    start: Start, client: Client, tokens: TokenServer, proof: str
+) -> None:
+    site = start(**by_tokens(tokens)) if proof == "token" else start()
+    address = site.address.replace("127.0.0.1", "localhost")
+    _, source = names(site)
+    pulls_pushes_and_pulls(address, client, f"{address}/team/app:1", source)
+    assert all("local/team/app" not in each for each in tokens.asked)

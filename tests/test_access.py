@@ -14,6 +14,8 @@ from structlog.testing import LogCapture
 
 from proxy.access import attempts
 from proxy.admission import needed
+from proxy.listening import StartError
+from proxy.web.proofs import Proofs
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site
 from tests.test_bearer import OTHER, PRIVATE, Server, pem
@@ -426,6 +428,26 @@ async def test_a_ping_where_a_store_is_the_default(opened: Open, users: Path) ->
     assert (await door.ask("GET", "/v2/", ALICE)).status == 200
 
 
+@pytest.mark.parametrize(
+    ("rule", "status"),
+    [
+        ({}, 200),
+        ({"where": ["local/*"]}, 200),
+        ({"where": ["local/public/*"]}, 401),
+        ({"from": ["127.0.0.1"]}, 401),
+        ({"may": ["push"]}, 401),
+        ({"who": ["authenticated"]}, 401),
+    ],
+)
+async def test_a_ping_where_everybody_may_pull_everything(
+    opened: Open, users: Path, rule: dict[str, Any], status: int
+) -> None:
+    rules = [{"who": ["anonymous"], "may": ["pull"], **rule}]
+    door = await opened({"htpasswd": str(users), "rules": rules}, top={"default_namespace": "local"})
+    said = await door.ask("GET", "/v2/")
+    assert (said.status, said.challenge) == (status, BASIC)
+
+
 async def test_nobody_is_challenged_who_cannot_meet_it(opened: Open) -> None:
     door = await opened({"ping": "challenge"}, top={"default_namespace": "local"})
     for headers in ({}, ALICE):
@@ -560,6 +582,56 @@ async def test_who_tries_too_often_has_to_wait(
     assert (await door.act("pull", BOB)).status == 429
     assert (await door.act("pull", ALICE)).status == 200  # who is known is not kept waiting
     assert (await door.act("pull", {})).status == 200
+
+
+# Certificates
+
+
+class Certified(dict[str, Any]):
+    """A request over TLS, as far as it is looked at."""
+
+    headers: dict[str, str] = {}  # noqa: RUF012
+    remote = "192.0.2.1"
+
+    def __init__(self, *subject: tuple[str, str]) -> None:
+        self.subject = subject
+
+    def get_extra_info(self, name: str) -> Any:
+        return {"subject": tuple((each,) for each in self.subject)} if name == "peercert" else None
+
+
+async def test_a_certificate_names_a_user_and_groups() -> None:
+    proofs = Proofs(groups={"alice": frozenset({"ops"})})
+    names = [("commonName", "alice"), ("organizationalUnitName", "dev"), ("organizationalUnitName", "ci")]
+    principal = await proofs.identify(Certified(*names))  # type: ignore[arg-type]
+    assert (principal.user, principal.scheme) == ("alice", "certificate")
+    assert principal.groups == {"ops", "dev", "ci"}
+    assert str(principal.address) == "192.0.2.1"
+    nobody = await proofs.identify(Certified(("organizationalUnitName", "ops")))  # type: ignore[arg-type]
+    assert nobody.anonymous
+    assert not nobody.groups
+
+
+# Files that are none
+
+
+@pytest.mark.parametrize(
+    ("access", "cause"),
+    [
+        ({"htpasswd": "{}/absent"}, "{}/absent (access.htpasswd): No such file or directory"),
+        ({"htpasswd": "{}/bad"}, "{}/bad (access.htpasswd): line 1 holds no bcrypt hash: use htpasswd -B"),
+        ({"keys": "{}/absent"}, "{}/absent (access.token.keys): No such file or directory"),
+        ({"keys": "{}/bad"}, "{}/bad: it holds no key: expected PEM, a JWK or a JWKS (access.token.keys)"),
+    ],
+)
+async def test_it_does_not_start(opened: Open, tmp_path: Path, access: dict[str, str], cause: str) -> None:
+    (tmp_path / "bad").write_text("alice:password\n")
+    given: dict[str, Any] = {key: each.format(tmp_path) for key, each in access.items()}
+    if keys := given.pop("keys", None):
+        given = token(Path(keys))
+    with pytest.raises(StartError) as raised:
+        await opened(given)
+    assert str(raised.value) == cause.format(tmp_path)
 
 
 # What is written down

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from proxy.config import (
     WELL_KNOWN,
+    Access,
+    AccessRule,
     Config,
     ConfigError,
     Disk,
@@ -20,6 +22,7 @@ from proxy.config import (
     Login,
     Namespace,
     TagRule,
+    TokenService,
     Upstream,
     WarmRule,
     Webhook,
@@ -32,7 +35,20 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.yml"
 MANUAL = ROOT / "docs" / "configuration.md"
 TOKENS = dict.fromkeys(("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET", "AUDIT_TOKEN"), "t")
-SECTIONS = (Config, WarmRule, Disk, Log, Login, Namespace, TagRule, Upstream, Webhook)
+SECTIONS = (
+    Access,
+    AccessRule,
+    TokenService,
+    Config,
+    WarmRule,
+    Disk,
+    Log,
+    Login,
+    Namespace,
+    TagRule,
+    Upstream,
+    Webhook,
+)
 
 
 @pytest.fixture
@@ -742,6 +758,133 @@ def test_what_cannot_be_warmed(fault: Any, rule: str, says: str) -> None:
     assert fault(f"warm: [{{{rule}}}]").startswith(says)
 
 
+# Access
+
+
+def access(members: str, namespaces: str = "local: {store: {}}") -> str:
+    return f"namespaces: {{{namespaces}}}\naccess: {{{members}}}"
+
+
+TOKEN = "token: {realm: 'https://auth.example/token', service: s, issuer: i, keys: [/k.pem]}"
+
+
+def test_access(read: Any) -> None:
+    config = read(
+        access(
+            f"htpasswd: /etc/htpasswd, groups: {{ops: [alice, bob]}}, {TOKEN}, trusted_proxies: [127.0.0.1],"
+            " rules: [{who: [anonymous, 'claim:project=team/*'], from: [10.0.0.0/8, '::1'], may: [pull],"
+            " where: [local/team/*]}], ping: challenge, remember: 1m"
+        )
+    ).access
+    assert config.htpasswd == Path("/etc/htpasswd")
+    assert config.groups == {"ops": ("alice", "bob")}
+    assert config.token is not None
+    assert config.token.keys == (Path("/k.pem"),)
+    (rule,) = config.rules
+    assert [(who.kind, who.name) for who in rule.who] == [("anonymous", ""), ("claim", "project")]
+    assert rule.who[1].glob.fullmatch("team/app")
+    assert [str(each) for each in rule.sources] == ["10.0.0.0/8", "::1/128"]
+    assert rule.where[0].fullmatch("local/team/a/b")
+    assert (rule.may, config.ping, config.remember) == (("pull",), "challenge", 60)
+
+
+def test_no_rules_are_not_the_built_in_ones(read: Any) -> None:
+    assert read(access("rules: []")).access.rules == ()
+    assert read(access("")).access.rules is None
+
+
+@pytest.mark.parametrize(
+    ("members", "cause"),
+    [
+        ("rules: [{may: [pull]}]", "access.rules[0].who: is required"),
+        ("rules: [{who: [anonymous]}]", "access.rules[0].may: is required"),
+        (
+            "rules: [{who: [], may: [pull]}]",
+            "access.rules[0]: who names none, so the rule grants nothing: remove it",
+        ),
+        ("rules: [{who: anonymous, may: [pull]}]", "access.rules[0].who: expected a list, got a string"),
+        (
+            "rules: [{who: [anonymous], may: [write]}]",
+            "access.rules[0].may[0]: expected one of pull, push, delete",
+        ),
+        (
+            "rules: [{who: [everybody], may: [pull]}]",
+            "access.rules[0].who[0]: expected anonymous, authenticated,",
+        ),
+        (
+            "rules: [{who: ['user:'], may: [pull]}]",
+            "access.rules[0].who[0]: expected anonymous, authenticated,",
+        ),
+        (
+            "rules: [{who: ['claim:x'], may: [pull]}]",
+            "access.rules[0].who[0]: expected anonymous, authenticated,",
+        ),
+        (
+            "rules: [{who: [anonymous], may: [pull], where: [local]}]",
+            "access.rules[0].where[0]: expected a glob over namespace/repository, such as local/team/*",
+        ),
+        (
+            "rules: [{who: [anonymous], may: [pull], from: [10.0.0.1/8]}]",
+            "access.rules[0].from[0]: expected an address or a range such as 10.0.0.0/8 or fd00::/8: its",
+        ),
+        (
+            "trusted_proxies: [proxy.example]",
+            "access.trusted_proxies[0]: expected an address or a range such as 10.0.0.0/8 or fd00::/8",
+        ),
+        (
+            "rules: [{who: [anonymous], may: [pull], form: []}]",
+            "access.rules[0].form: unknown key; did you mean from?",
+        ),
+        ("groups: [alice]", "access.groups: expected a mapping of keys to values, got a list"),
+        ("groups: {ops: alice}", "access.groups.ops: expected a list, got a string"),
+        ("realm: 'a\"b'", "access.realm: expected ASCII letters, digits and signs, without quotes"),
+        ("token: {service: s, issuer: i, keys: [/k]}", "access.token.realm: is required"),
+        (
+            "token: {realm: 'https://a.example/\"', service: s, issuer: i, keys: [/k]}",
+            "access.token.realm: expected the URL of a token server, such as https://auth.example/token",
+        ),
+        (
+            "token: {realm: 'https://a.example/', service: s, issuer: i, keys: []}",
+            "access.token: keys names none: give the file with the token server's public key or certificate",
+        ),
+        ("remember: 0", "access.remember: must be more than 0"),
+    ],
+)
+def test_access_that_is_wrong(fault: Any, members: str, cause: str) -> None:
+    assert fault(access(members)).startswith(cause)
+
+
+def test_a_cache_that_nobody_could_pull_from(read: Any, fault: Any) -> None:
+    private = "x: {upstream: 'https://x.example', visibility: rules}"
+    cause = "namespaces.x.visibility: no rule lets anybody in: write access.rules"
+    assert fault(access("htpasswd: /h", private)) == cause
+    assert read(access("rules: [{who: [authenticated], may: [pull]}]", private))
+    assert read(access(TOKEN, private))
+    assert "visibility is for a cache" in fault("namespaces: {x: {store: {}, visibility: caller}}")
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "fine"),
+    [
+        ("a: {store: {}}, b: {store: {}}", True),
+        ("a: {store: {}, hosts: [a.example]}, b: {store: {}}", True),
+        ("a: {store: {}, hosts: [a.example]}, docker.io: {upstream: 'https://x.example'}", True),
+        ("a: {store: {}, hosts: [a.example]}, b: {store: {}, hosts: [b.example]}", False),
+        (
+            "a: {store: {}, hosts: [a.example]},"
+            " docker.io: {upstream: 'https://x.example', visibility: rules}",
+            False,
+        ),
+    ],
+)
+def test_a_token_must_tell_namespaces_apart(read: Any, fault: Any, namespaces: str, fine: bool) -> None:
+    assert read(access("rules: []", namespaces))
+    if fine:
+        assert read(access(TOKEN, namespaces))
+    else:
+        assert fault(access(TOKEN, namespaces)).startswith("access.token: the namespaces a and ")
+
+
 # What is written about it
 
 
@@ -756,7 +899,7 @@ def keys(tree: Any) -> set[str]:
     return set().union(*map(keys, tree)) if isinstance(tree, list) else set()
 
 
-FIELDS = [(section, field.name) for section in SECTIONS for field in msgspec.structs.fields(section)]
+FIELDS = [(section, field.encode_name) for section in SECTIONS for field in msgspec.structs.fields(section)]
 
 
 def test_the_example_is_the_defaults() -> None:

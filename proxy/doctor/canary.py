@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +97,7 @@ class _Pull:
         """How it was answered.  Raises _Wrong."""
         name = self._name
         if self._client != "containerd":
-            await self._ask("GET", URL(f"{self._site.base}/v2/"))
+            await self._ask("GET", URL(f"{self._site.base}/v2/"), fine=(200, 401))
         reference = name.reference
         if self._client != "podman" and ":" not in reference:
             headers, _ = await self._ask("HEAD", self._url(f"manifests/{reference}"))
@@ -115,14 +115,16 @@ class _Pull:
             await self._ask("HEAD", self._url(f"blobs/{config}"))
         return said
 
-    async def _ask(self, method: str, url: URL) -> tuple[Mapping[str, str], bytes]:
+    async def _ask(
+        self, method: str, url: URL, fine: Sequence[int] = (200,)
+    ) -> tuple[Mapping[str, str], bytes]:
         async with self._session.request(
             method, url, headers={"Accept": ACCEPT}, allow_redirects=False
         ) as response:
             content = await response.content.read(LIMIT)
             while more := await response.content.read(LIMIT - len(content)):
                 content += more
-            if response.status != 200:
+            if response.status not in fine:
                 raise _Wrong(
                     f"{self._name}: {method} {url.path} is answered {response.status}{_reason(content)}"
                 )

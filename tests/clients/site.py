@@ -58,8 +58,8 @@ class DockerRegistry:
 class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
-    What is pushed goes to the namespace `local`, which is also meant by the host `localhost`.  `config` is its
-    configuration, `admin` the URL of its admin listener, if it is to have one.
+    What is pushed goes to the namespace `local`, which is also meant by the host `localhost`.  `config` is
+    its configuration, `admin` the URL of its admin listener, if it is to have one.
     """
 
     def __init__(

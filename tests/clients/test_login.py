@@ -34,7 +34,9 @@ def start(filled: Filled, tmp_path: Path) -> Iterator[Start]:
             upstreams[namespace] = DockerRegistry(root, tmp_path)
             running.append(upstreams[namespace])
         given = {"htpasswd": str(htpasswd), "rules": ONLY_USERS, **access}
-        site = Site(upstreams, tmp_path, False, {key: each for key, each in given.items() if each is not None})
+        site = Site(
+            upstreams, tmp_path, False, {key: each for key, each in given.items() if each is not None}
+        )
         running.append(site)
         return site
 

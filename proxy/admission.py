@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +42,17 @@ def admission(composition: Composition, closing: AsyncExitStack) -> Access:
                 composition.upstreams[name],
                 keys.remember,
                 composition.clock,
-                offline=config.offline or namespace.offline,
+                cut=partial(_cut, composition, name),
             )
             closing.push_async_callback(visibilities[name].close)
     names = composition.namespaces
     guarded = Guarded(_doors(config), visibilities, names.chosen, config.default_namespace)
     return Access(guarded, _rules(config), _proofs(config, composition.clock, closing), keys.ping)
+
+
+def _cut(composition: Composition, name: str) -> bool:
+    config = composition.config
+    return config.offline or config.namespaces[name].offline or composition.drill.cuts(name)
 
 
 def _doors(config: Config) -> dict[str, Door]:

@@ -425,6 +425,7 @@ async def test_the_log_is_json_in_a_pipe(tmp_path: Path, upstream: Upstream, ima
         "client": "127.0.0.1",
         "method": "GET",
         "kind": "manifest",
+        "user": "",
         "namespace": "docker.io",
         "repository": "library/alpine",
         "reference": "latest",

@@ -51,7 +51,7 @@ LAYERS = (
     ("proxy.web.telling",),
     ("proxy.upstream.failover", "proxy.cache", "proxy.freshness", "proxy.hosted", "proxy.web.pushing"),
     ("proxy.live", "proxy.web.proofs", "proxy.access.visibility"),
-    ("proxy.web.access",),
+    ("proxy.drills", "proxy.web.access"),
     ("proxy.web.server",),
     ("proxy.web.listener",),
     ("proxy.listening",),

@@ -13,6 +13,7 @@ from proxy.access import attempts
 from proxy.access import visibility as module
 from proxy.access.visibility import YESTERDAY, Visibility
 from proxy.upstream.credentials import Credential, Credentials
+from storage.errors import Unavailable
 from tests.conftest import Clock, Serve
 from tests.test_access import Door, login
 from tests.upstream import Basic, Bearer, Image, Status, Upstream
@@ -324,6 +325,19 @@ async def test_few_callers_and_their_passwords_are_held(
     assert "secret" not in repr(visible._seen)
     await visible.close()
     assert told.closed == 2
+
+
+async def test_while_it_is_cut_off_it_is_not_asked(clock: Clock) -> None:
+    told, cut = Told(), False
+    visible = Visibility("docker.io", told, 300, clock, cut=lambda: cut)  # type: ignore[arg-type]
+    await visible.check("team/app", None, "tag", ask)
+    cut = True
+    clock.advance(300)
+    await visible.check("team/app", None, "tag", ask)
+    with pytest.raises(Unavailable, match="docker.io is cut off"):
+        await visible.check("team/other", None, "tag", ask)
+    assert told.asked == [None]
+    await visible.close()
 
 
 async def test_who_is_asked_for_just_now_is_not_let_go_of(

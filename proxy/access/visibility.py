@@ -40,7 +40,7 @@ class _Caller:
 
 
 class Visibility:
-    """Of one namespace.  `upstream` is the one whose word counts; with `offline` it is not asked."""
+    """Of one namespace.  `upstream` is the one whose word counts; while it is `cut` off it is not asked."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class Visibility:
         remember: float,
         clock: Callable[[], float] = time.time,
         *,
-        offline: bool = False,
+        cut: Callable[[], bool] = lambda: False,
     ) -> None:
         self._namespace = namespace
         self._upstream = upstream
         self._remember = remember
         self._clock = clock
-        self._offline = offline
+        self._cut = cut
         self._key = secrets.token_bytes(32)
         self._seen: dict[tuple[bytes, str], float] = {}  # when a caller was told yes of a repository last
         self._callers: dict[bytes, _Caller] = {}
@@ -78,8 +78,8 @@ class Visibility:
             return
         who = self._who(credential)
         try:
-            if self._offline:
-                raise Unavailable(f"{self._namespace} is set offline")
+            if self._cut():
+                raise Unavailable(f"{self._namespace} is cut off")
             await self._flights.join((who, repository, what), lambda: self._ask(who, credential, ask))
         except OriginDenied:
             self._seen.pop((who, repository), None)

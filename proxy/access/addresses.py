@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from multidict import CIMultiDictProxy
 
@@ -46,6 +47,7 @@ class Addresses:
         return any(address in each for each in self._trusted)
 
 
+@lru_cache(maxsize=1000)
 def parse(text: str) -> Address | None:
     """An address, with or without a port; None for what is none."""
     text = text.strip()

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import structlog
 from aiohttp import web
 
 from proxy.access.addresses import Addresses, parse
@@ -23,7 +22,7 @@ if TYPE_CHECKING:  # they need libraries that not every server does
     from proxy.access.bearer import Tokens
     from proxy.access.htpasswd import Htpasswd
 
-log = structlog.get_logger()
+_NOBODY = ("Basic Og==", "basic Og==")
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,22 @@ class Proofs:
 
     async def identify(self, request: web.BaseRequest, scope: str = "") -> Principal:
         """Raises Unauthorized, with a challenge for `scope`, where a proof is wrong; and Throttled."""
+        address = self.addresses.of(request.remote, request.headers)
         header = authorization(request) if self.taken else ""
         scheme, _, value = header.partition(" ")
         scheme = scheme.lower()
         if not scheme:
             principal = _certified(request)
-            groups = self.groups.get(principal.user, frozenset())
-            principal = replace(principal, groups=principal.groups | groups)
-        elif scheme == "basic" and self.passwords is not None:
-            principal = await self._by_password(request, self.passwords, scope)
-        elif scheme == "bearer" and self.tokens is not None:
-            principal = self._by_token(self.tokens, value.strip(), scope)
-        else:
-            raise self.wrong(f"{scheme[:20]!r} credentials are not taken here", scope)
-        return replace(principal, address=self.addresses.of(request.remote, request.headers))
+            groups = principal.groups | self.groups.get(principal.user, frozenset())
+            return replace(principal, groups=groups, address=address)
+        if scheme == "basic" and self.passwords is not None:
+            user = await self._by_password(request, self.passwords, scope)
+            return Principal(user, "password", self.groups.get(user, frozenset()), address=address)
+        if scheme == "bearer" and self.tokens is not None:
+            return replace(self._by_token(self.tokens, value.strip(), scope), address=address)
+        raise self.wrong(f"{scheme[:20]!r} credentials are not taken here", scope)
 
-    async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> Principal:
+    async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> str:
         given = credential(request)
         if given is None:
             raise self.wrong("Authorization is not Basic with base64 of user:password", scope)
@@ -87,7 +86,7 @@ class Proofs:
             self.place(request), user, lambda: passwords.verify(user, password)
         ):
             raise self.wrong("the user name or the password is wrong", scope)
-        return Principal(user, "password", self.groups.get(user, frozenset()))
+        return user
 
     def _by_token(self, tokens: Tokens, token: str, scope: str) -> Principal:
         from proxy.access.bearer import BadToken
@@ -108,21 +107,19 @@ class Proofs:
 def authorization(request: web.BaseRequest) -> str:
     """The header, or empty: podman says "nobody" by an empty user with an empty password."""
     header = request.headers.get("Authorization", "").strip()
-    return "" if header.lower().startswith("basic") and _decoded(header) == ":" else header
+    return "" if header in _NOBODY else header
 
 
 def credential(request: web.BaseRequest) -> Credential | None:
     """The user and password of a Basic Authorization (RFC 7617), if there is one."""
-    scheme, _, _ = authorization(request).partition(" ")
-    user, colon, password = _decoded(request.headers.get("Authorization", "")).partition(":")
-    return Credential(user, password) if scheme.lower() == "basic" and colon else None
-
-
-def _decoded(header: str) -> str:
+    scheme, _, value = authorization(request).partition(" ")
+    if scheme.lower() != "basic":
+        return None
     try:
-        return base64.b64decode(header.partition(" ")[2].strip(), validate=True).decode()
+        user, colon, password = base64.b64decode(value.strip(), validate=True).decode().partition(":")
     except ValueError:  # binascii.Error and UnicodeDecodeError are ones
-        return ""
+        return None
+    return Credential(user, password) if colon else None
 
 
 def _certified(request: web.BaseRequest) -> Principal:

@@ -18,6 +18,7 @@ from proxy.listening import StartError
 from proxy.web.proofs import Proofs
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site
+from tests.receiver import Receiver, receiver  # noqa: F401  a fixture
 from tests.test_bearer import OTHER, PRIVATE, Server, pem
 from tests.test_htpasswd import line
 from tests.upstream import Basic, Image, Upstream
@@ -663,6 +664,18 @@ async def test_the_log_has_the_user_and_no_secret(
         base64.b64encode(b"alice:").decode()[:6],
     ):
         assert secret not in text
+
+
+async def test_webhooks_hear_who_it_was(
+    opened: Open,
+    users: Path,
+    receiver: Receiver,  # noqa: F811
+) -> None:
+    hook = {"name": "a", "url": receiver.url, "actions": ["push"]}
+    door = await opened({"htpasswd": str(users)}, top={"webhooks": [hook]})
+    assert (await door.push_blob(ALICE)).status == 201
+    (event,) = await receiver.took(1)
+    assert event["actor"] == {"name": "alice"}
 
 
 # Without anything to decide

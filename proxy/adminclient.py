@@ -118,6 +118,12 @@ class Remote:
     async def end_drill(self) -> answers.Drilling:
         return await self._do(answers.Drilling, "DELETE", "drill")
 
+    async def collect(self, *, dry_run: bool = False) -> answers.Collected:
+        return await self._do(answers.Collected, "POST", "collect", dry_run=dry_run)
+
+    async def collected(self) -> answers.Collected:
+        return await self._get(answers.Collected, "collect")
+
     async def why(self, reference: str) -> answers.Why:
         return await self._get(answers.Why, "why", ref=reference)
 

@@ -272,6 +272,42 @@ class Scrubbing(Answer, frozen=True):
     error: str | None
 
 
+class CollectedRow(Answer, frozen=True):
+    """What went of a repository, or would; `refused` is why nothing could, or empty.
+
+    So much is `young`: it stays for no other reason.
+    """
+
+    repository: str
+    tags: int
+    manifests: int
+    links: int
+    young: int
+    refused: str
+
+
+class Collected(Answer, frozen=True):
+    """A collection that `begun` then; 0: there was none yet.
+
+    Of so many `repositories` these tags, manifests and links of blobs went, and then so many `blobs` of so
+    many `bytes`.  `rows` are of repositories of which there is something to say, a thousand at most.  See
+    CollectedRow for the others.
+    """
+
+    begun: float
+    seconds: float
+    dry_run: bool
+    repositories: int
+    tags: int
+    manifests: int
+    links: int
+    blobs: int
+    bytes: int
+    young: int
+    refused: str
+    rows: list[CollectedRow]
+
+
 # What would be done
 
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]

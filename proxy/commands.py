@@ -257,6 +257,25 @@ def webhooks(call: Call) -> None:
 
 
 @click.command()
+@_DRY_RUN
+@click.option("--last", is_flag=True, help="Tell what the last collection came to; begin none.")
+@common
+def collect(call: Call, dry_run: bool, last: bool) -> None:
+    """Remove what was pushed and nothing reaches any more, and what the rules let go of.
+
+    Pushes may go on meanwhile. The exit status is 1 if anything was left as it is since records are damaged.
+    """
+
+    async def work(operations: Reached) -> None:
+        found = await (operations.collected() if last else operations.collect(dry_run=dry_run))
+        call.print(found, tables.collected)
+        if found.refused or any(each.refused for each in found.rows):
+            raise Failed(found.refused or "not all repositories could be collected", "DAMAGED")
+
+    call.run(work)
+
+
+@click.command()
 @click.argument("reference", metavar="REF")
 @common
 def why(call: Call, reference: str) -> None:
@@ -264,4 +283,4 @@ def why(call: Call, reference: str) -> None:
     call.ask(lambda operations: operations.why(reference), tables.explained)
 
 
-COMMANDS = (ls, show, stats, fills, purge, refresh, pin, unpin, pins, evict, scrub, webhooks, why)
+COMMANDS = (ls, show, stats, fills, purge, refresh, pin, unpin, pins, evict, scrub, collect, webhooks, why)

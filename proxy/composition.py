@@ -33,10 +33,14 @@ from proxy.upstream.failover import Failover
 from proxy.upstream.transport import Connect
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.teller import Teller
+from storage.collect import Collection, Report
 from storage.disk import Disk, may_pass
 from storage.errors import StorageFailed
 from storage.eviction import Eviction, Rules
 from storage.files import Files
+from storage.leases import Leases
+from storage.marks import KeepTags
+from storage.marks import Rules as KeepRules
 from storage.oci import Digest, Tag
 from storage.pins import Pin, Pins
 from storage.records import Records
@@ -109,6 +113,10 @@ class Composition:
         )
         self.eviction = Eviction(self.store, self._rules(), self.pins.pinned, clock)
         self.scrub = Scrub(self.store, config.disk.scrub, clock)
+        self.scrubs = [self.scrub]
+        if self.private is not None:
+            self.scrubs.append(Scrub(self.private, config.disk.scrub, clock, kept=None))
+        self.collection = None if self.private is None else self._collection(self.private)
         self.freshener = Freshener(self.namespaces, self.store, self.pins, clock)
         disks = [each.files.disk for each in stores] + ([self._events] if config.webhooks else [])
         self.live = Live(self.fills, self.caches, disks, clock, None, self.drill)
@@ -116,7 +124,7 @@ class Composition:
     def _private(self) -> Store:
         """Where all that is pushed lies.  Nothing of it goes but what nobody can reach."""
         root = self.config.disk.path / "private"
-        files = Files(root, self.clock)
+        files = Files(root, self.clock, private=True)
         records = Records(root / "records", self.clock, files.disk, durable=True)
         store = Store(files, records, self.clock, collected=True)
         self._closing.push_async_callback(store.close)
@@ -125,10 +133,12 @@ class Composition:
     def _host(self, name: str, hosting: Hosting) -> Hosted:
         assert self.private is not None
         rules = PushRules(hosting.sparse, hosting.immutable_tags)
+        leases = self._leases(self.private)
         # By way of the fills: whoever keeps house in this process is told to them.
         return Hosted(
             name,
             self.private,
+            leases,
             rules,
             make_room=lambda coming: self.fills.make_room(coming),
             moved=self.teller.moved if self.teller else None,
@@ -151,6 +161,25 @@ class Composition:
         self.recorder.moved(repository, tag, old, new)
         if self.teller is not None:
             await self.teller.moved(repository, tag, old, new)
+
+    def _leases(self, store: Store) -> Leases:
+        return Leases(store, self.config.disk.collect_grace, self.clock)
+
+    def _collection(self, store: Store) -> Collection:
+        def rules(repository: str) -> KeepRules:
+            hosting = self.config.hosted().get(repository.partition("/")[0])
+            if hosting is None:  # the namespace is gone from the configuration; what was pushed to it is not
+                return KeepRules()
+            tags = tuple(KeepTags(each.match, each.last) for each in hosting.keep_tags)
+            return KeepRules(hosting.keep_untagged_for, tags, hosting.immutable_tags)
+
+        return Collection(store, rules, self._leases(store), self.clock, done=self._count_collected)
+
+    def _count_collected(self, report: Report) -> None:
+        self.metrics.collected_blobs.inc(report.blobs)
+        self.metrics.collected.inc(report.bytes)
+        if not report.refused:
+            self.metrics.collected_at.set(report.begun)
 
     def _turns(self) -> Turns:
         namespaces = self.config.cached().items()

@@ -33,10 +33,12 @@ from proxy.values import (
     parse_admin,
     parse_count,
     parse_duration,
+    parse_every,
     parse_fields,
     parse_flag,
     parse_freshness,
     parse_glob,
+    parse_grace,
     parse_helper,
     parse_host,
     parse_keep,
@@ -121,7 +123,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Disk(Section, frozen=True):
-    """`scrub` is bytes a second, None for not at all."""
+    """`scrub` is bytes a second; None is not at all, as it is for `collect_every`."""
 
     path: File = msgspec.field(default_factory=default_cache_directory)
     cache_limit: Size | None = None
@@ -130,6 +132,8 @@ class Disk(Section, frozen=True):
     keep_for: Keep = math.inf
     evict_every: Timeout = 3600.0
     scrub: Annotated[int | None, parse_rate] = 10 << 20
+    collect_every: Annotated[float | None, parse_every] = 86400.0
+    collect_grace: Annotated[float, parse_grace] = 86400.0
 
 
 class Log(Section, frozen=True):

@@ -18,6 +18,7 @@ from storage.errors import (
     ManifestInvalid,
     ManifestUnknown,
 )
+from storage.leases import Leases
 from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -61,12 +62,14 @@ class Hosted(Registry):
         self,
         namespace: str,
         store: Store,
+        leases: Leases,
         rules: Rules = Rules(),
         make_room: MakeRoom = nobody,
         moved: Moved | None = None,
     ) -> None:
         self._namespace = namespace
         self._store = store
+        self._leases = leases
         self._rules = rules
         self._make_room = make_room
         self._moved = moved
@@ -77,16 +80,29 @@ class Hosted(Registry):
     # Pull
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        return await self._store.get_blob(self._full(repository), digest, span)
+        name = self._full(repository)
+        blob = await self._store.get_blob(name, digest, span)
+        try:
+            await self._leases.blob(name, digest, blob.used_at)
+        except BaseException:
+            await blob.close()
+            raise
+        return blob
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        return await self._store.resolve_blob(self._full(repository), digest)
+        blob = await self.get_blob(repository, digest)
+        await blob.close()
+        return blob.descriptor
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
-        return await self._store.get_manifest(self._full(repository), reference)
+        name = self._full(repository)
+        manifest, stored_at = self._store.manifest(name, reference)
+        if isinstance(reference, Digest):  # else the tag keeps it
+            await self._leases.manifest(name, reference, stored_at)
+        return manifest
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
-        return await self._store.resolve_manifest(self._full(repository), reference)
+        return (await self.get_manifest(repository, reference)).descriptor
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         return await self._store.tags(self._full(repository), last, limit)
@@ -164,6 +180,7 @@ class Hosted(Registry):
                 if former not in ("", digest):
                     self._check_mutable(repository, tag)
                     moved[tag] = Digest(former)
+                    self._leases.left(batch, name, former)
 
         descriptor = await self._store.push_manifest(name, reference, manifest, tags, allowed)
         if self._moved is not None:
@@ -181,8 +198,11 @@ class Hosted(Registry):
         def allowed(batch: Batch) -> None:
             tags = [reference] if isinstance(reference, Tag) else self._store.tags_of(name, reference)
             for tag in tags:
-                if batch.get(f"tag {name} {tag}") is not None:
+                if (known := batch.get(f"tag {name} {tag}")) is not None:
                     self._check_mutable(repository, tag)
+                    self._leases.left(batch, name, known.partition(b" ")[0].decode("utf-8", "replace"))
+            if isinstance(reference, Digest):
+                self._leases.drop(batch, name, reference)
 
         await self._store.delete_manifest(name, reference, allowed)
 

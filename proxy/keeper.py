@@ -1,4 +1,4 @@
-"""Keeping house: what nobody uses or is too much goes, what is pinned stays fresh, what lies is checked.
+"""Keeping house: what nobody uses, or nothing reaches, or is too much goes; pins stay fresh; all is checked.
 
 Of all processes on a directory one does it at a time.  It stands back behind those that serve: it has a low
 priority, and what is not urgent works half of the time.
@@ -51,6 +51,8 @@ class Keeper:
         self._fetching: set[asyncio.Task[object]] = set()
         composition.drill.begun = self._put_off
         self.schedule = Schedule(rules, warmer, composition.store.records, composition.clock)
+        if composition.collection is not None:
+            composition.collection.pause = self.pause
 
     def pause(self, seconds: float) -> None:
         """In the thread that works.  Raises Stopped when all is to end."""
@@ -70,6 +72,8 @@ class Keeper:
                 work.create_task(self._again_and_again(self.expire, composition.config.disk.evict_every))
             if composition.config.disk.scrub is not None:
                 work.create_task(self._again_and_again(self._scrub, ROUND))
+            if composition.collection is not None and composition.config.disk.collect_every is not None:
+                work.create_task(self._again_and_again(self._collect, ROUND))
 
     async def _again_and_again(self, work: Callable[[], Awaitable[object]], every: float) -> None:
         while True:
@@ -97,7 +101,8 @@ class Keeper:
         composition = self._composition
         await self.make_room(0)
         composition.metrics.stored.set(await finished(self._eviction.stored))
-        if reaped := await finished(composition.files.reap, ABANDONED):
+        stores = [composition.store] + ([composition.private] if composition.private else [])
+        if reaped := sum([await finished(each.files.reap, ABANDONED) for each in stores]):
             log.info("partial.reaped", files=reaped)
         # To look at a million files takes seconds: so it takes a small part of the time.
         await asyncio.sleep(200 * (time.monotonic() - begun))
@@ -136,7 +141,17 @@ class Keeper:
             task.cancel()
 
     async def _scrub(self) -> None:
-        await self._composition.scrub.run(self.heal, older_than=CHECKED)
+        cache, *private = self._composition.scrubs
+        await cache.run(self.heal, older_than=CHECKED)
+        for scrub in private:  # what was pushed can be fetched from nowhere
+            await scrub.run(older_than=CHECKED)
+
+    async def _collect(self) -> None:
+        """Where the last collection, by whomever, is long enough ago."""
+        collection, every = self._composition.collection, self._composition.config.disk.collect_every
+        assert collection is not None and every is not None
+        if not 0 <= self._composition.clock() - collection.last().begun < every:
+            await finished(collection.run)
 
     async def heal(self, digest: Digest, repositories: list[str]) -> bool:
         """Fetch what was damaged again, for one of those that show it."""

@@ -13,11 +13,14 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
+import msgspec
 import structlog
 from yarl import URL
 
 from proxy import asking
 from proxy.answers import (
+    Collected,
+    CollectedRow,
     Evicted,
     FillRow,
     Listed,
@@ -44,7 +47,9 @@ from proxy.preparations import Preparations
 from proxy.purging import Purging
 from proxy.reasons import Reasons
 from proxy.webhooks.queue import Queue
-from storage.errors import NameUnknown, RegistryError
+from storage import collect
+from storage.collect import Collection
+from storage.errors import NameUnknown, RegistryError, Unsupported
 from storage.eviction import Report
 from storage.files import finished
 from storage.oci import Digest
@@ -84,8 +89,8 @@ class Operations(Preparations):
         self._purging = Purging(parts.store, parts.pins)
         self._reasons = Reasons(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._looks: dict[str, tuple[float, int, float]] = {}
-        # Beside the one that is slow, and takes days: who asks wants to know.  They share the work.
-        self._scrub = Scrub(parts.store, None, parts.clock)
+        # Beside those that are slow, and take days: who asks wants to know.  They share the work.
+        self._scrubs = [Scrub(each.store, None, parts.clock, kept=each.kept) for each in parts.scrubs]
         self._scrubbing: asyncio.Task[None] | None = None
         self._scrub_error: str | None = None
         self._heal = heal
@@ -289,24 +294,45 @@ class Operations(Preparations):
     async def scrub(self) -> Scrubbing:
         """Begin a pass at full speed, where none that was asked for goes on."""
         if self._scrubbing is None or self._scrubbing.done():
-            self._scrub.progress = Progress(self._composition.clock())
+            for each in self._scrubs:
+                each.progress = Progress(self._composition.clock())
             self._scrubbing = asyncio.create_task(self._run_scrub())
         return await self.scrubbing()
 
     async def _run_scrub(self) -> None:
         self._scrub_error = None
+        cache, *private = self._scrubs
         try:
-            await self._scrub.run(self._heal)
+            await cache.run(self._heal)
+            for each in private:
+                await each.run()
         except RegistryError as error:
             self._scrub_error = str(error)
         except Exception as error:
             log.exception("scrub.failed", error=str(error))
             self._scrub_error = f"{type(error).__name__}: {error}"
+        finally:
+            for each in self._scrubs:
+                if each.progress is not None:
+                    each.progress.running = False
 
     async def scrubbing(self) -> Scrubbing:
         """How far it is."""
-        background, asked = self._composition.scrub.progress, self._scrub.progress
-        return Scrubbing(background=_scrub_row(background), asked=_scrub_row(asked), error=self._scrub_error)
+        background, asked = _scrub_row(self._composition.scrubs), _scrub_row(self._scrubs)
+        return Scrubbing(background=background, asked=asked, error=self._scrub_error)
+
+    async def collect(self, *, dry_run: bool = False) -> Collected:
+        """Now, whatever the schedule.  Raises Unsupported where no namespace is of our own."""
+        return _collected(await finished(self._collection().run, dry_run))
+
+    async def collected(self) -> Collected:
+        """The last time, by whomever."""
+        return _collected(await finished(self._collection().last))
+
+    def _collection(self) -> Collection:
+        if self._composition.collection is None:
+            raise Unsupported("no namespace of the configuration has store: nothing was pushed")
+        return self._composition.collection
 
     async def close(self) -> None:
         await super().close()
@@ -365,16 +391,22 @@ def _evicted(reports: Sequence[Report], dry_run: bool) -> Evicted:
     )
 
 
-def _scrub_row(progress: Progress | None) -> ScrubRow:
-    known = progress or Progress(0.0, running=False)
+def _scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
+    """Of all of them, one after the other."""
+    known = [each.progress for each in scrubs if each.progress is not None]
     return ScrubRow(
-        begun=known.started_at,
-        running=known.running,
-        checked=known.checked,
-        bytes=known.bytes,
-        total_bytes=known.total_bytes,
-        damaged=known.damaged,
-        healed=known.healed,
-        foreign=known.foreign,
-        digest=str(known.current or ""),
+        begun=min((each.started_at for each in known), default=0.0),
+        running=any(each.running for each in known),
+        checked=sum(each.checked for each in known),
+        bytes=sum(each.bytes for each in known),
+        total_bytes=sum(each.total_bytes for each in known),
+        damaged=sum(each.damaged for each in known),
+        healed=sum(each.healed for each in known),
+        foreign=sum(each.foreign for each in known),
+        digest=next((str(each.current) for each in known if each.current), ""),
     )
+
+
+def _collected(report: collect.Report) -> Collected:
+    rows = [CollectedRow(**msgspec.structs.asdict(each)) for each in report.rows]
+    return Collected(**{**msgspec.structs.asdict(report), "rows": rows})

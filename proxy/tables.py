@@ -269,6 +269,37 @@ def evicted(found: answers.Evicted, now: float) -> Sequence[Table]:
     return [table]
 
 
+def collected(found: answers.Collected, now: float) -> Sequence[Table]:
+    columns = (
+        Column("REPOSITORY", whole=True),
+        Column("TAGS", right=True),
+        Column("MANIFESTS", right=True),
+        Column("LINKS", right=True),
+        Column("YOUNG", right=True),
+    )
+    table = Table(columns)
+    for each in found.rows:
+        table.add(each.repository, str(each.tags), str(each.manifests), str(each.links), str(each.young))
+        if each.refused:
+            table.notes.append(f"left as it is: {each.repository}: {each.refused}")
+    if not found.begun:
+        table.notes.append("nothing was collected yet")
+        return [table]
+    goes = [
+        plural(found.tags, "tag"),
+        plural(found.manifests, "manifest"),
+        plural(found.links, "link"),
+        plural(found.blobs, "blob"),
+    ]
+    what = "would go" if found.dry_run else f"collected {moment(found.begun, now)}"
+    table.notes.append(f"{what}: {', '.join(goes)}, {size(found.bytes)}{_dry(found.dry_run)}")
+    table.notes.append(
+        f"looked at {plural(found.repositories, 'repository', 'repositories')}; "
+        f"{found.young} still too young to go"
+    )
+    return [table]
+
+
 def scrubbed(found: answers.Scrubbing, now: float) -> Sequence[Table]:
     columns = (
         Column("PASS"),

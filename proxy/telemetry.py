@@ -197,6 +197,18 @@ class Metrics:
             multiprocess_mode="livemostrecent",
             registry=registry,
         )
+        self.collected_blobs = Counter(
+            "entrepot_collected_blobs_total", "Blobs that were pushed and collected.", registry=registry
+        )
+        self.collected = Counter(
+            "entrepot_collected_bytes_total", "Bytes of blobs that were collected.", registry=registry
+        )
+        self.collected_at = Gauge(
+            "entrepot_collected_timestamp_seconds",
+            "When the last collection began that came to its end.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
 
         self.drill = Gauge(
             "entrepot_drill",

@@ -29,6 +29,7 @@ _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 _OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
 _TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
+SHORTEST_GRACE = 3600.0  # seconds
 _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
 _SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
@@ -181,6 +182,18 @@ def parse_freshness(value: object) -> float:
 def parse_keep(value: object) -> float:
     """A duration of more than 0, or infinity for `never`."""
     return math.inf if value == "never" else parse_timeout(value)
+
+
+def parse_every(value: object) -> float | None:
+    """A duration of more than 0; None for `off`, which YAML reads as false."""
+    return None if value is False or value == "off" else parse_timeout(value)
+
+
+def parse_grace(value: object) -> float:
+    seconds = parse_duration(value)
+    if seconds < SHORTEST_GRACE:
+        raise ValueError("must be 1h or more: a push in progress relies on it")
+    return seconds
 
 
 def parse_share(value: object) -> Share:

@@ -27,6 +27,8 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import structlog
+
 from storage.disk import Disk
 from storage.errors import (
     BlobUnknown,
@@ -38,6 +40,8 @@ from storage.errors import (
 )
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Blob, Upload
+
+log = structlog.get_logger()
 
 KIND = "blobs"  # what the disk calls what fails here
 T = TypeVar("T")
@@ -63,10 +67,16 @@ def _translated(what: Path | Digest) -> Iterator[None]:
 
 
 class FileBlob(Blob):
-    """A committed blob, or one that still grows under an upload."""
+    """A committed blob, or one that still grows under an upload.
 
-    def __init__(self, file: int, descriptor: Descriptor, upload: FileUpload | None = None) -> None:
+    `used_at` is when a committed one was used last, before it was opened.
+    """
+
+    def __init__(
+        self, file: int, descriptor: Descriptor, upload: FileUpload | None = None, used_at: float = 0.0
+    ) -> None:
         self.descriptor = descriptor
+        self.used_at = used_at
         self._file = file
         self._upload = upload
 
@@ -374,10 +384,20 @@ class Files:
     """`clock` tells the time of last use, in seconds since the epoch.
 
     Where its directories are removed, it makes them again.
+
+    What lies in a `private` one can be fetched from nowhere: what is damaged of it is told of and set aside.
+    Its use is noted by renew() only.
     """
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        clock: Callable[[], float] = time.time,
+        disk: Disk | None = None,
+        private: bool = False,
+    ) -> None:
         self.root = root
+        self.private = private
         self.disk = disk or Disk(root, clock)
         self.clock = clock
         self._partial = root / "partial"
@@ -424,7 +444,7 @@ class Files:
             return path.exists()
 
     def open(self, digest: Digest, size: int | None = None) -> FileBlob:
-        """Raises BlobUnknown; also where the file is not `size` bytes long, and then it is removed."""
+        """Raises BlobUnknown; also where the file is not `size` bytes long, and then it does not stay."""
         path = self.path(digest)
         with _translated(path):
             try:
@@ -434,13 +454,21 @@ class Files:
             status = os.fstat(file)
             if size is not None and status.st_size != size:
                 os.close(file)
-                path.unlink(missing_ok=True)
+                self._drop(digest, status, size)
                 raise BlobUnknown(f"{digest} was damaged: {status.st_size} of {size} bytes were left")
         now = self.clock()
-        if not 0 <= now - status.st_mtime < TOUCH:
+        if not self.private and not 0 <= now - status.st_mtime < TOUCH:
             with suppress(OSError):  # a read-only disk serves all the same
                 os.utime(file, (now, now))
-        return FileBlob(file, Descriptor(OCTETS, digest, status.st_size))
+        return FileBlob(file, Descriptor(OCTETS, digest, status.st_size), used_at=status.st_mtime)
+
+    def _drop(self, digest: Digest, found: os.stat_result, size: int) -> None:
+        path = self.path(digest)
+        if not self.private:
+            path.unlink(missing_ok=True)
+        elif (aside := self.set_aside(digest, found)) is not None:
+            told = f"{found.st_size} of {size} bytes"
+            log.error("blob.damaged", digest=str(digest), found=told, path=str(aside), action="set aside")
 
     def touch(self, digest: Digest, at: float) -> None:
         """It was used at `at`, though nobody opened it.  What is not here is passed by."""

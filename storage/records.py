@@ -210,6 +210,13 @@ class Records:
                     yield key, value
             last = rows[-1][0]
 
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys of scan(), and of those records too that cannot be read any more; without their values."""
+        last = prefix
+        while rows := self._rows("SELECT key, NULL", last, prefix + "\U0010ffff", _BATCH):
+            yield from (key for key, _ in rows)
+            last = rows[-1][0]
+
     def first(self, prefix: str, after: str = "") -> str | None:
         """The first key of scan(); a way to skip from group to group."""
         rows = self._rows("SELECT key, NULL", prefix + after, prefix + "\U0010ffff", 1)

@@ -2,8 +2,13 @@
 
 A blob whose content is not what its name says, or that cannot be read, is set aside, told of, and handed to
 whoever can have it fetched again.  What is in the tree and is no blob is told of and left alone.  A manifest
-whose record is not what its key says is removed, and told of.  That a linked blob is not there is no damage:
-a cache fetches it when it is asked for.
+whose record is not what its key says is removed, and told of.  That a linked blob is not there is no damage
+to a cache, which fetches it when it is asked for.
+
+What nobody can fetch again is kept: all that was set aside, and a damaged manifest where it is, since
+somebody may save it.  Both are answered as unknown, so that whoever pushes them again heals them.  There a
+linked blob that is not there, and a record that cannot be read, are told of as well, at every pass until they
+are pushed again or deleted.
 
 What was checked longest ago comes first.  When that was is recorded by fan-out directory, of which there are
 256 for an algorithm: a record for each blob would be a write for each blob, and the times of its file are not
@@ -12,6 +17,7 @@ ours to change, since its mtime is its last use.
     scrub <algorithm>/<ab>      when the last check that came to its end began; and, where a later one was
                                 cut, the name that it had reached
     scrub manifests             when the last check of all manifests began
+    scrub records               the same of whether there is what they tell of
 
 Several may run side by side, in one process or many: each looks at the records before it turns to the next
 directory, so that they share the work.
@@ -49,6 +55,7 @@ CREDIT = 1.0  # seconds that may be made good, where a rest took too long
 BATCH = 200  # manifests at a time
 
 _MANIFESTS = "manifests"
+_RECORDS = "records"
 _COUNTS = ("checked", "bytes", "damaged", "healed", "foreign")
 
 Heal = Callable[[Digest, list[str]], Awaitable[bool]]
@@ -58,7 +65,8 @@ Heal = Callable[[Digest, list[str]], Awaitable[bool]]
 class Progress:
     """`checked` are blobs and manifests, `total_bytes` is estimated from what was seen so far.
 
-    `foreign` paths are none of ours.  `current` is the blob that is being read.
+    What is `damaged` may be missing altogether.  `foreign` paths are none of ours.  `current` is the blob
+    that is being read.
     """
 
     started_at: float
@@ -164,6 +172,7 @@ class _Run:
         self._pace = pace
         self._heal = heal
         self._progress = progress
+        self._aside: set[Digest] = set()  # by this run
         self._parts = self._looked_at = self._seen = 0  # of directories; of them; bytes in those
 
     async def run(self, since: float) -> None:
@@ -190,6 +199,8 @@ class _Run:
         self._parts += len(beginnings)
         for name, reached in beginnings:
             await self._check_directory(name, until=reached)
+        if self._scrub.kept is None and self._noted(_RECORDS)[0] <= since:
+            await self._check_records()
 
     # Progress, on disk
 
@@ -287,6 +298,7 @@ class _Run:
                 if aside is None:
                     return []
                 path, moved = aside, True
+                self._aside.add(digest)
         self._progress.damaged += 1
         # One look at all links: slow, but only where there is damage.
         repositories: list[str] = []
@@ -332,6 +344,38 @@ class _Run:
             except (ManifestUnknown, DigestInvalid):
                 self._remove(key, value)
         return size
+
+    async def _check_records(self) -> None:
+        """Tell of what is recorded and cannot be had: where nothing is fetched again, that is a loss."""
+        begun, told = self._scrub.clock(), 0
+        for kind in ("tag", "manifest", "link"):
+            keys = self._records.keys(f"{kind} ")
+            while batch := await finished(lambda keys=keys: list(islice(keys, BATCH))):
+                for event, key in await finished(self._lost, kind, batch):
+                    self._progress.damaged += 1
+                    told += 1
+                    if told <= TOLD:
+                        _, repository, reference = key.split(" ")
+                        log.error(event, repository=repository, reference=reference)
+                await self._pace.spend(sum(map(len, batch)))
+        await self._note(_RECORDS, begun)
+
+    def _lost(self, kind: str, keys: list[str]) -> list[tuple[str, str]]:
+        lost = []
+        for key in keys:
+            if self._records.get(key) is None:
+                # Of those that were removed since they were listed there is nothing to say.
+                lost += [(f"{kind}.unreadable", key)] * (next(self._records.keys(key[:-1]), None) == key)
+            elif kind == "link" and self._missing(key):
+                lost.append(("blob.missing", key))
+        return lost
+
+    def _missing(self, key: str) -> bool:
+        digest = Digest(key.rpartition(" ")[2])
+        if digest in self._aside or self._files.holds(digest):
+            return False
+        # 1. we see the link  2. it is removed, and then the blob  3. we look for that.
+        return self._records.get(key) is not None
 
     def _remove(self, key: str, value: bytes) -> None:
         def work(batch: Batch) -> bool:

@@ -201,7 +201,8 @@ class Store(Registry):
                 return repository
         raise BlobUnknown(f"no repository shows {digest}")
 
-    def _changed(self, batch: Batch, repository: str) -> None:
+    def changed(self, batch: Batch, repository: str) -> None:
+        """Tell that tags or manifests of it changed, in the same transaction."""
         if self._collected:
             times = _numbers(batch.get(f"pushed {repository}"), 1) or [0.0]
             batch.put(f"pushed {repository}", b"%d" % (times[0] + 1))
@@ -245,7 +246,7 @@ class Store(Registry):
                 batch.put(f"referrers {repository} {subject.digest} {manifest.digest}", referrer)
             for tag in tags:
                 batch.put(f"tag {repository} {tag}", f"{manifest.digest} {now}".encode())
-            self._changed(batch, repository)
+            self.changed(batch, repository)
 
         self.records.transaction(work)
 
@@ -260,7 +261,7 @@ class Store(Registry):
         def work(batch: Batch) -> bool:
             if allowed is not None:
                 allowed(batch)
-            self._changed(batch, repository)
+            self.changed(batch, repository)
             if isinstance(reference, Tag):
                 return batch.delete(f"tag {repository} {reference}")
             return self.remove_manifest(batch, repository, reference)

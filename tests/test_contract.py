@@ -24,6 +24,7 @@ from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
 from storage.files import Files
+from storage.leases import Leases
 from storage.oci import Digest, Manifest, Tag
 from storage.records import Records
 from storage.registry import Registry
@@ -89,9 +90,8 @@ class Builder:
         if kind == "hosted":
             store = self.store("store")
             # Put past its rules: what was imported need not keep them, and is served all the same.
-            return Subject(
-                Hosted("local", store, Rules(sparse=True)), StoreContent(store, "local/"), frozenset()
-            )
+            hosted = Hosted("local", store, Leases(store, 3600.0), Rules(sparse=True))
+            return Subject(hosted, StoreContent(store, "local/"), frozenset())
         if kind == "upstream -> fake":
             registry = await self._stack.enter_async_context(fake.Upstream())
             return Subject(self.upstream(registry.url), FakeContent(registry), PUSH | {"repositories"})

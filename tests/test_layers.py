@@ -16,8 +16,10 @@ LAYERS = (
     ("storage.registry", "storage.disk"),
     ("storage.files", "storage.records"),
     ("storage.store", "storage.usage", "storage.tree"),
-    ("storage.pins", "storage.scrub"),
-    ("storage.eviction",),
+    ("storage.pins", "storage.scrub", "storage.leases"),
+    ("storage.eviction", "storage.marks"),
+    ("storage.unlinked",),
+    ("storage.collect",),
     ("proxy.values", "proxy.watched"),
     (
         "proxy.config",

@@ -16,13 +16,14 @@ from storage import scrub as module
 from storage import tree
 from storage.errors import BlobUnknown, OriginFailed, StorageFailed
 from storage.files import CHUNK, Files
-from storage.oci import OCI_MANIFEST, Digest, Manifest
+from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.records import Records
 from storage.scrub import Heal, Scrub, ScrubReport
 from storage.store import Store
 from tests.conftest import Clock
 
 APP = "docker.io/library/app"
+OTHER = "docker.io/library/other"
 DAY = 86400.0
 damages = pytest.mark.errors("blob.damaged")
 
@@ -820,6 +821,56 @@ async def test_a_damaged_manifest_stays_where_nothing_can_be_fetched(home: Home,
     home.records.put(key, b"x 1\n{}")
     assert (await home.run(kept=None)).damaged == 1
     assert home.records.get(key) == b"x 1\n{}"
+
+
+@pytest.mark.errors("blob.missing")
+async def test_a_blob_that_is_not_there_is_told_of_where_nothing_can_be_fetched(
+    home: Home, heard: Heard
+) -> None:
+    digest = await home.put(b"content", APP, OTHER)
+    home.path(digest).unlink()
+    assert (await home.run()).damaged == 0
+    for runs in (1, 2):  # until it is pushed again
+        assert (await home.run(kept=None)).damaged == 2
+        assert [each["repository"] for each in heard("blob.missing")] == [APP, OTHER] * runs
+    await home.put(b"content", APP)
+    assert (await home.run(kept=None)).damaged == 0
+
+
+@damages
+async def test_what_a_run_has_set_aside_is_told_of_once(home: Home, heard: Heard) -> None:
+    home.damage(await home.put(b"content"))
+    assert (await home.run(kept=None)).damaged == 1
+
+
+@pytest.mark.errors("tag.unreadable", "link.unreadable", "manifest.unreadable")
+async def test_records_that_cannot_be_read_are_told_of_where_nothing_can_be_fetched(
+    home: Home, heard: Heard
+) -> None:
+    digest = await home.put(b"content")
+    await home.store.push_manifest(APP, Tag("v1"), manifest(1))
+    keys = [f"tag {APP} v1", f"link {APP} {digest}", f"manifest {APP} {manifest(1).digest}"]
+    for key in keys:
+        home.records.transaction(lambda batch, key=key: batch._cache.set(key, b"no check sum"))
+    assert (await home.run(kept=None)).damaged == 3
+    for key in keys:
+        (event,) = heard(f"{key.split(' ')[0]}.unreadable")
+        assert [event["repository"], event["reference"]] == key.split(" ")[1:]
+
+
+async def test_a_blob_collected_while_its_link_is_looked_at_is_no_loss(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = await home.put(b"content")
+    key, holds = f"link {APP} {digest}", home.files.holds
+
+    def collected(digest: Digest) -> bool:
+        home.records.delete(key)
+        home.path(digest).unlink()
+        return holds(digest)
+
+    monkeypatch.setattr(home.files, "holds", collected)
+    assert (await home.run(kept=None)).damaged == 0
 
 
 async def test_a_manifest_put_again_meanwhile_stays(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,10 @@ class _Drill(_Body, frozen=True):
     namespaces: tuple[str, ...] = ()
 
 
+class _Collect(_Body, frozen=True):
+    dry_run: bool = False
+
+
 class _Nothing(_Body, frozen=True):
     pass
 
@@ -104,12 +108,14 @@ class Api:
             ("POST", "/api/v1/warm", self._doing(self.warm)),
             ("POST", "/api/v1/drill", self.begin_drill),
             ("DELETE", "/api/v1/drill", self.end_drill),
+            ("GET", "/api/v1/collect", self.collected),
             ("POST", "/api/v1/purge", self._doing(self.purge)),
             ("POST", "/api/v1/refresh", self._doing(self.refresh)),
             ("POST", "/api/v1/pins", self._doing(self.pin)),
             ("DELETE", "/api/v1/pins", self._doing(self.unpin)),
             ("POST", "/api/v1/evict", self._doing(self.evict)),
             ("POST", "/api/v1/scrub", self._doing(self.scrub)),
+            ("POST", "/api/v1/collect", self._doing(self.collect)),
         ]
 
     def _doing(self, handler: Handler) -> Handler:
@@ -161,6 +167,10 @@ class Api:
         _query(request)
         return in_json(await self._operations.webhooks())
 
+    async def collected(self, request: web.Request) -> web.Response:
+        _query(request)
+        return in_json(await self._operations.collected())
+
     async def purge(self, request: web.Request) -> web.Response:
         wanted = await _body(request, _Purge)
         return in_json(
@@ -207,6 +217,10 @@ class Api:
     async def end_drill(self, request: web.Request) -> web.Response:
         await _body(request, _Nothing)
         return in_json(await self._operations.end_drill())
+
+    async def collect(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, _Collect)
+        return in_json(await self._operations.collect(dry_run=wanted.dry_run))
 
 
 def in_json(value: object, status: int = 200) -> web.Response:

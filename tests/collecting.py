@@ -1,0 +1,122 @@
+"""A store of our own with its collection, for tests; and pushes in the middle of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import collect as module
+from storage.collect import Collection, Report
+from storage.files import Files
+from storage.leases import Leases
+from storage.marks import Rules
+from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
+from storage.records import Batch, Records
+from storage.store import Store
+from tests.conftest import Clock
+
+DAY = 86400.0
+GRACE = DAY
+GONE = 2 * DAY  # seconds after which nothing is young any more
+APP = "local/app"
+
+
+class Place:
+    """A store of our own and its collection; time is `clock`."""
+
+    def __init__(self, root: Path, clock: Clock) -> None:
+        self.clock = clock
+        self.files = Files(root, clock, private=True)
+        self.records = Records(root / "records", clock)
+        self.store = Store(self.files, self.records, clock, collected=True)
+        self.leases = Leases(self.store, GRACE, clock)
+        self.rules = Rules()
+
+    def collection(self) -> Collection:
+        return Collection(
+            self.store, lambda repository: self.rules, self.leases, self.clock, lambda seconds: None
+        )
+
+    def collect(self, dry_run: bool = False) -> Report:
+        return self.collection().run(dry_run)
+
+    async def blob(self, content: bytes, repository: str = APP) -> Digest:
+        digest = Digest.of(content)
+        upload = await self.store.start_upload(repository)
+        await upload.write(content)
+        await upload.commit(digest)
+        return digest
+
+    async def push(self, tree: dict[str, Any], tag: str | None = None, **keys: str) -> Digest:
+        media_type = keys.get("media_type", OCI_INDEX if "manifests" in tree else OCI_MANIFEST)
+        manifest = Manifest.of(media_type, json.dumps({"schemaVersion": 2, **tree}).encode())
+        reference = Tag(tag) if tag else manifest.digest
+        await self.store.push_manifest(keys.get("repository", APP), reference, manifest)
+        return manifest.digest
+
+    async def image(
+        self, tag: str | None, *layers: Digest, subject: Digest | None = None, repository: str = APP
+    ) -> Digest:
+        tree: dict[str, Any] = {"layers": [descriptor(each) for each in layers]}
+        if subject:
+            tree["subject"] = descriptor(subject, OCI_MANIFEST)
+        return await self.push(tree, tag, repository=repository)
+
+    async def index(self, tag: str | None, *children: Digest) -> Digest:
+        return await self.push({"manifests": [descriptor(each, OCI_MANIFEST) for each in children]}, tag)
+
+    def manifests(self, repository: str = APP) -> set[str]:
+        return {key.split(" ")[2] for key in self.records.keys(f"manifest {repository} ")}
+
+    def tags(self, repository: str = APP) -> set[str]:
+        return {key.split(" ")[2] for key in self.records.keys(f"tag {repository} ")}
+
+    def links(self, repository: str = APP) -> set[str]:
+        return {key.split(" ")[2] for key in self.records.keys(f"link {repository} ")}
+
+    def held(self, *digests: Digest) -> list[bool]:
+        return [self.store.holds(each) for each in digests]
+
+    def all_keys(self) -> set[str]:
+        return {key for kind in module.KINDS for key in self.records.keys(f"{kind} ")}
+
+
+def descriptor(digest: Digest, media_type: str = "x") -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": str(digest), "size": 1}
+
+
+def counts(report: Report) -> tuple[int, ...]:
+    return report.tags, report.manifests, report.links, report.blobs
+
+
+@pytest.fixture
+def place(tmp_path: Path, clock: Clock) -> Iterator[Place]:
+    place = Place(tmp_path / "private", clock)
+    yield place
+    place.records.close()
+
+
+class Interruption:
+    """Something that happens at a step of a collection, once: before its n-th transaction."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, what: Callable[[], object]) -> None:
+        self.number = number
+        transaction = Records.transaction
+
+        def interrupted(records: Records, work: Callable[[Batch], object]) -> object:
+            self.number -= 1
+            if self.number == 0:
+                what()
+            return transaction(records, work)
+
+        monkeypatch.setattr(Records, "transaction", interrupted)
+
+
+def push_now(place: Place, tag: str | None, tree: dict[str, Any]) -> Digest:
+    manifest = Manifest.of(OCI_MANIFEST, json.dumps({"schemaVersion": 2, **tree}).encode())
+    place.store._push(APP, manifest, [Tag(tag)] if tag else [], None)
+    return manifest.digest

@@ -108,6 +108,11 @@ def test_without_a_file_the_well_known_registries_are_cached() -> None:
     assert not config.namespaces["ghcr.io"].library
 
 
+@pytest.mark.parametrize(("given", "every"), [("off", None), ("6h", 21600.0), ("", 86400.0)])
+def test_how_often_is_collected(read: Any, given: str, every: float | None) -> None:
+    assert read(f"disk: {{collect_every: {given}}}").disk.collect_every == every
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "{}", "disk:\nlog:\nnamespaces:\nlisten:\n"])
 def test_what_is_left_out_or_without_a_value_has_its_default(read: Any, text: str) -> None:
     assert read(text) == load(None, {})
@@ -421,6 +426,15 @@ def test_every_key_of_a_webhook_is_read(read: Any) -> None:
         ("disk: {path: 2025-01-01}", "disk.path: expected a string, got a date: put it in quotes"),
         ("disk: {path: ''}", "disk.path: is empty: give it a value or leave the key out"),
         ("disk: {path: ~/cache}", "disk.path: ~ is not expanded: write ${HOME}"),
+        (
+            "disk: {collect_grace: 59m}",
+            "disk.collect_grace: must be 1h or more: a push in progress relies on it",
+        ),
+        ("disk: {collect_every: 0s}", "disk.collect_every: must be more than 0"),
+        (
+            "namespaces: {x: {store: {keep_tags: [{match: 'ci-*', last: 0}]}}}",
+            "namespaces.x.store.keep_tags[0].last: expected a number from 1 to 1000000",
+        ),
         ("off: 1", "expected strings as keys, got true or false: put it in quotes"),
         (namespace("aliases: a"), "namespaces.x.aliases: expected a list, got a string"),
         (

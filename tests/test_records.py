@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
+from storage import records as records_module
 from storage.errors import StorageFailed
 from storage.records import AGAIN, Batch, Records
 from tests.conftest import Clock
@@ -115,6 +116,18 @@ def test_first_skips_from_group_to_group(records: Records) -> None:
     assert records.first("tag ", "a!") == "tag a-b 1"
     assert records.first("tag ", "a/b!") == "tag b 1"
     assert records.first("tag ", "b!") is None
+
+
+def test_keys_are_told_of_what_cannot_be_read_as_well(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records_module, "_BATCH", 2)
+    for number in range(5):
+        records.put(f"tag a {number}", b"value")
+    records.put("tag ab 1", b"value")
+    records.transaction(lambda batch: batch._cache.set("tag a 3", b"no check sum"))
+    assert [key for key, _ in records.scan("tag a ")] == [f"tag a {number}" for number in (0, 1, 2, 4)]
+    assert list(records.keys("tag a ")) == [f"tag a {number}" for number in range(5)]
 
 
 @settings(

@@ -27,6 +27,7 @@ log = structlog.get_logger()
 ABANDONED = 86400.0  # seconds after which a partial file that nobody went on with is removed
 ROUND = 300.0  # seconds between lookings after what needs no more than that
 REFRESHED = 60.0  # seconds between lookings for pins that are due
+SETTLED = 3600.0  # seconds before the first collection: after an outage pushes go on with what is old by then
 CHECKED = 86400.0  # seconds for which what was found right is let be
 AGAIN = 60.0  # seconds after a piece of work failed
 
@@ -73,7 +74,7 @@ class Keeper:
             if composition.config.disk.scrub is not None:
                 work.create_task(self._again_and_again(self._scrub, ROUND))
             if composition.collection is not None and composition.config.disk.collect_every is not None:
-                work.create_task(self._again_and_again(self._collect, ROUND))
+                work.create_task(self._collect_now_and_then())
 
     async def _again_and_again(self, work: Callable[[], Awaitable[object]], every: float) -> None:
         while True:
@@ -145,6 +146,10 @@ class Keeper:
         await cache.run(self.heal, older_than=CHECKED)
         for scrub in private:  # what was pushed can be fetched from nowhere
             await scrub.run(older_than=CHECKED)
+
+    async def _collect_now_and_then(self) -> None:
+        await asyncio.sleep(SETTLED)
+        await self._again_and_again(self._collect, ROUND)
 
     async def _collect(self) -> None:
         """Where the last collection, by whomever, is long enough ago."""

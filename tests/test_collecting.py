@@ -13,9 +13,11 @@ from click.testing import CliRunner, Result
 from msgspec.structs import replace
 from structlog.testing import LogCapture
 
+from proxy import keeper
 from proxy.cli import main
 from storage.oci import OCI_INDEX, Digest, Tag
 from tests.conftest import Clock, Serve
+from tests.events import Ear
 from tests.test_admin import conforms
 from tests.test_pushing import APP, Client, image, index
 from tests.upstream import Upstream
@@ -140,20 +142,29 @@ async def test_what_a_client_was_told_is_here_is_here_when_it_pushes(
 
 
 async def test_it_is_done_when_it_is_due(client: Client, clock: Clock) -> None:
-    keeper, composition = client.site.app.keeper, client.site.app.composition
+    composition = client.site.app.composition
     disk = replace(composition.config.disk, collect_every=DAY)
     composition.config = replace(composition.config, disk=disk)
-    await keeper._collect()
+    await client.site.app.keeper._collect()
     begun = (await admin(client, "GET"))["begun"]
     assert begun == clock.now
     unnamed = await client.blob(b"unnamed")
     clock.advance(DAY - 1)
-    await keeper._collect()
+    await client.site.app.keeper._collect()
     assert (await admin(client, "GET"))["begun"] == begun
     clock.advance(DAY)
-    await keeper._collect()
+    await client.site.app.keeper._collect()
     assert (await admin(client, "GET"))["blobs"] == 1
     assert unnamed not in files(client)
+
+
+async def test_the_keeper_does_it_by_itself(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "SETTLED", 0.0)
+    ear = Ear()
+    await serve(upstream, more={"local": {"store": {}}})
+    assert (await ear.heard("collect.done"))["repositories"] == 0
 
 
 async def test_the_keeper_reaps_abandoned_uploads(client: Client, clock: Clock) -> None:
@@ -212,14 +223,13 @@ async def test_the_scrub_sets_aside_what_was_pushed_and_tells_until_it_is_pushed
     private = client.site.app.composition.private
     assert private is not None
     private.files.path(digest).write_bytes(b"LAYER")
-    keeper = client.site.app.keeper
-    await keeper._scrub()
+    await client.site.app.keeper._scrub()
     (event,) = [each for each in events.entries if each["event"] == "blob.damaged"]
     assert (event["digest"], event["repositories"], event["action"]) == (digest, [NAME], "set aside")
     assert Path(event["path"]).read_bytes() == b"LAYER"
     assert (await client.ask("HEAD", f"{APP}/blobs/{digest}")).status == 404
     client.site.clock.advance(2 * DAY)
-    await keeper._scrub()
+    await client.site.app.keeper._scrub()
     (event,) = [each for each in events.entries if each["event"] == "blob.missing"]
     assert (event["repository"], event["reference"]) == (NAME, digest)
     await client.blob(b"layer")

@@ -207,15 +207,15 @@ class Hosted(Registry):
         await self._store.delete_manifest(name, reference, allowed)
 
     def _check_complete(self, batch: Batch, name: str, content: ManifestContent) -> None:
-        lacking = [
-            str(each.digest)
-            for each in content.distributable
-            if batch.get(f"link {name} {each.digest}") is None or not self._store.holds(each.digest)
-        ]
+        def shows(digest: Digest) -> bool:
+            return batch.get(f"link {name} {digest}") is not None and self._store.holds(digest)
+
+        lacking = [str(each.digest) for each in content.distributable if not shows(each.digest)]
+        # BuildKit's caches are indexes that list blobs.
         lacking += [
             str(each.digest)
             for each in content.children
-            if batch.get(f"manifest {name} {each.digest}") is None
+            if batch.get(f"manifest {name} {each.digest}") is None and not shows(each.digest)
         ]
         if lacking:
             raise ManifestBlobUnknown(

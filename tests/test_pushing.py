@@ -432,6 +432,15 @@ async def test_an_index(client: Client, kind: str) -> None:
     assert (await client.ask("GET", f"{APP}/manifests/nested")).body == nested
 
 
+async def test_an_index_of_blobs(client: Client) -> None:
+    """As BuildKit exports its cache, unless it is told to write an image."""
+    content = index(b"a layer", b"another")
+    await client.blob(b"a layer")
+    assert (await client.manifest("cache", content, OCI_INDEX)).code == "MANIFEST_BLOB_UNKNOWN"
+    await client.blob(b"another")
+    assert (await client.manifest("cache", content, OCI_INDEX)).status == 201
+
+
 async def test_layers_that_are_had_elsewhere_need_not_be_there(client: Client) -> None:
     await client.blob(b"{}")
     for kind in (

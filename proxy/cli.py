@@ -37,7 +37,7 @@ _CONFIG = click.option(
 @click.group()
 @click.version_option(version("entrepot"), prog_name="entrepot")
 def main() -> None:
-    """A pull-through cache for OCI registries."""
+    """A pull-through cache for OCI registries, and a small private registry."""
 
 
 for each in (*commands.COMMANDS, *preparing.COMMANDS, setup, doctor):

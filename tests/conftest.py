@@ -11,6 +11,7 @@ import aiohttp
 import hypothesis
 import pytest
 import structlog
+import trustme
 from structlog.testing import LogCapture
 
 from proxy import cache
@@ -91,6 +92,16 @@ async def upstream() -> AsyncIterator[Upstream]:
         yield registry
 
 
+@pytest.fixture(scope="session")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """`tls` of a configuration, for 127.0.0.1."""
+    directory = tmp_path_factory.mktemp("identity")
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(str(directory / "key.pem"))
+    issued.cert_chain_pems[0].write_to_path(str(directory / "certificate.pem"))
+    return {"certificate": str(directory / "certificate.pem"), "key": str(directory / "key.pem")}
+
+
 @pytest.fixture
 async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
     """Start a server: `await serve(upstream, key=value…)`, the keys being those of namespace docker.io.
@@ -140,7 +151,12 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
         )
         await app.start()
         # Bodies are compared to the byte: the client must not decode or hide anything.
-        session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=30))
+        # And who it is that answers, is a matter of test_tls.py.
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=False),
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=30),
+        )
         site = Site(app, session, directory, clock)
         sites.append(site)
         return site

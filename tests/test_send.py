@@ -135,6 +135,18 @@ def test_what_is_known_of_a_range_before_the_size(each: Range, span: Span | None
 # Through the whole server
 
 
+@pytest.fixture(params=["http", "https"])
+def serve(request: pytest.FixtureRequest, serve: Serve, identity: dict[str, str]) -> Serve:
+    """By TLS as in plain: it makes no difference to a client."""
+    if request.param == "http":
+        return serve
+
+    async def encrypted(upstream: Upstream | str, *, top: dict[str, Any] | None = None, **more: Any) -> Site:
+        return await serve(upstream, top={"tls": identity, **(top or {})}, **more)
+
+    return encrypted
+
+
 @pytest.fixture
 def digest(upstream: Upstream) -> str:
     return upstream.blob("library/alpine", BIG)

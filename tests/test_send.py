@@ -157,10 +157,11 @@ def path_of(digest: str) -> str:
 
 
 async def warm(site: Site, digest: str) -> None:
-    ear = Ear()
+    ear, other = Ear(), Ear()
     status, _, body = await site.get(path_of(digest))
     assert (status, digest_of(body)) == (200, digest)
     await ear.heard("fill.committed")
+    await other.heard("request.served")  # before or after that
 
 
 def open_files(site: Site) -> int:

@@ -11,12 +11,12 @@ import aiohttp
 import hypothesis
 import pytest
 import structlog
-import trustme
 from structlog.testing import LogCapture
 
 from proxy import cache
 from proxy.app import App
 from proxy.config import Config, load
+from tests.authority import Authority
 from tests.upstream import Upstream
 
 # A deadline would be a timed test.
@@ -94,12 +94,8 @@ async def upstream() -> AsyncIterator[Upstream]:
 
 @pytest.fixture(scope="session")
 def identity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`tls` of a configuration, for 127.0.0.1."""
-    directory = tmp_path_factory.mktemp("identity")
-    issued = trustme.CA().issue_cert("127.0.0.1")
-    issued.private_key_pem.write_to_path(str(directory / "key.pem"))
-    issued.cert_chain_pems[0].write_to_path(str(directory / "certificate.pem"))
-    return {"certificate": str(directory / "certificate.pem"), "key": str(directory / "key.pem")}
+    """`tls` of a configuration."""
+    return Authority(tmp_path_factory.mktemp("identity")).issue("server")
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ Stamps = list[tuple[int, ...] | None]
 
 
 class Certificates:
-    """Those of `settings`; without `clients` nobody is asked for one.  Raises StartError."""
+    """Those of `settings`; without `clients` nobody is asked for one.  Raises StartError.
+
+    `expires` is when the one that is shown does, in seconds since the epoch.
+    """
 
     def __init__(
         self, settings: TLS, *, clients: bool = True, clock: Callable[[], float] = time.time
@@ -46,8 +49,8 @@ class Certificates:
         self._clock = clock
         self._files = [each for each in (settings.certificate, settings.key, settings.client_ca) if each]
         self._stamps = self._look()
-        self._context, self._expires = self._load()
-        self._warned = self._clock() > self._expires  # who starts the server tells that, once for all
+        self._context, self.expires = self._load()
+        self._warned = self._clock() > self.expires  # who starts the server tells that, once for all
         self._doubtful: Stamps | None = None  # what was seen last, and could not be used
         self._since: float | None = None  # None once it was told
 
@@ -66,20 +69,20 @@ class Certificates:
 
     def warn(self) -> None:
         """Tell if the certificate has expired."""
-        if self._clock() > self._expires:
+        if self._clock() > self.expires:
             self._warned = True
             certificate = str(self._settings.certificate)
-            log.warning("tls.expired", certificate=certificate, expired=_written(self._expires))
+            log.warning("tls.expired", certificate=certificate, expired=_written(self.expires))
 
     def _change(self, stamps: Stamps) -> None:
         try:
-            self._context, self._expires = self._load()
+            self._context, self.expires = self._load()
         except StartError:
             self._doubtful, self._since = stamps, self._clock()
             return
         self._stamps, self._doubtful, self._warned = stamps, None, False
         certificate = str(self._settings.certificate)
-        log.info("tls.reloaded", certificate=certificate, expires=_written(self._expires))
+        log.info("tls.reloaded", certificate=certificate, expires=_written(self.expires))
 
     def _refuse(self) -> None:
         self._since = None

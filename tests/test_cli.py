@@ -203,9 +203,9 @@ async def test_the_banner_of_a_server_with_tls(tmp_path: Path, upstream: Upstrea
             program.send(signal.SIGTERM)
             assert (await program.end())[:2] == (0, "")
         assert f" listening on {url}, admin on {scheme}://{address}:{admin}\n" in said
-        assert json.loads(settings(said, "dockerd")) == {"registry-mirrors": [url]}
+        assert json.loads(settings(said, "docker")) == {"registry-mirrors": [url]}
         assert list(tomllib.loads(settings(said, "containerd"))["host"]) == [url]
-        (registry,) = tomllib.loads(settings(said, "podman"))["registry"]
+        registry, *_ = tomllib.loads(settings(said, "podman"))["registry"]
         assert registry["mirror"] == [{"location": f"{url.removeprefix('https://')}/docker.io"}]
 
 

@@ -448,6 +448,24 @@ async def test_an_authority_that_is_not_there(examine: Examine, upstream: Upstre
     assert "No such file" in found.one("tls").message
 
 
+@pytest.mark.parametrize("asks", [False, True])
+async def test_a_server_with_tls(
+    serve: Serve, upstream: Upstream, issuer: Issuer, tmp_path: Path, asks: bool
+) -> None:
+    listen, admin = free_ports(2)
+    issuer.issue(90)
+    tls = {"certificate": str(issuer.pair)}
+    if asks:
+        tls |= {"client_ca": str(issuer.ca), "client_certificate": "required"}
+    top = {"listen": f"127.0.0.1:{listen}", "admin": f"0.0.0.0:{admin}", "admin_token": "t", "tls": tls}
+    await serve(upstream, top=top)
+    told(upstream)
+    found = Found(await invoke("--config", str(tmp_path / "entrepot.yml"), "--json"))
+    assert (found.failed, found.warnings, found.status) == ([], [], 0)
+    assert ("certificates" in found.one("listen").message) == asks
+    assert "90 days" in found.one("tls").message
+
+
 def listening(certificate: Path, key: Path | None = None) -> Config:
     return Config(tls=TLS(certificate=certificate, key=key))
 

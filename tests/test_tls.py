@@ -477,8 +477,9 @@ async def test_who_shakes_no_hands_is_counted_too(
         async with connect(gate.url.replace("https", "http")) as second:
             assert await second.rest() == b""
         assert (await ear.heard("client.refused"))["connections"] == 1
-    for _ in range(2):
-        await gone.get()
+    async with asyncio.timeout(20):
+        for _ in range(2):
+            await gone.get()
     assert await asks(gate, authority.client()) == b"{}"
 
 

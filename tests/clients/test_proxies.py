@@ -67,6 +67,7 @@ class Proxy:
 
 def documented(kind: str, changes: dict[str, str]) -> str:
     """The one block of that kind in the manual, with each of `changes` made."""
+    text: str
     (text,) = re.findall(rf"(?s)```{kind}\n(.*?)```", MANUAL.read_text())
     for old, new in changes.items():
         assert old in text

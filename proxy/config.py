@@ -64,9 +64,9 @@ from proxy.values import (
     parse_timeout,
     parse_urls,
     parse_username,
+    parse_version,
     parse_where,
     parse_who,
-    parse_version,
     parse_workers,
     without_port,
 )

@@ -581,6 +581,30 @@ async def test_the_administrator_is_reached_by_tls_from_elsewhere(
             await wire.ask("GET", "/healthz")
 
 
+async def test_a_certificate_is_a_login(serve: Serve, upstream: Upstream, authority: Authority) -> None:
+    site = await serve(
+        upstream,
+        top={
+            "tls": {**authority.issue("server"), "client_ca": str(authority.ca)},
+            "access": {"rules": [{"who": ["user:ci"], "may": ["pull", "push"], "where": ["local/team/*"]}]},
+        },
+        more={"local": {"store": {}}},
+    )
+
+    async def start(client: ssl.SSLContext, repository: str) -> int:
+        async with connect(site.url, tls=client) as wire:
+            return (await wire.ask("POST", f"/v2/local/{repository}/blobs/uploads/")).status
+
+    known = authority.client(authority.issue("ci", "ci.example", common_name="ci"))
+    other = authority.client(authority.issue("other", "other.example", common_name="other"))
+    assert await start(known, "team/app") == 202
+    assert await start(known, "app") == 403
+    assert await start(other, "team/app") == 403
+    assert await start(authority.client(), "team/app") == 403  # there is nothing else to log in with
+    for file in (site.directory / "private" / "partial").iterdir():
+        file.unlink()  # the upload that was begun
+
+
 async def served_by(server: Server, pid: int, client: ssl.SSLContext) -> str:
     """What that worker shows."""
     with server.alone(pid):

@@ -97,7 +97,7 @@ def before(
     try:
         for namespace, root in filled.roots.items():
             upstreams[namespace] = DockerRegistry(root, tmp_path)
-        site = Site(upstreams, tmp_path, tls, ca)
+        site = Site(upstreams, tmp_path, tls=tls, ca=ca)
         try:
             yield site
         finally:

@@ -59,8 +59,8 @@ class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
     What is pushed goes to the namespace `local`, which is also meant by the host `localhost`.  `config` is
-    its configuration, `admin` the URL of its admin listener, if it is to have one.  With `tls` it is at another
-    address than 127.0.0.1, where docker takes any certificate; `ca` is who has issued its own.
+    its configuration, `admin` the URL of its admin listener, if it is to have one.  With `tls` it is at
+    another address than 127.0.0.1, where docker takes any certificate; `ca` is who has issued its own.
     """
 
     def __init__(

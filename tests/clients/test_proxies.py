@@ -47,22 +47,22 @@ scgi_temp_path {directory}/scgi;
 
 
 class Proxy:
-    """At https://localhost:`port`; `ca` is whom its clients are to trust."""
+    """At https://127.0.0.1:`port`; `ca` is whom its clients are to trust."""
 
     def __init__(self, port: int, ca: Path) -> None:
         self.port = port
-        self.address = f"localhost:{port}"
+        self.address = f"127.0.0.1:{port}"
         self._context = ssl.create_default_context(cafile=ca)
         self.certificates = ca.parent / "trusted"
         self.certificates.mkdir()
         shutil.copyfile(ca, self.certificates / "ca.crt")
 
     def connect(self) -> HTTPSConnection:
-        return HTTPSConnection("localhost", self.port, context=self._context, timeout=PATIENCE)
+        return HTTPSConnection("127.0.0.1", self.port, context=self._context, timeout=PATIENCE)
 
     def wire(self) -> ssl.SSLSocket:
-        plain = socket.create_connection(("localhost", self.port), PATIENCE)
-        return self._context.wrap_socket(plain, server_hostname="localhost")
+        plain = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        return self._context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
 def documented(kind: str, changes: dict[str, str]) -> str:
@@ -79,7 +79,7 @@ def documented(kind: str, changes: dict[str, str]) -> str:
 def caddy(directory: Path, behind: int) -> Iterator[Proxy]:
     require("caddy", root=False)
     port = free_port()
-    changes = {"registry.example.com": f"localhost:{port}", "127.0.0.1:5000": f"127.0.0.1:{behind}"}
+    changes = {"registry.example.com": f"127.0.0.1:{port}", "127.0.0.1:5000": f"127.0.0.1:{behind}"}
     file = directory / "Caddyfile"
     file.write_text(_ALONE + documented("caddyfile", changes))
     places = {"XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}
@@ -112,7 +112,7 @@ def nginx(directory: Path, behind: int) -> Iterator[Proxy]:
         {
             f"{lives}/fullchain.pem": files["certificate"],
             f"{lives}/privkey.pem": files["key"],
-            "registry.example.com": "localhost",
+            "registry.example.com": "127.0.0.1",
             "listen 443": f"listen 127.0.0.1:{port}",
             "127.0.0.1:5000": f"127.0.0.1:{behind}",
         },
@@ -206,9 +206,11 @@ def test_what_the_server_gets_and_when(before: Before) -> None:
     """Whatever its size, an upload is passed on as it comes; and so is what comes back."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(PATIENCE)
-        with before(server.getsockname()[1]).wire() as client:
+        proxy = before(server.getsockname()[1])
+        with proxy.wire() as client:
             first = "PATCH /v2/local/app/blobs/uploads/1 HTTP/1.1"
-            head = f"{first}\r\nHost: localhost\r\nContent-Length: {2 * MiB}\r\n\r\n"
+            lies = "X-Forwarded-For: 192.0.2.7\r\nForwarded: for=192.0.2.7\r\n"
+            head = f"{first}\r\nHost: {proxy.address}\r\n{lies}Content-Length: {2 * MiB}\r\n\r\n"
             client.sendall(head.encode() + b"x" * MiB)
             served, _ = server.accept()
             with served, served.makefile("rb") as come:
@@ -225,7 +227,8 @@ def test_what_the_server_gets_and_when(before: Before) -> None:
                     assert more
                     answer += more
     assert asked == b"PATCH /v2/local/app/blobs/uploads/1 HTTP/1.1\r\n"
-    assert headers["x-forwarded-for"].strip() == "127.0.0.1"
+    assert headers["x-forwarded-for"].split(",")[-1].strip() == "127.0.0.1"
+    assert "forwarded" not in headers
     assert headers["x-forwarded-proto"].strip() == "https"
-    assert headers["host"].strip().startswith("localhost")
+    assert headers["host"].strip() == proxy.address
     assert headers["content-length"].strip() == str(2 * MiB)

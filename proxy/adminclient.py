@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import msgspec
@@ -20,6 +22,8 @@ from yarl import URL
 
 from proxy import answers
 from proxy.config import Config
+from proxy.listening import StartError
+from proxy.tls import pinned
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -177,20 +181,27 @@ Reached: TypeAlias = "Operations | Remote"
 
 @asynccontextmanager
 async def reach(
-    config: Config, server: str | None, token: str | None, *, make: bool = False
+    config: Config,
+    server: str | None,
+    token: str | None,
+    ca_file: Path | None = None,
+    *,
+    make: bool = False,
 ) -> AsyncIterator[Reached]:
     """Operations of the server at `server`, else of that of `config` if it runs, else on its directory.
 
-    With `make`, a directory that is not there is made.
+    By https it is to show a certificate by one of `ca_file`, else the very one that `config` names for it,
+    else one that this machine trusts.  With `make`, a directory that is not there is made.
 
     What its methods raise comes out of the block as Failed.
     """
     url = _address(server) if server else _configured(config)
     if url is not None and await _listens(url, must=server is not None):
-        from aiohttp import ClientSession, ClientTimeout
+        from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
         timeout = ClientTimeout(total=None, sock_connect=CONNECT)
-        async with ClientSession(timeout=timeout) as session:
+        trusted = _trusted(config, server, ca_file) if url.scheme == "https" else True
+        async with ClientSession(timeout=timeout, connector=TCPConnector(ssl=trusted)) as session:
             yield Remote(session, url, token or config.admin_token)
         return
     async with _directory(config, url, make) as operations:
@@ -211,7 +222,22 @@ def _configured(config: Config) -> URL | None:
     if config.admin is None or not config.admin.port:
         return None
     host = EVERYWHERE.get(config.admin.host, config.admin.host)
-    return URL.build(scheme="http", host=host, port=config.admin.port)
+    scheme = "https" if config.admin_tls() else "http"
+    return URL.build(scheme=scheme, host=host, port=config.admin.port)
+
+
+def _trusted(config: Config, server: str | None, ca_file: Path | None) -> ssl.SSLContext | bool:
+    """Raises Failed."""
+    tls = config.admin_tls()
+    try:
+        if ca_file is not None:
+            return ssl.create_default_context(cafile=ca_file)
+        return True if server or tls is None else pinned(tls.certificate)
+    except StartError as error:
+        raise Failed(str(error), "DENIED") from error
+    except (OSError, ValueError) as error:  # of ssl, for a file without a certificate, as well
+        cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise Failed(f"--ca-file {ca_file}: {cause}", usage=True) from error
 
 
 async def _listens(url: URL, must: bool) -> bool:
@@ -239,7 +265,6 @@ async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIter
         raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
     from proxy.asking import BadField
     from proxy.composition import Composition
-    from proxy.listening import StartError
     from proxy.live import Everyone
     from proxy.operations import Operations
     from storage.errors import RegistryError

@@ -20,6 +20,8 @@ from proxy.drills import Drills, resume
 from proxy.keeper import Keeper
 from proxy.listening import BACKLOG, bind_all
 from proxy.live import Everyone, serve_live
+from proxy.tls import Certificates
+from proxy.web.door import Door
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from proxy.webhooks import waking
@@ -106,7 +108,8 @@ class App:
                 token=settings.admin_token,
                 loopback=settings.admin is not None and settings.admin.loopback,
             )
-            self.admin_url = await self._serve(web.AppRunner(pages, access_log=None), admin)
+            runner = web.AppRunner(pages, access_log=None)
+            self.admin_url = await self._serve(runner, admin, settings.admin_tls())
 
     def _deliveries(self) -> Deliveries | None:
         """Raises StartError."""
@@ -145,18 +148,33 @@ class App:
         manners = Manners(limits.connections_per_address, limits.request_timeout, limits.idle_timeout)
         # To aiohttp 0 means to wait for ever.
         runner = web.ServerRunner(
-            Listener(server.handle, manners), shutdown_timeout=max(settings.drain, 0.01)
+            Listener(server.handle, manners, encrypted=settings.tls is not None),
+            shutdown_timeout=max(settings.drain, 0.01),
         )
-        self.url = await self._serve(runner, listen)
+        self.url = await self._serve(runner, listen, settings.tls, clients=True)
 
-    async def _serve(self, runner: web.BaseRunner, sockets: list[socket.socket]) -> URL:
+    async def _serve(
+        self,
+        runner: web.BaseRunner,
+        sockets: list[socket.socket],
+        tls: config.TLS | None,
+        *,
+        clients: bool = False,
+    ) -> URL:
+        """By TLS if there is `tls`; `clients`: they may show certificates of their own."""
+        limits = self._settings.limits
+        certificates = None if tls is None else Certificates(tls, clients=clients)
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
         for each in sockets:
-            await web.SockSite(runner, each, backlog=BACKLOG).start()
+            site: web.BaseSite = web.SockSite(runner, each, backlog=BACKLOG)
+            if certificates is not None:
+                times = {"handshake": limits.request_timeout, "goodbye": limits.client_timeout}
+                site = Door(runner, each, certificates, **times)
+            await site.start()
         self._closing.push_async_callback(_stop_accepting, sockets)
         host, port = sockets[0].getsockname()[:2]
-        return URL.build(scheme="http", host=host, port=port)
+        return URL.build(scheme="https" if certificates else "http", host=host, port=port)
 
     async def _state(self) -> Mapping[str, str]:
         if self._draining:

@@ -34,6 +34,7 @@ class Call:
     path: Path | None
     server: str | None
     token: str | None
+    ca_file: Path | None
     json: bool
 
     def run(self, work: Callable[[Reached], Awaitable[None]], *, make: bool = False) -> None:
@@ -49,7 +50,7 @@ class Call:
         if not structlog.is_configured():
             # Beside what was asked for nobody wants to read but of trouble; and not in its place.
             telemetry.configure(config.log.format, "warning")
-        async with reach(config, self.server, self.token, make=make) as operations:
+        async with reach(config, self.server, self.token, self.ca_file, make=make) as operations:
             await work(operations)
 
     def ask(self, question: Callable[[Reached], Awaitable[Any]], view: View) -> None:
@@ -81,11 +82,12 @@ def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None
         path: Path | None,
         server: str | None,
         token: str | None,
+        ca_file: Path | None,
         as_json: bool,
         *rest: P.args,
         **more: P.kwargs,
     ) -> None:
-        function(Call(path, server, token, as_json), *rest, **more)
+        function(Call(path, server, token, ca_file, as_json), *rest, **more)
 
     called.__doc__ = function.__doc__
     called.__name__ = function.__name__
@@ -101,6 +103,12 @@ def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None
             metavar="TOKEN",
             envvar="ENTREPOT_ADMIN_TOKEN",
             help="Of the admin API; else $ENTREPOT_ADMIN_TOKEN, else admin_token of the configuration.",
+        ),
+        click.option(
+            "--ca-file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Whom to trust for an https:// server, in PEM; else whom this machine trusts.",
         ),
         click.option("--json", "as_json", is_flag=True, help="What the admin API answers, for programs."),
     )

@@ -138,8 +138,8 @@ async def _serve(parent: Parent, config: Config) -> None:
 def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Config) -> str:
     """What it listens on, where it stores, and how the usual clients are pointed at it."""
     lines = [
-        f"entrepot {version('entrepot')} listening on {_http(*listen)}"
-        + (f", admin on {_http(*admin)}" if admin else ""),
+        f"entrepot {version('entrepot')} listening on {_url(config.tls is not None, *listen)}"
+        + (f", admin on {_url(config.admin_tls() is not None, *admin)}" if admin else ""),
         f"storing in {config.disk.path}",
     ]
     site = site_of(config, url=str(reach(scheme_of(config), *listen)))
@@ -157,5 +157,5 @@ def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Confi
     return "\n".join(lines)
 
 
-def _http(host: str, port: int) -> URL:
-    return URL.build(scheme="http", host=host, port=port).origin()
+def _url(encrypted: bool, host: str, port: int) -> URL:
+    return URL.build(scheme="https" if encrypted else "http", host=host, port=port).origin()

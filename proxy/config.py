@@ -64,6 +64,7 @@ from proxy.values import (
     parse_timeout,
     parse_urls,
     parse_username,
+    parse_version,
     parse_where,
     parse_who,
     parse_workers,
@@ -401,6 +402,20 @@ _OF_CACHES = (
 _DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(Namespace)}
 
 
+class TLS(Section, frozen=True):
+    """`key` None is in the file of the certificate, `client_certificate` None is as good as `optional`."""
+
+    certificate: File
+    key: File | None = None
+    minimum: Annotated[str, parse_version] = "1.2"
+    client_ca: File | None = None
+    client_certificate: Literal["optional", "required"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.client_certificate and not self.client_ca:
+            raise ValueError("client_certificate needs client_ca")
+
+
 class Config(Section, frozen=True):
     """`pins` are those of the file; there may be more by command."""
 
@@ -408,6 +423,7 @@ class Config(Section, frozen=True):
     admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
     admin_token: Annotated[Secret, parse_secret] | None = None
     access: Access = Access()
+    tls: TLS | None = None
     disk: Disk = msgspec.field(default_factory=Disk)
     pins: tuple[PinRule, ...] = ()
     webhooks: tuple[Webhook, ...] = ()
@@ -423,6 +439,10 @@ class Config(Section, frozen=True):
 
     def processes(self) -> int:
         return self.workers or os.cpu_count() or 1
+
+    def admin_tls(self) -> TLS | None:
+        """For the administrator: on this machine http will do, but a token that leaves it needs more."""
+        return None if self.admin is None or self.admin.loopback else self.tls
 
     def cached(self) -> dict[str, tuple[Namespace, Upstream]]:
         """The namespaces that are caches, each with its upstream."""

@@ -196,6 +196,14 @@ def parse_grace(value: object) -> float:
     return seconds
 
 
+def parse_version(value: object) -> str:
+    """Of TLS; YAML reads it as a number where it lacks quotes."""
+    text = str(value) if isinstance(value, float) else value
+    if text not in ("1.2", "1.3"):
+        raise ValueError('expected "1.2" or "1.3"')
+    return str(text)
+
+
 def parse_share(value: object) -> Share:
     """A size, or a percentage of the whole; `0` is nothing."""
     if value == 0 and not isinstance(value, bool):

@@ -34,6 +34,7 @@ from prometheus_client import multiprocess
 
 from proxy.config import Config, ConfigError
 from proxy.listening import StartError, bind
+from proxy.tls import Certificates
 from proxy.values import Address
 
 log = structlog.get_logger()
@@ -107,7 +108,7 @@ class Parent:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         try:
             async with self._reloading:  # a change waits until there is something to change
-                self._bind(self._config)
+                self._prepare(self._config)
                 self._generation = await self._launch(self._config)
         except BaseException:
             await self.stop()
@@ -145,7 +146,7 @@ class Parent:
         async with self._reloading:
             try:
                 config = self._reload()
-                self._bind(config)
+                self._prepare(config)
                 generation = await self._launch(config)
             except (ConfigError, StartError) as error:
                 log.error("config.refused", error=str(error))
@@ -158,6 +159,12 @@ class Parent:
                 # shield: if we are stopped meanwhile, stop() goes on waiting for its workers.
                 await asyncio.shield(self._retire(self._leaving))
                 self._leaving = None
+
+    def _prepare(self, config: Config) -> None:
+        """Raises StartError for what can be known before a worker is started."""
+        if config.tls is not None:
+            Certificates(config.tls).warn()
+        self._bind(config)
 
     def _bind(self, config: Config) -> None:
         for key, address in _addresses(config):

@@ -16,6 +16,7 @@ from structlog.testing import LogCapture
 from proxy import cache
 from proxy.app import App
 from proxy.config import Config, load
+from tests.authority import Authority
 from tests.upstream import Upstream
 
 # A deadline would be a timed test.
@@ -91,6 +92,12 @@ async def upstream() -> AsyncIterator[Upstream]:
         yield registry
 
 
+@pytest.fixture(scope="session")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """`tls` of a configuration."""
+    return Authority(tmp_path_factory.mktemp("identity")).issue("server")
+
+
 @pytest.fixture
 async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
     """Start a server: `await serve(upstream, key=value…)`, the keys being those of namespace docker.io.
@@ -140,7 +147,12 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
         )
         await app.start()
         # Bodies are compared to the byte: the client must not decode or hide anything.
-        session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=30))
+        # And who it is that answers, is a matter of test_tls.py.
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=False),
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=30),
+        )
         site = Site(app, session, directory, clock)
         sites.append(site)
         return site

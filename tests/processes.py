@@ -35,7 +35,8 @@ class Worker:
         self.prefix = ""  # of the ids of its requests
         self._url = url
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=1, keepalive_timeout=3600), auto_decompress=False
+            connector=aiohttp.TCPConnector(limit=1, keepalive_timeout=3600, ssl=False),
+            auto_decompress=False,
         )
 
     @asynccontextmanager

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.authority import Authority
 from tests.upstream import Hold, Image, Upstream
 from tests.wire import connect
 
@@ -191,6 +192,23 @@ async def test_the_banner_says_what_setup_writes(tmp_path: Path, upstream: Upstr
         assert settings(said, client).strip() in out
 
 
+async def test_the_banner_of_a_server_with_tls(tmp_path: Path, upstream: Upstream) -> None:
+    (admin,) = free_ports(1)
+    files = Authority(tmp_path).issue("server")
+    for scheme, address in (("http", "127.0.0.1"), ("https", "0.0.0.0")):
+        config, url = site(tmp_path, upstream, tls=files, admin=f"{address}:{admin}")
+        url = url.replace("http:", "https:")
+        async with running(tmp_path, "serve", "--config", str(config)) as program:
+            said = await banner(program)
+            program.send(signal.SIGTERM)
+            assert (await program.end())[:2] == (0, "")
+        assert f" listening on {url}, admin on {scheme}://{address}:{admin}\n" in said
+        assert json.loads(settings(said, "docker")) == {"registry-mirrors": [url]}
+        assert list(tomllib.loads(settings(said, "containerd"))["host"]) == [url]
+        registry, *_ = tomllib.loads(settings(said, "podman"))["registry"]
+        assert registry["mirror"] == [{"location": f"{url.removeprefix('https://')}/docker.io"}]
+
+
 async def test_the_banner_speaks_only_of_what_is_configured(tmp_path: Path, upstream: Upstream) -> None:
     config, _ = site(tmp_path, upstream, namespaces={"edge.example": {"upstream": upstream.url}})
     async with running(tmp_path, "serve", "--config", str(config)) as program:
@@ -319,6 +337,20 @@ async def test_a_certificate_that_is_not_there_is_one_line_and_status_1(
     status, out, err = await run(tmp_path, "serve", "--config", str(config))
     assert (status, out) == (1, "")
     assert err == "entrepot: namespaces.a.example.upstream: /no/such.pem: No such file or directory\n"
+
+
+async def test_a_key_that_is_not_the_certificates_is_one_line_and_status_1(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    authority = Authority(tmp_path)
+    files = {**authority.issue("server"), "key": authority.issue("other")["key"]}
+    config, _ = site(tmp_path, upstream, tls=files)
+    status, out, err = await run(tmp_path, "serve", "--config", str(config))
+    assert (status, out) == (1, "")
+    assert err == (
+        f"entrepot: tls.key: {files['key']}: it is not the key of the first certificate in "
+        f"{files['certificate']} (tls.certificate)\n"
+    )
 
 
 # Ending

@@ -23,6 +23,7 @@ from proxy import answers, commands
 from proxy.adminclient import reach
 from proxy.cli import main
 from proxy.config import load
+from tests.authority import Authority
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.upstream import Hold, Image, Manifest, Upstream
@@ -426,6 +427,30 @@ async def test_the_admin_address_of_the_configuration_is_tried_first(served: Sho
     assert (await served.run("ls", server=False)).stdout.splitlines()[1].startswith(NAME)
 
 
+async def test_an_admin_address_by_https(serve: Serve, upstream: Upstream, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    tls = authority.issue("server", "registry.example")  # not the name by which it is reached from here
+    top = {"tls": tls, "admin": "0.0.0.0:0", "admin_token": "t"}
+    shop = await stocked(serve, upstream, tmp_path, running=True, **top)
+    assert shop.site.app.admin_url
+    port = shop.site.app.admin_url.port
+    shop.config.write_text(shop.config.read_text().replace("admin: 0.0.0.0:0", f"admin: 0.0.0.0:{port}"))
+    assert (await shop.run("fills", server=False)).stdout == "nothing is being transferred\n"
+
+    words = ["fills", "--server", f"https://localhost:{port}", "--ca-file", str(authority.ca)]
+    assert "certificate is not valid for 'localhost'" in (await shop.fails(*words, server=False))
+    authority.issue("server")
+    assert (await shop.run(*words, server=False)).stdout == "nothing is being transferred\n"
+    assert "certificate verify failed" in (await shop.fails(*words[:3], server=False))
+    assert "no certificate or crl found" in (
+        await shop.fails(*words[:4], str(shop.config), server=False, status=2)
+    ).lower().replace("_", " ")
+    # What another one shows at that address is not what the configuration names.
+    other = authority.issue("other")["certificate"]
+    shop.config.write_text(shop.config.read_text().replace(tls["certificate"], other))
+    assert "certificate verify failed" in (await shop.fails("fills", server=False))
+
+
 async def test_where_there_is_nothing_nothing_is_made(tmp_path: Path) -> None:
     config = tmp_path / "entrepot.yml"
     config.write_text(f"admin: off\ndisk: {{path: {tmp_path / 'disk'}}}\n")
@@ -442,7 +467,7 @@ async def test_where_there_is_nothing_nothing_is_made(tmp_path: Path) -> None:
 def test_every_command_has_the_common_options() -> None:
     for command in commands.COMMANDS:
         names = {each.name for each in command.params if isinstance(each, click.Option)}
-        assert {"path", "server", "token", "as_json"} <= names
+        assert {"path", "server", "token", "ca_file", "as_json"} <= names
         assert command.help
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.config import (
+    TLS,
     WELL_KNOWN,
     Access,
     AccessRule,
@@ -46,6 +47,7 @@ SECTIONS = (
     Login,
     Namespace,
     TagRule,
+    TLS,
     Upstream,
     Webhook,
 )
@@ -382,6 +384,29 @@ def test_every_key_of_a_webhook_is_read(read: Any) -> None:
     assert not found.wants("pull", "local/team/app", "application/octet-stream")
     assert found.wants("pull", "local/team/app", "")
     assert "hunter2" not in repr(found)
+
+
+def test_tls(read: Any, fault: Any) -> None:
+    assert read("").tls is None
+    assert read("tls: {certificate: /c, key: /k}").tls == TLS(certificate=Path("/c"), key=Path("/k"))
+    given = "certificate: /c, minimum: 1.3, client_ca: /a, client_certificate: required"
+    assert read(f"tls: {{{given}}}").tls == TLS(
+        certificate=Path("/c"), minimum="1.3", client_ca=Path("/a"), client_certificate="required"
+    )
+    assert fault("tls: {key: /k}") == "tls.certificate: is required"
+    assert fault("tls: {certificate: /c, minimum: 1.1}") == 'tls.minimum: expected "1.2" or "1.3"'
+    asks = "tls: {certificate: /c, client_certificate: required}"
+    assert fault(asks) == "tls: client_certificate needs client_ca"
+
+
+@pytest.mark.parametrize(
+    ("admin", "encrypted"),
+    [("127.0.0.1:1", False), ("'[::1]:1'", False), ("10.0.0.1:1", True), ("':1'", True), ("off", False)],
+)
+def test_the_administrator_connects_by_tls_from_elsewhere(read: Any, admin: str, encrypted: bool) -> None:
+    config = read(f"admin: {admin}\ntls: {{certificate: /c}}")
+    assert config.admin_tls() == (config.tls if encrypted else None)
+    assert read(f"admin: {admin}").admin_tls() is None
 
 
 # Faults name the key

@@ -13,8 +13,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,8 +22,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from proxy.cli import main
-from proxy.config import Config, load
-from proxy.doctor import certificates, running, upstreams
+from proxy.config import TLS, Config, load
+from proxy.doctor import running, upstreams
 from proxy.doctor.checks import Check, Diagnosis
 from tests.conftest import Serve, Site
 from tests.test_cli import free_ports
@@ -449,8 +448,26 @@ async def test_an_authority_that_is_not_there(examine: Examine, upstream: Upstre
     assert "No such file" in found.one("tls").message
 
 
+@pytest.mark.parametrize("asks", [False, True])
+async def test_a_server_with_tls(
+    serve: Serve, upstream: Upstream, issuer: Issuer, tmp_path: Path, asks: bool
+) -> None:
+    listen, admin = free_ports(2)
+    issuer.issue(90)
+    tls = {"certificate": str(issuer.pair)}
+    if asks:
+        tls |= {"client_ca": str(issuer.ca), "client_certificate": "required"}
+    top = {"listen": f"127.0.0.1:{listen}", "admin": f"0.0.0.0:{admin}", "admin_token": "t", "tls": tls}
+    await serve(upstream, top=top)
+    told(upstream)
+    found = Found(await invoke("--config", str(tmp_path / "entrepot.yml"), "--json"))
+    assert (found.failed, found.warnings, found.status) == ([], [], 0)
+    assert ("certificates" in found.one("listen").message) == asks
+    assert "90 days" in found.one("tls").message
+
+
 def listening(certificate: Path, key: Path | None = None) -> Config:
-    return cast(Config, SimpleNamespace(tls=SimpleNamespace(certificate=certificate, key=key)))
+    return Config(tls=TLS(certificate=certificate, key=key))
 
 
 @pytest.mark.parametrize(("days", "state"), [(90, "ok"), (3, "warning"), (-1, "failed")])
@@ -477,4 +494,5 @@ def test_an_intermediate_authority_of_our_own(issuer: Issuer, tmp_path: Path) ->
     child = issuer.authority.create_child_ca().issue_cert("localhost", not_after=soon)
     pair = tmp_path / "chain.pem"
     child.private_key_and_cert_chain_pem.write_to_path(str(pair))
-    assert certificates.of_files(pair, None) == pytest.approx(soon.timestamp(), abs=2)
+    (check,) = running.own_certificate(listening(pair))
+    assert "40 days" in check.message

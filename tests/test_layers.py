@@ -57,6 +57,8 @@ LAYERS = (
     ("proxy.web.server",),
     ("proxy.web.listener",),
     ("proxy.listening",),
+    ("proxy.tls",),
+    ("proxy.web.door",),
     ("proxy.composition", "proxy.workers", "proxy.answers", "proxy.webhooks.delivery"),
     ("proxy.inventory",),
     ("proxy.purging", "proxy.asking"),

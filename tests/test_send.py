@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import math
 import os
 import socket
 import ssl
@@ -16,8 +18,10 @@ import trustme
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from yarl import URL
 
 from proxy.telemetry import Metrics
+from proxy.web import send
 from proxy.web.listener import Listener, Manners
 from proxy.web.send import MOST_RANGES, Range, parse_ranges, satisfy
 from proxy.web.server import Server
@@ -135,6 +139,18 @@ def test_what_is_known_of_a_range_before_the_size(each: Range, span: Span | None
 # Through the whole server
 
 
+@pytest.fixture(params=["http", "https"])
+def serve(request: pytest.FixtureRequest, serve: Serve, identity: dict[str, str]) -> Serve:
+    """By TLS as in plain: it makes no difference to a client."""
+    if request.param == "http":
+        return serve
+
+    async def encrypted(upstream: Upstream | str, *, top: dict[str, Any] | None = None, **more: Any) -> Site:
+        return await serve(upstream, top={"tls": identity, **(top or {})}, **more)
+
+    return encrypted
+
+
 @pytest.fixture
 def digest(upstream: Upstream) -> str:
     return upstream.blob("library/alpine", BIG)
@@ -145,10 +161,11 @@ def path_of(digest: str) -> str:
 
 
 async def warm(site: Site, digest: str) -> None:
-    ear = Ear()
+    ear, other = Ear(), Ear()
     status, _, body = await site.get(path_of(digest))
     assert (status, digest_of(body)) == (200, digest)
     await ear.heard("fill.committed")
+    await other.heard("request.served")  # before or after that
 
 
 def open_files(site: Site) -> int:
@@ -375,6 +392,13 @@ class Failing(FileBlob):
         yield self.rest[max(start, self.at) : stop]
 
 
+class Bypassed(FileBlob):
+    """One that can be had in another way than from its file."""
+
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        yield BIG[start:stop]
+
+
 Over = Callable[..., Awaitable[str]]
 
 
@@ -382,8 +406,13 @@ Over = Callable[..., Awaitable[str]]
 async def over() -> AsyncIterator[Over]:
     runners = []
 
-    async def start(registry: Registry, tls: ssl.SSLContext | None = None, buffer: int = 0) -> str:
-        server = Server(registry, lambda name, **_: f"test/{name}", Metrics())
+    async def start(
+        registry: Registry,
+        tls: ssl.SSLContext | None = None,
+        buffer: int = 0,
+        client_timeout: float = math.inf,
+    ) -> str:
+        server = Server(registry, lambda name, **_: f"test/{name}", Metrics(), client_timeout=client_timeout)
         runner = web.ServerRunner(Listener(server.handle, Manners()), shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()
@@ -426,6 +455,7 @@ def failing(files: Files, rest: bytes | None) -> Blob:
     return blob
 
 
+PING = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
 PATH = f"/v2/library/alpine/blobs/{digest_of(BIG)}"
 
 
@@ -493,3 +523,75 @@ async def test_a_blob_whose_disk_fails_goes_on_from_where_it_knows(
             (f"bytes={3 * MiB}-", 3 * MiB, len(BIG)),
         ):
             assert (await wire.ask("GET", PATH, f"Range: {header}")).body == BIG[start:stop]
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_a_disk_that_fails_within_what_it_said_it_has(
+    over: Over,
+    files: Files,
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+    encrypted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was sent before it failed is not sent again."""
+    bad = 3 * MiB + 5
+    sendfile, pread = os.sendfile, os.pread
+
+    def failing(way: Callable[[int, int], Any], offset: int, count: int) -> Any:
+        if offset >= bad:
+            raise OSError(errno.EIO, "the disk failed")
+        return way(offset, min(count, bad - offset))
+
+    monkeypatch.setattr(
+        os,
+        "sendfile",
+        lambda to, file, offset, count: failing(lambda *at: sendfile(to, file, *at), offset, count),
+    )
+    monkeypatch.setattr(
+        os,
+        "pread",
+        lambda file, count, offset: failing(lambda at, most: pread(file, most, at), offset, count),
+    )
+    digest = Digest.of(BIG)
+    described = Descriptor(OCTETS, digest, len(BIG))
+    server, client = contexts if encrypted else (None, None)
+    url = await over(One(lambda: Bypassed(os.open(files.path(digest), os.O_RDONLY), described)), server)
+    async with connect(url, tls=client) as wire:
+        assert (await wire.ask("GET", PATH)).body == BIG
+        assert (await wire.ask("GET", PATH, f"Range: bytes={MiB}-")).body == BIG[MiB:]
+
+
+async def test_by_tls_a_client_that_takes_but_a_little_is_not_cut_off(
+    over: Over,
+    files: Files,
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = 0
+
+    def taken(connection: object) -> int:
+        """It seems to have taken something each time that it is looked at, up to the fiftieth."""
+        nonlocal looks
+        looks += 1
+        return min(looks, 50)
+
+    monkeypatch.setattr(send, "_taken", taken)
+    url = await over(One(lambda: files.open(Digest.of(BIG))), contexts[0], client_timeout=0.01)
+    ear = Ear()
+    async with connect(url, buffer=SLOW, tls=contexts[1]) as wire:
+        await wire.send(f"GET {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await wire.head()
+        assert (await ear.heard("request.served"))["detail"] == "client took nothing"
+    assert looks == 51
+
+
+async def test_what_a_client_has_taken(over: Over, files: Files) -> None:
+    url = URL(await over(One(lambda: files.open(Digest.of(BIG)))))
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setblocking(False)
+        await loop.sock_connect(client, (url.host, url.port))
+        before = send._taken(client)
+        await loop.sock_sendall(client, PING)
+        assert await loop.sock_recv(client, MiB)
+        assert send._taken(client) == before + len(PING)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import ssl
+import time
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 import msgspec
@@ -18,6 +17,7 @@ from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.listening import StartError, bind
 from proxy.setup.site import EVERYWHERE
+from proxy.tls import Certificates
 from proxy.values import Address
 
 PATIENCE = 5.0  # seconds for an answer of our own server
@@ -44,8 +44,7 @@ async def look(config: Config, admin: URL | None = None) -> list[Check]:
     """`admin` is the admin address where it is not that of the configuration."""
     url = admin
     if url is None and config.admin and config.admin.port:
-        # Who listens for this machine alone has no need of TLS.
-        url = url_of("https" if tls_of(config) and not config.admin.loopback else "http", config.admin)
+        url = url_of("https" if config.admin_tls() else "http", config.admin)
     timeout = aiohttp.ClientTimeout(total=PATIENCE)
     # It is asked by its address, and a certificate is for its name.
     connector = aiohttp.TCPConnector(ssl=False)
@@ -119,7 +118,9 @@ async def _listens(session: aiohttp.ClientSession, config: Config, runs: bool | 
     subject = str(config.listen)
     if not config.listen.port:
         return warning("listen", subject, "is any free port: clients cannot know it", "give listen: a port")
-    url = url_of("https" if tls_of(config) else "http", config.listen)
+    if runs and config.tls and config.tls.client_certificate == "required":
+        return ok("listen", subject, "was not asked: it answers none but clients with certificates")
+    url = url_of("https" if config.tls else "http", config.listen)
     try:
         async with session.get(url / "v2/") as response:
             theirs, status = response.headers.get("Server", ""), response.status
@@ -151,27 +152,18 @@ def _could_listen(config: Config) -> Check:
     return ok("listen", subject, "is free, for the server to listen at")
 
 
-def tls_of(config: Config) -> Any:
-    """What the configuration says of TLS for our own listener, if it can say anything."""
-    return getattr(config, "tls", None)
-
-
 def own_certificate(config: Config) -> list[Check]:
     """Of the listener's, where it has one."""
-    tls = tls_of(config)
-    if tls is None:
+    if config.tls is None:
         return []
-    subject = str(tls.certificate)
+    subject, advice = str(config.tls.certificate), "renew it: the server reads it again by itself"
     try:
-        end = certificates.of_files(tls.certificate, tls.key)
-    except ssl.SSLError as error:
-        advice = "renew it, or give the key that belongs to it (tls.key)"
-        return [failed("tls", subject, certificates.refused(error), advice)]
-    except OSError as error:
-        return [
-            failed("tls", subject, f"cannot be read: {cause(error)}", "see to tls.certificate and tls.key")
-        ]
-    return [certificates.judged("tls", subject, end, "renew it: the server reads it again by itself")]
+        expires = Certificates(config.tls).expires
+    except StartError as error:
+        return [failed("tls", subject, str(error), "see to the files of tls: in the configuration")]
+    if expires < time.time():
+        return [failed("tls", subject, "the certificate has expired", advice)]
+    return [certificates.judged("tls", subject, expires, advice)]
 
 
 def machine(config: Config) -> list[Check]:

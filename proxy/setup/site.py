@@ -111,7 +111,7 @@ def reach(scheme: str, host: str, port: int) -> URL:
 
 def scheme_of(config: Config) -> str:
     """How its clients are spoken to."""
-    return "https" if getattr(config, "tls", None) else "http"
+    return "https" if config.tls else "http"
 
 
 def site_of(

@@ -38,17 +38,32 @@ class Manners:
 class Connection(web.RequestHandler):
     __slots__ = ("address", "begun")
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+    def __init__(self, manager: web.Server, **options: Any) -> None:
+        super().__init__(manager, **options)
         # Since when it owes us the head of a request; None while it does not.
-        self.begun: float | None = self._loop.time()
-        peer = transport.get_extra_info("peername")
-        self.address: str = peer[0] if isinstance(peer, tuple) else ""
-        cast(Listener, self._manager).admit(self)
+        self.begun: float | None = None
+        self.address: str | None = None  # None until it has come in
 
-    def connection_lost(self, exc: BaseException | None) -> None:
+    def enter(self, peer: object) -> bool:
+        """Whether it may.  By TLS that is asked before its handshake, which may never be finished.
+
+        It is to leave() if connection_made() does not follow.
+        """
+        self.address = str(peer[0]) if isinstance(peer, tuple) else ""
+        return cast(Listener, self._manager).admit(self.address)
+
+    def leave(self) -> None:
         if (manager := cast(Listener | None, self._manager)) is not None:
             manager.leave(self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.begun = self._loop.time()
+        if self.address is None and not self.enter(transport.get_extra_info("peername")):
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.leave()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -59,6 +74,13 @@ class Connection(web.RequestHandler):
     @property
     def answering(self) -> bool:
         return self._request_in_progress
+
+    def dismiss(self) -> None:
+        """Close it, with nothing under way; by TLS without waiting until the client has said goodbye."""
+        transport = self.transport
+        self.force_close()
+        if transport is not None and transport.get_extra_info("sslcontext") is not None:
+            transport.abort()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         # aiohttp waits so long for the handler, then once more, and only then cancels it.
@@ -81,9 +103,14 @@ class Connection(web.RequestHandler):
 
 
 class Listener(web.Server):
-    """A web.Server with manners.  Cancellation tells a handler that its client has left."""
+    """A web.Server with manners.  Cancellation tells a handler that its client has left.
 
-    def __init__(self, handler: Handler, manners: Manners, **options: Any) -> None:
+    One that is `encrypted` answers nothing that comes in plain.
+    """
+
+    def __init__(
+        self, handler: Handler, manners: Manners, *, encrypted: bool = False, **options: Any
+    ) -> None:
         super().__init__(
             self._handle,
             handler_cancellation=True,
@@ -92,6 +119,7 @@ class Listener(web.Server):
             **options,
         )
         self._answer = handler
+        self._encrypted = encrypted
         self._manners = manners
         self._addresses: Counter[str] = Counter()
         self._closing = False
@@ -108,23 +136,25 @@ class Listener(web.Server):
         if self._closing:
             connection.close()  # when it has its answer
             self._settle()
+        if self._encrypted and not request.secure:
+            response = error_answer("UNSUPPORTED", "this port is for https, and was asked by http", 400)
+            response.force_close()
+            return response
         return await self._answer(request)
 
-    def admit(self, connection: Connection) -> None:
-        self._addresses[connection.address] += 1
-        if self._addresses[connection.address] > self._manners.connections_per_address:
-            if self._addresses[connection.address] == self._manners.connections_per_address + 1:
-                log.warning(
-                    "client.refused",
-                    client=connection.address,
-                    connections=self._manners.connections_per_address,
-                )
-            connection.force_close()
+    def admit(self, address: str) -> bool:
+        """Count it in; whether it may stay."""
+        most = self._manners.connections_per_address
+        self._addresses[address] += 1
+        if self._addresses[address] == most + 1:
+            log.warning("client.refused", client=address, connections=most)
+        return self._addresses[address] <= most
 
     def leave(self, connection: Connection) -> None:
-        self._addresses[connection.address] -= 1
-        if not self._addresses[connection.address]:
-            del self._addresses[connection.address]
+        address = connection.address or ""
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
         connection.begun = None
         self._settle()
 
@@ -134,7 +164,7 @@ class Listener(web.Server):
         now = self._loop.time()
         for connection in cast(list[Connection], self.connections):
             if connection.begun is not None and now - connection.begun > limit:
-                connection.force_close()
+                connection.dismiss()
         self._sweeper = self._loop.call_later(limit / 4, self._sweep)
 
     # The end
@@ -146,7 +176,7 @@ class Listener(web.Server):
             if connection.answering:
                 connection.close()
             elif connection.begun is None:
-                connection.force_close()  # close() would leave it open, with nobody to read it
+                connection.dismiss()  # close() would leave it open, with nobody to read it
         self._settle()
 
     def _settle(self) -> None:

@@ -3,6 +3,7 @@
 FileResponse will not do: it answers an evicted file with an empty 404, several ranges with 416, and puts
 an ETag of its own.  loop.sendfile would do for whole files, but tells nothing of how far it came.  So the
 socket is duplicated, and os.sendfile is called whenever it can take bytes: also 20 % faster for 8 clients.
+By TLS the bytes have to pass through this process: they are read and written piece by piece.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SMALL = 64 << 10  # bytes; so much is copied faster than a sendfile is set up
 # Bytes a client gets before others have their turn.  With 4 MiB at once the kernel queues so much for a
 # client with a small receive buffer that it goes at the pace of TCP's timers: 20 s for what takes a moment.
 TURN = 1 << 20
+PIECE = 256 << 10  # bytes that are encrypted at once; up to two of them wait here for a slow client
 MOST_RANGES = 256  # in one request; RFC 9110 §14.2 lets a server ignore what is out of proportion
 
 _RANGES = re.compile(r"\s*bytes\s*=(.*)", re.IGNORECASE | re.DOTALL)
@@ -141,12 +143,12 @@ async def send_blob(
         if parts:
             for head, span in parts:
                 await response.write(head)
-                await _write(response, blob, span, exchange, patience)
+                await _write(request, writer, blob, span, exchange, patience)
             await response.write(closing)
         else:
             whole = Span(0, size if size >= 0 else None)
             span = spans[0] if spans else whole
-            await _send(request, response, writer, blob, span, exchange, patience)
+            await _send(request, writer, blob, span, exchange, patience)
         await response.write_eof()
     except TimeoutError:
         _break(transport, connection)
@@ -173,7 +175,6 @@ def _part(boundary: str, span: Span, size: int, media_type: str) -> bytes:
 
 async def _send(
     request: web.BaseRequest,
-    response: web.StreamResponse,
     writer: AbstractStreamWriter,
     blob: Blob,
     span: Span,
@@ -184,33 +185,41 @@ async def _send(
     position, stop = span.start, span.stop
     if transport is None:
         raise ConnectionResetError("the client has left")
-    encrypted = transport.get_extra_info("sslcontext") is not None
-    if stop is None or encrypted or not isinstance(blob, OnDisk):
-        await _write(response, blob, span, exchange, patience)
+    if stop is None or not isinstance(blob, OnDisk):
+        await _write(request, writer, blob, span, exchange, patience)
         return
     if stop - position <= SMALL and await _all_there(blob, position, stop):
         chunk = os.pread(blob.fileno(), stop - position, position)
         if len(chunk) < stop - position:
             raise StorageFailed(f"{blob.descriptor.digest}: its file was truncated")
-        await response.write(chunk)
+        await writer.write(chunk)
         exchange.bytes += len(chunk)
         return
-    # What the transport still holds, the headers for one, must have left before bytes pass it by.
-    transport.set_write_buffer_limits(high=0)
+    encrypted = transport.get_extra_info("sslcontext") is not None
+    # What the transport still holds, the headers for one, must have left before bytes pass it by, and by TLS
+    # it is not to hold much.  Of 0 bytes asyncio's TLS says at once that it holds too many.
+    transport.set_write_buffer_limits(high=1 if encrypted else 0)
     async with asyncio.timeout(_bounded(patience)):
         await writer.drain()
-    transport.set_write_buffer_limits()
-    client = os.dup(transport.get_extra_info("socket").fileno())
+    before = exchange.bytes
+    client = -1 if encrypted else os.dup(transport.get_extra_info("socket").fileno())
     try:
         while position < stop:
             end = min(await blob.readable(position), stop)
-            await _sendfile(client, blob.fileno(), Span(position, end), exchange, patience)
+            if encrypted:
+                await _encrypt(request, writer, blob.fileno(), Span(position, end), exchange, patience)
+            else:
+                await _sendfile(client, blob.fileno(), Span(position, end), exchange, patience)
             position = end
     except StorageFailed:
         # The disk failed under the growing file; its blob may know where else to get the rest.
-        await _write(response, blob, Span(position, stop), exchange, patience)
+        rest = Span(span.start + exchange.bytes - before, stop)
+        await _write(request, writer, blob, rest, exchange, patience)
     finally:
-        os.close(client)
+        if not encrypted:
+            os.close(client)
+        if not transport.is_closing():
+            transport.set_write_buffer_limits()
 
 
 async def _all_there(blob: OnDisk, position: int, stop: int) -> bool:
@@ -223,12 +232,46 @@ async def _all_there(blob: OnDisk, position: int, stop: int) -> bool:
 
 
 async def _write(
-    response: web.StreamResponse, blob: Blob, span: Span, exchange: Exchange, patience: float
+    request: web.BaseRequest,
+    writer: AbstractStreamWriter,
+    blob: Blob,
+    span: Span,
+    exchange: Exchange,
+    patience: float,
 ) -> None:
     async for chunk in blob.chunks(span.start, span.stop):
-        async with asyncio.timeout(_bounded(patience)):
-            await response.write(chunk)
+        await _put(request, writer, chunk, patience)
         exchange.bytes += len(chunk)
+
+
+async def _put(request: web.BaseRequest, writer: AbstractStreamWriter, chunk: bytes, patience: float) -> None:
+    """Raises TimeoutError where the client takes nothing for `patience` seconds; a little is enough."""
+    connection = request.get_extra_info("socket")
+    if connection is None:
+        raise ConnectionResetError("the client has left")
+    taken = _taken(connection)
+    putting = asyncio.ensure_future(_written(writer, chunk))
+    try:
+        while not (await asyncio.wait((putting,), timeout=_bounded(patience)))[0]:
+            before, taken = taken, _taken(connection)
+            if taken == before:
+                raise TimeoutError("the client takes nothing")
+        await putting
+    finally:
+        putting.cancel()
+        await asyncio.gather(putting, return_exceptions=True)
+
+
+async def _written(writer: AbstractStreamWriter, chunk: bytes) -> None:
+    await writer.write(chunk)
+    await writer.drain()
+
+
+def _taken(connection: Any) -> int:
+    """How many bytes the client's machine has acknowledged: tcpi_bytes_acked of struct tcp_info, tcp(7)."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    (number,) = struct.unpack_from("=Q", info, 120)
+    return int(number)
 
 
 def _bounded(patience: float) -> float | None:
@@ -253,18 +296,15 @@ async def _sendfile(client: int, file: int, span: Span, exchange: Exchange, pati
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            # Only the disk says that; all else is the client's end.
-            failed = (
-                StorageFailed(f"reading failed at byte {position}") if error.errno == errno.EIO else error
-            )
-            done.set_exception(failed)
+            # Only the disk says EIO; all else is the client's end.
+            done.set_exception(_unreadable(position) if error.errno == errno.EIO else error)
             return
         position += sent
         exchange.bytes += sent
         if position == stop:
             done.set_result(None)
         elif sent == 0:
-            done.set_exception(EOFError(f"file ends at byte {position} of {stop}"))
+            done.set_exception(_truncated(position, stop))
 
     pump()
     if not done.done():
@@ -281,6 +321,37 @@ async def _sendfile(client: int, file: int, span: Span, exchange: Exchange, pati
     if not done.done():
         raise TimeoutError("the client takes nothing")
     await done
+
+
+async def _encrypt(
+    request: web.BaseRequest,
+    writer: AbstractStreamWriter,
+    file: int,
+    span: Span,
+    exchange: Exchange,
+    patience: float,
+) -> None:
+    """The same by TLS: what is counted has left this process, but for the last piece or two."""
+    position, stop = span.start, span.stop or 0
+    while position < stop:
+        try:
+            piece = os.pread(file, min(PIECE, stop - position), position)
+        except OSError as error:
+            raise _unreadable(position) from error
+        if not piece:
+            raise _truncated(position, stop)
+        await _put(request, writer, piece, patience)
+        position += len(piece)
+        exchange.bytes += len(piece)
+        await asyncio.sleep(0)  # nobody waits for the others while a client takes all at once
+
+
+def _unreadable(position: int) -> StorageFailed:
+    return StorageFailed(f"reading failed at byte {position}")
+
+
+def _truncated(position: int, stop: int) -> EOFError:
+    return EOFError(f"file ends at byte {position} of {stop}")
 
 
 def _break(transport: Any, connection: Any) -> None:

@@ -84,6 +84,9 @@ class Peer:
         self.port = free_port()
         directory.mkdir()
         self.process = Process(self.name, self.configure(directory, upstream), directory)
+        self.ready()
+
+    def ready(self) -> None:
         self.process.wait_ready(self.port)
 
     def configure(self, directory: Path, upstream: str) -> list[str]:

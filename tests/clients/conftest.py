@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.authority import Authority
 from tests.clients import images
-from tests.clients.processes import require
+from tests.clients.processes import own_address, require
 from tests.clients.site import DockerRegistry, Site
 
 
@@ -74,11 +76,28 @@ def pushed(filled: Filled) -> Images:
 @pytest.fixture
 def site(filled: Filled, tmp_path: Path) -> Iterator[Site]:
     """An empty cache before the filled upstreams."""
+    with before(filled, tmp_path) as site:
+        yield site
+
+
+@pytest.fixture
+def encrypted(filled: Filled, tmp_path: Path) -> Iterator[Site]:
+    """The same by TLS."""
+    authority = Authority(tmp_path)
+    with before(filled, tmp_path, authority.issue("server", own_address()), authority.ca) as site:
+        yield site
+
+
+@contextmanager
+def before(
+    filled: Filled, tmp_path: Path, tls: Mapping[str, str] | None = None, ca: Path | None = None
+) -> Iterator[Site]:
+    """An empty cache before the filled upstreams."""
     upstreams: dict[str, DockerRegistry] = {}
     try:
         for namespace, root in filled.roots.items():
             upstreams[namespace] = DockerRegistry(root, tmp_path)
-        site = Site(upstreams, tmp_path)
+        site = Site(upstreams, tmp_path, tls=tls, ca=ca)
         try:
             yield site
         finally:

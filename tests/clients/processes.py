@@ -41,7 +41,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         "HOME": str(home),
         "HTTP_PROXY": nowhere,
         "HTTPS_PROXY": nowhere,
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": f"127.0.0.1,{own_address()}",
         **more,
     }
 
@@ -60,6 +60,17 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
+
+
+def own_address() -> str:
+    """One of this machine's that is not 127.0.0.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect(("192.0.2.1", 9))  # of RFC 5737; nothing is sent
+        except OSError:
+            return "127.0.0.1"
+        address: str = asking.getsockname()[0]
+        return address
 
 
 class Process:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.clients.processes import Process, free_port
+from tests.clients.processes import Process, free_port, own_address
 
 Pulled = TypeVar("Pulled")
 
@@ -59,7 +59,8 @@ class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
     What is pushed goes to the namespace `local`, which is also meant by the host `localhost`.  `config` is
-    its configuration, `admin` the URL of its admin listener, if it is to have one.
+    its configuration, `admin` the URL of its admin listener, if it is to have one.  With `tls` it is at
+    another address than 127.0.0.1, where docker takes any certificate; `ca` is who has issued its own.
     """
 
     def __init__(
@@ -68,10 +69,14 @@ class Site:
         directory: Path,
         admin: bool = True,
         access: Mapping[str, Any] = OPEN,
+        tls: Mapping[str, str] | None = None,
+        ca: Path | None = None,
     ):
         self.upstreams = upstreams
+        self.ca = ca
         self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"{own_address() if tls else '127.0.0.1'}:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://{self.address}"
         where = f"127.0.0.1:{free_port()}" if admin else "off"
         self.admin = f"http://{where}"
         self.config = directory / "entrepot.yml"
@@ -80,6 +85,7 @@ class Site:
                 {
                     "listen": self.address,
                     "admin": where,
+                    "tls": tls and dict(tls),
                     "disk": {"path": str(directory / "cache")},
                     "access": access,
                     "default_namespace": next(iter(upstreams)),

@@ -13,7 +13,7 @@ import pytest
 from tests.clients.conftest import Images
 from tests.clients.images import Image
 from tests.clients.processes import Process, environment, require, run
-from tests.clients.setup import tls, write
+from tests.clients.setup import write
 from tests.clients.site import Site, pull_cold_warm_offline
 
 _CONFIG = """
@@ -45,8 +45,8 @@ class Containerd:
         self._site = site
         self._hosts = home / "etc" / "containerd" / "certs.d"
 
-    def configure(self, *words: str | Path, url: str = "") -> None:
-        write(self._home, "containerd", self._site, *words, url=url)
+    def configure(self, *words: str | Path) -> None:
+        write(self._home, "containerd", self._site, *words)
 
     def pull(self, *names: str, how: tuple[str, ...]) -> Held:
         """Pull into a daemon that holds nothing, by the words `how` of ctr."""
@@ -131,12 +131,11 @@ def test_pull_by_full_name(site: Site, containerd: Containerd, pushed: Images) -
 
 
 @pytest.mark.parametrize("words", [(), ("--no-bypass",)])
-def test_pull_by_https(site: Site, home: Path, pushed: Images, words: tuple[str, ...]) -> None:
-    containerd = Containerd(site, home)
-    with tls(site, home) as (url, authority):
-        containerd.configure("--ca-file", authority, *words, url=url)
-        names = {
-            "docker.io/library/schema2:1": pushed.schema2,
-            f"{url.removeprefix('https://')}/quay.example/team/app:1": pushed.app,
-        }
-        pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=HOW), held(names))
+def test_pull_by_https(encrypted: Site, home: Path, pushed: Images, words: tuple[str, ...]) -> None:
+    containerd = Containerd(encrypted, home)
+    containerd.configure(*words)
+    names = {
+        "docker.io/library/schema2:1": pushed.schema2,
+        f"{encrypted.address}/quay.example/team/app:1": pushed.app,
+    }
+    pull_cold_warm_offline(encrypted, lambda: containerd.pull(*names, how=HOW), held(names))

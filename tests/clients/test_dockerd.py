@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,14 @@ class Docker:
         self._daemons = itertools.count()
         self._environment = environment(home)
 
-    def pull(self, *names: str) -> list[Held]:
-        """Pull, for linux/amd64, into a daemon that holds nothing."""
+    def pull(self, *names: str, own: Mapping[str, str] | None = None) -> list[Held]:
+        """Pull, for linux/amd64, into a daemon that holds nothing; it may show a certificate of its `own`."""
         directory = self._home / f"dockerd-{next(self._daemons)}"
         directory.mkdir()
         write(directory, "docker", self._site)
+        for kind, path in (own or {}).items():
+            name = "client.cert" if kind == "certificate" else "client.key"
+            shutil.copyfile(path, directory / "etc/docker/certs.d" / self._site.address / name)
         with self.running(directory) as socket:
             return [self._pull(["docker", "--host", socket], name) for name in names]
 
@@ -49,8 +53,11 @@ class Docker:
     def running(self, directory: Path) -> Iterator[str]:
         """dockerd, with what is its configuration below `directory`; where it listens."""
         socket = f"unix://{directory}/docker.sock"
+        # It looks for certificates there and nowhere else.
+        inside = 'mkdir -p /etc/docker && mount --bind "$0" /etc/docker && exec "$@"'
         daemon = [
             *("unshare", "--mount"),  # its mounts end with it
+            *("sh", "-c", inside, f"{directory}/etc/docker"),
             *("dockerd", f"--config-file={directory}/etc/docker/daemon.json", f"--host={socket}"),
             *(f"--data-root={directory}/data", f"--exec-root={directory}/run"),
             *(f"--pidfile={directory}/dockerd.pid", "--storage-driver=vfs"),
@@ -85,3 +92,10 @@ def test_pull_through_registry_mirrors(site: Site, docker: Docker, pushed: Image
         "docker.io/library/platforms:1": held("platforms", pushed.platforms),
     }
     pull_cold_warm_offline(site, lambda: docker.pull(*names), list(names.values()))
+
+
+def test_pull_by_https(encrypted: Site, home: Path, pushed: Images) -> None:
+    docker = Docker(encrypted, home)
+    name = f"{encrypted.address}/quay.example/team/app"
+    names = {"layers:1": held("layers", pushed.layers), f"{name}:1": held(name, pushed.app)}
+    pull_cold_warm_offline(encrypted, lambda: docker.pull(*names), list(names.values()))

@@ -82,3 +82,14 @@ def test_pull_by_prefixed_name(site: Site, containers: Containers, pushed: Image
         f"{site.address}/quay.example/team/app:1": pushed.app,
     }
     pull_cold_warm_offline(site, lambda: containers.pull(*names), [held(image) for image in names.values()])
+
+
+@pytest.mark.parametrize("program", ["podman", "buildah"])
+def test_pull_by_https(encrypted: Site, home: Path, pushed: Images, program: str) -> None:
+    containers = Containers(program, encrypted, home)
+    names = {
+        "docker.io/library/layers:1": pushed.layers,
+        f"{encrypted.address}/quay.example/team/app:1": pushed.app,
+    }
+    expected = [held(image) for image in names.values()]
+    pull_cold_warm_offline(encrypted, lambda: containers.pull(*names), expected)

@@ -11,7 +11,7 @@ import pytest
 from tests.clients.conftest import Images
 from tests.clients.images import Image, digest_of
 from tests.clients.processes import environment, require, run
-from tests.clients.setup import tls, write_mirrors
+from tests.clients.setup import write_mirrors
 from tests.clients.site import Site, pull_cold_warm_offline
 
 _NAMES = {
@@ -23,12 +23,12 @@ _NAMES = {
 
 
 class Skopeo:
-    def __init__(self, site: Site, home: Path, *words: str | Path, url: str = ""):
+    def __init__(self, site: Site, home: Path, *words: str | Path):
         """As `entrepot setup podman` configures it with `words`."""
         require("skopeo", root=False)
         self._home = home
         self._copies = 0
-        write_mirrors(home, site, *words, url=url)
+        write_mirrors(home, site, *words)
         self._environment = environment(home)
 
     def run(self, command: str, *words: str | Path) -> str:
@@ -75,12 +75,11 @@ def test_copy_without_bypass(site: Site, home: Path, pushed: Images) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--no-bypass",)])
-def test_copy_by_https(site: Site, home: Path, pushed: Images, words: tuple[str, ...]) -> None:
-    with tls(site, home) as (url, authority):
-        skopeo = Skopeo(site, home, "--ca-file", authority, *words, url=url)
-        names = ["quay.example/team/app:1", f"{url.removeprefix('https://')}/docker.io/library/schema2:1"]
-        expected = [digests(pushed.app), digests(pushed.schema2)]
-        pull_cold_warm_offline(site, lambda: [skopeo.copy(name) for name in names], expected)
+def test_copy_by_https(encrypted: Site, home: Path, pushed: Images, words: tuple[str, ...]) -> None:
+    skopeo = Skopeo(encrypted, home, *words)
+    names = ["quay.example/team/app:1", f"{encrypted.address}/docker.io/library/schema2:1"]
+    expected = [digests(pushed.app), digests(pushed.schema2)]
+    pull_cold_warm_offline(encrypted, lambda: [skopeo.copy(name) for name in names], expected)
 
 
 def test_copy_by_digest(site: Site, skopeo: Skopeo, pushed: Images) -> None:

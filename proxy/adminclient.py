@@ -255,9 +255,9 @@ async def _listens(url: URL, must: bool) -> bool:
 
 @asynccontextmanager
 async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
-    root = config.disk.path / "cache"
+    root = config.disk.path
     try:
-        there = root.is_dir()
+        there = any((root / kind).is_dir() for kind in ("cache", "private"))
     except OSError as error:
         raise Failed(f"{root}: {error.strerror}", "DENIED") from error
     if not there and not make:  # to look for it must not make it

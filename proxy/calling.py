@@ -31,25 +31,31 @@ View: TypeAlias = "Callable[[Any, float], Sequence[Table]]"
 class Call:
     """How a command was called: what is common to all of them."""
 
-    path: Path | None
-    server: str | None
-    token: str | None
-    ca_file: Path | None
-    json: bool
+    path: Path | None = None
+    server: str | None = None
+    token: str | None = None
+    ca_file: Path | None = None
+    json: bool = False
 
     def run(self, work: Callable[[Reached], Awaitable[None]], *, make: bool = False) -> None:
         """Do it, and end the program if that fails.  With `make`, a cache that is not there is made."""
+        self.alone(lambda: self._run(work, make))
+
+    def alone(self, work: Callable[[], Awaitable[None]]) -> None:
+        """The same, for what reaches no server."""
+
+        async def run() -> None:
+            await work()
+
         try:
-            asyncio.run(self._run(work, make))
+            asyncio.run(run())
         except (Failed, ConfigError) as error:
             failed = error if isinstance(error, Failed) else Failed(str(error), "CONFIG_INVALID", usage=True)
             self._fail(failed)
 
     async def _run(self, work: Callable[[Reached], Awaitable[None]], make: bool) -> None:
         config = load(self.path)
-        if not structlog.is_configured():
-            # Beside what was asked for nobody wants to read but of trouble; and not in its place.
-            telemetry.configure(config.log.format, "warning")
+        quiet(config.log.format)
         async with reach(config, self.server, self.token, self.ca_file, make=make) as operations:
             await work(operations)
 
@@ -75,46 +81,62 @@ class Call:
         sys.exit(failed.status)
 
 
-def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None]:
-    """The options that every command has, as its first argument."""
+_OPTIONS = {
+    "path": click.option(
+        "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="As of serve."
+    ),
+    "server": click.option(
+        "--server", metavar="URL", help="The admin address of a server; else that of the configuration."
+    ),
+    "token": click.option(
+        "--token",
+        metavar="TOKEN",
+        envvar="ENTREPOT_ADMIN_TOKEN",
+        help="Of the admin API; else $ENTREPOT_ADMIN_TOKEN, else admin_token of the configuration.",
+    ),
+    "ca_file": click.option(
+        "--ca-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Whom to trust for an https:// server, in PEM; else whom this machine trusts.",
+    ),
+    "as_json": click.option(
+        "--json", "as_json", is_flag=True, help="What the admin API answers, for programs."
+    ),
+}
 
-    def called(
-        path: Path | None,
-        server: str | None,
-        token: str | None,
-        ca_file: Path | None,
-        as_json: bool,
-        *rest: P.args,
-        **more: P.kwargs,
-    ) -> None:
-        function(Call(path, server, token, ca_file, as_json), *rest, **more)
+
+def quiet(format: str = "auto", level: str = "warning") -> None:
+    """Beside what was asked for nobody wants to read but of trouble; and not in its place."""
+    if not structlog.is_configured():
+        telemetry.configure(format, level)
+
+
+def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None]:
+    """The options that every command has that asks a server, as its first argument."""
+    return _taking(function, *_OPTIONS)
+
+
+def local(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None]:
+    """Those of a command that needs none, but its directory."""
+    return _taking(function, "path", "as_json")
+
+
+def lone(function: Callable[..., None]) -> Callable[..., None]:
+    """Those of a command that needs neither."""
+    return _taking(function, "as_json")
+
+
+def _taking(function: Callable[..., None], *names: str) -> Callable[..., None]:
+    def called(*rest: Any, **more: Any) -> None:
+        given = {name: more.pop(name) for name in names}
+        function(Call(json=given.pop("as_json"), **given), *rest, **more)
 
     called.__doc__ = function.__doc__
     called.__name__ = function.__name__
-    options = (
-        click.option(
-            "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="As of serve."
-        ),
-        click.option(
-            "--server", metavar="URL", help="The admin address of a server; else that of the configuration."
-        ),
-        click.option(
-            "--token",
-            metavar="TOKEN",
-            envvar="ENTREPOT_ADMIN_TOKEN",
-            help="Of the admin API; else $ENTREPOT_ADMIN_TOKEN, else admin_token of the configuration.",
-        ),
-        click.option(
-            "--ca-file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="Whom to trust for an https:// server, in PEM; else whom this machine trusts.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="What the admin API answers, for programs."),
-    )
     decorated: Callable[..., None] = called
-    for option in reversed(options):
-        decorated = option(decorated)
+    for name in reversed(names):
+        decorated = _OPTIONS[name](decorated)
     return decorated
 
 

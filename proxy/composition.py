@@ -27,7 +27,8 @@ from proxy.namespaces import Member, Namespaces
 from proxy.recorder import Recorder
 from proxy.room import MakeRoom, nobody
 from proxy.telemetry import Metrics
-from proxy.upstream.client import Settings, Upstream
+from proxy.upstream.channel import Settings
+from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
 from proxy.upstream.failover import Failover
 from proxy.upstream.transport import Connect
@@ -122,11 +123,7 @@ class Composition:
         self.live = Live(self.fills, self.caches, disks, clock, None, self.drill)
 
     def _private(self) -> Store:
-        """Where all that is pushed lies.  Nothing of it goes but what nobody can reach."""
-        root = self.config.disk.path / "private"
-        files = Files(root, self.clock, private=True)
-        records = Records(root / "records", self.clock, files.disk, durable=True)
-        store = Store(files, records, self.clock, collected=True)
+        store = private_store(self.config, self.clock)
         self._closing.push_async_callback(store.close)
         return store
 
@@ -243,6 +240,14 @@ class Composition:
     async def close(self) -> None:
         """Stop what goes on, and let go of all."""
         await self._closing.aclose()
+
+
+def private_store(config: Config, clock: Callable[[], float] = time.time) -> Store:
+    """Where all that is pushed lies.  Nothing of it goes but what nobody can reach.  Raises StorageFailed."""
+    root = config.disk.path / "private"
+    files = Files(root, clock, private=True)
+    records = Records(root / "records", clock, files.disk, durable=True)
+    return Store(files, records, clock, collected=True)
 
 
 def connect_of(upstream: UpstreamKeys) -> Connect:

@@ -140,6 +140,14 @@ class Progress:
             self._file.write(f"{clean(part)}: {clean(text)}\n")
             self._file.flush()
 
+    def note(self, text: str) -> None:
+        """A line of its own, above the bars."""
+        if self._bars:
+            self._bars.console.print(clean(text), highlight=False, markup=False)
+        else:
+            self._file.write(f"{clean(text)}\n")
+            self._file.flush()
+
     def drop(self, part: str) -> None:
         """It is done, or given up."""
         self._steps.pop(part, None)

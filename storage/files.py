@@ -287,16 +287,8 @@ class FileUpload(Upload):
         return Descriptor(OCTETS, digest, self.offset)
 
     def _publish(self, path: Path) -> None:
-        made = not path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        now = self._files.clock()
-        os.utime(self._file, (now, now))  # the time of last use is of our clock
-        # Data before name: after a power cut a name stands for all of its bytes.
-        os.fdatasync(self._file)
-        self._path.replace(path)
-        # A new directory is itself a name, in one that may be as new.
-        for directory in (path.parent, *(path.parents[1:4] if made else ())):
-            _sync(directory)
+        for directory in self._files.place(self._path, self._file, path):
+            sync(directory)
 
     async def cancel(self, error: BaseException | None = None) -> None:
         await self._end(error)
@@ -647,6 +639,21 @@ class Files:
         finally:
             os.close(file)
 
+    def place(self, partial: Path, file: int, path: Path) -> list[Path]:
+        """Move a partial file, open as `file`, to its place; the directories that are still to be synced.
+
+        Blocks.  Raises OSError.
+        """
+        made = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        now = self.clock()
+        os.utime(file, (now, now))  # the time of last use is of our clock
+        # Data before name: after a power cut a name stands for all of its bytes.
+        os.fdatasync(file)
+        partial.replace(path)
+        # A new directory is itself a name, in one that may be as new.
+        return [path.parent, *(path.parents[1:4] if made else ())]
+
     def check(self) -> None:
         """Raises StorageFailed where nothing can be written."""
         path = self._partial / f"check-{os.getpid()}"
@@ -702,7 +709,8 @@ def _mark(owner: str) -> str:
     return hashlib.sha256(owner.encode()).hexdigest()[:16]
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
+    """Have the disk keep the names in it."""
     file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)

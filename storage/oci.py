@@ -162,6 +162,7 @@ class _JSONManifest(msgspec.Struct, rename="camel"):
 
 _decode = msgspec.json.Decoder(_JSONManifest).decode
 # Layers that may be had elsewhere only: image-spec, layer.md, "Non-Distributable Layers"; Docker's foreign.
+_MANIFEST = re.compile(r".*\.(?:manifest|index)\..*\+(?:json|prettyjws)")
 _ELSEWHERE = re.compile(r".*(?:\.nondistributable\.|\.foreign\.).*")
 
 
@@ -187,6 +188,11 @@ class ManifestContent:
     def distributable(self) -> tuple[Descriptor, ...]:
         """Those of the blobs that a registry is to hold."""
         return tuple(each for each in self.blobs if not _ELSEWHERE.fullmatch(each.media_type))
+
+    @property
+    def listed_blobs(self) -> tuple[Descriptor, ...]:
+        """Those of the children that are no manifests: BuildKit's caches are indexes of blobs."""
+        return tuple(each for each in self.children if not _MANIFEST.fullmatch(each.media_type))
 
 
 def parse_manifest(content: bytes) -> ManifestContent:

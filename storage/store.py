@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -39,7 +39,16 @@ from storage.errors import (
     StorageFailed,
 )
 from storage.files import FileBlob, Files, FileUpload
-from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag, parse_manifest
+from storage.oci import (
+    OCTETS,
+    Descriptor,
+    Digest,
+    Manifest,
+    Reference,
+    Span,
+    Tag,
+    parse_manifest,
+)
 from storage.records import Batch, Records
 from storage.registry import Registry, Upload, everything
 
@@ -233,22 +242,28 @@ class Store(Registry):
         tags: Sequence[Tag],
         allowed: Callable[[Batch], None] | None,
     ) -> None:
-        now = self._clock()
-        record = f"{manifest.media_type} {now}\n".encode(*_TEXT) + manifest.content
-        subject = _subject(manifest)
-        referrer = msgspec.json.encode(_referrer(manifest).to_json()) if subject else b""
-
         def work(batch: Batch) -> None:
             if allowed is not None:
                 allowed(batch)
-            batch.put(f"manifest {repository} {manifest.digest}", record)
-            if subject is not None:
-                batch.put(f"referrers {repository} {subject.digest} {manifest.digest}", referrer)
-            for tag in tags:
-                batch.put(f"tag {repository} {tag}", f"{manifest.digest} {now}".encode())
+            self.put_manifest(batch, repository, manifest)
+            self.put_tags(batch, repository, dict.fromkeys(tags, manifest.digest))
             self.changed(batch, repository)
 
         self.records.transaction(work)
+
+    def put_manifest(self, batch: Batch, repository: str, manifest: Manifest) -> None:
+        """A push of it, as part of a transaction."""
+        record = f"{manifest.media_type} {self._clock()}\n".encode(*_TEXT) + manifest.content
+        batch.put(f"manifest {repository} {manifest.digest}", record)
+        if (subject := _subject(manifest)) is not None:
+            referrer = msgspec.json.encode(_referrer(manifest).to_json())
+            batch.put(f"referrers {repository} {subject.digest} {manifest.digest}", referrer)
+
+    def put_tags(self, batch: Batch, repository: str, tags: Mapping[Tag, Digest]) -> None:
+        """Have them point to manifests that are here, as part of a transaction."""
+        now = self._clock()
+        for tag, digest in tags.items():
+            batch.put(f"tag {repository} {tag}", f"{digest} {now}".encode())
 
     async def delete_manifest(
         self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None = None
@@ -288,6 +303,11 @@ class Store(Registry):
         if not await asyncio.to_thread(self.records.delete, f"link {repository} {digest}"):
             raise BlobUnknown(f"{repository} holds no blob {digest}")
 
+    def linked(self, repository: str, digest: Digest) -> Descriptor | None:
+        """The blob, if `repository` shows it and its bytes are here; that counts as no use."""
+        size, _ = _numbers(self.records.get(f"link {repository} {digest}"), 2) or (None, 0.0)
+        return None if size is None or not self.holds(digest) else Descriptor(OCTETS, digest, int(size))
+
     # What a cache needs of its store besides
 
     def holds(self, digest: Digest) -> bool:
@@ -307,13 +327,12 @@ class Store(Registry):
         return blob.descriptor
 
     def _link(self, repository: str, blob: Descriptor) -> None:
-        record = f"{blob.size} {self._clock()}".encode()
+        self.records.transaction(lambda batch: self.put_link(batch, repository, blob))
 
-        def work(batch: Batch) -> None:
-            self.files.renew(blob.digest)
-            batch.put(f"link {repository} {blob.digest}", record)
-
-        self.records.transaction(work)
+    def put_link(self, batch: Batch, repository: str, blob: Descriptor) -> None:
+        """A link to what is here, as part of a transaction.  Raises BlobUnknown where it is not."""
+        self.files.renew(blob.digest)
+        batch.put(f"link {repository} {blob.digest}", f"{blob.size} {self._clock()}".encode())
 
     async def resume_fill(self, digest: Digest) -> FileUpload:
         """The upload of `digest`, going on where a former one was cut."""

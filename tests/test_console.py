@@ -147,6 +147,18 @@ def test_bars_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "[half]" in found.getvalue()
 
 
+def test_notes_stand_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for found in (Terminal(), io.StringIO()):
+        progress = Progress(found)
+        progress.note("[a]: copied\x1b")
+        progress.show("b", 1, 2, "half")
+        progress.note("[b]: copied")
+        progress.close()
+        assert "[a]: copied\N{REPLACEMENT CHARACTER}\n" in found.getvalue()
+        assert "[b]: copied" in found.getvalue()
+
+
 def test_plain_aligns_by_the_widest() -> None:
     made = Table((Column("A"), Column("B")))
     made.add("longer", "x")

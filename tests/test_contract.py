@@ -18,7 +18,8 @@ from proxy.fills import Fills
 from proxy.hosted import Hosted, Rules
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry import Metrics
-from proxy.upstream.client import Settings, Upstream
+from proxy.upstream.channel import Settings
+from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
@@ -93,8 +94,8 @@ class Builder:
             hosted = Hosted("local", store, Leases(store, 3600.0), Rules(sparse=True))
             return Subject(hosted, StoreContent(store, "local/"), frozenset())
         if kind == "upstream -> fake":
-            registry = await self._stack.enter_async_context(fake.Upstream())
-            return Subject(self.upstream(registry.url), FakeContent(registry), PUSH | {"repositories"})
+            registry = await self._stack.enter_async_context(fake.Upstream(takes=fake.Takes()))
+            return Subject(self.upstream(registry.url), FakeContent(registry), frozenset(), filters=False)
         subject = await self.build(inner)
         if outer == "namespaces":
             others = Member(Registry(), "docker.io"), Member(Registry(), "z")
@@ -102,11 +103,12 @@ class Builder:
             return Subject(namespaces, subject.content, frozenset(), "local/")
         if outer == "server":
             subject.registry = self.upstream(await self.serve(subject.registry))
+            subject.unsupported, subject.filters = frozenset(), False
         elif outer == "cache":
             subject.registry = self.cache(subject.registry)
+            subject.unsupported = PUSH | {"repositories"}
         else:
             raise ValueError(kind)
-        subject.unsupported = PUSH | {"repositories"}
         return subject
 
     def store(self, name: str) -> Store:
@@ -176,7 +178,18 @@ class TestPull(PullContract):
     pass
 
 
-@pytest.mark.parametrize("subject", ["store", "hosted", "namespaces -> store"], indirect=True)
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "store",
+        "hosted",
+        "namespaces -> store",
+        "upstream -> fake",
+        "server -> store",
+        "server -> hosted",
+    ],
+    indirect=True,
+)
 class TestPush(PushContract):
     pass
 

@@ -370,3 +370,23 @@ def test_of_garbage_comes_a_manifest_or_a_refusal(content: bytes) -> None:
         return
     for each in (*found.children, *found.blobs, *filter(None, [found.subject])):
         assert Digest.parse(each.digest) == each.digest
+
+
+@pytest.mark.parametrize(
+    ("media_type", "is_blob"),
+    [
+        (OCI_MANIFEST, False),
+        (OCI_INDEX, False),
+        ("application/vnd.docker.distribution.manifest.v2+json", False),
+        ("application/vnd.docker.distribution.manifest.list.v2+json", False),
+        ("application/vnd.docker.distribution.manifest.v1+prettyjws", False),
+        ("application/vnd.oci.artifact.manifest.v1+json", False),
+        ("application/vnd.oci.image.layer.v1.tar+gzip", True),
+        ("application/vnd.oci.image.config.v1+json", True),
+        ("application/vnd.buildkit.cacheconfig.v0", True),
+    ],
+)
+def test_an_index_may_list_blobs(media_type: str, is_blob: bool) -> None:
+    listed = {"mediaType": media_type, "digest": f"sha256:{'0' * 64}", "size": 1}
+    content = parse_manifest(json.dumps({"schemaVersion": 2, "manifests": [listed]}).encode())
+    assert content.listed_blobs == (content.children if is_blob else ())

@@ -261,7 +261,7 @@ async def test_a_realm_with_a_query_keeps_it(tokens: Tokens, realm: Realm) -> No
         ("repository:library/alpine:*", SCOPE, ["repository:library/alpine:*"]),
         ("repository:mirror/alpine:pull", SCOPE, ["repository:mirror/alpine:pull", SCOPE]),
         ("repository:library/alpine:pull", "repository:library/alpine:pull,push",
-         ["repository:library/alpine:pull", "repository:library/alpine:pull,push"]),
+         ["repository:library/alpine:pull,push"]),
         ("", "repository:a:push repository:b:pull", ["repository:a:push", "repository:b:pull"]),
         ("", "", []),
     ],

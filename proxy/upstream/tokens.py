@@ -318,6 +318,7 @@ def _asked(challenge: Challenge, scope: str) -> str:
     """The challenge's scope, which may say it the upstream's way, and of ours what that does not cover."""
     theirs = challenge.parameters.get("scope", "").split()
     ours = [each for each in scope.split() if not any(_covers(wide, each) for wide in theirs)]
+    theirs = [each for each in theirs if not any(_covers(wide, each) for wide in ours)]
     return " ".join([*theirs, *ours])
 
 

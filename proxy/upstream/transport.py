@@ -17,16 +17,18 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import aiohttp
 from yarl import URL
 
 from proxy.upstream.health import Breaker
+from proxy.upstream.outgoing import Outgoing
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 
 REDIRECTS = 5
@@ -36,6 +38,8 @@ BACKOFF = 0.1  # seconds before the first retry at most, doubling
 HOSTS = 100  # whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
 _DOWN = frozenset((502, 503, 504))  # a 500 tells of one request only
+_READING = ("GET", "HEAD")
+Body: TypeAlias = Mapping[str, str] | bytes | Outgoing | None  # a mapping is a form
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Connect:
     """How to connect; times in seconds.
 
     `header_timeout` covers connecting and waiting for the response's headers, `progress_timeout` each
-    wait for more of its body.
+    wait for more of its body, or for more of ours to leave.  What writes is answered within `write_timeout`
+    once it is there: registries hash and move what they were sent before they answer.
     """
 
     ca_file: Path | None = None
@@ -56,6 +61,7 @@ class Connect:
     connect_timeout: float = 3.0
     header_timeout: float = 10.0
     progress_timeout: float = 60.0
+    write_timeout: float = 300.0
 
     def ssl_context(self) -> ssl.SSLContext | bool:
         """Raises OSError, ssl.SSLError for files that are none."""
@@ -118,9 +124,6 @@ class Transport:
                 ttl_dns_cache=30,
                 socket_factory=None if connect.proxy else new_socket,
             ),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=connect.connect_timeout, sock_read=connect.progress_timeout
-            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             requote_redirect_url=False,
@@ -156,7 +159,7 @@ class Transport:
         return [(url.host_port_subcomponent or "", each) for url, each in self._breakers.items()]
 
     async def send(
-        self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None = None
+        self, method: str, url: URL, headers: Mapping[str, str], body: Body = None
     ) -> aiohttp.ClientResponse:
         """One request, no redirect followed; repeated where that is safe and may help.
 
@@ -164,8 +167,8 @@ class Transport:
         """
         with self.breaker(url).call() as call:
             try:
-                async with asyncio.timeout(self._connect.header_timeout):
-                    response = await self._persist(method, url, headers, form)
+                async with self._bounded(method, body):
+                    response = await self._persist(method, url, headers, body)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error)
                 call.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
@@ -176,19 +179,44 @@ class Transport:
                 call.succeeded()
             return response
 
+    @asynccontextmanager
+    async def _bounded(self, method: str, body: Body) -> AsyncIterator[None]:
+        """The time in which a request is to be sent and answered."""
+        connect, loop = self._connect, asyncio.get_running_loop()
+        writes = method not in _READING and not isinstance(body, Mapping)
+        async with asyncio.timeout(connect.write_timeout if writes else connect.header_timeout) as bound:
+            if not isinstance(body, Outgoing):
+                yield
+                return
+
+            def watch(leaving: bool) -> None:
+                seconds = connect.write_timeout if body.sent else connect.progress_timeout
+                with suppress(RuntimeError):  # it is up already
+                    bound.reschedule(loop.time() + seconds if leaving else None)
+
+            body.watch = watch
+            try:
+                yield
+            finally:
+                body.watch = lambda leaving: None
+
     async def _persist(
-        self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None
+        self, method: str, url: URL, headers: Mapping[str, str], body: Body
     ) -> aiohttp.ClientResponse:
         session = self._session if url.origin() == self._home else self._away
-        retries = RETRIES if method in ("GET", "HEAD") else 0  # RFC 9110 §9.2.1
+        connect = self._connect
+        retries = RETRIES if method in _READING else 0  # RFC 9110 §9.2.1
+        wait = connect.progress_timeout if method in _READING else connect.write_timeout
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect.connect_timeout, sock_read=wait)
         for attempt in range(retries + 1):
             try:
                 response = await session.request(
                     method,
                     url,
                     headers=headers,
-                    data=form,
-                    proxy=self._connect.proxy,
+                    data=body,
+                    timeout=timeout,
+                    proxy=connect.proxy,
                     allow_redirects=False,
                 )
                 if attempt == retries or response.status not in _DOWN or "Retry-After" in response.headers:
@@ -202,35 +230,43 @@ class Transport:
             await asyncio.sleep(BACKOFF * 2**attempt * self._jitter())
         raise AssertionError("the last attempt ends in one way or the other")
 
-    async def follow(self, method: str, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+    async def follow(
+        self, method: str, url: URL, headers: Mapping[str, str], body: Body = None
+    ) -> aiohttp.ClientResponse:
         """The answer at the end of the redirects.  Raises OriginFailed, OriginTimeout."""
         given = dict(headers)
         for _ in range(REDIRECTS + 1):
-            response = await self.send(method, url, given)
+            response = await self.send(method, url, given, body)
             location = response.headers.get("Location")
             if response.status not in _MOVED or location is None:
                 return response
+            if isinstance(body, Outgoing):
+                response.close()
+                raise OriginFailed(f"{self._name} redirected what was on its way to it")
             response.release()
-            try:
-                target = url.join(URL(location, encoded=True))
-                # The port as well: origin() lets pass one that is out of range.
-                elsewhere = (target.origin(), target.port) != (url.origin(), url.port)
-            except ValueError:
-                raise OriginFailed(f"{self._name} redirected to what is no URL") from None
-            if target.scheme not in ("https", "http") or (
-                target.scheme == "http" and not self._connect.plain_http
-            ):
-                raise OriginFailed(
-                    f"{self._name} redirected from {url.scheme} to {target.scheme}; plain_http allows http"
-                )
-            if elsewhere:
+            target = self.target(url, location)
+            # The port as well: origin() lets pass one that is out of range.
+            if (target.origin(), target.port) != (url.origin(), url.port):
                 given.pop("Authorization", None)
-            if self._connect.proxy and not self._private and is_private(target.host or ""):
-                raise OriginFailed(
-                    f"{self._name} redirected to a private address; private_redirects allows it"
-                )
             url = target
         raise OriginFailed(f"{self._name} redirected more than {REDIRECTS} times")
+
+    def target(self, url: URL, location: str) -> URL:
+        """Where an answer from `url` sends us.  Raises OriginFailed where we do not go there."""
+        try:
+            target = url.join(URL(location, encoded=True))
+            _ = target.origin(), target.port
+        except ValueError:
+            raise OriginFailed(f"{self._name} redirected to what is no URL") from None
+        if target.scheme not in ("https", "http") or (
+            target.scheme == "http" and target.origin() != url.origin() and not self._connect.plain_http
+        ):
+            raise OriginFailed(
+                f"{self._name} redirected from {url.scheme} to {target.scheme}; plain_http allows http"
+            )
+        if self._connect.proxy and not self._private and is_private(target.host or ""):
+            raise OriginFailed(f"{self._name} redirected to a private address; private_redirects allows it")
+        return target
 
     async def read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """The body of a small document; `progress_timeout` is for all of it.

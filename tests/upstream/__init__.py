@@ -42,6 +42,7 @@ from tests.upstream.faults import (
     WrongLength,
 )
 from tests.upstream.messages import Request
+from tests.upstream.pushing import Takes
 from tests.upstream.registry import Upstream, What
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "Reset",
     "RetryAfter",
     "Status",
+    "Takes",
     "Truncate",
     "Upstream",
     "What",

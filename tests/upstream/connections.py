@@ -88,8 +88,8 @@ class Connections:
         for line in lines:
             name, _, value = line.partition(":")
             headers.add(name, value.strip())
-        await reader.readexactly(int(headers.get("Content-Length", "0")))
-        request = parse_request(method, target, CIMultiDictProxy(headers), cdn)
+        body = await _body(reader, headers)
+        request = parse_request(method, target, CIMultiDictProxy(headers), cdn, body)
         answer = self._decide(request)
         await self._send(writer, request, answer)
         keep = version == "HTTP/1.1" and headers.get("Connection", "").lower() != "close"
@@ -128,6 +128,18 @@ class Connections:
         if chunked:
             writer.write(b"0\r\n\r\n")
             await writer.drain()
+
+
+async def _body(reader: asyncio.StreamReader, headers: CIMultiDict[str]) -> bytes:
+    """RFC 9112 §6 and §7.1."""
+    if headers.get("Transfer-Encoding", "").lower() != "chunked":
+        return await reader.readexactly(int(headers.get("Content-Length", "0")))
+    body = b""
+    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+        body += await reader.readexactly(size)
+        await reader.readexactly(2)
+    await reader.readuntil(b"\r\n")
+    return body
 
 
 async def _reset(writer: asyncio.StreamWriter) -> None:

@@ -71,6 +71,9 @@ class Door:
         auth, given = self._registry.auth, request.headers.get("Authorization")
         if auth is None or request.kind in ("token", "cdn"):
             return None
+        if request.kind == "upload" and request.headers.get("Host", "") in self._registry.cdn_url:
+            # Where an upload was sent to: its location is signed, and what is not asked for is suspicious.
+            return None if given is None else failure(400, "UNSUPPORTED", "Authorization is unasked for")
         if isinstance(auth, Basic):
             return None if given == auth.header else self.challenge(request)
         if given is None:
@@ -80,11 +83,15 @@ class Door:
         scheme, _, token = given.partition(" ")
         if scheme.lower() != "bearer" or token not in self._tokens:
             return self.challenge(request, "invalid_token")
-        granted = (scope.rpartition(":") for scope in self._tokens[token])
-        wanted = f"repository:{request.repository}"
-        if request.repository is None or any(
-            what == wanted and "pull" in actions.split(",") for what, _, actions in granted
-        ):
+        granted: dict[str, set[str]] = {}
+        for what, _, actions in map(_parted, self._tokens[token]):
+            granted.setdefault(what, set()).update(actions.split(","))
+        wanted = {f"repository:{request.repository}": _needed(request)} if request.repository else {}
+        if request.kind == "catalog":
+            wanted = {"registry:catalog": ["*"]}
+        if request.query.get("from"):
+            wanted[f"repository:{request.query['from']}"] = ["pull"]
+        if all(set(actions) <= granted.get(what, set()) for what, actions in wanted.items()):
             return None
         return self.challenge(request, "insufficient_scope")
 
@@ -95,7 +102,8 @@ class Door:
             realm = auth.realm.format(url=self._registry.url, cdn_url=self._registry.cdn_url)
             bearer = f'Bearer realm="{realm}",service="{auth.service}"'
             if request.repository:
-                bearer += f',scope="repository:{request.repository}:{auth.actions}"'
+                actions = auth.actions if _needed(request) == ["pull"] else ",".join(_needed(request))
+                bearer += f',scope="repository:{request.repository}:{actions}"'
             bearer += f',error="{error}"' if error else ""
             challenges = [*challenges, bearer] if auth.also_basic else [bearer]
             if auth.also_basic == "same header":
@@ -123,3 +131,14 @@ class Door:
         if auth.expires_in is not None:
             body["expires_in"] = auth.expires_in
         return Answer(200, CIMultiDict({"Content-Type": "application/json"}), json.dumps(body).encode())
+
+
+def _parted(scope: str) -> tuple[str, str, str]:
+    return scope.rpartition(":")
+
+
+def _needed(request: Request) -> list[str]:
+    """The actions that a request needs, as Distribution's access control has it."""
+    if request.method in ("GET", "HEAD"):
+        return ["pull"]
+    return ["delete"] if request.method == "DELETE" else ["pull", "push"]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _ROUTE = re.compile(r"/v2/(.+)/(?:(manifests|blobs|referrers)/([^/]+)|tags/list)")
+_UPLOAD = re.compile(r"/v2/(.+)/blobs/uploads/([^/]*)")
 _STORED = re.compile(r"/stored/(sha256|sha512)/([0-9a-f]+)/data")
 
 
@@ -22,8 +23,9 @@ _STORED = re.compile(r"/stored/(sha256|sha512)/([0-9a-f]+)/data")
 class Request:
     """A request as it arrived.  `target` is path and query, byte for byte.
 
-    `kind` is "base", "catalog", "tags", "manifest", "blob", "referrers", "token", "cdn" or "unknown".
-    `reference` is the tag or digest (of a token: the scopes, separated by spaces).  None where there is none.
+    `kind` is "base", "catalog", "tags", "manifest", "blob", "upload", "referrers", "token", "cdn" or
+    "unknown".  `reference` is the tag or digest (of a token: the scopes, separated by spaces; of an upload:
+    its id).  None where there is none.
     """
 
     method: str
@@ -32,6 +34,7 @@ class Request:
     kind: str
     repository: str | None = None
     reference: str | None = None
+    body: bytes = b""
 
     @property
     def path(self) -> str:
@@ -48,7 +51,8 @@ class Request:
     def __str__(self) -> str:
         """Such as `GET blob a/b@sha256:0123456789ab bytes=5-`; digests are cut to `digest[:19]`.
 
-        The query is told for kinds other than token and cdn, whose reference says it all or is signed.
+        The query is told for kinds other than token and cdn, whose reference says it all or is signed; of an
+        upload's that which is not the registry's own.
         """
         words = [self.method, self.kind]
         digest = DIGEST.fullmatch(self.reference or "") is not None
@@ -57,6 +61,12 @@ class Request:
             joint = ("@" if digest else ":") if name else ""
             name += joint + (self.reference[:19] if digest else self.reference)
         query = self.target.partition("?")[2]
+        if self.kind == "upload":
+            query = "&".join(
+                f"{key}={value[:19] if DIGEST.fullmatch(value) else value}"
+                for key, value in self.query.items()
+                if key != "_state"
+            )
         if query and self.kind not in ("token", "cdn"):
             name += "?" + query
         words += [name] if name else []
@@ -85,10 +95,14 @@ def failure(status: int, code: str, message: str = "as scripted", **headers: str
     return Answer(status, CIMultiDict({"Content-Type": "application/json"}, **headers), content)
 
 
-def parse_request(method: str, target: str, headers: CIMultiDictProxy[str], cdn: bool) -> Request:
+def parse_request(
+    method: str, target: str, headers: CIMultiDictProxy[str], cdn: bool, body: bytes = b""
+) -> Request:
     """`cdn`: it came to the second socket."""
-    request = Request(method, target, headers, "unknown")
+    request = Request(method, target, headers, "unknown", body=body)
     path = unquote(request.path)
+    if found := _UPLOAD.fullmatch(path):
+        return replace(request, kind="upload", repository=found[1], reference=found[2] or None)
     if path == "/token":
         return replace(request, kind="token", reference=" ".join(request.query.getall("scope", [])))
     if cdn:

@@ -17,6 +17,7 @@ from tests.upstream.content import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Content
 from tests.upstream.door import Basic, Bearer, Door
 from tests.upstream.faults import ExpireToken, Fault
 from tests.upstream.messages import DIGEST, Answer, Request, failure
+from tests.upstream.pushing import Takes, Uploads
 
 What = str | Callable[[Request], bool]
 
@@ -36,7 +37,8 @@ class Upstream(Content):
     `ignores_n` (in lists of names), `page_size` (names at most per page, asked or not),
     `referrers_page_size`, `cdn`, `referrers_api`, `content_length` (off: blobs are chunked), `ranges`,
     `auth`, `ratelimit` (limit, window in seconds, remaining; only GET of a manifest is counted, as at Docker
-    Hub).  All of them are attributes and may be changed at any time.
+    Hub), `takes` (what it does with pushes; None: it is read-only).  All of them are attributes and may be
+    changed at any time.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Upstream(Content):
         ranges: bool = True,
         auth: Basic | Bearer | None = None,
         ratelimit: tuple[int, int, int] | None = None,
+        takes: Takes | None = None,
     ) -> None:
         super().__init__()
         self.digest_header = digest_header
@@ -64,9 +67,11 @@ class Upstream(Content):
         self.ranges = ranges
         self.auth = auth
         self.ratelimit = ratelimit
+        self.takes = takes
         self.requests: list[Request] = []
         self._connections = Connections(self._decide)
         self._door = Door(self)
+        self._uploads = Uploads(self, self)
         self._scripts: list[_Script] = []
         self._signed: dict[str, bool] = {}  # targets at the CDN, and whether they still hold
 
@@ -104,6 +109,11 @@ class Upstream(Content):
     def log(self) -> list[str]:
         """The requests, one line each: see Request.__str__."""
         return [str(request) for request in self.requests]
+
+    @property
+    def uploads(self) -> list[bytes]:
+        """What the uploads hold that have neither been closed nor cancelled."""
+        return self._uploads.open
 
     def clear(self) -> None:
         """Forgets the requests so far, and the bytes sent for them."""
@@ -170,6 +180,8 @@ class Upstream(Content):
         return answer
 
     def _respond(self, request: Request) -> Answer:
+        if self.takes is not None and (request.kind == "upload" or request.method not in ("GET", "HEAD")):
+            return self._uploads.respond(request, self.takes)
         if request.method not in ("GET", "HEAD"):
             return failure(405, "UNSUPPORTED", f"{request.method}: this registry is read-only")
         if request.kind == "base":

@@ -1,0 +1,314 @@
+"""Copying from registries to another: only what is missing, and nothing before what it names.
+
+Of an image its blobs come first, then its children, itself, what refers to it, and its tags last; so who is
+cut leaves nothing that is not whole, and goes on by being asked for the same again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+
+from proxy.transferring import Board, Patience, Transfer
+from storage.errors import (
+    BlobUnknown,
+    Denied,
+    ManifestUnknown,
+    NameUnknown,
+    OriginFailed,
+    Unsupported,
+)
+from storage.oci import OCI_INDEX, Descriptor, Digest, Manifest, ManifestContent, Reference, Tag
+from storage.pins import attestations, contents, fallback_tag, selected, signature_tags
+from storage.registry import Registry
+
+T = TypeVar("T")
+
+REQUESTS = 16  # at once, besides the transfers
+TAG_LIMIT = 128  # characters; a tag made of a sha512 digest has more
+# What a registry answers of which it has nothing; and, of what we may not see, some.
+_ABSENT = (ManifestUnknown, NameUnknown, BlobUnknown, Denied)
+_UNLISTED = (ManifestUnknown, NameUnknown, Unsupported)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`platforms` are those of an index that are copied, all if there are none; `transfers` go on at once."""
+
+    platforms: tuple[str, ...] = ()
+    referrers: bool = True
+    dry_run: bool = False
+    transfers: int = 4
+
+
+@dataclass(slots=True)
+class Done:
+    """What was done, or would be.
+
+    Of the blobs, `mounted` were in another repository of the destination, and `present` in this one.
+    """
+
+    manifests: int = 0
+    tags: int = 0
+    blobs: int = 0
+    bytes: int = 0
+    mounted: int = 0
+    present: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """From a `repository` of `source` to `target`, one of the destination.
+
+    `tags` are all that it has, where somebody has listed them; `within`: both are of one registry.
+    """
+
+    source: Registry
+    repository: str
+    target: str
+    within: bool = False
+    tags: frozenset[str] | None = None
+
+
+class Copying:
+    """To one destination, from any number of sources; to be closed."""
+
+    def __init__(self, destination: Registry, rules: Rules, board: Board, patience: Patience) -> None:
+        self.done = Done()
+        self._destination = destination
+        self._rules = rules
+        self._board = board
+        self._patience = patience
+        self._transfers = asyncio.Semaphore(rules.transfers)
+        self._requests = asyncio.Semaphore(REQUESTS)
+        # Of each repository there every manifest and blob is seen to once, however many images share it.
+        self._begun: dict[tuple[str, Digest], asyncio.Task[bool]] = {}
+        self._shown: set[tuple[str, Digest]] = set()
+        self._holders: dict[Digest, str] = {}  # of blobs: a repository there that has it
+        self._turns: dict[Digest, asyncio.Lock] = {}
+
+    async def copy(self, route: Route, reference: Reference, tags: Sequence[Tag]) -> tuple[Digest, bool]:
+        """Have it there, and under these `tags`; its digest, and whether anything had to be done for that.
+
+        Raises RegistryError.
+        """
+        found = await self.ask(lambda: route.source.resolve_manifest(route.repository, reference))
+        digest = found.digest
+        if len(self._rules.platforms) == 1:
+            digest = await self._chosen(route, digest)
+        new = await self._manifest(route, digest)
+        for tag in tags:
+            new |= await self._tag(route, digest, tag)
+        return digest, new
+
+    async def ask(self, call: Callable[[], Awaitable[T]]) -> T:
+        """One request, patiently, and not too many at once."""
+
+        async def attempt() -> T:
+            async with self._requests:
+                return await call()
+
+        return await self._patience.persist(attempt)
+
+    async def _there(self, call: Callable[[], Awaitable[Descriptor]]) -> Descriptor | None:
+        try:
+            return await self.ask(call)
+        except _ABSENT:
+            return None
+
+    async def _chosen(self, route: Route, digest: Digest) -> Digest:
+        """Of an index the image for the one platform that is wanted."""
+        manifest = await self.ask(lambda: route.source.get_manifest(route.repository, digest))
+        content = contents(manifest.content)
+        if content is None or not content.children:
+            return digest
+        told = dict(zip((each.digest for each in content.children), content.platforms, strict=True))
+        fit = {
+            each.digest: platform
+            for each in selected(content, self._rules.platforms)
+            if (platform := told[each.digest]) is not None
+        }
+        if len(fit) != 1:
+            has = ", ".join(sorted(fit.values()) or sorted({each for each in told.values() if each}))
+            raise ManifestUnknown(
+                f"it has {'several images' if fit else 'no image'} for {self._rules.platforms[0]}: {has}"
+            )
+        return next(iter(fit))
+
+    # Manifests
+
+    async def _manifest(self, route: Route, digest: Digest, *, signed: bool = True) -> bool:
+        """Have it there, whole; whether anything had to be done for that.
+
+        `signed`: people sign such manifests, so it may have signatures.
+        """
+        key = route.target, digest
+        if (task := self._begun.get(key)) is None:
+            task = self._begun[key] = asyncio.create_task(self._take(route, digest, signed))
+        return await asyncio.shield(task)
+
+    async def _take(self, route: Route, digest: Digest, signed: bool) -> bool:
+        destination, target = self._destination, route.target
+        new = await self._there(lambda: destination.resolve_manifest(target, digest)) is None
+        holder, repository = (route.source, route.repository) if new else (destination, target)
+        manifest = await self.ask(lambda: holder.get_manifest(repository, digest))
+        content = contents(manifest.content)
+        parts = [] if content is None else self._parts(route, content, blobs=new)
+        changed = await _all(parts) or new
+        if new:
+            if not self._rules.dry_run:
+                await self.ask(lambda: destination.push_manifest(target, digest, manifest))
+            self.done.manifests += 1
+        if self._rules.referrers:
+            changed |= await self._referrers(route, digest)
+            changed |= await self._signatures(route, digest) if signed else False
+        return changed
+
+    def _parts(
+        self, route: Route, content: ManifestContent, *, blobs: bool
+    ) -> list[Coroutine[Any, Any, bool]]:
+        """What is to be there before it; of `blobs`, an image that is there has its own."""
+        named = content.distributable + content.listed_blobs
+        parts = [self._blob(route, each) for each in named] if blobs else []
+        unsigned = attestations(content)
+        return parts + [
+            self._manifest(route, each.digest, signed=each.digest not in unsigned)
+            for each in selected(content, self._rules.platforms)
+            if each not in content.listed_blobs
+        ]
+
+    async def _tag(self, route: Route, digest: Digest, tag: Tag) -> bool:
+        destination, target = self._destination, route.target
+        found = await self._there(lambda: destination.resolve_manifest(target, tag))
+        if found is not None and found.digest == digest:
+            return False
+        if not self._rules.dry_run:
+            manifest = await self.ask(lambda: destination.get_manifest(target, digest))
+            await self.ask(lambda: destination.push_manifest(target, tag, manifest))
+        self.done.tags += 1
+        return True
+
+    # Blobs
+
+    async def _blob(self, route: Route, blob: Descriptor) -> bool:
+        key = route.target, blob.digest
+        # One at a time of each digest: where two repositories want it, the second one gets it mounted.
+        async with self._turns.setdefault(blob.digest, asyncio.Lock()):
+            if key in self._shown:
+                return False
+            new = await self._there(lambda: self._destination.resolve_blob(*key)) is None
+            if not new:
+                self.done.present += 1
+            elif await self._mounted(route, blob.digest):
+                self.done.mounted += 1
+            else:
+                size = await self._transferred(route, blob)  # by itself: others count meanwhile
+                self.done.bytes += size
+                self.done.blobs += 1
+            self._shown.add(key)
+            self._holders.setdefault(blob.digest, route.target)
+            return new
+
+    async def _mounted(self, route: Route, digest: Digest) -> bool:
+        holders = [self._holders.get(digest), route.repository if route.within else None]
+        for holder in filter(None, holders):
+            if self._rules.dry_run:
+                return True
+            try:
+                await self.ask(partial(self._destination.mount_blob, route.target, digest, holder))
+            except (*_ABSENT, Unsupported):
+                continue
+            return True
+        return False
+
+    async def _transferred(self, route: Route, blob: Descriptor) -> int:
+        if self._rules.dry_run:
+            return blob.size
+        async with self._transfers:
+            transfer = Transfer(route.source, route.repository, self._destination, route.target, blob)
+            try:
+                return await transfer.run(self._board, self._patience)
+            except BlobUnknown as error:
+                raise BlobUnknown(f"blob {blob.digest}: {error}") from error
+
+    # Referrers
+
+    async def _referrers(self, route: Route, digest: Digest) -> bool:
+        """What refers to a manifest that is there."""
+        listed = await self._listed(route, digest)
+        changed = await _all([self._manifest(route, each.digest, signed=False) for each in listed])
+        if listed and not self._rules.dry_run:
+            await self._list(route.target, digest, listed)
+        return changed
+
+    async def _signatures(self, route: Route, digest: Digest) -> bool:
+        """What was attached to it by tags, as it was done before there were referrers."""
+        changed = False
+        for tag in signature_tags(digest):
+            if len(tag) > TAG_LIMIT or (route.tags is not None and tag not in route.tags):
+                continue
+            found = await self._there(partial(route.source.resolve_manifest, route.repository, tag))
+            if found is not None:
+                changed |= await self._manifest(route, found.digest, signed=False)
+                changed |= await self._tag(route, found.digest, tag)
+        return changed
+
+    async def _listed(self, route: Route, digest: Digest) -> list[Descriptor]:
+        """distribution-spec, "Listing Referrers"; else the tag by which clients do without."""
+        try:
+            return await self.ask(lambda: route.source.referrers(route.repository, digest))
+        except _UNLISTED:
+            pass
+        tag = fallback_tag(digest)
+        if route.tags is not None and tag not in route.tags:
+            return []
+        try:
+            index = await self.ask(lambda: route.source.get_manifest(route.repository, tag))
+        except _ABSENT:
+            return []
+        content = contents(index.content)
+        return [] if content is None else list(content.children)
+
+    async def _list(self, target: str, digest: Digest, listed: Iterable[Descriptor]) -> None:
+        """Where the destination has no referrers API its index is ours to keep.
+
+        distribution-spec, "Pushing Manifests with Subject".
+        """
+        destination, tag = self._destination, fallback_tag(digest)
+        try:
+            await self.ask(lambda: destination.referrers(target, digest))
+            return
+        except _UNLISTED:
+            pass
+        index: dict[str, Any] = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
+        if await self._there(lambda: destination.resolve_manifest(target, tag)) is not None:
+            found = await self.ask(lambda: destination.get_manifest(target, tag))
+            index = msgspec.json.decode(found.content)
+            if found.media_type != OCI_INDEX or not isinstance(index.get("manifests"), list):
+                raise OriginFailed(f"tag {tag} of {target} is no list of referrers: it is left as it is")
+        known = {each.get("digest") for each in index["manifests"]}
+        if new := [each.to_json() for each in listed if each.digest not in known]:
+            index["manifests"] += new
+            manifest = Manifest.of(OCI_INDEX, msgspec.json.encode(index))
+            await self.ask(lambda: destination.push_manifest(target, tag, manifest))
+
+    async def close(self) -> None:
+        """Give up what goes on."""
+        for task in self._begun.values():
+            task.cancel()
+        await asyncio.gather(*self._begun.values(), return_exceptions=True)
+
+
+async def _all(parts: Iterable[Coroutine[Any, Any, bool]]) -> bool:
+    """Whether any came to True.  Raises what the first to fail did; then the others are given up."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in parts]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return any(task.result() for task in tasks)

@@ -1,0 +1,193 @@
+"""One call of `copy`: the registries that it concerns, and its images one beside the other."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.answers import Copied, CopyRow, Outcome
+from proxy.calling import quiet
+from proxy.console import Progress, size
+from proxy.copying import Copying, Route, Rules
+from proxy.places import Item, Place, items, joined
+from proxy.telemetry import Metrics
+from proxy.transferring import Patience
+from proxy.upstream.channel import Settings
+from proxy.upstream.client import Upstream
+from proxy.upstream.credentials import Credentials, DockerConfig, Inline
+from proxy.upstream.transport import Connect
+from storage.errors import RegistryError
+from storage.oci import Digest
+
+IMAGES = 8  # under way at once
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How one of the two registries is reached; `credentials` are user:password."""
+
+    plain_http: bool = False
+    insecure: bool = False
+    credentials: str | None = None
+
+
+class Errand:
+    """`ends` are those of "source" and "destination".  With `quietly` nothing is told meanwhile."""
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        target: Place,
+        ends: Mapping[str, End],
+        quietly: bool = True,
+        *,
+        all_tags: bool = False,
+        platforms: tuple[str, ...] = (),
+        no_referrers: bool = False,
+        dry_run: bool = False,
+        transfers: int = 4,
+        auth_file: Path | None = None,
+    ) -> None:
+        self._places = places
+        self._target = target
+        self._ends = ends
+        self._all_tags = all_tags
+        self._rules = Rules(platforms, not no_referrers, dry_run, transfers)
+        self._auth_file = auth_file or find_auth_file(os.environ)
+        self._board = _Silence() if quietly else _Lines()
+        self._rows: dict[int, CopyRow] = {}  # by the order in which they were begun
+        self._numbers = itertools.count()
+        self._turns = asyncio.Semaphore(IMAGES)
+        self._metrics = Metrics()
+
+    async def run(self) -> Copied:
+        quiet(level="error")
+        begun = time.monotonic()
+        async with AsyncExitStack() as leaving:
+            leaving.callback(self._board.close)
+            sources = {each.url: self._open(each, "source", leaving) for each in self._places}
+            destination = self._open(self._target, "destination", leaving)
+            copying = Copying(destination, self._rules, self._board, Patience(self._board))
+            leaving.push_async_callback(copying.close)  # before what it asks
+            async with asyncio.TaskGroup() as group:
+                for place in self._places:
+                    await self._begin(place, sources[place.url], copying, group)
+        done = copying.done
+        return Copied(
+            images=[self._rows[number] for number in sorted(self._rows)],
+            manifests=done.manifests,
+            tags=done.tags,
+            blobs=done.blobs,
+            bytes=done.bytes,
+            mounted=done.mounted,
+            present=done.present,
+            seconds=time.monotonic() - begun,
+            dry_run=self._rules.dry_run,
+        )
+
+    def _open(self, place: Place, end: str, leaving: AsyncExitStack) -> Upstream:
+        given = self._ends[end]
+        connect = Connect(
+            plain_http=place.plain_http,
+            insecure_skip_verify=given.insecure,
+            # Whoever calls a command may go where it is sent, unlike a server on behalf of others.
+            private_redirects=True,
+        )
+        credentials = Credentials()
+        if given.credentials is not None:
+            username, _, password = given.credentials.partition(":")
+            credentials = Inline(username, password)
+        elif self._auth_file is not None:
+            credentials = DockerConfig(self._auth_file)
+        settings = Settings(place.url, connect, pushed_to=end == "destination")
+        registry = Upstream(place.host, settings, [credentials], self._metrics)
+        leaving.push_async_callback(registry.close)
+        return registry
+
+    async def _begin(
+        self, place: Place, source: Upstream, copying: Copying, group: asyncio.TaskGroup
+    ) -> None:
+        """Find what is meant, and begin with it as there is room."""
+        found = items(place, source, self._target, all_tags=self._all_tags, referrers=self._rules.referrers)
+        try:
+            async for item in found:
+                await self._turns.acquire()
+                group.create_task(self._copy(next(self._numbers), item, source, copying))
+        except RegistryError as error:
+            named = f":{place.tag}" if place.tag else ""
+            number = next(self._numbers)
+            self._failed(number, f"{place.host}/{place.repository}{named}", self._target.host, error)
+
+    async def _copy(self, number: int, item: Item, source: Upstream, copying: Copying) -> None:
+        shown = joined(item.tags[0] if item.tags else item.reference)
+        to = f"{self._target.host}/{item.target}{shown}"
+        within = item.place.url == self._target.url
+        route = Route(source, item.repository, item.target, within, item.listed)
+        try:
+            digest, new = await copying.copy(route, item.reference, item.tags)
+        except RegistryError as error:
+            self._failed(number, item.source, to, error)
+            return
+        finally:
+            self._turns.release()
+        outcome: Outcome = "copied" if new else "present"
+        row = CopyRow(source=item.source, destination=to, digest=str(digest), outcome=outcome, error=None)
+        self._rows[number] = row
+        self._board.note(f"{item.source}: {outcome}")
+
+    def _failed(self, number: int, source: str, to: str, error: RegistryError) -> None:
+        told = str(error) or error.code
+        row = CopyRow(source=source, destination=to, digest=None, outcome="failed", error=told)
+        self._rows[number] = row
+        self._board.note(f"{source}: {told}")
+
+
+def find_auth_file(environ: Mapping[str, str]) -> Path | None:
+    """Where `podman login` or `docker login` has left what a user entered; None where neither has."""
+    home = Path(environ.get("HOME", "/"))
+    candidates = []
+    if given := environ.get("REGISTRY_AUTH_FILE"):
+        candidates.append(Path(given))
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        candidates.append(Path(runtime, "containers", "auth.json"))
+    candidates.append(home / ".config" / "containers" / "auth.json")
+    candidates.append(Path(environ.get("DOCKER_CONFIG") or home / ".docker") / "config.json")
+    return next((each for each in candidates if each.is_file()), None)
+
+
+class _Silence:
+    """Tells nothing: who reads the answer is a program."""
+
+    def moved(self, digest: Digest, done: int, whole: int) -> None: ...
+
+    def ended(self, digest: Digest) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Lines(_Silence):
+    """A bar for each blob on a terminal, lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(sys.stderr)
+
+    def moved(self, digest: Digest, done: int, whole: int) -> None:
+        self._progress.show(digest, done, whole, f"{size(done)} of {size(whole)}")
+
+    def ended(self, digest: Digest) -> None:
+        self._progress.drop(digest)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def close(self) -> None:
+        self._progress.close()

@@ -1,0 +1,170 @@
+"""What people write who copy: registry, repository, tags; and which image goes where by it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from proxy.config import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
+from storage.errors import NameUnknown, RegistryError
+from storage.oci import Digest, Reference, Tag, parse_name
+from storage.registry import Registry
+
+WILD = re.compile(r"[*?[]")
+# The tags that list referrers are copied with what they are of.
+_FALLBACK = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`repository` and `tag` may be globs.
+
+    With `below` it is all that repositories' names begin with, which may be nothing.
+    """
+
+    host: str
+    repository: str
+    tag: str | None = None
+    digest: Digest | None = None
+    plain_http: bool = False
+    below: bool = False
+
+    @property
+    def url(self) -> str:
+        if self.host == DOCKER_HUB:
+            return WELL_KNOWN[DOCKER_HUB]
+        return f"{'http' if self.plain_http else 'https'}://{self.host}"
+
+    @property
+    def base(self) -> str:
+        """Of a glob what stands before the path element where it begins: where it looks, as it were."""
+        found = WILD.search(self.repository)
+        return self.repository[: self.repository.rfind("/", 0, found.start()) + 1] if found else ""
+
+    @property
+    def wild(self) -> bool:
+        """Whether it may mean several repositories."""
+        return WILD.search(self.repository) is not None
+
+
+def parse_place(text: str, plain_http: bool = False) -> Place:
+    """As clients read it: what has no registry before it is Docker Hub's.  Raises ValueError.
+
+    By plain http where it begins with http://, and, if it names no scheme, where `plain_http` says so or it
+    is this machine itself.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "", text
+    if scheme not in ("", "http", "https", "docker"):
+        raise ValueError(f"{text}: of {scheme}:// nothing is known here: expected registry/repository:tag")
+    if not rest:
+        raise ValueError(f"{text!r} is no registry/repository:tag")
+    host, slash, path = rest.partition("/")
+    if not slash or not (re.search(r"[.:]", host) or host == "localhost"):
+        host, path = DOCKER_HUB, rest
+    host = host.lower()
+    host = DOCKER_HUB if host in DOCKER_HUB_ALIASES else host
+    if not re.fullmatch(r"(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", host):
+        raise ValueError(f"{text}: {host} is no host of a registry")
+    plain = scheme == "http" or (scheme != "https" and (plain_http or _loopback(host)))
+    named, at, digest = path.partition("@")
+    slash_at = named.rfind("/")
+    name, colon, tag = named[slash_at + 1 :].partition(":")
+    repository = named[: slash_at + 1] + name
+    if repository.endswith("/") or not repository:
+        if colon or at:
+            raise ValueError(f"{text}: a tag or digest is of a repository, and it names none")
+        return Place(host, repository.rstrip("/"), plain_http=plain, below=True)
+    if host == DOCKER_HUB and "/" not in repository:
+        repository = f"library/{repository}"
+    try:
+        if not WILD.search(repository):
+            parse_name(repository)
+        if colon and not WILD.search(tag):
+            Tag.parse(tag)
+        return Place(host, repository, tag if colon else None, Digest.parse(digest) if at else None, plain)
+    except RegistryError as error:
+        raise ValueError(f"{text}: {error}") from None
+
+
+def _loopback(host: str) -> bool:
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    return name in ("localhost", "[::1]") or name.startswith("127.")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image to be copied: from `repository` to `target`, there under `tags`.
+
+    `listed` are all the tags of the repository, where they had to be listed.
+    """
+
+    place: Place
+    repository: str
+    reference: Reference
+    target: str
+    tags: tuple[Tag, ...]
+    listed: frozenset[str] | None = None
+
+    @property
+    def source(self) -> str:
+        return f"{self.place.host}/{self.repository}{joined(self.reference)}"
+
+
+def joined(reference: Reference) -> str:
+    """As it stands behind a repository."""
+    return f":{reference}" if isinstance(reference, Tag) else f"@{reference}"
+
+
+def check(sources: Sequence[Place], destination: Place, all_tags: bool) -> None:
+    """Raises ValueError where it is not told what goes where."""
+    if destination.wild or WILD.search(destination.tag or ""):
+        raise ValueError("the destination is no glob")
+    if destination.digest is not None:
+        raise ValueError("the destination has no digest: that comes with what is copied")
+    for each in sources:
+        several = all_tags or WILD.search(each.tag or "")
+        if each.below:
+            base = f"{each.host}/{each.repository}".rstrip("/")
+            raise ValueError(f"{base}/ names no repository; {base}/* is all below it")
+        if several and each.digest is not None:
+            raise ValueError(f"{each.repository}@{each.digest}: is one manifest, not all tags")
+        if several and destination.tag is not None:
+            raise ValueError(f"tag {destination.tag} cannot be all of the tags of {each.repository}")
+        if (each.wild or len(sources) > 1) and not destination.below:
+            raise ValueError(
+                "several repositories need a destination that ends with /: their names are put behind it"
+            )
+
+
+async def items(
+    place: Place, registry: Registry, destination: Place, *, all_tags: bool = False, referrers: bool = True
+) -> AsyncIterator[Item]:
+    """What `place` means, looked up in its registry where it is a glob.  Raises RegistryError."""
+    repositories = [place.repository]
+    if place.wild:
+        repositories = [each for each in await registry.repositories() if fnmatchcase(each, place.repository)]
+        if not repositories:
+            raise NameUnknown(f"{place.host} lists no repository that matches {place.repository}")
+    for repository in repositories:
+        target = destination.repository
+        if destination.below:
+            name = repository.removeprefix(place.base)
+            target = f"{target}/{name}" if target else name
+        pattern = place.tag or ("*" if all_tags else "latest")
+        if place.digest is not None:
+            named = tuple(map(Tag, filter(None, [destination.tag or place.tag])))
+            yield Item(place, repository, place.digest, target, named)
+        elif not WILD.search(pattern):
+            yield Item(place, repository, Tag(pattern), target, (Tag(destination.tag or pattern),))
+        else:
+            listed = frozenset(await registry.tags(repository))
+            tags = sorted(each for each in listed if fnmatchcase(each, pattern))
+            for tag in tags:
+                if not (referrers and _FALLBACK.fullmatch(tag)):
+                    yield Item(place, repository, Tag(tag), target, (Tag(tag),), listed)
+            if not tags and not place.wild:
+                raise NameUnknown(f"{place.host}/{repository} has no tag that matches {pattern}")

@@ -161,8 +161,8 @@ class _JSONManifest(msgspec.Struct, rename="camel"):
 
 
 _decode = msgspec.json.Decoder(_JSONManifest).decode
-# Layers that may be had elsewhere only: image-spec, layer.md, "Non-Distributable Layers"; Docker's foreign.
 _MANIFEST = re.compile(r".*\.(?:manifest|index)\..*\+(?:json|prettyjws)")
+# Layers that may be had elsewhere only: image-spec, layer.md, "Non-Distributable Layers"; Docker's foreign.
 _ELSEWHERE = re.compile(r".*(?:\.nondistributable\.|\.foreign\.).*")
 
 

@@ -6,11 +6,15 @@ plain HTTP.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from aiohttp import web
 
 from proxy.cache import Cache, Policy
@@ -31,7 +35,7 @@ from storage.records import Records
 from storage.registry import Registry
 from storage.store import Store
 from tests import upstream as fake
-from tests.conftest import Clock
+from tests.conftest import OPEN, Clock
 
 pytest.register_assert_rewrite("tests.contract")
 
@@ -77,14 +81,74 @@ class StoreContent:
         await self._store.delete_blob(self._prefix + repository, digest)
 
 
+class Running:
+    """A server as people run it, with the namespace `local`; its processes are for all tests here."""
+
+    def __init__(self, url: str, root: Path) -> None:
+        self.url = url
+        self._root = root
+
+    def store(self) -> Store:
+        """What it serves, opened by this process too, and emptied."""
+        records = Records(self._root / "records", durable=True)
+        for key in list(records.keys("")):
+            records.delete(key)
+        return Store(Files(self._root, private=True), records, collected=True)
+
+
+@contextmanager
+def running(directory: Path, workers: int) -> Iterator[Running]:
+    directory.mkdir()
+    tree = {
+        "listen": "127.0.0.1:0",
+        "admin": "off",
+        "workers": workers,
+        "disk": {"path": str(directory / "disk")},
+        "log": {"level": "error"},
+        "access": OPEN,
+        "namespaces": {"local": {"store": {"sparse": True}}},
+    }
+    (directory / "entrepot.yml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "proxy", "serve", "--config", str(directory / "entrepot.yml")]
+    with (
+        (directory / "log").open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            found = re.search(r"listening on (\S+)", process.stdout.readline())
+            assert found, (directory / "log").read_text()
+            yield Running(found[1], directory / "disk" / "private")
+        finally:
+            process.terminate()
+    assert (directory / "log").read_text() == ""
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Running]]:
+    directory = tmp_path_factory.mktemp("servers")
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(running(directory / str(workers), workers))
+            for name, workers in (("one worker", 1), ("three workers", 3))
+        }
+
+
 class Builder:
     """Builds registries, and takes them down again in the opposite order."""
 
-    def __init__(self, directory: Path, clock: Clock, stack: AsyncExitStack) -> None:
-        self._directory, self._clock, self._stack = directory, clock, stack
+    def __init__(
+        self, directory: Path, clock: Clock, servers: Mapping[str, Running], stack: AsyncExitStack
+    ) -> None:
+        self._directory, self._clock, self._servers, self._stack = directory, clock, servers, stack
 
     async def build(self, kind: str) -> Subject:
         outer, _, inner = kind.partition(" -> ")
+        if (server := self._servers.get(kind)) is not None:
+            store = server.store()
+            self._stack.push_async_callback(store.close)
+            content = StoreContent(store, "local/")
+            return Subject(self.upstream(server.url), content, frozenset(), "local/", filters=False)
         if kind == "store":
             store = self.store("store")
             return Subject(store, StoreContent(store), frozenset())
@@ -149,9 +213,9 @@ class Builder:
 
 
 @pytest.fixture
-async def builder(tmp_path: Path, clock: Clock) -> AsyncIterator[Builder]:
+async def builder(tmp_path: Path, clock: Clock, servers: Mapping[str, Running]) -> AsyncIterator[Builder]:
     async with AsyncExitStack() as stack:
-        yield Builder(tmp_path, clock, stack)
+        yield Builder(tmp_path, clock, servers, stack)
 
 
 @pytest.fixture
@@ -171,6 +235,8 @@ async def subject(request: pytest.FixtureRequest, builder: Builder) -> Subject:
         "namespaces -> store",
         "hosted",
         "cache -> server -> hosted",
+        "one worker",
+        "three workers",
     ],
     indirect=True,
 )
@@ -187,6 +253,8 @@ class TestPull(PullContract):
         "upstream -> fake",
         "server -> store",
         "server -> hosted",
+        "one worker",
+        "three workers",
     ],
     indirect=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -649,6 +650,27 @@ async def test_from_and_to_a_store_of_our_own(at: Opened, bundle: Path) -> None:
             "pushed",
         }
         await site.take(bundle)  # an immutable tag that is the same already
+
+
+async def test_nothing_that_came_in_is_collected(at: Opened, clock: Clock, tmp_path: Path) -> None:
+    first, second = tmp_path / "1.tar", tmp_path / "2.tar"
+    async with at("home") as home:
+        old = await pushed(home, "team/app", "1", b"layer")
+        await home.export(first, "local/team/app:1")
+        new = await pushed(home, "team/app", "1", b"newer")
+        await home.export(second, "local/team/app:1")
+    async with at("site", offline=True) as site:
+        await site.take(first)
+        clock.advance(30 * 86400)
+        await site.take(second)
+        # What has lost its tag is untagged from now on.
+        assert site.parts.private is not None
+        assert site.parts.private.records.get(f"lease local/team/app {old}") is not None
+        clock.advance(30 * 86400)
+        assert site.parts.collection is not None
+        await asyncio.to_thread(site.parts.collection.run)
+        assert (await site.manifest("local/team/app", "1")).digest == new
+        assert await site.blob("local/team/app", str(Digest.of(b"newer"))) == b"newer"
 
 
 async def test_immutable_tags_stay(at: Opened, bundle: Path) -> None:

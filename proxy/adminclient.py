@@ -13,7 +13,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -28,6 +28,7 @@ from proxy.tls import pinned
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+    from proxy.composition import Composition
     from proxy.operations import Operations
 
 T = TypeVar("T")
@@ -255,28 +256,43 @@ async def _listens(url: URL, must: bool) -> bool:
 
 @asynccontextmanager
 async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
+    tried = f"nobody listens at {asked}, and " if asked else ""
+    async with composed(config, make, tried) as composition:
+        from proxy.live import Everyone
+        from proxy.operations import Operations
+
+        # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
+        operations = Operations(composition, Everyone(composition.live, None))
+        try:
+            yield operations
+        finally:
+            await operations.close()
+
+
+@asynccontextmanager
+async def composed(config: Config, make: bool = False, tried: str = "") -> AsyncIterator[Composition]:
+    """All that stands on the directory, whether a server uses that as well or not.
+
+    With `make`, a directory that is not there is made; else that is said, after what was `tried`.  What is
+    raised within comes out of the block as Failed.
+    """
     root = config.disk.path
     try:
         there = any((root / kind).is_dir() for kind in ("cache", "private"))
     except OSError as error:
         raise Failed(f"{root}: {error.strerror}", "DENIED") from error
     if not there and not make:  # to look for it must not make it
-        tried = f"nobody listens at {asked}, and " if asked else ""
         raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
     from proxy.asking import BadField
     from proxy.composition import Composition
-    from proxy.live import Everyone
-    from proxy.operations import Operations
     from storage.errors import RegistryError
 
     try:
-        async with AsyncExitStack() as closing:
-            composition = Composition(config)
-            closing.push_async_callback(composition.close)
-            # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
-            operations = Operations(composition, Everyone(composition.live, None))
-            closing.push_async_callback(operations.close)
-            yield operations
+        composition = Composition(config)
+        try:
+            yield composition
+        finally:
+            await composition.close()
     except BadField as error:
         raise Failed(str(error), "FIELD_INVALID", usage=True) from error
     except RegistryError as error:

@@ -392,7 +392,8 @@ class Cache(Registry):
         age = self._clock() - known.validated_at if known else 0.0
         ttl = self._policy.fresh_for("") - age
         if self._offline:
-            seen: list[T] = known.value if known else await self._seen(local, name)
+            # What was carried in, or warmed, since it was listed is served: so it is to be seen.
+            seen = _merged(known.value if known else [], await self._seen(local, name))
             if known is None and not seen:
                 self._ask_allowed(key)
             current().came("hit", age)
@@ -482,3 +483,14 @@ class Cache(Registry):
     async def close(self) -> None:
         await self._flights.close()
         await self._origin.close()
+
+
+def _merged(listed: list[T], seen: list[T]) -> list[T]:
+    """Of tags, in their order, or of descriptors as JSON, which are told apart by their digests."""
+
+    def named(each: Any) -> str:
+        return str(each["digest"] if isinstance(each, dict) else each)
+
+    names = {named(each) for each in listed}
+    more = [each for each in seen if named(each) not in names]
+    return sorted([*listed, *more], key=named) if more else listed

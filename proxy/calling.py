@@ -6,21 +6,26 @@ Exit status: 0; 1 for what cannot be done, or is not there; 2 for what was asked
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias
 
 import click
 import msgspec
 import structlog
 
 from proxy import telemetry
-from proxy.adminclient import Failed, Reached, reach
-from proxy.config import ConfigError, load
+from proxy.adminclient import Failed, Reached, composed, reach
+from proxy.config import Config, ConfigError, load
 from proxy.console import Table, write
+
+if TYPE_CHECKING:
+    from proxy.composition import Composition
 
 P = ParamSpec("P")
 
@@ -54,10 +59,25 @@ class Call:
             self._fail(failed)
 
     async def _run(self, work: Callable[[Reached], Awaitable[None]], make: bool) -> None:
-        config = load(self.path)
-        quiet(config.log.format)
+        config = self._configured()
         async with reach(config, self.server, self.token, self.ca_file, make=make) as operations:
             await work(operations)
+
+    def run_here(self, work: Callable[[Composition], Awaitable[None]], *, make: bool = False) -> None:
+        """The same for what works on the directory, whether a server runs on it or not."""
+
+        async def run() -> None:
+            config = self._configured()
+            _check_user(config)
+            async with composed(config, make) as composition:
+                await work(composition)
+
+        self.alone(run)
+
+    def _configured(self) -> Config:
+        config = load(self.path)
+        quiet(config.log.format)
+        return config
 
     def ask(self, question: Callable[[Reached], Awaitable[Any]], view: View) -> None:
         """Print what the answer looks like."""
@@ -79,6 +99,18 @@ class Call:
         else:
             click.echo(f"entrepot: {failed}", err=True)
         sys.exit(failed.status)
+
+
+def _check_user(config: Config) -> None:
+    """What root makes its owner, the server's user, could not use.  Raises Failed."""
+    with suppress(FileNotFoundError):
+        owner = config.disk.path.stat().st_uid
+        if os.geteuid() == 0 and owner != 0:
+            raise Failed(
+                f"{config.disk.path} belongs to another user, {owner}: run it as that one,"
+                f" such as by setpriv --reuid={owner} --clear-groups",
+                "DENIED",
+            )
 
 
 _OPTIONS = {

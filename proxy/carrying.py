@@ -13,7 +13,7 @@ import click
 
 from proxy import answers
 from proxy.adminclient import Failed
-from proxy.calling import Call, local, lone, read
+from proxy.calling import Call, lone, read
 from proxy.console import Column, Table, plural, size
 from proxy.values import parse_count, parse_platform
 
@@ -103,30 +103,15 @@ def copy(call: Call, sources: tuple[str, ...], destination: str, **options: Any)
     call.alone(work)
 
 
-@click.command("import")
-@click.option(
-    "--from-registry-dir",
-    "directory",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="DIRECTORY",
-    help="What Distribution's configuration names as rootdirectory, such as /var/lib/registry.",
-)
-@click.option("--namespace", metavar="NAME", help="Where it goes; needed where several have a store.")
-@click.option("--match", default="*", metavar="GLOB", help="Only repositories that match.")
-@click.option("--dry-run", is_flag=True, help="Say what would be taken; blobs are not read.")
-@local
-def import_(call: Call, directory: Path | None, namespace: str | None, match: str, dry_run: bool) -> None:
-    """Take over what another registry holds on this machine's disk.
-
-    What is damaged there is told and left out; then the exit status is 1. Called again, it takes what is new.
-    """
-    if directory is None:
-        raise click.UsageError("say from where: --from-registry-dir DIRECTORY")
+def take_over(call: Call, directory: Path, namespace: str | None, match: str, dry_run: bool) -> None:
+    """What another registry holds on this machine's disk: `import --from-registry-dir`."""
 
     async def work() -> None:
-        from proxy.landing import take_over
+        from proxy import landing
 
-        found = await take_over(call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json)
+        found = await landing.take_over(
+            call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json
+        )
         call.print(found, imported)
         if found.damaged:
             raise Failed(f"{len(found.damaged)} damaged or missing; all else was taken", "DAMAGED")
@@ -182,4 +167,4 @@ def imported(found: answers.Imported, now: float) -> list[Table]:
     return tables
 
 
-COMMANDS = (copy, import_)
+COMMANDS = (copy,)

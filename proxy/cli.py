@@ -15,7 +15,7 @@ import click
 import structlog
 from yarl import URL
 
-from proxy import carrying, commands, preparing, telemetry
+from proxy import bundling, carrying, commands, preparing, telemetry
 from proxy.config import DOCKER_HUB, Config, ConfigError, load
 from proxy.doctor.command import doctor
 from proxy.listening import StartError
@@ -40,7 +40,14 @@ def main() -> None:
     """A pull-through cache for OCI registries, and a small private registry."""
 
 
-for each in (*commands.COMMANDS, *preparing.COMMANDS, *carrying.COMMANDS, setup, doctor):
+for each in (
+    *commands.COMMANDS,
+    *preparing.COMMANDS,
+    *carrying.COMMANDS,
+    *bundling.COMMANDS,
+    setup,
+    doctor,
+):
     main.add_command(each)
 
 

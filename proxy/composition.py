@@ -153,7 +153,7 @@ class Composition:
         self._closing.push_async_callback(teller.close)
         return teller
 
-    async def _tag_moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+    async def tag_moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         """In a cache."""
         self.recorder.moved(repository, tag, old, new)
         if self.teller is not None:
@@ -233,7 +233,7 @@ class Composition:
         )
         self.upstreams[name] = origins[-1]
         origin = origins[0] if len(origins) == 1 else Failover(origins, self.clock)
-        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self._tag_moved, self.drill)
+        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill)
         self._closing.push_async_callback(cache.close)
         return cache
 

@@ -33,7 +33,7 @@ from storage.oci import (
     Tag,
     parse_manifest,
 )
-from storage.records import Batch
+from storage.records import Batch, Records
 from storage.registry import Blob, Moved, Registry, Upload, everything
 from storage.store import Store
 
@@ -176,11 +176,8 @@ class Hosted(Registry):
                 self._check_complete(batch, name, content)
             moved.clear()
             for tag in pushed:
-                former = (batch.get(f"tag {name} {tag}") or b"").partition(b" ")[0].decode("utf-8", "replace")
-                if former not in ("", digest):
-                    self._check_mutable(repository, tag)
-                    moved[tag] = Digest(former)
-                    self._leases.left(batch, name, former)
+                if (former := self.retag(batch, repository, tag, digest)) is not None:
+                    moved[tag] = former
 
         descriptor = await self._store.push_manifest(name, reference, manifest, tags, allowed)
         if self._moved is not None:
@@ -222,6 +219,27 @@ class Hosted(Registry):
                 f"{name} lacks {len(lacking)} of the blobs and manifests that it names: push them first",
                 missing=list(dict.fromkeys(lacking))[:_LACKING],
             )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a manifest may name what is not here."""
+        return self._rules.sparse
+
+    def check_tag(self, records: Records | Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
+        """What the tag is, if it is something else than `digest`.  Raises Denied where it is to stay that."""
+        record = records.get(f"tag {self._full(repository)} {tag}") or b""
+        former = record.partition(b" ")[0].decode("utf-8", "replace")
+        if former in ("", digest):
+            return None
+        self._check_mutable(repository, tag)
+        return Digest(former)
+
+    def retag(self, batch: Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
+        """check_tag() for who moves it in this transaction: what it was is leased."""
+        former = self.check_tag(batch, repository, tag, digest)
+        if former is not None:
+            self._leases.left(batch, self._full(repository), former)
+        return former
 
     def _check_mutable(self, repository: str, tag: Tag) -> None:
         if any(each.fullmatch(tag) for each in self._rules.immutable):

@@ -15,6 +15,8 @@
     ├── BlobUploadInvalid          BLOB_UPLOAD_INVALID        400
     │   └── UploadStalled          BLOB_UPLOAD_INVALID        408   its bytes stopped coming
     ├── SizeInvalid                SIZE_INVALID               400
+    ├── ArchiveInvalid             ARCHIVE_INVALID            422   what is to be imported is damaged, or none
+    ├── Incomplete                 INCOMPLETE                 409   not all that is to be exported is here
     ├── RangeInvalid               RANGE_INVALID              416
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
@@ -122,6 +124,14 @@ class UploadStalled(BlobUploadInvalid):
 
 class SizeInvalid(RegistryError):
     code, status = "SIZE_INVALID", 400
+
+
+class ArchiveInvalid(RegistryError):
+    code, status = "ARCHIVE_INVALID", 422
+
+
+class Incomplete(RegistryError):
+    code, status = "INCOMPLETE", 409
 
 
 class RangeInvalid(RegistryError):

@@ -263,7 +263,11 @@ class Store(Registry):
         """Have them point to manifests that are here, as part of a transaction."""
         now = self._clock()
         for tag, digest in tags.items():
-            batch.put(f"tag {repository} {tag}", f"{digest} {now}".encode())
+            self.put_tag(batch, repository, tag, digest, now)
+
+    def put_tag(self, batch: Batch, repository: str, tag: Tag, digest: Digest, validated_at: float) -> None:
+        """One of them; an origin said so at that time."""
+        batch.put(f"tag {repository} {tag}", f"{digest} {validated_at}".encode())
 
     async def delete_manifest(
         self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None = None

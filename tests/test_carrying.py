@@ -160,7 +160,7 @@ async def test_a_registry_that_does_not_list(upstream: Upstream, destination: Up
         (["copy", "--transfers", "0", "r.example/a", "s.example/c"], "--transfers"),
         (["copy", "--source-credentials", "who", "r.example/a", "s.example/c"], "expected user:password"),
         (["copy", "--auth-file", "/nonexistent", "r.example/a", "s.example/c"], "--auth-file"),
-        (["import"], "say from where: --from-registry-dir"),
+        (["import"], "say from where: ARCHIVE, or --from-registry-dir"),
         (["import", "--from-registry-dir", "/nonexistent"], "does not exist"),
     ],
 )

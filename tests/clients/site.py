@@ -55,22 +55,36 @@ class DockerRegistry:
         self._process.stop()
 
 
+class Gone:
+    """An upstream that nobody reaches."""
+
+    url = "http://127.0.0.1:9"
+
+    def requests(self) -> list[str]:
+        return []
+
+    def stop(self) -> None:
+        pass
+
+
 class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
     What is pushed goes to the namespace `local`, which is also meant by the host `localhost`.  `config` is
     its configuration, `admin` the URL of its admin listener, if it is to have one.  With `tls` it is at
     another address than 127.0.0.1, where docker takes any certificate; `ca` is who has issued its own.
+    `offline` as there.
     """
 
     def __init__(
         self,
-        upstreams: Mapping[str, DockerRegistry],
+        upstreams: Mapping[str, DockerRegistry | Gone],
         directory: Path,
         admin: bool = True,
         access: Mapping[str, Any] = OPEN,
         tls: Mapping[str, str] | None = None,
         ca: Path | None = None,
+        offline: bool = False,
     ):
         self.upstreams = upstreams
         self.ca = ca
@@ -88,6 +102,7 @@ class Site:
                     "tls": tls and dict(tls),
                     "disk": {"path": str(directory / "cache")},
                     "access": access,
+                    "offline": offline,
                     "default_namespace": next(iter(upstreams)),
                     "namespaces": {
                         namespace: {"upstream": {"url": upstream.url}, "fresh_for": "10m"}

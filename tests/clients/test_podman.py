@@ -42,7 +42,7 @@ class Containers:
             'lock_type = "file"\n'  # the default lies in /dev/shm and stays there
             f'tmp_dir = "{home / "tmp"}"\n'
         )
-        self._environment = environment(home, CONTAINERS_CONF=str(configuration))
+        self.environment = environment(home, CONTAINERS_CONF=str(configuration))
 
     def pull(self, *names: str) -> list[Held]:
         """Pull, for linux/amd64, into a storage that holds nothing."""
@@ -50,8 +50,8 @@ class Containers:
         storage = [f"--root={directory}/root", f"--runroot={directory}/run", "--storage-driver=vfs"]
         found = []
         for name in names:
-            run([self._program, *storage, "pull", "--quiet", "--arch=amd64", name], self._environment)
-            image = json.loads(run(["podman", *storage, "image", "inspect", name], self._environment))[0]
+            run([self._program, *storage, "pull", "--quiet", "--arch=amd64", name], self.environment)
+            image = json.loads(run(["podman", *storage, "image", "inspect", name], self.environment))[0]
             found.append(Held(image["Digest"], f"sha256:{image['Id']}", tuple(image["RootFS"]["Layers"])))
         return found
 

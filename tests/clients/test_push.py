@@ -77,7 +77,7 @@ class Pushing(Containers):
 
     def work(self, *words: str, program: str = "") -> str:
         storage = [f"--root={self._home}/storage/root", f"--runroot={self._home}/storage/run"]
-        return run([program or self._program, *storage, "--storage-driver=vfs", *words], self._environment)
+        return run([program or self._program, *storage, "--storage-driver=vfs", *words], self.environment)
 
 
 @pytest.mark.parametrize("program", ["podman", "buildah"])

@@ -308,65 +308,6 @@ class Collected(Answer, frozen=True):
     rows: list[CollectedRow]
 
 
-class DamageRow(Answer, frozen=True):
-    """`what` is a digest or a tag of `repository`, or nothing where it is the repository itself."""
-
-    repository: str
-    what: str
-    why: str
-
-
-class Imported(Answer, frozen=True):
-    """What was new; `present` manifests were here already.  Of the blobs `linked` take no room of their own.
-
-    `kept` are tags that were left as they are here.  What is `damaged`, or missing, was not taken, nor what
-    cannot be whole without it.
-    """
-
-    namespace: str
-    repositories: int
-    tags: int
-    manifests: int
-    blobs: int
-    bytes: int
-    linked: int
-    present: int
-    kept: list[DamageRow]
-    damaged: list[DamageRow]
-    seconds: float
-    dry_run: bool
-
-
-Outcome: TypeAlias = Literal["copied", "present", "failed"]
-
-
-class CopyRow(Answer, frozen=True):
-    """`digest` is None where it was not even found, `error` None where it is there now."""
-
-    source: str
-    destination: str
-    digest: str | None
-    outcome: Outcome
-    error: str | None
-
-
-class Copied(Answer, frozen=True):
-    """So many `manifests`, `tags` and `blobs`, of `bytes`, had to come.
-
-    Of the other blobs `mounted` were in another repository of the destination, `present` in the same.
-    """
-
-    images: list[CopyRow]
-    manifests: int
-    tags: int
-    blobs: int
-    bytes: int
-    mounted: int
-    present: int
-    seconds: float
-    dry_run: bool
-
-
 # What would be done
 
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from proxy import answers
+from proxy import receipts
 from proxy.adminclient import Failed
 from proxy.calling import Call, lone, read
 from proxy.console import Column, Table, plural, size
@@ -119,7 +119,7 @@ def take_over(call: Call, directory: Path, namespace: str | None, match: str, dr
     call.alone(work)
 
 
-def copied(found: answers.Copied, now: float) -> list[Table]:
+def copied(found: receipts.Copied, now: float) -> list[Table]:
     """For people."""
     columns = (
         Column("SOURCE", whole=True),
@@ -141,7 +141,7 @@ def copied(found: answers.Copied, now: float) -> list[Table]:
     return [table]
 
 
-def imported(found: answers.Imported, now: float) -> list[Table]:
+def imported(found: receipts.Imported, now: float) -> list[Table]:
     """For people."""
     columns = (Column("REPOSITORY", whole=True), Column("WHAT", digests=True), Column("WHY"))
     tables = []

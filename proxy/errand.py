@@ -12,11 +12,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy.answers import Copied, CopyRow, Outcome
 from proxy.calling import quiet
 from proxy.console import Progress, size
 from proxy.copying import Copying, Route, Rules
 from proxy.places import Item, Place, items, joined
+from proxy.receipts import Copied, CopyRow, Outcome
 from proxy.telemetry import Metrics
 from proxy.transferring import Patience
 from proxy.upstream.channel import Settings

@@ -13,11 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from proxy.adminclient import Failed
-from proxy.answers import DamageRow, Imported
 from proxy.calling import quiet
 from proxy.composition import private_store
 from proxy.config import Config, load
 from proxy.console import Progress, plural, size
+from proxy.receipts import DamageRow, Imported
 from storage.distribution import Layout
 from storage.errors import StorageFailed
 from storage.intake import Intake, Stopped

@@ -23,7 +23,7 @@ from proxy.fills import Fills
 from proxy.limits import Turns
 from proxy.live import Everyone, FillState, Live, UpstreamState, serve_live
 from proxy.telemetry import Metrics
-from proxy.upstream import client
+from proxy.upstream import channel, client
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover
 from proxy.upstream.health import FAILURES
@@ -82,7 +82,7 @@ async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterat
         closing.push_async_callback(store.close)
         fills = Fills(store, metrics, turns, backoff=0, clock=clock)
         origins = [
-            client.Upstream("up", client.Settings(url, connect), credentials, metrics, clock)
+            client.Upstream("up", channel.Settings(url, connect), credentials, metrics, clock)
             for url in urls or (upstream.url,)
         ]
         origin: Registry = origins[0] if len(origins) == 1 else Failover(origins, clock)

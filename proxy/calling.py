@@ -21,8 +21,9 @@ import structlog
 
 from proxy import telemetry
 from proxy.adminclient import Failed, Reached, composed, reach
-from proxy.config import Config, ConfigError, load
+from proxy.config import Config
 from proxy.console import Table, write
+from proxy.loading import ConfigError, load
 
 if TYPE_CHECKING:
     from proxy.composition import Composition

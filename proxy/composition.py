@@ -13,8 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from proxy.cache import Cache, Policy
-from proxy.config import Config, Hosting, Login, Namespace
-from proxy.config import Upstream as UpstreamKeys
+from proxy.config import Config, Hosting, Namespace
 from proxy.drill import Drill
 from proxy.fills import Fills
 from proxy.freshness import Freshener
@@ -31,6 +30,8 @@ from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
 from proxy.upstream.failover import Failover
+from proxy.upstream.section import Login
+from proxy.upstream.section import Upstream as UpstreamKeys
 from proxy.upstream.transport import Connect
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.teller import Teller

@@ -15,8 +15,9 @@ from pathlib import Path
 from proxy.adminclient import Failed
 from proxy.calling import quiet
 from proxy.composition import private_store
-from proxy.config import Config, load
+from proxy.config import Config
 from proxy.console import Progress, plural, size
+from proxy.loading import load
 from proxy.receipts import DamageRow, Imported
 from storage.distribution import Layout
 from storage.errors import StorageFailed

@@ -6,7 +6,7 @@ import os
 import socket
 
 from proxy.config import Config
-from proxy.values import Address
+from proxy.hosts import Address
 
 BACKLOG = 1024  # connections that may wait to be accepted
 

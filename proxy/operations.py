@@ -38,7 +38,6 @@ from proxy.answers import (
 )
 from proxy.asking import BadField, literal
 from proxy.composition import Composition
-from proxy.config import Webhook
 from proxy.drills import Drills
 from proxy.freshness import refresh
 from proxy.inventory import WILD, Inventory, merged
@@ -47,6 +46,7 @@ from proxy.preparations import Preparations
 from proxy.purging import Purging
 from proxy.reasons import Reasons
 from proxy.webhooks.queue import Queue
+from proxy.webhooks.section import Webhook
 from storage import collect
 from storage.collect import Collection
 from storage.errors import NameUnknown, RegistryError, Unsupported

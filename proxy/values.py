@@ -6,25 +6,15 @@ Each parser takes what YAML gave, and raises ValueError with the cause, in half 
 from __future__ import annotations
 
 import fnmatch
-import ipaddress
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-_NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?")
-_HOST = re.compile(rf"{_NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
-_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", re.ASCII)
-_AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
-_URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
-_PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
-_REALM = re.compile(rf"https?://{_AUTHORITY}(?:/[^\s\"\\#]*)?", re.ASCII)
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
 _LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
-_TARGET = re.compile(rf"https?://{_AUTHORITY}(?:[/?][!-~]*)?")
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 _OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
 _TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)
@@ -34,8 +24,6 @@ _UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
 _SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
 
-Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-
 
 class Secret(str):
     """A str that `repr` does not show."""
@@ -44,25 +32,6 @@ class Secret(str):
 
     def __repr__(self) -> str:
         return "'***'"
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen.  `host` "" is every address of the machine, `port` 0 any free one."""
-
-    host: str
-    port: int
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine reaches it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +81,6 @@ def parse_flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"expected true or false, got {kind_of(value)}")
     return value
-
-
-def parse_address(value: object) -> Address:
-    """`host:port`, `[::1]:port`, or `:port` for every address."""
-    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if not found or int(found[3]) > 65535:
-        raise ValueError("expected host:port in quotes, such as '127.0.0.1:5000', '[::1]:5000' or ':5000'")
-    if found[1]:
-        ipaddress.IPv6Address(found[1])
-    return Address(found[1] or found[2], int(found[3]))
-
-
-def parse_admin(value: object) -> Address | None:
-    """As parse_address, or None for `off`, which YAML reads as false."""
-    return None if value is False or value == "off" else parse_address(value)
 
 
 def parse_duration(value: object) -> float:
@@ -293,24 +247,6 @@ def parse_where(value: object) -> re.Pattern[str]:
     return parse_pattern(text)
 
 
-def parse_network(value: object) -> Network:
-    """An address, or a range of them in CIDR notation."""
-    text = parse_text(value)
-    try:
-        return ipaddress.ip_network(text)
-    except ValueError as error:
-        hint = ": its last bits must be 0" if "host bits" in str(error) else ""
-        raise ValueError(f"expected an address or a range such as 10.0.0.0/8 or fd00::/8{hint}") from None
-
-
-def parse_realm(value: object) -> str:
-    """Where a token server is; a URL that stands in a header between quotes."""
-    text = parse_text(value)
-    if not _REALM.fullmatch(text):
-        raise ValueError("expected the URL of a token server, such as https://auth.example/token")
-    return text
-
-
 def parse_quotable(value: object) -> str:
     """Text that stands in a header between quotes."""
     text = parse_text(value)
@@ -326,72 +262,11 @@ def parse_path(value: object) -> Path:
     return Path(text)
 
 
-def parse_name(value: object) -> str:
-    """A namespace's name: a host, with a port where it has one, or a plain word."""
-    text = parse_text(value)
-    if not _NAME.fullmatch(text):
-        raise ValueError("expected a host, with or without :port, or a plain word, in lower case")
-    return text
-
-
-def parse_host(value: object) -> str:
-    text = parse_text(value)
-    if not _HOST.fullmatch(text):
-        raise ValueError("expected a host, with or without :port, in lower case")
-    return text
-
-
-def parse_url(value: object) -> str:
-    """Where a registry is; without a slash at its end."""
-    text = parse_text(value)
-    if not text.startswith(("https://", "http://")):
-        raise ValueError("must begin with https:// or http://")
-    if "@" in text:
-        raise ValueError("must hold no user name: use the keys username and password")
-    if "?" in text or "#" in text:
-        raise ValueError("must hold no query and no fragment")
-    if not _has_authority(_URL.fullmatch(text)):
-        raise ValueError("expected https://host, https://host:port or https://host/path")
-    text = text.removesuffix("/")
-    if text.endswith("/v2"):
-        raise ValueError("leave /v2 out: it is added to every request")
-    return text
-
-
-def parse_urls(value: object) -> tuple[str, ...]:
-    """Where a registry is, and where else: a URL, or a list of them in the order to try."""
-    if not isinstance(value, list):
-        return (parse_url(value),)
-    if not value:
-        raise ValueError("names none")
-    urls: list[str] = []
-    for number, each in enumerate(value):
-        try:
-            urls.append(parse_url(each))
-        except ValueError as error:
-            raise ValueError(f"[{number}]: {error}") from None
-    if len(set(urls)) < len(urls):
-        raise ValueError("names one twice")
-    return tuple(urls)
-
-
 def parse_label(value: object) -> str:
     """A name that somebody gives to something of his own."""
     text = parse_text(value)
     if not _LABEL.fullmatch(text) or len(text) > 63:
         raise ValueError("expected a word in lower case, of letters, digits, '.', '_' and '-'")
-    return text
-
-
-def parse_target(value: object) -> Secret:
-    """Where to POST to; a Secret because many a receiver knows its callers by path or query."""
-    text = parse_secret(value)
-    if not text.startswith(("https://", "http://")):
-        raise ValueError("must begin with https:// or http://")
-    if "@" in text.partition("//")[2].partition("/")[0]:
-        raise ValueError("must hold no user name: send an Authorization header (headers)")
-    if "#" in text or not _has_authority(_TARGET.fullmatch(text)):
-        raise ValueError("expected https://host, https://host:port/path or https://host/path?query")
     return text
 
 
@@ -424,14 +299,6 @@ def parse_reserve(value: object) -> Reserve:
     return Reserve(percent=int(found[1])) if found[2] else Reserve(requests=int(found[1]))
 
 
-def parse_proxy(value: object) -> Secret:
-    """A Secret because `http://user:password@host:port` is allowed."""
-    text = parse_secret(value)
-    if not _has_authority(_PROXY.fullmatch(text)):
-        raise ValueError("expected http://host:port or http://user:password@host:port")
-    return text
-
-
 def parse_secret(value: object) -> Secret:
     return Secret(parse_text(value))
 
@@ -448,21 +315,6 @@ def parse_helper(value: object) -> str:
     if not _HELPER.fullmatch(text):
         raise ValueError("expected what follows docker-credential- in the program's name, such as ecr-login")
     return text
-
-
-def _has_authority(found: re.Match[str] | None) -> bool:
-    """Whether a URL's host and port, groups 1 (IPv6) and 2, are possible ones.  Raises ValueError."""
-    if not found:
-        return False
-    if found[1]:
-        ipaddress.IPv6Address(found[1])
-    return not found[2] or 0 < int(found[2]) < 65536
-
-
-def without_port(name: str) -> str:
-    """A host's name as it is compared: without the ports that are the schemes' own."""
-    host, _, port = name.rpartition(":")
-    return host if port in ("443", "80") else name
 
 
 def kind_of(value: object) -> str:

@@ -32,10 +32,11 @@ from typing import BinaryIO
 import structlog
 from prometheus_client import multiprocess
 
-from proxy.config import Config, ConfigError
+from proxy.config import Config
+from proxy.hosts import Address
 from proxy.listening import StartError, bind
+from proxy.loading import ConfigError
 from proxy.tls import Certificates
-from proxy.values import Address
 
 log = structlog.get_logger()
 

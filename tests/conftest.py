@@ -15,7 +15,8 @@ from structlog.testing import LogCapture
 
 from proxy import cache
 from proxy.app import App
-from proxy.config import Config, load
+from proxy.config import Config
+from proxy.loading import load
 from tests.authority import Authority
 from tests.upstream import Upstream
 

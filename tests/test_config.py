@@ -11,26 +11,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.config import (
-    TLS,
-    WELL_KNOWN,
-    Access,
-    AccessRule,
-    Config,
-    ConfigError,
-    Disk,
-    Log,
-    Login,
-    Namespace,
-    TagRule,
-    TokenService,
-    Upstream,
-    WarmRule,
-    Webhook,
-    default_cache_directory,
-    load,
-)
-from proxy.values import Address, Reserve, Secret, parse_duration
+from proxy.access.section import Access, AccessRule, TokenService
+from proxy.config import TLS, Config, Disk, Log, Namespace, TagRule, WarmRule, default_cache_directory
+from proxy.hosts import Address
+from proxy.loading import ConfigError, load
+from proxy.upstream.section import Login, Upstream
+from proxy.values import Reserve, Secret, parse_duration
+from proxy.webhooks.section import Webhook
+from proxy.wellknown import WELL_KNOWN
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.yml"

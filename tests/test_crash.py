@@ -31,7 +31,7 @@ SERVER = """
 import asyncio, sys, threading
 from pathlib import Path
 from proxy.app import App
-from proxy.config import load
+from proxy.loading import load
 from proxy import telemetry
 from proxy.web import pushing
 from storage import files, records

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from proxy.access.rules import ACTIONS, Action, Grant, Principal, Rule, Rules, of_stores
-from proxy.values import parse_network, parse_where, parse_who
+from proxy.hosts import parse_network
+from proxy.values import parse_where, parse_who
 
 ANYBODY = Principal()
 HERE = Principal(address=ipaddress.ip_address("127.0.0.1"))

@@ -14,7 +14,6 @@ import pytest
 import trustme
 from structlog.testing import LogCapture
 
-from proxy.config import Webhook
 from proxy.listening import StartError
 from proxy.telemetry import Metrics
 from proxy.values import Secret
@@ -22,6 +21,7 @@ from proxy.webhooks import delivery as module
 from proxy.webhooks.delivery import Deliveries
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
+from proxy.webhooks.section import Webhook
 from storage.errors import StorageFailed
 from storage.records import Records
 from tests.conftest import Clock

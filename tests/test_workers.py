@@ -14,9 +14,10 @@ import pytest
 from structlog.testing import LogCapture
 
 from proxy import workers
-from proxy.config import Config, ConfigError
+from proxy.config import Config
+from proxy.hosts import Address
 from proxy.listening import StartError
-from proxy.values import Address
+from proxy.loading import ConfigError
 from proxy.workers import Parent
 
 # A worker that writes one line a life, and answers every connection with its configuration's log level.

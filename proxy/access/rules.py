@@ -15,7 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from proxy.values import Network, Who
+from proxy.hosts import Network
+from proxy.values import Who
 
 Action: TypeAlias = Literal["pull", "push", "delete"]
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -15,10 +15,10 @@ from yarl import URL
 from proxy.config import Config
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.hosts import Address
 from proxy.listening import StartError, bind
 from proxy.setup.site import EVERYWHERE
 from proxy.tls import Certificates
-from proxy.values import Address
 
 PATIENCE = 5.0  # seconds for an answer of our own server
 HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # where to ask who listens everywhere

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from yarl import URL
 
-from proxy.config import Config, ConfigError, load
+from proxy.config import Config
 from proxy.doctor import disk, running, upstreams
 from proxy.doctor.checks import Check, failed, ok
+from proxy.loading import ConfigError, load
 
 
 async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from proxy.config import ConfigError, load
+from proxy.loading import ConfigError, load
 from proxy.setup.placing import Change, Plan, place, plan
 from proxy.setup.renderers import RENDERERS, text
 from proxy.setup.site import Setup, site_of

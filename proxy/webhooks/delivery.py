@@ -30,7 +30,6 @@ import msgspec
 import structlog
 from yarl import URL
 
-from proxy.config import Webhook
 from proxy.listening import StartError
 from proxy.telemetry import Metrics
 from proxy.upstream.health import seconds_until
@@ -38,6 +37,7 @@ from proxy.webhooks import waking
 from proxy.webhooks.formats import Source, render
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Event, Queue, State
+from proxy.webhooks.section import Webhook
 from storage.errors import StorageFailed
 from storage.files import finished
 

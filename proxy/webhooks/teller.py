@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from proxy.config import Webhook
 from proxy.telemetry import Metrics
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
+from proxy.webhooks.section import Webhook
 from storage.errors import StorageFailed
 from storage.files import finished
 from storage.oci import Digest, Tag

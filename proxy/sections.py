@@ -1,0 +1,37 @@
+"""What the sections of the configuration are made of: a Struct each, and kinds of keys.
+
+`Annotated` pairs what the program sees with what reads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from proxy.hosts import parse_host
+from proxy.values import (
+    parse_duration,
+    parse_flag,
+    parse_freshness,
+    parse_keep,
+    parse_path,
+    parse_size,
+    parse_text,
+    parse_timeout,
+)
+
+Text = Annotated[str, parse_text]
+Flag = Annotated[bool, parse_flag]
+File = Annotated[Path, parse_path]
+Host = Annotated[str, parse_host]
+Duration = Annotated[float, parse_duration]
+Timeout = Annotated[float, parse_timeout]
+Freshness = Annotated[float, parse_freshness]
+Keep = Annotated[float, parse_keep]
+Size = Annotated[int, parse_size]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the file.  Durations are in seconds."""

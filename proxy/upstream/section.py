@@ -1,0 +1,82 @@
+"""`upstream:` of a namespace, as it is configured."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from proxy.hosts import parse_proxy, parse_urls
+from proxy.sections import File, Flag, Host, Section, Size, Timeout
+from proxy.values import (
+    Reserve,
+    Secret,
+    parse_count,
+    parse_helper,
+    parse_reserve,
+    parse_secret,
+    parse_username,
+)
+
+
+class Login(Section, frozen=True):
+    """Where a user name and password come from; nothing given is nobody."""
+
+    username: Annotated[str, parse_username] | None = None
+    password: Annotated[Secret, parse_secret] | None = None
+    password_file: File | None = None
+    docker_config: File | None = None
+    credential_helper: Annotated[str, parse_helper] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.sources()
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} each say where the password comes from: keep one of them"
+            )
+        if self.username is None and given and given[0] in ("password", "password_file"):
+            raise ValueError(f"{given[0]} needs username")
+        if self.username is not None and (not given or given[0] not in ("password", "password_file")):
+            raise ValueError("username needs password or password_file")
+
+    def sources(self) -> list[str]:
+        """The keys given of those that say where the password comes from."""
+        keys = ("password", "password_file", "docker_config", "credential_helper")
+        return [each for each in keys if getattr(self, each) is not None]
+
+
+class Upstream(Login, frozen=True, kw_only=True):
+    """How to reach a registry.  `url` holds at least one; each is asked with all else that is said here."""
+
+    url: Annotated[tuple[str, ...], parse_urls]
+    credentials: tuple[Login, ...] = ()
+    reserve: Annotated[Reserve, parse_reserve] = Reserve(percent=10)
+    token_realms: tuple[Host, ...] = ()
+    ca_file: File | None = None
+    client_certificate: File | None = None
+    client_key: File | None = None
+    proxy: Annotated[Secret, parse_proxy] | None = None
+    plain_http: Flag = False
+    private_redirects: Flag = False
+    insecure_skip_verify: Flag = False
+    connect_timeout: Timeout = 3.0
+    header_timeout: Timeout = 10.0
+    progress_timeout: Timeout = 60.0
+    max_fills: Annotated[int, parse_count] = 32
+    bandwidth: Size | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.credentials and (given := self.sources()):
+            raise ValueError(f"{given[0]} and credentials each say who we are: keep one of them")
+        for number, login in enumerate(self.credentials):
+            if not login.sources():
+                raise ValueError(f"credentials[{number}] gives none")
+        if self.client_key and not self.client_certificate:
+            raise ValueError("client_key needs client_certificate")
+
+    def allows_http(self, url: str) -> bool:
+        """Whether the upstream at `url`, one of ours, may send us on to http."""
+        return self.plain_http or url.startswith("http://")
+
+    def logins(self) -> tuple[Login, ...]:
+        """At least one."""
+        return self.credentials or (self,)

@@ -1,0 +1,50 @@
+"""`webhooks:` of the configuration."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import msgspec
+
+from proxy.hosts import parse_target
+from proxy.sections import File, Keep, Section, Timeout
+from proxy.values import Secret, parse_fields, parse_label, parse_pattern, parse_secret
+
+
+class Webhook(Section, frozen=True):
+    """Who is told of what happens: see docs/events.md.
+
+    `match` are patterns of full names, `media_types` of media types; none stands for all.
+    """
+
+    name: Annotated[str, parse_label]
+    url: Annotated[Secret, parse_target]
+    format: Literal["registry", "cloudevents"] = "registry"
+    actions: tuple[Literal["push", "pull", "delete", "mount", "move"], ...] = (
+        "push",
+        "delete",
+        "mount",
+        "move",
+    )
+    match: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    media_types: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    headers: Annotated[dict[str, Secret], parse_fields] = msgspec.field(default_factory=dict)
+    secret: Annotated[Secret, parse_secret] | None = None
+    ca_file: File | None = None
+    timeout: Timeout = 5.0
+    backoff: Timeout = 1.0
+    backoff_limit: Timeout = 60.0
+    keep: Keep = 604800.0
+
+    def wants(self, action: str, repository: str, media_type: str) -> bool:
+        """`media_type` is "" where none is known; that keeps nothing away."""
+        return (
+            action in self.actions
+            and _any(self.match, repository)
+            and (not media_type or _any(self.media_types, media_type))
+        )
+
+
+def _any(patterns: tuple[re.Pattern[str], ...], text: str) -> bool:
+    return not patterns or any(each.fullmatch(text) for each in patterns)

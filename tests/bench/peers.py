@@ -76,7 +76,7 @@ class Process:
 
 
 class Peer:
-    """A pull-through cache of what `upstream` (a URL) serves, empty at first."""
+    """A pull-through cache of what `upstream` (a URL) serves, empty at first; without one, a registry."""
 
     name: str
 
@@ -136,7 +136,7 @@ class DockerRegistry(Peer):
                 "cache": {"blobdescriptor": "inmemory"},
             },
             "http": {"addr": f"127.0.0.1:{self.port}"},
-            "proxy": {"remoteurl": upstream},
+            **({"proxy": {"remoteurl": upstream}} if upstream else {}),
         }
         file = directory / "config.yml"
         file.write_text(yaml.safe_dump(configuration))

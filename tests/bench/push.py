@@ -24,7 +24,7 @@ import click
 import yaml
 
 from tests.bench.clients import BenchError
-from tests.bench.peers import Peer
+from tests.bench.peers import DockerRegistry, Peer
 
 MIB = 1 << 20
 REPOSITORY = "local/bench/app"
@@ -42,34 +42,11 @@ class Entrepot(Peer):
             "admin": "off",
             "disk": {"path": str(directory / "disk")},
             "namespaces": {"local": {"store": {}}},
-            **OPEN,
+            "access": {"rules": [{"who": ["anonymous"], "may": ["pull", "push"]}]},
         }
         file = directory / "config.yml"
         file.write_text(yaml.safe_dump(configuration))
         return [sys.executable, "-m", "proxy", "serve", "--config", str(file)]
-
-
-class DockerRegistry(Peer):
-    """With its descriptor cache in memory and its request log off: at its fastest."""
-
-    name = "docker-registry"
-
-    def configure(self, directory: Path, upstream: str) -> list[str]:
-        configuration = {
-            "version": 0.1,
-            "log": {"level": "error", "accesslog": {"disabled": True}},
-            "storage": {
-                "filesystem": {"rootdirectory": str(directory / "disk")},
-                "cache": {"blobdescriptor": "inmemory"},
-            },
-            "http": {"addr": f"127.0.0.1:{self.port}"},
-        }
-        file = directory / "config.yml"
-        file.write_text(yaml.safe_dump(configuration))
-        return ["docker-registry", "serve", str(file)]
-
-
-OPEN: dict[str, object] = {"access": {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]}}
 
 
 class Client:

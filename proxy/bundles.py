@@ -25,7 +25,6 @@ from storage.archive import Archive, open_archive, read
 from storage.bundle import CONTENTS, Base, Contents
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, RegistryError, StorageFailed
 from storage.exporting import Sink, write
-from storage.files import finished
 from storage.gathering import Gathering, Plan, Wanted
 from storage.importing import Bound, Importing
 from storage.layout import Layout, Root, read_layout
@@ -34,6 +33,7 @@ from storage.pins import Pin
 from storage.records import Batch, Records
 from storage.store import Store
 from storage.taking import Moved, Place, Taking
+from storage.waiting import finished
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
-from storage.files import FileBlob
+from storage.growing import FileBlob
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.registry import Blob, Moved, Registry
 from storage.store import Store

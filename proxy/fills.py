@@ -30,7 +30,7 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
-from storage.files import FileUpload
+from storage.growing import FileUpload
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob
 from storage.store import Store

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from proxy.telemetry import Metrics
 from storage.errors import DigestInvalid, StorageFailed
-from storage.files import CHUNK, FileBlob
+from storage.growing import CHUNK, FileBlob
 from storage.oci import Descriptor, Span
 from storage.registry import Blob, Registry
 

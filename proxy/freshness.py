@@ -26,7 +26,6 @@ from storage.errors import (
     TagInvalid,
     Unsupported,
 )
-from storage.files import finished
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.pins import (
     Pin,
@@ -39,6 +38,7 @@ from storage.pins import (
     walk,
 )
 from storage.store import Store
+from storage.waiting import finished
 
 log = structlog.get_logger()
 

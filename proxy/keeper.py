@@ -19,8 +19,8 @@ from proxy.readiness import Readiness
 from proxy.warming import Schedule, Warmer
 from proxy.webhooks.delivery import Deliveries
 from storage.errors import RegistryError, StorageFailed
-from storage.files import finished
 from storage.oci import Digest
+from storage.waiting import finished
 
 log = structlog.get_logger()
 

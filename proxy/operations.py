@@ -51,11 +51,11 @@ from storage import collect
 from storage.collect import Collection
 from storage.errors import NameUnknown, RegistryError, Unsupported
 from storage.eviction import Report
-from storage.files import finished
 from storage.oci import Digest
 from storage.pins import Pin, walk
 from storage.scrub import Heal, Progress, Scrub
 from storage.usage import Counters
+from storage.waiting import finished
 
 log = structlog.get_logger()
 

@@ -15,7 +15,7 @@ from proxy.live import Everyone
 from proxy.readiness import Readiness
 from proxy.warming import Warmer
 from storage.errors import Unsupported
-from storage.files import finished
+from storage.waiting import finished
 
 
 class Preparations:

@@ -26,8 +26,8 @@ from proxy.limits import several
 from proxy.namespaces import Namespaces
 from proxy.readiness import Readiness
 from storage.errors import RegistryError, Unsupported
-from storage.files import finished
 from storage.records import Records
+from storage.waiting import finished
 
 log = structlog.get_logger()
 

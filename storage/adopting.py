@@ -15,8 +15,10 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from storage.disk import sync
 from storage.errors import DigestInvalid
-from storage.files import CHUNK, Files, sync
+from storage.files import Files
+from storage.growing import CHUNK
 from storage.oci import Digest
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import structlog
 
 from storage.errors import StorageFailed
+from storage.oci import Digest
 
 log = structlog.get_logger()
 
@@ -51,6 +52,24 @@ def _cause(error: BaseException | None) -> str:
 def may_pass(error: StorageFailed) -> bool:
     """Whether it is of a kind that ends without anybody's changing the configuration."""
     return isinstance(error.__cause__, sqlite3.Error) or _cause(error.__cause__) in _PASSING
+
+
+@contextmanager
+def translated(what: Path | Digest) -> Iterator[None]:
+    """Around what tells nothing of the disk: an OSError is the caller's alone.  Raises StorageFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(f"{what}: {error.strerror or error}") from error
+
+
+def sync(directory: Path) -> None:
+    """Have the disk keep the names in it."""
+    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @dataclass(slots=True)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
-from storage.files import finished
 from storage.oci import Digest
 from storage.records import Batch
 from storage.store import Store
+from storage.waiting import finished
 
 RENEWED, HELD = 0.5, 1.5  # times the grace
 

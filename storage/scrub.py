@@ -38,11 +38,12 @@ from pathlib import Path
 import structlog
 
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
-from storage.files import KIND, finished
+from storage.files import KIND
 from storage.oci import Digest
 from storage.records import Batch
 from storage.store import Store
 from storage.tree import Reading, directories, look, thin
+from storage.waiting import finished
 
 log = structlog.get_logger()
 

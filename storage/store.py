@@ -38,7 +38,8 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
-from storage.files import FileBlob, Files, FileUpload
+from storage.files import Files
+from storage.growing import FileBlob, FileUpload
 from storage.oci import (
     OCTETS,
     Descriptor,

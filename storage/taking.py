@@ -21,11 +21,12 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
-from storage.files import CHUNK, FileUpload, finished
+from storage.growing import CHUNK, FileUpload
 from storage.layout import Layout
 from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag
 from storage.records import Batch, Records
 from storage.store import Store
+from storage.waiting import finished
 
 T = TypeVar("T")
 BATCH = 500  # records in a transaction: nobody else can write while it lasts

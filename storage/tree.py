@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.errors import DigestInvalid
-from storage.files import CHUNK
+from storage.growing import CHUNK
 from storage.oci import Digest
 
 ASIDE_BYTES = 1 << 30  # that what was set aside has together, but for the newest

@@ -35,7 +35,7 @@ COMMAND = """
 import sys, threading
 from pathlib import Path
 from proxy.cli import main
-from storage import exporting, files, records, store
+from storage import exporting, files, growing, records, store
 
 def stop(place, name, when):
     real = getattr(place, name)
@@ -54,7 +54,7 @@ if step == "before a blob":
 elif step == "before the name":
     stop(Path, "rename", lambda path, target: True)
 elif step == "within a blob":
-    stop(files.FileUpload, "_append", lambda upload, batch: upload._written > 4 << 20)
+    stop(growing.FileUpload, "_append", lambda upload, batch: upload._written > 4 << 20)
 elif step == "before the data is safe":
     stop(files.os, "fdatasync", lambda file: files.os.fstat(file).st_size > 1 << 20)
 elif step == "before the links":

@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.errors import BlobUnknown, DigestInvalid, OriginFailed, StorageFailed, Unavailable
-from storage.files import BACKLOG, CHUNK, TOUCH, FileBlob, Files, FileUpload
+from storage.files import TOUCH, Files
+from storage.growing import BACKLOG, CHUNK, FileBlob, FileUpload
 from storage.oci import OCTETS, Descriptor, Digest
 from tests.conftest import Clock
 

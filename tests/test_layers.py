@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up.  Modules of one layer do not know each other.
 LAYERS = (
-    ("storage.errors",),
+    ("storage.errors", "storage.waiting", "storage.locking"),
     ("storage.oci",),
     ("storage.registry", "storage.disk", "storage.tar"),
+    ("storage.growing",),
     ("storage.files", "storage.records", "storage.archive"),
     ("storage.store", "storage.usage", "storage.tree", "storage.bundle"),
     (

@@ -26,7 +26,7 @@ from proxy.telemetry import Metrics
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from storage.errors import Denied
-from storage.files import FileUpload
+from storage.growing import FileUpload
 from storage.oci import Digest, Manifest, Reference
 from storage.registry import Registry
 from tests.conftest import Clock, Serve, Site

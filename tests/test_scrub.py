@@ -15,7 +15,8 @@ from structlog.testing import LogCapture
 from storage import scrub as module
 from storage import tree
 from storage.errors import BlobUnknown, OriginFailed, StorageFailed
-from storage.files import CHUNK, Files
+from storage.files import Files
+from storage.growing import CHUNK
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.records import Records
 from storage.scrub import Heal, Scrub, ScrubReport

@@ -33,9 +33,9 @@ from storage.errors import (
     SizeInvalid,
     UploadStalled,
 )
-from storage.files import undisturbed
 from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag, parse_manifest
 from storage.registry import Registry, Upload
+from storage.waiting import undisturbed
 
 # Bytes; containerd takes no larger one, and the specification wants registries to take 4 MB at least.
 LARGEST_MANIFEST = 4 << 20

@@ -39,7 +39,7 @@ from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Event, Queue, State
 from proxy.webhooks.section import Webhook
 from storage.errors import StorageFailed
-from storage.files import finished
+from storage.waiting import finished
 
 log = structlog.get_logger()
 

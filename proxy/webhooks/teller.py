@@ -20,8 +20,8 @@ from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.section import Webhook
 from storage.errors import StorageFailed
-from storage.files import finished
 from storage.oci import Digest, Tag
+from storage.waiting import finished
 
 log = structlog.get_logger()
 

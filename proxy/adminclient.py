@@ -12,21 +12,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import msgspec
 from yarl import URL
 
-from proxy import answers
+from proxy import answers, receipts
 from proxy.config import Config
 from proxy.listening import StartError
 from proxy.tls import pinned
 
 if TYPE_CHECKING:
-    from aiohttp import ClientSession
+    from aiohttp import ClientResponse, ClientSession
 
     from proxy.composition import Composition
     from proxy.operations import Operations
@@ -123,6 +123,23 @@ class Remote:
     async def end_drill(self) -> answers.Drilling:
         return await self._do(answers.Drilling, "DELETE", "drill")
 
+    async def import_(
+        self, archive: IO[bytes], name: str | None, pin: bool, dry_run: bool
+    ) -> receipts.Landed:
+        """The archive is a tar, plain or compressed by gzip."""
+        query = {"name": name or "", "pin": str(pin).lower(), "dry_run": str(dry_run).lower()}
+        return await self._ask(receipts.Landed, "POST", "import", query, archive, "application/x-tar")
+
+    async def planned(self, wanted: Mapping[str, Any]) -> receipts.Exported:
+        """What an export would come to; `wanted` are the fields of its body."""
+        return await self._do(receipts.Exported, "POST", "export", **wanted, dry_run=True)
+
+    async def export(self, wanted: Mapping[str, Any], write: Callable[[bytes], object]) -> None:
+        """A tar, piece by piece."""
+        async with self._answer("POST", "export", {}, msgspec.json.encode(wanted)) as response:
+            async for piece, _ in response.content.iter_chunks():
+                await asyncio.to_thread(write, piece)
+
     async def collect(self, *, dry_run: bool = False) -> answers.Collected:
         return await self._do(answers.Collected, "POST", "collect", dry_run=dry_run)
 
@@ -140,26 +157,45 @@ class Remote:
         return await self._ask(kind, method, name, {}, msgspec.json.encode(fields))
 
     async def _ask(
-        self, kind: type[T], method: str, name: str, query: Mapping[str, str], body: bytes | None = None
+        self,
+        kind: type[T],
+        method: str,
+        name: str,
+        query: Mapping[str, str],
+        body: bytes | IO[bytes] | None = None,
+        media_type: str = "application/json",
     ) -> T:
+        async with self._answer(method, name, query, body, media_type) as response:
+            content = await response.read()
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Failed(f"{self._url} answers what entrepot does not: {error}", "NOT_UNDERSTOOD") from error
+
+    @asynccontextmanager
+    async def _answer(
+        self,
+        method: str,
+        name: str,
+        query: Mapping[str, str],
+        body: bytes | IO[bytes] | None,
+        media_type: str = "application/json",
+    ) -> AsyncIterator[ClientResponse]:
+        """One that goes well.  What goes wrong while it is read is Failed, too."""
         from aiohttp import ClientError
 
-        headers = self._headers if body is None else {**self._headers, "Content-Type": "application/json"}
+        headers = self._headers if body is None else {**self._headers, "Content-Type": media_type}
         url = (self._url / "api/v1" / name).with_query(query)
         try:
             # The token is for nobody else: no redirect is followed.
             async with self._session.request(
                 method, url, headers=headers, data=body, allow_redirects=False
             ) as response:
-                status, content = response.status, await response.read()
-        except (ClientError, OSError, TimeoutError) as error:
+                if response.status not in (200, 202):
+                    raise _refusal(self._url, response.status, await response.read())
+                yield response
+        except (ClientError, ConnectionError, TimeoutError) as error:
             raise Failed(f"{self._url}: {error or 'no answer'}", "UNREACHABLE") from error
-        if status not in (200, 202):
-            raise _refusal(self._url, status, content)
-        try:
-            return msgspec.json.decode(content, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Failed(f"{self._url} answers what entrepot does not: {error}", "NOT_UNDERSTOOD") from error
 
 
 class _Error(msgspec.Struct):

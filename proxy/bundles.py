@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from proxy.asking import BadField, Reading
 from proxy.asking import platforms as read_platforms
@@ -21,8 +21,8 @@ from proxy.composition import Composition
 from proxy.inventory import WILD, written
 from proxy.receipts import BoundRow, CarriedRow, Exported, LackingRow, Landed
 from storage import bundle
-from storage.archive import Archive, open_archive, read
-from storage.bundle import CONTENTS, Base, Contents
+from storage.archive import Archive, open_archive, open_spooled, read
+from storage.bundle import CONTENTS, Base, Contents, encode
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, RegistryError, StorageFailed
 from storage.exporting import Sink, write
 from storage.gathering import Gathering, Plan, Wanted
@@ -48,19 +48,26 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Earlier:
+    """A bundle that was made before: what it is called, and its entrepot.json."""
+
+    what: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """What is to be exported.
 
     `names` are references, or globs over full names; none of them is everything, where `used_within` (a
-    duration) is given.  `since` are earlier bundles, or their entrepot.json: of what they have only manifests
-    go along.
+    duration) is given.  `since` are earlier bundles: of what they have only manifests go along.
     """
 
     names: Sequence[str] = ()
     used_within: str | None = None
     platforms: Sequence[str] = ()
     referrers: bool = True
-    since: Sequence[Path] = ()
+    since: Sequence[Earlier] = ()
     skip_incomplete: bool = False
 
 
@@ -107,16 +114,7 @@ class Bundles:
         key: Path | None,
         tick: Tick,
     ) -> Exported:
-        gathering = Gathering(read_platforms("platforms", selection.platforms), selection.referrers)
-        base = dict(map(_base, selection.since))
-        for wanted in self._selected(selection, gathering):
-            stopped()
-            gathering.add(wanted)
-        if gathering.incomplete and not selection.skip_incomplete:
-            raise Incomplete(_lacking(gathering.incomplete))
-        plan = gathering.plan(self._parts.clock(), base)
-        if not plan.contents.references:
-            raise NameUnknown("nothing that is stored here as a whole is what was asked for")
+        plan, incomplete = self._plan(stopped, selection)
         whole = plan.bytes
 
         def done(count: int) -> None:
@@ -128,7 +126,27 @@ class Bundles:
                 digest = write(plan, sink, None if key is None else _signer(key), done)
         except OSError as error:
             raise StorageFailed(f"{error.filename or name}: {error.strerror or error}") from error
-        return _exported(name, digest, plan, gathering.incomplete, signed=key is not None)
+        return _exported(name, digest, plan, incomplete, signed=key is not None)
+
+    async def planned(self, selection: Selection, bundle: str) -> Exported:
+        """What export() would come to."""
+        plan, incomplete = await _stoppable(self._plan, selection)
+        digest = Digest.of(encode(plan.contents))
+        return _exported(bundle, digest, plan, incomplete, signed=False)
+
+    def _plan(self, stopped: Callable[[], None], selection: Selection) -> tuple[Plan, dict[str, set[Digest]]]:
+        """And what lacks of those that are left out."""
+        gathering = Gathering(read_platforms("platforms", selection.platforms), selection.referrers)
+        base = dict(map(_base, selection.since))
+        for wanted in self._selected(selection, gathering):
+            stopped()
+            gathering.add(wanted)
+        if gathering.incomplete and not selection.skip_incomplete:
+            raise Incomplete(_lacking(gathering.incomplete))
+        plan = gathering.plan(self._parts.clock(), base)
+        if not plan.contents.references:
+            raise NameUnknown("nothing that is stored here as a whole is what was asked for")
+        return plan, gathering.incomplete
 
     def _selected(self, selection: Selection, gathering: Gathering) -> Iterator[Wanted]:
         since = None
@@ -173,13 +191,31 @@ class Bundles:
         self, archive: Path, given: Given = Given(), tick: Tick = lambda done, whole: None
     ) -> Landed:
         """All of the archive at a path; `-` is standard input."""
-        spool = self._parts.files.root / "partial"
+        return await self._take_opened(
+            lambda stopped: open_archive(archive, self.spool, stopped), given, tick
+        )
+
+    @property
+    def spool(self) -> Path:
+        """Where files may lie that have no name, while something is taken in."""
+        return self._parts.files.root / "partial"
+
+    async def import_spooled(self, file: IO[bytes], what: str, given: Given = Given()) -> Landed:
+        """All of the archive that lies in `file`, which is closed; `what` it is called in messages."""
+        return await self._take_opened(lambda stopped: open_spooled(file, what, self.spool, stopped), given)
+
+    async def _take_opened(
+        self,
+        opened: Callable[[Callable[[], None]], Archive],
+        given: Given,
+        tick: Tick = lambda done, whole: None,
+    ) -> Landed:
         try:
-            opened: Archive = await _stoppable(lambda stopped: open_archive(archive, spool, stopped))
+            archive = await _stoppable(opened)
         except OSError as error:
-            raise StorageFailed(f"{spool}: {error.strerror or error}") from error
-        with closing(opened):
-            return await self.take(opened, given, tick)
+            raise StorageFailed(f"{self.spool}: {error.strerror or error}") from error
+        with closing(archive):
+            return await self.take(archive, given, tick)
 
     async def take(self, archive: Archive, given: Given, tick: Tick = lambda done, whole: None) -> Landed:
         layout, taking = await finished(self._planned, archive, given)
@@ -251,18 +287,20 @@ class Bundles:
                 await finished(parts.pins.add, Pin(written(place.repository, tag)))
 
 
-def _base(path: Path) -> tuple[Base, Contents]:
-    """An earlier bundle, or the entrepot.json of one."""
+def earlier(path: Path) -> Earlier:
+    """The bundle at `path`, or the entrepot.json of one.  Raises ArchiveInvalid."""
     try:
         if path.is_file() and path.suffix == ".json":
-            content = path.read_bytes()
-        else:
-            with closing(open_archive(path, path.parent)) as archive:
-                content = read(archive, CONTENTS)
+            return Earlier(str(path), path.read_bytes())
+        with closing(open_archive(path, path.parent)) as archive:
+            return Earlier(str(path), read(archive, CONTENTS))
     except OSError as error:
         raise ArchiveInvalid(f"{path}: {error.strerror or error}") from error
-    found = bundle.decode(content, str(path))
-    return Base(str(Digest.of(content)), found.created), found
+
+
+def _base(given: Earlier) -> tuple[Base, Contents]:
+    found = bundle.decode(given.content, given.what)
+    return Base(str(Digest.of(given.content)), found.created), found
 
 
 def _signer(key: Path) -> Callable[[bytes], bytes]:

@@ -1,23 +1,26 @@
 """The commands that carry images to where no upstream can be asked, as files.
 
 Both work on the directory, whether a server runs on it or not: the files and records are made for several
-processes at once.  They have to run as the user that the server runs as.
+processes at once.  They have to run as the user that the server runs as.  With --server, what is carried goes
+through the admin API of a server, which may be on another machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from proxy import tables
-from proxy.adminclient import Failed
-from proxy.calling import Call, local, read
+from proxy.adminclient import Failed, Reached, Remote
+from proxy.calling import Call, common, read
 from proxy.carrying import take_over
 from proxy.console import Progress, size
 from proxy.values import parse_platform, parse_timeout
@@ -25,6 +28,7 @@ from proxy.values import parse_platform, parse_timeout
 if TYPE_CHECKING:
     from proxy.bundles import Tick
     from proxy.composition import Composition
+    from proxy.receipts import Exported
     from storage.exporting import Sink
 
 STANDARD = "-"  # as a path: standard input, or output
@@ -87,7 +91,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--skip-incomplete", is_flag=True, help="Leave out what is not here as a whole.")
 @click.option("--sign-key", type=_FILE, metavar="FILE", help="Sign it: a private Ed25519 key in PEM.")
-@local
+@common
 def export(
     call: Call,
     bundle: str,
@@ -105,39 +109,92 @@ def export(
     With - it is a tar on standard output. What NAMES mean must be here as a whole; nobody is asked.
     """
 
-    async def work(composition: Composition) -> None:
-        from proxy.bundles import Bundles, Selection
-
-        wanted = Selection(
-            names=[*names, *(name for path in lists for name in _listed(path))],
-            used_within=used_within,
-            platforms=platforms,
-            referrers=not no_referrers,
-            since=since,
-            skip_incomplete=skip_incomplete,
-        )
-        if lists and not wanted.names:
+    def wanted() -> dict[str, Any]:
+        found = [*names, *(name for path in lists for name in _listed(path))]
+        if lists and not found:
             raise Failed("there is no name in what --list names", usage=True)
-        with _ticking(call, bundle) as tick:
-            done = await Bundles(composition).export(wanted, bundle, lambda: _sink(bundle), sign_key, tick)
-        if bundle == STANDARD:
-            with contextlib.redirect_stdout(sys.stderr):
-                call.print(done, tables.exported)
-        else:
-            call.print(done, tables.exported)
+        return {
+            "names": found,
+            "used_within": used_within,
+            "platforms": platforms,
+            "referrers": not no_referrers,
+            "skip_incomplete": skip_incomplete,
+        }
 
-    call.run_here(work)
+    async def here(composition: Composition) -> None:
+        from proxy.bundles import Bundles, Selection, earlier
+
+        selection = Selection(**wanted(), since=list(map(earlier, since)))
+        with _ticking(call, bundle) as tick:
+            done = await Bundles(composition).export(selection, bundle, lambda: _sink(bundle), sign_key, tick)
+        _tell(call, bundle, done)
+
+    async def there(operations: Reached) -> None:
+        assert isinstance(operations, Remote)
+        with _ticking(call, bundle) as tick:
+            done = await fetch(operations, bundle, wanted(), since, tick)
+        _tell(call, bundle, done)
+
+    if call.server is None:
+        call.run_here(here)
+    elif sign_key is not None:
+        raise click.UsageError("--sign-key signs on the machine of the directory, without --server")
+    elif bundle != STANDARD and not bundle.endswith(".tar"):
+        raise click.UsageError(f"a server sends a tar: give {bundle} a name that ends in .tar")
+    else:
+        call.run(there)
+
+
+def _tell(call: Call, bundle: str, done: Exported) -> None:
+    with contextlib.redirect_stdout(sys.stderr if bundle == STANDARD else sys.stdout):
+        call.print(done, tables.exported)
+
+
+async def fetch(
+    server: Remote, bundle: str, wanted: Mapping[str, Any], since: Sequence[Path], tick: Tick
+) -> Exported:
+    """Have `server` export what is wanted, and write it to `bundle`; that has its name when all is there."""
+    from proxy.bundles import earlier
+    from storage.errors import RegistryError
+    from storage.exporting import into, placed
+
+    async def receive(file: int) -> None:
+        write, count = into(file), 0
+
+        def take(piece: bytes) -> None:
+            nonlocal count
+            write(piece)
+            count += len(piece)
+            tick(min(count, done.bytes), done.bytes)
+
+        await server.export(asked, take)
+
+    try:
+        asked = {**wanted, "since": [earlier(path).content.decode() for path in since]}
+        done = msgspec.structs.replace(await server.planned(asked), bundle=bundle)
+        if bundle == STANDARD:
+            await receive(sys.stdout.buffer.fileno())
+            return done
+        with placed(Path(bundle)) as (_, file):
+            await receive(file)
+        # It was made anew since it was planned.
+        digest = sha256(earlier(Path(bundle)).content).hexdigest()
+        return msgspec.structs.replace(done, digest=f"sha256:{digest}")
+    except RegistryError as error:
+        raise Failed(str(error), error.code) from error
+    except OSError as error:
+        raise Failed(f"{error.filename or bundle}: {error.strerror or error}", "DENIED") from error
 
 
 @contextmanager
 def _sink(bundle: str) -> Iterator[Sink]:
-    from storage.exporting import TarSink, named
+    from storage.exporting import TarSink, into, named
 
     if bundle != STANDARD:
         with named(Path(bundle)) as sink:
             yield sink
         return
-    stream = TarSink(sys.stdout.buffer.fileno())
+    stream = TarSink(into(sys.stdout.buffer.fileno()))
     yield stream
     stream.end()
 
@@ -157,7 +214,7 @@ def _sink(bundle: str) -> Iterator[Sink]:
 @click.option("--namespace", metavar="NAME", help="Where DIRECTORY goes; needed where several have a store.")
 @click.option("--match", metavar="GLOB", help="Only repositories of DIRECTORY that match.")
 @click.option("--dry-run", is_flag=True, help="Say what would come in; blobs are not read.")
-@local
+@common
 def import_(
     call: Call,
     archives: tuple[Path, ...],
@@ -187,7 +244,7 @@ def import_(
     if namespace or match:
         raise click.UsageError("--namespace and --match go with --from-registry-dir DIRECTORY")
 
-    async def work(composition: Composition) -> None:
+    async def here(composition: Composition) -> None:
         from proxy.bundles import Bundles, Given
 
         for archive in archives:
@@ -196,7 +253,35 @@ def import_(
                 done = await Bundles(composition).import_(archive, given, tick)
             call.print(done, tables.landed)
 
-    call.run_here(work, make=True)
+    async def there(operations: Reached) -> None:
+        assert isinstance(operations, Remote)
+        for archive in archives:
+            with _opened(archive) as stream:
+                done = await operations.import_(stream, name, pin, dry_run)
+            call.print(msgspec.structs.replace(done, archive=str(archive)), tables.landed)
+
+    if call.server is None:
+        call.run_here(here, make=True)
+    elif verify_key is not None:
+        raise click.UsageError("--verify-key verifies on the machine of the directory, without --server")
+    else:
+        call.run(there)
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[IO[bytes]]:
+    """To be sent.  Raises Failed."""
+    if str(archive) == STANDARD:
+        yield sys.stdin.buffer
+        return
+    try:
+        with archive.open("rb") as stream:
+            yield stream
+    except IsADirectoryError:
+        hint = f"tar -C {archive} -cf bundle.tar ."
+        raise Failed(f"{archive} is a directory, and a server takes a tar: {hint}", usage=True) from None
+    except OSError as error:
+        raise Failed(f"{archive}: {error.strerror or error}", "DENIED") from error
 
 
 COMMANDS = (export, import_)

@@ -150,13 +150,8 @@ def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None
     return _taking(function, *_OPTIONS)
 
 
-def local(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None]:
-    """Those of a command that needs none, but its directory."""
-    return _taking(function, "path", "as_json")
-
-
 def lone(function: Callable[..., None]) -> Callable[..., None]:
-    """Those of a command that needs neither."""
+    """Those of a command that needs neither a server nor its directory."""
     return _taking(function, "as_json")
 
 

@@ -37,6 +37,7 @@ from proxy.answers import (
     Why,
 )
 from proxy.asking import BadField, literal
+from proxy.bundles import Bundles
 from proxy.composition import Composition
 from proxy.drills import Drills
 from proxy.freshness import refresh
@@ -87,6 +88,7 @@ class Operations(Preparations):
         if parts.private is not None:
             self._inventories.append(Inventory(parts.config, parts.private, parts.usage, parts.pins))
         self._purging = Purging(parts.store, parts.pins)
+        self.bundles = Bundles(parts)
         self._reasons = Reasons(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._looks: dict[str, tuple[float, int, float]] = {}
         # Beside those that are slow, and take days: who asks wants to know.  They share the work.

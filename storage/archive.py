@@ -182,7 +182,7 @@ def open_archive(path: Path, spool: Path, tick: Callable[[], None] = lambda: Non
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         with file:
             return open_stream(file, str(path), spool, tick)
-    return _open_tar(file, str(path), spool, tick)
+    return open_spooled(file, str(path), spool, tick)
 
 
 def open_stream(stream: IO[bytes], what: str, spool: Path, tick: Callable[[], None] = lambda: None) -> Tar:
@@ -196,10 +196,11 @@ def open_stream(stream: IO[bytes], what: str, spool: Path, tick: Callable[[], No
     except BaseException:
         file.close()
         raise
-    return _open_tar(file, what, spool, tick)
+    return open_spooled(file, what, spool, tick)
 
 
-def _open_tar(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None]) -> Tar:
+def open_spooled(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None]) -> Tar:
+    """What lies in `file`, a tar that may be compressed.  It is closed with it, or now."""
     try:
         file.seek(0)
         begun = os.pread(file.fileno(), BLOCK, 0)

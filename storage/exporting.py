@@ -44,10 +44,10 @@ class Sink(Protocol):
 
 
 class TarSink:
-    """`file` is written to from its beginning to its end."""
+    """`write` gets it piece by piece, from its beginning to its end."""
 
-    def __init__(self, file: int) -> None:
-        self._file = file
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
 
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> None:
         self._write(header(name, size))
@@ -55,13 +55,19 @@ class TarSink:
             self._write(chunk)
         self._write(padding(size))
 
-    def _write(self, chunk: bytes) -> None:
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(self._file, view) :]
-
     def end(self) -> None:
         self._write(bytes(END))
+
+
+def into(file: int) -> Callable[[bytes], None]:
+    """Writes all that it is given to `file`."""
+
+    def write(chunk: bytes) -> None:
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(file, view) :]
+
+    return write
 
 
 class DirectorySink:
@@ -132,6 +138,19 @@ def _chunks(digest: Digest, source: Source, hasher: ThreadPoolExecutor) -> Itera
 def named(path: Path) -> Iterator[Sink]:
     """A bundle that bears the name `path` once the block has ended well: a tar if that ends in .tar.
 
+    Raises as placed() does.
+    """
+    tar = path.suffix == ".tar"
+    with placed(path, directory=not tar) as (partial, file):
+        sink = TarSink(into(file)) if tar else DirectorySink(partial)
+        yield sink
+        sink.end()
+
+
+@contextmanager
+def placed(path: Path, *, directory: bool = False) -> Iterator[tuple[Path, int]]:
+    """What bears the name `path` once the block has ended well: its path until then, and it itself, open.
+
     Raises FileExistsError where there is something of that name, and what else OSError tells.
     """
     if os.path.lexists(path):
@@ -139,18 +158,15 @@ def named(path: Path) -> Iterator[Sink]:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         _remove_left(left)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    tar = path.suffix == ".tar"
     try:
-        if tar:
-            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        else:
+        if directory:
             partial.mkdir()
             file = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
+            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)  # it is somebody's: see above
-            sink = TarSink(file) if tar else DirectorySink(partial)
-            yield sink
-            sink.end()
+            yield partial, file
             os.fsync(file)
             partial.rename(path)
         finally:

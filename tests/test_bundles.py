@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from proxy.asking import BadField
-from proxy.bundles import Bundles, Given, Selection
+from proxy.bundles import Bundles, Given, Selection, earlier
 from proxy.composition import Composition
 from proxy.freshness import refresh
 from proxy.receipts import Exported, Landed
@@ -53,7 +53,8 @@ class Place:
         await refresh(self.parts.namespaces, name, parsed, platforms, referrers)
 
     async def export(self, path: Path, *names: str, key: Path | None = None, **how: Any) -> Exported:
-        selection = Selection(names=names, **how)
+        since = [earlier(each) for each in how.pop("since", ())]
+        selection = Selection(names=names, since=since, **how)
         return await self.bundles.export(selection, str(path), lambda: named(path), key)
 
     async def take(self, path: Path, **how: Any) -> Landed:

@@ -23,12 +23,14 @@ from proxy.asking import BadField
 from proxy.operations import Operations
 from proxy.telemetry import Metrics
 from proxy.web.api import Api, Handler, in_json
+from proxy.web.carriage import GZIP, TAR, Carriage
 from storage.errors import RegistryError
 
 log = structlog.get_logger()
 
 OPEN = ("/metrics", "/healthz", "/readyz")
 SUMMARIES = 100  # answers that are kept at once
+UNLIKELY = ("application/json", TAR, GZIP)  # media types that no page sends to another host
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?")
 
 State = Callable[[], Awaitable[Mapping[str, str]]]
@@ -69,7 +71,8 @@ def application(
     open_ones: list[Handler] = [exposition, healthz, readyz]
     for path, handler in zip(OPEN, open_ones, strict=True):
         admin.router.add_get(path, handler)
-    for method, path, handler in Api(operations, summaries.forget).routes():
+    api = Api(operations, summaries.forget)
+    for method, path, handler in (*api.routes(), *Carriage(operations.bundles).routes()):
         if method == "GET":
             admin.router.add_get(path, handler)  # and HEAD
         else:
@@ -114,8 +117,8 @@ def check(request: web.Request, token: str | None, loopback: bool) -> None:
         )
     else:
         _check_page(request)
-    if request.method not in ("GET", "HEAD", "OPTIONS") and request.content_type != "application/json":
-        # A page can send forms and plain text to any host unasked; this it cannot.
+    if request.method not in ("GET", "HEAD", "OPTIONS") and request.content_type not in UNLIKELY:
+        # A page can send forms and plain text to any host unasked; these it cannot.
         raise web.HTTPUnsupportedMediaType(reason="expected Content-Type: application/json")
 
 

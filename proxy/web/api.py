@@ -29,58 +29,58 @@ PAGE, LARGEST_PAGE = 100, 1000  # images
 _FIELD = re.compile(r"`\$\.(\w+)|field `([^`]+)`")
 
 
-class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class _Purge(_Body, frozen=True):
+class _Purge(Body, frozen=True):
     pattern: str
     dry_run: bool = False
     force: bool = False
 
 
-class _Refresh(_Body, frozen=True):
+class _Refresh(Body, frozen=True):
     reference: str
     platforms: tuple[str, ...] = ()
 
 
-class _Pin(_Body, frozen=True):
+class _Pin(Body, frozen=True):
     pattern: str
     keep_fresh: float | None = None
     platforms: tuple[str, ...] = ()
 
 
-class _Unpin(_Body, frozen=True):
+class _Unpin(Body, frozen=True):
     pattern: str
 
 
-class _Evict(_Body, frozen=True):
+class _Evict(Body, frozen=True):
     to: int | None = None
     dry_run: bool = False
 
 
-class _Warm(_Body, frozen=True):
+class _Warm(Body, frozen=True):
     reference: str
     platforms: tuple[str, ...] = ()
     referrers: bool = True
 
 
-class _Ready(_Body, frozen=True):
+class _Ready(Body, frozen=True):
     references: tuple[str, ...]
     platforms: tuple[str, ...] = ()
     referrers: bool = True
 
 
-class _Drill(_Body, frozen=True):
+class _Drill(Body, frozen=True):
     seconds: float
     namespaces: tuple[str, ...] = ()
 
 
-class _Collect(_Body, frozen=True):
+class _Collect(Body, frozen=True):
     dry_run: bool = False
 
 
-class _Nothing(_Body, frozen=True):
+class _Nothing(Body, frozen=True):
     pass
 
 
@@ -132,94 +132,94 @@ class Api:
 
     @cache(expires=SUMMARY)
     async def repositories(self, request: web.Request) -> web.Response:
-        asked = _query(request, match="*")
+        asked = query(request, match="*")
         return in_json(await self._operations.ls(asked["match"]))
 
     @cache(expires=SUMMARY)
     async def images(self, request: web.Request) -> web.Response:
-        asked = _query(request, match="*", limit=str(PAGE), last="")
+        asked = query(request, match="*", limit=str(PAGE), last="")
         limit = _count("limit", asked["limit"], LARGEST_PAGE)
         return in_json(await self._operations.ls(asked["match"], tags=True, limit=limit, last=asked["last"]))
 
     async def image(self, request: web.Request) -> web.Response:
-        return in_json(await self._operations.show(_query(request, ref=None)["ref"]))
+        return in_json(await self._operations.show(query(request, ref=None)["ref"]))
 
     @cache(expires=SUMMARY)
     async def stats(self, request: web.Request) -> web.Response:
-        return in_json(await self._operations.stats(_query(request, period="24h")["period"]))
+        return in_json(await self._operations.stats(query(request, period="24h")["period"]))
 
     async def fills(self, request: web.Request) -> web.Response:
-        _query(request)
+        query(request)
         return in_json(await self._operations.fills())
 
     async def why(self, request: web.Request) -> web.Response:
-        return in_json(await self._operations.why(_query(request, ref=None)["ref"]))
+        return in_json(await self._operations.why(query(request, ref=None)["ref"]))
 
     async def pins(self, request: web.Request) -> web.Response:
-        _query(request)
+        query(request)
         return in_json(await self._operations.pins())
 
     async def scrub_state(self, request: web.Request) -> web.Response:
-        _query(request)
+        query(request)
         return in_json(await self._operations.scrubbing())
 
     async def webhooks(self, request: web.Request) -> web.Response:
-        _query(request)
+        query(request)
         return in_json(await self._operations.webhooks())
 
     async def collected(self, request: web.Request) -> web.Response:
-        _query(request)
+        query(request)
         return in_json(await self._operations.collected())
 
     async def purge(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Purge)
+        wanted = await body(request, _Purge)
         return in_json(
             await self._operations.purge(wanted.pattern, dry_run=wanted.dry_run, force=wanted.force)
         )
 
     async def refresh(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Refresh)
+        wanted = await body(request, _Refresh)
         return in_json(await self._operations.refresh(wanted.reference, wanted.platforms))
 
     async def pin(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Pin)
+        wanted = await body(request, _Pin)
         return in_json(await self._operations.pin(wanted.pattern, wanted.keep_fresh, wanted.platforms))
 
     async def unpin(self, request: web.Request) -> web.Response:
-        return in_json(await self._operations.unpin((await _body(request, _Unpin)).pattern))
+        return in_json(await self._operations.unpin((await body(request, _Unpin)).pattern))
 
     async def evict(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Evict)
+        wanted = await body(request, _Evict)
         return in_json(await self._operations.evict(wanted.to, dry_run=wanted.dry_run))
 
     async def scrub(self, request: web.Request) -> web.Response:
-        await _body(request, _Nothing)
+        await body(request, _Nothing)
         return in_json(await self._operations.scrub(), 202)
 
     async def warm(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Warm)
+        wanted = await body(request, _Warm)
         return in_json(await self._operations.warm(wanted.reference, wanted.platforms, wanted.referrers))
 
     async def ready(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Ready)
+        wanted = await body(request, _Ready)
         if len(wanted.references) > LARGEST_PAGE:
             raise BadField("references", f"expected at most {LARGEST_PAGE}")
         return in_json(await self._operations.ready(wanted.references, wanted.platforms, wanted.referrers))
 
     async def drill(self, request: web.Request) -> web.Response:
-        _query(request)
+        query(request)
         return in_json(await self._operations.drill())
 
     async def begin_drill(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Drill)
+        wanted = await body(request, _Drill)
         return in_json(await self._operations.begin_drill(wanted.seconds, wanted.namespaces))
 
     async def end_drill(self, request: web.Request) -> web.Response:
-        await _body(request, _Nothing)
+        await body(request, _Nothing)
         return in_json(await self._operations.end_drill())
 
     async def collect(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, _Collect)
+        wanted = await body(request, _Collect)
         return in_json(await self._operations.collect(dry_run=wanted.dry_run))
 
 
@@ -233,7 +233,7 @@ def _document() -> bytes:
     return msgspec.json.encode(yaml.safe_load(text))
 
 
-def _query(request: web.Request, **known: str | None) -> Mapping[str, str]:
+def query(request: web.Request, **known: str | None) -> Mapping[str, str]:
     """The query, with what is left out as in `known`; None there: it must be given.  Raises BadField."""
     found: dict[str, Any] = dict(known)
     for name, value in request.query.items():
@@ -254,11 +254,16 @@ def _count(name: str, text: str, most: int) -> int:
     return int(text)
 
 
-async def _body(request: web.Request, form: type[T]) -> T:
+async def body(request: web.Request, form: type[T]) -> T:
     """Raises BadField."""
-    _query(request)
+    query(request)
+    return decoded(await request.read(), form)
+
+
+def decoded(content: bytes, form: type[T]) -> T:
+    """A body in JSON.  Raises BadField."""
     try:
-        return msgspec.json.decode(await request.read() or b"{}", type=form)
+        return msgspec.json.decode(content or b"{}", type=form)
     except msgspec.ValidationError as error:
         found = _FIELD.search(str(error))
         raise BadField((found[1] or found[2]) if found else "body", error) from None

@@ -134,11 +134,12 @@ class Remote:
         """What an export would come to; `wanted` are the fields of its body."""
         return await self._do(receipts.Exported, "POST", "export", **wanted, dry_run=True)
 
-    async def export(self, wanted: Mapping[str, Any], write: Callable[[bytes], object]) -> None:
-        """A tar, piece by piece."""
+    async def export(self, wanted: Mapping[str, Any], write: Callable[[bytes], object]) -> str:
+        """A tar, piece by piece.  Returns the digest of its entrepot.json; a planned one has another."""
         async with self._answer("POST", "export", {}, msgspec.json.encode(wanted)) as response:
             async for piece, _ in response.content.iter_chunks():
                 await asyncio.to_thread(write, piece)
+            return response.headers.get(receipts.DIGEST, "")
 
     async def collect(self, *, dry_run: bool = False) -> answers.Collected:
         return await self._do(answers.Collected, "POST", "collect", dry_run=dry_run)

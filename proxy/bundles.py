@@ -98,11 +98,14 @@ class Bundles:
         self,
         selection: Selection,
         bundle: str,
-        opened: Callable[[], AbstractContextManager[Sink]],
+        opened: Callable[[Digest], AbstractContextManager[Sink]],
         key: Path | None = None,
         tick: Tick = lambda done, whole: None,
     ) -> Exported:
-        """Into what `opened` gives, called `bundle`; signed by the private `key`, where it is given."""
+        """Into what `opened` gives, called `bundle`; signed by the private `key`, where it is given.
+
+        `opened` is called with the digest of its entrepot.json, once all is found that is to go along.
+        """
         return await _stoppable(self._export, selection, bundle, opened, key, tick)
 
     def _export(
@@ -110,7 +113,7 @@ class Bundles:
         stopped: Callable[[], None],
         selection: Selection,
         name: str,
-        opened: Callable[[], AbstractContextManager[Sink]],
+        opened: Callable[[Digest], AbstractContextManager[Sink]],
         key: Path | None,
         tick: Tick,
     ) -> Exported:
@@ -122,7 +125,7 @@ class Bundles:
             tick(count, whole)
 
         try:
-            with opened() as sink:
+            with opened(Digest.of(encode(plan.contents))) as sink:
                 digest = write(plan, sink, None if key is None else _signer(key), done)
         except OSError as error:
             raise StorageFailed(f"{error.filename or name}: {error.strerror or error}") from error

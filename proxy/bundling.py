@@ -11,7 +11,6 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -126,7 +125,9 @@ def export(
 
         selection = Selection(**wanted(), since=list(map(earlier, since)))
         with _ticking(call, bundle) as tick:
-            done = await Bundles(composition).export(selection, bundle, lambda: _sink(bundle), sign_key, tick)
+            done = await Bundles(composition).export(
+                selection, bundle, lambda _: _sink(bundle), sign_key, tick
+            )
         _tell(call, bundle, done)
 
     async def there(operations: Reached) -> None:
@@ -158,7 +159,7 @@ async def fetch(
     from storage.errors import RegistryError
     from storage.exporting import into, placed
 
-    async def receive(file: int) -> None:
+    async def receive(file: int) -> str:
         write, count = into(file), 0
 
         def take(piece: bytes) -> None:
@@ -167,19 +168,17 @@ async def fetch(
             count += len(piece)
             tick(min(count, done.bytes), done.bytes)
 
-        await server.export(asked, take)
+        return await server.export(asked, take)
 
     try:
         asked = {**wanted, "since": [earlier(path).content.decode() for path in since]}
         done = msgspec.structs.replace(await server.planned(asked), bundle=bundle)
         if bundle == STANDARD:
-            await receive(sys.stdout.buffer.fileno())
-            return done
-        with placed(Path(bundle)) as (_, file):
-            await receive(file)
-        # It was made anew since it was planned.
-        digest = sha256(earlier(Path(bundle)).content).hexdigest()
-        return msgspec.structs.replace(done, digest=f"sha256:{digest}")
+            return msgspec.structs.replace(done, digest=await receive(sys.stdout.buffer.fileno()))
+        with placed(Path(bundle)) as (partial, file):
+            digest = await receive(file)
+            earlier(partial)  # whoever passed it on may have ended it in the middle, and well
+        return msgspec.structs.replace(done, digest=digest)
     except RegistryError as error:
         raise Failed(str(error), error.code) from error
     except OSError as error:
@@ -235,7 +234,7 @@ def import_(
     there is told and left out; then the exit status is 1. Called again, it takes what is new.
     """
     if directory is not None:
-        if archives or name or pin or verify_key:
+        if archives or name or pin or verify_key or call.server:
             raise click.UsageError("--from-registry-dir goes with --namespace, --match and --dry-run only")
         take_over(call, directory, namespace, match or "*", dry_run)
         return

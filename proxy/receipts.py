@@ -1,4 +1,4 @@
-"""What `export`, `import` and `copy` say that they did, and print with --json: no API tells of them.
+"""What `export`, `import` and `copy` say that they did, and print with --json.
 
 Sizes are bytes, references full names.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from proxy.answers import Answer
+
+DIGEST = "Entrepot-Digest"  # the header that tells that of a bundle which the admin API sends
 
 
 class CarriedRow(Answer, frozen=True):

@@ -131,7 +131,7 @@ async def test_killed_in_an_export(ground: Ground, step: str, name: str) -> None
     assert len(list(ground.directory.glob(f".{name}.*.partial"))) == 1
     composition = ground.composition()
     selection = Selection(names=["alpine:3"])
-    await Bundles(composition).export(selection, str(bundle), lambda: named(bundle))
+    await Bundles(composition).export(selection, str(bundle), lambda _: named(bundle))
     await composition.close()
     assert bundle.exists()
     assert list(ground.directory.glob(f".{name}.*.partial")) == []  # neither its own, nor the dead one's
@@ -216,7 +216,7 @@ async def test_interrupted_it_ends_and_leaves_nothing(ground: Ground) -> None:
 
     try:
         export = Bundles(composition).export(
-            Selection(names=["alpine:3"]), str(bundle), lambda: named(bundle), None, tick
+            Selection(names=["alpine:3"]), str(bundle), lambda _: named(bundle), None, tick
         )
         running = asyncio.create_task(export)
         await reached.wait()

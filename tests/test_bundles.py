@@ -55,7 +55,7 @@ class Place:
     async def export(self, path: Path, *names: str, key: Path | None = None, **how: Any) -> Exported:
         since = [earlier(each) for each in how.pop("since", ())]
         selection = Selection(names=names, since=since, **how)
-        return await self.bundles.export(selection, str(path), lambda: named(path), key)
+        return await self.bundles.export(selection, str(path), lambda _: named(path), key)
 
     async def take(self, path: Path, **how: Any) -> Landed:
         return await self.bundles.import_(path, Given(**how))

@@ -131,6 +131,7 @@ def test_through_pipes(ground: Ground) -> None:
         (["export", "-", "a", "--server", "http://127.0.0.1:1", "--sign-key", "k"], 2, "without --server"),
         (["import"], 2, "ARCHIVE"),
         (["import", "archive.tar", "--from-registry-dir", "."], 2, "goes with --namespace, --match and"),
+        (["import", "--from-registry-dir", ".", "--server", "http://127.0.0.1:1"], 2, "--dry-run only"),
         (["import", "archive.tar", "--match", "*"], 2, "go with --from-registry-dir"),
         (["import", "none.tar"], 1, "none.tar: No such file"),
         (["import", "archive.tar", "--as", "quay.io/x:1"], 2, "not a configured namespace"),

@@ -9,20 +9,26 @@ import json
 import os
 import tarfile
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from click.testing import CliRunner, Result
+from yarl import URL
 
+from proxy import bundles, receipts
 from proxy.cli import main
 from proxy.web import carriage
 from storage.oci import Digest
 from tests.archives import REF_NAME, image, layout, tar
 from tests.conftest import OPEN, Serve, Site
 from tests.upstream import Upstream
-from tests.wire import connect
+from tests.wire import PATIENCE, connect
 
 MADE = image(b"layer" * 1000)
 NAME = "docker.io/library/alpine:3"
@@ -59,12 +65,12 @@ class Far:
     def spooled(self) -> list[Path]:
         return list((self.site.directory / "cache" / "partial").iterdir())
 
-    async def run(self, *words: str | Path, **options: Any) -> Result:
+    async def run(self, *words: str | Path, server: URL | None = None) -> Result:
         """A command; the program has a loop of its own."""
         config = self.site.directory / "client.yml"
         config.write_text("admin: off\n")
-        command = [*map(str, words), "--server", str(self.url), "--config", str(config)]
-        return await asyncio.to_thread(lambda: CliRunner().invoke(main, command, **options))
+        command = [*map(str, words), "--server", str(server or self.url), "--config", str(config)]
+        return await asyncio.to_thread(lambda: CliRunner().invoke(main, command))
 
 
 @pytest.fixture
@@ -105,6 +111,7 @@ async def test_in_by_a_name_that_is_given(far: Far) -> None:
         ("?dryrun=true", {}, 400, "FIELD_INVALID"),
         ("", {"Content_Type": "application/json"}, 415, "UNSUPPORTED"),
         ("", {"Content_Type": "text/plain"}, 415, "UNSUPPORTED"),
+        ("", {"Content_Type": "application/x-tar", "Content_Encoding": "gzip"}, 415, "UNSUPPORTED"),
     ],
 )
 async def test_what_is_asked_wrongly(
@@ -296,3 +303,88 @@ async def test_a_large_archive_is_never_in_memory_as_a_whole(far: Far, tmp_path:
         sizes = [len(piece) async for piece, _ in response.content.iter_chunks()]
     assert sum(sizes) > 20 << 20
     assert max(sizes) <= 1 << 20
+
+
+async def test_what_came_in_is_listed_at_once(far: Far) -> None:
+    async def listed() -> list[str]:
+        async with far.site.session.get(far.url / "api/v1/repositories") as response:
+            return [each["repository"] for each in (await response.json())["repositories"]]
+
+    assert await listed() == []
+    await far.import_()
+    assert await listed() == ["docker.io/library/alpine"]
+
+
+def asking(body: bytes, version: str = "1.1") -> bytes:
+    """For a bundle, on a connection for nothing else."""
+    lines = [f"POST /api/v1/export HTTP/{version}", "Host: 127.0.0.1", "Content-Type: application/json"]
+    return "\r\n".join([*lines, "Connection: close", f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+async def test_one_that_fails_is_no_whole_one_to_old_clients_either(far: Far) -> None:
+    """HTTP/1.0 ends what has no length by closing the connection; some proxies speak it."""
+    await far.import_()
+    for blob in (far.site.directory / "cache" / "blobs").glob("*/*/*"):
+        blob.write_bytes(bytes(blob.stat().st_size))
+    async with connect(str(far.url)) as wire:
+        await wire.send(asking(b'{"names": ["alpine:3"]}', "1.0"))
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+
+
+@pytest.mark.errors("admin.failed")
+async def test_what_nobody_expects_breaks_it_off_too(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(plan: Any, sink: Any, *rest: Any) -> None:
+        sink.put("oci-layout", 4, [b"some"])
+        raise RuntimeError("a fault of ours")
+
+    await far.import_()
+    monkeypatch.setattr(bundles, "write", write)
+    async with connect(str(far.url)) as wire:
+        await wire.send(asking(b'{"names": ["alpine:3"]}'))
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+
+
+async def test_clients_that_take_nothing_leave_threads_for_all_else(far: Far) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(carriage.SENDING + 1))
+    made = image(os.urandom(24 << 20))  # more than sockets hold
+    await far.import_(tar(layout([(made, {REF_NAME: "docker.io/library/large:1"})])))
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connect(str(far.url))) for _ in range(carriage.SENDING + 1)]
+        for wire in wires:
+            await wire.send(asking(b'{"names": ["large:1"]}'))
+        for wire in wires[: carriage.SENDING]:
+            assert (await wire.head())[0] == 200
+        async with asyncio.timeout(PATIENCE):
+            assert (await far.import_())[0] == 200
+        for wire in wires:  # the last one had to wait
+            assert len(await wire.rest()) > 24 << 20
+
+
+async def test_the_digest_is_that_of_the_bundle_which_was_sent(far: Far, tmp_path: Path) -> None:
+    """The one that was planned was made at another time."""
+    await far.import_()
+    _, told = await far.export(names=["alpine:3"], dry_run=True)
+    far.site.clock.advance(5)
+    async with far.site.session.post(far.url / "api/v1/export", json={"names": ["alpine:3"]}) as response:
+        digest, bundle = response.headers[receipts.DIGEST], await response.read()
+    with tarfile.open(fileobj=io.BytesIO(bundle)) as found:
+        contents = (found.extractfile("entrepot.json") or io.BytesIO()).read()
+    assert digest == Digest.of(contents) != json.loads(told)["digest"]
+
+
+async def test_what_a_proxy_ends_too_early_gets_no_name(far: Far, tmp_path: Path) -> None:
+    async def shorten(request: web.Request) -> web.Response:
+        async with far.site.session.post(far.url / "api/v1/export", json=await request.json()) as response:
+            content = await response.read()
+            cut = content[:-3000] if response.content_type == carriage.TAR else content
+            return web.Response(body=cut, content_type=response.content_type)
+
+    await far.import_()
+    proxy = web.Application()
+    proxy.router.add_post("/api/v1/export", shorten)
+    async with TestServer(proxy) as server:
+        result = await far.run("export", tmp_path / "bundle.tar", "alpine:3", server=server.make_url("/"))
+    assert result.exit_code == 1 and "it was truncated" in result.output
+    assert list(tmp_path.glob("*bundle*")) == list(tmp_path.glob(".*bundle*")) == []

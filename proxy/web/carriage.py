@@ -19,15 +19,19 @@ from aiohttp import web
 
 from proxy.asking import BadField
 from proxy.bundles import Bundles, Earlier, Given, Selection
+from proxy.receipts import DIGEST
 from proxy.web.api import Body, Handler, decoded, in_json, query
+from proxy.web.send import reset
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
 from storage.exporting import Sink, TarSink
+from storage.oci import Digest
 from storage.waiting import finished
 
 log = structlog.get_logger()
 
 TAR, GZIP = "application/x-tar", "application/gzip"
 LARGEST = 64 << 20  # bytes of what is to be exported, in JSON: with what earlier bundles tell of themselves
+SENDING = 2  # exports at a time: each has a thread that waits for its client, and all else needs some
 STALLED = 300.0  # seconds that a client may send nothing of an archive, or take nothing of one
 _FLAGS = {"true": True, "false": False}
 
@@ -54,8 +58,12 @@ class _Export(Body, frozen=True):
 
 
 class Carriage:
-    def __init__(self, bundles: Bundles) -> None:
+    """`changed` is called when something was done that may change what there is to see."""
+
+    def __init__(self, bundles: Bundles, changed: Callable[[], None]) -> None:
         self._bundles = bundles
+        self._changed = changed
+        self._sending = asyncio.Semaphore(SENDING)
 
     def routes(self) -> list[tuple[str, str, Handler]]:
         return [("POST", "/api/v1/import", self.import_), ("POST", "/api/v1/export", self.export)]
@@ -65,8 +73,16 @@ class Carriage:
         given = Given(asked["name"] or None, _flag(asked, "pin"), None, _flag(asked, "dry_run"))
         if request.content_type not in (TAR, GZIP):
             raise web.HTTPUnsupportedMediaType(reason=f"expected Content-Type: {TAR}, or {GZIP}")
+        if "Content-Encoding" in request.headers:
+            # It would be undone before anybody sees what of it is a bomb.
+            raise web.HTTPUnsupportedMediaType(
+                reason="expected the archive as it is, without Content-Encoding"
+            )
         spooled = await self._spooled(request)
-        return in_json(await self._bundles.import_spooled(spooled, "the archive", given))
+        try:
+            return in_json(await self._bundles.import_spooled(spooled, "the archive", given))
+        finally:
+            self._changed()  # also by what failed half-way
 
     async def _spooled(self, request: web.Request) -> IO[bytes]:
         """All of the body, in a file without a name."""
@@ -92,30 +108,39 @@ class Carriage:
         if wanted.dry_run:
             return in_json(await self._bundles.planned(selection, "the bundle"))
         response = web.StreamResponse(headers={"Content-Type": TAR})
-        sending = asyncio.ensure_future(self._send(request, response, selection))
-        try:
-            await asyncio.shield(sending)
-            await response.write_eof()
-        except asyncio.CancelledError:
-            _break(request)  # so that the thread waits for nobody any more
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-            raise
-        except RegistryError as error:
-            if not response.prepared:
-                raise
-            log.warning("export.failed", error=str(error))
-            _break(request)
+        async with self._sending:
+            await self._send(request, response, selection)
         return response
 
     async def _send(self, request: web.Request, response: web.StreamResponse, selection: Selection) -> None:
+        """Raises what speaks against it before it is begun, and what nobody expects."""
+        transport, connection = request.transport, request.get_extra_info("socket")
+        writing = asyncio.ensure_future(self._write(request, response, selection))
+        try:
+            await asyncio.shield(writing)
+            await response.write_eof()
+        except asyncio.CancelledError:
+            reset(transport, connection)  # so that the thread waits for nobody any more
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            raise
+        except Exception as error:
+            if not response.prepared:
+                raise
+            reset(transport, connection)
+            if not isinstance(error, (RegistryError, OSError)):
+                raise
+            log.warning("export.failed", error=str(error))
+
+    async def _write(self, request: web.Request, response: web.StreamResponse, selection: Selection) -> None:
         loop = asyncio.get_running_loop()
 
         def done(work: Coroutine[Any, Any, object]) -> None:
             asyncio.run_coroutine_threadsafe(_in_time(work), loop).result()
 
         @contextmanager
-        def opened() -> Iterator[Sink]:
+        def opened(digest: Digest) -> Iterator[Sink]:
+            response.headers[DIGEST] = str(digest)
             done(response.prepare(request))  # only now: what speaks against it was told as an error
             sink = TarSink(lambda piece: done(response.write(piece)))
             yield sink
@@ -159,11 +184,6 @@ async def _in_time(work: Coroutine[Any, Any, object]) -> None:
             await work
     except TimeoutError:
         raise ConnectionResetError(f"the client took nothing for {STALLED:g} s") from None
-
-
-def _break(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()
 
 
 def _flag(asked: Any, name: str) -> bool:

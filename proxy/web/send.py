@@ -151,16 +151,16 @@ async def send_blob(
             await _send(request, writer, blob, span, exchange, patience)
         await response.write_eof()
     except TimeoutError:
-        _break(transport, connection)
+        reset(transport, connection)
         exchange.detail = STUCK
     except OSError:
-        _break(transport, connection)
+        reset(transport, connection)
         exchange.detail = LEFT
     except (RegistryError, EOFError) as error:
-        _break(transport, connection)
+        reset(transport, connection)
         exchange.result, exchange.detail = "error", str(error)
     except BaseException:
-        _break(transport, connection)
+        reset(transport, connection)
         raise
     return response
 
@@ -354,7 +354,7 @@ def _truncated(position: int, stop: int) -> EOFError:
     return EOFError(f"file ends at byte {position} of {stop}")
 
 
-def _break(transport: Any, connection: Any) -> None:
+def reset(transport: Any, connection: Any) -> None:
     """Reset the connection: never a clean end to what is not complete."""
     if connection is None or connection.fileno() < 0:  # lost already
         return

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import structlog
@@ -129,8 +130,8 @@ class Cache(Registry):
     # Blobs
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        source = Source(self._namespace, self._origin, repository)
-        key = BlobUnknown, source.repository, digest
+        key = BlobUnknown, f"{self._namespace}/{repository}", digest
+        source = Source(self._namespace, self._origin, repository, partial(self._remember, key))
         try:
             blob, linked_at = self._store.blob(source.repository, digest)
             current().came("hit", self._clock() - linked_at)

@@ -97,6 +97,8 @@ class Fills:
                 fill = self._start(source, digest)
             elif fill.error is not None and fill.task is not None:
                 await asyncio.wait([fill.task])  # it has failed, and is clearing up
+                if isinstance(fill.error, BlobUnknown) and fill.source.repository == source.repository:
+                    raise fill.error.copy()  # the origin has just said so
                 continue
             elif source.repository not in (fill.source.repository, *fill.repositories):
                 await self._permit(fill, source)
@@ -208,6 +210,9 @@ class Fills:
         except Exception as error:
             # Where nothing was begun, each client is answered with it: an event only if the fault is ours.
             told = not fill.started.done() and isinstance(error, RegistryError)
+            if isinstance(error, BlobUnknown):
+                # 1. the origin says so  2. the fill ends  3. another client asks  4. whoever waited learns it
+                fill.source.unknown(error)
             await self._end(fill, error)
             if isinstance(error, StorageFailed):  # the disk has told of it, and each client goes on by itself
                 result = "uncached"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.telemetry import Metrics
-from storage.errors import DigestInvalid, StorageFailed
+from storage.errors import BlobUnknown, DigestInvalid, StorageFailed
 from storage.growing import CHUNK, FileBlob
 from storage.oci import Descriptor, Span
 from storage.registry import Blob, Registry
@@ -25,11 +25,15 @@ class Hash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a blob comes from, and the repository of the store that may show it then."""
+    """Where a blob comes from, and the repository of the store that may show it then.
+
+    `unknown` is told when the origin has no such blob, before anybody could ask it again.
+    """
 
     namespace: str
     origin: Registry
     name: str  # the origin's name of the repository
+    unknown: Callable[[BlobUnknown], None] = lambda error: None
 
     @property
     def repository(self) -> str:

@@ -97,8 +97,6 @@ class Fills:
                 fill = self._start(source, digest)
             elif fill.error is not None and fill.task is not None:
                 await asyncio.wait([fill.task])  # it has failed, and is clearing up
-                if isinstance(fill.error, BlobUnknown) and fill.source.repository == source.repository:
-                    raise fill.error.copy()  # the origin has just said so
                 continue
             elif source.repository not in (fill.source.repository, *fill.repositories):
                 await self._permit(fill, source)

@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -684,3 +684,15 @@ async def test_an_absent_blob_is_unknown(rig: Rig, upstream: Upstream) -> None:
     upstream.blob("a/b", BODY)
     with pytest.raises(BlobUnknown):
         await rig.fills.join(rig.source, Digest(digest_of(b"absent")))
+
+
+async def test_that_a_blob_is_unknown_is_told_before_anybody_could_ask_again(
+    rig: Rig, upstream: Upstream
+) -> None:
+    upstream.blob("a/b", BODY)
+    digest = Digest(digest_of(b"absent"))
+    going_on: list[bool] = []
+    source = replace(rig.source, unknown=lambda error: going_on.append(rig.fills.filling(digest)))
+    with pytest.raises(BlobUnknown):
+        await rig.fills.join(source, digest)
+    assert going_on == [True]

@@ -124,6 +124,7 @@ def test_the_directory_of_a_cache(
     site: Site, old: DockerRegistry, filled: Filled, tmp_path: Path, skopeo: Skopeo
 ) -> None:
     """It holds of an index what was pulled: where the namespace allows it, that is taken."""
+    first, second = filled.images.platforms.children
     root, address = tmp_path / "proxied", f"127.0.0.1:{free_port()}"
     settings = tmp_path / "proxied.yml"
     settings.write_text(
@@ -147,9 +148,12 @@ def test_the_directory_of_a_cache(
             "--override-os=linux",
         )
         skopeo.copy(f"docker://{address}/library/layers:1", f"dir:{tmp_path}/layers")
+        # It stores a blob beside serving it, and then notes when the blob will be stale.
+        for repository, image in (("library/platforms", first), ("library/layers", filled.images.layers)):
+            for blob in image.blobs:
+                cache.wait_for(f"scheduler entry for {repository}@{blob.digest} ")
     finally:
         cache.stop()
-    first, second = filled.images.platforms.children
     found = import_(site.config, root, status=1)
     assert {each["what"] for each in found["damaged"]} == {filled.images.platforms.digest, "1"}
     assert second.digest in found["damaged"][0]["why"]

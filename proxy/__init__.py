@@ -1,0 +1,1 @@
+"""The server: a cache and a registry over HTTP, its configuration, its administration and its commands."""

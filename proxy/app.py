@@ -26,6 +26,7 @@ from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from proxy.webhooks import waking
 from proxy.webhooks.delivery import Deliveries
+from storage.disk import health
 from storage.errors import StorageFailed
 
 KEEPER = "keeper"
@@ -69,7 +70,7 @@ class App:
         for each in (*listen, *admin):
             self._closing.callback(each.close)
         keeps = not listen or self._sockets is None
-        make_room = room.nobody if keeps or self._run is None else room.ask(self._run / KEEPER)
+        make_room = health.nobody if keeps or self._run is None else room.ask(self._run / KEEPER)
         workers = 1 if self._sockets is None else settings.processes()
         self.composition = Composition(settings, self._clock, None, workers, make_room)
         self._closing.push_async_callback(self.composition.close)

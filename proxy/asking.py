@@ -9,8 +9,8 @@ from proxy.inventory import WILD
 from proxy.namespaces import Namespaces
 from proxy.values import parse_platform, parse_timeout
 from storage.errors import RegistryError
+from storage.maintenance.pins import Pin
 from storage.oci import Digest, Reference, Tag
-from storage.pins import Pin
 
 
 class BadField(ValueError):

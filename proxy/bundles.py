@@ -6,8 +6,6 @@ or into the store of a namespace of our own, by whose rules tags move.
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -20,20 +18,20 @@ from proxy.asking import seconds as read_seconds
 from proxy.composition import Composition
 from proxy.inventory import WILD, written
 from proxy.receipts import BoundRow, CarriedRow, Exported, LackingRow, Landed
-from storage import bundle
-from storage.archive import Archive, open_archive, open_spooled, read
-from storage.bundle import CONTENTS, Base, Contents, encode
+from storage.archives import bundle
+from storage.archives.archive import Archive, open_archive, open_spooled, read
+from storage.archives.bundle import CONTENTS, Base, Contents, encode
+from storage.archives.export_plan import Gathering, Plan, Wanted
+from storage.archives.exporter import Sink, write
+from storage.archives.import_plan import Bound, Importing
+from storage.archives.importer import Moved, Place, Taking
+from storage.archives.layout import Layout, Root, read_layout
+from storage.concurrency import _stoppable, finished
+from storage.disk.records import Batch, Records
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, RegistryError, StorageFailed
-from storage.exporting import Sink, write
-from storage.gathering import Gathering, Plan, Wanted
-from storage.importing import Bound, Importing
-from storage.layout import Layout, Root, read_layout
+from storage.maintenance.pins import Pin
 from storage.oci import Digest, Tag
-from storage.pins import Pin
-from storage.records import Batch, Records
 from storage.store import Store
-from storage.taking import Moved, Place, Taking
-from storage.waiting import finished
 
 T = TypeVar("T")
 
@@ -41,10 +39,6 @@ EVERYTHING = ("*", "*@*")  # tags, and manifests
 TOLD = 3  # digests, or names, that a message tells
 
 Tick = Callable[[int, int], None]  # called with how many bytes are done, and of how many
-
-
-class Stopped(Exception):
-    """The work was given up from outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,20 +391,3 @@ def _landed(layout: Layout, taking: Taking, moved: Sequence[Moved], given: Given
         verified=given.key is not None,
         dry_run=given.dry_run,
     )
-
-
-async def _stoppable(work: Callable[..., T], *arguments: object) -> T:
-    """Run `work` in a thread; its first argument raises Stopped once whoever waits is cancelled."""
-    end = threading.Event()
-
-    def stopped() -> None:
-        if end.is_set():
-            raise Stopped
-
-    running = asyncio.ensure_future(finished(work, stopped, *arguments))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        end.set()
-        await asyncio.wait([running])
-        raise

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from proxy.bundles import Tick
     from proxy.composition import Composition
     from proxy.receipts import Exported
-    from storage.exporting import Sink
+    from storage.archives.exporter import Sink
 
 STANDARD = "-"  # as a path: standard input, or output
 
@@ -156,8 +156,8 @@ async def fetch(
 ) -> Exported:
     """Have `server` export what is wanted, and write it to `bundle`; that has its name when all is there."""
     from proxy.bundles import earlier
+    from storage.archives.exporter import into, placed
     from storage.errors import RegistryError
-    from storage.exporting import into, placed
 
     async def receive(file: int) -> str:
         write, count = into(file), 0
@@ -187,7 +187,7 @@ async def fetch(
 
 @contextmanager
 def _sink(bundle: str) -> Iterator[Sink]:
-    from storage.exporting import TarSink, into, named
+    from storage.archives.exporter import TarSink, into, named
 
     if bundle != STANDARD:
         with named(Path(bundle)) as sink:

@@ -22,9 +22,10 @@ import structlog
 
 from proxy.drill import Drill
 from proxy.fills import Fills
-from proxy.flights import Flights
 from proxy.following import Source, Uncached
 from proxy.telemetry import current
+from storage.concurrency import Flights
+from storage.disk.uploads import FileBlob
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -34,7 +35,6 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
-from storage.growing import FileBlob
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.registry import Blob, Moved, Registry
 from storage.store import Store

@@ -19,12 +19,10 @@ from proxy.fills import Fills
 from proxy.freshness import Freshener
 from proxy.hosted import Hosted
 from proxy.hosted import Rules as PushRules
-from proxy.limits import Bandwidth, Turns, part
 from proxy.listening import StartError
 from proxy.live import Live
 from proxy.namespaces import Member, Namespaces
 from proxy.recorder import Recorder
-from proxy.room import MakeRoom, nobody
 from proxy.telemetry import Metrics
 from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
@@ -35,20 +33,21 @@ from proxy.upstream.section import Upstream as UpstreamKeys
 from proxy.upstream.transport import Connect
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.teller import Teller
-from storage.collect import Collection, Report
-from storage.disk import Disk, may_pass
+from storage.concurrency import Bandwidth, Turns, part
+from storage.disk.blobs import Files
+from storage.disk.health import Disk, MakeRoom, may_pass, nobody
+from storage.disk.records import Records
 from storage.errors import StorageFailed
-from storage.eviction import Eviction, Rules
-from storage.files import Files
-from storage.leases import Leases
-from storage.marks import KeepTags
-from storage.marks import Rules as KeepRules
+from storage.maintenance.collection import Collection, Report
+from storage.maintenance.eviction import Eviction, Rules
+from storage.maintenance.leases import Leases
+from storage.maintenance.pins import Pin, Pins
+from storage.maintenance.reachability import KeepTags
+from storage.maintenance.reachability import Rules as KeepRules
+from storage.maintenance.scrub import Scrub
+from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
-from storage.pins import Pin, Pins
-from storage.records import Records
-from storage.scrub import Scrub
 from storage.store import Store
-from storage.usage import Usage
 
 
 class Composition:

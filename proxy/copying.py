@@ -23,8 +23,8 @@ from storage.errors import (
     OriginFailed,
     Unsupported,
 )
+from storage.graph import attestations, contents, fallback_tag, selected, signature_tags
 from storage.oci import OCI_INDEX, Descriptor, Digest, Manifest, ManifestContent, Reference, Tag
-from storage.pins import attestations, contents, fallback_tag, selected, signature_tags
 from storage.registry import Registry
 
 T = TypeVar("T")

@@ -16,11 +16,11 @@ from typing import Any
 
 import structlog
 
-from proxy.flights import Flights
 from proxy.following import Followed, Source
-from proxy.limits import Turns
-from proxy.room import MakeRoom, nobody
 from proxy.telemetry import Metrics, current
+from storage.concurrency import Flights, Turns
+from storage.disk.health import MakeRoom, nobody
+from storage.disk.uploads import FileUpload
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -30,7 +30,6 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
-from storage.growing import FileUpload
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob
 from storage.store import Store

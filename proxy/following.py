@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.telemetry import Metrics
+from storage.disk.uploads import CHUNK, FileBlob
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed
-from storage.growing import CHUNK, FileBlob
 from storage.oci import Descriptor, Span
 from storage.registry import Blob, Registry
 

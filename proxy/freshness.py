@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from proxy.namespaces import Refreshable
+from storage.concurrency import finished
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -26,19 +27,10 @@ from storage.errors import (
     TagInvalid,
     Unsupported,
 )
+from storage.graph import attestations, contents, fallback_tag, selected, signature_tags, walk
+from storage.maintenance.pins import Pin, Pins
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
-from storage.pins import (
-    Pin,
-    Pins,
-    attestations,
-    contents,
-    fallback_tag,
-    selected,
-    signature_tags,
-    walk,
-)
 from storage.store import Store
-from storage.waiting import finished
 
 log = structlog.get_logger()
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from proxy.room import MakeRoom, nobody
+from storage.disk.health import MakeRoom, nobody
+from storage.disk.records import Batch, Records
 from storage.errors import (
     Denied,
     ManifestBlobUnknown,
     ManifestInvalid,
     ManifestUnknown,
 )
-from storage.leases import Leases
+from storage.maintenance.leases import Leases
 from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -33,7 +34,6 @@ from storage.oci import (
     Tag,
     parse_manifest,
 )
-from storage.records import Batch, Records
 from storage.registry import Blob, Moved, Registry, Upload, everything
 from storage.store import Store
 

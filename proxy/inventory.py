@@ -16,10 +16,11 @@ from proxy.answers import ImageRow, Listed, MoveRow, Node, PlatformRow, Reposito
 from proxy.config import Config
 from proxy.freshness import foreign
 from storage.errors import ManifestUnknown
+from storage.graph import contents
+from storage.maintenance.pins import Pin, Pins
+from storage.maintenance.usage import Usage
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
-from storage.pins import Pin, Pins, contents
 from storage.store import Pointer, Store
-from storage.usage import Usage
 
 WILD = re.compile(r"[*?[]")
 DEEPEST = 50  # levels of a tree that are shown: indexes may name indexes, and anyone can make one

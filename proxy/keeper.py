@@ -18,9 +18,9 @@ from proxy.composition import Composition
 from proxy.readiness import Readiness
 from proxy.warming import Schedule, Warmer
 from proxy.webhooks.delivery import Deliveries
+from storage.concurrency import finished
 from storage.errors import RegistryError, StorageFailed
 from storage.oci import Digest
-from storage.waiting import finished
 
 log = structlog.get_logger()
 

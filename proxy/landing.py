@@ -19,9 +19,9 @@ from proxy.config import Config
 from proxy.console import Progress, plural, size
 from proxy.loading import load
 from proxy.receipts import DamageRow, Imported
-from storage.distribution import Layout
 from storage.errors import StorageFailed
-from storage.intake import Intake, Stopped
+from storage.migration.distribution import Layout
+from storage.migration.migration import Intake, Stopped
 from storage.store import Store
 
 LOOK = 0.5  # seconds between two looks at how far it is

@@ -31,7 +31,7 @@ from proxy.cache import Cache
 from proxy.drill import Drill, DrillState, Order
 from proxy.fills import Fill, Fills
 from proxy.upstream.health import HostState, LimitState
-from storage.disk import Disk
+from storage.disk.health import Disk
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -48,15 +48,16 @@ from proxy.purging import Purging
 from proxy.reasons import Reasons
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.section import Webhook
-from storage import collect
-from storage.collect import Collection
+from storage.concurrency import finished
 from storage.errors import NameUnknown, RegistryError, Unsupported
-from storage.eviction import Report
+from storage.graph import walk
+from storage.maintenance import collection
+from storage.maintenance.collection import Collection
+from storage.maintenance.eviction import Report
+from storage.maintenance.pins import Pin
+from storage.maintenance.scrub import Heal, Progress, Scrub
+from storage.maintenance.usage import Counters
 from storage.oci import Digest
-from storage.pins import Pin, walk
-from storage.scrub import Heal, Progress, Scrub
-from storage.usage import Counters
-from storage.waiting import finished
 
 log = structlog.get_logger()
 
@@ -409,6 +410,6 @@ def _scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
     )
 
 
-def _collected(report: collect.Report) -> Collected:
+def _collected(report: collection.Report) -> Collected:
     rows = [CollectedRow(**msgspec.structs.asdict(each)) for each in report.rows]
     return Collected(**{**msgspec.structs.asdict(report), "rows": rows})

@@ -14,8 +14,8 @@ from proxy.drills import Drills
 from proxy.live import Everyone
 from proxy.readiness import Readiness
 from proxy.warming import Warmer
+from storage.concurrency import finished
 from storage.errors import Unsupported
-from storage.waiting import finished
 
 
 class Preparations:

@@ -22,8 +22,8 @@ from proxy.calling import Call, common, read
 from proxy.commands import PAUSE, PLATFORMS
 from proxy.console import Column, Progress, Table, duration, moment, plural, size
 from proxy.imagefiles import Findings, Unreadable, look
-from proxy.limits import several
 from proxy.values import parse_timeout
+from storage.concurrency import several
 
 Row = TypeVar("Row", WarmRow, ReadyRow)
 

@@ -19,10 +19,11 @@ from itertools import islice
 
 from proxy.answers import Purged
 from proxy.inventory import WILD, written
+from storage.disk.records import Batch
 from storage.errors import RegistryError
+from storage.graph import contents
+from storage.maintenance.pins import Pin, Pins
 from storage.oci import Digest, Reference, Tag
-from storage.pins import Pin, Pins, contents
-from storage.records import Batch
 from storage.store import Store
 
 BATCH = 500  # records in a transaction: nobody else can write while it lasts

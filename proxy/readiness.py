@@ -14,8 +14,8 @@ from proxy.answers import MissingRow, ReadyRow
 from proxy.asking import Asked
 from proxy.freshness import foreign
 from storage.errors import ManifestInvalid, ManifestUnknown
+from storage.graph import contents, lacking, referring, selected, walk
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
-from storage.pins import contents, lacking, referring, selected, walk
 from storage.store import Store
 
 

@@ -12,10 +12,10 @@ from proxy.asking import Asked
 from proxy.config import Config
 from proxy.inventory import Inventory, Measured, finite
 from proxy.live import UpstreamState
+from storage.maintenance.pins import Pins
+from storage.maintenance.usage import Usage
 from storage.oci import Tag
-from storage.pins import Pins
 from storage.store import Pointer
-from storage.usage import Usage
 
 
 class Reasons:

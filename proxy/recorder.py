@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from proxy.telemetry import UNKNOWN, Exchange, Metrics
+from storage.concurrency import finished
+from storage.disk.blobs import TOUCH
 from storage.errors import StorageFailed
-from storage.files import TOUCH
+from storage.graph import walk
+from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import Digest, Tag
-from storage.pins import walk
 from storage.store import Store
-from storage.usage import HOUR, Counters, Move, Usage, Use
-from storage.waiting import finished
 
 EVERY = 10.0  # seconds between recordings
 MOST = 50_000  # references, and moves, that wait to be recorded; what is beyond counts for its namespace only

@@ -6,18 +6,13 @@ One line each way: how many bytes are coming, and, when all is done that can be,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from storage.disk.health import MakeRoom
 
 PATIENCE = 10.0  # seconds that a fill waits for room; without, it goes on uncached
-
-MakeRoom = Callable[[int], Coroutine[Any, Any, None]]
-
-
-async def nobody(coming: int) -> None:
-    """Where nobody keeps house."""
 
 
 def ask(socket: Path) -> MakeRoom:

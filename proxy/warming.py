@@ -22,12 +22,11 @@ from proxy.asking import BadField, Reading
 from proxy.config import WarmRule
 from proxy.freshness import BACKOFF, LONGEST_BACKOFF, Refreshed, refresh
 from proxy.imagefiles import Unreadable, look
-from proxy.limits import several
 from proxy.namespaces import Namespaces
 from proxy.readiness import Readiness
+from storage.concurrency import finished, several
+from storage.disk.records import Records
 from storage.errors import RegistryError, Unsupported
-from storage.records import Records
-from storage.waiting import finished
 
 log = structlog.get_logger()
 

@@ -30,6 +30,9 @@ from typing import Any
 
 import msgspec
 
+from storage.disk.blobs import Files
+from storage.disk.records import Batch, Records
+from storage.disk.uploads import FileBlob, FileUpload
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -38,8 +41,6 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
-from storage.files import Files
-from storage.growing import FileBlob, FileUpload
 from storage.oci import (
     OCTETS,
     Descriptor,
@@ -50,7 +51,6 @@ from storage.oci import (
     Tag,
     parse_manifest,
 )
-from storage.records import Batch, Records
 from storage.registry import Registry, Upload, everything
 
 _TEXT = ("utf-8", "surrogateescape")  # a media type comes back as it came, also where it is not UTF-8

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from storage import collect as module
-from storage.collect import Collection, Report
-from storage.files import Files
-from storage.leases import Leases
-from storage.marks import Rules
+from storage.disk.blobs import Files
+from storage.disk.records import Batch, Records
+from storage.maintenance import collection as module
+from storage.maintenance.collection import Collection, Report
+from storage.maintenance.leases import Leases
+from storage.maintenance.reachability import Rules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
-from storage.records import Batch, Records
 from storage.store import Store
 from tests.conftest import Clock
 

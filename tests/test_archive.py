@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from storage import archive
-from storage.archive import Archive, open_archive, open_stream, read
+from storage.archives import archive
+from storage.archives.archive import Archive, open_archive, open_stream, read
 from storage.errors import ArchiveInvalid
 from tests import archives
 from tests.archives import block, member

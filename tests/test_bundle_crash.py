@@ -21,7 +21,7 @@ import pytest
 from proxy.bundles import Bundles, Given, Selection
 from proxy.composition import Composition
 from proxy.receipts import Landed
-from storage.exporting import named
+from storage.archives.exporter import named
 from storage.oci import Digest, Tag
 from tests.archives import REF_NAME, image, layout, tar
 from tests.conftest import configuration
@@ -35,7 +35,9 @@ COMMAND = """
 import sys, threading
 from pathlib import Path
 from proxy.cli import main
-from storage import exporting, files, growing, records, store
+from storage.archives import exporter
+from storage.disk import blobs, uploads, records
+from storage import store
 
 def stop(place, name, when):
     real = getattr(place, name)
@@ -49,14 +51,14 @@ def stop(place, name, when):
 step = sys.argv[1]
 large = lambda *arguments: arguments[2] > 1 << 20  # of put(): size
 if step == "before a blob":
-    stop(exporting.TarSink, "put", large)
-    stop(exporting.DirectorySink, "put", large)
+    stop(exporter.TarSink, "put", large)
+    stop(exporter.DirectorySink, "put", large)
 elif step == "before the name":
     stop(Path, "rename", lambda path, target: True)
 elif step == "within a blob":
-    stop(growing.FileUpload, "_append", lambda upload, batch: upload._written > 4 << 20)
+    stop(uploads.FileUpload, "_append", lambda upload, batch: upload._written > 4 << 20)
 elif step == "before the data is safe":
-    stop(files.os, "fdatasync", lambda file: files.os.fstat(file).st_size > 1 << 20)
+    stop(blobs.os, "fdatasync", lambda file: blobs.os.fstat(file).st_size > 1 << 20)
 elif step == "before the links":
     stop(store.Store, "put_link", lambda *arguments: True)
 elif step == "before the manifests":

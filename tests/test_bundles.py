@@ -22,6 +22,7 @@ from proxy.bundles import Bundles, Given, Selection, earlier
 from proxy.composition import Composition
 from proxy.freshness import refresh
 from proxy.receipts import Exported, Landed
+from storage.archives.exporter import named
 from storage.errors import (
     ArchiveInvalid,
     BlobUnknown,
@@ -31,9 +32,8 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
-from storage.exporting import named
+from storage.maintenance.usage import Use
 from storage.oci import Digest, Manifest, Tag
-from storage.usage import Use
 from tests.conftest import Clock, configuration
 from tests.upstream import Image, Upstream
 from tests.upstream import Manifest as Made

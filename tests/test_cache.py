@@ -11,8 +11,8 @@ import pytest
 
 from proxy import cache
 from proxy.upstream.transport import RETRIES
-from storage.files import Files
-from storage.records import Records
+from storage.disk.blobs import Files
+from storage.disk.records import Records
 from tests.conftest import Clock, Serve, Site
 from tests.upstream import (
     OCI_INDEX,

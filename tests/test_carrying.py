@@ -19,7 +19,7 @@ from proxy import landing
 from proxy.cli import main
 from proxy.errand import find_auth_file
 from storage.errors import StorageFailed
-from storage.intake import Intake
+from storage.migration.migration import Intake
 from tests.conftest import Serve
 from tests.layout import Layout, digest_of
 from tests.upstream import OCI_MANIFEST, Basic, Bearer, Status, Takes, Upstream

@@ -282,7 +282,7 @@ async def run(*words: str) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, main, ["collect", *words])
 
 
-async def test_collect(shop: tuple[Client, list[str]]) -> None:
+async def test_collection(shop: tuple[Client, list[str]]) -> None:
     client, words = shop
     result = await run("--last", *words)
     assert (result.exit_code, result.stdout) == (0, "nothing was collected yet\n")

@@ -27,11 +27,11 @@ from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
+from storage.disk.blobs import Files
+from storage.disk.records import Records
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
-from storage.files import Files
-from storage.leases import Leases
+from storage.maintenance.leases import Leases
 from storage.oci import Digest, Manifest, Tag
-from storage.records import Records
 from storage.registry import Registry
 from storage.store import Store
 from tests import upstream as fake

@@ -34,7 +34,7 @@ from proxy.app import App
 from proxy.loading import load
 from proxy import telemetry
 from proxy.web import pushing
-from storage import files, records
+from storage.disk import blobs, records
 
 telemetry.configure("json", "error")
 
@@ -49,7 +49,7 @@ def stop(place, name, when):
 
 step = sys.argv[2]
 if step == "before the data is safe":
-    stop(files.os, "fdatasync", lambda file: True)
+    stop(blobs.os, "fdatasync", lambda file: True)
 elif step == "before the name":
     stop(Path, "replace", lambda path, target: "blobs" in str(target))
 elif step == "before the link":

@@ -22,11 +22,11 @@ import aiohttp
 import pytest
 from structlog.testing import LogCapture
 
-from storage.disk import FORGOTTEN, SPARE, Disk
+from storage.disk.blobs import Files
+from storage.disk.health import FORGOTTEN, SPARE, Disk
+from storage.disk.records import AGAIN, Records
 from storage.errors import StorageFailed
-from storage.files import Files
 from storage.oci import Digest
-from storage.records import AGAIN, Records
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.processes import Place, digest, place

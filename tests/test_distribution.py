@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from storage import distribution
-from storage.distribution import Absent
+from storage.migration import distribution
+from storage.migration.distribution import Absent
 from storage.oci import Digest
 from tests.layout import INDEX, MANIFEST, Layout, described, digest_of
 

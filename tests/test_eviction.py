@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
-from storage import eviction as module
+from storage.disk.blobs import Files
+from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestUnknown
-from storage.eviction import Candidate, Eviction, Report, Rules, oldest
-from storage.files import Files
+from storage.maintenance import eviction as module
+from storage.maintenance.eviction import Candidate, Eviction, Report, Rules, oldest
+from storage.maintenance.pins import Kept
+from storage.maintenance.usage import Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
-from storage.pins import Kept
-from storage.records import Batch, Records
 from storage.store import Store
-from storage.usage import Usage, Use
 from tests.conftest import Clock
 
 DAY = 86400.0

@@ -22,8 +22,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from storage.disk.records import Records
 from storage.oci import Digest
-from storage.records import Records
 from tests.conftest import Clock, Serve, Site
 from tests.upstream import (
     Bearer,

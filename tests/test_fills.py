@@ -22,10 +22,10 @@ from proxy.telemetry import Metrics
 from proxy.upstream import channel, client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import Connect
+from storage.disk.blobs import Files
+from storage.disk.records import Records
 from storage.errors import BlobUnknown, OriginFailed, Unavailable
-from storage.files import Files
 from storage.oci import Digest
-from storage.records import Records
 from storage.registry import Blob
 from storage.store import Store
 from tests.conftest import Clock, Serve, Site

@@ -18,6 +18,8 @@ from proxy.telemetry import Metrics
 from proxy.upstream import channel, client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import RETRIES, Connect
+from storage.disk.blobs import Files
+from storage.disk.records import Records
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -29,10 +31,9 @@ from storage.errors import (
     Unavailable,
     Unsupported,
 )
-from storage.files import Files
+from storage.graph import fallback_tag, walk
+from storage.maintenance.pins import Pin, Pins
 from storage.oci import Digest, Tag
-from storage.pins import Pin, Pins, fallback_tag, walk
-from storage.records import Records
 from storage.store import Store
 from tests.conftest import Clock
 from tests.upstream import Hold, Image, Manifest, Refuse, RetryAfter, Status, Upstream, digest_of

@@ -20,7 +20,6 @@ import pytest
 from proxy import live, room
 from proxy.cache import Cache, Policy
 from proxy.fills import Fills
-from proxy.limits import Turns
 from proxy.live import Everyone, FillState, Live, UpstreamState, serve_live
 from proxy.telemetry import Metrics
 from proxy.upstream import channel, client
@@ -28,11 +27,12 @@ from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover
 from proxy.upstream.health import FAILURES
 from proxy.upstream.transport import Connect
-from storage.disk import Disk
+from storage.concurrency import Turns
+from storage.disk.blobs import Files
+from storage.disk.health import Disk
+from storage.disk.records import Records
 from storage.errors import ManifestUnknown, TooManyRequests, Unavailable
-from storage.files import Files
 from storage.oci import Digest, Tag
-from storage.records import Records
 from storage.registry import Blob, Registry
 from storage.store import Store
 from tests.conftest import Clock

@@ -19,8 +19,8 @@ from proxy.live import Everyone, FillState, LiveState, UpstreamState
 from proxy.operations import Operations
 from proxy.purging import Kept
 from storage.errors import ManifestUnknown, NameUnknown, Unsupported
+from storage.maintenance.usage import Counters, Move, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
-from storage.usage import Counters, Move, Use
 from tests.conftest import Clock, configuration
 from tests.upstream import Upstream
 

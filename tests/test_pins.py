@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from storage.files import Files
+from storage.disk.blobs import Files
+from storage.disk.records import Records
+from storage.graph import selected, walk
+from storage.maintenance.pins import Kept, Pin, Pins
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag, parse_manifest
-from storage.pins import Kept, Pin, Pins, selected, walk
-from storage.records import Records
 from storage.store import Store
 from tests.conftest import Clock
 

@@ -25,8 +25,8 @@ from aiohttp import web
 from proxy.telemetry import Metrics
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
+from storage.disk.uploads import FileUpload
 from storage.errors import Denied
-from storage.growing import FileUpload
 from storage.oci import Digest, Manifest, Reference
 from storage.registry import Registry
 from tests.conftest import Clock, Serve, Site

@@ -15,9 +15,9 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from storage.files import Files
+from storage.disk.blobs import Files
+from storage.disk.records import Records
 from storage.oci import Digest, Tag
-from storage.records import Records
 from storage.store import Store
 from tests.processes import Place, Server, Worker, digest, place
 from tests.upstream import Bearer, Hold, Upstream

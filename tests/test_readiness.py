@@ -9,8 +9,8 @@ import pytest
 from proxy.answers import MissingRow, ReadyRow
 from proxy.asking import BadField
 from proxy.config import Hosting
+from storage.graph import fallback_tag
 from storage.oci import Digest, Tag
-from storage.pins import fallback_tag
 from tests.test_operations import ALPINE, Site, describe, on, settings, site
 
 __all__ = ["settings", "site"]  # fixtures

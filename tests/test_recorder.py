@@ -16,13 +16,13 @@ import pytest
 from proxy import recorder as module
 from proxy.recorder import Recorder
 from proxy.telemetry import Exchange, Metrics
+from storage.disk.blobs import TOUCH, Files
+from storage.disk.records import Records
 from storage.errors import StorageFailed
-from storage.files import TOUCH, Files
+from storage.graph import Tree, walk
+from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
-from storage.pins import Tree, walk
-from storage.records import Records
 from storage.store import Store
-from storage.usage import HOUR, Counters, Move, Usage, Use
 from tests.conftest import Clock, Serve
 from tests.upstream import Upstream
 

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
-from storage import records as records_module
+from storage.disk import records as records_module
+from storage.disk.records import AGAIN, Batch, Records
 from storage.errors import StorageFailed
-from storage.records import AGAIN, Batch, Records
 from tests.conftest import Clock
 
 MANY = 1_200  # more than two batches of a scan

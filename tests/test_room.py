@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from proxy import room
+from storage.disk import health
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ async def test_what_is_no_number_is_not_answered(socket: Path) -> None:
 async def test_who_comes_later_takes_over_and_who_goes_leaves_it_to_him(socket: Path) -> None:
     asked: list[str] = []
 
-    def named(name: str) -> room.MakeRoom:
+    def named(name: str) -> health.MakeRoom:
         async def make_room(coming: int) -> None:
             asked.append(name)
 

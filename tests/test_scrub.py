@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
-from storage import scrub as module
-from storage import tree
+from storage.disk import tree
+from storage.disk.blobs import Files
+from storage.disk.records import Records
+from storage.disk.uploads import CHUNK
 from storage.errors import BlobUnknown, OriginFailed, StorageFailed
-from storage.files import Files
-from storage.growing import CHUNK
+from storage.maintenance import scrub as module
+from storage.maintenance.scrub import Heal, Scrub, ScrubReport
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
-from storage.records import Records
-from storage.scrub import Heal, Scrub, ScrubReport
 from storage.store import Store
 from tests.conftest import Clock
 

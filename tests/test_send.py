@@ -25,9 +25,9 @@ from proxy.web import send
 from proxy.web.listener import Listener, Manners
 from proxy.web.send import MOST_RANGES, Range, parse_ranges, satisfy
 from proxy.web.server import Server
+from storage.disk.blobs import Files
+from storage.disk.uploads import FileBlob
 from storage.errors import OriginFailed, RangeInvalid, StorageFailed
-from storage.files import Files
-from storage.growing import FileBlob
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob, Registry
 from tests.conftest import Serve, Site

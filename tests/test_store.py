@@ -13,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from storage.disk.blobs import Files
+from storage.disk.records import Batch, Records
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -20,9 +22,7 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
-from storage.files import Files
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, Manifest, Tag
-from storage.records import Batch, Records
 from storage.store import Pointer, Store
 from tests.conftest import Clock
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage import tar
+from storage.archives import tar
 from storage.errors import ArchiveInvalid
 from tests import archives
 from tests.archives import block, member

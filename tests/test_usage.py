@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from storage import usage as module
+from storage.disk.records import Records
 from storage.errors import StorageFailed
+from storage.maintenance import usage as module
+from storage.maintenance.usage import DAY, HOUR, KEEP_DAYS, KEEP_HOURS, MOVES, Counters, Move, Usage, Use
 from storage.oci import Digest, Tag
-from storage.records import Records
-from storage.usage import DAY, HOUR, KEEP_DAYS, KEEP_HOURS, MOVES, Counters, Move, Usage, Use
 from tests.conftest import Clock
 
 ALPINE, HUB = "docker.io/library/alpine", "docker.io"

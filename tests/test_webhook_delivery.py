@@ -22,8 +22,8 @@ from proxy.webhooks.delivery import Deliveries
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.section import Webhook
+from storage.disk.records import Records
 from storage.errors import StorageFailed
-from storage.records import Records
 from tests.conftest import Clock
 from tests.events import Ear
 from tests.receiver import PATIENCE, Receiver, receiver  # noqa: F401  a fixture

@@ -11,7 +11,7 @@ import pytest
 
 from proxy.webhooks.happening import Action, Happening
 from proxy.webhooks.queue import Queue, State
-from storage.records import Records
+from storage.disk.records import Records
 from tests.conftest import Clock
 
 MANY = 1000

@@ -18,9 +18,9 @@ from proxy.webhooks.happening import Action, Happening
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.section import Webhook
 from proxy.webhooks.teller import Teller
+from storage.disk.records import Records
 from storage.errors import StorageFailed
 from storage.oci import Digest, Tag
-from storage.records import Records
 from tests.conftest import Clock
 
 OLD, NEW = Digest.of(b"old"), Digest.of(b"new")

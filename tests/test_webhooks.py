@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from proxy.webhooks.teller import Teller
-from storage.files import Files
+from storage.disk.blobs import Files
 from storage.oci import OCI_MANIFEST, OCTETS, Digest
 from tests.conftest import OPEN, Clock, Serve
 from tests.events import Ear

@@ -24,8 +24,8 @@ from pathlib import Path
 import bcrypt
 import structlog
 
-from proxy.flights import Flights
 from proxy.watched import Watched
+from storage.concurrency import Flights
 from storage.errors import Throttled
 
 log = structlog.get_logger()

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from proxy.flights import Flights
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credential, Credentials, Inline
+from storage.concurrency import Flights
 from storage.errors import OriginDenied, Unavailable
 from storage.registry import Registry
 

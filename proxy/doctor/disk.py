@@ -12,7 +12,7 @@ from pathlib import Path
 from proxy.config import Disk
 from proxy.console import share, size
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from storage.disk import SPARE
+from storage.disk.health import SPARE
 
 MOUNTS = Path("/proc/self/mountinfo")
 FEW = 0.05  # of the inodes

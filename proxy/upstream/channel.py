@@ -19,7 +19,6 @@ import msgspec
 import structlog
 from yarl import URL
 
-from proxy.limits import Bandwidth
 from proxy.telemetry import Metrics
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.health import UNTOLD, Budgets, HostState, seconds_until
@@ -27,6 +26,7 @@ from proxy.upstream.outgoing import Outgoing
 from proxy.upstream.refusals import ERROR_LIMIT, refusal
 from proxy.upstream.tokens import Answer, Tokens
 from proxy.upstream.transport import Connect, Transport
+from storage.concurrency import Bandwidth
 from storage.errors import (
     ManifestUnknown,
     OriginDenied,

@@ -25,8 +25,8 @@ import structlog
 from publicsuffixlist import PublicSuffixList
 from yarl import URL  # aiohttp's own: what is checked here is what it will connect to
 
-from proxy.flights import Flights
 from proxy.upstream.credentials import Credential, Credentials
+from storage.concurrency import Flights
 from storage.errors import OriginDenied, OriginFailed, OriginTimeout, TooManyRequests, Unavailable
 
 log = structlog.get_logger()

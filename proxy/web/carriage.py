@@ -22,10 +22,10 @@ from proxy.bundles import Bundles, Earlier, Given, Selection
 from proxy.receipts import DIGEST
 from proxy.web.api import Body, Handler, decoded, in_json, query
 from proxy.web.send import reset
+from storage.archives.exporter import Sink, TarSink
+from storage.concurrency import finished
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
-from storage.exporting import Sink, TarSink
 from storage.oci import Digest
-from storage.waiting import finished
 
 log = structlog.get_logger()
 

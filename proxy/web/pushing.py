@@ -21,6 +21,7 @@ from proxy.web.responses import ALL, Refused, cache_headers, empty
 from proxy.web.routes import Kind, Route, build_location
 from proxy.web.send import LEFT
 from proxy.web.telling import Telling
+from storage.concurrency import undisturbed
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -35,7 +36,6 @@ from storage.errors import (
 )
 from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag, parse_manifest
 from storage.registry import Registry, Upload
-from storage.waiting import undisturbed
 
 # Bytes; containerd takes no larger one, and the specification wants registries to take 4 MB at least.
 LARGEST_MANIFEST = 4 << 20

@@ -38,8 +38,8 @@ from proxy.webhooks.formats import Source, render
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Event, Queue, State
 from proxy.webhooks.section import Webhook
+from storage.concurrency import finished
 from storage.errors import StorageFailed
-from storage.waiting import finished
 
 log = structlog.get_logger()
 

@@ -20,7 +20,7 @@ from itertools import islice
 import msgspec
 
 from proxy.webhooks.happening import Happening, decode, encode
-from storage.records import Batch, Records
+from storage.disk.records import Batch, Records
 
 _DIGITS = 20
 

@@ -19,9 +19,9 @@ from proxy.telemetry import Metrics
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.section import Webhook
+from storage.concurrency import finished
 from storage.errors import StorageFailed
 from storage.oci import Digest, Tag
-from storage.waiting import finished
 
 log = structlog.get_logger()
 

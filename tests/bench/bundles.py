@@ -28,9 +28,9 @@ LOOK = 0.002  # seconds between two looks at a process's memory
 MAKE = """
 import asyncio, gzip, json, os, sys
 from pathlib import Path
-from storage.files import Files
+from storage.disk.blobs import Files
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
-from storage.records import Records
+from storage.disk.records import Records
 from storage.store import Store
 
 async def put(store, name, content):

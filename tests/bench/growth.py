@@ -21,9 +21,9 @@ from pathlib import Path
 import aiohttp
 import yaml
 
-from storage.files import Files
+from storage.disk.blobs import Files
+from storage.disk.records import Batch, Records
 from storage.oci import OCI_MANIFEST
-from storage.records import Batch, Records
 
 SIZE = 4096  # bytes of a blob, none of them on the disk
 LAYERS = 10  # of a manifest

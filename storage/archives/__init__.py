@@ -1,0 +1,1 @@
+"""Images as files: bundles, OCI layouts and the archives of docker save."""

@@ -1,0 +1,1 @@
+"""The disk: blobs, uploads and records as files, and what is wrong with it."""

@@ -1,0 +1,372 @@
+"""Blobs as plain files: the tree is the index.
+
+    <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
+    <root>/partial/<algorithm>-<encoded>        a fill on its way, locked by whoever writes it
+    <root>/partial/<id>                         any other upload, locked while somebody writes it
+    <root>/locks/<name's hash>                  held by a process while it does what only one may do
+    <root>/damaged/<algorithm>-<encoded>        found to be something else; of no use but to be looked at
+
+A blob exists if and only if its file does, and a file gets there only by rename after verification; its
+mtime is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but
+partial/, where a fill is found by its digest and gone on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import structlog
+
+from storage.concurrency import finished
+from storage.disk.health import Disk, translated
+from storage.disk.locks import POLL, leads_to, try_lock
+from storage.disk.uploads import HASH, FileBlob, FileUpload
+from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
+from storage.oci import OCTETS, Descriptor, Digest
+
+log = structlog.get_logger()
+
+KIND = "blobs"  # what the disk calls what fails here
+
+TOUCH = 60.0  # seconds; a last use is noted no finer, so that most hits write nothing
+HASHES = 1000  # suspended uploads whose hash is remembered; the others are read again at their end
+IN_USE = 10.0  # seconds that an upload waits for whoever writes it: most likely he was cut off
+
+_ID = re.compile(r"[A-Za-z0-9_-]{22}\.[0-9a-f]{16}")
+
+
+class Files:
+    """`clock` tells the time of last use, in seconds since the epoch.
+
+    Where its directories are removed, it makes them again.
+
+    What lies in a `private` one can be fetched from nowhere: what is damaged of it is told of and set aside.
+    Its use is noted by renew() only.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        clock: Callable[[], float] = time.time,
+        disk: Disk | None = None,
+        private: bool = False,
+    ) -> None:
+        self.root = root
+        self.private = private
+        self.disk = disk or Disk(root, clock)
+        self.clock = clock
+        self._partial = root / "partial"
+        self._locks = root / "locks"
+        self.growing: set[FileUpload] = set()  # those whose size is known
+        self._hashes: dict[str, tuple[HASH, int]] = {}
+        with translated(root):
+            self._make()
+
+    def _make(self) -> None:
+        for directory in (self._partial, self._locks, self.root / "blobs"):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def _create(self, path: Path, flags: int = 0) -> int:
+        flags |= os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o644)
+        except FileNotFoundError:
+            self._make()
+            return os.open(path, flags, 0o644)
+
+    def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
+        """Around what writes: see Disk.guard()."""
+        return self.disk.guard(KIND, path, size)
+
+    def worked(self, size: int = 0) -> None:
+        """Something of `size` bytes was written: see Disk.worked()."""
+        self.disk.worked(KIND, size)
+
+    def check_room(self, upload: FileUpload) -> None:
+        """See FileUpload.expect()."""
+        lacking = sum(each.lacks for each in self.growing | {upload})
+        with self.guard(self.root, lacking):
+            if self.disk.room() < lacking:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.growing.add(upload)
+
+    def room(self) -> int:
+        """Bytes that nobody has or is to have yet."""
+        return self.disk.room() - sum(each.lacks for each in self.growing)
+
+    def path(self, digest: Digest) -> Path:
+        return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
+
+    def holds(self, digest: Digest) -> bool:
+        path = self.path(digest)
+        with translated(path):
+            return path.exists()
+
+    def open(self, digest: Digest, size: int | None = None) -> FileBlob:
+        """Raises BlobUnknown; also where the file is not `size` bytes long, and then it does not stay."""
+        path = self.path(digest)
+        with translated(path):
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise BlobUnknown(f"{digest} is not stored here") from None
+            status = os.fstat(file)
+            if size is not None and status.st_size != size:
+                os.close(file)
+                self._drop(digest, status, size)
+                raise BlobUnknown(f"{digest} was damaged: {status.st_size} of {size} bytes were left")
+        now = self.clock()
+        if not self.private and not 0 <= now - status.st_mtime < TOUCH:
+            with suppress(OSError):  # a read-only disk serves all the same
+                os.utime(file, (now, now))
+        return FileBlob(file, Descriptor(OCTETS, digest, status.st_size), used_at=status.st_mtime)
+
+    def _drop(self, digest: Digest, found: os.stat_result, size: int) -> None:
+        path = self.path(digest)
+        if not self.private:
+            path.unlink(missing_ok=True)
+        elif (aside := self.set_aside(digest, found)) is not None:
+            told = f"{found.st_size} of {size} bytes"
+            log.error("blob.damaged", digest=str(digest), found=told, path=str(aside), action="set aside")
+
+    def touch(self, digest: Digest, at: float) -> None:
+        """It was used at `at`, though nobody opened it.  What is not here is passed by."""
+        path = self.path(digest)
+        with suppress(OSError):  # vanished, or on a read-only disk
+            if at - path.stat().st_mtime >= TOUCH:
+                os.utime(path, (at, at))
+
+    def renew(self, digest: Digest) -> None:
+        """It is used now.  Raises BlobUnknown where it is not here."""
+        now = self.clock()
+        path = self.path(digest)
+        with translated(path):
+            try:
+                os.utime(path, (now, now))
+            except FileNotFoundError:
+                raise BlobUnknown(f"{digest} is not stored here") from None
+
+    def verify(self, digest: Digest) -> None:
+        """Read all of it.  Blocks.  Raises BlobUnknown, also where it is damaged, and then it is removed."""
+        path = self.path(digest)
+        with translated(path):
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, digest.algorithm).hexdigest()
+            except FileNotFoundError:
+                raise BlobUnknown(f"{digest} is not stored here") from None
+            if found != digest.encoded:
+                path.unlink(missing_ok=True)
+                raise BlobUnknown(f"{digest} was damaged: its content is {found}")
+
+    def set_aside(self, digest: Digest, found: os.stat_result) -> Path | None:
+        """Move the file that `found` tells of, and that is damaged, out of the tree; where it lies then.
+
+        None: the name leads to another file by now, or to none.  Its mtime tells when it was moved.
+        """
+        path = self.path(digest)
+        aside = self.root / "damaged" / f"{digest.algorithm}-{digest.encoded}"
+        with self.guard(aside), suppress(FileNotFoundError):
+            if not os.path.samestat(path.lstat(), found):
+                return None
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+            # 1. we look  2. it is evicted, and filled again  3. we rename what is good: it goes back.
+            if not os.path.samestat(aside.lstat(), found):
+                aside.rename(path)
+                return None
+            now = self.clock()
+            with suppress(OSError):  # a file of another user's
+                os.utime(aside, (now, now))
+            return aside
+        return None
+
+    def create(self, owner: str = "", algorithm: str = "sha256") -> FileUpload:
+        """An upload that can be suspended, and gone on with by whoever names its id and `owner`."""
+        path = self._partial / f"{secrets.token_urlsafe(16)}.{_mark(owner)}"
+        with self.guard(path):
+            file = self._create(path, os.O_EXCL)
+            try_lock(file)
+        return FileUpload(self, path, file, algorithm)
+
+    async def reopen(self, id: str, owner: str = "") -> FileUpload:
+        """The upload of this id, by whichever process it was suspended.
+
+        Raises BlobUploadUnknown, and Unavailable while somebody else goes on writing it.
+        """
+        if not _ID.fullmatch(id) or not id.endswith(f".{_mark(owner)}"):
+            raise BlobUploadUnknown(f"there is no upload {id[:80]!r} of this repository")
+        path = self._partial / id
+        with translated(path):
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise BlobUploadUnknown(f"there is no upload {id!r}: it has ended, or was given up") from None
+        upload = FileUpload(self, path, file, "sha256", ours=False)
+        try:
+            await self._lock_upload(path, file)
+            upload.ours = True
+            upload.take_over()
+        except BaseException:
+            upload.close()
+            raise
+        if (known := self._hashes.pop(id, None)) is not None:
+            upload.adopt(*known)
+        return upload
+
+    async def _lock_upload(self, path: Path, file: int) -> None:
+        for _ in range(int(IN_USE / POLL)):
+            if try_lock(file):
+                if not leads_to(path, file):
+                    raise BlobUploadUnknown(f"there is no upload {path.name!r}: it has just ended")
+                return
+            await asyncio.sleep(POLL)
+        raise Unavailable(f"upload {path.name!r} is being written by another request", retry_after=1.0)
+
+    def remember(self, id: str, hash: HASH, hashed: int) -> None:
+        """Spare whoever goes on with a suspended upload here to read it again."""
+        self._hashes[id] = hash, hashed
+        if len(self._hashes) > HASHES:
+            del self._hashes[next(iter(self._hashes))]
+
+    async def resume(self, digest: Digest) -> FileUpload:
+        """The upload of this very digest, with what a former one has left.
+
+        Where another process is at it, its upload: see FileUpload.watch().
+        """
+        path = self._partial / f"{digest.algorithm}-{digest.encoded}"
+        file, locked = self._open_locked(path)
+        upload = FileUpload(self, path, file, digest.algorithm, resumable=True, ours=locked)
+        if locked:
+            try:
+                with translated(path):
+                    await finished(upload.rehash)
+            except (RegistryError, asyncio.CancelledError):
+                await upload.suspend()
+                raise
+        return upload
+
+    def _open_locked(self, path: Path) -> tuple[int, bool]:
+        """The file, created if need be, and whether the lock of it is ours."""
+        while True:
+            with self.guard(path):
+                file = self._create(path)
+                try:
+                    locked = try_lock(file)
+                    # 1. we open  2. its writer renames it into blobs/ and lets go  3. we get the lock:
+                    # of a committed blob.  So the name must still lead to the file that we opened.
+                    if leads_to(path, file):
+                        return file, locked
+                except BaseException:
+                    os.close(file)
+                    raise
+                os.close(file)
+
+    @asynccontextmanager
+    async def exclusive(self, name: str) -> AsyncIterator[bool]:
+        """Of all processes on this directory one is inside at a time, for each `name`; whether it waited.
+
+        Where no lock can be had since the disk fails, all go on: this spares work, it guards nothing.
+        """
+        path = self._locks / hashlib.sha256(name.encode()).hexdigest()[:32]
+        file: int | None = None
+        waited = False
+        with suppress(StorageFailed):
+            while True:
+                file, locked = self._open_locked(path)
+                if locked:
+                    break
+                os.close(file)
+                file, waited = None, True
+                await asyncio.sleep(POLL)
+        try:
+            yield waited
+        finally:
+            if file is not None:
+                with suppress(OSError):
+                    path.unlink()  # while it is locked: who opened it meanwhile sees that its name is gone
+                os.close(file)
+
+    @contextmanager
+    def turn(self, seconds: float) -> Iterator[bool]:
+        """Whether this process is to keep house: none does, and none that still runs did so for `seconds`."""
+        path = self.root.parent / "keeper.lock"
+        with self.guard(path):
+            file = self._create(path)
+        try:
+            locked = try_lock(file)
+            pid, _, text = os.pread(file, 100, 0).partition(b" ")
+            recent = text != b"" and 0 <= self.clock() - float(text) < seconds
+            ours = locked and not (recent and _runs(int(pid)))
+            yield ours
+            if ours:
+                with self.guard(path):
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, f"{os.getpid()} {self.clock()}".encode(), 0)
+        finally:
+            os.close(file)
+
+    def place(self, partial: Path, file: int, path: Path) -> list[Path]:
+        """Move a partial file, open as `file`, to its place; the directories that are still to be synced.
+
+        Blocks.  Raises OSError.
+        """
+        made = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        now = self.clock()
+        os.utime(file, (now, now))  # the time of last use is of our clock
+        # Data before name: after a power cut a name stands for all of its bytes.
+        os.fdatasync(file)
+        partial.replace(path)
+        # A new directory is itself a name, in one that may be as new.
+        return [path.parent, *(path.parents[1:4] if made else ())]
+
+    def check(self) -> None:
+        """Raises StorageFailed where nothing can be written."""
+        path = self._partial / f"check-{os.getpid()}"
+        with self.guard(path):
+            file = self._create(path)
+            try:
+                os.write(file, b"\n")
+            finally:
+                os.close(file)
+                path.unlink(missing_ok=True)
+        self.worked()
+
+    def reap(self, age: float) -> int:
+        """Remove what the dead left: partial files and locks that nobody touched for `age` seconds.
+
+        How many they were.
+        """
+        reaped = 0
+        with translated(self._partial):
+            for path in (*self._partial.iterdir(), *self._locks.iterdir()):
+                with suppress(FileNotFoundError):
+                    if self.clock() - path.stat().st_mtime > age:
+                        path.unlink()
+                        reaped += 1
+        return reaped
+
+
+def _mark(owner: str) -> str:
+    """What an upload's id carries, so that it is of use for its owner only."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:16]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()

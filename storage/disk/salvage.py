@@ -1,0 +1,64 @@
+"""What can still be read of a damaged database of records."""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+LOCKED = 10.0  # seconds that a write waits for another process's
+
+
+_CHECK = 4  # bytes
+
+
+_ROWIDS = 1 << 62
+
+
+def _check(key: str, value: bytes) -> bytes:
+    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(_CHECK, "big")
+
+
+def _checked(key: str, stored: Any) -> bytes | None:
+    if isinstance(stored, bytes) and stored[:_CHECK] == _check(key, value := stored[_CHECK:]):
+        return value
+    return None
+
+
+def _readable(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Every record of a damaged database that can be reached, as it is stored."""
+    uri = f"file:{quote(str(file))}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCKED)) as source:
+        source.text_factory = bytes
+        for _, key, stored in _rows(source):
+            with suppress(AttributeError, UnicodeDecodeError):  # a key that is none of ours
+                if _checked(name := key.decode(), stored) is not None:
+                    yield name, stored
+
+
+def _rows(source: sqlite3.Connection) -> Iterator[tuple[int, Any, Any]]:
+    select = "SELECT rowid, key, value FROM Cache WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
+    gaps: list[tuple[int, int]] = []
+    at, step, missed = 0, 0, 0
+    while at < _ROWIDS:
+        try:
+            for row in source.execute(select, (at, _ROWIDS)):
+                if step:
+                    gaps.append((missed, row[0]))
+                at, step = row[0] + 1, 0
+                yield row
+            break
+        except sqlite3.Error:
+            # Over what is damaged: in ever larger steps, since it may be a page of many rows.
+            missed = at if step == 0 else missed
+            step = step * 2 or 1
+            at += step
+    if step:
+        gaps.append((missed, _ROWIDS))
+    for gap in gaps:  # what the steps left out lies at its end
+        with suppress(sqlite3.Error):
+            yield from source.execute(f"{select} DESC", gap)

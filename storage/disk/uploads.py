@@ -1,0 +1,363 @@
+"""A blob's file while it grows: one writes it, and any number read what is there of it already.
+
+Of what was written all but the last byte is readable, until commit() has found the digest right: so no
+reader ever holds a complete but wrong blob.
+
+Its writer holds the lock of the file, so that of all processes one writes it; the others follow it, until it
+is in its place or its writer has let go.  The descriptor is closed only when no thread works on it any more,
+whoever was cancelled meanwhile.
+
+Where the file lies and goes to, and what room there is for it, is its home's to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from storage.concurrency import finished
+from storage.disk.health import sync, translated
+from storage.disk.locks import POLL, leads_to, try_lock, unlock
+from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailable
+from storage.oci import OCTETS, Descriptor, Digest
+from storage.registry import Blob, Upload
+
+HASH: TypeAlias = "hashlib._Hash"
+
+CHUNK = 1 << 20  # bytes read or hashed at a time
+BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
+
+
+class Home(Protocol):
+    """Where files grow: it knows their places and what room the disk has."""
+
+    growing: set[FileUpload]  # those whose size is known
+
+    def path(self, digest: Digest) -> Path:
+        """Where a committed blob lies."""
+
+    def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
+        """Around what writes: see Disk.guard()."""
+
+    def worked(self, size: int = 0) -> None:
+        """Something of `size` bytes was written: see Disk.worked()."""
+
+    def room(self) -> int:
+        """Bytes that nobody has or is to have yet."""
+
+    def check_room(self, upload: FileUpload) -> None:
+        """See FileUpload.expect()."""
+
+    def place(self, partial: Path, file: int, path: Path) -> list[Path]:
+        """Move a partial file, open as `file`, to its place; the directories that are still to be synced."""
+
+    def remember(self, id: str, hash: HASH, hashed: int) -> None:
+        """Spare whoever goes on with a suspended upload to read it again."""
+
+
+class FileBlob(Blob):
+    """A committed blob, or one that still grows under an upload.
+
+    `used_at` is when a committed one was used last, before it was opened.
+    """
+
+    def __init__(
+        self, file: int, descriptor: Descriptor, upload: FileUpload | None = None, used_at: float = 0.0
+    ) -> None:
+        self.descriptor = descriptor
+        self.used_at = used_at
+        self._file = file
+        self._upload = upload
+
+    def fileno(self) -> int:
+        return self._file
+
+    async def readable(self, offset: int) -> int:
+        """Wait for bytes past `offset`; return where they end for now.
+
+        Raises what the upload failed with.
+        """
+        if self._upload is None:
+            return self.descriptor.size
+        return await self._upload.wait_past(offset, self.descriptor.size)
+
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        while stop is None or start < stop:
+            end = await self.readable(start)
+            if end <= start:
+                return
+            end = min(end, start + CHUNK, end if stop is None else stop)
+            with translated(self.descriptor.digest):
+                chunk = await asyncio.to_thread(os.pread, self._file, end - start, start)
+            if not chunk:
+                raise StorageFailed(f"{self.descriptor.digest} ends at byte {start}: its file was truncated")
+            yield chunk
+            start += len(chunk)
+
+    async def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class FileUpload(Upload):
+    """One writer appends; any number of readers follow through `follow()`.
+
+    An upload that is not `ours` is written by another process; it can be followed, and watch() waits for
+    its end.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        path: Path,
+        file: int,
+        algorithm: str,
+        *,
+        resumable: bool = False,
+        ours: bool = True,
+    ) -> None:
+        self.id = path.name
+        self.offset = 0
+        self.ours = ours
+        self._home = home
+        self._path = path
+        self._file = file
+        self._hash = hashlib.new(algorithm)
+        self._hashed = 0  # what it has seen: the first so many bytes
+        self._resumable = resumable
+        self._waiting: list[bytes] = []  # accepted, not yet written
+        self._written = 0
+        self._size = 0  # in the end, as far as is known
+        self._readable = 0
+        self._complete = False
+        self._error: BaseException | None = None
+        self._moved = asyncio.Event()
+        self._flusher: asyncio.Task[None] | None = None
+
+    def rehash(self) -> None:
+        """Take in what a former writer left.  Blocks; before anybody writes."""
+        self._catch_up()
+        self.take_over()
+
+    def take_over(self) -> None:
+        """The same, but for the hash: that is caught up with at the end."""
+        self.offset = self._written = os.lseek(self._file, 0, os.SEEK_END)
+        self._readable = max(self._readable, self.offset - 1)
+
+    def _catch_up(self) -> None:
+        while chunk := os.pread(self._file, CHUNK, self._hashed):
+            self._hash.update(chunk)
+            self._hashed += len(chunk)
+
+    async def watch(self, digest: Digest) -> bool:
+        """Follow what another process writes, to its end.
+
+        True: it has committed it.  False: it is gone, and the upload is ours to go on with.
+
+        Raises Unavailable where it gave up and left nothing.
+        """
+        final = self._home.path(digest)
+        while True:
+            # 1. it renames and lets go  2. we get the lock: so the name is looked at after the lock.
+            with translated(self._path):
+                free = try_lock(self._file)
+                if leads_to(final, self._file):
+                    self._complete = True
+                    self.offset = os.fstat(self._file).st_size
+                    self._move(self.offset)
+                    self.close()
+                    return True
+                if free and not leads_to(self._path, self._file):
+                    raise Unavailable("the process that was transferring it gave up")
+                if free:
+                    self.ours = True
+                    await finished(self.rehash)
+                    return False
+                self.offset = os.fstat(self._file).st_size
+            if self.offset - 1 > self._readable:
+                self._move(self.offset - 1)
+            await asyncio.sleep(POLL)  # flock and appending tell nobody
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is there and right; it may not be in its place yet."""
+        return self._complete
+
+    def matches(self, digest: Digest) -> bool:
+        """Whether what was written so far is all of it.  Nothing may be waiting for the disk."""
+        return digest == f"{self._hash.name}:{self._hash.hexdigest()}"
+
+    def fits(self, size: int) -> bool:
+        """Whether there is room for it, were it to have `size` bytes in the end."""
+        return self._home.room() >= max(0, size - self._written)
+
+    def expect(self, size: int) -> None:
+        """Say how many bytes it will have in the end.
+
+        Raises StorageFailed where there is no room for them, seeing what others are to have.
+        """
+        self._size = size
+        self._home.check_room(self)
+
+    @property
+    def lacks(self) -> int:
+        """How many of the bytes that it will have are not on the disk yet."""
+        return max(0, self._size - self._written)
+
+    async def write(self, chunk: bytes) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiting.append(chunk)
+        self.offset += len(chunk)
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush())
+        while self.offset - self._written > BACKLOG and self._error is None:
+            await self._moved.wait()
+
+    async def _flush(self) -> None:
+        # The disk works on one batch while the next one gathers: slow disks get large writes, and the
+        # network is read in the meantime.
+        try:
+            while self._waiting and self._error is None:
+                batch, self._waiting = self._waiting, []
+                end = self._written + sum(map(len, batch))
+                with self._home.guard(self._path, max(end, self._size)):
+                    await asyncio.to_thread(self._append, batch)
+                self._written = end
+                self._move(max(self._readable, self._written - 1))
+        except StorageFailed as error:
+            self._fail(error)
+        finally:
+            self._flusher = None
+
+    def _append(self, batch: list[bytes]) -> None:
+        end = self._written
+        for chunk in batch:
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(self._file, view) :]
+            if self._hashed == end:
+                self._hash.update(chunk)
+                self._hashed += len(chunk)
+            end += len(chunk)
+
+    async def _flushed(self) -> None:
+        # shield: whoever waits may be cancelled, but the file must not be closed under a thread's write.
+        while self._flusher is not None:
+            await asyncio.shield(self._flusher)
+
+    async def commit(self, digest: Digest) -> Descriptor:
+        await self._flushed()
+        if self._error is not None:
+            raise self._error
+        if digest.algorithm != self._hash.name:
+            self._hash, self._hashed = hashlib.new(digest.algorithm), 0
+        if self._hashed != self._written:
+            with translated(self._path):
+                await finished(self._catch_up)
+        if not self.matches(digest):
+            error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
+            await self.cancel(error)
+            raise error
+        # Readers get their last byte now; that the disk keeps it may take its time.
+        self._complete = True
+        self._move(self.offset)
+        try:
+            with self._home.guard(self._path, self.offset):
+                await finished(self._publish, self._home.path(digest))
+        finally:
+            self._discard()  # where it did not get into its place
+            self.close()
+        self._home.worked(self.offset)
+        return Descriptor(OCTETS, digest, self.offset)
+
+    def _publish(self, path: Path) -> None:
+        for directory in self._home.place(self._path, self._file, path):
+            sync(directory)
+
+    async def cancel(self, error: BaseException | None = None) -> None:
+        await self._end(error)
+        self._discard()
+        self.close()
+
+    async def suspend(self, error: BaseException | None = None) -> None:
+        """Stop, but keep the bytes where the next upload of this digest, or whoever reopens it, finds them.
+
+        Without `error` that is all that was written; raises StorageFailed where it could not be.
+        """
+        if error is None:
+            await self._flushed()
+        failed = self._error
+        await self._end(error)
+        if not self._resumable:
+            self._home.remember(self.id, self._hash, self._hashed)
+        elif not self._written:
+            self._discard()
+        self.close()
+        if failed is not None and error is None:
+            raise failed
+
+    def adopt(self, hash: HASH, hashed: int) -> None:
+        """Go on with a hash of what is there already, as far as it has come."""
+        self._hash, self._hashed = hash, hashed
+
+    async def _end(self, error: BaseException | None) -> None:
+        self._fail(error or BlobUnknown("the upload was cancelled"))
+        await self._flushed()
+
+    def follow(self, descriptor: Descriptor) -> FileBlob:
+        """A reader of the growing file; `descriptor` is what the origin says of it.
+
+        Raises BlobUnknown when the upload has ended: what came of it is in its place then.
+        """
+        if self._file < 0:
+            raise BlobUnknown(f"the upload of {descriptor.digest} has ended")
+        # Reads are by position, so that a duplicate serves: no path that could vanish in between.
+        return FileBlob(os.dup(self._file), descriptor, self)
+
+    async def wait_past(self, offset: int, size: int = -1) -> int:
+        """See FileBlob.readable(); `size` is what the reader was promised, if anything.
+
+        Of that, too, the last byte is withheld: a promise may be wrong.
+        """
+        withheld = size - 1 if size >= 0 else sys.maxsize
+        while min(self._readable, withheld) <= offset and self._error is None and not self._complete:
+            await self._moved.wait()
+        if self._complete:
+            if size not in (-1, self.offset):
+                raise Unavailable(f"{size} bytes were promised, but there are {self.offset}")
+            return self._readable
+        if min(self._readable, withheld) <= offset and self._error is not None:
+            raise self._error
+        return min(self._readable, withheld)
+
+    def _move(self, readable: int) -> None:
+        self._readable = readable
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None and not self._complete:
+            self._error = error
+        self._move(self._readable)
+
+    def _discard(self) -> None:
+        # Once ours was renamed, the next upload of the digest has the name: that file is not ours to remove.
+        with suppress(OSError):
+            if self.ours and self._file >= 0 and leads_to(self._path, self._file):
+                self._path.unlink()
+
+    def close(self) -> None:
+        """Let go of the file, whatever becomes of it."""
+        if self._file >= 0:
+            unlock(self._file)  # the readers have duplicates
+            os.close(self._file)
+            self._file = -1
+            self._home.growing.discard(self)

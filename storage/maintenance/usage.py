@@ -1,0 +1,201 @@
+"""What was used how often, which tag went where, and what it cost: the history, bounded.
+
+    use <repository> <reference>              JSON [count, last, first]; of tags, and of manifests by digest
+    moves <repository> <tag>                  JSON [[time, old digest, new digest], …], oldest first
+    stats hour <YYYYMMDDHH> <namespace>       JSON object of counters; the hour is in UTC
+    stats day <YYYYMMDD> <namespace>          the same by days
+
+Repositories are full names, times seconds since the epoch.  A record that cannot be read as what it should
+be counts as absent: history then begins anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from storage.disk.records import Batch, Records
+from storage.oci import Digest, Tag
+
+MOVES = 50  # of a tag, the last ones
+HOUR, DAY = 3600, 86400
+KEEP_HOURS = 3 * DAY + HOUR  # the hour more, so that the last 72 are whole
+KEEP_DAYS = 400 * DAY
+_HOUR = "%Y%m%d%H"
+# The periods that are counted: how a time is written as one, and for how many seconds it is kept.
+_PERIODS = (("hour", _HOUR, KEEP_HOURS), ("day", "%Y%m%d", KEEP_DAYS))
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """`count` is of requests; what is used only since something used names it has none."""
+
+    count: int
+    last: float
+    first: float
+
+    def __add__(self, other: Use) -> Use:
+        return Use(self.count + other.count, max(self.last, other.last), min(self.first, other.first))
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    at: float
+    old: Digest
+    new: Digest
+
+
+class Counters(msgspec.Struct, omit_defaults=True):
+    """Of one namespace.  `received_bytes` and `upstream_requests` are between us and upstreams.
+
+    The others are of clients: `hits` to `errors` are requests by result (it is an error, too, where an origin
+    said just now that there is no such thing), `sent_bytes` the bodies of all answers, and `hit_bytes` of
+    those that came from here.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    misses: int = 0
+    revalidated: int = 0
+    stale: int = 0
+    negative: int = 0
+    errors: int = 0
+    hit_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    upstream_requests: int = 0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, name) + getattr(other, name) for name in self.__struct_fields__))
+
+    @property
+    def hit_ratio(self) -> float:
+        """Of the requests that were answered with content, how many with what was here; 0 where none were."""
+        served = self.hits + self.revalidated + self.stale
+        return served / (served + self.misses) if served else 0.0
+
+    @property
+    def byte_hit_ratio(self) -> float:
+        return self.hit_bytes / self.sent_bytes if self.sent_bytes else 0.0
+
+    @property
+    def bytes_saved(self) -> int:
+        return max(0, self.sent_bytes - self.received_bytes)
+
+    @property
+    def requests_saved(self) -> int:
+        return max(0, self.requests - self.upstream_requests)
+
+
+Uses = Mapping[tuple[str, str], Use]  # by repository and reference
+Moves = Sequence[tuple[str, Tag, Move]]  # of a repository's tag
+Counts = Mapping[tuple[int, str], Counters]  # by the time at which the hour begins, and namespace
+
+
+class Usage:
+    """Every method raises StorageFailed.  Those that write block: call them in a thread."""
+
+    def __init__(self, records: Records, clock: Callable[[], float] = time.time) -> None:
+        self._records = records
+        self._clock = clock
+        self._tidied: str | None = None  # the hour in which old periods were removed last
+
+    def use(self, repository: str, reference: str) -> Use | None:
+        """`reference` is a tag, or a manifest's digest."""
+        return _use(self._records.get(f"use {repository} {reference}"))
+
+    def moves(self, repository: str, tag: str) -> list[Move]:
+        """Oldest first."""
+        return _moves(self._records.get(f"moves {repository} {tag}"))
+
+    def stats(self, since: float, until: float | None = None) -> dict[str, Counters]:
+        """By namespace.  Of every hour of which a part lies between the two; of every such day, where `since`
+        is too long ago for hours.
+        """
+        now = self._clock()
+        period, form, keep = _PERIODS[0 if now - since < KEEP_HOURS else 1]
+        first = _written(form, max(since, now - keep))
+        last = _written(form, now if until is None else min(until, now))
+        found: dict[str, Counters] = {}
+        # A key goes on after its period, so that those of `first` itself come after it.
+        for key, value in self._records.scan(f"stats {period} ", first):
+            _, _, at, namespace = key.split(" ")
+            if at > last:
+                break
+            found[namespace] = found.get(namespace, Counters()) + _counters(value)
+        return found
+
+    def record(self, uses: Uses, moves: Moves, counts: Counts) -> None:
+        """Add all of it to what is there; all is recorded, or nothing."""
+        hour = _written(_HOUR, self._clock())
+        outdated = [] if hour == self._tidied else list(self._outdated())
+
+        def work(batch: Batch) -> None:
+            for key in outdated:
+                batch.delete(key)
+            for (repository, reference), use in uses.items():
+                _add_use(batch, f"use {repository} {reference}", use)
+            for repository, tag, move in moves:
+                _add_move(batch, f"moves {repository} {tag}", move)
+            for (at, namespace), counters in counts.items():
+                for period, form, _ in _PERIODS:
+                    _add_counters(batch, f"stats {period} {_written(form, at)} {namespace}", counters)
+
+        self._records.transaction(work)
+        self._tidied = hour
+
+    def _outdated(self) -> Iterator[str]:
+        for period, form, keep in _PERIODS:
+            # The first that is kept is the one in which the time that is to be kept begins.
+            oldest = _written(form, self._clock() - keep)
+            for key, _ in self._records.scan(f"stats {period} "):
+                if key.split(" ")[2] >= oldest:
+                    break
+                yield key
+
+
+def _written(form: str, at: float) -> str:
+    return time.strftime(form, time.gmtime(at))
+
+
+def _decoded(record: bytes | None, type: Any) -> Any:
+    """None where it is absent or damaged."""
+    try:
+        return msgspec.json.decode(record or b"", type=type)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _use(record: bytes | None) -> Use | None:
+    found = _decoded(record, tuple[int, float, float])
+    return None if found is None else Use(*found)
+
+
+def _moves(record: bytes | None) -> list[Move]:
+    found = _decoded(record, list[tuple[float, str, str]]) or []
+    return [Move(at, Digest(old), Digest(new)) for at, old, new in found]
+
+
+def _counters(record: bytes | None) -> Counters:
+    found = _decoded(record, Counters)
+    return found if isinstance(found, Counters) else Counters()
+
+
+def _add_use(batch: Batch, key: str, use: Use) -> None:
+    known = _use(batch.get(key))
+    total = use if known is None else known + use
+    batch.put(key, msgspec.json.encode((total.count, total.last, total.first)))
+
+
+def _add_move(batch: Batch, key: str, move: Move) -> None:
+    # Several processes record, each a while after it happened: so not always in the order of time.
+    known = sorted([*_moves(batch.get(key)), move], key=lambda each: each.at)[-MOVES:]
+    batch.put(key, msgspec.json.encode([(each.at, str(each.old), str(each.new)) for each in known]))
+
+
+def _add_counters(batch: Batch, key: str, counters: Counters) -> None:
+    batch.put(key, msgspec.json.encode(_counters(batch.get(key)) + counters))

@@ -1,0 +1,1 @@
+"""Taking over the directory of another registry."""

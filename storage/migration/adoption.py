@@ -1,0 +1,119 @@
+"""Files of this machine that become blobs: verified, and then linked where that can be, else copied.
+
+A file that is linked is one file with two names, and gets the present time, as all that is new here.  Only
+its owner can give it that later on, so its owner becomes ours; where it could then not be read there any
+more, and where we may not do that, it is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import stat
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from storage.disk.blobs import Files
+from storage.disk.health import sync
+from storage.disk.uploads import CHUNK
+from storage.errors import DigestInvalid
+from storage.oci import Digest
+
+
+class Adoption:
+    """Into `files`, by any number of threads.  What was taken is durable after settle()."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._owner = files.root.stat().st_uid
+        self._unsettled: set[Path] = set()  # directories
+        self._lock = threading.Lock()
+        self.linked = 0
+
+    def take(self, digest: Digest, source: Path) -> int:
+        """How many bytes it has.  Blocks.
+
+        Raises DigestInvalid where it is something else, OSError where it cannot be read, StorageFailed.
+        """
+        given = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        partial = self._files.root / "partial" / secrets.token_urlsafe(16)
+        try:
+            found = os.fstat(given)
+            if not self._linkable(found):
+                self._copy(digest, given, partial, found.st_size)
+            else:
+                with open(given, "rb", closefd=False) as file:
+                    _compare(digest, hashlib.file_digest(file, digest.algorithm).hexdigest())
+                if not self._link(digest, source, given, partial):
+                    os.lseek(given, 0, os.SEEK_SET)
+                    self._copy(digest, given, partial, found.st_size)
+            return found.st_size
+        finally:
+            os.close(given)
+            with suppress(FileNotFoundError):
+                partial.unlink()
+
+    def _linkable(self, found: os.stat_result) -> bool:
+        ours = os.geteuid() in (0, self._owner)
+        readable = found.st_mode & stat.S_IROTH or found.st_uid == self._owner
+        owned = found.st_uid == self._owner or os.geteuid() == 0
+        return bool(ours and readable and owned and found.st_dev == self._files.root.stat().st_dev)
+
+    def _link(self, digest: Digest, source: Path, given: int, partial: Path) -> bool:
+        """False: it has to be copied."""
+        try:
+            os.link(source, partial)
+        except OSError:
+            return False  # a file system without links, a file with too many names, …
+        if not os.path.samestat(partial.stat(), os.fstat(given)):
+            partial.unlink()
+            return False  # another one has taken its name meanwhile
+        with self._files.guard(partial):
+            if os.fstat(given).st_uid != self._owner:
+                os.chown(given, self._owner, -1)
+            self._place(digest, given, partial)
+        with self._lock:
+            self.linked += 1
+        return True
+
+    def _copy(self, digest: Digest, given: int, partial: Path, size: int) -> None:
+        found = hashlib.new(digest.algorithm)
+        with self._files.guard(partial, size):
+            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            while chunk := os.read(given, CHUNK):
+                found.update(chunk)
+                with self._files.guard(partial, size):
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[os.write(file, view) :]
+            _compare(digest, found.hexdigest())
+            with self._files.guard(partial, size):
+                if os.geteuid() != self._owner:
+                    os.chown(file, self._owner, -1)
+                self._place(digest, file, partial)
+        finally:
+            os.close(file)
+
+    def _place(self, digest: Digest, file: int, partial: Path) -> None:
+        directories = self._files.place(partial, file, self._files.path(digest))
+        with self._lock:
+            for each in directories:
+                if os.geteuid() != self._owner and each.stat().st_uid != self._owner:
+                    os.chown(each, self._owner, -1)
+            self._unsettled.update(directories)
+
+    def settle(self) -> None:
+        """Have the disk keep all that was taken.  Raises StorageFailed."""
+        with self._lock:
+            unsettled, self._unsettled = self._unsettled, set()
+        for directory in unsettled:
+            with self._files.guard(directory):
+                sync(directory)
+
+
+def _compare(digest: Digest, found: str) -> None:
+    if found != digest.encoded:
+        raise DigestInvalid(f"it is damaged: its content is {digest.algorithm}:{found}")

@@ -21,12 +21,12 @@ from proxy.receipts import BoundRow, CarriedRow, Exported, LackingRow, Landed
 from storage.archives import bundle
 from storage.archives.archive import Archive, open_archive, open_spooled, read
 from storage.archives.bundle import CONTENTS, Base, Contents, encode
-from storage.archives.export_plan import Gathering, Plan, Wanted
+from storage.archives.export_plan import ExportPlan, ExportPlanner, Wanted
 from storage.archives.exporter import Sink, write
-from storage.archives.import_plan import Bound, Importing
-from storage.archives.importer import Moved, Place, Taking
+from storage.archives.import_plan import Bound, ImportPlanner
+from storage.archives.importer import Importer, ImportTarget, Moved
 from storage.archives.layout import Layout, Root, read_layout
-from storage.concurrency import _stoppable, finished
+from storage.concurrency import run_cancellable, run_in_thread
 from storage.disk.records import Batch, Records
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, RegistryError, StorageFailed
 from storage.maintenance.pins import Pin
@@ -100,7 +100,7 @@ class Bundles:
 
         `opened` is called with the digest of its entrepot.json, once all is found that is to go along.
         """
-        return await _stoppable(self._export, selection, bundle, opened, key, tick)
+        return await run_cancellable(self._export, selection, bundle, opened, key, tick)
 
     def _export(
         self,
@@ -127,13 +127,15 @@ class Bundles:
 
     async def planned(self, selection: Selection, bundle: str) -> Exported:
         """What export() would come to."""
-        plan, incomplete = await _stoppable(self._plan, selection)
+        plan, incomplete = await run_cancellable(self._plan, selection)
         digest = Digest.of(encode(plan.contents))
         return _exported(bundle, digest, plan, incomplete, signed=False)
 
-    def _plan(self, stopped: Callable[[], None], selection: Selection) -> tuple[Plan, dict[str, set[Digest]]]:
+    def _plan(
+        self, stopped: Callable[[], None], selection: Selection
+    ) -> tuple[ExportPlan, dict[str, set[Digest]]]:
         """And what lacks of those that are left out."""
-        gathering = Gathering(read_platforms("platforms", selection.platforms), selection.referrers)
+        gathering = ExportPlanner(read_platforms("platforms", selection.platforms), selection.referrers)
         base = dict(map(_base, selection.since))
         for wanted in self._selected(selection, gathering):
             stopped()
@@ -145,7 +147,7 @@ class Bundles:
             raise NameUnknown("nothing that is stored here as a whole is what was asked for")
         return plan, gathering.incomplete
 
-    def _selected(self, selection: Selection, gathering: Gathering) -> Iterator[Wanted]:
+    def _selected(self, selection: Selection, gathering: ExportPlanner) -> Iterator[Wanted]:
         since = None
         if selection.used_within is not None:
             since = self._parts.clock() - read_seconds("used_within", selection.used_within)
@@ -173,7 +175,7 @@ class Bundles:
                 if pin.matches(repository, reference):
                     yield Wanted(store, repository, Tag(reference) if kind == "tag" else Digest(reference))
 
-    def _used(self, wanted: Wanted, since: float, gathering: Gathering) -> bool:
+    def _used(self, wanted: Wanted, since: float, gathering: ExportPlanner) -> bool:
         use = self._parts.usage.use(wanted.repository, wanted.reference)
         if use is None or use.last < since:
             return False
@@ -208,26 +210,26 @@ class Bundles:
         tick: Tick = lambda done, whole: None,
     ) -> Landed:
         try:
-            archive = await _stoppable(opened)
+            archive = await run_cancellable(opened)
         except OSError as error:
             raise StorageFailed(f"{self.spool}: {error.strerror or error}") from error
         with closing(archive):
             return await self.take(archive, given, tick)
 
     async def take(self, archive: Archive, given: Given, tick: Tick = lambda done, whole: None) -> Landed:
-        layout, taking = await finished(self._planned, archive, given)
-        whole = await finished(taking.lacking)
+        layout, taking = await run_in_thread(self._planned, archive, given)
+        whole = await run_in_thread(taking.lacking)
         moved: list[Moved] = []
         if not given.dry_run:
             moved = await taking.run(lambda taken: tick(taken, whole))
             await self._settle(moved, given)
         return _landed(layout, taking, moved, given, whole if given.dry_run else taking.taken)
 
-    def _planned(self, archive: Archive, given: Given) -> tuple[Layout, Taking]:
+    def _planned(self, archive: Archive, given: Given) -> tuple[Layout, Importer]:
         layout = read_layout(
             archive, lambda content, signature: _check(archive, given.key, content, signature)
         )
-        importing = Importing(layout, lambda root: self._bound(archive, given, root), self._parts.clock)
+        importing = ImportPlanner(layout, lambda root: self._bound(archive, given, root), self._parts.clock)
         return layout, importing.plan()
 
     def _bound(self, archive: Archive, given: Given, root: Root) -> Bound:
@@ -257,11 +259,11 @@ class Bundles:
             return self._parts.private
         return self._parts.store
 
-    def _place(self, repository: str) -> Place:
+    def _place(self, repository: str) -> ImportTarget:
         namespace, _, relative = repository.partition("/")
         hosted = self._parts.hosted.get(namespace)
         if hosted is None:
-            return Place(self._parts.store, repository)
+            return ImportTarget(self._parts.store, repository)
 
         def allowed(records: Records | Batch, tag: Tag, digest: Digest) -> None:
             if isinstance(records, Batch):
@@ -269,7 +271,7 @@ class Bundles:
             else:
                 hosted.check_tag(records, relative, tag, digest)
 
-        return Place(self._store(repository), repository, hosted.sparse, allowed)
+        return ImportTarget(self._store(repository), repository, hosted.sparse, allowed)
 
     async def _settle(self, moved: Sequence[Moved], given: Given) -> None:
         parts = self._parts
@@ -281,7 +283,7 @@ class Bundles:
                 elif parts.teller is not None:
                     await parts.teller.moved(place.repository, tag, before, digest)
             if given.pin and cached:
-                await finished(parts.pins.add, Pin(written(place.repository, tag)))
+                await run_in_thread(parts.pins.add, Pin(written(place.repository, tag)))
 
 
 def earlier(path: Path) -> Earlier:
@@ -336,7 +338,7 @@ def _lacking(incomplete: dict[str, set[Digest]]) -> str:
 
 
 def _exported(
-    name: str, digest: Digest, plan: Plan, incomplete: dict[str, set[Digest]], signed: bool
+    name: str, digest: Digest, plan: ExportPlan, incomplete: dict[str, set[Digest]], signed: bool
 ) -> Exported:
     contents = plan.contents
     return Exported(
@@ -364,7 +366,7 @@ def _exported(
     )
 
 
-def _landed(layout: Layout, taking: Taking, moved: Sequence[Moved], given: Given, taken: int) -> Landed:
+def _landed(layout: Layout, taking: Importer, moved: Sequence[Moved], given: Given, taken: int) -> Landed:
     before = {(each.place.repository, each.tag): each.before for each in moved}
     rows = []
     for share in taking.shares:

@@ -24,7 +24,7 @@ from proxy.drill import Drill
 from proxy.fills import Fills
 from proxy.following import Source, Uncached
 from proxy.telemetry import current
-from storage.concurrency import Flights
+from storage.concurrency import SingleFlight
 from storage.disk.uploads import FileBlob
 from storage.errors import (
     BlobUnknown,
@@ -122,7 +122,7 @@ class Cache(Registry):
         self._clock = clock
         self._moved = moved
         self._drill = drill or Drill(clock)
-        self._flights = Flights()
+        self._flights = SingleFlight()
         self._unknown = Remembered(clock)
         self._paused = Remembered(clock)
         self._failing: RegistryError | None = None  # what the origin has failed with last, until it serves

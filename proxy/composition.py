@@ -33,17 +33,17 @@ from proxy.upstream.section import Upstream as UpstreamKeys
 from proxy.upstream.transport import Connect
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.teller import Teller
-from storage.concurrency import Bandwidth, Turns, part
-from storage.disk.blobs import Files
-from storage.disk.health import Disk, MakeRoom, may_pass, nobody
+from storage.concurrency import RateLimit, Slots, share_of
+from storage.disk.blobs import BlobFiles
+from storage.disk.health import DiskHealth, MakeRoom, may_pass, nobody
 from storage.disk.records import Records
 from storage.errors import StorageFailed
-from storage.maintenance.collection import Collection, Report
-from storage.maintenance.eviction import Eviction, Rules
+from storage.maintenance.collection import Collection, CollectionReport
+from storage.maintenance.eviction import Eviction, EvictionRules
 from storage.maintenance.leases import Leases
 from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.reachability import KeepTags
-from storage.maintenance.reachability import Rules as KeepRules
+from storage.maintenance.reachability import RetentionRules as KeepRules
 from storage.maintenance.scrub import Scrub
 from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
@@ -75,8 +75,8 @@ class Composition:
     def _compose(self) -> None:
         config, clock = self.config, self.clock
         root = config.disk.path / "cache"
-        self.disk = Disk(root, clock)
-        self.files = Files(root, clock, self.disk)
+        self.disk = DiskHealth(root, clock)
+        self.files = BlobFiles(root, clock, self.disk)
         try:
             self.files.check()
         except StorageFailed as error:
@@ -143,7 +143,7 @@ class Composition:
 
     def _queue(self) -> Queue:
         root = self.config.disk.path / "events"
-        self._events = Disk(root, self.clock)
+        self._events = DiskHealth(root, self.clock)
         queue = Queue(Records(root / "records", self.clock, self._events, durable=True), self.clock)
         self._closing.callback(queue.close)
         return queue
@@ -172,21 +172,21 @@ class Composition:
 
         return Collection(store, rules, self._leases(store), self.clock, done=self._count_collected)
 
-    def _count_collected(self, report: Report) -> None:
+    def _count_collected(self, report: CollectionReport) -> None:
         self.metrics.collected_blobs.inc(report.blobs)
         self.metrics.collected.inc(report.bytes)
         if not report.refused:
             self.metrics.collected_at.set(report.begun)
 
-    def _turns(self) -> Turns:
+    def _turns(self) -> Slots:
         namespaces = self.config.cached().items()
-        shares = {name: part(upstream.max_fills, self._workers) for name, (_, upstream) in namespaces}
-        return Turns(part(self.config.limits.fills, self._workers), shares)
+        shares = {name: share_of(upstream.max_fills, self._workers) for name, (_, upstream) in namespaces}
+        return Slots(share_of(self.config.limits.fills, self._workers), shares)
 
-    def _rules(self) -> Rules:
+    def _rules(self) -> EvictionRules:
         config = self.config
         offline = [name for name, each in config.namespaces.items() if config.offline or each.offline]
-        return Rules(
+        return EvictionRules(
             keep_for=config.keep_for,
             default_keep_for=config.disk.keep_for,
             limit=config.disk.cache_limit,
@@ -214,7 +214,7 @@ class Composition:
         try:
             connect = connect_of(upstream)
             credentials = [credentials_of(login) for login in upstream.logins()]
-            bandwidth = Bandwidth(part(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
+            bandwidth = RateLimit(share_of(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
             origins = []
             for url in upstream.url:
                 reach = replace(connect, plain_http=upstream.allows_http(url))
@@ -245,7 +245,7 @@ class Composition:
 def private_store(config: Config, clock: Callable[[], float] = time.time) -> Store:
     """Where all that is pushed lies.  Nothing of it goes but what nobody can reach.  Raises StorageFailed."""
     root = config.disk.path / "private"
-    files = Files(root, clock, private=True)
+    files = BlobFiles(root, clock, private=True)
     records = Records(root / "records", clock, files.disk, durable=True)
     return Store(files, records, clock, collected=True)
 

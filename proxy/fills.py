@@ -18,7 +18,7 @@ import structlog
 
 from proxy.following import Followed, Source
 from proxy.telemetry import Metrics, current
-from storage.concurrency import Flights, Turns
+from storage.concurrency import SingleFlight, Slots
 from storage.disk.health import MakeRoom, nobody
 from storage.disk.uploads import FileUpload
 from storage.errors import (
@@ -70,20 +70,20 @@ class Fills:
         self,
         store: Store,
         metrics: Metrics,
-        turns: Turns | None = None,
+        turns: Slots | None = None,
         backoff: float = BACKOFF,
         make_room: MakeRoom = nobody,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._metrics = metrics
-        self._turns = turns or Turns(1000)
+        self._turns = turns or Slots(1000)
         self._backoff = backoff
         self.make_room = make_room
         self._clock = clock
         self._making_room: set[asyncio.Task[None]] = set()
         self._fills: dict[Digest, Fill] = {}
-        self._permissions = Flights()
+        self._permissions = SingleFlight()
 
     async def join(self, source: Source, digest: Digest, span: Span | None = None) -> Blob:
         """The blob while it comes in; `span` as in Registry.get_blob.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from proxy.namespaces import Refreshable
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -220,13 +220,13 @@ class Freshener:
 
     async def due(self) -> list[tuple[str, Reference, Pin]]:
         """What is to be refreshed now.  Raises StorageFailed."""
-        planned = await finished(self._planned)
+        planned = await run_in_thread(self._planned)
         now = self._clock()
         return [(repository, reference, pin) for at, repository, reference, pin in planned if at <= now]
 
     async def next_at(self) -> float | None:
         """When something is due; None: never.  Raises StorageFailed."""
-        planned = await finished(self._planned)
+        planned = await run_in_thread(self._planned)
         return min((at for at, *_ in planned if at < math.inf), default=None)
 
     async def run_once(self) -> list[Refreshed | RegistryError]:

@@ -18,7 +18,7 @@ from proxy.composition import Composition
 from proxy.readiness import Readiness
 from proxy.warming import Schedule, Warmer
 from proxy.webhooks.delivery import Deliveries
-from storage.concurrency import finished
+from storage.concurrency import Cancelled, run_in_thread
 from storage.errors import RegistryError, StorageFailed
 from storage.oci import Digest
 
@@ -30,10 +30,6 @@ REFRESHED = 60.0  # seconds between lookings for pins that are due
 SETTLED = 3600.0  # seconds before the first collection: after an outage pushes go on with what is old by then
 CHECKED = 86400.0  # seconds for which what was found right is let be
 AGAIN = 60.0  # seconds after a piece of work failed
-
-
-class Stopped(Exception):
-    pass
 
 
 class Keeper:
@@ -56,9 +52,9 @@ class Keeper:
             composition.collection.pause = self.pause
 
     def pause(self, seconds: float) -> None:
-        """In the thread that works.  Raises Stopped when all is to end."""
+        """In the thread that works.  Raises Cancelled when all is to end."""
         if self._stopping.wait(seconds):
-            raise Stopped
+            raise Cancelled
 
     async def run(self) -> None:
         composition = self._composition
@@ -81,7 +77,7 @@ class Keeper:
             seconds = every
             try:
                 await work()
-            except Stopped:
+            except Cancelled:
                 return
             except StorageFailed:
                 seconds = min(seconds, AGAIN)  # the disk has told of it
@@ -93,24 +89,24 @@ class Keeper:
     async def make_room(self, coming: int) -> None:
         """Evict where what is there and `coming` bytes more are too much."""
         async with self.evicting:
-            with suppress(StorageFailed, Stopped):
-                if await finished(self._eviction.over, coming):
-                    await finished(self._eviction.shrink, coming)
+            with suppress(StorageFailed, Cancelled):
+                if await run_in_thread(self._eviction.over, coming):
+                    await run_in_thread(self._eviction.shrink, coming)
 
     async def _round(self) -> None:
         begun = time.monotonic()
         composition = self._composition
         await self.make_room(0)
-        composition.metrics.stored.set(await finished(self._eviction.stored))
+        composition.metrics.stored.set(await run_in_thread(self._eviction.stored))
         stores = [composition.store] + ([composition.private] if composition.private else [])
-        if reaped := sum([await finished(each.files.reap, ABANDONED) for each in stores]):
+        if reaped := sum([await run_in_thread(each.files.reap, ABANDONED) for each in stores]):
             log.info("partial.reaped", files=reaped)
         # To look at a million files takes seconds: so it takes a small part of the time.
         await asyncio.sleep(200 * (time.monotonic() - begun))
 
     async def expire(self) -> None:
         async with self.evicting:
-            await finished(self._eviction.expire)
+            await run_in_thread(self._eviction.expire)
 
     async def _deliver(self) -> None:
         assert self._deliveries is not None
@@ -156,7 +152,7 @@ class Keeper:
         collection, every = self._composition.collection, self._composition.config.disk.collect_every
         assert collection is not None and every is not None
         if not 0 <= self._composition.clock() - collection.last().begun < every:
-            await finished(collection.run)
+            await run_in_thread(collection.run)
 
     async def heal(self, digest: Digest, repositories: list[str]) -> bool:
         """Fetch what was damaged again, for one of those that show it."""

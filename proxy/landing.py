@@ -19,9 +19,10 @@ from proxy.config import Config
 from proxy.console import Progress, plural, size
 from proxy.loading import load
 from proxy.receipts import DamageRow, Imported
+from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
-from storage.migration.distribution import Layout
-from storage.migration.migration import Intake, Stopped
+from storage.migration.distribution import DistributionTree
+from storage.migration.migration import Migration
 from storage.store import Store
 
 LOOK = 0.5  # seconds between two looks at how far it is
@@ -36,7 +37,7 @@ async def take_over(
     name = _chosen(config, namespace)
     begun = time.monotonic()
     try:
-        source = Layout(directory)
+        source = DistributionTree(directory)
         names = [each for each in source.repositories() if fnmatchcase(each, match)]
         store = private_store(config)
         _hand_over(config)
@@ -94,9 +95,11 @@ def _chosen(config: Config, namespace: str | None) -> str:
     raise Failed(f"{asked}; there are {', '.join(hosted)}", "NAME_UNKNOWN", usage=True)
 
 
-def _intake(config: Config, namespace: str, store: Store, source: Layout, dry_run: bool) -> Intake:
+def _intake(
+    config: Config, namespace: str, store: Store, source: DistributionTree, dry_run: bool
+) -> Migration:
     hosting = config.hosted()[namespace]
-    return Intake(
+    return Migration(
         store,
         source,
         sparse=hosting.sparse,
@@ -105,7 +108,7 @@ def _intake(config: Config, namespace: str, store: Store, source: Layout, dry_ru
     )
 
 
-async def _run(intake: Intake, names: Sequence[str], namespace: str, quietly: bool) -> None:
+async def _run(intake: Migration, names: Sequence[str], namespace: str, quietly: bool) -> None:
     """In a thread; whoever is interrupted waits until it has come to a whole step."""
     running = asyncio.create_task(asyncio.to_thread(intake.run, names, lambda name: f"{namespace}/{name}"))
     with closing(Progress(sys.stderr)) as progress:
@@ -115,11 +118,11 @@ async def _run(intake: Intake, names: Sequence[str], namespace: str, quietly: bo
                     _show(intake, len(names), progress)
         finally:
             intake.stop()
-            with suppress(Stopped):
+            with suppress(Cancelled):
                 await running
 
 
-def _show(intake: Intake, repositories: int, progress: Progress) -> None:
+def _show(intake: Migration, repositories: int, progress: Progress) -> None:
     taken = intake.taken
     text = (
         f"{intake.repository}: {plural(taken.manifests, 'manifest')}, {plural(taken.blobs, 'blob')},"

@@ -31,7 +31,7 @@ from proxy.cache import Cache
 from proxy.drill import Drill, DrillState, Order
 from proxy.fills import Fill, Fills
 from proxy.upstream.health import HostState, LimitState
-from storage.disk.health import Disk
+from storage.disk.health import DiskHealth
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Live:
         self,
         fills: Fills,
         caches: Mapping[str, Cache],
-        disks: Sequence[Disk],
+        disks: Sequence[DiskHealth],
         clock: Callable[[], float] = time.time,
         pid: int | None = None,
         drill: Drill | None = None,

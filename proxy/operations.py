@@ -48,12 +48,12 @@ from proxy.purging import Purging
 from proxy.reasons import Reasons
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.section import Webhook
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.errors import NameUnknown, RegistryError, Unsupported
 from storage.graph import walk
 from storage.maintenance import collection
 from storage.maintenance.collection import Collection
-from storage.maintenance.eviction import Report
+from storage.maintenance.eviction import EvictionReport
 from storage.maintenance.pins import Pin
 from storage.maintenance.scrub import Heal, Progress, Scrub
 from storage.maintenance.usage import Counters
@@ -112,15 +112,15 @@ class Operations(Preparations):
             if last:
                 literal("last", last)
             return merged(
-                [await finished(each.images, wanted, limit, last) for each in self._inventories], limit
+                [await run_in_thread(each.images, wanted, limit, last) for each in self._inventories], limit
             )
-        found = [await finished(each.repositories, wanted) for each in self._inventories]
+        found = [await run_in_thread(each.repositories, wanted) for each in self._inventories]
         return Listed(repositories=sorted(chain(*found), key=lambda row: row.repository))
 
     async def show(self, reference: str) -> Tree:
         asked = self._reading.reference("ref", reference)
         inventory = self._inventory_of(asked.namespace)
-        return await finished(inventory.tree, asked.repository, asked.reference)
+        return await run_in_thread(inventory.tree, asked.repository, asked.reference)
 
     def _inventory_of(self, namespace: str) -> Inventory:
         """Of the store in which it lies."""
@@ -132,13 +132,13 @@ class Operations(Preparations):
         seconds = asking.seconds("period", period)
         parts = self._composition
         since = parts.clock() - seconds
-        counted = await finished(parts.usage.stats, since)
+        counted = await run_in_thread(parts.usage.stats, since)
         return Stats(
             period=seconds,
             since=since,
             namespaces=[_row(name, each) for name, each in sorted(counted.items())],
             total=_row("", sum(counted.values(), Counters())),
-            stored_bytes=await finished(parts.eviction.stored),
+            stored_bytes=await run_in_thread(parts.eviction.stored),
             limit=parts.config.disk.cache_limit,
         )
 
@@ -174,7 +174,7 @@ class Operations(Preparations):
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> Purged:
         """See Purging.purge()."""
         wanted = self._reading.pattern("pattern", pattern)
-        purged = await finished(self._purging.purge, wanted, dry_run, force)
+        purged = await run_in_thread(self._purging.purge, wanted, dry_run, force)
         if not dry_run:
             repositories = {Pin(each).parts[0] for each in purged.references}
             if not WILD.search(wanted.parts[0]):
@@ -212,7 +212,7 @@ class Operations(Preparations):
 
     async def pins(self) -> list[PinRow]:
         """Those of the configuration first."""
-        return await finished(lambda: [self._pin_row(pin) for pin in self._composition.pins.list()])
+        return await run_in_thread(lambda: [self._pin_row(pin) for pin in self._composition.pins.list()])
 
     async def pin(
         self, pattern: str, keep_fresh: float | None = None, platforms: Sequence[str] = ()
@@ -225,11 +225,11 @@ class Operations(Preparations):
         except ValueError as error:
             raise BadField("keep_fresh", error) from None
         try:
-            await finished(self._composition.pins.add, pin)
+            await run_in_thread(self._composition.pins.add, pin)
         except ValueError as error:
             raise BadField("pattern", error) from None
         log.info("pin.added", pattern=pin.pattern, keep_fresh=keep_fresh, platforms=pin.platforms)
-        return [await finished(self._pin_row, pin)]
+        return [await run_in_thread(self._pin_row, pin)]
 
     async def unpin(self, pattern: str) -> Unpinned:
         """Raises NameUnknown where there is no such pin by command."""
@@ -237,10 +237,10 @@ class Operations(Preparations):
         for each in dict.fromkeys(
             (literal("pattern", pattern).pattern, self._reading.pattern("pattern", pattern).pattern)
         ):
-            if await finished(pins.remove, each):
+            if await run_in_thread(pins.remove, each):
                 log.info("pin.removed", pattern=each)
                 return Unpinned(pattern=each)
-            if any(pin.pattern == each for pin in await finished(pins.list)):
+            if any(pin.pattern == each for pin in await run_in_thread(pins.list)):
                 raise NameUnknown(f"{each} is pinned by the configuration: take it back there")
         raise NameUnknown(f"{pattern} is not pinned: a pin is taken back as it is listed")
 
@@ -273,14 +273,14 @@ class Operations(Preparations):
         if queue is None:
             return []
         webhooks = self._composition.config.webhooks
-        return await finished(lambda: [_webhook(each, queue) for each in webhooks])
+        return await run_in_thread(lambda: [_webhook(each, queue) for each in webhooks])
 
     async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
         """Until `to` bytes are left; without it, what is too old goes, and what the limits do not allow."""
         if to is not None and to < 0:
             raise BadField("to", "must be a number of bytes, 0 or more")
         async with self._evicting:
-            return await finished(self._evict, to, dry_run)
+            return await run_in_thread(self._evict, to, dry_run)
 
     def _evict(self, to: int | None, dry_run: bool) -> Evicted:
         eviction = self._composition.eviction
@@ -326,11 +326,11 @@ class Operations(Preparations):
 
     async def collect(self, *, dry_run: bool = False) -> Collected:
         """Now, whatever the schedule.  Raises Unsupported where no namespace is of our own."""
-        return _collected(await finished(self._collection().run, dry_run))
+        return _collected(await run_in_thread(self._collection().run, dry_run))
 
     async def collected(self) -> Collected:
         """The last time, by whomever."""
-        return _collected(await finished(self._collection().last))
+        return _collected(await run_in_thread(self._collection().last))
 
     def _collection(self) -> Collection:
         if self._composition.collection is None:
@@ -349,7 +349,7 @@ class Operations(Preparations):
         """Asks no upstream."""
         asked = self._reading.reference("ref", reference)
         states = [each for state in await self._everyone.states() for each in state.upstreams]
-        return await finished(self._reasons.why, asked, states)
+        return await run_in_thread(self._reasons.why, asked, states)
 
 
 def _row(namespace: str, counted: Counters) -> StatsRow:
@@ -381,7 +381,7 @@ def _webhook(webhook: Webhook, queue: Queue) -> WebhookRow:
     )
 
 
-def _evicted(reports: Sequence[Report], dry_run: bool) -> Evicted:
+def _evicted(reports: Sequence[EvictionReport], dry_run: bool) -> Evicted:
     return Evicted(
         blobs=sum(each.blobs for each in reports),
         bytes=sum(each.bytes for each in reports),
@@ -410,6 +410,6 @@ def _scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
     )
 
 
-def _collected(report: collection.Report) -> Collected:
+def _collected(report: collection.CollectionReport) -> Collected:
     rows = [CollectedRow(**msgspec.structs.asdict(each)) for each in report.rows]
     return Collected(**{**msgspec.structs.asdict(report), "rows": rows})

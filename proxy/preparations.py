@@ -14,7 +14,7 @@ from proxy.drills import Drills
 from proxy.live import Everyone
 from proxy.readiness import Readiness
 from proxy.warming import Warmer
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.errors import Unsupported
 
 
@@ -37,7 +37,7 @@ class Preparations:
     ) -> list[ReadyRow]:
         """See Readiness.judge(); one for each, also for what cannot be read."""
         wanted = asking.platforms("platforms", platforms)
-        return await finished(lambda: [self._judge(each, wanted, referrers) for each in references])
+        return await run_in_thread(lambda: [self._judge(each, wanted, referrers) for each in references])
 
     def _judge(self, text: str, platforms: Sequence[str], referrers: bool) -> ReadyRow:
         try:

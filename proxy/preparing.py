@@ -23,7 +23,7 @@ from proxy.commands import PAUSE, PLATFORMS
 from proxy.console import Column, Progress, Table, duration, moment, plural, size
 from proxy.imagefiles import Findings, Unreadable, look
 from proxy.values import parse_timeout
-from storage.concurrency import several
+from storage.concurrency import for_each
 
 Row = TypeVar("Row", WarmRow, ReadyRow)
 
@@ -110,7 +110,7 @@ async def _warm(
     async def one(reference: str) -> None:
         found[reference] = await operations.warm(reference, platforms, referrers)
 
-    working = asyncio.ensure_future(several(one, wanted, jobs))
+    working = asyncio.ensure_future(for_each(one, wanted, jobs))
     try:
         if not call.json:
             with closing(Progress(sys.stderr)) as progress:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from proxy.telemetry import UNKNOWN, Exchange, Metrics
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.disk.blobs import TOUCH
 from storage.errors import StorageFailed
 from storage.graph import walk
@@ -127,7 +127,7 @@ class Recorder:
         async with self._flushing:
             window, self._window = self._window, Window()
             self._count_traffic(window)
-            await finished(self._record, window)
+            await run_in_thread(self._record, window)
 
     async def close(self) -> None:
         await self.flush()

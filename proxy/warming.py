@@ -24,7 +24,7 @@ from proxy.freshness import BACKOFF, LONGEST_BACKOFF, Refreshed, refresh
 from proxy.imagefiles import Unreadable, look
 from proxy.namespaces import Namespaces
 from proxy.readiness import Readiness
-from storage.concurrency import finished, several
+from storage.concurrency import for_each, run_in_thread
 from storage.disk.records import Records
 from storage.errors import RegistryError, Unsupported
 
@@ -63,7 +63,7 @@ class Warmer:
         except RegistryError as failed:
             error = failed
         # Where upstream cannot be asked, what refers to it is at least to be here as far as it is known.
-        found = await finished(self._readiness.judge, asked, platforms, referrers and error is not None)
+        found = await run_in_thread(self._readiness.judge, asked, platforms, referrers and error is not None)
         return _row(found, done, error)
 
 
@@ -126,7 +126,7 @@ class Schedule:
     async def run_once(self) -> list[WarmRow]:
         """Warm what is due, one rule after the other.  Raises StorageFailed."""
         for key in [key for key, _ in self._records.scan("warmed ") if key not in self._rules]:
-            await finished(self._records.delete, key)
+            await run_in_thread(self._records.delete, key)
         rows = []
         for key, rule in self._rules.items():
             if self._due(key, rule):
@@ -164,15 +164,15 @@ class Schedule:
                 log.warning("warm.failed", reference=text, here=row.here, error=row.error)
 
         try:
-            images = await finished(_images, rule)
+            images = await run_in_thread(_images, rule)
         except Unreadable as error:
             log.warning("warm.failed", list=str(rule.list), error=str(error))
             images, unreadable = list(rule.images), 1
-        await several(warm, images, JOBS)
+        await for_each(warm, images, JOBS)
         rows = [found[each] for each in images]
         failed = sum(not row.here for row in rows) + unreadable
         again_in = self._again(key, failed)
-        await finished(self._records.put, key, msgspec.json.encode(_Record(begun, failed)))
+        await run_in_thread(self._records.put, key, msgspec.json.encode(_Record(begun, failed)))
         log.info(
             "warm.done",
             images=len(rows),

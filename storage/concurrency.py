@@ -1,7 +1,7 @@
 """Tasks and threads: work that cannot be interrupted, one call for many callers, and bounds.
 
-A thread cannot be cancelled, and some work of tasks must not be cut in the middle.  `finished` and
-`undisturbed` return, or raise CancelledError, only once the work is done: whatever it works on is there
+A thread cannot be cancelled, and some work of tasks must not be cut in the middle.  `run_in_thread` and
+`uninterrupted` return, or raise CancelledError, only once the work is done: whatever it works on is there
 until then.  The cancellation then counts for more than the outcome of the work.
 """
 
@@ -17,15 +17,15 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 
-async def finished(function: Callable[..., T], *arguments: object) -> T:
+async def run_in_thread(function: Callable[..., T], *arguments: object) -> T:
     """Run in a thread; even who is cancelled meanwhile, however often, waits for its end.
 
     Else its caller would close the file under it, and the thread work on whatever gets its number next.
     """
-    return await undisturbed(asyncio.get_running_loop().run_in_executor(None, function, *arguments))
+    return await uninterrupted(asyncio.get_running_loop().run_in_executor(None, function, *arguments))
 
 
-async def undisturbed(work: Awaitable[T]) -> T:
+async def uninterrupted(work: Awaitable[T]) -> T:
     """The same of what goes on in this thread: it comes to its end before a cancellation counts."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -40,7 +40,7 @@ async def undisturbed(work: Awaitable[T]) -> T:
     return task.result()
 
 
-class Flights:
+class SingleFlight:
     def __init__(self) -> None:
         self._flying: dict[Hashable, asyncio.Future[Any]] = {}
 
@@ -72,7 +72,7 @@ class Flights:
 BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep at every chunk
 
 
-class Turns:
+class Slots:
     """At most `total` at once, and of these at most so many for each namespace, first come first served.
 
     `shares` says how many each namespace may have; one that is not named has `total`.
@@ -95,7 +95,7 @@ class Turns:
             yield
 
 
-class Bandwidth:
+class RateLimit:
     """Bytes a second, over all transfers that take theirs here; None is no bound."""
 
     def __init__(self, rate: float | None = None) -> None:
@@ -112,7 +112,7 @@ class Bandwidth:
             await asyncio.sleep(ahead)
 
 
-async def several(work: Callable[[T], Awaitable[None]], items: Iterable[T], most: int) -> None:
+async def for_each(work: Callable[[T], Awaitable[None]], items: Iterable[T], most: int) -> None:
     """Do it for each, in their order, at most so many at once.  The first failure ends all, and is raised."""
     left = iter(items)
 
@@ -128,24 +128,24 @@ async def several(work: Callable[[T], Awaitable[None]], items: Iterable[T], most
         raise group.exceptions[0] from None
 
 
-def part(total: int, workers: int) -> int:
+def share_of(total: int, workers: int) -> int:
     """One worker's part of `total`, at least 1."""
     return max(1, -(-total // workers))
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """The work was given up from outside."""
 
 
-async def _stoppable(work: Callable[..., T], *arguments: object) -> T:
-    """Run `work` in a thread; its first argument raises Stopped once whoever waits is cancelled."""
+async def run_cancellable(work: Callable[..., T], *arguments: object) -> T:
+    """Run `work` in a thread; its first argument raises Cancelled once whoever waits is cancelled."""
     end = threading.Event()
 
     def stopped() -> None:
         if end.is_set():
-            raise Stopped
+            raise Cancelled
 
-    running = asyncio.ensure_future(finished(work, stopped, *arguments))
+    running = asyncio.ensure_future(run_in_thread(work, stopped, *arguments))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:

@@ -69,7 +69,7 @@ def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Des
     return [
         child
         for child, platform in zip(content.children, content.platforms, strict=True)
-        if platform is None or any(_is(platform, wanted) for wanted in platforms)
+        if platform is None or any(matches_platform(platform, wanted) for wanted in platforms)
     ]
 
 
@@ -78,7 +78,7 @@ def lacking(content: ManifestContent, platforms: Sequence[str]) -> list[str]:
     if not content.children or None in content.platforms:
         return []
     told = [each for each in content.platforms if each is not None]
-    return [wanted for wanted in platforms if not any(_is(each, wanted) for each in told)]
+    return [wanted for wanted in platforms if not any(matches_platform(each, wanted) for each in told)]
 
 
 def attestations(content: ManifestContent) -> set[Digest]:
@@ -100,7 +100,7 @@ def signature_tags(digest: Digest) -> list[Tag]:
     return [Tag(f"{digest.algorithm}-{digest.encoded}.{kind}") for kind in ("sig", "att", "sbom")]
 
 
-def _is(platform: str, wanted: str) -> bool:
+def matches_platform(platform: str, wanted: str) -> bool:
     system, architecture, variant = _fields(wanted)
     found = _fields(platform)
     if not variant:

@@ -30,7 +30,7 @@ from typing import Any
 
 import msgspec
 
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
 from storage.disk.uploads import FileBlob, FileUpload
 from storage.errors import (
@@ -98,7 +98,7 @@ class Store(Registry):
 
     def __init__(
         self,
-        files: Files,
+        files: BlobFiles,
         records: Records,
         clock: Callable[[], float] = time.time,
         collected: bool = False,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
 from storage.maintenance import collection as module
-from storage.maintenance.collection import Collection, Report
+from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.leases import Leases
-from storage.maintenance.reachability import Rules
+from storage.maintenance.reachability import RetentionRules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock
@@ -30,18 +30,18 @@ class Place:
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self.clock = clock
-        self.files = Files(root, clock, private=True)
+        self.files = BlobFiles(root, clock, private=True)
         self.records = Records(root / "records", clock)
         self.store = Store(self.files, self.records, clock, collected=True)
         self.leases = Leases(self.store, GRACE, clock)
-        self.rules = Rules()
+        self.rules = RetentionRules()
 
     def collection(self) -> Collection:
         return Collection(
             self.store, lambda repository: self.rules, self.leases, self.clock, lambda seconds: None
         )
 
-    def collect(self, dry_run: bool = False) -> Report:
+    def collect(self, dry_run: bool = False) -> CollectionReport:
         return self.collection().run(dry_run)
 
     async def blob(self, content: bytes, repository: str = APP) -> Digest:
@@ -89,7 +89,7 @@ def descriptor(digest: Digest, media_type: str = "x") -> dict[str, Any]:
     return {"mediaType": media_type, "digest": str(digest), "size": 1}
 
 
-def counts(report: Report) -> tuple[int, ...]:
+def counts(report: CollectionReport) -> tuple[int, ...]:
     return report.tags, report.manifests, report.links, report.blobs
 
 

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.disk.blobs import TOUCH, Files
+from storage.disk.blobs import TOUCH, BlobFiles
 from storage.disk.uploads import BACKLOG, CHUNK, FileBlob, FileUpload
 from storage.errors import BlobUnknown, DigestInvalid, OriginFailed, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest
@@ -36,8 +36,8 @@ WHOLE = Descriptor(OCTETS, DIGEST, len(CONTENT))
 
 
 @pytest.fixture
-def files(tmp_path: Path, clock: Clock) -> Files:
-    return Files(tmp_path, clock)
+def files(tmp_path: Path, clock: Clock) -> BlobFiles:
+    return BlobFiles(tmp_path, clock)
 
 
 @pytest.fixture
@@ -49,11 +49,11 @@ def complaints() -> Iterator[list[dict[str, Any]]]:
     assert found == []
 
 
-def partial_files(files: Files) -> list[str]:
+def partial_files(files: BlobFiles) -> list[str]:
     return sorted(path.name for path in (files.root / "partial").iterdir())
 
 
-async def put(files: Files, content: bytes) -> Digest:
+async def put(files: BlobFiles, content: bytes) -> Digest:
     upload = await files.resume(Digest.of(content))
     await upload.write(content)
     return (await upload.commit(Digest.of(content))).digest
@@ -113,7 +113,9 @@ class Gate:
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 @pytest.mark.parametrize("content", [b"", b"x", CONTENT, LARGE], ids=len)
-async def test_what_is_committed_is_what_was_written(files: Files, content: bytes, algorithm: str) -> None:
+async def test_what_is_committed_is_what_was_written(
+    files: BlobFiles, content: bytes, algorithm: str
+) -> None:
     digest = Digest.of(content, algorithm)
     upload = await files.resume(digest)
     for position in range(0, len(content), 100_000):
@@ -128,7 +130,7 @@ async def test_what_is_committed_is_what_was_written(files: Files, content: byte
     assert await read(blob) == content
 
 
-async def test_an_upload_may_be_committed_by_either_algorithm(files: Files) -> None:
+async def test_an_upload_may_be_committed_by_either_algorithm(files: BlobFiles) -> None:
     for algorithm in ("sha256", "sha512"):
         upload = files.create()
         await upload.write(CONTENT)
@@ -143,12 +145,12 @@ async def test_an_upload_may_be_committed_by_either_algorithm(files: Files) -> N
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 1), (5, 5), (7, 3), (1, CHUNK + 1), (CHUNK, None), (len(LARGE) - 1, None)]
 )
-async def test_chunks_of_a_part(files: Files, start: int, stop: int | None) -> None:
+async def test_chunks_of_a_part(files: BlobFiles, start: int, stop: int | None) -> None:
     digest = await put(files, LARGE)
     assert await read(files.open(digest), start, stop) == LARGE[start : max(start, stop or len(LARGE))]
 
 
-async def test_the_last_byte_is_withheld_until_the_commit(files: Files) -> None:
+async def test_the_last_byte_is_withheld_until_the_commit(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     blob = upload.follow(WHOLE)
     await upload.write(CONTENT)
@@ -161,7 +163,7 @@ async def test_the_last_byte_is_withheld_until_the_commit(files: Files) -> None:
     assert await read(blob) == CONTENT
 
 
-async def test_a_wrong_digest_leaves_nothing_and_no_reader_a_whole_blob(files: Files) -> None:
+async def test_a_wrong_digest_leaves_nothing_and_no_reader_a_whole_blob(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     reader = asyncio.create_task(seen(upload.follow(WHOLE)))
     wrong = b"X" + CONTENT[1:]
@@ -177,7 +179,7 @@ async def test_a_wrong_digest_leaves_nothing_and_no_reader_a_whole_blob(files: F
         await upload.write(b"more")
 
 
-async def test_a_digest_that_was_not_reached_yet_is_wrong(files: Files) -> None:
+async def test_a_digest_that_was_not_reached_yet_is_wrong(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await upload.write(CONTENT[:-1])
     with pytest.raises(DigestInvalid):
@@ -188,7 +190,7 @@ async def test_a_digest_that_was_not_reached_yet_is_wrong(files: Files) -> None:
 # Following
 
 
-async def test_followers_go_at_their_own_pace(files: Files) -> None:
+async def test_followers_go_at_their_own_pace(files: BlobFiles) -> None:
     digest = Digest.of(LARGE)
     upload = await files.resume(digest)
     descriptor = Descriptor(OCTETS, digest, len(LARGE))
@@ -215,7 +217,7 @@ async def test_followers_go_at_their_own_pace(files: Files) -> None:
 
 @pytest.mark.parametrize("end", ["cancel", "suspend"])
 @pytest.mark.parametrize("error", [None, OriginFailed("cut")])
-async def test_followers_learn_why_it_ended(files: Files, end: str, error: Exception | None) -> None:
+async def test_followers_learn_why_it_ended(files: BlobFiles, end: str, error: Exception | None) -> None:
     upload = await files.resume(DIGEST)
     behind, ahead = upload.follow(WHOLE), upload.follow(WHOLE)
     await write_through(upload, CONTENT[:10])
@@ -231,7 +233,7 @@ async def test_followers_learn_why_it_ended(files: Files, end: str, error: Excep
     await (await files.resume(DIGEST)).cancel()
 
 
-async def test_an_upload_that_has_ended_cannot_be_followed(files: Files) -> None:
+async def test_an_upload_that_has_ended_cannot_be_followed(files: BlobFiles) -> None:
     for end in ("commit", "cancel", "suspend"):
         upload = files.create()
         await upload.write(CONTENT)
@@ -244,7 +246,7 @@ async def test_an_upload_that_has_ended_cannot_be_followed(files: Files) -> None
 # Going on where a former upload was cut
 
 
-async def test_a_suspended_upload_is_gone_on_with(files: Files) -> None:
+async def test_a_suspended_upload_is_gone_on_with(files: BlobFiles) -> None:
     digest = Digest.of(LARGE)
     upload = await files.resume(digest)
     assert upload.offset == 0
@@ -261,7 +263,7 @@ async def test_a_suspended_upload_is_gone_on_with(files: Files) -> None:
     assert await read(files.open(digest)) == LARGE
 
 
-async def test_a_suspended_upload_that_was_whole_needs_no_more(files: Files) -> None:
+async def test_a_suspended_upload_that_was_whole_needs_no_more(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await write_through(upload, CONTENT)
     assert upload.matches(DIGEST)
@@ -273,7 +275,7 @@ async def test_a_suspended_upload_that_was_whole_needs_no_more(files: Files) -> 
     assert await read(files.open(DIGEST)) == CONTENT
 
 
-async def test_what_is_damaged_in_the_meantime_is_not_committed(files: Files) -> None:
+async def test_what_is_damaged_in_the_meantime_is_not_committed(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await write_through(upload, CONTENT[:10])
     await upload.suspend()
@@ -286,7 +288,7 @@ async def test_what_is_damaged_in_the_meantime_is_not_committed(files: Files) ->
     assert (await put(files, CONTENT)) == DIGEST
 
 
-async def test_nothing_is_kept_of_nothing_but_of_an_upload_with_an_id(files: Files) -> None:
+async def test_nothing_is_kept_of_nothing_but_of_an_upload_with_an_id(files: BlobFiles) -> None:
     await (await files.resume(DIGEST)).suspend()
     assert partial_files(files) == []
     upload = files.create()
@@ -308,7 +310,7 @@ async def test_nothing_is_kept_of_nothing_but_of_an_upload_with_an_id(files: Fil
 async def test_however_it_is_cut_the_content_is_right(content: bytes, cuts: list[tuple[int, bool]]) -> None:
     """`cuts` are positions at which a chunk ends; where True, the upload is suspended there and resumed."""
     with tempfile.TemporaryDirectory() as directory:
-        files, digest = Files(Path(directory)), Digest.of(content)
+        files, digest = BlobFiles(Path(directory)), Digest.of(content)
         upload = await files.resume(digest)
         for position, suspend in sorted(cuts):
             await upload.write(content[upload.offset : position])
@@ -326,11 +328,11 @@ async def test_however_it_is_cut_the_content_is_right(content: bytes, cuts: list
 _OTHER = """
 import asyncio, sys
 from pathlib import Path
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.oci import OCTETS, Descriptor, Digest
 
 async def main(root, digest, half, rest):
-    upload = await Files(Path(root)).resume(Digest(digest))
+    upload = await BlobFiles(Path(root)).resume(Digest(digest))
     await upload.write(half.encode())
     blob = upload.follow(Descriptor(OCTETS, Digest(digest), -1))
     await blob.readable(len(half) - 2)
@@ -347,7 +349,7 @@ HALF = CONTENT[:10]
 
 
 @contextmanager
-def another_process(files: Files) -> Iterator[subprocess.Popen[str]]:
+def another_process(files: BlobFiles) -> Iterator[subprocess.Popen[str]]:
     """One that has written HALF of DIGEST, and waits to be told "commit" or "cancel"."""
     with subprocess.Popen(
         [sys.executable, "-c", _OTHER, str(files.root), DIGEST, HALF.decode(), CONTENT[10:].decode()],
@@ -369,7 +371,7 @@ def tell(process: subprocess.Popen[str], what: str) -> None:
     process.stdin.flush()
 
 
-async def test_what_another_process_writes_is_followed_to_its_commit(files: Files) -> None:
+async def test_what_another_process_writes_is_followed_to_its_commit(files: BlobFiles) -> None:
     with another_process(files) as process:
         upload = await files.resume(DIGEST)
         assert not upload.ours
@@ -386,7 +388,7 @@ async def test_what_another_process_writes_is_followed_to_its_commit(files: File
     assert await read(files.open(DIGEST)) == CONTENT
 
 
-async def test_what_a_killed_process_has_left_is_taken_over(files: Files) -> None:
+async def test_what_a_killed_process_has_left_is_taken_over(files: BlobFiles) -> None:
     with another_process(files) as process:
         upload = await files.resume(DIGEST)
         reader = asyncio.create_task(read(upload.follow(WHOLE)))
@@ -399,7 +401,7 @@ async def test_what_a_killed_process_has_left_is_taken_over(files: Files) -> Non
     assert await read(files.open(DIGEST)) == CONTENT
 
 
-async def test_what_another_process_has_thrown_away_cannot_be_had_now(files: Files) -> None:
+async def test_what_another_process_has_thrown_away_cannot_be_had_now(files: BlobFiles) -> None:
     with another_process(files) as process:
         upload = await files.resume(DIGEST)
         reader = asyncio.create_task(seen(upload.follow(WHOLE)))
@@ -414,7 +416,7 @@ async def test_what_another_process_has_thrown_away_cannot_be_had_now(files: Fil
 
 
 @pytest.mark.parametrize("end", ["cancel", "suspend"])
-async def test_who_follows_another_process_does_not_take_its_file_away(files: Files, end: str) -> None:
+async def test_who_follows_another_process_does_not_take_its_file_away(files: BlobFiles, end: str) -> None:
     with another_process(files) as process:
         upload = await files.resume(DIGEST)
         watch = asyncio.create_task(upload.watch(DIGEST))
@@ -431,7 +433,7 @@ async def test_who_follows_another_process_does_not_take_its_file_away(files: Fi
     assert await read(files.open(DIGEST)) == CONTENT
 
 
-async def test_a_second_upload_of_a_digest_in_one_process_watches_the_first(files: Files) -> None:
+async def test_a_second_upload_of_a_digest_in_one_process_watches_the_first(files: BlobFiles) -> None:
     first, second = await files.resume(DIGEST), await files.resume(DIGEST)
     assert (first.ours, second.ours) == (True, False)
     await first.write(CONTENT)
@@ -441,7 +443,7 @@ async def test_a_second_upload_of_a_digest_in_one_process_watches_the_first(file
     assert partial_files(files) == []
 
 
-async def test_a_reader_does_not_hold_the_lock_of_an_upload_that_has_ended(files: Files) -> None:
+async def test_a_reader_does_not_hold_the_lock_of_an_upload_that_has_ended(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await write_through(upload, HALF)
     blob = upload.follow(WHOLE)
@@ -455,7 +457,7 @@ async def test_a_reader_does_not_hold_the_lock_of_an_upload_that_has_ended(files
 
 
 async def test_the_lock_of_a_file_that_was_committed_meanwhile_is_not_taken(
-    files: Files, monkeypatch: pytest.MonkeyPatch
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1. we open  2. its writer renames it into its place and lets go  3. we lock a committed blob."""
     path, lock = files.root / "partial" / f"sha256-{DIGEST.encoded}", fcntl.flock
@@ -478,7 +480,7 @@ async def test_the_lock_of_a_file_that_was_committed_meanwhile_is_not_taken(
 
 @pytest.mark.errors("disk.failed")
 async def test_a_file_system_without_locks_is_a_disk_that_fails(
-    files: Files, monkeypatch: pytest.MonkeyPatch
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -491,7 +493,7 @@ async def test_a_file_system_without_locks_is_a_disk_that_fails(
 
 @pytest.mark.parametrize("end", ["commit", "cancel", "suspend"])
 async def test_the_end_of_one_upload_does_not_touch_the_next_ones_file(
-    files: Files, monkeypatch: pytest.MonkeyPatch, end: str
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """1. the one is renamed into its place  2. the next begins under the name  3. the one ends."""
     upload = await files.resume(DIGEST)
@@ -515,7 +517,7 @@ async def test_the_end_of_one_upload_does_not_touch_the_next_ones_file(
 
 
 async def test_a_writer_who_is_cancelled_loses_and_repeats_nothing(
-    files: Files, monkeypatch: pytest.MonkeyPatch
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = b"x" * (BACKLOG + CHUNK) + CONTENT
     digest = Digest.of(content)
@@ -539,7 +541,7 @@ async def test_a_writer_who_is_cancelled_loses_and_repeats_nothing(
 
 @pytest.mark.parametrize("end", ["cancel", "suspend"])
 async def test_the_file_is_not_closed_under_a_write(
-    files: Files, monkeypatch: pytest.MonkeyPatch, end: str
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     upload = await files.resume(DIGEST)
     gate = Gate(upload._append)
@@ -563,7 +565,7 @@ async def test_the_file_is_not_closed_under_a_write(
 
 @pytest.mark.parametrize("error", [None, OSError(errno.EIO, "broken")])
 async def test_a_commit_cancelled_while_it_publishes_ends_what_it_began(
-    files: Files,
+    files: BlobFiles,
     monkeypatch: pytest.MonkeyPatch,
     complaints: list[dict[str, Any]],
     error: OSError | None,
@@ -589,7 +591,7 @@ async def test_a_commit_cancelled_while_it_publishes_ends_what_it_began(
 
 
 async def test_a_resumption_cancelled_while_it_hashes_keeps_what_is_there(
-    files: Files, monkeypatch: pytest.MonkeyPatch
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = files.root / "partial" / f"sha256-{DIGEST.encoded}"
     path.write_bytes(CONTENT[:10])
@@ -646,7 +648,7 @@ async def failing_upload(
 
 
 @pytest.mark.errors("disk.failed")
-async def test_a_file_that_may_not_grow(files: Files) -> None:
+async def test_a_file_that_may_not_grow(files: BlobFiles) -> None:
     digest = Digest.of(LARGE)
     with largest_file(CHUNK):
         got, error = await failing_upload(await files.resume(digest), digest, LARGE)
@@ -658,7 +660,7 @@ async def test_a_file_that_may_not_grow(files: Files) -> None:
 
 @pytest.mark.errors("disk.failed")
 async def test_a_disk_that_is_full(small_disk: Path) -> None:
-    files, digest = Files(small_disk), Digest.of(LARGE)
+    files, digest = BlobFiles(small_disk), Digest.of(LARGE)
     got, error = await failing_upload(await files.resume(digest), digest, LARGE)
     assert isinstance(error, StorageFailed)
     assert os.strerror(errno.ENOSPC) in str(error)
@@ -668,7 +670,7 @@ async def test_a_disk_that_is_full(small_disk: Path) -> None:
 
 
 @pytest.mark.errors("disk.failed")
-async def test_a_blob_that_cannot_be_put_into_its_place(files: Files) -> None:
+async def test_a_blob_that_cannot_be_put_into_its_place(files: BlobFiles) -> None:
     """Its followers have it all the same: all of it was written, and right."""
     (files.root / "blobs").rmdir()
     (files.root / "blobs").write_bytes(b"")
@@ -680,7 +682,7 @@ async def test_a_blob_that_cannot_be_put_into_its_place(files: Files) -> None:
 
 
 @pytest.mark.errors("disk.failed")
-async def test_a_directory_that_went(files: Files) -> None:
+async def test_a_directory_that_went(files: BlobFiles) -> None:
     (files.root / "partial").rmdir()
     (files.root / "partial").write_bytes(b"")
     with pytest.raises(StorageFailed, match=str(files.root)):
@@ -692,10 +694,10 @@ async def test_a_directory_that_went(files: Files) -> None:
     with pytest.raises(StorageFailed):
         files.check()
     with pytest.raises(StorageFailed):
-        Files(files.root / "partial" / "below")
+        BlobFiles(files.root / "partial" / "below")
 
 
-async def test_reading_what_cannot_be_read(files: Files) -> None:
+async def test_reading_what_cannot_be_read(files: BlobFiles) -> None:
     blob = FileBlob(os.open(files.root, os.O_RDONLY), WHOLE)
     got, error = await seen(blob)
     assert got == b""
@@ -703,7 +705,7 @@ async def test_reading_what_cannot_be_read(files: Files) -> None:
     assert DIGEST in str(error)
 
 
-async def test_hashing_again_what_cannot_be_read(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hashing_again_what_cannot_be_read(files: BlobFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -719,7 +721,7 @@ async def test_hashing_again_what_cannot_be_read(files: Files, monkeypatch: pyte
         await files.resume(DIGEST)
 
 
-async def test_a_file_truncated_under_a_reader_is_no_clean_end(files: Files) -> None:
+async def test_a_file_truncated_under_a_reader_is_no_clean_end(files: BlobFiles) -> None:
     blob = files.open(await put(files, CONTENT))
     os.truncate(files.path(DIGEST), 5)
     got, error = await seen(blob)
@@ -730,14 +732,14 @@ async def test_a_file_truncated_under_a_reader_is_no_clean_end(files: Files) -> 
 # What is stored
 
 
-async def test_what_is_not_stored_is_unknown(files: Files) -> None:
+async def test_what_is_not_stored_is_unknown(files: BlobFiles) -> None:
     assert not files.holds(DIGEST)
     with pytest.raises(BlobUnknown, match=DIGEST):
         files.open(DIGEST)
 
 
 @pytest.mark.parametrize("left", [b"", CONTENT[:-1], CONTENT + b"\0"], ids=len)
-async def test_a_file_of_another_size_is_no_blob_and_is_removed(files: Files, left: bytes) -> None:
+async def test_a_file_of_another_size_is_no_blob_and_is_removed(files: BlobFiles, left: bytes) -> None:
     await put(files, CONTENT)
     files.path(DIGEST).write_bytes(left)
     with pytest.raises(BlobUnknown, match=f"{len(left)} of {len(CONTENT)}"):
@@ -747,7 +749,7 @@ async def test_a_file_of_another_size_is_no_blob_and_is_removed(files: Files, le
     assert await read(files.open(DIGEST, len(CONTENT))) == CONTENT
 
 
-async def test_what_is_read_over_again_is_right_or_removed(files: Files) -> None:
+async def test_what_is_read_over_again_is_right_or_removed(files: BlobFiles) -> None:
     await put(files, CONTENT)
     files.verify(DIGEST)
     assert files.holds(DIGEST)
@@ -759,7 +761,7 @@ async def test_what_is_read_over_again_is_right_or_removed(files: Files) -> None
         files.verify(DIGEST)
 
 
-async def test_use_is_noted_once_a_minute(files: Files, clock: Clock) -> None:
+async def test_use_is_noted_once_a_minute(files: BlobFiles, clock: Clock) -> None:
     await put(files, CONTENT)
 
     async def used_at() -> float:
@@ -777,7 +779,7 @@ async def test_use_is_noted_once_a_minute(files: Files, clock: Clock) -> None:
 
 
 async def test_a_disk_that_takes_no_note_of_use_serves_all_the_same(
-    files: Files, monkeypatch: pytest.MonkeyPatch
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -787,7 +789,7 @@ async def test_a_disk_that_takes_no_note_of_use_serves_all_the_same(
     assert await read(files.open(DIGEST)) == CONTENT
 
 
-async def test_what_nobody_went_on_with_is_reaped(files: Files, clock: Clock) -> None:
+async def test_what_nobody_went_on_with_is_reaped(files: BlobFiles, clock: Clock) -> None:
     ages = {"old": 101.0, "due": 100.0, "young": 99.0, "of the future": -500.0}
     for name, age in ages.items():
         path = files.root / "partial" / name
@@ -805,12 +807,12 @@ async def test_what_nobody_went_on_with_is_reaped(files: Files, clock: Clock) ->
     assert files.reap(100) == 2
 
 
-async def test_check_leaves_nothing(files: Files) -> None:
+async def test_check_leaves_nothing(files: BlobFiles) -> None:
     files.check()
     assert partial_files(files) == []
 
 
-async def test_no_descriptor_is_inherited_by_a_child(files: Files) -> None:
+async def test_no_descriptor_is_inherited_by_a_child(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await upload.write(CONTENT)
     blob = upload.follow(WHOLE)

@@ -11,7 +11,7 @@ import pytest
 
 from proxy import cache
 from proxy.upstream.transport import RETRIES
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from tests.conftest import Clock, Serve, Site
 from tests.upstream import (
@@ -156,7 +156,7 @@ async def test_a_fresh_tag_makes_no_call_that_writes(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a write")
 
-    for kind, name in ((Records, "put"), (Records, "delete"), (Files, "create"), (Files, "resume")):
+    for kind, name in ((Records, "put"), (Records, "delete"), (BlobFiles, "create"), (BlobFiles, "resume")):
         monkeypatch.setattr(kind, name, refuse)
     assert (await pull(site))[0] == 200
 

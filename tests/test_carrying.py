@@ -19,7 +19,7 @@ from proxy import landing
 from proxy.cli import main
 from proxy.errand import find_auth_file
 from storage.errors import StorageFailed
-from storage.migration.migration import Intake
+from storage.migration.migration import Migration
 from tests.conftest import Serve
 from tests.layout import Layout, digest_of
 from tests.upstream import OCI_MANIFEST, Basic, Bearer, Status, Takes, Upstream
@@ -403,10 +403,10 @@ async def test_what_root_takes_over_is_the_servers(made: Layout, config: Path, t
 async def test_a_disk_that_fails_ends_it(made: Layout, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made.image("a", "1")
 
-    def fail(self: Intake, *_: object) -> None:
+    def fail(self: Migration, *_: object) -> None:
         raise StorageFailed("blobs: No space left on device")
 
-    monkeypatch.setattr(Intake, "run", fail)
+    monkeypatch.setattr(Migration, "run", fail)
     result = await take(made, config)
     assert (result.exit_code, result.stderr) == (
         1, "entrepot: blobs: No space left on device; what was taken stays, and the next run goes on\n",
@@ -416,18 +416,18 @@ async def test_a_disk_that_fails_ends_it(made: Layout, config: Path, monkeypatch
 async def test_progress_of_an_import(made: Layout, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made.image("a", "1")
     monkeypatch.setattr(landing, "LOOK", 0)
-    original, run, seen = landing._show, Intake.run, threading.Event()
+    original, run, seen = landing._show, Migration.run, threading.Event()
 
-    def show(intake: Intake, *rest: Any) -> None:
+    def show(intake: Migration, *rest: Any) -> None:
         original(intake, *rest)
         seen.set()
 
-    def hold(self: Intake, *arguments: Any) -> None:
+    def hold(self: Migration, *arguments: Any) -> None:
         self.repository, self.begun = "a", 1
         assert seen.wait(30)
         run(self, *arguments)
 
     monkeypatch.setattr(landing, "_show", show)
-    monkeypatch.setattr(Intake, "run", hold)
+    monkeypatch.setattr(Migration, "run", hold)
     result = await take(made, config)
     assert result.stderr.splitlines()[0] == "repositories: a: 0 manifests, 0 blobs, 0 B"

@@ -14,7 +14,7 @@ from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import collection as module
 from storage.maintenance.collection import Row
-from storage.maintenance.reachability import KeepTags, Rules, node, start_of
+from storage.maintenance.reachability import KeepTags, RetentionRules, node, start_of
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from tests.collecting import APP, DAY, GONE, GRACE, Interruption, Place, counts, descriptor, place
 
@@ -42,7 +42,7 @@ async def test_a_tag_keeps_its_index_its_children_and_theirs(place: Place) -> No
     layer = await place.blob(b"layer")
     inner = await place.index(None, await place.image(None, layer))
     await place.index("v1", inner)
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(9 * GONE)
     assert counts(place.collect()) == (0, 0, 0, 0)
     await place.store.delete_manifest(APP, Tag("v1"))
@@ -55,7 +55,7 @@ async def test_what_refers_to_what_stays_stays_and_goes_with_it(place: Place) ->
     image = await place.image("v1", await place.blob(b"layer"))
     signature = await place.image(None, await place.blob(b"signature"), subject=image)
     await place.image(None, await place.blob(b"of the signature"), subject=signature)
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(9 * GONE)
     assert counts(place.collect()) == (0, 0, 0, 0)
     assert len(await place.store.referrers(APP, image)) == 1
@@ -67,7 +67,7 @@ async def test_what_refers_to_what_stays_stays_and_goes_with_it(place: Place) ->
 async def test_a_referrer_does_not_keep_its_subject(place: Place) -> None:
     image = await place.image(None, await place.blob(b"layer"))
     signature = await place.image("signature", await place.blob(b"signature"), subject=image)
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(9 * GONE)
     assert counts(place.collect()) == (0, 1, 1, 1)
     assert place.manifests() == {signature}
@@ -92,7 +92,7 @@ async def test_of_a_type_that_is_not_known_what_is_named_is_kept_but_the_subject
     child, subject = await place.image(None), await place.push({"annotations": {"a": "b"}})
     tree = {"blobs": [descriptor(child)], "subject": descriptor(subject)}
     artifact = await place.push(tree, "a", media_type=ARTIFACT)
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
     place.collect()
     assert place.manifests() == {artifact, child}
@@ -101,7 +101,7 @@ async def test_of_a_type_that_is_not_known_what_is_named_is_kept_but_the_subject
 async def test_an_annotation_keeps_no_manifest(place: Place) -> None:
     base = await place.image(None)
     image = await place.push({"annotations": {"org.opencontainers.image.base.digest": str(base)}}, "v1")
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
     place.collect()
     assert place.manifests() == {image}
@@ -137,7 +137,7 @@ async def test_what_reaches_itself_goes_as_a_whole(place: Place) -> None:
     child = await place.image(None)
     named = descriptor(child, OCI_MANIFEST)
     await place.push({"manifests": [named], "subject": named})
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
     assert counts(place.collect()) == (0, 2, 0, 0)
     assert place.all_keys() == set()
@@ -155,7 +155,7 @@ def test_names_are_told_by_64_bits() -> None:
 
 async def test_untagged_is_kept_for_its_time_since_it_was_used_last(place: Place) -> None:
     digest = await place.image(None, await place.blob(b"layer"))
-    place.rules = Rules(keep_untagged_for=30 * DAY)
+    place.rules = RetentionRules(keep_untagged_for=30 * DAY)
     place.clock.advance(29 * DAY)
     await place.leases.manifest(APP, digest, 0.0)
     place.clock.advance(29 * DAY)
@@ -168,7 +168,7 @@ async def test_untagged_that_is_kept_keeps_its_children(place: Place) -> None:
     child = await place.image(None, await place.blob(b"layer"))
     place.clock.advance(20 * DAY)
     await place.index(None, child)
-    place.rules = Rules(keep_untagged_for=30 * DAY)
+    place.rules = RetentionRules(keep_untagged_for=30 * DAY)
     place.clock.advance(20 * DAY)
     assert counts(place.collect()) == (0, 0, 0, 0)
 
@@ -187,8 +187,8 @@ async def tagged(place: Place, *tags: str) -> list[Digest]:
     return found
 
 
-def rules(*kept: tuple[str, int], immutable: str = "", **keys: float) -> Rules:
-    return Rules(
+def rules(*kept: tuple[str, int], immutable: str = "", **keys: float) -> RetentionRules:
+    return RetentionRules(
         keep_tags=tuple(KeepTags(re.compile(pattern), last) for pattern, last in kept),
         immutable=(re.compile(immutable),) if immutable else (),
         **keys,
@@ -335,7 +335,7 @@ async def test_a_lease_costs_a_write_only_when_it_is_due(
 
 async def test_a_lease_of_what_has_gone_is_refused(place: Place) -> None:
     layer, digest = await place.blob(b"layer"), await place.image(None)
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
     place.collect()
     with pytest.raises(BlobUnknown):
@@ -446,7 +446,7 @@ async def test_one_that_is_stopped_is_gone_on_with_by_the_next(
 ) -> None:
     for number in range(20):
         await place.image(None, await place.blob(b"%d" % number))
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
     monkeypatch.setattr(module, "SLICE", 0.0)
     monkeypatch.setattr(module, "BATCH", 3)

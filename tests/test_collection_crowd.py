@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from proxy.hosted import Hosted
 from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestBlobUnknown, ManifestUnknown
-from storage.maintenance.reachability import KeepTags, Rules
+from storage.maintenance.reachability import KeepTags, RetentionRules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from tests.collecting import APP, DAY, GONE, GRACE, Place, descriptor, place
 from tests.conftest import Clock
@@ -195,7 +195,7 @@ def test_nothing_that_is_acknowledged_is_lost(
 
 async def play(root: Path, rounds: list[tuple[list[Step], float, list[list[Step]]]]) -> None:
     place = Place(root, Clock())
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     client = Client(place)
     interleaved = Interleaved(client)
     with pytest.MonkeyPatch.context() as patch:
@@ -217,7 +217,7 @@ from proxy.hosted import Hosted
 from storage.maintenance import collection, reachability
 from storage.maintenance.collection import Collection
 from storage.errors import BlobUnknown, ManifestBlobUnknown
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.maintenance.leases import Leases
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.disk.records import Records
@@ -225,7 +225,7 @@ from storage.store import Store
 
 telemetry.configure("json", "error")
 root, grace, role, *rest = sys.argv[1:]
-files = Files(Path(root), private=True)
+files = BlobFiles(Path(root), private=True)
 store = Store(files, Records(Path(root) / "records"), collected=True)
 leases = Leases(store, float(grace))
 
@@ -238,7 +238,7 @@ def collect():
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     collection.BATCH = 2
     now = lambda: time.time() + later
-    rules = reachability.Rules(keep_untagged_for=float(grace))
+    rules = reachability.RetentionRules(keep_untagged_for=float(grace))
     leases = Leases(store, float(grace), now)
     collector = Collection(store, lambda repository: rules, leases, now, lambda seconds: None)
     meanwhile = 0
@@ -296,9 +296,9 @@ async def stopped(step):
         setattr(place, name, stopping)
 
     if step == "before manifests go":
-        stop(reachability.Marks, "remove", lambda *_: True)
+        stop(reachability.Reachability, "remove", lambda *_: True)
     elif step == "before that is committed":
-        stop(reachability.Marks, "remove", lambda *_: True, after=True)
+        stop(reachability.Reachability, "remove", lambda *_: True, after=True)
     elif step == "before links go":
         stop(collection._Run, "_remove_links", lambda *_: True)
     elif step == "before files go":
@@ -308,7 +308,7 @@ async def stopped(step):
     elif step == "before a file is removed":
         stop(Path, "unlink", lambda path, *_: "collected-" in path.name)
     keep = reachability.KeepTags(re.compile("ci-.*"), 1)
-    rules = reachability.Rules(keep_untagged_for=1.0, keep_tags=(keep,))
+    rules = reachability.RetentionRules(keep_untagged_for=1.0, keep_tags=(keep,))
     Collection(store, lambda repository: rules, leases, pause=lambda seconds: None).run()
 
 if role == "collector":
@@ -391,7 +391,7 @@ async def test_a_collection_that_is_killed_loses_nothing(place: Place, step: str
                 await (await place.store.get_blob(APP, Digest(each["digest"]))).close()
 
     await check("v1", "ci-2")
-    place.rules = Rules(keep_untagged_for=1.0, keep_tags=(KeepTags(re.compile("ci-.*"), 1),))
+    place.rules = RetentionRules(keep_untagged_for=1.0, keep_tags=(KeepTags(re.compile("ci-.*"), 1),))
     place.clock.advance(GONE)
     place.collect()
     await check("v1", "ci-2")

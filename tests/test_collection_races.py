@@ -12,7 +12,7 @@ import pytest
 from storage.disk.records import Batch, Records
 from storage.maintenance import collection as module
 from storage.maintenance import unlinked
-from storage.maintenance.reachability import Rules
+from storage.maintenance.reachability import RetentionRules
 from tests.collecting import APP, DAY, GONE, Interruption, Place, counts, descriptor, place, push_now
 
 __all__ = ["place"]  # the fixture
@@ -37,7 +37,7 @@ async def test_what_is_tagged_between_mark_and_sweep_stays(
     layer = await place.blob(b"layer")
     tree = {"layers": [descriptor(layer)]}
     digest = await place.push(tree)
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
     interruption = Interruption(monkeypatch, 1, lambda: push_now(place, "v1", tree))
     assert counts(place.collect()) == (0, 0, 0, 0)
@@ -51,7 +51,7 @@ async def test_what_is_pushed_again_untagged_between_mark_and_sweep_stays(
 ) -> None:
     digest = await place.image(None)
     tree: dict[str, Any] = {"layers": []}
-    place.rules = Rules(keep_untagged_for=1.0)
+    place.rules = RetentionRules(keep_untagged_for=1.0)
     place.clock.advance(GONE)
 
     def push() -> None:
@@ -70,7 +70,7 @@ async def test_what_is_leased_between_mark_and_sweep_stays(
 ) -> None:
     layer = await place.blob(b"layer")
     digest = await place.image(None, await place.blob(b"untagged"))
-    place.rules = Rules(keep_untagged_for=DAY)
+    place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
 
     def lease() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from storage.concurrency import Bandwidth, Flights, Turns, part, several
+from storage.concurrency import RateLimit, SingleFlight, Slots, for_each, share_of
 from tests.conftest import Serve
 from tests.upstream import Hold, Upstream
 
@@ -37,7 +37,7 @@ async def in_the_air(*asking: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any
 
 
 async def test_all_who_ask_meanwhile_share_one_call() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     tasks = await in_the_air(*(flights.join("key", tower.fly) for _ in range(20)))
     tower.landing.set_result("here")
     assert await asyncio.gather(*tasks) == ["here"] * 20
@@ -45,7 +45,7 @@ async def test_all_who_ask_meanwhile_share_one_call() -> None:
 
 
 async def test_keys_fly_apart() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     tasks = await in_the_air(flights.join("a", tower.fly), flights.join(("a",), tower.fly))
     tower.landing.set_result("here")
     assert await asyncio.gather(*tasks) == ["here"] * 2
@@ -53,7 +53,7 @@ async def test_keys_fly_apart() -> None:
 
 
 async def test_who_asks_after_the_landing_flies_anew() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     tower.landing.set_result("here")
     await flights.join("key", tower.fly)
     await flights.join("key", tower.fly)
@@ -61,7 +61,7 @@ async def test_who_asks_after_the_landing_flies_anew() -> None:
 
 
 async def test_a_failure_is_shared_and_not_kept() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     tasks = await in_the_air(*(flights.join("key", tower.fly) for _ in range(3)))
     tower.landing.set_exception(OSError("no runway"))
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
@@ -74,7 +74,7 @@ async def test_a_failure_is_shared_and_not_kept() -> None:
 
 
 async def test_one_who_leaves_disturbs_nobody_the_first_included() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     first, second, third = await in_the_air(*(flights.join("key", tower.fly) for _ in range(3)))
     first.cancel()
     third.cancel()
@@ -85,7 +85,7 @@ async def test_one_who_leaves_disturbs_nobody_the_first_included() -> None:
 
 
 async def test_a_call_goes_on_when_all_have_left() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     (only,) = await in_the_air(flights.join("key", tower.fly))
     only.cancel()
     (later,) = await in_the_air(flights.join("key", tower.fly))
@@ -97,7 +97,7 @@ async def test_a_call_goes_on_when_all_have_left() -> None:
 async def test_a_failure_that_nobody_waited_for_is_no_complaint_of_the_loop() -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    flights, failing = Flights(), asyncio.Event()
+    flights, failing = SingleFlight(), asyncio.Event()
 
     async def fly() -> None:
         await failing.wait()
@@ -113,7 +113,7 @@ async def test_a_failure_that_nobody_waited_for_is_no_complaint_of_the_loop() ->
 
 
 async def test_close_ends_what_is_in_the_air() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     (task,) = await in_the_air(flights.join("key", tower.fly))
     await flights.close()
     with pytest.raises(asyncio.CancelledError):
@@ -122,7 +122,7 @@ async def test_close_ends_what_is_in_the_air() -> None:
 
 
 async def test_a_call_that_was_closed_before_its_first_step_is_not_remembered() -> None:
-    flights, tower = Flights(), Tower()
+    flights, tower = SingleFlight(), Tower()
     join = partial(flights.join, "key", tower.fly)
     task = asyncio.ensure_future(join())
     await asyncio.sleep(0)  # it has asked; the call has not begun
@@ -135,7 +135,7 @@ async def test_a_call_that_was_closed_before_its_first_step_is_not_remembered() 
 
 
 async def test_turns_bound_the_total_and_each_share() -> None:
-    turns = Turns(3, {"a": 2})
+    turns = Slots(3, {"a": 2})
     inside: list[str] = []
     gate = asyncio.Event()
 
@@ -155,7 +155,7 @@ async def test_turns_bound_the_total_and_each_share() -> None:
 
 
 async def test_a_turn_is_given_back_when_it_fails_or_is_cancelled() -> None:
-    turns = Turns(1, {"a": 1})
+    turns = Slots(1, {"a": 1})
     with pytest.raises(ValueError, match="x"):
         async with turns.turn("a"):
             raise ValueError("x")
@@ -177,7 +177,7 @@ async def test_bandwidth_makes_whoever_is_ahead_wait(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now[0])
-    bandwidth = Bandwidth(1000)
+    bandwidth = RateLimit(1000)
     for _ in range(10):
         await bandwidth.take(500)
     assert sum(slept) == pytest.approx(5, abs=0.2)
@@ -186,13 +186,13 @@ async def test_bandwidth_makes_whoever_is_ahead_wait(monkeypatch: pytest.MonkeyP
     await bandwidth.take(1000)
     assert slept == [1.0]
     slept.clear()
-    await Bandwidth(None).take(1 << 40)
+    await RateLimit(None).take(1 << 40)
     assert slept == []
 
 
 @pytest.mark.parametrize(("total", "workers", "each"), [(64, 1, 64), (64, 2, 32), (5, 2, 3), (1, 8, 1)])
 def test_each_worker_has_its_part(total: int, workers: int, each: int) -> None:
-    assert part(total, workers) == each
+    assert share_of(total, workers) == each
 
 
 async def test_so_many_fills_at_once(serve: Serve, upstream: Upstream) -> None:
@@ -250,14 +250,14 @@ async def test_several_at_once_in_their_order() -> None:
         begun.append(number)
         await gate.wait()
 
-    working = asyncio.create_task(several(work, range(5), 2))
+    working = asyncio.create_task(for_each(work, range(5), 2))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert begun == [0, 1]
     gate.set()
     await working
     assert begun == [0, 1, 2, 3, 4]
-    await several(work, [], 3)
+    await for_each(work, [], 3)
 
 
 async def test_the_first_failure_ends_all() -> None:
@@ -272,5 +272,5 @@ async def test_the_first_failure_ends_all() -> None:
             ended.append(number)
 
     with pytest.raises(ValueError, match="1"):
-        await several(work, range(5), 2)
+        await for_each(work, range(5), 2)
     assert ended == [0]

@@ -27,7 +27,7 @@ from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
 from storage.maintenance.leases import Leases
@@ -93,7 +93,7 @@ class Running:
         records = Records(self._root / "records", durable=True)
         for key in list(records.keys("")):
             records.delete(key)
-        return Store(Files(self._root, private=True), records, collected=True)
+        return Store(BlobFiles(self._root, private=True), records, collected=True)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ class Builder:
 
     def store(self, name: str) -> Store:
         directory = self._directory / name
-        store = Store(Files(directory, self._clock), Records(directory / "records"), self._clock)
+        store = Store(BlobFiles(directory, self._clock), Records(directory / "records"), self._clock)
         self._stack.push_async_callback(store.close)
         return store
 

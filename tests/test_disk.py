@@ -22,8 +22,8 @@ import aiohttp
 import pytest
 from structlog.testing import LogCapture
 
-from storage.disk.blobs import Files
-from storage.disk.health import FORGOTTEN, SPARE, Disk
+from storage.disk.blobs import BlobFiles
+from storage.disk.health import FORGOTTEN, SPARE, DiskHealth
 from storage.disk.records import AGAIN, Records
 from storage.errors import StorageFailed
 from storage.oci import Digest
@@ -593,7 +593,7 @@ async def test_nothing_looks_through_the_tree_before_it_listens(
 async def test_a_new_directory_is_made_durable_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = Files(tmp_path)
+    files = BlobFiles(tmp_path)
     synced: list[Path] = []
     plain = os.fsync
 
@@ -616,17 +616,17 @@ async def test_a_new_directory_is_made_durable_with_its_name(
 
 
 @pytest.fixture
-async def watched(tmp_path: Path, clock: Clock) -> AsyncIterator[Disk]:
-    yield Disk(tmp_path, clock)
+async def watched(tmp_path: Path, clock: Clock) -> AsyncIterator[DiskHealth]:
+    yield DiskHealth(tmp_path, clock)
 
 
-def fail(disk: Disk, number: int, size: int = 0, kind: str = "blobs") -> None:
+def fail(disk: DiskHealth, number: int, size: int = 0, kind: str = "blobs") -> None:
     with pytest.raises(StorageFailed), disk.guard(kind, Path("/x"), size):
         raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.errors("disk.failed")
-def test_a_cause_stands_until_something_as_large_works(watched: Disk, events: LogCapture) -> None:
+def test_a_cause_stands_until_something_as_large_works(watched: DiskHealth, events: LogCapture) -> None:
     for size in (10, 1000, 100):
         fail(watched, 27, size)
     for kind, size in (("blobs", 999), ("records", 5000)):
@@ -639,7 +639,7 @@ def test_a_cause_stands_until_something_as_large_works(watched: Disk, events: Lo
 
 
 @pytest.mark.errors("disk.failed")
-def test_a_cause_is_forgotten_when_nothing_failed_for_a_while(watched: Disk, clock: Clock) -> None:
+def test_a_cause_is_forgotten_when_nothing_failed_for_a_while(watched: DiskHealth, clock: Clock) -> None:
     fail(watched, 5, 1000)
     clock.advance(FORGOTTEN - 1)
     fail(watched, 5)
@@ -654,7 +654,7 @@ def test_a_cause_is_forgotten_when_nothing_failed_for_a_while(watched: Disk, clo
 
 
 @pytest.mark.errors("disk.failed")
-def test_causes_are_told_one_by_one(watched: Disk, events: LogCapture) -> None:
+def test_causes_are_told_one_by_one(watched: DiskHealth, events: LogCapture) -> None:
     fail(watched, 5)
     fail(watched, 27)
     fail(watched, 5, kind="records")
@@ -666,7 +666,7 @@ def test_causes_are_told_one_by_one(watched: Disk, events: LogCapture) -> None:
 
 @pytest.mark.errors("disk.failed")
 def test_a_disk_is_full_until_there_is_room_for_what_did_not_fit(disk: Path, clock: Clock) -> None:
-    watched = Disk(disk, clock)
+    watched = DiskHealth(disk, clock)
     leave(disk, 5 * MIB + SPARE)
     fail(watched, 28, 6 * MIB)
     watched.worked("blobs", 7 * MIB)  # in room that another gave
@@ -681,9 +681,9 @@ def test_a_disk_without_inodes_has_no_room(tmp_path: Path) -> None:
     path.mkdir()
     mount("-t", "tmpfs", "-o", "size=8m,nr_inodes=4", "tmpfs", str(path))
     try:
-        assert Disk(path).room() > 0
+        assert DiskHealth(path).room() > 0
         for name in "abc":
             (path / name).touch()
-        assert Disk(path).room() < 0
+        assert DiskHealth(path).room() < 0
     finally:
         unmount(path)

@@ -22,14 +22,14 @@ def made(tmp_path: Path) -> Layout:
 @pytest.mark.parametrize("place", ["", "docker", "docker/registry", "docker/registry/v2"])
 def test_the_directory_may_be_named_from_any_of_its_heights(made: Layout, place: str) -> None:
     made.image("a", "1")
-    assert list(distribution.Layout(made.directory / place).repositories()) == ["a"]
+    assert list(distribution.DistributionTree(made.directory / place).repositories()) == ["a"]
 
 
 def test_another_directory_is_none(tmp_path: Path) -> None:
     (tmp_path / "docker" / "registry" / "v2" / "blobs").mkdir(parents=True)
     for directory in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=f"^{directory} is no directory of Distribution"):
-            distribution.Layout(directory)
+            distribution.DistributionTree(directory)
 
 
 def test_repositories_nest(made: Layout) -> None:
@@ -39,7 +39,7 @@ def test_repositories_nest(made: Layout) -> None:
     (made.repository("a") / "_uploads" / "0b" / "_manifests").mkdir(parents=True)
     (made.root / "repositories" / "a-file").write_text("")
     (made.root / "repositories" / "around").symlink_to(made.root / "repositories")
-    assert list(distribution.Layout(made.directory).repositories()) == [
+    assert list(distribution.DistributionTree(made.directory).repositories()) == [
         "a", "a/b", "a/b/c", "a-b", "b", "only/below",
     ]  # fmt: skip
 
@@ -47,7 +47,7 @@ def test_repositories_nest(made: Layout) -> None:
 def test_manifests_tags_and_blobs(made: Layout) -> None:
     one, two = made.image("a/b", "v1", "latest"), made.image("a/b", "v2", layers=[b"x", b"y"])
     made.point("a/b", "latest", two, at=1000.5)
-    found = distribution.Layout(made.directory)
+    found = distribution.DistributionTree(made.directory)
     assert list(found.manifests("a/b")) == sorted((one, two))
     assert list(found.tags("a/b")) == ["latest", "v1", "v2"]
     assert found.tag("a/b", "latest") == distribution.TagLink("latest", Digest(two), 1000.5)
@@ -66,7 +66,7 @@ def test_what_it_leaves_lying_about_means_nothing(made: Layout) -> None:
     (revisions / "sha256" / "a-file").write_text("")
     (made.repository("a") / "_manifests" / "tags" / "half").mkdir()
     (made.data(image).parent / "data.0b.tmp").write_bytes(b"half")
-    found = distribution.Layout(made.directory)
+    found = distribution.DistributionTree(made.directory)
     assert list(found.manifests("a")) == [image]
     assert list(found.tags("a")) == ["1"]
     made.tag("a", "1").unlink()
@@ -79,12 +79,12 @@ def test_what_it_leaves_lying_about_means_nothing(made: Layout) -> None:
 def test_a_link_may_name_data_of_another_algorithm(made: Layout) -> None:
     asked = made.blob("a", b"content", "sha512")
     assert asked.startswith("sha512:")
-    assert distribution.Layout(made.directory).blob("a", Digest(asked)).read_bytes() == b"content"
+    assert distribution.DistributionTree(made.directory).blob("a", Digest(asked)).read_bytes() == b"content"
 
 
 def test_a_repository_shows_what_it_links_only(made: Layout) -> None:
     digest = Digest(made.blob("a", b"content"))
-    found = distribution.Layout(made.directory)
+    found = distribution.DistributionTree(made.directory)
     with pytest.raises(Absent, match="no link to it in this repository"):
         found.blob("b", digest)
     made.data(digest).unlink()
@@ -97,7 +97,7 @@ def test_a_damaged_link(made: Layout, text: bytes) -> None:
     image = made.image("a", "1")
     made.link("a", "_manifests/revisions", image).write_bytes(text)
     made.tag("a", "1").write_bytes(text)
-    found = distribution.Layout(made.directory)
+    found = distribution.DistributionTree(made.directory)
     for ask in (lambda: found.manifest("a", Digest(image)), lambda: found.tag("a", "1")):
         with pytest.raises(Absent, match="its link is damaged"):
             ask()
@@ -109,7 +109,7 @@ def test_data_that_is_no_file(made: Layout) -> None:
     data.unlink()
     os.mkfifo(data)  # to open it would wait for ever
     with pytest.raises(Absent, match="is no file"):
-        distribution.Layout(made.directory).blob("a", digest)
+        distribution.DistributionTree(made.directory).blob("a", digest)
 
 
 CONFIG = described("application/vnd.oci.image.config.v1+json", b"{}")
@@ -135,7 +135,7 @@ def test_the_type_of_a_manifest_is_told_by_its_content(
     made: Layout, body: dict[str, object], media_type: str
 ) -> None:
     digest = Digest(made.manifest("a", body))
-    assert distribution.Layout(made.directory).manifest("a", digest).media_type == media_type
+    assert distribution.DistributionTree(made.directory).manifest("a", digest).media_type == media_type
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_the_type_of_a_manifest_is_told_by_its_content(
 def test_a_manifest_that_cannot_be_taken(made: Layout, content: bytes, why: str) -> None:
     digest = Digest(made.manifest("a", content))
     with pytest.raises(Absent, match=why):
-        distribution.Layout(made.directory).manifest("a", digest)
+        distribution.DistributionTree(made.directory).manifest("a", digest)
 
 
 def test_a_manifest_that_is_damaged(made: Layout) -> None:
     digest = Digest(made.image("a"))
     made.data(digest).write_bytes(json.dumps({"schemaVersion": 2}).encode())
     with pytest.raises(Absent, match="damaged: its content is sha256:"):
-        distribution.Layout(made.directory).manifest("a", digest)
+        distribution.DistributionTree(made.directory).manifest("a", digest)

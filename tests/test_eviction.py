@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import eviction as module
-from storage.maintenance.eviction import Candidate, Eviction, Report, Rules, oldest
+from storage.maintenance.eviction import Candidate, Eviction, EvictionReport, EvictionRules, oldest
 from storage.maintenance.pins import Kept
 from storage.maintenance.usage import Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
@@ -35,11 +35,11 @@ class Place:
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self.clock = clock
-        self.store = Store(Files(root, clock), Records(root / "records", clock), clock)
+        self.store = Store(BlobFiles(root, clock), Records(root / "records", clock), clock)
         self.pinned = NOTHING
 
     def eviction(self, **rules: Any) -> Eviction:
-        given = Rules(**{"keep_for": lambda repository: math.inf, **rules})
+        given = EvictionRules(**{"keep_for": lambda repository: math.inf, **rules})
         return Eviction(self.store, given, lambda: self.pinned, self.clock, lambda seconds: None)
 
     async def blob(self, content: bytes, *repositories: str) -> Digest:
@@ -106,7 +106,7 @@ async def test_what_is_not_used_goes_with_all_that_hangs_on_it(place: Place) -> 
     Usage(place.store.records, place.clock).record({("a/x", "v1"): Use(1, place.clock.now, 1.0)}, [], {})
     eviction = place.eviction(keep_for=keep(a=30))
     place.clock.advance(29 * DAY)
-    assert replace(eviction.expire(), seconds=0) == Report()
+    assert replace(eviction.expire(), seconds=0) == EvictionReport()
     place.clock.advance(2 * DAY)
     dry = eviction.expire(dry_run=True)
     assert place.holds(layer) == [True]

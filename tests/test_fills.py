@@ -22,7 +22,7 @@ from proxy.telemetry import Metrics
 from proxy.upstream import channel, client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import Connect
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.errors import BlobUnknown, OriginFailed, Unavailable
 from storage.oci import Digest
@@ -584,7 +584,7 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
     metrics = Metrics()
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
     origin = client.Upstream("up", channel.Settings(upstream.url, connect), [Credentials()], metrics)
-    store = Store(Files(tmp_path, clock), Records(tmp_path / "records"), clock)
+    store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
     yield Rig(fills, store, Source("up", origin, "a/b"), tmp_path / "partial")
     await fills.close()

@@ -27,9 +27,9 @@ from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover
 from proxy.upstream.health import FAILURES
 from proxy.upstream.transport import Connect
-from storage.concurrency import Turns
-from storage.disk.blobs import Files
-from storage.disk.health import Disk
+from storage.concurrency import Slots
+from storage.disk.blobs import BlobFiles
+from storage.disk.health import DiskHealth
 from storage.disk.records import Records
 from storage.errors import ManifestUnknown, TooManyRequests, Unavailable
 from storage.oci import Digest, Tag
@@ -48,7 +48,7 @@ class Process:
 
     cache: Cache
     fills: Fills
-    disk: Disk
+    disk: DiskHealth
     live: Live
 
     @property
@@ -74,11 +74,11 @@ async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterat
         pid: int = 1,
         urls: tuple[str, ...] = (),
         credentials: tuple[Credentials, ...] = (Credentials(),),
-        turns: Turns | None = None,
+        turns: Slots | None = None,
     ) -> Process:
         metrics, connect = Metrics(), Connect(plain_http=True)
-        disk = Disk(tmp_path, clock)
-        store = Store(Files(tmp_path, clock, disk), Records(tmp_path / "records", clock), clock)
+        disk = DiskHealth(tmp_path, clock)
+        store = Store(BlobFiles(tmp_path, clock, disk), Records(tmp_path / "records", clock), clock)
         closing.push_async_callback(store.close)
         fills = Fills(store, metrics, turns, backoff=0, clock=clock)
         origins = [
@@ -142,8 +142,8 @@ async def test_of_a_process_that_does_nothing_there_is_little_to_tell(
 
 
 def test_by_itself_it_is_this_process(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path), Records(tmp_path / "records"))
-    assert Live(Fills(store, Metrics()), {}, [Disk(tmp_path)]).pid == os.getpid()
+    store = Store(BlobFiles(tmp_path), Records(tmp_path / "records"))
+    assert Live(Fills(store, Metrics()), {}, [DiskHealth(tmp_path)]).pid == os.getpid()
 
 
 async def test_a_fill_tells_how_far_it_is_and_who_follows(
@@ -281,7 +281,7 @@ async def test_an_origin_that_is_not_far_away_has_no_upstream(
     tmp_path: Path, start: Start, clock: Clock
 ) -> None:
     process = start()
-    store = Store(Files(tmp_path / "other", clock), Records(tmp_path / "other" / "records", clock), clock)
+    store = Store(BlobFiles(tmp_path / "other", clock), Records(tmp_path / "other" / "records", clock), clock)
     cache = Cache("near", store, store, process.fills, Policy(lambda tag: 0.0), clock)
     assert Live(process.fills, {"near": cache}, [process.disk]).state().upstreams == []
     await cache.close()
@@ -435,7 +435,7 @@ async def test_fills_are_told_oldest_first_and_one_that_waits_for_its_turn_has_n
 ) -> None:
     bodies = [BODY, BODY[:-1]]
     digests = [Digest(upstream.blob("a/b", body)) for body in bodies]
-    process = start(turns=Turns(1))
+    process = start(turns=Slots(1))
     hold = Hold(asyncio.Event(), after=None)
     upstream.next("GET", digests[0], hold)
     first = asyncio.create_task(process.cache.get_blob("a/b", digests[0]))

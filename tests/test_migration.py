@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 
 from proxy.hosted import Hosted
-from storage.disk.blobs import Files
+from storage.concurrency import Cancelled
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
 from storage.maintenance.leases import Leases
 from storage.migration import adoption, distribution
-from storage.migration.migration import Damage, Intake, Stopped, Taken
+from storage.migration.migration import Damage, MigratedRepository, Migration
 from storage.oci import Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock
 from tests.layout import INDEX, MANIFEST, Layout, described, digest_of
 
-Take = Callable[..., Taken]
+Take = Callable[..., MigratedRepository]
 SHA512 = "0" * 128
 
 
@@ -33,16 +34,16 @@ def made(tmp_path: Path) -> Layout:
 @pytest.fixture
 def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
     directory = tmp_path / "private"
-    store = Store(Files(directory, clock), Records(directory / "records", clock), clock, collected=True)
+    store = Store(BlobFiles(directory, clock), Records(directory / "records", clock), clock, collected=True)
     yield store
     store.records.close()
 
 
 @pytest.fixture
 def take(made: Layout, store: Store) -> Take:
-    def run(**rules: object) -> Taken:
-        source = distribution.Layout(made.directory)
-        intake = Intake(store, source, **rules)  # type: ignore[arg-type]
+    def run(**rules: object) -> MigratedRepository:
+        source = distribution.DistributionTree(made.directory)
+        intake = Migration(store, source, **rules)  # type: ignore[arg-type]
         intake.run(source.repositories(), lambda name: f"local/{name}")
         return intake.taken
 
@@ -166,8 +167,8 @@ def test_a_second_run_takes_what_is_new(
 def test_one_that_was_stopped_is_gone_on_with(made: Layout, store: Store) -> None:
     for number in range(5):
         made.image(f"r{number}", "1", layers=[b"%d" % number])
-    source = distribution.Layout(made.directory)
-    intake = Intake(store, source)
+    source = distribution.DistributionTree(made.directory)
+    intake = Migration(store, source)
 
     def names() -> Iterator[str]:
         for name in source.repositories():
@@ -175,10 +176,10 @@ def test_one_that_was_stopped_is_gone_on_with(made: Layout, store: Store) -> Non
                 intake.stop()
             yield name
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         intake.run(names(), lambda name: f"local/{name}")
     assert intake.taken.manifests == 3
-    again = Intake(store, source)
+    again = Migration(store, source)
     again.run(source.repositories(), lambda name: f"local/{name}")
     assert (again.taken.manifests, again.taken.present, again.taken.tags) == (2, 3, 2)
 
@@ -384,7 +385,7 @@ def test_a_dry_run_tells_and_takes_nothing(made: Layout, store: Store, take: Tak
     assert not store.holds(Digest(digest_of(b"one")))
     taken = take()
     assert taken.linked == taken.blobs
-    assert would == Taken(
+    assert would == MigratedRepository(
         taken.repositories, taken.tags, taken.manifests, taken.blobs, taken.bytes, 0, 0, [], taken.damaged
     )
 
@@ -401,14 +402,14 @@ def test_a_repository_that_cannot_be_read_is_told(
 ) -> None:
     made.image("a", "1")
     made.image("b", "1")
-    original = distribution.Layout.tags
+    original = distribution.DistributionTree.tags
 
-    def fail(self: distribution.Layout, repository: str) -> Iterator[str]:
+    def fail(self: distribution.DistributionTree, repository: str) -> Iterator[str]:
         if repository == "a":
             raise PermissionError(13, "Permission denied")
         return original(self, repository)
 
-    monkeypatch.setattr(distribution.Layout, "tags", fail)
+    monkeypatch.setattr(distribution.DistributionTree, "tags", fail)
     taken = take()
     assert taken.damaged == [Damage("a", "", "it cannot be read: Permission denied")]
     assert taken.tags == 1
@@ -472,11 +473,11 @@ def test_our_own_disk_failing_ends_it(
 ) -> None:
     made.image("a", "1")
 
-    def fail(self: Files, partial: Path, file: int, path: Path) -> list[Path]:
+    def fail(self: BlobFiles, partial: Path, file: int, path: Path) -> list[Path]:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Files, "place", fail)
+        patch.setattr(BlobFiles, "place", fail)
         with pytest.raises(StorageFailed):
             take()
     assert take().tags == 1

@@ -16,7 +16,7 @@ import pytest
 from proxy import recorder as module
 from proxy.recorder import Recorder
 from proxy.telemetry import Exchange, Metrics
-from storage.disk.blobs import TOUCH, Files
+from storage.disk.blobs import TOUCH, BlobFiles
 from storage.disk.records import Records
 from storage.errors import StorageFailed
 from storage.graph import Tree, walk
@@ -37,7 +37,7 @@ class Rig:
 
     def __init__(self, directory: Path, clock: Clock) -> None:
         self.clock = clock
-        self.files = Files(directory, clock)
+        self.files = BlobFiles(directory, clock)
         self.records = Records(directory / "records")
         self.store = Store(self.files, self.records, clock)
         self.usage = Usage(self.records, clock)

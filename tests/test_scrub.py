@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import LogCapture
 
 from storage.disk import tree
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.disk.uploads import CHUNK
 from storage.errors import BlobUnknown, OriginFailed, StorageFailed
@@ -35,7 +35,7 @@ class Home:
     def __init__(self, root: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
         self.clock = clock
-        self.files = Files(root, clock)
+        self.files = BlobFiles(root, clock)
         self.records = Records(root / "records")
         self.store = Store(self.files, self.records, clock)
         self.slept: list[float] = []
@@ -44,9 +44,9 @@ class Home:
         self._watch(monkeypatch)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        home, step = self, tree.Reading.step
+        home, step = self, tree.TreeReader.step
 
-        def watched(reading: tree.Reading) -> int:
+        def watched(reading: tree.TreeReader) -> int:
             size = step(reading)
             digest = Digest(f"sha256:{reading.path.name}")
             if digest not in home.order[-1:]:
@@ -54,7 +54,7 @@ class Home:
             home.steps.pop(digest, lambda: None)()
             return size
 
-        monkeypatch.setattr(tree.Reading, "step", watched)
+        monkeypatch.setattr(tree.TreeReader, "step", watched)
 
     def scrub(self, rate: float | None = None, **keys: Any) -> Scrub:
         return Scrub(self.store, rate, self.clock, ticks=self.clock, sleep=self._sleep, **keys)

@@ -25,7 +25,7 @@ from proxy.web import send
 from proxy.web.listener import Listener, Manners
 from proxy.web.send import MOST_RANGES, Range, parse_ranges, satisfy
 from proxy.web.server import Server
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.uploads import FileBlob
 from storage.errors import OriginFailed, RangeInvalid, StorageFailed
 from storage.oci import OCTETS, Descriptor, Digest, Span
@@ -432,7 +432,7 @@ async def over() -> AsyncIterator[Over]:
 
 @pytest.fixture
 async def files(tmp_path: Path) -> Any:
-    found = Files(tmp_path / "files")
+    found = BlobFiles(tmp_path / "files")
     upload = found.create()
     await upload.write(BIG)
     await upload.commit(Digest.of(BIG))
@@ -449,7 +449,7 @@ def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return server, client
 
 
-def failing(files: Files, rest: bytes | None) -> Blob:
+def failing(files: BlobFiles, rest: bytes | None) -> Blob:
     digest = Digest.of(BIG)
     blob = Failing(os.open(files.path(digest), os.O_RDONLY), Descriptor(OCTETS, digest, len(BIG)))
     blob.rest = rest
@@ -460,7 +460,7 @@ PING = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
 PATH = f"/v2/library/alpine/blobs/{digest_of(BIG)}"
 
 
-async def test_what_was_written_before_is_not_overtaken(over: Over, files: Files) -> None:
+async def test_what_was_written_before_is_not_overtaken(over: Over, files: BlobFiles) -> None:
     # The first answer waits within the server for a client that does not read; the second goes by sendfile.
     url = await over(One(lambda: files.open(Digest.of(BIG))), buffer=SLOW)
     async with connect(url, buffer=SLOW) as wire:
@@ -471,7 +471,7 @@ async def test_what_was_written_before_is_not_overtaken(over: Over, files: Files
 
 
 async def test_by_tls_the_bytes_are_the_same(
-    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+    over: Over, files: BlobFiles, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
 ) -> None:
     url = await over(One(lambda: files.open(Digest.of(BIG))), contexts[0])
     async with connect(url, tls=contexts[1]) as wire:
@@ -485,7 +485,7 @@ async def test_by_tls_the_bytes_are_the_same(
 
 
 async def test_by_tls_a_slow_client_may_leave(
-    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+    over: Over, files: BlobFiles, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
 ) -> None:
     url = await over(One(lambda: files.open(Digest.of(BIG))), contexts[0])
     ear = Ear()
@@ -499,7 +499,7 @@ async def test_by_tls_a_slow_client_may_leave(
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
 async def test_a_blob_that_fails_is_cut(
-    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext], encrypted: bool
+    over: Over, files: BlobFiles, contexts: tuple[ssl.SSLContext, ssl.SSLContext], encrypted: bool
 ) -> None:
     server, client = contexts if encrypted else (None, None)
     url = await over(One(lambda: failing(files, None)), server)
@@ -513,7 +513,7 @@ async def test_a_blob_that_fails_is_cut(
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
 async def test_a_blob_whose_disk_fails_goes_on_from_where_it_knows(
-    over: Over, files: Files, contexts: tuple[ssl.SSLContext, ssl.SSLContext], encrypted: bool
+    over: Over, files: BlobFiles, contexts: tuple[ssl.SSLContext, ssl.SSLContext], encrypted: bool
 ) -> None:
     server, client = contexts if encrypted else (None, None)
     url = await over(One(lambda: failing(files, BIG)), server)
@@ -529,7 +529,7 @@ async def test_a_blob_whose_disk_fails_goes_on_from_where_it_knows(
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
 async def test_a_disk_that_fails_within_what_it_said_it_has(
     over: Over,
-    files: Files,
+    files: BlobFiles,
     contexts: tuple[ssl.SSLContext, ssl.SSLContext],
     encrypted: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -564,7 +564,7 @@ async def test_a_disk_that_fails_within_what_it_said_it_has(
 
 async def test_by_tls_a_client_that_takes_but_a_little_is_not_cut_off(
     over: Over,
-    files: Files,
+    files: BlobFiles,
     contexts: tuple[ssl.SSLContext, ssl.SSLContext],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -586,7 +586,7 @@ async def test_by_tls_a_client_that_takes_but_a_little_is_not_cut_off(
     assert looks == 51
 
 
-async def test_what_a_client_has_taken(over: Over, files: Files) -> None:
+async def test_what_a_client_has_taken(over: Over, files: BlobFiles) -> None:
     url = URL(await over(One(lambda: files.open(Digest.of(BIG)))))
     loop = asyncio.get_running_loop()
     with socket.socket() as client:

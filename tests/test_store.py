@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
 from storage.errors import (
     BlobUnknown,
@@ -35,7 +35,7 @@ class Home:
     """A store, and what it stands on."""
 
     def __init__(self, directory: Path, clock: Callable[[], float]) -> None:
-        self.files = Files(directory, clock)
+        self.files = BlobFiles(directory, clock)
         self.records = Records(directory / "records")
         self.store = Store(self.files, self.records, clock, collected=True)
 

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from proxy.webhooks.teller import Teller
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.oci import OCI_MANIFEST, OCTETS, Digest
 from tests.conftest import OPEN, Clock, Serve
 from tests.events import Ear
@@ -181,15 +181,15 @@ async def test_who_leaves_before_he_is_answered_does_not_take_the_event_along(
 ) -> None:
     client = await told()
     arrived, gate = asyncio.Event(), asyncio.Event()
-    renew = Files.renew
+    renew = BlobFiles.renew
     loop = asyncio.get_running_loop()
 
-    def held(self: Files, digest: Digest) -> None:
+    def held(self: BlobFiles, digest: Digest) -> None:
         loop.call_soon_threadsafe(arrived.set)
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
         renew(self, digest)
 
-    monkeypatch.setattr(Files, "renew", held)
+    monkeypatch.setattr(BlobFiles, "renew", held)
     ear = Ear()
     pushing = asyncio.create_task(client.blob(b"{}"))
     await arrived.wait()

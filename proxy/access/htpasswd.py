@@ -25,7 +25,7 @@ import bcrypt
 import structlog
 
 from proxy.watched import Watched
-from storage.concurrency import Flights
+from storage.concurrency import SingleFlight
 from storage.errors import Throttled
 
 log = structlog.get_logger()
@@ -94,7 +94,7 @@ class Htpasswd:
         self._clock = clock
         self._key = secrets.token_bytes(32)
         self._right: dict[bytes, float] = {}  # until when
-        self._flights = Flights()
+        self._flights = SingleFlight()
         self._waiting = 0
         self._reason = ""
         self._users = self._file.current()

@@ -20,7 +20,7 @@ import structlog
 
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credential, Credentials, Inline
-from storage.concurrency import Flights
+from storage.concurrency import SingleFlight
 from storage.errors import OriginDenied, Unavailable
 from storage.registry import Registry
 
@@ -59,7 +59,7 @@ class Visibility:
         self._key = secrets.token_bytes(32)
         self._seen: dict[tuple[bytes, str], float] = {}  # when a caller was told yes of a repository last
         self._callers: dict[bytes, _Caller] = {}
-        self._flights = Flights()
+        self._flights = SingleFlight()
 
     def remembers(self, repository: str, credential: Credential | None) -> bool:
         """Whether there is a yes for the caller, or for everybody, that still holds."""

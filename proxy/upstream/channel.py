@@ -26,7 +26,7 @@ from proxy.upstream.outgoing import Outgoing
 from proxy.upstream.refusals import ERROR_LIMIT, refusal
 from proxy.upstream.tokens import Answer, Tokens
 from proxy.upstream.transport import Connect, Transport
-from storage.concurrency import Bandwidth
+from storage.concurrency import RateLimit
 from storage.errors import (
     ManifestUnknown,
     OriginDenied,
@@ -58,7 +58,7 @@ class Settings:
     connect: Connect = field(default_factory=Connect)
     token_realms: tuple[str, ...] = ()
     reserve: Callable[[int], float] = lambda limit: 0
-    bandwidth: Bandwidth = field(default_factory=Bandwidth)
+    bandwidth: RateLimit = field(default_factory=RateLimit)
     pushed_to: bool = False
 
 

@@ -26,7 +26,7 @@ from publicsuffixlist import PublicSuffixList
 from yarl import URL  # aiohttp's own: what is checked here is what it will connect to
 
 from proxy.upstream.credentials import Credential, Credentials
-from storage.concurrency import Flights
+from storage.concurrency import SingleFlight
 from storage.errors import OriginDenied, OriginFailed, OriginTimeout, TooManyRequests, Unavailable
 
 log = structlog.get_logger()
@@ -168,7 +168,7 @@ class Tokens:
         self._clock = clock
         self._on_fetch = on_fetch or (lambda result: None)
         self._tokens: dict[str, _Token] = {}  # by scope, oldest first
-        self._flights = Flights()
+        self._flights = SingleFlight()
         self._realm: _Realm | None = None  # the last one that issued a token
         self._basic = False  # the upstream wants Basic
 

@@ -23,7 +23,7 @@ from proxy.receipts import DIGEST
 from proxy.web.api import Body, Handler, decoded, in_json, query
 from proxy.web.send import reset
 from storage.archives.exporter import Sink, TarSink
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
 from storage.oci import Digest
 
@@ -174,8 +174,8 @@ async def _copy(request: web.Request, file: IO[bytes]) -> None:
         if not piece:
             break
         count += len(piece)
-        await finished(write, piece)
-    await finished(file.flush)
+        await run_in_thread(write, piece)
+    await run_in_thread(file.flush)
 
 
 async def _in_time(work: Coroutine[Any, Any, object]) -> None:

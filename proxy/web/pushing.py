@@ -21,7 +21,7 @@ from proxy.web.responses import ALL, Refused, cache_headers, empty
 from proxy.web.routes import Kind, Route, build_location
 from proxy.web.send import LEFT
 from proxy.web.telling import Telling
-from storage.concurrency import undisturbed
+from storage.concurrency import uninterrupted
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -74,7 +74,7 @@ class Pushing:
         if "mount" in request.query:
             # What cannot be mounted is uploaded: clients expect no error.
             with suppress(BlobUnknown, NameUnknown, NameInvalid, DigestInvalid):
-                return await undisturbed(self._mount(request, route, name, now))
+                return await uninterrupted(self._mount(request, route, name, now))
         if "digest" in request.query:
             return await self._whole(request, route, name, now)
         algorithm = request.query.get("digest-algorithm", "sha256")
@@ -103,7 +103,7 @@ class Pushing:
         except BaseException as error:
             await upload.cancel(error)  # its id was told to nobody
             raise
-        return await undisturbed(self._commit(request, route, now, upload, digest))
+        return await uninterrupted(self._commit(request, route, now, upload, digest))
 
     async def status(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
         """GET: how far it has come."""
@@ -132,7 +132,7 @@ class Pushing:
         except BaseException:
             await upload.suspend()
             raise
-        return await undisturbed(self._commit(request, route, now, upload, digest))
+        return await uninterrupted(self._commit(request, route, now, upload, digest))
 
     async def _commit(
         self, request: web.BaseRequest, route: Route, now: Exchange, upload: Upload, digest: Digest
@@ -197,7 +197,7 @@ class Pushing:
         body = await self._manifest_body(request, now)
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
         manifest = Manifest.of(media_type or _told(body), body)
-        now.digest = await undisturbed(self._push(request, route, name, now, manifest, tags))
+        now.digest = await uninterrupted(self._push(request, route, name, now, manifest, tags))
         answer = self._created(request, route, Kind.MANIFEST, Digest(now.digest), now)
         with suppress(ManifestInvalid):
             if (subject := parse_manifest(body).subject) is not None:
@@ -250,7 +250,7 @@ class Pushing:
                 gone = Descriptor("", reference, -1)
                 await self._telling.did("delete", "manifest", request, route, now, gone)
 
-        await undisturbed(delete())
+        await uninterrupted(delete())
         return self._deleted(now)
 
     async def delete_blob(
@@ -264,7 +264,7 @@ class Pushing:
             gone = Descriptor(OCTETS, digest, -1)
             await self._telling.did("delete", "blob", request, route, now, gone)
 
-        await undisturbed(delete())
+        await uninterrupted(delete())
         return self._deleted(now)
 
     # Answers

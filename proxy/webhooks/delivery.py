@@ -38,7 +38,7 @@ from proxy.webhooks.formats import Source, render
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Event, Queue, State
 from proxy.webhooks.section import Webhook
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
 
 log = structlog.get_logger()
@@ -99,7 +99,7 @@ class Deliveries:
         directory = self._run_directory
         with nullcontext() if directory is None else waking.listening(directory, self.wake):
             try:
-                settled = await finished(self._queue.settle, [each.name for each in self._deliveries])
+                settled = await run_in_thread(self._queue.settle, [each.name for each in self._deliveries])
                 for name, events in settled.items():
                     log.warning("webhook.dropped", webhook=name, events=events, cause="no longer configured")
             except StorageFailed:
@@ -146,12 +146,12 @@ class Delivery:
     async def run(self) -> None:
         async with self._session() as session, AsyncExitStack() as closing:
             closing.push_async_callback(self._removed)
-            self._state = await finished(self._queue.state, self.name)
+            self._state = await run_in_thread(self._queue.state, self.name)
             while True:
                 self._news.clear()
                 try:
-                    events = await finished(self._queue.read, self.name, self._after, AT_ONCE)
-                    self._pending.set(await finished(self._queue.pending, self.name))
+                    events = await run_in_thread(self._queue.read, self.name, self._after, AT_ONCE)
+                    self._pending.set(await run_in_thread(self._queue.pending, self.name))
                 except StorageFailed:  # the disk has told of it
                     await self._wait(AGAIN)
                     continue
@@ -240,8 +240,8 @@ class Delivery:
         self._events.labels(self.name, "failed").inc()
         await self._removed()
         with suppress(StorageFailed):
-            await finished(self._queue.remove, self.name, [], self._state)
-            self._pending.set(await finished(self._queue.pending, self.name))
+            await run_in_thread(self._queue.remove, self.name, [], self._state)
+            self._pending.set(await run_in_thread(self._queue.pending, self.name))
         if since is None:
             log.warning("webhook.failing", webhook=self.name, error=cause)
 
@@ -262,7 +262,7 @@ class Delivery:
     async def _remove(self) -> None:
         try:
             while keys := self._gone[:AT_ONCE]:
-                await finished(self._queue.remove, self.name, keys, self._state)
+                await run_in_thread(self._queue.remove, self.name, keys, self._state)
                 del self._gone[: len(keys)]
         except StorageFailed:
             pass  # the disk has told of it; it is tried with the next

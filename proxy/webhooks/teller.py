@@ -19,7 +19,7 @@ from proxy.telemetry import Metrics
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.section import Webhook
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
 from storage.oci import Digest, Tag
 
@@ -119,12 +119,12 @@ class Teller:
     async def _put(self, gathered: list[Happening], lost: Counter[str]) -> None:
         cause = f"{GATHERED} wait to be written"
         # In a thread, since many patterns take their time.
-        wanted = await finished(lambda: [(each, self._wanting(each)) for each in gathered])
+        wanted = await run_in_thread(lambda: [(each, self._wanting(each)) for each in gathered])
         expected = Counter(name for _, names in wanted for name in names)
         queued: Counter[str] = Counter()
         if expected:
             try:
-                queued = await finished(self._queue.put, wanted, PENDING)
+                queued = await run_in_thread(self._queue.put, wanted, PENDING)
                 self.wake()
             except StorageFailed as error:
                 cause = str(error)

@@ -125,7 +125,7 @@ class Walk:
             tree.lacking |= wanted or tree.left_out
 
 
-class Gathering:
+class ExportPlanner:
     """What is to go into a bundle.  Blocks."""
 
     def __init__(self, platforms: Sequence[str] = (), referrers: bool = True) -> None:
@@ -220,7 +220,7 @@ class Gathering:
         )
         self._take(wanted.repository, tree)
 
-    def plan(self, created: float, base: Mapping[Base, Contents]) -> Plan:
+    def plan(self, created: float, base: Mapping[Base, Contents]) -> ExportPlan:
         """Without what is in the bundles of `base`; manifests always go along, so that each can be read."""
         known: dict[str, set[str]] = defaultdict(set)
         for each in base.values():
@@ -238,7 +238,7 @@ class Gathering:
         references = [held for _, held in sorted(self._held.items())]
         referrers = [referrer for _, referrer in sorted(self._referrers.items())]
         index = bundle.index_of([*references, *referrers])
-        return Plan(
+        return ExportPlan(
             Contents(
                 created=created,
                 index=str(Digest.of(index)),
@@ -255,7 +255,7 @@ class Gathering:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExportPlan:
     contents: Contents
     index: bytes
     blobs: Mapping[Digest, Source]

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from storage.archives import bundle
 from storage.archives.bundle import blob_name
-from storage.archives.export_plan import Plan, Source
+from storage.archives.export_plan import ExportPlan, Source
 from storage.archives.tar import END, header, padding
 from storage.errors import BlobUnknown
 from storage.oci import Digest
@@ -91,7 +91,7 @@ class DirectorySink:
 
 
 def write(
-    plan: Plan, sink: Sink, signature: Callable[[bytes], bytes] | None, tick: Tick = unheeded
+    plan: ExportPlan, sink: Sink, signature: Callable[[bytes], bytes] | None, tick: Tick = unheeded
 ) -> Digest:
     """The digest of its entrepot.json.  Raises BlobUnknown where something is damaged, or has gone."""
     told = bundle.encode(plan.contents)

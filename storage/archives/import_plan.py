@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from storage.archives.importer import Place, Share, Taking, held, manifest_of
+from storage.archives.importer import Importer, ImportTarget, RepositoryImport, held, manifest_of
 from storage.archives.layout import Layout, Root
 from storage.errors import ArchiveInvalid
 from storage.graph import contents
@@ -36,11 +36,11 @@ from storage.store import Store
 class Bound(NamedTuple):
     """What a root's name means here."""
 
-    place: Place
+    place: ImportTarget
     reference: Reference
 
 
-class Importing:
+class ImportPlanner:
     """`bind` tells what a root's name means here; one that has none and belongs to none that has, too.
 
     It raises RegistryError where it can mean nothing.  `clock` tells seconds since the epoch.
@@ -55,11 +55,11 @@ class Importing:
         self._layout = layout
         self._bind = bind
         self._clock = clock
-        self._shares: dict[str, Share] = {}
+        self._shares: dict[str, RepositoryImport] = {}
         self._lacking: dict[tuple[int, str], dict[Digest, int]] = defaultdict(dict)  # by store and namespace
         self._stores: dict[int, Store] = {}
 
-    def plan(self) -> Taking:
+    def plan(self) -> Importer:
         """Blocks.  Raises ArchiveInvalid, and what `bind` and what speaks against a tag raise."""
         for root in self._layout.roots:
             if root.name is not None:
@@ -71,11 +71,11 @@ class Importing:
         for share in self._shares.values():
             for tag, (digest, _) in share.tags.items():
                 share.place.allowed(share.place.store.records, tag, digest)
-        return Taking(self._layout, list(self._shares.values()))
+        return Importer(self._layout, list(self._shares.values()))
 
     def _take_root(self, root: Root) -> None:
         place, reference = self._bind(root)
-        share = self._shares.setdefault(place.repository, Share(place))
+        share = self._shares.setdefault(place.repository, RepositoryImport(place))
         self._stores[id(place.store)] = place.store
         self._walk(share, root)
         if isinstance(reference, Tag):
@@ -87,7 +87,7 @@ class Importing:
         elif root.descriptor.digest not in share.untagged:
             share.untagged.append(root.descriptor.digest)
 
-    def _walk(self, share: Share, root: Root) -> None:
+    def _walk(self, share: RepositoryImport, root: Root) -> None:
         """Take all that the root names."""
         todo = [(root.descriptor, True)]
         while todo:
@@ -127,7 +127,7 @@ class Importing:
             raise ArchiveInvalid(f"{what} says it is {found.declared}; what names it says {named.media_type}")
         return found
 
-    def _take_blob(self, share: Share, blob: Descriptor, needed: bool) -> None:
+    def _take_blob(self, share: RepositoryImport, blob: Descriptor, needed: bool) -> None:
         size = self._layout.size(blob.digest)
         if size is None:
             if needed:
@@ -140,7 +140,7 @@ class Importing:
             )
         share.blobs[blob.digest] = size
 
-    def _check_sparse(self, place: Place, digest: Digest) -> None:
+    def _check_sparse(self, place: ImportTarget, digest: Digest) -> None:
         if not place.sparse:
             raise ArchiveInvalid(
                 f"{self._layout.what} lacks {digest}, of an index that {place.repository} is to have whole:"

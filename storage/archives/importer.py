@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from storage.archives.layout import Layout
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.disk.records import Batch, Records
 from storage.disk.uploads import CHUNK, FileUpload
 from storage.errors import (
@@ -33,7 +33,7 @@ BATCH = 500  # records in a transaction: nobody else can write while it lasts
 Tick = Callable[[int], None]  # called with how many bytes were taken in
 
 
-class Place(NamedTuple):
+class ImportTarget(NamedTuple):
     """Where it goes: `repository` is a full name.
 
     If it is `sparse`, an index may lack children.  `allowed` raises what speaks against moving a tag there.
@@ -52,27 +52,27 @@ class Place(NamedTuple):
 class Moved(NamedTuple):
     """A tag was bound; `before` is what it was."""
 
-    place: Place
+    place: ImportTarget
     tag: Tag
     digest: Digest
     before: Digest | None
 
 
 @dataclass(slots=True)
-class Share:
+class RepositoryImport:
     """What one repository gets: tags with the time at which an origin said so; `untagged` are other roots."""
 
-    place: Place
+    place: ImportTarget
     manifests: dict[Digest, Descriptor] = field(default_factory=dict)
     blobs: dict[Digest, int] = field(default_factory=dict)
     tags: dict[Tag, tuple[Digest, float]] = field(default_factory=dict)
     untagged: list[Digest] = field(default_factory=list)
 
 
-class Taking:
+class Importer:
     """`shares` is what is to be taken of `layout`: see importing.py, which makes sure that all is there."""
 
-    def __init__(self, layout: Layout, shares: Sequence[Share]) -> None:
+    def __init__(self, layout: Layout, shares: Sequence[RepositoryImport]) -> None:
         self._layout = layout
         self.shares = shares
         self.taken = 0  # bytes
@@ -106,7 +106,7 @@ class Taking:
             for digest in sorted(blobs, key=self._layout.place):
                 if not held(store, digest, blobs[digest]):
                     await self._take(store, digest, blobs[digest], tick)
-        return await finished(self._show)
+        return await run_in_thread(self._show)
 
     async def _take(self, store: Store, digest: Digest, size: int, tick: Tick) -> None:
         upload = await self._started(store, digest)
@@ -142,7 +142,7 @@ class Taking:
                 if upload.offset <= part.size:
                     upload.expect(part.size)
                     self.taken += upload.offset
-                    while chunk := await finished(part.at, upload.offset, CHUNK):
+                    while chunk := await run_in_thread(part.at, upload.offset, CHUNK):
                         await upload.write(chunk)
                         self.taken += len(chunk)
                         tick(self.taken)
@@ -171,14 +171,14 @@ class Taking:
                 moved += share.place.store.records.transaction(_binding(share.place, tags))
         return moved
 
-    def _read(self, share: Share, named: Descriptor) -> Manifest:
+    def _read(self, share: RepositoryImport, named: Descriptor) -> Manifest:
         content = manifest_of(self._layout, share.place, named)
         if content is None:
             raise ArchiveInvalid(f"{self._layout.what}: {named.digest} has gone meanwhile")
         return Manifest(named.media_type, content, named.digest)
 
 
-def manifest_of(layout: Layout, place: Place, named: Descriptor) -> bytes | None:
+def manifest_of(layout: Layout, place: ImportTarget, named: Descriptor) -> bytes | None:
     """From the archive, else as the repository has it already; None where neither has it."""
     size = layout.size(named.digest)
     if size is None:
@@ -220,7 +220,7 @@ def _storing(store: Store, repository: str, manifests: Sequence[Manifest]) -> Ca
 
 
 def _binding(
-    place: Place, tags: Sequence[tuple[Tag, tuple[Digest, float]]]
+    place: ImportTarget, tags: Sequence[tuple[Tag, tuple[Digest, float]]]
 ) -> Callable[[Batch], list[Moved]]:
     def work(batch: Batch) -> list[Moved]:
         moved = []

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import structlog
 
-from storage.concurrency import finished
-from storage.disk.health import Disk, translated
+from storage.concurrency import run_in_thread
+from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
 from storage.disk.uploads import HASH, FileBlob, FileUpload
 from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
@@ -44,7 +44,7 @@ IN_USE = 10.0  # seconds that an upload waits for whoever writes it: most likely
 _ID = re.compile(r"[A-Za-z0-9_-]{22}\.[0-9a-f]{16}")
 
 
-class Files:
+class BlobFiles:
     """`clock` tells the time of last use, in seconds since the epoch.
 
     Where its directories are removed, it makes them again.
@@ -57,12 +57,12 @@ class Files:
         self,
         root: Path,
         clock: Callable[[], float] = time.time,
-        disk: Disk | None = None,
+        disk: DiskHealth | None = None,
         private: bool = False,
     ) -> None:
         self.root = root
         self.private = private
-        self.disk = disk or Disk(root, clock)
+        self.disk = disk or DiskHealth(root, clock)
         self.clock = clock
         self._partial = root / "partial"
         self._locks = root / "locks"
@@ -249,7 +249,7 @@ class Files:
         if locked:
             try:
                 with translated(path):
-                    await finished(upload.rehash)
+                    await run_in_thread(upload.rehash)
             except (RegistryError, asyncio.CancelledError):
                 await upload.suspend()
                 raise

@@ -80,7 +80,7 @@ class _Trouble:
     failed_at: float
 
 
-class Disk:
+class DiskHealth:
     """One for all that lies below `root`.  `clock` tells seconds.  Any thread may use it."""
 
     def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:

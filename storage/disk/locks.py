@@ -35,7 +35,7 @@ def leads_to(path: Path, file: int) -> bool:
     return os.path.samestat(found, os.fstat(file))
 
 
-class _Lock:
+class ProcessLock:
     """Of several processes, and threads; gone with whoever holds it."""
 
     def __init__(self, path: Path) -> None:

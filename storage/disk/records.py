@@ -27,9 +27,9 @@ from typing import Any, TypeVar
 import diskcache
 import structlog
 
-from storage.disk.health import Disk, primary
-from storage.disk.locks import _Lock
-from storage.disk.salvage import LOCKED, _check, _checked, _readable
+from storage.disk.health import DiskHealth, primary
+from storage.disk.locks import ProcessLock
+from storage.disk.salvage import LOCKED, checked, checksum, readable_records
 from storage.errors import StorageFailed
 
 log = structlog.get_logger()
@@ -112,10 +112,10 @@ class Batch:
     def get(self, key: str) -> bytes | None:
         # Half of the time that diskcache's own get() takes, which looks for expiry, tags and files as well.
         row = self._cache._con.execute(_GET, (key,)).fetchone()
-        return _checked(key, row[0]) if row else None
+        return checked(key, row[0]) if row else None
 
     def put(self, key: str, value: bytes) -> None:
-        self._cache.set(key, _check(key, value) + value)
+        self._cache.set(key, checksum(key, value) + value)
 
     def delete(self, key: str) -> bool:
         """Whether it was there."""
@@ -140,7 +140,7 @@ class Records:
         self,
         directory: Path,
         clock: Callable[[], float] = time.time,
-        disk: Disk | None = None,
+        disk: DiskHealth | None = None,
         durable: bool = False,
     ) -> None:
         self._directory = directory
@@ -148,7 +148,7 @@ class Records:
         self._file = directory / diskcache.core.DBNAME
         self._lock = directory.with_name(f"{directory.name}.lock")
         self._clock = clock
-        self._disk = disk or Disk(directory.parent, clock)
+        self._disk = disk or DiskHealth(directory.parent, clock)
         self._opening = threading.Lock()
         self._turn = threading.Lock()
         self._local = threading.local()
@@ -202,7 +202,7 @@ class Records:
         last = prefix + after
         while rows := self._rows("SELECT key, value", last, prefix + "\U0010ffff", _BATCH):
             for key, stored in rows:
-                if (value := _checked(key, stored)) is not None:
+                if (value := checked(key, stored)) is not None:
                     yield key, value
             last = rows[-1][0]
 
@@ -283,7 +283,7 @@ class Records:
     @contextmanager
     def _shared(self) -> Iterator[None]:
         """So that nobody moves the database away meanwhile.  Raises StorageFailed where one is at it."""
-        with closing(_Lock(self._lock)) as lock:
+        with closing(ProcessLock(self._lock)) as lock:
             if not lock.take(fcntl.LOCK_SH):
                 raise StorageFailed(f"records in {self._directory} are being rebuilt")
             yield
@@ -305,7 +305,7 @@ class Records:
         fresh = self._directory.with_name(f"{self._directory.name}.new")
         aside = self._directory.with_name(f"{self._directory.name}.damaged-{int(self._clock() * 1000)}")
         try:
-            with closing(_Lock(self._lock)) as lock:
+            with closing(ProcessLock(self._lock)) as lock:
                 while not lock.take(fcntl.LOCK_EX):
                     if self._closing.wait(POLL):
                         return
@@ -327,7 +327,7 @@ class Records:
 
     def _salvage(self, fresh: Path) -> int:
         """Make a database of all that can be read; how many records it has."""
-        records = (record for record in _readable(self._file) if not self._closing.is_set())
+        records = (record for record in readable_records(self._file) if not self._closing.is_set())
         with closing(_Database(fresh, self._durable)) as cache:
             while batch := list(islice(records, _BATCH)):
                 with cache.transact():

@@ -13,30 +13,32 @@ from urllib.parse import quote
 LOCKED = 10.0  # seconds that a write waits for another process's
 
 
-_CHECK = 4  # bytes
+CHECKSUM_BYTES = 4  # bytes
 
 
 _ROWIDS = 1 << 62
 
 
-def _check(key: str, value: bytes) -> bytes:
-    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(_CHECK, "big")
+def checksum(key: str, value: bytes) -> bytes:
+    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(CHECKSUM_BYTES, "big")
 
 
-def _checked(key: str, stored: Any) -> bytes | None:
-    if isinstance(stored, bytes) and stored[:_CHECK] == _check(key, value := stored[_CHECK:]):
+def checked(key: str, stored: Any) -> bytes | None:
+    if isinstance(stored, bytes) and stored[:CHECKSUM_BYTES] == checksum(
+        key, value := stored[CHECKSUM_BYTES:]
+    ):
         return value
     return None
 
 
-def _readable(file: Path) -> Iterator[tuple[str, bytes]]:
+def readable_records(file: Path) -> Iterator[tuple[str, bytes]]:
     """Every record of a damaged database that can be reached, as it is stored."""
     uri = f"file:{quote(str(file))}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCKED)) as source:
         source.text_factory = bytes
         for _, key, stored in _rows(source):
             with suppress(AttributeError, UnicodeDecodeError):  # a key that is none of ours
-                if _checked(name := key.decode(), stored) is not None:
+                if checked(name := key.decode(), stored) is not None:
                     yield name, stored
 
 

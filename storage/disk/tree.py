@@ -35,7 +35,7 @@ class Directory:
     foreign: list[Path] = field(default_factory=list)
 
 
-class Reading:
+class TreeReader:
     """A committed blob's file, being hashed.
 
     It stays open until close(), so that nothing else gets its identity meanwhile.
@@ -116,7 +116,7 @@ def directories(root: Path) -> tuple[list[str], list[Path]]:
     return names, foreign
 
 
-def look(root: Path, name: str, after: str = "", until: str | None = None) -> Directory:
+def read_tree(root: Path, name: str, after: str = "", until: str | None = None) -> Directory:
     """What the fan-out directory `name` holds after one name, up to another."""
     found = Directory()
     for entry in sorted(_entries(root / name), key=lambda each: each.name):

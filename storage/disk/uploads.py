@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.disk.health import sync, translated
 from storage.disk.locks import POLL, leads_to, try_lock, unlock
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailable
@@ -34,7 +34,7 @@ CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
 
 
-class Home(Protocol):
+class UploadHome(Protocol):
     """Where files grow: it knows their places and what room the disk has."""
 
     growing: set[FileUpload]  # those whose size is known
@@ -115,7 +115,7 @@ class FileUpload(Upload):
 
     def __init__(
         self,
-        home: Home,
+        home: UploadHome,
         path: Path,
         file: int,
         algorithm: str,
@@ -178,7 +178,7 @@ class FileUpload(Upload):
                     raise Unavailable("the process that was transferring it gave up")
                 if free:
                     self.ours = True
-                    await finished(self.rehash)
+                    await run_in_thread(self.rehash)
                     return False
                 self.offset = os.fstat(self._file).st_size
             if self.offset - 1 > self._readable:
@@ -261,7 +261,7 @@ class FileUpload(Upload):
             self._hash, self._hashed = hashlib.new(digest.algorithm), 0
         if self._hashed != self._written:
             with translated(self._path):
-                await finished(self._catch_up)
+                await run_in_thread(self._catch_up)
         if not self.matches(digest):
             error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
             await self.cancel(error)
@@ -271,7 +271,7 @@ class FileUpload(Upload):
         self._move(self.offset)
         try:
             with self._home.guard(self._path, self.offset):
-                await finished(self._publish, self._home.path(digest))
+                await run_in_thread(self._publish, self._home.path(digest))
         finally:
             self._discard()  # where it did not get into its place
             self.close()

@@ -32,7 +32,7 @@ import structlog
 
 from storage.disk.records import Batch
 from storage.maintenance.leases import Leases
-from storage.maintenance.reachability import Damaged, Group, Marks, Rules, start_of
+from storage.maintenance.reachability import Damaged, Group, Reachability, RetentionRules, start_of
 from storage.maintenance.unlinked import Unlinked
 from storage.oci import Digest
 from storage.store import Store
@@ -67,7 +67,7 @@ class Row(msgspec.Struct, kw_only=True):
     refused: str = ""
 
 
-class Report(msgspec.Struct, kw_only=True):
+class CollectionReport(msgspec.Struct, kw_only=True):
     """Of all repositories, and then of blobs and their bytes; `rows` are of those that there is something to
     say of.  `begun` is seconds since the epoch, 0 for never.
     """
@@ -96,11 +96,11 @@ class Collection:
     def __init__(
         self,
         store: Store,
-        rules: Callable[[str], Rules],
+        rules: Callable[[str], RetentionRules],
         leases: Leases,
         clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
-        done: Callable[[Report], None] = lambda report: None,
+        done: Callable[[CollectionReport], None] = lambda report: None,
     ) -> None:
         self.store = store
         self.rules = rules
@@ -109,15 +109,15 @@ class Collection:
         self.pause = pause
         self.done = done
 
-    def run(self, dry_run: bool = False) -> Report:
+    def run(self, dry_run: bool = False) -> CollectionReport:
         return _Run(self, dry_run).run()
 
-    def last(self) -> Report:
+    def last(self) -> CollectionReport:
         """Of the last one that was no dry run."""
         try:
-            return msgspec.json.decode(self.store.records.get(_RECORD) or b"{}", type=Report)
+            return msgspec.json.decode(self.store.records.get(_RECORD) or b"{}", type=CollectionReport)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            return Report()
+            return CollectionReport()
 
     def damaged(self) -> Path | None:
         """A damaged database that lies beside the records."""
@@ -135,11 +135,11 @@ class _Run:
         self._records = collection.store.records
         self._young = collection.leases.young
         self._dry_run = dry_run
-        self._report = Report(begun=collection.clock(), dry_run=dry_run)
+        self._report = CollectionReport(begun=collection.clock(), dry_run=dry_run)
         self._begun = self._rested = time.monotonic()
         self._would_go: set[str] = set()  # keys of links, in a dry run
 
-    def run(self) -> Report:
+    def run(self) -> CollectionReport:
         report = self._report
         try:
             for repository in self._repositories():
@@ -192,7 +192,7 @@ class _Run:
     def _collect(self, repository: str) -> None:
         self._check()
         row = Row(repository=repository)
-        marks = Marks(self._store, self._collection.leases, repository)
+        marks = Reachability(self._store, self._collection.leases, repository)
         try:
             marks.refresh(self._rest)
             self._remove_manifests(marks, row)
@@ -206,7 +206,7 @@ class _Run:
         if row != Row(repository=repository) and len(self._report.rows) < ROWS:
             self._report.rows.append(row)
 
-    def _remove_manifests(self, marks: Marks, row: Row) -> None:
+    def _remove_manifests(self, marks: Reachability, row: Row) -> None:
         rules = self._collection.rules(marks.repository)
 
         def choose(rest: Rest) -> list[list[Group]]:
@@ -218,7 +218,7 @@ class _Run:
             row.tags += sum(len(each.tags) for each in groups)
             row.manifests += sum(len(each.manifests) for each in groups)
 
-    def _remove_links(self, marks: Marks, row: Row) -> None:
+    def _remove_links(self, marks: Reachability, row: Row) -> None:
         young = 0
 
         def choose(rest: Rest) -> list[list[str]]:
@@ -253,7 +253,7 @@ class _Run:
         return False
 
     def _in_turns(
-        self, marks: Marks, choose: Callable[[Rest], list[T]], remove: Callable[[T, Batch], bool]
+        self, marks: Reachability, choose: Callable[[Rest], list[T]], remove: Callable[[T, Batch], bool]
     ) -> Iterator[T]:
         """Remove each of what is chosen.  Where something changed meanwhile, mark and choose anew."""
         to_do, tries = choose(self._rest), 0

@@ -36,7 +36,7 @@ PACE = 1.0  # seconds of rest for each second of work that is not urgent
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class EvictionRules:
     """`keep_for` maps a full name to seconds, `default_keep_for` is for what no repository shows.
 
     `limit` and `limits`, of namespaces, are in bytes; eviction goes on until `evict_to` of them is left.
@@ -54,7 +54,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class EvictionReport:
     """What went, or would go; `short` is how many bytes are still too many."""
 
     blobs: int = 0
@@ -97,7 +97,7 @@ class Eviction:
     def __init__(
         self,
         store: Store,
-        rules: Rules,
+        rules: EvictionRules,
         pinned: Callable[[], Kept] = lambda: Kept(frozenset(), frozenset()),
         clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
@@ -141,7 +141,7 @@ class Eviction:
 
     # Too much
 
-    def shrink(self, coming: int = 0, to: int | None = None, dry_run: bool = False) -> Report:
+    def shrink(self, coming: int = 0, to: int | None = None, dry_run: bool = False) -> EvictionReport:
         """Let the least recently used go, where there is too much, or until `to` bytes are left."""
         work = _Work(self, dry_run, urgent=coming > 0)
         excess = self._excess(coming, to)
@@ -216,7 +216,7 @@ class Eviction:
 
     # Too old
 
-    def expire(self, dry_run: bool = False) -> Report:
+    def expire(self, dry_run: bool = False) -> EvictionReport:
         """Let go what was not used for as long as the rules keep it, as they are now."""
         work = _Work(self, dry_run, urgent=False)
         pinned = self._pinned()
@@ -416,10 +416,10 @@ class _Work:
             self._eviction.pause(worked * PACE)
             self._rested = time.monotonic()
 
-    def report(self, reason: str, short: int = 0) -> Report:
+    def report(self, reason: str, short: int = 0) -> EvictionReport:
         self._flush()
         seconds = round(time.monotonic() - self._begun, 3)
-        report = Report(
+        report = EvictionReport(
             len(self.gone), self.bytes, self.manifests, self.tags, self.removed_links, seconds, short
         )
         if not self._dry_run and (self.gone or self.manifests or self.tags or self.removed_links):

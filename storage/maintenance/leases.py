@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.disk.records import Batch
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
 from storage.oci import Digest
@@ -45,7 +45,7 @@ class Leases:
         """Its file was `used_at` that time.  Raises BlobUnknown where it is not here any more."""
         if self._due(used_at):
             with suppress(StorageFailed):  # a disk that takes nothing serves all the same, and loses nothing
-                await finished(self._blob, repository, digest)
+                await run_in_thread(self._blob, repository, digest)
 
     def _blob(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:
@@ -59,7 +59,7 @@ class Leases:
         """It was `stored_at` that time.  Raises ManifestUnknown where it is not here any more."""
         if self._due(stored_at) and self._due(self.of(repository, digest)):
             with suppress(StorageFailed):
-                await finished(self._manifest, repository, digest)
+                await run_in_thread(self._manifest, repository, digest)
 
     def _manifest(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:

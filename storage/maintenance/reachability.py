@@ -53,7 +53,7 @@ class KeepTags:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RetentionRules:
     """`keep_untagged_for` is in seconds.  For a tag the first of `keep_tags` that matches counts.
 
     Tags that match one of `immutable` neither go nor count.
@@ -109,7 +109,7 @@ def node(manifest: Manifest) -> Node:
     return Node(tuple(children), array("Q", sorted(map(start_of, found))))
 
 
-class Marks:
+class Reachability:
     """Of one repository.  Blocks.  Every method may raise StorageFailed."""
 
     def __init__(self, store: Store, leases: Leases, repository: str) -> None:
@@ -186,7 +186,7 @@ class Marks:
 
     # Telling what goes
 
-    def going(self, rules: Rules, now: float) -> tuple[list[Group], int]:
+    def going(self, rules: RetentionRules, now: float) -> tuple[list[Group], int]:
         """What goes by the rules, in this order; and how much stays just since it is young.
 
         What tags that go by a rule have held alone goes with them, whatever `keep_untagged_for` says.
@@ -208,7 +208,7 @@ class Marks:
     def _used_at(self, digest: str) -> float:
         return self._used.get(digest, math.inf)
 
-    def _too_many(self, rules: Rules) -> list[str]:
+    def _too_many(self, rules: RetentionRules) -> list[str]:
         """Tags that go by a rule; of each the newest last."""
         found: dict[KeepTags, list[str]] = {}
         for tag in self.tags:

@@ -37,10 +37,10 @@ from pathlib import Path
 
 import structlog
 
-from storage.concurrency import finished
+from storage.concurrency import run_in_thread
 from storage.disk.blobs import KIND
 from storage.disk.records import Batch
-from storage.disk.tree import Reading, directories, look, thin
+from storage.disk.tree import TreeReader, directories, read_tree, thin
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
 from storage.oci import Digest
 from storage.store import Store
@@ -181,7 +181,7 @@ class _Run:
         if self._noted(_MANIFESTS)[0] <= since:
             await self._check_manifests()
         with self._files.guard(self._root):
-            names, foreign = await finished(directories, self._root)
+            names, foreign = await run_in_thread(directories, self._root)
         self._tell(foreign)
         due = [(at, name) for name in names if (at := self._noted(name)[0]) <= since]
         self._parts = len(due)
@@ -218,7 +218,7 @@ class _Run:
 
     async def _note(self, name: str, at: float, reached: str = "") -> None:
         with suppress(StorageFailed):  # told of by the disk; what is lost is but the order
-            await finished(self._records.put, f"scrub {name}", f"{at} {reached}".encode())
+            await run_in_thread(self._records.put, f"scrub {name}", f"{at} {reached}".encode())
 
     # Blobs
 
@@ -233,7 +233,7 @@ class _Run:
     ) -> None:
         """`note`: how far it got, now and then, beside this time of the last check."""
         with self._files.guard(self._root / name):
-            found = await finished(look, self._root, name, after, until)
+            found = await run_in_thread(read_tree, self._root, name, after, until)
         self._tell(found.foreign)
         self._estimate(sum(size for _, size in found.blobs))
         noted_at = self._scrub.ticks()
@@ -252,11 +252,11 @@ class _Run:
 
     async def _check(self, digest: Digest) -> None:
         self._progress.current = digest
-        reading = Reading(self._files.path(digest), digest)
+        reading = TreeReader(self._files.path(digest), digest)
         try:
             while not reading.ended:
                 with self._files.guard(reading.path):
-                    size = await finished(reading.step)
+                    size = await run_in_thread(reading.step)
                 self._progress.bytes += size
                 await self._pace.spend(size)
             if reading.gone:
@@ -267,7 +267,7 @@ class _Run:
         finally:
             reading.close()
 
-    def _is_the_disk(self, reading: Reading) -> bool:
+    def _is_the_disk(self, reading: TreeReader) -> bool:
         """Whether it is more than this blob that cannot be read: then all that is there would be set aside.
 
         Digests say nothing of where on a disk a blob lies: its bad places will hardly hit several in a row.
@@ -281,8 +281,8 @@ class _Run:
         self._files.disk.failed(KIND, reading.path, OSError(errno.EIO, reading.error))
         return True
 
-    async def _damaged(self, digest: Digest, reading: Reading) -> None:
-        repositories = await finished(self._set_aside, digest, reading)
+    async def _damaged(self, digest: Digest, reading: TreeReader) -> None:
+        repositories = await run_in_thread(self._set_aside, digest, reading)
         if not repositories or self._heal is None:
             return
         with suppress(RegistryError):
@@ -290,7 +290,7 @@ class _Run:
                 self._progress.healed += 1
                 log.info("blob.healed", digest=str(digest), repositories=repositories)
 
-    def _set_aside(self, digest: Digest, reading: Reading) -> list[str]:
+    def _set_aside(self, digest: Digest, reading: TreeReader) -> list[str]:
         """The repositories that show it; none where it was evicted meanwhile, or cannot be moved."""
         path, moved = reading.path, False
         if reading.status is not None:
@@ -328,7 +328,7 @@ class _Run:
     async def _check_manifests(self) -> None:
         begun = self._scrub.clock()
         records = self._records.scan("manifest ")
-        while size := await finished(self._check_some, records):
+        while size := await run_in_thread(self._check_some, records):
             await self._pace.spend(size)
         await self._note(_MANIFESTS, begun)
 
@@ -351,8 +351,8 @@ class _Run:
         begun, told = self._scrub.clock(), 0
         for kind in ("tag", "manifest", "link"):
             keys = self._records.keys(f"{kind} ")
-            while batch := await finished(lambda keys=keys: list(islice(keys, BATCH))):
-                for event, key in await finished(self._lost, kind, batch):
+            while batch := await run_in_thread(lambda keys=keys: list(islice(keys, BATCH))):
+                for event, key in await run_in_thread(self._lost, kind, batch):
                     self._progress.damaged += 1
                     told += 1
                     if told <= TOLD:

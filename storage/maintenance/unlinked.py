@@ -15,7 +15,7 @@ from itertools import islice
 import structlog
 
 from storage.disk.records import Batch
-from storage.disk.tree import directories, look
+from storage.disk.tree import directories, read_tree
 from storage.maintenance.reachability import start_of
 from storage.oci import Digest
 from storage.store import Store
@@ -58,7 +58,7 @@ class Unlinked:
         for name in names:
             kept = set(linked[int(name[-2:], 16)])
             with self._files.guard(root):
-                blobs = look(root, name).blobs
+                blobs = read_tree(root, name).blobs
             for digest, size in blobs:
                 if start_of(digest) not in kept and not self._stays(digest):
                     yield digest, size

@@ -15,7 +15,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.health import sync
 from storage.disk.uploads import CHUNK
 from storage.errors import DigestInvalid
@@ -25,7 +25,7 @@ from storage.oci import Digest
 class Adoption:
     """Into `files`, by any number of threads.  What was taken is durable after settle()."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: BlobFiles) -> None:
         self._files = files
         self._owner = files.root.stat().st_uid
         self._unsettled: set[Path] = set()  # directories

@@ -52,7 +52,7 @@ class TagLink:
     moved_at: float
 
 
-class Layout:
+class DistributionTree:
     """Raises ValueError where there is none.  Everything blocks."""
 
     def __init__(self, directory: Path) -> None:

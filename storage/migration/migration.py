@@ -15,10 +15,11 @@ from functools import partial
 from itertools import islice
 from typing import TypeAlias
 
+from storage.concurrency import Cancelled
 from storage.disk.records import Batch
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameInvalid, TagInvalid
 from storage.migration.adoption import Adoption
-from storage.migration.distribution import Absent, Layout
+from storage.migration.distribution import Absent, DistributionTree
 from storage.oci import (
     NAME_LIMIT,
     OCTETS,
@@ -49,7 +50,7 @@ class Damage:
 
 
 @dataclass(slots=True)
-class Taken:
+class MigratedRepository:
     """What was new, and `present`: manifests that were here before.
 
     Of the `blobs` `linked` take no room of their own.  `kept` are tags that were left as they are here.
@@ -66,11 +67,7 @@ class Taken:
     damaged: list[Damage] = field(default_factory=list)
 
 
-class Stopped(Exception):
-    """As stop() asked for."""
-
-
-class Intake:
+class Migration:
     """From `source`, by the rules of where it goes.  Everything blocks.
 
     With `sparse`, an index may lack children.  A tag that is `immutable` here is not moved.
@@ -79,13 +76,13 @@ class Intake:
     def __init__(
         self,
         store: Store,
-        source: Layout,
+        source: DistributionTree,
         *,
         sparse: bool = False,
         immutable: Callable[[Tag], bool] = lambda tag: False,
         dry_run: bool = False,
     ) -> None:
-        self.taken = Taken()
+        self.taken = MigratedRepository()
         self.repository = ""  # that it is at
         self.begun = 0  # how many repositories
         self._store = store
@@ -101,7 +98,7 @@ class Intake:
         self._stopped = True
 
     def run(self, names: Iterable[str], full: Callable[[str], str]) -> None:
-        """Take these repositories; `full` says how one is named here.  Raises Stopped, StorageFailed."""
+        """Take these repositories; `full` says how one is named here.  Raises Cancelled, StorageFailed."""
         with ThreadPoolExecutor(WORKERS, "intake") as pool:
             for name in names:
                 self.repository = name
@@ -253,7 +250,7 @@ class Intake:
 
     def _check(self) -> None:
         if self._stopped:
-            raise Stopped
+            raise Cancelled
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ LOOK = 0.002  # seconds between two looks at a process's memory
 MAKE = """
 import asyncio, gzip, json, os, sys
 from pathlib import Path
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.disk.records import Records
 from storage.store import Store
@@ -40,7 +40,7 @@ async def put(store, name, content):
     return {"mediaType": "application/octet-stream", "digest": str(found.digest), "size": found.size}
 
 async def main(root, count, layers, size):
-    store = Store(Files(root), Records(root / "records"))
+    store = Store(BlobFiles(root), Records(root / "records"))
     for number in range(count):
         name = f"docker.io/team/app{number}"
         found = [await put(store, name, gzip.compress(os.urandom(size), 0)) for _ in range(layers)]

@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 import yaml
 
-from storage.disk.blobs import Files
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
 from storage.oci import OCI_MANIFEST
 
@@ -38,7 +38,7 @@ def name(number: int) -> str:
 
 
 def make(root: Path, blobs: int) -> None:
-    files = Files(root / "cache")
+    files = BlobFiles(root / "cache")
     for number in range(256):
         (files.root / "blobs" / "sha256" / f"{number:02x}").mkdir(parents=True)
     begun = time.time() - blobs

@@ -21,8 +21,8 @@ import msgspec
 from yarl import URL
 
 from proxy import answers, receipts
-from proxy.config import Config
-from proxy.listening import StartError
+from proxy.config.errors import StartError
+from proxy.config.schema import Config
 from proxy.tls import pinned
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from proxy.access.addresses import Addresses
 from proxy.access.rules import Rule, Rules, of_stores
-from proxy.access.section import Access as Keys
-from proxy.access.section import TokenService
 from proxy.access.visibility import Visibility
 from proxy.composition import Composition
-from proxy.config import Config
-from proxy.listening import StartError
+from proxy.config.access import Access as Keys
+from proxy.config.access import TokenService
+from proxy.config.errors import StartError
+from proxy.config.schema import Config
 from proxy.web.access import Access, Door, Guarded
 from proxy.web.proofs import Proofs
 

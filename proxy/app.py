@@ -13,9 +13,10 @@ from pathlib import Path
 from aiohttp import web
 from yarl import URL
 
-from proxy import config, room
+from proxy import room
 from proxy.admission import admission, needed
 from proxy.composition import Composition
+from proxy.config import schema
 from proxy.drills import Drills, resume
 from proxy.keeper import Keeper
 from proxy.listening import BACKLOG, bind_all
@@ -42,7 +43,7 @@ class App:
 
     def __init__(
         self,
-        settings: config.Config,
+        settings: schema.Config,
         clock: Callable[[], float] = time.time,
         sockets: tuple[list[socket.socket], list[socket.socket]] | None = None,
         run: Path | None = None,
@@ -158,7 +159,7 @@ class App:
         self,
         runner: web.BaseRunner,
         sockets: list[socket.socket],
-        tls: config.TLS | None,
+        tls: schema.TLS | None,
         *,
         clients: bool = False,
     ) -> URL:

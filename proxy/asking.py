@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from proxy.config.quantities import parse_timeout
+from proxy.config.values import parse_platform
 from proxy.inventory import WILD
 from proxy.namespaces import Namespaces
-from proxy.values import parse_platform, parse_timeout
 from storage.errors import RegistryError
 from storage.maintenance.pins import Pin
 from storage.oci import Digest, Reference, Tag

@@ -21,8 +21,9 @@ from proxy import tables
 from proxy.adminclient import Failed, Reached, Remote
 from proxy.calling import Call, common, read
 from proxy.carrying import take_over
-from proxy.console import Progress, size
-from proxy.values import parse_platform, parse_timeout
+from proxy.config.quantities import parse_timeout, size
+from proxy.config.values import parse_platform
+from proxy.console import Progress
 
 if TYPE_CHECKING:
     from proxy.bundles import Tick

@@ -21,9 +21,10 @@ import structlog
 
 from proxy import telemetry
 from proxy.adminclient import Failed, Reached, composed, reach
-from proxy.config import Config
+from proxy.config.errors import ConfigError
+from proxy.config.loader import load
+from proxy.config.schema import Config
 from proxy.console import Table, write
-from proxy.loading import ConfigError, load
 
 if TYPE_CHECKING:
     from proxy.composition import Composition

@@ -14,8 +14,9 @@ import click
 from proxy import receipts
 from proxy.adminclient import Failed
 from proxy.calling import Call, lone, read
-from proxy.console import Column, Table, plural, size
-from proxy.values import parse_count, parse_platform
+from proxy.config.quantities import plural, size
+from proxy.config.values import parse_count, parse_platform
+from proxy.console import Column, Table
 
 SHOWN = 100  # rows of what was damaged, for people
 

@@ -16,14 +16,14 @@ import structlog
 from yarl import URL
 
 from proxy import bundling, carrying, commands, preparing, telemetry
-from proxy.config import Config
+from proxy.config.errors import ConfigError, StartError
+from proxy.config.loader import load
+from proxy.config.schema import Config
+from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.command import doctor
-from proxy.listening import StartError
-from proxy.loading import ConfigError, load
 from proxy.setup.command import setup
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import reach, scheme_of, site_of
-from proxy.wellknown import DOCKER_HUB
 from proxy.workers import Assignment, Parent
 
 log = structlog.get_logger()

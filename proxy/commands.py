@@ -24,8 +24,9 @@ import msgspec
 from proxy import tables
 from proxy.adminclient import Failed, Reached, Remote
 from proxy.calling import Call, common, read
+from proxy.config.quantities import parse_size, parse_timeout
+from proxy.config.values import parse_platform
 from proxy.console import Progress, write
-from proxy.values import parse_platform, parse_size, parse_timeout
 
 PAUSE = 1.0  # seconds between two looks at what goes on
 PAGE = 1000  # images that are asked for at once: as many as the API gives

@@ -13,13 +13,15 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from proxy.cache import Cache, Policy
-from proxy.config import Config, Hosting, Namespace
+from proxy.config.errors import StartError
+from proxy.config.schema import Config, Hosting, Namespace
+from proxy.config.upstream import Login
+from proxy.config.upstream import Upstream as UpstreamKeys
 from proxy.drill import Drill
 from proxy.fills import Fills
 from proxy.freshness import Freshener
 from proxy.hosted import Hosted
 from proxy.hosted import Rules as PushRules
-from proxy.listening import StartError
 from proxy.live import Live
 from proxy.namespaces import Member, Namespaces
 from proxy.recorder import Recorder
@@ -28,8 +30,6 @@ from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
 from proxy.upstream.failover import Failover
-from proxy.upstream.section import Login
-from proxy.upstream.section import Upstream as UpstreamKeys
 from proxy.upstream.transport import Connect
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.teller import Teller

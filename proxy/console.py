@@ -7,7 +7,6 @@ may hold anything, so whatever could steer a terminal is taken out of it.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 SHORT = 12  # characters of a digest on a terminal: enough to tell two apart
-_AGES = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,48 +181,3 @@ def short(text: str) -> str:
     """Of a digest the beginning, after what may stand before it in its cell; other text as it is."""
     before, colon, encoded = text.rpartition(":")
     return f"{before}:{encoded[:SHORT]}" if colon and len(encoded) >= 32 else text
-
-
-def size(count: float | None) -> str:
-    """`1.2 GiB`; `?` for what is not known."""
-    if count is None or count < 0:
-        return "?"
-    if count < 1024:
-        return f"{int(count)} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):  # noqa: B007
-        count /= 1024
-        # 1023.96 would be written as 1024.0 of a unit.
-        if count < 1023.95:
-            break
-    return f"{count:.1f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """In its largest unit: `3 h`, `10 min`; `for ever` for infinity."""
-    if math.isinf(seconds):
-        return "for ever"
-    for length, unit in _AGES:
-        if seconds >= length:
-            return f"{int(seconds / length)} {unit}"
-    return "0 s"
-
-
-def moment(time: float | None, now: float, never: str = "never") -> str:
-    """`3 h ago`, `now`, `in 10 min`; `never` for None."""
-    if time is None:
-        return never
-    if math.isinf(time):
-        return "for ever"
-    if abs(time - now) < 1:
-        return "now"
-    return f"{duration(now - time)} ago" if time < now else f"in {duration(time - now)}"
-
-
-def share(part: float | None) -> str:
-    """A fraction as a percentage; `-` for none of nothing."""
-    return "-" if part is None else f"{part:.1%}"
-
-
-def plural(count: int, noun: str, nouns: str = "") -> str:
-    """`1 blob`, `3 blobs`."""
-    return f"{count} {noun if count == 1 else nouns or noun + 's'}"

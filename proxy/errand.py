@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.calling import quiet
-from proxy.console import Progress, size
+from proxy.config.quantities import size
+from proxy.console import Progress
 from proxy.copying import Copying, Route, Rules
 from proxy.places import Item, Place, items, joined
 from proxy.receipts import Copied, CopyRow, Outcome

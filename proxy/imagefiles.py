@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 
 import yaml
 
-from proxy.hosts import parse_host
+from proxy.config.hosts import parse_host
 from storage.errors import RegistryError
 from storage.oci import Digest, Tag, parse_name
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from proxy.answers import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
-from proxy.config import Config
+from proxy.config.schema import Config
 from proxy.freshness import foreign
 from storage.errors import ManifestUnknown
 from storage.graph import contents

@@ -15,9 +15,10 @@ from pathlib import Path
 from proxy.adminclient import Failed
 from proxy.calling import quiet
 from proxy.composition import private_store
-from proxy.config import Config
-from proxy.console import Progress, plural, size
-from proxy.loading import load
+from proxy.config.loader import load
+from proxy.config.quantities import plural, size
+from proxy.config.schema import Config
+from proxy.console import Progress
 from proxy.receipts import DamageRow, Imported
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import socket
 
-from proxy.config import Config
-from proxy.hosts import Address
+from proxy.config.errors import StartError
+from proxy.config.hosts import Address
+from proxy.config.schema import Config
 
 BACKLOG = 1024  # connections that may wait to be accepted
-
-
-class StartError(Exception):
-    """Why the server cannot start, in one line."""
 
 
 def bind(address: Address, key: str) -> list[socket.socket]:

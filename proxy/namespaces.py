@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, runtime_checkable
 
-from proxy.hosts import without_port
+from proxy.config.hosts import without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
 from storage.registry import Blob, Registry, Upload, everything

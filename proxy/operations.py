@@ -39,6 +39,7 @@ from proxy.answers import (
 from proxy.asking import BadField, literal
 from proxy.bundles import Bundles
 from proxy.composition import Composition
+from proxy.config.webhooks import Webhook
 from proxy.drills import Drills
 from proxy.freshness import refresh
 from proxy.inventory import WILD, Inventory, merged
@@ -47,7 +48,6 @@ from proxy.preparations import Preparations
 from proxy.purging import Purging
 from proxy.reasons import Reasons
 from proxy.webhooks.queue import Queue
-from proxy.webhooks.section import Webhook
 from storage.concurrency import run_in_thread
 from storage.errors import NameUnknown, RegistryError, Unsupported
 from storage.graph import walk

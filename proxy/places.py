@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from proxy.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
+from proxy.config.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
 from storage.errors import NameUnknown, RegistryError
 from storage.oci import Digest, Reference, Tag, parse_name
 from storage.registry import Registry

@@ -20,9 +20,9 @@ from proxy.adminclient import Failed, Reached, Remote
 from proxy.answers import Drilling, ReadyRow, WarmRow
 from proxy.calling import Call, common, read
 from proxy.commands import PAUSE, PLATFORMS
-from proxy.console import Column, Progress, Table, duration, moment, plural, size
+from proxy.config.quantities import duration, moment, parse_timeout, plural, size
+from proxy.console import Column, Progress, Table
 from proxy.imagefiles import Findings, Unreadable, look
-from proxy.values import parse_timeout
 from storage.concurrency import for_each
 
 Row = TypeVar("Row", WarmRow, ReadyRow)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from proxy.answers import HostRow, Verdict, Why
 from proxy.asking import Asked
-from proxy.config import Config
+from proxy.config.schema import Config
 from proxy.inventory import Inventory, Measured, finite
 from proxy.live import UpstreamState
 from storage.maintenance.pins import Pins

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from proxy import answers, receipts
-from proxy.console import Column, Progress, Table, duration, moment, plural, share, size
+from proxy.config.quantities import duration, moment, plural, share, size
+from proxy.console import Column, Progress, Table
 
 _REFERENCE = Column("REFERENCE", whole=True)
 _HELD = Column("HELD", right=True)

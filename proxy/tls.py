@@ -20,8 +20,8 @@ from pathlib import Path
 
 import structlog
 
-from proxy.config import TLS
-from proxy.listening import StartError
+from proxy.config.errors import StartError
+from proxy.config.schema import TLS
 
 log = structlog.get_logger()
 

@@ -19,7 +19,7 @@ import structlog
 
 from proxy.answers import ReadyRow, WarmRow
 from proxy.asking import BadField, Reading
-from proxy.config import WarmRule
+from proxy.config.schema import WarmRule
 from proxy.freshness import BACKOFF, LONGEST_BACKOFF, Refreshed, refresh
 from proxy.imagefiles import Unreadable, look
 from proxy.namespaces import Namespaces

@@ -32,10 +32,10 @@ from typing import BinaryIO
 import structlog
 from prometheus_client import multiprocess
 
-from proxy.config import Config
-from proxy.hosts import Address
-from proxy.listening import StartError, bind
-from proxy.loading import ConfigError
+from proxy.config.errors import ConfigError, StartError
+from proxy.config.hosts import Address
+from proxy.config.schema import Config
+from proxy.listening import bind
 from proxy.tls import Certificates
 
 log = structlog.get_logger()

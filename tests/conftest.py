@@ -15,8 +15,8 @@ from structlog.testing import LogCapture
 
 from proxy import cache
 from proxy.app import App
-from proxy.config import Config
-from proxy.loading import load
+from proxy.config.loader import load
+from proxy.config.schema import Config
 from tests.authority import Authority
 from tests.upstream import Upstream
 

@@ -14,7 +14,7 @@ from structlog.testing import LogCapture
 
 from proxy.access import attempts
 from proxy.admission import needed
-from proxy.listening import StartError
+from proxy.config.errors import StartError
 from proxy.web.proofs import Proofs
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from proxy.app import App
-from proxy.listening import StartError
+from proxy.config.errors import StartError
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.events import Ear
 from tests.upstream import Basic, Hold, Image, Reset, Upstream

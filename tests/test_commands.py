@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 from proxy import answers, commands
 from proxy.adminclient import reach
 from proxy.cli import main
-from proxy.loading import load
+from proxy.config.loader import load
 from tests.authority import Authority
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear

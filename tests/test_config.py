@@ -11,14 +11,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.access.section import Access, AccessRule, TokenService
-from proxy.config import TLS, Config, Disk, Log, Namespace, TagRule, WarmRule, default_cache_directory
-from proxy.hosts import Address
-from proxy.loading import ConfigError, load
-from proxy.upstream.section import Login, Upstream
-from proxy.values import Reserve, Secret, parse_duration
-from proxy.webhooks.section import Webhook
-from proxy.wellknown import WELL_KNOWN
+from proxy.config.access import Access, AccessRule, TokenService
+from proxy.config.errors import ConfigError
+from proxy.config.hosts import Address
+from proxy.config.loader import load
+from proxy.config.quantities import Reserve, parse_duration
+from proxy.config.schema import TLS, Config, Disk, Log, Namespace, TagRule, WarmRule, default_cache_directory
+from proxy.config.upstream import Login, Upstream
+from proxy.config.values import Secret
+from proxy.config.webhooks import Webhook
+from proxy.config.wellknown import WELL_KNOWN
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config.example.yml"

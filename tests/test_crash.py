@@ -31,7 +31,7 @@ SERVER = """
 import asyncio, sys, threading
 from pathlib import Path
 from proxy.app import App
-from proxy.loading import load
+from proxy.config.loader import load
 from proxy import telemetry
 from proxy.web import pushing
 from storage.disk import blobs, records

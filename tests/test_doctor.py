@@ -22,10 +22,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from proxy.cli import main
-from proxy.config import TLS, Config
+from proxy.config.loader import load
+from proxy.config.schema import TLS, Config
 from proxy.doctor import running, upstreams
 from proxy.doctor.checks import Check, Diagnosis
-from proxy.loading import load
 from tests.conftest import Serve, Site
 from tests.test_cli import free_ports
 from tests.test_client import Relay

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from proxy.config import Disk
+from proxy.config.quantities import Share
+from proxy.config.schema import Disk
 from proxy.doctor import disk
 from proxy.doctor.checks import Check
-from proxy.values import Share
 
 GIB = 1 << 30
 

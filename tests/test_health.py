@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
-from proxy.upstream.health import BLOCKED, FAILURES, LAST, UNTOLD, Breaker, Budget, Budgets, seconds_until
+from proxy.config.quantities import BLOCKED, seconds_until
+from proxy.upstream.health import FAILURES, LAST, UNTOLD, Breaker, Budget, Budgets
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from tests.conftest import Clock
 

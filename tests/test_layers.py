@@ -49,7 +49,10 @@ PROXY["__main__"] = "cli"
 OWNERS = {"diskcache": "storage.disk.records", "aiohttp": "proxy."}
 
 # Packages whose modules have moved to where the tables want them.
-MOVED = ("storage",)
+MOVED = (
+    "storage",
+    "proxy.config",
+)
 
 ALLOWED = {
     **{

@@ -499,7 +499,7 @@ def test_no_file_is_read_or_removed_that_a_record_names(records: Records, direct
 def test_a_database_that_is_locked_is_waited_for(
     directory: Path, monkeypatch: pytest.MonkeyPatch, events: LogCapture
 ) -> None:
-    monkeypatch.setattr("storage.records.LOCKED", 0.01)
+    monkeypatch.setattr("storage.disk.records.LOCKED", 0.01)
     hasty = Records(directory)
     monkeypatch.undo()
     patient = Records(directory)

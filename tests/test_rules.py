@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.access.rules import ACTIONS, Action, Grant, Principal, Rule, Rules, of_stores
-from proxy.hosts import parse_network
-from proxy.values import parse_where, parse_who
+from proxy.access.rules import Grant, Principal, Rule, Rules, of_stores
+from proxy.config.access import ACTIONS, Action
+from proxy.config.hosts import parse_network
+from proxy.config.values import parse_where, parse_who
 
 ANYBODY = Principal()
 HERE = Principal(address=ipaddress.ip_address("127.0.0.1"))

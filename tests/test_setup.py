@@ -16,7 +16,7 @@ import trustme
 import yaml
 from yarl import URL
 
-from proxy.loading import load
+from proxy.config.loader import load
 from proxy.setup.renderers import RENDERERS, text
 from proxy.setup.site import Setup, Site, site_of
 from tests.conftest import configuration

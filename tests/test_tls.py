@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.serialization import (
 from structlog.testing import LogCapture
 from yarl import URL
 
-from proxy.config import TLS
-from proxy.listening import StartError
+from proxy.config.errors import StartError
+from proxy.config.schema import TLS
 from proxy.tls import SETTLING, Certificates, expiry, pinned
 from proxy.web.door import Door
 from proxy.web.listener import Connection, Listener, Manners

@@ -14,14 +14,14 @@ import pytest
 import trustme
 from structlog.testing import LogCapture
 
-from proxy.listening import StartError
+from proxy.config.errors import StartError
+from proxy.config.values import Secret
+from proxy.config.webhooks import Webhook
 from proxy.telemetry import Metrics
-from proxy.values import Secret
 from proxy.webhooks import delivery as module
 from proxy.webhooks.delivery import Deliveries
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
-from proxy.webhooks.section import Webhook
 from storage.disk.records import Records
 from storage.errors import StorageFailed
 from tests.conftest import Clock

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
+from proxy.config.values import Secret, parse_pattern
+from proxy.config.webhooks import Webhook
 from proxy.telemetry import Metrics
-from proxy.values import Secret, parse_pattern
 from proxy.webhooks import teller as module
 from proxy.webhooks.happening import Action, Happening
 from proxy.webhooks.queue import Queue
-from proxy.webhooks.section import Webhook
 from proxy.webhooks.teller import Teller
 from storage.disk.records import Records
 from storage.errors import StorageFailed

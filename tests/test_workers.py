@@ -14,10 +14,9 @@ import pytest
 from structlog.testing import LogCapture
 
 from proxy import workers
-from proxy.config import Config
-from proxy.hosts import Address
-from proxy.listening import StartError
-from proxy.loading import ConfigError
+from proxy.config.errors import ConfigError, StartError
+from proxy.config.hosts import Address
+from proxy.config.schema import Config
 from proxy.workers import Parent
 
 # A worker that writes one line a life, and answers every connection with its configuration's log level.

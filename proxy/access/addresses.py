@@ -14,7 +14,7 @@ from functools import lru_cache
 from multidict import CIMultiDictProxy
 
 from proxy.access.rules import Address
-from proxy.hosts import Network
+from proxy.config.hosts import Network
 
 # Any of them is the mark of a proxy.
 _MARKS = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Forwarded-Host", "X-Forwarded-Proto", "Via")

@@ -25,7 +25,7 @@ from joserfc.jwk import ECKey, JWKRegistry, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry, deserialize_compact, extract_compact
 
 from proxy.access.rules import Grant, Principal
-from proxy.watched import Watched
+from proxy.config.watched_file import Watched
 
 log = structlog.get_logger()
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import bcrypt
 import structlog
 
-from proxy.watched import Watched
+from proxy.config.watched_file import Watched
 from storage.concurrency import SingleFlight
 from storage.errors import Throttled
 

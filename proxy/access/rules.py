@@ -15,13 +15,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from proxy.hosts import Network
-from proxy.values import Who
+from proxy.config.access import ACTIONS, Action
+from proxy.config.hosts import Network
+from proxy.config.values import Who
 
-Action: TypeAlias = Literal["pull", "push", "delete"]
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-ACTIONS: tuple[Action, ...] = ("pull", "push", "delete")
 LOOPBACK: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1"))
 
 

@@ -18,11 +18,11 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.doctor.host import Host
 from proxy.doctor.running import REQUESTS, metrics
 from proxy.setup.engines import CONTAINERD
-from proxy.wellknown import DOCKER_HUB
 from storage.errors import RegistryError
 from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Digest
 

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 
-from proxy.console import plural
+from proxy.config.quantities import plural
 from proxy.doctor.checks import Check, ok, warning
 
 SOON = 14  # days: less than the last third of ninety, in which they are renewed

@@ -14,9 +14,10 @@ import structlog
 from yarl import URL
 
 from proxy import telemetry
+from proxy.config.errors import ConfigError
+from proxy.config.loader import load
 from proxy.console import write
 from proxy.doctor.checks import Check, Diagnosis, shown
-from proxy.loading import ConfigError, load
 from proxy.setup.site import site_of
 
 

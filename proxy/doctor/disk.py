@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from proxy.config import Disk
-from proxy.console import share, size
+from proxy.config.quantities import share, size
+from proxy.config.schema import Disk
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from storage.disk.health import SPARE
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.doctor.host import Broken, Host, origin
 from proxy.setup.engines import DOCKER
-from proxy.wellknown import DOCKER_HUB
 
 CLIENT = "docker"
 

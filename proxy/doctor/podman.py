@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.doctor.host import Broken, Host
 from proxy.setup.engines import CONTAINERS
-from proxy.wellknown import DOCKER_HUB
 
 CLIENT = "podman"
 Tables = dict[str, Mapping[str, Any]]  # [[registry]] by prefix

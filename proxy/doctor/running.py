@@ -12,11 +12,12 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
-from proxy.config import Config
+from proxy.config.errors import StartError
+from proxy.config.hosts import Address
+from proxy.config.schema import Config
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from proxy.hosts import Address
-from proxy.listening import StartError, bind
+from proxy.listening import bind
 from proxy.setup.site import EVERYWHERE
 from proxy.tls import Certificates
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from yarl import URL
 
-from proxy.config import Config
+from proxy.config.errors import ConfigError
+from proxy.config.loader import load
+from proxy.config.schema import Config
 from proxy.doctor import disk, running, upstreams
 from proxy.doctor.checks import Check, failed, ok
-from proxy.loading import ConfigError, load
 
 
 async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:

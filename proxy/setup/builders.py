@@ -5,8 +5,8 @@ Neither can be told of all registries at once.  A mirror's path comes after /v2 
 
 from __future__ import annotations
 
+from proxy.config.wellknown import DOCKER_HUB
 from proxy.setup.site import Piece, Setup, Site, quoted
-from proxy.wellknown import DOCKER_HUB
 
 BUILDKIT = "/etc/buildkit"
 KANIKO = "/kaniko"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from proxy.loading import ConfigError, load
+from proxy.config.errors import ConfigError
+from proxy.config.loader import load
 from proxy.setup.placing import Change, Plan, place, plan
 from proxy.setup.renderers import RENDERERS, text
 from proxy.setup.site import Setup, site_of

@@ -13,8 +13,8 @@ Traps that are avoided here:
 
 from __future__ import annotations
 
+from proxy.config.wellknown import DOCKER_HUB
 from proxy.setup.site import CA, Piece, Setup, Site, in_json, quoted
-from proxy.wellknown import DOCKER_HUB
 
 DOCKER = "/etc/docker"
 CONTAINERD = "/etc/containerd"

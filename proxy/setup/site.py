@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from yarl import URL
 
-from proxy.config import Config
-from proxy.hosts import parse_name, parse_url
-from proxy.wellknown import DOCKER_HUB
+from proxy.config.hosts import parse_name, parse_url
+from proxy.config.schema import Config
+from proxy.config.wellknown import DOCKER_HUB
 
 EVERYWHERE = ("", "0.0.0.0", "::")
 CA = "ca.crt"  # what dockerd, podman and containerd all take for an authority, by its name

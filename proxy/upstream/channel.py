@@ -19,9 +19,10 @@ import msgspec
 import structlog
 from yarl import URL
 
+from proxy.config.quantities import seconds_until
 from proxy.telemetry import Metrics
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.health import UNTOLD, Budgets, HostState, seconds_until
+from proxy.upstream.health import UNTOLD, Budgets, HostState
 from proxy.upstream.outgoing import Outgoing
 from proxy.upstream.refusals import ERROR_LIMIT, refusal
 from proxy.upstream.tokens import Answer, Tokens

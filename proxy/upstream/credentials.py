@@ -27,7 +27,7 @@ from typing import Generic, TypeVar
 import msgspec
 import structlog
 
-from proxy.watched import Watched
+from proxy.config.watched_file import Watched
 from storage.errors import OriginDenied
 
 log = structlog.get_logger()

@@ -13,15 +13,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 
+from proxy.config.quantities import BLOCKED
 from storage.errors import RegistryError
 
 FAILURES = 3  # in a row that open a breaker, where one alone proves nothing
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
 UNTOLD = 60.0  # seconds without a request after a 429 that does not tell how long
-BLOCKED = 86400.0  # seconds without a request at most, whatever Retry-After says
 
 _LIMIT = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9})\s*)?(?:[,;]|$)")
 
@@ -256,27 +254,3 @@ class Budgets:
     def blocked_for(self) -> float:
         """Seconds until the first of those that are blocked is not; 0: none is."""
         return min((each.blocked_for for each in self._budgets if each.blocked_for), default=0.0)
-
-
-def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:
-    """Retry-After (RFC 9110 §10.2.3) in seconds, where there is one that can be read.
-
-    A date is compared with the answer's own where it has one: its clock and ours may differ.  `now` is in
-    seconds since the epoch.
-    """
-    value = headers.get("Retry-After", "")
-    if value.isascii() and value.isdigit():
-        return min(BLOCKED, float(value[:10]))
-    due, sent = _date(value), _date(headers.get("Date", ""))
-    if due is None:
-        return None
-    return min(BLOCKED, max(0.0, due - (now() if sent is None else sent)))
-
-
-def _date(text: str) -> float | None:
-    try:
-        found = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    # RFC 9110 §5.6.7: always GMT; a zone of -0000 is parsed as none.
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from proxy.upstream.health import seconds_until
+from proxy.config.quantities import seconds_until
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,

@@ -18,8 +18,9 @@ from typing import Literal, Protocol
 import structlog
 from aiohttp import web
 
-from proxy.access.rules import Action, Principal, Rules
+from proxy.access.rules import Principal, Rules
 from proxy.access.visibility import Ask, Visibility
+from proxy.config.access import Action
 from proxy.telemetry import Exchange
 from proxy.web.proofs import Proofs, authorization, credential
 from proxy.web.routes import Kind, Route

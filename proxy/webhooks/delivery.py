@@ -30,14 +30,14 @@ import msgspec
 import structlog
 from yarl import URL
 
-from proxy.listening import StartError
+from proxy.config.errors import StartError
+from proxy.config.quantities import seconds_until
+from proxy.config.webhooks import Webhook
 from proxy.telemetry import Metrics
-from proxy.upstream.health import seconds_until
 from proxy.webhooks import waking
 from proxy.webhooks.formats import Source, render
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Event, Queue, State
-from proxy.webhooks.section import Webhook
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
 

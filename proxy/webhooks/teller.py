@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from proxy.config.webhooks import Webhook
 from proxy.telemetry import Metrics
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
-from proxy.webhooks.section import Webhook
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
 from storage.oci import Digest, Tag

@@ -11,11 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 LOCKED = 10.0  # seconds that a write waits for another process's
-
-
-CHECKSUM_BYTES = 4  # bytes
-
-
+CHECKSUM_BYTES = 4
 _ROWIDS = 1 << 62
 
 

@@ -20,21 +20,18 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
-from proxy.config import Config, Namespace, PinRule
-from proxy.hosts import parse_name, without_port
-from proxy.sections import Section
-from proxy.upstream.section import Upstream
-from proxy.values import kind_of
-from proxy.webhooks.section import Webhook
-from proxy.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
+from proxy.config.errors import ConfigError
+from proxy.config.fields import Section
+from proxy.config.hosts import parse_name, without_port
+from proxy.config.schema import Config, Namespace, PinRule
+from proxy.config.upstream import Upstream
+from proxy.config.values import kind_of
+from proxy.config.webhooks import Webhook
+from proxy.config.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
 
 _VARIABLE = re.compile(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|(\$\{)")
 # Line breaks would end a fault's one line or an HTTP header; lone surrogates cannot be encoded.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-class ConfigError(Exception):
-    """What is wrong with a configuration, in one line for whoever wrote it."""
 
 
 def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:

@@ -10,29 +10,24 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from proxy.access.section import Access
-from proxy.hosts import Address, parse_address, parse_admin, parse_name
-from proxy.sections import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
-from proxy.upstream.section import Upstream
-from proxy.values import (
+from proxy.config.access import Access
+from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
+from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
+from proxy.config.quantities import Share, parse_every, parse_grace, parse_percentage, parse_rate, parse_share
+from proxy.config.upstream import Upstream
+from proxy.config.values import (
     Secret,
-    Share,
     parse_count,
-    parse_every,
     parse_glob,
-    parse_grace,
     parse_pattern,
-    parse_percentage,
     parse_platform,
-    parse_rate,
     parse_reference,
     parse_secret,
-    parse_share,
     parse_time,
     parse_version,
     parse_workers,
 )
-from proxy.webhooks.section import Webhook
+from proxy.config.webhooks import Webhook
 
 
 def default_cache_directory() -> Path:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from proxy.values import Secret, parse_secret, parse_text
+from proxy.config.values import Secret, parse_secret, parse_text
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?")
 _HOST = re.compile(rf"{_NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")

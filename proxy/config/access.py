@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from proxy.access.rules import Action
-from proxy.hosts import Network, parse_network, parse_realm
-from proxy.sections import File, Section, Text, Timeout
-from proxy.values import Who, parse_quotable, parse_where, parse_who
+from proxy.config.fields import File, Section, Text, Timeout
+from proxy.config.hosts import Network, parse_network, parse_realm
+from proxy.config.values import Who, parse_quotable, parse_where, parse_who
+
+Action: TypeAlias = Literal["pull", "push", "delete"]
+ACTIONS: tuple[Action, ...] = ("pull", "push", "delete")
 
 
 class AccessRule(Section, frozen=True):

@@ -6,23 +6,16 @@ Each parser takes what YAML gave, and raises ValueError with the cause, in half 
 from __future__ import annotations
 
 import fnmatch
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
-_PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
 _LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 _OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
 _TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
-SHORTEST_GRACE = 3600.0  # seconds
-_UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
-_SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
 
 
 class Secret(str):
@@ -32,28 +25,6 @@ class Secret(str):
 
     def __repr__(self) -> str:
         return "'***'"
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    """What to keep of a rate limit: so many requests, or so many in a hundred."""
-
-    requests: int = 0
-    percent: int = 0
-
-    def of(self, limit: int) -> float:
-        return self.requests or limit * self.percent / 100
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """So many bytes, or so many in a hundred."""
-
-    size: int = 0
-    percent: int = 0
-
-    def of(self, whole: int) -> int:
-        return self.size or whole * self.percent // 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +54,6 @@ def parse_flag(value: object) -> bool:
     return value
 
 
-def parse_duration(value: object) -> float:
-    """`500ms`, `10s`, `1h30m`, `2w`: larger units first; in seconds."""
-    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
-        return 0.0
-    found = _DURATION.fullmatch(value) if isinstance(value, str) and value else None
-    if not found:
-        raise ValueError(
-            "expected a duration: a number and its unit, one of ms, s, m, h, d, w, such as 1h30m"
-        )
-    return math.fsum(int(n) * unit for n, unit in zip(found.groups(), _UNITS.values(), strict=True) if n)
-
-
-def parse_timeout(value: object) -> float:
-    seconds = parse_duration(value)
-    if not seconds:
-        raise ValueError("must be more than 0")
-    return seconds
-
-
 def parse_workers(value: object) -> int | None:
     """A number of processes, or None for `auto`."""
     if value == "auto":
@@ -111,43 +63,10 @@ def parse_workers(value: object) -> int | None:
     return value
 
 
-def parse_size(value: object) -> int:
-    """`512KiB`, `100MB`, `500GiB`: in bytes; K, M, G and T with iB are powers of 1024, with B of 1000."""
-    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if not found or not int(found[1]):
-        raise ValueError(
-            "expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
-        )
-    power: int = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
-    return int(found[1]) * power
-
-
 def parse_count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
         raise ValueError("expected a number from 1 to 1000000")
     return value
-
-
-def parse_freshness(value: object) -> float:
-    """A duration, or infinity for `forever`."""
-    return math.inf if value == "forever" else parse_duration(value)
-
-
-def parse_keep(value: object) -> float:
-    """A duration of more than 0, or infinity for `never`."""
-    return math.inf if value == "never" else parse_timeout(value)
-
-
-def parse_every(value: object) -> float | None:
-    """A duration of more than 0; None for `off`, which YAML reads as false."""
-    return None if value is False or value == "off" else parse_timeout(value)
-
-
-def parse_grace(value: object) -> float:
-    seconds = parse_duration(value)
-    if seconds < SHORTEST_GRACE:
-        raise ValueError("must be 1h or more: a push in progress relies on it")
-    return seconds
 
 
 def parse_version(value: object) -> str:
@@ -156,32 +75,6 @@ def parse_version(value: object) -> str:
     if text not in ("1.2", "1.3"):
         raise ValueError('expected "1.2" or "1.3"')
     return str(text)
-
-
-def parse_share(value: object) -> Share:
-    """A size, or a percentage of the whole; `0` is nothing."""
-    if value == 0 and not isinstance(value, bool):
-        return Share()
-    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-    if found and int(found[1]) < 100:
-        return Share(percent=int(found[1]))
-    try:
-        return Share(size=parse_size(value))
-    except ValueError:
-        raise ValueError("expected a size such as 10GiB, or a percentage below 100% of the disk") from None
-
-
-def parse_percentage(value: object) -> float:
-    """`90%`, as a fraction."""
-    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-    if not found or not 1 <= int(found[1]) <= 100:
-        raise ValueError("expected a percentage from 1% to 100%")
-    return int(found[1]) / 100
-
-
-def parse_rate(value: object) -> int | None:
-    """Bytes a second, as a size; None for `off`, which YAML reads as false."""
-    return None if value is False or value == "off" else parse_size(value)
 
 
 def parse_glob(value: object) -> str:
@@ -287,16 +180,6 @@ def parse_fields(value: object) -> dict[str, Secret]:
     if len({name.lower() for name in fields}) < len(fields):
         raise ValueError("names one twice")
     return fields
-
-
-def parse_reserve(value: object) -> Reserve:
-    """A number of requests, or a percentage of the limit."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return Reserve(requests=value)
-    found = _RESERVE.fullmatch(value) if isinstance(value, str) else None
-    if not found or (found[2] and int(found[1]) > 100):
-        raise ValueError("expected a number of requests, or a percentage of the limit such as 10%")
-    return Reserve(percent=int(found[1])) if found[2] else Reserve(requests=int(found[1]))
 
 
 def parse_secret(value: object) -> Secret:

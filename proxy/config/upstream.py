@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from proxy.hosts import parse_proxy, parse_urls
-from proxy.sections import File, Flag, Host, Section, Size, Timeout
-from proxy.values import (
-    Reserve,
-    Secret,
-    parse_count,
-    parse_helper,
-    parse_reserve,
-    parse_secret,
-    parse_username,
-)
+from proxy.config.fields import File, Flag, Host, Section, Size, Timeout
+from proxy.config.hosts import parse_proxy, parse_urls
+from proxy.config.quantities import Reserve, parse_reserve
+from proxy.config.values import Secret, parse_count, parse_helper, parse_secret, parse_username
 
 
 class Login(Section, frozen=True):

@@ -10,17 +10,9 @@ from typing import Annotated
 
 import msgspec
 
-from proxy.hosts import parse_host
-from proxy.values import (
-    parse_duration,
-    parse_flag,
-    parse_freshness,
-    parse_keep,
-    parse_path,
-    parse_size,
-    parse_text,
-    parse_timeout,
-)
+from proxy.config.hosts import parse_host
+from proxy.config.quantities import parse_duration, parse_freshness, parse_keep, parse_size, parse_timeout
+from proxy.config.values import parse_flag, parse_path, parse_text
 
 Text = Annotated[str, parse_text]
 Flag = Annotated[bool, parse_flag]

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from proxy.hosts import parse_target
-from proxy.sections import File, Keep, Section, Timeout
-from proxy.values import Secret, parse_fields, parse_label, parse_pattern, parse_secret
+from proxy.config.fields import File, Keep, Section, Timeout
+from proxy.config.hosts import parse_target
+from proxy.config.values import Secret, parse_fields, parse_label, parse_pattern, parse_secret
 
 
 class Webhook(Section, frozen=True):

@@ -13,7 +13,7 @@ from proxy.access.addresses import Addresses
 from proxy.access.rules import Rule, Rules, of_stores
 from proxy.access.visibility import Visibility
 from proxy.composition import Composition
-from proxy.config.access import Access as Keys
+from proxy.config.access import AccessConfig as Keys
 from proxy.config.access import TokenService
 from proxy.config.errors import StartError
 from proxy.config.schema import Config

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from proxy.cache import Cache, Policy
 from proxy.config.errors import StartError
-from proxy.config.schema import Config, Hosting, Namespace
+from proxy.config.schema import Config, Hosting, NamespaceConfig
 from proxy.config.upstream import Login
-from proxy.config.upstream import Upstream as UpstreamKeys
+from proxy.config.upstream import UpstreamConfig as UpstreamKeys
 from proxy.drill import Drill
 from proxy.fills import Fills
 from proxy.freshness import Freshener
@@ -210,7 +210,7 @@ class Composition:
             ages += [] if each.keep_for is None else [each.keep_for]
         return any(map(math.isfinite, ages))
 
-    def _cache(self, name: str, namespace: Namespace, upstream: UpstreamKeys) -> Cache:
+    def _cache(self, name: str, namespace: NamespaceConfig, upstream: UpstreamKeys) -> Cache:
         try:
             connect = connect_of(upstream)
             credentials = [credentials_of(login) for login in upstream.logins()]

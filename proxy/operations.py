@@ -39,7 +39,7 @@ from proxy.answers import (
 from proxy.asking import BadField, literal
 from proxy.bundles import Bundles
 from proxy.composition import Composition
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 from proxy.drills import Drills
 from proxy.freshness import refresh
 from proxy.inventory import WILD, Inventory, merged
@@ -365,7 +365,7 @@ def _row(namespace: str, counted: Counters) -> StatsRow:
     )
 
 
-def _webhook(webhook: Webhook, queue: Queue) -> WebhookRow:
+def _webhook(webhook: WebhookConfig, queue: Queue) -> WebhookRow:
     state = queue.state(webhook.name)
     return WebhookRow(
         name=webhook.name,

@@ -11,15 +11,24 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.config.access import Access, AccessRule, TokenService
+from proxy.config.access import AccessConfig, AccessRule, TokenService
 from proxy.config.errors import ConfigError
 from proxy.config.hosts import Address
 from proxy.config.loader import load
 from proxy.config.quantities import Reserve, parse_duration
-from proxy.config.schema import TLS, Config, Disk, Log, Namespace, TagRule, WarmRule, default_cache_directory
-from proxy.config.upstream import Login, Upstream
+from proxy.config.schema import (
+    TLS,
+    Config,
+    DiskConfig,
+    Log,
+    NamespaceConfig,
+    TagRule,
+    WarmRule,
+    default_cache_directory,
+)
+from proxy.config.upstream import Login, UpstreamConfig
 from proxy.config.values import Secret
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 from proxy.config.wellknown import WELL_KNOWN
 
 ROOT = Path(__file__).parent.parent
@@ -27,19 +36,19 @@ EXAMPLE = ROOT / "config.example.yml"
 MANUAL = ROOT / "docs" / "configuration.md"
 TOKENS = dict.fromkeys(("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET", "AUDIT_TOKEN"), "t")
 SECTIONS = (
-    Access,
+    AccessConfig,
     AccessRule,
     TokenService,
     Config,
     WarmRule,
-    Disk,
+    DiskConfig,
     Log,
     Login,
-    Namespace,
+    NamespaceConfig,
     TagRule,
     TLS,
-    Upstream,
-    Webhook,
+    UpstreamConfig,
+    WebhookConfig,
 )
 
 
@@ -226,8 +235,8 @@ def test_a_bad_pattern_is_named(fault: Any, pattern: str) -> None:
     ],
 )
 def test_url(read: Any, url: str, expected: str) -> None:
-    assert read(upstream(f"url: '{url}'")).namespaces["x"].upstream == Upstream(url=(expected,))
-    assert read(f"namespaces: {{x: {{upstream: '{url}'}}}}").namespaces["x"].upstream == Upstream(
+    assert read(upstream(f"url: '{url}'")).namespaces["x"].upstream == UpstreamConfig(url=(expected,))
+    assert read(f"namespaces: {{x: {{upstream: '{url}'}}}}").namespaces["x"].upstream == UpstreamConfig(
         url=(expected,)
     )
 
@@ -322,7 +331,7 @@ def test_every_key_of_an_upstream_is_read(read: Any) -> None:
             "connect_timeout: 1s, header_timeout: 2s, progress_timeout: 3s"
         )
     )
-    assert found.namespaces["x"].upstream == Upstream(
+    assert found.namespaces["x"].upstream == UpstreamConfig(
         url=("https://x.example",),
         username="u",
         password_file=Path("/p"),
@@ -939,7 +948,7 @@ def test_the_example_without_its_comment_signs_loads(tmp_path: Path) -> None:
     (tmp_path / "all.yml").write_text(uncommented(), encoding="utf-8")
     config = load(tmp_path / "all.yml", TOKENS)
     private = config.namespaces["registry.example:5000"].upstream
-    for field in msgspec.structs.fields(Upstream):
+    for field in msgspec.structs.fields(UpstreamConfig):
         if not field.required and field.default not in (None, ()):
             assert getattr(private, field.name) == field.default, field.name
 

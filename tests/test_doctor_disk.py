@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from proxy.config.quantities import Share
-from proxy.config.schema import Disk
+from proxy.config.schema import DiskConfig
 from proxy.doctor import disk
 from proxy.doctor.checks import Check
 
@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 
 def look(path: Path, **keys: object) -> dict[str, Check]:
-    found = disk.look(Disk(path=path, **keys))  # type: ignore[arg-type]
+    found = disk.look(DiskConfig(path=path, **keys))  # type: ignore[arg-type]
     return {each.name: each for each in found}
 
 

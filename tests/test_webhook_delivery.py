@@ -16,7 +16,7 @@ from structlog.testing import LogCapture
 
 from proxy.config.errors import StartError
 from proxy.config.values import Secret
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry import Metrics
 from proxy.webhooks import delivery as module
 from proxy.webhooks.delivery import Deliveries
@@ -58,10 +58,10 @@ class Rig:
         self.deliveries: Deliveries | None = None
         self._running: asyncio.Task[None] | None = None
 
-    def webhook(self, name: str = "a", **keys: Any) -> Webhook:
-        return Webhook(name=name, url=Secret(keys.pop("url", self.receiver.url)), **keys)
+    def webhook(self, name: str = "a", **keys: Any) -> WebhookConfig:
+        return WebhookConfig(name=name, url=Secret(keys.pop("url", self.receiver.url)), **keys)
 
-    def start(self, *webhooks: Webhook) -> None:
+    def start(self, *webhooks: WebhookConfig) -> None:
         self.deliveries = Deliveries(
             webhooks or [self.webhook()], self.queue, 5000, self.metrics, self.clock, wait=self._wait
         )

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import LogCapture
 
 from proxy.config.values import Secret, parse_pattern
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry import Metrics
 from proxy.webhooks import teller as module
 from proxy.webhooks.happening import Action, Happening
@@ -26,10 +26,10 @@ from tests.conftest import Clock
 OLD, NEW = Digest.of(b"old"), Digest.of(b"new")
 
 
-def webhook(name: str = "a", **keys: Any) -> Webhook:
+def webhook(name: str = "a", **keys: Any) -> WebhookConfig:
     for key in ("match", "media_types"):
         keys[key] = tuple(map(parse_pattern, keys.get(key, ())))
-    return Webhook(name=name, url=Secret("http://localhost/"), **keys)
+    return WebhookConfig(name=name, url=Secret("http://localhost/"), **keys)
 
 
 def happening(number: int = 0, action: Action = "push", **keys: Any) -> Happening:

@@ -25,7 +25,7 @@ from joserfc.jwk import ECKey, JWKRegistry, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry, deserialize_compact, extract_compact
 
 from proxy.access.rules import Grant, Principal
-from proxy.config.watched_file import Watched
+from proxy.config.watched_file import WatchedFile
 
 log = structlog.get_logger()
 
@@ -78,7 +78,7 @@ class Tokens:
         self._service = service
         self._issuer = issuer
         self._clock = clock
-        self._files = [Watched(each, parse_keys) for each in keys]
+        self._files = [WatchedFile(each, parse_keys) for each in keys]
         # Headers that nobody knows are to be ignored, RFC 7515, section 4; unless they are critical.
         self._registry = JWSRegistry(
             algorithms=[each for group in ALGORITHMS.values() for each in group], strict_check_header=False

@@ -24,7 +24,7 @@ from pathlib import Path
 import bcrypt
 import structlog
 
-from proxy.config.watched_file import Watched
+from proxy.config.watched_file import WatchedFile
 from storage.concurrency import SingleFlight
 from storage.errors import Throttled
 
@@ -90,7 +90,7 @@ class Htpasswd:
     """Raises OSError, and ValueError if there is a bad line."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._file = Watched(path, parse)
+        self._file = WatchedFile(path, parse)
         self._clock = clock
         self._key = secrets.token_bytes(32)
         self._right: dict[bytes, float] = {}  # until when

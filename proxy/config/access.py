@@ -44,7 +44,7 @@ class TokenService(Section, frozen=True):
             )
 
 
-class Access(Section, frozen=True):
+class AccessConfig(Section, frozen=True):
     """Who may do what; with `rules` None the built-in ones hold.  `remember` is for visibility: caller."""
 
     htpasswd: File | None = None

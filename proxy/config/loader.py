@@ -23,10 +23,10 @@ import yaml
 from proxy.config.errors import ConfigError
 from proxy.config.fields import Section
 from proxy.config.hosts import parse_name, without_port
-from proxy.config.schema import Config, Namespace, PinRule
-from proxy.config.upstream import Upstream
+from proxy.config.schema import Config, NamespaceConfig, PinRule
+from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import kind_of
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 from proxy.config.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
 
 _VARIABLE = re.compile(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|(\$\{)")
@@ -159,11 +159,11 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list):
             raise _Fault(path, f"expected a list, got {kind_of(value)}")
         return tuple(_build(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
-    if kind == dict[str, Namespace]:
+    if kind == dict[str, NamespaceConfig]:
         return _namespaces(value, path)
     if origin is dict:
         return {name: _build(arguments[1], item, _join(path, name)) for name, item in _mapping(value, path)}
-    if kind is Upstream and isinstance(value, str | list):
+    if kind is UpstreamConfig and isinstance(value, str | list):
         value = {"url": value}
     if kind is PinRule and isinstance(value, str):
         value = {"match": value}
@@ -198,7 +198,7 @@ def _mapping(value: Any, path: str) -> ItemsView[str, Any]:
     return value.items()
 
 
-def _namespaces(value: Any, path: str) -> dict[str, Namespace]:
+def _namespaces(value: Any, path: str) -> dict[str, NamespaceConfig]:
     items = _mapping(value, path)
     if not items:
         raise _Fault(path, "names none; leave the key out for the well-known registries")
@@ -207,7 +207,7 @@ def _namespaces(value: Any, path: str) -> dict[str, Namespace]:
         here = _join(path, name)
         if name == DOCKER_HUB and isinstance(item, dict) and item.get("library") is None:
             item = {**item, "library": True}
-        namespace = _build(Namespace, item, here)
+        namespace = _build(NamespaceConfig, item, here)
         if name == DOCKER_HUB:
             aliases = tuple(dict.fromkeys((*namespace.aliases, *DOCKER_HUB_ALIASES)))
             namespace = msgspec.structs.replace(namespace, aliases=aliases)
@@ -215,7 +215,7 @@ def _namespaces(value: Any, path: str) -> dict[str, Namespace]:
     return namespaces
 
 
-def _check_owners(namespaces: Mapping[str, Namespace]) -> None:
+def _check_owners(namespaces: Mapping[str, NamespaceConfig]) -> None:
     """No name, alias or Host header may mean two namespaces."""
     owners: dict[str, str] = {}
     for name in namespaces:
@@ -228,7 +228,7 @@ def _check_owners(namespaces: Mapping[str, Namespace]) -> None:
                     raise _Fault(f"namespaces.{name}.{key}", f"{each} belongs to namespace {owner} already")
 
 
-def _check_webhooks(webhooks: tuple[Webhook, ...]) -> None:
+def _check_webhooks(webhooks: tuple[WebhookConfig, ...]) -> None:
     """What waits for one is found by its name."""
     names: set[str] = set()
     for number, each in enumerate(webhooks):

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from proxy.config.access import Access
+from proxy.config.access import AccessConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
 from proxy.config.quantities import Share, parse_every, parse_grace, parse_percentage, parse_rate, parse_share
-from proxy.config.upstream import Upstream
+from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
     Secret,
     parse_count,
@@ -27,7 +27,7 @@ from proxy.config.values import (
     parse_version,
     parse_workers,
 )
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 
 
 def default_cache_directory() -> Path:
@@ -44,7 +44,7 @@ def default_cache_directory() -> Path:
     return Path("/var/cache/entrepot")
 
 
-class Disk(Section, frozen=True):
+class DiskConfig(Section, frozen=True):
     """`scrub` is bytes a second; None is not at all, as it is for `collect_every`."""
 
     path: File = msgspec.field(default_factory=default_cache_directory)
@@ -125,13 +125,13 @@ class Hosting(Section, frozen=True):
     keep_tags: tuple[KeepRule, ...] = ()
 
 
-class Namespace(Section, frozen=True):
+class NamespaceConfig(Section, frozen=True):
     """Either a cache of `upstream`, or a `store` of our own.
 
     `keep_for` is None where that of the disk counts.
     """
 
-    upstream: Upstream | None = None
+    upstream: UpstreamConfig | None = None
     store: Hosting | None = None
     aliases: tuple[Annotated[str, parse_name], ...] = ()
     hosts: tuple[Host, ...] = ()
@@ -172,7 +172,7 @@ _OF_CACHES = (
     "cache_limit",
     "visibility",
 )
-_DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(Namespace)}
+_DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(NamespaceConfig)}
 
 
 class TLS(Section, frozen=True):
@@ -195,11 +195,11 @@ class Config(Section, frozen=True):
     listen: Annotated[Address, parse_address] = Address("127.0.0.1", 5000)
     admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
     admin_token: Annotated[Secret, parse_secret] | None = None
-    access: Access = Access()
+    access: AccessConfig = AccessConfig()
     tls: TLS | None = None
-    disk: Disk = msgspec.field(default_factory=Disk)
+    disk: DiskConfig = msgspec.field(default_factory=DiskConfig)
     pins: tuple[PinRule, ...] = ()
-    webhooks: tuple[Webhook, ...] = ()
+    webhooks: tuple[WebhookConfig, ...] = ()
     warm: tuple[WarmRule, ...] = ()
     default_namespace: Text | None = None
     fallback: Literal["allow", "deny"] = "allow"
@@ -208,7 +208,7 @@ class Config(Section, frozen=True):
     workers: Annotated[int | None, parse_workers] = None
     log: Log = Log()
     limits: Limits = Limits()
-    namespaces: dict[str, Namespace] = msgspec.field(default_factory=dict)
+    namespaces: dict[str, NamespaceConfig] = msgspec.field(default_factory=dict)
 
     def processes(self) -> int:
         return self.workers or os.cpu_count() or 1
@@ -217,7 +217,7 @@ class Config(Section, frozen=True):
         """For the administrator: on this machine http will do, but a token that leaves it needs more."""
         return None if self.admin is None or self.admin.loopback else self.tls
 
-    def cached(self) -> dict[str, tuple[Namespace, Upstream]]:
+    def cached(self) -> dict[str, tuple[NamespaceConfig, UpstreamConfig]]:
         """The namespaces that are caches, each with its upstream."""
         return {
             name: (each, each.upstream) for name, each in self.namespaces.items() if each.upstream is not None

@@ -36,7 +36,7 @@ class Login(Section, frozen=True):
         return [each for each in keys if getattr(self, each) is not None]
 
 
-class Upstream(Login, frozen=True, kw_only=True):
+class UpstreamConfig(Login, frozen=True, kw_only=True):
     """How to reach a registry.  `url` holds at least one; each is asked with all else that is said here."""
 
     url: Annotated[tuple[str, ...], parse_urls]

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Watched(Generic[T]):
+class WatchedFile(Generic[T]):
     """What `parse` makes of the file at `path`.  `parse` may raise ValueError."""
 
     def __init__(self, path: Path, parse: Callable[[bytes], T]) -> None:

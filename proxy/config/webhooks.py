@@ -12,7 +12,7 @@ from proxy.config.hosts import parse_target
 from proxy.config.values import Secret, parse_fields, parse_label, parse_pattern, parse_secret
 
 
-class Webhook(Section, frozen=True):
+class WebhookConfig(Section, frozen=True):
     """Who is told of what happens: see docs/events.md.
 
     `match` are patterns of full names, `media_types` of media types; none stands for all.

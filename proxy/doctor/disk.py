@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proxy.config.quantities import share, size
-from proxy.config.schema import Disk
+from proxy.config.schema import DiskConfig
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from storage.disk.health import SPARE
 
@@ -25,7 +25,7 @@ PASSING = {"tmpfs": "is memory", "ramfs": "is memory", "overlay": "is a containe
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
-def look(disk: Disk, mounts: Path = MOUNTS) -> list[Check]:
+def look(disk: DiskConfig, mounts: Path = MOUNTS) -> list[Check]:
     """All checks of it; nothing of them stays there."""
     path = str(disk.path)
     if not disk.path.is_dir():
@@ -124,7 +124,7 @@ def kind_of(path: Path, mounts: Path = MOUNTS) -> str:
     return kind
 
 
-def _room(disk: Disk, free: int, whole: int) -> Check:
+def _room(disk: DiskConfig, free: int, whole: int) -> Check:
     path, kept = str(disk.path), disk.min_free.of(whole)
     said = f"{size(free)} of {size(whole)} are free"
     if free <= SPARE:

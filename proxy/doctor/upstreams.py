@@ -17,7 +17,7 @@ from yarl import URL
 
 from proxy.composition import connect_of, credentials_of
 from proxy.config.quantities import duration
-from proxy.config.upstream import Login, Upstream
+from proxy.config.upstream import Login, UpstreamConfig
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.upstream.credentials import Credentials
@@ -47,7 +47,7 @@ class Greeting:
 class Door:
     """One URL of an upstream.  Needs a running event loop; raises OSError for certificates that are none."""
 
-    def __init__(self, name: str, url: str, keys: Upstream) -> None:
+    def __init__(self, name: str, url: str, keys: UpstreamConfig) -> None:
         self.name, self.keys = name, keys
         self.url = URL(url)
         self.base = f"{url.rstrip('/')}/v2/"
@@ -96,7 +96,7 @@ class Door:
         await self._transport.close()
 
 
-async def look(name: str, keys: Upstream) -> tuple[list[Check], list[float]]:
+async def look(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float]]:
     """Of all URLs of an upstream; then by how many seconds their clocks are before ours."""
     checks: list[Check] = []
     ahead: list[float] = []

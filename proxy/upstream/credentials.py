@@ -27,7 +27,7 @@ from typing import Generic, TypeVar
 import msgspec
 import structlog
 
-from proxy.config.watched_file import Watched
+from proxy.config.watched_file import WatchedFile
 from storage.errors import OriginDenied
 
 log = structlog.get_logger()
@@ -102,7 +102,7 @@ class _Watched(Generic[T]):
     """What `parse` makes of a file, made anew when the file has changed.  `parse` raises ValueError."""
 
     def __init__(self, kind: str, path: Path, parse: Callable[[bytes], T]) -> None:
-        self.source, self._file = f"{kind} {path}", Watched(path, parse)
+        self.source, self._file = f"{kind} {path}", WatchedFile(path, parse)
 
     def current(self) -> T:
         try:

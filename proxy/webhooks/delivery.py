@@ -32,7 +32,7 @@ from yarl import URL
 
 from proxy.config.errors import StartError
 from proxy.config.quantities import seconds_until
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry import Metrics
 from proxy.webhooks import waking
 from proxy.webhooks.formats import Source, render
@@ -71,7 +71,7 @@ class Deliveries:
 
     def __init__(
         self,
-        webhooks: Sequence[Webhook],
+        webhooks: Sequence[WebhookConfig],
         queue: Queue,
         port: int,
         metrics: Metrics,
@@ -114,7 +114,7 @@ class Delivery:
 
     def __init__(
         self,
-        webhook: Webhook,
+        webhook: WebhookConfig,
         queue: Queue,
         source: Source,
         context: ssl.SSLContext,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from proxy.config.webhooks import Webhook
+from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry import Metrics
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
@@ -36,7 +36,7 @@ class Teller:
     def __init__(
         self,
         queue: Queue,
-        webhooks: Sequence[Webhook],
+        webhooks: Sequence[WebhookConfig],
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
     ) -> None:

@@ -23,7 +23,7 @@ import structlog
 from proxy.drill import Drill
 from proxy.fills import Fills
 from proxy.following import Source, Uncached
-from proxy.telemetry import current
+from proxy.telemetry.exchange import current
 from storage.concurrency import SingleFlight
 from storage.disk.uploads import FileBlob
 from storage.errors import (

@@ -19,12 +19,12 @@ import click
 import msgspec
 import structlog
 
-from proxy import telemetry
 from proxy.adminclient import Failed, Reached, composed, reach
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.console import Table, write
+from proxy.telemetry import logs
 
 if TYPE_CHECKING:
     from proxy.composition import Composition
@@ -143,7 +143,7 @@ _OPTIONS = {
 def quiet(format: str = "auto", level: str = "warning") -> None:
     """Beside what was asked for nobody wants to read but of trouble; and not in its place."""
     if not structlog.is_configured():
-        telemetry.configure(format, level)
+        logs.configure(format, level)
 
 
 def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None]:

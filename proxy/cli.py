@@ -15,7 +15,7 @@ import click
 import structlog
 from yarl import URL
 
-from proxy import bundling, carrying, commands, preparing, telemetry
+from proxy import bundling, carrying, commands, preparing
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.loader import load
 from proxy.config.schema import Config
@@ -24,6 +24,7 @@ from proxy.doctor.command import doctor
 from proxy.setup.command import setup
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import reach, scheme_of, site_of
+from proxy.telemetry import logs
 from proxy.workers import Assignment, Parent
 
 log = structlog.get_logger()
@@ -58,7 +59,7 @@ for each in (
 def serve(path: Path | None) -> None:
     """Serve; without FILE the well-known public registries, on 127.0.0.1:5000."""
     config = _load(path)
-    telemetry.configure(config.log.format, config.log.level)
+    logs.configure(config.log.format, config.log.level)
     try:
         asyncio.run(_serve(Parent(config, lambda: load(path)), config))
     except StartError as error:
@@ -84,7 +85,7 @@ def _work() -> None:
 
     assignment = Assignment.read(sys.stdin.buffer)
     config = assignment.config
-    telemetry.configure(config.log.format, config.log.level)
+    logs.configure(config.log.format, config.log.level)
     # A follower takes three descriptors; the soft limit is made for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -24,8 +24,8 @@ from proxy.hosted import Hosted
 from proxy.hosted import Rules as PushRules
 from proxy.live import Live
 from proxy.namespaces import Member, Namespaces
-from proxy.recorder import Recorder
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.usage_recorder import Recorder
 from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile

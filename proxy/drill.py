@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from proxy.telemetry import current
+from proxy.telemetry.exchange import current
 
 MOST = 10_000  # failures that are told apart; those that are beyond are only counted
 

@@ -16,7 +16,7 @@ import structlog
 
 from proxy.drill import Drill, DrillState, Order, merged
 from proxy.live import Everyone
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied
 
 log = structlog.get_logger()

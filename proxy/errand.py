@@ -18,7 +18,7 @@ from proxy.console import Progress
 from proxy.copying import Copying, Route, Rules
 from proxy.places import Item, Place, items, joined
 from proxy.receipts import Copied, CopyRow, Outcome
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.transferring import Patience
 from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream

@@ -17,7 +17,8 @@ from typing import Any
 import structlog
 
 from proxy.following import Followed, Source
-from proxy.telemetry import Metrics, current
+from proxy.telemetry.exchange import current
+from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight, Slots
 from storage.disk.health import MakeRoom, nobody
 from storage.disk.uploads import FileUpload

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from storage.disk.uploads import CHUNK, FileBlob
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed
 from storage.oci import Descriptor, Span

@@ -20,7 +20,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from proxy import answers, receipts
 from proxy.composition import Composition
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.web.admin import OPEN, SUMMARIES, application
 from proxy.web.api import SUMMARY
 from storage.errors import StorageFailed, Unavailable

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trustme
 
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream import channel, client
 from proxy.upstream.channel import MANIFEST_LIMIT, Settings
 from proxy.upstream.credentials import Credentials, Inline

@@ -212,7 +212,7 @@ async def play(root: Path, rounds: list[tuple[list[Step], float, list[list[Step]
 PROCESS = """
 import asyncio, json, random, re, sys, threading, time
 from pathlib import Path
-from proxy import telemetry
+from proxy.telemetry import metrics
 from proxy.hosted import Hosted
 from storage.maintenance import collection, reachability
 from storage.maintenance.collection import Collection
@@ -222,8 +222,9 @@ from storage.maintenance.leases import Leases
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.disk.records import Records
 from storage.store import Store
+from proxy.telemetry import logs
 
-telemetry.configure("json", "error")
+logs.configure("json", "error")
 root, grace, role, *rest = sys.argv[1:]
 files = BlobFiles(Path(root), private=True)
 store = Store(files, Records(Path(root) / "records"), collected=True)

@@ -21,7 +21,7 @@ from proxy.cache import Cache, Policy
 from proxy.fills import Fills
 from proxy.hosted import Hosted, Rules
 from proxy.namespaces import Member, Namespaces
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials

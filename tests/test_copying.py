@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from proxy.copying import Copying, Done, Route, Rules
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.transferring import Patience, Transfer
 from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream as Client

@@ -32,11 +32,12 @@ import asyncio, sys, threading
 from pathlib import Path
 from proxy.app import App
 from proxy.config.loader import load
-from proxy import telemetry
+from proxy.telemetry import metrics
 from proxy.web import pushing
 from storage.disk import blobs, records
+from proxy.telemetry import logs
 
-telemetry.configure("json", "error")
+logs.configure("json", "error")
 
 def stop(place, name, when):
     real = getattr(place, name)

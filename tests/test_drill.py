@@ -16,7 +16,7 @@ from structlog.testing import LogCapture
 from proxy import drill as module
 from proxy.answers import Drilling
 from proxy.drill import Drill, DrillState, Missed, Order, merged
-from proxy.telemetry import Exchange, exchange
+from proxy.telemetry.exchange import Exchange, exchange
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
 from tests.processes import Place, Server, place

@@ -18,7 +18,7 @@ from yarl import URL
 
 from proxy.fills import Fills
 from proxy.following import Source
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream import channel, client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import Connect

@@ -14,7 +14,7 @@ from proxy.cache import Cache, Policy
 from proxy.fills import Fills
 from proxy.freshness import FILLS, Freshener, Refreshed, refresh
 from proxy.namespaces import Member, Namespaces
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream import channel, client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import RETRIES, Connect

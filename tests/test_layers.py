@@ -52,6 +52,7 @@ OWNERS = {"diskcache": "storage.disk.records", "aiohttp": "proxy."}
 MOVED = (
     "storage",
     "proxy.config",
+    "proxy.telemetry",
 )
 
 ALLOWED = {

@@ -21,7 +21,7 @@ from proxy import live, room
 from proxy.cache import Cache, Policy
 from proxy.fills import Fills
 from proxy.live import Everyone, FillState, Live, UpstreamState, serve_live
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream import channel, client
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover

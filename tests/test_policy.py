@@ -22,7 +22,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from storage.disk.uploads import FileUpload

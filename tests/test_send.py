@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.web import send
 from proxy.web.listener import Listener, Manners
 from proxy.web.send import MOST_RANGES, Range, parse_ranges, satisfy

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from proxy import telemetry
+from proxy.telemetry import logs
 from tests.conftest import Clock, Serve, Site
 from tests.upstream import (
     OCI_INDEX,
@@ -1084,7 +1084,7 @@ async def test_whatever_comes_is_answered(
 async def anything(serve: Serve, upstream: Upstream, image: Image, caplog: pytest.LogCaptureFixture) -> Any:
     """Send it; the log is written for real, as JSON, so that no text can spoil it."""
     site = await serve(upstream)
-    telemetry.configure("json", "info", written := io.StringIO())
+    logs.configure("json", "info", written := io.StringIO())
 
     async def send(method: str, text: bytes) -> Reply:
         async with connect(site.url) as wire:

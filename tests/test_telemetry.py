@@ -14,8 +14,8 @@ from prometheus_client import Gauge
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import LogCapture
 
-from proxy import telemetry
-from proxy.telemetry import Exchange, current, exchange
+from proxy.telemetry import logs
+from proxy.telemetry.exchange import Exchange, current, exchange
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.upstream import Basic, Bearer, Hold, Image, Status, Upstream, digest_of
@@ -315,7 +315,7 @@ async def test_nothing_secret_is_ever_said(
 
 def written(format: str, level: str = "info") -> io.StringIO:
     stream = io.StringIO()
-    telemetry.configure(format, level, stream)
+    logs.configure(format, level, stream)
     return stream
 
 

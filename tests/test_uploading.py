@@ -12,7 +12,7 @@ import pytest
 from multidict import CIMultiDict
 from yarl import URL
 
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream.channel import Channel, Settings
 from proxy.upstream.client import Upstream as Client
 from proxy.upstream.credentials import Credentials, Inline

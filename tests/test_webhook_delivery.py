@@ -17,7 +17,7 @@ from structlog.testing import LogCapture
 from proxy.config.errors import StartError
 from proxy.config.values import Secret
 from proxy.config.webhooks import WebhookConfig
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import delivery as module
 from proxy.webhooks.delivery import Deliveries
 from proxy.webhooks.happening import Happening

@@ -13,7 +13,7 @@ from structlog.testing import LogCapture
 
 from proxy.config.values import Secret, parse_pattern
 from proxy.config.webhooks import WebhookConfig
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import teller as module
 from proxy.webhooks.happening import Action, Happening
 from proxy.webhooks.queue import Queue

@@ -13,12 +13,12 @@ import msgspec
 import structlog
 from yarl import URL
 
-from proxy import telemetry
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.console import write
 from proxy.doctor.checks import Check, Diagnosis, shown
 from proxy.setup.site import site_of
+from proxy.telemetry import logs
 
 
 @click.command()
@@ -115,7 +115,7 @@ def _admin(server: str | None) -> URL | None:
 
 def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool) -> None:
     if not structlog.is_configured():
-        telemetry.configure("auto", "critical")  # what fails is told by a check
+        logs.configure("auto", "critical")  # what fails is told by a check
 
     async def run() -> list[Check]:
         return await examine()

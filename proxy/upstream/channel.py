@@ -20,7 +20,7 @@ import structlog
 from yarl import URL
 
 from proxy.config.quantities import seconds_until
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.health import UNTOLD, Budgets, HostState
 from proxy.upstream.outgoing import Outgoing

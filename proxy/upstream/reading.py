@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self
 import aiohttp
 import structlog
 
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream.channel import MANIFEST_LIMIT, Channel, Question, Settings, encoding_of
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.health import HostState

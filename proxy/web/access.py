@@ -21,7 +21,7 @@ from aiohttp import web
 from proxy.access.rules import Principal, Rules
 from proxy.access.visibility import Ask, Visibility
 from proxy.config.access import Action
-from proxy.telemetry import Exchange
+from proxy.telemetry.exchange import Exchange
 from proxy.web.proofs import Proofs, authorization, credential
 from proxy.web.routes import Kind, Route
 from storage.errors import Denied, OriginDenied, RegistryError, Unauthorized

@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from proxy.asking import BadField
 from proxy.operations import Operations
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.web.api import Api, Handler, in_json
 from proxy.web.carriage import GZIP, TAR, Carriage
 from storage.errors import RegistryError

@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from aiohttp import web
 
-from proxy.telemetry import Exchange, Metrics
+from proxy.telemetry.exchange import Exchange
+from proxy.telemetry.metrics import Metrics
 from proxy.web.responses import ALL, Refused, cache_headers, empty
 from proxy.web.routes import Kind, Route, build_location
 from proxy.web.send import LEFT

@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
 
-from proxy.telemetry import Exchange
+from proxy.telemetry.exchange import Exchange
 from storage.errors import RegistryError
 
 JSON = "application/json"

@@ -23,7 +23,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from proxy.telemetry import Exchange
+from proxy.telemetry.exchange import Exchange
 from storage.errors import RangeInvalid, RegistryError, StorageFailed
 from storage.oci import Span
 from storage.registry import Blob, OnDisk

@@ -19,7 +19,8 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from proxy.telemetry import Exchange, Metrics, exchange
+from proxy.telemetry.exchange import Exchange, exchange
+from proxy.telemetry.metrics import Metrics
 from proxy.web.access import Access
 from proxy.web.pushing import Pushing
 from proxy.web.responses import (

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from aiohttp import web
 
-from proxy.telemetry import Exchange
+from proxy.telemetry.exchange import Exchange
 from proxy.web.routes import Kind as Endpoint
 from proxy.web.routes import Route, build_location
 from proxy.web.send import LEFT

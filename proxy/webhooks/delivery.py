@@ -33,7 +33,7 @@ from yarl import URL
 from proxy.config.errors import StartError
 from proxy.config.quantities import seconds_until
 from proxy.config.webhooks import WebhookConfig
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import waking
 from proxy.webhooks.formats import Source, render
 from proxy.webhooks.happening import Happening

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from proxy.config.webhooks import WebhookConfig
-from proxy.telemetry import Metrics
+from proxy.telemetry.metrics import Metrics
 from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Queue
 from storage.concurrency import run_in_thread

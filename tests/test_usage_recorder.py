@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from proxy import recorder as module
-from proxy.recorder import Recorder
-from proxy.telemetry import Exchange, Metrics
+from proxy.telemetry import usage_recorder as module
+from proxy.telemetry.exchange import Exchange
+from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.usage_recorder import Recorder
 from storage.disk.blobs import TOUCH, BlobFiles
 from storage.disk.records import Records
 from storage.errors import StorageFailed

@@ -6,17 +6,8 @@ are held by an object of their own, so that several servers in one process do no
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import sys
-from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TextIO
 
-import msgspec
-import structlog
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -27,62 +18,9 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from storage.oci import Descriptor
-from storage.registry import everything
+from proxy.telemetry.exchange import current
 
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
-
-UNKNOWN = "-"  # the namespace of a request that named none of ours
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One client request as it goes: filled in by whoever knows, written down when it ends.
-
-    `id` tells it from all others, to the client too (X-Request-Id).
-    `result` is hit, miss, revalidated, stale, negative or error, after RFC 9111; "" where no content is
-    concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
-    counts as fresh (None: for ever).  `digest` is that of the content, once it is known; `content` describes
-    what is pulled.  `ns` is the query's, where the client gave one.  `bytes` are those of the answer's body,
-    `received` of the request's.  `client` is its address.
-
-    `user` is who the client has proved to be, `visible` tells of a full name whether it may pull from there.
-    What is not `shared` is for this client alone.
-    """
-
-    id: str = ""
-    namespace: str = UNKNOWN
-    repository: str = ""
-    reference: str = ""
-    kind: str = "other"
-    result: str = ""
-    upstream_requests: int = 0
-    bytes: int = 0
-    received: int = 0
-    ns: str | None = None
-    user: str = ""
-    visible: Callable[[str], bool] = everything
-    shared: bool = True
-    age: float | None = None
-    ttl: float | None = None
-    detail: str = ""
-    digest: str = ""
-    content: Descriptor | None = None
-    client: str = ""
-
-    def came(self, result: str, age: float = 0.0, ttl: float | None = None) -> None:
-        self.result, self.age, self.ttl = result, age, ttl
-
-
-# The exchange that runs in this context.  A task that it starts (a fill) counts into it as well: those
-# are the upstream requests that it caused.
-exchange: ContextVar[Exchange] = ContextVar("exchange")
-_NOBODY = Exchange()
-
-
-def current() -> Exchange:
-    """The exchange that is going on here; a scratch one where none is (at start, in tests)."""
-    return exchange.get(_NOBODY)
 
 
 class Traffic:
@@ -228,32 +166,3 @@ class Metrics:
     def exposition(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
-
-
-def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.stderr) -> None:
-    """Send events to `stream`: for people on a terminal, one JSON object a line elsewhere."""
-    console = stream.isatty() if format == "auto" else format == "console"
-    processors: list[Any] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    if console:
-        # Its own choice, where rich is installed, shows the values of variables: tokens among them.
-        plain = structlog.dev.plain_traceback
-        processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain))
-    else:
-        processors.append(structlog.processors.format_exc_info)
-        processors.append(structlog.processors.JSONRenderer(serializer=_to_json))
-    structlog.configure(
-        processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(stream),
-        cache_logger_on_first_use=False,
-    )
-
-
-def _to_json(event: dict[str, Any], **_: Any) -> str:
-    try:
-        return msgspec.json.encode(event, enc_hook=str).decode()
-    except UnicodeEncodeError:  # a client's header that is not UTF-8: slower, but escapes it
-        return json.dumps(event, default=str)

@@ -18,7 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
-from proxy.telemetry import UNKNOWN, Exchange, Metrics
+from proxy.telemetry.exchange import UNKNOWN, Exchange
+from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread
 from storage.disk.blobs import TOUCH
 from storage.errors import StorageFailed

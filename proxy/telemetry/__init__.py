@@ -1,0 +1,1 @@
+"""Logs, metrics, what is recorded of one exchange, usage counts."""

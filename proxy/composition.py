@@ -25,7 +25,7 @@ from proxy.hosted import Rules as PushRules
 from proxy.live import Live
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
-from proxy.telemetry.usage_recorder import Recorder
+from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
@@ -85,7 +85,7 @@ class Composition:
         self.store = Store(self.files, Records(root / "records", clock, self.disk), clock)
         self._closing.push_async_callback(self.store.close)
         self.usage = Usage(self.store.records, clock)
-        self.recorder = Recorder(self.store, self.usage, self.metrics, clock)
+        self.recorder = UsageRecorder(self.store, self.usage, self.metrics, clock)
         self._closing.push_async_callback(self.recorder.close)
         self.queue = self._queue() if config.webhooks else None
         self.teller = self._teller(self.queue) if self.queue else None

@@ -16,7 +16,7 @@ import pytest
 from proxy.telemetry import usage_recorder as module
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
-from proxy.telemetry.usage_recorder import Recorder
+from proxy.telemetry.usage_recorder import UsageRecorder
 from storage.disk.blobs import TOUCH, BlobFiles
 from storage.disk.records import Records
 from storage.errors import StorageFailed
@@ -43,7 +43,7 @@ class Rig:
         self.store = Store(self.files, self.records, clock)
         self.usage = Usage(self.records, clock)
         self.metrics = Metrics()
-        self.recorder = Recorder(self.store, self.usage, self.metrics, clock)
+        self.recorder = UsageRecorder(self.store, self.usage, self.metrics, clock)
 
     def served(self, manifest: Manifest, reference: str = LATEST, status: int = 200, **keys: Any) -> None:
         given = {"result": "hit", "bytes": len(manifest.content), "digest": manifest.digest, **keys}
@@ -215,7 +215,7 @@ async def test_a_request_does_no_io(clock: Clock) -> None:
             raise AssertionError(f"{name} was asked for")
 
     store: Any = Untouchable()
-    recorder = Recorder(store, store, store, clock)
+    recorder = UsageRecorder(store, store, store, clock)
     exchange = Exchange("", HUB, NAME, LATEST, "manifest", "hit", digest=Digest.of(b""))
     recorder.served(exchange, 200)
     recorder.moved(ALPINE, LATEST, Digest.of(b""), Digest.of(b"new"))

@@ -52,7 +52,7 @@ class Window:
         return found
 
 
-class Recorder:
+class UsageRecorder:
     """It belongs into one event loop.  What cannot be recorded waits for the next time."""
 
     def __init__(

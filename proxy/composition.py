@@ -15,7 +15,6 @@ from dataclasses import replace
 from proxy.cache import Cache, Policy
 from proxy.config.errors import StartError
 from proxy.config.schema import Config, Hosting, NamespaceConfig
-from proxy.config.upstream import Login
 from proxy.config.upstream import UpstreamConfig as UpstreamKeys
 from proxy.drill import Drill
 from proxy.fills import Fills
@@ -26,11 +25,10 @@ from proxy.live import Live
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
-from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
-from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
+from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
-from proxy.upstream.transport import Connect
+from proxy.upstream.requests import Settings
 from proxy.webhooks.queue import Queue
 from proxy.webhooks.teller import Teller
 from storage.concurrency import RateLimit, Slots, share_of
@@ -248,29 +246,3 @@ def private_store(config: Config, clock: Callable[[], float] = time.time) -> Sto
     files = BlobFiles(root, clock, private=True)
     records = Records(root / "records", clock, files.disk, durable=True)
     return Store(files, records, clock, collected=True)
-
-
-def connect_of(upstream: UpstreamKeys) -> Connect:
-    return Connect(
-        ca_file=upstream.ca_file,
-        client_certificate=upstream.client_certificate,
-        client_key=upstream.client_key,
-        proxy=upstream.proxy,
-        private_redirects=upstream.private_redirects,
-        insecure_skip_verify=upstream.insecure_skip_verify,
-        connect_timeout=upstream.connect_timeout,
-        header_timeout=upstream.header_timeout,
-        progress_timeout=upstream.progress_timeout,
-    )
-
-
-def credentials_of(login: Login) -> Credentials:
-    if login.username is not None and login.password is not None:
-        return Inline(login.username, login.password)
-    if login.username is not None and login.password_file is not None:
-        return PasswordFile(login.username, login.password_file)
-    if login.docker_config is not None:
-        return DockerConfig(login.docker_config)
-    if login.credential_helper is not None:
-        return Helper(login.credential_helper)
-    return Credentials()

@@ -20,9 +20,9 @@ from proxy.places import Item, Place, items, joined
 from proxy.receipts import Copied, CopyRow, Outcome
 from proxy.telemetry.metrics import Metrics
 from proxy.transferring import Patience
-from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline
+from proxy.upstream.requests import Settings
 from proxy.upstream.transport import Connect
 from storage.errors import RegistryError
 from storage.oci import Digest

@@ -30,7 +30,8 @@ from aiohttp import web
 from proxy.cache import Cache
 from proxy.drill import Drill, DrillState, Order
 from proxy.fills import Fill, Fills
-from proxy.upstream.health import HostState, LimitState
+from proxy.upstream.breaker import HostState
+from proxy.upstream.ratelimit import LimitState
 from storage.disk.health import DiskHealth
 
 log = structlog.get_logger()

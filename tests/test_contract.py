@@ -22,9 +22,9 @@ from proxy.fills import Fills
 from proxy.hosted import Hosted, Rules
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream
 from proxy.upstream.credentials import Credentials
+from proxy.upstream.requests import Settings
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from storage.disk.blobs import BlobFiles

@@ -12,9 +12,9 @@ import pytest
 from proxy.copying import Copying, Done, Route, Rules
 from proxy.telemetry.metrics import Metrics
 from proxy.transferring import Patience, Transfer
-from proxy.upstream.channel import Settings
 from proxy.upstream.client import Upstream as Client
 from proxy.upstream.credentials import Credentials
+from proxy.upstream.requests import Settings
 from storage.errors import DigestInvalid, ManifestUnknown, OriginFailed, RegistryError
 from storage.oci import Descriptor, Digest, Reference, Span, Tag
 from storage.registry import Blob, Registry, Upload

@@ -28,7 +28,7 @@ from proxy.doctor import running, upstreams
 from proxy.doctor.checks import Check, Diagnosis
 from tests.conftest import Serve, Site
 from tests.test_cli import free_ports
-from tests.test_client import Relay
+from tests.test_upstream import Relay
 from tests.upstream import Basic, Bearer, Status, Upstream
 
 Examine = Callable[..., Awaitable["Found"]]

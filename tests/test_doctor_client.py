@@ -28,7 +28,7 @@ from proxy.setup.site import Site
 from tests import conftest
 from tests.conftest import Serve
 from tests.test_cli import free_ports
-from tests.test_client import Relay, server_side
+from tests.test_upstream import Relay, server_side
 from tests.upstream import Status, Upstream
 
 BASE = "http://cache.example:5000"

@@ -15,7 +15,7 @@ from yarl import URL
 
 from proxy import cache
 from proxy.upstream import transport
-from proxy.upstream.health import FAILURES
+from proxy.upstream.breaker import FAILURES
 from proxy.upstream.transport import RETRIES, Connect, Transport, is_private
 from storage.errors import OriginFailed, OriginTimeout
 from tests.conftest import Clock, Serve, Site
@@ -745,10 +745,10 @@ async def test_one_that_gives_a_wrong_manifest_is_passed_by(
 async def test_spans_of_a_blob_do_not_change_the_order(serve: Serve, mirrors: Mirrors) -> None:
     """A client's ranges ahead of a fill are no sign that it failed."""
     from proxy.telemetry.metrics import Metrics
-    from proxy.upstream.channel import Settings
     from proxy.upstream.client import Upstream as Client
     from proxy.upstream.credentials import Credentials
     from proxy.upstream.failover import Failover
+    from proxy.upstream.requests import Settings
     from storage.oci import Digest, Span
 
     first, second, _ = mirrors

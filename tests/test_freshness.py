@@ -15,7 +15,7 @@ from proxy.fills import Fills
 from proxy.freshness import FILLS, Freshener, Refreshed, refresh
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream import channel, client
+from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import RETRIES, Connect
 from storage.disk.blobs import BlobFiles
@@ -87,7 +87,7 @@ def policy(offline: bool = False, drop: bool = False) -> Policy:
 async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Rig]:
     metrics = Metrics()
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
-    told = channel.Settings(upstream.url, connect, reserve=lambda limit: rig.reserve)
+    told = requests.Settings(upstream.url, connect, reserve=lambda limit: rig.reserve)
     origin = client.Upstream("up", told, [Credentials()], metrics, clock)
     store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)

@@ -53,6 +53,7 @@ MOVED = (
     "storage",
     "proxy.config",
     "proxy.telemetry",
+    "proxy.upstream",
 )
 
 ALLOWED = {

@@ -22,10 +22,10 @@ from proxy.cache import Cache, Policy
 from proxy.fills import Fills
 from proxy.live import Everyone, FillState, Live, UpstreamState, serve_live
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream import channel, client
+from proxy.upstream import client, requests
+from proxy.upstream.breaker import FAILURES
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover
-from proxy.upstream.health import FAILURES
 from proxy.upstream.transport import Connect
 from storage.concurrency import Slots
 from storage.disk.blobs import BlobFiles
@@ -82,7 +82,7 @@ async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterat
         closing.push_async_callback(store.close)
         fills = Fills(store, metrics, turns, backoff=0, clock=clock)
         origins = [
-            client.Upstream("up", channel.Settings(url, connect), credentials, metrics, clock)
+            client.Upstream("up", requests.Settings(url, connect), credentials, metrics, clock)
             for url in urls or (upstream.url,)
         ]
         origin: Registry = origins[0] if len(origins) == 1 else Failover(origins, clock)

@@ -15,8 +15,9 @@ from structlog.testing import capture_logs
 from yarl import URL
 
 from proxy.upstream import tokens as tokens_module
+from proxy.upstream.challenges import Challenge, parse_challenges
 from proxy.upstream.credentials import Credential, Credentials, Inline
-from proxy.upstream.tokens import Answer, Challenge, Tokens, parse_challenges, realm_allowed
+from proxy.upstream.tokens import Answer, Tokens, realm_allowed
 from storage.errors import OriginDenied, OriginFailed, OriginTimeout, TooManyRequests
 from tests.conftest import Clock
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from yarl import URL
 
-from proxy.composition import connect_of, credentials_of
 from proxy.config.quantities import duration
 from proxy.config.upstream import Login, UpstreamConfig
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.health import Budget
+from proxy.upstream.ratelimit import Budget
 from proxy.upstream.tokens import Answer, Tokens
 from proxy.upstream.transport import Connect, Transport
 from storage.errors import OriginDenied, RegistryError

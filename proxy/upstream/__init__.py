@@ -1,0 +1,1 @@
+"""An HTTP client for one remote registry, as a Registry."""

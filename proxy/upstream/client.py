@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
-from proxy.upstream.channel import Question
-from proxy.upstream.reading import Reading, told_digest
-from proxy.upstream.uploading import WRITTEN, Session, UpstreamUpload
+from proxy.upstream.reader import Reading, told_digest
+from proxy.upstream.requests import Question
+from proxy.upstream.upload import WRITTEN, Session, UpstreamUpload
 from storage.errors import BlobUnknown, OriginFailed
 from storage.oci import DOCKER_SCHEMA1, Descriptor, Digest, Manifest, Reference, Tag
 from storage.registry import Upload, everything

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import structlog
 
+from proxy.upstream.breaker import HostState
 from proxy.upstream.client import Upstream
-from proxy.upstream.health import HostState
 from storage.errors import RegistryError
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span
 from storage.registry import Blob, Registry

@@ -27,8 +27,8 @@ from typing import Any, TypeAlias
 import aiohttp
 from yarl import URL
 
-from proxy.upstream.health import Breaker
-from proxy.upstream.outgoing import Outgoing
+from proxy.upstream.body import Outgoing
+from proxy.upstream.breaker import Breaker
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 
 REDIRECTS = 5

@@ -21,10 +21,11 @@ from yarl import URL
 
 from proxy.config.quantities import seconds_until
 from proxy.telemetry.metrics import Metrics
+from proxy.upstream.body import Outgoing
+from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.health import UNTOLD, Budgets, HostState
-from proxy.upstream.outgoing import Outgoing
-from proxy.upstream.refusals import ERROR_LIMIT, refusal
+from proxy.upstream.errors import ERROR_LIMIT, refusal
+from proxy.upstream.ratelimit import UNTOLD, Budgets
 from proxy.upstream.tokens import Answer, Tokens
 from proxy.upstream.transport import Connect, Transport
 from storage.concurrency import RateLimit

@@ -13,12 +13,12 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.channel import Channel, Settings
+from proxy.upstream.body import Outgoing
 from proxy.upstream.client import Upstream as Client
 from proxy.upstream.credentials import Credentials, Inline
-from proxy.upstream.outgoing import Outgoing
+from proxy.upstream.requests import Channel, Settings
 from proxy.upstream.transport import Connect
-from proxy.upstream.uploading import SMALL, Session
+from proxy.upstream.upload import SMALL, Session
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,

@@ -16,9 +16,9 @@ import aiohttp
 import structlog
 
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.channel import MANIFEST_LIMIT, Channel, Question, Settings, encoding_of
+from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.health import HostState
+from proxy.upstream.requests import MANIFEST_LIMIT, Channel, Question, Settings, encoding_of
 from proxy.upstream.transport import Transport
 from storage.errors import (
     ManifestInvalid,

@@ -14,8 +14,8 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
-from proxy.upstream.channel import Channel, Question
-from proxy.upstream.outgoing import Outgoing
+from proxy.upstream.body import Outgoing
+from proxy.upstream.requests import Channel, Question
 from storage.errors import BlobUploadUnknown, DigestInvalid, OriginFailed, RegistryError
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Upload

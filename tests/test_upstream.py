@@ -20,9 +20,9 @@ import pytest
 import trustme
 
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream import channel, client
-from proxy.upstream.channel import MANIFEST_LIMIT, Settings
+from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials, Inline
+from proxy.upstream.requests import MANIFEST_LIMIT, Settings
 from proxy.upstream.transport import REDIRECTS, Connect
 from storage.errors import (
     BlobUnknown,
@@ -881,7 +881,7 @@ async def test_a_list_does_not_go_on_elsewhere(ask: Ask, upstream: Upstream) -> 
 
 
 async def test_a_list_without_end(ask: Ask, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "PAGES", 5)
+    monkeypatch.setattr(requests, "PAGES", 5)
     upstream.image("a/b", "x")
     again = Answer(b'{"tags": []}', Link='</v2/a/b/tags/list?last=x>; rel="next"')
     upstream.next("GET", "tags", again, times=99)

@@ -9,7 +9,8 @@ import pytest
 from multidict import CIMultiDict
 
 from proxy.config.quantities import BLOCKED, seconds_until
-from proxy.upstream.health import FAILURES, LAST, UNTOLD, Breaker, Budget, Budgets
+from proxy.upstream.breaker import FAILURES, LAST, Breaker
+from proxy.upstream.ratelimit import UNTOLD, Budget, Budgets
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from tests.conftest import Clock
 

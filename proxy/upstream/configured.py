@@ -1,0 +1,34 @@
+"""What an upstream needs, made from its configuration."""
+
+from __future__ import annotations
+
+from proxy.config.upstream import Login
+from proxy.config.upstream import UpstreamConfig as UpstreamKeys
+from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
+from proxy.upstream.transport import Connect
+
+
+def connect_of(upstream: UpstreamKeys) -> Connect:
+    return Connect(
+        ca_file=upstream.ca_file,
+        client_certificate=upstream.client_certificate,
+        client_key=upstream.client_key,
+        proxy=upstream.proxy,
+        private_redirects=upstream.private_redirects,
+        insecure_skip_verify=upstream.insecure_skip_verify,
+        connect_timeout=upstream.connect_timeout,
+        header_timeout=upstream.header_timeout,
+        progress_timeout=upstream.progress_timeout,
+    )
+
+
+def credentials_of(login: Login) -> Credentials:
+    if login.username is not None and login.password is not None:
+        return Inline(login.username, login.password)
+    if login.username is not None and login.password_file is not None:
+        return PasswordFile(login.username, login.password_file)
+    if login.docker_config is not None:
+        return DockerConfig(login.docker_config)
+    if login.credential_helper is not None:
+        return Helper(login.credential_helper)
+    return Credentials()

@@ -25,7 +25,7 @@ from proxy.live import Live
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
 from proxy.upstream.requests import Settings
@@ -95,7 +95,7 @@ class Composition:
             clock=clock,
         )
         self.drill = Drill(clock)
-        self.upstreams: dict[str, Upstream] = {}  # of each cache, the one whose word is final
+        self.upstreams: dict[str, UpstreamRegistry] = {}  # of each cache, the one whose word is final
         self.caches = {name: self._cache(name, *each) for name, each in config.cached().items()}
         self._closing.push_async_callback(self.fills.close)  # before what they read from
         self.private = self._private() if config.hosted() else None
@@ -217,7 +217,7 @@ class Composition:
             for url in upstream.url:
                 reach = replace(connect, plain_http=upstream.allows_http(url))
                 given = Settings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
-                origins.append(Upstream(name, given, credentials, self.metrics, self.clock))
+                origins.append(UpstreamRegistry(name, given, credentials, self.metrics, self.clock))
         except OSError as error:
             needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
             files = ", ".join(str(each) for each in needed if each is not None)

@@ -20,7 +20,7 @@ from proxy.places import Item, Place, items, joined
 from proxy.receipts import Copied, CopyRow, Outcome
 from proxy.telemetry.metrics import Metrics
 from proxy.transferring import Patience
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline
 from proxy.upstream.requests import Settings
 from proxy.upstream.transport import Connect
@@ -93,7 +93,7 @@ class Errand:
             dry_run=self._rules.dry_run,
         )
 
-    def _open(self, place: Place, end: str, leaving: AsyncExitStack) -> Upstream:
+    def _open(self, place: Place, end: str, leaving: AsyncExitStack) -> UpstreamRegistry:
         given = self._ends[end]
         connect = Connect(
             plain_http=place.plain_http,
@@ -108,12 +108,12 @@ class Errand:
         elif self._auth_file is not None:
             credentials = DockerConfig(self._auth_file)
         settings = Settings(place.url, connect, pushed_to=end == "destination")
-        registry = Upstream(place.host, settings, [credentials], self._metrics)
+        registry = UpstreamRegistry(place.host, settings, [credentials], self._metrics)
         leaving.push_async_callback(registry.close)
         return registry
 
     async def _begin(
-        self, place: Place, source: Upstream, copying: Copying, group: asyncio.TaskGroup
+        self, place: Place, source: UpstreamRegistry, copying: Copying, group: asyncio.TaskGroup
     ) -> None:
         """Find what is meant, and begin with it as there is room."""
         found = items(place, source, self._target, all_tags=self._all_tags, referrers=self._rules.referrers)
@@ -126,7 +126,7 @@ class Errand:
             number = next(self._numbers)
             self._failed(number, f"{place.host}/{place.repository}{named}", self._target.host, error)
 
-    async def _copy(self, number: int, item: Item, source: Upstream, copying: Copying) -> None:
+    async def _copy(self, number: int, item: Item, source: UpstreamRegistry, copying: Copying) -> None:
         shown = joined(item.tags[0] if item.tags else item.reference)
         to = f"{self._target.host}/{item.target}{shown}"
         within = item.place.url == self._target.url

@@ -22,7 +22,7 @@ from proxy.fills import Fills
 from proxy.hosted import Hosted, Rules
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import Settings
 from proxy.web.listener import Listener, Manners
@@ -181,8 +181,8 @@ class Builder:
         self._stack.push_async_callback(store.close)
         return store
 
-    def upstream(self, url: str) -> Upstream:
-        upstream = Upstream("docker.io", Settings(url), [Credentials()], Metrics(), self._clock)
+    def upstream(self, url: str) -> UpstreamRegistry:
+        upstream = UpstreamRegistry("docker.io", Settings(url), [Credentials()], Metrics(), self._clock)
         self._stack.push_async_callback(upstream.close)
         return upstream
 

@@ -12,7 +12,7 @@ import pytest
 from proxy.copying import Copying, Done, Route, Rules
 from proxy.telemetry.metrics import Metrics
 from proxy.transferring import Patience, Transfer
-from proxy.upstream.client import Upstream as Client
+from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import Settings
 from storage.errors import DigestInvalid, ManifestUnknown, OriginFailed, RegistryError

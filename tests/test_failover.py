@@ -745,7 +745,7 @@ async def test_one_that_gives_a_wrong_manifest_is_passed_by(
 async def test_spans_of_a_blob_do_not_change_the_order(serve: Serve, mirrors: Mirrors) -> None:
     """A client's ranges ahead of a fill are no sign that it failed."""
     from proxy.telemetry.metrics import Metrics
-    from proxy.upstream.client import Upstream as Client
+    from proxy.upstream.client import UpstreamRegistry as Client
     from proxy.upstream.credentials import Credentials
     from proxy.upstream.failover import Failover
     from proxy.upstream.requests import Settings

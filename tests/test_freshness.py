@@ -88,7 +88,7 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
     metrics = Metrics()
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
     told = requests.Settings(upstream.url, connect, reserve=lambda limit: rig.reserve)
-    origin = client.Upstream("up", told, [Credentials()], metrics, clock)
+    origin = client.UpstreamRegistry("up", told, [Credentials()], metrics, clock)
     store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
     cache = Cache("up", origin, store, fills, policy(), clock)

@@ -17,7 +17,7 @@ from yarl import URL
 from proxy.upstream import tokens as tokens_module
 from proxy.upstream.challenges import Challenge, parse_challenges
 from proxy.upstream.credentials import Credential, Credentials, Inline
-from proxy.upstream.tokens import Answer, Tokens, realm_allowed
+from proxy.upstream.tokens import Answer, TokenCache, realm_allowed
 from storage.errors import OriginDenied, OriginFailed, OriginTimeout, TooManyRequests
 from tests.conftest import Clock
 
@@ -204,19 +204,19 @@ async def realm() -> Realm:
 
 
 @pytest.fixture
-async def tokens(realm: Realm, clock: Clock) -> Tokens:
-    return Tokens(HUB, Credentials(), realm, clock=clock)
+async def tokens(realm: Realm, clock: Clock) -> TokenCache:
+    return TokenCache(HUB, Credentials(), realm, clock=clock)
 
 
 # Asking
 
 
-async def test_nothing_is_asked_before_a_challenge(tokens: Tokens, realm: Realm) -> None:
+async def test_nothing_is_asked_before_a_challenge(tokens: TokenCache, realm: Realm) -> None:
     assert await tokens.authorization(SCOPE) is None
     assert realm.requests == []
 
 
-async def test_an_anonymous_token(tokens: Tokens, realm: Realm) -> None:
+async def test_an_anonymous_token(tokens: TokenCache, realm: Realm) -> None:
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t1"
     assert await tokens.authorization(SCOPE) == "Bearer t1"
     url = URL(REALM).with_query({"service": "registry.docker.io", "scope": SCOPE})
@@ -224,7 +224,7 @@ async def test_an_anonymous_token(tokens: Tokens, realm: Realm) -> None:
 
 
 async def test_a_token_with_credentials(realm: Realm) -> None:
-    tokens = Tokens(HUB, Inline("ci", "secret"), realm)
+    tokens = TokenCache(HUB, Inline("ci", "secret"), realm)
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t1"
     url = URL(REALM).with_query({"service": "registry.docker.io", "scope": SCOPE, "account": "ci"})
     assert realm.requests == [("GET", url, basic("ci", "secret"), None)]
@@ -235,7 +235,7 @@ async def test_a_token_for_an_identity_token(realm: Realm) -> None:
         async def get(self, host: str) -> Credential | None:
             return Credential("", identity_token="refresh")
 
-    tokens = Tokens(HUB, Identity(), realm)
+    tokens = TokenCache(HUB, Identity(), realm)
     realm.answers = [issue(access_token="a1", refresh_token="other", expires_in=300)]
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer a1"
     form = {
@@ -248,7 +248,7 @@ async def test_a_token_for_an_identity_token(realm: Realm) -> None:
     assert realm.requests == [("POST", URL(REALM), None, form)]
 
 
-async def test_a_realm_with_a_query_keeps_it(tokens: Tokens, realm: Realm) -> None:
+async def test_a_realm_with_a_query_keeps_it(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [f'Bearer realm="{REALM}?tenant=a%26b"'], None)
     assert list(realm.requests[0][1].query.items()) == [("tenant", "a&b"), ("scope", SCOPE)]
 
@@ -267,14 +267,14 @@ async def test_a_realm_with_a_query_keeps_it(tokens: Tokens, realm: Realm) -> No
         ("", "", []),
     ],
 )  # fmt: skip
-async def test_scopes(tokens: Tokens, realm: Realm, theirs: str, ours: str, asked: list[str]) -> None:
+async def test_scopes(tokens: TokenCache, realm: Realm, theirs: str, ours: str, asked: list[str]) -> None:
     challenge = f'Bearer realm="{REALM}"' + (f',scope="{theirs}"' if theirs else "")
     await tokens.renew(ours, [challenge], None)
     assert realm.requests[0][1].query.getall("scope", []) == asked
     assert await tokens.authorization(ours) == "Bearer t1"
 
 
-async def test_tokens_are_kept_per_scope_and_the_realm_for_all(tokens: Tokens, realm: Realm) -> None:
+async def test_tokens_are_kept_per_scope_and_the_realm_for_all(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     assert await tokens.authorization("repository:library/busybox:pull") == "Bearer t2"
     assert await tokens.authorization("repository:library/busybox:pull") == "Bearer t2"
@@ -299,7 +299,7 @@ async def test_tokens_are_kept_per_scope_and_the_realm_for_all(tokens: Tokens, r
     ],
 )
 async def test_lifetimes(
-    tokens: Tokens, realm: Realm, clock: Clock, members: dict[str, object], held: float
+    tokens: TokenCache, realm: Realm, clock: Clock, members: dict[str, object], held: float
 ) -> None:
     realm.answers = [issue(**members)]
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t"
@@ -309,7 +309,7 @@ async def test_lifetimes(
     assert await tokens.authorization(SCOPE) == "Bearer t1"
 
 
-async def test_the_lifetime_counts_from_the_request(tokens: Tokens, realm: Realm, clock: Clock) -> None:
+async def test_the_lifetime_counts_from_the_request(tokens: TokenCache, realm: Realm, clock: Clock) -> None:
     realm.gate.clear()
     renewal = asyncio.create_task(tokens.renew(SCOPE, [BEARER], None))
     await realm.asked.wait()
@@ -320,7 +320,7 @@ async def test_the_lifetime_counts_from_the_request(tokens: Tokens, realm: Realm
 
 
 async def test_the_oldest_tokens_go(
-    tokens: Tokens, realm: Realm, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    tokens: TokenCache, realm: Realm, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens_module, "TOKENS_KEPT", 2)
     await tokens.renew("a", [BEARER], None)
@@ -336,14 +336,14 @@ async def test_the_oldest_tokens_go(
 
 
 @pytest.mark.parametrize("challenges", [[BEARER], []], ids=["401", "403 without a challenge"])
-async def test_a_refused_token_is_renewed(tokens: Tokens, realm: Realm, challenges: list[str]) -> None:
+async def test_a_refused_token_is_renewed(tokens: TokenCache, realm: Realm, challenges: list[str]) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     assert await tokens.renew(SCOPE, challenges, "Bearer t1") == "Bearer t2"
     assert await tokens.authorization(SCOPE) == "Bearer t2"
     assert len(realm.requests) == 2
 
 
-async def test_a_refused_token_is_not_used_again(tokens: Tokens, realm: Realm) -> None:
+async def test_a_refused_token_is_not_used_again(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     realm.answers = [OriginFailed("connection refused")]
     with pytest.raises(OriginFailed):
@@ -351,7 +351,7 @@ async def test_a_refused_token_is_not_used_again(tokens: Tokens, realm: Realm) -
     assert await tokens.authorization(SCOPE) == "Bearer t2"
 
 
-async def test_what_another_has_renewed_is_taken(tokens: Tokens, realm: Realm) -> None:
+async def test_what_another_has_renewed_is_taken(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t1"
     await tokens.renew(SCOPE, [BEARER], "Bearer t1")
@@ -360,12 +360,12 @@ async def test_what_another_has_renewed_is_taken(tokens: Tokens, realm: Realm) -
 
 
 @pytest.mark.parametrize("challenges", [[], ["Negotiate"], ["@"], [BASIC]])
-async def test_nothing_to_try(tokens: Tokens, realm: Realm, challenges: list[str]) -> None:
+async def test_nothing_to_try(tokens: TokenCache, realm: Realm, challenges: list[str]) -> None:
     assert await tokens.renew(SCOPE, challenges, None) is None
     assert realm.requests == []
 
 
-async def test_a_403_to_nobody_stands(tokens: Tokens, realm: Realm) -> None:
+async def test_a_403_to_nobody_stands(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew("repository:other:pull", [BEARER], None)
     assert await tokens.renew(SCOPE, [], None) is None
     assert len(realm.requests) == 1
@@ -373,14 +373,14 @@ async def test_a_403_to_nobody_stands(tokens: Tokens, realm: Realm) -> None:
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_realm_that_refuses_credentials_is_asked_with_new_ones(realm: Realm, status: int) -> None:
-    tokens = Tokens(HUB, Rotating(), realm)
+    tokens = TokenCache(HUB, Rotating(), realm)
     realm.answers = [Answer(status, b"")]
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t1"
     assert [request[2] for request in realm.requests] == [basic("ci", "p0"), basic("ci", "p1")]
 
 
 async def test_a_realm_that_refuses_new_credentials_too(realm: Realm) -> None:
-    tokens = Tokens(HUB, Rotating(), realm)
+    tokens = TokenCache(HUB, Rotating(), realm)
     realm.answers = [Answer(401, b""), Answer(403, b"")]
     with pytest.raises(OriginDenied, match=r"auth\.docker\.io/token refuses the configured credentials.*403"):
         await tokens.renew(SCOPE, [BEARER], None)
@@ -394,7 +394,7 @@ async def test_a_realm_that_refuses_new_credentials_too(realm: Realm) -> None:
 async def test_the_same_credentials_are_not_tried_twice(
     realm: Realm, credentials: Credentials, message: str
 ) -> None:
-    tokens = Tokens(HUB, credentials, realm)
+    tokens = TokenCache(HUB, credentials, realm)
     realm.answers = [Answer(401, b"hush")]
     with pytest.raises(OriginDenied, match=message) as caught:
         await tokens.renew(SCOPE, [BEARER], None)
@@ -408,7 +408,7 @@ async def test_credentials_that_cannot_be_read(realm: Realm) -> None:
         async def get(self, host: str) -> Credential | None:
             raise OriginDenied("password file /run/secret: it is empty")
 
-    tokens = Tokens(HUB, Broken(), realm)
+    tokens = TokenCache(HUB, Broken(), realm)
     for challenge in (BEARER, BASIC):
         with pytest.raises(OriginDenied, match="/run/secret"):
             await tokens.renew(SCOPE, [challenge], None)
@@ -425,7 +425,7 @@ async def test_credentials_that_cannot_be_read(realm: Realm) -> None:
     ],
 )
 async def test_statuses_of_a_realm(
-    tokens: Tokens, realm: Realm, answer: Answer, error: type[OriginFailed]
+    tokens: TokenCache, realm: Realm, answer: Answer, error: type[OriginFailed]
 ) -> None:
     realm.answers = [answer]
     with pytest.raises(error, match=r"token realm https://auth\.docker\.io/token ") as caught:
@@ -447,7 +447,7 @@ async def test_statuses_of_a_realm(
         b'{"token": "\xff"}',
     ],
 )
-async def test_what_is_no_token(tokens: Tokens, realm: Realm, content: bytes) -> None:
+async def test_what_is_no_token(tokens: TokenCache, realm: Realm, content: bytes) -> None:
     realm.answers = [Answer(200, content)]
     with pytest.raises(OriginFailed, match="answered no token"):
         await tokens.renew(SCOPE, [BEARER], None)
@@ -456,7 +456,7 @@ async def test_what_is_no_token(tokens: Tokens, realm: Realm, content: bytes) ->
 
 async def test_requests_are_counted(realm: Realm) -> None:
     counted: list[str] = []
-    tokens = Tokens(HUB, Rotating(), realm, on_fetch=counted.append)
+    tokens = TokenCache(HUB, Rotating(), realm, on_fetch=counted.append)
     realm.answers = [Answer(401, b""), issue(token="t"), Answer(500, b""), OriginTimeout("slow")]
     await tokens.renew(SCOPE, [BEARER], None)
     await tokens.renew(SCOPE, [BEARER], "Bearer t1")
@@ -471,7 +471,7 @@ async def test_requests_are_counted(realm: Realm) -> None:
 
 @pytest.mark.parametrize("answer", [Answer(404, b""), Answer(401, b""), OriginFailed("refused")])
 async def test_a_realm_that_fails_is_forgotten(
-    tokens: Tokens, realm: Realm, answer: Answer | Exception
+    tokens: TokenCache, realm: Realm, answer: Answer | Exception
 ) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     realm.answers = [answer]
@@ -483,7 +483,7 @@ async def test_a_realm_that_fails_is_forgotten(
     assert [request[1].host for request in realm.requests] == ["auth.docker.io"] * 2 + ["new.docker.io"] * 2
 
 
-async def test_a_realm_that_is_silent_is_forgotten(tokens: Tokens, realm: Realm) -> None:
+async def test_a_realm_that_is_silent_is_forgotten(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     realm.answers = [OriginTimeout("slow")]
     with pytest.raises(OriginTimeout):
@@ -491,7 +491,7 @@ async def test_a_realm_that_is_silent_is_forgotten(tokens: Tokens, realm: Realm)
     assert await tokens.authorization("repository:a:pull") is None
 
 
-async def test_a_realm_that_is_busy_is_kept(tokens: Tokens, realm: Realm) -> None:
+async def test_a_realm_that_is_busy_is_kept(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     realm.answers = [Answer(429, b"", 7.0)]
     with pytest.raises(TooManyRequests):
@@ -503,7 +503,7 @@ async def test_a_realm_that_is_busy_is_kept(tokens: Tokens, realm: Realm) -> Non
 
 
 async def test_basic(realm: Realm) -> None:
-    tokens = Tokens(HUB, Inline("ci", "secret"), realm)
+    tokens = TokenCache(HUB, Inline("ci", "secret"), realm)
     assert await tokens.authorization(SCOPE) is None
     assert await tokens.renew(SCOPE, [BASIC], None) == basic("ci", "secret")
     assert await tokens.authorization("repository:other:pull") == basic("ci", "secret")
@@ -512,7 +512,7 @@ async def test_basic(realm: Realm) -> None:
 
 @pytest.mark.parametrize("challenges", [[BASIC], []], ids=["401", "403"])
 async def test_refused_basic(realm: Realm, challenges: list[str]) -> None:
-    tokens = Tokens(HUB, Rotating(last=1), realm)
+    tokens = TokenCache(HUB, Rotating(last=1), realm)
     assert await tokens.renew(SCOPE, [BASIC], None) == basic("ci", "p0")
     assert await tokens.renew(SCOPE, challenges, basic("ci", "p0")) == basic("ci", "p1")
     assert await tokens.authorization(SCOPE) == basic("ci", "p1")
@@ -521,24 +521,24 @@ async def test_refused_basic(realm: Realm, challenges: list[str]) -> None:
 
 
 async def test_bearer_goes_before_basic(realm: Realm) -> None:
-    tokens = Tokens(HUB, Inline("ci", "secret"), realm)
+    tokens = TokenCache(HUB, Inline("ci", "secret"), realm)
     assert await tokens.renew(SCOPE, [f"{BASIC}, {BEARER}"], None) == "Bearer t1"
 
 
-async def test_both_without_credentials(tokens: Tokens) -> None:
+async def test_both_without_credentials(tokens: TokenCache) -> None:
     assert await tokens.renew(SCOPE, [BASIC, BEARER], None) == "Bearer t1"
 
 
 @pytest.mark.parametrize("bearer", ["Bearer", 'Bearer realm="https://evil.example/token"'])
 async def test_basic_where_the_realm_is_none(realm: Realm, bearer: str) -> None:
-    tokens = Tokens(HUB, Inline("ci", "secret"), realm)
+    tokens = TokenCache(HUB, Inline("ci", "secret"), realm)
     with capture_logs():
         assert await tokens.renew(SCOPE, [bearer, BASIC], None) == basic("ci", "secret")
     assert realm.requests == []
 
 
 async def test_an_upstream_that_changes_its_scheme(realm: Realm) -> None:
-    tokens = Tokens(HUB, Inline("ci", "secret"), realm)
+    tokens = TokenCache(HUB, Inline("ci", "secret"), realm)
     await tokens.renew(SCOPE, [BASIC], None)
     assert await tokens.renew(SCOPE, [BEARER], basic("ci", "secret")) == "Bearer t1"
     assert await tokens.authorization("repository:other:pull") == "Bearer t2"
@@ -555,7 +555,7 @@ async def test_an_upstream_that_changes_its_scheme(realm: Realm) -> None:
     ["https://evil.example/token", "http://auth.docker.io/token", "https://a\\@b/", "https://h:99999/", ""],
 )
 async def test_a_realm_elsewhere_is_not_asked(realm: Realm, credentials: Credentials, address: str) -> None:
-    tokens = Tokens(HUB, credentials, realm)
+    tokens = TokenCache(HUB, credentials, realm)
     quoted = address.replace("\\", "\\\\")
     with capture_logs() as events, pytest.raises(OriginDenied, match="token_realms") as caught:
         await tokens.renew(SCOPE, [f'Bearer realm="{quoted}"'], None)
@@ -566,7 +566,9 @@ async def test_a_realm_elsewhere_is_not_asked(realm: Realm, credentials: Credent
 
 
 async def test_realms_the_operator_allows(realm: Realm) -> None:
-    tokens = Tokens("localhost:5000", Credentials(), realm, allowed_realms=["login.example"], plain_http=True)
+    tokens = TokenCache(
+        "localhost:5000", Credentials(), realm, allowed_realms=["login.example"], plain_http=True
+    )
     for scope, address in (("a", "http://localhost:5001/token"), ("b", "http://login.example/token")):
         await tokens.renew(scope, [f'Bearer realm="{address}"'], None)
     assert [request[1].host for request in realm.requests] == ["localhost", "login.example"]
@@ -575,7 +577,7 @@ async def test_realms_the_operator_allows(realm: Realm) -> None:
 # Many at once
 
 
-async def test_one_request_for_all_who_wait(tokens: Tokens, realm: Realm) -> None:
+async def test_one_request_for_all_who_wait(tokens: TokenCache, realm: Realm) -> None:
     realm.gate.clear()
     waiters = [asyncio.create_task(tokens.renew(SCOPE, [BEARER], None)) for _ in range(50)]
     await realm.asked.wait()
@@ -584,21 +586,21 @@ async def test_one_request_for_all_who_wait(tokens: Tokens, realm: Realm) -> Non
     assert len(realm.requests) == 1
 
 
-async def test_one_renewal_for_all_who_were_refused(tokens: Tokens, realm: Realm) -> None:
+async def test_one_renewal_for_all_who_were_refused(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     waiters = [tokens.renew(SCOPE, [BEARER], "Bearer t1") for _ in range(50)]
     assert await asyncio.gather(*waiters) == ["Bearer t2"] * 50
     assert len(realm.requests) == 2
 
 
-async def test_one_request_when_a_token_has_lapsed(tokens: Tokens, realm: Realm, clock: Clock) -> None:
+async def test_one_request_when_a_token_has_lapsed(tokens: TokenCache, realm: Realm, clock: Clock) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     clock.advance(300)
     assert await asyncio.gather(*(tokens.authorization(SCOPE) for _ in range(50))) == ["Bearer t2"] * 50
     assert len(realm.requests) == 2
 
 
-async def test_scopes_do_not_wait_for_each_other(tokens: Tokens, realm: Realm) -> None:
+async def test_scopes_do_not_wait_for_each_other(tokens: TokenCache, realm: Realm) -> None:
     realm.gate.clear()
     scopes = [f"repository:r{number}:pull" for number in range(5)]
     waiters = [asyncio.create_task(tokens.renew(scope, [BEARER], None)) for scope in scopes]
@@ -611,7 +613,7 @@ async def test_scopes_do_not_wait_for_each_other(tokens: Tokens, realm: Realm) -
     ]
 
 
-async def test_the_first_waiter_leaves(tokens: Tokens, realm: Realm) -> None:
+async def test_the_first_waiter_leaves(tokens: TokenCache, realm: Realm) -> None:
     realm.gate.clear()
     first, second = (asyncio.create_task(tokens.renew(SCOPE, [BEARER], None)) for _ in range(2))
     await realm.asked.wait()
@@ -623,7 +625,7 @@ async def test_the_first_waiter_leaves(tokens: Tokens, realm: Realm) -> None:
     assert len(realm.requests) == 1
 
 
-async def test_an_error_reaches_all_who_wait(tokens: Tokens, realm: Realm) -> None:
+async def test_an_error_reaches_all_who_wait(tokens: TokenCache, realm: Realm) -> None:
     realm.answers = [OriginFailed("connection refused")]
     waiters = [tokens.renew(SCOPE, [BEARER], None) for _ in range(50)]
     outcomes = await asyncio.gather(*waiters, return_exceptions=True)
@@ -632,7 +634,7 @@ async def test_an_error_reaches_all_who_wait(tokens: Tokens, realm: Realm) -> No
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t1"
 
 
-async def test_a_new_challenge_does_not_wait_for_the_old_realm(tokens: Tokens, realm: Realm) -> None:
+async def test_a_new_challenge_does_not_wait_for_the_old_realm(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew("repository:other:pull", [BEARER], None)
     realm.asked.clear()
     realm.gate.clear()
@@ -646,7 +648,7 @@ async def test_a_new_challenge_does_not_wait_for_the_old_realm(tokens: Tokens, r
     assert [request[1].host for request in realm.requests[1:]] == ["auth.docker.io", "new.docker.io"]
 
 
-async def test_close_ends_what_is_under_way(tokens: Tokens, realm: Realm) -> None:
+async def test_close_ends_what_is_under_way(tokens: TokenCache, realm: Realm) -> None:
     realm.gate.clear()
     waiter = asyncio.create_task(tokens.renew(SCOPE, [BEARER], None))
     await realm.asked.wait()

@@ -13,12 +13,12 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.body import Outgoing
-from proxy.upstream.client import Upstream as Client
+from proxy.upstream.body import StreamedBody
+from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials, Inline
-from proxy.upstream.requests import Channel, Settings
+from proxy.upstream.requests import RequestSender, Settings
 from proxy.upstream.transport import Connect
-from proxy.upstream.upload import SMALL, Session
+from proxy.upstream.upload import SMALL, UploadSession
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -186,7 +186,7 @@ async def test_who_writes_slowly_is_not(push: Push, registry: Upstream) -> None:
 
 
 async def test_a_writer_waits_for_who_takes() -> None:
-    outgoing, sending = Outgoing(), asyncio.get_running_loop().create_future()
+    outgoing, sending = StreamedBody(), asyncio.get_running_loop().create_future()
     taken = aiter(outgoing)
     await outgoing.put(b"1", sending)
     second = asyncio.create_task(outgoing.put(b"2", sending))
@@ -234,10 +234,10 @@ async def test_locations_that_lead_nowhere(location: str) -> None:
         await moved("https://r.example", location)
 
 
-async def moved(home: str, location: str) -> Session:
-    channel = Channel("up", Settings(home), [Credentials()], Metrics())
+async def moved(home: str, location: str) -> UploadSession:
+    sender = RequestSender("up", Settings(home), [Credentials()], Metrics())
     try:
-        session = Session(channel, "a")
+        session = UploadSession(sender, "a")
 
         class Answer:
             status = 202
@@ -247,7 +247,7 @@ async def moved(home: str, location: str) -> Session:
         session._moved(Answer())  # type: ignore[arg-type]
         return session
     finally:
-        await channel.close()
+        await sender.close()
 
 
 # Tokens

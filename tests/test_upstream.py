@@ -74,7 +74,7 @@ LATEST = Tag("latest")
 PLAIN = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
 USER = Basic("ci", "secret")
 
-Ask = Callable[..., client.Upstream]
+Ask = Callable[..., client.UpstreamRegistry]
 
 
 @pytest.fixture
@@ -84,16 +84,18 @@ async def ask() -> AsyncIterator[Ask]:
 
         def to(
             url: str, connect: Connect = PLAIN, user: Basic | None = None, realms: Sequence[str] = ()
-        ) -> client.Upstream:
+        ) -> client.UpstreamRegistry:
             credentials = Inline(user.user, user.password) if user else Credentials()
-            made = client.Upstream("up", Settings(url, connect, tuple(realms)), [credentials], Metrics())
+            made = client.UpstreamRegistry(
+                "up", Settings(url, connect, tuple(realms)), [credentials], Metrics()
+            )
             stack.push_async_callback(made.close)
             return made
 
         yield to
 
 
-async def read(origin: client.Upstream, digest: str, span: Span | None = None) -> bytes:
+async def read(origin: client.UpstreamRegistry, digest: str, span: Span | None = None) -> bytes:
     blob = await origin.get_blob("a/b", Digest(digest), span)
     start, stop = (span.start, span.stop) if span else (0, None)
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credential, Credentials, Inline
 from storage.concurrency import SingleFlight
 from storage.errors import OriginDenied, Unavailable
@@ -35,7 +35,7 @@ Ask = Callable[[Registry], Awaitable[object]]
 
 @dataclass(slots=True)
 class _Caller:
-    upstream: Upstream
+    upstream: UpstreamRegistry
     busy: int = 0
 
 
@@ -45,7 +45,7 @@ class Visibility:
     def __init__(
         self,
         namespace: str,
-        upstream: Upstream,
+        upstream: UpstreamRegistry,
         remember: float,
         clock: Callable[[], float] = time.time,
         *,

@@ -22,7 +22,7 @@ from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.ratelimit import Budget
-from proxy.upstream.tokens import Answer, Tokens
+from proxy.upstream.tokens import Answer, TokenCache
 from proxy.upstream.transport import Connect, Transport
 from storage.errors import OriginDenied, RegistryError
 
@@ -66,17 +66,17 @@ class Door:
             return Greeting(response.status, seconds, None)
         return Greeting(response.status, seconds, date + 0.5 - now)  # it is told in whole seconds
 
-    def tokens(self, credentials: Credentials) -> Tokens:
+    def tokens(self, credentials: Credentials) -> TokenCache:
         host = self.url.host_port_subcomponent or ""
         realms, plain = self.keys.token_realms, self.connect.plain_http
-        return Tokens(host, credentials, self._fetch, allowed_realms=realms, plain_http=plain)
+        return TokenCache(host, credentials, self._fetch, allowed_realms=realms, plain_http=plain)
 
     async def _fetch(self, method: str, url: URL, *, headers: Mapping[str, str], form: Any = None) -> Answer:
         async with await self._transport.send(method, url, headers, form) as response:
             return Answer(response.status, await self._transport.read(response, SMALL))
 
     async def ask(
-        self, method: str, path: str, tokens: Tokens, scope: str = ""
+        self, method: str, path: str, tokens: TokenCache, scope: str = ""
     ) -> tuple[int, Mapping[str, str]]:
         """Status and headers of what is at `path` below /v2/, asked with a token.  Raises RegistryError."""
         url = URL(f"{self.base}{path}")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 
-class Outgoing:
+class StreamedBody:
     """For one request.  At most two of its chunks are held, so who writes waits for who reads.
 
     `watch` is told True when something is to leave, and False when there is nothing to wait for: whoever

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from proxy.upstream.ratelimit import LimitState, _left
+from proxy.upstream.ratelimit import LimitState, time_left
 from storage.errors import RegistryError
 
 FAILURES = 3  # in a row that open a breaker, where one alone proves nothing
@@ -61,10 +61,10 @@ class Breaker:
         return HostState(url, host, True, self._left(), str(error), limits)
 
     def _left(self) -> float:
-        return _left(self._since, self._seconds, self._clock())
+        return time_left(self._since, self._seconds, self._clock())
 
     @contextmanager
-    def call(self) -> Iterator[Call]:
+    def call(self) -> Iterator[Attempt]:
         """Around one request.  One that ends without a verdict, being cancelled, says nothing.
 
         Raises OriginFailed or OriginTimeout, as that which opened it.
@@ -76,7 +76,7 @@ class Breaker:
                 raise type(error)(f"{error}; not asked again so soon", retry_after=seconds or FIRST)
             self._probing = probe = True
         try:
-            yield Call(self, self._openings)
+            yield Attempt(self, self._openings)
         finally:
             if probe:
                 self._probing = False
@@ -108,7 +108,7 @@ class Breaker:
             self.failed(error, self._openings, final=False)
 
 
-class Call:
+class Attempt:
     """One request that a breaker let out."""
 
     def __init__(self, breaker: Breaker, opening: int) -> None:

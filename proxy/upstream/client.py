@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
-from proxy.upstream.reader import Reading, told_digest
-from proxy.upstream.requests import Question
-from proxy.upstream.upload import WRITTEN, Session, UpstreamUpload
+from proxy.upstream.reader import UpstreamReader, told_digest
+from proxy.upstream.requests import UpstreamRequest
+from proxy.upstream.upload import WRITTEN, UploadSession, UpstreamUpload
 from storage.errors import BlobUnknown, OriginFailed
 from storage.oci import DOCKER_SCHEMA1, Descriptor, Digest, Manifest, Reference, Tag
 from storage.registry import Upload, everything
 
 
-class Upstream(Reading):
+class UpstreamRegistry(UpstreamReader):
     """Needs a running event loop.  Of `credentials` there is at least one."""
 
     # Blobs
@@ -25,13 +25,13 @@ class Upstream(Reading):
     async def start_upload(
         self, repository: str, size: int | None = None, algorithm: str = "sha256"
     ) -> Upload:
-        session = Session(self._channel, repository)
+        session = UploadSession(self._sender, repository)
         # distribution-spec, end-4c: sha256 is taken for granted.
         await session.begin("" if algorithm == "sha256" else f"?digest-algorithm={algorithm}")
         return UpstreamUpload(session)
 
     async def resume_upload(self, repository: str, id: str) -> Upload:
-        session = Session(self._channel, repository)
+        session = UploadSession(self._sender, repository)
         return UpstreamUpload(session, await session.find(id))
 
     async def mount_blob(
@@ -44,7 +44,7 @@ class Upstream(Reading):
         """Without `source` only where everything is `visible`: the registry would not ask."""
         if source is None and visible is not everything:
             raise BlobUnknown(f"{self._name} cannot tell where {digest} would be mounted from")
-        session = Session(self._channel, repository)
+        session = UploadSession(self._sender, repository)
         query = f"?mount={quote(digest, safe='')}" + (f"&from={quote(source, safe='')}" if source else "")
         if await session.begin(query, also=f"repository:{source}:pull" if source else ""):
             # It does not mount, and has begun an upload in place of it.
@@ -77,10 +77,12 @@ class Upstream(Reading):
 
     async def _push(self, repository: str, path: str, manifest: Manifest) -> set[str]:
         """The tags that it says it took."""
-        url = self._channel.to(f"{repository}/manifests/{path}")
+        url = self._sender.to(f"{repository}/manifests/{path}")
         headers = {"Content-Type": manifest.media_type}
-        question = Question("PUT", url, "manifest", repository, headers, manifest.content, granted=WRITTEN)
-        response = await self._channel.ask(question)
+        question = UpstreamRequest(
+            "PUT", url, "manifest", repository, headers, manifest.content, granted=WRITTEN
+        )
+        response = await self._sender.send(question)
         response.release()
         told = told_digest(response)
         # Of a schema 1 manifest the digest leaves out its signatures.
@@ -94,7 +96,7 @@ class Upstream(Reading):
         await self._delete(repository, f"manifests/{reference}", "manifest")
 
     async def _delete(self, repository: str, path: str, kind: str) -> None:
-        question = Question(
-            "DELETE", self._channel.to(f"{repository}/{path}"), kind, repository, granted=WRITTEN
+        question = UpstreamRequest(
+            "DELETE", self._sender.to(f"{repository}/{path}"), kind, repository, granted=WRITTEN
         )
-        (await self._channel.ask(question)).release()
+        (await self._sender.send(question)).release()

@@ -75,7 +75,7 @@ class _Errors(msgspec.Struct):
     errors: list[_Error] = []
 
 
-def refusal(
+def error_from_response(
     name: str, response: aiohttp.ClientResponse, repository: str, kind: str, content: bytes = b""
 ) -> RegistryError:
     """`content` is the body of what refuses a push; a pull's is not looked at."""

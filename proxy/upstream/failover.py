@@ -15,7 +15,7 @@ from typing import TypeVar
 import structlog
 
 from proxy.upstream.breaker import HostState
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import UpstreamRegistry
 from storage.errors import RegistryError
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span
 from storage.registry import Blob, Registry
@@ -30,7 +30,9 @@ REMEMBERED = 1000  # blobs
 class Failover(Registry):
     """Read-only.  `upstreams` are at least one, and are closed with it."""
 
-    def __init__(self, upstreams: Sequence[Upstream], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, upstreams: Sequence[UpstreamRegistry], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._upstreams = list(upstreams)
         self._clock = clock
         self._given: dict[Digest, tuple[float, int]] = {}  # until when, and by whom
@@ -68,7 +70,7 @@ class Failover(Registry):
     ) -> list[Descriptor]:
         return (await self._first(lambda each: each.referrers(repository, digest, artifact_type)))[1]
 
-    async def _first(self, ask: Callable[[Upstream], Awaitable[T]], start: int = 0) -> tuple[int, T]:
+    async def _first(self, ask: Callable[[UpstreamRegistry], Awaitable[T]], start: int = 0) -> tuple[int, T]:
         """Who served, by number, and what; `start` is who would be asked first if all were well."""
         errors: dict[int, RegistryError] = {}
         for number in self._order(start):

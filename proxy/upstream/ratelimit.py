@@ -55,7 +55,7 @@ class Budget:
             self.limit = int(limit[1])
         self._remaining, self._told = int(remaining[1]), self._clock()
         self._window = min(BLOCKED, float(window)) if window else UNTOLD
-        if not _left(self._begun, self._window, self._told):
+        if not time_left(self._begun, self._window, self._told):
             self._begun = self._told
         return True
 
@@ -63,7 +63,7 @@ class Budget:
         """A 429: nothing is sent for as many seconds as are returned."""
         now = self._clock()
         if retry_after is None:
-            retry_after = _left(self._begun, self._window, now) or UNTOLD
+            retry_after = time_left(self._begun, self._window, now) or UNTOLD
         seconds = min(BLOCKED, max(1.0, self.blocked_for, retry_after))
         self._blocked = now, seconds
         return seconds
@@ -71,12 +71,12 @@ class Budget:
     @property
     def blocked_for(self) -> float:
         """Seconds; 0: it may be used."""
-        return _left(*self._blocked, self._clock())
+        return time_left(*self._blocked, self._clock())
 
     @property
     def remaining(self) -> int | None:
         """None too when it was told so long ago that all has come back."""
-        return self._remaining if _left(self._told, self._window, self._clock()) else None
+        return self._remaining if time_left(self._told, self._window, self._clock()) else None
 
     def spares(self, reserve: Callable[[int], float]) -> bool:
         """Whether it can be spent on what is known already; `reserve` is what to keep of a limit.
@@ -86,10 +86,10 @@ class Budget:
         """
         if (remaining := self.remaining) is None or remaining >= reserve(self.limit or 0):
             return True
-        return not _left(self._told, self._window / max(1, self.limit or 0), self._clock())
+        return not time_left(self._told, self._window / max(1, self.limit or 0), self._clock())
 
 
-def _left(since: float, seconds: float, now: float) -> float:
+def time_left(since: float, seconds: float, now: float) -> float:
     """How many of the `seconds` are left; a clock that was set back must not make hours of them."""
     return seconds - (now - since) if 0 <= now - since < seconds else 0.0
 

@@ -18,7 +18,7 @@ import structlog
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.requests import MANIFEST_LIMIT, Channel, Question, Settings, encoding_of
+from proxy.upstream.requests import MANIFEST_LIMIT, RequestSender, Settings, UpstreamRequest, encoding_of
 from proxy.upstream.transport import Transport
 from storage.errors import (
     ManifestInvalid,
@@ -55,7 +55,7 @@ ACCEPT = ", ".join(
 _VAGUE = frozenset(("", "application/json", "text/plain", "text/html", OCTETS))
 
 
-class Reading(Registry):
+class UpstreamReader(Registry):
     """Needs a running event loop.  Of `credentials` there is at least one."""
 
     def __init__(
@@ -67,46 +67,46 @@ class Reading(Registry):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
-        self._channel = Channel(name, settings, credentials, metrics, clock)
-        self.host = self._channel.host
+        self._sender = RequestSender(name, settings, credentials, metrics, clock)
+        self.host = self._sender.host
 
     def as_caller(self, credentials: Credentials) -> Self:
         """The same, by the same connections, with credentials that are not ours.  To be closed before it."""
         caller = copy(self)
-        caller._channel = self._channel.as_caller(credentials)
+        caller._sender = self._sender.as_caller(credentials)
         return caller
 
     @property
     def well(self) -> bool:
         """As far as is known, it answers."""
-        return self._channel.well
+        return self._sender.well
 
     @property
     def due(self) -> bool:
         """It did not answer, and it is time to find out whether it does."""
-        return self._channel.due
+        return self._sender.due
 
     @property
     def spares(self) -> bool:
         """Its rate limit allows more than what is kept in reserve."""
-        return self._channel.budgets.spares(self._channel.reserve)
+        return self._sender.budgets.spares(self._sender.reserve)
 
     def state(self) -> list[HostState]:
         """Of the upstream itself first, then of where it has sent us."""
-        return self._channel.state()
+        return self._sender.state()
 
     async def probe(self) -> None:
         """Find out; `well` tells."""
-        await self._channel.probe()
+        await self._sender.probe()
 
     async def _ask(
         self, method: str, repository: str, path: str, kind: str, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
-        url = self._channel.to(f"{repository}/{path}")
-        return await self._channel.ask(Question(method, url, kind, repository, headers))
+        url = self._sender.to(f"{repository}/{path}")
+        return await self._sender.send(UpstreamRequest(method, url, kind, repository, headers))
 
     def _pages(self, path: str, kind: str, repository: str = "", also: str = "") -> AsyncIterator[Any]:
-        return self._channel.pages(Question("GET", self._channel.to(path), kind, repository, also=also))
+        return self._sender.pages(UpstreamRequest("GET", self._sender.to(path), kind, repository, also=also))
 
     # Blobs
 
@@ -123,7 +123,7 @@ class Reading(Registry):
                 # Clients want a length, and progress needs one.
                 size = (await self.resolve_blob(repository, digest)).size
             descriptor = Descriptor(OCTETS, digest, size)
-            return _Download(self._channel.transport, response, descriptor, start, self._channel.took)
+            return _Download(self._sender.transport, response, descriptor, start, self._sender.took)
         except BaseException:
             response.close()
             raise
@@ -156,7 +156,7 @@ class Reading(Registry):
         async with await self._ask(
             "GET", repository, f"manifests/{reference}", "manifest", headers
         ) as response:
-            content = await self._channel.content(response, MANIFEST_LIMIT)
+            content = await self._sender.content(response, MANIFEST_LIMIT)
             media_type = _media_type(response)
             if media_type in _VAGUE:
                 try:
@@ -244,7 +244,7 @@ class Reading(Registry):
         raise OriginFailed(f"{self._name} sent for {reference} of {repository} what is {found}")
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._sender.close()
 
 
 class _Download(Blob):

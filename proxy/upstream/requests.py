@@ -21,12 +21,12 @@ from yarl import URL
 
 from proxy.config.quantities import seconds_until
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.body import Outgoing
+from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.errors import ERROR_LIMIT, refusal
+from proxy.upstream.errors import ERROR_LIMIT, error_from_response
 from proxy.upstream.ratelimit import UNTOLD, Budgets
-from proxy.upstream.tokens import Answer, Tokens
+from proxy.upstream.tokens import Answer, TokenCache
 from proxy.upstream.transport import Connect, Transport
 from storage.concurrency import RateLimit
 from storage.errors import (
@@ -65,7 +65,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class UpstreamRequest:
     """`kind` is what it is counted as; `granted` are the statuses of an answer with what was asked for.
 
     `also` are scopes that a token must allow besides what the method needs in `repository`.
@@ -76,7 +76,7 @@ class Question:
     kind: str
     repository: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | Outgoing | None = None
+    body: bytes | StreamedBody | None = None
     also: str = ""
     granted: Collection[int] = (200, 206)
 
@@ -92,10 +92,10 @@ class Question:
     @property
     def repeatable(self) -> bool:
         """Whether it can be sent once more: a body that was written while it was sent is gone."""
-        return not isinstance(self.body, Outgoing)
+        return not isinstance(self.body, StreamedBody)
 
 
-class Channel:
+class RequestSender:
     """Needs a running event loop.  Of `credentials` there is at least one."""
 
     def __init__(
@@ -134,7 +134,7 @@ class Channel:
     def _show(self, credentials: Sequence[Credentials]) -> None:
         self.budgets = Budgets(len(credentials), self._clock)
         self._tokens = [
-            Tokens(
+            TokenCache(
                 self.host,
                 each,
                 self._fetch,
@@ -146,7 +146,7 @@ class Channel:
             for each in credentials
         ]
 
-    def as_caller(self, credentials: Credentials) -> Channel:
+    def as_caller(self, credentials: Credentials) -> RequestSender:
         """The same, by the same connections, with credentials that are not ours.  To be closed before it."""
         caller = copy(self)
         caller._caller = True
@@ -191,7 +191,7 @@ class Channel:
         """The URL of what is at `path` under /v2/."""
         return URL(f"{self._url}/v2/{path}", encoded=True)
 
-    async def ask(self, question: Question) -> aiohttp.ClientResponse:
+    async def send(self, question: UpstreamRequest) -> aiohttp.ClientResponse:
         """A response with content, with whichever credentials.  Raises what its status says, translated."""
         denied: OriginDenied | None = None
         for number in self.budgets.take_turn():
@@ -211,7 +211,7 @@ class Channel:
         seconds = math.ceil(self.budgets.blocked_for)
         raise TooManyRequests(f"{self.name} limits our requests", retry_after=seconds)
 
-    async def _ask_as(self, number: int, question: Question) -> aiohttp.ClientResponse:
+    async def _ask_as(self, number: int, question: UpstreamRequest) -> aiohttp.ClientResponse:
         tokens = self._tokens[number]
         url, scope = question.url, question.scope(self._pushed_to)
         # Where an upload goes on elsewhere, its location is signed: who we are is not for that host.
@@ -239,13 +239,13 @@ class Channel:
         raise await self._refused(response, question, home)
 
     async def _refused(
-        self, response: aiohttp.ClientResponse, question: Question, home: bool
+        self, response: aiohttp.ClientResponse, question: UpstreamRequest, home: bool
     ) -> RegistryError:
         content = b""
         if question.method not in _READING:
             with suppress(RegistryError):  # then its status has to do
                 content = await self.content(response, ERROR_LIMIT)
-        error = refusal(self.name, response, question.repository, question.kind, content)
+        error = error_from_response(self.name, response, question.repository, question.kind, content)
         if isinstance(error, TooManyRequests) and not home:
             # A CDN's limit has nothing to do with these credentials.
             error = Unavailable(str(error), retry_after=error.retry_after)
@@ -264,7 +264,7 @@ class Channel:
             self._metrics.ratelimit_limit.labels(*labels).set(budget.limit)
 
     async def _renewed(
-        self, tokens: Tokens, response: aiohttp.ClientResponse, scope: str, used: str | None
+        self, tokens: TokenCache, response: aiohttp.ClientResponse, scope: str, used: str | None
     ) -> str | None:
         try:
             return await tokens.renew(scope, response.headers.getall("WWW-Authenticate", ()), used)
@@ -272,7 +272,7 @@ class Channel:
             response.release()
             raise
 
-    async def _timed(self, question: Question, authorization: str | None) -> aiohttp.ClientResponse:
+    async def _timed(self, question: UpstreamRequest, authorization: str | None) -> aiohttp.ClientResponse:
         begun, status = time.monotonic(), 0
         self._traffic.asked()
         headers = dict(question.headers)
@@ -314,13 +314,13 @@ class Channel:
                 return decoded
         raise OriginFailed(f"{self.name} sent a body in {encoding} though identity was asked for")
 
-    async def pages(self, question: Question) -> AsyncIterator[Any]:
+    async def pages(self, question: UpstreamRequest) -> AsyncIterator[Any]:
         """The pages of a listing, as plain JSON values.  distribution-spec, "Content Discovery"."""
-        asked: Question | None = question
+        asked: UpstreamRequest | None = question
         for _ in range(PAGES):
             if asked is None:
                 return
-            async with await self.ask(asked) as response:
+            async with await self.send(asked) as response:
                 content = await self.content(response, LISTING_LIMIT)
                 link = response.links.get("next")
             try:

@@ -107,7 +107,7 @@ class _JSONToken(msgspec.Struct):
     expires_in: float | None = None
 
 
-class Tokens:
+class TokenCache:
     """Authorization values for one upstream at `host` (with its port, if it has one).
 
     `allowed_realms` and `plain_http` as in realm_allowed().  `on_fetch` is told of each token request:

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import aiohttp
 from yarl import URL
 
-from proxy.upstream.body import Outgoing
+from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 
@@ -39,7 +39,7 @@ HOSTS = 100  # whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
 _DOWN = frozenset((502, 503, 504))  # a 500 tells of one request only
 _READING = ("GET", "HEAD")
-Body: TypeAlias = Mapping[str, str] | bytes | Outgoing | None  # a mapping is a form
+Body: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Transport:
         connect, loop = self._connect, asyncio.get_running_loop()
         writes = method not in _READING and not isinstance(body, Mapping)
         async with asyncio.timeout(connect.write_timeout if writes else connect.header_timeout) as bound:
-            if not isinstance(body, Outgoing):
+            if not isinstance(body, StreamedBody):
                 yield
                 return
 
@@ -240,7 +240,7 @@ class Transport:
             location = response.headers.get("Location")
             if response.status not in _MOVED or location is None:
                 return response
-            if isinstance(body, Outgoing):
+            if isinstance(body, StreamedBody):
                 response.close()
                 raise OriginFailed(f"{self._name} redirected what was on its way to it")
             response.release()

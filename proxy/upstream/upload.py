@@ -14,8 +14,8 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
-from proxy.upstream.body import Outgoing
-from proxy.upstream.requests import Channel, Question
+from proxy.upstream.body import StreamedBody
+from proxy.upstream.requests import RequestSender, UpstreamRequest
 from storage.errors import BlobUploadUnknown, DigestInvalid, OriginFailed, RegistryError
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Upload
@@ -26,16 +26,16 @@ WRITTEN = (200, 201, 202, 204)
 _RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,18})")
 
 
-class Session:
+class UploadSession:
     """Where an upload is to go on; every answer may say it anew.
 
     distribution-spec, "Pushing blobs": a location may be absolute or relative, on another host, and its query
     is not to be touched.
     """
 
-    def __init__(self, channel: Channel, repository: str) -> None:
+    def __init__(self, sender: RequestSender, repository: str) -> None:
         self.repository = repository
-        self._channel = channel
+        self._sender = sender
         self._url: URL | None = None
 
     @property
@@ -44,46 +44,46 @@ class Session:
 
     async def begin(self, query: str = "", also: str = "") -> bool:
         """Whether it has begun; if not, what was asked for by `query` is done already."""
-        url = self._channel.to(f"{self.repository}/blobs/uploads/{query}")
-        question = Question("POST", url, "upload", self.repository, also=also, granted=WRITTEN)
-        response = await self._channel.ask(question)
+        url = self._sender.to(f"{self.repository}/blobs/uploads/{query}")
+        question = UpstreamRequest("POST", url, "upload", self.repository, also=also, granted=WRITTEN)
+        response = await self._sender.send(question)
         response.release()
         if response.status == 201:
             return False
         self._moved(response)
         if self._url is None:
-            raise OriginFailed(f"{self._channel.name} does not say where to upload to")
+            raise OriginFailed(f"{self._sender.name} does not say where to upload to")
         return True
 
     async def find(self, id: str) -> int:
         """Go on with that one; how many bytes it has.  Raises BlobUploadUnknown."""
         try:
             url = URL(id, encoded=True)
-            known = url.origin() == self._channel.home.origin() and f"/{self.repository}/" in url.path
+            known = url.origin() == self._sender.home.origin() and f"/{self.repository}/" in url.path
         except ValueError:
             known = False
         if not known:  # nobody sends us anywhere by an id
-            raise BlobUploadUnknown(f"{self._channel.name} has no upload {id[:80]!r}")
+            raise BlobUploadUnknown(f"{self._sender.name} has no upload {id[:80]!r}")
         self._url = url
-        response = await self.ask("GET", "")
+        response = await self.send("GET", "")
         # "0-0" may be one byte or none: the servers that say it of an empty one are many.
         found = _RANGE.fullmatch(response.headers.get("Range", ""))
         last = int(found[1]) if found else 0
         return last + 1 if last else 0
 
-    async def ask(
-        self, method: str, query: str, body: bytes | Outgoing | None = None
+    async def send(
+        self, method: str, query: str, body: bytes | StreamedBody | None = None
     ) -> aiohttp.ClientResponse:
         """One request to where it is; the answer has been read."""
         assert self._url is not None
         joint = ("&" if self._url.raw_query_string else "?") if query else ""
         url = URL(f"{self._url}{joint}{query}", encoded=True)
         headers = {} if body is None else {"Content-Type": OCTETS}
-        question = Question(method, url, "upload", self.repository, headers, body, granted=WRITTEN)
-        response = await self._channel.ask(question)
-        if isinstance(body, Outgoing) and not body.sent:
+        question = UpstreamRequest(method, url, "upload", self.repository, headers, body, granted=WRITTEN)
+        response = await self._sender.send(question)
+        if isinstance(body, StreamedBody) and not body.sent:
             response.close()
-            raise OriginFailed(f"{self._channel.name} took an upload before it had come to its end")
+            raise OriginFailed(f"{self._sender.name} took an upload before it had come to its end")
         response.release()
         self._moved(response)
         return response
@@ -92,23 +92,23 @@ class Session:
         location = response.headers.get("Location")
         if not location or response.status == 201:  # that is where the blob is
             return
-        home = self._channel.home
+        home = self._sender.home
         with suppress(ValueError):  # target() says so
             target = response.url.join(URL(location, encoded=True))
             if (target.scheme, home.scheme, target.host) == ("http", "https", home.host):
                 # A registry that does not know that there is TLS before it.  We stay with TLS.
                 location = str(target.with_scheme("https").with_port(home.explicit_port))
-        self._url = self._channel.transport.target(response.url, location)
+        self._url = self._sender.transport.target(response.url, location)
 
 
 class UpstreamUpload(Upload):
     """`offset` is what the registry has already."""
 
-    def __init__(self, session: Session, offset: int = 0) -> None:
+    def __init__(self, session: UploadSession, offset: int = 0) -> None:
         self.offset = offset
         self._session = session
         self._held = bytearray()
-        self._outgoing = Outgoing()
+        self._outgoing = StreamedBody()
         self._sending: asyncio.Task[aiohttp.ClientResponse] | None = None
 
     @property
@@ -129,8 +129,8 @@ class UpstreamUpload(Upload):
 
     async def _send(self) -> None:
         held, self._held = bytes(self._held), bytearray()
-        self._outgoing = Outgoing()
-        self._sending = asyncio.create_task(self._session.ask("PATCH", "", self._outgoing))
+        self._outgoing = StreamedBody()
+        self._sending = asyncio.create_task(self._session.send("PATCH", "", self._outgoing))
         await self._outgoing.put(held, self._sending)
 
     async def _sent(self) -> None:
@@ -146,7 +146,7 @@ class UpstreamUpload(Upload):
         await self._sent()
         held, self._held = bytes(self._held), bytearray()
         try:
-            await self._session.ask("PUT", f"digest={quote(digest, safe='')}", held)
+            await self._session.send("PUT", f"digest={quote(digest, safe='')}", held)
         except DigestInvalid:
             await self.cancel()
             raise
@@ -164,4 +164,4 @@ class UpstreamUpload(Upload):
             await asyncio.gather(self._sending, return_exceptions=True)
             self._sending = None
         with suppress(RegistryError):
-            await self._session.ask("DELETE", "")
+            await self._session.send("DELETE", "")

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from proxy.cache import Cache, Policy
+from proxy.cache.cache import Cache, Policy
+from proxy.cache.drill import Drill
+from proxy.cache.fills import Fills
+from proxy.cache.keep_fresh import Freshener
 from proxy.config.errors import StartError
 from proxy.config.schema import Config, Hosting, NamespaceConfig
 from proxy.config.upstream import UpstreamConfig as UpstreamKeys
-from proxy.drill import Drill
-from proxy.fills import Fills
-from proxy.freshness import Freshener
 from proxy.hosted import Hosted
 from proxy.hosted import Rules as PushRules
 from proxy.live import Live

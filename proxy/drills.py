@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from proxy.drill import Drill, DrillState, Order, merged
+from proxy.cache.drill import Drill, DrillState, Order, merged
 from proxy.live import Everyone
 from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied

@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from proxy.answers import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
+from proxy.cache.refresh import foreign
 from proxy.config.schema import Config
-from proxy.freshness import foreign
 from storage.errors import ManifestUnknown
 from storage.graph import contents
 from storage.maintenance.pins import Pin, Pins

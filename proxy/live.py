@@ -27,9 +27,9 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from proxy.cache import Cache
-from proxy.drill import Drill, DrillState, Order
-from proxy.fills import Fill, Fills
+from proxy.cache.cache import Cache
+from proxy.cache.drill import Drill, DrillState, Order
+from proxy.cache.fills import Fill, Fills
 from proxy.upstream.breaker import HostState
 from proxy.upstream.ratelimit import LimitState
 from storage.disk.health import DiskHealth

@@ -16,23 +16,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NoReturn
 
+from proxy.cache.refresh import Refreshable
 from proxy.config.hosts import without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
 from storage.registry import Blob, Registry, Upload, everything
-
-
-@runtime_checkable
-class Refreshable(Protocol):
-    """What a cache can besides a Registry: see Cache."""
-
-    async def get_manifest(self, repository: str, reference: Reference) -> Manifest: ...
-    async def referrers(self, repository: str, digest: Digest) -> list[Descriptor]: ...
-    async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]: ...
-    async def fill_blob(self, repository: str, digest: Digest) -> int: ...
-    def spare(self, repository: str, reference: Reference) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

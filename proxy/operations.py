@@ -38,10 +38,10 @@ from proxy.answers import (
 )
 from proxy.asking import BadField, literal
 from proxy.bundles import Bundles
+from proxy.cache.refresh import refresh
 from proxy.composition import Composition
 from proxy.config.webhooks import WebhookConfig
 from proxy.drills import Drills
-from proxy.freshness import refresh
 from proxy.inventory import WILD, Inventory, merged
 from proxy.live import Everyone, FillState
 from proxy.preparations import Preparations

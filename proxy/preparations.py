@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from proxy import asking
 from proxy.answers import Drilling, MissedRow, ReadyRow, WarmRow
 from proxy.asking import BadField
+from proxy.cache.drill import DrillState
 from proxy.composition import Composition
-from proxy.drill import DrillState
 from proxy.drills import Drills
 from proxy.live import Everyone
 from proxy.readiness import Readiness

@@ -12,7 +12,7 @@ import msgspec
 
 from proxy.answers import MissingRow, ReadyRow
 from proxy.asking import Asked
-from proxy.freshness import foreign
+from proxy.cache.refresh import foreign
 from storage.errors import ManifestInvalid, ManifestUnknown
 from storage.graph import contents, lacking, referring, selected, walk
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag

@@ -19,8 +19,8 @@ import structlog
 
 from proxy.answers import ReadyRow, WarmRow
 from proxy.asking import BadField, Reading
+from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF, Refreshed, refresh
 from proxy.config.schema import WarmRule
-from proxy.freshness import BACKOFF, LONGEST_BACKOFF, Refreshed, refresh
 from proxy.imagefiles import Unreadable, look
 from proxy.namespaces import Namespaces
 from proxy.readiness import Readiness

@@ -13,8 +13,8 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from proxy import cache
 from proxy.app import App
+from proxy.cache import cache
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from tests.authority import Authority

@@ -19,8 +19,8 @@ import pytest
 
 from proxy.asking import BadField
 from proxy.bundles import Bundles, Given, Selection, earlier
+from proxy.cache.refresh import refresh
 from proxy.composition import Composition
-from proxy.freshness import refresh
 from proxy.receipts import Exported, Landed
 from storage.archives.exporter import named
 from storage.errors import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy import cache
+from proxy.cache import negatives
 from proxy.upstream.transport import RETRIES
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
@@ -508,7 +508,7 @@ async def test_another_repository_has_its_own_negatives(serve: Serve, upstream: 
 async def test_negatives_are_bounded(
     serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "REMEMBERED", 3)
+    monkeypatch.setattr(negatives, "REMEMBERED", 3)
     upstream.image("a/b", "latest")
     site = await serve(upstream)
     tags = [f"absent-{number}" for number in range(4)]

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from aiohttp import web
 
-from proxy.cache import Cache, Policy
-from proxy.fills import Fills
+from proxy.cache.cache import Cache, Policy
+from proxy.cache.fills import Fills
 from proxy.hosted import Hosted, Rules
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics

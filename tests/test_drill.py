@@ -13,9 +13,9 @@ import msgspec
 import pytest
 from structlog.testing import LogCapture
 
-from proxy import drill as module
 from proxy.answers import Drilling
-from proxy.drill import Drill, DrillState, Missed, Order, merged
+from proxy.cache import drill as module
+from proxy.cache.drill import Drill, DrillState, Missed, Order, merged
 from proxy.telemetry.exchange import Exchange, exchange
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site

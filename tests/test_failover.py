@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from proxy import cache
+from proxy.cache import cache
 from proxy.upstream import transport
 from proxy.upstream.breaker import FAILURES
 from proxy.upstream.transport import RETRIES, Connect, Transport, is_private

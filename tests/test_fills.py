@@ -16,8 +16,8 @@ import structlog
 from structlog.testing import LogCapture
 from yarl import URL
 
-from proxy.fills import Fills
-from proxy.following import Source
+from proxy.cache.fills import Fills
+from proxy.cache.readers import Source
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials

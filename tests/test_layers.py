@@ -54,6 +54,7 @@ MOVED = (
     "proxy.config",
     "proxy.telemetry",
     "proxy.upstream",
+    "proxy.cache",
 )
 
 ALLOWED = {

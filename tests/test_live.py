@@ -18,8 +18,8 @@ import msgspec
 import pytest
 
 from proxy import live, room
-from proxy.cache import Cache, Policy
-from proxy.fills import Fills
+from proxy.cache.cache import Cache, Policy
+from proxy.cache.fills import Fills
 from proxy.live import Everyone, FillState, Live, UpstreamState, serve_live
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests

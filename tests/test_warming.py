@@ -15,8 +15,8 @@ import pytest
 from structlog.testing import LogCapture
 
 from proxy.answers import WarmRow
+from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
 from proxy.composition import Composition
-from proxy.freshness import BACKOFF, LONGEST_BACKOFF
 from proxy.readiness import Readiness
 from proxy.warming import JOBS, Schedule, Warmer, latest
 from storage.oci import Digest

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from proxy.following import Followed, Source
+from proxy.cache.readers import Followed, Source
 from proxy.telemetry.exchange import current
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight, Slots

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.cache import Cache, Policy
-from proxy.fills import Fills
-from proxy.freshness import FILLS, Freshener, Refreshed, refresh
+from proxy.cache.cache import Cache, Policy
+from proxy.cache.fills import Fills
+from proxy.cache.keep_fresh import Freshener
+from proxy.cache.refresh import FILLS, Refreshed, refresh
 from proxy.namespaces import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests

@@ -22,8 +22,8 @@ import structlog
 
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
-from proxy.cache.negatives import Key, Remembered
-from proxy.cache.readers import Source, Uncached
+from proxy.cache.negatives import Key, Negatives
+from proxy.cache.readers import Source, UncachedBlob
 from proxy.telemetry.exchange import current
 from storage.concurrency import SingleFlight
 from storage.disk.uploads import FileBlob
@@ -96,8 +96,8 @@ class Cache(Registry):
         self._moved = moved
         self._drill = drill or Drill(clock)
         self._flights = SingleFlight()
-        self._unknown = Remembered(clock)
-        self._paused = Remembered(clock)
+        self._unknown = Negatives(clock)
+        self._paused = Negatives(clock)
         self._failing: RegistryError | None = None  # what the origin has failed with last, until it serves
 
     # Blobs
@@ -121,7 +121,7 @@ class Cache(Registry):
         except BlobUnknown as error:
             self._remember(key, error)
             raise
-        return Uncached(await self._origin.get_blob(repository, digest, span), source)
+        return UncachedBlob(await self._origin.get_blob(repository, digest, span), source)
 
     async def fill_blob(self, repository: str, digest: Digest) -> int:
         """Have the blob in the store; how many bytes came for it.
@@ -132,7 +132,7 @@ class Cache(Registry):
         await blob.close()
         if isinstance(blob, FileBlob):
             return 0
-        if isinstance(blob, Uncached):
+        if isinstance(blob, UncachedBlob):
             raise StorageFailed(f"{digest} could not be stored")
         await self._fills.ended(digest)
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from proxy.cache.readers import Followed, Source
+from proxy.cache.readers import FollowedBlob, Source
 from proxy.telemetry.exchange import current
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight, Slots
@@ -134,7 +134,7 @@ class Fills:
             except BaseException:
                 await blob.close()
                 raise
-        return Followed(blob, source, self._metrics, fill)
+        return FollowedBlob(blob, source, self._metrics, fill)
 
     async def _stored(self, source: Source, fill: Fill) -> Blob | None:
         """What came of a fill that has ended; None if nothing did, or it was damaged since."""

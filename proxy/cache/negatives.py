@@ -13,7 +13,7 @@ REMEMBERED = 10_000  # negatives and pauses a cache keeps in memory
 Key: TypeAlias = tuple[type[RegistryError], str, str]
 
 
-class Remembered:
+class Negatives:
     """What holds for some seconds only, in memory; the oldest go when they are many."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

@@ -44,7 +44,7 @@ class Counts(Protocol):
     followers: int
 
 
-class Followed(Blob):
+class FollowedBlob(Blob):
     """A reader of a growing blob, who asks the origin for the rest should our disk fail.
 
     It is one of `followed.followers` until it is closed.
@@ -112,7 +112,7 @@ class Followed(Blob):
         await self._blob.close()
 
 
-class Uncached(Blob):
+class UncachedBlob(Blob):
     """The origin's blob, past a store that cannot take it."""
 
     def __init__(self, blob: Blob, source: Source) -> None:

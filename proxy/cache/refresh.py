@@ -83,7 +83,7 @@ async def refresh(
         new = old is None
     else:
         manifest = await registry.get_manifest(repository, reference)
-    whole = _Whole(registry, repository, sparing)
+    whole = _ImageFetch(registry, repository, sparing)
     await whole.take(manifest, platforms)
     if referrers:
         await whole.take_referrers()
@@ -105,7 +105,7 @@ async def refresh(
 
 
 @dataclass(slots=True)
-class _Whole:
+class _ImageFetch:
     """What is being made whole; `unknown` is what the origin does not have."""
 
     registry: Refreshable

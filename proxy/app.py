@@ -25,7 +25,7 @@ from proxy.tls import Certificates
 from proxy.web.door import Door
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
-from proxy.webhooks import waking
+from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Deliveries
 from storage.disk import health
 from storage.errors import StorageFailed
@@ -76,7 +76,7 @@ class App:
         self.composition = Composition(settings, self._clock, None, workers, make_room)
         self._closing.push_async_callback(self.composition.close)
         if self.composition.teller is not None and self._run is not None:
-            self.composition.teller.wake = waking.caller(self._run)
+            self.composition.teller.wake = wakeup.caller(self._run)
         recording = asyncio.create_task(self.composition.recorder.run())
         self._closing.push_async_callback(_ended, recording)
         if keeps:

@@ -29,8 +29,8 @@ from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
 from proxy.upstream.requests import Settings
+from proxy.webhooks.publisher import Teller
 from proxy.webhooks.queue import Queue
-from proxy.webhooks.teller import Teller
 from storage.concurrency import RateLimit, Slots, share_of
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth, MakeRoom, may_pass, nobody

@@ -55,6 +55,7 @@ MOVED = (
     "proxy.telemetry",
     "proxy.upstream",
     "proxy.cache",
+    "proxy.webhooks",
 )
 
 ALLOWED = {

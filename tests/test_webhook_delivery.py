@@ -20,7 +20,7 @@ from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import delivery as module
 from proxy.webhooks.delivery import Deliveries
-from proxy.webhooks.happening import Happening
+from proxy.webhooks.event import Happening
 from proxy.webhooks.queue import Queue
 from storage.disk.records import Records
 from storage.errors import StorageFailed

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from proxy.webhooks.event import Happening, Request, decode, encode
 from proxy.webhooks.formats import CLOUDEVENTS, REGISTRY, Source, render
-from proxy.webhooks.happening import Happening, Request, decode, encode
 from storage.oci import OCI_MANIFEST
 
 DIGEST, FORMER = "sha256:" + "a" * 64, "sha256:" + "b" * 64

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.webhooks.happening import Action, Happening
+from proxy.webhooks.event import Action, Happening
 from proxy.webhooks.queue import Queue, State
 from storage.disk.records import Records
 from tests.conftest import Clock

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from proxy.webhooks.teller import Teller
+from proxy.webhooks.publisher import Teller
 from storage.disk.blobs import BlobFiles
 from storage.oci import OCI_MANIFEST, OCTETS, Digest
 from tests.conftest import OPEN, Clock, Serve

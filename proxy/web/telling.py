@@ -13,7 +13,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.web.routes import Kind as Endpoint
 from proxy.web.routes import Route, build_location
 from proxy.web.send import LEFT
-from proxy.webhooks.happening import Action, Happening, Kind, Request
+from proxy.webhooks.event import Action, Happening, Kind, Request
 from storage.oci import Descriptor, Digest, Tag
 
 _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)

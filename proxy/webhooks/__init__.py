@@ -1,0 +1,1 @@
+"""What happens here, told to other servers: queue, formats, delivery."""

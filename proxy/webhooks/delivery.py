@@ -34,9 +34,9 @@ from proxy.config.errors import StartError
 from proxy.config.quantities import seconds_until
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
-from proxy.webhooks import waking
+from proxy.webhooks import wakeup
+from proxy.webhooks.event import Happening
 from proxy.webhooks.formats import Source, render
-from proxy.webhooks.happening import Happening
 from proxy.webhooks.queue import Event, Queue, State
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
@@ -97,7 +97,7 @@ class Deliveries:
 
     async def run(self) -> None:
         directory = self._run_directory
-        with nullcontext() if directory is None else waking.listening(directory, self.wake):
+        with nullcontext() if directory is None else wakeup.listening(directory, self.wake):
             try:
                 settled = await run_in_thread(self._queue.settle, [each.name for each in self._deliveries])
                 for name, events in settled.items():

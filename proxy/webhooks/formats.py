@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from proxy.webhooks.happening import Happening
+from proxy.webhooks.event import Happening
 
 Format: TypeAlias = Literal["registry", "cloudevents"]
 

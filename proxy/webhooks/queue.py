@@ -19,7 +19,7 @@ from itertools import islice
 
 import msgspec
 
-from proxy.webhooks.happening import Happening, decode, encode
+from proxy.webhooks.event import Happening, decode, encode
 from storage.disk.records import Batch, Records
 
 _DIGITS = 20

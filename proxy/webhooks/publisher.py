@@ -17,7 +17,7 @@ import structlog
 
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
-from proxy.webhooks.happening import Happening
+from proxy.webhooks.event import Happening
 from proxy.webhooks.queue import Queue
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed

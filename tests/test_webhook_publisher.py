@@ -14,10 +14,10 @@ from structlog.testing import LogCapture
 from proxy.config.values import Secret, parse_pattern
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
-from proxy.webhooks import teller as module
-from proxy.webhooks.happening import Action, Happening
+from proxy.webhooks import publisher as module
+from proxy.webhooks.event import Action, Happening
+from proxy.webhooks.publisher import Teller
 from proxy.webhooks.queue import Queue
-from proxy.webhooks.teller import Teller
 from storage.disk.records import Records
 from storage.errors import StorageFailed
 from storage.oci import Digest, Tag

@@ -26,7 +26,7 @@ from proxy.web.door import Door
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
 from proxy.webhooks import wakeup
-from proxy.webhooks.delivery import Deliveries
+from proxy.webhooks.delivery import Dispatcher
 from storage.disk import health
 from storage.errors import StorageFailed
 
@@ -113,12 +113,12 @@ class App:
             runner = web.AppRunner(pages, access_log=None)
             self.admin_url = await self._serve(runner, admin, settings.admin_tls())
 
-    def _deliveries(self) -> Deliveries | None:
+    def _deliveries(self) -> Dispatcher | None:
         """Raises StartError."""
         composition, settings = self.composition, self._settings
         if composition.queue is None or composition.teller is None:
             return None
-        deliveries = Deliveries(
+        deliveries = Dispatcher(
             settings.webhooks,
             composition.queue,
             settings.listen.port,

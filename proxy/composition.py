@@ -29,7 +29,7 @@ from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
 from proxy.upstream.requests import Settings
-from proxy.webhooks.publisher import Teller
+from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.concurrency import RateLimit, Slots, share_of
 from storage.disk.blobs import BlobFiles
@@ -146,8 +146,8 @@ class Composition:
         self._closing.callback(queue.close)
         return queue
 
-    def _teller(self, queue: Queue) -> Teller:
-        teller = Teller(queue, self.config.webhooks, self.metrics, self.clock)
+    def _teller(self, queue: Queue) -> Publisher:
+        teller = Publisher(queue, self.config.webhooks, self.metrics, self.clock)
         self._closing.push_async_callback(teller.close)
         return teller
 

@@ -17,7 +17,7 @@ import structlog
 from proxy.composition import Composition
 from proxy.readiness import Readiness
 from proxy.warming import Schedule, Warmer
-from proxy.webhooks.delivery import Deliveries
+from proxy.webhooks.delivery import Dispatcher
 from storage.concurrency import Cancelled, run_in_thread
 from storage.errors import RegistryError, StorageFailed
 from storage.oci import Digest
@@ -35,7 +35,7 @@ AGAIN = 60.0  # seconds after a piece of work failed
 class Keeper:
     """run() until it is cancelled, then close()."""
 
-    def __init__(self, composition: Composition, deliveries: Deliveries | None = None) -> None:
+    def __init__(self, composition: Composition, deliveries: Dispatcher | None = None) -> None:
         self._composition = composition
         self._deliveries = deliveries
         self._eviction = composition.eviction

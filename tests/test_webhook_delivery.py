@@ -19,8 +19,8 @@ from proxy.config.values import Secret
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import delivery as module
-from proxy.webhooks.delivery import Deliveries
-from proxy.webhooks.event import Happening
+from proxy.webhooks.delivery import Dispatcher
+from proxy.webhooks.event import Event
 from proxy.webhooks.queue import Queue
 from storage.disk.records import Records
 from storage.errors import StorageFailed
@@ -55,14 +55,14 @@ class Rig:
         self.queue = Watched(Records(directory / "records", clock), clock)
         self.waits: list[float] = []
         self.meanwhile: Callable[[], Awaitable[object]] | None = None
-        self.deliveries: Deliveries | None = None
+        self.deliveries: Dispatcher | None = None
         self._running: asyncio.Task[None] | None = None
 
     def webhook(self, name: str = "a", **keys: Any) -> WebhookConfig:
         return WebhookConfig(name=name, url=Secret(keys.pop("url", self.receiver.url)), **keys)
 
     def start(self, *webhooks: WebhookConfig) -> None:
-        self.deliveries = Deliveries(
+        self.deliveries = Dispatcher(
             webhooks or [self.webhook()], self.queue, 5000, self.metrics, self.clock, wait=self._wait
         )
         self._running = asyncio.create_task(self.deliveries.run())
@@ -82,7 +82,7 @@ class Rig:
     def put(self, *numbers: int, webhooks: tuple[str, ...] = ("a",), **keys: Any) -> None:
         """Happened just now."""
         given = {"action": "push", "kind": "manifest", "repository": "local/a", **keys}
-        happenings = [Happening(id=str(each), at=self.clock(), **given) for each in numbers]
+        happenings = [Event(id=str(each), at=self.clock(), **given) for each in numbers]
         self.queue.put([(each, webhooks) for each in happenings], 1000)
         if self.deliveries is not None:
             self.deliveries.wake()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from proxy.webhooks.event import Happening, Request, decode, encode
+from proxy.webhooks.event import Event, Request, decode, encode
 from proxy.webhooks.formats import CLOUDEVENTS, REGISTRY, Source, render
 from storage.oci import OCI_MANIFEST
 
 DIGEST, FORMER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 SOURCE = Source("warehouse:5000", "0123456789abcdef")
-PUSH = Happening(
+PUSH = Event(
     id="320678d8-ca14-430f-8bb6-4ca139cd83f7",
     at=1_700_000_000.25,
     action="push",
@@ -28,7 +28,7 @@ PUSH = Happening(
     actor="ci",
     request=Request("6df24a34-1", "192.0.2.7", "registry.example", "PUT", "docker/27.3"),
 )
-MOVE = Happening(
+MOVE = Event(
     id="1",
     at=1_700_000_000.0,
     action="move",
@@ -38,7 +38,7 @@ MOVE = Happening(
     former=FORMER,
     tag="3",
 )
-MOUNT = Happening(
+MOUNT = Event(
     id="2",
     at=1_700_000_000.0,
     action="mount",
@@ -48,12 +48,12 @@ MOUNT = Happening(
     digest=DIGEST,
     size=0,
 )
-DELETE = Happening(
+DELETE = Event(
     id="3", at=1_700_000_000.0, action="delete", kind="tag", repository="local/team/app", tag="old"
 )
 
 
-def rendered(happening: Happening, format: Any) -> Any:
+def rendered(happening: Event, format: Any) -> Any:
     media_type, body = render(happening, format, SOURCE)
     assert media_type == {"registry": REGISTRY, "cloudevents": CLOUDEVENTS}[format]
     return json.loads(body)
@@ -133,7 +133,7 @@ def test_a_push_as_a_cloudevent() -> None:
         (DELETE, {"repository": "local/team/app", "tag": "old"}),
     ],
 )
-def test_what_is_not_known_is_left_out(happening: Happening, target: dict[str, Any]) -> None:
+def test_what_is_not_known_is_left_out(happening: Event, target: dict[str, Any]) -> None:
     (event,) = rendered(happening, "registry")["events"]
     assert event["action"] == happening.action
     assert event["target"] == target
@@ -150,7 +150,7 @@ def test_what_is_not_known_is_left_out(happening: Happening, target: dict[str, A
         (DELETE, "entrepot.tag.deleted", "local/team/app:old"),
     ],
 )
-def test_a_cloudevent_says_what_it_is_about(happening: Happening, type: str, subject: str) -> None:
+def test_a_cloudevent_says_what_it_is_about(happening: Event, type: str, subject: str) -> None:
     found = rendered(happening, "cloudevents")
     assert (found["type"], found["subject"]) == (type, subject)
 
@@ -165,7 +165,7 @@ def test_a_source_is_a_uri_reference_whatever_the_machine_is_called(
 
 
 @pytest.mark.parametrize("happening", [PUSH, MOVE, MOUNT, DELETE])
-def test_what_is_queued_comes_back(happening: Happening) -> None:
+def test_what_is_queued_comes_back(happening: Event) -> None:
     assert decode(encode(happening)) == happening
 
 

@@ -15,8 +15,8 @@ from proxy.config.values import Secret, parse_pattern
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import publisher as module
-from proxy.webhooks.event import Action, Happening
-from proxy.webhooks.publisher import Teller
+from proxy.webhooks.event import Action, Event
+from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.records import Records
 from storage.errors import StorageFailed
@@ -32,9 +32,9 @@ def webhook(name: str = "a", **keys: Any) -> WebhookConfig:
     return WebhookConfig(name=name, url=Secret("http://localhost/"), **keys)
 
 
-def happening(number: int = 0, action: Action = "push", **keys: Any) -> Happening:
+def happening(number: int = 0, action: Action = "push", **keys: Any) -> Event:
     keys = {"kind": "manifest", "repository": "local/a", **keys}
-    return Happening(id=str(number), at=0.0, action=action, **keys)
+    return Event(id=str(number), at=0.0, action=action, **keys)
 
 
 class Disk(Queue):
@@ -72,7 +72,7 @@ def counted(metrics: Metrics, result: str, name: str = "a") -> float:
 
 
 async def test_what_is_told_is_on_the_disk_and_somebody_is_woken(disk: Disk) -> None:
-    teller = Teller(disk, [webhook()], metrics := Metrics())
+    teller = Publisher(disk, [webhook()], metrics := Metrics())
     woken: list[int] = []
     teller.wake = lambda: woken.append(disk.pending("a"))
     await teller.tell(happening(1))
@@ -83,7 +83,7 @@ async def test_what_is_told_is_on_the_disk_and_somebody_is_woken(disk: Disk) -> 
 
 
 async def test_who_tells_waits_for_the_disk_and_all_who_wait_share_a_transaction(disk: Disk) -> None:
-    teller = Teller(disk, [webhook()], Metrics())
+    teller = Publisher(disk, [webhook()], Metrics())
     disk.gate.clear()
     first = asyncio.create_task(teller.tell(happening(0)))
     await asyncio.to_thread(disk.began.acquire)
@@ -98,7 +98,7 @@ async def test_who_tells_waits_for_the_disk_and_all_who_wait_share_a_transaction
 
 
 async def test_what_nobody_wants_is_not_waited_for(disk: Disk) -> None:
-    teller = Teller(disk, [webhook(actions=("delete",)), webhook("b", match=["other/*"])], Metrics())
+    teller = Publisher(disk, [webhook(actions=("delete",)), webhook("b", match=["other/*"])], Metrics())
     disk.gate.clear()
     await teller.tell(happening())
     assert not teller.pulls
@@ -108,7 +108,7 @@ async def test_what_nobody_wants_is_not_waited_for(disk: Disk) -> None:
 
 async def test_a_pull_is_written_later_by_itself(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LATER", 0.0)
-    teller = Teller(disk, [webhook(actions=("pull",))], Metrics())
+    teller = Publisher(disk, [webhook(actions=("pull",))], Metrics())
     written = asyncio.Event()
     teller.wake = written.set
     assert teller.pulls
@@ -120,7 +120,7 @@ async def test_a_pull_is_written_later_by_itself(disk: Disk, monkeypatch: pytest
 
 
 async def test_pulls_are_gathered_and_keep_their_order_with_pushes(disk: Disk) -> None:
-    teller = Teller(disk, [webhook(actions=("pull", "push"))], Metrics())
+    teller = Publisher(disk, [webhook(actions=("pull", "push"))], Metrics())
     for number in range(5):
         teller.mention(happening(number, "pull"))
     await teller.tell(happening(5))
@@ -142,7 +142,7 @@ async def test_pulls_are_gathered_and_keep_their_order_with_pushes(disk: Disk) -
     ],
 )
 async def test_filters(disk: Disk, keys: dict[str, Any], told: list[str]) -> None:
-    teller = Teller(disk, [webhook(**keys)], Metrics())
+    teller = Publisher(disk, [webhook(**keys)], Metrics())
     kind = "application/vnd.oci.image.manifest.v1+json"
     names = ["push", "blob", "move", "delete"]
     await teller.tell(happening(0, media_type=kind))
@@ -156,7 +156,7 @@ async def test_filters(disk: Disk, keys: dict[str, Any], told: list[str]) -> Non
 
 
 async def test_a_move_says_from_where_to_where(disk: Disk, clock: Clock) -> None:
-    teller = Teller(disk, [webhook()], Metrics(), clock)
+    teller = Publisher(disk, [webhook()], Metrics(), clock)
     await teller.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
     (event,) = disk.read("a", "", 9)
     found = event.happening
@@ -168,7 +168,7 @@ async def test_a_move_says_from_where_to_where(disk: Disk, clock: Clock) -> None
 
 @pytest.mark.errors("webhook.lost")
 async def test_a_full_disk_fails_nobody_and_is_told_once(disk: Disk, events: LogCapture) -> None:
-    teller = Teller(disk, [webhook()], metrics := Metrics())
+    teller = Publisher(disk, [webhook()], metrics := Metrics())
     disk.full = True
     await teller.tell(happening(1))
     await teller.tell(happening(2))
@@ -187,7 +187,7 @@ async def test_a_full_disk_fails_nobody_and_is_told_once(disk: Disk, events: Log
 @pytest.mark.errors("webhook.lost")
 async def test_memory_is_bounded_when_the_disk_is_slow(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GATHERED", 10)
-    teller = Teller(disk, [webhook(actions=("pull",))], metrics := Metrics())
+    teller = Publisher(disk, [webhook(actions=("pull",))], metrics := Metrics())
     for number in range(25):
         teller.mention(happening(number, "pull"))
     await teller.close()
@@ -198,7 +198,7 @@ async def test_memory_is_bounded_when_the_disk_is_slow(disk: Disk, monkeypatch: 
 @pytest.mark.errors("webhook.lost")
 async def test_too_many_pending_lose_pulls_only(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PENDING", 2)
-    teller = Teller(disk, [webhook(actions=("pull", "push"))], metrics := Metrics())
+    teller = Publisher(disk, [webhook(actions=("pull", "push"))], metrics := Metrics())
     for number in range(4):
         teller.mention(happening(number, "pull"))
     await teller.tell(happening(4))
@@ -208,7 +208,7 @@ async def test_too_many_pending_lose_pulls_only(disk: Disk, monkeypatch: pytest.
 
 
 async def test_who_leaves_while_he_tells_takes_nothing_along(disk: Disk) -> None:
-    teller = Teller(disk, [webhook()], Metrics())
+    teller = Publisher(disk, [webhook()], Metrics())
     disk.gate.clear()
     leaving = asyncio.create_task(teller.tell(happening(1)))
     await asyncio.to_thread(disk.began.acquire)

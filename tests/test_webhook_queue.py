@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.webhooks.event import Action, Happening
+from proxy.webhooks.event import Action, Event
 from proxy.webhooks.queue import Queue, State
 from storage.disk.records import Records
 from tests.conftest import Clock
@@ -17,8 +17,8 @@ from tests.conftest import Clock
 MANY = 1000
 
 
-def happening(number: int, action: Action = "push") -> Happening:
-    return Happening(id=str(number), at=number, action=action, kind="manifest", repository="local/a")
+def happening(number: int, action: Action = "push") -> Event:
+    return Event(id=str(number), at=number, action=action, kind="manifest", repository="local/a")
 
 
 def ids(queue: Queue, webhook: str, after: str = "", limit: int = 100) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from proxy.webhooks.publisher import Teller
+from proxy.webhooks.publisher import Publisher
 from storage.disk.blobs import BlobFiles
 from storage.oci import OCI_MANIFEST, OCTETS, Digest
 from tests.conftest import OPEN, Clock, Serve
@@ -255,7 +255,7 @@ async def test_where_nobody_wants_pulls_none_is_put_together(
 ) -> None:
     client = await told(actions=["push"])
     await client.blob(b"{}")
-    monkeypatch.delattr(Teller, "mention")
+    monkeypatch.delattr(Publisher, "mention")
     assert (await client.ask("GET", f"{APP}/blobs/{Digest.of(b'{}')}")).status == 200
     assert len(await receiver.took(1)) == 1
 

@@ -13,7 +13,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.web.routes import Kind as Endpoint
 from proxy.web.routes import Route, build_location
 from proxy.web.send import LEFT
-from proxy.webhooks.event import Action, Happening, Kind, Request
+from proxy.webhooks.event import Action, Event, Kind, Request
 from storage.oci import Descriptor, Digest, Tag
 
 _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
@@ -22,9 +22,9 @@ _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
 class Teller(Protocol):
     pulls: bool
 
-    async def tell(self, happening: Happening) -> None: ...
+    async def tell(self, happening: Event) -> None: ...
 
-    def mention(self, happening: Happening) -> None: ...
+    def mention(self, happening: Event) -> None: ...
 
 
 class Telling:
@@ -72,9 +72,9 @@ class Telling:
         descriptor: Descriptor | None,
         tag: Tag | None,
         source: str | None,
-    ) -> Happening:
+    ) -> Event:
         gone = action == "delete"
-        return Happening(
+        return Event(
             id=str(uuid.uuid4()),
             at=self._clock(),
             action=action,

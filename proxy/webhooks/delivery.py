@@ -35,9 +35,9 @@ from proxy.config.quantities import seconds_until
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import wakeup
-from proxy.webhooks.event import Happening
+from proxy.webhooks.event import Event
 from proxy.webhooks.formats import Source, render
-from proxy.webhooks.queue import Event, Queue, State
+from proxy.webhooks.queue import Queue, QueuedEvent, State
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
 
@@ -63,7 +63,7 @@ class Refusal(Exception):
         self.after = after
 
 
-class Deliveries:
+class Dispatcher:
     """run() until it is cancelled.  `run_directory` is where other processes call that something is new.
 
     Raises StartError where a ca_file cannot be used.
@@ -175,7 +175,7 @@ class Delivery:
             async with asyncio.timeout(LOOK):
                 await self._news.wait()
 
-    async def _deliver(self, session: aiohttp.ClientSession, event: Event) -> None:
+    async def _deliver(self, session: aiohttp.ClientSession, event: QueuedEvent) -> None:
         """Until it is delivered, or dropped."""
         happening, attempts, refused_at = event.happening, 0, None
         while True:
@@ -202,7 +202,7 @@ class Delivery:
         delay = min(webhook.backoff_limit, webhook.backoff * 2.0 ** min(attempts, 30))
         return max(delay * (1 + self._jitter()) / 2, min(after, LATEST))
 
-    async def _post(self, session: aiohttp.ClientSession, happening: Happening) -> None:
+    async def _post(self, session: aiohttp.ClientSession, happening: Event) -> None:
         """Raises Refusal."""
         webhook = self._webhook
         media_type, body = render(happening, webhook.format, self._source)
@@ -225,7 +225,7 @@ class Delivery:
 
     # What came of it
 
-    def _delivered(self, event: Event) -> None:
+    def _delivered(self, event: QueuedEvent) -> None:
         now = self._clock()
         if (since := self._state.failing_since) is not None:
             log.info("webhook.recovered", webhook=self.name, seconds=round(now - since, 3))
@@ -245,11 +245,11 @@ class Delivery:
         if since is None:
             log.warning("webhook.failing", webhook=self.name, error=cause)
 
-    def _drop(self, event: Event, cause: str) -> None:
+    def _drop(self, event: QueuedEvent, cause: str) -> None:
         self._dropped[cause] += 1
         self._settle(event, "dropped")
 
-    def _settle(self, event: Event, result: str) -> None:
+    def _settle(self, event: QueuedEvent, result: str) -> None:
         self._after = event.key
         self._events.labels(self.name, result).inc()
         self._gone.append(event.key)

@@ -23,7 +23,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     agent: str = ""
 
 
-class Happening(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`action` was done to a `kind` of content at `at`, in seconds since the epoch.
 
     `repository` is a full name.  `size` is -1 where it is not known.  `tag` is the one that was asked for, or
@@ -47,11 +47,11 @@ class Happening(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request: Request = Request()
 
 
-_decode = msgspec.json.Decoder(Happening).decode
+_decode = msgspec.json.Decoder(Event).decode
 encode = msgspec.json.Encoder().encode
 
 
-def decode(record: bytes) -> Happening | None:
+def decode(record: bytes) -> Event | None:
     """None where it is none of ours, or of another version."""
     try:
         return _decode(record)

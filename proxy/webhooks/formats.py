@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from proxy.webhooks.event import Happening
+from proxy.webhooks.event import Event
 
 Format: TypeAlias = Literal["registry", "cloudevents"]
 
@@ -38,14 +38,14 @@ class Source:
         return cls(f"{socket.gethostname()}:{port}", instance)
 
 
-def render(happening: Happening, format: Format, source: Source) -> tuple[str, bytes]:
+def render(happening: Event, format: Format, source: Source) -> tuple[str, bytes]:
     """The media type and the body."""
     if format == "registry":
         return REGISTRY, msgspec.json.encode({"events": [_registry(happening, source)]})
     return CLOUDEVENTS, msgspec.json.encode(_cloudevent(happening, source))
 
 
-def _registry(happening: Happening, source: Source) -> dict[str, Any]:
+def _registry(happening: Event, source: Source) -> dict[str, Any]:
     """distribution, docs: "Work with notifications", "Events"."""
     size = happening.size if happening.size >= 0 else None
     request = happening.request
@@ -76,7 +76,7 @@ def _registry(happening: Happening, source: Source) -> dict[str, Any]:
     }
 
 
-def _cloudevent(happening: Happening, source: Source) -> dict[str, Any]:
+def _cloudevent(happening: Event, source: Source) -> dict[str, Any]:
     """CloudEvents 1.0, "Required Attributes"; JSON Event Format, "Envelope"."""
     repository = happening.repository
     named = f":{happening.tag}" if happening.tag else f"@{happening.digest}"

@@ -17,7 +17,7 @@ import structlog
 
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
-from proxy.webhooks.event import Happening
+from proxy.webhooks.event import Event
 from proxy.webhooks.queue import Queue
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
@@ -30,7 +30,7 @@ GATHERED = 10_000  # pulls that may wait to be written; what is beyond is lost
 PENDING = 1_000_000  # events of a webhook that may be pending before pulls are lost
 
 
-class Teller:
+class Publisher:
     """It belongs into one event loop.  `wake` is called when there is something new to deliver."""
 
     def __init__(
@@ -46,14 +46,14 @@ class Teller:
         self._clock = clock
         self.wake: Callable[[], None] = lambda: None
         self.pulls = any("pull" in each.actions for each in webhooks)  # whether anybody wants them
-        self._gathered: list[Happening] = []
+        self._gathered: list[Event] = []
         self._lost: Counter[str] = Counter()  # pulls for which there was no room in memory
         self._losing: set[str] = set()  # webhooks of which it was told
         self._later: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
         self._written: asyncio.Future[None] | None = None  # what is gathered now
 
-    async def tell(self, happening: Happening) -> None:
+    async def tell(self, happening: Event) -> None:
         """Returns when it is in the queues of all who want it, or is lost; raises nothing."""
         if not self._wanting(happening):
             return
@@ -66,7 +66,7 @@ class Teller:
 
     async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         """As tell(), of a tag; `repository` is a full name."""
-        happening = Happening(
+        happening = Event(
             id=str(uuid.uuid4()),
             at=self._clock(),
             action="move",
@@ -78,7 +78,7 @@ class Teller:
         )
         await self.tell(happening)
 
-    def mention(self, happening: Happening) -> None:
+    def mention(self, happening: Event) -> None:
         """A pull: nobody waits for it."""
         if len(self._gathered) >= GATHERED:
             for name in self._wanting(happening):
@@ -88,7 +88,7 @@ class Teller:
         if self._later is None and self._writing is None:
             self._later = asyncio.get_running_loop().call_later(LATER, self._write)
 
-    def _wanting(self, happening: Happening) -> list[str]:
+    def _wanting(self, happening: Event) -> list[str]:
         return [
             each.name
             for each in self._webhooks
@@ -116,7 +116,7 @@ class Teller:
         finally:
             self._writing = None
 
-    async def _put(self, gathered: list[Happening], lost: Counter[str]) -> None:
+    async def _put(self, gathered: list[Event], lost: Counter[str]) -> None:
         cause = f"{GATHERED} wait to be written"
         # In a thread, since many patterns take their time.
         wanted = await run_in_thread(lambda: [(each, self._wanting(each)) for each in gathered])

@@ -19,7 +19,7 @@ from itertools import islice
 
 import msgspec
 
-from proxy.webhooks.event import Happening, decode, encode
+from proxy.webhooks.event import Event, decode, encode
 from storage.disk.records import Batch, Records
 
 _DIGITS = 20
@@ -38,11 +38,11 @@ class State(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
 
 
-class Event(msgspec.Struct, frozen=True):
+class QueuedEvent(msgspec.Struct, frozen=True):
     """`key` is what it has in the queue; `happening` None where that cannot be read."""
 
     key: str
-    happening: Happening | None
+    happening: Event | None
 
 
 class Queue:
@@ -52,7 +52,7 @@ class Queue:
         self._records = records
         self._clock = clock
 
-    def put(self, happenings: Sequence[tuple[Happening, Sequence[str]]], limit: int) -> Counter[str]:
+    def put(self, happenings: Sequence[tuple[Event, Sequence[str]]], limit: int) -> Counter[str]:
         """Each into the queues of the webhooks that are named with it; how many came into which.
 
         What was pulled does not where `limit` events are pending already.
@@ -80,11 +80,11 @@ class Queue:
 
         return self._records.transaction(work)
 
-    def read(self, webhook: str, after: str, limit: int) -> list[Event]:
+    def read(self, webhook: str, after: str, limit: int) -> list[QueuedEvent]:
         """The first of those after the key `after`; of all, where that is empty."""
         prefix = f"event {webhook} "
         found = self._records.scan(prefix, after.removeprefix(prefix))
-        return [Event(key, decode(record)) for key, record in islice(found, limit)]
+        return [QueuedEvent(key, decode(record)) for key, record in islice(found, limit)]
 
     def remove(self, webhook: str, keys: Iterable[str], state: State | None = None) -> None:
         """What it was told of, or never will be; and how deliveries go, where that has changed."""

@@ -1,4 +1,4 @@
-"""What requests have done becomes happenings, for whoever wants to be told of them."""
+"""What requests have done becomes events, for whoever wants to be told of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
 class Teller(Protocol):
     pulls: bool
 
-    async def tell(self, happening: Event) -> None: ...
+    async def tell(self, event: Event) -> None: ...
 
-    def mention(self, happening: Event) -> None: ...
+    def mention(self, event: Event) -> None: ...
 
 
 class Telling:
@@ -49,8 +49,8 @@ class Telling:
     ) -> None:
         """Returns when it is safe to say so; raises nothing.  `source` is where a blob was mounted from."""
         if self._teller is not None:
-            happening = self._happening(action, kind, request, route, now, descriptor, tag, source)
-            await self._teller.tell(happening)
+            event = self._event(action, kind, request, route, now, descriptor, tag, source)
+            await self._teller.tell(event)
 
     def pulled(self, request: web.BaseRequest, route: Route, now: Exchange, status: int) -> None:
         """A GET or HEAD is answered.  Where a client has a manifest already, that is no pull of it."""
@@ -60,9 +60,9 @@ class Telling:
         if status in (200, 206) or (blob and status == 304):
             tag = route.reference if isinstance(route.reference, Tag) else None
             kind: Kind = "blob" if blob else "manifest"
-            self._teller.mention(self._happening("pull", kind, request, route, now, now.content, tag, None))
+            self._teller.mention(self._event("pull", kind, request, route, now, now.content, tag, None))
 
-    def _happening(
+    def _event(
         self,
         action: Action,
         kind: Kind,

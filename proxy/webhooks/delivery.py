@@ -177,7 +177,7 @@ class Delivery:
 
     async def _deliver(self, session: aiohttp.ClientSession, event: QueuedEvent) -> None:
         """Until it is delivered, or dropped."""
-        happening, attempts, refused_at = event.happening, 0, None
+        happening, attempts, refused_at = event.event, 0, None
         while True:
             now = self._clock()
             if happening is None:

@@ -38,31 +38,31 @@ class Source:
         return cls(f"{socket.gethostname()}:{port}", instance)
 
 
-def render(happening: Event, format: Format, source: Source) -> tuple[str, bytes]:
+def render(event: Event, format: Format, source: Source) -> tuple[str, bytes]:
     """The media type and the body."""
     if format == "registry":
-        return REGISTRY, msgspec.json.encode({"events": [_registry(happening, source)]})
-    return CLOUDEVENTS, msgspec.json.encode(_cloudevent(happening, source))
+        return REGISTRY, msgspec.json.encode({"events": [_registry(event, source)]})
+    return CLOUDEVENTS, msgspec.json.encode(_cloudevent(event, source))
 
 
-def _registry(happening: Event, source: Source) -> dict[str, Any]:
+def _registry(event: Event, source: Source) -> dict[str, Any]:
     """distribution, docs: "Work with notifications", "Events"."""
-    size = happening.size if happening.size >= 0 else None
-    request = happening.request
+    size = event.size if event.size >= 0 else None
+    request = event.request
     return {
-        "id": happening.id,
-        "timestamp": _time(happening.at),
-        "action": happening.action,
+        "id": event.id,
+        "timestamp": _time(event.at),
+        "action": event.action,
         "target": _known(
-            mediaType=happening.media_type,
-            digest=happening.digest,
+            mediaType=event.media_type,
+            digest=event.digest,
             size=size,
             length=size,
-            repository=happening.repository,
-            fromRepository=happening.source,
-            fromDigest=happening.former,
-            url=happening.url,
-            tag=happening.tag,
+            repository=event.repository,
+            fromRepository=event.source,
+            fromDigest=event.former,
+            url=event.url,
+            tag=event.tag,
         ),
         "request": _known(
             id=request.id,
@@ -71,35 +71,35 @@ def _registry(happening: Event, source: Source) -> dict[str, Any]:
             method=request.method,
             useragent=request.agent,
         ),
-        "actor": _known(name=happening.actor),
+        "actor": _known(name=event.actor),
         "source": _known(addr=source.address, instanceID=source.instance),
     }
 
 
-def _cloudevent(happening: Event, source: Source) -> dict[str, Any]:
+def _cloudevent(event: Event, source: Source) -> dict[str, Any]:
     """CloudEvents 1.0, "Required Attributes"; JSON Event Format, "Envelope"."""
-    repository = happening.repository
-    named = f":{happening.tag}" if happening.tag else f"@{happening.digest}"
-    request = happening.request
+    repository = event.repository
+    named = f":{event.tag}" if event.tag else f"@{event.digest}"
+    request = event.request
     return {
         "specversion": "1.0",
-        "id": happening.id,
+        "id": event.id,
         # A URI reference.  What follows it is what an id is unique within.
         "source": f"//{quote(source.address, safe=':.-')}/{repository.partition('/')[0]}",
-        "type": f"entrepot.{happening.kind}.{_PAST[happening.action]}",
+        "type": f"entrepot.{event.kind}.{_PAST[event.action]}",
         "subject": f"{repository}{named}",
-        "time": _time(happening.at),
+        "time": _time(event.at),
         "datacontenttype": "application/json",
         "data": _known(
             repository=repository,
-            tag=happening.tag,
-            digest=happening.digest,
-            fromDigest=happening.former,
-            fromRepository=happening.source,
-            mediaType=happening.media_type,
-            size=happening.size if happening.size >= 0 else None,
-            url=happening.url,
-            actor=happening.actor,
+            tag=event.tag,
+            digest=event.digest,
+            fromDigest=event.former,
+            fromRepository=event.source,
+            mediaType=event.media_type,
+            size=event.size if event.size >= 0 else None,
+            url=event.url,
+            actor=event.actor,
             request=_known(
                 id=request.id,
                 address=request.address,

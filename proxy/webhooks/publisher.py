@@ -53,11 +53,11 @@ class Publisher:
         self._writing: asyncio.Task[None] | None = None
         self._written: asyncio.Future[None] | None = None  # what is gathered now
 
-    async def tell(self, happening: Event) -> None:
+    async def tell(self, event: Event) -> None:
         """Returns when it is in the queues of all who want it, or is lost; raises nothing."""
-        if not self._wanting(happening):
+        if not self._wanting(event):
             return
-        self._gathered.append(happening)
+        self._gathered.append(event)
         if self._written is None:
             self._written = asyncio.get_running_loop().create_future()
         written = self._written
@@ -66,7 +66,7 @@ class Publisher:
 
     async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         """As tell(), of a tag; `repository` is a full name."""
-        happening = Event(
+        event = Event(
             id=str(uuid.uuid4()),
             at=self._clock(),
             action="move",
@@ -76,23 +76,23 @@ class Publisher:
             digest=str(new),
             former=str(old),
         )
-        await self.tell(happening)
+        await self.tell(event)
 
-    def mention(self, happening: Event) -> None:
+    def mention(self, event: Event) -> None:
         """A pull: nobody waits for it."""
         if len(self._gathered) >= GATHERED:
-            for name in self._wanting(happening):
+            for name in self._wanting(event):
                 self._lost[name] += 1
             return
-        self._gathered.append(happening)
+        self._gathered.append(event)
         if self._later is None and self._writing is None:
             self._later = asyncio.get_running_loop().call_later(LATER, self._write)
 
-    def _wanting(self, happening: Event) -> list[str]:
+    def _wanting(self, event: Event) -> list[str]:
         return [
             each.name
             for each in self._webhooks
-            if each.wants(happening.action, happening.repository, happening.media_type)
+            if each.wants(event.action, event.repository, event.media_type)
         ]
 
     def _write(self) -> None:

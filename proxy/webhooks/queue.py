@@ -1,6 +1,6 @@
 """What webhooks are still to be told of, on disk: one queue for each, in the order in which it happened.
 
-    event <webhook> <number>    the happening, as JSON
+    event <webhook> <number>    the event, as JSON
     number                      the last one that was given
     pending <webhook>           how many events there are of it
     webhook <webhook>           how its deliveries went: State, as JSON
@@ -39,10 +39,10 @@ class State(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class QueuedEvent(msgspec.Struct, frozen=True):
-    """`key` is what it has in the queue; `happening` None where that cannot be read."""
+    """`key` is what it has in the queue; `event` None where that cannot be read."""
 
     key: str
-    happening: Event | None
+    event: Event | None
 
 
 class Queue:
@@ -52,22 +52,22 @@ class Queue:
         self._records = records
         self._clock = clock
 
-    def put(self, happenings: Sequence[tuple[Event, Sequence[str]]], limit: int) -> Counter[str]:
+    def put(self, events: Sequence[tuple[Event, Sequence[str]]], limit: int) -> Counter[str]:
         """Each into the queues of the webhooks that are named with it; how many came into which.
 
         What was pulled does not where `limit` events are pending already.
         """
-        encoded = [(happening, names, encode(happening)) for happening, names in happenings]
+        encoded = [(event, names, encode(event)) for event, names in events]
 
         def work(batch: Batch) -> Counter[str]:
             number = max(_number(batch, "number"), int(self._clock() * 1_000_000))
             pending: Counter[str] = Counter()
             queued: Counter[str] = Counter()
-            for happening, names, record in encoded:
+            for event, names, record in encoded:
                 for name in names:
                     if name not in pending:
                         pending[name] = _number(batch, f"pending {name}")
-                    if happening.action == "pull" and pending[name] >= limit:
+                    if event.action == "pull" and pending[name] >= limit:
                         continue
                     number += 1
                     batch.put(f"event {name} {number:0{_DIGITS}}", record)
@@ -102,7 +102,7 @@ class Queue:
 
     def oldest(self, webhook: str) -> float | None:
         """When the first event that it has not been told of happened."""
-        return next((each.happening.at for each in self.read(webhook, "", 1) if each.happening), None)
+        return next((each.event.at for each in self.read(webhook, "", 1) if each.event), None)
 
     def state(self, webhook: str) -> State:
         try:

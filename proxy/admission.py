@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy.access.addresses import Addresses
+from proxy.access.authentication import Proofs
+from proxy.access.authorization import Access, Door, Guarded
+from proxy.access.client_address import Addresses
 from proxy.access.rules import Rule, Rules, of_stores
 from proxy.access.visibility import Visibility
 from proxy.composition import Composition
@@ -17,8 +19,6 @@ from proxy.config.access import AccessConfig as Keys
 from proxy.config.access import TokenService
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
-from proxy.web.access import Access, Door, Guarded
-from proxy.web.proofs import Proofs
 
 if TYPE_CHECKING:
     from proxy.access.bearer import Tokens

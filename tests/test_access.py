@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.access import attempts
+from proxy.access import throttle
+from proxy.access.authentication import Proofs
 from proxy.admission import needed
 from proxy.config.errors import StartError
-from proxy.web.proofs import Proofs
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site
 from tests.receiver import Receiver, receiver  # noqa: F401  a fixture
@@ -353,7 +353,7 @@ async def test_the_catalog_shows_what_may_be_pulled(opened: Open, users: Path, i
 
 
 async def test_the_catalog_page_by_page(opened: Open, users: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.web.access.PAGE", 2)
+    monkeypatch.setattr("proxy.access.authorization.PAGE", 2)
     rules = [
         {"who": ["user:alice"], "may": ["push"]},
         {"who": ["user:bob"], "may": ["pull"], "where": ["re:local/team/app(0|5|6|9)"]},
@@ -571,8 +571,8 @@ async def test_a_token_for_the_catalog(opened: Open, keys: Path, server: Server)
 async def test_who_tries_too_often_has_to_wait(
     opened: Open, users: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "FREE", 1)
-    monkeypatch.setattr(attempts, "FIRST", 1000.0)
+    monkeypatch.setattr(throttle, "FREE", 1)
+    monkeypatch.setattr(throttle, "FIRST", 1000.0)
     door = await opened({"htpasswd": str(users)})
     assert (await door.push(ALICE)).status == 201
     for status in (401, 401, 429, 429):

@@ -56,6 +56,7 @@ MOVED = (
     "proxy.upstream",
     "proxy.cache",
     "proxy.webhooks",
+    "proxy.access",
 )
 
 ALLOWED = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.access import attempts
+from proxy.access import throttle
 from proxy.access import visibility as module
 from proxy.access.visibility import YESTERDAY, Visibility
 from proxy.upstream.credentials import Credential, Credentials
@@ -38,7 +38,7 @@ Open = Callable[..., Any]
 @pytest.fixture
 def opened(serve: Serve, upstream: Upstream, image: Image, monkeypatch: pytest.MonkeyPatch) -> Open:
     """A cache with credentials of its own, whose upstream lets nobody in without."""
-    monkeypatch.setattr(attempts, "FREE", 100)  # a test that waits says so
+    monkeypatch.setattr(throttle, "FREE", 100)  # a test that waits says so
 
     async def open(access: dict[str, Any] | None = None, **keys: Any) -> Door:
         top = {"access": access} if access else None
@@ -219,8 +219,8 @@ async def test_the_callers_credentials_go_to_upstream_alone(
 async def test_who_tries_too_often_has_to_wait(
     opened: Open, upstream: Upstream, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "FREE", 1)
-    monkeypatch.setattr(attempts, "FIRST", 1000.0)
+    monkeypatch.setattr(throttle, "FREE", 1)
+    monkeypatch.setattr(throttle, "FIRST", 1000.0)
     door = await opened()
     assert await get(door, "manifests/latest", ME) == 200
     for status in (401, 401, 429):

@@ -1,0 +1,1 @@
+"""Who a client is, and what that client may do."""

@@ -19,9 +19,11 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from proxy.access.authorization import Access, Wanted
+from proxy.access.visibility import Ask
+from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange, exchange
 from proxy.telemetry.metrics import Metrics
-from proxy.web.access import Access
 from proxy.web.pushing import Pushing
 from proxy.web.responses import (
     ALL,
@@ -169,8 +171,8 @@ class Server:
                 name = self._full_name(request, route, route.name)
                 now.namespace, _, now.repository = name.partition("/")
                 now.ns = request.query.get("ns")
-                if self._access is not None:
-                    await self._access.permit(request, route, name, now)
+                if self._access is not None and not self._access.is_public(name):
+                    await self._access.permit(request, _wanted(request, route, name), now)
             response = await answer(request, route, name, now)
             if self._telling.pulls and request.method in READING:
                 self._telling.pulled(request, route, now, response.status)
@@ -194,7 +196,7 @@ class Server:
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.StreamResponse:
-        challenges = () if self._access is None else await self._access.ping(request, route, now)
+        challenges = () if self._access is None else await self._access.ping(request, route.prefix, now)
         answer = content(b"{}", {"Content-Type": JSON})
         for challenge in challenges:
             answer.headers.add("WWW-Authenticate", challenge)
@@ -421,3 +423,25 @@ def _page(request: web.BaseRequest) -> tuple[str, int | None]:
     """`last` and `n` of the query.  Raises PaginationNumberInvalid."""
     limit = parse_limit(request.query.get("n"))
     return request.query.get("last", ""), None if limit is None else min(limit, MOST_LISTED)
+
+
+def _wanted(request: web.BaseRequest, route: Route, name: str) -> Wanted:
+    named = bool(route.prefix) or "ns" in request.query
+    what, ask = _question(route, name.partition("/")[2])
+    return Wanted(_action(route, request.method), name, route.name, named, what, ask)
+
+
+def _action(route: Route, method: str) -> Action:
+    if route.kind in (Kind.UPLOADS, Kind.UPLOAD):
+        return "push"
+    return "pull" if method in ("GET", "HEAD") else "delete" if method == "DELETE" else "push"
+
+
+def _question(route: Route, repository: str) -> tuple[str, Ask]:
+    """What the upstream is asked to know whether a caller may have what it wants."""
+    reference = route.reference
+    if reference is None:
+        return "tags", lambda registry: registry.tags(repository)
+    if route.kind is Kind.BLOB and isinstance(reference, Digest):
+        return f"blob {reference}", lambda registry: registry.resolve_blob(repository, reference)
+    return f"manifest {reference}", lambda registry: registry.resolve_manifest(repository, reference)

@@ -7,7 +7,7 @@ import ipaddress
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy.access.addresses import Addresses, parse
+from proxy.access.client_address import Addresses, parse
 from proxy.config.hosts import parse_network
 
 TRUSTED = Addresses([parse_network("10.0.0.0/24"), parse_network("::1"), parse_network("127.0.0.1")])

@@ -18,14 +18,12 @@ from typing import Literal, Protocol
 import structlog
 from aiohttp import web
 
+from proxy.access.authentication import Proofs, authorization, credential
 from proxy.access.rules import Principal, Rules
 from proxy.access.visibility import Ask, Visibility
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange
-from proxy.web.proofs import Proofs, authorization, credential
-from proxy.web.routes import Kind, Route
 from storage.errors import Denied, OriginDenied, RegistryError, Unauthorized
-from storage.oci import Digest
 from storage.registry import Registry
 
 log = structlog.get_logger()
@@ -66,6 +64,22 @@ class Guarded:
         return self.doors.get(repository.partition("/")[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request wants to do with a repository.
+
+    `name` is the repository's full name, `written` the name as the client wrote it, `named` whether the
+    client also named its registry.  `ask` asks an upstream for `what` is wanted, without its namespace.
+    """
+
+    action: Action
+    name: str
+    written: str
+    named: bool
+    what: str
+    ask: Ask
+
+
 class Access:
     """Every method may raise Unauthorized, Denied and Throttled.
 
@@ -84,51 +98,50 @@ class Access:
         self._proofs = proofs
         self._ping = ping
 
-    async def permit(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> None:
-        """Return if the request may go on.  `name` is the full one.
+    def is_public(self, name: str) -> bool:
+        """Whether everybody may pull from the repository of that full name, and nobody push to it."""
+        return self._guarded.of(name) is Door.PUBLIC
+
+    async def permit(self, request: web.BaseRequest, wanted: Wanted, now: Exchange) -> None:
+        """Return if the request may go on.
 
         Tells `now` who the client is and what it may see.
         """
-        door = self._guarded.of(name)
+        door = self._guarded.of(wanted.name)
         if door is Door.PUBLIC:
             return
         now.shared = False
-        action = _action(route, request.method)
-        if door is not Door.STORE and action != "pull":
+        if door is not Door.STORE and wanted.action != "pull":
             return  # which a cache refuses to everybody
         try:
             if door is Door.CALLER:
-                await self._permit_caller(request, route, name, now)
+                await self._permit_caller(request, wanted, now)
             else:
-                await self._permit_by_rules(request, route, name, now, action)
+                await self._permit_by_rules(request, wanted, now)
         except RegistryError as error:
-            self._refused(request, now, action, error)
+            self._refused(request, now, wanted.action, error)
             raise
 
-    async def _permit_by_rules(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange, action: Action
-    ) -> None:
-        named = bool(route.prefix) or "ns" in request.query
-        scope = self._rules.scope(name, route.name, named)
-        wanted = f"repository:{scope}:{'pull,push' if action == 'push' else action}"
-        principal = await self._proofs.identify(request, wanted)
+    async def _permit_by_rules(self, request: web.BaseRequest, wanted: Wanted, now: Exchange) -> None:
+        action, name = wanted.action, wanted.name
+        repository = self._rules.scope(name, wanted.written, wanted.named)
+        scope = f"repository:{repository}:{'pull,push' if action == 'push' else action}"
+        principal = await self._proofs.identify(request, scope)
         now.user = principal.user
-        now.visible = partial(self._may_see, principal, named)
-        if not self._rules.allow(principal, action, name, scope):
-            raise self._refusal(principal, f"{action} {name}", wanted)
+        now.visible = partial(self._may_see, principal, wanted.named)
+        if not self._rules.allow(principal, action, name, repository):
+            raise self._refusal(principal, f"{action} {name}", scope)
 
-    def _refusal(self, principal: Principal, what: str, wanted: str) -> RegistryError:
+    def _refusal(self, principal: Principal, what: str, scope: str) -> RegistryError:
         proofs = self._proofs
         if principal.known:
             return Denied(f"{principal.user} may not {what}")
         if not proofs.taken:
             return Denied(f"not everybody may {what}, and no way to log in is configured (access.htpasswd)")
         if principal.anonymous:
-            return Unauthorized(
-                f"you may not {what} without logging in", challenges=proofs.challenges(wanted)
-            )
+            return Unauthorized(f"you may not {what} without logging in", challenges=proofs.challenges(scope))
         # Not 403: by this a client knows that it has to ask for another token.  RFC 6750, section 3.1.
-        return proofs.wrong(f"the token does not allow to {what}", wanted, "insufficient_scope")
+        return proofs.wrong(f"the token does not allow to {what}", scope, "insufficient_scope")
 
     def _may_see(self, principal: Principal, named: bool, repository: str) -> bool:
         door = self._guarded.of(repository)
@@ -137,16 +150,15 @@ class Access:
         scope = self._rules.scope(repository, repository.partition("/")[2], named)
         return self._rules.allow(principal, "pull", repository, scope)
 
-    async def _permit_caller(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> None:
-        namespace, _, repository = name.partition("/")
+    async def _permit_caller(self, request: web.BaseRequest, wanted: Wanted, now: Exchange) -> None:
+        namespace, _, repository = wanted.name.partition("/")
         visibility = self._guarded.visibilities[namespace]
         shown = credential(request)
         now.visible = nothing
-        what, ask = _question(route, repository)
 
         async def visible() -> bool:
             try:
-                await visibility.check(repository, shown, what, ask)
+                await visibility.check(repository, shown, wanted.what, wanted.ask)
             except OriginDenied:
                 return False
             return True
@@ -167,10 +179,10 @@ class Access:
 
     # What is about no repository
 
-    async def ping(self, request: web.BaseRequest, route: Route, now: Exchange) -> tuple[str, ...]:
+    async def ping(self, request: web.BaseRequest, prefix: str, now: Exchange) -> tuple[str, ...]:
         """Challenges for an answer that goes well all the same."""
         chosen = self._guarded.chosen(
-            ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=route.prefix
+            ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
         )
         namespace = chosen or self._guarded.default
         door = self._guarded.doors.get(namespace or "", Door.PUBLIC)
@@ -252,19 +264,3 @@ class Access:
 
 def nothing(repository: str) -> bool:
     return False
-
-
-def _action(route: Route, method: str) -> Action:
-    if route.kind in (Kind.UPLOADS, Kind.UPLOAD):
-        return "push"
-    return "pull" if method in ("GET", "HEAD") else "delete" if method == "DELETE" else "push"
-
-
-def _question(route: Route, repository: str) -> tuple[str, Ask]:
-    """What the upstream is asked to know whether a caller may have what it wants."""
-    reference = route.reference
-    if reference is None:
-        return "tags", lambda registry: registry.tags(repository)
-    if route.kind is Kind.BLOB and isinstance(reference, Digest):
-        return f"blob {reference}", lambda registry: registry.resolve_blob(repository, reference)
-    return f"manifest {reference}", lambda registry: registry.resolve_manifest(repository, reference)

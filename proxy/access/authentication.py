@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from proxy.access.addresses import Addresses, parse
-from proxy.access.attempts import Attempts
+from proxy.access.client_address import Addresses, parse
 from proxy.access.rules import Address, Principal
+from proxy.access.throttle import Attempts
 from proxy.upstream.credentials import Credential
 from storage.errors import Unauthorized
 

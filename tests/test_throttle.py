@@ -6,8 +6,8 @@ import ipaddress
 
 import pytest
 
-from proxy.access import attempts as module
-from proxy.access.attempts import FORGOTTEN, FREE, LONGEST, Attempts
+from proxy.access import throttle as module
+from proxy.access.throttle import FORGOTTEN, FREE, LONGEST, Attempts
 from storage.errors import Throttled
 from tests.conftest import Clock
 

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy.access.authentication import Proofs
-from proxy.access.authorization import Access, Door, Guarded
-from proxy.access.client_address import Addresses
-from proxy.access.rules import Rule, Rules, of_stores
+from proxy.access.authentication import Authenticator
+from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
+from proxy.access.client_address import ClientAddresses
+from proxy.access.rules import AccessRules, Rule, of_stores
 from proxy.access.visibility import Visibility
 from proxy.composition import Composition
 from proxy.config.access import AccessConfig as Keys
@@ -21,17 +21,17 @@ from proxy.config.errors import StartError
 from proxy.config.schema import Config
 
 if TYPE_CHECKING:
-    from proxy.access.bearer import Tokens
+    from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
 
 
 def needed(config: Config) -> bool:
     """Whether there is anything to decide: public caches by themselves are for everybody."""
     doors = _doors(config).values()
-    return config.access != Keys() or any(door is not Door.PUBLIC for door in doors)
+    return config.access != Keys() or any(door is not Guard.PUBLIC for door in doors)
 
 
-def admission(composition: Composition, closing: AsyncExitStack) -> Access:
+def admission(composition: Composition, closing: AsyncExitStack) -> Authorizer:
     """What it holds is let go of by `closing`.  Raises StartError for a file that is none."""
     config = composition.config
     keys = config.access
@@ -47,8 +47,8 @@ def admission(composition: Composition, closing: AsyncExitStack) -> Access:
             )
             closing.push_async_callback(visibilities[name].close)
     names = composition.namespaces
-    guarded = Guarded(_doors(config), visibilities, names.chosen, config.default_namespace)
-    return Access(guarded, _rules(config), _proofs(config, composition.clock, closing), keys.ping)
+    guarded = GuardedNamespaces(_doors(config), visibilities, names.chosen, config.default_namespace)
+    return Authorizer(guarded, _rules(config), _proofs(config, composition.clock, closing), keys.ping)
 
 
 def _cut(composition: Composition, name: str) -> bool:
@@ -56,14 +56,14 @@ def _cut(composition: Composition, name: str) -> bool:
     return config.offline or config.namespaces[name].offline or composition.drill.cuts(name)
 
 
-def _doors(config: Config) -> dict[str, Door]:
+def _doors(config: Config) -> dict[str, Guard]:
     return {
-        name: Door.STORE if each.store is not None else Door(each.visibility)
+        name: Guard.STORE if each.store is not None else Guard(each.visibility)
         for name, each in config.namespaces.items()
     }
 
 
-def _rules(config: Config) -> Rules:
+def _rules(config: Config) -> AccessRules:
     given = config.access.rules
     rules = (
         of_stores(list(config.hosted()))
@@ -72,23 +72,23 @@ def _rules(config: Config) -> Rules:
     )
     named = [name for key, each in config.namespaces.items() for name in (key, *each.aliases)]
     unnamed = config.unnamed()
-    return Rules(rules, named, unnamed[0] if len(unnamed) == 1 else None)
+    return AccessRules(rules, named, unnamed[0] if len(unnamed) == 1 else None)
 
 
-def _proofs(config: Config, clock: Callable[[], float], closing: AsyncExitStack) -> Proofs:
+def _proofs(config: Config, clock: Callable[[], float], closing: AsyncExitStack) -> Authenticator:
     keys = config.access
     groups: defaultdict[str, set[str]] = defaultdict(set)
     for group, users in keys.groups.items():
         for user in users:
             groups[user].add(group)
     passwords = _passwords(keys.htpasswd, closing) if keys.htpasswd else None
-    return Proofs(
+    return Authenticator(
         passwords,
         _tokens(keys.token, clock) if keys.token else None,
         (keys.token.realm, keys.token.service) if keys.token else ("", ""),
         keys.realm,
         {user: frozenset(each) for user, each in groups.items()},
-        Addresses(keys.trusted_proxies),
+        ClientAddresses(keys.trusted_proxies),
     )
 
 
@@ -103,11 +103,11 @@ def _passwords(path: Path, closing: AsyncExitStack) -> Htpasswd:
     return passwords
 
 
-def _tokens(service: TokenService, clock: Callable[[], float]) -> Tokens:
-    from proxy.access.bearer import Tokens
+def _tokens(service: TokenService, clock: Callable[[], float]) -> TokenVerifier:
+    from proxy.access.bearer import TokenVerifier
 
     try:
-        return Tokens(service.service, service.issuer, service.keys, clock)
+        return TokenVerifier(service.service, service.issuer, service.keys, clock)
     except OSError as error:
         raise StartError(f"{error.filename} (access.token.keys): {_cause(error)}") from None
     except ValueError as error:

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import LogCapture
 
 from proxy.access import throttle
-from proxy.access.authentication import Proofs
+from proxy.access.authentication import Authenticator
 from proxy.admission import needed
 from proxy.config.errors import StartError
 from storage.oci import OCI_MANIFEST, Digest
@@ -602,7 +602,7 @@ class Certified(dict[str, Any]):
 
 
 async def test_a_certificate_names_a_user_and_groups() -> None:
-    proofs = Proofs(groups={"alice": frozenset({"ops"})})
+    proofs = Authenticator(groups={"alice": frozenset({"ops"})})
     names = [("commonName", "alice"), ("organizationalUnitName", "dev"), ("organizationalUnitName", "ci")]
     principal = await proofs.identify(Certified(*names))  # type: ignore[arg-type]
     assert (principal.user, principal.scheme) == ("alice", "certificate")

@@ -20,7 +20,7 @@ from joserfc.jwk import ECKey, JWKRegistry, OctKey, OKPKey, RSAKey
 from structlog.testing import LogCapture
 
 from proxy.access import bearer as module
-from proxy.access.bearer import LEEWAY, BadToken, Key, Tokens, parse_keys
+from proxy.access.bearer import LEEWAY, BadToken, Key, TokenVerifier, parse_keys
 from proxy.access.rules import Grant
 from tests.conftest import Clock
 
@@ -70,8 +70,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tokens(path: Path, clock: Clock) -> Tokens:
-    return Tokens("registry.example", "auth.example", [path], clock)
+def tokens(path: Path, clock: Clock) -> TokenVerifier:
+    return TokenVerifier("registry.example", "auth.example", [path], clock)
 
 
 class Server:
@@ -120,7 +120,7 @@ def encoded(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def refused(tokens: Tokens, token: str) -> str:
+def refused(tokens: TokenVerifier, token: str) -> str:
     with pytest.raises(BadToken) as raised:
         tokens.verify(token)
     return str(raised.value)
@@ -138,14 +138,14 @@ def refused(tokens: Tokens, token: str) -> str:
         ("OKP", "Ed25519"),
     ],
 )
-def test_every_algorithm(tokens: Tokens, server: Server, kind: str, algorithm: str) -> None:
+def test_every_algorithm(tokens: TokenVerifier, server: Server, kind: str, algorithm: str) -> None:
     principal = tokens.verify(server.issue(PRIVATE[kind], algorithm, kind))
     assert (principal.user, principal.scheme, principal.grants) == ("alice", "token", ())
     assert not principal.known
     assert not principal.anonymous
 
 
-def test_what_it_grants(tokens: Tokens, server: Server) -> None:
+def test_what_it_grants(tokens: TokenVerifier, server: Server) -> None:
     access = [
         {"type": "repository", "name": "team/app", "actions": ["pull", "push"]},
         {"type": "repository", "class": "image", "name": "team/all", "actions": ["*"]},
@@ -165,26 +165,26 @@ def test_what_it_grants(tokens: Tokens, server: Server) -> None:
 
 
 @pytest.mark.parametrize("access", [None, [], {}, "all", 7])
-def test_nothing_grants_nothing(tokens: Tokens, server: Server, access: object) -> None:
+def test_nothing_grants_nothing(tokens: TokenVerifier, server: Server, access: object) -> None:
     assert tokens.verify(server.issue(access=access)).grants == ()
 
 
-def test_claims_are_there_for_rules(tokens: Tokens, server: Server) -> None:
+def test_claims_are_there_for_rules(tokens: TokenVerifier, server: Server) -> None:
     assert tokens.verify(server.issue(project="team/app")).claims["project"] == "team/app"
 
 
-def test_nobody_in_particular_may_have_one(tokens: Tokens, server: Server) -> None:
+def test_nobody_in_particular_may_have_one(tokens: TokenVerifier, server: Server) -> None:
     assert tokens.verify(server.issue(sub=None)).user == ""
     assert tokens.verify(server.issue(sub="")).user == ""
 
 
 @pytest.mark.parametrize("audience", ["registry.example", ["other.example", "registry.example"]])
-def test_for_us(tokens: Tokens, server: Server, audience: object) -> None:
+def test_for_us(tokens: TokenVerifier, server: Server, audience: object) -> None:
     assert tokens.verify(server.issue(aud=audience))
 
 
 @pytest.mark.parametrize("kid", [None, "PYYO:TEWU:V7JH:26JV:AQTZ:LJC3:SXVJ:XGHA:34F2:2LAQ:ZRMK:Z7Q6", ""])
-def test_however_the_key_is_called(tokens: Tokens, server: Server, kid: str | None) -> None:
+def test_however_the_key_is_called(tokens: TokenVerifier, server: Server, kid: str | None) -> None:
     assert tokens.verify(server.issue(header={} if kid is None else {"kid": kid}))
 
 
@@ -202,7 +202,7 @@ def test_keys_of_every_form(path: Path, clock: Clock, server: Server, kind: str)
     forms += [certificate(key)] if kind != "OKP" else []
     for form in forms:
         path.write_bytes(form)
-        tokens = Tokens("registry.example", "auth.example", [path], clock)
+        tokens = TokenVerifier("registry.example", "auth.example", [path], clock)
         assert tokens.verify(server.issue(key, algorithm, kind))
         assert tokens.verify(server.issue(key, algorithm, kind, header={"kid": "one"}))
 
@@ -210,7 +210,7 @@ def test_keys_of_every_form(path: Path, clock: Clock, server: Server, kind: str)
 def test_several_files(path: Path, clock: Clock, server: Server) -> None:
     other = path.with_name("other.json")
     other.write_text(json.dumps(jwk(OTHER, "EC")))
-    tokens = Tokens("registry.example", "auth.example", [path, other], clock)
+    tokens = TokenVerifier("registry.example", "auth.example", [path, other], clock)
     assert tokens.verify(server.issue(OTHER))
     assert tokens.verify(server.issue())
 
@@ -232,11 +232,13 @@ def test_several_files(path: Path, clock: Clock, server: Server) -> None:
         ({"exp": "never"}, "lacks"),
     ],
 )
-def test_claims_that_do_not_fit(tokens: Tokens, server: Server, given: dict[str, Any], reason: str) -> None:
+def test_claims_that_do_not_fit(
+    tokens: TokenVerifier, server: Server, given: dict[str, Any], reason: str
+) -> None:
     assert reason in refused(tokens, server.issue(**given))
 
 
-def test_times(tokens: Tokens, server: Server, clock: Clock) -> None:
+def test_times(tokens: TokenVerifier, server: Server, clock: Clock) -> None:
     now = clock.now
     token = server.issue(exp=now + 100)
     clock.advance(100 + LEEWAY - 1)
@@ -254,17 +256,17 @@ def test_times(tokens: Tokens, server: Server, clock: Clock) -> None:
         clock.now = now
 
 
-def test_another_key(tokens: Tokens, server: Server) -> None:
+def test_another_key(tokens: TokenVerifier, server: Server) -> None:
     assert "none of our keys" in refused(tokens, server.issue(OTHER))
 
 
-def test_a_key_that_it_brings_along_is_not_looked_at(tokens: Tokens, server: Server) -> None:
+def test_a_key_that_it_brings_along_is_not_looked_at(tokens: TokenVerifier, server: Server) -> None:
     cert = encoded(certificate(OTHER))
     for header in ({"jwk": jwk(OTHER, "EC")}, {"jku": "https://evil.example/keys"}, {"x5c": [cert]}):
         assert refused(tokens, server.issue(OTHER, header=header))
 
 
-def test_unsigned(tokens: Tokens, server: Server) -> None:
+def test_unsigned(tokens: TokenVerifier, server: Server) -> None:
     payload = encoded(json.dumps(server.claims()).encode())
     for algorithm in ("none", "None", "", None, 7, ["ES256"]):
         header = encoded(json.dumps({"typ": "JWT", "alg": algorithm}).encode())
@@ -272,7 +274,7 @@ def test_unsigned(tokens: Tokens, server: Server) -> None:
         assert refused(tokens, f"{header}.{payload}.AAAA")
 
 
-def test_a_public_key_is_no_shared_secret(tokens: Tokens, server: Server) -> None:
+def test_a_public_key_is_no_shared_secret(tokens: TokenVerifier, server: Server) -> None:
     for kind, private in PRIVATE.items():
         for secret in (pem(private), json.dumps(jwk(private, kind)).encode()):
             header = encoded(json.dumps({"typ": "JWT", "alg": "HS256"}).encode())
@@ -281,7 +283,7 @@ def test_a_public_key_is_no_shared_secret(tokens: Tokens, server: Server) -> Non
             assert refused(tokens, f"{signed}.{encoded(signature)}")
 
 
-def test_an_algorithm_of_another_kind_of_key(tokens: Tokens, server: Server, path: Path) -> None:
+def test_an_algorithm_of_another_kind_of_key(tokens: TokenVerifier, server: Server, path: Path) -> None:
     path.write_bytes(pem(PRIVATE["EC"]))
     assert refused(tokens, server.issue(PRIVATE["RSA"], "RS256", "RSA"))
     token = server.issue()
@@ -289,7 +291,7 @@ def test_an_algorithm_of_another_kind_of_key(tokens: Tokens, server: Server, pat
     assert refused(tokens, f"{header}.{token.partition('.')[2]}")
 
 
-def test_changed(tokens: Tokens, server: Server) -> None:
+def test_changed(tokens: TokenVerifier, server: Server) -> None:
     header, payload, signature = server.issue().split(".")
     other = encoded(json.dumps(server.claims(sub="root")).encode())
     assert refused(tokens, f"{header}.{other}.{signature}")
@@ -302,7 +304,9 @@ def test_changed(tokens: Tokens, server: Server) -> None:
     "header",
     [{"kid": 7}, {"crit": ["exp"], "exp": 1}, {"crit": ["b64"], "b64": False}, {"crit": "exp"}],
 )
-def test_headers_that_are_not_understood(tokens: Tokens, server: Server, header: dict[str, Any]) -> None:
+def test_headers_that_are_not_understood(
+    tokens: TokenVerifier, server: Server, header: dict[str, Any]
+) -> None:
     assert tokens.verify(forged({"alg": "RS256", "unheard": "of"}, server.claims()))
     assert refused(tokens, forged({"alg": "RS256", **header}, server.claims()))
 
@@ -310,17 +314,17 @@ def test_headers_that_are_not_understood(tokens: Tokens, server: Server, header:
 @pytest.mark.parametrize(
     "token", ["", ".", "..", "a.b.c", "e30.e30.", "é.b.c", "x" * 7000, "\udcff", "a.b.c.d.e", "W10.e30.AAAA"]
 )
-def test_what_is_none(tokens: Tokens, token: str) -> None:
+def test_what_is_none(tokens: TokenVerifier, token: str) -> None:
     assert refused(tokens, token)
 
 
-def test_a_payload_that_is_none(tokens: Tokens) -> None:
+def test_a_payload_that_is_none(tokens: TokenVerifier) -> None:
     for payload in (b"", b"[]", b"\xff", b"null", b"[" * 100_000):
         token = jws.serialize_compact({"alg": "ES256"}, payload, jose(PRIVATE["EC"]), ["ES256"])
         assert refused(tokens, token)
 
 
-def test_no_error_shows_a_token(tokens: Tokens, server: Server) -> None:
+def test_no_error_shows_a_token(tokens: TokenVerifier, server: Server) -> None:
     token = server.issue(aud="other.example")
     assert not any(part in refused(tokens, token) for part in token.split("."))
 
@@ -328,7 +332,7 @@ def test_no_error_shows_a_token(tokens: Tokens, server: Server) -> None:
 # Change
 
 
-def test_keys_are_read_again(tokens: Tokens, server: Server, path: Path) -> None:
+def test_keys_are_read_again(tokens: TokenVerifier, server: Server, path: Path) -> None:
     token = server.issue()
     assert tokens.verify(token)
     path.write_bytes(pem(OTHER))
@@ -338,7 +342,7 @@ def test_keys_are_read_again(tokens: Tokens, server: Server, path: Path) -> None
 
 @pytest.mark.errors("keys.failed")
 def test_keys_that_are_gone_count_no_more(
-    tokens: Tokens, server: Server, path: Path, events: LogCapture
+    tokens: TokenVerifier, server: Server, path: Path, events: LogCapture
 ) -> None:
     token = server.issue()
     assert tokens.verify(token)
@@ -356,7 +360,7 @@ def test_keys_that_are_gone_count_no_more(
     assert tokens.verify(token)
 
 
-def test_memory_is_bounded(tokens: Tokens, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(tokens: TokenVerifier, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REMEMBERED", 3)
     for number in range(10):
         tokens.verify(server.issue(sub=str(number)))
@@ -364,7 +368,7 @@ def test_memory_is_bounded(tokens: Tokens, server: Server, monkeypatch: pytest.M
 
 
 def test_a_signature_is_verified_once(
-    tokens: Tokens, server: Server, monkeypatch: pytest.MonkeyPatch
+    tokens: TokenVerifier, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = server.issue()
     first = tokens.verify(token)
@@ -398,4 +402,4 @@ def test_bad_keys(path: Path, content: bytes, cause: str) -> None:
         parse_keys(content)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=str(path)):
-        Tokens("s", "i", [path])
+        TokenVerifier("s", "i", [path])

@@ -7,13 +7,13 @@ import ipaddress
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy.access.client_address import Addresses, parse
+from proxy.access.client_address import ClientAddresses, parse
 from proxy.config.hosts import parse_network
 
-TRUSTED = Addresses([parse_network("10.0.0.0/24"), parse_network("::1"), parse_network("127.0.0.1")])
+TRUSTED = ClientAddresses([parse_network("10.0.0.0/24"), parse_network("::1"), parse_network("127.0.0.1")])
 
 
-def of(addresses: Addresses, peer: str | None, *headers: tuple[str, str]) -> str | None:
+def of(addresses: ClientAddresses, peer: str | None, *headers: tuple[str, str]) -> str | None:
     found = addresses.of(peer, CIMultiDictProxy(CIMultiDict(headers)))
     return None if found is None else str(found)
 
@@ -31,14 +31,14 @@ def of(addresses: Addresses, peer: str | None, *headers: tuple[str, str]) -> str
     ],
 )
 def test_without_proxies_it_is_the_peer(peer: str | None, address: str | None) -> None:
-    assert of(Addresses(), peer) == address
+    assert of(ClientAddresses(), peer) == address
 
 
 @pytest.mark.parametrize(
     "mark", ["X-Forwarded-For", "Forwarded", "X-Real-IP", "Via", "X-Forwarded-Proto", "x-forwarded-host"]
 )
 def test_what_came_through_a_proxy_that_is_not_trusted_has_none(mark: str) -> None:
-    assert of(Addresses(), "127.0.0.1", (mark, "192.0.2.1")) is None
+    assert of(ClientAddresses(), "127.0.0.1", (mark, "192.0.2.1")) is None
     assert of(TRUSTED, "192.0.2.9", (mark, "127.0.0.1")) is None
 
 

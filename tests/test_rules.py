@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.access.rules import Grant, Principal, Rule, Rules, of_stores
+from proxy.access.rules import AccessRules, Grant, Principal, Rule, of_stores
 from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import parse_network
 from proxy.config.values import parse_where, parse_who
@@ -22,17 +22,17 @@ PIPELINE = Principal(
 APP = "local/team/app"
 
 
-def rules(*who: str, may: tuple[Action, ...] = ("pull",), sources: str = "", where: str = "") -> Rules:
+def rules(*who: str, may: tuple[Action, ...] = ("pull",), sources: str = "", where: str = "") -> AccessRules:
     rule = Rule(
         tuple(map(parse_who, who)),
         may,
         tuple(map(parse_network, sources.split())),
         tuple(map(parse_where, where.split())),
     )
-    return Rules([rule], ["local", "other"])
+    return AccessRules([rule], ["local", "other"])
 
 
-def allowed(rules: Rules, principal: Principal, repository: str = APP) -> list[Action]:
+def allowed(rules: AccessRules, principal: Principal, repository: str = APP) -> list[Action]:
     return [action for action in ACTIONS if rules.allow(principal, action, repository)]
 
 
@@ -85,14 +85,14 @@ def test_where_is_about_full_names() -> None:
 
 def test_rules_add_up() -> None:
     pull, push = rules("anonymous"), rules("user:alice", may=("push",))
-    both = Rules([*pull._rules, *push._rules], ["local"])
+    both = AccessRules([*pull._rules, *push._rules], ["local"])
     assert allowed(both, ANYBODY) == ["pull"]
     assert allowed(both, ALICE) == ["pull", "push"]
-    assert allowed(Rules([], ["local"]), ALICE) == []
+    assert allowed(AccessRules([], ["local"]), ALICE) == []
 
 
 def test_stores_without_rules() -> None:
-    ruled = Rules(of_stores(["local", "a.b"]), ["local", "a.b", "docker.io"])
+    ruled = AccessRules(of_stores(["local", "a.b"]), ["local", "a.b", "docker.io"])
     assert allowed(ruled, ANYBODY) == []
     assert allowed(ruled, HERE) == ["pull"]
     assert allowed(ruled, HERE, "a.b/x") == ["pull"]
@@ -111,7 +111,7 @@ def token(name: str, *actions: str) -> Principal:
 
 
 def test_a_token_gets_what_its_scope_says() -> None:
-    ruled = Rules([], ["local"])
+    ruled = AccessRules([], ["local"])
     assert allowed(ruled, token(APP, "pull")) == ["pull"]
     assert allowed(ruled, token(APP, "*")) == ["pull", "push", "delete"]
     assert allowed(ruled, token(APP)) == []
@@ -133,19 +133,19 @@ def test_a_token_gets_what_its_scope_says() -> None:
 def test_scope_of_the_one_namespace_that_may_go_without_its_name(
     written: str, named: bool, scope: str
 ) -> None:
-    ruled = Rules([], ["local", "other"], short="local")
+    ruled = AccessRules([], ["local", "other"], short="local")
     repository = written if written == APP else f"local/{written}"
     assert ruled.scope(repository, written, named) == scope
 
 
 def test_scope_of_others_is_the_full_name() -> None:
-    ruled = Rules([], ["local", "other"], short="local")
+    ruled = AccessRules([], ["local", "other"], short="local")
     assert ruled.scope("other/app", "app", False) == "other/app"
-    assert Rules([], ["local"]).scope("local/app", "app", False) == "local/app"
+    assert AccessRules([], ["local"]).scope("local/app", "app", False) == "local/app"
 
 
 def test_scope_with_library() -> None:
-    ruled = Rules([], ["docker.io"], short="docker.io")
+    ruled = AccessRules([], ["docker.io"], short="docker.io")
     assert ruled.scope("docker.io/library/alpine", "alpine", False) == "alpine"
     assert ruled.scope("docker.io/library/alpine", "docker.io:443/library/alpine", False).startswith(
         "docker.io/"

@@ -7,7 +7,7 @@ import ipaddress
 import pytest
 
 from proxy.access import throttle as module
-from proxy.access.throttle import FORGOTTEN, FREE, LONGEST, Attempts
+from proxy.access.throttle import FORGOTTEN, FREE, LONGEST, LoginThrottle
 from storage.errors import Throttled
 from tests.conftest import Clock
 
@@ -16,11 +16,11 @@ AWAY = ipaddress.ip_address("198.51.100.1")
 
 
 @pytest.fixture
-def attempts(clock: Clock) -> Attempts:
+def attempts(clock: Clock) -> LoginThrottle:
     async def sleep(seconds: float) -> None:
         clock.advance(seconds)
 
-    return Attempts(clock, sleep)
+    return LoginThrottle(clock, sleep)
 
 
 async def wrong() -> bool:
@@ -31,12 +31,12 @@ async def right() -> bool:
     return True
 
 
-def fail(attempts: Attempts, times: int, address: object = HOME, user: str = "alice") -> None:
+def fail(attempts: LoginThrottle, times: int, address: object = HOME, user: str = "alice") -> None:
     for _ in range(times):
         attempts.failed(address, user)  # type: ignore[arg-type]
 
 
-async def test_the_first_failures_cost_nothing_then_it_doubles(attempts: Attempts, clock: Clock) -> None:
+async def test_the_first_failures_cost_nothing_then_it_doubles(attempts: LoginThrottle, clock: Clock) -> None:
     begun = clock.now
     waits = []
     for _ in range(FREE + 7):
@@ -47,14 +47,14 @@ async def test_the_first_failures_cost_nothing_then_it_doubles(attempts: Attempt
     assert clock.now - begun == sum(waits)
 
 
-def test_no_wait_is_longer_than_the_longest(attempts: Attempts, clock: Clock) -> None:
+def test_no_wait_is_longer_than_the_longest(attempts: LoginThrottle, clock: Clock) -> None:
     fail(attempts, 100)
     clock.advance(1)
     assert attempts.turn(HOME, "alice") == 0
     assert attempts.turn(HOME, "alice") == LONGEST
 
 
-def test_many_at_once_queue_and_the_last_are_refused(attempts: Attempts, clock: Clock) -> None:
+def test_many_at_once_queue_and_the_last_are_refused(attempts: LoginThrottle, clock: Clock) -> None:
     fail(attempts, FREE + 5)
     turns = []
     with pytest.raises(Throttled) as raised:
@@ -64,7 +64,7 @@ def test_many_at_once_queue_and_the_last_are_refused(attempts: Attempts, clock: 
     assert raised.value.retry_after == 33
 
 
-def test_who_waits_long_enough_is_forgiven(attempts: Attempts, clock: Clock) -> None:
+def test_who_waits_long_enough_is_forgiven(attempts: LoginThrottle, clock: Clock) -> None:
     fail(attempts, 20)
     clock.advance(FORGOTTEN)
     assert attempts.turn(HOME, "alice") == 0
@@ -72,38 +72,38 @@ def test_who_waits_long_enough_is_forgiven(attempts: Attempts, clock: Clock) -> 
     assert attempts.turn(HOME, "alice") == 0
 
 
-def test_by_address_and_by_user(attempts: Attempts) -> None:
+def test_by_address_and_by_user(attempts: LoginThrottle) -> None:
     fail(attempts, FREE + 1)
     assert attempts.turn(HOME, "bob") == 1
     assert attempts.turn(AWAY, "alice") == 1
     assert attempts.turn(AWAY, "bob") == 0
 
 
-def test_who_cannot_be_told_apart_waits_together(attempts: Attempts) -> None:
+def test_who_cannot_be_told_apart_waits_together(attempts: LoginThrottle) -> None:
     fail(attempts, FREE + 1, None)
     assert attempts.turn(None, "bob") == 1
 
 
-def test_a_network_is_one_client_in_ipv6(attempts: Attempts) -> None:
+def test_a_network_is_one_client_in_ipv6(attempts: LoginThrottle) -> None:
     fail(attempts, FREE + 1, ipaddress.ip_address("2001:db8::1"))
     assert attempts.turn(ipaddress.ip_address("2001:db8::2:1"), "bob") == 1
     assert attempts.turn(ipaddress.ip_address("2001:db8:0:1::1"), "bob") == 0
 
 
-async def test_a_user_is_not_kept_out_by_others_in_its_name(attempts: Attempts) -> None:
+async def test_a_user_is_not_kept_out_by_others_in_its_name(attempts: LoginThrottle) -> None:
     assert await attempts.make(HOME, "alice", right)
     fail(attempts, 50, AWAY)
     assert attempts.turn(HOME, "alice") == 0
     assert attempts.turn(AWAY, "alice") > 0
 
 
-async def test_a_right_password_does_not_buy_further_tries(attempts: Attempts) -> None:
+async def test_a_right_password_does_not_buy_further_tries(attempts: LoginThrottle) -> None:
     fail(attempts, FREE + 3, user="mallory")
     assert await attempts.make(HOME, "alice", right)
     assert attempts.turn(HOME, "mallory") > 0
 
 
-async def test_memory_is_bounded(attempts: Attempts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_is_bounded(attempts: LoginThrottle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REMEMBERED", 10)
     for number in range(100):
         await attempts.make(HOME, f"user-{number}", wrong)
@@ -112,7 +112,7 @@ async def test_memory_is_bounded(attempts: Attempts, monkeypatch: pytest.MonkeyP
     assert len(attempts._welcome) == 10
 
 
-async def test_what_went_wrong_is_no_failure(attempts: Attempts) -> None:
+async def test_what_went_wrong_is_no_failure(attempts: LoginThrottle) -> None:
     async def broken() -> bool:
         raise Throttled("busy")
 

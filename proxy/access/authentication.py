@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from proxy.access.client_address import Addresses, parse
+from proxy.access.client_address import ClientAddresses, parse
 from proxy.access.rules import Address, Principal
-from proxy.access.throttle import Attempts
+from proxy.access.throttle import LoginThrottle
 from proxy.upstream.credentials import Credential
 from storage.errors import Unauthorized
 
 if TYPE_CHECKING:  # they need libraries that not every server does
-    from proxy.access.bearer import Tokens
+    from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
 
 _NOBODY = ("Basic Og==", "basic Og==")
 
 
 @dataclass(frozen=True)
-class Proofs:
+class Authenticator:
     """What is taken for a proof.  `service` is realm and service of the token server.
 
     `groups` are those of each user.  With neither passwords nor tokens nobody is challenged, and what a
@@ -34,12 +34,12 @@ class Proofs:
     """
 
     passwords: Htpasswd | None = None
-    tokens: Tokens | None = None
+    tokens: TokenVerifier | None = None
     service: tuple[str, str] = ("", "")
     realm: str = "entrepot"
     groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    addresses: Addresses = field(default_factory=Addresses)
-    attempts: Attempts = field(default_factory=Attempts)
+    addresses: ClientAddresses = field(default_factory=ClientAddresses)
+    attempts: LoginThrottle = field(default_factory=LoginThrottle)
 
     @property
     def taken(self) -> bool:
@@ -88,7 +88,7 @@ class Proofs:
             raise self.wrong("the user name or the password is wrong", scope)
         return user
 
-    def _by_token(self, tokens: Tokens, token: str, scope: str) -> Principal:
+    def _by_token(self, tokens: TokenVerifier, token: str, scope: str) -> Principal:
         from proxy.access.bearer import BadToken
 
         try:

@@ -18,8 +18,8 @@ from typing import Literal, Protocol
 import structlog
 from aiohttp import web
 
-from proxy.access.authentication import Proofs, authorization, credential
-from proxy.access.rules import Principal, Rules
+from proxy.access.authentication import Authenticator, authorization, credential
+from proxy.access.rules import AccessRules, Principal
 from proxy.access.visibility import Ask, Visibility
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange
@@ -38,7 +38,7 @@ class Choose(Protocol):
     def __call__(self, *, ns: str | None, host: str | None, prefix: str) -> str | None: ...
 
 
-class Door(Enum):
+class Guard(Enum):
     """How a namespace is guarded."""
 
     PUBLIC = "public"  # a cache for everybody
@@ -48,24 +48,24 @@ class Door(Enum):
 
 
 @dataclass(frozen=True)
-class Guarded:
+class GuardedNamespaces:
     """The namespaces by name, and who tells what callers may see of those that are guarded by that.
 
     `chosen` tells which one a request about no repository is about, `default` is meant where that is none.
     """
 
-    doors: Mapping[str, Door]
+    doors: Mapping[str, Guard]
     visibilities: Mapping[str, Visibility]
     chosen: Choose
     default: str | None
 
-    def of(self, repository: str) -> Door | None:
+    def of(self, repository: str) -> Guard | None:
         """None where the namespace is none any more."""
         return self.doors.get(repository.partition("/")[0])
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class AccessRequest:
     """What a request wants to do with a repository.
 
     `name` is the repository's full name, `written` the name as the client wrote it, `named` whether the
@@ -80,7 +80,7 @@ class Wanted:
     ask: Ask
 
 
-class Access:
+class Authorizer:
     """Every method may raise Unauthorized, Denied and Throttled.
 
     `ping` is how a ping is answered: open, by a challenge, or as it suits the namespace that it is about.
@@ -88,33 +88,33 @@ class Access:
 
     def __init__(
         self,
-        guarded: Guarded,
-        rules: Rules,
-        proofs: Proofs,
+        guarded: GuardedNamespaces,
+        rules: AccessRules,
+        authenticator: Authenticator,
         ping: Literal["auto", "challenge", "open"] = "auto",
     ) -> None:
         self._guarded = guarded
         self._rules = rules
-        self._proofs = proofs
+        self._authenticator = authenticator
         self._ping = ping
 
     def is_public(self, name: str) -> bool:
         """Whether everybody may pull from the repository of that full name, and nobody push to it."""
-        return self._guarded.of(name) is Door.PUBLIC
+        return self._guarded.of(name) is Guard.PUBLIC
 
-    async def permit(self, request: web.BaseRequest, wanted: Wanted, now: Exchange) -> None:
+    async def permit(self, request: web.BaseRequest, wanted: AccessRequest, now: Exchange) -> None:
         """Return if the request may go on.
 
         Tells `now` who the client is and what it may see.
         """
         door = self._guarded.of(wanted.name)
-        if door is Door.PUBLIC:
+        if door is Guard.PUBLIC:
             return
         now.shared = False
-        if door is not Door.STORE and wanted.action != "pull":
+        if door is not Guard.STORE and wanted.action != "pull":
             return  # which a cache refuses to everybody
         try:
-            if door is Door.CALLER:
+            if door is Guard.CALLER:
                 await self._permit_caller(request, wanted, now)
             else:
                 await self._permit_by_rules(request, wanted, now)
@@ -122,35 +122,37 @@ class Access:
             self._refused(request, now, wanted.action, error)
             raise
 
-    async def _permit_by_rules(self, request: web.BaseRequest, wanted: Wanted, now: Exchange) -> None:
+    async def _permit_by_rules(self, request: web.BaseRequest, wanted: AccessRequest, now: Exchange) -> None:
         action, name = wanted.action, wanted.name
         repository = self._rules.scope(name, wanted.written, wanted.named)
         scope = f"repository:{repository}:{'pull,push' if action == 'push' else action}"
-        principal = await self._proofs.identify(request, scope)
+        principal = await self._authenticator.identify(request, scope)
         now.user = principal.user
         now.visible = partial(self._may_see, principal, wanted.named)
         if not self._rules.allow(principal, action, name, repository):
             raise self._refusal(principal, f"{action} {name}", scope)
 
     def _refusal(self, principal: Principal, what: str, scope: str) -> RegistryError:
-        proofs = self._proofs
+        authenticator = self._authenticator
         if principal.known:
             return Denied(f"{principal.user} may not {what}")
-        if not proofs.taken:
+        if not authenticator.taken:
             return Denied(f"not everybody may {what}, and no way to log in is configured (access.htpasswd)")
         if principal.anonymous:
-            return Unauthorized(f"you may not {what} without logging in", challenges=proofs.challenges(scope))
+            return Unauthorized(
+                f"you may not {what} without logging in", challenges=authenticator.challenges(scope)
+            )
         # Not 403: by this a client knows that it has to ask for another token.  RFC 6750, section 3.1.
-        return proofs.wrong(f"the token does not allow to {what}", scope, "insufficient_scope")
+        return authenticator.wrong(f"the token does not allow to {what}", scope, "insufficient_scope")
 
     def _may_see(self, principal: Principal, named: bool, repository: str) -> bool:
         door = self._guarded.of(repository)
-        if door not in (Door.STORE, Door.RULES):
-            return door is Door.PUBLIC
+        if door not in (Guard.STORE, Guard.RULES):
+            return door is Guard.PUBLIC
         scope = self._rules.scope(repository, repository.partition("/")[2], named)
         return self._rules.allow(principal, "pull", repository, scope)
 
-    async def _permit_caller(self, request: web.BaseRequest, wanted: Wanted, now: Exchange) -> None:
+    async def _permit_caller(self, request: web.BaseRequest, wanted: AccessRequest, now: Exchange) -> None:
         namespace, _, repository = wanted.name.partition("/")
         visibility = self._guarded.visibilities[namespace]
         shown = credential(request)
@@ -169,11 +171,11 @@ class Access:
             right = await visible()
         else:
             user = f"{namespace}/{shown.username}"
-            right = await self._proofs.attempts.make(self._proofs.place(request), user, visible)
+            right = await self._authenticator.attempts.make(self._authenticator.place(request), user, visible)
         if not right:
             whom = "everybody" if shown is None else "you"
             raise Unauthorized(
-                f"{namespace} does not show {repository} to {whom}", challenges=[self._proofs.basic]
+                f"{namespace} does not show {repository} to {whom}", challenges=[self._authenticator.basic]
             )
         now.user = shown.username if shown else ""
 
@@ -185,28 +187,28 @@ class Access:
             ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
         )
         namespace = chosen or self._guarded.default
-        door = self._guarded.doors.get(namespace or "", Door.PUBLIC)
-        if chosen and door is Door.PUBLIC:
+        door = self._guarded.doors.get(namespace or "", Guard.PUBLIC)
+        if chosen and door is Guard.PUBLIC:
             return ()
-        if door is Door.CALLER:
+        if door is Guard.CALLER:
             if not authorization(request) and self._ping != "open":
-                raise Unauthorized(f"{namespace} asks who you are", challenges=[self._proofs.basic])
+                raise Unauthorized(f"{namespace} asks who you are", challenges=[self._authenticator.basic])
             return ()  # whether it is right shows with the first repository
-        if not self._proofs.taken:
+        if not self._authenticator.taken:
             return ()
         try:
-            principal = await self._proofs.identify(request)
+            principal = await self._authenticator.identify(request)
         except RegistryError as error:
             self._refused(request, now, "ping", error)
             raise
         now.user = principal.user
         if not principal.anonymous or self._ping == "open":
             return ()
-        if self._ping == "challenge" or (door is not Door.PUBLIC and not self._is_open(namespace)):
-            raise Unauthorized("who are you?", challenges=self._proofs.challenges())
+        if self._ping == "challenge" or (door is not Guard.PUBLIC and not self._is_open(namespace)):
+            raise Unauthorized("who are you?", challenges=self._authenticator.challenges())
         # podman and its like take a challenge from a good answer too, and log in by it.  Not for tokens: they
         # would fetch one for every pull, and not pull if they got none.
-        return (self._proofs.basic,) if self._proofs.tokens is None else ()
+        return (self._authenticator.basic,) if self._authenticator.tokens is None else ()
 
     def _is_open(self, namespace: str | None) -> bool:
         """Whether its pings are best left unchallenged, though it is guarded.
@@ -215,7 +217,7 @@ class Access:
         cannot meet.  So it is open if everybody may pull all of it; a token everybody can get.
         """
         # No repository is called so: what covers all of them covers it.
-        return self._proofs.tokens is None and self._rules.allow(Principal(), "pull", f"{namespace}/*")
+        return self._authenticator.tokens is None and self._rules.allow(Principal(), "pull", f"{namespace}/*")
 
     async def repositories(
         self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, now: Exchange
@@ -223,7 +225,7 @@ class Access:
         """Those that the client may pull from; of caches that ask their upstream, none."""
         now.shared = False
         scope = f"{CATALOG}:*"
-        principal = await self._proofs.identify(request, scope)
+        principal = await self._authenticator.identify(request, scope)
         now.user = principal.user
         visible: Callable[[str], bool] = partial(self._may_see, principal, False)
         if self._rules.allow(principal, "pull", CATALOG):
@@ -238,12 +240,12 @@ class Access:
             if limit is None or len(names) < max(limit, PAGE):
                 break
             last = names[-1]
-        if hidden and not found and principal.anonymous and self._proofs.taken:
+        if hidden and not found and principal.anonymous and self._authenticator.taken:
             raise self._refusal(principal, "list repositories", scope)
         return found if limit is None else found[:limit]
 
     def _listed(self, repository: str) -> bool:
-        return self._guarded.of(repository) not in (Door.CALLER, None)
+        return self._guarded.of(repository) not in (Guard.CALLER, None)
 
     def _refused(self, request: web.BaseRequest, now: Exchange, action: str, error: RegistryError) -> None:
         """Without the user name of somebody unknown: it may be a password, put into the wrong field."""
@@ -253,7 +255,7 @@ class Access:
         told(
             "access.refused",
             id=now.id,
-            client=str(self._proofs.place(request)),
+            client=str(self._authenticator.place(request)),
             user=now.user,
             action=action,
             namespace=now.namespace,

@@ -69,7 +69,7 @@ class _Verified:
     until: float
 
 
-class Tokens:
+class TokenVerifier:
     """Raises OSError, and ValueError for a file that holds no key."""
 
     def __init__(

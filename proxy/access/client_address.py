@@ -21,7 +21,7 @@ _MARKS = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Forwarded-Host", "X-Fo
 _FOR = re.compile(r'(?i)(?:^|;)\s*for\s*=\s*(?:"([^"]*)"|([^;\s"]*))\s*(?=;|$)')
 
 
-class Addresses:
+class ClientAddresses:
     """`trusted` are proxies that tell in X-Forwarded-For or Forwarded who asked them."""
 
     def __init__(self, trusted: Sequence[Network] = ()) -> None:

@@ -102,7 +102,7 @@ def of_stores(stores: Collection[str]) -> list[Rule]:
     ]
 
 
-class Rules:
+class AccessRules:
     """`namespaces` are all that there are; of them `short` is the one that tokens may leave out, if any."""
 
     def __init__(self, rules: Sequence[Rule], namespaces: Collection[str], short: str | None = None) -> None:

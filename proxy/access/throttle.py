@@ -32,7 +32,7 @@ class _Failures:
     turn: float = -math.inf  # when the next attempt may be made
 
 
-class Attempts:
+class LoginThrottle:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,

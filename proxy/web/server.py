@@ -19,7 +19,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from proxy.access.authorization import Access, Wanted
+from proxy.access.authorization import AccessRequest, Authorizer
 from proxy.access.visibility import Ask
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange, exchange
@@ -95,7 +95,7 @@ class Server:
         served: Callable[[Exchange, int], None] | None = None,
         teller: Teller | None = None,
         clock: Callable[[], float] = time.time,
-        access: Access | None = None,
+        access: Authorizer | None = None,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
@@ -425,10 +425,10 @@ def _page(request: web.BaseRequest) -> tuple[str, int | None]:
     return request.query.get("last", ""), None if limit is None else min(limit, MOST_LISTED)
 
 
-def _wanted(request: web.BaseRequest, route: Route, name: str) -> Wanted:
+def _wanted(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:
     named = bool(route.prefix) or "ns" in request.query
     what, ask = _question(route, name.partition("/")[2])
-    return Wanted(_action(route, request.method), name, route.name, named, what, ask)
+    return AccessRequest(_action(route, request.method), name, route.name, named, what, ask)
 
 
 def _action(route: Route, method: str) -> Action:

@@ -28,7 +28,7 @@ from proxy.tls import pinned
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
-    from proxy.composition import Composition
+    from proxy.namespaces.composition import Composition
     from proxy.operations import Operations
 
 T = TypeVar("T")
@@ -295,11 +295,11 @@ async def _listens(url: URL, must: bool) -> bool:
 async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
     tried = f"nobody listens at {asked}, and " if asked else ""
     async with composed(config, make, tried) as composition:
-        from proxy.live import Everyone
+        from proxy.live import Everyone, state_of
         from proxy.operations import Operations
 
         # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
-        operations = Operations(composition, Everyone(composition.live, None))
+        operations = Operations(composition, Everyone(state_of(composition), None))
         try:
             yield operations
         finally:
@@ -320,8 +320,8 @@ async def composed(config: Config, make: bool = False, tried: str = "") -> Async
         raise Failed(f"{root}: {error.strerror}", "DENIED") from error
     if not there and not make:  # to look for it must not make it
         raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
-    from proxy.asking import BadField
-    from proxy.composition import Composition
+    from proxy.namespaces.composition import Composition
+    from proxy.namespaces.references import BadField
     from storage.errors import RegistryError
 
     try:

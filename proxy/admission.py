@@ -14,11 +14,11 @@ from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
 from proxy.access.client_address import ClientAddresses
 from proxy.access.rules import AccessRules, Rule, of_stores
 from proxy.access.visibility import Visibility
-from proxy.composition import Composition
 from proxy.config.access import AccessConfig as Keys
 from proxy.config.access import TokenService
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
+from proxy.namespaces.composition import Composition
 
 if TYPE_CHECKING:
     from proxy.access.bearer import TokenVerifier

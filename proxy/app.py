@@ -15,12 +15,12 @@ from yarl import URL
 
 from proxy import room
 from proxy.admission import admission, needed
-from proxy.composition import Composition
 from proxy.config import schema
 from proxy.drills import Drills, resume
 from proxy.keeper import Keeper
 from proxy.listening import BACKLOG, bind_all
-from proxy.live import Everyone, serve_live
+from proxy.live import Everyone, serve_live, state_of
+from proxy.namespaces.composition import Composition
 from proxy.tls import Certificates
 from proxy.web.door import Door
 from proxy.web.listener import Listener, Manners
@@ -75,6 +75,7 @@ class App:
         workers = 1 if self._sockets is None else settings.processes()
         self.composition = Composition(settings, self._clock, None, workers, make_room)
         self._closing.push_async_callback(self.composition.close)
+        self._live = state_of(self.composition)
         if self.composition.teller is not None and self._run is not None:
             self.composition.teller.wake = wakeup.caller(self._run)
         recording = asyncio.create_task(self.composition.recorder.run())
@@ -90,9 +91,9 @@ class App:
 
     async def _keep_house(self, admin: list[socket.socket]) -> None:
         composition, settings = self.composition, self._settings
-        self.keeper = keeper = Keeper(composition, self._deliveries())
+        self.keeper = keeper = Keeper(composition, self._live.forget, self._deliveries())
         composition.fills.make_room = keeper.make_room
-        self._everyone = Everyone(composition.live, self._run)
+        self._everyone = Everyone(self._live, self._run)
         if self._run is not None:
             self._closing.push_async_callback(await room.serve(self._run / KEEPER, keeper.make_room))
         if admin:
@@ -145,7 +146,7 @@ class App:
         )
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"
-            self._closing.push_async_callback(await serve_live(composition.live, path))
+            self._closing.push_async_callback(await serve_live(self._live, path))
             resume(composition.drill, self._run)
         manners = Manners(limits.connections_per_address, limits.request_timeout, limits.idle_timeout)
         # To aiohttp 0 means to wait for ever.

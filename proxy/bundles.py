@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from proxy.asking import BadField, Reading
-from proxy.asking import platforms as read_platforms
-from proxy.asking import seconds as read_seconds
-from proxy.composition import Composition
-from proxy.inventory import WILD, written
+from proxy.namespaces.composition import Composition
+from proxy.namespaces.references import WILD, BadField, Reading, written
+from proxy.namespaces.references import platforms as read_platforms
+from proxy.namespaces.references import seconds as read_seconds
 from proxy.receipts import BoundRow, CarriedRow, Exported, LackingRow, Landed
 from storage.archives import bundle
 from storage.archives.archive import Archive, open_archive, open_spooled, read

@@ -27,7 +27,7 @@ from proxy.console import Progress
 
 if TYPE_CHECKING:
     from proxy.bundles import Tick
-    from proxy.composition import Composition
+    from proxy.namespaces.composition import Composition
     from proxy.receipts import Exported
     from storage.archives.exporter import Sink
 

@@ -27,7 +27,7 @@ from proxy.console import Table, write
 from proxy.telemetry import logs
 
 if TYPE_CHECKING:
-    from proxy.composition import Composition
+    from proxy.namespaces.composition import Composition
 
 P = ParamSpec("P")
 

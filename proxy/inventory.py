@@ -6,7 +6,6 @@ in proportion to repositories, or to a page of images, never to what is stored.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from itertools import islice
 from proxy.answers import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
 from proxy.cache.refresh import foreign
 from proxy.config.schema import Config
+from proxy.namespaces.references import WILD, written
 from storage.errors import ManifestUnknown
 from storage.graph import contents
 from storage.maintenance.pins import Pin, Pins
@@ -22,7 +22,6 @@ from storage.maintenance.usage import Usage
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Pointer, Store
 
-WILD = re.compile(r"[*?[]")
 DEEPEST = 50  # levels of a tree that are shown: indexes may name indexes, and anyone can make one
 
 
@@ -306,11 +305,6 @@ def merged(pages: Sequence[Listed], limit: int | None) -> Listed:
 def _name(row: ImageRow) -> tuple[str, str, str]:
     # As it is written; in the order of the records' keys, in which a space follows the repository's name.
     return (row.repository, ":", row.tag) if row.tag is not None else (row.repository, "@", row.digest)
-
-
-def written(repository: str, reference: Reference) -> str:
-    """As a user writes it."""
-    return f"{repository}{'@' if isinstance(reference, Digest) else ':'}{reference}"
 
 
 def finite(number: float) -> float | None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import structlog
 
-from proxy.composition import Composition
+from proxy.namespaces.composition import Composition
 from proxy.readiness import Readiness
 from proxy.warming import Schedule, Warmer
 from proxy.webhooks.delivery import Dispatcher
@@ -35,7 +35,12 @@ AGAIN = 60.0  # seconds after a piece of work failed
 class Keeper:
     """run() until it is cancelled, then close()."""
 
-    def __init__(self, composition: Composition, deliveries: Dispatcher | None = None) -> None:
+    def __init__(
+        self,
+        composition: Composition,
+        forget: Callable[[str], Awaitable[None]],
+        deliveries: Dispatcher | None = None,
+    ) -> None:
         self._composition = composition
         self._deliveries = deliveries
         self._eviction = composition.eviction
@@ -43,7 +48,7 @@ class Keeper:
         self.evicting = asyncio.Lock()  # one at a time
         self._eviction.pause = self.pause
         readiness = Readiness(composition.store, composition.private, composition.hosted)
-        warmer = Warmer(composition.namespaces, readiness, composition.live.forget)
+        warmer = Warmer(composition.namespaces, readiness, forget)
         rules = composition.config.warm
         self._fetching: set[asyncio.Task[object]] = set()
         composition.drill.begun = self._put_off

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from proxy.adminclient import Failed
 from proxy.calling import quiet
-from proxy.composition import private_store
 from proxy.config.loader import load
 from proxy.config.quantities import plural, size
 from proxy.config.schema import Config
 from proxy.console import Progress
+from proxy.namespaces.composition import private_store
 from proxy.receipts import DamageRow, Imported
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed

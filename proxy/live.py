@@ -30,6 +30,7 @@ from aiohttp import web
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill, DrillState, Order
 from proxy.cache.fills import Fill, Fills
+from proxy.namespaces.composition import Composition
 from proxy.upstream.breaker import HostState
 from proxy.upstream.ratelimit import LimitState
 from storage.disk.health import DiskHealth
@@ -139,6 +140,12 @@ class Live:
         namespace, _, name = repository.partition("/")
         if cache := self._caches.get(namespace):
             cache.forget(name)
+
+
+def state_of(composition: Composition) -> Live:
+    """The state of this process, which serves or looks after `composition`."""
+    parts = composition
+    return Live(parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill)
 
 
 def _fill(fill: Fill, pid: int) -> FillState:

@@ -17,7 +17,6 @@ import msgspec
 import structlog
 from yarl import URL
 
-from proxy import asking
 from proxy.answers import (
     Collected,
     CollectedRow,
@@ -36,14 +35,16 @@ from proxy.answers import (
     WebhookRow,
     Why,
 )
-from proxy.asking import BadField, literal
 from proxy.bundles import Bundles
 from proxy.cache.refresh import refresh
-from proxy.composition import Composition
 from proxy.config.webhooks import WebhookConfig
 from proxy.drills import Drills
-from proxy.inventory import WILD, Inventory, merged
+from proxy.inventory import Inventory, merged
 from proxy.live import Everyone, FillState
+from proxy.namespaces.composition import Composition
+from proxy.namespaces.references import WILD, BadField, Reading, literal
+from proxy.namespaces.references import platforms as read_platforms
+from proxy.namespaces.references import seconds as read_seconds
 from proxy.preparations import Preparations
 from proxy.purging import Purging
 from proxy.reasons import Reasons
@@ -82,7 +83,7 @@ class Operations(Preparations):
         super().__init__(composition, everyone, drills)
         parts = self._composition = composition
         self._everyone = everyone
-        self._reading = asking.Reading(parts.namespaces)
+        self._reading = Reading(parts.namespaces)
         self._evicting = evicting or nullcontext()
         self._inventory = Inventory(parts.config, parts.store, parts.usage, parts.pins)
         self._inventories = [self._inventory]
@@ -129,7 +130,7 @@ class Operations(Preparations):
     # What goes on
 
     async def stats(self, period: str = "24h") -> Stats:
-        seconds = asking.seconds("period", period)
+        seconds = read_seconds("period", period)
         parts = self._composition
         since = parts.clock() - seconds
         counted = await run_in_thread(parts.usage.stats, since)
@@ -195,7 +196,7 @@ class Operations(Preparations):
     async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> Refreshed:
         """Ask upstream what it is now, and have all of it here."""
         asked = self._reading.reference("reference", reference)
-        wanted = asking.platforms("platforms", platforms)
+        wanted = read_platforms("platforms", platforms)
         await self._everyone.forget(asked.repository)
         done = await refresh(self._composition.namespaces, asked.repository, asked.reference, wanted)
         return Refreshed(
@@ -219,7 +220,7 @@ class Operations(Preparations):
     ) -> list[PinRow]:
         """In place of what was pinned by command with the same pattern."""
         wanted = self._reading.pattern("pattern", pattern)
-        only = asking.platforms("platforms", platforms)
+        only = read_platforms("platforms", platforms)
         try:
             pin = Pin(wanted.pattern, keep_fresh, only, self._composition.clock())
         except ValueError as error:

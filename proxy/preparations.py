@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from proxy import asking
 from proxy.answers import Drilling, MissedRow, ReadyRow, WarmRow
-from proxy.asking import BadField
 from proxy.cache.drill import DrillState
-from proxy.composition import Composition
 from proxy.drills import Drills
 from proxy.live import Everyone
+from proxy.namespaces.composition import Composition
+from proxy.namespaces.references import BadField, Reading
+from proxy.namespaces.references import platforms as read_platforms
 from proxy.readiness import Readiness
 from proxy.warming import Warmer
 from storage.concurrency import run_in_thread
@@ -23,20 +23,20 @@ class Preparations:
 
     def __init__(self, composition: Composition, everyone: Everyone, drills: Drills | None) -> None:
         self._cached = composition.caches
-        self._names = asking.Reading(composition.namespaces)
+        self._names = Reading(composition.namespaces)
         self._readiness = Readiness(composition.store, composition.private, composition.hosted)
         self._warmer = Warmer(composition.namespaces, self._readiness, everyone.forget)
         self._drills = drills
 
     async def warm(self, reference: str, platforms: Sequence[str] = (), referrers: bool = True) -> WarmRow:
         """See Warmer.warm()."""
-        return await self._warmer.warm(reference, asking.platforms("platforms", platforms), referrers)
+        return await self._warmer.warm(reference, read_platforms("platforms", platforms), referrers)
 
     async def ready(
         self, references: Sequence[str], platforms: Sequence[str] = (), referrers: bool = True
     ) -> list[ReadyRow]:
         """See Readiness.judge(); one for each, also for what cannot be read."""
-        wanted = asking.platforms("platforms", platforms)
+        wanted = read_platforms("platforms", platforms)
         return await run_in_thread(lambda: [self._judge(each, wanted, referrers) for each in references])
 
     def _judge(self, text: str, platforms: Sequence[str], referrers: bool) -> ReadyRow:

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from proxy.answers import Purged
-from proxy.inventory import WILD, written
+from proxy.namespaces.references import WILD, written
 from storage.disk.records import Batch
 from storage.errors import RegistryError
 from storage.graph import contents

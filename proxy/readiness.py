@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from proxy.answers import MissingRow, ReadyRow
-from proxy.asking import Asked
 from proxy.cache.refresh import foreign
+from proxy.namespaces.references import Asked
 from storage.errors import ManifestInvalid, ManifestUnknown
 from storage.graph import contents, lacking, referring, selected, walk
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag

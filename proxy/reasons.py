@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from proxy.answers import HostRow, Verdict, Why
-from proxy.asking import Asked
 from proxy.config.schema import Config
 from proxy.inventory import Inventory, Measured, finite
 from proxy.live import UpstreamState
+from proxy.namespaces.references import Asked
 from storage.maintenance.pins import Pins
 from storage.maintenance.usage import Usage
 from storage.oci import Tag

@@ -18,11 +18,11 @@ import msgspec
 import structlog
 
 from proxy.answers import ReadyRow, WarmRow
-from proxy.asking import BadField, Reading
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF, Refreshed, refresh
 from proxy.config.schema import WarmRule
 from proxy.imagefiles import Unreadable, look
-from proxy.namespaces import Namespaces
+from proxy.namespaces.references import BadField, Reading
+from proxy.namespaces.routing import Namespaces
 from proxy.readiness import Readiness
 from storage.concurrency import for_each, run_in_thread
 from storage.disk.records import Records

@@ -19,7 +19,7 @@ import yaml
 from aiohttp.test_utils import TestClient, TestServer
 
 from proxy import answers, receipts
-from proxy.composition import Composition
+from proxy.namespaces.composition import Composition
 from proxy.telemetry.metrics import Metrics
 from proxy.web.admin import OPEN, SUMMARIES, application
 from proxy.web.api import SUMMARY

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from proxy.bundles import Bundles, Given, Selection
-from proxy.composition import Composition
+from proxy.namespaces.composition import Composition
 from proxy.receipts import Landed
 from storage.archives.exporter import named
 from storage.oci import Digest, Tag

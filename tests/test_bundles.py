@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from proxy.asking import BadField
 from proxy.bundles import Bundles, Given, Selection, earlier
 from proxy.cache.refresh import refresh
-from proxy.composition import Composition
+from proxy.namespaces.composition import Composition
+from proxy.namespaces.references import BadField
 from proxy.receipts import Exported, Landed
 from storage.archives.exporter import named
 from storage.errors import (

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.hosted import Hosted
+from proxy.namespaces.hosted import Hosted
 from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestBlobUnknown, ManifestUnknown
 from storage.maintenance.reachability import KeepTags, RetentionRules
@@ -213,7 +213,7 @@ PROCESS = """
 import asyncio, json, random, re, sys, threading, time
 from pathlib import Path
 from proxy.telemetry import metrics
-from proxy.hosted import Hosted
+from proxy.namespaces.hosted import Hosted
 from storage.maintenance import collection, reachability
 from storage.maintenance.collection import Collection
 from storage.errors import BlobUnknown, ManifestBlobUnknown

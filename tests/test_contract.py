@@ -19,8 +19,8 @@ from aiohttp import web
 
 from proxy.cache.cache import Cache, Policy
 from proxy.cache.fills import Fills
-from proxy.hosted import Hosted, Rules
-from proxy.namespaces import Member, Namespaces
+from proxy.namespaces.hosted import Hosted, Rules
+from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials

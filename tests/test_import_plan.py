@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from proxy.asking import BadField
 from proxy.bundles import Bundles, Given
-from proxy.composition import Composition
+from proxy.namespaces.composition import Composition
+from proxy.namespaces.references import BadField
 from proxy.receipts import Landed
 from storage.errors import ArchiveInvalid, RegistryError
 from storage.oci import Digest, Tag

@@ -57,6 +57,7 @@ MOVED = (
     "proxy.cache",
     "proxy.webhooks",
     "proxy.access",
+    "proxy.namespaces",
 )
 
 ALLOWED = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.hosted import Hosted
+from proxy.namespaces.hosted import Hosted
 from storage.concurrency import Cancelled
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.namespaces import Member, Namespaces
+from proxy.namespaces.routing import Member, Namespaces
 from storage.errors import BlobUnknown, NameInvalid, NameUnknown, OriginFailed, RegistryError, Unsupported
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Span, Tag, parse_name
 from storage.registry import Registry

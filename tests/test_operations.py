@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from proxy.answers import ImageRow, PlatformRow, Purged, Scrubbing, Why
-from proxy.asking import BadField
-from proxy.composition import Composition
 from proxy.inventory import DEEPEST
 from proxy.live import Everyone, FillState, LiveState, UpstreamState
+from proxy.namespaces.composition import Composition
+from proxy.namespaces.references import BadField
 from proxy.operations import Operations
 from proxy.purging import Kept
 from storage.errors import ManifestUnknown, NameUnknown, Unsupported

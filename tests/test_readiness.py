@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from proxy.answers import MissingRow, ReadyRow
-from proxy.asking import BadField
 from proxy.config.schema import Hosting
+from proxy.namespaces.references import BadField
 from storage.graph import fallback_tag
 from storage.oci import Digest, Tag
 from tests.test_operations import ALPINE, Site, describe, on, settings, site

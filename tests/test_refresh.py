@@ -14,7 +14,7 @@ from proxy.cache.cache import Cache, Policy
 from proxy.cache.fills import Fills
 from proxy.cache.keep_fresh import Freshener
 from proxy.cache.refresh import FILLS, Refreshed, refresh
-from proxy.namespaces import Member, Namespaces
+from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials

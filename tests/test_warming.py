@@ -16,7 +16,8 @@ from structlog.testing import LogCapture
 
 from proxy.answers import WarmRow
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
-from proxy.composition import Composition
+from proxy.live import state_of
+from proxy.namespaces.composition import Composition
 from proxy.readiness import Readiness
 from proxy.warming import JOBS, Schedule, Warmer, latest
 from storage.oci import Digest
@@ -43,7 +44,7 @@ class Kitchen:
 
     async def _forget(self, repository: str) -> None:
         self.forgotten.append(repository)
-        await self.composition.live.forget(repository)
+        await state_of(self.composition).forget(repository)
 
     def planned(self) -> Schedule:
         """As after a start."""

@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp_cache import MemoryCache, cache_middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from proxy.asking import BadField
+from proxy.namespaces.references import BadField
 from proxy.operations import Operations
 from proxy.telemetry.metrics import Metrics
 from proxy.web.api import Api, Handler, in_json

@@ -17,7 +17,7 @@ import yaml
 from aiohttp import web
 from aiohttp_cache import cache
 
-from proxy.asking import BadField
+from proxy.namespaces.references import BadField
 from proxy.operations import Operations
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from typing import IO, Any
 import structlog
 from aiohttp import web
 
-from proxy.asking import BadField
 from proxy.bundles import Bundles, Earlier, Given, Selection
+from proxy.namespaces.references import BadField
 from proxy.receipts import DIGEST
 from proxy.web.api import Body, Handler, decoded, in_json, query
 from proxy.web.send import reset

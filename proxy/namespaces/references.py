@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxy.config.quantities import parse_timeout
 from proxy.config.values import parse_platform
-from proxy.inventory import WILD
-from proxy.namespaces import Namespaces
+from proxy.namespaces.routing import Namespaces
 from storage.errors import RegistryError
 from storage.maintenance.pins import Pin
 from storage.oci import Digest, Reference, Tag
+
+WILD = re.compile(r"[*?[]")
 
 
 class BadField(ValueError):
@@ -90,3 +92,8 @@ def seconds(field: str, text: str) -> float:
         return parse_timeout(text)
     except ValueError as error:
         raise BadField(field, error) from None
+
+
+def written(repository: str, reference: Reference) -> str:
+    """As a user writes it."""
+    return f"{repository}{'@' if isinstance(reference, Digest) else ':'}{reference}"

@@ -19,10 +19,9 @@ from proxy.cache.keep_fresh import Freshener
 from proxy.config.errors import StartError
 from proxy.config.schema import Config, Hosting, NamespaceConfig
 from proxy.config.upstream import UpstreamConfig as UpstreamKeys
-from proxy.hosted import Hosted
-from proxy.hosted import Rules as PushRules
-from proxy.live import Live
-from proxy.namespaces import Member, Namespaces
+from proxy.namespaces.hosted import Hosted
+from proxy.namespaces.hosted import Rules as PushRules
+from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
@@ -117,8 +116,7 @@ class Composition:
             self.scrubs.append(Scrub(self.private, config.disk.scrub, clock, kept=None))
         self.collection = None if self.private is None else self._collection(self.private)
         self.freshener = Freshener(self.namespaces, self.store, self.pins, clock)
-        disks = [each.files.disk for each in stores] + ([self._events] if config.webhooks else [])
-        self.live = Live(self.fills, self.caches, disks, clock, None, self.drill)
+        self.disks = [each.files.disk for each in stores] + ([self._events] if config.webhooks else [])
 
     def _private(self) -> Store:
         store = private_store(self.config, self.clock)

@@ -1,0 +1,1 @@
+"""Which Registry serves which name; how the configuration becomes them."""

@@ -321,7 +321,7 @@ async def composed(config: Config, make: bool = False, tried: str = "") -> Async
     if not there and not make:  # to look for it must not make it
         raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
     from proxy.namespaces.composition import Composition
-    from proxy.namespaces.references import BadField
+    from proxy.namespaces.references import FieldInvalid
     from storage.errors import RegistryError
 
     try:
@@ -330,7 +330,7 @@ async def composed(config: Config, make: bool = False, tried: str = "") -> Async
             yield composition
         finally:
             await composition.close()
-    except BadField as error:
+    except FieldInvalid as error:
         raise Failed(str(error), "FIELD_INVALID", usage=True) from error
     except RegistryError as error:
         raise Failed(str(error) or error.code, error.code, usage=error.status == 400) from error

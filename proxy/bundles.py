@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import WILD, BadField, Reading, written
-from proxy.namespaces.references import platforms as read_platforms
-from proxy.namespaces.references import seconds as read_seconds
+from proxy.namespaces.references import (
+    WILD,
+    FieldInvalid,
+    ReferenceReader,
+    read_platforms,
+    read_seconds,
+    written,
+)
 from proxy.receipts import BoundRow, CarriedRow, Exported, LackingRow, Landed
 from storage.archives import bundle
 from storage.archives.archive import Archive, open_archive, open_spooled, read
@@ -83,7 +88,7 @@ class Bundles:
 
     def __init__(self, composition: Composition) -> None:
         self._parts = composition
-        self._reading = Reading(composition.namespaces)
+        self._reading = ReferenceReader(composition.namespaces)
 
     # Out
 
@@ -151,7 +156,7 @@ class Bundles:
         if selection.used_within is not None:
             since = self._parts.clock() - read_seconds("used_within", selection.used_within)
         elif not selection.names:
-            raise BadField("names", "say what to export: references, globs, or used_within")
+            raise FieldInvalid("names", "say what to export: references, globs, or used_within")
         for text in selection.names or EVERYTHING:
             found = False
             for wanted in self._named(text):
@@ -245,7 +250,7 @@ class Bundles:
             else:
                 repository = named.repository
                 reference = named.reference if root.name is None else Tag.parse(root.name)
-        except (BadField, RegistryError) as error:
+        except (FieldInvalid, RegistryError) as error:
             if isinstance(error, ArchiveInvalid):
                 raise
             raise ArchiveInvalid(f"{archive.what}: {error}") from None
@@ -306,7 +311,7 @@ def _signer(key: Path) -> Callable[[bytes], bytes]:
         try:
             return bundle.sign(content, key)
         except ValueError as error:
-            raise BadField("sign_key", error) from None
+            raise FieldInvalid("sign_key", error) from None
 
     return sign
 
@@ -320,7 +325,7 @@ def _check(archive: Archive, key: Path | None, content: bytes | None, signature:
     try:
         verified = bundle.verify(content, signature, key)
     except (ValueError, OSError) as error:
-        raise BadField("verify_key", error) from None
+        raise FieldInvalid("verify_key", error) from None
     if not verified:
         raise ArchiveInvalid(f"{archive.what}: its signature is not by {key}, or something was changed since")
 

@@ -42,9 +42,14 @@ from proxy.drills import Drills
 from proxy.inventory import Inventory, merged
 from proxy.live import Everyone, FillState
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import WILD, BadField, Reading, literal
-from proxy.namespaces.references import platforms as read_platforms
-from proxy.namespaces.references import seconds as read_seconds
+from proxy.namespaces.references import (
+    WILD,
+    FieldInvalid,
+    ReferenceReader,
+    read_pattern,
+    read_platforms,
+    read_seconds,
+)
 from proxy.preparations import Preparations
 from proxy.purging import Purging
 from proxy.reasons import Reasons
@@ -83,7 +88,7 @@ class Operations(Preparations):
         super().__init__(composition, everyone, drills)
         parts = self._composition = composition
         self._everyone = everyone
-        self._reading = Reading(parts.namespaces)
+        self._reading = ReferenceReader(parts.namespaces)
         self._evicting = evicting or nullcontext()
         self._inventory = Inventory(parts.config, parts.store, parts.usage, parts.pins)
         self._inventories = [self._inventory]
@@ -111,7 +116,7 @@ class Operations(Preparations):
         wanted = self._reading.pattern("match", pattern)
         if tags:
             if last:
-                literal("last", last)
+                read_pattern("last", last)
             return merged(
                 [await run_in_thread(each.images, wanted, limit, last) for each in self._inventories], limit
             )
@@ -224,11 +229,11 @@ class Operations(Preparations):
         try:
             pin = Pin(wanted.pattern, keep_fresh, only, self._composition.clock())
         except ValueError as error:
-            raise BadField("keep_fresh", error) from None
+            raise FieldInvalid("keep_fresh", error) from None
         try:
             await run_in_thread(self._composition.pins.add, pin)
         except ValueError as error:
-            raise BadField("pattern", error) from None
+            raise FieldInvalid("pattern", error) from None
         log.info("pin.added", pattern=pin.pattern, keep_fresh=keep_fresh, platforms=pin.platforms)
         return [await run_in_thread(self._pin_row, pin)]
 
@@ -236,7 +241,7 @@ class Operations(Preparations):
         """Raises NameUnknown where there is no such pin by command."""
         pins = self._composition.pins
         for each in dict.fromkeys(
-            (literal("pattern", pattern).pattern, self._reading.pattern("pattern", pattern).pattern)
+            (read_pattern("pattern", pattern).pattern, self._reading.pattern("pattern", pattern).pattern)
         ):
             if await run_in_thread(pins.remove, each):
                 log.info("pin.removed", pattern=each)
@@ -279,7 +284,7 @@ class Operations(Preparations):
     async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
         """Until `to` bytes are left; without it, what is too old goes, and what the limits do not allow."""
         if to is not None and to < 0:
-            raise BadField("to", "must be a number of bytes, 0 or more")
+            raise FieldInvalid("to", "must be a number of bytes, 0 or more")
         async with self._evicting:
             return await run_in_thread(self._evict, to, dry_run)
 

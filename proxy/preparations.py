@@ -10,8 +10,7 @@ from proxy.cache.drill import DrillState
 from proxy.drills import Drills
 from proxy.live import Everyone
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import BadField, Reading
-from proxy.namespaces.references import platforms as read_platforms
+from proxy.namespaces.references import FieldInvalid, ReferenceReader, read_platforms
 from proxy.readiness import Readiness
 from proxy.warming import Warmer
 from storage.concurrency import run_in_thread
@@ -23,7 +22,7 @@ class Preparations:
 
     def __init__(self, composition: Composition, everyone: Everyone, drills: Drills | None) -> None:
         self._cached = composition.caches
-        self._names = Reading(composition.namespaces)
+        self._names = ReferenceReader(composition.namespaces)
         self._readiness = Readiness(composition.store, composition.private, composition.hosted)
         self._warmer = Warmer(composition.namespaces, self._readiness, everyone.forget)
         self._drills = drills
@@ -42,7 +41,7 @@ class Preparations:
     def _judge(self, text: str, platforms: Sequence[str], referrers: bool) -> ReadyRow:
         try:
             asked = self._names.reference("references", text)
-        except BadField as error:
+        except FieldInvalid as error:
             return ReadyRow(
                 asked=text, repository="", reference="", digest=None, state="absent", error=str(error)
             )
@@ -51,10 +50,10 @@ class Preparations:
     async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> Drilling:
         """Cut upstreams off, those of `namespaces` or all.  Raises Denied while another drill goes on."""
         if not 0 < seconds < math.inf:
-            raise BadField("seconds", "must be more than 0")
+            raise FieldInvalid("seconds", "must be more than 0")
         for each in namespaces:
             if each not in self._cached:
-                raise BadField("namespaces", f"{each} is not configured, or is no cache")
+                raise FieldInvalid("namespaces", f"{each} is not configured, or is no cache")
         return _drilling(await self._running.begin(seconds, namespaces))
 
     async def drill(self) -> Drilling:

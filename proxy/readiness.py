@@ -12,7 +12,7 @@ import msgspec
 
 from proxy.answers import MissingRow, ReadyRow
 from proxy.cache.refresh import foreign
-from proxy.namespaces.references import Asked
+from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown
 from storage.graph import contents, lacking, referring, selected, walk
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
@@ -87,7 +87,7 @@ class Readiness:
         self._private = private
         self._hosted = hosted
 
-    def judge(self, asked: Asked, platforms: Sequence[str] = (), referrers: bool = True) -> ReadyRow:
+    def judge(self, asked: ImageReference, platforms: Sequence[str] = (), referrers: bool = True) -> ReadyRow:
         """For `platforms`, for all where none are given; with what is known to refer to it, or without."""
         store = self._private if asked.namespace in self._hosted and self._private else self._store
         digest = _digest(store, asked.repository, asked.reference)

@@ -11,7 +11,7 @@ from proxy.answers import HostRow, Verdict, Why
 from proxy.config.schema import Config
 from proxy.inventory import Inventory, Measured, finite
 from proxy.live import UpstreamState
-from proxy.namespaces.references import Asked
+from proxy.namespaces.references import ImageReference
 from storage.maintenance.pins import Pins
 from storage.maintenance.usage import Usage
 from storage.oci import Tag
@@ -35,7 +35,7 @@ class Reasons:
         self._inventory_of = inventory_of
         self._clock = clock
 
-    def why(self, asked: Asked, upstreams: Sequence[UpstreamState]) -> Why:
+    def why(self, asked: ImageReference, upstreams: Sequence[UpstreamState]) -> Why:
         config, repository, reference = self._config, asked.repository, asked.reference
         namespace = config.namespaces[asked.namespace]
         tag = reference if isinstance(reference, Tag) else None
@@ -75,7 +75,7 @@ class Reasons:
 
     def _verdict(
         self,
-        asked: Asked,
+        asked: ImageReference,
         pointer: Pointer | None,
         measured: Measured,
         offline: bool,
@@ -109,7 +109,7 @@ class Reasons:
         age = self._clock() - pointer.validated_at
         return 0 <= age < self._config.namespaces[namespace].fresh_for_tag(tag)
 
-    def _qualified(self, asked: Asked) -> str:
+    def _qualified(self, asked: ImageReference) -> str:
         first, slash, _ = asked.text.partition("/")
         name = asked.namespace
         if slash and first.lower() == name:

@@ -21,7 +21,7 @@ from proxy.answers import ReadyRow, WarmRow
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF, Refreshed, refresh
 from proxy.config.schema import WarmRule
 from proxy.imagefiles import Unreadable, look
-from proxy.namespaces.references import BadField, Reading
+from proxy.namespaces.references import FieldInvalid, ReferenceReader
 from proxy.namespaces.routing import Namespaces
 from proxy.readiness import Readiness
 from storage.concurrency import for_each, run_in_thread
@@ -42,13 +42,13 @@ class Warmer:
         self._namespaces = namespaces
         self._readiness = readiness
         self._forget = forget
-        self._reading = Reading(namespaces)
+        self._reading = ReferenceReader(namespaces)
 
     async def warm(self, text: str, platforms: Sequence[str] = (), referrers: bool = True) -> WarmRow:
         """Have all of it here.  What fails is told in the answer; only StorageFailed is raised."""
         try:
             asked = self._reading.reference("reference", text)
-        except BadField as bad:
+        except FieldInvalid as bad:
             return WarmRow(
                 asked=text, repository="", reference="", digest=None, here=False, error=str(bad),
                 code="FIELD_INVALID",

@@ -20,7 +20,7 @@ import pytest
 from proxy.bundles import Bundles, Given, Selection, earlier
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import BadField
+from proxy.namespaces.references import FieldInvalid
 from proxy.receipts import Exported, Landed
 from storage.archives.exporter import named
 from storage.errors import (
@@ -404,13 +404,13 @@ async def test_chosen_by_use(
 async def test_nothing_is_chosen(at: Opened, stock: Stock, bundle: Path) -> None:
     async with at("home") as home:
         await home.fetch(NAME, "3")
-        with pytest.raises(BadField, match="say what to export"):
+        with pytest.raises(FieldInvalid, match="say what to export"):
             await home.export(bundle)
         with pytest.raises(NameUnknown, match="nothing that is stored here is ghcr"):
             await home.export(bundle, "ghcr.io/*")
         with pytest.raises(ManifestUnknown, match="alpine:4 is not stored here"):
             await home.export(bundle, "alpine:4")
-        with pytest.raises(BadField, match="not a configured namespace"):
+        with pytest.raises(FieldInvalid, match="not a configured namespace"):
             await home.export(bundle, "quay.io/team/app:1")
     assert not bundle.exists()
 
@@ -778,9 +778,9 @@ async def test_a_key_that_is_none(at: Opened, stock: Stock, keys: tuple[Path, Pa
             (other, "is no Ed25519 key"),
             (tmp_path / "n", "No such"),
         ):
-            with pytest.raises((BadField, StorageFailed), match=says):
+            with pytest.raises((FieldInvalid, StorageFailed), match=says):
                 await home.export(tmp_path / "b.tar", "alpine:plain", key=key)
         await home.export(tmp_path / "b.tar", "alpine:plain", key=private)
         for key, says in ((private, "is no public key"), (tmp_path / "n", "No such")):
-            with pytest.raises(BadField, match=says):
+            with pytest.raises(FieldInvalid, match=says):
                 await home.take(tmp_path / "b.tar", key=key)

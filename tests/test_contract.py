@@ -19,7 +19,7 @@ from aiohttp import web
 
 from proxy.cache.cache import Cache, Policy
 from proxy.cache.fills import Fills
-from proxy.namespaces.hosted import Hosted, Rules
+from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import UpstreamRegistry
@@ -155,7 +155,7 @@ class Builder:
         if kind == "hosted":
             store = self.store("store")
             # Put past its rules: what was imported need not keep them, and is served all the same.
-            hosted = Hosted("local", store, Leases(store, 3600.0), Rules(sparse=True))
+            hosted = Hosted("local", store, Leases(store, 3600.0), PushRules(sparse=True))
             return Subject(hosted, StoreContent(store, "local/"), frozenset())
         if kind == "upstream -> fake":
             registry = await self._stack.enter_async_context(fake.Upstream(takes=fake.Takes()))

@@ -14,7 +14,7 @@ import pytest
 
 from proxy.bundles import Bundles, Given
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import BadField
+from proxy.namespaces.references import FieldInvalid
 from proxy.receipts import Landed
 from storage.errors import ArchiveInvalid, RegistryError
 from storage.oci import Digest, Tag
@@ -127,7 +127,7 @@ async def test_a_name_is_given_to_one_thing_only(site: Site) -> None:
     files = layout([(image(b"one"), {}), (image(b"two"), {})])
     with pytest.raises(ArchiveInvalid, match=r"docker\.io/library/alpine:3 is two things"):
         await site.take(files, name="alpine:3")
-    with pytest.raises(BadField, match="name"):
+    with pytest.raises(FieldInvalid, match="name"):
         await site.take(files, name="quay.io/team/app")
     assert site.empty
 

@@ -15,7 +15,7 @@ from proxy.answers import ImageRow, PlatformRow, Purged, Scrubbing, Why
 from proxy.inventory import DEEPEST
 from proxy.live import Everyone, FillState, LiveState, UpstreamState
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import BadField
+from proxy.namespaces.references import FieldInvalid
 from proxy.operations import Operations
 from proxy.purging import Kept
 from storage.errors import ManifestUnknown, NameUnknown, Unsupported
@@ -513,7 +513,7 @@ async def test_evict(site: Site, clock: Clock) -> None:
     assert (dry.blobs, dry.dry_run, site.holds(b"old")) == (1, True, True)
     assert (await site.operations.evict(0)).bytes == whole
     assert (await site.operations.evict()).blobs == 0
-    with pytest.raises(BadField, match="to: must be"):
+    with pytest.raises(FieldInvalid, match="to: must be"):
         await site.operations.evict(-1)
 
 
@@ -581,7 +581,7 @@ async def test_stats(site: Site, clock: Clock) -> None:
     assert (other.namespace, other.hit_ratio, other.byte_hit_ratio) == ("ghcr.io", None, None)
     assert (found.total.requests, found.total.hits) == (11, 6)
     assert found.stored_bytes == 5
-    with pytest.raises(BadField, match="period: expected a duration"):
+    with pytest.raises(FieldInvalid, match="period: expected a duration"):
         await site.operations.stats("yesterday")
 
 
@@ -729,7 +729,7 @@ async def test_why_offline(site: Site, clock: Clock) -> None:
     ],
 )
 async def test_references_that_are_none(site: Site, reference: str, says: str) -> None:
-    with pytest.raises(BadField) as raised:
+    with pytest.raises(FieldInvalid) as raised:
         await site.operations.why(reference)
     assert (raised.value.field, str(raised.value).startswith(says)) == ("ref", True)
 
@@ -749,7 +749,7 @@ async def test_references_that_are_none(site: Site, reference: str, says: str) -
     ],
 )
 async def test_fields_that_cannot_be_read(site: Site, call: tuple[Any, ...], field: str) -> None:
-    with pytest.raises(BadField) as raised:
+    with pytest.raises(FieldInvalid) as raised:
         await getattr(site.operations, call[0])(*call[1:])
     assert raised.value.field == field
 

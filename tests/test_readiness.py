@@ -8,7 +8,7 @@ import pytest
 
 from proxy.answers import MissingRow, ReadyRow
 from proxy.config.schema import Hosting
-from proxy.namespaces.references import BadField
+from proxy.namespaces.references import FieldInvalid
 from storage.graph import fallback_tag
 from storage.oci import Digest, Tag
 from tests.test_operations import ALPINE, Site, describe, on, settings, site
@@ -146,7 +146,7 @@ async def test_what_cannot_be_read_is_told_beside_the_others(site: Site) -> None
     assert (bad.state, bad.repository) == ("absent", "")
     assert "nowhere.example" in (bad.error or "")
     assert good.state == "complete"
-    with pytest.raises(BadField, match="platforms"):
+    with pytest.raises(FieldInvalid, match="platforms"):
         await site.operations.ready(["alpine:3"], ["amd64"])
 
 

@@ -19,8 +19,7 @@ from proxy.cache.keep_fresh import Freshener
 from proxy.config.errors import StartError
 from proxy.config.schema import Config, Hosting, NamespaceConfig
 from proxy.config.upstream import UpstreamConfig as UpstreamKeys
-from proxy.namespaces.hosted import Hosted
-from proxy.namespaces.hosted import Rules as PushRules
+from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder

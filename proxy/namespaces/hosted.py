@@ -44,7 +44,7 @@ _LACKING = 100  # digests that a refusal names at most
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class PushRules:
     """With `sparse`, a manifest may name what is not here.  `immutable` are patterns of tags."""
 
     sparse: bool = False
@@ -63,7 +63,7 @@ class Hosted(Registry):
         namespace: str,
         store: Store,
         leases: Leases,
-        rules: Rules = Rules(),
+        rules: PushRules = PushRules(),
         make_room: MakeRoom = nobody,
         moved: Moved | None = None,
     ) -> None:

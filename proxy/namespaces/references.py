@@ -16,7 +16,7 @@ from storage.oci import Digest, Reference, Tag
 WILD = re.compile(r"[*?[]")
 
 
-class BadField(ValueError):
+class FieldInvalid(ValueError):
     """`field` cannot be read; why not, as a sentence."""
 
     def __init__(self, field: str, cause: object) -> None:
@@ -25,7 +25,7 @@ class BadField(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ImageReference:
     """What somebody wrote, and what it was read as."""
 
     text: str
@@ -37,7 +37,7 @@ class Asked:
         return self.repository.partition("/")[0]
 
 
-class Reading:
+class ReferenceReader:
     """Every method raises BadField."""
 
     def __init__(self, namespaces: Namespaces) -> None:
@@ -45,53 +45,53 @@ class Reading:
 
     def pattern(self, field: str, text: str) -> Pin:
         """With the full name, where it names one repository."""
-        wanted = literal(field, text)
+        wanted = read_pattern(field, text)
         repository = wanted.parts[0]
         if WILD.search(repository):
             return wanted
-        return literal(field, self._qualify(field, repository) + wanted.pattern[len(repository) :])
+        return read_pattern(field, self._qualify(field, repository) + wanted.pattern[len(repository) :])
 
-    def reference(self, field: str, text: str) -> Asked:
+    def reference(self, field: str, text: str) -> ImageReference:
         """`name`, `name:tag`, `name@digest`, `name:tag@digest`: then the tag does not count."""
         named, at, digest = text.partition("@")
-        name, _, tag = literal(field, named).parts
+        name, _, tag = read_pattern(field, named).parts
         if name == named:
             tag = "latest"
         try:
             reference: Reference = Digest.parse(digest) if at else Tag.parse(tag)
         except RegistryError as error:
-            raise BadField(field, error) from None
-        return Asked(text, self._qualify(field, name), reference)
+            raise FieldInvalid(field, error) from None
+        return ImageReference(text, self._qualify(field, name), reference)
 
     def _qualify(self, field: str, name: str) -> str:
         try:
             return self._namespaces.qualify(name)
         except RegistryError as error:
-            raise BadField(field, error) from None
+            raise FieldInvalid(field, error) from None
 
 
-def literal(field: str, text: str) -> Pin:
+def read_pattern(field: str, text: str) -> Pin:
     """The pattern as it is.  Raises BadField."""
     try:
         return Pin(text)
     except ValueError as error:
-        raise BadField(field, error) from None
+        raise FieldInvalid(field, error) from None
 
 
-def platforms(field: str, texts: Sequence[str]) -> tuple[str, ...]:
+def read_platforms(field: str, texts: Sequence[str]) -> tuple[str, ...]:
     """Raises BadField."""
     try:
         return tuple(map(parse_platform, texts))
     except ValueError as error:
-        raise BadField(field, error) from None
+        raise FieldInvalid(field, error) from None
 
 
-def seconds(field: str, text: str) -> float:
+def read_seconds(field: str, text: str) -> float:
     """Raises BadField."""
     try:
         return parse_timeout(text)
     except ValueError as error:
-        raise BadField(field, error) from None
+        raise FieldInvalid(field, error) from None
 
 
 def written(repository: str, reference: Reference) -> str:

@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp_cache import MemoryCache, cache_middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from proxy.namespaces.references import BadField
+from proxy.namespaces.references import FieldInvalid
 from proxy.operations import Operations
 from proxy.telemetry.metrics import Metrics
 from proxy.web.api import Api, Handler, in_json
@@ -154,7 +154,7 @@ async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamRe
             if name in error.headers:
                 answer.headers[name] = error.headers[name]
         return answer
-    except BadField as error:
+    except FieldInvalid as error:
         return _error(400, str(error), "FIELD_INVALID", field=error.field)
     except RegistryError as error:
         answer = _error(error.status, str(error), error.code)

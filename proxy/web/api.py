@@ -17,7 +17,7 @@ import yaml
 from aiohttp import web
 from aiohttp_cache import cache
 
-from proxy.namespaces.references import BadField
+from proxy.namespaces.references import FieldInvalid
 from proxy.operations import Operations
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ class Api:
     async def ready(self, request: web.Request) -> web.Response:
         wanted = await body(request, _Ready)
         if len(wanted.references) > LARGEST_PAGE:
-            raise BadField("references", f"expected at most {LARGEST_PAGE}")
+            raise FieldInvalid("references", f"expected at most {LARGEST_PAGE}")
         return in_json(await self._operations.ready(wanted.references, wanted.platforms, wanted.referrers))
 
     async def drill(self, request: web.Request) -> web.Response:
@@ -238,19 +238,19 @@ def query(request: web.Request, **known: str | None) -> Mapping[str, str]:
     found: dict[str, Any] = dict(known)
     for name, value in request.query.items():
         if name not in known:
-            raise BadField(name, "there is no such field")
+            raise FieldInvalid(name, "there is no such field")
         if len(request.query.getall(name)) > 1:
-            raise BadField(name, "is given twice")
+            raise FieldInvalid(name, "is given twice")
         found[name] = value
     for name, value in found.items():
         if value is None or (value == "" and known[name]):
-            raise BadField(name, "is to be given")
+            raise FieldInvalid(name, "is to be given")
     return found
 
 
 def _count(name: str, text: str, most: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 0 < int(text) <= most):
-        raise BadField(name, f"expected a number from 1 to {most}")
+        raise FieldInvalid(name, f"expected a number from 1 to {most}")
     return int(text)
 
 
@@ -266,6 +266,6 @@ def decoded(content: bytes, form: type[T]) -> T:
         return msgspec.json.decode(content or b"{}", type=form)
     except msgspec.ValidationError as error:
         found = _FIELD.search(str(error))
-        raise BadField((found[1] or found[2]) if found else "body", error) from None
+        raise FieldInvalid((found[1] or found[2]) if found else "body", error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadField("body", f"is no JSON: {error}") from None
+        raise FieldInvalid("body", f"is no JSON: {error}") from None

@@ -18,7 +18,7 @@ import structlog
 from aiohttp import web
 
 from proxy.bundles import Bundles, Earlier, Given, Selection
-from proxy.namespaces.references import BadField
+from proxy.namespaces.references import FieldInvalid
 from proxy.receipts import DIGEST
 from proxy.web.api import Body, Handler, decoded, in_json, query
 from proxy.web.send import reset
@@ -188,5 +188,5 @@ async def _in_time(work: Coroutine[Any, Any, object]) -> None:
 
 def _flag(asked: Any, name: str) -> bool:
     if asked[name] not in _FLAGS:
-        raise BadField(name, "expected true or false")
+        raise FieldInvalid(name, "expected true or false")
     return _FLAGS[asked[name]]

@@ -23,7 +23,7 @@ from yarl import URL
 from proxy import answers, receipts
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
-from proxy.tls import pinned
+from proxy.web.tls import pinned
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession

@@ -18,13 +18,13 @@ from proxy.admission import admission, needed
 from proxy.config import schema
 from proxy.drills import Drills, resume
 from proxy.keeper import Keeper
-from proxy.listening import BACKLOG, bind_all
 from proxy.live import Everyone, serve_live, state_of
 from proxy.namespaces.composition import Composition
-from proxy.tls import Certificates
-from proxy.web.door import Door
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import Server
+from proxy.web.sockets import BACKLOG, bind_all
+from proxy.web.tls import Certificates
+from proxy.web.tls_listener import Door
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.disk import health

@@ -35,8 +35,8 @@ from prometheus_client import multiprocess
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
-from proxy.listening import bind
-from proxy.tls import Certificates
+from proxy.web.sockets import bind
+from proxy.web.tls import Certificates
 
 log = structlog.get_logger()
 

@@ -19,7 +19,7 @@ from storage.oci import OCI_INDEX, Digest, Tag
 from tests.conftest import Clock, Serve
 from tests.events import Ear
 from tests.test_admin import conforms
-from tests.test_pushing import APP, Client, image, index
+from tests.test_push import APP, Client, image, index
 from tests.upstream import Upstream
 
 DAY = 86400.0

@@ -33,7 +33,7 @@ from pathlib import Path
 from proxy.app import App
 from proxy.config.loader import load
 from proxy.telemetry import metrics
-from proxy.web import pushing
+from proxy.web import push
 from storage.disk import blobs, records
 from proxy.telemetry import logs
 
@@ -60,7 +60,7 @@ elif step == "before the manifest":
 elif step == "before the tag":
     stop(records.Batch, "put", lambda self, key, value: key.startswith("tag "))
 elif step == "before the answer":
-    stop(pushing.Pushing, "_created", lambda self, *arguments: True)
+    stop(push.Pushing, "_created", lambda self, *arguments: True)
 
 async def main():
     app = App(load(Path(sys.argv[1]), {}))

@@ -23,7 +23,7 @@ from yarl import URL
 from proxy.telemetry.metrics import Metrics
 from proxy.web import send
 from proxy.web.listener import Listener, Manners
-from proxy.web.send import MOST_RANGES, Range, parse_ranges, satisfy
+from proxy.web.ranges import MOST_RANGES, Range, parse_ranges, satisfy
 from proxy.web.server import Server
 from storage.disk.blobs import BlobFiles
 from storage.disk.uploads import FileBlob

@@ -27,9 +27,9 @@ from yarl import URL
 
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS
-from proxy.tls import SETTLING, Certificates, expiry, pinned
-from proxy.web.door import Door
 from proxy.web.listener import Connection, Listener, Manners
+from proxy.web.tls import SETTLING, Certificates, expiry, pinned
+from proxy.web.tls_listener import Door
 from tests.authority import Authority, replace
 from tests.conftest import Clock, Serve
 from tests.events import Ear
@@ -517,7 +517,7 @@ async def test_who_shakes_hands_at_the_end_is_still_served(authority: Authority,
 async def test_who_never_shakes_hands_holds_up_the_end_but_for_a_moment(
     authority: Authority, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.web.door.ON_ITS_WAY", 0.01)
+    monkeypatch.setattr("proxy.web.tls_listener.ON_ITS_WAY", 0.01)
     gate = await opened(settings(authority.issue("server")))
     async with connect(gate.url.replace("https", "http")) as wire:
         await wire.send(b"\x16\x03\x01")
@@ -530,7 +530,7 @@ async def test_who_never_shakes_hands_holds_up_the_end_but_for_a_moment(
 async def test_what_cannot_be_accepted_now_is_accepted_later(
     authority: Authority, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.web.door.PAUSE", 0.0)
+    monkeypatch.setattr("proxy.web.tls_listener.PAUSE", 0.0)
     gate = await opened(settings(authority.issue("server")))
     failures = [OSError(24, "Too many open files"), ConnectionAbortedError(103, "aborted")]
 

@@ -20,7 +20,7 @@ from tests.events import Ear
 from tests.processes import Place, place  # noqa: F401  a fixture
 from tests.receiver import Receiver, receiver  # noqa: F401  a fixture
 from tests.test_admin import DOCUMENT
-from tests.test_pushing import APP, UPLOADS, Client, image, pushed
+from tests.test_push import APP, UPLOADS, Client, image, pushed
 from tests.upstream import Upstream
 
 ALL = ["push", "pull", "delete", "mount", "move"]

@@ -17,9 +17,9 @@ from proxy.config.hosts import Address
 from proxy.config.schema import Config
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from proxy.listening import bind
 from proxy.setup.site import EVERYWHERE
-from proxy.tls import Certificates
+from proxy.web.sockets import bind
+from proxy.web.tls import Certificates
 
 PATIENCE = 5.0  # seconds for an answer of our own server
 HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # where to ask who listens everywhere

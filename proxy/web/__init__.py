@@ -1,0 +1,1 @@
+"""The distribution API over HTTP: routes, requests, responses, listeners, TLS."""

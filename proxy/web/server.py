@@ -11,11 +11,10 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
-import msgspec
 import structlog
 from aiohttp import web
 
@@ -24,41 +23,35 @@ from proxy.access.visibility import Ask
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange, exchange
 from proxy.telemetry.metrics import Metrics
-from proxy.web.pushing import Pushing
+from proxy.web.events import Teller, Telling
+from proxy.web.pull import Pull
+from proxy.web.push import Pushing
 from proxy.web.responses import (
-    ALL,
     JSON,
     Refused,
     cache_headers,
     content,
-    empty,
     error_answer,
-    freshness,
-    immutable,
 )
-from proxy.web.routes import Kind, Route, build_next, parse, parse_limit
-from proxy.web.send import LEFT, parse_ranges, satisfy, send_blob
-from proxy.web.telling import Teller, Telling
+from proxy.web.routes import Kind, Route, parse
+from proxy.web.send import LEFT
 from storage.errors import (
     BlobUnknown,
     ManifestBlobUnknown,
     ManifestUnknown,
     NameUnknown,
     OriginDenied,
-    RangeInvalid,
     RegistryError,
     TagInvalid,
     TooManyRequests,
     Unauthorized,
     Unsupported,
 )
-from storage.oci import OCI_INDEX, OCTETS, Descriptor, Digest
+from storage.oci import Digest
 from storage.registry import Registry
 
 log = structlog.get_logger()
 
-MOST_LISTED = 1 << 31  # entries in a page
-LARGEST_LISTING = 4_000_000  # bytes of referrers in a page: clients take no larger index
 READING = ("GET", "HEAD")
 _UNKNOWN: dict[Kind, type[RegistryError]] = {
     Kind.BLOB: BlobUnknown,
@@ -101,9 +94,9 @@ class Server:
         self._qualify = qualify
         self._metrics = metrics
         self._deny_bypass = deny_bypass
-        self._client_timeout = client_timeout
         self._served = served
         self._telling = Telling(teller, clock)
+        pull = Pull(registry, access, client_timeout)
         pushing = Pushing(registry, self._full_name, metrics, client_timeout, self._telling)
         self._access = access
         start = secrets.token_hex(4)
@@ -111,14 +104,14 @@ class Server:
         self._answers: dict[Kind, dict[str, Answer]] = {
             Kind.BASE: _reading(self._base),
             Kind.MANIFEST: {
-                **_reading(self._manifest),
+                **_reading(pull.manifest),
                 "PUT": pushing.push_manifest,
                 "DELETE": pushing.delete_manifest,
             },
-            Kind.BLOB: {**_reading(self._blob), "DELETE": pushing.delete_blob},
-            Kind.TAGS: _reading(self._tags),
-            Kind.REFERRERS: _reading(self._referrers),
-            Kind.CATALOG: _reading(self._catalog),
+            Kind.BLOB: {**_reading(pull.blob), "DELETE": pushing.delete_blob},
+            Kind.TAGS: _reading(pull.tags),
+            Kind.REFERRERS: _reading(pull.referrers),
+            Kind.CATALOG: _reading(pull.catalog),
             Kind.UPLOADS: {"POST": pushing.start},
             Kind.UPLOAD: {
                 **_reading(pushing.status),
@@ -202,132 +195,6 @@ class Server:
             answer.headers.add("WWW-Authenticate", challenge)
         return answer
 
-    async def _blob(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
-    ) -> web.StreamResponse:
-        digest = route.reference
-        assert isinstance(digest, Digest)
-        now.digest = digest
-        headers = {
-            **ALL,
-            "X-Request-Id": now.id,
-            "Content-Type": OCTETS,
-            "Docker-Content-Digest": digest,
-            "ETag": f'"{digest}"',
-            "Accept-Ranges": "bytes",
-            "Cache-Control": immutable(now),
-        }
-        if request.method == "HEAD" or _matches(request, digest):
-            now.content = await self._registry.resolve_blob(name, digest)
-            size = now.content.size
-            headers.update(cache_headers(now))
-            if _matches(request, digest):
-                return empty(304, headers)
-            if size >= 0:
-                headers["Content-Length"] = str(size)
-            return empty(200, headers)
-        if_range = request.headers.get("If-Range", f'"{digest}"')
-        ranges = parse_ranges(request.headers.get("Range") if if_range == f'"{digest}"' else None)
-        span = ranges[0].span if len(ranges) == 1 else None
-        blob = await self._registry.get_blob(name, digest, span)
-        try:
-            now.content = blob.descriptor
-            size = blob.descriptor.size
-            # Without a size no range can be told; RFC 9110 §14.2 lets a server send all.
-            try:
-                spans = satisfy(ranges, size) if size >= 0 else []
-            except RangeInvalid as error:
-                return self._error(Kind.BLOB, error, now, {"Content-Range": f"bytes */{size}"})
-            headers.update(cache_headers(now))
-            return await send_blob(request, blob, spans, headers, now, self._client_timeout)
-        finally:
-            await blob.close()
-
-    async def _manifest(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
-    ) -> web.StreamResponse:
-        reference = route.reference
-        assert reference is not None
-        content = b""
-        if request.method == "HEAD":
-            descriptor = await self._registry.resolve_manifest(name, reference)
-        else:
-            manifest = await self._registry.get_manifest(name, reference)
-            descriptor, content = manifest.descriptor, manifest.content
-        now.digest, now.content = descriptor.digest, descriptor
-        headers = {
-            **ALL,
-            "Content-Type": descriptor.media_type,
-            "Docker-Content-Digest": descriptor.digest,
-            "ETag": f'"{descriptor.digest}"',
-            "Cache-Control": immutable(now) if isinstance(reference, Digest) else freshness(now),
-            **cache_headers(now),
-        }
-        if _matches(request, descriptor.digest):
-            return empty(304, headers)
-        if request.method == "HEAD":
-            headers["Content-Length"] = str(descriptor.size)
-            return empty(200, headers)
-        now.bytes = len(content)
-        return web.Response(body=content, headers=headers)
-
-    async def _tags(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
-    ) -> web.StreamResponse:
-        last, limit = _page(request)
-        tags = await self._registry.tags(name, last, None if limit is None else limit + 1)
-        return self._listed(request, route, "tags", tags, limit, now)
-
-    async def _catalog(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
-    ) -> web.StreamResponse:
-        last, limit = _page(request)
-        wanted = None if limit is None else limit + 1
-        if self._access is None:
-            names = await self._registry.repositories(last, wanted)
-        else:
-            names = await self._access.repositories(request, self._registry, last, wanted, now)
-        return self._listed(request, route, "repositories", names, limit, now)
-
-    def _listed(
-        self,
-        request: web.BaseRequest,
-        route: Route,
-        key: str,
-        values: Sequence[str],
-        limit: int | None,
-        now: Exchange,
-    ) -> web.Response:
-        headers = {"Content-Type": JSON, "Cache-Control": freshness(now, 0), **cache_headers(now)}
-        if limit is not None and len(values) > limit:
-            values = values[:limit]
-            if values:
-                query: dict[str, str | int] = {**request.query, "n": limit, "last": values[-1]}
-                headers["Link"] = build_next(route, query)
-        # The name as the client wrote it: it knows of no namespaces.
-        members: dict[str, object] = {"name": route.name} if route.name else {}
-        now.bytes = len(body := msgspec.json.encode({**members, key: values}))
-        return content(body, headers)
-
-    async def _referrers(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
-    ) -> web.StreamResponse:
-        assert isinstance(route.reference, Digest)
-        artifact_type = request.query.get("artifactType") or None
-        last, limit = _page(request)
-        found = await self._registry.referrers(name, route.reference, artifact_type)
-        shown, more = _referrers_page(found, last, limit)
-        # oras and go-containerregistry want exactly this type; else they take the answer for none.
-        headers = {"Content-Type": OCI_INDEX, "Cache-Control": freshness(now, 0), **cache_headers(now)}
-        if artifact_type:
-            headers["OCI-Filters-Applied"] = "artifactType"
-        if more:
-            query: dict[str, str | int] = {**request.query, "last": shown[-1]["digest"]}
-            headers["Link"] = build_next(route, query)
-        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": shown}
-        now.bytes = len(body := msgspec.json.encode(index))
-        return content(body, headers)
-
     # What goes wrong, and what is written down
 
     def _error(
@@ -387,42 +254,6 @@ class Server:
 
 def _reading(answer: Answer) -> dict[str, Answer]:
     return dict.fromkeys(READING, answer)
-
-
-def _matches(request: web.BaseRequest, digest: Digest) -> bool:
-    """RFC 9110 §13.1.2: If-None-Match, by weak comparison; a digest that lacks its quotes will do."""
-    ours = ("*", f'"{digest}"', digest)
-    return any(
-        each.strip().removeprefix("W/") in ours
-        for line in request.headers.getall("If-None-Match", ())
-        for each in line.split(",")
-    )
-
-
-def _referrers_page(
-    found: Sequence[Descriptor], last: str, limit: int | None
-) -> tuple[list[dict[str, Any]], bool]:
-    """Those after the digest `last`, and whether there are more; no more than a client takes at once.
-
-    Of `limit` 0 it is one all the same: a page must lead to the next.
-    """
-    shown: list[dict[str, Any]] = []
-    size = 0
-    for each in sorted(found, key=lambda each: each.digest):
-        if each.digest <= last:
-            continue
-        row = each.to_json()
-        size += len(msgspec.json.encode(row)) + 1
-        if shown and (size > LARGEST_LISTING or (limit is not None and len(shown) >= limit)):
-            return shown, True
-        shown.append(row)
-    return shown, False
-
-
-def _page(request: web.BaseRequest) -> tuple[str, int | None]:
-    """`last` and `n` of the query.  Raises PaginationNumberInvalid."""
-    limit = parse_limit(request.query.get("n"))
-    return request.query.get("last", ""), None if limit is None else min(limit, MOST_LISTED)
 
 
 def _wanted(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from multidict import CIMultiDictProxy
 
-from proxy.web.pushing import LARGEST_MANIFEST
+from proxy.web.push import LARGEST_MANIFEST
 from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Digest
 from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear

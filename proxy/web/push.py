@@ -18,10 +18,10 @@ from aiohttp import web
 
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
+from proxy.web.events import Telling
 from proxy.web.responses import ALL, Refused, cache_headers, empty
 from proxy.web.routes import Kind, Route, build_location
 from proxy.web.send import LEFT
-from proxy.web.telling import Telling
 from storage.concurrency import uninterrupted
 from storage.errors import (
     BlobUnknown,

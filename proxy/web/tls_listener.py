@@ -12,8 +12,8 @@ import socket
 import structlog
 from aiohttp import web
 
-from proxy.tls import Certificates, client_address
 from proxy.web.listener import ON_ITS_WAY, Connection
+from proxy.web.tls import Certificates, client_address
 
 log = structlog.get_logger()
 

@@ -21,10 +21,10 @@ from proxy.keeper import Keeper
 from proxy.live import Everyone, serve_live, state_of
 from proxy.namespaces.composition import Composition
 from proxy.web.listener import Listener, Manners
-from proxy.web.server import Server
+from proxy.web.server import DistributionAPI
 from proxy.web.sockets import BACKLOG, bind_all
 from proxy.web.tls import Certificates
-from proxy.web.tls_listener import Door
+from proxy.web.tls_listener import TLSSite
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.disk import health
@@ -133,7 +133,7 @@ class App:
     async def _serve_clients(self, listen: list[socket.socket]) -> None:
         composition, settings = self.composition, self._settings
         limits = settings.limits
-        server = Server(
+        server = DistributionAPI(
             composition.namespaces,
             composition.namespaces.qualify,
             composition.metrics,
@@ -173,7 +173,7 @@ class App:
             site: web.BaseSite = web.SockSite(runner, each, backlog=BACKLOG)
             if certificates is not None:
                 times = {"handshake": limits.request_timeout, "goodbye": limits.client_timeout}
-                site = Door(runner, each, certificates, **times)
+                site = TLSSite(runner, each, certificates, **times)
             await site.start()
         self._closing.push_async_callback(_stop_accepting, sockets)
         host, port = sockets[0].getsockname()[:2]

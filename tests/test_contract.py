@@ -26,7 +26,7 @@ from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import Settings
 from proxy.web.listener import Listener, Manners
-from proxy.web.server import Server
+from proxy.web.server import DistributionAPI
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
@@ -193,7 +193,7 @@ class Builder:
             return name
 
         runner = web.ServerRunner(
-            Listener(Server(registry, qualify, Metrics()).handle, Manners()), shutdown_timeout=1
+            Listener(DistributionAPI(registry, qualify, Metrics()).handle, Manners()), shutdown_timeout=1
         )
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)

@@ -60,7 +60,7 @@ elif step == "before the manifest":
 elif step == "before the tag":
     stop(records.Batch, "put", lambda self, key, value: key.startswith("tag "))
 elif step == "before the answer":
-    stop(push.Pushing, "_created", lambda self, *arguments: True)
+    stop(push.Push, "_created", lambda self, *arguments: True)
 
 async def main():
     app = App(load(Path(sys.argv[1]), {}))

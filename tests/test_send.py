@@ -24,7 +24,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.web import send
 from proxy.web.listener import Listener, Manners
 from proxy.web.ranges import MOST_RANGES, Range, parse_ranges, satisfy
-from proxy.web.server import Server
+from proxy.web.server import DistributionAPI
 from storage.disk.blobs import BlobFiles
 from storage.disk.uploads import FileBlob
 from storage.errors import OriginFailed, RangeInvalid, StorageFailed
@@ -413,7 +413,9 @@ async def over() -> AsyncIterator[Over]:
         buffer: int = 0,
         client_timeout: float = math.inf,
     ) -> str:
-        server = Server(registry, lambda name, **_: f"test/{name}", Metrics(), client_timeout=client_timeout)
+        server = DistributionAPI(
+            registry, lambda name, **_: f"test/{name}", Metrics(), client_timeout=client_timeout
+        )
         runner = web.ServerRunner(Listener(server.handle, Manners()), shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()

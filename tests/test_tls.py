@@ -29,7 +29,7 @@ from proxy.config.errors import StartError
 from proxy.config.schema import TLS
 from proxy.web.listener import Connection, Listener, Manners
 from proxy.web.tls import SETTLING, Certificates, expiry, pinned
-from proxy.web.tls_listener import Door
+from proxy.web.tls_listener import TLSSite
 from tests.authority import Authority, replace
 from tests.conftest import Clock, Serve
 from tests.events import Ear
@@ -292,7 +292,7 @@ Peers = list[Any]
 class Gate:
     """A server behind a Door; `peers` are the certificates that clients have shown, request by request."""
 
-    def __init__(self, runner: web.ServerRunner, door: Door, url: str, peers: Peers) -> None:
+    def __init__(self, runner: web.ServerRunner, door: TLSSite, url: str, peers: Peers) -> None:
         self.runner, self.door, self.url, self.peers = runner, door, url, peers
 
 
@@ -317,7 +317,7 @@ async def opened() -> AsyncIterator[Open]:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         sockets.append(listening)
-        door = Door(runner, listening, Certificates(tls), handshake=manners.request_timeout, goodbye=5.0)
+        door = TLSSite(runner, listening, Certificates(tls), handshake=manners.request_timeout, goodbye=5.0)
         await door.start()
         return Gate(runner, door, door.name, peers)
 

@@ -19,7 +19,7 @@ from storage.oci import Descriptor, Digest, Tag
 _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
 
 
-class Teller(Protocol):
+class EventReporter(Protocol):
     pulls: bool
 
     async def tell(self, event: Event) -> None: ...
@@ -27,10 +27,10 @@ class Teller(Protocol):
     def mention(self, event: Event) -> None: ...
 
 
-class Telling:
+class RequestEvents:
     """Without a teller it does nothing."""
 
-    def __init__(self, teller: Teller | None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, teller: EventReporter | None, clock: Callable[[], float] = time.time) -> None:
         self._teller = teller
         self._clock = clock
         self.pulls = teller is not None and teller.pulls  # whether it wants them

@@ -11,7 +11,7 @@ from aiohttp import web
 from proxy.access.authorization import Authorizer
 from proxy.telemetry.exchange import Exchange
 from proxy.web.ranges import parse_ranges, satisfy
-from proxy.web.responses import ALL, JSON, Refused, cache_headers, content, empty, freshness, immutable
+from proxy.web.responses import ALL, JSON, RequestRefused, cache_headers, content, empty, freshness, immutable
 from proxy.web.routes import Route, build_next, parse_limit
 from proxy.web.send import send_blob
 from storage.errors import RangeInvalid
@@ -69,7 +69,7 @@ class Pull:
             try:
                 spans = satisfy(ranges, size) if size >= 0 else []
             except RangeInvalid as error:
-                raise Refused(error, {"Content-Range": f"bytes */{size}"}) from None
+                raise RequestRefused(error, {"Content-Range": f"bytes */{size}"}) from None
             headers.update(cache_headers(now))
             return await send_blob(request, blob, spans, headers, now, self._client_timeout)
         finally:

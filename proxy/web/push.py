@@ -18,8 +18,8 @@ from aiohttp import web
 
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
-from proxy.web.events import Telling
-from proxy.web.responses import ALL, Refused, cache_headers, empty
+from proxy.web.events import RequestEvents
+from proxy.web.responses import ALL, RequestRefused, cache_headers, empty
 from proxy.web.routes import Kind, Route, build_location
 from proxy.web.send import LEFT
 from storage.concurrency import uninterrupted
@@ -48,7 +48,7 @@ Write = Callable[[bytes], Awaitable[None]]
 FullName = Callable[[web.BaseRequest, Route, str], str]
 
 
-class Pushing:
+class Push:
     """A client that sends nothing of a body for `client_timeout` seconds is answered 408.
 
     Every method takes the request, its route, the repository's full name, and the exchange.
@@ -60,10 +60,10 @@ class Pushing:
         full_name: FullName,
         metrics: Metrics,
         client_timeout: float,
-        telling: Telling,
+        events: RequestEvents,
     ) -> None:
         self._registry = registry
-        self._telling = telling
+        self._events = events
         self._full_name = full_name
         self._metrics = metrics
         self._client_timeout = None if math.isinf(client_timeout) else client_timeout
@@ -93,7 +93,7 @@ class Pushing:
             raise BlobUnknown(f"{full} is not for everybody to be mounted from")
         descriptor = await self._registry.mount_blob(name, digest, full, now.visible)
         now.detail = "mounted"
-        await self._telling.did("mount", "blob", request, route, now, descriptor, source=full)
+        await self._events.did("mount", "blob", request, route, now, descriptor, source=full)
         return self._created(request, route, Kind.BLOB, descriptor.digest, now)
 
     async def _whole(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
@@ -139,7 +139,7 @@ class Pushing:
         self, request: web.BaseRequest, route: Route, now: Exchange, upload: Upload, digest: Digest
     ) -> web.Response:
         descriptor = await upload.commit(digest)
-        await self._telling.did("push", "blob", request, route, now, descriptor)
+        await self._events.did("push", "blob", request, route, now, descriptor)
         return self._created(request, route, Kind.BLOB, digest, now)
 
     async def cancel(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
@@ -158,7 +158,7 @@ class Pushing:
         first, last = int(found[1]), int(found[2])
         if first != upload.offset:
             error = RangeInvalid(f"the chunk begins at byte {first}, but {upload.offset} bytes are here")
-            raise Refused(error, self._session(request, route, upload, now))
+            raise RequestRefused(error, self._session(request, route, upload, now))
         if request.content_length not in (None, last - first + 1):
             raise SizeInvalid(
                 f"Content-Range tells of {last - first + 1} bytes, Content-Length of {request.content_length}"
@@ -220,7 +220,7 @@ class Pushing:
         descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
         pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
         for tag in pushed or (None,):
-            await self._telling.did("push", "manifest", request, route, now, descriptor, tag=tag)
+            await self._events.did("push", "manifest", request, route, now, descriptor, tag=tag)
         return descriptor.digest
 
     async def _manifest_body(self, request: web.BaseRequest, now: Exchange) -> bytes:
@@ -246,10 +246,10 @@ class Pushing:
         async def delete() -> None:
             await self._registry.delete_manifest(name, reference)
             if isinstance(reference, Tag):
-                await self._telling.did("delete", "tag", request, route, now, tag=reference)
+                await self._events.did("delete", "tag", request, route, now, tag=reference)
             else:
                 gone = Descriptor("", reference, -1)
-                await self._telling.did("delete", "manifest", request, route, now, gone)
+                await self._events.did("delete", "manifest", request, route, now, gone)
 
         await uninterrupted(delete())
         return self._deleted(now)
@@ -263,7 +263,7 @@ class Pushing:
         async def delete() -> None:
             await self._registry.delete_blob(name, digest)
             gone = Descriptor(OCTETS, digest, -1)
-            await self._telling.did("delete", "blob", request, route, now, gone)
+            await self._events.did("delete", "blob", request, route, now, gone)
 
         await uninterrupted(delete())
         return self._deleted(now)

@@ -17,7 +17,7 @@ _IMMUTABLE = {whose: f"{whose}, max-age=31536000, immutable" for whose in ("publ
 ALL = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """An error with headers that belong to its answer."""
 
     def __init__(self, error: RegistryError, headers: Mapping[str, str]) -> None:

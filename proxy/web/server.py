@@ -23,12 +23,12 @@ from proxy.access.visibility import Ask
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange, exchange
 from proxy.telemetry.metrics import Metrics
-from proxy.web.events import Teller, Telling
+from proxy.web.events import EventReporter, RequestEvents
 from proxy.web.pull import Pull
-from proxy.web.push import Pushing
+from proxy.web.push import Push
 from proxy.web.responses import (
     JSON,
-    Refused,
+    RequestRefused,
     cache_headers,
     content,
     error_answer,
@@ -69,7 +69,7 @@ class Qualify(Protocol):
     def __call__(self, name: str, *, ns: str | None, host: str | None, prefix: str) -> str: ...
 
 
-class Server:
+class DistributionAPI:
     """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves.
 
     A client that takes nothing of a blob for `client_timeout` seconds is cut off.
@@ -86,7 +86,7 @@ class Server:
         deny_bypass: bool = False,
         client_timeout: float = math.inf,
         served: Callable[[Exchange, int], None] | None = None,
-        teller: Teller | None = None,
+        teller: EventReporter | None = None,
         clock: Callable[[], float] = time.time,
         access: Authorizer | None = None,
     ) -> None:
@@ -95,9 +95,9 @@ class Server:
         self._metrics = metrics
         self._deny_bypass = deny_bypass
         self._served = served
-        self._telling = Telling(teller, clock)
+        self._events = RequestEvents(teller, clock)
         pull = Pull(registry, access, client_timeout)
-        pushing = Pushing(registry, self._full_name, metrics, client_timeout, self._telling)
+        pushing = Push(registry, self._full_name, metrics, client_timeout, self._events)
         self._access = access
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
@@ -158,7 +158,7 @@ class Server:
             answer = answers.get(request.method)
             if answer is None:
                 unsupported = Unsupported(f"{request.method} is not for {route.kind.value}")
-                raise Refused(unsupported, {"Allow": ", ".join(answers)})
+                raise RequestRefused(unsupported, {"Allow": ", ".join(answers)})
             if route.name:
                 now.reference = str(route.reference or route.upload)
                 name = self._full_name(request, route, route.name)
@@ -167,12 +167,12 @@ class Server:
                 if self._access is not None and not self._access.is_public(name):
                     await self._access.permit(request, _wanted(request, route, name), now)
             response = await answer(request, route, name, now)
-            if self._telling.pulls and request.method in READING:
-                self._telling.pulled(request, route, now, response.status)
+            if self._events.pulls and request.method in READING:
+                self._events.pulled(request, route, now, response.status)
             return response
         except RegistryError as error:
             return self._error(kind, error, now)
-        except Refused as refused:
+        except RequestRefused as refused:
             return self._error(kind, refused.error, now, refused.headers)
         except Exception as error:
             log.exception("request.failed", method=request.method, path=request.path[:300])

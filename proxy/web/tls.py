@@ -100,7 +100,7 @@ class Certificates:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = _VERSIONS[settings.minimum]
         context.options |= ssl.OP_NO_RENEGOTIATION
-        context.sslobject_class = Telling
+        context.sslobject_class = AlertingSSLObject
         context.set_alpn_protocols(["http/1.1"])
         expires = expiry(_first(settings.certificate))
         key, name = (settings.key, "key") if settings.key else (settings.certificate, "certificate")
@@ -132,7 +132,7 @@ class Certificates:
             raise _fault(name, key, f"with {certificate} (tls.certificate): {_cause(error)}") from error
 
 
-class Telling(ssl.SSLObject):
+class AlertingSSLObject(ssl.SSLObject):
     """One that says why a handshake fails, to us and to the client.
 
     asyncio drops the alert that a failure has brought about (RFC 8446 §6.2): so it hears first that there is

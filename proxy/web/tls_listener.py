@@ -21,7 +21,7 @@ HANDSHAKE = b"\x16"  # RFC 8446 §5.1: the content type with which every connect
 PAUSE = 1.0  # seconds before the next is accepted, where there is nothing to do it with, such as descriptors
 
 
-class Door(web.BaseSite):
+class TLSSite(web.BaseSite):
     """At a socket that listens.  In seconds, a handshake may take `handshake`, the last bytes `goodbye`."""
 
     def __init__(

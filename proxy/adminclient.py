@@ -20,9 +20,10 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 import msgspec
 from yarl import URL
 
-from proxy import answers, receipts
+from proxy import answers
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
+from proxy.transfer import results
 from proxy.web.tls import pinned
 
 if TYPE_CHECKING:
@@ -123,23 +124,21 @@ class Remote:
     async def end_drill(self) -> answers.Drilling:
         return await self._do(answers.Drilling, "DELETE", "drill")
 
-    async def import_(
-        self, archive: IO[bytes], name: str | None, pin: bool, dry_run: bool
-    ) -> receipts.Landed:
+    async def import_(self, archive: IO[bytes], name: str | None, pin: bool, dry_run: bool) -> results.Landed:
         """The archive is a tar, plain or compressed by gzip."""
         query = {"name": name or "", "pin": str(pin).lower(), "dry_run": str(dry_run).lower()}
-        return await self._ask(receipts.Landed, "POST", "import", query, archive, "application/x-tar")
+        return await self._ask(results.Landed, "POST", "import", query, archive, "application/x-tar")
 
-    async def planned(self, wanted: Mapping[str, Any]) -> receipts.Exported:
+    async def planned(self, wanted: Mapping[str, Any]) -> results.Exported:
         """What an export would come to; `wanted` are the fields of its body."""
-        return await self._do(receipts.Exported, "POST", "export", **wanted, dry_run=True)
+        return await self._do(results.Exported, "POST", "export", **wanted, dry_run=True)
 
     async def export(self, wanted: Mapping[str, Any], write: Callable[[bytes], object]) -> str:
         """A tar, piece by piece.  Returns the digest of its entrepot.json; a planned one has another."""
         async with self._answer("POST", "export", {}, msgspec.json.encode(wanted)) as response:
             async for piece, _ in response.content.iter_chunks():
                 await asyncio.to_thread(write, piece)
-            return response.headers.get(receipts.DIGEST, "")
+            return response.headers.get(results.DIGEST, "")
 
     async def collect(self, *, dry_run: bool = False) -> answers.Collected:
         return await self._do(answers.Collected, "POST", "collect", dry_run=dry_run)

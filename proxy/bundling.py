@@ -26,9 +26,8 @@ from proxy.config.values import parse_platform
 from proxy.console import Progress
 
 if TYPE_CHECKING:
-    from proxy.bundles import Tick
     from proxy.namespaces.composition import Composition
-    from proxy.receipts import Exported
+    from proxy.transfer.results import Exported, Tick
     from storage.archives.exporter import Sink
 
 STANDARD = "-"  # as a path: standard input, or output
@@ -122,11 +121,11 @@ def export(
         }
 
     async def here(composition: Composition) -> None:
-        from proxy.bundles import Bundles, Selection, earlier
+        from proxy.transfer.bundle_export import BundleExport, Selection, earlier
 
         selection = Selection(**wanted(), since=list(map(earlier, since)))
         with _ticking(call, bundle) as tick:
-            done = await Bundles(composition).export(
+            done = await BundleExport(composition).export(
                 selection, bundle, lambda _: _sink(bundle), sign_key, tick
             )
         _tell(call, bundle, done)
@@ -156,7 +155,7 @@ async def fetch(
     server: Remote, bundle: str, wanted: Mapping[str, Any], since: Sequence[Path], tick: Tick
 ) -> Exported:
     """Have `server` export what is wanted, and write it to `bundle`; that has its name when all is there."""
-    from proxy.bundles import earlier
+    from proxy.transfer.bundle_export import earlier
     from storage.archives.exporter import into, placed
     from storage.errors import RegistryError
 
@@ -245,12 +244,12 @@ def import_(
         raise click.UsageError("--namespace and --match go with --from-registry-dir DIRECTORY")
 
     async def here(composition: Composition) -> None:
-        from proxy.bundles import Bundles, Given
+        from proxy.transfer.bundle_import import BundleImport, Given
 
         for archive in archives:
             with _ticking(call, str(archive)) as tick:
                 given = Given(name=name, pin=pin, key=verify_key, dry_run=dry_run)
-                done = await Bundles(composition).import_(archive, given, tick)
+                done = await BundleImport(composition).import_(archive, given, tick)
             call.print(done, tables.landed)
 
     async def there(operations: Reached) -> None:

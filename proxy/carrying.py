@@ -5,18 +5,21 @@ What is large (aiohttp, rich) is imported where it is needed: see commands.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
-from proxy import receipts
 from proxy.adminclient import Failed
-from proxy.calling import Call, lone, read
+from proxy.calling import Call, lone, quiet, read
 from proxy.config.quantities import plural, size
 from proxy.config.values import parse_count, parse_platform
-from proxy.console import Column, Table
+from proxy.console import Column, Progress, Table
+from proxy.transfer import results
+from storage.oci import Digest
 
 SHOWN = 100  # rows of what was damaged, for people
 
@@ -78,8 +81,8 @@ def copy(call: Call, sources: tuple[str, ...], destination: str, **options: Any)
     several repositories DESTINATION ends with /, and their names are put behind it; of TEAM/* that is what *
     stands for. Called again, it goes on where it was cut.
     """
-    from proxy.errand import End, Errand
-    from proxy.places import check, parse_place
+    from proxy.transfer.copy_job import End, Errand
+    from proxy.transfer.copy_sources import check, parse_place
 
     ends = {}
     try:
@@ -95,7 +98,9 @@ def copy(call: Call, sources: tuple[str, ...], destination: str, **options: Any)
         raise click.UsageError(str(error)) from None
 
     async def work() -> None:
-        found = await Errand(places, target, ends, call.json, **options).run()
+        quiet(level="error")
+        with closing(_Silence() if call.json else _Lines()) as board:
+            found = await Errand(places, target, ends, board, **options).run()
         call.print(found, copied)
         if failed := sum(each.outcome == "failed" for each in found.images):
             told = f"{failed} of {plural(len(found.images), 'image')} could not be copied"
@@ -120,7 +125,7 @@ def take_over(call: Call, directory: Path, namespace: str | None, match: str, dr
     call.alone(work)
 
 
-def copied(found: receipts.Copied, now: float) -> list[Table]:
+def copied(found: results.Copied, now: float) -> list[Table]:
     """For people."""
     columns = (
         Column("SOURCE", whole=True),
@@ -142,7 +147,7 @@ def copied(found: receipts.Copied, now: float) -> list[Table]:
     return [table]
 
 
-def imported(found: receipts.Imported, now: float) -> list[Table]:
+def imported(found: results.Imported, now: float) -> list[Table]:
     """For people."""
     columns = (Column("REPOSITORY", whole=True), Column("WHAT", digests=True), Column("WHY"))
     tables = []
@@ -169,3 +174,34 @@ def imported(found: receipts.Imported, now: float) -> list[Table]:
 
 
 COMMANDS = (copy,)
+
+
+class _Silence:
+    """Tells nothing: who reads the answer is a program."""
+
+    def moved(self, digest: Digest, done: int, whole: int) -> None: ...
+
+    def ended(self, digest: Digest) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Lines(_Silence):
+    """A bar for each blob on a terminal, lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(sys.stderr)
+
+    def moved(self, digest: Digest, done: int, whole: int) -> None:
+        self._progress.show(digest, done, whole, f"{size(done)} of {size(whole)}")
+
+    def ended(self, digest: Digest) -> None:
+        self._progress.drop(digest)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def close(self) -> None:
+        self._progress.close()

@@ -19,7 +19,7 @@ from proxy.config.quantities import plural, size
 from proxy.config.schema import Config
 from proxy.console import Progress
 from proxy.namespaces.composition import private_store
-from proxy.receipts import DamageRow, Imported
+from proxy.transfer.results import DamageRow, Imported
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
 from storage.migration.distribution import DistributionTree

@@ -35,7 +35,6 @@ from proxy.answers import (
     WebhookRow,
     Why,
 )
-from proxy.bundles import Bundles
 from proxy.cache.refresh import refresh
 from proxy.config.webhooks import WebhookConfig
 from proxy.drills import Drills
@@ -53,6 +52,8 @@ from proxy.namespaces.references import (
 from proxy.preparations import Preparations
 from proxy.purging import Purging
 from proxy.reasons import Reasons
+from proxy.transfer.bundle_export import BundleExport
+from proxy.transfer.bundle_import import BundleImport
 from proxy.webhooks.queue import Queue
 from storage.concurrency import run_in_thread
 from storage.errors import NameUnknown, RegistryError, Unsupported
@@ -95,7 +96,8 @@ class Operations(Preparations):
         if parts.private is not None:
             self._inventories.append(Inventory(parts.config, parts.private, parts.usage, parts.pins))
         self._purging = Purging(parts.store, parts.pins)
-        self.bundles = Bundles(parts)
+        self.exports = BundleExport(parts)
+        self.imports = BundleImport(parts)
         self._reasons = Reasons(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._looks: dict[str, tuple[float, int, float]] = {}
         # Beside those that are slow, and take days: who asks wants to know.  They share the work.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from proxy import answers, receipts
+from proxy import answers
 from proxy.config.quantities import duration, moment, plural, share, size
 from proxy.console import Column, Progress, Table
+from proxy.transfer import results
 
 _REFERENCE = Column("REFERENCE", whole=True)
 _HELD = Column("HELD", right=True)
@@ -330,7 +331,7 @@ def scrubbed(found: answers.Scrubbing, now: float) -> Sequence[Table]:
     return [table]
 
 
-def exported(found: receipts.Exported, now: float) -> Sequence[Table]:
+def exported(found: results.Exported, now: float) -> Sequence[Table]:
     table = Table((Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("PLATFORMS")))
     for each in found.references:
         some = f"{', '.join(each.platforms)} ({plural(len(each.left_out), 'other')} left out)"
@@ -345,7 +346,7 @@ def exported(found: receipts.Exported, now: float) -> Sequence[Table]:
     return [table]
 
 
-def landed(found: receipts.Landed, now: float) -> Sequence[Table]:
+def landed(found: results.Landed, now: float) -> Sequence[Table]:
     table = Table(
         (Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("WAS", digests=True))
     )

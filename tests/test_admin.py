@@ -18,9 +18,10 @@ import pytest
 import yaml
 from aiohttp.test_utils import TestClient, TestServer
 
-from proxy import answers, receipts
+from proxy import answers
 from proxy.namespaces.composition import Composition
 from proxy.telemetry.metrics import Metrics
+from proxy.transfer import results
 from proxy.web.admin import OPEN, SUMMARIES, application
 from proxy.web.api import SUMMARY
 from storage.errors import StorageFailed, Unavailable
@@ -191,7 +192,7 @@ def test_every_schema_is_that_of_its_struct() -> None:
         if isinstance(each, type) and each.__module__ == answers.__name__
     ]
     structs = {each.__name__: each for each in kinds if each is not answers.Answer}
-    told = (receipts.Landed, receipts.BoundRow, receipts.Exported, receipts.CarriedRow, receipts.LackingRow)
+    told = (results.Landed, results.BoundRow, results.Exported, results.CarriedRow, results.LackingRow)
     structs |= {each.__name__: each for each in told}
     assert set(schemas) - {"Error", "Platforms"} == set(structs)
     for name, struct in structs.items():

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from proxy.bundles import Bundles, Given, Selection
 from proxy.namespaces.composition import Composition
-from proxy.receipts import Landed
+from proxy.transfer.bundle_export import BundleExport, Selection
+from proxy.transfer.bundle_import import BundleImport, Given
+from proxy.transfer.results import Landed
 from storage.archives.exporter import named
 from storage.oci import Digest, Tag
 from tests.archives import REF_NAME, image, layout, tar
@@ -96,7 +97,7 @@ class Ground:
     async def take(self, archive: Path) -> Landed:
         composition = self.composition()
         try:
-            return await Bundles(composition).import_(archive, Given())
+            return await BundleImport(composition).import_(archive, Given())
         finally:
             await composition.close()
 
@@ -133,7 +134,7 @@ async def test_killed_in_an_export(ground: Ground, step: str, name: str) -> None
     assert len(list(ground.directory.glob(f".{name}.*.partial"))) == 1
     composition = ground.composition()
     selection = Selection(names=["alpine:3"])
-    await Bundles(composition).export(selection, str(bundle), lambda _: named(bundle))
+    await BundleExport(composition).export(selection, str(bundle), lambda _: named(bundle))
     await composition.close()
     assert bundle.exists()
     assert list(ground.directory.glob(f".{name}.*.partial")) == []  # neither its own, nor the dead one's
@@ -217,7 +218,7 @@ async def test_interrupted_it_ends_and_leaves_nothing(ground: Ground) -> None:
         gate.wait()
 
     try:
-        export = Bundles(composition).export(
+        export = BundleExport(composition).export(
             Selection(names=["alpine:3"]), str(bundle), lambda _: named(bundle), None, tick
         )
         running = asyncio.create_task(export)

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from proxy.bundles import Bundles, Given, Selection, earlier
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid
-from proxy.receipts import Exported, Landed
+from proxy.transfer.bundle_export import BundleExport, Selection, earlier
+from proxy.transfer.bundle_import import BundleImport, Given
+from proxy.transfer.results import Exported, Landed
 from storage.archives.exporter import named
 from storage.errors import (
     ArchiveInvalid,
@@ -46,7 +47,8 @@ class Place:
 
     def __init__(self, composition: Composition) -> None:
         self.parts = composition
-        self.bundles = Bundles(composition)
+        self.exports = BundleExport(composition)
+        self.imports = BundleImport(composition)
 
     async def fetch(self, name: str, reference: str, *platforms: str, referrers: bool = True) -> None:
         parsed = Digest(reference) if ":" in reference else Tag(reference)
@@ -55,10 +57,10 @@ class Place:
     async def export(self, path: Path, *names: str, key: Path | None = None, **how: Any) -> Exported:
         since = [earlier(each) for each in how.pop("since", ())]
         selection = Selection(names=names, since=since, **how)
-        return await self.bundles.export(selection, str(path), lambda _: named(path), key)
+        return await self.exports.export(selection, str(path), lambda _: named(path), key)
 
     async def take(self, path: Path, **how: Any) -> Landed:
-        return await self.bundles.import_(path, Given(**how))
+        return await self.imports.import_(path, Given(**how))
 
     async def manifest(self, name: str, reference: str) -> Manifest:
         parsed = Digest(reference) if ":" in reference else Tag(reference)

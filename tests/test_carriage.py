@@ -21,8 +21,8 @@ from aiohttp.test_utils import TestServer
 from click.testing import CliRunner, Result
 from yarl import URL
 
-from proxy import bundles, receipts
 from proxy.cli import main
+from proxy.transfer import bundle_import, results
 from proxy.web import carriage
 from storage.oci import Digest
 from tests.archives import REF_NAME, image, layout, tar
@@ -339,7 +339,7 @@ async def test_what_nobody_expects_breaks_it_off_too(far: Far, monkeypatch: pyte
         raise RuntimeError("a fault of ours")
 
     await far.import_()
-    monkeypatch.setattr(bundles, "write", write)
+    monkeypatch.setattr(bundle_import, "write", write)
     async with connect(str(far.url)) as wire:
         await wire.send(asking(b'{"names": ["alpine:3"]}'))
         with pytest.raises(ConnectionResetError):
@@ -368,7 +368,7 @@ async def test_the_digest_is_that_of_the_bundle_which_was_sent(far: Far, tmp_pat
     _, told = await far.export(names=["alpine:3"], dry_run=True)
     far.site.clock.advance(5)
     async with far.site.session.post(far.url / "api/v1/export", json={"names": ["alpine:3"]}) as response:
-        digest, bundle = response.headers[receipts.DIGEST], await response.read()
+        digest, bundle = response.headers[results.DIGEST], await response.read()
     with tarfile.open(fileobj=io.BytesIO(bundle)) as found:
         contents = (found.extractfile("entrepot.json") or io.BytesIO()).read()
     assert digest == Digest.of(contents) != json.loads(told)["digest"]

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from proxy import landing
 from proxy.cli import main
-from proxy.errand import find_auth_file
+from proxy.transfer.copy_job import find_auth_file
 from storage.errors import StorageFailed
 from storage.migration.migration import Migration
 from tests.conftest import Serve

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from proxy.bundles import Bundles, Given
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid
-from proxy.receipts import Landed
+from proxy.transfer.bundle_import import BundleImport, Given
+from proxy.transfer.results import Landed
 from storage.errors import ArchiveInvalid, RegistryError
 from storage.oci import Digest, Tag
 from tests import archives
@@ -40,7 +40,7 @@ class Site:
         return await self.take_path(path, **how)
 
     async def take_path(self, path: Path, **how: Any) -> Landed:
-        return await Bundles(self.parts).import_(path, Given(**how))
+        return await BundleImport(self.parts).import_(path, Given(**how))
 
     async def holds(self, repository: str, reference: str, made: Made) -> None:
         """All of it is served."""

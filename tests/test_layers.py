@@ -58,6 +58,7 @@ MOVED = (
     "proxy.webhooks",
     "proxy.access",
     "proxy.namespaces",
+    "proxy.transfer",
 )
 
 ALLOWED = {

@@ -232,6 +232,10 @@ class Composition:
         self._closing.push_async_callback(cache.close)
         return cache
 
+    def store_of(self, namespace: str) -> Store:
+        """The store that holds what is stored of a namespace."""
+        return self.private if self.private is not None and namespace in self.hosted else self.store
+
     async def close(self) -> None:
         """Stop what goes on, and let go of all."""
         await self._closing.aclose()

@@ -72,7 +72,10 @@ def application(
     for path, handler in zip(OPEN, open_ones, strict=True):
         admin.router.add_get(path, handler)
     api = Api(operations, summaries.forget)
-    for method, path, handler in (*api.routes(), *Carriage(operations.bundles, summaries.forget).routes()):
+    for method, path, handler in (
+        *api.routes(),
+        *Carriage(operations.exports, operations.imports, summaries.forget).routes(),
+    ):
         if method == "GET":
             admin.router.add_get(path, handler)  # and HEAD
         else:

@@ -17,9 +17,10 @@ from typing import IO, Any
 import structlog
 from aiohttp import web
 
-from proxy.bundles import Bundles, Earlier, Given, Selection
 from proxy.namespaces.references import FieldInvalid
-from proxy.receipts import DIGEST
+from proxy.transfer.bundle_export import BundleExport, Earlier, Selection
+from proxy.transfer.bundle_import import BundleImport, Given
+from proxy.transfer.results import DIGEST
 from proxy.web.api import Body, Handler, decoded, in_json, query
 from proxy.web.send import reset
 from storage.archives.exporter import Sink, TarSink
@@ -60,8 +61,9 @@ class _Export(Body, frozen=True):
 class Carriage:
     """`changed` is called when something was done that may change what there is to see."""
 
-    def __init__(self, bundles: Bundles, changed: Callable[[], None]) -> None:
-        self._bundles = bundles
+    def __init__(self, exports: BundleExport, imports: BundleImport, changed: Callable[[], None]) -> None:
+        self._exports = exports
+        self._imports = imports
         self._changed = changed
         self._sending = asyncio.Semaphore(SENDING)
 
@@ -80,13 +82,13 @@ class Carriage:
             )
         spooled = await self._spooled(request)
         try:
-            return in_json(await self._bundles.import_spooled(spooled, "the archive", given))
+            return in_json(await self._imports.import_spooled(spooled, "the archive", given))
         finally:
             self._changed()  # also by what failed half-way
 
     async def _spooled(self, request: web.Request) -> IO[bytes]:
         """All of the body, in a file without a name."""
-        spool: Path = self._bundles.spool
+        spool: Path = self._imports.spool
         try:
             file = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115
         except OSError as error:
@@ -106,7 +108,7 @@ class Carriage:
         wanted = decoded(await _read(request), _Export)
         selection = wanted.selection()
         if wanted.dry_run:
-            return in_json(await self._bundles.planned(selection, "the bundle"))
+            return in_json(await self._exports.planned(selection, "the bundle"))
         response = web.StreamResponse(headers={"Content-Type": TAR})
         async with self._sending:
             await self._send(request, response, selection)
@@ -146,7 +148,7 @@ class Carriage:
             yield sink
             sink.end()
 
-        await self._bundles.export(selection, "the bundle", opened)
+        await self._exports.export(selection, "the bundle", opened)
 
 
 async def _read(request: web.Request) -> bytes:

@@ -5,14 +5,20 @@ Sizes are bytes, references full names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from proxy.answers import Answer
+import msgspec
 
 DIGEST = "Entrepot-Digest"  # the header that tells that of a bundle which the admin API sends
+Tick = Callable[[int, int], None]  # called with how many bytes are done, and of how many
 
 
-class CarriedRow(Answer, frozen=True):
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a transfer came to."""
+
+
+class CarriedRow(Result, frozen=True):
     """`reference` is a full name.  `platforms` of an index are those that go along, [] where none are told;
     `left_out` the digests of those that do not.
     """
@@ -24,12 +30,12 @@ class CarriedRow(Answer, frozen=True):
     left_out: list[str]
 
 
-class LackingRow(Answer, frozen=True):
+class LackingRow(Result, frozen=True):
     reference: str
     lacking: list[str]
 
 
-class Exported(Answer, frozen=True):
+class Exported(Result, frozen=True):
     """`digest` is that of the bundle's entrepot.json, by which a delta names it.
 
     `blobs` and `bytes` are of all that is in it; `spared` blobs are in the bundles that it is a delta of.
@@ -46,7 +52,7 @@ class Exported(Answer, frozen=True):
     signed: bool
 
 
-class BoundRow(Answer, frozen=True):
+class BoundRow(Result, frozen=True):
     """`tag` is None for what has only a digest.  `before` is what the tag was here, None where it was not."""
 
     repository: str
@@ -55,7 +61,7 @@ class BoundRow(Answer, frozen=True):
     before: str | None
 
 
-class Landed(Answer, frozen=True):
+class Landed(Result, frozen=True):
     """`blobs` and `bytes` are what was taken in; the rest was here.  `verified`: by a key."""
 
     archive: str
@@ -67,7 +73,7 @@ class Landed(Answer, frozen=True):
     dry_run: bool
 
 
-class DamageRow(Answer, frozen=True):
+class DamageRow(Result, frozen=True):
     """`what` is a digest or a tag of `repository`, or nothing where it is the repository itself."""
 
     repository: str
@@ -75,7 +81,7 @@ class DamageRow(Answer, frozen=True):
     why: str
 
 
-class Imported(Answer, frozen=True):
+class Imported(Result, frozen=True):
     """What was new; `present` manifests were here already.  Of the blobs `linked` take no room of their own.
 
     `kept` are tags that were left as they are here.  What is `damaged`, or missing, was not taken, nor what
@@ -99,7 +105,7 @@ class Imported(Answer, frozen=True):
 Outcome: TypeAlias = Literal["copied", "present", "failed"]
 
 
-class CopyRow(Answer, frozen=True):
+class CopyRow(Result, frozen=True):
     """`digest` is None where it was not even found, `error` None where it is there now."""
 
     source: str
@@ -109,7 +115,7 @@ class CopyRow(Answer, frozen=True):
     error: str | None
 
 
-class Copied(Answer, frozen=True):
+class Copied(Result, frozen=True):
     """So many `manifests`, `tags` and `blobs`, of `bytes`, had to come.
 
     Of the other blobs `mounted` were in another repository of the destination, `present` in the same.

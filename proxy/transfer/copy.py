@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from proxy.transferring import Board, Patience, Transfer
+from proxy.transfer.blob_copy import Board, Patience, Transfer
 from storage.errors import (
     BlobUnknown,
     Denied,

@@ -5,27 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy.calling import quiet
-from proxy.config.quantities import size
-from proxy.console import Progress
-from proxy.copying import Copying, Route, Rules
-from proxy.places import Item, Place, items, joined
-from proxy.receipts import Copied, CopyRow, Outcome
 from proxy.telemetry.metrics import Metrics
-from proxy.transferring import Patience
+from proxy.transfer.blob_copy import Board, Patience
+from proxy.transfer.copy import Copying, Route, Rules
+from proxy.transfer.copy_sources import Item, Place, items, joined
+from proxy.transfer.results import Copied, CopyRow, Outcome
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline
 from proxy.upstream.requests import Settings
 from proxy.upstream.transport import Connect
 from storage.errors import RegistryError
-from storage.oci import Digest
 
 IMAGES = 8  # under way at once
 
@@ -40,14 +35,14 @@ class End:
 
 
 class Errand:
-    """`ends` are those of "source" and "destination".  With `quietly` nothing is told meanwhile."""
+    """`ends` are those of "source" and "destination"; `board` is told what goes on."""
 
     def __init__(
         self,
         places: Sequence[Place],
         target: Place,
         ends: Mapping[str, End],
-        quietly: bool = True,
+        board: Board,
         *,
         all_tags: bool = False,
         platforms: tuple[str, ...] = (),
@@ -62,17 +57,15 @@ class Errand:
         self._all_tags = all_tags
         self._rules = Rules(platforms, not no_referrers, dry_run, transfers)
         self._auth_file = auth_file or find_auth_file(os.environ)
-        self._board = _Silence() if quietly else _Lines()
+        self._board = board
         self._rows: dict[int, CopyRow] = {}  # by the order in which they were begun
         self._numbers = itertools.count()
         self._turns = asyncio.Semaphore(IMAGES)
         self._metrics = Metrics()
 
     async def run(self) -> Copied:
-        quiet(level="error")
         begun = time.monotonic()
         async with AsyncExitStack() as leaving:
-            leaving.callback(self._board.close)
             sources = {each.url: self._open(each, "source", leaving) for each in self._places}
             destination = self._open(self._target, "destination", leaving)
             copying = Copying(destination, self._rules, self._board, Patience(self._board))
@@ -161,34 +154,3 @@ def find_auth_file(environ: Mapping[str, str]) -> Path | None:
     candidates.append(home / ".config" / "containers" / "auth.json")
     candidates.append(Path(environ.get("DOCKER_CONFIG") or home / ".docker") / "config.json")
     return next((each for each in candidates if each.is_file()), None)
-
-
-class _Silence:
-    """Tells nothing: who reads the answer is a program."""
-
-    def moved(self, digest: Digest, done: int, whole: int) -> None: ...
-
-    def ended(self, digest: Digest) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _Lines(_Silence):
-    """A bar for each blob on a terminal, lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(sys.stderr)
-
-    def moved(self, digest: Digest, done: int, whole: int) -> None:
-        self._progress.show(digest, done, whole, f"{size(done)} of {size(whole)}")
-
-    def ended(self, digest: Digest) -> None:
-        self._progress.drop(digest)
-
-    def note(self, text: str) -> None:
-        self._progress.note(text)
-
-    def close(self) -> None:
-        self._progress.close()

@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from proxy.copying import Copying, Done, Route, Rules
 from proxy.telemetry.metrics import Metrics
-from proxy.transferring import Patience, Transfer
+from proxy.transfer.blob_copy import Patience, Transfer
+from proxy.transfer.copy import Copying, Done, Route, Rules
 from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import Settings

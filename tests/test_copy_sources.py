@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from proxy.places import Item, Place, check, items, parse_place
+from proxy.transfer.copy_sources import Item, Place, check, items, parse_place
 from storage.errors import NameUnknown
 from storage.oci import Digest
 from storage.registry import Registry
@@ -51,7 +51,7 @@ DIGEST = Digest("sha256:" + "0" * 64)
         ("http:///a", None, ""),
     ],
 )
-def test_places(text: str, place: Place | None, url: str) -> None:
+def test_copy_sources(text: str, place: Place | None, url: str) -> None:
     if place is None:
         with pytest.raises(ValueError, match=r"^[^\n]+$"):
             parse_place(text)

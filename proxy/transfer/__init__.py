@@ -1,0 +1,1 @@
+"""Images moved between registries and bundles: copy, export, import."""

@@ -124,10 +124,12 @@ class Remote:
     async def end_drill(self) -> answers.Drilling:
         return await self._do(answers.Drilling, "DELETE", "drill")
 
-    async def import_(self, archive: IO[bytes], name: str | None, pin: bool, dry_run: bool) -> results.Landed:
+    async def import_(
+        self, archive: IO[bytes], name: str | None, pin: bool, dry_run: bool
+    ) -> results.BundleImported:
         """The archive is a tar, plain or compressed by gzip."""
         query = {"name": name or "", "pin": str(pin).lower(), "dry_run": str(dry_run).lower()}
-        return await self._ask(results.Landed, "POST", "import", query, archive, "application/x-tar")
+        return await self._ask(results.BundleImported, "POST", "import", query, archive, "application/x-tar")
 
     async def planned(self, wanted: Mapping[str, Any]) -> results.Exported:
         """What an export would come to; `wanted` are the fields of its body."""

@@ -81,14 +81,14 @@ def copy(call: Call, sources: tuple[str, ...], destination: str, **options: Any)
     several repositories DESTINATION ends with /, and their names are put behind it; of TEAM/* that is what *
     stands for. Called again, it goes on where it was cut.
     """
-    from proxy.transfer.copy_job import End, Errand
+    from proxy.transfer.copy_job import CopyJob, Endpoint
     from proxy.transfer.copy_sources import check, parse_place
 
     ends = {}
     try:
         for name in ("source", "destination"):
             given = (options.pop(f"{name}_{key}") for key in ("plain_http", "insecure", "credentials"))
-            ends[name] = End(*given)
+            ends[name] = Endpoint(*given)
             if ":" not in (ends[name].credentials or ":"):
                 raise ValueError(f"--{name}-credentials: expected user:password")
         places = [parse_place(each, ends["source"].plain_http) for each in sources]
@@ -99,8 +99,8 @@ def copy(call: Call, sources: tuple[str, ...], destination: str, **options: Any)
 
     async def work() -> None:
         quiet(level="error")
-        with closing(_Silence() if call.json else _Lines()) as board:
-            found = await Errand(places, target, ends, board, **options).run()
+        with closing(_Silence() if call.json else _Lines()) as listener:
+            found = await CopyJob(places, target, ends, listener, **options).run()
         call.print(found, copied)
         if failed := sum(each.outcome == "failed" for each in found.images):
             told = f"{failed} of {plural(len(found.images), 'image')} could not be copied"
@@ -147,7 +147,7 @@ def copied(found: results.Copied, now: float) -> list[Table]:
     return [table]
 
 
-def imported(found: results.Imported, now: float) -> list[Table]:
+def imported(found: results.Migrated, now: float) -> list[Table]:
     """For people."""
     columns = (Column("REPOSITORY", whole=True), Column("WHAT", digests=True), Column("WHY"))
     tables = []

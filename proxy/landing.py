@@ -19,7 +19,7 @@ from proxy.config.quantities import plural, size
 from proxy.config.schema import Config
 from proxy.console import Progress
 from proxy.namespaces.composition import private_store
-from proxy.transfer.results import DamageRow, Imported
+from proxy.transfer.results import DamageRow, Migrated
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
 from storage.migration.distribution import DistributionTree
@@ -31,7 +31,7 @@ LOOK = 0.5  # seconds between two looks at how far it is
 
 async def take_over(
     path: Path | None, directory: Path, namespace: str | None, match: str, *, dry_run: bool, quietly: bool
-) -> Imported:
+) -> Migrated:
     """Of a directory of Distribution the repositories that `match`.  Raises Failed, ConfigError."""
     config = load(path)
     quiet(config.log.format)
@@ -53,7 +53,7 @@ async def take_over(
         await store.close()
         _hand_over(config)
     taken = intake.taken
-    return Imported(
+    return Migrated(
         namespace=name,
         repositories=taken.repositories,
         tags=taken.tags,

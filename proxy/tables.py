@@ -346,7 +346,7 @@ def exported(found: results.Exported, now: float) -> Sequence[Table]:
     return [table]
 
 
-def landed(found: results.Landed, now: float) -> Sequence[Table]:
+def landed(found: results.BundleImported, now: float) -> Sequence[Table]:
     table = Table(
         (Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("WAS", digests=True))
     )

@@ -192,7 +192,13 @@ def test_every_schema_is_that_of_its_struct() -> None:
         if isinstance(each, type) and each.__module__ == answers.__name__
     ]
     structs = {each.__name__: each for each in kinds if each is not answers.Answer}
-    told = (results.Landed, results.BoundRow, results.Exported, results.CarriedRow, results.LackingRow)
+    told = (
+        results.BundleImported,
+        results.BoundRow,
+        results.Exported,
+        results.CarriedRow,
+        results.IncompleteRow,
+    )
     structs |= {each.__name__: each for each in told}
     assert set(schemas) - {"Error", "Platforms"} == set(structs)
     for name, struct in structs.items():

@@ -21,7 +21,7 @@ import pytest
 from proxy.namespaces.composition import Composition
 from proxy.transfer.bundle_export import BundleExport, Selection
 from proxy.transfer.bundle_import import BundleImport, Given
-from proxy.transfer.results import Landed
+from proxy.transfer.results import BundleImported
 from storage.archives.exporter import named
 from storage.oci import Digest, Tag
 from tests.archives import REF_NAME, image, layout, tar
@@ -94,7 +94,7 @@ class Ground:
         process.send_signal(signal.SIGKILL)
         await process.wait()
 
-    async def take(self, archive: Path) -> Landed:
+    async def take(self, archive: Path) -> BundleImported:
         composition = self.composition()
         try:
             return await BundleImport(composition).import_(archive, Given())

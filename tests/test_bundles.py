@@ -22,7 +22,7 @@ from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_export import BundleExport, Selection, earlier
 from proxy.transfer.bundle_import import BundleImport, Given
-from proxy.transfer.results import Exported, Landed
+from proxy.transfer.results import BundleImported, Exported
 from storage.archives.exporter import named
 from storage.errors import (
     ArchiveInvalid,
@@ -59,7 +59,7 @@ class Place:
         selection = Selection(names=names, since=since, **how)
         return await self.exports.export(selection, str(path), lambda _: named(path), key)
 
-    async def take(self, path: Path, **how: Any) -> Landed:
+    async def take(self, path: Path, **how: Any) -> BundleImported:
         return await self.imports.import_(path, Given(**how))
 
     async def manifest(self, name: str, reference: str) -> Manifest:

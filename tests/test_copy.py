@@ -10,8 +10,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from proxy.telemetry.metrics import Metrics
-from proxy.transfer.blob_copy import Patience, Transfer
-from proxy.transfer.copy import Copying, Done, Route, Rules
+from proxy.transfer.blob_copy import BlobCopy, RetryPolicy
+from proxy.transfer.copy import Copier, CopyOptions, CopyRoute, Done
 from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import Settings
@@ -78,10 +78,10 @@ class Ground:
         self._stack.push_async_callback(client.close)
         return client
 
-    def anew(self, **rules: object) -> Copying:
+    def anew(self, **rules: object) -> Copier:
         """Another call, which knows nothing of the ones before."""
-        patience = Patience(self.board, self.board.pause)
-        copying = Copying(self._clients[1], Rules(**rules), self.board, patience)  # type: ignore[arg-type]
+        patience = RetryPolicy(self.board, self.board.pause)
+        copying = Copier(self._clients[1], CopyOptions(**rules), self.board, patience)  # type: ignore[arg-type]
         self._stack.push_async_callback(copying.close)
         self.copying = copying
         return copying
@@ -91,7 +91,7 @@ class Ground:
     ) -> tuple[Digest, bool]:
         asked: Reference = Digest(reference) if ":" in reference else Tag(reference)
         named = [Tag(each) for each in tags or ((reference,) if ":" not in reference else ())]
-        route = Route(self._clients[within], repository, target, within)
+        route = CopyRoute(self._clients[within], repository, target, within)
         return await self.copying.copy(route, asked, named)
 
     @property
@@ -468,8 +468,8 @@ async def test_an_upload_is_given_up_even_by_who_is_cancelled_meanwhile() -> Non
 
     registry, board = Failing(), Board()
     blob = Descriptor("a/layer", Digest.of(b"content"), 7)
-    transfer = Transfer(registry, "a", registry, "b", blob)
-    running = asyncio.create_task(transfer.run(board, Patience(board, board.pause)))
+    transfer = BlobCopy(registry, "a", registry, "b", blob)
+    running = asyncio.create_task(transfer.run(board, RetryPolicy(board, board.pause)))
     await leaving.wait()
     running.cancel()
     await asyncio.sleep(0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from proxy.transfer.copy_sources import Item, Place, check, items, parse_place
+from proxy.transfer.copy_sources import CopySource, Item, check, items, parse_place
 from storage.errors import NameUnknown
 from storage.oci import Digest
 from storage.registry import Registry
@@ -18,28 +18,36 @@ DIGEST = Digest("sha256:" + "0" * 64)
 @pytest.mark.parametrize(
     ("text", "place", "url"),
     [
-        ("alpine", Place("docker.io", "library/alpine"), "https://registry-1.docker.io"),
-        ("alpine:3", Place("docker.io", "library/alpine", "3"), "https://registry-1.docker.io"),
-        ("docker.io/alpine:3", Place("docker.io", "library/alpine", "3"), "https://registry-1.docker.io"),
-        ("index.docker.io/a/b", Place("docker.io", "a/b"), "https://registry-1.docker.io"),
-        ("team/app:*", Place("docker.io", "team/app", "*"), "https://registry-1.docker.io"),
+        ("alpine", CopySource("docker.io", "library/alpine"), "https://registry-1.docker.io"),
+        ("alpine:3", CopySource("docker.io", "library/alpine", "3"), "https://registry-1.docker.io"),
+        (
+            "docker.io/alpine:3",
+            CopySource("docker.io", "library/alpine", "3"),
+            "https://registry-1.docker.io",
+        ),
+        ("index.docker.io/a/b", CopySource("docker.io", "a/b"), "https://registry-1.docker.io"),
+        ("team/app:*", CopySource("docker.io", "team/app", "*"), "https://registry-1.docker.io"),
         ("ghcr.io/Owner/app:1", None, ""),
-        ("GHCR.io/owner/app:1", Place("ghcr.io", "owner/app", "1"), "https://ghcr.io"),
-        ("docker://ghcr.io/owner/app:1", Place("ghcr.io", "owner/app", "1"), "https://ghcr.io"),
-        (f"ghcr.io/a@{DIGEST}", Place("ghcr.io", "a", None, DIGEST), "https://ghcr.io"),
-        (f"ghcr.io/a:1@{DIGEST}", Place("ghcr.io", "a", "1", DIGEST), "https://ghcr.io"),
-        ("r.example:5000/a", Place("r.example:5000", "a"), "https://r.example:5000"),
-        ("http://r.example/a", Place("r.example", "a", plain_http=True), "http://r.example"),
-        ("localhost/a", Place("localhost", "a", plain_http=True), "http://localhost"),
-        ("localhost:5000/a", Place("localhost:5000", "a", plain_http=True), "http://localhost:5000"),
-        ("127.0.0.1:5000/a:1", Place("127.0.0.1:5000", "a", "1", plain_http=True), "http://127.0.0.1:5000"),
-        ("[::1]:5000/a", Place("[::1]:5000", "a", plain_http=True), "http://[::1]:5000"),
-        ("https://localhost:5000/a", Place("localhost:5000", "a"), "https://localhost:5000"),
-        ("localhost.example/a", Place("localhost.example", "a"), "https://localhost.example"),
-        ("r.example/", Place("r.example", "", below=True), "https://r.example"),
-        ("r.example/local/", Place("r.example", "local", below=True), "https://r.example"),
-        ("r.example/team/*:v1.*", Place("r.example", "team/*", "v1.*"), "https://r.example"),
-        ("r.example/*", Place("r.example", "*"), "https://r.example"),
+        ("GHCR.io/owner/app:1", CopySource("ghcr.io", "owner/app", "1"), "https://ghcr.io"),
+        ("docker://ghcr.io/owner/app:1", CopySource("ghcr.io", "owner/app", "1"), "https://ghcr.io"),
+        (f"ghcr.io/a@{DIGEST}", CopySource("ghcr.io", "a", None, DIGEST), "https://ghcr.io"),
+        (f"ghcr.io/a:1@{DIGEST}", CopySource("ghcr.io", "a", "1", DIGEST), "https://ghcr.io"),
+        ("r.example:5000/a", CopySource("r.example:5000", "a"), "https://r.example:5000"),
+        ("http://r.example/a", CopySource("r.example", "a", plain_http=True), "http://r.example"),
+        ("localhost/a", CopySource("localhost", "a", plain_http=True), "http://localhost"),
+        ("localhost:5000/a", CopySource("localhost:5000", "a", plain_http=True), "http://localhost:5000"),
+        (
+            "127.0.0.1:5000/a:1",
+            CopySource("127.0.0.1:5000", "a", "1", plain_http=True),
+            "http://127.0.0.1:5000",
+        ),
+        ("[::1]:5000/a", CopySource("[::1]:5000", "a", plain_http=True), "http://[::1]:5000"),
+        ("https://localhost:5000/a", CopySource("localhost:5000", "a"), "https://localhost:5000"),
+        ("localhost.example/a", CopySource("localhost.example", "a"), "https://localhost.example"),
+        ("r.example/", CopySource("r.example", "", below=True), "https://r.example"),
+        ("r.example/local/", CopySource("r.example", "local", below=True), "https://r.example"),
+        ("r.example/team/*:v1.*", CopySource("r.example", "team/*", "v1.*"), "https://r.example"),
+        ("r.example/*", CopySource("r.example", "*"), "https://r.example"),
         ("ftp://r.example/a", None, ""),
         ("r.example/a b", None, ""),
         ("r.example/a:b c", None, ""),
@@ -51,7 +59,7 @@ DIGEST = Digest("sha256:" + "0" * 64)
         ("http:///a", None, ""),
     ],
 )
-def test_copy_sources(text: str, place: Place | None, url: str) -> None:
+def test_copy_sources(text: str, place: CopySource | None, url: str) -> None:
     if place is None:
         with pytest.raises(ValueError, match=r"^[^\n]+$"):
             parse_place(text)

@@ -15,7 +15,7 @@ import pytest
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_import import BundleImport, Given
-from proxy.transfer.results import Landed
+from proxy.transfer.results import BundleImported
 from storage.errors import ArchiveInvalid, RegistryError
 from storage.oci import Digest, Tag
 from tests import archives
@@ -33,13 +33,13 @@ class Site:
         self.parts = composition
         self._directory = directory
 
-    async def take(self, archive: Files | bytes, **how: Any) -> Landed:
+    async def take(self, archive: Files | bytes, **how: Any) -> BundleImported:
         """An archive, as a tar."""
         path = self._directory / "archive.tar"
         path.write_bytes(tar(archive) if isinstance(archive, dict) else archive)
         return await self.take_path(path, **how)
 
-    async def take_path(self, path: Path, **how: Any) -> Landed:
+    async def take_path(self, path: Path, **how: Any) -> BundleImported:
         return await BundleImport(self.parts).import_(path, Given(**how))
 
     async def holds(self, repository: str, reference: str, made: Made) -> None:

@@ -20,7 +20,7 @@ LONGEST = 600.0  # seconds that it is waited for at a time
 GRACE = 10.0  # seconds for a destination to forget an upload
 
 
-class Board(Protocol):
+class ProgressListener(Protocol):
     """Who is told what goes on."""
 
     def moved(self, digest: Digest, done: int, whole: int) -> None:
@@ -33,11 +33,13 @@ class Board(Protocol):
         """For people."""
 
 
-class Patience:
+class RetryPolicy:
     """How often, and after how long, is tried again what may succeed then: what is Unavailable."""
 
-    def __init__(self, board: Board, pause: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
-        self._board = board
+    def __init__(
+        self, listener: ProgressListener, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        self._listener = listener
         self._pause = pause
 
     async def persist(
@@ -57,11 +59,11 @@ class Patience:
                     raise
                 seconds = min(LONGEST, error.retry_after or FIRST * 2 ** max(0, failures - 1))
                 if limited:
-                    self._board.note(f"{error}: waiting for {seconds:.0f} s")
+                    self._listener.note(f"{error}: waiting for {seconds:.0f} s")
             await self._pause(seconds)
 
 
-class Transfer:
+class BlobCopy:
     """Streams it: of the blob no more is held than a few chunks."""
 
     def __init__(
@@ -74,15 +76,15 @@ class Transfer:
         self._hash = hashlib.new(blob.digest.algorithm)
         self._reached = 0
 
-    async def run(self, board: Board, patience: Patience) -> int:
+    async def run(self, listener: ProgressListener, retries: RetryPolicy) -> int:
         """How many bytes it has.  Raises DigestInvalid where the source's is another one."""
         try:
-            return await patience.persist(lambda: self._attempt(board), lambda: self._reached)
+            return await retries.persist(lambda: self._attempt(listener), lambda: self._reached)
         finally:
             await self._give_up()
-            board.ended(self._blob.digest)
+            listener.ended(self._blob.digest)
 
-    async def _attempt(self, board: Board) -> int:
+    async def _attempt(self, listener: ProgressListener) -> int:
         """Go on, or begin anew where the destination has failed; what the source fails with costs nothing."""
         digest = self._blob.digest
         if self._upload is None:
@@ -92,7 +94,7 @@ class Transfer:
             )
         upload = self._upload
         if upload.offset < self._blob.size or upload.offset == 0:
-            await self._stream(upload, board)
+            await self._stream(upload, listener)
         if (found := f"{digest.algorithm}:{self._hash.hexdigest()}") != digest:
             raise DigestInvalid(f"the source sends for {digest} what is {found}")
         try:
@@ -103,7 +105,7 @@ class Transfer:
         self._upload = None
         return upload.offset
 
-    async def _stream(self, upload: Upload, board: Board) -> None:
+    async def _stream(self, upload: Upload, listener: ProgressListener) -> None:
         digest, start = self._blob.digest, upload.offset
         span = Span(start) if start else None
         blob = await self._source.get_blob(self._repository, digest, span)
@@ -116,7 +118,7 @@ class Transfer:
                     raise
                 self._hash.update(chunk)
                 self._reached = max(self._reached, upload.offset)
-                board.moved(digest, upload.offset, self._blob.size)
+                listener.moved(digest, upload.offset, self._blob.size)
         finally:
             await blob.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import WILD, FieldInvalid, ReferenceReader, read_platforms, read_seconds
-from proxy.transfer.results import CarriedRow, Exported, LackingRow, Tick
+from proxy.transfer.results import CarriedRow, Exported, IncompleteRow, Tick
 from storage.archives import bundle
 from storage.archives.archive import open_archive, read
 from storage.archives.bundle import CONTENTS, Base, Contents, encode
@@ -206,7 +206,7 @@ def _exported(
             for each in contents.references
         ],
         skipped=[
-            LackingRow(reference=reference, lacking=sorted(map(str, lacking)))
+            IncompleteRow(reference=reference, lacking=sorted(map(str, lacking)))
             for reference, lacking in sorted(incomplete.items())
         ],
         referrers=len(contents.referrers),

@@ -18,7 +18,7 @@ from proxy.namespaces.references import (
     ReferenceReader,
     written,
 )
-from proxy.transfer.results import BoundRow, Landed, Tick
+from proxy.transfer.results import BoundRow, BundleImported, Tick
 from storage.archives import bundle
 from storage.archives.archive import Archive, open_archive, open_spooled
 from storage.archives.import_plan import Bound, ImportPlanner
@@ -56,7 +56,7 @@ class BundleImport:
 
     async def import_(
         self, archive: Path, given: Given = Given(), tick: Tick = lambda done, whole: None
-    ) -> Landed:
+    ) -> BundleImported:
         """All of the archive at a path; `-` is standard input."""
         return await self._take_opened(
             lambda stopped: open_archive(archive, self.spool, stopped), given, tick
@@ -67,7 +67,7 @@ class BundleImport:
         """Where files may lie that have no name, while something is taken in."""
         return self._parts.files.root / "partial"
 
-    async def import_spooled(self, file: IO[bytes], what: str, given: Given = Given()) -> Landed:
+    async def import_spooled(self, file: IO[bytes], what: str, given: Given = Given()) -> BundleImported:
         """All of the archive that lies in `file`, which is closed; `what` it is called in messages."""
         return await self._take_opened(lambda stopped: open_spooled(file, what, self.spool, stopped), given)
 
@@ -76,7 +76,7 @@ class BundleImport:
         opened: Callable[[Callable[[], None]], Archive],
         given: Given,
         tick: Tick = lambda done, whole: None,
-    ) -> Landed:
+    ) -> BundleImported:
         try:
             archive = await run_cancellable(opened)
         except OSError as error:
@@ -84,7 +84,9 @@ class BundleImport:
         with closing(archive):
             return await self.take(archive, given, tick)
 
-    async def take(self, archive: Archive, given: Given, tick: Tick = lambda done, whole: None) -> Landed:
+    async def take(
+        self, archive: Archive, given: Given, tick: Tick = lambda done, whole: None
+    ) -> BundleImported:
         layout, taking = await run_in_thread(self._planned, archive, given)
         whole = await run_in_thread(taking.lacking)
         moved: list[Moved] = []
@@ -163,7 +165,9 @@ def _check(archive: Archive, key: Path | None, content: bytes | None, signature:
         raise ArchiveInvalid(f"{archive.what}: its signature is not by {key}, or something was changed since")
 
 
-def _landed(layout: Layout, taking: Importer, moved: Sequence[Moved], given: Given, taken: int) -> Landed:
+def _landed(
+    layout: Layout, taking: Importer, moved: Sequence[Moved], given: Given, taken: int
+) -> BundleImported:
     before = {(each.place.repository, each.tag): each.before for each in moved}
     rows = []
     for share in taking.shares:
@@ -181,7 +185,7 @@ def _landed(layout: Layout, taking: Importer, moved: Sequence[Moved], given: Giv
             rows.append(
                 BoundRow(repository=share.place.repository, tag=None, digest=str(digest), before=None)
             )
-    return Landed(
+    return BundleImported(
         archive=layout.what,
         references=rows,
         manifests=sum(len(share.manifests) for share in taking.shares),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from proxy.transfer.blob_copy import Board, Patience, Transfer
+from proxy.transfer.blob_copy import BlobCopy, ProgressListener, RetryPolicy
 from storage.errors import (
     BlobUnknown,
     Denied,
@@ -37,7 +37,7 @@ _UNLISTED = (ManifestUnknown, NameUnknown, Unsupported)
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class CopyOptions:
     """`platforms` are those of an index that are copied, all if there are none; `transfers` go on at once."""
 
     platforms: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class CopyRoute:
     """From a `repository` of `source` to `target`, one of the destination.
 
     `tags` are all that it has, where somebody has listed them; `within`: both are of one registry.
@@ -75,15 +75,17 @@ class Route:
     tags: frozenset[str] | None = None
 
 
-class Copying:
+class Copier:
     """To one destination, from any number of sources; to be closed."""
 
-    def __init__(self, destination: Registry, rules: Rules, board: Board, patience: Patience) -> None:
+    def __init__(
+        self, destination: Registry, rules: CopyOptions, listener: ProgressListener, retries: RetryPolicy
+    ) -> None:
         self.done = Done()
         self._destination = destination
         self._rules = rules
-        self._board = board
-        self._patience = patience
+        self._listener = listener
+        self._retries = retries
         self._transfers = asyncio.Semaphore(rules.transfers)
         self._requests = asyncio.Semaphore(REQUESTS)
         # Of each repository there every manifest and blob is seen to once, however many images share it.
@@ -92,7 +94,7 @@ class Copying:
         self._holders: dict[Digest, str] = {}  # of blobs: a repository there that has it
         self._turns: dict[Digest, asyncio.Lock] = {}
 
-    async def copy(self, route: Route, reference: Reference, tags: Sequence[Tag]) -> tuple[Digest, bool]:
+    async def copy(self, route: CopyRoute, reference: Reference, tags: Sequence[Tag]) -> tuple[Digest, bool]:
         """Have it there, and under these `tags`; its digest, and whether anything had to be done for that.
 
         Raises RegistryError.
@@ -113,7 +115,7 @@ class Copying:
             async with self._requests:
                 return await call()
 
-        return await self._patience.persist(attempt)
+        return await self._retries.persist(attempt)
 
     async def _there(self, call: Callable[[], Awaitable[Descriptor]]) -> Descriptor | None:
         try:
@@ -121,7 +123,7 @@ class Copying:
         except _ABSENT:
             return None
 
-    async def _chosen(self, route: Route, digest: Digest) -> Digest:
+    async def _chosen(self, route: CopyRoute, digest: Digest) -> Digest:
         """Of an index the image for the one platform that is wanted."""
         manifest = await self.ask(lambda: route.source.get_manifest(route.repository, digest))
         content = contents(manifest.content)
@@ -142,7 +144,7 @@ class Copying:
 
     # Manifests
 
-    async def _manifest(self, route: Route, digest: Digest, *, signed: bool = True) -> bool:
+    async def _manifest(self, route: CopyRoute, digest: Digest, *, signed: bool = True) -> bool:
         """Have it there, whole; whether anything had to be done for that.
 
         `signed`: people sign such manifests, so it may have signatures.
@@ -152,7 +154,7 @@ class Copying:
             task = self._begun[key] = asyncio.create_task(self._take(route, digest, signed))
         return await asyncio.shield(task)
 
-    async def _take(self, route: Route, digest: Digest, signed: bool) -> bool:
+    async def _take(self, route: CopyRoute, digest: Digest, signed: bool) -> bool:
         destination, target = self._destination, route.target
         new = await self._there(lambda: destination.resolve_manifest(target, digest)) is None
         holder, repository = (route.source, route.repository) if new else (destination, target)
@@ -170,7 +172,7 @@ class Copying:
         return changed
 
     def _parts(
-        self, route: Route, content: ManifestContent, *, blobs: bool
+        self, route: CopyRoute, content: ManifestContent, *, blobs: bool
     ) -> list[Coroutine[Any, Any, bool]]:
         """What is to be there before it; of `blobs`, an image that is there has its own."""
         named = content.distributable + content.listed_blobs
@@ -182,7 +184,7 @@ class Copying:
             if each not in content.listed_blobs
         ]
 
-    async def _tag(self, route: Route, digest: Digest, tag: Tag) -> bool:
+    async def _tag(self, route: CopyRoute, digest: Digest, tag: Tag) -> bool:
         destination, target = self._destination, route.target
         found = await self._there(lambda: destination.resolve_manifest(target, tag))
         if found is not None and found.digest == digest:
@@ -195,7 +197,7 @@ class Copying:
 
     # Blobs
 
-    async def _blob(self, route: Route, blob: Descriptor) -> bool:
+    async def _blob(self, route: CopyRoute, blob: Descriptor) -> bool:
         key = route.target, blob.digest
         # One at a time of each digest: where two repositories want it, the second one gets it mounted.
         async with self._turns.setdefault(blob.digest, asyncio.Lock()):
@@ -214,7 +216,7 @@ class Copying:
             self._holders.setdefault(blob.digest, route.target)
             return new
 
-    async def _mounted(self, route: Route, digest: Digest) -> bool:
+    async def _mounted(self, route: CopyRoute, digest: Digest) -> bool:
         holders = [self._holders.get(digest), route.repository if route.within else None]
         for holder in filter(None, holders):
             if self._rules.dry_run:
@@ -226,19 +228,19 @@ class Copying:
             return True
         return False
 
-    async def _transferred(self, route: Route, blob: Descriptor) -> int:
+    async def _transferred(self, route: CopyRoute, blob: Descriptor) -> int:
         if self._rules.dry_run:
             return blob.size
         async with self._transfers:
-            transfer = Transfer(route.source, route.repository, self._destination, route.target, blob)
+            transfer = BlobCopy(route.source, route.repository, self._destination, route.target, blob)
             try:
-                return await transfer.run(self._board, self._patience)
+                return await transfer.run(self._listener, self._retries)
             except BlobUnknown as error:
                 raise BlobUnknown(f"blob {blob.digest}: {error}") from error
 
     # Referrers
 
-    async def _referrers(self, route: Route, digest: Digest) -> bool:
+    async def _referrers(self, route: CopyRoute, digest: Digest) -> bool:
         """What refers to a manifest that is there."""
         listed = await self._listed(route, digest)
         changed = await _all([self._manifest(route, each.digest, signed=False) for each in listed])
@@ -246,7 +248,7 @@ class Copying:
             await self._list(route.target, digest, listed)
         return changed
 
-    async def _signatures(self, route: Route, digest: Digest) -> bool:
+    async def _signatures(self, route: CopyRoute, digest: Digest) -> bool:
         """What was attached to it by tags, as it was done before there were referrers."""
         changed = False
         for tag in signature_tags(digest):
@@ -258,7 +260,7 @@ class Copying:
                 changed |= await self._tag(route, found.digest, tag)
         return changed
 
-    async def _listed(self, route: Route, digest: Digest) -> list[Descriptor]:
+    async def _listed(self, route: CopyRoute, digest: Digest) -> list[Descriptor]:
         """distribution-spec, "Listing Referrers"; else the tag by which clients do without."""
         try:
             return await self.ask(lambda: route.source.referrers(route.repository, digest))

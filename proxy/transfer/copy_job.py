@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.telemetry.metrics import Metrics
-from proxy.transfer.blob_copy import Board, Patience
-from proxy.transfer.copy import Copying, Route, Rules
-from proxy.transfer.copy_sources import Item, Place, items, joined
+from proxy.transfer.blob_copy import ProgressListener, RetryPolicy
+from proxy.transfer.copy import Copier, CopyOptions, CopyRoute
+from proxy.transfer.copy_sources import CopySource, Item, items, joined
 from proxy.transfer.results import Copied, CopyRow, Outcome
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline
@@ -26,7 +26,7 @@ IMAGES = 8  # under way at once
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class Endpoint:
     """How one of the two registries is reached; `credentials` are user:password."""
 
     plain_http: bool = False
@@ -34,15 +34,15 @@ class End:
     credentials: str | None = None
 
 
-class Errand:
-    """`ends` are those of "source" and "destination"; `board` is told what goes on."""
+class CopyJob:
+    """`ends` are those of "source" and "destination"; `listener` is told what goes on."""
 
     def __init__(
         self,
-        places: Sequence[Place],
-        target: Place,
-        ends: Mapping[str, End],
-        board: Board,
+        places: Sequence[CopySource],
+        target: CopySource,
+        ends: Mapping[str, Endpoint],
+        listener: ProgressListener,
         *,
         all_tags: bool = False,
         platforms: tuple[str, ...] = (),
@@ -55,9 +55,9 @@ class Errand:
         self._target = target
         self._ends = ends
         self._all_tags = all_tags
-        self._rules = Rules(platforms, not no_referrers, dry_run, transfers)
+        self._rules = CopyOptions(platforms, not no_referrers, dry_run, transfers)
         self._auth_file = auth_file or find_auth_file(os.environ)
-        self._board = board
+        self._listener = listener
         self._rows: dict[int, CopyRow] = {}  # by the order in which they were begun
         self._numbers = itertools.count()
         self._turns = asyncio.Semaphore(IMAGES)
@@ -68,7 +68,7 @@ class Errand:
         async with AsyncExitStack() as leaving:
             sources = {each.url: self._open(each, "source", leaving) for each in self._places}
             destination = self._open(self._target, "destination", leaving)
-            copying = Copying(destination, self._rules, self._board, Patience(self._board))
+            copying = Copier(destination, self._rules, self._listener, RetryPolicy(self._listener))
             leaving.push_async_callback(copying.close)  # before what it asks
             async with asyncio.TaskGroup() as group:
                 for place in self._places:
@@ -86,7 +86,7 @@ class Errand:
             dry_run=self._rules.dry_run,
         )
 
-    def _open(self, place: Place, end: str, leaving: AsyncExitStack) -> UpstreamRegistry:
+    def _open(self, place: CopySource, end: str, leaving: AsyncExitStack) -> UpstreamRegistry:
         given = self._ends[end]
         connect = Connect(
             plain_http=place.plain_http,
@@ -106,7 +106,7 @@ class Errand:
         return registry
 
     async def _begin(
-        self, place: Place, source: UpstreamRegistry, copying: Copying, group: asyncio.TaskGroup
+        self, place: CopySource, source: UpstreamRegistry, copying: Copier, group: asyncio.TaskGroup
     ) -> None:
         """Find what is meant, and begin with it as there is room."""
         found = items(place, source, self._target, all_tags=self._all_tags, referrers=self._rules.referrers)
@@ -119,11 +119,11 @@ class Errand:
             number = next(self._numbers)
             self._failed(number, f"{place.host}/{place.repository}{named}", self._target.host, error)
 
-    async def _copy(self, number: int, item: Item, source: UpstreamRegistry, copying: Copying) -> None:
+    async def _copy(self, number: int, item: Item, source: UpstreamRegistry, copying: Copier) -> None:
         shown = joined(item.tags[0] if item.tags else item.reference)
         to = f"{self._target.host}/{item.target}{shown}"
         within = item.place.url == self._target.url
-        route = Route(source, item.repository, item.target, within, item.listed)
+        route = CopyRoute(source, item.repository, item.target, within, item.listed)
         try:
             digest, new = await copying.copy(route, item.reference, item.tags)
         except RegistryError as error:
@@ -134,13 +134,13 @@ class Errand:
         outcome: Outcome = "copied" if new else "present"
         row = CopyRow(source=item.source, destination=to, digest=str(digest), outcome=outcome, error=None)
         self._rows[number] = row
-        self._board.note(f"{item.source}: {outcome}")
+        self._listener.note(f"{item.source}: {outcome}")
 
     def _failed(self, number: int, source: str, to: str, error: RegistryError) -> None:
         told = str(error) or error.code
         row = CopyRow(source=source, destination=to, digest=None, outcome="failed", error=told)
         self._rows[number] = row
-        self._board.note(f"{source}: {told}")
+        self._listener.note(f"{source}: {told}")
 
 
 def find_auth_file(environ: Mapping[str, str]) -> Path | None:

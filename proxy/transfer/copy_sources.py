@@ -18,7 +18,7 @@ _FALLBACK = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CopySource:
     """`repository` and `tag` may be globs.
 
     With `below` it is all that repositories' names begin with, which may be nothing.
@@ -49,7 +49,7 @@ class Place:
         return WILD.search(self.repository) is not None
 
 
-def parse_place(text: str, plain_http: bool = False) -> Place:
+def parse_place(text: str, plain_http: bool = False) -> CopySource:
     """As clients read it: what has no registry before it is Docker Hub's.  Raises ValueError.
 
     By plain http where it begins with http://, and, if it names no scheme, where `plain_http` says so or it
@@ -77,7 +77,7 @@ def parse_place(text: str, plain_http: bool = False) -> Place:
     if repository.endswith("/") or not repository:
         if colon or at:
             raise ValueError(f"{text}: a tag or digest is of a repository, and it names none")
-        return Place(host, repository.rstrip("/"), plain_http=plain, below=True)
+        return CopySource(host, repository.rstrip("/"), plain_http=plain, below=True)
     if host == DOCKER_HUB and "/" not in repository:
         repository = f"library/{repository}"
     try:
@@ -85,7 +85,9 @@ def parse_place(text: str, plain_http: bool = False) -> Place:
             parse_name(repository)
         if colon and not WILD.search(tag):
             Tag.parse(tag)
-        return Place(host, repository, tag if colon else None, Digest.parse(digest) if at else None, plain)
+        return CopySource(
+            host, repository, tag if colon else None, Digest.parse(digest) if at else None, plain
+        )
     except RegistryError as error:
         raise ValueError(f"{text}: {error}") from None
 
@@ -102,7 +104,7 @@ class Item:
     `listed` are all the tags of the repository, where they had to be listed.
     """
 
-    place: Place
+    place: CopySource
     repository: str
     reference: Reference
     target: str
@@ -119,7 +121,7 @@ def joined(reference: Reference) -> str:
     return f":{reference}" if isinstance(reference, Tag) else f"@{reference}"
 
 
-def check(sources: Sequence[Place], destination: Place, all_tags: bool) -> None:
+def check(sources: Sequence[CopySource], destination: CopySource, all_tags: bool) -> None:
     """Raises ValueError where it is not told what goes where."""
     if destination.wild or WILD.search(destination.tag or ""):
         raise ValueError("the destination is no glob")
@@ -141,7 +143,12 @@ def check(sources: Sequence[Place], destination: Place, all_tags: bool) -> None:
 
 
 async def items(
-    place: Place, registry: Registry, destination: Place, *, all_tags: bool = False, referrers: bool = True
+    place: CopySource,
+    registry: Registry,
+    destination: CopySource,
+    *,
+    all_tags: bool = False,
+    referrers: bool = True,
 ) -> AsyncIterator[Item]:
     """What `place` means, looked up in its registry where it is a glob.  Raises RegistryError."""
     repositories = [place.repository]

@@ -30,7 +30,7 @@ class CarriedRow(Result, frozen=True):
     left_out: list[str]
 
 
-class LackingRow(Result, frozen=True):
+class IncompleteRow(Result, frozen=True):
     reference: str
     lacking: list[str]
 
@@ -44,7 +44,7 @@ class Exported(Result, frozen=True):
     bundle: str
     digest: str
     references: list[CarriedRow]
-    skipped: list[LackingRow]
+    skipped: list[IncompleteRow]
     referrers: int
     blobs: int
     bytes: int
@@ -61,7 +61,7 @@ class BoundRow(Result, frozen=True):
     before: str | None
 
 
-class Landed(Result, frozen=True):
+class BundleImported(Result, frozen=True):
     """`blobs` and `bytes` are what was taken in; the rest was here.  `verified`: by a key."""
 
     archive: str
@@ -81,7 +81,7 @@ class DamageRow(Result, frozen=True):
     why: str
 
 
-class Imported(Result, frozen=True):
+class Migrated(Result, frozen=True):
     """What was new; `present` manifests were here already.  Of the blobs `linked` take no room of their own.
 
     `kept` are tags that were left as they are here.  What is `damaged`, or missing, was not taken, nor what

@@ -14,11 +14,12 @@ from aiohttp import web
 from yarl import URL
 
 from proxy import room
+from proxy.admin.drills import Drills, resume
+from proxy.admin.peers import Everyone, serve_live
+from proxy.admin.processes import state_of
 from proxy.admission import admission, needed
 from proxy.config import schema
-from proxy.drills import Drills, resume
 from proxy.keeper import Keeper
-from proxy.live import Everyone, serve_live, state_of
 from proxy.namespaces.composition import Composition
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import DistributionAPI
@@ -97,8 +98,8 @@ class App:
         if self._run is not None:
             self._closing.push_async_callback(await room.serve(self._run / KEEPER, keeper.make_room))
         if admin:
-            from proxy.operations import Operations
-            from proxy.web.admin import application  # here, since workers need none of it
+            from proxy.admin.api.app import application
+            from proxy.admin.operations import Operations
 
             drills = Drills(
                 self._everyone, composition.drill, composition.metrics, composition.clock, self._run

@@ -18,7 +18,7 @@ import click
 import msgspec
 
 from proxy import tables
-from proxy.adminclient import Failed, Reached, Remote
+from proxy.admin.api.client import Failed, Reached, Remote
 from proxy.calling import Call, common, read
 from proxy.carrying import take_over
 from proxy.config.quantities import parse_timeout, size

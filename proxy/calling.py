@@ -19,7 +19,7 @@ import click
 import msgspec
 import structlog
 
-from proxy.adminclient import Failed, Reached, composed, reach
+from proxy.admin.api.client import Failed, Reached, composed, reach
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config

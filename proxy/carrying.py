@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from proxy.adminclient import Failed
+from proxy.admin.api.client import Failed
 from proxy.calling import Call, lone, quiet, read
 from proxy.config.quantities import plural, size
 from proxy.config.values import parse_count, parse_platform

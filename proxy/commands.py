@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from proxy import tables
-from proxy.adminclient import Failed, Reached, Remote
+from proxy.admin.api.client import Failed, Reached, Remote
 from proxy.calling import Call, common, read
 from proxy.config.quantities import parse_size, parse_timeout
 from proxy.config.values import parse_platform

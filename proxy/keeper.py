@@ -14,9 +14,10 @@ from contextlib import suppress
 
 import structlog
 
+from proxy.admin.readiness import Readiness
+from proxy.admin.warm import Warmer
+from proxy.admin.warm_schedule import Schedule
 from proxy.namespaces.composition import Composition
-from proxy.readiness import Readiness
-from proxy.warming import Schedule, Warmer
 from proxy.webhooks.delivery import Dispatcher
 from storage.concurrency import Cancelled, run_in_thread
 from storage.errors import RegistryError, StorageFailed

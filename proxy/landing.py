@@ -12,7 +12,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from proxy.adminclient import Failed
+from proxy.admin.api.client import Failed
 from proxy.calling import quiet
 from proxy.config.loader import load
 from proxy.config.quantities import plural, size

@@ -16,13 +16,13 @@ import click
 import msgspec
 
 from proxy import tables
-from proxy.adminclient import Failed, Reached, Remote
-from proxy.answers import Drilling, ReadyRow, WarmRow
+from proxy.admin.api.client import Failed, Reached, Remote
+from proxy.admin.image_files import Findings, Unreadable, look
+from proxy.admin.models import Drilling, ReadyRow, WarmRow
 from proxy.calling import Call, common, read
 from proxy.commands import PAUSE, PLATFORMS
 from proxy.config.quantities import duration, moment, parse_timeout, plural, size
 from proxy.console import Column, Progress, Table
-from proxy.imagefiles import Findings, Unreadable, look
 from storage.concurrency import for_each
 
 Row = TypeVar("Row", WarmRow, ReadyRow)

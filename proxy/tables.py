@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from proxy import answers
+from proxy.admin import models
 from proxy.config.quantities import duration, moment, plural, share, size
 from proxy.console import Column, Progress, Table
 from proxy.transfer import results
@@ -13,14 +13,14 @@ _REFERENCE = Column("REFERENCE", whole=True)
 _HELD = Column("HELD", right=True)
 
 
-def listed(found: answers.Listed, now: float) -> Sequence[Table]:
+def listed(found: models.Listed, now: float) -> Sequence[Table]:
     table = _images(found.images, now) if found.images else _repositories(found.repositories)
     if found.next is not None:
         table.notes.append(f"more: --last {found.next}")
     return [table]
 
 
-def _repositories(rows: Sequence[answers.RepositoryRow]) -> Table:
+def _repositories(rows: Sequence[models.RepositoryRow]) -> Table:
     columns = (
         Column("REPOSITORY", whole=True),
         Column("TAGS", right=True),
@@ -33,7 +33,7 @@ def _repositories(rows: Sequence[answers.RepositoryRow]) -> Table:
     return table
 
 
-def _images(rows: Sequence[answers.ImageRow], now: float) -> Table:
+def _images(rows: Sequence[models.ImageRow], now: float) -> Table:
     columns = (
         _REFERENCE,
         Column("DIGEST", digests=True),
@@ -61,7 +61,7 @@ def _images(rows: Sequence[answers.ImageRow], now: float) -> Table:
     return table
 
 
-def _platforms(image: answers.ImageRow) -> str:
+def _platforms(image: models.ImageRow) -> str:
     """Those of which something is here; a + where not all of it is."""
     present = [each for each in image.platforms if each.complete or each.bytes_held]
     names = [f"{each.platform or '?'}{'' if each.complete else '+'}" for each in present]
@@ -76,7 +76,7 @@ def _fresh(until: float | None, now: float) -> str:
     return f"for {duration(until - now)}" if until > now else "due"
 
 
-def shown(found: answers.Tree, now: float) -> Sequence[Table]:
+def shown(found: models.Tree, now: float) -> Sequence[Table]:
     columns = (
         Column("DIGEST", digests=True, whole=True),
         Column("ROLE"),
@@ -104,7 +104,7 @@ def shown(found: answers.Tree, now: float) -> Sequence[Table]:
     return [table, moves]
 
 
-def _node(table: Table, before: str, node: answers.Node) -> None:
+def _node(table: Table, before: str, node: models.Node) -> None:
     table.add(
         before + node.digest,
         node.role,
@@ -115,7 +115,7 @@ def _node(table: Table, before: str, node: answers.Node) -> None:
     )
 
 
-def _drawn(node: answers.Node, first: str, rest: str) -> Iterator[tuple[str, answers.Node]]:
+def _drawn(node: models.Node, first: str, rest: str) -> Iterator[tuple[str, models.Node]]:
     """Itself and all below it, with what is drawn before each: `first`, and `rest` before those below."""
     yield first, node
     for number, child in enumerate(node.children, 1):
@@ -123,7 +123,7 @@ def _drawn(node: answers.Node, first: str, rest: str) -> Iterator[tuple[str, ans
         yield from _drawn(child, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
 
 
-def counted(found: answers.Stats, now: float) -> Sequence[Table]:
+def counted(found: models.Stats, now: float) -> Sequence[Table]:
     columns = (
         Column("NAMESPACE", whole=True),
         Column("REQUESTS", right=True),
@@ -158,7 +158,7 @@ def counted(found: answers.Stats, now: float) -> Sequence[Table]:
     return [table]
 
 
-def filling(found: Sequence[answers.FillRow], now: float) -> Sequence[Table]:
+def filling(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
     columns = (
         Column("REPOSITORY", whole=True),
         Column("DIGEST", digests=True),
@@ -184,7 +184,7 @@ def filling(found: Sequence[answers.FillRow], now: float) -> Sequence[Table]:
     return [table]
 
 
-def progress(found: Sequence[answers.FillRow], shown: Progress, beside: str = "") -> None:
+def progress(found: Sequence[models.FillRow], shown: Progress, beside: str = "") -> None:
     """The fills as they are now; those that are not among them any more have ended, but for `beside`."""
     for each in found:
         said = [f"{size(each.bytes)} of {size(each.size)}", f"{size(each.speed)}/s"]
@@ -194,11 +194,11 @@ def progress(found: Sequence[answers.FillRow], shown: Progress, beside: str = ""
         shown.drop(part)
 
 
-def _part(fill: answers.FillRow) -> str:
+def _part(fill: models.FillRow) -> str:
     return f"{fill.repository}@{fill.digest}"
 
 
-def purged(found: answers.Purged, now: float) -> Sequence[Table]:
+def purged(found: models.Purged, now: float) -> Sequence[Table]:
     table = Table((Column("WOULD GO" if found.dry_run else "PURGED", whole=True),))
     for each in found.references:
         table.add(each)
@@ -213,7 +213,7 @@ def _dry(dry_run: bool) -> str:
     return "; nothing was removed" if dry_run else ""
 
 
-def refreshed(found: answers.Refreshed, now: float) -> Sequence[Table]:
+def refreshed(found: models.Refreshed, now: float) -> Sequence[Table]:
     state = "new here" if found.new else "unchanged"
     if found.moved:
         state = f"moved from {found.moved}"
@@ -226,7 +226,7 @@ def refreshed(found: answers.Refreshed, now: float) -> Sequence[Table]:
     return [table]
 
 
-def pinned(found: Sequence[answers.PinRow], now: float) -> Sequence[Table]:
+def pinned(found: Sequence[models.PinRow], now: float) -> Sequence[Table]:
     columns = (
         Column("PATTERN", whole=True),
         Column("KEPT FRESH"),
@@ -252,11 +252,11 @@ def pinned(found: Sequence[answers.PinRow], now: float) -> Sequence[Table]:
     return [table]
 
 
-def unpinned(found: answers.Unpinned, now: float) -> Sequence[Table]:
+def unpinned(found: models.Unpinned, now: float) -> Sequence[Table]:
     return [Table((), notes=[f"{found.pattern} is pinned no more"])]
 
 
-def evicted(found: answers.Evicted, now: float) -> Sequence[Table]:
+def evicted(found: models.Evicted, now: float) -> Sequence[Table]:
     goes = [
         plural(found.tags, "tag"),
         plural(found.manifests, "manifest"),
@@ -271,7 +271,7 @@ def evicted(found: answers.Evicted, now: float) -> Sequence[Table]:
     return [table]
 
 
-def collected(found: answers.Collected, now: float) -> Sequence[Table]:
+def collected(found: models.Collected, now: float) -> Sequence[Table]:
     columns = (
         Column("REPOSITORY", whole=True),
         Column("TAGS", right=True),
@@ -302,7 +302,7 @@ def collected(found: answers.Collected, now: float) -> Sequence[Table]:
     return [table]
 
 
-def scrubbed(found: answers.Scrubbing, now: float) -> Sequence[Table]:
+def scrubbed(found: models.Scrubbing, now: float) -> Sequence[Table]:
     columns = (
         Column("PASS"),
         Column("BEGUN"),
@@ -364,13 +364,13 @@ def landed(found: results.BundleImported, now: float) -> Sequence[Table]:
     return [table]
 
 
-def scrubbing(found: answers.ScrubRow, shown: Progress) -> None:
+def scrubbing(found: models.ScrubRow, shown: Progress) -> None:
     read = f"{size(found.bytes)} of about {size(found.total_bytes or None)}"
     said = f"{read}, {found.checked} checked, {found.damaged} damaged"
     shown.show("scrub", found.bytes, found.total_bytes or None, said)
 
 
-def webhooks(found: Sequence[answers.WebhookRow], now: float) -> Sequence[Table]:
+def webhooks(found: Sequence[models.WebhookRow], now: float) -> Sequence[Table]:
     columns = (
         Column("WEBHOOK", whole=True),
         Column("URL"),
@@ -396,7 +396,7 @@ def webhooks(found: Sequence[answers.WebhookRow], now: float) -> Sequence[Table]
     return [table]
 
 
-def explained(found: answers.Why, now: float) -> Sequence[Table]:
+def explained(found: models.Why, now: float) -> Sequence[Table]:
     table = Table((Column("WHY"), Column(_full(found.repository, found.reference))))
     fresh = "" if found.fresh_for is None else f", {duration(found.fresh_for)}"
     keep = ", for ever" if found.keep_for is None else f", {duration(found.keep_for)}"
@@ -421,7 +421,7 @@ def explained(found: answers.Why, now: float) -> Sequence[Table]:
     return [table]
 
 
-def _host(host: answers.HostRow, now: float) -> str:
+def _host(host: models.HostRow, now: float) -> str:
     said = [host.url if host.host in host.url else f"{host.url} by {host.host}"]
     if host.open:
         said.append(f"let alone, asked again {moment(host.until, now)}: {host.error or 'it failed'}")

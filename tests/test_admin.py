@@ -18,19 +18,19 @@ import pytest
 import yaml
 from aiohttp.test_utils import TestClient, TestServer
 
-from proxy import answers
+from proxy.admin import models
+from proxy.admin.api.app import OPEN, SUMMARIES, application
+from proxy.admin.api.routes import SUMMARY
 from proxy.namespaces.composition import Composition
 from proxy.telemetry.metrics import Metrics
 from proxy.transfer import results
-from proxy.web.admin import OPEN, SUMMARIES, application
-from proxy.web.api import SUMMARY
 from storage.errors import StorageFailed, Unavailable
 from tests.conftest import Clock, Serve, configuration
 from tests.test_operations import ALPINE, OTHER, Everybody, Operations, Site
 from tests.upstream import Upstream
 
 Open = Callable[..., Awaitable["Admin"]]
-DOCUMENT = yaml.safe_load(files("proxy.web").joinpath("openapi.yaml").read_text())
+DOCUMENT = yaml.safe_load(files("proxy.admin.api").joinpath("openapi.yaml").read_text())
 
 
 class Admin:
@@ -188,10 +188,10 @@ def test_every_schema_is_that_of_its_struct() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     kinds = [
         each
-        for each in vars(answers).values()
-        if isinstance(each, type) and each.__module__ == answers.__name__
+        for each in vars(models).values()
+        if isinstance(each, type) and each.__module__ == models.__name__
     ]
-    structs = {each.__name__: each for each in kinds if each is not answers.Answer}
+    structs = {each.__name__: each for each in kinds if each is not models.Answer}
     told = (
         results.BundleImported,
         results.BoundRow,

@@ -19,8 +19,9 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from proxy import answers, commands
-from proxy.adminclient import reach
+from proxy import commands
+from proxy.admin import models
+from proxy.admin.api.client import reach
 from proxy.cli import main
 from proxy.config.loader import load
 from tests.authority import Authority
@@ -111,13 +112,13 @@ async def test_ls_lists_repositories(shop: Shop) -> None:
     heads, row = await shop.lines("ls")
     assert heads.split() == ["REPOSITORY", "TAGS", "MANIFESTS", "HELD"]
     assert row.split()[:3] == [NAME, "1", "2"]
-    (found,) = msgspec.convert(await shop.told("ls"), answers.Listed).repositories
+    (found,) = msgspec.convert(await shop.told("ls"), models.Listed).repositories
     assert (found.repository, found.tags, found.manifests) == (NAME, 1, 2)
     assert found.bytes > len(LAYER)
 
 
 async def test_ls_lists_tags_with_what_is_held(shop: Shop) -> None:
-    (found,) = msgspec.convert(await shop.told("ls", "--tags"), answers.Listed).images
+    (found,) = msgspec.convert(await shop.told("ls", "--tags"), models.Listed).images
     assert (found.repository, found.tag, found.digest) == (NAME, "3", shop.index.digest)
     assert [(each.platform, each.complete) for each in found.platforms] == [
         ("linux/amd64", True),
@@ -148,7 +149,7 @@ async def test_show_draws_the_tree(shop: Shop) -> None:
     assert starts[0][:2] == [shop.index.digest, "manifest"]
     assert [each[0] for each in starts[1:]] == ["├─", "│", "│", "│", "└─"]
     assert [word for line in starts for word in line if word in ("yes", "no")] == ["yes"] * 5 + ["no"]
-    tree = msgspec.convert(await shop.told("show", "alpine:3"), answers.Tree)
+    tree = msgspec.convert(await shop.told("show", "alpine:3"), models.Tree)
     assert [each.digest for each in tree.node.children] == [shop.image.digest, shop.other.digest]
     assert [each.present for each in tree.node.children[0].children] == [True] * 3
 
@@ -170,7 +171,7 @@ async def test_stats_count(shop: Shop) -> None:
     assert found["period"] == 7 * 86400
     assert found["stored_bytes"] > len(LAYER)
     if shop.running:  # a directory is looked at by the clock on the wall
-        (row,) = msgspec.convert(found, answers.Stats).namespaces
+        (row,) = msgspec.convert(found, models.Stats).namespaces
         assert (row.namespace, row.requests, row.misses) == ("docker.io", 5, 5)
     lines = await shop.lines("stats", "--period", "7d")
     assert lines[0].startswith("NAMESPACE")
@@ -256,7 +257,7 @@ async def test_pins(shop: Shop) -> None:
     heads, row = await shop.lines("pin", "alpine:*", "--keep-fresh", "1h", "--platform", "linux/amd64")
     assert row.startswith(f"{NAME}:*  every 1 h   linux/amd64  ")
     assert (await shop.lines("pins"))[0] == heads
-    (found,) = msgspec.convert(await shop.told("pins"), list[answers.PinRow])
+    (found,) = msgspec.convert(await shop.told("pins"), list[models.PinRow])
     assert (found.pattern, found.keep_fresh, found.platforms) == (f"{NAME}:*", 3600, ["linux/amd64"])
     assert (found.references, found.manifests, found.blobs) == (1, 2, 3)
     assert "pinned" in (await shop.lines("ls", "--tags"))[1]
@@ -269,7 +270,7 @@ async def test_refresh_fetches_what_is_not_here(shop: Shop) -> None:
     lines = await shop.lines("refresh", "alpine:3", "--platform", "linux/amd64")
     assert lines[0] == f"{NAME}:3: unchanged"
     assert lines[1].endswith("2 manifests, 3 blobs, of them fetched 0, 0 B")
-    found = msgspec.convert(await shop.told("refresh", "alpine:3"), answers.Refreshed)
+    found = msgspec.convert(await shop.told("refresh", "alpine:3"), models.Refreshed)
     assert (found.fetched, found.manifests, found.blobs) == (2, 3, 5)
     assert "all" in (await shop.lines("ls", "--tags"))[1].split()
 
@@ -294,7 +295,7 @@ async def test_scrub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "PAUSE", 0.01)
     lines = await shop.lines("scrub", "--wait")
     assert lines[0].startswith("PASS")
-    found = msgspec.convert(await shop.told("scrub", "--wait"), answers.Scrubbing)
+    found = msgspec.convert(await shop.told("scrub", "--wait"), models.Scrubbing)
     assert not found.asked.running
     assert found.asked.damaged == 0
 
@@ -314,7 +315,7 @@ async def test_scrub_tells_of_damage(shop: Shop, monkeypatch: pytest.MonkeyPatch
 
 async def test_why_asks_nobody(shop: Shop) -> None:
     before = shop.asked()
-    found = msgspec.convert(await shop.told("why", "alpine:3"), answers.Why)
+    found = msgspec.convert(await shop.told("why", "alpine:3"), models.Why)
     assert (found.repository, found.reference, found.digest) == (NAME, "3", shop.index.digest)
     lines = await shop.lines("why", "alpine:3")
     assert lines[0].split() == ["WHY", f"{NAME}:3"]
@@ -352,7 +353,7 @@ async def test_webhooks_are_listed_with_what_is_pending(
     assert row.startswith("deploy   http://127.0.0.1:9  registry  pull move")
     assert "hidden" not in row
     assert "never" in row
-    (found,) = msgspec.convert(await shop.told("webhooks"), list[answers.WebhookRow])
+    (found,) = msgspec.convert(await shop.told("webhooks"), list[models.WebhookRow])
     assert (found.pending, found.oldest, found.delivered_at) == (5, clock(), None)
     if running:
         assert f": {found.error}" in row
@@ -472,7 +473,9 @@ def test_every_command_has_the_common_options() -> None:
 
 
 def test_who_serves_loads_nothing_that_is_large() -> None:
-    program = "import sys, proxy.cli; print({'aiohttp', 'diskcache', 'proxy.operations'} & set(sys.modules))"
+    program = (
+        "import sys, proxy.cli; print({'aiohttp', 'diskcache', 'proxy.admin.operations'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

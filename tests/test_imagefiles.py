@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.imagefiles import Findings, Mention, Unreadable, interpolate, look, normal
+from proxy.admin.image_files import Findings, Mention, Unreadable, interpolate, look, normal
 
 FILES = Path(__file__).parent / "imagefiles"
 HUB = "docker.io/library"

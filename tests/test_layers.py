@@ -58,7 +58,9 @@ MOVED = (
     "proxy.webhooks",
     "proxy.access",
     "proxy.namespaces",
+    "proxy.web",
     "proxy.transfer",
+    "proxy.admin",
 )
 
 ALLOWED = {

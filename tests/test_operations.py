@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from proxy.answers import ImageRow, PlatformRow, Purged, Scrubbing, Why
-from proxy.inventory import DEEPEST
-from proxy.live import Everyone, FillState, LiveState, UpstreamState
+from proxy.admin.inventory import DEEPEST
+from proxy.admin.models import ImageRow, PlatformRow, Purged, Scrubbing, Why
+from proxy.admin.operations import Operations
+from proxy.admin.peers import Everyone
+from proxy.admin.processes import FillState, LiveState, UpstreamState
+from proxy.admin.purge import Kept
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid
-from proxy.operations import Operations
-from proxy.purging import Kept
 from storage.errors import ManifestUnknown, NameUnknown, Unsupported
 from storage.maintenance.usage import Counters, Move, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag

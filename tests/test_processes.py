@@ -1,490 +1,494 @@
-"""`entrepot serve` with two workers that share the disk and the port: they die, are drained and replaced."""
+"""What the processes of a server say of themselves, and of each other."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
+import random
 import socket
-import struct
-import time
-from collections.abc import Awaitable, Callable
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
-from yarl import URL
 
+from proxy import room
+from proxy.admin import peers
+from proxy.admin.peers import Everyone, serve_live
+from proxy.admin.processes import FillState, Live, UpstreamState
+from proxy.cache.cache import Cache, Policy
+from proxy.cache.fills import Fills
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream import client, requests
+from proxy.upstream.breaker import FAILURES
+from proxy.upstream.credentials import Credentials, Inline
+from proxy.upstream.failover import Failover
+from proxy.upstream.transport import Connect
+from storage.concurrency import Slots
 from storage.disk.blobs import BlobFiles
+from storage.disk.health import DiskHealth
 from storage.disk.records import Records
+from storage.errors import ManifestUnknown, TooManyRequests, Unavailable
 from storage.oci import Digest, Tag
+from storage.registry import Blob, Registry
 from storage.store import Store
-from tests.processes import Place, Server, Worker, digest, place
-from tests.upstream import Bearer, Hold, Upstream
+from tests.conftest import Clock
+from tests.upstream import Hold, RetryAfter, Status, Upstream
 
-__all__ = ["place"]  # the fixture
-
-REPOSITORY = "library/alpine"
-SMALL = os.urandom(3 << 20)
-HALF = 50 << 20
-BIG = 2 * HALF
+BODY = random.Random(1).randbytes(300_000)
+HELD = 100_000  # bytes after which the fake waits
 
 
-def blob(name: str) -> str:
-    return f"/v2/{REPOSITORY}/blobs/{name}"
+@dataclass
+class Process:
+    """What one process of a server has, of all on one directory."""
+
+    cache: Cache
+    fills: Fills
+    disk: DiskHealth
+    live: Live
+
+    @property
+    def fill(self) -> FillState:
+        [found] = self.live.state().fills
+        return found
+
+    @property
+    def upstream(self) -> UpstreamState:
+        [found] = self.live.state().upstreams
+        return found
 
 
-@pytest.fixture(scope="module")
-def layer() -> bytes:
-    return os.urandom(BIG)
+Start = Callable[..., Process]
+Serving = Callable[[Live], Awaitable[Path]]
 
 
-def held(upstream: Upstream, name: str, after: int) -> Hold:
-    """The next transfer of that blob stands still there."""
-    hold = Hold(asyncio.Event(), after)
-    upstream.next("GET", name, hold)
-    return hold
+@pytest.fixture
+async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Start]:
+    closing = AsyncExitStack()
+
+    def start(
+        pid: int = 1,
+        urls: tuple[str, ...] = (),
+        credentials: tuple[Credentials, ...] = (Credentials(),),
+        turns: Slots | None = None,
+    ) -> Process:
+        metrics, connect = Metrics(), Connect(plain_http=True)
+        disk = DiskHealth(tmp_path, clock)
+        store = Store(BlobFiles(tmp_path, clock, disk), Records(tmp_path / "records", clock), clock)
+        closing.push_async_callback(store.close)
+        fills = Fills(store, metrics, turns, backoff=0, clock=clock)
+        origins = [
+            client.UpstreamRegistry("up", requests.Settings(url, connect), credentials, metrics, clock)
+            for url in urls or (upstream.url,)
+        ]
+        origin: Registry = origins[0] if len(origins) == 1 else Failover(origins, clock)
+        cache = Cache("up", origin, store, fills, Policy(lambda tag: 600.0), clock)
+        closing.push_async_callback(cache.close)
+        closing.push_async_callback(fills.close)
+        return Process(cache, fills, disk, Live(fills, {"up": cache}, [disk], clock, pid))
+
+    async with closing:
+        yield start
 
 
-# Starting
-
-# Writes down which directories are listed by whom; Python runs it before all else.
-WITNESS = """
-import os, sys, threading
-journal = os.open(os.environ["WITNESS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-def heard(event, arguments):
-    if event in ("os.listdir", "os.scandir"):
-        main = threading.current_thread() is threading.main_thread()
-        os.write(journal, f"{'start' if main else 'later'} {arguments[0]}\\n".encode())
-sys.addaudithook(heard)
-"""
+@pytest.fixture
+async def run() -> AsyncIterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:  # a socket's path has to be short
+        yield Path(directory)
 
 
-async def test_to_start_takes_no_look_at_what_is_stored(place: Place) -> None:
-    (place.home / "sitecustomize.py").write_text(WITNESS)
-    journal = place.home / "journal"
-    place.environment = {"PYTHONPATH": str(place.home), "WITNESS": str(journal)}
-    for number in range(256):
-        directory = place.directory / f"cache/blobs/sha256/{number:02x}"
-        directory.mkdir(parents=True)
-        (directory / f"{number:064x}").touch()
-    place.tree["disk"]["scrub"] = "off"  # it would find that they are not what they are called
-    server = await place.start()
-    await server.workers()
-    await server.stop()
-    # What is counted or cleared up later is so in threads.
-    listed = [line.removeprefix("start ") for line in journal.read_text().splitlines() if line[:5] == "start"]
-    assert listed  # by imports
-    assert [path for path in listed if path.startswith(str(place.directory))] == []
+@pytest.fixture
+async def serve_live_at(run: Path) -> AsyncIterator[Serving]:
+    async with AsyncExitStack() as closing:
+
+        async def serve(served: Live) -> Path:
+            path = run / f"{served.pid}.sock"
+            closing.push_async_callback(await serve_live(served, path))
+            return path
+
+        yield serve
 
 
-# A blob that comes in
-
-
-async def test_one_transfer_is_followed_from_both_workers(place: Place, upstream: Upstream) -> None:
-    name = upstream.blob(REPOSITORY, SMALL)
-    hold = held(upstream, name, 1 << 20)
-    server = await place.start()
-    async with AsyncExitStack() as stack:
-        followers = []
-        for worker in [*await server.workers(), *await server.workers()]:
-            response = await stack.enter_async_context(worker.ask(blob(name)))
-            # All but the byte that is withheld has come to everyone before the rest is sent.
-            followers.append((response, await response.content.readexactly((1 << 20) - 1)))
-        hold.gate.set()
-        for response, begun in followers:
-            assert await digest(response, begun) == name
-    assert [request.method for request in upstream.requests] == ["GET", "HEAD"]
-    assert upstream.bytes_sent == len(SMALL)
-    await server.heard("fill.committed")
-    await server.heard("fill.followed")
-    assert server.partial() == []
-
-
-@pytest.mark.errors("worker.died")
-async def test_a_killed_workers_fill_goes_on_in_another(
-    place: Place, upstream: Upstream, layer: bytes
-) -> None:
-    name = upstream.blob(REPOSITORY, layer)
-    hold = held(upstream, name, HALF)
-    server = await place.start()
-    filling, other = await server.workers()
-    served = await server.metric("entrepot_requests_total")
-    async with filling.ask(blob(name)) as first:
-        await hold.reached.wait()
-        async with other.ask(blob(name)) as response:
-            begun = await response.content.readexactly(HALF - 1)
-            os.kill(filling.pid, signal.SIGKILL)
-            assert await digest(response, begun) == name
-        with pytest.raises(aiohttp.ClientError):
-            await first.read()
-    assert upstream.bytes_sent <= 1.05 * BIG
-    assert [request.method for request in upstream.requests] == ["GET", "HEAD", "GET"]
-    await server.heard("fill.committed")
-    assert server.partial() == []
-
-    died = await server.heard("worker.died", pid=filling.pid)
-    assert died["status"] == -signal.SIGKILL
-    replacement = await server.heard("worker.replaced")
-    assert set(server.pids()) == {other.pid, replacement["pid"]}
-    for worker in await server.workers():
-        async with worker.ask(blob(name)) as response:
-            assert await digest(response) == name
-    # What the dead one has counted still counts: two requests, of which one broke; and six.
-    assert await server.metric("entrepot_requests_total") == served + 1 + 4
-    assert len(upstream.requests) == 3
-
-
-async def test_all_killed_at_half_of_a_fill(place: Place, upstream: Upstream, layer: bytes) -> None:
-    name = upstream.blob(REPOSITORY, layer)
-    held(upstream, name, HALF)
-    server = await place.start()
-    first, second = await server.workers()
-    async with first.ask(blob(name)) as response, second.ask(blob(name)) as other:
-        await response.content.readexactly(HALF - 1)  # so that is on disk
-        await server.kill()
-        for each in (response, other):
-            with pytest.raises(aiohttp.ClientError):
-                await each.read()
-    await server.clear()
-    server = await place.start()
-    for worker in await server.workers():
-        async with worker.ask(blob(name)) as response:
-            assert await digest(response) == name
-    gets = [request.range for request in upstream.requests if request.method == "GET"]
-    assert gets == [None, f"bytes={HALF}-"]
-    assert upstream.bytes_sent <= 1.05 * BIG
-    await server.stop()
-    assert server.partial() == []
-    assert list(place.temporary.iterdir()) == []
-
-
-async def test_a_blob_of_which_all_was_there_is_not_asked_for_again(place: Place, upstream: Upstream) -> None:
-    name = upstream.blob(REPOSITORY, SMALL)
-    held(upstream, name, len(SMALL) - 1)
-    server = await place.start()
-    (first, _) = await server.workers()
-    async with first.ask(blob(name)) as response:
-        await response.content.readexactly(len(SMALL) - 2)
-        await server.kill()
-    await server.clear()
-    (left,) = server.partial()
-    left.write_bytes(SMALL)  # as if it had been killed one byte later
-    upstream.clear()
-    server = await place.start()
-    for worker in await server.workers():
-        async with worker.ask(blob(name)) as response:
-            assert await digest(response) == name
-    assert {request.method for request in upstream.requests} == {"HEAD"}
-    await server.stop()
-    assert server.partial() == []
-
-
-async def test_clients_that_leave_make_no_noise(place: Place, upstream: Upstream, layer: bytes) -> None:
-    name = upstream.blob(REPOSITORY, layer)
-    server = await place.start()
-    (worker, _) = await server.workers()
-    to = URL(server.url)
-    for nth in (1, 2, 3):
-        with server.alone(worker.pid):
-            reader, writer = await asyncio.open_connection(to.host, to.port)
-            writer.write(f"GET {blob(name)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            await reader.readexactly(1 << 20)
-        connection = writer.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        writer.transport.abort()
-        await server.heard("request.served", nth, detail="client left")
-    await server.heard("fill.committed")
-    await server.stop()
-    noise, server.noise[:] = "".join(server.noise), []
-    assert noise == ""
-
-
-# What is asked of an upstream
-
-
-async def all_ask(workers: list[Worker], path: str, status: int = 200) -> None:
-    for _ in range(5):
-        await asyncio.gather(*(worker.get(path, status) for worker in workers))
-
-
-async def test_a_tag_is_asked_for_once_in_its_time_over_both_workers(
-    place: Place, upstream: Upstream
-) -> None:
-    image = upstream.image(REPOSITORY, "latest")
-    server = await place.start()
-    workers = [*await server.workers(), *await server.workers()]
-    await all_ask(workers, f"/v2/{REPOSITORY}/manifests/latest")
-    assert upstream.log == [f"GET manifest {REPOSITORY}:latest"]
-    for period in (1, 2):
-        await outdate(place, image.digest)
-        await all_ask(workers, f"/v2/{REPOSITORY}/manifests/latest")
-        assert upstream.log[1:] == [f"HEAD manifest {REPOSITORY}:latest"] * period
-
-
-async def outdate(place: Place, name: str) -> None:
-    """Let eleven minutes pass for the tag `latest`."""
-    root = place.directory / "cache"
-    store = Store(BlobFiles(root), Records(root / "records"), lambda: time.time() - 660)
-    await store.point(f"docker.io/{REPOSITORY}", Tag("latest"), Digest.parse(name))
-    await store.close()
-
-
-async def test_manifests_and_what_is_unknown_are_asked_for_once_a_worker_at_most(
-    place: Place, upstream: Upstream
-) -> None:
-    image = upstream.image(REPOSITORY)
-    server = await place.start()
-    workers = [*await server.workers(), *await server.workers()]
-    await all_ask(workers, f"/v2/{REPOSITORY}/manifests/{image.digest}")
-    assert 1 <= len(upstream.log) <= 2
-    upstream.clear()
-    absent = "sha256:" + "0" * 64
-    for path in ("manifests/nosuch", f"manifests/{absent}", f"blobs/{absent}", "tags/list"):
-        repository = REPOSITORY if path != "tags/list" else "library/nosuch"
-        await all_ask(workers, f"/v2/{repository}/{path}", 404)
-        assert 1 <= len(upstream.log) <= 2, upstream.log
-        upstream.clear()
-
-
-async def test_a_token_is_fetched_once_a_worker_at_most(place: Place, upstream: Upstream) -> None:
-    upstream.auth = Bearer()
-    image = upstream.image(REPOSITORY, "latest", [os.urandom(100 << 10) for _ in range(4)])
-    server = await place.start()
-    workers = await server.workers()
-    paths = [f"manifests/{image.digest}", *(f"blobs/{name}" for name in image.layers)]
-    for path in paths:
-        await asyncio.gather(*(worker.get(f"/v2/{REPOSITORY}/{path}") for worker in workers))
-    tokens = [request for request in upstream.requests if request.kind == "token"]
-    assert 1 <= len(tokens) <= 2
-
-
-async def test_metrics_are_of_all_workers(place: Place) -> None:
-    server = await place.start()
-    workers = await server.workers()
-    before = await server.metric("entrepot_requests_total")
-    assert before == len(workers)
-    for worker, times in zip(workers, (3, 4), strict=True):
-        for _ in range(times):
-            await worker.get(f"/v2/{REPOSITORY}/manifests/..", 404)
-    assert await server.metric("entrepot_requests_total") == before + 7
-
-
-# Death
-
-
-@pytest.mark.errors("worker.died")
-async def test_a_worker_that_dies_again_and_again_is_waited_for_ever_longer(place: Place) -> None:
-    server = await place.start()
-    doomed, other = server.pids()
-    for nth, wait in enumerate((1.0, 2.0, 4.0), start=1):
-        os.kill(doomed, signal.SIGKILL)
-        died = await server.heard("worker.died", nth)
-        assert (died["pid"], died["again_in"]) == (doomed, wait)
-        await (await server.worker(other)).get("/v2/")
-        if wait < 4:
-            doomed = (await server.heard("worker.replaced", nth))["pid"]
-    # To wait keeps nobody from leaving.
-    await server.stop()
-    assert server.said("worker.replaced", pid=doomed) == server.said("worker.replaced")[-1:]
-
-
-async def test_workers_end_when_their_parent_is_killed(place: Place, upstream: Upstream) -> None:
-    name = upstream.blob(REPOSITORY, SMALL)
-    hold = held(upstream, name, 1 << 20)
-    server = await place.start()
-    (worker, _) = await server.workers()
-    async with worker.ask(blob(name)) as response:
-        await hold.reached.wait()
-        server.send(signal.SIGKILL)
-        await refused(server.url)
-        hold.gate.set()
-        assert await digest(response) == name  # not without finishing what they were at
-    assert await server.ended() == -signal.SIGKILL
-    assert server.partial() == []
-    # What only the parent could remove the next one does.
-    await server.clear()
-    server = await place.start()
-    await server.stop()
-    assert list(place.temporary.iterdir()) == []
-
-
-# Ending
-
-
-async def refused(url: str) -> None:
-    """Wait until nobody listens there: whoever is connected before that must be cut off, not left waiting."""
-    to = URL(url)
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                reader, writer = await asyncio.open_connection(to.host, to.port)
-            except ConnectionRefusedError:
-                return
-            except ConnectionResetError:  # the last to listen went while we waited to be accepted
-                continue
-            try:
-                writer.write(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                await reader.read()
-            except ConnectionError:
-                pass
-            finally:
-                writer.transport.abort()
-
-
-async def test_a_running_download_ends_before_the_server_does(place: Place, upstream: Upstream) -> None:
-    name = upstream.blob(REPOSITORY, SMALL)
-    hold = held(upstream, name, 1 << 20)
-    server = await place.start()
-    workers = await server.workers()
-    async with workers[0].ask(blob(name)) as first, workers[1].ask(blob(name)) as second:
-        await hold.reached.wait()
-        server.send(signal.SIGTERM)
-        await server.heard("server.stopping")
-        await refused(server.url)  # while those two are still at it
-        hold.gate.set()
-        assert await digest(first) == await digest(second) == name
-    assert await server.ended() == 0
-    assert server.partial() == []
-    assert list(place.temporary.iterdir()) == []
-
-
-async def test_a_request_that_has_begun_is_answered_before_the_server_ends(place: Place) -> None:
-    server = await place.start()
-    pid = server.pids()[0]
-    to = URL(server.url)
-    with server.alone(pid):
-        reader, writer = await asyncio.open_connection(to.host, to.port)
-        writer.write(b"GET /v2/ HT")
-        await server.worker(pid)  # accepted later, so that one is by now
-    server.send(signal.SIGTERM)
-    await refused(server.url)
-    writer.write(b"TP/1.1\r\nHost: x\r\n\r\n")
+async def read(blob: Blob) -> bytes:
     try:
-        assert (await reader.read(12)).startswith(b"HTTP/1.1 ")
+        return b"".join([chunk async for chunk in blob.chunks()])
     finally:
-        writer.transport.abort()
-    assert await server.ended() == 0
+        await blob.close()
 
 
-async def test_a_held_fill_is_gone_on_with_by_the_next_start(place: Place, upstream: Upstream) -> None:
-    name = upstream.blob(REPOSITORY, SMALL)
-    held(upstream, name, 1 << 20)
-    place.tree["drain"] = "0s"
-    server = await place.start()
-    workers = await server.workers()
-    async with workers[0].ask(blob(name)) as first, workers[1].ask(blob(name)) as second:
-        for each in (first, second):
-            await each.content.readexactly((1 << 20) - 1)
-        await server.stop()
-        for each in (first, second):
-            with pytest.raises(aiohttp.ClientError):
-                await each.read()
-    (left,) = server.partial()
-    assert left.stat().st_size == 1 << 20
-    upstream.clear()
-    server = await place.start()
-    for worker in await server.workers():
-        async with worker.ask(blob(name)) as response:
-            assert await digest(response) == name
-    assert upstream.requests[0].range == f"bytes={1 << 20}-"
-    assert upstream.bytes_sent == len(SMALL) - (1 << 20)
-    await server.stop()
-    assert server.partial() == []
+async def frontier(blob: Blob, offset: int) -> None:
+    """Wait until so much has come."""
+    position = 0
+    async for chunk in blob.chunks():
+        position += len(chunk)
+        if position >= offset:
+            return
 
 
-# Another configuration
+# Of one process
 
 
-async def under_load(server: Server, change: Callable[[], Awaitable[None]]) -> None:
-    """Run `change` while clients pull, some with a new connection each time; what is answered is right."""
-    ended = False
-
-    async def pull(kept: bool) -> int:
-        count = 0
-        connector = aiohttp.TCPConnector(force_close=not kept)
-        async with aiohttp.ClientSession(connector=connector) as session:
-            while not ended:
-                try:
-                    async with session.get(f"{server.url}/v2/{REPOSITORY}/manifests/latest") as response:
-                        assert response.status == 200
-                        await response.read()
-                        count += 1
-                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                    # Closed without an answer: every client asks again then.  Nobody listening is a failure.
-                    assert not isinstance(error, aiohttp.ClientConnectorError)
-        return count
-
-    async with asyncio.TaskGroup() as group:
-        pulls = [group.create_task(pull(number % 2 == 0)) for number in range(4)]
-        try:
-            await change()
-        finally:
-            ended = True
-    assert all(each.result() > 0 for each in pulls)
-
-
-async def test_a_new_configuration_takes_effect_and_nobody_finds_the_door_shut(
-    place: Place, upstream: Upstream
+async def test_of_a_process_that_does_nothing_there_is_little_to_tell(
+    start: Start, upstream: Upstream
 ) -> None:
-    upstream.image(REPOSITORY, "latest")
+    process = start(pid=7)
+    state = process.live.state()
+    assert (state.pid, state.fills, state.troubles) == (7, [], [])
+    assert upstream.requests == []
+
+
+def test_by_itself_it_is_this_process(tmp_path: Path) -> None:
+    store = Store(BlobFiles(tmp_path), Records(tmp_path / "records"))
+    assert Live(Fills(store, Metrics()), {}, [DiskHealth(tmp_path)]).pid == os.getpid()
+
+
+async def test_a_fill_tells_how_far_it_is_and_who_follows(
+    start: Start, upstream: Upstream, clock: Clock
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    process = start(pid=7)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=HELD))
+    first = await process.cache.get_blob("a/b", digest)
+    began = clock()
+    clock.advance(5)
+    second = await process.cache.get_blob("a/b", digest)
+    await frontier(first, HELD - 1)
+    expected = FillState(
+        digest=digest,
+        namespace="up",
+        repository="up/a/b",
+        bytes=HELD,
+        size=len(BODY),
+        started=began,
+        followers=2,
+        pid=7,
+        own=True,
+    )
+    assert process.fill == expected
+    await second.close()
+    assert process.fill == msgspec.structs.replace(expected, followers=1)
+    gate.set()
+    assert await read(first) == BODY
+    await process.fills.close()
+    assert process.live.state().fills == []
+
+
+async def test_a_fill_of_which_nothing_is_known_yet_is_told(start: Start, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    process = start()
+    hold = Hold(asyncio.Event(), after=None)
+    upstream.next("GET", digest, hold)
+    asking = asyncio.create_task(process.cache.get_blob("a/b", digest))
+    await hold.reached.wait()
+    fill = process.fill
+    assert (fill.bytes, fill.size, fill.followers, fill.own) == (0, -1, 0, True)
+    hold.gate.set()
+    assert await read(await asking) == BODY
+
+
+@pytest.mark.errors("disk.failed")
+async def test_what_fails_at_the_disk_is_told(start: Start, tmp_path: Path) -> None:
+    process = start()
+    process.disk.failed("blobs", tmp_path / "x", OSError(5, "Input/output error"))
+    assert process.live.state().troubles == [f"{tmp_path / 'x'}: Input/output error"]
+
+
+# Upstreams
+
+
+async def test_an_upstream_that_is_well(start: Start, upstream: Upstream) -> None:
+    found = start().upstream
+    assert (found.namespace, found.url, found.host) == ("up", upstream.url, upstream.url.split("/")[2])
+    assert (found.open, found.until, found.error, found.limited_until) == (False, None, None, None)
+    assert (found.ratelimit_limit, found.ratelimit_remaining) == (None, None)
+
+
+async def test_one_that_fails_is_open_until_it_is_asked_again(
+    start: Start, upstream: Upstream, clock: Clock
+) -> None:
     upstream.image("a/b", "latest")
-    place.tree["drain"] = "1s"
-    server = await place.start()
-    before = server.pids()
-
-    async def reload() -> None:
-        for nth in (1, 2, 3):
-            old = server.pids()
-            place.tree["namespaces"][f"edge{nth}.example"] = {"upstream": upstream.url}
-            place.configure()
-            server.send(signal.SIGHUP)
-            await server.heard("config.reloaded", nth)
-            await server.gone(*old)
-
-    await under_load(server, reload)
-    assert not set(server.pids()) & set(before)
-    for worker in await server.workers():
-        await worker.get("/v2/a/b/manifests/latest?ns=edge3.example")
+    process = start()
+    upstream.next("GET", lambda request: True, Status(503, {"Retry-After": "0"}), times=FAILURES)
+    for _ in range(FAILURES):
+        with pytest.raises(Unavailable):
+            await process.cache.get_manifest("a/b", Tag("latest"))
+    found = process.upstream
+    assert (found.open, found.until) == (True, clock() + 1)
+    assert found.error == "up answered 503"
+    clock.advance(3)
+    found = process.upstream
+    assert (found.open, found.until) == (True, clock())  # the next request finds out
+    await process.cache.get_manifest("a/b", Tag("latest"))
+    assert not process.upstream.open
 
 
-@pytest.mark.errors("config.refused")
-async def test_a_bad_configuration_changes_nothing(place: Place, upstream: Upstream) -> None:
-    upstream.image(REPOSITORY, "latest")
-    place.tree["drain"] = "1s"
-    server = await place.start()
-    before = await server.workers()
-
-    async def reload() -> None:
-        place.tree["nonsense"] = 1
-        place.configure()
-        server.send(signal.SIGHUP)
-        refused = await server.heard("config.refused")
-        assert "nonsense: unknown key" in refused["error"]
-
-    await under_load(server, reload)
-    for worker in before:
-        await worker.get(f"/v2/{REPOSITORY}/manifests/latest")
-    assert set(server.pids()) == {worker.pid for worker in before}
+async def test_the_rate_limit_as_told(start: Start, upstream: Upstream) -> None:
+    upstream.image("a/b", "latest")
+    upstream.ratelimit = 100, 21600, 77
+    process = start()
+    await process.cache.get_manifest("a/b", Tag("latest"))
+    found = process.upstream
+    assert (found.ratelimit_limit, found.ratelimit_remaining) == (100, 76)
+    assert [(each.credential, each.limit, each.remaining) for each in found.limits] == [(0, 100, 76)]
 
 
-async def test_downloads_outlive_a_new_configuration(place: Place, upstream: Upstream) -> None:
-    name = upstream.blob(REPOSITORY, SMALL)
-    hold = held(upstream, name, 1 << 20)
-    server = await place.start()
-    (old, _) = await server.workers()
-    before = server.pids()
-    async with old.ask(blob(name)) as response:
-        begun = await response.content.readexactly((1 << 20) - 1)
-        server.send(signal.SIGHUP)
-        await server.heard("config.reloaded")
-        (new, _) = [await server.worker(pid) for pid in server.pids() if pid not in before]
-        async with new.ask(blob(name)) as other:
-            assert await other.content.readexactly((1 << 20) - 1) == begun
-            server.send(signal.SIGTERM)  # with those of two configurations at work
-            await refused(server.url)
-            hold.gate.set()
-            assert await digest(other, begun) == name
-        assert await digest(response, begun) == name
-    assert await server.ended() == 0
-    assert [request.method for request in upstream.requests] == ["GET", "HEAD"]
+async def test_that_all_credentials_are_refused_is_told_and_until_when(
+    start: Start, upstream: Upstream, clock: Clock
+) -> None:
+    upstream.image("a/b", "latest")
+    process = start(credentials=(Inline("one", "x"), Inline("two", "x")))
+    for seconds in (50, 30):
+        upstream.next("GET", lambda request: True, RetryAfter(seconds))
+    with pytest.raises(TooManyRequests):
+        await process.cache.get_manifest("a/b", Tag("latest"))
+    found = process.upstream
+    assert [each.blocked_for for each in found.limits] == [50, 30]
+    assert (found.open, found.limited_until) == (False, clock() + 30)
+    clock.advance(31)
+    assert process.upstream.limited_until is None
+
+
+async def test_where_an_upstream_sends_us_is_told_after_itself(start: Start, upstream: Upstream) -> None:
+    upstream.cdn = True
+    digest = Digest(upstream.blob("a/b", BODY))
+    process = start()
+    assert await read(await process.cache.get_blob("a/b", digest)) == BODY
+    found = process.live.state().upstreams
+    assert [(each.url, each.host, len(each.limits)) for each in found] == [
+        (upstream.url, upstream.url.split("/")[2], 1),
+        (upstream.url, upstream.cdn_url.split("/")[2], 0),
+    ]
+
+
+async def test_each_of_several_upstreams_is_told(start: Start, upstream: Upstream) -> None:
+    async with Upstream() as mirror:
+        upstream.image("a/b", "latest")
+        mirror.next("GET", lambda request: True, Status(503, {"Retry-After": "0"}), times=FAILURES)
+        process = start(urls=(mirror.url, upstream.url))
+        for number in range(FAILURES):
+            upstream.image("a/b", f"{number}")
+            await process.cache.get_manifest("a/b", Tag(f"{number}"))
+        found = process.live.state().upstreams
+        assert [(each.url, each.open) for each in found] == [(mirror.url, True), (upstream.url, False)]
+
+
+async def test_an_origin_that_is_not_far_away_has_no_upstream(
+    tmp_path: Path, start: Start, clock: Clock
+) -> None:
+    process = start()
+    store = Store(BlobFiles(tmp_path / "other", clock), Records(tmp_path / "other" / "records", clock), clock)
+    cache = Cache("near", store, store, process.fills, Policy(lambda tag: 0.0), clock)
+    assert Live(process.fills, {"near": cache}, [process.disk]).state().upstreams == []
+    await cache.close()
+
+
+# The socket
+
+
+async def test_what_is_told_over_the_socket_is_the_state(
+    start: Start, upstream: Upstream, serve_live_at: Serving, run: Path
+) -> None:
+    upstream.image("a/b", "latest")
+    upstream.ratelimit = 100, 21600, 77
+    process = start()
+    await process.cache.get_manifest("a/b", Tag("latest"))
+    await serve_live_at(process.live)
+    assert await Everyone(None, run).states() == [process.live.state()]
+
+
+async def test_only_its_user_may_connect_and_the_file_goes_with_it(start: Start, run: Path) -> None:
+    path = run / "1.sock"
+    close = await serve_live(start().live, path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    await close()
+    assert not path.exists()
+
+
+async def test_a_file_that_was_left_is_replaced_and_one_that_is_anothers_stays(
+    start: Start, run: Path
+) -> None:
+    path = run / "1.sock"
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(path))
+    left.close()
+    first = await serve_live(start(pid=1).live, path)
+    second = await serve_live(start(pid=2).live, path)
+    await first()
+    assert [each.pid for each in await Everyone(None, run).states()] == [2]
+    await second()
+
+
+async def test_a_path_that_is_too_long_is_an_error(start: Start, run: Path) -> None:
+    with pytest.raises(OSError, match="too long"):
+        await serve_live(start().live, run / ("x" * 120))
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "status"),
+    [
+        ("POST", "/forget", b"{}", 400),
+        ("POST", "/forget", b"no", 400),
+        ("POST", "/forget", b'{"repository": "nowhere/a"}', 204),
+        ("GET", "/forget", b"", 405),
+        ("GET", "/else", b"", 404),
+    ],
+)
+async def test_what_it_answers(
+    start: Start, serve_live_at: Serving, method: str, target: str, body: bytes, status: int
+) -> None:
+    path = await serve_live_at(start().live)
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
+        session.request(method, f"http://x{target}", data=body) as response,
+    ):
+        assert response.status == status
+
+
+# Of all
+
+
+async def test_of_all_processes_each_is_told_once(start: Start, serve_live_at: Serving, run: Path) -> None:
+    processes = [start(pid) for pid in (1, 2, 3)]
+    for process in processes:
+        await serve_live_at(process.live)
+    everyone = Everyone(processes[2].live, run)
+    assert [each.pid for each in await everyone.states()] == [3, 1, 2]
+
+
+async def test_nobody_is_nobody(tmp_path: Path) -> None:
+    for directory in (None, tmp_path, tmp_path / "absent"):
+        everyone = Everyone(None, directory)
+        assert (await everyone.states(), await everyone.fills()) == ([], [])
+        await everyone.forget("up/a/b")
+
+
+async def test_who_does_not_answer_is_left_out(start: Start, serve_live_at: Serving, run: Path) -> None:
+    await serve_live_at(start(pid=1).live)
+    left = socket.socket(socket.AF_UNIX)  # as of one that was killed
+    left.bind(str(run / "2.sock"))
+    left.close()
+    (run / "3.sock").write_text("no socket")
+
+    async def make_room(coming: int) -> None:
+        raise AssertionError
+
+    close = await room.serve(run / "keeper.sock", make_room)  # lives there too, and speaks otherwise
+    everyone = Everyone(None, run)
+    assert [each.pid for each in await everyone.states()] == [1]
+    await everyone.forget("up/a/b")
+    assert (run / "2.sock").exists(), "it is for whoever starts or ends processes to remove"
+    await close()
+
+
+async def test_who_hangs_is_not_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PATIENCE", 0.01)
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(run / "1.sock"))
+        hung.listen()  # and nobody accepts
+        assert await Everyone(None, run).states() == []
+
+
+async def test_what_speaks_http_but_not_as_we_do_is_none_of_ours(run: Path) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, str(run / "1.sock"))
+    assert await Everyone(None, run).states() == []
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_fill_that_two_processes_follow_is_told_once(
+    start: Start, upstream: Upstream, serve_live_at: Serving, run: Path, clock: Clock
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    transferring, following = start(pid=1), start(pid=2)
+    for process in (transferring, following):
+        await serve_live_at(process.live)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=HELD))
+    began = clock()
+    blobs = [await transferring.cache.get_blob("a/b", digest)]
+    await frontier(blobs[0], HELD - 1)
+    clock.advance(1)
+    blobs += [await following.cache.get_blob("a/b", digest) for _ in range(2)]
+    await frontier(blobs[1], HELD - 1)
+    assert (transferring.fill.own, transferring.fill.followers) == (True, 1)
+    other = following.fill
+    assert (other.own, other.followers, other.bytes, other.size) == (False, 2, HELD, len(BODY))
+    [merged] = await Everyone(None, run).fills()
+    assert merged == msgspec.structs.replace(transferring.fill, followers=3)
+    assert (merged.pid, merged.started) == (1, began)
+    gate.set()
+    assert await asyncio.gather(*map(read, blobs)) == [BODY] * 3
+
+
+async def test_fills_are_told_oldest_first_and_one_that_waits_for_its_turn_has_no_bytes(
+    start: Start, upstream: Upstream, clock: Clock
+) -> None:
+    bodies = [BODY, BODY[:-1]]
+    digests = [Digest(upstream.blob("a/b", body)) for body in bodies]
+    process = start(turns=Slots(1))
+    hold = Hold(asyncio.Event(), after=None)
+    upstream.next("GET", digests[0], hold)
+    first = asyncio.create_task(process.cache.get_blob("a/b", digests[0]))
+    await hold.reached.wait()
+    clock.advance(1)
+    second = asyncio.create_task(process.cache.get_blob("a/b", digests[1]))
+    await asyncio.sleep(0)  # it has begun
+    found = await Everyone(process.live, None).fills()
+    assert [(each.digest, each.bytes, each.own) for each in found] == [(each, 0, True) for each in digests]
+    hold.gate.set()
+    assert [await read(await each) for each in (first, second)] == bodies
+
+
+# Forgetting
+
+
+async def test_what_was_unknown_is_asked_for_again_once_it_is_forgotten(
+    start: Start, upstream: Upstream, serve_live_at: Serving, run: Path
+) -> None:
+    upstream.image("a/b", "other")
+    processes = [start(pid) for pid in (1, 2)]
+    await serve_live_at(processes[1].live)
+    everyone = Everyone(processes[0].live, run)
+    for process in processes:
+        with pytest.raises(ManifestUnknown):
+            await process.cache.get_manifest("a/b", Tag("new"))
+    upstream.image("a/b", "new")
+    upstream.clear()
+    await everyone.forget("up/a/c")
+    for process in processes:
+        with pytest.raises(ManifestUnknown):
+            await process.cache.get_manifest("a/b", Tag("new"))
+    assert upstream.log == []
+    await everyone.forget("up/a/b")
+    for process in processes:
+        await process.cache.get_manifest("a/b", Tag("new"))
+    assert upstream.log == ["GET manifest a/b:new"]  # the second process finds it in the store
+
+
+async def test_a_tag_that_could_not_be_asked_for_is_asked_for_again_once_that_is_forgotten(
+    start: Start, upstream: Upstream, clock: Clock
+) -> None:
+    upstream.image("a/b", "latest")
+    process = start()
+    await process.cache.get_manifest("a/b", Tag("latest"))
+    clock.advance(601)
+    upstream.next("HEAD", lambda request: True, Status(500))
+    await process.cache.get_manifest("a/b", Tag("latest"))  # stale
+    moved = upstream.image("a/b", "latest", [b"moved"])
+    upstream.clear()
+    await process.cache.get_manifest("a/b", Tag("latest"))
+    assert upstream.log == []
+    await process.live.forget("up/a/b")
+    assert (await process.cache.get_manifest("a/b", Tag("latest"))).digest == moved.digest

@@ -14,12 +14,13 @@ import msgspec
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.answers import WarmRow
+from proxy.admin.models import WarmRow
+from proxy.admin.processes import state_of
+from proxy.admin.readiness import Readiness
+from proxy.admin.warm import JOBS, Warmer
+from proxy.admin.warm_schedule import Schedule, latest
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
-from proxy.live import state_of
 from proxy.namespaces.composition import Composition
-from proxy.readiness import Readiness
-from proxy.warming import JOBS, Schedule, Warmer, latest
 from storage.oci import Digest
 from tests.conftest import Clock, configuration
 from tests.upstream import Hold, Image, Upstream

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 import msgspec
 from yarl import URL
 
-from proxy import answers
+from proxy.admin import models
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.transfer import results
@@ -29,8 +29,8 @@ from proxy.web.tls import pinned
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
+    from proxy.admin.operations import Operations
     from proxy.namespaces.composition import Composition
-    from proxy.operations import Operations
 
 T = TypeVar("T")
 CONNECT = 5.0  # seconds for a connection to the server; how long it works on an answer is its own affair
@@ -57,72 +57,72 @@ class Remote:
 
     async def ls(
         self, pattern: str = "*", *, tags: bool = False, limit: int | None = None, last: str = ""
-    ) -> answers.Listed:
+    ) -> models.Listed:
         if not tags:
-            return await self._get(answers.Listed, "repositories", match=pattern)
-        return await self._get(answers.Listed, "images", match=pattern, limit=limit, last=last or None)
+            return await self._get(models.Listed, "repositories", match=pattern)
+        return await self._get(models.Listed, "images", match=pattern, limit=limit, last=last or None)
 
-    async def show(self, reference: str) -> answers.Tree:
-        return await self._get(answers.Tree, "image", ref=reference)
+    async def show(self, reference: str) -> models.Tree:
+        return await self._get(models.Tree, "image", ref=reference)
 
-    async def stats(self, period: str = "24h") -> answers.Stats:
-        return await self._get(answers.Stats, "stats", period=period)
+    async def stats(self, period: str = "24h") -> models.Stats:
+        return await self._get(models.Stats, "stats", period=period)
 
-    async def fills(self) -> list[answers.FillRow]:
-        return await self._get(list[answers.FillRow], "fills")
+    async def fills(self) -> list[models.FillRow]:
+        return await self._get(list[models.FillRow], "fills")
 
-    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> answers.Purged:
-        return await self._do(answers.Purged, "POST", "purge", pattern=pattern, dry_run=dry_run, force=force)
+    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> models.Purged:
+        return await self._do(models.Purged, "POST", "purge", pattern=pattern, dry_run=dry_run, force=force)
 
-    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> answers.Refreshed:
+    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> models.Refreshed:
         return await self._do(
-            answers.Refreshed, "POST", "refresh", reference=reference, platforms=list(platforms)
+            models.Refreshed, "POST", "refresh", reference=reference, platforms=list(platforms)
         )
 
-    async def pins(self) -> list[answers.PinRow]:
-        return await self._get(list[answers.PinRow], "pins")
+    async def pins(self) -> list[models.PinRow]:
+        return await self._get(list[models.PinRow], "pins")
 
     async def pin(
         self, pattern: str, keep_fresh: float | None = None, platforms: Sequence[str] = ()
-    ) -> list[answers.PinRow]:
+    ) -> list[models.PinRow]:
         given = {"keep_fresh": keep_fresh, "platforms": list(platforms)}
-        return await self._do(list[answers.PinRow], "POST", "pins", pattern=pattern, **given)
+        return await self._do(list[models.PinRow], "POST", "pins", pattern=pattern, **given)
 
-    async def unpin(self, pattern: str) -> answers.Unpinned:
-        return await self._do(answers.Unpinned, "DELETE", "pins", pattern=pattern)
+    async def unpin(self, pattern: str) -> models.Unpinned:
+        return await self._do(models.Unpinned, "DELETE", "pins", pattern=pattern)
 
-    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> answers.Evicted:
-        return await self._do(answers.Evicted, "POST", "evict", to=to, dry_run=dry_run)
+    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> models.Evicted:
+        return await self._do(models.Evicted, "POST", "evict", to=to, dry_run=dry_run)
 
-    async def scrub(self) -> answers.Scrubbing:
-        return await self._do(answers.Scrubbing, "POST", "scrub")
+    async def scrub(self) -> models.Scrubbing:
+        return await self._do(models.Scrubbing, "POST", "scrub")
 
-    async def scrubbing(self) -> answers.Scrubbing:
-        return await self._get(answers.Scrubbing, "scrub")
+    async def scrubbing(self) -> models.Scrubbing:
+        return await self._get(models.Scrubbing, "scrub")
 
-    async def webhooks(self) -> list[answers.WebhookRow]:
-        return await self._get(list[answers.WebhookRow], "webhooks")
+    async def webhooks(self) -> list[models.WebhookRow]:
+        return await self._get(list[models.WebhookRow], "webhooks")
 
     async def warm(
         self, reference: str, platforms: Sequence[str] = (), referrers: bool = True
-    ) -> answers.WarmRow:
+    ) -> models.WarmRow:
         given = {"platforms": list(platforms), "referrers": referrers}
-        return await self._do(answers.WarmRow, "POST", "warm", reference=reference, **given)
+        return await self._do(models.WarmRow, "POST", "warm", reference=reference, **given)
 
     async def ready(
         self, references: Sequence[str], platforms: Sequence[str] = (), referrers: bool = True
-    ) -> list[answers.ReadyRow]:
+    ) -> list[models.ReadyRow]:
         given = {"platforms": list(platforms), "referrers": referrers}
-        return await self._do(list[answers.ReadyRow], "POST", "ready", references=list(references), **given)
+        return await self._do(list[models.ReadyRow], "POST", "ready", references=list(references), **given)
 
-    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> answers.Drilling:
-        return await self._do(answers.Drilling, "POST", "drill", seconds=seconds, namespaces=list(namespaces))
+    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> models.Drilling:
+        return await self._do(models.Drilling, "POST", "drill", seconds=seconds, namespaces=list(namespaces))
 
-    async def drill(self) -> answers.Drilling:
-        return await self._get(answers.Drilling, "drill")
+    async def drill(self) -> models.Drilling:
+        return await self._get(models.Drilling, "drill")
 
-    async def end_drill(self) -> answers.Drilling:
-        return await self._do(answers.Drilling, "DELETE", "drill")
+    async def end_drill(self) -> models.Drilling:
+        return await self._do(models.Drilling, "DELETE", "drill")
 
     async def import_(
         self, archive: IO[bytes], name: str | None, pin: bool, dry_run: bool
@@ -142,14 +142,14 @@ class Remote:
                 await asyncio.to_thread(write, piece)
             return response.headers.get(results.DIGEST, "")
 
-    async def collect(self, *, dry_run: bool = False) -> answers.Collected:
-        return await self._do(answers.Collected, "POST", "collect", dry_run=dry_run)
+    async def collect(self, *, dry_run: bool = False) -> models.Collected:
+        return await self._do(models.Collected, "POST", "collect", dry_run=dry_run)
 
-    async def collected(self) -> answers.Collected:
-        return await self._get(answers.Collected, "collect")
+    async def collected(self) -> models.Collected:
+        return await self._get(models.Collected, "collect")
 
-    async def why(self, reference: str) -> answers.Why:
-        return await self._get(answers.Why, "why", ref=reference)
+    async def why(self, reference: str) -> models.Why:
+        return await self._get(models.Why, "why", ref=reference)
 
     async def _get(self, kind: type[T], name: str, **query: str | int | None) -> T:
         given = {key: str(value) for key, value in query.items() if value is not None}
@@ -296,8 +296,9 @@ async def _listens(url: URL, must: bool) -> bool:
 async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
     tried = f"nobody listens at {asked}, and " if asked else ""
     async with composed(config, make, tried) as composition:
-        from proxy.live import Everyone, state_of
-        from proxy.operations import Operations
+        from proxy.admin.operations import Operations
+        from proxy.admin.peers import Everyone
+        from proxy.admin.processes import state_of
 
         # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
         operations = Operations(composition, Everyone(state_of(composition), None))

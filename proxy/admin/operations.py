@@ -8,38 +8,41 @@ is that of the default namespace.  What takes long is done in threads.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any
 
-import msgspec
 import structlog
-from yarl import URL
 
-from proxy.answers import (
+from proxy.admin.drills import Drills
+from proxy.admin.explain import Reasons
+from proxy.admin.inventory import Inventory, merged
+from proxy.admin.models import (
     Collected,
-    CollectedRow,
+    Drilling,
     Evicted,
     FillRow,
     Listed,
     PinRow,
     Purged,
+    ReadyRow,
     Refreshed,
     Scrubbing,
-    ScrubRow,
     Stats,
-    StatsRow,
     Tree,
     Unpinned,
+    WarmRow,
     WebhookRow,
     Why,
 )
+from proxy.admin.peers import Everyone
+from proxy.admin.processes import FillState
+from proxy.admin.purge import Purging
+from proxy.admin.readiness import Readiness
+from proxy.admin.rows import _collected, _drilling, _evicted, _row, _scrub_row, _webhook
+from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
-from proxy.config.webhooks import WebhookConfig
-from proxy.drills import Drills
-from proxy.inventory import Inventory, merged
-from proxy.live import Everyone, FillState
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import (
     WILD,
@@ -49,18 +52,12 @@ from proxy.namespaces.references import (
     read_platforms,
     read_seconds,
 )
-from proxy.preparations import Preparations
-from proxy.purging import Purging
-from proxy.reasons import Reasons
 from proxy.transfer.bundle_export import BundleExport
 from proxy.transfer.bundle_import import BundleImport
-from proxy.webhooks.queue import Queue
 from storage.concurrency import run_in_thread
 from storage.errors import NameUnknown, RegistryError, Unsupported
 from storage.graph import walk
-from storage.maintenance import collection
 from storage.maintenance.collection import Collection
-from storage.maintenance.eviction import EvictionReport
 from storage.maintenance.pins import Pin
 from storage.maintenance.scrub import Heal, Progress, Scrub
 from storage.maintenance.usage import Counters
@@ -71,7 +68,7 @@ log = structlog.get_logger()
 LOOK = 1.0  # seconds between two looks that a fill's speed is told from, at least
 
 
-class Operations(Preparations):
+class Operations:
     """Every method raises RegistryError, or BadField where what it is given cannot be read.  To be closed.
 
     `evicting` is what others hold who evict in this process; `heal` fetches what a scrub found damaged;
@@ -86,7 +83,6 @@ class Operations(Preparations):
         heal: Heal | None = None,
         drills: Drills | None = None,
     ) -> None:
-        super().__init__(composition, everyone, drills)
         parts = self._composition = composition
         self._everyone = everyone
         self._reading = ReferenceReader(parts.namespaces)
@@ -105,6 +101,9 @@ class Operations(Preparations):
         self._scrubbing: asyncio.Task[None] | None = None
         self._scrub_error: str | None = None
         self._heal = heal
+        self._readiness = Readiness(parts.store, parts.private, parts.hosted)
+        self._warmer = Warmer(parts.namespaces, self._readiness, everyone.forget)
+        self._drills = drills
 
     # What is stored
 
@@ -345,8 +344,53 @@ class Operations(Preparations):
             raise Unsupported("no namespace of the configuration has store: nothing was pushed")
         return self._composition.collection
 
+    # What prepares for upstreams being away, and proves it
+
+    async def warm(self, reference: str, platforms: Sequence[str] = (), referrers: bool = True) -> WarmRow:
+        """See Warmer.warm()."""
+        return await self._warmer.warm(reference, read_platforms("platforms", platforms), referrers)
+
+    async def ready(
+        self, references: Sequence[str], platforms: Sequence[str] = (), referrers: bool = True
+    ) -> list[ReadyRow]:
+        """See Readiness.judge(); one for each, also for what cannot be read."""
+        wanted = read_platforms("platforms", platforms)
+        return await run_in_thread(lambda: [self._judge(each, wanted, referrers) for each in references])
+
+    def _judge(self, text: str, platforms: Sequence[str], referrers: bool) -> ReadyRow:
+        try:
+            asked = self._reading.reference("references", text)
+        except FieldInvalid as error:
+            return ReadyRow(
+                asked=text, repository="", reference="", digest=None, state="absent", error=str(error)
+            )
+        return self._readiness.judge(asked, platforms, referrers)
+
+    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> Drilling:
+        """Cut upstreams off, those of `namespaces` or all.  Raises Denied while another drill goes on."""
+        if not 0 < seconds < math.inf:
+            raise FieldInvalid("seconds", "must be more than 0")
+        for each in namespaces:
+            if each not in self._composition.caches:
+                raise FieldInvalid("namespaces", f"{each} is not configured, or is no cache")
+        return _drilling(await self._running.begin(seconds, namespaces))
+
+    async def drill(self) -> Drilling:
+        """The one that goes on, or the last."""
+        return _drilling(await self._running.state())
+
+    async def end_drill(self) -> Drilling:
+        return _drilling(await self._running.end())
+
+    @property
+    def _running(self) -> Drills:
+        if self._drills is None:
+            raise Unsupported("no server is running: nothing could be cut off")
+        return self._drills
+
     async def close(self) -> None:
-        await super().close()
+        if self._drills is not None:
+            self._drills.close()
         if self._scrubbing is not None:
             self._scrubbing.cancel()
             await asyncio.gather(self._scrubbing, return_exceptions=True)
@@ -358,66 +402,3 @@ class Operations(Preparations):
         asked = self._reading.reference("ref", reference)
         states = [each for state in await self._everyone.states() for each in state.upstreams]
         return await run_in_thread(self._reasons.why, asked, states)
-
-
-def _row(namespace: str, counted: Counters) -> StatsRow:
-    counters: dict[str, Any] = {name: getattr(counted, name) for name in counted.__struct_fields__}
-    served = counted.hits + counted.revalidated + counted.stale + counted.misses
-    return StatsRow(
-        namespace=namespace,
-        **counters,
-        hit_ratio=counted.hit_ratio if served else None,
-        byte_hit_ratio=counted.byte_hit_ratio if counted.sent_bytes else None,
-        bytes_saved=counted.bytes_saved,
-        requests_saved=counted.requests_saved,
-    )
-
-
-def _webhook(webhook: WebhookConfig, queue: Queue) -> WebhookRow:
-    state = queue.state(webhook.name)
-    return WebhookRow(
-        name=webhook.name,
-        url=str(URL(webhook.url).origin()),
-        format=webhook.format,
-        actions=list(webhook.actions),
-        pending=queue.pending(webhook.name),
-        oldest=queue.oldest(webhook.name),
-        delivered_at=state.delivered_at,
-        failing_since=state.failing_since,
-        failed_at=state.failed_at,
-        error=state.error,
-    )
-
-
-def _evicted(reports: Sequence[EvictionReport], dry_run: bool) -> Evicted:
-    return Evicted(
-        blobs=sum(each.blobs for each in reports),
-        bytes=sum(each.bytes for each in reports),
-        manifests=sum(each.manifests for each in reports),
-        tags=sum(each.tags for each in reports),
-        links=sum(each.links for each in reports),
-        seconds=sum(each.seconds for each in reports),
-        short=reports[-1].short,
-        dry_run=dry_run,
-    )
-
-
-def _scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
-    """Of all of them, one after the other."""
-    known = [each.progress for each in scrubs if each.progress is not None]
-    return ScrubRow(
-        begun=min((each.started_at for each in known), default=0.0),
-        running=any(each.running for each in known),
-        checked=sum(each.checked for each in known),
-        bytes=sum(each.bytes for each in known),
-        total_bytes=sum(each.total_bytes for each in known),
-        damaged=sum(each.damaged for each in known),
-        healed=sum(each.healed for each in known),
-        foreign=sum(each.foreign for each in known),
-        digest=next((str(each.current) for each in known if each.current), ""),
-    )
-
-
-def _collected(report: collection.CollectionReport) -> Collected:
-    rows = [CollectedRow(**msgspec.structs.asdict(each)) for each in report.rows]
-    return Collected(**{**msgspec.structs.asdict(report), "rows": rows})

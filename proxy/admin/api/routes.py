@@ -17,8 +17,8 @@ import yaml
 from aiohttp import web
 from aiohttp_cache import cache
 
+from proxy.admin.operations import Operations
 from proxy.namespaces.references import FieldInvalid
-from proxy.operations import Operations
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -229,7 +229,7 @@ def in_json(value: object, status: int = 200) -> web.Response:
 
 @functools.cache
 def _document() -> bytes:
-    text = files("proxy.web").joinpath("openapi.yaml").read_text(encoding="utf-8")
+    text = files("proxy.admin.api").joinpath("openapi.yaml").read_text(encoding="utf-8")
     return msgspec.json.encode(yaml.safe_load(text))
 
 

@@ -21,9 +21,9 @@ from aiohttp.test_utils import TestServer
 from click.testing import CliRunner, Result
 from yarl import URL
 
+from proxy.admin.api import bundle_routes
 from proxy.cli import main
 from proxy.transfer import bundle_import, results
-from proxy.web import carriage
 from storage.oci import Digest
 from tests.archives import REF_NAME, image, layout, tar
 from tests.conftest import OPEN, Serve, Site
@@ -174,7 +174,7 @@ async def test_a_request_that_is_cut_changes_nothing(far: Far) -> None:
 
 
 async def test_who_sends_nothing_is_not_waited_for(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carriage, "STALLED", 0.05)
+    monkeypatch.setattr(bundle_routes, "STALLED", 0.05)
     async with connect(str(far.url)) as wire:
         lines = ["POST /api/v1/import HTTP/1.1", f"Host: {far.url.host}", "Content-Type: application/x-tar"]
         await wire.send("\r\n".join([*lines, "Content-Length: 2000", "", ""]).encode() + ARCHIVE[:1000])
@@ -347,14 +347,16 @@ async def test_what_nobody_expects_breaks_it_off_too(far: Far, monkeypatch: pyte
 
 
 async def test_clients_that_take_nothing_leave_threads_for_all_else(far: Far) -> None:
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(carriage.SENDING + 1))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(bundle_routes.SENDING + 1))
     made = image(os.urandom(24 << 20))  # more than sockets hold
     await far.import_(tar(layout([(made, {REF_NAME: "docker.io/library/large:1"})])))
     async with AsyncExitStack() as stack:
-        wires = [await stack.enter_async_context(connect(str(far.url))) for _ in range(carriage.SENDING + 1)]
+        wires = [
+            await stack.enter_async_context(connect(str(far.url))) for _ in range(bundle_routes.SENDING + 1)
+        ]
         for wire in wires:
             await wire.send(asking(b'{"names": ["large:1"]}'))
-        for wire in wires[: carriage.SENDING]:
+        for wire in wires[: bundle_routes.SENDING]:
             assert (await wire.head())[0] == 200
         async with asyncio.timeout(PATIENCE):
             assert (await far.import_())[0] == 200
@@ -378,7 +380,7 @@ async def test_what_a_proxy_ends_too_early_gets_no_name(far: Far, tmp_path: Path
     async def shorten(request: web.Request) -> web.Response:
         async with far.site.session.post(far.url / "api/v1/export", json=await request.json()) as response:
             content = await response.read()
-            cut = content[:-3000] if response.content_type == carriage.TAR else content
+            cut = content[:-3000] if response.content_type == bundle_routes.TAR else content
             return web.Response(body=cut, content_type=response.content_type)
 
     await far.import_()

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from proxy.answers import HostRow, Verdict, Why
+from proxy.admin.inventory import Inventory, Measured, finite
+from proxy.admin.models import HostRow, Verdict, Why
+from proxy.admin.processes import UpstreamState
 from proxy.config.schema import Config
-from proxy.inventory import Inventory, Measured, finite
-from proxy.live import UpstreamState
 from proxy.namespaces.references import ImageReference
 from storage.maintenance.pins import Pins
 from storage.maintenance.usage import Usage

@@ -17,11 +17,11 @@ from typing import IO, Any
 import structlog
 from aiohttp import web
 
+from proxy.admin.api.routes import Body, Handler, decoded, in_json, query
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_export import BundleExport, Earlier, Selection
 from proxy.transfer.bundle_import import BundleImport, Given
 from proxy.transfer.results import DIGEST
-from proxy.web.api import Body, Handler, decoded, in_json, query
 from proxy.web.send import reset
 from storage.archives.exporter import Sink, TarSink
 from storage.concurrency import run_in_thread

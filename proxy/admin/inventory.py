@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
 
-from proxy.answers import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
+from proxy.admin.models import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
 from proxy.cache.refresh import foreign
 from proxy.config.schema import Config
 from proxy.namespaces.references import WILD, written

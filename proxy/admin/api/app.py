@@ -19,11 +19,11 @@ from aiohttp import web
 from aiohttp_cache import MemoryCache, cache_middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from proxy.admin.api.bundle_routes import GZIP, TAR, Carriage
+from proxy.admin.api.routes import Api, Handler, in_json
+from proxy.admin.operations import Operations
 from proxy.namespaces.references import FieldInvalid
-from proxy.operations import Operations
 from proxy.telemetry.metrics import Metrics
-from proxy.web.api import Api, Handler, in_json
-from proxy.web.carriage import GZIP, TAR, Carriage
 from storage.errors import RegistryError
 
 log = structlog.get_logger()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
 
-from proxy.answers import Purged
+from proxy.admin.models import Purged
 from proxy.namespaces.references import WILD, written
 from storage.disk.records import Batch
 from storage.errors import RegistryError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from proxy.answers import MissingRow, ReadyRow
+from proxy.admin.models import MissingRow, ReadyRow
 from proxy.cache.refresh import foreign
 from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown

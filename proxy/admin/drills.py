@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from proxy.admin.peers import Everyone
 from proxy.cache.drill import Drill, DrillState, Order, merged
-from proxy.live import Everyone
 from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied
 

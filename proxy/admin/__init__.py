@@ -1,0 +1,1 @@
+"""What an operator may ask and order, and the HTTP API for that."""

@@ -1,0 +1,87 @@
+"""Warming: whole images are fetched before anybody asks for them, once or by a schedule.
+
+What is here is not fetched again: so what was interrupted is gone on with by beginning anew.  Clients come
+first: what is kept in reserve of an upstream's rate limit is theirs, and few images are fetched at once, in
+the process that keeps house, whose turns are none of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from proxy.admin.models import ReadyRow, WarmRow
+from proxy.admin.readiness import Readiness
+from proxy.cache.refresh import Refreshed, refresh
+from proxy.namespaces.references import FieldInvalid, ReferenceReader
+from proxy.namespaces.routing import Namespaces
+from storage.concurrency import run_in_thread
+from storage.errors import RegistryError, Unsupported
+
+log = structlog.get_logger()
+
+JOBS = 4  # images at once
+
+
+class Warmer:
+    """`forget` drops what is remembered of an upstream's having had nothing for a repository."""
+
+    def __init__(
+        self, namespaces: Namespaces, readiness: Readiness, forget: Callable[[str], Awaitable[None]]
+    ) -> None:
+        self._namespaces = namespaces
+        self._readiness = readiness
+        self._forget = forget
+        self._reading = ReferenceReader(namespaces)
+
+    async def warm(self, text: str, platforms: Sequence[str] = (), referrers: bool = True) -> WarmRow:
+        """Have all of it here.  What fails is told in the answer; only StorageFailed is raised."""
+        try:
+            asked = self._reading.reference("reference", text)
+        except FieldInvalid as bad:
+            return WarmRow(
+                asked=text, repository="", reference="", digest=None, here=False, error=str(bad),
+                code="FIELD_INVALID",
+            )  # fmt: skip
+        await self._forget(asked.repository)
+        done: Refreshed | None = None
+        error: RegistryError | None = None
+        try:
+            done = await refresh(
+                self._namespaces, asked.repository, asked.reference, platforms, referrers, sparing=True
+            )
+        except RegistryError as failed:
+            error = failed
+        # Where upstream cannot be asked, what refers to it is at least to be here as far as it is known.
+        found = await run_in_thread(self._readiness.judge, asked, platforms, referrers and error is not None)
+        return _row(found, done, error)
+
+
+def _row(found: ReadyRow, done: Refreshed | None, error: RegistryError | None) -> WarmRow:
+    here = found.state == "complete" and not isinstance(error, Unsupported)
+    reason, code = (None, None) if error is None else (str(error) or error.code, error.code)
+    if error is None and not here:
+        reason, code = incomplete(found), "INCOMPLETE"
+    return WarmRow(
+        asked=found.asked,
+        repository=found.repository,
+        reference=found.reference,
+        digest=found.digest,
+        here=here,
+        manifests=done.manifests if done else 0,
+        referrers=done.referrers if done else 0,
+        blobs=done.blobs if done else 0,
+        fetched=done.fetched if done else 0,
+        bytes=done.bytes if done else 0,
+        error=reason,
+        code=code,
+    )
+
+
+def incomplete(found: ReadyRow) -> str:
+    """What is not here of it, in a few words."""
+    said = [f"there is nothing for {each}" for each in found.lacking]
+    if found.missing:
+        said.append(f"{len(found.missing)} of what it consists of did not stay")
+    return ", ".join(said) or "it is not here"

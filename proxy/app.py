@@ -14,8 +14,8 @@ from aiohttp import web
 from yarl import URL
 
 from proxy import room
-from proxy.admin.drills import Drills, resume
-from proxy.admin.peers import Everyone, serve_live
+from proxy.admin.drills import DrillControl, resume
+from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import state_of
 from proxy.admission import admission, needed
 from proxy.config import schema
@@ -94,14 +94,14 @@ class App:
         composition, settings = self.composition, self._settings
         self.keeper = keeper = Keeper(composition, self._live.forget, self._deliveries())
         composition.fills.make_room = keeper.make_room
-        self._everyone = Everyone(self._live, self._run)
+        self._everyone = ServerProcesses(self._live, self._run)
         if self._run is not None:
             self._closing.push_async_callback(await room.serve(self._run / KEEPER, keeper.make_room))
         if admin:
             from proxy.admin.api.app import application
             from proxy.admin.operations import Operations
 
-            drills = Drills(
+            drills = DrillControl(
                 self._everyone, composition.drill, composition.metrics, composition.clock, self._run
             )
             # First, since what was started last is stopped first: so it can tell of the draining.
@@ -147,7 +147,7 @@ class App:
         )
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"
-            self._closing.push_async_callback(await serve_live(self._live, path))
+            self._closing.push_async_callback(await serve_state(self._live, path))
             resume(composition.drill, self._run)
         manners = Manners(limits.connections_per_address, limits.request_timeout, limits.idle_timeout)
         # To aiohttp 0 means to wait for ever.

@@ -18,7 +18,7 @@ import click
 import msgspec
 
 from proxy import tables
-from proxy.admin.api.client import Failed, Reached, Remote
+from proxy.admin.api.client import AdminClient, Failed, Reached
 from proxy.calling import Call, common, read
 from proxy.carrying import take_over
 from proxy.config.quantities import parse_timeout, size
@@ -131,7 +131,7 @@ def export(
         _tell(call, bundle, done)
 
     async def there(operations: Reached) -> None:
-        assert isinstance(operations, Remote)
+        assert isinstance(operations, AdminClient)
         with _ticking(call, bundle) as tick:
             done = await fetch(operations, bundle, wanted(), since, tick)
         _tell(call, bundle, done)
@@ -152,7 +152,7 @@ def _tell(call: Call, bundle: str, done: Exported) -> None:
 
 
 async def fetch(
-    server: Remote, bundle: str, wanted: Mapping[str, Any], since: Sequence[Path], tick: Tick
+    server: AdminClient, bundle: str, wanted: Mapping[str, Any], since: Sequence[Path], tick: Tick
 ) -> Exported:
     """Have `server` export what is wanted, and write it to `bundle`; that has its name when all is there."""
     from proxy.transfer.bundle_export import earlier
@@ -253,7 +253,7 @@ def import_(
             call.print(done, tables.landed)
 
     async def there(operations: Reached) -> None:
-        assert isinstance(operations, Remote)
+        assert isinstance(operations, AdminClient)
         for archive in archives:
             with _opened(archive) as stream:
                 done = await operations.import_(stream, name, pin, dry_run)

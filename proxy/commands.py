@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from proxy import tables
-from proxy.admin.api.client import Failed, Reached, Remote
+from proxy.admin.api.client import AdminClient, Failed, Reached
 from proxy.calling import Call, common, read
 from proxy.config.quantities import parse_size, parse_timeout
 from proxy.config.values import parse_platform
@@ -96,7 +96,7 @@ def fills(call: Call, watch: bool) -> None:
     """List the transfers that go on: how far, how fast, for how many."""
 
     async def work(operations: Reached) -> None:
-        if not isinstance(operations, Remote):
+        if not isinstance(operations, AdminClient):
             raise Failed("no server is running: nothing is being transferred", "NOT_RUNNING")
         if not watch:
             call.print(await operations.fills(), tables.filling)
@@ -233,7 +233,7 @@ def scrub(call: Call, wait: bool) -> None:
 
     async def work(operations: Reached) -> None:
         found = await operations.scrub()
-        if wait or not isinstance(operations, Remote):
+        if wait or not isinstance(operations, AdminClient):
             with closing(Progress(sys.stderr)) as progress:
                 while found.asked.running:
                     if not call.json:

@@ -16,8 +16,8 @@ import click
 import msgspec
 
 from proxy import tables
-from proxy.admin.api.client import Failed, Reached, Remote
-from proxy.admin.image_files import Findings, Unreadable, look
+from proxy.admin.api.client import AdminClient, Failed, Reached
+from proxy.admin.image_files import ImageMentions, Unreadable, look
 from proxy.admin.models import Drilling, ReadyRow, WarmRow
 from proxy.calling import Call, common, read
 from proxy.commands import PAUSE, PLATFORMS
@@ -45,7 +45,7 @@ _JOBS = click.option(
 )
 
 
-def _look(files: Sequence[str], registries: Sequence[str], *, plain: bool = False) -> Findings:
+def _look(files: Sequence[str], registries: Sequence[str], *, plain: bool = False) -> ImageMentions:
     try:
         return look(files, sys.stdin, os.environ, registries, plain=plain)
     except Unreadable as error:
@@ -289,7 +289,7 @@ def drill(call: Call, time: float, namespaces: tuple[str, ...]) -> None:
     """
 
     async def work(operations: Reached) -> None:
-        if not isinstance(operations, Remote):
+        if not isinstance(operations, AdminClient):
             raise Failed("no server is running: nothing could be cut off", "NOT_RUNNING")
         found = await operations.begin_drill(time, namespaces)
         try:

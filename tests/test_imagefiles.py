@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.admin.image_files import Findings, Mention, Unreadable, interpolate, look, normal
+from proxy.admin.image_files import ImageMentions, Mention, Unreadable, interpolate, look, normal
 
 FILES = Path(__file__).parent / "imagefiles"
 HUB = "docker.io/library"
@@ -32,7 +32,7 @@ def fault(text: str, **environ: str) -> str:
     return line.removeprefix("standard input:")
 
 
-def looked(name: str, **environ: str) -> Findings:
+def looked(name: str, **environ: str) -> ImageMentions:
     return look([str(FILES / name)], io.StringIO(), environ)
 
 

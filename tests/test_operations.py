@@ -14,8 +14,8 @@ import pytest
 from proxy.admin.inventory import DEEPEST
 from proxy.admin.models import ImageRow, PlatformRow, Purged, Scrubbing, Why
 from proxy.admin.operations import Operations
-from proxy.admin.peers import Everyone
-from proxy.admin.processes import FillState, LiveState, UpstreamState
+from proxy.admin.peers import ServerProcesses
+from proxy.admin.processes import FillState, ProcessReport, UpstreamState
 from proxy.admin.purge import Kept
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid
@@ -29,15 +29,15 @@ LAYER = "application/vnd.oci.image.layer.v1.tar"
 ALPINE, OTHER = "docker.io/library/alpine", "docker.io/library/other"
 
 
-class Everybody(Everyone):
+class Everybody(ServerProcesses):
     """Processes as a test says they are."""
 
     def __init__(self) -> None:
         super().__init__(None, None)
-        self.found: list[LiveState] = []
+        self.found: list[ProcessReport] = []
         self.forgotten: list[str] = []
 
-    async def states(self) -> list[LiveState]:
+    async def states(self) -> list[ProcessReport]:
         return self.found
 
     async def forget(self, repository: str) -> None:
@@ -604,7 +604,9 @@ async def test_fills(site: Site, clock: Clock) -> None:
     begun = clock()
 
     async def look(bytes: int, size: int = 1000) -> tuple[float, float | None]:
-        site.everyone.found = [LiveState(pid=7, fills=[fill(bytes, size, begun)], upstreams=[], troubles=[])]
+        site.everyone.found = [
+            ProcessReport(pid=7, fills=[fill(bytes, size, begun)], upstreams=[], troubles=[])
+        ]
         (row,) = await site.operations.fills()
         assert (row.bytes, row.size, row.followers) == (bytes, size, 2)
         return row.speed, row.eta
@@ -644,7 +646,7 @@ def upstream(**keys: Any) -> UpstreamState:
 
 async def why(site: Site, reference: str, *states: UpstreamState) -> Why:
     site.everyone.found = [
-        LiveState(pid=n, fills=[], upstreams=[each], troubles=[]) for n, each in enumerate(states)
+        ProcessReport(pid=n, fills=[], upstreams=[each], troubles=[]) for n, each in enumerate(states)
     ]
     return await site.operations.why(reference)
 

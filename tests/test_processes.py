@@ -19,8 +19,8 @@ import pytest
 
 from proxy import room
 from proxy.admin import peers
-from proxy.admin.peers import Everyone, serve_live
-from proxy.admin.processes import FillState, Live, UpstreamState
+from proxy.admin.peers import ServerProcesses, serve_state
+from proxy.admin.processes import FillState, ProcessState, UpstreamState
 from proxy.cache.cache import Cache, Policy
 from proxy.cache.fills import Fills
 from proxy.telemetry.metrics import Metrics
@@ -51,7 +51,7 @@ class Process:
     cache: Cache
     fills: Fills
     disk: DiskHealth
-    live: Live
+    live: ProcessState
 
     @property
     def fill(self) -> FillState:
@@ -65,7 +65,7 @@ class Process:
 
 
 Start = Callable[..., Process]
-Serving = Callable[[Live], Awaitable[Path]]
+Serving = Callable[[ProcessState], Awaitable[Path]]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterat
         cache = Cache("up", origin, store, fills, Policy(lambda tag: 600.0), clock)
         closing.push_async_callback(cache.close)
         closing.push_async_callback(fills.close)
-        return Process(cache, fills, disk, Live(fills, {"up": cache}, [disk], clock, pid))
+        return Process(cache, fills, disk, ProcessState(fills, {"up": cache}, [disk], clock, pid))
 
     async with closing:
         yield start
@@ -107,9 +107,9 @@ async def run() -> AsyncIterator[Path]:
 async def serve_live_at(run: Path) -> AsyncIterator[Serving]:
     async with AsyncExitStack() as closing:
 
-        async def serve(served: Live) -> Path:
+        async def serve(served: ProcessState) -> Path:
             path = run / f"{served.pid}.sock"
-            closing.push_async_callback(await serve_live(served, path))
+            closing.push_async_callback(await serve_state(served, path))
             return path
 
         yield serve
@@ -145,7 +145,7 @@ async def test_of_a_process_that_does_nothing_there_is_little_to_tell(
 
 def test_by_itself_it_is_this_process(tmp_path: Path) -> None:
     store = Store(BlobFiles(tmp_path), Records(tmp_path / "records"))
-    assert Live(Fills(store, Metrics()), {}, [DiskHealth(tmp_path)]).pid == os.getpid()
+    assert ProcessState(Fills(store, Metrics()), {}, [DiskHealth(tmp_path)]).pid == os.getpid()
 
 
 async def test_a_fill_tells_how_far_it_is_and_who_follows(
@@ -285,7 +285,7 @@ async def test_an_origin_that_is_not_far_away_has_no_upstream(
     process = start()
     store = Store(BlobFiles(tmp_path / "other", clock), Records(tmp_path / "other" / "records", clock), clock)
     cache = Cache("near", store, store, process.fills, Policy(lambda tag: 0.0), clock)
-    assert Live(process.fills, {"near": cache}, [process.disk]).state().upstreams == []
+    assert ProcessState(process.fills, {"near": cache}, [process.disk]).state().upstreams == []
     await cache.close()
 
 
@@ -300,12 +300,12 @@ async def test_what_is_told_over_the_socket_is_the_state(
     process = start()
     await process.cache.get_manifest("a/b", Tag("latest"))
     await serve_live_at(process.live)
-    assert await Everyone(None, run).states() == [process.live.state()]
+    assert await ServerProcesses(None, run).states() == [process.live.state()]
 
 
 async def test_only_its_user_may_connect_and_the_file_goes_with_it(start: Start, run: Path) -> None:
     path = run / "1.sock"
-    close = await serve_live(start().live, path)
+    close = await serve_state(start().live, path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     await close()
     assert not path.exists()
@@ -318,16 +318,16 @@ async def test_a_file_that_was_left_is_replaced_and_one_that_is_anothers_stays(
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(path))
     left.close()
-    first = await serve_live(start(pid=1).live, path)
-    second = await serve_live(start(pid=2).live, path)
+    first = await serve_state(start(pid=1).live, path)
+    second = await serve_state(start(pid=2).live, path)
     await first()
-    assert [each.pid for each in await Everyone(None, run).states()] == [2]
+    assert [each.pid for each in await ServerProcesses(None, run).states()] == [2]
     await second()
 
 
 async def test_a_path_that_is_too_long_is_an_error(start: Start, run: Path) -> None:
     with pytest.raises(OSError, match="too long"):
-        await serve_live(start().live, run / ("x" * 120))
+        await serve_state(start().live, run / ("x" * 120))
 
 
 @pytest.mark.parametrize(
@@ -358,13 +358,13 @@ async def test_of_all_processes_each_is_told_once(start: Start, serve_live_at: S
     processes = [start(pid) for pid in (1, 2, 3)]
     for process in processes:
         await serve_live_at(process.live)
-    everyone = Everyone(processes[2].live, run)
+    everyone = ServerProcesses(processes[2].live, run)
     assert [each.pid for each in await everyone.states()] == [3, 1, 2]
 
 
 async def test_nobody_is_nobody(tmp_path: Path) -> None:
     for directory in (None, tmp_path, tmp_path / "absent"):
-        everyone = Everyone(None, directory)
+        everyone = ServerProcesses(None, directory)
         assert (await everyone.states(), await everyone.fills()) == ([], [])
         await everyone.forget("up/a/b")
 
@@ -380,7 +380,7 @@ async def test_who_does_not_answer_is_left_out(start: Start, serve_live_at: Serv
         raise AssertionError
 
     close = await room.serve(run / "keeper.sock", make_room)  # lives there too, and speaks otherwise
-    everyone = Everyone(None, run)
+    everyone = ServerProcesses(None, run)
     assert [each.pid for each in await everyone.states()] == [1]
     await everyone.forget("up/a/b")
     assert (run / "2.sock").exists(), "it is for whoever starts or ends processes to remove"
@@ -392,7 +392,7 @@ async def test_who_hangs_is_not_waited_for(run: Path, monkeypatch: pytest.Monkey
     with socket.socket(socket.AF_UNIX) as hung:
         hung.bind(str(run / "1.sock"))
         hung.listen()  # and nobody accepts
-        assert await Everyone(None, run).states() == []
+        assert await ServerProcesses(None, run).states() == []
 
 
 async def test_what_speaks_http_but_not_as_we_do_is_none_of_ours(run: Path) -> None:
@@ -402,7 +402,7 @@ async def test_what_speaks_http_but_not_as_we_do_is_none_of_ours(run: Path) -> N
         writer.close()
 
     server = await asyncio.start_unix_server(answer, str(run / "1.sock"))
-    assert await Everyone(None, run).states() == []
+    assert await ServerProcesses(None, run).states() == []
     server.close()
     await server.wait_closed()
 
@@ -425,7 +425,7 @@ async def test_a_fill_that_two_processes_follow_is_told_once(
     assert (transferring.fill.own, transferring.fill.followers) == (True, 1)
     other = following.fill
     assert (other.own, other.followers, other.bytes, other.size) == (False, 2, HELD, len(BODY))
-    [merged] = await Everyone(None, run).fills()
+    [merged] = await ServerProcesses(None, run).fills()
     assert merged == msgspec.structs.replace(transferring.fill, followers=3)
     assert (merged.pid, merged.started) == (1, began)
     gate.set()
@@ -445,7 +445,7 @@ async def test_fills_are_told_oldest_first_and_one_that_waits_for_its_turn_has_n
     clock.advance(1)
     second = asyncio.create_task(process.cache.get_blob("a/b", digests[1]))
     await asyncio.sleep(0)  # it has begun
-    found = await Everyone(process.live, None).fills()
+    found = await ServerProcesses(process.live, None).fills()
     assert [(each.digest, each.bytes, each.own) for each in found] == [(each, 0, True) for each in digests]
     hold.gate.set()
     assert [await read(await each) for each in (first, second)] == bodies
@@ -460,7 +460,7 @@ async def test_what_was_unknown_is_asked_for_again_once_it_is_forgotten(
     upstream.image("a/b", "other")
     processes = [start(pid) for pid in (1, 2)]
     await serve_live_at(processes[1].live)
-    everyone = Everyone(processes[0].live, run)
+    everyone = ServerProcesses(processes[0].live, run)
     for process in processes:
         with pytest.raises(ManifestUnknown):
             await process.cache.get_manifest("a/b", Tag("new"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from proxy.admin.peers import Everyone
+from proxy.admin.peers import ServerProcesses
 from proxy.cache.drill import Drill, DrillState, Order, merged
 from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied
@@ -31,12 +31,12 @@ def resume(drill: Drill, directory: Path) -> None:
         drill.begin(msgspec.json.decode((directory / _FILE).read_bytes(), type=Order))
 
 
-class Drills:
+class DrillControl:
     """Of the process that administers the server; `drill` is its own.  To be closed."""
 
     def __init__(
         self,
-        everyone: Everyone,
+        everyone: ServerProcesses,
         drill: Drill,
         metrics: Metrics,
         clock: Callable[[], float],

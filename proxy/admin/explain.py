@@ -18,7 +18,7 @@ from storage.oci import Tag
 from storage.store import Pointer
 
 
-class Reasons:
+class Explainer:
     """Blocks.  Every method may raise StorageFailed.  `inventory_of` is that of a namespace."""
 
     def __init__(

@@ -47,7 +47,7 @@ class Mention:
 
 
 @dataclass(slots=True)
-class Findings:
+class ImageMentions:
     """`built` are places of services that are built where they run, so that nobody pulls them."""
 
     mentions: list[Mention] = field(default_factory=list)
@@ -66,12 +66,12 @@ def look(
     registries: Sequence[str] = (),
     *,
     plain: bool = False,
-) -> Findings:
+) -> ImageMentions:
     """What all files at `paths` name; `-` is standard input.  `plain` takes them for lists.
 
     `registries` are addresses of this server's own, which are no part of a name.  Raises Unreadable.
     """
-    found = Findings()
+    found = ImageMentions()
     for path in paths:
         name, text, settings = _read(path, standard_input)
         # As Compose does: the environment wins over .env beside the file.
@@ -115,7 +115,7 @@ class _Search:
     """Through one file."""
 
     def __init__(
-        self, name: str, environ: Mapping[str, str], registries: Sequence[str], found: Findings
+        self, name: str, environ: Mapping[str, str], registries: Sequence[str], found: ImageMentions
     ) -> None:
         self._name = name
         self._environ = environ

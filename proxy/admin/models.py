@@ -11,14 +11,14 @@ from typing import Literal, TypeAlias
 import msgspec
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     pass
 
 
 # What is stored
 
 
-class RepositoryRow(Answer, frozen=True):
+class RepositoryRow(Model, frozen=True):
     """`bytes` are those that lie here of what the repository may show; others may show the same ones."""
 
     repository: str
@@ -27,7 +27,7 @@ class RepositoryRow(Answer, frozen=True):
     bytes: int
 
 
-class PlatformRow(Answer, frozen=True):
+class PlatformRow(Model, frozen=True):
     """`platform` is None where none is told, `bytes_whole` None where its manifest is not here."""
 
     platform: str | None
@@ -36,7 +36,7 @@ class PlatformRow(Answer, frozen=True):
     bytes_whole: int | None
 
 
-class ImageRow(Answer, frozen=True):
+class ImageRow(Model, frozen=True):
     """`tag` is None for a manifest listed by its digest.
 
     `bytes_whole` is of all that is known: a child of an index that is not here counts with its manifest
@@ -58,7 +58,7 @@ class ImageRow(Answer, frozen=True):
     pinned: bool
 
 
-class Listed(Answer, frozen=True):
+class Listed(Model, frozen=True):
     """Repositories, or images.  With `next`, there are more: it is what to give as `last`."""
 
     repositories: list[RepositoryRow] = []
@@ -66,7 +66,7 @@ class Listed(Answer, frozen=True):
     next: str | None = None
 
 
-class Node(Answer, frozen=True):
+class Node(Model, frozen=True):
     """`role` is manifest, config, layer or referrer.
 
     What is named twice has its children where it is named first.
@@ -82,19 +82,19 @@ class Node(Answer, frozen=True):
     children: list[Node]
 
 
-class MoveRow(Answer, frozen=True):
+class MoveRow(Model, frozen=True):
     at: float
     old: str
     new: str
 
 
-class UseRow(Answer, frozen=True):
+class UseRow(Model, frozen=True):
     count: int
     last: float
     first: float
 
 
-class Tree(Answer, frozen=True):
+class Tree(Model, frozen=True):
     """`moves` are of the tag, the oldest first; `pins` the patterns that match it."""
 
     repository: str
@@ -110,7 +110,7 @@ class Tree(Answer, frozen=True):
 # What goes on
 
 
-class FillRow(Answer, frozen=True):
+class FillRow(Model, frozen=True):
     """`size` is -1 where it is not told yet; then `eta`, in seconds, is None, and while nothing comes."""
 
     digest: str
@@ -126,7 +126,7 @@ class FillRow(Answer, frozen=True):
     eta: float | None
 
 
-class StatsRow(Answer, frozen=True):
+class StatsRow(Model, frozen=True):
     """Counters of a namespace, or of all: see storage.usage.Counters.
 
     The ratios are fractions, None where there was nothing to be one of.
@@ -150,7 +150,7 @@ class StatsRow(Answer, frozen=True):
     requests_saved: int
 
 
-class Stats(Answer, frozen=True):
+class Stats(Model, frozen=True):
     """Of the last `period` seconds.  `limit` is that of the configuration, None for none."""
 
     period: float
@@ -164,7 +164,7 @@ class Stats(Answer, frozen=True):
 # What was done
 
 
-class Purged(Answer, frozen=True):
+class Purged(Model, frozen=True):
     """`references` are the tags and manifests that were named, `kept` those that were not since pinned.
 
     Then what went with them: `manifests`, `links` of repositories to blobs, and `blobs` of so many `bytes`.
@@ -179,7 +179,7 @@ class Purged(Answer, frozen=True):
     dry_run: bool
 
 
-class Refreshed(Answer, frozen=True):
+class Refreshed(Model, frozen=True):
     """`moved` is what the tag was before, None where that is what it is.
 
     It consists of so many `manifests` and `blobs`, of which `fetched` had to come, of `bytes`.
@@ -196,7 +196,7 @@ class Refreshed(Answer, frozen=True):
     bytes: int
 
 
-class PinRow(Answer, frozen=True):
+class PinRow(Model, frozen=True):
     """`since` is None for a pin of the configuration.  `references` is how many it matches here now."""
 
     pattern: str
@@ -209,11 +209,11 @@ class PinRow(Answer, frozen=True):
     bytes: int
 
 
-class Unpinned(Answer, frozen=True):
+class Unpinned(Model, frozen=True):
     pattern: str
 
 
-class WebhookRow(Answer, frozen=True):
+class WebhookRow(Model, frozen=True):
     """`url` without path and query, which may hold a secret.  So many events are `pending`, since `oldest`.
 
     While deliveries fail, `failing_since` tells since when.  `error` is what the last one that failed, at
@@ -232,7 +232,7 @@ class WebhookRow(Answer, frozen=True):
     error: str | None
 
 
-class Evicted(Answer, frozen=True):
+class Evicted(Model, frozen=True):
     """`short` is how many bytes are still too many."""
 
     blobs: int
@@ -245,7 +245,7 @@ class Evicted(Answer, frozen=True):
     dry_run: bool
 
 
-class ScrubRow(Answer, frozen=True):
+class ScrubRow(Model, frozen=True):
     """A pass over blobs and manifests; `begun` is 0 before the first.
 
     So many were `checked`, of `bytes` out of `total_bytes`, an estimate.  What was `damaged` was set aside,
@@ -264,7 +264,7 @@ class ScrubRow(Answer, frozen=True):
     digest: str
 
 
-class Scrubbing(Answer, frozen=True):
+class Scrubbing(Model, frozen=True):
     """The slow pass of the server's own, and the last that was `asked` for; `error` is what ended that."""
 
     background: ScrubRow
@@ -272,7 +272,7 @@ class Scrubbing(Answer, frozen=True):
     error: str | None
 
 
-class CollectedRow(Answer, frozen=True):
+class CollectedRow(Model, frozen=True):
     """What went of a repository, or would; `refused` is why nothing could, or empty.
 
     So much is `young`: it stays for no other reason.
@@ -286,7 +286,7 @@ class CollectedRow(Answer, frozen=True):
     refused: str
 
 
-class Collected(Answer, frozen=True):
+class Collected(Model, frozen=True):
     """A collection that `begun` then; 0: there was none yet.
 
     Of so many `repositories` these tags, manifests and links of blobs went, and then so many `blobs` of so
@@ -313,7 +313,7 @@ class Collected(Answer, frozen=True):
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
 
 
-class HostRow(Answer, frozen=True):
+class HostRow(Model, frozen=True):
     """See proxy.live.UpstreamState; of all processes the one that fares worst."""
 
     url: str
@@ -326,7 +326,7 @@ class HostRow(Answer, frozen=True):
     limited_until: float | None
 
 
-class Why(Answer, frozen=True):
+class Why(Model, frozen=True):
     """What a pull of `reference` would do now: `verdict` says it in a word, `because` in a sentence.
 
     `verdict` is hit (served from here, nobody is asked), revalidate (one HEAD decides), miss (fetched),
@@ -362,7 +362,7 @@ class Why(Answer, frozen=True):
 # What is prepared for upstreams being away
 
 
-class WarmRow(Answer, frozen=True):
+class WarmRow(Model, frozen=True):
     """`here`: all of it is, for the platforms that were asked for.
 
     `error` tells why it is not, or, where it is, what kept upstream from vouching for it; `code` is for
@@ -384,7 +384,7 @@ class WarmRow(Answer, frozen=True):
     code: str | None = None
 
 
-class MissingRow(Answer, frozen=True):
+class MissingRow(Model, frozen=True):
     """What is not here, of `size` bytes, -1 where that is not told.
 
     `kind` is manifest, blob or referrer; `platforms` are those of the images that need it.
@@ -399,7 +399,7 @@ class MissingRow(Answer, frozen=True):
 Completeness: TypeAlias = Literal["complete", "partial", "absent"]
 
 
-class ReadyRow(Answer, frozen=True):
+class ReadyRow(Model, frozen=True):
     """Whether `asked` can be pulled while no upstream answers, whole.
 
     `lacking` are platforms that were asked for and that the image is not made for.  `referrers` is how many
@@ -419,7 +419,7 @@ class ReadyRow(Answer, frozen=True):
     error: str | None = None
 
 
-class MissedRow(Answer, frozen=True):
+class MissedRow(Model, frozen=True):
     """What a client asked for `count` times in vain; `kind` is manifest, blob, tags or referrers."""
 
     client: str
@@ -431,7 +431,7 @@ class MissedRow(Answer, frozen=True):
     last: float
 
 
-class Drilling(Answer, frozen=True):
+class Drilling(Model, frozen=True):
     """The drill that goes on, for `left` seconds more, or else the last one; `begun` is 0 before the first.
 
     No `namespaces` are all.  `missed` is what was asked for and is not here, the first first; `untold` is how

@@ -15,8 +15,8 @@ from itertools import chain
 
 import structlog
 
-from proxy.admin.drills import Drills
-from proxy.admin.explain import Reasons
+from proxy.admin.drills import DrillControl
+from proxy.admin.explain import Explainer
 from proxy.admin.inventory import Inventory, merged
 from proxy.admin.models import (
     Collected,
@@ -36,11 +36,11 @@ from proxy.admin.models import (
     WebhookRow,
     Why,
 )
-from proxy.admin.peers import Everyone
+from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState
-from proxy.admin.purge import Purging
+from proxy.admin.purge import Purge
 from proxy.admin.readiness import Readiness
-from proxy.admin.rows import _collected, _drilling, _evicted, _row, _scrub_row, _webhook
+from proxy.admin.rows import collected, drilling, evicted, scrub_row, stats_row, webhook_row
 from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition
@@ -78,10 +78,10 @@ class Operations:
     def __init__(
         self,
         composition: Composition,
-        everyone: Everyone,
+        everyone: ServerProcesses,
         evicting: asyncio.Lock | None = None,
         heal: Heal | None = None,
-        drills: Drills | None = None,
+        drills: DrillControl | None = None,
     ) -> None:
         parts = self._composition = composition
         self._everyone = everyone
@@ -91,10 +91,10 @@ class Operations:
         self._inventories = [self._inventory]
         if parts.private is not None:
             self._inventories.append(Inventory(parts.config, parts.private, parts.usage, parts.pins))
-        self._purging = Purging(parts.store, parts.pins)
+        self._purging = Purge(parts.store, parts.pins)
         self.exports = BundleExport(parts)
         self.imports = BundleImport(parts)
-        self._reasons = Reasons(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
+        self._reasons = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._looks: dict[str, tuple[float, int, float]] = {}
         # Beside those that are slow, and take days: who asks wants to know.  They share the work.
         self._scrubs = [Scrub(each.store, None, parts.clock, kept=each.kept) for each in parts.scrubs]
@@ -143,8 +143,8 @@ class Operations:
         return Stats(
             period=seconds,
             since=since,
-            namespaces=[_row(name, each) for name, each in sorted(counted.items())],
-            total=_row("", sum(counted.values(), Counters())),
+            namespaces=[stats_row(name, each) for name, each in sorted(counted.items())],
+            total=stats_row("", sum(counted.values(), Counters())),
             stored_bytes=await run_in_thread(parts.eviction.stored),
             limit=parts.config.disk.cache_limit,
         )
@@ -280,7 +280,7 @@ class Operations:
         if queue is None:
             return []
         webhooks = self._composition.config.webhooks
-        return await run_in_thread(lambda: [_webhook(each, queue) for each in webhooks])
+        return await run_in_thread(lambda: [webhook_row(each, queue) for each in webhooks])
 
     async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
         """Until `to` bytes are left; without it, what is too old goes, and what the limits do not allow."""
@@ -292,14 +292,14 @@ class Operations:
     def _evict(self, to: int | None, dry_run: bool) -> Evicted:
         eviction = self._composition.eviction
         if to is not None:
-            return _evicted([eviction.shrink(0, to, dry_run)], dry_run)
+            return evicted([eviction.shrink(0, to, dry_run)], dry_run)
         expired = eviction.expire(dry_run)
         if not dry_run:
-            return _evicted([expired, eviction.shrink()], dry_run)
+            return evicted([expired, eviction.shrink()], dry_run)
         # Nothing has gone, so a second report would tell much of that again: what is old goes first in both.
         if eviction.over() <= expired.bytes:
-            return _evicted([expired], dry_run)
-        return _evicted([eviction.shrink(0, None, dry_run)], dry_run)
+            return evicted([expired], dry_run)
+        return evicted([eviction.shrink(0, None, dry_run)], dry_run)
 
     async def scrub(self) -> Scrubbing:
         """Begin a pass at full speed, where none that was asked for goes on."""
@@ -328,16 +328,16 @@ class Operations:
 
     async def scrubbing(self) -> Scrubbing:
         """How far it is."""
-        background, asked = _scrub_row(self._composition.scrubs), _scrub_row(self._scrubs)
+        background, asked = scrub_row(self._composition.scrubs), scrub_row(self._scrubs)
         return Scrubbing(background=background, asked=asked, error=self._scrub_error)
 
     async def collect(self, *, dry_run: bool = False) -> Collected:
         """Now, whatever the schedule.  Raises Unsupported where no namespace is of our own."""
-        return _collected(await run_in_thread(self._collection().run, dry_run))
+        return collected(await run_in_thread(self._collection().run, dry_run))
 
     async def collected(self) -> Collected:
         """The last time, by whomever."""
-        return _collected(await run_in_thread(self._collection().last))
+        return collected(await run_in_thread(self._collection().last))
 
     def _collection(self) -> Collection:
         if self._composition.collection is None:
@@ -373,17 +373,17 @@ class Operations:
         for each in namespaces:
             if each not in self._composition.caches:
                 raise FieldInvalid("namespaces", f"{each} is not configured, or is no cache")
-        return _drilling(await self._running.begin(seconds, namespaces))
+        return drilling(await self._running.begin(seconds, namespaces))
 
     async def drill(self) -> Drilling:
         """The one that goes on, or the last."""
-        return _drilling(await self._running.state())
+        return drilling(await self._running.state())
 
     async def end_drill(self) -> Drilling:
-        return _drilling(await self._running.end())
+        return drilling(await self._running.end())
 
     @property
-    def _running(self) -> Drills:
+    def _running(self) -> DrillControl:
         if self._drills is None:
             raise Unsupported("no server is running: nothing could be cut off")
         return self._drills

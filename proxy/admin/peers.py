@@ -1,6 +1,6 @@
 """The processes of one server, each of which serves a unix socket that only its user may connect to.
 
-    GET /state      LiveState
+    GET /state      ProcessReport
     POST /forget    {"repository": "<namespace>/<repository>"}
     GET /drill      DrillState
     POST /drill     Order
@@ -23,7 +23,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from proxy.admin.processes import FillState, Live, LiveState, _Forget
+from proxy.admin.processes import FillState, ForgetRequest, ProcessReport, ProcessState
 from proxy.cache.drill import DrillState, Order
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ PATIENCE = 2.0  # seconds that another process may take to answer
 CLOSING = 1.0  # seconds that answers under way may take when the socket is closed
 
 
-async def serve_live(live: Live, path: Path) -> Callable[[], Awaitable[None]]:
+async def serve_state(live: ProcessState, path: Path) -> Callable[[], Awaitable[None]]:
     """Answer those who ask; what it returns ends it.
 
     Raises OSError, also where the path is too long for a socket: about 100 bytes.
@@ -43,14 +43,14 @@ async def serve_live(live: Live, path: Path) -> Callable[[], Awaitable[None]]:
         return _in_json(live.state())
 
     async def forget(request: web.Request) -> web.Response:
-        await live.forget((await _body(request, _Forget)).repository)
+        await live.forget((await decoded_body(request, ForgetRequest)).repository)
         return web.Response(status=204)
 
     async def drill(request: web.Request) -> web.Response:
         if request.method == "GET":
             return _in_json(live.drill.state())
         if request.method == "POST":
-            live.drill.begin(await _body(request, Order))
+            live.drill.begin(await decoded_body(request, Order))
         else:
             live.drill.end()
         return web.Response(status=204)
@@ -80,7 +80,7 @@ def _in_json(value: object) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
-async def _body(request: web.Request, form: type[T]) -> T:
+async def decoded_body(request: web.Request, form: type[T]) -> T:
     try:
         return msgspec.json.decode(await request.read(), type=form)
     except msgspec.DecodeError as error:
@@ -100,19 +100,19 @@ def _listening(path: Path) -> socket.socket:
     return listening
 
 
-class Everyone:
+class ServerProcesses:
     """All processes of a server: this one if it has a Live, and those with a socket in `directory`."""
 
-    def __init__(self, live: Live | None, directory: Path | None) -> None:
+    def __init__(self, live: ProcessState | None, directory: Path | None) -> None:
         self._live = live
         self._directory = directory
 
-    async def states(self) -> list[LiveState]:
+    async def states(self) -> list[ProcessReport]:
         found = [self._live.state()] if self._live else []
         pids = {each.pid for each in found}
         for answer in await self._ask("GET", "/state"):
             with suppress(msgspec.DecodeError):  # what does not speak as we do is none of ours
-                state = msgspec.json.decode(answer, type=LiveState)
+                state = msgspec.json.decode(answer, type=ProcessReport)
                 if state.pid not in pids:  # our own socket may be among them
                     found.append(state)
         return found
@@ -129,7 +129,7 @@ class Everyone:
         """See Live.forget()."""
         if self._live:
             await self._live.forget(repository)
-        await self._ask("POST", "/forget", msgspec.json.encode(_Forget(repository)))
+        await self._ask("POST", "/forget", msgspec.json.encode(ForgetRequest(repository)))
 
     async def begin_drill(self, order: Order) -> None:
         if self._live:

@@ -61,7 +61,7 @@ class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
     limits: list[LimitState]
 
 
-class LiveState(msgspec.Struct, frozen=True, kw_only=True):
+class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of one process.  `troubles` holds a sentence for each."""
 
     pid: int
@@ -70,7 +70,7 @@ class LiveState(msgspec.Struct, frozen=True, kw_only=True):
     troubles: list[str]
 
 
-class _Forget(msgspec.Struct, frozen=True):
+class ForgetRequest(msgspec.Struct, frozen=True):
     repository: str
 
 
@@ -81,7 +81,7 @@ class _Upstream(Protocol):
     def state(self) -> list[HostState]: ...
 
 
-class Live:
+class ProcessState:
     """Of this process.  `clock` is the one that the fills have; `caches` are by namespace."""
 
     def __init__(
@@ -100,10 +100,10 @@ class Live:
         self.pid = os.getpid() if pid is None else pid
         self.drill = drill or Drill(clock)
 
-    def state(self) -> LiveState:
+    def state(self) -> ProcessReport:
         """Looks at what is in memory, and asks nobody."""
         now = self._clock()
-        return LiveState(
+        return ProcessReport(
             pid=self.pid,
             fills=[_fill(each, self.pid) for each in self._fills.going_on()],
             upstreams=[
@@ -122,10 +122,10 @@ class Live:
             cache.forget(name)
 
 
-def state_of(composition: Composition) -> Live:
+def state_of(composition: Composition) -> ProcessState:
     """The state of this process, which serves or looks after `composition`."""
     parts = composition
-    return Live(parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill)
+    return ProcessState(parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill)
 
 
 def _fill(fill: Fill, pid: int) -> FillState:

@@ -49,7 +49,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Names:
+class ManifestParents:
     """Which of a repository's manifests names which, or is referred to by which."""
 
     children: dict[Digest, list[Digest]]
@@ -72,7 +72,7 @@ class Names:
         return {each for top in tops for each in (*self.children[top], *self.referrers.get(top, []))}
 
 
-class Purging:
+class Purge:
     """Blocks.  Every method may raise StorageFailed."""
 
     def __init__(self, store: Store, pins: Pins) -> None:
@@ -169,7 +169,7 @@ class Purging:
             for key, value in self._records.scan(prefix)
         }
 
-    def _who_names_whom(self, repository: str) -> Names:
+    def _who_names_whom(self, repository: str) -> ManifestParents:
         children: dict[Digest, list[Digest]] = {}
         for digest, content in self._manifests(repository):
             found = contents(content)
@@ -178,7 +178,7 @@ class Purging:
         for key, _ in self._records.scan(f"referrers {repository} "):
             _, _, subject, referrer = key.split(" ")
             referrers[Digest(subject)].append(Digest(referrer))
-        return Names(children, referrers)
+        return ManifestParents(children, referrers)
 
     def _manifests(self, repository: str) -> Iterator[tuple[Digest, bytes]]:
         prefix = f"manifest {repository} "

@@ -27,7 +27,7 @@ from storage.maintenance.scrub import Scrub
 from storage.maintenance.usage import Counters
 
 
-def _row(namespace: str, counted: Counters) -> StatsRow:
+def stats_row(namespace: str, counted: Counters) -> StatsRow:
     counters: dict[str, Any] = {name: getattr(counted, name) for name in counted.__struct_fields__}
     served = counted.hits + counted.revalidated + counted.stale + counted.misses
     return StatsRow(
@@ -40,7 +40,7 @@ def _row(namespace: str, counted: Counters) -> StatsRow:
     )
 
 
-def _webhook(webhook: WebhookConfig, queue: Queue) -> WebhookRow:
+def webhook_row(webhook: WebhookConfig, queue: Queue) -> WebhookRow:
     state = queue.state(webhook.name)
     return WebhookRow(
         name=webhook.name,
@@ -56,7 +56,7 @@ def _webhook(webhook: WebhookConfig, queue: Queue) -> WebhookRow:
     )
 
 
-def _evicted(reports: Sequence[EvictionReport], dry_run: bool) -> Evicted:
+def evicted(reports: Sequence[EvictionReport], dry_run: bool) -> Evicted:
     return Evicted(
         blobs=sum(each.blobs for each in reports),
         bytes=sum(each.bytes for each in reports),
@@ -69,7 +69,7 @@ def _evicted(reports: Sequence[EvictionReport], dry_run: bool) -> Evicted:
     )
 
 
-def _scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
+def scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
     """Of all of them, one after the other."""
     known = [each.progress for each in scrubs if each.progress is not None]
     return ScrubRow(
@@ -85,12 +85,12 @@ def _scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
     )
 
 
-def _collected(report: collection.CollectionReport) -> Collected:
+def collected(report: collection.CollectionReport) -> Collected:
     rows = [CollectedRow(**msgspec.structs.asdict(each)) for each in report.rows]
     return Collected(**{**msgspec.structs.asdict(report), "rows": rows})
 
 
-def _drilling(state: DrillState) -> Drilling:
+def drilling(state: DrillState) -> Drilling:
     order = state.order
     return Drilling(
         running=state.left > 0,

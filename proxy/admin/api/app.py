@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp_cache import MemoryCache, cache_middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from proxy.admin.api.bundle_routes import GZIP, TAR, Carriage
+from proxy.admin.api.bundle_routes import GZIP, TAR, BundleRoutes
 from proxy.admin.api.routes import Api, Handler, in_json
 from proxy.admin.operations import Operations
 from proxy.namespaces.references import FieldInvalid
@@ -74,7 +74,7 @@ def application(
     api = Api(operations, summaries.forget)
     for method, path, handler in (
         *api.routes(),
-        *Carriage(operations.exports, operations.imports, summaries.forget).routes(),
+        *BundleRoutes(operations.exports, operations.imports, summaries.forget).routes(),
     ):
         if method == "GET":
             admin.router.add_get(path, handler)  # and HEAD

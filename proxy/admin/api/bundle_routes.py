@@ -58,7 +58,7 @@ class _Export(Body, frozen=True):
         )
 
 
-class Carriage:
+class BundleRoutes:
     """`changed` is called when something was done that may change what there is to see."""
 
     def __init__(self, exports: BundleExport, imports: BundleImport, changed: Callable[[], None]) -> None:

@@ -47,7 +47,7 @@ class Failed(Exception):
         self.status = 2 if usage else 1
 
 
-class Remote:
+class AdminClient:
     """Operations of the server whose admin listener is at `url`.  Raises Failed."""
 
     def __init__(self, session: ClientSession, url: URL, token: str | None) -> None:
@@ -215,7 +215,7 @@ def _refusal(url: URL, status: int, content: bytes) -> Failed:
     return Failed(told.error, told.code, usage=status == 400)
 
 
-Reached: TypeAlias = "Operations | Remote"
+Reached: TypeAlias = "Operations | AdminClient"
 
 
 @asynccontextmanager
@@ -241,7 +241,7 @@ async def reach(
         timeout = ClientTimeout(total=None, sock_connect=CONNECT)
         trusted = _trusted(config, server, ca_file) if url.scheme == "https" else True
         async with ClientSession(timeout=timeout, connector=TCPConnector(ssl=trusted)) as session:
-            yield Remote(session, url, token or config.admin_token)
+            yield AdminClient(session, url, token or config.admin_token)
         return
     async with _directory(config, url, make) as operations:
         yield operations
@@ -297,11 +297,11 @@ async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIter
     tried = f"nobody listens at {asked}, and " if asked else ""
     async with composed(config, make, tried) as composition:
         from proxy.admin.operations import Operations
-        from proxy.admin.peers import Everyone
+        from proxy.admin.peers import ServerProcesses
         from proxy.admin.processes import state_of
 
         # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
-        operations = Operations(composition, Everyone(state_of(composition), None))
+        operations = Operations(composition, ServerProcesses(state_of(composition), None))
         try:
             yield operations
         finally:

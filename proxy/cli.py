@@ -16,12 +16,12 @@ import structlog
 from yarl import URL
 
 from proxy import bundling, carrying, commands, preparing
+from proxy.cli_doctor import doctor
+from proxy.cli_setup import setup
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.doctor.command import doctor
-from proxy.setup.command import setup
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import reach, scheme_of, site_of
 from proxy.telemetry import logs

@@ -22,7 +22,7 @@ from proxy.doctor import containerd, docker, podman
 from proxy.doctor.canary import Name
 from proxy.doctor.checks import Check, Diagnosis
 from proxy.doctor.host import Host
-from proxy.setup.placing import place, plan
+from proxy.setup.install import place, plan
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import Site
 from tests import conftest

@@ -61,6 +61,8 @@ MOVED = (
     "proxy.web",
     "proxy.transfer",
     "proxy.admin",
+    "proxy.setup.",
+    "proxy.doctor",
 )
 
 ALLOWED = {

@@ -6,12 +6,10 @@ A Check says in a sentence what is the case and, unless it is well, in another w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import msgspec
-
-from proxy.console import Column, Table
 
 State: TypeAlias = Literal["ok", "warning", "failed"]
 
@@ -62,11 +60,3 @@ def cause(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def shown(found: Diagnosis, now: float) -> Sequence[Table]:
-    table = Table((Column("CHECK", whole=True), Column("OF"), Column("STATE", whole=True), Column("FOUND")))
-    for each in found.checks:
-        table.add(each.name, each.subject, each.state, "; ".join(filter(None, (each.message, each.advice))))
-    table.notes.append(f"{found.ok} ok, {found.warnings} to be looked at, {found.failed} failed")
-    return [table]

@@ -1,0 +1,1 @@
+"""Configuration for container engines and clusters that are to use this server."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import click
@@ -15,8 +15,8 @@ from yarl import URL
 
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
-from proxy.console import write
-from proxy.doctor.checks import Check, Diagnosis, shown
+from proxy.console import Column, Table, write
+from proxy.doctor.checks import Check, Diagnosis
 from proxy.setup.site import site_of
 from proxy.telemetry import logs
 
@@ -126,3 +126,11 @@ def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool) -> None:
     else:
         write(*shown(found, time.time()))
     sys.exit(1 if found.failed else 0)
+
+
+def shown(found: Diagnosis, now: float) -> Sequence[Table]:
+    table = Table((Column("CHECK", whole=True), Column("OF"), Column("STATE", whole=True), Column("FOUND")))
+    for each in found.checks:
+        table.add(each.name, each.subject, each.state, "; ".join(filter(None, (each.message, each.advice))))
+    table.notes.append(f"{found.ok} ok, {found.warnings} to be looked at, {found.failed} failed")
+    return [table]

@@ -10,7 +10,7 @@ import click
 
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
-from proxy.setup.placing import Change, Plan, place, plan
+from proxy.setup.install import Change, Plan, place, plan
 from proxy.setup.renderers import RENDERERS, text
 from proxy.setup.site import Setup, site_of
 

@@ -97,7 +97,7 @@ def doctor(
         site = site_of(config, url=url or None, namespaces=namespaces, ca_file=ca_file, bypass=not no_bypass)
     except (ConfigError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-    wish = looks.Wish(canary or pull or looks.CANARY, pull, admin)
+    wish = looks.ClientOptions(canary or pull or looks.CANARY, pull, admin)
     _run(lambda: looks.examine(site, root, wish), as_json)
 
 

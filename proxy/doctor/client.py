@@ -21,7 +21,7 @@ CLIENTS = {docker.CLIENT: docker.look, containerd.CLIENT: containerd.look, podma
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ClientOptions:
     """What is asked of the machine: a canary of that name; with `pull`, each client's own pull of it."""
 
     canary: str = CANARY
@@ -29,7 +29,7 @@ class Wish:
     admin: URL | None = None
 
 
-async def examine(site: Site, root: Path, wish: Wish) -> list[Check]:
+async def examine(site: Site, root: Path, wish: ClientOptions) -> list[Check]:
     host = Host(site, root)
     found = {name: look(host) for name, look in CLIENTS.items()}
     here = [name for name, checks in found.items() if checks]

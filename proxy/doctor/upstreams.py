@@ -44,7 +44,7 @@ class Greeting:
     ahead: float | None
 
 
-class Door:
+class UpstreamProbe:
     """One URL of an upstream.  Needs a running event loop; raises OSError for certificates that are none."""
 
     def __init__(self, name: str, url: str, keys: UpstreamConfig) -> None:
@@ -103,7 +103,7 @@ async def look(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float
     for url in keys.url:
         subject = name if len(keys.url) == 1 else f"{name} ({url})"
         try:
-            door = Door(name, url, keys)
+            door = UpstreamProbe(name, url, keys)
         except OSError as error:
             advice = f"see to ca_file, client_certificate and client_key of namespaces.{name}.upstream"
             checks.append(failed("tls", subject, f"its certificates cannot be read: {cause(error)}", advice))
@@ -115,7 +115,7 @@ async def look(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float
     return checks, ahead
 
 
-async def _looked(door: Door, subject: str, ahead: list[float]) -> AsyncIterator[Check]:
+async def _looked(door: UpstreamProbe, subject: str, ahead: list[float]) -> AsyncIterator[Check]:
     resolved = await _resolved(door, subject)
     yield resolved
     if resolved.state == "failed":
@@ -141,7 +141,7 @@ async def _looked(door: Door, subject: str, ahead: list[float]) -> AsyncIterator
             yield await _limit(door, who, login)
 
 
-async def _resolved(door: Door, subject: str) -> Check:
+async def _resolved(door: UpstreamProbe, subject: str) -> Check:
     proxy = door.connect.proxy
     asked = URL(proxy) if proxy else door.url
     host, role = asked.host or "", "its proxy" if proxy else "its host"
@@ -160,7 +160,7 @@ async def _resolved(door: Door, subject: str) -> Check:
     return ok("dns", subject, f"{role}, {host}, is {addresses[0]}" + (", …" if len(addresses) > 1 else ""))
 
 
-async def _certificate(door: Door, subject: str) -> Check:
+async def _certificate(door: UpstreamProbe, subject: str) -> Check:
     connect = door.connect
     if connect.proxy:
         return ok("tls", subject, "is behind a proxy; its certificate is checked with the answer")
@@ -185,7 +185,7 @@ async def _certificate(door: Door, subject: str) -> Check:
     return certificates.judged("tls", subject, end, "have whoever runs it renew it")
 
 
-def _answered(door: Door, subject: str, greeting: Greeting) -> Check:
+def _answered(door: UpstreamProbe, subject: str, greeting: Greeting) -> Check:
     message = f"{door.base} answers {greeting.status} in {1000 * greeting.seconds:.0f} ms"
     if greeting.status not in (200, 401):
         advice = "is that a registry? url is to end before /v2"
@@ -197,7 +197,7 @@ def _answered(door: Door, subject: str, greeting: Greeting) -> Check:
     return ok("reach", subject, message)
 
 
-async def _accepted(door: Door, subject: str, login: Login) -> Check:
+async def _accepted(door: UpstreamProbe, subject: str, login: Login) -> Check:
     where = f"{login.sources()[0]} of namespaces.{door.name}.upstream"
     tokens = door.tokens(credentials_of(login))
     try:
@@ -213,7 +213,7 @@ async def _accepted(door: Door, subject: str, login: Login) -> Check:
     return failed("credentials", subject, f"with them it answers {status}", f"see to {where}")
 
 
-async def _limit(door: Door, subject: str, login: Login) -> Check:
+async def _limit(door: UpstreamProbe, subject: str, login: Login) -> Check:
     tokens = door.tokens(credentials_of(login))
     try:
         status, headers = await door.ask(

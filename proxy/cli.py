@@ -22,10 +22,10 @@ from proxy.config.errors import ConfigError, StartError
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
+from proxy.server.supervisor import Assignment, Parent
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import reach, scheme_of, site_of
 from proxy.telemetry import logs
-from proxy.workers import Assignment, Parent
 
 log = structlog.get_logger()
 
@@ -81,7 +81,7 @@ def keeper() -> None:
 
 def _work() -> None:
     # Here, since the parent needs none of it: it stays small.
-    from proxy.app import App
+    from proxy.server.process import App
 
     assignment = Assignment.read(sys.stdin.buffer)
     config = assignment.config

@@ -13,10 +13,10 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from proxy.app import App
 from proxy.cache import cache
 from proxy.config.loader import load
 from proxy.config.schema import Config
+from proxy.server.process import App
 from tests.authority import Authority
 from tests.upstream import Upstream
 

@@ -14,8 +14,8 @@ from structlog.testing import LogCapture
 
 from proxy.access import throttle
 from proxy.access.authentication import Authenticator
-from proxy.admission import needed
 from proxy.config.errors import StartError
+from proxy.server.access import needed
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site
 from tests.receiver import Receiver, receiver  # noqa: F401  a fixture

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from msgspec.structs import replace
 from structlog.testing import LogCapture
 
-from proxy import keeper
 from proxy.cli import main
+from proxy.server import housekeeping
 from storage.oci import OCI_INDEX, Digest, Tag
 from tests.conftest import Clock, Serve
 from tests.events import Ear
@@ -161,7 +161,7 @@ async def test_it_is_done_when_it_is_due(client: Client, clock: Clock) -> None:
 async def test_the_keeper_does_it_by_itself(
     serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "SETTLED", 0.0)
+    monkeypatch.setattr(housekeeping, "SETTLED", 0.0)
     ear = Ear()
     await serve(upstream, more={"local": {"store": {}}})
     assert (await ear.heard("collect.done"))["repositories"] == 0

@@ -30,7 +30,7 @@ LAYER = os.urandom(4 << 20)
 SERVER = """
 import asyncio, sys, threading
 from pathlib import Path
-from proxy.app import App
+from proxy.server.process import App
 from proxy.config.loader import load
 from proxy.telemetry import metrics
 from proxy.web import push

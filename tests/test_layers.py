@@ -63,6 +63,7 @@ MOVED = (
     "proxy.admin",
     "proxy.setup.",
     "proxy.doctor",
+    "proxy.server",
 )
 
 ALLOWED = {

@@ -17,7 +17,6 @@ import aiohttp
 import msgspec
 import pytest
 
-from proxy import room
 from proxy.admin import peers
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import FillState, ProcessState, UpstreamState
@@ -379,7 +378,7 @@ async def test_who_does_not_answer_is_left_out(start: Start, serve_live_at: Serv
     async def make_room(coming: int) -> None:
         raise AssertionError
 
-    close = await room.serve(run / "keeper.sock", make_room)  # lives there too, and speaks otherwise
+    close = await make_room.serve(run / "keeper.sock", make_room)  # lives there too, and speaks otherwise
     everyone = ServerProcesses(None, run)
     assert [each.pid for each in await everyone.states()] == [1]
     await everyone.forget("up/a/b")

@@ -15,7 +15,7 @@ from statistics import median
 
 import pytest
 
-from proxy.workers import LIVED
+from proxy.server.supervisor import LIVED
 from tests.processes import Event, Place, Server, Worker, descriptors, memory, place
 from tests.soak import REPOSITORIES, TAGS, Load, Storm, drop_one
 from tests.upstream import Upstream

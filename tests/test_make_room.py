@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import room
+from proxy.server import make_room as module
 from storage.disk import health
 
 
@@ -28,8 +28,8 @@ async def test_who_asks_waits_until_room_was_made(socket: Path) -> None:
         begun.set()
         await gate.wait()
 
-    close = await room.serve(socket, make_room)
-    asking = asyncio.create_task(room.ask(socket)(7))
+    close = await module.serve(socket, make_room)
+    asking = asyncio.create_task(module.ask(socket)(7))
     await begun.wait()
     assert not asking.done()
     gate.set()
@@ -40,18 +40,18 @@ async def test_who_asks_waits_until_room_was_made(socket: Path) -> None:
 
 
 async def test_where_nobody_keeps_house_nothing_happens(socket: Path) -> None:
-    await room.ask(socket)(7)
+    await module.ask(socket)(7)
 
 
 async def test_who_asks_does_not_wait_for_ever(socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "PATIENCE", 0.01)
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
     held = asyncio.Event()
 
     async def make_room(coming: int) -> None:
         await held.wait()
 
-    close = await room.serve(socket, make_room)
-    await room.ask(socket)(7)
+    close = await module.serve(socket, make_room)
+    await module.ask(socket)(7)
     await close()
 
 
@@ -59,7 +59,7 @@ async def test_what_is_no_number_is_not_answered(socket: Path) -> None:
     async def make_room(coming: int) -> None:
         raise AssertionError
 
-    close = await room.serve(socket, make_room)
+    close = await module.serve(socket, make_room)
     reader, writer = await asyncio.open_unix_connection(str(socket))
     writer.write(b"much\n")
     assert await reader.read() == b""
@@ -77,10 +77,10 @@ async def test_who_comes_later_takes_over_and_who_goes_leaves_it_to_him(socket: 
 
         return make_room
 
-    first = await room.serve(socket, named("first"))
-    await room.ask(socket)(1)
-    second = await room.serve(socket, named("second"))
+    first = await module.serve(socket, named("first"))
+    await module.ask(socket)(1)
+    second = await module.serve(socket, named("second"))
     await first()
-    await room.ask(socket)(1)
+    await module.ask(socket)(1)
     await second()
     assert asked == ["first", "second"]

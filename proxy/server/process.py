@@ -13,14 +13,14 @@ from pathlib import Path
 from aiohttp import web
 from yarl import URL
 
-from proxy import room
 from proxy.admin.drills import DrillControl, resume
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import state_of
-from proxy.admission import admission, needed
 from proxy.config import schema
-from proxy.keeper import Keeper
 from proxy.namespaces.composition import Composition
+from proxy.server import make_room
+from proxy.server.access import admission, needed
+from proxy.server.housekeeping import Keeper
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import DistributionAPI
 from proxy.web.sockets import BACKLOG, bind_all
@@ -72,9 +72,9 @@ class App:
         for each in (*listen, *admin):
             self._closing.callback(each.close)
         keeps = not listen or self._sockets is None
-        make_room = health.nobody if keeps or self._run is None else room.ask(self._run / KEEPER)
+        room = health.nobody if keeps or self._run is None else make_room.ask(self._run / KEEPER)
         workers = 1 if self._sockets is None else settings.processes()
-        self.composition = Composition(settings, self._clock, None, workers, make_room)
+        self.composition = Composition(settings, self._clock, None, workers, room)
         self._closing.push_async_callback(self.composition.close)
         self._live = state_of(self.composition)
         if self.composition.teller is not None and self._run is not None:
@@ -96,7 +96,7 @@ class App:
         composition.fills.make_room = keeper.make_room
         self._everyone = ServerProcesses(self._live, self._run)
         if self._run is not None:
-            self._closing.push_async_callback(await room.serve(self._run / KEEPER, keeper.make_room))
+            self._closing.push_async_callback(await make_room.serve(self._run / KEEPER, keeper.make_room))
         if admin:
             from proxy.admin.api.app import application
             from proxy.admin.operations import Operations

@@ -13,16 +13,16 @@ import msgspec
 import pytest
 from structlog.testing import LogCapture
 
-from proxy import workers
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
-from proxy.workers import Parent
+from proxy.server import supervisor
+from proxy.server.supervisor import Parent
 
 # A worker that writes one line a life, and answers every connection with its configuration's log level.
 WORKER = """
 import asyncio, os, signal, sys
-from proxy.workers import Assignment
+from proxy.server.supervisor import Assignment
 given = Assignment.read(sys.stdin.buffer)
 keeps = sys.argv[1] == "keeper"
 journal = {journal!r}
@@ -133,7 +133,7 @@ async def test_a_port_in_use_is_named(site: Site) -> None:
 async def test_a_dead_worker_is_replaced(
     site: Site, events: LogCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "LIVED", 0.0)  # so that it counts as having lived for long
+    monkeypatch.setattr(supervisor, "LIVED", 0.0)  # so that it counts as having lived for long
     respawned = asyncio.Event()
     parent = site.parent()
     await parent.start()
@@ -157,8 +157,8 @@ async def test_a_dead_worker_is_replaced(
 async def test_a_crash_loop_backs_off_and_says_so(
     site: Site, events: LogCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "WAIT", 0.01)
-    monkeypatch.setattr(workers, "LONGEST_WAIT", 0.04)
+    monkeypatch.setattr(supervisor, "WAIT", 0.01)
+    monkeypatch.setattr(supervisor, "LONGEST_WAIT", 0.04)
     third = asyncio.Event()
     parent = site.parent(serving="os._exit(3)", config=msgspec.structs.replace(CONFIG, workers=1))
     spawn, count = parent._spawn, 0
@@ -221,7 +221,7 @@ async def test_another_address_is_listened_on_after_a_reload_and_the_old_one_no_
 
 @pytest.mark.errors("worker.killed")
 async def test_a_worker_that_does_not_end_is_killed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "GRACE", 0.1)
+    monkeypatch.setattr(supervisor, "GRACE", 0.1)
     config = msgspec.structs.replace(CONFIG, workers=1, drain=0.0)
     parent = site.parent(serving="ended.wait = asyncio.Event().wait", config=config)
     await parent.start()

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.app import App
 from proxy.config.errors import StartError
+from proxy.server.process import App
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.events import Ear
 from tests.upstream import Basic, Hold, Image, Reset, Upstream

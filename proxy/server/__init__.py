@@ -1,0 +1,1 @@
+"""The processes: supervisor, server process, housekeeping."""

@@ -22,7 +22,7 @@ from proxy.config.errors import ConfigError, StartError
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.server.supervisor import Assignment, Parent
+from proxy.server.supervisor import Assignment, Supervisor
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import reach, scheme_of, site_of
 from proxy.telemetry import logs
@@ -61,7 +61,7 @@ def serve(path: Path | None) -> None:
     config = _load(path)
     logs.configure(config.log.format, config.log.level)
     try:
-        asyncio.run(_serve(Parent(config, lambda: load(path)), config))
+        asyncio.run(_serve(Supervisor(config, lambda: load(path)), config))
     except StartError as error:
         _fail(str(error), 1)
 
@@ -81,7 +81,7 @@ def keeper() -> None:
 
 def _work() -> None:
     # Here, since the parent needs none of it: it stays small.
-    from proxy.server.process import App
+    from proxy.server.process import ServerProcess
 
     assignment = Assignment.read(sys.stdin.buffer)
     config = assignment.config
@@ -91,7 +91,7 @@ def _work() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     async def work() -> int:
-        app = App(config, sockets=assignment.sockets(), run=assignment.run)
+        app = ServerProcess(config, sockets=assignment.sockets(), run=assignment.run)
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -133,7 +133,7 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-async def _serve(parent: Parent, config: Config) -> None:
+async def _serve(parent: Supervisor, config: Config) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # until run() sees to them
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

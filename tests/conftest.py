@@ -16,7 +16,7 @@ from structlog.testing import LogCapture
 from proxy.cache import cache
 from proxy.config.loader import load
 from proxy.config.schema import Config
-from proxy.server.process import App
+from proxy.server.process import ServerProcess
 from tests.authority import Authority
 from tests.upstream import Upstream
 
@@ -46,7 +46,9 @@ class Clock:
 class Site:
     """A server under test with a client's session to it."""
 
-    def __init__(self, app: App, session: aiohttp.ClientSession, directory: Path, clock: Clock) -> None:
+    def __init__(
+        self, app: ServerProcess, session: aiohttp.ClientSession, directory: Path, clock: Clock
+    ) -> None:
         self.app = app
         self.session = session
         self.directory = directory
@@ -119,7 +121,7 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
     ) -> Site:
         url = upstream if isinstance(upstream, str) else upstream.url
         directory = directory or tmp_path / "disk"
-        app = App(
+        app = ServerProcess(
             configuration(
                 tmp_path,
                 {

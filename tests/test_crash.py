@@ -30,7 +30,7 @@ LAYER = os.urandom(4 << 20)
 SERVER = """
 import asyncio, sys, threading
 from pathlib import Path
-from proxy.server.process import App
+from proxy.server.process import ServerProcess
 from proxy.config.loader import load
 from proxy.telemetry import metrics
 from proxy.web import push
@@ -63,7 +63,7 @@ elif step == "before the answer":
     stop(push.Push, "_created", lambda self, *arguments: True)
 
 async def main():
-    app = App(load(Path(sys.argv[1]), {}))
+    app = ServerProcess(load(Path(sys.argv[1]), {}))
     await app.start()
     print(app.url.port, flush=True)
     await asyncio.Event().wait()

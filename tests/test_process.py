@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from proxy.config.errors import StartError
-from proxy.server.process import App
+from proxy.server.process import ServerProcess
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.events import Ear
 from tests.upstream import Basic, Hold, Image, Reset, Upstream
@@ -63,7 +63,7 @@ class Attempt:
     async def fails(self) -> str:
         """Why it does not start; having made sure that nothing stayed behind."""
         with pytest.raises(StartError) as raised:
-            await App(self.settings).start()
+            await ServerProcess(self.settings).start()
         assert may_listen(self.port)
         assert may_listen(self.admin)
         message = str(raised.value)
@@ -71,7 +71,7 @@ class Attempt:
         return message
 
     async def works(self) -> None:
-        app = App(self.settings)
+        app = ServerProcess(self.settings)
         await app.start()
         try:
             assert app.url.port == self.port
@@ -130,12 +130,12 @@ async def test_a_certificate_that_is_none(tmp_path: Path) -> None:
 
 
 async def test_what_was_not_started_can_be_stopped(tmp_path: Path) -> None:
-    await App(Attempt(tmp_path).settings).stop()
+    await ServerProcess(Attempt(tmp_path).settings).stop()
 
 
 async def test_every_address_of_the_machine(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path, listen=":0")
-    app = App(attempt.settings)
+    app = ServerProcess(attempt.settings)
     await app.start()
     try:
         async with connect(f"http://127.0.0.1:{app.url.port}") as wire:

@@ -17,7 +17,7 @@ from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
 from proxy.server import supervisor
-from proxy.server.supervisor import Parent
+from proxy.server.supervisor import Supervisor
 
 # A worker that writes one line a life, and answers every connection with its configuration's log level.
 WORKER = """
@@ -59,11 +59,11 @@ class Site:
         self.journal = directory / "journal"
         self.next = CONFIG
         self.bad: Exception | None = None
-        self.parents: list[Parent] = []
+        self.parents: list[Supervisor] = []
 
-    def parent(self, begin: str = "", serving: str = "", config: Config = CONFIG) -> Parent:
+    def parent(self, begin: str = "", serving: str = "", config: Config = CONFIG) -> Supervisor:
         script = WORKER.format(journal=str(self.journal), begin=begin, serving=serving)
-        parent = Parent(config, self.reload, [sys.executable, "-c", script])
+        parent = Supervisor(config, self.reload, [sys.executable, "-c", script])
         self.parents.append(parent)
         return parent
 
@@ -75,7 +75,7 @@ class Site:
     def lines(self) -> list[str]:
         return self.journal.read_text().splitlines() if self.journal.exists() else []
 
-    async def level(self, parent: Parent) -> str:
+    async def level(self, parent: Supervisor) -> str:
         (host, port), _ = parent.addresses()
         reader, writer = await asyncio.open_connection(host, port)
         text = (await reader.read()).decode()

@@ -33,7 +33,7 @@ CHECKED = 86400.0  # seconds for which what was found right is let be
 AGAIN = 60.0  # seconds after a piece of work failed
 
 
-class Keeper:
+class Housekeeper:
     """run() until it is cancelled, then close()."""
 
     def __init__(

@@ -20,7 +20,7 @@ from proxy.config import schema
 from proxy.namespaces.composition import Composition
 from proxy.server import make_room
 from proxy.server.access import admission, needed
-from proxy.server.housekeeping import Keeper
+from proxy.server.housekeeping import Housekeeper
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import DistributionAPI
 from proxy.web.sockets import BACKLOG, bind_all
@@ -34,7 +34,7 @@ from storage.errors import StorageFailed
 KEEPER = "keeper"
 
 
-class App:
+class ServerProcess:
     """start() and stop() belong into one event loop.
 
     `sockets` are those that it listens on, for clients and for the administrator; without, it binds its own,
@@ -92,7 +92,7 @@ class App:
 
     async def _keep_house(self, admin: list[socket.socket]) -> None:
         composition, settings = self.composition, self._settings
-        self.keeper = keeper = Keeper(composition, self._live.forget, self._deliveries())
+        self.keeper = keeper = Housekeeper(composition, self._live.forget, self._deliveries())
         composition.fills.make_room = keeper.make_room
         self._everyone = ServerProcesses(self._live, self._run)
         if self._run is not None:

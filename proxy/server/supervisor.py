@@ -82,7 +82,7 @@ class Generation:
     keepers: list[asyncio.Task[None]] = field(default_factory=list)
 
 
-class Parent:
+class Supervisor:
     """`reload` reads the configuration again.  run() belongs into one event loop."""
 
     def __init__(

@@ -35,7 +35,7 @@ MADE = image(*LAYERS)
 COMMAND = """
 import sys, threading
 from pathlib import Path
-from proxy.cli import main
+from proxy.cli.main import main
 from storage.archives import exporter
 from storage.disk import blobs, uploads, records
 from storage import store

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 from yarl import URL
 
 from proxy.admin.api import bundle_routes
-from proxy.cli import main
+from proxy.cli.main import main
 from proxy.transfer import bundle_import, results
 from storage.oci import Digest
 from tests.archives import REF_NAME, image, layout, tar

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from msgspec.structs import replace
 from structlog.testing import LogCapture
 
-from proxy.cli import main
+from proxy.cli.main import main
 from proxy.server import housekeeping
 from storage.oci import OCI_INDEX, Digest, Tag
 from tests.conftest import Clock, Serve

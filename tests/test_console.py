@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from proxy.cli.console import Column, Progress, Table, clean, plain, short, write
 from proxy.config.quantities import duration, moment, plural, share, size
-from proxy.console import Column, Progress, Table, clean, plain, short, write
 
 DIGEST = "sha256:" + "ab" * 32
 COLUMNS = (Column("NAME"), Column("SIZE", right=True), Column("DIGEST", digests=True))

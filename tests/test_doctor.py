@@ -21,7 +21,7 @@ import trustme
 import yaml
 from click.testing import CliRunner, Result
 
-from proxy.cli import main
+from proxy.cli.main import main
 from proxy.config.loader import load
 from proxy.config.schema import TLS, Config
 from proxy.doctor import running, upstreams

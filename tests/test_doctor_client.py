@@ -17,7 +17,7 @@ import trustme
 from click.testing import CliRunner, Result
 from yarl import URL
 
-from proxy.cli import main
+from proxy.cli.main import main
 from proxy.doctor import containerd, docker, podman
 from proxy.doctor.canary import Name
 from proxy.doctor.checks import Check, Diagnosis

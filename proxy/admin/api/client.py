@@ -10,27 +10,19 @@ not in time, is there, and knows more than its directory tells.
 from __future__ import annotations
 
 import asyncio
-import socket
-import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from yarl import URL
 
 from proxy.admin import models
-from proxy.config.errors import StartError
-from proxy.config.schema import Config
 from proxy.transfer import results
-from proxy.web.tls import pinned
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
-    from proxy.admin.operations import Operations
-    from proxy.namespaces.composition import Composition
 
 T = TypeVar("T")
 CONNECT = 5.0  # seconds for a connection to the server; how long it works on an answer is its own affair
@@ -213,128 +205,3 @@ def _refusal(url: URL, status: int, content: bytes) -> Failed:
     if status == 401:
         told.error += f"; give it to {url} by --token or ENTREPOT_ADMIN_TOKEN"
     return Failed(told.error, told.code, usage=status == 400)
-
-
-Reached: TypeAlias = "Operations | AdminClient"
-
-
-@asynccontextmanager
-async def reach(
-    config: Config,
-    server: str | None,
-    token: str | None,
-    ca_file: Path | None = None,
-    *,
-    make: bool = False,
-) -> AsyncIterator[Reached]:
-    """Operations of the server at `server`, else of that of `config` if it runs, else on its directory.
-
-    By https it is to show a certificate by one of `ca_file`, else the very one that `config` names for it,
-    else one that this machine trusts.  With `make`, a directory that is not there is made.
-
-    What its methods raise comes out of the block as Failed.
-    """
-    url = _address(server) if server else _configured(config)
-    if url is not None and await _listens(url, must=server is not None):
-        from aiohttp import ClientSession, ClientTimeout, TCPConnector
-
-        timeout = ClientTimeout(total=None, sock_connect=CONNECT)
-        trusted = _trusted(config, server, ca_file) if url.scheme == "https" else True
-        async with ClientSession(timeout=timeout, connector=TCPConnector(ssl=trusted)) as session:
-            yield AdminClient(session, url, token or config.admin_token)
-        return
-    async with _directory(config, url, make) as operations:
-        yield operations
-
-
-def _address(server: str) -> URL:
-    try:
-        url = URL(server if "//" in server else f"http://{server}")
-        if url.host and url.scheme in ("http", "https"):
-            return url
-    except ValueError:
-        pass
-    raise Failed(f"--server {server}: expected an address such as http://127.0.0.1:5001", usage=True)
-
-
-def _configured(config: Config) -> URL | None:
-    if config.admin is None or not config.admin.port:
-        return None
-    host = EVERYWHERE.get(config.admin.host, config.admin.host)
-    scheme = "https" if config.admin_tls() else "http"
-    return URL.build(scheme=scheme, host=host, port=config.admin.port)
-
-
-def _trusted(config: Config, server: str | None, ca_file: Path | None) -> ssl.SSLContext | bool:
-    """Raises Failed."""
-    tls = config.admin_tls()
-    try:
-        if ca_file is not None:
-            return ssl.create_default_context(cafile=ca_file)
-        return True if server or tls is None else pinned(tls.certificate)
-    except StartError as error:
-        raise Failed(str(error), "DENIED") from error
-    except (OSError, ValueError) as error:  # of ssl, for a file without a certificate, as well
-        cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise Failed(f"--ca-file {ca_file}: {cause}", usage=True) from error
-
-
-async def _listens(url: URL, must: bool) -> bool:
-    """Whether somebody does.  Raises Failed if not and somebody must, or if it cannot be told."""
-    try:
-        # Of several addresses of a name it tries each, and tells what became of the last.
-        connection = await asyncio.to_thread(socket.create_connection, (url.host, url.port), CONNECT)
-    except OSError as error:
-        if isinstance(error, ConnectionRefusedError) and not must:
-            return False
-        raise Failed(f"no server at {url}: {error.strerror or 'no answer'}", "UNREACHABLE") from error
-    connection.close()
-    return True
-
-
-@asynccontextmanager
-async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
-    tried = f"nobody listens at {asked}, and " if asked else ""
-    async with composed(config, make, tried) as composition:
-        from proxy.admin.operations import Operations
-        from proxy.admin.peers import ServerProcesses
-        from proxy.admin.processes import state_of
-
-        # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
-        operations = Operations(composition, ServerProcesses(state_of(composition), None))
-        try:
-            yield operations
-        finally:
-            await operations.close()
-
-
-@asynccontextmanager
-async def composed(config: Config, make: bool = False, tried: str = "") -> AsyncIterator[Composition]:
-    """All that stands on the directory, whether a server uses that as well or not.
-
-    With `make`, a directory that is not there is made; else that is said, after what was `tried`.  What is
-    raised within comes out of the block as Failed.
-    """
-    root = config.disk.path
-    try:
-        there = any((root / kind).is_dir() for kind in ("cache", "private"))
-    except OSError as error:
-        raise Failed(f"{root}: {error.strerror}", "DENIED") from error
-    if not there and not make:  # to look for it must not make it
-        raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
-    from proxy.namespaces.composition import Composition
-    from proxy.namespaces.references import FieldInvalid
-    from storage.errors import RegistryError
-
-    try:
-        composition = Composition(config)
-        try:
-            yield composition
-        finally:
-            await composition.close()
-    except FieldInvalid as error:
-        raise Failed(str(error), "FIELD_INVALID", usage=True) from error
-    except RegistryError as error:
-        raise Failed(str(error) or error.code, error.code, usage=error.status == 400) from error
-    except StartError as error:
-        raise Failed(str(error), "UNKNOWN") from error

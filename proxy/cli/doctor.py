@@ -13,9 +13,9 @@ import msgspec
 import structlog
 from yarl import URL
 
+from proxy.cli.console import Column, Table, write
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
-from proxy.console import Column, Table, write
 from proxy.doctor.checks import Check, Diagnosis
 from proxy.setup.site import site_of
 from proxy.telemetry import logs

@@ -17,13 +17,14 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 import msgspec
 
-from proxy import tables
-from proxy.admin.api.client import AdminClient, Failed, Reached
-from proxy.calling import Call, common, read
-from proxy.carrying import take_over
-from proxy.config.quantities import parse_timeout, size
+from proxy.admin.api.client import AdminClient, Failed
+from proxy.cli.console import Column, Progress, Table
+from proxy.cli.context import Call, common, read
+from proxy.cli.copy import take_over
+from proxy.cli.target import Reached
+from proxy.config.quantities import parse_timeout, plural, size
 from proxy.config.values import parse_platform
-from proxy.console import Progress
+from proxy.transfer import results
 
 if TYPE_CHECKING:
     from proxy.namespaces.composition import Composition
@@ -148,7 +149,7 @@ def export(
 
 def _tell(call: Call, bundle: str, done: Exported) -> None:
     with contextlib.redirect_stdout(sys.stderr if bundle == STANDARD else sys.stdout):
-        call.print(done, tables.exported)
+        call.print(done, exported)
 
 
 async def fetch(
@@ -250,14 +251,14 @@ def import_(
             with _ticking(call, str(archive)) as tick:
                 given = Given(name=name, pin=pin, key=verify_key, dry_run=dry_run)
                 done = await BundleImport(composition).import_(archive, given, tick)
-            call.print(done, tables.landed)
+            call.print(done, landed)
 
     async def there(operations: Reached) -> None:
         assert isinstance(operations, AdminClient)
         for archive in archives:
             with _opened(archive) as stream:
                 done = await operations.import_(stream, name, pin, dry_run)
-            call.print(msgspec.structs.replace(done, archive=str(archive)), tables.landed)
+            call.print(msgspec.structs.replace(done, archive=str(archive)), landed)
 
     if call.server is None:
         call.run_here(here, make=True)
@@ -284,3 +285,36 @@ def _opened(archive: Path) -> Iterator[IO[bytes]]:
 
 
 COMMANDS = (export, import_)
+
+
+def exported(found: results.Exported, now: float) -> Sequence[Table]:
+    table = Table((Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("PLATFORMS")))
+    for each in found.references:
+        some = f"{', '.join(each.platforms)} ({plural(len(each.left_out), 'other')} left out)"
+        table.add(each.reference, each.digest, some if each.left_out else "all")
+    for skipped in found.skipped:
+        table.notes.append(f"left out {skipped.reference}: it lacks {', '.join(skipped.lacking)}")
+    spared = f"; {plural(found.spared, 'blob')} left to earlier bundles" if found.spared else ""
+    table.notes.append(
+        f"{found.bundle}: {plural(len(found.references), 'reference')}, {plural(found.referrers, 'referrer')}"
+        f", {plural(found.blobs, 'blob')}, {size(found.bytes)}{', signed' if found.signed else ''}{spared}"
+    )
+    return [table]
+
+
+def landed(found: results.BundleImported, now: float) -> Sequence[Table]:
+    table = Table(
+        (Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("WAS", digests=True))
+    )
+    for each in found.references:
+        sign = f":{each.tag}" if each.tag else f"@{each.digest}"
+        was = "the same" if each.before == each.digest else each.before or ""
+        table.add(f"{each.repository}{sign}", each.digest, was)
+    done = "would bring" if found.dry_run else "brought"
+    table.notes.append(
+        f"{found.archive} {done} {plural(len(found.references), 'reference')}, of"
+        f" {plural(found.manifests, 'manifest')}; taken in: {plural(found.blobs, 'blob')}"
+        f", {size(found.bytes)}"
+        f"{'; its signature is right' if found.verified else ''}"
+    )
+    return [table]

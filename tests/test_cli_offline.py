@@ -13,10 +13,10 @@ import click
 import msgspec
 import pytest
 
-from proxy import preparing
 from proxy.admin import models
+from proxy.cli import offline
 from tests.conftest import Serve
-from tests.test_commands import NAME, Shop, served, shop, stocked
+from tests.test_cli_operations import NAME, Shop, served, shop, stocked
 from tests.upstream import Hold, Upstream
 
 __all__ = ["served", "shop"]  # fixtures
@@ -217,7 +217,7 @@ async def test_nothing_named_is_no_proof(shop: Shop, file: Callable[[str], str])
 async def test_many_references_are_asked_for_page_by_page(
     shop: Shop, file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "PAGE", 2)
+    monkeypatch.setattr(offline, "PAGE", 2)
     path = file("alpine:a\nalpine:b\nalpine:c\nalpine:d\nalpine:e\n")
     told = json.loads((await shop.run("ready", path, "--json")).stdout)
     assert [each["reference"] for each in told] == ["a", "b", "c", "d", "e"]
@@ -298,7 +298,7 @@ async def until_it_is_on(shop: Shop) -> None:
 
 
 def test_every_command_has_the_common_options() -> None:
-    for command in preparing.COMMANDS:
+    for command in offline.COMMANDS:
         names = {each.name for each in command.params if isinstance(each, click.Option)}
         assert {"path", "server", "token", "as_json"} <= names
         assert command.help

@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from proxy import tables
-from proxy.admin.api.client import AdminClient, Failed, Reached
+from proxy.admin.api.client import AdminClient, Failed
 from proxy.admin.image_files import ImageMentions, Unreadable, look
 from proxy.admin.models import Drilling, ReadyRow, WarmRow
-from proxy.calling import Call, common, read
-from proxy.commands import PAUSE, PLATFORMS
+from proxy.cli import tables
+from proxy.cli.console import Column, Progress, Table
+from proxy.cli.context import Call, common, read
+from proxy.cli.operations import PAUSE, PLATFORMS
+from proxy.cli.target import Reached
 from proxy.config.quantities import duration, moment, parse_timeout, plural, size
-from proxy.console import Column, Progress, Table
 from storage.concurrency import for_each
 
 Row = TypeVar("Row", WarmRow, ReadyRow)

@@ -19,11 +19,12 @@ import click
 import msgspec
 import structlog
 
-from proxy.admin.api.client import Failed, Reached, composed, reach
+from proxy.admin.api.client import Failed
+from proxy.cli.console import Table, write
+from proxy.cli.target import Reached, composed, reach
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
-from proxy.console import Table, write
 from proxy.telemetry import logs
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from proxy.admin.api.client import Failed
-from proxy.calling import quiet
+from proxy.cli.console import Progress
+from proxy.cli.context import quiet
 from proxy.config.loader import load
 from proxy.config.quantities import plural, size
 from proxy.config.schema import Config
-from proxy.console import Progress
 from proxy.namespaces.composition import private_store
 from proxy.transfer.results import DamageRow, Migrated
 from storage.concurrency import Cancelled

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from proxy.cli import main
+from proxy.cli.main import main
 from tests.archives import REF_NAME, image, layout, tar
 from tests.conftest import Serve, Site
 from tests.upstream import Upstream

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from proxy import landing
-from proxy.cli import main
+from proxy.cli import migrate
+from proxy.cli.main import main
 from proxy.transfer.copy_job import find_auth_file
 from storage.errors import StorageFailed
 from storage.migration.migration import Migration
@@ -415,8 +415,8 @@ async def test_a_disk_that_fails_ends_it(made: Layout, config: Path, monkeypatch
 
 async def test_progress_of_an_import(made: Layout, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made.image("a", "1")
-    monkeypatch.setattr(landing, "LOOK", 0)
-    original, run, seen = landing._show, Migration.run, threading.Event()
+    monkeypatch.setattr(migrate, "LOOK", 0)
+    original, run, seen = migrate._show, Migration.run, threading.Event()
 
     def show(intake: Migration, *rest: Any) -> None:
         original(intake, *rest)
@@ -427,7 +427,7 @@ async def test_progress_of_an_import(made: Layout, config: Path, monkeypatch: py
         assert seen.wait(30)
         run(self, *arguments)
 
-    monkeypatch.setattr(landing, "_show", show)
+    monkeypatch.setattr(migrate, "_show", show)
     monkeypatch.setattr(Migration, "run", hold)
     result = await take(made, config)
     assert result.stderr.splitlines()[0] == "repositories: a: 0 manifests, 0 blobs, 0 B"

@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from proxy.admin.api.client import Failed
-from proxy.calling import Call, lone, quiet, read
+from proxy.cli.console import Column, Progress, Table
+from proxy.cli.context import Call, lone, quiet, read
 from proxy.config.quantities import plural, size
 from proxy.config.values import parse_count, parse_platform
-from proxy.console import Column, Progress, Table
 from proxy.transfer import results
 from storage.oci import Digest
 
@@ -113,9 +113,9 @@ def take_over(call: Call, directory: Path, namespace: str | None, match: str, dr
     """What another registry holds on this machine's disk: `import --from-registry-dir`."""
 
     async def work() -> None:
-        from proxy import landing
+        from proxy.cli import migrate
 
-        found = await landing.take_over(
+        found = await migrate.take_over(
             call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json
         )
         call.print(found, imported)

@@ -19,10 +19,10 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from proxy import commands
 from proxy.admin import models
-from proxy.admin.api.client import reach
-from proxy.cli import main
+from proxy.cli import operations
+from proxy.cli.main import main
+from proxy.cli.target import reach
 from proxy.config.loader import load
 from tests.authority import Authority
 from tests.conftest import Clock, Serve, Site
@@ -136,7 +136,7 @@ async def test_ls_takes_a_pattern(shop: Shop) -> None:
 
 
 async def test_ls_gets_all_pages(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "PAGE", 1)
+    monkeypatch.setattr(operations, "PAGE", 1)
     found = await shop.told("ls", "--tags", "*@*")
     assert {each["digest"] for each in found["images"]} == {shop.index.digest, shop.image.digest}
     assert found["next"] is None
@@ -207,9 +207,9 @@ async def test_fills_tell_how_far(served: Shop, capsys: pytest.CaptureFixture[st
         yield
 
     async with reach(load(served.config), str(served.site.app.admin_url), None) as there:
-        await commands.follow(there, False, looks())
+        await operations.follow(there, False, looks())
         assert capsys.readouterr().out.startswith(f"{NAME}@{digest}: ")
-        await commands.follow(there, True, one())
+        await operations.follow(there, True, one())
         assert capsys.readouterr().out == "[]\n"
 
 
@@ -242,7 +242,7 @@ async def test_purge_by_a_glob_asks_first(shop: Shop) -> None:
 
 
 async def test_purge_asks_on_a_terminal(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "asks", lambda: True)
+    monkeypatch.setattr(operations, "asks", lambda: True)
     assert "nothing was purged" in await shop.fails("purge", "*alpine*", input="n\n")
     assert len(await shop.lines("ls")) == 2
     result = await shop.run("purge", "*alpine*", input="y\n")
@@ -292,7 +292,7 @@ async def test_evict(shop: Shop) -> None:
 
 
 async def test_scrub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "PAUSE", 0.01)
+    monkeypatch.setattr(operations, "PAUSE", 0.01)
     lines = await shop.lines("scrub", "--wait")
     assert lines[0].startswith("PASS")
     found = msgspec.convert(await shop.told("scrub", "--wait"), models.Scrubbing)
@@ -302,7 +302,7 @@ async def test_scrub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.errors("blob.damaged", "scrub.damaged")
 async def test_scrub_tells_of_damage(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "PAUSE", 0.01)
+    monkeypatch.setattr(operations, "PAUSE", 0.01)
     algorithm, encoded = shop.image.layers[0].split(":")
     path = shop.site.directory / "cache" / "blobs" / algorithm / encoded[:2] / encoded
     path.chmod(0o600)
@@ -466,16 +466,15 @@ async def test_where_there_is_nothing_nothing_is_made(tmp_path: Path) -> None:
 
 
 def test_every_command_has_the_common_options() -> None:
-    for command in commands.COMMANDS:
+    for command in operations.COMMANDS:
         names = {each.name for each in command.params if isinstance(each, click.Option)}
         assert {"path", "server", "token", "ca_file", "as_json"} <= names
         assert command.help
 
 
 def test_who_serves_loads_nothing_that_is_large() -> None:
-    program = (
-        "import sys, proxy.cli; print({'aiohttp', 'diskcache', 'proxy.admin.operations'} & set(sys.modules))"
-    )
+    large = {"aiohttp", "diskcache", "proxy.admin.operations"}
+    program = f"import sys, proxy.cli.main; print({large} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

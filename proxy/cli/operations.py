@@ -21,12 +21,13 @@ from typing import Any
 import click
 import msgspec
 
-from proxy import tables
-from proxy.admin.api.client import AdminClient, Failed, Reached
-from proxy.calling import Call, common, read
+from proxy.admin.api.client import AdminClient, Failed
+from proxy.cli import tables
+from proxy.cli.console import Progress, write
+from proxy.cli.context import Call, common, read
+from proxy.cli.target import Reached
 from proxy.config.quantities import parse_size, parse_timeout
 from proxy.config.values import parse_platform
-from proxy.console import Progress, write
 
 PAUSE = 1.0  # seconds between two looks at what goes on
 PAGE = 1000  # images that are asked for at once: as many as the API gives

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from proxy.admin import models
+from proxy.cli.console import Column, Progress, Table
 from proxy.config.quantities import duration, moment, plural, share, size
-from proxy.console import Column, Progress, Table
-from proxy.transfer import results
 
 _REFERENCE = Column("REFERENCE", whole=True)
 _HELD = Column("HELD", right=True)
@@ -328,39 +327,6 @@ def scrubbed(found: models.Scrubbing, now: float) -> Sequence[Table]:
             )
     if found.error is not None:
         table.notes.append(f"the pass that was asked for ended: {found.error}")
-    return [table]
-
-
-def exported(found: results.Exported, now: float) -> Sequence[Table]:
-    table = Table((Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("PLATFORMS")))
-    for each in found.references:
-        some = f"{', '.join(each.platforms)} ({plural(len(each.left_out), 'other')} left out)"
-        table.add(each.reference, each.digest, some if each.left_out else "all")
-    for skipped in found.skipped:
-        table.notes.append(f"left out {skipped.reference}: it lacks {', '.join(skipped.lacking)}")
-    spared = f"; {plural(found.spared, 'blob')} left to earlier bundles" if found.spared else ""
-    table.notes.append(
-        f"{found.bundle}: {plural(len(found.references), 'reference')}, {plural(found.referrers, 'referrer')}"
-        f", {plural(found.blobs, 'blob')}, {size(found.bytes)}{', signed' if found.signed else ''}{spared}"
-    )
-    return [table]
-
-
-def landed(found: results.BundleImported, now: float) -> Sequence[Table]:
-    table = Table(
-        (Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("WAS", digests=True))
-    )
-    for each in found.references:
-        sign = f":{each.tag}" if each.tag else f"@{each.digest}"
-        was = "the same" if each.before == each.digest else each.before or ""
-        table.add(f"{each.repository}{sign}", each.digest, was)
-    done = "would bring" if found.dry_run else "brought"
-    table.notes.append(
-        f"{found.archive} {done} {plural(len(found.references), 'reference')}, of"
-        f" {plural(found.manifests, 'manifest')}; taken in: {plural(found.blobs, 'blob')}"
-        f", {size(found.bytes)}"
-        f"{'; its signature is right' if found.verified else ''}"
-    )
     return [table]
 
 

@@ -15,9 +15,9 @@ import click
 import structlog
 from yarl import URL
 
-from proxy import bundling, carrying, commands, preparing
-from proxy.cli_doctor import doctor
-from proxy.cli_setup import setup
+from proxy.cli import bundles, copy, offline, operations
+from proxy.cli.doctor import doctor
+from proxy.cli.setup import setup
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.loader import load
 from proxy.config.schema import Config
@@ -44,10 +44,10 @@ def main() -> None:
 
 
 for each in (
-    *commands.COMMANDS,
-    *preparing.COMMANDS,
-    *carrying.COMMANDS,
-    *bundling.COMMANDS,
+    *operations.COMMANDS,
+    *offline.COMMANDS,
+    *copy.COMMANDS,
+    *bundles.COMMANDS,
     setup,
     doctor,
 ):

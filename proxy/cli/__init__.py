@@ -1,0 +1,1 @@
+"""The commands.  Reads arguments, calls one of the packages above, prints."""

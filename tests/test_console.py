@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from proxy.cli.console import Column, Progress, Table, clean, plain, short, write
+from proxy.cli.console import Column, Progress, Table, clean, plain, shortened_digest, write
 from proxy.config.quantities import duration, moment, plural, share, size
 
 DIGEST = "sha256:" + "ab" * 32
@@ -103,8 +103,8 @@ def test_small_words() -> None:
     assert share(0.957) == "95.7%"
     assert plural(1, "blob") == "1 blob"
     assert plural(2, "repository", "repositories") == "2 repositories"
-    assert short(f"└─ {DIGEST}") == "└─ sha256:abababababab"
-    assert short("alpine:3") == "alpine:3"
+    assert shortened_digest(f"└─ {DIGEST}") == "└─ sha256:abababababab"
+    assert shortened_digest("alpine:3") == "alpine:3"
     assert clean("a\nb") == "a\N{REPLACEMENT CHARACTER}b"
 
 

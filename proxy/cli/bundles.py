@@ -19,7 +19,7 @@ import msgspec
 
 from proxy.admin.api.client import AdminClient, Failed
 from proxy.cli.console import Column, Progress, Table
-from proxy.cli.context import Call, common, read
+from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.copy import take_over
 from proxy.cli.target import Reached
 from proxy.config.quantities import parse_timeout, plural, size
@@ -49,7 +49,7 @@ def _listed(path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _ticking(call: Call, what: str) -> Iterator[Tick]:
+def _ticking(call: CommandContext, what: str) -> Iterator[Tick]:
     """Shows how far it is; threads may call it."""
     with closing(Progress(sys.stderr)) as progress:
 
@@ -69,14 +69,14 @@ _FILE = click.Path(path_type=Path)
 @click.option("--list", "lists", type=_FILE, multiple=True, metavar="FILE", help="Names, one a line.")
 @click.option(
     "--used-within",
-    callback=read(_duration),
+    callback=option_type(_duration),
     metavar="DURATION",
     help="Of the names, or of all, only what was pulled in this time.",
 )
 @click.option(
     "--platform",
     "platforms",
-    callback=read(parse_platform),
+    callback=option_type(parse_platform),
     multiple=True,
     metavar="OS/ARCH",
     help="Only this of an index; may be repeated. Else all that is here.",
@@ -93,7 +93,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--sign-key", type=_FILE, metavar="FILE", help="Sign it: a private Ed25519 key in PEM.")
 @common
 def export(
-    call: Call,
+    call: CommandContext,
     bundle: str,
     names: tuple[str, ...],
     lists: tuple[Path, ...],
@@ -147,7 +147,7 @@ def export(
         call.run(there)
 
 
-def _tell(call: Call, bundle: str, done: Exported) -> None:
+def _tell(call: CommandContext, bundle: str, done: Exported) -> None:
     with contextlib.redirect_stdout(sys.stderr if bundle == STANDARD else sys.stdout):
         call.print(done, exported)
 
@@ -216,7 +216,7 @@ def _sink(bundle: str) -> Iterator[Sink]:
 @click.option("--dry-run", is_flag=True, help="Say what would come in; blobs are not read.")
 @common
 def import_(
-    call: Call,
+    call: CommandContext,
     archives: tuple[Path, ...],
     name: str | None,
     pin: bool,

@@ -103,7 +103,7 @@ def _draw(console: Console, table: Table) -> None:
     for row in table.rows:
         cells = zip(row, table.columns, strict=True)
         # As Text, since in a str rich would look for markup.
-        drawn.add_row(*(Text(short(cell) if column.digests else cell) for cell, column in cells))
+        drawn.add_row(*(Text(shortened_digest(cell) if column.digests else cell) for cell, column in cells))
     console.print(drawn)
 
 
@@ -128,7 +128,7 @@ class Progress:
                 self._bars = _bars(self._console)
                 self._bars.start()
             if part not in self._tasks:
-                self._tasks[part] = self._bars.add_task(clean(short(part)), total=known, text="")
+                self._tasks[part] = self._bars.add_task(clean(shortened_digest(part)), total=known, text="")
             self._bars.update(self._tasks[part], completed=done, total=known, text=clean(text))
             return
         # A line for each tenth, or each doubling: neither silence nor a flood.
@@ -177,7 +177,7 @@ def clean(text: str) -> str:
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
-def short(text: str) -> str:
+def shortened_digest(text: str) -> str:
     """Of a digest the beginning, after what may stand before it in its cell; other text as it is."""
     before, colon, encoded = text.rpartition(":")
     return f"{before}:{encoded[:SHORT]}" if colon and len(encoded) >= 32 else text

@@ -36,7 +36,7 @@ View: TypeAlias = "Callable[[Any, float], Sequence[Table]]"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CommandContext:
     """How a command was called: what is common to all of them."""
 
     path: Path | None = None
@@ -147,12 +147,12 @@ def quiet(format: str = "auto", level: str = "warning") -> None:
         logs.configure(format, level)
 
 
-def common(function: Callable[Concatenate[Call, P], None]) -> Callable[..., None]:
+def common(function: Callable[Concatenate[CommandContext, P], None]) -> Callable[..., None]:
     """The options that every command has that asks a server, as its first argument."""
     return _taking(function, *_OPTIONS)
 
 
-def lone(function: Callable[..., None]) -> Callable[..., None]:
+def without_server(function: Callable[..., None]) -> Callable[..., None]:
     """Those of a command that needs neither a server nor its directory."""
     return _taking(function, "as_json")
 
@@ -160,7 +160,7 @@ def lone(function: Callable[..., None]) -> Callable[..., None]:
 def _taking(function: Callable[..., None], *names: str) -> Callable[..., None]:
     def called(*rest: Any, **more: Any) -> None:
         given = {name: more.pop(name) for name in names}
-        function(Call(json=given.pop("as_json"), **given), *rest, **more)
+        function(CommandContext(json=given.pop("as_json"), **given), *rest, **more)
 
     called.__doc__ = function.__doc__
     called.__name__ = function.__name__
@@ -170,7 +170,7 @@ def _taking(function: Callable[..., None], *names: str) -> Callable[..., None]:
     return decorated
 
 
-def read(parse: Callable[[object], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+def option_type(parse: Callable[[object], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """What the configuration reads in the same way."""
 
     def callback(context: click.Context, parameter: click.Parameter, given: Any) -> Any:

@@ -15,7 +15,7 @@ import click
 
 from proxy.admin.api.client import Failed
 from proxy.cli.console import Column, Progress, Table
-from proxy.cli.context import Call, lone, quiet, read
+from proxy.cli.context import CommandContext, option_type, quiet, without_server
 from proxy.config.quantities import plural, size
 from proxy.config.values import parse_count, parse_platform
 from proxy.transfer import results
@@ -55,7 +55,7 @@ def _end(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 @click.option(
     "--platform",
     "platforms",
-    callback=read(parse_platform),
+    callback=option_type(parse_platform),
     multiple=True,
     metavar="OS/ARCH",
     help="Of an index only this image, under the index's tag. Several: the index, with only these.",
@@ -63,7 +63,11 @@ def _end(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 @click.option("--no-referrers", is_flag=True, help="Without signatures and whatever else refers to it.")
 @click.option("--dry-run", is_flag=True, help="Say what would be copied, and let it be.")
 @click.option(
-    "--transfers", default=4, show_default=True, callback=read(parse_count), help="Blobs under way at once."
+    "--transfers",
+    default=4,
+    show_default=True,
+    callback=option_type(parse_count),
+    help="Blobs under way at once.",
 )
 @click.option(
     "--auth-file",
@@ -73,8 +77,8 @@ def _end(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 )
 @_end("destination")
 @_end("source")
-@lone
-def copy(call: Call, sources: tuple[str, ...], destination: str, **options: Any) -> None:
+@without_server
+def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **options: Any) -> None:
     """Copy images from one registry to another, only what is missing there.
 
     SOURCE is REGISTRY/REPOSITORY:TAG, or a glob such as REGISTRY/REPOSITORY:* or REGISTRY/TEAM/*:1.*. For
@@ -109,13 +113,15 @@ def copy(call: Call, sources: tuple[str, ...], destination: str, **options: Any)
     call.alone(work)
 
 
-def take_over(call: Call, directory: Path, namespace: str | None, match: str, dry_run: bool) -> None:
+def take_over(
+    call: CommandContext, directory: Path, namespace: str | None, match: str, dry_run: bool
+) -> None:
     """What another registry holds on this machine's disk: `import --from-registry-dir`."""
 
     async def work() -> None:
         from proxy.cli import migrate
 
-        found = await migrate.take_over(
+        found = await migrate.migrate(
             call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json
         )
         call.print(found, imported)

@@ -29,7 +29,7 @@ from storage.store import Store
 LOOK = 0.5  # seconds between two looks at how far it is
 
 
-async def take_over(
+async def migrate(
     path: Path | None, directory: Path, namespace: str | None, match: str, *, dry_run: bool, quietly: bool
 ) -> Migrated:
     """Of a directory of Distribution the repositories that `match`.  Raises Failed, ConfigError."""

@@ -20,7 +20,7 @@ from proxy.admin.image_files import ImageMentions, Unreadable, look
 from proxy.admin.models import Drilling, ReadyRow, WarmRow
 from proxy.cli import tables
 from proxy.cli.console import Column, Progress, Table
-from proxy.cli.context import Call, common, read
+from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.operations import PAUSE, PLATFORMS
 from proxy.cli.target import Reached
 from proxy.config.quantities import duration, moment, parse_timeout, plural, size
@@ -70,7 +70,7 @@ def _look(files: Sequence[str], registries: Sequence[str], *, plain: bool = Fals
 @_REGISTRY
 @common
 def warm(
-    call: Call,
+    call: CommandContext,
     references: tuple[str, ...],
     lists: tuple[str, ...],
     files: tuple[str, ...],
@@ -98,7 +98,7 @@ def warm(
 
 
 async def _warm(
-    call: Call,
+    call: CommandContext,
     operations: Reached,
     wanted: Sequence[str],
     platforms: Sequence[str],
@@ -188,7 +188,7 @@ def _name(row: WarmRow | ReadyRow) -> str:
 @_REGISTRY
 @common
 def ready(
-    call: Call,
+    call: CommandContext,
     files: tuple[str, ...],
     platforms: tuple[str, ...],
     no_referrers: bool,
@@ -280,10 +280,10 @@ def _time(given: object) -> float:
 
 
 @click.command()
-@click.argument("time", callback=read(_time), metavar="DURATION")
+@click.argument("time", callback=option_type(_time), metavar="DURATION")
 @click.option("--namespace", "namespaces", multiple=True, help="Cut off only this; may be repeated.")
 @common
-def drill(call: Call, time: float, namespaces: tuple[str, ...]) -> None:
+def drill(call: CommandContext, time: float, namespaces: tuple[str, ...]) -> None:
     """Cut a running server off from upstreams for DURATION, and tell which requests failed for it.
 
     Ctrl-C ends it early; if this command dies, it ends in its time. The exit status is 0 if nothing failed.

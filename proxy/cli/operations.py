@@ -24,7 +24,7 @@ import msgspec
 from proxy.admin.api.client import AdminClient, Failed
 from proxy.cli import tables
 from proxy.cli.console import Progress, write
-from proxy.cli.context import Call, common, read
+from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.target import Reached
 from proxy.config.quantities import parse_size, parse_timeout
 from proxy.config.values import parse_platform
@@ -42,7 +42,7 @@ def _period(given: object) -> object:
 PLATFORMS = click.option(
     "--platform",
     "platforms",
-    callback=read(parse_platform),
+    callback=option_type(parse_platform),
     multiple=True,
     metavar="OS/ARCH",
     help="Only this of an index; may be repeated.",
@@ -54,7 +54,7 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would go, and 
 @click.argument("pattern", default="*")
 @click.option("--tags", is_flag=True, help="List the tags, with what is held of each.")
 @common
-def ls(call: Call, pattern: str, tags: bool) -> None:
+def ls(call: CommandContext, pattern: str, tags: bool) -> None:
     """List what is cached: repositories that match PATTERN, a glob, or their tags."""
 
     async def question(operations: Reached) -> Any:
@@ -70,7 +70,7 @@ def ls(call: Call, pattern: str, tags: bool) -> None:
 @click.command()
 @click.argument("reference", metavar="REF")
 @common
-def show(call: Call, reference: str) -> None:
+def show(call: CommandContext, reference: str) -> None:
     """Show what REF consists of, and what of that is here."""
     call.ask(lambda operations: operations.show(reference), tables.shown)
 
@@ -80,12 +80,12 @@ def show(call: Call, reference: str) -> None:
     "--period",
     default="24h",
     metavar="DURATION",
-    callback=read(_period),
+    callback=option_type(_period),
     show_default=True,
     help="Until now.",
 )
 @common
-def stats(call: Call, period: str) -> None:
+def stats(call: CommandContext, period: str) -> None:
     """Tell how much the cache has saved."""
     call.ask(lambda operations: operations.stats(period), tables.counted)
 
@@ -93,7 +93,7 @@ def stats(call: Call, period: str) -> None:
 @click.command()
 @click.option("--watch", is_flag=True, help="Go on looking, until Ctrl-C.")
 @common
-def fills(call: Call, watch: bool) -> None:
+def fills(call: CommandContext, watch: bool) -> None:
     """List the transfers that go on: how far, how fast, for how many."""
 
     async def work(operations: Reached) -> None:
@@ -132,7 +132,7 @@ async def follow(operations: Reached, as_json: bool, looks: AsyncIterator[None])
 @click.option("--yes", is_flag=True, help="Do not ask before purging by a glob.")
 @click.option("--force", is_flag=True, help="Also what is pinned, and do not ask.")
 @common
-def purge(call: Call, pattern: str, dry_run: bool, yes: bool, force: bool) -> None:
+def purge(call: CommandContext, pattern: str, dry_run: bool, yes: bool, force: bool) -> None:
     """Remove REF, or all that matches GLOB, and what then is named by nothing any more.
 
     A pull of it fetches it anew. A name without tag and digest is all of that repository.
@@ -168,7 +168,7 @@ async def _confirm(operations: Reached, pattern: str) -> None:
 @click.argument("reference", metavar="REF")
 @PLATFORMS
 @common
-def refresh(call: Call, reference: str, platforms: tuple[str, ...]) -> None:
+def refresh(call: CommandContext, reference: str, platforms: tuple[str, ...]) -> None:
     """Ask upstream what REF is now, and fetch all of it that is not here."""
 
     async def work(operations: Reached) -> None:
@@ -186,13 +186,13 @@ def refresh(call: Call, reference: str, platforms: tuple[str, ...]) -> None:
 @click.argument("pattern")
 @click.option(
     "--keep-fresh",
-    callback=read(parse_timeout),
+    callback=option_type(parse_timeout),
     metavar="DURATION",
     help="Ask upstream so often, and fetch what is new.",
 )
 @PLATFORMS
 @common
-def pin(call: Call, pattern: str, keep_fresh: float | None, platforms: tuple[str, ...]) -> None:
+def pin(call: CommandContext, pattern: str, keep_fresh: float | None, platforms: tuple[str, ...]) -> None:
     """Keep what matches PATTERN, a glob over namespace/repository:tag, whatever its age."""
     call.ask(lambda operations: operations.pin(pattern, keep_fresh, platforms), tables.pinned)
 
@@ -200,25 +200,28 @@ def pin(call: Call, pattern: str, keep_fresh: float | None, platforms: tuple[str
 @click.command()
 @click.argument("pattern")
 @common
-def unpin(call: Call, pattern: str) -> None:
+def unpin(call: CommandContext, pattern: str) -> None:
     """Take back a pin, given as it is listed by `pins`."""
     call.ask(lambda operations: operations.unpin(pattern), tables.unpinned)
 
 
 @click.command()
 @common
-def pins(call: Call) -> None:
+def pins(call: CommandContext) -> None:
     """List the pins, of the configuration and by command, and what they hold."""
     call.ask(lambda operations: operations.pins(), tables.pinned)
 
 
 @click.command()
 @click.option(
-    "--to", callback=read(parse_size), metavar="SIZE", help="So much is to be left; else the limits decide."
+    "--to",
+    callback=option_type(parse_size),
+    metavar="SIZE",
+    help="So much is to be left; else the limits decide.",
 )
 @_DRY_RUN
 @common
-def evict(call: Call, to: int | None, dry_run: bool) -> None:
+def evict(call: CommandContext, to: int | None, dry_run: bool) -> None:
     """Make room: what was not used for its time goes, then the least recently used."""
     call.ask(lambda operations: operations.evict(to, dry_run=dry_run), tables.evicted)
 
@@ -226,7 +229,7 @@ def evict(call: Call, to: int | None, dry_run: bool) -> None:
 @click.command()
 @click.option("--wait", is_flag=True, help="Until it is done; without a server that is always so.")
 @common
-def scrub(call: Call, wait: bool) -> None:
+def scrub(call: CommandContext, wait: bool) -> None:
     """Have everything read, and compared with its digest.
 
     With --wait the exit status is 1 if anything was damaged.
@@ -253,7 +256,7 @@ def scrub(call: Call, wait: bool) -> None:
 
 @click.command()
 @common
-def webhooks(call: Call) -> None:
+def webhooks(call: CommandContext) -> None:
     """List the webhooks, with what they have not been told of yet, and how deliveries go."""
     call.ask(lambda operations: operations.webhooks(), tables.webhooks)
 
@@ -262,7 +265,7 @@ def webhooks(call: Call) -> None:
 @_DRY_RUN
 @click.option("--last", is_flag=True, help="Tell what the last collection came to; begin none.")
 @common
-def collect(call: Call, dry_run: bool, last: bool) -> None:
+def collect(call: CommandContext, dry_run: bool, last: bool) -> None:
     """Remove what was pushed and nothing reaches any more, and what the rules let go of.
 
     Pushes may go on meanwhile. The exit status is 1 if anything was left as it is since records are damaged.
@@ -280,7 +283,7 @@ def collect(call: Call, dry_run: bool, last: bool) -> None:
 @click.command()
 @click.argument("reference", metavar="REF")
 @common
-def why(call: Call, reference: str) -> None:
+def why(call: CommandContext, reference: str) -> None:
     """Tell what a pull of REF would do now, and by which rules; without doing it."""
     call.ask(lambda operations: operations.why(reference), tables.explained)
 

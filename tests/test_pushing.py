@@ -346,6 +346,14 @@ async def test_a_mount_from_wherever_it_is(client: Client) -> None:
         f"mount={DIGEST}&from=Not%20A%20Name",
         "mount=nonsense&from=local/team/other",
     ],
+    ids=[
+        "from where it is not",
+        "from anywhere",
+        "from upstream",
+        "from nowhere",
+        "from no name",
+        "no digest",
+    ],
 )
 async def test_what_cannot_be_mounted_is_uploaded(client: Client, query: str) -> None:
     answer = await client.ask("POST", f"{UPLOADS}?{query}")

@@ -675,6 +675,7 @@ async def pushed(
         return response.status, response.headers.get("Location", "")
 
 
+@pytest.mark.clients
 async def test_any_worker_goes_on_with_an_upload(place: Place) -> None:  # noqa: F811
     place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
@@ -695,6 +696,7 @@ async def test_any_worker_goes_on_with_an_upload(place: Place) -> None:  # noqa:
     await server.stop()
 
 
+@pytest.mark.clients
 async def test_workers_push_one_tag_at_once(place: Place) -> None:  # noqa: F811
     """Whichever is last, tag and manifest belong together."""
     place.tree |= {"access": OPEN}

@@ -20,6 +20,8 @@ from proxy.listening import StartError
 from proxy.loading import ConfigError
 from proxy.workers import Parent
 
+pytestmark = pytest.mark.clients
+
 # A worker that writes one line a life, and answers every connection with its configuration's log level.
 WORKER = """
 import asyncio, os, signal, sys

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -226,13 +227,15 @@ class Server:
 
 
 class Place:
-    """A directory and a configuration; servers are started on it one after the other."""
+    """A directory and a configuration; servers are started on it one after the other.
 
-    def __init__(self, home: Path, upstream: Upstream) -> None:
+    `temporary` is where they keep their sockets: a short path, for a socket's holds 107 bytes.
+    """
+
+    def __init__(self, home: Path, temporary: Path, upstream: Upstream) -> None:
         self.home = home
         self.directory = home / "disk"
-        self.temporary = home / "temporary"
-        self.temporary.mkdir()
+        self.temporary = temporary
         self.servers: list[Server] = []
         self.environment: dict[str, str] = {}  # besides the usual
         self.namespace: dict[str, Any] = {"upstream": {"url": upstream.url, "progress_timeout": "60s"}}
@@ -273,10 +276,11 @@ class Place:
 @pytest.fixture
 async def place(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream) -> AsyncIterator[Place]:
     """Its servers may say no error but those that the test is marked with."""
-    place = Place(tmp_path, upstream)
-    yield place
-    for server in place.servers:
-        await server.clear()
+    with tempfile.TemporaryDirectory(prefix="entrepot-") as temporary:
+        place = Place(tmp_path, Path(temporary), upstream)
+        yield place
+        for server in place.servers:
+            await server.clear()
     marker = request.node.get_closest_marker("errors")
     for server in place.servers:
         assert not server.noise, "".join(server.noise)

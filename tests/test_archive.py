@@ -116,6 +116,10 @@ def test_links_in_a_directory_lead_nowhere(tmp_path: Path) -> None:
         (gzip.compress(archives.tar(FILES))[:100] + b"x" * 100, "is damaged or truncated"),
         (archives.tar(FILES)[:2000], "it was truncated"),
     ],
+    ids=[
+        *("nothing", "no tar", "zstd", "xz", "bzip2", "gzip of no tar", "gzip twice"),
+        *("gzip without its end", "gzip with other bytes", "tar without its end"),
+    ],
 )
 def test_what_is_no_archive(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "images"

@@ -396,6 +396,10 @@ def test_a_signature_is_verified_once(
         (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----", "its CERTIFICATE cannot be read"),
         (pem(x25519.X25519PrivateKey.generate()), "its PUBLIC KEY cannot be read"),
     ],
+    ids=[
+        *("nothing", "no JSON", "no key type", "no key", "a number", "no list", "a shared secret"),
+        *("a private JWK", "a private PEM", "half a JWK", "no PEM key", "no PEM certificate", "X25519"),
+    ],
 )
 def test_bad_keys(path: Path, content: bytes, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):

@@ -27,6 +27,8 @@ from storage.oci import Digest, Tag
 from tests.archives import REF_NAME, image, layout, tar
 from tests.conftest import configuration
 
+pytestmark = pytest.mark.clients
+
 NAME = "docker.io/library/alpine"
 LAYERS = [os.urandom(16 << 20), os.urandom(3 << 20)]
 MADE = image(*LAYERS)

@@ -24,6 +24,8 @@ from tests.authority import Authority
 from tests.upstream import Hold, Image, Upstream
 from tests.wire import connect
 
+pytestmark = pytest.mark.clients
+
 COMMAND = (sys.executable, "-m", "proxy")
 PATIENCE = 30.0  # seconds; only a process that hangs takes them
 END = "all there is to it, and other clients: entrepot setup --help"

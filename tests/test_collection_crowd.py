@@ -336,6 +336,7 @@ async def told(process: asyncio.subprocess.Process) -> Any:
     return json.loads(out)
 
 
+@pytest.mark.clients
 async def test_pushes_of_several_processes_against_collection(place: Place) -> None:
     # So short that what was let go of is collected meanwhile; most pushes take less.
     root, grace = place.files.root, 0.05
@@ -370,6 +371,7 @@ async def test_pushes_of_several_processes_against_collection(place: Place) -> N
         "before a file is removed",
     ],
 )
+@pytest.mark.clients
 async def test_a_collection_that_is_killed_loses_nothing(place: Place, step: str) -> None:
     layers = [await place.blob(b"kept"), await place.blob(b"shared")]
     await place.image("v1", *layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
@@ -44,6 +44,9 @@ from tests.contract import PullContract, PushContract, Subject, call, manifest, 
 PUSH = frozenset(
     ("start_upload", "resume_upload", "mount_blob", "push_manifest", "delete_blob", "delete_manifest")
 )
+
+
+WORKERS = {"one worker": 1, "three workers": 3}  # of servers in processes of their own
 
 
 class FakeContent:
@@ -110,10 +113,9 @@ def running(directory: Path, workers: int) -> Iterator[Running]:
     }
     (directory / "entrepot.yml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "proxy", "serve", "--config", str(directory / "entrepot.yml")]
-    with (
-        (directory / "log").open("w") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
-    ):
+    with (directory / "log").open("w") as log:  # the server's, which must not be ours once a test has begun
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    with process:
         try:
             assert process.stdout is not None
             found = re.search(r"listening on (\S+)", process.stdout.readline())
@@ -130,7 +132,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, R
     with ExitStack() as stack:
         yield {
             name: stack.enter_context(running(directory / str(workers), workers))
-            for name, workers in (("one worker", 1), ("three workers", 3))
+            for name, workers in WORKERS.items()
         }
 
 
@@ -138,13 +140,14 @@ class Builder:
     """Builds registries, and takes them down again in the opposite order."""
 
     def __init__(
-        self, directory: Path, clock: Clock, servers: Mapping[str, Running], stack: AsyncExitStack
+        self, directory: Path, clock: Clock, server: Callable[[str], Running], stack: AsyncExitStack
     ) -> None:
-        self._directory, self._clock, self._servers, self._stack = directory, clock, servers, stack
+        self._directory, self._clock, self._server, self._stack = directory, clock, server, stack
 
     async def build(self, kind: str) -> Subject:
         outer, _, inner = kind.partition(" -> ")
-        if (server := self._servers.get(kind)) is not None:
+        if kind in WORKERS:
+            server = self._server(kind)
             store = server.store()
             self._stack.push_async_callback(store.close)
             content = StoreContent(store, "local/")
@@ -213,14 +216,22 @@ class Builder:
 
 
 @pytest.fixture
-async def builder(tmp_path: Path, clock: Clock, servers: Mapping[str, Running]) -> AsyncIterator[Builder]:
+async def builder(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Builder]:
+    def server(kind: str) -> Running:
+        """Started when the first test asks for it."""
+        found: Running = request.getfixturevalue("servers")[kind]
+        return found
+
     async with AsyncExitStack() as stack:
-        yield Builder(tmp_path, clock, servers, stack)
+        yield Builder(tmp_path, clock, server, stack)
 
 
 @pytest.fixture
 async def subject(request: pytest.FixtureRequest, builder: Builder) -> Subject:
     return await builder.build(request.param)
+
+
+SERVERS = [pytest.param(each, marks=pytest.mark.clients) for each in WORKERS]
 
 
 @pytest.mark.parametrize(
@@ -235,8 +246,7 @@ async def subject(request: pytest.FixtureRequest, builder: Builder) -> Subject:
         "namespaces -> store",
         "hosted",
         "cache -> server -> hosted",
-        "one worker",
-        "three workers",
+        *SERVERS,
     ],
     indirect=True,
 )
@@ -253,8 +263,7 @@ class TestPull(PullContract):
         "upstream -> fake",
         "server -> store",
         "server -> hosted",
-        "one worker",
-        "three workers",
+        *SERVERS,
     ],
     indirect=True,
 )

@@ -23,6 +23,8 @@ from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
 from tests.upstream import Hold, Upstream
 
+pytestmark = pytest.mark.clients
+
 REPOSITORY = "library/alpine"
 LAYER = os.urandom(4 << 20)
 

@@ -16,6 +16,8 @@ from tests.wire import Wire, connect
 
 __all__ = ["place"]  # the fixture
 
+pytestmark = pytest.mark.clients
+
 READERS = 1000
 BUFFER = 4 << 10  # bytes that a reader takes without reading
 BOUND = 150 << 20  # bytes of memory

@@ -287,6 +287,7 @@ async def test_a_server_starts_on_a_full_disk(disk: Path, serve: Serve, upstream
     assert await ready(site) == {"status": "ready"}
 
 
+@pytest.mark.clients
 @pytest.mark.errors("disk.failed")
 async def test_files_that_may_not_grow(place: Place, upstream: Upstream) -> None:
     """RLIMIT_FSIZE on a running server, lifted later."""

@@ -275,6 +275,7 @@ def missed(found: dict[str, Any]) -> dict[str, int]:
     return {each["reference"]: each["count"] for each in found["missed"]}
 
 
+@pytest.mark.clients
 async def test_all_workers_are_cut_off_and_tell(place: Place, upstream: Upstream) -> None:
     upstream.image("library/app", "1")
     server = await place.start()
@@ -298,6 +299,7 @@ async def test_all_workers_are_cut_off_and_tell(place: Place, upstream: Upstream
     await server.stop()
 
 
+@pytest.mark.clients
 @pytest.mark.errors("worker.died", "keeper.died")
 async def test_who_comes_new_takes_part(place: Place, upstream: Upstream) -> None:
     upstream.image("library/app", "1")

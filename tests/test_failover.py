@@ -548,7 +548,7 @@ async def test_urls_are_tried_in_order(serve: Serve, mirrors: Mirrors) -> None:
         *(partial(Status, each) for each in (401, 403, 404, 405, 429, 500, 503)),
         *(Refuse, silence, partial(Redirect, "http://[")),
     ],
-    ids=str,
+    ids=["401", "403", "404", "405", "429", "500", "503", "refused", "silence", "a bad redirect"],
 )
 async def test_the_next_one_is_asked_where_one_does_not_serve(
     serve: Serve, mirrors: Mirrors, path: str, make: Callable[[], Fault]

@@ -405,10 +405,13 @@ async def test_a_fill_that_ends_while_we_ask_for_permission_serves_us(
     assert len(upstream.log) == 2
 
 
-async def test_a_damaged_file_is_not_shown_to_another_repository(serve: Serve, upstream: Upstream) -> None:
+async def test_a_damaged_file_is_not_shown_to_another_repository(
+    serve: Serve, upstream: Upstream, tmp_path: Path
+) -> None:
     digest = upstream.blob("a/b", BODY)
     upstream.blob("c/d", BODY)
-    site = await serve(upstream)
+    # Else the scrub may be the one that finds it.
+    site = await serve(upstream, top={"disk": {"path": str(tmp_path / "disk"), "scrub": "off"}})
     committed = heard("fill.committed")
     await site.get(path_of(digest))
     await committed.wait()

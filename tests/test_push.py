@@ -346,6 +346,14 @@ async def test_a_mount_from_wherever_it_is(client: Client) -> None:
         f"mount={DIGEST}&from=Not%20A%20Name",
         "mount=nonsense&from=local/team/other",
     ],
+    ids=[
+        "from where it is not",
+        "from anywhere",
+        "from upstream",
+        "from nowhere",
+        "from no name",
+        "no digest",
+    ],
 )
 async def test_what_cannot_be_mounted_is_uploaded(client: Client, query: str) -> None:
     answer = await client.ask("POST", f"{UPLOADS}?{query}")
@@ -667,6 +675,7 @@ async def pushed(
         return response.status, response.headers.get("Location", "")
 
 
+@pytest.mark.clients
 async def test_any_worker_goes_on_with_an_upload(place: Place) -> None:  # noqa: F811
     place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
@@ -687,6 +696,7 @@ async def test_any_worker_goes_on_with_an_upload(place: Place) -> None:  # noqa:
     await server.stop()
 
 
+@pytest.mark.clients
 async def test_workers_push_one_tag_at_once(place: Place) -> None:  # noqa: F811
     """Whichever is last, tag and manifest belong together."""
     place.tree |= {"access": OPEN}

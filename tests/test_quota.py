@@ -13,11 +13,15 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+import pytest
+
 from tests.processes import Place, place
 from tests.soak import SIZES, Load
 from tests.upstream import Upstream
 
 __all__ = ["place"]  # the fixture
+
+pytestmark = pytest.mark.clients
 
 SECONDS = float(os.environ.get("ENTREPOT_QUOTA_SECONDS", "10"))
 CLIENTS = 4

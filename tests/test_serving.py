@@ -24,6 +24,8 @@ from tests.upstream import Bearer, Hold, Upstream
 
 __all__ = ["place"]  # the fixture
 
+pytestmark = pytest.mark.clients
+
 REPOSITORY = "library/alpine"
 SMALL = os.urandom(3 << 20)
 HALF = 50 << 20

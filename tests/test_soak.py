@@ -22,6 +22,8 @@ from tests.upstream import Upstream
 
 __all__ = ["place"]  # the fixture
 
+pytestmark = pytest.mark.clients
+
 SECONDS = float(os.environ.get("ENTREPOT_SOAK_SECONDS", "20"))
 CLIENTS = 8
 MEMORY = 300 << 20  # bytes of a worker; the load's content is smaller

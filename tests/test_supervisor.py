@@ -19,6 +19,8 @@ from proxy.config.schema import Config
 from proxy.server import supervisor
 from proxy.server.supervisor import Supervisor
 
+pytestmark = pytest.mark.clients
+
 # A worker that writes one line a life, and answers every connection with its configuration's log level.
 WORKER = """
 import asyncio, os, signal, sys

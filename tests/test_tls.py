@@ -614,6 +614,7 @@ async def served_by(server: Server, pid: int, client: ssl.SSLContext) -> str:
             return ssl.DER_cert_to_PEM_cert(der)
 
 
+@pytest.mark.clients
 async def test_every_worker_notices_what_was_replaced(place: Place, authority: Authority) -> None:
     place.tree["tls"] = files = authority.issue("server")
     server = await place.start()
@@ -625,6 +626,7 @@ async def test_every_worker_notices_what_was_replaced(place: Place, authority: A
     await server.stop()
 
 
+@pytest.mark.clients
 @pytest.mark.errors("config.refused")
 async def test_a_configuration_with_a_bad_certificate_changes_nothing(
     place: Place, authority: Authority

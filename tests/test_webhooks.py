@@ -327,6 +327,7 @@ async def test_it_is_listed(told: Told, receiver: Receiver, clock: Clock) -> Non
 # Processes
 
 
+@pytest.mark.clients
 async def test_the_keeper_is_woken_by_workers(place: Place, receiver: Receiver) -> None:  # noqa: F811
     place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
@@ -355,6 +356,7 @@ async def test_the_keeper_is_woken_by_workers(place: Place, receiver: Receiver) 
     await server.stop()
 
 
+@pytest.mark.clients
 async def test_what_was_acknowledged_is_told_by_the_next_server(
     place: Place,  # noqa: F811
     receiver: Receiver,  # noqa: F811

@@ -16,6 +16,14 @@ from tests.clients import images
 from tests.clients.processes import own_address, require
 from tests.clients.site import DockerRegistry, Site
 
+HERE = Path(__file__).parent
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """All tests here are such."""
+    if item.path.is_relative_to(HERE):
+        item.add_marker(pytest.mark.clients)
+
 
 @dataclass(frozen=True)
 class Images:
@@ -77,6 +85,13 @@ def pushed(filled: Filled) -> Images:
 def site(filled: Filled, tmp_path: Path) -> Iterator[Site]:
     """An empty cache before the filled upstreams."""
     with before(filled, tmp_path) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def shared(filled: Filled, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One for all tests of a module, which do not mind what others have pulled through it."""
+    with before(filled, tmp_path_factory.mktemp("shared")) as site:
         yield site
 
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
-from tests.clients.processes import environment, run
+import pytest
+from click.testing import CliRunner
+
+from proxy.cli import main
 from tests.clients.site import Site
 
 
 def write(home: Path, client: str, site: Site, *words: str | Path) -> None:
-    """Have it put in place, `home` being /: for all registries that `site` stands before."""
+    """Have it put in place, `home` being /: for all registries that `site` stands before.
+
+    The command runs in this process: it does less than it would take to start another.
+    """
     authority = ["--ca-file", site.ca] if site.ca else []
-    command = [
-        sys.executable,
-        "-m",
-        "proxy",
-        "setup",
-        client,
-        "--config",
-        site.config,
-        "--write",
-        "--root",
-        home,
-    ]
-    run([*command, "--url", site.url, *authority, *words], environment(home))
+    options = ["--config", site.config, "--write", "--root", home, "--url", site.url, *authority, *words]
+    command = ["setup", client, *map(str, options)]
+    done = CliRunner().invoke(main, command, env={"HOME": str(home)})
+    if done.exit_code:
+        pytest.fail(f"{' '.join(command)}: exit status {done.exit_code}\n{done.output}")
 
 
 def write_mirrors(home: Path, site: Site, *words: str | Path) -> None:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,30 +40,45 @@ def entrepot(site: Site, home: Path, *words: str | Path, status: int = 0) -> str
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def site(shared: Site) -> Site:
+    """The one outside."""
+    return shared
+
+
+@contextmanager
+def cut_off(outside: Site, directory: Path) -> Iterator[Site]:
+    """A site that holds nothing, and whose upstreams nobody reaches; its server runs."""
+    inside = Site({name: Gone() for name in outside.upstreams}, directory, offline=True)
+    try:
+        yield inside
+    finally:
+        inside.stop()
+
+
 @pytest.fixture
 def inside(site: Site, tmp_path: Path) -> Iterator[Site]:
-    """A site that holds nothing, and whose upstreams nobody reaches; its server runs."""
-    directory = tmp_path / "inside"
-    directory.mkdir()
-    inside = Site({name: Gone() for name in site.upstreams}, directory, offline=True)
-    yield inside
-    inside.stop()
+    with cut_off(site, tmp_path) as inside:
+        yield inside
 
 
-@pytest.fixture(params=["bundle.tar", "bundle"])
-def bundle(request: pytest.FixtureRequest, site: Site, home: Path) -> Path:
+@pytest.fixture(scope="module", params=["bundle.tar", "bundle"])
+def bundle(request: pytest.FixtureRequest, site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that lies upstream."""
+    home = tmp_path_factory.mktemp("bundle")
     entrepot(site, home, "warm", *NAMES)
     path = home / str(request.param)
     entrepot(site, home, "export", path, *NAMES)
     return path
 
 
-@pytest.fixture
-def carried(bundle: Path, inside: Site, home: Path) -> Site:
-    """The site inside with all of the bundle, which its server did not know of when it began."""
-    entrepot(inside, home, "import", bundle)
-    return inside
+@pytest.fixture(scope="module")
+def carried(bundle: Path, site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A site inside with all of the bundle, which its server did not know of when it began."""
+    home = tmp_path_factory.mktemp("inside")
+    with cut_off(site, home) as inside:
+        entrepot(inside, home, "import", bundle)
+        yield inside
 
 
 def images(pushed: Images) -> dict[str, Image]:

@@ -61,6 +61,11 @@ def came(found: dict[str, dict[str, Any]]) -> None:
     assert "through the server" in found["pull"]["message"]
 
 
+@pytest.fixture(scope="module")
+def site(shared: Site) -> Site:
+    return shared
+
+
 def test_podman(site: Site, home: Path) -> None:
     require("podman")
     write_mirrors(home, site)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import bcrypt
 import pytest
@@ -21,12 +23,18 @@ ONLY_USERS = [{"who": ["authenticated"], "may": ["pull", "push", "delete"], "whe
 Start = Callable[..., Site]
 
 
-@pytest.fixture
-def start(filled: Filled, tmp_path: Path) -> Iterator[Start]:
-    """A site whose store is for users alone."""
+@pytest.fixture(scope="module")
+def start(filled: Filled, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """A site whose store is for users alone: for all tests that ask for the same `access`."""
     running: list[DockerRegistry | Site] = []
+    started: dict[str, Site] = {}
 
     def start(**access: Any) -> Site:
+        if repr(access) not in started:
+            started[repr(access)] = begin(tmp_path_factory.mktemp("site"), access)
+        return started[repr(access)]
+
+    def begin(tmp_path: Path, access: dict[str, Any]) -> Site:
         htpasswd = tmp_path / "htpasswd"
         htpasswd.write_text(f"{USER}:{bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()}\n")
         upstreams = {}
@@ -45,9 +53,9 @@ def start(filled: Filled, tmp_path: Path) -> Iterator[Start]:
         each.stop()
 
 
-@pytest.fixture
-def tokens(tmp_path: Path) -> Iterator[TokenServer]:
-    server = TokenServer(tmp_path, USER, PASSWORD)
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenServer]:
+    server = TokenServer(tmp_path_factory.mktemp("tokens"), USER, PASSWORD)
     yield server
     server.stop()
 
@@ -186,33 +194,40 @@ def pulls_pushes_and_pulls(address: str, client: Any, name: str, source: str, pu
     assert not client.pull(name)
 
 
-def names(site: Site) -> tuple[str, str]:
+@pytest.fixture
+def app(request: pytest.FixtureRequest) -> str:
+    """The repository that a test pushes to, and no other one does."""
+    return f"team/{hashlib.sha256(request.node.name.encode()).hexdigest()[:16]}"
+
+
+def names(site: Site, app: str) -> tuple[str, str]:
     """Of what is pushed, and of what is pulled from a cache, at one address."""
-    return f"{site.address}/local/team/app:1", f"{site.address}/docker.io/library/layers:1"
+    return f"{site.address}/local/{app}:1", f"{site.address}/docker.io/library/layers:1"
 
 
-def test_by_a_password(start: Start, client: Client) -> None:
+def test_by_a_password(start: Start, client: Client, app: str) -> None:
     site = start(ping="challenge")
     # docker pulls nothing after a Basic challenge that it cannot meet, whether it has to or not.
-    pulls_pushes_and_pulls(site.address, client, *names(site), public=not isinstance(client, Docker))
+    pulls_pushes_and_pulls(site.address, client, *names(site, app), public=not isinstance(client, Docker))
 
 
-def test_by_a_token(start: Start, client: Client, tokens: TokenServer) -> None:
+def test_by_a_token(start: Start, client: Client, tokens: TokenServer, app: str) -> None:
     site = start(ping="challenge", **by_tokens(tokens))
-    pulls_pushes_and_pulls(site.address, client, *names(site))
-    assert any("scope=repository%3Alocal%2Fteam%2Fapp%3Apu" in each for each in tokens.asked)
+    pulls_pushes_and_pulls(site.address, client, *names(site, app))
+    scope = f"scope={quote(f'repository:local/{app}:pu', safe='')}"
+    assert any(scope in each for each in tokens.asked)
 
 
 @pytest.mark.parametrize("client", ["skopeo", "podman"], indirect=True)
-def test_by_a_password_though_the_ping_goes_well(start: Start, client: Client) -> None:
+def test_by_a_password_though_the_ping_goes_well(start: Start, client: Client, app: str) -> None:
     site = start()
-    pulls_pushes_and_pulls(site.address, client, *names(site))
+    pulls_pushes_and_pulls(site.address, client, *names(site, app))
 
 
 @pytest.mark.parametrize("client", ["docker"], indirect=True)
-def test_docker_does_not_say_who_it_is_if_the_ping_goes_well(start: Start, client: Any) -> None:
+def test_docker_does_not_say_who_it_is_if_the_ping_goes_well(start: Start, client: Any, app: str) -> None:
     site = start()
-    name, source = names(site)
+    name, source = names(site, app)
     assert client.login(site.address, "whatever")  # nobody has looked at it
     assert client.pull(source)
     assert not client.push(source, name)
@@ -220,10 +235,10 @@ def test_docker_does_not_say_who_it_is_if_the_ping_goes_well(start: Start, clien
 
 @pytest.mark.parametrize("proof", ["password", "token"])
 def test_a_store_with_a_host_of_its_own(
-    start: Start, client: Client, tokens: TokenServer, proof: str
+    start: Start, client: Client, tokens: TokenServer, proof: str, app: str
 ) -> None:
     site = start(**by_tokens(tokens)) if proof == "token" else start()
     address = site.address.replace("127.0.0.1", "localhost")
-    _, source = names(site)
-    pulls_pushes_and_pulls(address, client, f"{address}/team/app:1", source)
-    assert all("local/team/app" not in each for each in tokens.asked)
+    _, source = names(site, app)
+    pulls_pushes_and_pulls(address, client, f"{address}/{app}:1", source)
+    assert all(f"local/{app}" not in unquote(each) for each in tokens.asked)

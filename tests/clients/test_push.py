@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -44,6 +45,17 @@ class Skopeo:
         return found
 
 
+@pytest.fixture(scope="module")
+def site(shared: Site) -> Site:
+    return shared
+
+
+@pytest.fixture
+def team(request: pytest.FixtureRequest) -> str:
+    """Where a test pushes to, and no other one does."""
+    return f"local/{hashlib.sha256(request.node.name.encode()).hexdigest()[:16]}"
+
+
 @pytest.fixture
 def skopeo(home: Path) -> Skopeo:
     return Skopeo(home)
@@ -62,12 +74,12 @@ def digests(image: Image) -> set[str]:
         ("docker.io/team/artifact:1", "artifact"),
     ],
 )
-def test_skopeo(site: Site, skopeo: Skopeo, pushed: Images, source: str, wanted: str) -> None:
-    name = f"{site.address}/local/team/{wanted}:1"
+def test_skopeo(site: Site, team: str, skopeo: Skopeo, pushed: Images, source: str, wanted: str) -> None:
+    name = f"{site.address}/{team}/{wanted}:1"
     skopeo.copy(f"docker://{site.address}/{source}", f"docker://{name}", "--all")
     assert skopeo.held(name) == digests(getattr(pushed, wanted))
     # Into another repository, where its blobs are mounted; then by the digest alone.
-    other = f"{site.address}/local/elsewhere/{wanted}"
+    other = f"{site.address}/{team}/elsewhere/{wanted}"
     skopeo.copy(f"docker://{name}", f"docker://{other}:2", "--all")
     assert skopeo.held(f"{other}@{getattr(pushed, wanted).digest}") == digests(getattr(pushed, wanted))
 
@@ -81,9 +93,11 @@ class Pushing(Containers):
 
 
 @pytest.mark.parametrize("program", ["podman", "buildah"])
-def test_podman_and_buildah(site: Site, home: Path, skopeo: Skopeo, pushed: Images, program: str) -> None:
+def test_podman_and_buildah(
+    site: Site, team: str, home: Path, skopeo: Skopeo, pushed: Images, program: str
+) -> None:
     containers = Pushing(program, site, home)
-    name = f"{site.address}/local/team/app:1"
+    name = f"{site.address}/{team}/app:1"
     containers.work("pull", "--quiet", "--arch=amd64", "docker.io/library/layers:1")
     # podman compresses anew: the layers are other blobs of the same content.
     containers.work("push", "--tls-verify=false", "docker.io/library/layers:1", f"docker://{name}")
@@ -95,9 +109,9 @@ def test_podman_and_buildah(site: Site, home: Path, skopeo: Skopeo, pushed: Imag
     assert skopeo.held(f"{name}2") == skopeo.held(name)
 
 
-def test_podman_pushes_an_index(site: Site, home: Path, skopeo: Skopeo, pushed: Images) -> None:
+def test_podman_pushes_an_index(site: Site, team: str, home: Path, skopeo: Skopeo, pushed: Images) -> None:
     containers = Pushing("podman", site, home)
-    name = f"{site.address}/local/team/platforms:1"
+    name = f"{site.address}/{team}/platforms:1"
     containers.work("manifest", "create", "both")
     for child in pushed.platforms.children:
         source = f"docker://docker.io/library/platforms@{child.digest}"
@@ -128,11 +142,11 @@ def docker(site: Site, home: Path) -> Iterator[list[str]]:
     process.stop()
 
 
-def test_docker(site: Site, home: Path, docker: list[str], skopeo: Skopeo, pushed: Images) -> None:
+def test_docker(site: Site, team: str, home: Path, docker: list[str], skopeo: Skopeo, pushed: Images) -> None:
     def work(*words: str) -> str:
         return run([*docker, *words], environment(home))
 
-    source, name = "layers:1", f"{site.address}/local/team/app:1"
+    source, name = "layers:1", f"{site.address}/{team}/app:1"
     work("pull", "--quiet", "--platform=linux/amd64", source)
     work("tag", source, name)
     said = work("push", name)
@@ -148,12 +162,12 @@ def test_docker(site: Site, home: Path, docker: list[str], skopeo: Skopeo, pushe
     )
     assert skopeo.config(name)["rootfs"] == {"type": "layers", "diff_ids": list(pushed.layers.diff_ids)}
     # Into a second repository: its layers are mounted.
-    work("tag", name, f"{site.address}/local/team/second:1")
-    said = work("push", f"{site.address}/local/team/second:1")
-    assert said.count("Mounted from local/team/app") == len(pushed.layers.diff_ids)
+    work("tag", name, f"{site.address}/{team}/second:1")
+    said = work("push", f"{site.address}/{team}/second:1")
+    assert said.count(f"Mounted from {team}/app") == len(pushed.layers.diff_ids)
 
 
-def test_containerd(site: Site, home: Path, skopeo: Skopeo, pushed: Images) -> None:
+def test_containerd(site: Site, team: str, home: Path, skopeo: Skopeo, pushed: Images) -> None:
     require("containerd", "ctr", "unshare")
     directory = home / "containerd"
     directory.mkdir()
@@ -166,7 +180,7 @@ def test_containerd(site: Site, home: Path, skopeo: Skopeo, pushed: Images) -> N
     daemon = ["unshare", "--mount", "containerd", f"--config={config}"]  # its mounts end with it
     process = Process(daemon, environment(home), ready="containerd successfully booted")
     ctr = ["ctr", "--address", f"{directory}/containerd.sock", "images"]
-    source, name = f"{site.address}/docker.io/library/platforms:1", f"{site.address}/local/team/platforms:1"
+    source, name = f"{site.address}/docker.io/library/platforms:1", f"{site.address}/{team}/platforms:1"
     try:
         run(
             [*ctr, "pull", "--plain-http", "--snapshotter", "native", "--all-platforms", source],

@@ -22,21 +22,21 @@ from tests.clients.test_podman import held as held_by_podman
 from tests.clients.test_skopeo import Skopeo, digests
 
 
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path)
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
-@pytest.fixture
-def guarded(filled: Filled, tmp_path: Path, authority: Authority) -> Iterator[Site]:
-    """A site that lets in nobody without a certificate."""
+@pytest.fixture(scope="module")
+def guarded(filled: Filled, tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Site]:
+    """A site that lets in nobody without a certificate; for all tests here."""
     tls = {"client_ca": str(authority.ca), "client_certificate": "required"}
     issued = authority.issue("server", own_address())
-    with before(filled, tmp_path, {**issued, **tls}, authority.ca) as site:
+    with before(filled, tmp_path_factory.mktemp("guarded"), {**issued, **tls}, authority.ca) as site:
         yield site
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own(authority: Authority) -> dict[str, str]:
     return authority.issue("client", "ci.example")
 

@@ -1,0 +1,99 @@
+"""A data directory and a configuration of the former build, 0.1.0 before its code was moved, work unchanged."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from proxy.config.loader import load
+from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest
+from tests.conftest import Clock, Serve, Site
+from tests.upstream import Upstream
+
+FORMER = Path(__file__).parent / "former"
+
+# What was pulled, of library/alpine:3 and library/busybox:1, and what was pushed to local/team/app.
+INDEX = "sha256:3b5f0ef61e5eca3d72079c066849428a2cd96e1e024e208afdd06648871eef1b"
+AMD64 = "sha256:c37ed0d628769db16798c92c528ba20b90f6c47b80e3101bc0b1e5461bb51ce1"
+ARM64 = "sha256:0f18068a223b76bbe72c90ece70c9ce83b4295ffc4e4c063a725fcd04450d90a"
+LAYER = b"amd64 layer" * 100
+OLD = "sha256:cbd35693c8aea44e4682f0d837921605525410d9c71ca46c243de7d8daef0cf8"
+NEW = "sha256:27c54ec07d1a7453829dae89796904274c2e7723470667319556f81b4943036f"
+APP = "sha256:b31cf28c856e22c4cb8b86e8284db41d00bee3b5ec776109489f25d178525322"
+UPLOAD = "/v2/local/team/app/blobs/uploads/9_WYogMveVC8a8qi_aW-_w.f2c1d59ceba5cb2e"
+
+
+@pytest.fixture
+async def site(serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock) -> AsyncIterator[Site]:
+    """A server on the former directory, whose upstream it may not ask."""
+    with tarfile.open(FORMER / "disk.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    clock.advance(2 * 86400)
+    yield await serve(upstream, offline=True, more={"local": {"store": {}}})
+    for each in tmp_path.glob("disk/*/partial/*"):
+        each.unlink()
+    assert upstream.log == []
+
+
+async def test_what_was_pulled_is_served(site: Site) -> None:
+    status, headers, _ = await site.get("/v2/library/alpine/manifests/3")
+    assert (status, headers["Docker-Content-Digest"], headers["Content-Type"]) == (200, INDEX, OCI_INDEX)
+    for digest in (AMD64, ARM64):
+        status, headers, content = await site.get(f"/v2/library/alpine/manifests/{digest}")
+        assert (status, Digest.of(content), headers["Content-Type"]) == (200, digest, OCI_MANIFEST)
+    assert (await site.get(f"/v2/library/alpine/blobs/{Digest.of(LAYER)}"))[::2] == (200, LAYER)
+    for reference, digest in (("1", NEW), (OLD, OLD), (NEW, NEW)):
+        status, headers, _ = await site.get(f"/v2/library/busybox/manifests/{reference}")
+        assert (status, headers["Docker-Content-Digest"]) == (200, digest)
+    assert json.loads((await site.get("/v2/library/alpine/tags/list"))[2])["tags"] == ["3"]
+    # A link decides who sees a blob.
+    assert (await site.get(f"/v2/library/busybox/blobs/{Digest.of(LAYER)}"))[0] == 404
+
+
+async def test_what_was_pushed_is_served(site: Site) -> None:
+    status, headers, content = await site.get("/v2/local/team/app/manifests/1")
+    assert (status, headers["Docker-Content-Digest"], Digest.of(content)) == (200, APP, APP)
+    assert json.loads((await site.get("/v2/local/team/app/tags/list"))[2])["tags"] == ["1", "2"]
+    [referrer] = json.loads((await site.get(f"/v2/local/team/app/referrers/{APP}"))[2])["manifests"]
+    assert referrer["artifactType"] == "application/example"
+    for layer in json.loads(content)["layers"]:
+        assert (await site.get(f"/v2/local/team/app/blobs/{layer['digest']}"))[2] == b"app layer" * 80
+
+
+async def test_an_upload_goes_on(site: Site) -> None:
+    whole = b"half of a blob"
+    async with site.request("GET", UPLOAD) as response:
+        assert (response.status, response.headers["Range"]) == (204, "0-7")
+    async with site.request("PUT", f"{UPLOAD}?digest={Digest.of(whole)}", data=whole[8:]) as response:
+        assert response.status == 201
+    assert (await site.get(f"/v2/local/team/app/blobs/{Digest.of(whole)}"))[2] == whole
+
+
+async def test_what_an_operator_sees_of_it(site: Site) -> None:
+    async def told(path: str) -> object:
+        assert site.app.admin_url is not None
+        async with site.session.get(site.app.admin_url / "api/v1" / path) as response:
+            assert response.status == 200
+            return await response.json()
+
+    found = await told("repositories")
+    assert isinstance(found, dict)
+    assert [(each["repository"], each["tags"], each["manifests"]) for each in found["repositories"]] == [
+        ("docker.io/library/alpine", 1, 3),
+        ("docker.io/library/busybox", 1, 2),
+        ("local/team/app", 2, 4),
+    ]
+
+
+def test_the_configuration_is_read() -> None:
+    names = ("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET")
+    config = load(FORMER / "entrepot.yml", dict.fromkeys(names, "secret"))
+    assert str(config.disk.path) == "/var/lib/entrepot"
+    assert (config.default_namespace, len(config.namespaces), len(config.pins)) == ("docker.io", 11, 2)
+    hub = config.namespaces["docker.io"]
+    assert (hub.keep_for, hub.fresh_for, hub.aliases) == (30 * 86400.0, 600.0, ("hub",))
+    assert list(config.hosted()) == ["local"]

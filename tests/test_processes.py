@@ -378,7 +378,7 @@ async def test_who_does_not_answer_is_left_out(start: Start, serve_live_at: Serv
     async def make_room(coming: int) -> None:
         raise AssertionError
 
-    close = await make_room.serve(run / "keeper.sock", make_room)  # lives there too, and speaks otherwise
+    close = await room.serve(run / "keeper.sock", make_room)  # lives there too, and speaks otherwise
     everyone = ServerProcesses(None, run)
     assert [each.pid for each in await everyone.states()] == [1]
     await everyone.forget("up/a/b")

@@ -22,6 +22,7 @@ from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import FillState, ProcessState, UpstreamState
 from proxy.cache.cache import Cache, Policy
 from proxy.cache.fills import Fills
+from proxy.server import make_room as room
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
 from proxy.upstream.breaker import FAILURES

@@ -26,7 +26,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.transfer import results
 from storage.errors import StorageFailed, Unavailable
 from tests.conftest import Clock, Serve, configuration
-from tests.test_operations import ALPINE, OTHER, Everybody, Operations, Site
+from tests.test_operations import ALPINE, OTHER, Everybody, LocalOperations, Site
 from tests.upstream import Upstream
 
 Open = Callable[..., Awaitable["Admin"]]
@@ -95,7 +95,7 @@ async def admin(tmp_path: Path, clock: Clock) -> AsyncIterator[Open]:
             return state or {"status": "ready"}
 
         everyone = Everybody()
-        operations = Operations(composition, everyone)
+        operations = LocalOperations(composition, everyone)
         server = TestServer(application(Metrics(), told, operations, token=token, loopback=loopback))
         client = TestClient(server)
         clients.append(client)
@@ -359,7 +359,7 @@ async def test_what_is_pinned_is_a_conflict(admin: Open) -> None:
 async def test_failures(admin: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     site = await admin()
 
-    async def refresh(*arguments: object) -> None:
+    async def refresh(*arguments: object, **options: object) -> None:
         raise Unavailable("not now", retry_after=1.2)
 
     async def pins() -> None:
@@ -530,14 +530,13 @@ async def test_costly_summaries_are_kept_for_seconds(
     admin: Open, seconds: Clock, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     site = await admin()
-    name = "stats" if path == "stats" else "ls"
-    real, calls = getattr(site.site.operations, name), []
+    real, calls = getattr(site.site.operations, path), []
 
     async def counted(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
+        calls.append((arguments, options))
         return await real(*arguments, **options)
 
-    monkeypatch.setattr(site.site.operations, name, counted)
+    monkeypatch.setattr(site.site.operations, path, counted)
     first = await site.get(f"/api/v1/{path}")
     await site.site.image(ALPINE, "3", b"layer")
     assert await site.get(f"/api/v1/{path}") == first
@@ -551,11 +550,11 @@ async def test_costly_summaries_are_kept_for_seconds(
 async def test_what_failed_is_asked_anew(admin: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     site = await admin()
 
-    async def ls(*arguments: object, **options: object) -> None:
+    async def repositories(*arguments: object, **options: object) -> None:
         raise StorageFailed("/x: Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(site.site.operations, "ls", ls)
+        patched.setattr(site.site.operations, "repositories", repositories)
         assert (await site.ask("GET", "/api/v1/repositories"))[0] == 500
     assert await site.get("/api/v1/repositories")
 
@@ -583,15 +582,15 @@ async def test_a_summary_begun_before_a_purge_is_not_kept(
 ) -> None:
     site = await admin()
     await site.site.image(ALPINE, "3", b"layer")
-    real = site.site.operations.ls
+    real = site.site.operations.repositories
 
     async def slow(*arguments: Any, **options: Any) -> Any:
         found = await real(*arguments, **options)
-        monkeypatch.setattr(site.site.operations, "ls", real)
+        monkeypatch.setattr(site.site.operations, "repositories", real)
         await site.post("/api/v1/purge", pattern="alpine")  # while it is being answered
         return found
 
-    monkeypatch.setattr(site.site.operations, "ls", slow)
+    monkeypatch.setattr(site.site.operations, "repositories", slow)
     assert len((await site.get("/api/v1/repositories"))["repositories"]) == 1
     assert (await site.get("/api/v1/repositories"))["repositories"] == []
 

@@ -23,7 +23,7 @@ from yarl import URL
 
 from proxy.admin.api import bundle_routes
 from proxy.cli.main import main
-from proxy.transfer import bundle_import, results
+from proxy.transfer import bundle_export, results
 from storage.oci import Digest
 from tests.archives import REF_NAME, image, layout, tar
 from tests.conftest import OPEN, Serve, Site
@@ -339,7 +339,7 @@ async def test_what_nobody_expects_breaks_it_off_too(far: Far, monkeypatch: pyte
         raise RuntimeError("a fault of ours")
 
     await far.import_()
-    monkeypatch.setattr(bundle_import, "write", write)
+    monkeypatch.setattr(bundle_export, "write", write)
     async with connect(str(far.url)) as wire:
         await wire.send(asking(b'{"names": ["alpine:3"]}'))
         with pytest.raises(ConnectionResetError):

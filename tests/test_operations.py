@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from proxy.admin.inventory import DEEPEST
+from proxy.admin.local_operations import LocalOperations
 from proxy.admin.models import ImageRow, PlatformRow, Purged, Scrubbing, Why
-from proxy.admin.operations import Operations
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState, ProcessReport, UpstreamState
 from proxy.admin.purge import Kept
@@ -45,7 +45,7 @@ class Everybody(ServerProcesses):
 
 
 class Site:
-    def __init__(self, composition: Composition, everyone: Everybody, operations: Operations) -> None:
+    def __init__(self, composition: Composition, everyone: Everybody, operations: LocalOperations) -> None:
         self.composition = composition
         self.everyone = everyone
         self.operations = operations
@@ -115,7 +115,7 @@ async def site(tmp_path: Path, clock: Clock, settings: dict[str, Any]) -> AsyncI
     composition = Composition(configuration(tmp_path, tree), clock)
     composition.eviction.pause = lambda seconds: None
     everyone = Everybody()
-    operations = Operations(composition, everyone)
+    operations = LocalOperations(composition, everyone)
     yield Site(composition, everyone, operations)
     await operations.close()
     await composition.close()
@@ -128,7 +128,7 @@ async def test_repositories(site: Site) -> None:
     await site.image(ALPINE, "3", b"base", b"three")
     await site.image(ALPINE, "latest", b"base", b"latest")
     await site.image("ghcr.io/x/y", None, b"base")
-    found = (await site.operations.ls()).repositories
+    found = (await site.operations.repositories()).repositories
     assert [(each.repository, each.tags, each.manifests) for each in found] == [
         (ALPINE, 2, 2),
         ("ghcr.io/x/y", 0, 1),
@@ -140,7 +140,9 @@ async def test_repositories(site: Site) -> None:
     assert found[0].bytes == blobs + manifests
     # A link whose blob is not there any more holds nothing.
     site.store.files.path(Digest.of(b"three")).unlink()
-    assert (await site.operations.ls(ALPINE)).repositories[0].bytes == blobs + manifests - len(b"three")
+    assert (await site.operations.repositories(ALPINE)).repositories[0].bytes == blobs + manifests - len(
+        b"three"
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,11 +161,11 @@ async def test_repositories(site: Site) -> None:
 async def test_repositories_that_match(site: Site, pattern: str, found: list[str]) -> None:
     for repository in (ALPINE, f"{ALPINE}-x", "ghcr.io/alpine/y"):
         await site.image(repository, "1", b"layer")
-    assert [each.repository for each in (await site.operations.ls(pattern)).repositories] == found
+    assert [each.repository for each in (await site.operations.repositories(pattern)).repositories] == found
 
 
 async def image_row(site: Site, pattern: str) -> ImageRow:
-    (row,) = (await site.operations.ls(pattern, tags=True)).images
+    (row,) = (await site.operations.images(pattern)).images
     return row
 
 
@@ -226,7 +228,7 @@ async def test_freshness_and_pins_of_images(site: Site, clock: Clock) -> None:
     for repository in (ALPINE, "docker.io/library/base"):
         await site.image(repository, "v1", b"layer")
         await site.image(repository, "1", b"layer")
-    found = (await site.operations.ls("docker.io/*", tags=True)).images
+    found = (await site.operations.images("docker.io/*")).images
     assert [(each.tag, each.fresh_until, each.pinned) for each in found] == [
         ("1", clock() + 600, False),
         ("v1", None, False),
@@ -243,7 +245,7 @@ async def test_pages_of_images(site: Site) -> None:
             names.append(f"{repository}:{tag}")
     last, seen, pages = "", [], 0
     while True:
-        page = await site.operations.ls("*", tags=True, limit=2, last=last)
+        page = await site.operations.images("*", limit=2, last=last)
         seen += [f"{each.repository}:{each.tag}" for each in page.images]
         pages += 1
         if page.next is None:
@@ -251,17 +253,17 @@ async def test_pages_of_images(site: Site) -> None:
         last = page.next
     assert (seen, pages) == (names, 3)
     # `last` may have gone meanwhile, and be before or after all that match.
-    after = await site.operations.ls(f"{ALPINE}:*", tags=True, last=f"{ALPINE}:15")
+    after = await site.operations.images(f"{ALPINE}:*", last=f"{ALPINE}:15")
     assert [each.tag for each in after.images] == ["2"]
-    assert (await site.operations.ls(ALPINE, tags=True, last=f"{OTHER}:1")).images == []
-    assert len((await site.operations.ls(OTHER, tags=True, last=f"{ALPINE}:1")).images) == 2
+    assert (await site.operations.images(ALPINE, last=f"{OTHER}:1")).images == []
+    assert len((await site.operations.images(OTHER, last=f"{ALPINE}:1")).images) == 2
 
 
 async def test_manifests_by_digest(site: Site) -> None:
     made = await site.image(ALPINE, None, b"layer")
     row = await image_row(site, "alpine@*")
     assert (row.tag, row.digest, row.fresh_until, row.complete) == (None, made["digest"], None, True)
-    page = await site.operations.ls("*@*", tags=True, limit=1, last=f"{ALPINE}@{made['digest']}")
+    page = await site.operations.images("*@*", limit=1, last=f"{ALPINE}@{made['digest']}")
     assert page.images == []
 
 
@@ -309,7 +311,7 @@ async def test_looking_is_no_use(site: Site, clock: Clock) -> None:
     path = site.store.files.path(Digest.of(b"layer"))
     before = path.stat().st_mtime
     clock.advance(86400)
-    await site.operations.ls("*", tags=True)
+    await site.operations.images("*")
     await site.operations.show("alpine:3")
     await site.operations.why("alpine:3")
     assert path.stat().st_mtime == before
@@ -415,7 +417,7 @@ async def test_purge_of_tags_by_glob(site: Site) -> None:
     purged = await site.operations.purge("docker.io/*:3.*")
     assert len(purged.references) == 4
     assert site.records("tag ") == {f"tag {ALPINE} 4", f"tag {OTHER} 4"}
-    assert [each.complete for each in (await site.operations.ls("*", tags=True)).images] == [True, True]
+    assert [each.complete for each in (await site.operations.images("*")).images] == [True, True]
     assert set(site.everyone.forgotten) == {ALPINE, OTHER}
 
 
@@ -520,7 +522,7 @@ async def test_evict(site: Site, clock: Clock) -> None:
 
 async def test_one_evicts_at_a_time(site: Site) -> None:
     evicting = asyncio.Lock()
-    operations = Operations(site.composition, site.everyone, evicting)
+    operations = LocalOperations(site.composition, site.everyone, evicting)
     await evicting.acquire()
     waiting = asyncio.ensure_future(operations.evict(0))
     await asyncio.sleep(0)
@@ -740,7 +742,7 @@ async def test_references_that_are_none(site: Site, reference: str, says: str) -
 @pytest.mark.parametrize(
     ("call", "field"),
     [
-        (("ls", "a b"), "match"),
+        (("repositories", "a b"), "match"),
         (("purge", ""), "pattern"),
         (("purge", "unknown.example/x"), "pattern"),
         (("pin", "alpine:3", 0.0), "keep_fresh"),
@@ -768,7 +770,7 @@ async def test_refresh(tmp_path: Path, clock: Clock, upstream: Upstream) -> None
     }
     composition = Composition(configuration(tmp_path, tree), clock)
     everyone = Everybody()
-    operations = Operations(composition, everyone)
+    operations = LocalOperations(composition, everyone)
     try:
         done = await operations.refresh("alpine:3", ["linux/amd64"])
         assert (done.repository, done.reference, done.digest, done.new) == (ALPINE, "3", image.digest, True)
@@ -800,11 +802,11 @@ async def both(site: Site) -> Site:
 
 
 async def test_ls_has_what_was_pushed_among_what_is_cached(both: Site) -> None:
-    listed = await both.operations.ls()
+    listed = await both.operations.repositories()
     names = ["docker.io/library/alpine", "ghcr.io/m/app", "ghcr.io/z/app", "local/a/app"]
     assert [row.repository for row in listed.repositories] == names
     assert listed.repositories[-1].tags == 2
-    listed = await both.operations.ls("local/*", tags=True)
+    listed = await both.operations.images("local/*")
     assert [(row.tag, row.complete, row.fresh_until) for row in listed.images] == [
         ("1", True, None),
         ("2", True, None),
@@ -813,11 +815,11 @@ async def test_ls_has_what_was_pushed_among_what_is_cached(both: Site) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 6])
 async def test_ls_of_both_page_by_page(both: Site, limit: int) -> None:
-    whole = await both.operations.ls(tags=True)
+    whole = await both.operations.images()
     assert whole.next is None and len(whole.images) == 5
     found, last = [], ""
     while True:
-        page = await both.operations.ls(tags=True, limit=limit, last=last)
+        page = await both.operations.images(limit=limit, last=last)
         assert len(page.images) <= limit
         found += page.images
         if page.next is None:

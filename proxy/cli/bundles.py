@@ -21,7 +21,6 @@ from proxy.admin.api.client import AdminClient, Failed
 from proxy.cli.console import Column, Progress, Table
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.copy import take_over
-from proxy.cli.target import Reached
 from proxy.config.quantities import parse_timeout, plural, size
 from proxy.config.values import parse_platform
 from proxy.transfer import results
@@ -131,10 +130,9 @@ def export(
             )
         _tell(call, bundle, done)
 
-    async def there(operations: Reached) -> None:
-        assert isinstance(operations, AdminClient)
+    async def there(server: AdminClient) -> None:
         with _ticking(call, bundle) as tick:
-            done = await fetch(operations, bundle, wanted(), since, tick)
+            done = await fetch(server, bundle, wanted(), since, tick)
         _tell(call, bundle, done)
 
     if call.server is None:
@@ -144,7 +142,7 @@ def export(
     elif bundle != STANDARD and not bundle.endswith(".tar"):
         raise click.UsageError(f"a server sends a tar: give {bundle} a name that ends in .tar")
     else:
-        call.run(there)
+        call.run_there(call.server, there)
 
 
 def _tell(call: CommandContext, bundle: str, done: Exported) -> None:
@@ -253,11 +251,10 @@ def import_(
                 done = await BundleImport(composition).import_(archive, given, tick)
             call.print(done, landed)
 
-    async def there(operations: Reached) -> None:
-        assert isinstance(operations, AdminClient)
+    async def there(server: AdminClient) -> None:
         for archive in archives:
             with _opened(archive) as stream:
-                done = await operations.import_(stream, name, pin, dry_run)
+                done = await server.import_(stream, name, pin, dry_run)
             call.print(msgspec.structs.replace(done, archive=str(archive)), landed)
 
     if call.server is None:
@@ -265,7 +262,7 @@ def import_(
     elif verify_key is not None:
         raise click.UsageError("--verify-key verifies on the machine of the directory, without --server")
     else:
-        call.run(there)
+        call.run_there(call.server, there)
 
 
 @contextmanager

@@ -19,9 +19,10 @@ import click
 import msgspec
 import structlog
 
-from proxy.admin.api.client import Failed
+from proxy.admin.api.client import AdminClient, Failed
+from proxy.admin.operations import Operations
 from proxy.cli.console import Table, write
-from proxy.cli.target import Reached, composed, reach
+from proxy.cli.target import composed, connected, reach
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
@@ -45,7 +46,7 @@ class CommandContext:
     ca_file: Path | None = None
     json: bool = False
 
-    def run(self, work: Callable[[Reached], Awaitable[None]], *, make: bool = False) -> None:
+    def run(self, work: Callable[[Operations], Awaitable[None]], *, make: bool = False) -> None:
         """Do it, and end the program if that fails.  With `make`, a cache that is not there is made."""
         self.alone(lambda: self._run(work, make))
 
@@ -61,10 +62,19 @@ class CommandContext:
             failed = error if isinstance(error, Failed) else Failed(str(error), "CONFIG_INVALID", usage=True)
             self._fail(failed)
 
-    async def _run(self, work: Callable[[Reached], Awaitable[None]], make: bool) -> None:
+    async def _run(self, work: Callable[[Operations], Awaitable[None]], make: bool) -> None:
         config = self._configured()
         async with reach(config, self.server, self.token, self.ca_file, make=make) as operations:
             await work(operations)
+
+    def run_there(self, server: str, work: Callable[[AdminClient], Awaitable[None]]) -> None:
+        """The same for what only a client of the admin API does."""
+
+        async def run() -> None:
+            async with connected(self._configured(), server, self.token, self.ca_file) as client:
+                await work(client)
+
+        self.alone(run)
 
     def run_here(self, work: Callable[[Composition], Awaitable[None]], *, make: bool = False) -> None:
         """The same for what works on the directory, whether a server runs on it or not."""
@@ -82,10 +92,10 @@ class CommandContext:
         quiet(config.log.format)
         return config
 
-    def ask(self, question: Callable[[Reached], Awaitable[Any]], view: View) -> None:
+    def ask(self, question: Callable[[Operations], Awaitable[Any]], view: View) -> None:
         """Print what the answer looks like."""
 
-        async def work(operations: Reached) -> None:
+        async def work(operations: Operations) -> None:
             self.print(await question(operations), view)
 
         self.run(work)

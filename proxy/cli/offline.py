@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from proxy.admin.api.client import AdminClient, Failed
+from proxy.admin.api.client import Failed
 from proxy.admin.image_files import ImageMentions, Unreadable, look
 from proxy.admin.models import Drilling, ReadyRow, WarmRow
+from proxy.admin.operations import Operations
 from proxy.cli import tables
 from proxy.cli.console import Column, Progress, Table
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.operations import PAUSE, PLATFORMS
-from proxy.cli.target import Reached
 from proxy.config.quantities import duration, moment, parse_timeout, plural, size
 from storage.concurrency import for_each
 
@@ -84,7 +84,7 @@ def warm(
     What was interrupted is gone on with. The exit status is 0 only if all is here then.
     """
 
-    async def work(operations: Reached) -> None:
+    async def work(operations: Operations) -> None:
         named = _look(lists, registries, plain=True).references + _look(files, registries).references
         wanted = list(dict.fromkeys([*references, *named]))
         if not wanted:
@@ -99,7 +99,7 @@ def warm(
 
 async def _warm(
     call: CommandContext,
-    operations: Reached,
+    operations: Operations,
     wanted: Sequence[str],
     platforms: Sequence[str],
     referrers: bool,
@@ -202,7 +202,7 @@ def ready(
     unless with --fetch. The exit status is 0 only if each image is complete.
     """
 
-    async def work(operations: Reached) -> None:
+    async def work(operations: Operations) -> None:
         named = _look(files, registries)
         wanted = named.references
         if not wanted:
@@ -226,7 +226,7 @@ def ready(
 
 
 async def _judge(
-    operations: Reached, wanted: Sequence[str], platforms: Sequence[str], referrers: bool
+    operations: Operations, wanted: Sequence[str], platforms: Sequence[str], referrers: bool
 ) -> list[ReadyRow]:
     rows: list[ReadyRow] = []
     for start in range(0, len(wanted), PAGE):
@@ -289,8 +289,8 @@ def drill(call: CommandContext, time: float, namespaces: tuple[str, ...]) -> Non
     Ctrl-C ends it early; if this command dies, it ends in its time. The exit status is 0 if nothing failed.
     """
 
-    async def work(operations: Reached) -> None:
-        if not isinstance(operations, AdminClient):
+    async def work(operations: Operations) -> None:
+        if not operations.remote:
             raise Failed("no server is running: nothing could be cut off", "NOT_RUNNING")
         found = await operations.begin_drill(time, namespaces)
         try:

@@ -21,16 +21,17 @@ from typing import Any
 import click
 import msgspec
 
-from proxy.admin.api.client import AdminClient, Failed
+from proxy.admin.api.client import Failed
+from proxy.admin.models import Listed
+from proxy.admin.operations import LARGEST_PAGE, Operations
 from proxy.cli import tables
 from proxy.cli.console import Progress, write
 from proxy.cli.context import CommandContext, common, option_type
-from proxy.cli.target import Reached
 from proxy.config.quantities import parse_size, parse_timeout
 from proxy.config.values import parse_platform
 
-PAUSE = 1.0  # seconds between two looks at what goes on
-PAGE = 1000  # images that are asked for at once: as many as the API gives
+PAUSE = 1.0  # seconds between two requests for the progress
+PAGE = LARGEST_PAGE
 WILD = re.compile(r"[*?[]")
 
 
@@ -57,11 +58,13 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would go, and 
 def ls(call: CommandContext, pattern: str, tags: bool) -> None:
     """List what is cached: repositories that match PATTERN, a glob, or their tags."""
 
-    async def question(operations: Reached) -> Any:
-        found = await operations.ls(pattern, tags=tags, limit=PAGE)
+    async def question(operations: Operations) -> Any:
+        if not tags:
+            return await operations.repositories(pattern)
+        found = await operations.images(pattern, PAGE)
         while found.next is not None:
-            more = await operations.ls(pattern, tags=tags, limit=PAGE, last=found.next)
-            found = type(found)(images=found.images + more.images, next=more.next)
+            more = await operations.images(pattern, PAGE, found.next)
+            found = Listed(images=found.images + more.images, next=more.next)
         return found
 
     call.ask(question, tables.listed)
@@ -96,8 +99,8 @@ def stats(call: CommandContext, period: str) -> None:
 def fills(call: CommandContext, watch: bool) -> None:
     """List the transfers that go on: how far, how fast, for how many."""
 
-    async def work(operations: Reached) -> None:
-        if not isinstance(operations, AdminClient):
+    async def work(operations: Operations) -> None:
+        if not operations.remote:
             raise Failed("no server is running: nothing is being transferred", "NOT_RUNNING")
         if not watch:
             call.print(await operations.fills(), tables.filling)
@@ -115,7 +118,7 @@ async def _seconds() -> AsyncIterator[None]:
         await asyncio.sleep(PAUSE)
 
 
-async def follow(operations: Reached, as_json: bool, looks: AsyncIterator[None]) -> None:
+async def follow(operations: Operations, as_json: bool, looks: AsyncIterator[None]) -> None:
     """Show the fills at each of `looks`: as bars, as lines, or each look as a line of JSON."""
     with closing(Progress(sys.stdout)) as progress:
         async for _ in looks:
@@ -138,7 +141,7 @@ def purge(call: CommandContext, pattern: str, dry_run: bool, yes: bool, force: b
     A pull of it fetches it anew. A name without tag and digest is all of that repository.
     """
 
-    async def work(operations: Reached) -> None:
+    async def work(operations: Operations) -> None:
         if WILD.search(pattern) and not (dry_run or yes or force):
             await _confirm(operations, pattern)
         found = await operations.purge(pattern, dry_run=dry_run, force=force)
@@ -154,7 +157,7 @@ def asks() -> bool:
     return sys.stdin.isatty()
 
 
-async def _confirm(operations: Reached, pattern: str) -> None:
+async def _confirm(operations: Operations, pattern: str) -> None:
     if not asks():
         raise Failed("purge by a glob asks before it does it: say --yes", "NOT_CONFIRMED", usage=True)
     found = await operations.purge(pattern, dry_run=True)
@@ -171,7 +174,7 @@ async def _confirm(operations: Reached, pattern: str) -> None:
 def refresh(call: CommandContext, reference: str, platforms: tuple[str, ...]) -> None:
     """Ask upstream what REF is now, and fetch all of it that is not here."""
 
-    async def work(operations: Reached) -> None:
+    async def work(operations: Operations) -> None:
         refreshing = asyncio.ensure_future(operations.refresh(reference, platforms))
         if not call.json:
             with closing(Progress(sys.stderr)) as progress:
@@ -235,9 +238,9 @@ def scrub(call: CommandContext, wait: bool) -> None:
     With --wait the exit status is 1 if anything was damaged.
     """
 
-    async def work(operations: Reached) -> None:
+    async def work(operations: Operations) -> None:
         found = await operations.scrub()
-        if wait or not isinstance(operations, AdminClient):
+        if wait or not operations.remote:
             with closing(Progress(sys.stderr)) as progress:
                 while found.asked.running:
                     if not call.json:
@@ -271,7 +274,7 @@ def collect(call: CommandContext, dry_run: bool, last: bool) -> None:
     Pushes may go on meanwhile. The exit status is 1 if anything was left as it is since records are damaged.
     """
 
-    async def work(operations: Reached) -> None:
+    async def work(operations: Operations) -> None:
         found = await (operations.collected() if last else operations.collect(dry_run=dry_run))
         call.print(found, tables.collected)
         if found.refused or any(each.refused for each in found.rows):

@@ -8,20 +8,18 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from yarl import URL
 
 from proxy.admin.api.client import CONNECT, EVERYWHERE, AdminClient, Failed
+from proxy.admin.operations import Operations
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.web.tls import pinned
 
 if TYPE_CHECKING:
-    from proxy.admin.operations import Operations
     from proxy.namespaces.composition import Composition
-
-Reached: TypeAlias = "Operations | AdminClient"
 
 
 @asynccontextmanager
@@ -32,25 +30,50 @@ async def reach(
     ca_file: Path | None = None,
     *,
     make: bool = False,
-) -> AsyncIterator[Reached]:
-    """Operations of the server at `server`, else of that of `config` if it runs, else on its directory.
+) -> AsyncIterator[Operations]:
+    """The operations of the server at `server`, else of the configured server if it runs, else on its
+    directory.
 
-    By https it is to show a certificate by one of `ca_file`, else the very one that `config` names for it,
-    else one that this machine trusts.  With `make`, a directory that is not there is made.
-
-    What its methods raise comes out of the block as Failed.
+    Only a refused connection leads to the directory: a server that answers with an error, or not in time, is
+    running, and knows more than its directory does.  With `make`, a missing directory is made.  Errors of the
+    operations leave the block as Failed.
     """
     url = _address(server) if server else _configured(config)
     if url is not None and await _listens(url, must=server is not None):
-        from aiohttp import ClientSession, ClientTimeout, TCPConnector
-
-        timeout = ClientTimeout(total=None, sock_connect=CONNECT)
-        trusted = _trusted(config, server, ca_file) if url.scheme == "https" else True
-        async with ClientSession(timeout=timeout, connector=TCPConnector(ssl=trusted)) as session:
-            yield AdminClient(session, url, token or config.admin_token)
+        async with _client(config, url, server, token, ca_file) as client:
+            yield client
         return
     async with _directory(config, url, make) as operations:
         yield operations
+
+
+@asynccontextmanager
+async def connected(
+    config: Config, server: str, token: str | None, ca_file: Path | None = None
+) -> AsyncIterator[AdminClient]:
+    """A client of the server at `server`.  Raises Failed."""
+    url = _address(server)
+    await _listens(url, must=True)
+    async with _client(config, url, server, token, ca_file) as client:
+        yield client
+
+
+@asynccontextmanager
+async def _client(
+    config: Config, url: URL, server: str | None, token: str | None, ca_file: Path | None
+) -> AsyncIterator[AdminClient]:
+    """A client of the server at `url`.
+
+    With https the certificate must be signed by one of `ca_file`.  Without that file it must be the one
+    that the configuration names, or for a `server` that was given, one that this machine trusts.  Raises
+    Failed.
+    """
+    from aiohttp import ClientSession, ClientTimeout, TCPConnector
+
+    timeout = ClientTimeout(total=None, sock_connect=CONNECT)
+    trusted = _trusted(config, server, ca_file) if url.scheme == "https" else True
+    async with ClientSession(timeout=timeout, connector=TCPConnector(ssl=trusted)) as session:
+        yield AdminClient(session, url, token or config.admin_token)
 
 
 def _address(server: str) -> URL:
@@ -102,12 +125,12 @@ async def _listens(url: URL, must: bool) -> bool:
 async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
     tried = f"nobody listens at {asked}, and " if asked else ""
     async with composed(config, make, tried) as composition:
-        from proxy.admin.operations import Operations
+        from proxy.admin.local_operations import LocalOperations
         from proxy.admin.peers import ServerProcesses
         from proxy.admin.processes import state_of
 
         # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
-        operations = Operations(composition, ServerProcesses(state_of(composition), None))
+        operations = LocalOperations(composition, ServerProcesses(state_of(composition), None))
         try:
             yield operations
         finally:

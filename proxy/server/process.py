@@ -99,7 +99,7 @@ class ServerProcess:
             self._closing.push_async_callback(await make_room.serve(self._run / KEEPER, keeper.make_room))
         if admin:
             from proxy.admin.api.app import application
-            from proxy.admin.operations import Operations
+            from proxy.admin.local_operations import LocalOperations
 
             drills = DrillControl(
                 self._everyone, composition.drill, composition.metrics, composition.clock, self._run
@@ -108,7 +108,7 @@ class ServerProcess:
             pages = application(
                 composition.metrics,
                 self._state,
-                Operations(composition, self._everyone, keeper.evicting, keeper.heal, drills),
+                LocalOperations(composition, self._everyone, keeper.evicting, keeper.heal, drills),
                 token=settings.admin_token,
                 loopback=settings.admin is not None and settings.admin.loopback,
             )

@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from proxy.admin.api.bundle_routes import GZIP, TAR, BundleRoutes
 from proxy.admin.api.routes import Api, Handler, in_json
-from proxy.admin.operations import Operations
+from proxy.admin.local_operations import LocalOperations
 from proxy.namespaces.references import FieldInvalid
 from proxy.telemetry.metrics import Metrics
 from storage.errors import RegistryError
@@ -37,7 +37,7 @@ State = Callable[[], Awaitable[Mapping[str, str]]]
 
 
 def application(
-    metrics: Metrics, state: State, operations: Operations, *, token: str | None, loopback: bool
+    metrics: Metrics, state: State, operations: LocalOperations, *, token: str | None, loopback: bool
 ) -> web.Application:
     """`state` tells `status`, "ready", "degraded" or "draining", and what more there is to say.
 

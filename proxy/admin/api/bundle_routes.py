@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import structlog
 from aiohttp import web
 
-from proxy.admin.api.routes import Body, Handler, decoded, in_json, query
+from proxy.admin.api.routes import ROOT, Handler, decoded, in_json, query
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_export import BundleExport, Earlier, Selection
 from proxy.transfer.bundle_import import BundleImport, Given
@@ -37,7 +38,7 @@ STALLED = 300.0  # seconds that a client may send nothing of an archive, or take
 _FLAGS = {"true": True, "false": False}
 
 
-class _Export(Body, frozen=True):
+class _Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`since` holds the entrepot.json of each bundle that was made before."""
 
     names: tuple[str, ...] = ()
@@ -68,7 +69,7 @@ class BundleRoutes:
         self._sending = asyncio.Semaphore(SENDING)
 
     def routes(self) -> list[tuple[str, str, Handler]]:
-        return [("POST", "/api/v1/import", self.import_), ("POST", "/api/v1/export", self.export)]
+        return [("POST", f"{ROOT}import", self.import_), ("POST", f"{ROOT}export", self.export)]
 
     async def import_(self, request: web.Request) -> web.StreamResponse:
         asked = query(request, name="", pin="false", dry_run="false")

@@ -68,26 +68,19 @@ def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Des
         return content.children
     return [
         child
-        for child, platform in zip(content.children, content.platforms, strict=True)
-        if platform is None or any(matches_platform(platform, wanted) for wanted in platforms)
+        for child in content.children
+        if child.platform is None or any(matches_platform(child.platform, wanted) for wanted in platforms)
     ]
 
 
 def lacking(content: ManifestContent, platforms: Sequence[str]) -> list[str]:
     """Those of `platforms` that no child of an index is for; none where it is no index."""
-    if not content.children or None in content.platforms:
-        return []
-    told = [each for each in content.platforms if each is not None]
-    return [wanted for wanted in platforms if not any(matches_platform(each, wanted) for each in told)]
+    return [wanted for wanted in platforms if content.children and not selected(content, [wanted])]
 
 
 def attestations(content: ManifestContent) -> set[Digest]:
     """The children of an index that BuildKit wrote about others of them: for no platform, as they say."""
-    return {
-        child.digest
-        for child, platform in zip(content.children, content.platforms, strict=True)
-        if platform is not None and platform.startswith("unknown/")
-    }
+    return {child.digest for child in content.children if (child.platform or "").startswith("unknown/")}
 
 
 def fallback_tag(digest: Digest) -> Tag:

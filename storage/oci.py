@@ -96,7 +96,8 @@ class Span:
 class Descriptor:
     """What is known of content without having it.  image-spec, descriptor.md.
 
-    `size` is in bytes; -1 where the origin does not tell it.
+    `size` is in bytes, or -1 if the origin does not state it.  `platform` is os/architecture[/variant], or
+    None if none is stated.
     """
 
     media_type: str
@@ -104,6 +105,15 @@ class Descriptor:
     size: int
     artifact_type: str | None = None
     annotations: Mapping[str, str] | None = field(default=None, compare=False)
+    platform: str | None = field(default=None, compare=False)
+
+    @property
+    def distributable(self) -> bool:
+        """Whether a registry is to hold it: image-spec, layer.md, "Non-Distributable Layers".
+
+        The media type alone decides: `urls` only list further places from which content may be downloaded.
+        """
+        return not self.media_type.startswith(_NONDISTRIBUTABLE)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -162,37 +172,43 @@ class _JSONManifest(msgspec.Struct, rename="camel"):
 
 _decode = msgspec.json.Decoder(_JSONManifest).decode
 _MANIFEST = re.compile(r".*\.(?:manifest|index)\..*\+(?:json|prettyjws)")
-# Layers that may be had elsewhere only: image-spec, layer.md, "Non-Distributable Layers"; Docker's foreign.
-_ELSEWHERE = re.compile(r".*(?:\.nondistributable\.|\.foreign\.).*")
+_NONDISTRIBUTABLE = (
+    "application/vnd.oci.image.layer.nondistributable.",
+    "application/vnd.docker.image.rootfs.foreign.",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestContent:
     """What a manifest or index says, as far as a registry needs to know.
 
-    `media_type` is what it is `declared` to be, where it is, else what its form tells.
-    `children` are manifests (of an index), `blobs` config and layers.  `platforms` are those of the
-    children, as os/architecture[/variant], None where none is told.
+    `media_type` is the one that it has `declared`, or else follows from its form.  `listed` is what
+    an index lists: `children`, which are manifests, and blobs, as in BuildKit's caches.
     """
 
     media_type: str
     declared: str | None
     artifact_type: str | None
-    children: tuple[Descriptor, ...]
-    blobs: tuple[Descriptor, ...]
+    config: Descriptor | None
+    layers: tuple[Descriptor, ...]
+    listed: tuple[Descriptor, ...]
     subject: Descriptor | None
     annotations: Mapping[str, str]
-    platforms: tuple[str | None, ...] = ()
+
+    @property
+    def children(self) -> tuple[Descriptor, ...]:
+        return tuple(each for each in self.listed if _MANIFEST.fullmatch(each.media_type))
+
+    @property
+    def blobs(self) -> tuple[Descriptor, ...]:
+        """The config first, then the layers, then what an index lists that is not a manifest."""
+        listed = (each for each in self.listed if not _MANIFEST.fullmatch(each.media_type))
+        return (*([self.config] if self.config else []), *self.layers, *listed)
 
     @property
     def distributable(self) -> tuple[Descriptor, ...]:
-        """Those of the blobs that a registry is to hold."""
-        return tuple(each for each in self.blobs if not _ELSEWHERE.fullmatch(each.media_type))
-
-    @property
-    def listed_blobs(self) -> tuple[Descriptor, ...]:
-        """Those of the children that are no manifests: BuildKit's caches are indexes of blobs."""
-        return tuple(each for each in self.children if not _MANIFEST.fullmatch(each.media_type))
+        """The blobs that a registry is to hold."""
+        return tuple(each for each in self.blobs if each.distributable)
 
 
 def parse_manifest(content: bytes) -> ManifestContent:
@@ -202,19 +218,17 @@ def parse_manifest(content: bytes) -> ManifestContent:
     """
     try:
         found = _decode(content)
-        blobs = [found.config] if found.config else []
-        blobs += found.layers or []
-        config_type = found.config.media_type if found.config else None
+        config = _descriptor(found.config) if found.config else None
         return ManifestContent(
             declared=found.media_type,
             media_type=found.media_type or (OCI_INDEX if found.manifests is not None else OCI_MANIFEST),
             # image-spec, manifest.md: without artifactType, the config's media type is the artifact's.
-            artifact_type=found.artifact_type or config_type,
-            children=tuple(_descriptor(each) for each in found.manifests or ()),
-            blobs=tuple(_descriptor(each) for each in blobs),
+            artifact_type=found.artifact_type or (config.media_type if config else None),
+            config=config,
+            layers=tuple(_descriptor(each) for each in found.layers or ()),
+            listed=tuple(_descriptor(each) for each in found.manifests or ()),
             subject=_descriptor(found.subject) if found.subject else None,
             annotations=found.annotations or {},
-            platforms=tuple(_platform(each.platform) for each in found.manifests or ()),
         )
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, DigestInvalid) as error:
         raise ManifestInvalid(f"not a manifest: {error}") from None
@@ -231,5 +245,10 @@ def _platform(found: Any) -> str | None:
 
 def _descriptor(found: _JSONDescriptor) -> Descriptor:
     return Descriptor(
-        found.media_type, Digest.parse(found.digest), found.size, found.artifact_type, found.annotations
+        found.media_type,
+        Digest.parse(found.digest),
+        found.size,
+        found.artifact_type,
+        found.annotations,
+        _platform(found.platform),
     )

@@ -389,4 +389,5 @@ def test_of_garbage_comes_a_manifest_or_a_refusal(content: bytes) -> None:
 def test_an_index_may_list_blobs(media_type: str, is_blob: bool) -> None:
     listed = {"mediaType": media_type, "digest": f"sha256:{'0' * 64}", "size": 1}
     content = parse_manifest(json.dumps({"schemaVersion": 2, "manifests": [listed]}).encode())
-    assert content.listed_blobs == (content.children if is_blob else ())
+    assert [each.digest for each in content.listed] == [listed["digest"]]
+    assert (content.blobs, content.children) == ((content.listed, ()) if is_blob else ((), content.listed))

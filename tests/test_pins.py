@@ -366,6 +366,15 @@ async def test_children_that_are_not_stored_are_missing(store: Store) -> None:
     assert kept(store, Pin(ALPINE)).digests == {top.digest, one.digest, *blobs(one)}
 
 
+async def test_the_blobs_that_an_index_lists_are_kept(store: Store) -> None:
+    listed = described(b"a layer", LAYER), described(b"{}", "application/vnd.buildkit.cacheconfig.v0")
+    body = json.dumps({"schemaVersion": 2, "manifests": listed}).encode()
+    top = await put(store, ALPINE, "cache", Manifest.of(OCI_INDEX, body))
+    found = walk(store, ALPINE, top.digest, ["linux/arm64"])
+    assert (found.manifests, found.missing) == ({top.digest}, set())
+    assert kept(store, Pin(ALPINE)).digests == {top.digest, *(each["digest"] for each in listed)}
+
+
 @pytest.mark.parametrize(
     ("platform", "found"),
     [
@@ -382,4 +391,4 @@ async def test_children_that_are_not_stored_are_missing(store: Store) -> None:
 def test_the_platform_of_a_child(platform: object, found: str | None) -> None:
     child = described(b"1", OCI_MANIFEST, platform=platform)
     body = {"schemaVersion": 2, "manifests": [child]}
-    assert parse_manifest(json.dumps(body).encode()).platforms == (found,)
+    assert [each.platform for each in parse_manifest(json.dumps(body).encode()).children] == [found]

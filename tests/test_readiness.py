@@ -140,6 +140,16 @@ async def test_foreign_layers_are_nobodys_business(site: Site) -> None:
     assert (await judge(site)).state == "complete"
 
 
+async def test_an_index_of_blobs_is_complete_when_they_are_stored(site: Site) -> None:
+    layer = await site.blob(ALPINE, b"a layer")
+    config = {**await site.blob(ALPINE, b"{}"), "mediaType": "application/vnd.buildkit.cacheconfig.v0"}
+    await site.manifest(ALPINE, {"manifests": [layer, config]}, "cache")
+    assert (await judge(site, "alpine:cache")).state == "complete"
+    lost = lose(site, b"a layer")
+    row = await judge(site, "alpine:cache")
+    assert (row.state, [(each.digest, each.kind) for each in row.missing]) == ("partial", [(lost, "blob")])
+
+
 async def test_what_cannot_be_read_is_told_beside_the_others(site: Site) -> None:
     await site.image(ALPINE, "3", b"layer")
     bad, good = await site.operations.ready(["nowhere.example/x:1", "alpine:3"])

@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from proxy.admin.models import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
-from proxy.cache.refresh import foreign
 from proxy.config.schema import Config
 from proxy.namespaces.references import WILD, written
 from storage.errors import ManifestUnknown
@@ -174,12 +173,12 @@ class Inventory:
         for blob in content.blobs:
             self._take(repository, blob, parts)
         platforms = []
-        for child, platform in zip(content.children, content.platforms, strict=True):
+        for child in content.children:
             found = self._parts(repository, child)
             parts |= found.parts
             platforms.append(
                 PlatformRow(
-                    platform=platform,
+                    platform=child.platform,
                     complete=found.complete,
                     bytes_held=found.held,
                     bytes_whole=found.whole,
@@ -209,7 +208,7 @@ class Inventory:
         return Measured(media_type, parts)
 
     def _take(self, repository: str, blob: Descriptor, parts: dict[Digest, Part]) -> None:
-        if blob.digest not in parts and not foreign(blob):
+        if blob.digest not in parts and blob.distributable:
             parts[blob.digest] = Part(max(0, blob.size), self._held(repository, blob.digest))
 
     def _held(self, repository: str, digest: Digest) -> bool:
@@ -236,7 +235,7 @@ class Inventory:
             repository=repository,
             reference=str(reference),
             digest=str(digest),
-            node=self._node(repository, "manifest", manifest.descriptor, None, seen),
+            node=self._node(repository, "manifest", manifest.descriptor, seen),
             referrers=self._referrers(repository, digest, seen),
             moves=[MoveRow(at=each.at, old=str(each.old), new=str(each.new)) for each in moves],
             uses=UseRow(count=use.count, last=use.last, first=use.first) if use else None,
@@ -248,7 +247,7 @@ class Inventory:
         for key, _ in self._store.records.scan(f"referrers {repository} {digest} "):
             manifest = self._manifest(repository, Digest(key.rpartition(" ")[2]))
             if manifest is not None:
-                found.append(self._node(repository, "referrer", manifest.descriptor, None, seen))
+                found.append(self._node(repository, "referrer", manifest.descriptor, seen))
         return found
 
     def _node(
@@ -256,7 +255,6 @@ class Inventory:
         repository: str,
         role: str,
         named: Descriptor,
-        platform: str | None,
         seen: set[Digest],
         depth: int = 0,
     ) -> Node:
@@ -265,17 +263,18 @@ class Inventory:
         children: list[Node] = []
         if content and named.digest not in seen and depth < DEEPEST:
             seen.add(named.digest)
-            for number, blob in enumerate(content.blobs):
-                children.append(self._leaf(repository, "layer" if number else "config", blob))
-            for child, what in zip(content.children, content.platforms, strict=True):
-                children.append(self._node(repository, "manifest", child, what, seen, depth + 1))
+            for blob in content.blobs:
+                kind = "config" if blob is content.config else "layer"
+                children.append(self._leaf(repository, kind, blob))
+            for child in content.children:
+                children.append(self._node(repository, "manifest", child, seen, depth + 1))
         return Node(
             role=role,
             digest=str(named.digest),
             media_type=named.media_type,
             size=named.size,
             present=manifest is not None,
-            platform=platform,
+            platform=named.platform,
             artifact_type=content.artifact_type if content and role == "referrer" else named.artifact_type,
             children=children,
         )

@@ -173,7 +173,7 @@ class Purge:
         children: dict[Digest, list[Digest]] = {}
         for digest, content in self._manifests(repository):
             found = contents(content)
-            children[digest] = [each.digest for each in found.children] if found else []
+            children[digest] = [each.digest for each in found.listed] if found else []
         referrers: dict[Digest, list[Digest]] = defaultdict(list)
         for key, _ in self._records.scan(f"referrers {repository} "):
             _, _, subject, referrer = key.split(" ")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import msgspec
 
 from proxy.admin.models import MissingRow, ReadyRow
-from proxy.cache.refresh import foreign
 from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown
 from storage.graph import contents, lacking, referring, selected, walk
@@ -38,7 +37,7 @@ class _Judged:
 
     def blobs(self, blobs: Iterable[Descriptor], platform: str | None, kind: str | None = None) -> None:
         for each in blobs:
-            if not foreign(each) and not self._held(each.digest):
+            if each.distributable and not self._held(each.digest):
                 self._miss(each.digest, kind or "blob", each.size, platform)
 
     def _held(self, digest: Digest) -> bool:
@@ -106,10 +105,8 @@ class Readiness:
         if (content := contents(manifest.content)) is not None:
             judged.blobs(content.blobs, None)
             lacks = lacking(content, platforms)
-            wanted = {each.digest for each in selected(content, platforms)}
-            for child, platform in zip(content.children, content.platforms, strict=True):
-                if child.digest in wanted:
-                    judged.walk(child.digest, platform, size=child.size)
+            for child in selected(content, platforms):
+                judged.walk(child.digest, child.platform, size=child.size)
         here, known = judged.refer() if referrers else (0, 0)
         missing = list(judged.missing.values())
         return msgspec.structs.replace(

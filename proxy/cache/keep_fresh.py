@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF, Refreshable, Refreshed, foreign, refresh
+from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF, Refreshable, Refreshed, refresh
 from storage.concurrency import run_in_thread
 from storage.errors import DigestInvalid, NameInvalid, RegistryError, TagInvalid
 from storage.graph import walk
@@ -117,7 +117,7 @@ class Freshener:
         return not found.missing and all(
             self._store.records.get(f"link {repository} {each}") is not None and self._store.holds(each)
             for each, blob in found.blobs.items()
-            if not foreign(blob)
+            if blob.distributable
         )
 
 

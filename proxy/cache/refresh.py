@@ -179,17 +179,12 @@ class _ImageFetch:
             try:
                 size = await self.registry.fill_blob(self.repository, blob.digest)
             except BlobUnknown as error:
-                if not foreign(blob):
+                if blob.distributable:
                     self.unknown.append(error)
                 return
         if size:
             self.fetched += 1
             self.bytes += size
-
-
-def foreign(blob: Descriptor) -> bool:
-    """Whether clients are told to get it elsewhere: image-spec, layer.md, "Non-Distributable Layers"."""
-    return "foreign" in blob.media_type or "nondistributable" in blob.media_type
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from storage.errors import (
     ManifestInvalid,
     ManifestUnknown,
 )
+from storage.graph import fallback_tag
 from storage.maintenance.leases import Leases
 from storage.oci import (
     DOCKER_LIST,
@@ -122,8 +123,7 @@ class Hosted(Registry):
         distribution-spec, "Referrers Tag Schema" and "Enabling the Referrers API".
         """
         with suppress(ManifestUnknown, ManifestInvalid):
-            tag = Tag(f"{digest.algorithm[:32]}-{digest.encoded[:64]}")
-            for each in parse_manifest(self._store.manifest(name, tag)[0].content).children:
+            for each in parse_manifest(self._store.manifest(name, fallback_tag(digest))[0].content).children:
                 with suppress(ManifestUnknown):
                     self._store.manifest(name, each.digest)
                     yield each
@@ -207,12 +207,11 @@ class Hosted(Registry):
         def shows(digest: Digest) -> bool:
             return batch.get(f"link {name} {digest}") is not None and self._store.holds(digest)
 
-        lacking = [str(each.digest) for each in content.distributable if not shows(each.digest)]
-        # BuildKit's caches are indexes that list blobs.
-        lacking += [
+        lacking = [
             str(each.digest)
-            for each in content.children
-            if batch.get(f"manifest {name} {each.digest}") is None and not shows(each.digest)
+            for each in content.distributable + content.children
+            if not shows(each.digest)
+            and (each not in content.listed or batch.get(f"manifest {name} {each.digest}") is None)
         ]
         if lacking:
             raise ManifestBlobUnknown(

@@ -129,14 +129,15 @@ class Copier:
         content = contents(manifest.content)
         if content is None or not content.children:
             return digest
-        told = dict(zip((each.digest for each in content.children), content.platforms, strict=True))
         fit = {
-            each.digest: platform
+            each.digest: each.platform
             for each in selected(content, self._rules.platforms)
-            if (platform := told[each.digest]) is not None
+            if each.platform is not None
         }
         if len(fit) != 1:
-            has = ", ".join(sorted(fit.values()) or sorted({each for each in told.values() if each}))
+            has = ", ".join(
+                sorted(fit.values()) or sorted({each.platform for each in content.children if each.platform})
+            )
             raise ManifestUnknown(
                 f"it has {'several images' if fit else 'no image'} for {self._rules.platforms[0]}: {has}"
             )
@@ -175,13 +176,11 @@ class Copier:
         self, route: CopyRoute, content: ManifestContent, *, blobs: bool
     ) -> list[Coroutine[Any, Any, bool]]:
         """What is to be there before it; of `blobs`, an image that is there has its own."""
-        named = content.distributable + content.listed_blobs
-        parts = [self._blob(route, each) for each in named] if blobs else []
+        parts = [self._blob(route, each) for each in content.distributable] if blobs else []
         unsigned = attestations(content)
         return parts + [
             self._manifest(route, each.digest, signed=each.digest not in unsigned)
             for each in selected(content, self._rules.platforms)
-            if each not in content.listed_blobs
         ]
 
     async def _tag(self, route: CopyRoute, digest: Digest, tag: Tag) -> bool:

@@ -105,7 +105,8 @@ class Walk:
     def _take_children(self, tree: Tree, content: ManifestContent, depth: int) -> None:
         wanted = {each.digest for each in selected(content, self._platforms)}
         found = False
-        for child, platform in zip(content.children, content.platforms, strict=True):
+        for child in content.children:
+            platform = child.platform
             optional = not self._platforms
             if child.digest not in wanted:
                 about = (child.annotations or {}).get(ATTESTED)

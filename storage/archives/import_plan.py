@@ -107,7 +107,7 @@ class ImportPlanner:
             if found is None:
                 continue
             for blob in found.blobs:
-                self._take_blob(share, blob, needed=blob in found.distributable)
+                self._take_blob(share, blob, needed=blob.distributable)
             todo += [(child, False) for child in found.children]
             if found.children and all(
                 manifest_of(self._layout, share.place, child) is None for child in found.children

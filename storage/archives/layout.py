@@ -132,7 +132,7 @@ def _indexed(archive: Archive) -> list[Root]:
     except ManifestInvalid as error:
         raise ArchiveInvalid(f"{archive.what}: {INDEX}: {error}") from None
     roots = []
-    for each in found.children:
+    for each in found.listed:
         annotations = each.annotations or {}
         roots.append(Root(each, annotations.get(IMAGE_NAME) or annotations.get(REF_NAME)))
     return roots

@@ -321,7 +321,7 @@ class Eviction:
             if digest in dead:
                 dead.discard(digest)
                 if (said := contents(stored[digest])) is not None:
-                    alive += [child.digest for child in said.children]
+                    alive += [child.digest for child in said.listed]
         return dead
 
     def _last_use(self, repository: str, reference: str, stored_at: float) -> float:

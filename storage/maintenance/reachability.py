@@ -98,7 +98,7 @@ def node(manifest: Manifest) -> Node:
     except ManifestInvalid:
         pass
     else:
-        listed = {str(each.digest) for each in content.children}
+        listed = {str(each.digest) for each in content.listed}
         found |= listed | {
             str(each.digest) for each in content.blobs
         }  # JSON can write a character as \\u003a

@@ -191,7 +191,7 @@ class Migration:
 
     def _gather(self, repository: _Repository, group: list[_Parsed], pool: ThreadPoolExecutor) -> None:
         """Have the blobs that they name here, on the disk."""
-        named = {each.digest for _, content in group for each in _blobs(content)}
+        named = {each.digest for _, content in group for each in content.distributable}
         missing = [digest for digest in named if digest not in repository.blobs]
         for digest, got in zip(missing, pool.map(partial(self._blob, repository), missing), strict=True):
             repository.blobs[digest] = got.blob
@@ -295,28 +295,28 @@ class _Repository:
         return self.whole[manifest.digest]
 
     def lacking(self, content: ManifestContent, sparse: bool) -> list[Digest]:
-        lacking = [each.digest for each in _blobs(content) if self.blobs.get(each.digest) is None]
+        lacking = [each.digest for each in content.distributable if self.blobs.get(each.digest) is None]
         if not sparse:
-            children = _manifests(content)
+            children = (each.digest for each in content.children)
             lacking += [each for each in children if not self.whole.get(each) and not self.holds(each)]
         return lacking
 
     def forget(self, group: Iterable[_Parsed]) -> None:
         """What was found of their blobs."""
         for _, content in group:
-            for each in _blobs(content):
+            for each in content.distributable:
                 self.blobs.pop(each.digest, None)
 
     def put(self, batch: Batch, whole: Iterable[_Parsed], sparse: bool) -> None:
         """Raises BlobUnknown, ManifestUnknown where what they name is here no more."""
         for manifest, content in whole:
-            for each in _blobs(content):
+            for each in content.distributable:
                 blob = self.blobs[each.digest]
                 assert blob is not None
                 self._store.put_link(batch, self.full, blob)
-            for child in _manifests(content):
-                if not sparse and batch.get(f"manifest {self.full} {child}") is None:
-                    raise ManifestUnknown(f"{self.full} holds {child} no more: take it over once more")
+            for child in content.children:
+                if not sparse and batch.get(f"manifest {self.full} {child.digest}") is None:
+                    raise ManifestUnknown(f"{self.full} holds {child.digest} no more: migrate it again")
             self._store.put_manifest(batch, self.full, manifest)
         self._store.changed(batch, self.full)
 
@@ -324,12 +324,3 @@ class _Repository:
         here = {tag: each for tag, each in tags.items() if batch.get(f"manifest {self.full} {each}")}
         self._store.put_tags(batch, self.full, here)
         self._store.changed(batch, self.full)
-
-
-def _blobs(content: ManifestContent) -> tuple[Descriptor, ...]:
-    return content.distributable + content.listed_blobs
-
-
-def _manifests(content: ManifestContent) -> list[Digest]:
-    listed = {each.digest for each in content.listed_blobs}
-    return [each.digest for each in content.children if each.digest not in listed]

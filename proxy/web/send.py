@@ -1,9 +1,9 @@
-"""A blob, whole or growing, to a client: byte ranges, and sendfile from a descriptor of our own.
+"""Sends a blob, complete or growing, to a client: byte ranges, and sendfile from a descriptor of its own.
 
-FileResponse will not do: it answers an evicted file with an empty 404, several ranges with 416, and puts
-an ETag of its own.  loop.sendfile would do for whole files, but tells nothing of how far it came.  So the
-socket is duplicated, and os.sendfile is called whenever it can take bytes: also 20 % faster for 8 clients.
-By TLS the bytes have to pass through this process: they are read and written piece by piece.
+web.FileResponse does not fit: it answers an evicted file with an empty 404, several ranges with 416, and sets
+its own ETag.  loop.sendfile would serve complete files, but does not report progress.  So the socket is
+duplicated, and os.sendfile is called whenever the socket is writable; this is also 20 % faster for 8 clients.
+With TLS the bytes have to pass through this process: they are read and written piece by piece.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from storage.registry import Blob, OnDisk
 
 LEFT = "client left"
 STUCK = "client took nothing"
-SMALL = 64 << 10  # bytes; so much is copied faster than a sendfile is set up
-# Bytes a client gets before others have their turn.  With 4 MiB at once the kernel queues so much for a
-# client with a small receive buffer that it goes at the pace of TCP's timers: 20 s for what takes a moment.
+SMALL = 64 << 10  # bytes up to which copying is faster than setting up sendfile
+# Bytes sent to one client before others get their turn.  With 4 MiB at once the kernel queues so much for a
+# client with a small receive buffer that the transfer is paced by TCP's timers: 20 s instead of a moment.
 TURN = 1 << 20
-PIECE = 256 << 10  # bytes that are encrypted at once; up to two of them wait here for a slow client
+PIECE = 256 << 10  # bytes encrypted at once; up to two pieces wait in memory for a slow client
 
 
 async def send_blob(
@@ -43,43 +43,22 @@ async def send_blob(
     exchange: Exchange,
     patience: float = math.inf,
 ) -> web.StreamResponse:
-    """Answer 200 or 206 with the blob or its `spans`; a client may take nothing for `patience` seconds.
+    """Answer 200 with the blob, or 206 with its `spans`.
 
-    What fails after the headers breaks the connection, and is noted in `exchange`: no client may take a
-    part for the whole.
+    A failure after the headers resets the connection and is noted in `exchange`, so that no client takes a
+    part for the whole.  A client that takes nothing for `patience` seconds is a failure too.
     """
-    size = blob.descriptor.size
     response = web.StreamResponse(status=206 if spans else 200, headers=headers)
-    boundary = secrets.token_hex(16)
-    parts: list[tuple[bytes, Span]] = []
-    if len(spans) > 1:
-        parts = [(_part(boundary, span, size, headers["Content-Type"]), span) for span in spans]
-        closing = f"\r\n--{boundary}--\r\n".encode()
-        response.headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
-        length = sum(len(head) + (span.stop or 0) - span.start for head, span in parts) + len(closing)
-        response.content_length = length
-    elif spans:
-        start, stop = spans[0].start, spans[0].stop or 0
-        response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        response.content_length = stop - start
-    elif size >= 0:
-        response.content_length = size
-    # Else it is sent in chunks, to an HTTP/1.0 client until the connection is closed.
     connection = request.get_extra_info("socket")
     transport = request.transport
     try:
-        writer = await response.prepare(request)
-        if writer is None:
-            return response
-        if parts:
-            for head, span in parts:
-                await response.write(head)
-                await _write(request, writer, blob, span, exchange, patience)
-            await response.write(closing)
+        sender = _Sender(request, response, blob, exchange, patience)
+        if len(spans) > 1:
+            await sender.send_ranges(spans)
+        elif spans:
+            await sender.send_range(spans[0])
         else:
-            whole = Span(0, size if size >= 0 else None)
-            span = spans[0] if spans else whole
-            await _send(request, writer, blob, span, exchange, patience)
+            await sender.send_whole()
         await response.write_eof()
     except TimeoutError:
         reset(transport, connection)
@@ -96,61 +75,192 @@ async def send_blob(
     return response
 
 
+class _Sender:
+    """Sends bytes of one blob as the body of one response, and counts them in the exchange.
+
+    Every method raises OSError if the client has left, TimeoutError if it takes nothing for `patience`
+    seconds, and what reading the blob raises.
+    """
+
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        response: web.StreamResponse,
+        blob: Blob,
+        exchange: Exchange,
+        patience: float,
+    ) -> None:
+        self._request = request
+        self._response = response
+        self._blob = blob
+        self._exchange = exchange
+        self._patience = None if math.isinf(patience) else patience
+
+    async def send_whole(self) -> None:
+        size = self._blob.descriptor.size
+        if size >= 0:
+            self._response.content_length = size
+        # Otherwise aiohttp sends chunks, or, to an HTTP/1.0 client, closes the connection at the end.
+        writer = await self._prepare()
+        await self._send(writer, Span(0, size if size >= 0 else None))
+
+    async def send_range(self, span: Span) -> None:
+        start, stop = span.start, span.stop or 0
+        self._response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{self._blob.descriptor.size}"
+        self._response.content_length = stop - start
+        await self._send(await self._prepare(), span)
+
+    async def send_ranges(self, spans: Sequence[Span]) -> None:
+        """Send multipart/byteranges (RFC 9110 §14.6)."""
+        headers, size = self._response.headers, self._blob.descriptor.size
+        boundary = secrets.token_hex(16)
+        parts = [(_part(boundary, span, size, headers["Content-Type"]), span) for span in spans]
+        closing = f"\r\n--{boundary}--\r\n".encode()
+        headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
+        length = sum(len(head) + (span.stop or 0) - span.start for head, span in parts) + len(closing)
+        self._response.content_length = length
+        writer = await self._prepare()
+        for head, span in parts:
+            await self._response.write(head)
+            await self._write(writer, span)
+        await self._response.write(closing)
+
+    async def _prepare(self) -> AbstractStreamWriter:
+        writer = await self._response.prepare(self._request)
+        assert writer is not None  # it is None only after the end of the response
+        return writer
+
+    async def _send(self, writer: AbstractStreamWriter, span: Span) -> None:
+        transport, blob = self._request.transport, self._blob
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        if span.stop is None or not isinstance(blob, OnDisk):
+            await self._write(writer, span)
+            return
+        if span.stop - span.start <= SMALL and await _all_there(blob, span.start, span.stop):
+            await self._copy(writer, blob.fileno(), span)
+            return
+        encrypted = transport.get_extra_info("sslcontext") is not None
+        # What the transport still buffers, such as the headers, must be sent before bytes bypass it.  With
+        # TLS it should buffer little; with a limit of 0 bytes, asyncio's TLS considers an empty buffer full.
+        transport.set_write_buffer_limits(high=1 if encrypted else 0)
+        async with asyncio.timeout(self._patience):
+            await writer.drain()
+        before = self._exchange.bytes
+        try:
+            await self._follow(writer, blob, span, None if encrypted else transport.get_extra_info("socket"))
+        except StorageFailed:
+            # The disk failed under the growing file; the blob may get the rest from elsewhere.
+            await self._write(writer, Span(span.start + self._exchange.bytes - before, span.stop))
+        finally:
+            if not transport.is_closing():
+                transport.set_write_buffer_limits()
+
+    async def _copy(self, writer: AbstractStreamWriter, file: int, span: Span) -> None:
+        length = (span.stop or 0) - span.start
+        chunk = os.pread(file, length, span.start)
+        if len(chunk) < length:
+            raise StorageFailed(f"{self._blob.descriptor.digest}: its file was truncated")
+        await writer.write(chunk)
+        self._exchange.bytes += length
+
+    async def _follow(
+        self, writer: AbstractStreamWriter, blob: OnDisk, span: Span, connection: socket.socket | None
+    ) -> None:
+        """Send `span` of the file as it grows: directly to `connection`, or encrypted if that is None."""
+        position, stop = span.start, span.stop or 0
+        client = -1 if connection is None else os.dup(connection.fileno())
+        try:
+            while position < stop:
+                end = min(await blob.readable(position), stop)
+                if connection is None:
+                    await self._encrypt(writer, blob.fileno(), Span(position, end))
+                else:
+                    await self._pump(client, blob.fileno(), Span(position, end))
+                position = end
+        finally:
+            if client >= 0:
+                os.close(client)
+
+    async def _write(self, writer: AbstractStreamWriter, span: Span) -> None:
+        async for chunk in self._blob.chunks(span.start, span.stop):
+            await self._put(writer, chunk)
+            self._exchange.bytes += len(chunk)
+
+    async def _put(self, writer: AbstractStreamWriter, chunk: bytes) -> None:
+        """Write `chunk`.  A client that takes at least a little of it within `patience` is not cut off."""
+        connection = self._request.get_extra_info("socket")
+        if connection is None:
+            raise ConnectionResetError("the client has left")
+        taken = _taken(connection)
+        putting = asyncio.ensure_future(_written(writer, chunk))
+        try:
+            while not (await asyncio.wait((putting,), timeout=self._patience))[0]:
+                before, taken = taken, _taken(connection)
+                if taken == before:
+                    raise TimeoutError("the client takes nothing")
+            await putting
+        finally:
+            putting.cancel()
+            await asyncio.gather(putting, return_exceptions=True)
+
+    async def _pump(self, client: int, file: int, span: Span) -> None:
+        """Send `span` of `file` as fast as `client`, a non-blocking socket, takes it."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        position, stop = span.start, span.stop or 0
+
+        def pump() -> None:
+            nonlocal position
+            if done.done():
+                return
+            try:
+                sent = _sendfile(client, file, position, stop)
+            except (OSError, EOFError, StorageFailed) as error:
+                done.set_exception(error)
+                return
+            position += sent
+            self._exchange.bytes += sent
+            if position == stop:
+                done.set_result(None)
+
+        pump()
+        if not done.done():
+            loop.add_writer(client, pump)
+            try:
+                before = -1
+                while position > before and not done.done():
+                    before = position
+                    await asyncio.wait((done,), timeout=self._patience)
+            finally:
+                loop.remove_writer(client)
+                if done.done():
+                    done.exception()  # mark it as retrieved: on cancellation nothing awaits it
+        if not done.done():
+            raise TimeoutError("the client takes nothing")
+        await done
+
+    async def _encrypt(self, writer: AbstractStreamWriter, file: int, span: Span) -> None:
+        """Send `span` of `file` by TLS.  The last piece or two are counted before they leave the process."""
+        position, stop = span.start, span.stop or 0
+        while position < stop:
+            try:
+                piece = os.pread(file, min(PIECE, stop - position), position)
+            except OSError as error:
+                raise _unreadable(position) from error
+            if not piece:
+                raise _truncated(position, stop)
+            await self._put(writer, piece)
+            position += len(piece)
+            self._exchange.bytes += len(piece)
+            await asyncio.sleep(0)  # give other tasks a turn while this client takes everything at once
+
+
 def _part(boundary: str, span: Span, size: int, media_type: str) -> bytes:
-    # RFC 9110 §14.6
     return (
         f"\r\n--{boundary}\r\nContent-Type: {media_type}\r\n"
         f"Content-Range: bytes {span.start}-{(span.stop or 0) - 1}/{size}\r\n\r\n"
     ).encode()
-
-
-async def _send(
-    request: web.BaseRequest,
-    writer: AbstractStreamWriter,
-    blob: Blob,
-    span: Span,
-    exchange: Exchange,
-    patience: float,
-) -> None:
-    transport = request.transport
-    position, stop = span.start, span.stop
-    if transport is None:
-        raise ConnectionResetError("the client has left")
-    if stop is None or not isinstance(blob, OnDisk):
-        await _write(request, writer, blob, span, exchange, patience)
-        return
-    if stop - position <= SMALL and await _all_there(blob, position, stop):
-        chunk = os.pread(blob.fileno(), stop - position, position)
-        if len(chunk) < stop - position:
-            raise StorageFailed(f"{blob.descriptor.digest}: its file was truncated")
-        await writer.write(chunk)
-        exchange.bytes += len(chunk)
-        return
-    encrypted = transport.get_extra_info("sslcontext") is not None
-    # What the transport still holds, the headers for one, must have left before bytes pass it by, and by TLS
-    # it is not to hold much.  Of 0 bytes asyncio's TLS says at once that it holds too many.
-    transport.set_write_buffer_limits(high=1 if encrypted else 0)
-    async with asyncio.timeout(_bounded(patience)):
-        await writer.drain()
-    before = exchange.bytes
-    client = -1 if encrypted else os.dup(transport.get_extra_info("socket").fileno())
-    try:
-        while position < stop:
-            end = min(await blob.readable(position), stop)
-            if encrypted:
-                await _encrypt(request, writer, blob.fileno(), Span(position, end), exchange, patience)
-            else:
-                await _sendfile(client, blob.fileno(), Span(position, end), exchange, patience)
-            position = end
-    except StorageFailed:
-        # The disk failed under the growing file; its blob may know where else to get the rest.
-        rest = Span(span.start + exchange.bytes - before, stop)
-        await _write(request, writer, blob, rest, exchange, patience)
-    finally:
-        if not encrypted:
-            os.close(client)
-        if not transport.is_closing():
-            transport.set_write_buffer_limits()
 
 
 async def _all_there(blob: OnDisk, position: int, stop: int) -> bool:
@@ -162,119 +272,32 @@ async def _all_there(blob: OnDisk, position: int, stop: int) -> bool:
         return False
 
 
-async def _write(
-    request: web.BaseRequest,
-    writer: AbstractStreamWriter,
-    blob: Blob,
-    span: Span,
-    exchange: Exchange,
-    patience: float,
-) -> None:
-    async for chunk in blob.chunks(span.start, span.stop):
-        await _put(request, writer, chunk, patience)
-        exchange.bytes += len(chunk)
-
-
-async def _put(request: web.BaseRequest, writer: AbstractStreamWriter, chunk: bytes, patience: float) -> None:
-    """Raises TimeoutError where the client takes nothing for `patience` seconds; a little is enough."""
-    connection = request.get_extra_info("socket")
-    if connection is None:
-        raise ConnectionResetError("the client has left")
-    taken = _taken(connection)
-    putting = asyncio.ensure_future(_written(writer, chunk))
-    try:
-        while not (await asyncio.wait((putting,), timeout=_bounded(patience)))[0]:
-            before, taken = taken, _taken(connection)
-            if taken == before:
-                raise TimeoutError("the client takes nothing")
-        await putting
-    finally:
-        putting.cancel()
-        await asyncio.gather(putting, return_exceptions=True)
-
-
 async def _written(writer: AbstractStreamWriter, chunk: bytes) -> None:
     await writer.write(chunk)
     await writer.drain()
 
 
 def _taken(connection: Any) -> int:
-    """How many bytes the client's machine has acknowledged: tcpi_bytes_acked of struct tcp_info, tcp(7)."""
+    """Return how many bytes the client has acknowledged: tcpi_bytes_acked of struct tcp_info, tcp(7)."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
     (number,) = struct.unpack_from("=Q", info, 120)
     return int(number)
 
 
-def _bounded(patience: float) -> float | None:
-    return None if math.isinf(patience) else patience
-
-
-async def _sendfile(client: int, file: int, span: Span, exchange: Exchange, patience: float) -> None:
-    """`span` of `file`, as fast as `client`, a non-blocking socket, takes it.
-
-    Raises TimeoutError where it takes nothing for `patience` seconds.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-    position, stop = span.start, span.stop or 0
-
-    def pump() -> None:
-        nonlocal position
-        if done.done():
-            return
-        try:
-            sent = os.sendfile(client, file, position, min(TURN, stop - position))
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            # Only the disk says EIO; all else is the client's end.
-            done.set_exception(_unreadable(position) if error.errno == errno.EIO else error)
-            return
-        position += sent
-        exchange.bytes += sent
-        if position == stop:
-            done.set_result(None)
-        elif sent == 0:
-            done.set_exception(_truncated(position, stop))
-
-    pump()
-    if not done.done():
-        loop.add_writer(client, pump)
-        try:
-            before = -1
-            while position > before and not done.done():
-                before = position
-                await asyncio.wait((done,), timeout=_bounded(patience))
-        finally:
-            loop.remove_writer(client)
-            if done.done():
-                done.exception()  # seen: who is cancelled, its client having left, does not await it
-    if not done.done():
-        raise TimeoutError("the client takes nothing")
-    await done
-
-
-async def _encrypt(
-    request: web.BaseRequest,
-    writer: AbstractStreamWriter,
-    file: int,
-    span: Span,
-    exchange: Exchange,
-    patience: float,
-) -> None:
-    """The same by TLS: what is counted has left this process, but for the last piece or two."""
-    position, stop = span.start, span.stop or 0
-    while position < stop:
-        try:
-            piece = os.pread(file, min(PIECE, stop - position), position)
-        except OSError as error:
+def _sendfile(client: int, file: int, position: int, stop: int) -> int:
+    """Send what the socket accepts without blocking, and return the number of bytes."""
+    try:
+        sent = os.sendfile(client, file, position, min(TURN, stop - position))
+    except (BlockingIOError, InterruptedError):
+        return 0
+    except OSError as error:
+        # EIO can only come from the disk; any other error concerns the client's socket.
+        if error.errno == errno.EIO:
             raise _unreadable(position) from error
-        if not piece:
-            raise _truncated(position, stop)
-        await _put(request, writer, piece, patience)
-        position += len(piece)
-        exchange.bytes += len(piece)
-        await asyncio.sleep(0)  # nobody waits for the others while a client takes all at once
+        raise
+    if sent == 0:
+        raise _truncated(position, stop)
+    return sent
 
 
 def _unreadable(position: int) -> StorageFailed:
@@ -286,8 +309,8 @@ def _truncated(position: int, stop: int) -> EOFError:
 
 
 def reset(transport: Any, connection: Any) -> None:
-    """Reset the connection: never a clean end to what is not complete."""
-    if connection is None or connection.fileno() < 0:  # lost already
+    """Reset the connection: an incomplete response never ends cleanly."""
+    if connection is None or connection.fileno() < 0:  # already closed
         return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()

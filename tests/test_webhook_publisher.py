@@ -57,7 +57,7 @@ class Disk(Queue):
         return super().put(happenings, limit)
 
     def ids(self, webhook: str = "a") -> list[str]:
-        return [each.happening.id for each in self.read(webhook, "", 100_000) if each.happening]
+        return [each.event.id for each in self.read(webhook, "", 100_000) if each.event]
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ async def test_filters(disk: Disk, keys: dict[str, Any], told: list[str]) -> Non
     await teller.tell(happening(1, media_type="application/octet-stream"))
     await teller.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
     await teller.tell(happening(3, "delete"))
-    found = [each.happening for each in disk.read("a", "", 9)]
+    found = [each.event for each in disk.read("a", "", 9)]
     assert [each.action if each and each.id != "1" else "blob" for each in found] == told
     assert set(told) <= set(names)
     await teller.close()

@@ -22,7 +22,7 @@ def happening(number: int, action: Action = "push") -> Event:
 
 
 def ids(queue: Queue, webhook: str, after: str = "", limit: int = 100) -> list[str]:
-    return [each.happening.id for each in queue.read(webhook, after, limit) if each.happening]
+    return [each.event.id for each in queue.read(webhook, after, limit) if each.event]
 
 
 @pytest.fixture
@@ -129,6 +129,6 @@ def test_what_cannot_be_read_is_told_as_such(queue: Queue, records: Records) -> 
     key = queue.read("a", "", 1)[0].key
     records.put(key, b"of another version")
     records.put("webhook a", b"\xff")
-    assert [each.happening for each in queue.read("a", "", 1)] == [None]
+    assert [each.event for each in queue.read("a", "", 1)] == [None]
     assert queue.oldest("a") is None
     assert queue.state("a") == State()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from proxy.transfer.copy_sources import CopySource, Item, check, items, parse_place
+from proxy.transfer.copy_sources import CopySource, Item, check, items, parse_source
 from storage.errors import NameUnknown
 from storage.oci import Digest
 from storage.registry import Registry
@@ -62,15 +62,15 @@ DIGEST = Digest("sha256:" + "0" * 64)
 def test_copy_sources(text: str, place: CopySource | None, url: str) -> None:
     if place is None:
         with pytest.raises(ValueError, match=r"^[^\n]+$"):
-            parse_place(text)
+            parse_source(text)
         return
-    assert parse_place(text) == place
+    assert parse_source(text) == place
     assert place.url == url
 
 
 def test_plain_http_may_be_asked_for() -> None:
-    assert parse_place("r.example/a", plain_http=True).url == "http://r.example"
-    assert parse_place("https://r.example/a", plain_http=True).url == "https://r.example"
+    assert parse_source("r.example/a", plain_http=True).url == "http://r.example"
+    assert parse_source("https://r.example/a", plain_http=True).url == "https://r.example"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_plain_http_may_be_asked_for() -> None:
 def test_what_goes_where_must_be_told(
     sources: Sequence[str], destination: str, all_tags: bool, why: str | None
 ) -> None:
-    given = [parse_place(each) for each in sources], parse_place(destination), all_tags
+    given = [parse_source(each) for each in sources], parse_source(destination), all_tags
     if why is None:
         check(*given)
         return
@@ -111,7 +111,7 @@ class Listing(Registry):
 
 
 async def meant(text: str, destination: str, **options: bool) -> list[tuple[str, str, tuple[str, ...]]]:
-    place, target = parse_place(text), parse_place(destination)
+    place, target = parse_source(text), parse_source(destination)
     found: list[Item] = [each async for each in items(place, Listing(), target, **options)]
     return [(each.source, each.target, each.tags) for each in found]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.admin.image_files import ImageMentions, Mention, Unreadable, interpolate, look, normal
+from proxy.admin.image_files import ImageMentions, Mention, Unreadable, full_name, interpolate, look
 
 FILES = Path(__file__).parent / "imagefiles"
 HUB = "docker.io/library"
@@ -199,12 +199,12 @@ def test_files_come_in_their_order_each_reference_once(tmp_path: Path) -> None:
         ("\nreplicas: 1\n", "2: expected a compose file"),
         ("services: [a]\n", "1: expected a compose file"),
         ("services:\n  a:\n    image: $TAG\n", "3: the variable TAG is not set"),
-        ("services:\n  a:\n    image: Alpine\n", "3: 'Alpine' is no reference of an image: "),
-        ("kind: Pod\ncontainers:\n- image: a:b:c\n", "3: 'a:b:c' is no reference of an image: "),
+        ("services:\n  a:\n    image: Alpine\n", "3: 'Alpine' is not an image name: "),
+        ("kind: Pod\ncontainers:\n- image: a:b:c\n", "3: 'a:b:c' is not an image name: "),
         ("kind: Pod\ncontainers:\n- image: {{ .Values.image }}\n", "; a chart's template is given as"),
         ('kind: Pod\ncontainers:\n- image: "{{ .Values.image }}"\n', "; a chart's template is given as"),
         ("kind: Pod\n{{- if .Values.x }}\n", "; a chart's template is given as"),
-        ("alpine\nAlpine\n", "2: 'Alpine' is no reference of an image: "),
+        ("alpine\nAlpine\n", "2: 'Alpine' is not an image name: "),
     ],
 )
 def test_what_cannot_be_read_names_the_line(text: str, says: str) -> None:
@@ -213,7 +213,7 @@ def test_what_cannot_be_read_names_the_line(text: str, says: str) -> None:
 
 
 def test_what_is_said_to_be_a_list_is_one() -> None:
-    with pytest.raises(Unreadable, match="standard input:1: 'kind: Pod' is no reference"):
+    with pytest.raises(Unreadable, match="standard input:1: 'kind: Pod' is not an image name"):
         found("kind: Pod\n", plain=True)
 
 
@@ -262,15 +262,15 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
     ],
 )
 def test_names_are_read_as_clients_read_them(text: str, full: str) -> None:
-    assert normal(text, ["cache.example:5000"]) == full
+    assert full_name(text, ["cache.example:5000"]) == full
 
 
 @pytest.mark.parametrize(
     "text", ["", ":1", "a:", "a b", "a@b", "A", "x_.y.z/", "h.example:x/a", "-.x/y", "a//b"]
 )
 def test_what_is_no_name(text: str) -> None:
-    with pytest.raises(ValueError, match="is no reference of an image"):
-        normal(text)
+    with pytest.raises(ValueError, match="is not an image name"):
+        full_name(text)
 
 
 def test_an_address_of_our_own_is_no_part_of_a_name_in_a_list() -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # Modules and packages of storage, from the ground up.  Those of one line do not know each other.
 STORAGE = (
-    "errors concurrency",
+    "errors concurrency names",
     "oci",
     "registry",
     "disk",

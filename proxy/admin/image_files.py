@@ -18,9 +18,8 @@ from typing import Any, NoReturn, TextIO
 
 import yaml
 
-from proxy.config.hosts import parse_host
-from storage.errors import RegistryError
-from storage.oci import Digest, Tag, parse_name
+from proxy.config.image_names import parse
+from storage.names import written
 
 # libyaml is ten times as fast, where PyYAML was built with it; rendered charts can be long.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -204,14 +203,14 @@ class _Search:
 
     def _named(self, reference: str, line: int) -> None:
         try:
-            full = normal(reference.strip(), self._registries)
+            full = full_name(reference.strip(), self._registries)
         except ValueError as error:
             self._fail(line, error)
         self._found.mentions.append(Mention(full, f"{self._name}:{line}"))
 
     def _listed(self, reference: str, line: int) -> None:
         try:
-            full = normal(reference, self._registries)
+            full = full_name(reference, self._registries)
         except ValueError as error:
             self._fail(line, error)
         own = reference.partition("/")[0] in self._registries
@@ -259,32 +258,16 @@ def _images(loader: Any, key: str, items: yaml.SequenceNode) -> Iterator[yaml.No
             yield image
 
 
-def normal(text: str, registries: Sequence[str] = ()) -> str:
-    """In full, as clients read it: `alpine` is docker.io/library/alpine:latest.
+def full_name(text: str, registries: Sequence[str] = ()) -> str:
+    """The name in full, as clients complete it: `alpine` is docker.io/library/alpine:latest.
 
-    Of tag and digest the digest counts.  Raises ValueError.
+    Below one of `registries`, what follows it: this server reads that as it reads its clients' names.
+    Raises ValueError.
     """
-    named, at, digest = text.partition("@")
-    slash = named.rfind("/") + 1
-    last, colon, tag = named[slash:].partition(":")
-    host, _, path = (named[:slash] + last).partition("/")
-    if not path or not ("." in host or ":" in host or host == "localhost"):
-        host, path = "docker.io", named[:slash] + last
-    try:
-        reference = f"@{Digest.parse(digest)}" if at else f":{Tag.parse(tag) if colon else 'latest'}"
-        parse_name(path)
-    except RegistryError as error:
-        raise ValueError(f"{text[:150]!r} is no reference of an image: {error}") from None
-    if host in registries:
-        return path + reference  # which this server reads as it reads its clients'
-    try:
-        parse_host(host.lower())
-    except ValueError:
-        raise ValueError(f"{text[:150]!r} is no reference of an image: {host!r} is no host") from None
-    host = "docker.io" if host == "index.docker.io" else host
-    if host == "docker.io" and "/" not in path:
-        path = f"library/{path}"
-    return f"{host.lower()}/{path}{reference}"
+    name = parse(text)
+    if name.host in registries:
+        return written(name.repository, name.reference)
+    return str(name)
 
 
 def interpolate(text: str, environ: Mapping[str, str]) -> str:

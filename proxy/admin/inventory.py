@@ -13,11 +13,11 @@ from itertools import islice
 
 from proxy.admin.models import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
 from proxy.config.schema import Config
-from proxy.namespaces.references import WILD, written
 from storage.errors import ManifestUnknown
 from storage.graph import contents
 from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.usage import Usage
+from storage.names import is_glob, literal_prefix, written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Pointer, Store
 
@@ -67,8 +67,7 @@ class Inventory:
     def repositories(self, wanted: Pin) -> list[RepositoryRow]:
         """Those whose name matches; what `wanted` says of a reference does not count."""
         pattern = wanted.parts[0]
-        wild = WILD.search(pattern)
-        start = pattern[: wild.start()] if wild else f"{pattern} "
+        start = literal_prefix(pattern) if is_glob(pattern) else f"{pattern} "
         counts: dict[str, list[int]] = {}
         for number, kind in enumerate(("tag", "manifest", "link")):
             name, row = "", None  # keys come in the order of repositories: one look at each

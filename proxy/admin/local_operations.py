@@ -46,7 +46,6 @@ from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import (
-    WILD,
     FieldInvalid,
     ReferenceReader,
     read_pattern,
@@ -62,6 +61,7 @@ from storage.maintenance.collection import Collection
 from storage.maintenance.pins import Pin
 from storage.maintenance.scrub import Heal, Progress, Scrub
 from storage.maintenance.usage import Counters
+from storage.names import is_glob
 from storage.oci import Digest
 
 log = structlog.get_logger()
@@ -182,7 +182,7 @@ class LocalOperations:
         purged = await run_in_thread(self._purging.purge, wanted, dry_run, force)
         if not dry_run:
             repositories = {Pin(each).parts[0] for each in purged.references}
-            if not WILD.search(wanted.parts[0]):
+            if not is_glob(wanted.parts[0]):
                 repositories.add(wanted.parts[0])
             for each in repositories:
                 await self._everyone.forget(each)

@@ -18,11 +18,11 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from proxy.admin.models import Purged
-from proxy.namespaces.references import WILD, written
 from storage.disk.records import Batch
 from storage.errors import RegistryError
 from storage.graph import contents
 from storage.maintenance.pins import Pin, Pins
+from storage.names import is_glob, written
 from storage.oci import Digest, Reference, Tag
 from storage.store import Store
 
@@ -111,7 +111,7 @@ class Purge:
 
     def _repositories(self, wanted: Pin) -> list[str]:
         pattern = wanted.parts[0]
-        if not WILD.search(pattern):
+        if not is_glob(pattern):
             return [pattern]
         names = {name for kind in KINDS for name in self._names(kind)}
         return sorted(name for name in names if fnmatchcase(name, pattern))
@@ -128,7 +128,7 @@ class Purge:
     def _plan(self, repository: str, wanted: Pin, pins: Sequence[Pin]) -> Plan:
         tags = self._tags(repository)
         names = self._who_names_whom(repository)
-        exact = None if WILD.search(wanted.pattern) else wanted.parts[2]
+        exact = None if is_glob(wanted.pattern) else wanted.parts[2]
 
         def pinned(reference: Reference) -> bool:
             return reference != exact and any(pin.matches(repository, reference) for pin in pins)

@@ -24,6 +24,7 @@ from proxy.cli.copy import take_over
 from proxy.config.quantities import parse_timeout, plural, size
 from proxy.config.values import parse_platform
 from proxy.transfer import results
+from storage.names import written
 
 if TYPE_CHECKING:
     from proxy.namespaces.composition import Composition
@@ -304,9 +305,8 @@ def landed(found: results.BundleImported, now: float) -> Sequence[Table]:
         (Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("WAS", digests=True))
     )
     for each in found.references:
-        sign = f":{each.tag}" if each.tag else f"@{each.digest}"
         was = "the same" if each.before == each.digest else each.before or ""
-        table.add(f"{each.repository}{sign}", each.digest, was)
+        table.add(written(each.repository, each.tag or each.digest), each.digest, was)
     done = "would bring" if found.dry_run else "brought"
     table.notes.append(
         f"{found.archive} {done} {plural(len(found.references), 'reference')}, of"

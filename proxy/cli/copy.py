@@ -86,7 +86,7 @@ def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **opt
     stands for. Called again, it goes on where it was cut.
     """
     from proxy.transfer.copy_job import CopyJob, Endpoint
-    from proxy.transfer.copy_sources import check, parse_place
+    from proxy.transfer.copy_sources import check, parse_source
 
     ends = {}
     try:
@@ -95,8 +95,8 @@ def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **opt
             ends[name] = Endpoint(*given)
             if ":" not in (ends[name].credentials or ":"):
                 raise ValueError(f"--{name}-credentials: expected user:password")
-        places = [parse_place(each, ends["source"].plain_http) for each in sources]
-        target = parse_place(destination, ends["destination"].plain_http)
+        places = [parse_source(each, ends["source"].plain_http) for each in sources]
+        target = parse_source(destination, ends["destination"].plain_http)
         check(places, target, options["all_tags"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None

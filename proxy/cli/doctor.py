@@ -15,6 +15,8 @@ from yarl import URL
 
 from proxy.cli.console import Column, Table, write
 from proxy.config.errors import ConfigError
+from proxy.config.hosts import parse_server
+from proxy.config.image_names import parse
 from proxy.config.loader import load
 from proxy.doctor.checks import Check, Diagnosis
 from proxy.setup.site import site_of
@@ -95,22 +97,19 @@ def doctor(
     try:
         config = load(path)
         site = site_of(config, url=url or None, namespaces=namespaces, ca_file=ca_file, bypass=not no_bypass)
+        wish = looks.ClientOptions(
+            parse(canary or pull or looks.CANARY), parse(pull) if pull else None, admin
+        )
     except (ConfigError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-    wish = looks.ClientOptions(canary or pull or looks.CANARY, pull, admin)
     _run(lambda: looks.examine(site, root, wish), as_json)
 
 
 def _admin(server: str | None) -> URL | None:
-    if server is None:
-        return None
     try:
-        url = URL(server if "//" in server else f"http://{server}")
-        if url.host:
-            return url.origin()
-    except ValueError:
-        pass
-    raise click.UsageError(f"--server {server}: expected an address such as http://127.0.0.1:5001")
+        return None if server is None else parse_server(server).origin()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool) -> None:

@@ -19,12 +19,13 @@ from proxy.cli import bundles, copy, offline, operations
 from proxy.cli.doctor import doctor
 from proxy.cli.setup import setup
 from proxy.config.errors import ConfigError, StartError
+from proxy.config.hosts import Address
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.server.supervisor import Assignment, Supervisor
 from proxy.setup.renderers import RENDERERS
-from proxy.setup.site import reach, scheme_of, site_of
+from proxy.setup.site import client_url, scheme_of, site_of
 from proxy.telemetry import logs
 
 log = structlog.get_logger()
@@ -152,7 +153,7 @@ def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Confi
         + (f", admin on {_url(config.admin_tls() is not None, *admin)}" if admin else ""),
         f"storing in {config.disk.path}",
     ]
-    site = site_of(config, url=str(reach(scheme_of(config), *listen)))
+    site = site_of(config, url=str(client_url(scheme_of(config), Address(*listen))))
     if site.namespaces:
         # One registry will do for those that have each named; setup names all.
         name = DOCKER_HUB if DOCKER_HUB in site.namespaces else site.namespaces[0]

@@ -25,6 +25,7 @@ from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.operations import PAUSE, PLATFORMS
 from proxy.config.quantities import duration, moment, parse_timeout, plural, size
 from storage.concurrency import for_each
+from storage.names import written
 
 Row = TypeVar("Row", WarmRow, ReadyRow)
 
@@ -173,7 +174,7 @@ def warmed(found: Sequence[WarmRow], now: float) -> Sequence[Table]:
 def _name(row: WarmRow | ReadyRow) -> str:
     if not row.repository:  # it could not be read
         return row.asked
-    return f"{row.repository}{'@' if ':' in row.reference else ':'}{row.reference}"
+    return written(row.repository, row.reference)
 
 
 # ready
@@ -326,9 +327,8 @@ def missed(found: Drilling, now: float) -> Sequence[Table]:
     )
     table = Table(columns, empty="nothing failed: all that was asked for is here")
     for each in found.missed:
-        sign = "" if not each.reference else "@" if ":" in each.reference else ":"
         table.add(
-            f"{each.repository}{sign}{each.reference}",
+            written(each.repository, each.reference) if each.reference else each.repository,
             each.kind,
             each.client,
             str(each.count),

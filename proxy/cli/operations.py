@@ -11,7 +11,6 @@ rich, the whole of the cache) is only imported where it is needed.
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -29,10 +28,10 @@ from proxy.cli.console import Progress, write
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.config.quantities import parse_size, parse_timeout
 from proxy.config.values import parse_platform
+from storage.names import is_glob
 
 PAUSE = 1.0  # seconds between two requests for the progress
 PAGE = LARGEST_PAGE
-WILD = re.compile(r"[*?[]")
 
 
 def _period(given: object) -> object:
@@ -142,7 +141,7 @@ def purge(call: CommandContext, pattern: str, dry_run: bool, yes: bool, force: b
     """
 
     async def work(operations: Operations) -> None:
-        if WILD.search(pattern) and not (dry_run or yes or force):
+        if is_glob(pattern) and not (dry_run or yes or force):
             await _confirm(operations, pattern)
         found = await operations.purge(pattern, dry_run=dry_run, force=force)
         call.print(found, tables.purged)

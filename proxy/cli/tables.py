@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from proxy.admin import models
 from proxy.cli.console import Column, Progress, Table
 from proxy.config.quantities import duration, moment, plural, share, size
+from storage.names import written
 
 _REFERENCE = Column("REFERENCE", whole=True)
 _HELD = Column("HELD", right=True)
@@ -47,7 +48,7 @@ def _images(rows: Sequence[models.ImageRow], now: float) -> Table:
     table = Table(columns)
     for each in rows:
         table.add(
-            each.repository if each.tag is None else f"{each.repository}:{each.tag}",
+            each.repository if each.tag is None else written(each.repository, each.tag),
             each.digest,
             size(each.bytes_held),
             size(each.bytes_whole) if each.bytes_whole != each.bytes_held else "all",
@@ -84,7 +85,7 @@ def shown(found: models.Tree, now: float) -> Sequence[Table]:
         Column("PLATFORM"),
         Column("TYPE"),
     )
-    table = Table(columns, title=_full(found.repository, found.reference))
+    table = Table(columns, title=written(found.repository, found.reference))
     for before, node in _drawn(found.node, "", ""):
         _node(table, before, node)
     for each in found.referrers:
@@ -194,7 +195,7 @@ def progress(found: Sequence[models.FillRow], shown: Progress, beside: str = "")
 
 
 def _part(fill: models.FillRow) -> str:
-    return f"{fill.repository}@{fill.digest}"
+    return written(fill.repository, fill.digest)
 
 
 def purged(found: models.Purged, now: float) -> Sequence[Table]:
@@ -218,7 +219,7 @@ def refreshed(found: models.Refreshed, now: float) -> Sequence[Table]:
         state = f"moved from {found.moved}"
     table = Table(())
     table.notes += [
-        f"{_full(found.repository, found.reference)}: {state}",
+        f"{written(found.repository, found.reference)}: {state}",
         f"{found.digest}: {plural(found.manifests, 'manifest')}, {plural(found.blobs, 'blob')}, "
         f"of them fetched {found.fetched}, {size(found.bytes)}",
     ]
@@ -363,7 +364,7 @@ def webhooks(found: Sequence[models.WebhookRow], now: float) -> Sequence[Table]:
 
 
 def explained(found: models.Why, now: float) -> Sequence[Table]:
-    table = Table((Column("WHY"), Column(_full(found.repository, found.reference))))
+    table = Table((Column("WHY"), Column(written(found.repository, found.reference))))
     fresh = "" if found.fresh_for is None else f", {duration(found.fresh_for)}"
     keep = ", for ever" if found.keep_for is None else f", {duration(found.keep_for)}"
     table.add("verdict", f"{found.verdict}: {found.because}")
@@ -396,7 +397,3 @@ def _host(host: models.HostRow, now: float) -> str:
     if host.limited_until is not None:
         said.append(f"limited until {moment(host.limited_until, now)}")
     return ", ".join(said)
-
-
-def _full(repository: str, reference: str) -> str:
-    return f"{repository}{'@' if ':' in reference else ':'}{reference}"

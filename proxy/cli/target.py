@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from yarl import URL
 
-from proxy.admin.api.client import CONNECT, EVERYWHERE, AdminClient, Failed
+from proxy.admin.api.client import CONNECT, AdminClient, Failed
 from proxy.admin.operations import Operations
 from proxy.config.errors import StartError
+from proxy.config.hosts import local_url, parse_server
 from proxy.config.schema import Config
 from proxy.web.tls import pinned
 
@@ -78,20 +79,15 @@ async def _client(
 
 def _address(server: str) -> URL:
     try:
-        url = URL(server if "//" in server else f"http://{server}")
-        if url.host and url.scheme in ("http", "https"):
-            return url
-    except ValueError:
-        pass
-    raise Failed(f"--server {server}: expected an address such as http://127.0.0.1:5001", usage=True)
+        return parse_server(server)
+    except ValueError as error:
+        raise Failed(str(error), usage=True) from None
 
 
 def _configured(config: Config) -> URL | None:
     if config.admin is None or not config.admin.port:
         return None
-    host = EVERYWHERE.get(config.admin.host, config.admin.host)
-    scheme = "https" if config.admin_tls() else "http"
-    return URL.build(scheme=scheme, host=host, port=config.admin.port)
+    return local_url("https" if config.admin_tls() else "http", config.admin)
 
 
 def _trusted(config: Config, server: str | None, ca_file: Path | None) -> ssl.SSLContext | bool:

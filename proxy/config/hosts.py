@@ -8,9 +8,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from proxy.config.values import Secret, parse_secret, parse_text
+
+if TYPE_CHECKING:
+    from yarl import URL
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?")
 _HOST = re.compile(rf"{_NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
@@ -20,6 +23,8 @@ _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
 _PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
 _REALM = re.compile(rf"https?://{_AUTHORITY}(?:/[^\s\"\\#]*)?", re.ASCII)
 _TARGET = re.compile(rf"https?://{_AUTHORITY}(?:[/?][!-~]*)?")
+# Every address of the machine, and where this machine reaches a listener on it.
+_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -38,6 +43,16 @@ class Address:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it stands for every address of the machine."""
+        return self.host in _EVERYWHERE
+
+    @property
+    def local_host(self) -> str:
+        """The host at which this machine reaches who listens there."""
+        return _EVERYWHERE.get(self.host, self.host)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -158,3 +173,28 @@ def without_port(name: str) -> str:
     """A host's name as it is compared: without the ports that are the schemes' own."""
     host, _, port = name.rpartition(":")
     return host if port in ("443", "80") else name
+
+
+def is_host(name: str) -> bool:
+    """Whether clients take the first component of an image name for a registry's host."""
+    return "." in name or ":" in name or name == "localhost"
+
+
+def parse_server(text: str) -> URL:
+    """The address of an admin listener, as given by --server; http:// may be left out."""
+    from yarl import URL
+
+    try:
+        url = URL(text if "//" in text else f"http://{text}")
+        if url.host and url.scheme in ("http", "https"):
+            return url
+    except ValueError:
+        pass
+    raise ValueError(f"--server {text}: expected an address such as http://127.0.0.1:5001")
+
+
+def local_url(scheme: str, address: Address) -> URL:
+    """Where this machine reaches who listens at `address`."""
+    from yarl import URL
+
+    return URL.build(scheme=scheme, host=address.local_host, port=address.port)

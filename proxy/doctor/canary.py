@@ -11,13 +11,13 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import msgspec
 from yarl import URL
 
+from proxy.config.image_names import ImageName
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.doctor.host import Host
@@ -36,37 +36,11 @@ PULLERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """An image's: `namespace` is a registry's host, `reference` a tag or a digest."""
-
-    namespace: str
-    repository: str
-    reference: str
-
-    @classmethod
-    def parse(cls, text: str) -> Name:
-        """As clients complete it."""
-        before, at, digest = text.partition("@")
-        first, slash, rest = before.partition("/")
-        if not (slash and ("." in first or ":" in first or first == "localhost")):
-            first, rest = DOCKER_HUB, before
-        name, colon, tag = rest.rpartition(":")
-        if not colon:
-            name, tag = rest, "latest"
-        if first == DOCKER_HUB and "/" not in name:
-            name = f"library/{name}"
-        return cls(first, name, digest if at else tag)
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.repository}{'@' if ':' in self.reference else ':'}{self.reference}"
-
-
 class _Wrong(Exception):
     """What did not come as it should, in half a sentence."""
 
 
-async def look(session: aiohttp.ClientSession, host: Host, client: str, name: Name) -> Check:
+async def look(session: aiohttp.ClientSession, host: Host, client: str, name: ImageName) -> Check:
     """Ask for a manifest, for what it names, and for a blob, each as the client does."""
     try:
         said = await _Pull(session, host, client, name).run()
@@ -80,25 +54,25 @@ async def look(session: aiohttp.ClientSession, host: Host, client: str, name: Na
 
 
 class _Pull:
-    def __init__(self, session: aiohttp.ClientSession, host: Host, client: str, name: Name) -> None:
+    def __init__(self, session: aiohttp.ClientSession, host: Host, client: str, name: ImageName) -> None:
         self._session, self._site, self._client, self._name = session, host.site, client, name
 
     def _url(self, path: str) -> URL:
         """Each client says in its own way which registry it means."""
         name, base = self._name, self._site.base
         if self._client == "containerd":
-            return URL(f"{base}/v2/{name.repository}/{path}").with_query(ns=name.namespace)
-        if self._client == "docker" and name.namespace == DOCKER_HUB:
+            return URL(f"{base}/v2/{name.repository}/{path}").with_query(ns=name.host)
+        if self._client == "docker" and name.host == DOCKER_HUB:
             prefix = "" if self._site.hub else f"/{DOCKER_HUB}"
             return URL(f"{base}{prefix}/v2/{name.repository}/{path}")
-        return URL(f"{base}/v2/{name.namespace}/{name.repository}/{path}")
+        return URL(f"{base}/v2/{name.host}/{name.repository}/{path}")
 
     async def run(self) -> str:
         """How it was answered.  Raises _Wrong."""
         name = self._name
         if self._client != "containerd":
             await self._ask("GET", URL(f"{self._site.base}/v2/"), fine=(200, 401))
-        reference = name.reference
+        reference: str = name.reference
         if self._client != "podman" and ":" not in reference:
             headers, _ = await self._ask("HEAD", self._url(f"manifests/{reference}"))
             if not headers.get("Docker-Content-Digest") or "Content-Length" not in headers:
@@ -165,13 +139,13 @@ def _reason(content: bytes) -> str:
 
 
 async def pull(
-    session: aiohttp.ClientSession, host: Host, client: str, reference: str, admin: URL | None
+    session: aiohttp.ClientSession, host: Host, client: str, name: ImageName, admin: URL | None
 ) -> Check | None:
     """By the client's own program; None if that is not here.
 
     Whether it came through is told by the server's metrics, where `admin` is given and answers.
     """
-    words = [*PULLERS[client], str(Name.parse(reference))]
+    words = [*PULLERS[client], str(name)]
     if client == "containerd":  # ctr does not look there by itself
         words.insert(-1, f"--hosts-dir={host.path(CONTAINERD)}/certs.d")
     if not shutil.which(words[0]):
@@ -184,12 +158,12 @@ async def pull(
         )
     after = await _requests(session, admin)
     if before is None or after is None:
-        message = f"{reference} was pulled; whether through the server is not seen from here"
+        message = f"{name} was pulled; whether through the server is not seen from here"
         return warning("pull", client, message, "give its admin address: --server URL")
     if after > before:
-        return ok("pull", client, f"{reference} was pulled through the server: {after - before:.0f} requests")
+        return ok("pull", client, f"{name} was pulled through the server: {after - before:.0f} requests")
     advice = "the checks above tell what goes past it; a restart of the client may be due"
-    return failed("pull", client, f"{reference} was pulled, and the server was not asked", advice)
+    return failed("pull", client, f"{name} was pulled, and the server was not asked", advice)
 
 
 async def _requests(session: aiohttp.ClientSession, admin: URL | None) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import aiohttp
 from yarl import URL
 
+from proxy.config.image_names import ImageName
 from proxy.doctor import canary, containerd, docker, podman
 from proxy.doctor.certificates import refused
 from proxy.doctor.checks import Check, cause, failed, ok, warning
@@ -24,8 +25,8 @@ CLIENTS = {docker.CLIENT: docker.look, containerd.CLIENT: containerd.look, podma
 class ClientOptions:
     """What is asked of the machine: a canary of that name; with `pull`, each client's own pull of it."""
 
-    canary: str = CANARY
-    pull: str | None = None
+    canary: ImageName
+    pull: ImageName | None = None
     admin: URL | None = None
 
 
@@ -43,9 +44,8 @@ async def examine(site: Site, root: Path, wish: ClientOptions) -> list[Check]:
         checks = [await _answers(session, site)]
         checks += told
         if checks[0].state != "failed":
-            name = canary.Name.parse(wish.canary)
             for client in here or [podman.CLIENT]:
-                checks.append(await canary.look(session, host, client, name))
+                checks.append(await canary.look(session, host, client, wish.canary))
         if wish.pull:
             pulled = [await canary.pull(session, host, each, wish.pull, wish.admin) for each in here]
             checks += [each for each in pulled if each is not None]

@@ -13,16 +13,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from proxy.config.errors import StartError
-from proxy.config.hosts import Address
+from proxy.config.hosts import local_url
 from proxy.config.schema import Config
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from proxy.setup.site import EVERYWHERE
 from proxy.web.sockets import bind
 from proxy.web.tls import Certificates
 
 PATIENCE = 5.0  # seconds for an answer of our own server
-HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # where to ask who listens everywhere
 DESCRIPTORS = 4096  # a follower takes three; fewer than that are soon used up
 OPEN, REQUESTS = "entrepot_upstream_open", "entrepot_requests_total"
 
@@ -45,7 +43,7 @@ async def look(config: Config, admin: URL | None = None) -> list[Check]:
     """`admin` is the admin address where it is not that of the configuration."""
     url = admin
     if url is None and config.admin and config.admin.port:
-        url = url_of("https" if config.admin_tls() else "http", config.admin)
+        url = local_url("https" if config.admin_tls() else "http", config.admin)
     timeout = aiohttp.ClientTimeout(total=PATIENCE)
     # It is asked by its address, and a certificate is for its name.
     connector = aiohttp.TCPConnector(ssl=False)
@@ -56,12 +54,6 @@ async def look(config: Config, admin: URL | None = None) -> list[Check]:
             return [*found, await _listens(session, config, None)]
         found, runs = await _administered(session, url)
         return [*found, await _listens(session, config, runs)]
-
-
-def url_of(scheme: str, address: Address) -> URL:
-    """Where to ask, from this machine, who listens there."""
-    host = HERE[address.host] if address.host in EVERYWHERE else address.host
-    return URL.build(scheme=scheme, host=host, port=address.port)
 
 
 async def _administered(session: aiohttp.ClientSession, url: URL) -> tuple[list[Check], bool]:
@@ -121,7 +113,7 @@ async def _listens(session: aiohttp.ClientSession, config: Config, runs: bool | 
         return warning("listen", subject, "is any free port: clients cannot know it", "give listen: a port")
     if runs and config.tls and config.tls.client_certificate == "required":
         return ok("listen", subject, "was not asked: it answers none but clients with certificates")
-    url = url_of("https" if config.tls else "http", config.listen)
+    url = local_url("https" if config.tls else "http", config.listen)
     try:
         async with session.get(url / "v2/") as response:
             theirs, status = response.headers.get("Server", ""), response.status

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from proxy.config.image_names import split
 from proxy.config.quantities import parse_timeout
 from proxy.config.values import parse_platform
 from proxy.namespaces.routing import Namespaces
 from storage.errors import RegistryError
 from storage.maintenance.pins import Pin
+from storage.names import is_glob
 from storage.oci import Digest, Reference, Tag
-
-WILD = re.compile(r"[*?[]")
 
 
 class FieldInvalid(ValueError):
@@ -47,18 +46,19 @@ class ReferenceReader:
         """With the full name, where it names one repository."""
         wanted = read_pattern(field, text)
         repository = wanted.parts[0]
-        if WILD.search(repository):
+        if is_glob(repository):
             return wanted
         return read_pattern(field, self._qualify(field, repository) + wanted.pattern[len(repository) :])
 
     def reference(self, field: str, text: str) -> ImageReference:
         """`name`, `name:tag`, `name@digest`, `name:tag@digest`: then the tag does not count."""
-        named, at, digest = text.partition("@")
-        name, _, tag = read_pattern(field, named).parts
-        if name == named:
-            tag = "latest"
+        name, tag, digest = split(text)
         try:
-            reference: Reference = Digest.parse(digest) if at else Tag.parse(tag)
+            reference: Reference
+            if digest is not None:
+                reference = Digest.parse(digest)
+            else:
+                reference = Tag.parse("latest" if tag is None else tag)
         except RegistryError as error:
             raise FieldInvalid(field, error) from None
         return ImageReference(text, self._qualify(field, name), reference)
@@ -92,8 +92,3 @@ def read_seconds(field: str, text: str) -> float:
         return parse_timeout(text)
     except ValueError as error:
         raise FieldInvalid(field, error) from None
-
-
-def written(repository: str, reference: Reference) -> str:
-    """As a user writes it."""
-    return f"{repository}{'@' if isinstance(reference, Digest) else ':'}{reference}"

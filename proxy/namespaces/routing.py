@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from proxy.cache.refresh import Refreshable
-from proxy.config.hosts import without_port
+from proxy.config.hosts import is_host, without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
 from storage.registry import Blob, Registry, Upload, everything
@@ -90,11 +90,11 @@ class Namespaces(Registry):
             member = self._named(ns) or _refuse(ns)
         elif host and (found := self._hosted(host)):
             member = found
-        elif named and (not prefix or _is_host(first)):
+        elif named and (not prefix or is_host(first)):
             return _full(named, _without_v2(named, rest))
         elif prefix:
             member = self._named(prefix) or _refuse(prefix)
-        elif rest and _is_host(first):
+        elif rest and is_host(first):
             _refuse(first)
         elif self._default:
             return _full(self._default, name)
@@ -103,7 +103,7 @@ class Namespaces(Registry):
                 f"{name[:80]!r} names no namespace and there is no default: write <namespace>/<repository>,"
                 " or set default_namespace: in the configuration"
             )
-        if named is member and _is_host(first):
+        if named is member and is_host(first):
             name = _without_v2(member, rest)
         return _full(member, name)
 
@@ -256,13 +256,9 @@ def _normal(text: str) -> str:
     return without_port(text.lower())
 
 
-def _is_host(text: str) -> bool:
-    return "." in text or ":" in text or text == "localhost"
-
-
 def _without_v2(member: Member, repository: str) -> str:
     # In a namespace named by a plain word, most likely a private one, v2/ is as good a name as any.
-    if repository.startswith("v2/") and _is_host(member.name):
+    if repository.startswith("v2/") and is_host(member.name):
         return repository[3:]
     return repository
 

@@ -17,11 +17,10 @@ from typing import Any, Literal
 
 from yarl import URL
 
-from proxy.config.hosts import parse_name, parse_url
+from proxy.config.hosts import Address, is_host, parse_name, parse_url
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
 
-EVERYWHERE = ("", "0.0.0.0", "::")
 CA = "ca.crt"  # what dockerd, podman and containerd all take for an authority, by its name
 
 
@@ -105,9 +104,10 @@ def quoted(*texts: str) -> str:
     return f"[{', '.join(json.dumps(each) for each in texts)}]"
 
 
-def reach(scheme: str, host: str, port: int) -> URL:
-    """How clients reach a listener at `host`: one on every address by this machine's name."""
-    return URL.build(scheme=scheme, host=socket.gethostname() if host in EVERYWHERE else host, port=port)
+def client_url(scheme: str, address: Address) -> URL:
+    """Where clients reach a listener: on every address, by this machine's name."""
+    host = socket.gethostname() if address.everywhere else address.host
+    return URL.build(scheme=scheme, host=host, port=address.port)
 
 
 def scheme_of(config: Config) -> str:
@@ -124,7 +124,7 @@ def site_of(
     bypass: bool = True,
 ) -> Site:
     """The server of that configuration, but for what is given.  Raises ValueError, in a sentence."""
-    where = _url(url) if url else reach(scheme_of(config), config.listen.host, config.listen.port)
+    where = _url(url) if url else client_url(scheme_of(config), config.listen)
     if not where.port:
         raise ValueError("listen has port 0, which is any: give --url")
     if ca_file is not None and where.scheme == "http":
@@ -141,11 +141,6 @@ def site_of(
         ca=_authority(ca_file) if ca_file else None,
         bypass=bypass,
     )
-
-
-def is_host(name: str) -> bool:
-    """Whether a namespace has a name that clients take for a registry's."""
-    return "." in name or ":" in name or name == "localhost"
 
 
 def _url(text: str) -> URL:

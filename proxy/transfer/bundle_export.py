@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import WILD, FieldInvalid, ReferenceReader, read_platforms, read_seconds
+from proxy.namespaces.references import FieldInvalid, ReferenceReader, read_platforms, read_seconds
 from proxy.transfer.results import CarriedRow, Exported, IncompleteRow, Tick
 from storage.archives import bundle
 from storage.archives.archive import open_archive, read
@@ -17,6 +17,7 @@ from storage.archives.export_plan import ExportPlan, ExportPlanner, Wanted
 from storage.archives.exporter import Sink, write
 from storage.concurrency import run_cancellable
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, StorageFailed
+from storage.names import is_glob
 from storage.oci import Digest, Tag
 
 EVERYTHING = ("*", "*@*")  # tags, and manifests
@@ -129,7 +130,7 @@ class BundleExport:
                 raise NameUnknown(f"nothing that is stored here is {text}")
 
     def _named(self, text: str) -> Iterator[Wanted]:
-        if not WILD.search(text):
+        if not is_glob(text):
             asked = self._reading.reference("names", text)
             yield Wanted(self._parts.store_of(asked.namespace), asked.repository, asked.reference)
             return

@@ -16,7 +16,6 @@ from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import (
     FieldInvalid,
     ReferenceReader,
-    written,
 )
 from proxy.transfer.results import BoundRow, BundleImported, Tick
 from storage.archives import bundle
@@ -28,6 +27,7 @@ from storage.concurrency import run_cancellable, run_in_thread
 from storage.disk.records import Batch, Records
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
 from storage.maintenance.pins import Pin
+from storage.names import written
 from storage.oci import Digest, Tag
 
 T = TypeVar("T")

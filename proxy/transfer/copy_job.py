@@ -14,13 +14,14 @@ from pathlib import Path
 from proxy.telemetry.metrics import Metrics
 from proxy.transfer.blob_copy import ProgressListener, RetryPolicy
 from proxy.transfer.copy import Copier, CopyOptions, CopyRoute
-from proxy.transfer.copy_sources import CopySource, Item, items, joined
+from proxy.transfer.copy_sources import CopySource, Item, items
 from proxy.transfer.results import Copied, CopyRow, Outcome
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline
 from proxy.upstream.requests import Settings
 from proxy.upstream.transport import Connect
 from storage.errors import RegistryError
+from storage.names import written
 
 IMAGES = 8  # under way at once
 
@@ -120,8 +121,7 @@ class CopyJob:
             self._failed(number, f"{place.host}/{place.repository}{named}", self._target.host, error)
 
     async def _copy(self, number: int, item: Item, source: UpstreamRegistry, copying: Copier) -> None:
-        shown = joined(item.tags[0] if item.tags else item.reference)
-        to = f"{self._target.host}/{item.target}{shown}"
+        to = written(f"{self._target.host}/{item.target}", item.tags[0] if item.tags else item.reference)
         within = item.place.url == self._target.url
         route = CopyRoute(source, item.repository, item.target, within, item.listed)
         try:

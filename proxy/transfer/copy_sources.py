@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from proxy.config.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
-from storage.errors import NameUnknown, RegistryError
-from storage.oci import Digest, Reference, Tag, parse_name
+from proxy.config import image_names
+from proxy.config.image_names import ImageName
+from proxy.config.wellknown import DOCKER_HUB, WELL_KNOWN
+from storage.errors import NameUnknown
+from storage.names import is_glob, literal_prefix, written
+from storage.oci import Digest, Reference, Tag
 from storage.registry import Registry
 
-WILD = re.compile(r"[*?[]")
 # The tags that list referrers are copied with what they are of.
 _FALLBACK = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 
@@ -40,56 +42,32 @@ class CopySource:
     @property
     def base(self) -> str:
         """Of a glob what stands before the path element where it begins: where it looks, as it were."""
-        found = WILD.search(self.repository)
-        return self.repository[: self.repository.rfind("/", 0, found.start()) + 1] if found else ""
+        literal = literal_prefix(self.repository)
+        return literal[: literal.rfind("/") + 1] if self.wild else ""
 
     @property
     def wild(self) -> bool:
         """Whether it may mean several repositories."""
-        return WILD.search(self.repository) is not None
+        return is_glob(self.repository)
 
 
-def parse_place(text: str, plain_http: bool = False) -> CopySource:
-    """As clients read it: what has no registry before it is Docker Hub's.  Raises ValueError.
+def parse_source(text: str, plain_http: bool = False) -> CopySource:
+    """Complete a name as clients do; one that ends with a slash is all below it.  Raises ValueError.
 
-    By plain http where it begins with http://, and, if it names no scheme, where `plain_http` says so or it
-    is this machine itself.
+    Plain http is used for http://, and without a scheme if `plain_http` is true or the host is this machine.
     """
     scheme, separator, rest = text.partition("://")
     if not separator:
         scheme, rest = "", text
     if scheme not in ("", "http", "https", "docker"):
-        raise ValueError(f"{text}: of {scheme}:// nothing is known here: expected registry/repository:tag")
-    if not rest:
-        raise ValueError(f"{text!r} is no registry/repository:tag")
-    host, slash, path = rest.partition("/")
-    if not slash or not (re.search(r"[.:]", host) or host == "localhost"):
-        host, path = DOCKER_HUB, rest
-    host = host.lower()
-    host = DOCKER_HUB if host in DOCKER_HUB_ALIASES else host
-    if not re.fullmatch(r"(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", host):
-        raise ValueError(f"{text}: {host} is no host of a registry")
-    plain = scheme == "http" or (scheme != "https" and (plain_http or _loopback(host)))
-    named, at, digest = path.partition("@")
-    slash_at = named.rfind("/")
-    name, colon, tag = named[slash_at + 1 :].partition(":")
-    repository = named[: slash_at + 1] + name
-    if repository.endswith("/") or not repository:
-        if colon or at:
-            raise ValueError(f"{text}: a tag or digest is of a repository, and it names none")
-        return CopySource(host, repository.rstrip("/"), plain_http=plain, below=True)
-    if host == DOCKER_HUB and "/" not in repository:
-        repository = f"library/{repository}"
-    try:
-        if not WILD.search(repository):
-            parse_name(repository)
-        if colon and not WILD.search(tag):
-            Tag.parse(tag)
-        return CopySource(
-            host, repository, tag if colon else None, Digest.parse(digest) if at else None, plain
-        )
-    except RegistryError as error:
-        raise ValueError(f"{text}: {error}") from None
+        raise ValueError(f"{text}: {scheme}:// is not supported: expected registry/repository:tag")
+    if below := rest.endswith("/"):
+        host, repository = image_names.split_host(rest)
+        name = ImageName(host, repository.rstrip("/"))
+    else:
+        name = image_names.parse(rest, globs=True)
+    plain = scheme == "http" or (scheme != "https" and (plain_http or _loopback(name.host)))
+    return CopySource(name.host, name.repository, name.tag, name.digest, plain, below)
 
 
 def _loopback(host: str) -> bool:
@@ -113,22 +91,17 @@ class Item:
 
     @property
     def source(self) -> str:
-        return f"{self.place.host}/{self.repository}{joined(self.reference)}"
-
-
-def joined(reference: Reference) -> str:
-    """As it stands behind a repository."""
-    return f":{reference}" if isinstance(reference, Tag) else f"@{reference}"
+        return written(f"{self.place.host}/{self.repository}", self.reference)
 
 
 def check(sources: Sequence[CopySource], destination: CopySource, all_tags: bool) -> None:
     """Raises ValueError where it is not told what goes where."""
-    if destination.wild or WILD.search(destination.tag or ""):
+    if destination.wild or is_glob(destination.tag or ""):
         raise ValueError("the destination is no glob")
     if destination.digest is not None:
         raise ValueError("the destination has no digest: that comes with what is copied")
     for each in sources:
-        several = all_tags or WILD.search(each.tag or "")
+        several = all_tags or is_glob(each.tag or "")
         if each.below:
             base = f"{each.host}/{each.repository}".rstrip("/")
             raise ValueError(f"{base}/ names no repository; {base}/* is all below it")
@@ -165,7 +138,7 @@ async def items(
         if place.digest is not None:
             named = tuple(map(Tag, filter(None, [destination.tag or place.tag])))
             yield Item(place, repository, place.digest, target, named)
-        elif not WILD.search(pattern):
+        elif not is_glob(pattern):
             yield Item(place, repository, Tag(pattern), target, (Tag(destination.tag or pattern),))
         else:
             listed = frozenset(await registry.tags(repository))

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import msgspec
 
 from proxy.webhooks.event import Event
+from storage.names import written
 
 Format: TypeAlias = Literal["registry", "cloudevents"]
 
@@ -79,7 +80,6 @@ def _registry(event: Event, source: Source) -> dict[str, Any]:
 def _cloudevent(event: Event, source: Source) -> dict[str, Any]:
     """CloudEvents 1.0, "Required Attributes"; JSON Event Format, "Envelope"."""
     repository = event.repository
-    named = f":{event.tag}" if event.tag else f"@{event.digest}"
     request = event.request
     return {
         "specversion": "1.0",
@@ -87,7 +87,7 @@ def _cloudevent(event: Event, source: Source) -> dict[str, Any]:
         # A URI reference.  What follows it is what an id is unique within.
         "source": f"//{quote(source.address, safe=':.-')}/{repository.partition('/')[0]}",
         "type": f"entrepot.{event.kind}.{_PAST[event.action]}",
-        "subject": f"{repository}{named}",
+        "subject": written(repository, event.tag or event.digest),
         "time": _time(event.at),
         "datacontenttype": "application/json",
         "data": _known(

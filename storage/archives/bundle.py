@@ -18,6 +18,7 @@ import msgspec
 
 from storage.archives.archive import GIANT, Archive, read
 from storage.errors import ArchiveInvalid
+from storage.names import written
 from storage.oci import OCI_INDEX, Digest
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Held(Named, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        return f"{self.repository}:{self.tag}" if self.tag else f"{self.repository}@{self.digest}"
+        return written(self.repository, self.tag or self.digest)
 
 
 class Referrer(Named, frozen=True, kw_only=True):

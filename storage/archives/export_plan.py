@@ -15,6 +15,7 @@ from storage.archives import bundle
 from storage.archives.bundle import Base, Contents, Held, Referrer
 from storage.errors import ManifestUnknown
 from storage.graph import contents, selected
+from storage.names import written
 from storage.oci import DOCKER_SCHEMA1, Descriptor, Digest, ManifestContent, Reference, Tag
 from storage.store import Store
 
@@ -32,7 +33,7 @@ class Wanted(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.repository}{'@' if isinstance(self.reference, Digest) else ':'}{self.reference}"
+        return written(self.repository, self.reference)
 
 
 class Source(NamedTuple):

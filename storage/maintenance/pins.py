@@ -25,6 +25,7 @@ import msgspec
 
 from storage.errors import DigestInvalid, NameInvalid, TagInvalid
 from storage.graph import Tree, referring, walk
+from storage.names import is_glob, literal_prefix
 from storage.oci import (
     Digest,
     Reference,
@@ -33,7 +34,6 @@ from storage.oci import (
 )
 from storage.store import Store
 
-_WILD = re.compile(r"[*?[]")
 _PLATFORM = re.compile(r"[^/\s]+/[^/\s]+(?:/[^/\s]+)?")
 
 
@@ -86,7 +86,7 @@ class Pin:
         Raises NameInvalid, TagInvalid, DigestInvalid where it can match nothing at all.
         """
         repository, kind, reference = self.parts
-        if _WILD.search(repository + reference):
+        if is_glob(repository + reference):
             return None
         # The namespace is none of the name, and may hold a port.
         parse_name(repository.partition("/")[2])
@@ -96,9 +96,9 @@ class Pin:
     def prefix(self) -> str:
         """What the key of every record that it matches begins with, and is longer than."""
         repository, kind, reference = self.parts
-        name = _literal(repository)
+        name = literal_prefix(repository)
         start = f"{'manifest' if kind == '@' else 'tag'} {name}"
-        return start if name != repository else f"{start} {_literal(reference)[:-1]}"
+        return start if name != repository else f"{start} {literal_prefix(reference)[:-1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +202,3 @@ class Pins:
                     found.manifests |= more.manifests
                     found.blobs.update(more.blobs)
         return found
-
-
-def _literal(pattern: str) -> str:
-    """What it begins with before any wildcard."""
-    found = _WILD.search(pattern)
-    return pattern if found is None else pattern[: found.start()]

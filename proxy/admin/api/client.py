@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 CONNECT = 5.0  # seconds for a connection to the server; how long it works on an answer is its own affair
-# Where to connect to who listens everywhere.
-EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class Failed(Exception):

@@ -47,7 +47,8 @@ from typing import Self
 class RegistryError(Exception):
     """A registry's refusal; `str()` is a sentence for whoever reads the client's output.
 
-    `retry_after` is in seconds, or None.
+    `retry_after` is in seconds, or None.  `remembered` says that the origin answered so before and was not
+    asked again.
     """
 
     code = "UNKNOWN"
@@ -56,10 +57,13 @@ class RegistryError(Exception):
     def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.remembered = False
 
-    def copy(self) -> Self:
+    def copy(self, remembered: bool = False) -> Self:
         """The same, never raised."""
-        return type(self)(str(self), retry_after=self.retry_after)
+        copy = type(self)(str(self), retry_after=self.retry_after)
+        copy.remembered = remembered
+        return copy
 
 
 class PathUnknown(RegistryError):

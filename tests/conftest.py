@@ -13,7 +13,7 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from proxy.cache import cache
+from proxy.cache import tags
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
@@ -86,7 +86,7 @@ def clock() -> Clock:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a machine is quick or slow decides no test: one about it says for how long to wait."""
-    monkeypatch.setattr(cache, "PATIENCE", None)
+    monkeypatch.setattr(tags, "PATIENCE", None)
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ import pytest
 import yaml
 from aiohttp import web
 
-from proxy.cache.cache import Cache, Policy
+from proxy.cache.cache import Cache
 from proxy.cache.fills import Fills
+from proxy.cache.policy import Policy
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from proxy.cache import cache
+from proxy.cache import tags
 from proxy.upstream import transport
 from proxy.upstream.breaker import FAILURES
 from proxy.upstream.transport import RETRIES, Connect, Transport, is_private
@@ -151,7 +151,7 @@ async def test_the_probe_is_one_request_and_its_answer_closes_the_breaker(
 async def test_who_can_be_served_does_not_wait_for_one_that_has_failed(
     serve: Serve, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "PATIENCE", 0.0)
+    monkeypatch.setattr(tags, "PATIENCE", 0.0)
     site, old = await warm(serve, upstream)
     upstream.next("HEAD", "latest", Status(503), times=1 + RETRIES)
     assert STALE in (await pull(site))[2]

@@ -17,7 +17,7 @@ from structlog.testing import LogCapture
 from yarl import URL
 
 from proxy.cache.fills import Fills
-from proxy.cache.readers import Source
+from proxy.cache.readers import BlobSource
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials
@@ -572,7 +572,7 @@ class Rig:
 
     fills: Fills
     store: Store
-    source: Source
+    source: BlobSource
     partial: Path
 
     async def read(self, blob: Blob) -> bytes:
@@ -589,7 +589,7 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
     origin = client.UpstreamRegistry("up", requests.Settings(upstream.url, connect), [Credentials()], metrics)
     store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
-    yield Rig(fills, store, Source("up", origin, "a/b"), tmp_path / "partial")
+    yield Rig(fills, store, BlobSource("up", origin, "a/b"), tmp_path / "partial")
     await fills.close()
     await origin.close()
     await store.close()
@@ -601,13 +601,13 @@ async def test_a_fill_without_progress_gives_up_and_keeps_what_it_has(rig: Rig, 
     upstream.next("GET", digest, Reset(after=100_000))
     upstream.next("GET", digest, Reset(after=0), times=5)
     with pytest.raises(OriginFailed):
-        await rig.read(await rig.fills.join(rig.source, digest))
+        await rig.read((await rig.fills.join(rig.source, digest)).value)
     assert len(upstream.log) == 6
     [left] = rig.partial.iterdir()
     assert left.stat().st_size > 0
     assert BODY.startswith(left.read_bytes())
     upstream.clear()
-    assert await rig.read(await rig.fills.join(rig.source, digest)) == BODY
+    assert await rig.read((await rig.fills.join(rig.source, digest)).value) == BODY
     assert (upstream.requests[0].range or "").startswith("bytes=")
 
 
@@ -616,7 +616,7 @@ async def test_progress_starts_the_count_of_failures_again(rig: Rig, upstream: U
     for _ in range(3):
         upstream.next("GET", digest, Reset(after=50_000))
         upstream.next("GET", digest, Status(503), times=4)
-    assert await rig.read(await rig.fills.join(rig.source, digest)) == BODY
+    assert await rig.read((await rig.fills.join(rig.source, digest)).value) == BODY
     assert len(upstream.log) == 16
 
 
@@ -640,7 +640,7 @@ async def test_close_keeps_what_a_fill_has_and_tells_its_followers(
 ) -> None:
     digest = Digest(upstream.blob("a/b", BODY))
     upstream.next("GET", digest, Hold(asyncio.Event(), after=100_000))
-    blob = await rig.fills.join(rig.source, digest)
+    blob = (await rig.fills.join(rig.source, digest)).value
     assert isinstance(blob, Blob)
     reading = blob.chunks(0)
     position = 0
@@ -674,7 +674,7 @@ async def test_descriptor_tells_only_who_may_know(rig: Rig, upstream: Upstream) 
     gate = asyncio.Event()
     upstream.next("GET", digest, Hold(gate, after=1000))
     assert rig.fills.descriptor("up/a/b", digest) is None
-    blob = await rig.fills.join(rig.source, digest)
+    blob = (await rig.fills.join(rig.source, digest)).value
     known = rig.fills.descriptor("up/a/b", digest)
     assert known is not None
     assert (known.digest, known.size) == (digest, len(BODY))

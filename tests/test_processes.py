@@ -20,8 +20,9 @@ import pytest
 from proxy.admin import peers
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import FillState, ProcessState, UpstreamState
-from proxy.cache.cache import Cache, Policy
+from proxy.cache.cache import Cache
 from proxy.cache.fills import Fills
+from proxy.cache.policy import Policy
 from proxy.server import make_room as room
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests

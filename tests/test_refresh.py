@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.cache.cache import Cache, Policy
+from proxy.cache.cache import Cache
 from proxy.cache.fills import Fills
 from proxy.cache.keep_fresh import Freshener
+from proxy.cache.policy import Policy
 from proxy.cache.refresh import FILLS, Refreshed, refresh
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
@@ -51,6 +52,7 @@ class Rig:
     """A cache `up` and a store `own`, as namespaces."""
 
     store: Store
+    fills: Fills
     cache: Cache
     namespaces: Namespaces
     upstream: Upstream
@@ -62,6 +64,11 @@ class Rig:
     ) -> Refreshed:
         named = Digest(reference) if ":" in reference else Tag(reference)
         return await refresh(self.namespaces, NAME, named, platforms, referrers, sparing)
+
+    def restart(self, policy: Policy) -> None:
+        """Serve the same store by a cache with another policy."""
+        cache = Cache("up", self.cache.origin, self.store, self.fills, policy, self.clock)
+        self.namespaces = Namespaces([Member(cache, "up"), Member(self.store, "own")])
 
     def pointed(self, tag: str) -> Digest:
         """What the tag is here."""
@@ -94,7 +101,7 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
     fills = Fills(store, metrics, backoff=0)
     cache = Cache("up", origin, store, fills, policy(), clock)
     namespaces = Namespaces([Member(cache, "up"), Member(store, "own")])
-    rig = Rig(store, cache, namespaces, upstream, clock)
+    rig = Rig(store, fills, cache, namespaces, upstream, clock)
     yield rig
     await fills.close()
     await namespaces.close()
@@ -348,7 +355,7 @@ async def test_a_tag_that_went_is_unknown_also_where_it_is_kept(
 ) -> None:
     upstream.image("a/b", "latest")
     await rig.refresh()
-    rig.cache._policy = policy(drop=drop)
+    rig.restart(policy(drop=drop))
     upstream.delete_tag("a/b", "latest")
     with pytest.raises(ManifestUnknown):
         await rig.refresh()
@@ -370,7 +377,7 @@ async def test_offline_nothing_is_asked(rig: Rig, upstream: Upstream) -> None:
     upstream.image("a/b", "latest")
     await rig.refresh()
     upstream.clear()
-    rig.cache._policy = policy(offline=True)
+    rig.restart(policy(offline=True))
     for tag in ("latest", "other"):
         with pytest.raises(Unavailable, match="up is set offline"):
             await rig.refresh(tag)

@@ -16,8 +16,8 @@ from typing import Any
 
 import structlog
 
-from proxy.cache.readers import FollowedBlob, Source
-from proxy.telemetry.exchange import current
+from proxy.cache.answered import Answered
+from proxy.cache.readers import BlobSource, FollowedBlob
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight, Slots
 from storage.disk.health import MakeRoom, nobody
@@ -52,7 +52,7 @@ class Fill:
     """
 
     digest: Digest
-    source: Source
+    source: BlobSource
     started: asyncio.Future[tuple[FileUpload, Descriptor] | None]
     begun: float
     followers: int = 0
@@ -86,7 +86,7 @@ class Fills:
         self._fills: dict[Digest, Fill] = {}
         self._permissions = SingleFlight()
 
-    async def join(self, source: Source, digest: Digest, span: Span | None = None) -> Blob:
+    async def join(self, source: BlobSource, digest: Digest, span: Span | None = None) -> Answered[Blob]:
         """The blob while it comes in; `span` as in Registry.get_blob.
 
         Raises what the origin answers if it does not serve it, StorageFailed if it cannot be stored.
@@ -102,20 +102,20 @@ class Fills:
                 await self._permit(fill, source)
             # shield: a client that goes away must not cancel what others wait for.
             started = await asyncio.shield(fill.started)
+            result = "hit" if started and started[0].complete else "miss"
             blob = await self._follow(fill, source, *started, span) if started else None
             if blob is None and source.repository in fill.repositories:
                 blob = await self._stored(source, fill)
             if blob is not None:
-                return blob
+                return Answered(blob, result)
             # What was answered to another repository says nothing of ours: then it is begun anew.
             if fill.error is not None and fill.source.repository == source.repository:
                 raise fill.error
 
     async def _follow(
-        self, fill: Fill, source: Source, upload: FileUpload, descriptor: Descriptor, span: Span | None
+        self, fill: Fill, source: BlobSource, upload: FileUpload, descriptor: Descriptor, span: Span | None
     ) -> Blob | None:
         """None: the upload has ended."""
-        current().came("hit" if upload.complete else "miss")
         if span is not None and upload.offset + FAR_AHEAD < span.start < descriptor.size:
             # Else it is to be waited for, which takes longer but needs nobody's leave.
             with suppress(Unavailable):
@@ -136,7 +136,7 @@ class Fills:
                 raise
         return FollowedBlob(blob, source, self._metrics, fill)
 
-    async def _stored(self, source: Source, fill: Fill) -> Blob | None:
+    async def _stored(self, source: BlobSource, fill: Fill) -> Blob | None:
         """What came of a fill that has ended; None if nothing did, or it was damaged since."""
         try:
             return await self._store.get_blob(source.repository, fill.digest)
@@ -173,13 +173,13 @@ class Fills:
         started = fill.started.result() if fill.started.done() else None
         return started[1] if started else None
 
-    def _start(self, source: Source, digest: Digest) -> Fill:
+    def _start(self, source: BlobSource, digest: Digest) -> Fill:
         fill = Fill(digest, source, asyncio.get_running_loop().create_future(), self._clock())
         self._fills[digest] = fill
         fill.task = asyncio.create_task(self._run(fill))
         return fill
 
-    async def _permit(self, fill: Fill, source: Source) -> None:
+    async def _permit(self, fill: Fill, source: BlobSource) -> None:
         # Another repository's transfer brings the bytes; whether this one may show them its origin says.
         key = (source.repository, fill.digest)
         await self._permissions.join(key, lambda: source.origin.resolve_blob(source.name, fill.digest))

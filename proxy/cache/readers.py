@@ -24,7 +24,7 @@ class Hash(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class BlobSource:
     """Where a blob comes from, and the repository of the store that may show it then.
 
     `unknown` is told when the origin has no such blob, before anybody could ask it again.
@@ -50,7 +50,7 @@ class FollowedBlob(Blob):
     It is one of `followed.followers` until it is closed.
     """
 
-    def __init__(self, blob: FileBlob, source: Source, metrics: Metrics, followed: Counts) -> None:
+    def __init__(self, blob: FileBlob, source: BlobSource, metrics: Metrics, followed: Counts) -> None:
         self.descriptor = blob.descriptor
         self._blob = blob
         self._source = source
@@ -115,7 +115,7 @@ class FollowedBlob(Blob):
 class UncachedBlob(Blob):
     """The origin's blob, past a store that cannot take it."""
 
-    def __init__(self, blob: Blob, source: Source) -> None:
+    def __init__(self, blob: Blob, source: BlobSource) -> None:
         self.descriptor = blob.descriptor
         self._blob: Blob | None = blob
         self._source = source

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from proxy.cache.cache import Cache, Policy
+from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
 from proxy.cache.keep_fresh import Freshener
+from proxy.cache.policy import Policy
 from proxy.config.errors import StartError
 from proxy.config.schema import Config, Hosting, NamespaceConfig
 from proxy.config.upstream import UpstreamConfig as UpstreamKeys

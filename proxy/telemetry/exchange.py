@@ -47,9 +47,6 @@ class Exchange:
     content: Descriptor | None = None
     client: str = ""
 
-    def came(self, result: str, age: float = 0.0, ttl: float | None = None) -> None:
-        self.result, self.age, self.ttl = result, age, ttl
-
 
 # The exchange that runs in this context.  A task that it starts (a fill) counts into it as well: those
 # are the upstream requests that it caused.

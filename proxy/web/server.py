@@ -209,9 +209,11 @@ class DistributionAPI:
             unknown = _UNKNOWN.get(kind, NameUnknown)
             code, status = unknown.code, unknown.status
         now.detail = code
+        if error.remembered:
+            now.result = "negative"
         # no-store: a 404 may be kept without being told to (RFC 9110 §15.1), and the tag be pushed meanwhile.
         headers = {"Content-Type": JSON, "Cache-Control": "no-store", **cache_headers(now), **(more or {})}
-        if now.result != "negative":
+        if not error.remembered:
             now.result = "error"
         if error.retry_after is not None or isinstance(error, TooManyRequests):
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 0)))

@@ -1,0 +1,26 @@
+"""Answered: a value, and how the cache came by it."""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+Other = TypeVar("Other")
+
+
+class Answered(NamedTuple, Generic[T]):
+    """A value, and how the cache came by it.
+
+    `result` is hit, miss, revalidated or stale, as in RFC 9111.  `age` is the number of seconds since the
+    origin last vouched for the value, `ttl` how many more it counts as fresh (None: without limit).
+    `detail` is the code of the error because of which the value is stale.
+    """
+
+    value: T
+    result: str
+    age: float = 0.0
+    ttl: float | None = None
+    detail: str = ""
+
+    def with_value(self, value: Other) -> Answered[Other]:
+        return Answered(value, *self[1:])

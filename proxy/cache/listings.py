@@ -1,0 +1,113 @@
+"""Listings of an origin: tags and referrers, kept for as long as a tag is fresh."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from proxy.cache.answered import Answered
+from proxy.cache.negatives import RequestKey
+from proxy.cache.origin import Origin
+from proxy.cache.policy import Policy
+from storage.errors import ManifestUnknown, NameUnknown, StorageFailed, Unavailable
+from storage.oci import Descriptor, Digest
+from storage.store import Store
+
+T = TypeVar("T")
+
+
+class Listings:
+    """Tags and referrers as the origin lists them, kept for as long as a tag is fresh.
+
+    Offline, content that was stored since the origin was asked is added.
+    """
+
+    def __init__(self, origin: Origin, store: Store, policy: Policy, clock: Callable[[], float]) -> None:
+        self._origin = origin
+        self._store = store
+        self._policy = policy
+        self._clock = clock
+
+    async def tags(self, repository: str, last: str, limit: int | None) -> Answered[list[str]]:
+        """Raises NameUnknown."""
+        key = NameUnknown, f"{self._origin.namespace}/{repository}", "tags"
+        answered = await self._get(key, lambda: self._origin.registry.tags(repository), self._store.tags)
+        start = bisect_right(answered.value, last) if last else 0
+        return answered.with_value(answered.value[start : None if limit is None else start + limit])
+
+    async def referrers(
+        self, repository: str, digest: Digest, artifact_type: str | None
+    ) -> Answered[list[Descriptor]]:
+        """Raises ManifestUnknown."""
+
+        async def ask() -> list[dict[str, Any]]:
+            return [each.to_json() for each in await self._origin.registry.referrers(repository, digest)]
+
+        async def stored(name: str) -> list[dict[str, Any]]:
+            return [each.to_json() for each in await self._store.referrers(name, digest)]
+
+        key = ManifestUnknown, f"{self._origin.namespace}/{repository}", f"referrers {digest}"
+        answered = await self._get(key, ask, stored)
+        found = [Descriptor.from_json(each) for each in answered.value]
+        return answered.with_value([each for each in found if artifact_type in (None, each.artifact_type)])
+
+    async def _get(
+        self,
+        key: RequestKey,
+        ask: Callable[[], Awaitable[list[T]]],
+        stored: Callable[[str], Awaitable[list[T]]],
+    ) -> Answered[list[T]]:
+        """What the origin lists; offline, with what `stored` finds of the repository."""
+        _, name, what = key
+        try:
+            known = self._store.listing(name, what)
+        except StorageFailed:
+            known = None
+        age = self._clock() - known.validated_at if known else 0.0
+        ttl = self._policy.fresh_for("") - age
+        if self._origin.offline:
+            # Images imported or warmed since the origin was asked can be pulled, so they are listed.
+            found = _merged(known.value if known else [], await self._stored(stored, name))
+            if known is None and not found:
+                self._origin.check(key)
+            return Answered(found, "hit", age)
+        if known and ttl > 0 and age >= 0:
+            return Answered(known.value, "hit", age, ttl)
+        error = self._origin.paused(key)
+        if error is None:
+            self._origin.check(key)
+            try:
+                return Answered(await self._origin.flights.join(key, lambda: self._list(key, ask)), "miss")
+            except Unavailable as failure:
+                error = failure
+                self._origin.pause(key, error)
+        if known is None:
+            raise error.copy()
+        return Answered(known.value, "stale", age, ttl, error.code)
+
+    async def _stored(self, stored: Callable[[str], Awaitable[list[T]]], name: str) -> list[T]:
+        try:
+            return await stored(name)
+        except (NameUnknown, StorageFailed):
+            return []
+
+    async def _list(self, key: RequestKey, ask: Callable[[], Awaitable[list[T]]]) -> list[T]:
+        try:
+            listed = await ask()
+        except (ManifestUnknown, NameUnknown) as error:
+            self._origin.remember(key, error)
+            raise
+        await self._origin.keep(self._store.keep_listing(key[1], key[2], listed))
+        return listed
+
+
+def _merged(listed: list[T], stored: list[T]) -> list[T]:
+    """Both lists as one: tags in their order, or descriptors as JSON, which their digests identify."""
+
+    def identity(each: Any) -> str:
+        return str(each["digest"] if isinstance(each, dict) else each)
+
+    names = {identity(each) for each in listed}
+    more = [each for each in stored if identity(each) not in names]
+    return sorted([*listed, *more], key=identity) if more else listed

@@ -1,0 +1,131 @@
+"""Origin: the registry behind a cache, and when it may be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol, runtime_checkable
+
+from proxy.cache.drill import Drill
+from proxy.cache.negatives import Negatives, RequestKey
+from proxy.cache.policy import Policy
+from storage.concurrency import SingleFlight
+from storage.errors import (
+    ManifestUnknown,
+    NameUnknown,
+    RegistryError,
+    StorageFailed,
+    TooManyRequests,
+    Unavailable,
+)
+from storage.oci import Manifest, Reference
+from storage.registry import Registry
+from storage.store import Store
+
+
+@runtime_checkable
+class _RateLimited(Protocol):
+    """An origin that grants a number of requests in a period."""
+
+    @property
+    def spares(self) -> bool: ...
+
+
+class Origin:
+    """The registry behind a cache, whose answers are kept in a store.
+
+    It is not asked while the namespace is offline or cut off by a drill, nor, for some seconds, for what it
+    has just said it does not know.  Requests for one thing at one time are one request: see `flights`.
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        registry: Registry,
+        store: Store,
+        policy: Policy,
+        clock: Callable[[], float],
+        drill: Drill,
+    ) -> None:
+        self.namespace = namespace
+        self.registry = registry
+        self.flights = SingleFlight()
+        self.failure: RegistryError | None = None  # the last one, until the origin serves again
+        self._store = store
+        self._policy = policy
+        self._drill = drill
+        self._unknown = Negatives(clock)
+        self._paused = Negatives(clock)
+
+    def check(self, key: RequestKey) -> None:
+        """Raise what is known without asking: the namespace is offline, or the origin's recent answer."""
+        unknown, name, what = key
+        if not self._policy.offline:
+            if (error := self._unknown.get(key)) is not None:
+                raise error.copy(remembered=True)
+            if not self._drill.cuts(self.namespace):
+                return
+            self._drill.missed()
+        raise unknown(f"{what} of {name} is not cached, and {self.why_offline}")
+
+    @property
+    def offline(self) -> bool:
+        return self._policy.offline or self._drill.cuts(self.namespace)
+
+    @property
+    def why_offline(self) -> str:
+        return f"{self.namespace} is {'set offline' if self._policy.offline else 'cut off by a drill'}"
+
+    def remember(self, key: RequestKey, error: RegistryError) -> None:
+        self._unknown.put(key, self._policy.negative_for, error)
+
+    def pause(self, key: RequestKey, error: RegistryError) -> None:
+        """Have the known value served for a while, instead of asking again at every request."""
+        self._paused.put(key, max(self._policy.negative_for, error.retry_after or 0), error)
+
+    def paused(self, key: RequestKey) -> RegistryError | None:
+        return self._paused.get(key)
+
+    def failed(self, error: Unavailable) -> None:
+        # A rate limit is answered at once: nobody waits for it.
+        if not isinstance(error, TooManyRequests):
+            self.failure = error
+
+    async def fetch_manifest(self, repository: str, reference: Reference) -> Manifest:
+        """The manifest, which is stored then.  Raises as get_manifest() does."""
+        name = f"{self.namespace}/{repository}"
+        try:
+            manifest = await self.registry.get_manifest(repository, reference)
+        except (ManifestUnknown, NameUnknown) as error:
+            self.remember((ManifestUnknown, name, reference), error)
+            raise
+        except Unavailable as error:
+            self.failed(error)
+            raise
+        self.failure = None
+        await self.keep(self._store.push_manifest(name, reference, manifest))
+        return manifest
+
+    async def keep(self, writing: Awaitable[object]) -> None:
+        """Await a write to the store; one that fails does not fail the pull."""
+        with suppress(StorageFailed, ManifestUnknown):  # the disk has logged it; it is deleted already
+            await writing
+
+    def spare(self, repository: str, reference: Reference) -> None:
+        """Raise TooManyRequests if fetching the manifest would use up requests reserved for clients."""
+        if isinstance(self.registry, _RateLimited) and not self.registry.spares:
+            try:
+                self._store.manifest(f"{self.namespace}/{repository}", reference)
+            except (ManifestUnknown, StorageFailed):
+                raise TooManyRequests(
+                    f"the remaining requests that {self.namespace} grants are reserved for clients"
+                ) from None
+
+    def forget(self, repository: str) -> None:
+        """Ask anew for what the origin did not know, and where it failed."""
+        for remembered in (self._unknown, self._paused):
+            remembered.forget(f"{self.namespace}/{repository}")
+
+    async def close(self) -> None:
+        await self.flights.close()
+        await self.registry.close()

@@ -1,0 +1,180 @@
+"""Tags of an origin: what each stands for, and when the origin is asked again.
+
+A tag is served without asking while it is fresh.  Then it is revalidated by a HEAD, and the manifest is
+fetched, by digest, only if the tag has moved.  An origin that cannot be asked does not take a known tag away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import structlog
+
+from proxy.cache.answered import Answered
+from proxy.cache.origin import Origin
+from proxy.cache.policy import Policy
+from storage.errors import ManifestUnknown, NameUnknown, RegistryError, StorageFailed, Unavailable
+from storage.oci import Digest, Manifest, Tag
+from storage.registry import Moved
+from storage.store import Store
+
+log = structlog.get_logger()
+
+PATIENCE = 0.02  # seconds to wait for an origin that has failed, if a known manifest can be served
+
+
+class _Known(NamedTuple):
+    """What a tag stood for when the origin last vouched for it, `age` seconds ago."""
+
+    manifest: Manifest
+    age: float
+
+    def answered(self, result: str, fresh_for: float, why: RegistryError | None = None) -> Answered[Manifest]:
+        ttl = None if math.isinf(fresh_for) else fresh_for - self.age
+        return Answered(self.manifest, result, self.age, ttl, why.code if why else "")
+
+
+class _Validated(NamedTuple):
+    """What came of asking the origin: miss, hit or revalidated; stale, because of `error`."""
+
+    result: str
+    manifest: Manifest
+    error: RegistryError | None = None
+
+
+class TagRevalidation:
+    """What a tag stands for, revalidated when it is no longer fresh.
+
+    `moved` is called when a tag turns out to stand for another manifest than before.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        store: Store,
+        policy: Policy,
+        clock: Callable[[], float],
+        moved: Moved | None = None,
+    ) -> None:
+        self._origin = origin
+        self._store = store
+        self._policy = policy
+        self._clock = clock
+        self._moved = moved
+
+    async def get(self, repository: str, tag: Tag) -> Answered[Manifest]:
+        """The manifest: as known if that is fresh or the origin cannot be asked, else as the origin says.
+
+        Raises ManifestUnknown, NameUnknown.
+        """
+        name = f"{self._origin.namespace}/{repository}"
+        key = ManifestUnknown, name, tag
+        known = self._known(name, tag)
+        fresh_for = self._policy.fresh_for(tag)
+        if known is not None:
+            if _fresh(known, fresh_for) or self._origin.offline:
+                return known.answered("hit", fresh_for)
+            if (error := self._origin.paused(key)) is not None:
+                return known.answered("stale", fresh_for, error)
+        self._origin.check(key)
+        try:
+            # An origin that has failed may be slow to fail again; the next request learns how this one ended.
+            async with asyncio.timeout(PATIENCE if known and self._origin.failure else None):
+                result, manifest, error = await self._origin.flights.join(
+                    key, lambda: self._validate(repository, tag)
+                )
+        except TimeoutError:
+            assert known is not None  # else there was no time limit
+            return known.answered("stale", fresh_for, self._origin.failure or Unavailable())
+        if error is not None and known is not None:
+            return known._replace(manifest=manifest).answered("stale", fresh_for, error)
+        return _Known(manifest, 0.0).answered(result, fresh_for)
+
+    async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
+        """Ask the origin even if the tag is fresh: hit, miss or revalidated, the manifest, the former digest.
+
+        Where get() would serve a stale manifest, this raises the error.
+        """
+        name = f"{self._origin.namespace}/{repository}"
+        if self._origin.offline:
+            raise Unavailable(f"{tag} of {name} cannot be validated: {self._origin.why_offline}")
+        known = self._known(name, tag)
+        result, manifest, error = await self._origin.flights.join(
+            (ManifestUnknown, name, tag), lambda: self._validate(repository, tag, forced=True)
+        )
+        if error is not None:
+            raise error.copy()
+        return result, manifest, known.manifest.digest if known else None
+
+    def _known(self, name: str, tag: Tag) -> _Known | None:
+        try:
+            pointer = self._store.pointer(name, tag)
+            if pointer is None:
+                return None
+            manifest = self._store.manifest(name, pointer.digest)[0]
+        except (ManifestUnknown, StorageFailed):
+            return None
+        return _Known(manifest, self._clock() - pointer.validated_at)
+
+    async def _validate(self, repository: str, tag: Tag, forced: bool = False) -> _Validated:
+        """Ask the origin, or wait for another process that does; `forced`: even if the tag is fresh."""
+        begun = self._clock()
+        name = f"{self._origin.namespace}/{repository}"
+        async with self._store.exclusive(f"tag {name} {tag}") as waited:
+            known = self._known(name, tag)
+            if known is None:
+                return _Validated("miss", await self._origin.fetch_manifest(repository, tag))
+            fresh = not forced and _fresh(known, self._policy.fresh_for(tag))
+            if fresh or (waited and self._clock() - known.age >= begun):
+                return _Validated("hit", known.manifest)
+            if waited:  # another process has just asked in vain: a client that waited so long waits no more
+                error = Unavailable(f"{self._origin.namespace} could not be asked for {tag}")
+                return _Validated("stale", known.manifest, error)
+            return await self._ask(repository, name, tag, known.manifest)
+
+    async def _ask(self, repository: str, name: str, tag: Tag, known: Manifest) -> _Validated:
+        key = ManifestUnknown, name, tag
+        error: RegistryError
+        try:
+            # HEAD does not count against a rate limit; GET does.
+            digest = (await self._origin.registry.resolve_manifest(repository, tag)).digest
+            self._origin.failure = None
+            if digest == known.digest:
+                await self._origin.keep(self._store.point(name, tag, digest))
+                return _Validated("revalidated", known)
+            return _Validated("miss", await self._follow(repository, name, tag, known.digest, digest))
+        except Unavailable as failure:
+            self._origin.failed(failure)
+            error = failure
+        except (ManifestUnknown, NameUnknown) as unknown:
+            if self._policy.drop_deleted:
+                await self._origin.keep(self._store.delete_manifest(name, tag))
+                self._origin.remember(key, unknown)
+                raise
+            error = unknown
+        self._origin.pause(key, error)
+        return _Validated("stale", known, error)
+
+    async def _follow(self, repository: str, name: str, tag: Tag, old: Digest, new: Digest) -> Manifest:
+        """Fetch and store the manifest to which the tag has moved."""
+        try:
+            # By digest, since the tag may move again in between.
+            manifest = await self._origin.registry.get_manifest(repository, new)
+        except ManifestUnknown:  # it has moved again, and the manifest in between is deleted
+            manifest = await self._origin.registry.get_manifest(repository, tag)
+        await self._origin.keep(self._store.push_manifest(name, tag, manifest))
+        namespace = self._origin.namespace
+        log.info(
+            "tag.moved", namespace=namespace, repository=repository, tag=tag, old=old, new=manifest.digest
+        )
+        if self._moved is not None:
+            await self._moved(name, tag, old, manifest.digest)
+        return manifest
+
+
+def _fresh(known: _Known, fresh_for: float) -> bool:
+    # A clock that was set back must not keep a tag fresh forever.
+    return 0 <= known.age < fresh_for

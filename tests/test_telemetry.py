@@ -372,11 +372,3 @@ async def test_a_task_counts_into_the_exchange_that_started_it() -> None:
 
 def test_outside_of_a_request_there_is_a_scratch_exchange() -> None:
     assert isinstance(current(), Exchange)
-
-
-def test_came() -> None:
-    now = Exchange()
-    now.came("hit", 3.0, 4.0)
-    assert (now.result, now.age, now.ttl) == ("hit", 3.0, 4.0)
-    now.came("miss")
-    assert (now.result, now.age, now.ttl) == ("miss", 0.0, None)

@@ -201,7 +201,7 @@ async def test_the_reserve_of_the_rate_limit_is_for_clients(opened: Open, upstre
     rows = [await kitchen.warmer.warm(f"app:{number}", referrers=False) for number in range(4)]
     assert [row.here for row in rows] == [True, True, True, False]
     assert rows[3].code == "TOOMANYREQUESTS"
-    assert "kept for what clients ask for" in (rows[3].error or "")
+    assert "reserved for clients" in (rows[3].error or "")
     # Clients go on.
     found = await kitchen.composition.namespaces.get_manifest(NAME, Digest(images[3].digest))
     assert found.content == images[3].content

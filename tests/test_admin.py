@@ -21,7 +21,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from proxy.admin import models
 from proxy.admin.api.app import OPEN, SUMMARIES, application
 from proxy.admin.api.routes import SUMMARY
-from proxy.namespaces.composition import Composition
+from proxy.namespaces.composition import compose
 from proxy.telemetry.metrics import Metrics
 from proxy.transfer import results
 from storage.errors import StorageFailed, Unavailable
@@ -86,7 +86,7 @@ async def admin(tmp_path: Path, clock: Clock) -> AsyncIterator[Open]:
         "disk": {"path": str(tmp_path / "disk"), "min_free": 0},
         "namespaces": {"docker.io": {"upstream": "http://127.0.0.1:9", "library": True}},
     }
-    composition = Composition(configuration(tmp_path, tree), clock)
+    composition = compose(configuration(tmp_path, tree), clock)
 
     async def start(
         state: Mapping[str, str] | None = None, token: str | None = None, loopback: bool = True

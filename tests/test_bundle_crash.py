@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from proxy.namespaces.composition import Composition
+from proxy.namespaces.composition import Composition, compose
 from proxy.transfer.bundle_export import BundleExport, Selection
 from proxy.transfer.bundle_import import BundleImport, Given
 from proxy.transfer.results import BundleImported
@@ -84,7 +84,7 @@ class Ground:
     def composition(self) -> Composition:
         namespaces = {"docker.io": {"upstream": {"url": "http://127.0.0.1:9"}}}
         tree = {"disk": {"path": str(self.directory / "disk")}, "offline": True, "namespaces": namespaces}
-        return Composition(configuration(self.directory, tree))
+        return compose(configuration(self.directory, tree))
 
     async def killed(self, step: str, *words: str | Path) -> None:
         """Run the command up to that step."""

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from proxy.cache.refresh import refresh
-from proxy.namespaces.composition import Composition
+from proxy.namespaces.composition import Composition, compose
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_export import BundleExport, Selection, earlier
 from proxy.transfer.bundle_import import BundleImport, Given
@@ -109,7 +109,7 @@ def at(tmp_path: Path, upstream: Upstream, clock: Clock) -> Opened:
             },
             **(top or {}),
         }
-        composition = Composition(configuration(tmp_path, tree), clock)
+        composition = compose(configuration(tmp_path, tree), clock)
         try:
             yield Place(composition)
         finally:
@@ -670,8 +670,8 @@ async def test_nothing_that_came_in_is_collected(at: Opened, clock: Clock, tmp_p
         assert site.parts.private is not None
         assert site.parts.private.records.get(f"lease local/team/app {old}") is not None
         clock.advance(30 * 86400)
-        assert site.parts.collection is not None
-        await asyncio.to_thread(site.parts.collection.run)
+        assert site.parts.maintenance.collection is not None
+        await asyncio.to_thread(site.parts.maintenance.collection.run)
         assert (await site.manifest("local/team/app", "1")).digest == new
         assert await site.blob("local/team/app", str(Digest.of(b"newer"))) == b"newer"
 

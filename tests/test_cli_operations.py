@@ -345,7 +345,7 @@ async def test_webhooks_are_listed_with_what_is_pending(
     shop = await stocked(serve, upstream, tmp_path, running, webhooks=[hook])
     if running:
         await ear.heard("webhook.failing")
-        teller = shop.site.app.composition.teller
+        teller = shop.site.app.composition.publisher
         assert teller is not None
         await teller.close()  # what was pulled is written
     heads, row = await shop.lines("webhooks")

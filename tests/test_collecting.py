@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from msgspec.structs import replace
 from structlog.testing import LogCapture
 
 from proxy.cli.main import main
@@ -28,12 +27,11 @@ RULES = {"keep_untagged_for": "30d", "keep_tags": [{"match": "ci-*", "last": 1}]
 
 
 @pytest.fixture
-async def client(serve: Serve, upstream: Upstream, tmp_path: Path) -> Client:
-    top = {"disk": {"path": str(tmp_path / "disk"), "min_free": 0, "scrub": "off", "collect_every": "off"}}
-    site = await serve(upstream, top=top, more={"local": {"store": RULES}})
-    assert site.app.composition.collection is not None
-    site.app.composition.collection.pause = lambda seconds: None
-    return Client(site)
+async def client(request: pytest.FixtureRequest, serve: Serve, upstream: Upstream, tmp_path: Path) -> Client:
+    """Its parameter is `collect_every`."""
+    every = getattr(request, "param", "off")
+    top = {"disk": {"path": str(tmp_path / "disk"), "min_free": 0, "scrub": "off", "collect_every": every}}
+    return Client(await serve(upstream, top=top, more={"local": {"store": RULES}}))
 
 
 async def admin(client: Client, method: str, body: object = None) -> Any:
@@ -141,19 +139,17 @@ async def test_what_a_client_was_told_is_here_is_here_when_it_pushes(
     assert (await client.manifest("v1", image(layer, config=config, annotations={"a": "b"}))).status == 201
 
 
+@pytest.mark.parametrize("client", ["1d"], indirect=True)
 async def test_it_is_done_when_it_is_due(client: Client, clock: Clock) -> None:
-    composition = client.site.app.composition
-    disk = replace(composition.config.disk, collect_every=DAY)
-    composition.config = replace(composition.config, disk=disk)
-    await client.site.app.keeper._collect()
+    await client.site.app.housekeeper._collect()
     begun = (await admin(client, "GET"))["begun"]
     assert begun == clock.now
     unnamed = await client.blob(b"unnamed")
     clock.advance(DAY - 1)
-    await client.site.app.keeper._collect()
+    await client.site.app.housekeeper._collect()
     assert (await admin(client, "GET"))["begun"] == begun
     clock.advance(DAY)
-    await client.site.app.keeper._collect()
+    await client.site.app.housekeeper._collect()
     assert (await admin(client, "GET"))["blobs"] == 1
     assert unnamed not in files(client)
 
@@ -174,7 +170,7 @@ async def test_the_keeper_reaps_abandoned_uploads(client: Client, clock: Clock) 
     private = client.site.app.composition.private
     assert private is not None
     private.files.clock = lambda: partial.stat().st_mtime + DAY + 1
-    reaping = asyncio.create_task(client.site.app.keeper._round())
+    reaping = asyncio.create_task(client.site.app.housekeeper._round())
     while partial.exists():  # noqa: ASYNC110  a thread's work, which tells nobody
         await asyncio.sleep(0)
     reaping.cancel()
@@ -223,13 +219,13 @@ async def test_the_scrub_sets_aside_what_was_pushed_and_tells_until_it_is_pushed
     private = client.site.app.composition.private
     assert private is not None
     private.files.path(digest).write_bytes(b"LAYER")
-    await client.site.app.keeper._scrub()
+    await client.site.app.housekeeper._scrub()
     (event,) = [each for each in events.entries if each["event"] == "blob.damaged"]
     assert (event["digest"], event["repositories"], event["action"]) == (digest, [NAME], "set aside")
     assert Path(event["path"]).read_bytes() == b"LAYER"
     assert (await client.ask("HEAD", f"{APP}/blobs/{digest}")).status == 404
     client.site.clock.advance(2 * DAY)
-    await client.site.app.keeper._scrub()
+    await client.site.app.housekeeper._scrub()
     (event,) = [each for each in events.entries if each["event"] == "blob.missing"]
     assert (event["repository"], event["reference"]) == (NAME, digest)
     await client.blob(b"layer")

@@ -240,13 +240,13 @@ async def test_housekeeping_is_put_off_and_does_not_fail(
     )
     await asyncio.gather(*(hold.reached.wait() for hold in holds))  # the keeper has begun with both
     await ask(site, "POST", {"seconds": 600})
-    for work in (site.app.keeper._refresh, site.app.keeper._warm):
+    for work in (site.app.housekeeper._refresh, site.app.housekeeper._warm):
         await work()
     assert not [each for each in events.entries if each["event"] in FETCHED]
     assert (await ask(site, "DELETE")).missed == []
     for hold in holds:
         hold.gate.set()
-    for work in (site.app.keeper._refresh, site.app.keeper._warm):
+    for work in (site.app.housekeeper._refresh, site.app.housekeeper._warm):
         await work()
     told = {each["event"] for each in events.entries if each["event"] in FETCHED}
     assert "warm.done" in told

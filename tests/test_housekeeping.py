@@ -39,10 +39,10 @@ async def test_what_nobody_uses_goes_and_is_fetched_again(
     await pull(site, image)
     await site.app.composition.recorder.flush()
     clock.advance(29 * DAY)
-    await site.app.keeper.expire()
+    await site.app.housekeeper.expire()
     assert stored(site) == {image.config, *image.layers}
     clock.advance(2 * DAY)
-    await site.app.keeper.expire()
+    await site.app.housekeeper.expire()
     assert stored(site) == set()
     assert await site.app.composition.store.repositories() == []
     await pull(site, image)
@@ -59,7 +59,7 @@ async def test_a_layer_that_nobody_asks_for_stays_while_its_image_is_asked_for(
         clock.advance(7 * DAY)
         await site.get(f"{NAME}/manifests/latest")  # its client has the layers
         await site.app.composition.recorder.flush()
-        await site.app.keeper.expire()
+        await site.app.housekeeper.expire()
     assert stored(site) == {image.config, *image.layers}
 
 
@@ -71,7 +71,7 @@ async def test_a_fill_that_passes_the_limit_makes_the_oldest_go(
     for number, image in enumerate(images):
         clock.advance(3600)
         await pull(site, image, f"v{number}")
-    await site.app.keeper.make_room(0)
+    await site.app.housekeeper.make_room(0)
     held = stored(site)
     assert images[-1].layers[0] in held
     assert images[0].layers[0] not in held
@@ -91,7 +91,7 @@ async def test_a_pin_stays_whatever_its_age(
     await pull(site, other)
     await site.app.composition.recorder.flush()
     clock.advance(9 * DAY)
-    await site.app.keeper.expire()
+    await site.app.housekeeper.expire()
     assert stored(site) == {pinned.config, *pinned.layers}
     upstream.requests.clear()
     upstream_head = await site.get(f"{NAME}/manifests/{pinned.digest}")
@@ -107,9 +107,9 @@ async def test_what_the_disk_damaged_is_fetched_again(
     site = await serve(upstream, top=disk(tmp_path, scrub="off"))
     await pull(site, image)
     digest = image.layers[0]
-    path = site.app.composition.files.path(Digest(digest))
+    path = site.app.composition.store.files.path(Digest(digest))
     path.write_bytes(b"x" * path.stat().st_size)
-    report = await site.app.composition.scrub.run(site.app.keeper.heal)
+    report = await site.app.composition.maintenance.scrubs[0].run(site.app.housekeeper.heal)
     assert (report.damaged, report.healed) == (1, 1)
     status, _, body = await site.get(f"{NAME}/blobs/{digest}")
     assert (status, body) == (200, b"layer" * 1000)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from proxy.namespaces.composition import Composition
+from proxy.namespaces.composition import Composition, compose
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_import import BundleImport, Given
 from proxy.transfer.results import BundleImported
@@ -62,7 +62,7 @@ class Site:
     def empty(self) -> bool:
         """Nobody could see anything, and nothing is left half done."""
         seen = any(self.parts.store.records.first(kind) for kind in KINDS)
-        partial = list((self.parts.files.root / "partial").iterdir())
+        partial = list((self.parts.store.files.root / "partial").iterdir())
         return not seen and not partial
 
 
@@ -76,7 +76,7 @@ async def site(tmp_path: Path, clock: Clock) -> AsyncIterator[Site]:
             "ghcr.io": {"upstream": {"url": "http://127.0.0.1:9"}},
         },
     }
-    composition = Composition(configuration(tmp_path, tree), clock)
+    composition = compose(configuration(tmp_path, tree), clock)
     yield Site(composition, tmp_path)
     await composition.close()
 

@@ -17,7 +17,7 @@ from proxy.admin.models import ImageRow, PlatformRow, Purged, Scrubbing, Why
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState, ProcessReport, UpstreamState
 from proxy.admin.purge import Kept
-from proxy.namespaces.composition import Composition
+from proxy.namespaces.composition import Composition, Hooks, compose
 from proxy.namespaces.references import FieldInvalid
 from storage.errors import ManifestUnknown, NameUnknown, Unsupported
 from storage.maintenance.usage import Counters, Move, Use
@@ -112,8 +112,8 @@ async def site(tmp_path: Path, clock: Clock, settings: dict[str, Any]) -> AsyncI
         },
         "pins": [{"match": "docker.io/library/base:*"}],
     }
-    composition = Composition(configuration(tmp_path, tree), clock)
-    composition.eviction.pause = lambda seconds: None
+    hooks = Hooks(pause=lambda seconds: None)
+    composition = compose(configuration(tmp_path, tree), clock, hooks=hooks)
     everyone = Everybody()
     operations = LocalOperations(composition, everyone)
     yield Site(composition, everyone, operations)
@@ -511,7 +511,7 @@ async def test_evict(site: Site, clock: Clock) -> None:
     await site.image(ALPINE, "3", b"old")
     clock.advance(60)
     await site.image(ALPINE, "4", b"new one")
-    whole = site.composition.eviction.stored()
+    whole = site.composition.maintenance.eviction.stored()
     dry = await site.operations.evict(whole - 1, dry_run=True)
     assert (dry.blobs, dry.dry_run, site.holds(b"old")) == (1, True, True)
     assert (await site.operations.evict(0)).bytes == whole
@@ -768,7 +768,7 @@ async def test_refresh(tmp_path: Path, clock: Clock, upstream: Upstream) -> None
         "disk": {"path": str(tmp_path / "disk")},
         "namespaces": {"docker.io": {"upstream": upstream.url, "library": True}},
     }
-    composition = Composition(configuration(tmp_path, tree), clock)
+    composition = compose(configuration(tmp_path, tree), clock)
     everyone = Everybody()
     operations = LocalOperations(composition, everyone)
     try:

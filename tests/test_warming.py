@@ -20,7 +20,7 @@ from proxy.admin.readiness import Readiness
 from proxy.admin.warm import JOBS, Warmer
 from proxy.admin.warm_schedule import Schedule, latest
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
-from proxy.namespaces.composition import Composition
+from proxy.namespaces.composition import Composition, compose
 from storage.oci import Digest
 from tests.conftest import Clock, configuration
 from tests.upstream import Hold, Image, Upstream
@@ -80,7 +80,7 @@ async def opened(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncItera
             },
             "warm": list(rules),
         }
-        composition = Composition(configuration(tmp_path, tree), clock)
+        composition = compose(configuration(tmp_path, tree), clock)
         closing.push_async_callback(composition.close)
         return Kitchen(composition)
 

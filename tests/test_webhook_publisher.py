@@ -72,9 +72,9 @@ def counted(metrics: Metrics, result: str, name: str = "a") -> float:
 
 
 async def test_what_is_told_is_on_the_disk_and_somebody_is_woken(disk: Disk) -> None:
-    teller = Publisher(disk, [webhook()], metrics := Metrics())
     woken: list[int] = []
-    teller.wake = lambda: woken.append(disk.pending("a"))
+    metrics = Metrics()
+    teller = Publisher(disk, [webhook()], metrics, wake=lambda: woken.append(disk.pending("a")))
     await teller.tell(happening(1))
     assert disk.ids() == ["1"]
     assert woken == [1]
@@ -108,9 +108,8 @@ async def test_what_nobody_wants_is_not_waited_for(disk: Disk) -> None:
 
 async def test_a_pull_is_written_later_by_itself(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LATER", 0.0)
-    teller = Publisher(disk, [webhook(actions=("pull",))], Metrics())
     written = asyncio.Event()
-    teller.wake = written.set
+    teller = Publisher(disk, [webhook(actions=("pull",))], Metrics(), wake=written.set)
     assert teller.pulls
     teller.mention(happening(1, "pull"))
     assert disk.transactions == []

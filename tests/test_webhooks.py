@@ -244,7 +244,7 @@ async def test_a_cache_tells_of_pulls_and_of_tags_that_move_upstream(
 
 async def test_without_webhooks_nothing_is_there(serve: Serve, upstream: Upstream) -> None:
     site = await serve(upstream)
-    assert site.app.composition.teller is None
+    assert site.app.composition.publisher is None
     assert not (site.directory / "events").exists()
 
 

@@ -100,7 +100,9 @@ class LocalOperations:
         self._reasons = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._looks: dict[str, tuple[float, int, float]] = {}
         # Beside those that are slow, and take days: who asks wants to know.  They share the work.
-        self._scrubs = [Scrub(each.store, None, parts.clock, kept=each.kept) for each in parts.scrubs]
+        self._scrubs = [
+            Scrub(each.store, None, parts.clock, kept=each.kept) for each in parts.maintenance.scrubs
+        ]
         self._scrubbing: asyncio.Task[None] | None = None
         self._scrub_error: str | None = None
         self._heal = heal
@@ -143,7 +145,7 @@ class LocalOperations:
             since=since,
             namespaces=[stats_row(name, each) for name, each in sorted(counted.items())],
             total=stats_row("", sum(counted.values(), Counters())),
-            stored_bytes=await run_in_thread(parts.eviction.stored),
+            stored_bytes=await run_in_thread(parts.maintenance.eviction.stored),
             limit=parts.config.disk.cache_limit,
         )
 
@@ -288,7 +290,7 @@ class LocalOperations:
             return await run_in_thread(self._evict, to, dry_run)
 
     def _evict(self, to: int | None, dry_run: bool) -> Evicted:
-        eviction = self._composition.eviction
+        eviction = self._composition.maintenance.eviction
         if to is not None:
             return evicted([eviction.shrink(0, to, dry_run)], dry_run)
         expired = eviction.expire(dry_run)
@@ -326,7 +328,7 @@ class LocalOperations:
 
     async def scrubbing(self) -> Scrubbing:
         """How far it is."""
-        background, asked = scrub_row(self._composition.scrubs), scrub_row(self._scrubs)
+        background, asked = scrub_row(self._composition.maintenance.scrubs), scrub_row(self._scrubs)
         return Scrubbing(background=background, asked=asked, error=self._scrub_error)
 
     async def collect(self, *, dry_run: bool = False) -> Collected:
@@ -338,9 +340,9 @@ class LocalOperations:
         return collected(await run_in_thread(self._collection().last))
 
     def _collection(self) -> Collection:
-        if self._composition.collection is None:
+        if self._composition.maintenance.collection is None:
             raise Unsupported("no namespace of the configuration has store: nothing was pushed")
-        return self._composition.collection
+        return self._composition.maintenance.collection
 
     # What prepares for upstreams being away, and proves it
 

@@ -54,9 +54,11 @@ class Drill:
     `begun` is called when one begins.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.begun: Callable[[], None] = lambda: None
+    def __init__(
+        self, clock: Callable[[], float] = time.time, begun: Callable[[], None] = lambda: None
+    ) -> None:
         self._clock = clock
+        self._begun = begun
         self._order: Order | None = None
         self._ended = False
         self._missed: dict[tuple[str, ...], list[float]] = {}
@@ -67,7 +69,7 @@ class Drill:
         if self._order != order:
             self._order, self._ended = order, False
             self._missed, self._untold = {}, 0
-            self.begun()
+            self._begun()
 
     def end(self) -> None:
         self._ended = True

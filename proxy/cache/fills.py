@@ -80,7 +80,7 @@ class Fills:
         self._metrics = metrics
         self._turns = turns or Slots(1000)
         self._backoff = backoff
-        self.make_room = make_room
+        self._make_room = make_room
         self._clock = clock
         self._making_room: set[asyncio.Task[None]] = set()
         self._fills: dict[Digest, Fill] = {}
@@ -318,11 +318,11 @@ class Fills:
         if upload.fits(size):
             self._tell_of_room(max(size, 0))
         else:
-            await self.make_room(size)
+            await self._make_room(size)
 
     def _tell_of_room(self, coming: int) -> None:
         """There is room, but maybe more will be stored than is allowed: nobody waits for that."""
-        task = asyncio.create_task(self.make_room(coming))
+        task = asyncio.create_task(self._make_room(coming))
         self._making_room.add(task)
         task.add_done_callback(self._making_room.discard)
 

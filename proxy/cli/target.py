@@ -147,12 +147,12 @@ async def composed(config: Config, make: bool = False, tried: str = "") -> Async
         raise Failed(f"{root}: {error.strerror}", "DENIED") from error
     if not there and not make:  # to look for it must not make it
         raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
-    from proxy.namespaces.composition import Composition
+    from proxy.namespaces.composition import compose
     from proxy.namespaces.references import FieldInvalid
     from storage.errors import RegistryError
 
     try:
-        composition = Composition(config)
+        composition = compose(config)
         try:
             yield composition
         finally:

@@ -1,16 +1,20 @@
-"""The tree of the configuration becomes the tree of registries, and what looks after their store.
+"""The registries of a configuration, and the parts that maintain their stores.
 
-No listeners, no processes, no loops: the workers, the keeper, and the commands that find no server running
-all stand on it.
+`compose` turns the configuration into a `Composition`.  It opens no listener and starts no process and no
+task: the server's processes do, and the commands that work without a server.
+
+    <disk.path>/cache      blobs and records of all caches
+    <disk.path>/private    blobs and records of the private registry, if a namespace has `store:`
+    <disk.path>/events     queues of the webhooks, if there are any
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
@@ -18,7 +22,7 @@ from proxy.cache.fills import Fills
 from proxy.cache.keep_fresh import Freshener
 from proxy.cache.policy import Policy
 from proxy.config.errors import StartError
-from proxy.config.schema import Config, Hosting, NamespaceConfig
+from proxy.config.schema import Config
 from proxy.config.upstream import UpstreamConfig as UpstreamKeys
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.routing import Member, Namespaces
@@ -39,212 +43,322 @@ from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.eviction import Eviction, EvictionRules
 from storage.maintenance.leases import Leases
 from storage.maintenance.pins import Pin, Pins
-from storage.maintenance.reachability import KeepTags
-from storage.maintenance.reachability import RetentionRules as KeepRules
+from storage.maintenance.reachability import KeepTags, RetentionRules
 from storage.maintenance.scrub import Scrub
 from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
+from storage.registry import Moved, Registry
 from storage.store import Store
 
 
+def nothing() -> None:
+    """The default of a hook without arguments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """Functions of a process that the parts of its composition call.
+
+    make_room: makes room on the disk before a blob or an upload is written
+    wake: is called after events were put into the queues of the webhooks
+    pause: blocks for a number of seconds between two pieces of maintenance; may raise Cancelled
+    drill_begun: is called when a drill begins
+    """
+
+    make_room: MakeRoom = nobody
+    wake: Callable[[], None] = nothing
+    pause: Callable[[float], None] = time.sleep
+    drill_begun: Callable[[], None] = nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Maintenance:
+    """What the housekeeping of a server runs, and what an operator can start.
+
+    scrubs: the one of the caches' store first
+    """
+
+    freshener: Freshener
+    eviction: Eviction
+    scrubs: list[Scrub]
+    collection: Collection | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:
-    """Raises StartError.  It belongs into one event loop; `workers` share what is bounded over all."""
+    """All parts of a configuration, for one event loop.  `compose` makes it, close() closes every part.
 
-    def __init__(
-        self,
-        config: Config,
-        clock: Callable[[], float] = time.time,
-        metrics: Metrics | None = None,
-        workers: int = 1,
-        make_room: MakeRoom = nobody,
-    ) -> None:
-        self.config = config
-        self.clock = clock
-        self.metrics = metrics or Metrics()
-        self._workers = workers
-        self._make_room = make_room
-        self._closing = AsyncExitStack()
-        try:
-            self._compose()
-        except StorageFailed as error:
-            raise StartError(f"cannot store in {config.disk.path} (disk.path): {error}") from error
+    store, private: the store of all caches, and the one of all hosted namespaces
+    disks: the state of each directory that the parts write to
+    tag_moved: records and publishes that a tag of a cache moved
+    upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final
+    """
 
-    def _compose(self) -> None:
-        config, clock = self.config, self.clock
-        root = config.disk.path / "cache"
-        self.disk = DiskHealth(root, clock)
-        self.files = BlobFiles(root, clock, self.disk)
-        try:
-            self.files.check()
-        except StorageFailed as error:
-            if not may_pass(error):
-                raise
-        self.store = Store(self.files, Records(root / "records", clock, self.disk), clock)
-        self._closing.push_async_callback(self.store.close)
-        self.usage = Usage(self.store.records, clock)
-        self.recorder = UsageRecorder(self.store, self.usage, self.metrics, clock)
-        self._closing.push_async_callback(self.recorder.close)
-        self.queue = self._queue() if config.webhooks else None
-        self.teller = self._teller(self.queue) if self.queue else None
-        self.fills = Fills(
-            self.store,
-            self.metrics,
-            self._turns(),
-            make_room=self._make_room,
-            clock=clock,
-        )
-        self.drill = Drill(clock)
-        self.upstreams: dict[str, UpstreamRegistry] = {}  # of each cache, the one whose word is final
-        self.caches = {name: self._cache(name, *each) for name, each in config.cached().items()}
-        self._closing.push_async_callback(self.fills.close)  # before what they read from
-        self.private = self._private() if config.hosted() else None
-        self.hosted = {name: self._host(name, each) for name, each in config.hosted().items()}
-        registries = {**self.caches, **self.hosted}
-        members = [
-            Member(registries[name], name, each.aliases, each.hosts, each.library)
-            for name, each in config.namespaces.items()
-        ]
-        stores = [self.store] if self.private is None else [self.store, self.private]
-        self.namespaces = Namespaces(members, config.default_namespace, stores)
-        self.pins = Pins(
-            self.store, [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins], clock
-        )
-        self.eviction = Eviction(self.store, self._rules(), self.pins.pinned, clock)
-        self.scrub = Scrub(self.store, config.disk.scrub, clock)
-        self.scrubs = [self.scrub]
-        if self.private is not None:
-            self.scrubs.append(Scrub(self.private, config.disk.scrub, clock, kept=None))
-        self.collection = None if self.private is None else self._collection(self.private)
-        self.freshener = Freshener(self.namespaces, self.store, self.pins, clock)
-        self.disks = [each.files.disk for each in stores] + ([self._events] if config.webhooks else [])
-
-    def _private(self) -> Store:
-        store = private_store(self.config, self.clock)
-        self._closing.push_async_callback(store.close)
-        return store
-
-    def _host(self, name: str, hosting: Hosting) -> Hosted:
-        assert self.private is not None
-        rules = PushRules(hosting.sparse, hosting.immutable_tags)
-        leases = self._leases(self.private)
-        # By way of the fills: whoever keeps house in this process is told to them.
-        return Hosted(
-            name,
-            self.private,
-            leases,
-            rules,
-            make_room=lambda coming: self.fills.make_room(coming),
-            moved=self.teller.moved if self.teller else None,
-        )
-
-    def _queue(self) -> Queue:
-        root = self.config.disk.path / "events"
-        self._events = DiskHealth(root, self.clock)
-        queue = Queue(Records(root / "records", self.clock, self._events, durable=True), self.clock)
-        self._closing.callback(queue.close)
-        return queue
-
-    def _teller(self, queue: Queue) -> Publisher:
-        teller = Publisher(queue, self.config.webhooks, self.metrics, self.clock)
-        self._closing.push_async_callback(teller.close)
-        return teller
-
-    async def tag_moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
-        """In a cache."""
-        self.recorder.moved(repository, tag, old, new)
-        if self.teller is not None:
-            await self.teller.moved(repository, tag, old, new)
-
-    def _leases(self, store: Store) -> Leases:
-        return Leases(store, self.config.disk.collect_grace, self.clock)
-
-    def _collection(self, store: Store) -> Collection:
-        def rules(repository: str) -> KeepRules:
-            hosting = self.config.hosted().get(repository.partition("/")[0])
-            if hosting is None:  # the namespace is gone from the configuration; what was pushed to it is not
-                return KeepRules()
-            tags = tuple(KeepTags(each.match, each.last) for each in hosting.keep_tags)
-            return KeepRules(hosting.keep_untagged_for, tags, hosting.immutable_tags)
-
-        return Collection(store, rules, self._leases(store), self.clock, done=self._count_collected)
-
-    def _count_collected(self, report: CollectionReport) -> None:
-        self.metrics.collected_blobs.inc(report.blobs)
-        self.metrics.collected.inc(report.bytes)
-        if not report.refused:
-            self.metrics.collected_at.set(report.begun)
-
-    def _turns(self) -> Slots:
-        namespaces = self.config.cached().items()
-        shares = {name: share_of(upstream.max_fills, self._workers) for name, (_, upstream) in namespaces}
-        return Slots(share_of(self.config.limits.fills, self._workers), shares)
-
-    def _rules(self) -> EvictionRules:
-        config = self.config
-        offline = [name for name, each in config.namespaces.items() if config.offline or each.offline]
-        return EvictionRules(
-            keep_for=config.keep_for,
-            default_keep_for=config.disk.keep_for,
-            limit=config.disk.cache_limit,
-            evict_to=config.disk.evict_to,
-            min_free=config.disk.min_free.of,
-            limits={
-                name: each.cache_limit
-                for name, each in config.namespaces.items()
-                if each.cache_limit is not None
-            },
-            kept=frozenset(offline),
-        )
-
-    @property
-    def evicts(self) -> bool:
-        """Whether there is an age at which anything goes."""
-        config = self.config
-        ages = [config.disk.keep_for]
-        for each in config.namespaces.values():
-            ages += [rule.keep_for for rule in each.repositories]
-            ages += [] if each.keep_for is None else [each.keep_for]
-        return any(map(math.isfinite, ages))
-
-    def _cache(self, name: str, namespace: NamespaceConfig, upstream: UpstreamKeys) -> Cache:
-        try:
-            connect = connect_of(upstream)
-            credentials = [credentials_of(login) for login in upstream.logins()]
-            bandwidth = RateLimit(share_of(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
-            origins = []
-            for url in upstream.url:
-                reach = replace(connect, plain_http=upstream.allows_http(url))
-                given = Settings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
-                origins.append(UpstreamRegistry(name, given, credentials, self.metrics, self.clock))
-        except OSError as error:
-            needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
-            files = ", ".join(str(each) for each in needed if each is not None)
-            raise StartError(f"namespaces.{name}.upstream: {files}: {error.strerror or error}") from error
-        policy = Policy(
-            fresh_for=namespace.fresh_for_tag,
-            negative_for=namespace.negative_for,
-            drop_deleted=namespace.on_upstream_delete == "drop",
-            offline=namespace.offline or self.config.offline,
-            lazy=namespace.lazy,
-        )
-        self.upstreams[name] = origins[-1]
-        origin = origins[0] if len(origins) == 1 else Failover(origins, self.clock)
-        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill)
-        self._closing.push_async_callback(cache.close)
-        return cache
+    config: Config
+    clock: Callable[[], float]
+    metrics: Metrics
+    store: Store
+    private: Store | None
+    disks: list[DiskHealth]
+    usage: Usage
+    recorder: UsageRecorder
+    queue: Queue | None
+    publisher: Publisher | None
+    tag_moved: Moved
+    drill: Drill
+    fills: Fills
+    upstreams: dict[str, UpstreamRegistry]
+    caches: dict[str, Cache]
+    hosted: dict[str, Hosted]
+    namespaces: Namespaces
+    pins: Pins
+    maintenance: Maintenance
+    closing: AsyncExitStack
 
     def store_of(self, namespace: str) -> Store:
-        """The store that holds what is stored of a namespace."""
+        """The store that holds the content of a namespace."""
         return self.private if self.private is not None and namespace in self.hosted else self.store
 
     async def close(self) -> None:
-        """Stop what goes on, and let go of all."""
-        await self._closing.aclose()
+        await self.closing.aclose()
+
+
+def compose(
+    config: Config,
+    clock: Callable[[], float] = time.time,
+    metrics: Metrics | None = None,
+    workers: int = 1,
+    hooks: Hooks = Hooks(),
+) -> Composition:
+    """Make all parts of `config`.  Raises StartError.
+
+    Limits for the whole server, such as `limits.fills`, are divided by `workers`.
+    """
+    try:
+        return _Composer(config, clock, metrics or Metrics(), workers, hooks).compose()
+    except StorageFailed as error:
+        raise StartError(f"cannot store in {config.disk.path} (disk.path): {error}") from error
 
 
 def private_store(config: Config, clock: Callable[[], float] = time.time) -> Store:
-    """Where all that is pushed lies.  Nothing of it goes but what nobody can reach.  Raises StorageFailed."""
+    """Open the store of everything that clients push.  Only unreachable content is ever removed from it.
+
+    Raises StorageFailed.
+    """
     root = config.disk.path / "private"
     files = BlobFiles(root, clock, private=True)
     records = Records(root / "records", clock, files.disk, durable=True)
     return Store(files, records, clock, collected=True)
+
+
+class _Composer:
+    """Makes the parts of one composition.  A part that is made later is closed earlier."""
+
+    def __init__(
+        self, config: Config, clock: Callable[[], float], metrics: Metrics, workers: int, hooks: Hooks
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._metrics = metrics
+        self._workers = workers
+        self._hooks = hooks
+        self._closing = AsyncExitStack()
+        self._disks: list[DiskHealth] = []
+
+    def compose(self) -> Composition:
+        # Longer than others, since each part takes a line.
+        config, clock = self._config, self._clock
+        store, private = self._store(), self._private()
+        usage, recorder = self._usage(store)
+        queue, publisher = self._webhooks()
+        drill = Drill(clock, self._hooks.drill_begun)
+        fills = Fills(store, self._metrics, self._slots(), make_room=self._hooks.make_room, clock=clock)
+        tag_moved = _tag_moved(recorder, publisher)
+        upstreams = {name: self._upstreams(name, each) for name, (_, each) in config.cached().items()}
+        caches = {
+            name: Cache(name, self._origin(each), store, fills, self._policy(name), clock, tag_moved, drill)
+            for name, each in upstreams.items()
+        }
+        for close in (*(each.close for each in caches.values()), fills.close):
+            self._closing.push_async_callback(close)  # the fills are closed before what they read from
+        hosted = self._hosted(private, publisher) if private else {}
+        namespaces = self._namespaces({**caches, **hosted}, [store, private] if private else [store])
+        pins = Pins(store, [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins], clock)
+        return Composition(
+            config=config,
+            clock=clock,
+            metrics=self._metrics,
+            store=store,
+            private=private,
+            disks=self._disks,
+            usage=usage,
+            recorder=recorder,
+            queue=queue,
+            publisher=publisher,
+            tag_moved=tag_moved,
+            drill=drill,
+            fills=fills,
+            upstreams={name: each[-1] for name, each in upstreams.items()},
+            caches=caches,
+            hosted=hosted,
+            namespaces=namespaces,
+            pins=pins,
+            maintenance=self._maintenance(store, private, namespaces, pins),
+            closing=self._closing,
+        )
+
+    # Storage
+
+    def _store(self) -> Store:
+        root = self._config.disk.path / "cache"
+        disk = DiskHealth(root, self._clock)
+        files = BlobFiles(root, self._clock, disk)
+        try:
+            files.check()
+        except StorageFailed as error:
+            if not may_pass(error):
+                raise
+        return self._opened(Store(files, Records(root / "records", self._clock, disk), self._clock))
+
+    def _private(self) -> Store | None:
+        return self._opened(private_store(self._config, self._clock)) if self._config.hosted() else None
+
+    def _opened(self, store: Store) -> Store:
+        self._closing.push_async_callback(store.close)
+        self._disks.append(store.files.disk)
+        return store
+
+    def _usage(self, store: Store) -> tuple[Usage, UsageRecorder]:
+        usage = Usage(store.records, self._clock)
+        recorder = UsageRecorder(store, usage, self._metrics, self._clock)
+        self._closing.push_async_callback(recorder.close)
+        return usage, recorder
+
+    def _webhooks(self) -> tuple[Queue, Publisher] | tuple[None, None]:
+        webhooks, root = self._config.webhooks, self._config.disk.path / "events"
+        if not webhooks:
+            return None, None
+        disk = DiskHealth(root, self._clock)
+        self._disks.append(disk)
+        queue = Queue(Records(root / "records", self._clock, disk, durable=True), self._clock)
+        self._closing.callback(queue.close)
+        publisher = Publisher(queue, webhooks, self._metrics, self._clock, self._hooks.wake)
+        self._closing.push_async_callback(publisher.close)
+        return queue, publisher
+
+    # Registries
+
+    def _slots(self) -> Slots:
+        cached = self._config.cached().items()
+        shares = {name: share_of(upstream.max_fills, self._workers) for name, (_, upstream) in cached}
+        return Slots(share_of(self._config.limits.fills, self._workers), shares)
+
+    def _upstreams(self, name: str, upstream: UpstreamKeys) -> list[UpstreamRegistry]:
+        """One for each URL.  Raises StartError if a file that they need cannot be read."""
+        bandwidth = RateLimit(share_of(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
+        made = []
+        try:
+            connect = connect_of(upstream)
+            credentials = [credentials_of(login) for login in upstream.logins()]
+            for url in upstream.url:
+                reach = replace(connect, plain_http=upstream.allows_http(url))
+                settings = Settings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
+                made.append(UpstreamRegistry(name, settings, credentials, self._metrics, self._clock))
+        except OSError as error:
+            needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
+            files = ", ".join(str(each) for each in needed if each is not None)
+            raise StartError(f"namespaces.{name}.upstream: {files}: {error.strerror or error}") from error
+        return made
+
+    def _origin(self, upstreams: list[UpstreamRegistry]) -> Registry:
+        return upstreams[0] if len(upstreams) == 1 else Failover(upstreams, self._clock)
+
+    def _policy(self, name: str) -> Policy:
+        namespace = self._config.namespaces[name]
+        return Policy(
+            fresh_for=namespace.fresh_for_tag,
+            negative_for=namespace.negative_for,
+            drop_deleted=namespace.on_upstream_delete == "drop",
+            offline=namespace.offline or self._config.offline,
+            lazy=namespace.lazy,
+        )
+
+    def _hosted(self, store: Store, publisher: Publisher | None) -> dict[str, Hosted]:
+        return {
+            name: Hosted(
+                name,
+                store,
+                self._leases(store),
+                PushRules(each.sparse, each.immutable_tags),
+                self._hooks.make_room,
+                moved=publisher.moved if publisher else None,
+            )
+            for name, each in self._config.hosted().items()
+        }
+
+    def _namespaces(self, registries: Mapping[str, Registry], catalogs: list[Store]) -> Namespaces:
+        members = [
+            Member(registries[name], name, each.aliases, each.hosts, each.library)
+            for name, each in self._config.namespaces.items()
+        ]
+        return Namespaces(members, self._config.default_namespace, catalogs)
+
+    # Maintenance
+
+    def _maintenance(
+        self, store: Store, private: Store | None, namespaces: Namespaces, pins: Pins
+    ) -> Maintenance:
+        pace, pause = self._config.disk.scrub, self._hooks.pause
+        scrubs = [Scrub(store, pace, self._clock)]
+        if private is not None:
+            scrubs.append(Scrub(private, pace, self._clock, kept=None))
+        return Maintenance(
+            freshener=Freshener(namespaces, store, pins, self._clock),
+            eviction=Eviction(store, _eviction_rules(self._config), pins.pinned, self._clock, pause),
+            scrubs=scrubs,
+            collection=None if private is None else self._collection(private),
+        )
+
+    def _collection(self, store: Store) -> Collection:
+        rules = partial(_retention_rules, self._config)
+        pause = self._hooks.pause
+        return Collection(store, rules, self._leases(store), self._clock, pause, self._count_collected)
+
+    def _leases(self, store: Store) -> Leases:
+        return Leases(store, self._config.disk.collect_grace, self._clock)
+
+    def _count_collected(self, report: CollectionReport) -> None:
+        self._metrics.collected_blobs.inc(report.blobs)
+        self._metrics.collected.inc(report.bytes)
+        if not report.refused:
+            self._metrics.collected_at.set(report.begun)
+
+
+def _tag_moved(recorder: UsageRecorder, publisher: Publisher | None) -> Moved:
+    async def tag_moved(repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        recorder.moved(repository, tag, old, new)
+        if publisher is not None:
+            await publisher.moved(repository, tag, old, new)
+
+    return tag_moved
+
+
+def _eviction_rules(config: Config) -> EvictionRules:
+    disk, namespaces = config.disk, config.namespaces.items()
+    return EvictionRules(
+        keep_for=config.keep_for,
+        default_keep_for=disk.keep_for,
+        limit=disk.cache_limit,
+        evict_to=disk.evict_to,
+        min_free=disk.min_free.of,
+        limits={name: each.cache_limit for name, each in namespaces if each.cache_limit is not None},
+        kept=frozenset(name for name, each in namespaces if config.offline or each.offline),
+    )
+
+
+def _retention_rules(config: Config, repository: str) -> RetentionRules:
+    hosting = config.hosted().get(repository.partition("/")[0])
+    if hosting is None:  # the namespace was removed from the configuration; its content is kept
+        return RetentionRules()
+    tags = tuple(KeepTags(each.match, each.last) for each in hosting.keep_tags)
+    return RetentionRules(hosting.keep_untagged_for, tags, hosting.immutable_tags)

@@ -7,6 +7,7 @@ priority, and what is not urgent works half of the time.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -17,6 +18,7 @@ import structlog
 from proxy.admin.readiness import Readiness
 from proxy.admin.warm import Warmer
 from proxy.admin.warm_schedule import Schedule
+from proxy.config.schema import Config
 from proxy.namespaces.composition import Composition
 from proxy.webhooks.delivery import Dispatcher
 from storage.concurrency import Cancelled, run_in_thread
@@ -44,18 +46,14 @@ class Housekeeper:
     ) -> None:
         self._composition = composition
         self._deliveries = deliveries
-        self._eviction = composition.eviction
+        self._eviction = composition.maintenance.eviction
         self._stopping = threading.Event()
         self.evicting = asyncio.Lock()  # one at a time
-        self._eviction.pause = self.pause
         readiness = Readiness(composition.store, composition.private, composition.hosted)
         warmer = Warmer(composition.namespaces, readiness, forget)
         rules = composition.config.warm
         self._fetching: set[asyncio.Task[object]] = set()
-        composition.drill.begun = self._put_off
         self.schedule = Schedule(rules, warmer, composition.store.records, composition.clock)
-        if composition.collection is not None:
-            composition.collection.pause = self.pause
 
     def pause(self, seconds: float) -> None:
         """In the thread that works.  Raises Cancelled when all is to end."""
@@ -71,11 +69,14 @@ class Housekeeper:
                 work.create_task(self._again_and_again(self._deliver, AGAIN))
             if composition.config.warm:
                 work.create_task(self._again_and_again(self._warm, REFRESHED))
-            if composition.evicts:
+            if _expires(composition.config):
                 work.create_task(self._again_and_again(self.expire, composition.config.disk.evict_every))
             if composition.config.disk.scrub is not None:
                 work.create_task(self._again_and_again(self._scrub, ROUND))
-            if composition.collection is not None and composition.config.disk.collect_every is not None:
+            if (
+                composition.maintenance.collection is not None
+                and composition.config.disk.collect_every is not None
+            ):
                 work.create_task(self._collect_now_and_then())
 
     async def _again_and_again(self, work: Callable[[], Awaitable[object]], every: float) -> None:
@@ -119,7 +120,7 @@ class Housekeeper:
         await self._deliveries.run()
 
     async def _refresh(self) -> None:
-        await self._fetch(self._composition.freshener.run_once)
+        await self._fetch(self._composition.maintenance.freshener.run_once)
 
     async def _warm(self) -> None:
         await self._fetch(self.schedule.run_once)
@@ -139,12 +140,12 @@ class Housekeeper:
         if not task.cancelled():
             task.result()
 
-    def _put_off(self) -> None:
+    def put_off(self) -> None:
         for task in self._fetching:
             task.cancel()
 
     async def _scrub(self) -> None:
-        cache, *private = self._composition.scrubs
+        cache, *private = self._composition.maintenance.scrubs
         await cache.run(self.heal, older_than=CHECKED)
         for scrub in private:  # what was pushed can be fetched from nowhere
             await scrub.run(older_than=CHECKED)
@@ -155,7 +156,10 @@ class Housekeeper:
 
     async def _collect(self) -> None:
         """Where the last collection, by whomever, is long enough ago."""
-        collection, every = self._composition.collection, self._composition.config.disk.collect_every
+        collection, every = (
+            self._composition.maintenance.collection,
+            self._composition.config.disk.collect_every,
+        )
         assert collection is not None and every is not None
         if not 0 <= self._composition.clock() - collection.last().begun < every:
             await run_in_thread(collection.run)
@@ -171,3 +175,12 @@ class Housekeeper:
     def close(self) -> None:
         """Before run() is cancelled: what works in a thread ends soon."""
         self._stopping.set()
+
+
+def _expires(config: Config) -> bool:
+    """Whether content of any cache is removed by its age."""
+    ages = [config.disk.keep_for]
+    for each in config.namespaces.values():
+        ages += [rule.keep_for for rule in each.repositories]
+        ages += [] if each.keep_for is None else [each.keep_for]
+    return any(map(math.isfinite, ages))

@@ -1,4 +1,4 @@
-"""One process of the server: it serves clients, or keeps house and serves the administrator, or both."""
+"""One process of the server: it serves clients, does the housekeeping, or both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from yarl import URL
 from proxy.admin.drills import DrillControl, resume
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import state_of
-from proxy.config import schema
-from proxy.namespaces.composition import Composition
+from proxy.config.schema import TLS, Config
+from proxy.namespaces.composition import Hooks, compose
 from proxy.server import make_room
 from proxy.server.access import admission, needed
 from proxy.server.housekeeping import Housekeeper
@@ -28,145 +28,172 @@ from proxy.web.tls import Certificates
 from proxy.web.tls_listener import TLSSite
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
-from storage.disk import health
 from storage.errors import StorageFailed
 
-KEEPER = "keeper"
+HOUSEKEEPING = "keeper"  # the socket of the process that does the housekeeping
 
 
 class ServerProcess:
-    """start() and stop() belong into one event loop.
+    """One process of a server.  start() and stop() are called in one event loop.
 
-    `sockets` are those that it listens on, for clients and for the administrator; without, it binds its own,
-    and does all that there is to do.  Else it serves clients if there are sockets for them, and is the keeper
-    if there are none; `run` is a directory where the processes of one server find each other.
+    A process without `sockets` binds its own, and is the whole server.  Otherwise `sockets` are those that
+    the supervisor bound, for clients and for administrators: a process with sockets for clients serves
+    clients, and a process without them does the housekeeping.  `run` is the directory in which the processes
+    of one server find each other.
     """
 
     def __init__(
         self,
-        settings: schema.Config,
+        config: Config,
         clock: Callable[[], float] = time.time,
         sockets: tuple[list[socket.socket], list[socket.socket]] | None = None,
         run: Path | None = None,
     ) -> None:
-        self._settings = settings
+        self._config = config
+        self._clock = clock
         self._sockets = sockets
         self._run = run
-        self._clock = clock
         self._draining = False
         self._closing = AsyncExitStack()
         self.url = URL()
         self.admin_url: URL | None = None
 
     async def start(self) -> None:
-        """Raises StartError; then nothing is left behind."""
+        """Start all parts, or none of them.  Raises StartError."""
         try:
             await self._start()
         except BaseException:
             await self.stop()
             raise
 
+    async def stop(self) -> None:
+        """End all parts, after the requests in progress or after `drain` seconds.
+
+        The next start resumes the fills that are not complete.
+        """
+        self._draining = True
+        await self._closing.aclose()
+
     async def _start(self) -> None:
-        settings = self._settings
-        listen, admin = self._sockets or bind_all(settings)
+        listen, admin = self._sockets or bind_all(self._config)
         for each in (*listen, *admin):
             self._closing.callback(each.close)
-        keeps = not listen or self._sockets is None
-        room = health.nobody if keeps or self._run is None else make_room.ask(self._run / KEEPER)
-        workers = 1 if self._sockets is None else settings.processes()
-        self.composition = Composition(settings, self._clock, None, workers, room)
-        self._closing.push_async_callback(self.composition.close)
-        self._live = state_of(self.composition)
-        if self.composition.teller is not None and self._run is not None:
-            self.composition.teller.wake = wakeup.caller(self._run)
-        recording = asyncio.create_task(self.composition.recorder.run())
-        self._closing.push_async_callback(_ended, recording)
-        if keeps:
-            await self._keep_house(admin)
+        housekeeps = not listen or self._sockets is None
+        self._compose(self._housekeeping_hooks() if housekeeps else self._worker_hooks())
+        if housekeeps:
+            await self._prepare_housekeeping()
+            if admin:
+                await self._serve_administrators(admin)
         if listen:
             await self._serve_clients(listen)
-        if keeps:  # last: nothing is looked through before it listens
-            keeping = asyncio.create_task(self.keeper.run())
-            self._closing.push_async_callback(_ended, keeping)
-            self._closing.callback(self.keeper.close)
+        if housekeeps:  # last: nothing is read through before the server listens
+            self._run_in_background(self.housekeeper.run())
+            self._closing.callback(self.housekeeper.close)
 
-    async def _keep_house(self, admin: list[socket.socket]) -> None:
-        composition, settings = self.composition, self._settings
-        self.keeper = keeper = Housekeeper(composition, self._live.forget, self._deliveries())
-        composition.fills.make_room = keeper.make_room
-        self._everyone = ServerProcesses(self._live, self._run)
-        if self._run is not None:
-            self._closing.push_async_callback(await make_room.serve(self._run / KEEPER, keeper.make_room))
-        if admin:
-            from proxy.admin.api.app import application
-            from proxy.admin.local_operations import LocalOperations
+    # Parts
 
-            drills = DrillControl(
-                self._everyone, composition.drill, composition.metrics, composition.clock, self._run
-            )
-            # First, since what was started last is stopped first: so it can tell of the draining.
-            pages = application(
-                composition.metrics,
-                self._state,
-                LocalOperations(composition, self._everyone, keeper.evicting, keeper.heal, drills),
-                token=settings.admin_token,
-                loopback=settings.admin is not None and settings.admin.loopback,
-            )
-            runner = web.AppRunner(pages, access_log=None)
-            self.admin_url = await self._serve(runner, admin, settings.admin_tls())
+    def _compose(self, hooks: Hooks) -> None:
+        workers = 1 if self._sockets is None else self._config.processes()
+        self.composition = compose(self._config, self._clock, None, workers, hooks)
+        self._closing.push_async_callback(self.composition.close)
+        self._state = state_of(self.composition)
+        self._run_in_background(self.composition.recorder.run())
 
-    def _deliveries(self) -> Dispatcher | None:
-        """Raises StartError."""
-        composition, settings = self.composition, self._settings
-        if composition.queue is None or composition.teller is None:
-            return None
-        deliveries = Dispatcher(
-            settings.webhooks,
-            composition.queue,
-            settings.listen.port,
-            composition.metrics,
-            composition.clock,
-            self._run,
+    def _worker_hooks(self) -> Hooks:
+        """Make the housekeeping process act, if there is one."""
+        if self._run is None:
+            return Hooks()
+        return Hooks(make_room=make_room.ask(self._run / HOUSEKEEPING), wake=wakeup.caller(self._run))
+
+    def _housekeeping_hooks(self) -> Hooks:
+        # The housekeeper and the dispatcher need the composition, whose parts need them only later.
+        def wake() -> None:
+            if self._dispatcher is not None:
+                self._dispatcher.wake()
+
+        return Hooks(
+            make_room=lambda coming: self.housekeeper.make_room(coming),
+            wake=wake,
+            pause=lambda seconds: self.housekeeper.pause(seconds),
+            drill_begun=lambda: self.housekeeper.put_off(),
         )
-        composition.teller.wake = deliveries.wake
-        return deliveries
 
-    async def _serve_clients(self, listen: list[socket.socket]) -> None:
-        composition, settings = self.composition, self._settings
-        limits = settings.limits
-        server = DistributionAPI(
-            composition.namespaces,
-            composition.namespaces.qualify,
-            composition.metrics,
-            deny_bypass=settings.fallback == "deny",
+    async def _prepare_housekeeping(self) -> None:
+        """Raises StartError."""
+        self._dispatcher = self._webhook_dispatcher()
+        self.housekeeper = Housekeeper(self.composition, self._state.forget, self._dispatcher)
+        self._processes = ServerProcesses(self._state, self._run)
+        if self._run is not None:
+            close = await make_room.serve(self._run / HOUSEKEEPING, self.housekeeper.make_room)
+            self._closing.push_async_callback(close)
+
+    def _webhook_dispatcher(self) -> Dispatcher | None:
+        """Raises StartError."""
+        config, parts = self._config, self.composition
+        if parts.queue is None:
+            return None
+        return Dispatcher(
+            config.webhooks, parts.queue, config.listen.port, parts.metrics, parts.clock, self._run
+        )
+
+    def _run_in_background(self, work: Coroutine[None, None, None]) -> None:
+        self._closing.push_async_callback(_cancel, asyncio.create_task(work))
+
+    # Listeners
+
+    async def _serve_administrators(self, sockets: list[socket.socket]) -> None:
+        # Only one process needs these, and they are large.
+        from proxy.admin.api.app import application
+        from proxy.admin.local_operations import LocalOperations
+
+        config, parts, housekeeper = self._config, self.composition, self.housekeeper
+        drills = DrillControl(self._processes, parts.drill, parts.metrics, parts.clock, self._run)
+        # Before the clients' listener, since what starts last stops first: so /healthz can report "draining".
+        api = application(
+            parts.metrics,
+            self._health,
+            LocalOperations(parts, self._processes, housekeeper.evicting, housekeeper.heal, drills),
+            token=config.admin_token,
+            loopback=config.admin is not None and config.admin.loopback,
+        )
+        runner = web.AppRunner(api, access_log=None)
+        self.admin_url = await self._serve(runner, sockets, config.admin_tls())
+
+    async def _serve_clients(self, sockets: list[socket.socket]) -> None:
+        config, parts, limits = self._config, self.composition, self._config.limits
+        api = DistributionAPI(
+            parts.namespaces,
+            parts.namespaces.qualify,
+            parts.metrics,
+            deny_bypass=config.fallback == "deny",
             client_timeout=limits.client_timeout,
-            served=composition.recorder.served,
-            teller=composition.teller,
+            served=parts.recorder.served,
+            teller=parts.publisher,
             clock=self._clock,
-            access=admission(composition, self._closing) if needed(settings) else None,
+            access=admission(parts, self._closing) if needed(config) else None,
         )
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"
-            self._closing.push_async_callback(await serve_state(self._live, path))
-            resume(composition.drill, self._run)
+            self._closing.push_async_callback(await serve_state(self._state, path))
+            resume(parts.drill, self._run)
         manners = Manners(limits.connections_per_address, limits.request_timeout, limits.idle_timeout)
-        # To aiohttp 0 means to wait for ever.
+        # aiohttp takes 0 for no limit.
         runner = web.ServerRunner(
-            Listener(server.handle, manners, encrypted=settings.tls is not None),
-            shutdown_timeout=max(settings.drain, 0.01),
+            Listener(api.handle, manners, encrypted=config.tls is not None),
+            shutdown_timeout=max(config.drain, 0.01),
         )
-        self.url = await self._serve(runner, listen, settings.tls, clients=True)
+        self.url = await self._serve(runner, sockets, config.tls, clients=True)
 
     async def _serve(
         self,
         runner: web.BaseRunner,
         sockets: list[socket.socket],
-        tls: schema.TLS | None,
+        tls: TLS | None,
         *,
         clients: bool = False,
     ) -> URL:
-        """By TLS if there is `tls`; `clients`: they may show certificates of their own."""
-        limits = self._settings.limits
+        """Serve `runner` on `sockets`, by TLS if `tls` is given.  `clients` may show a certificate."""
+        limits = self._config.limits
         certificates = None if tls is None else Certificates(tls, clients=clients)
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
@@ -180,33 +207,28 @@ class ServerProcess:
         host, port = sockets[0].getsockname()[:2]
         return URL.build(scheme="https" if certificates else "http", host=host, port=port)
 
-    async def _state(self) -> Mapping[str, str]:
+    async def _health(self) -> Mapping[str, str]:
         if self._draining:
             return {"status": "draining"}
-        with suppress(StorageFailed):  # it is among the troubles then
-            self.composition.files.check()
+        with suppress(StorageFailed):  # a failure is among the troubles then
+            self.composition.store.files.check()
         left = self.composition.drill.left
         drill = {"drill": f"upstreams are cut off for {left:.0f} s more"} if left else {}
-        states = await self._everyone.states()
+        states = await self._processes.states()
         if troubles := dict.fromkeys(trouble for each in states for trouble in each.troubles):
             return {"status": "degraded", "store": "; ".join(troubles), **drill}
         return {"status": "ready", **drill}
 
-    async def stop(self) -> None:
-        """Finish what is being served, for `drain` at most; fills stop where the next start resumes them."""
-        self._draining = True
-        await self._closing.aclose()
 
-
-async def _ended(task: asyncio.Task[None]) -> None:
+async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
 async def _stop_accepting(sockets: list[socket.socket]) -> None:
-    """Before the servers on them are closed."""
-    # 1. a connection is accepted, a task is to make its transport  2. the server is closed  3. the transport
-    # cannot be made any more, and nobody closes the connection: its client would wait.
+    """Called before the servers on the sockets are closed."""
+    # 1. a connection is accepted, and a task is to make its transport  2. the server is closed  3. the
+    # transport cannot be made any more, and nothing closes the connection: its client would wait.
     for each in sockets:
         asyncio.get_running_loop().remove_reader(each.fileno())
     await asyncio.sleep(0)

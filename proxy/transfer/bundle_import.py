@@ -65,7 +65,7 @@ class BundleImport:
     @property
     def spool(self) -> Path:
         """Where files may lie that have no name, while something is taken in."""
-        return self._parts.files.root / "partial"
+        return self._parts.store.files.root / "partial"
 
     async def import_spooled(self, file: IO[bytes], what: str, given: Given = Given()) -> BundleImported:
         """All of the archive that lies in `file`, which is closed; `what` it is called in messages."""
@@ -145,8 +145,8 @@ class BundleImport:
             if before is not None and before != digest:
                 if cached:
                     await parts.tag_moved(place.repository, tag, before, digest)
-                elif parts.teller is not None:
-                    await parts.teller.moved(place.repository, tag, before, digest)
+                elif parts.publisher is not None:
+                    await parts.publisher.moved(place.repository, tag, before, digest)
             if given.pin and cached:
                 await run_in_thread(parts.pins.add, Pin(written(place.repository, tag)))
 

@@ -39,12 +39,13 @@ class Publisher:
         webhooks: Sequence[WebhookConfig],
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._queue = queue
         self._webhooks = webhooks
         self._metrics = metrics
         self._clock = clock
-        self.wake: Callable[[], None] = lambda: None
+        self._wake = wake
         self.pulls = any("pull" in each.actions for each in webhooks)  # whether anybody wants them
         self._gathered: list[Event] = []
         self._lost: Counter[str] = Counter()  # pulls for which there was no room in memory
@@ -125,7 +126,7 @@ class Publisher:
         if expected:
             try:
                 queued = await run_in_thread(self._queue.put, wanted, PENDING)
-                self.wake()
+                self._wake()
             except StorageFailed as error:
                 cause = str(error)
         if short := expected - queued:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
-from proxy.config.quantities import BLOCKED, seconds_until
+from proxy.config.quantities import MAX_RETRY_AFTER, seconds_until
 from proxy.upstream.breaker import FAILURES, LAST, Breaker
 from proxy.upstream.ratelimit import UNTOLD, Budget, Budgets
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
@@ -217,10 +217,10 @@ def test_what_was_told_holds_for_a_window(budget: Budget, clock: Clock) -> None:
         ({}, 7.0, 7.0),
         ({}, 0.0, 1.0),
         ({}, None, UNTOLD),
-        ({}, math.inf, BLOCKED),
+        ({}, math.inf, MAX_RETRY_AFTER),
         (told("0;w=600", "100;w=600"), 7.0, 7.0),
         (told("0;w=600", "100;w=600"), None, 500.0),
-        (told("0;w=999999999", "1;w=999999999"), None, BLOCKED - 100),
+        (told("0;w=999999999", "1;w=999999999"), None, MAX_RETRY_AFTER - 100),
     ],
 )
 def test_after_a_429_it_is_blocked_for_retry_after_else_the_rest_of_the_window_else_a_minute(
@@ -341,12 +341,12 @@ def test_a_clock_that_was_set_back_prolongs_nothing(host: Host, budget: Budget, 
     [
         ("0", "", 0),
         ("120", "", 120),
-        ("9" * 30, "", BLOCKED),
+        ("9" * 30, "", MAX_RETRY_AFTER),
         ("Tue, 14 Nov 2023 22:15:20 GMT", "", 120),
         ("Tue, 14 Nov 2023 22:15:20 -0000", "", 120),
         ("Tue, 14 Nov 2023 22:15:20 GMT", "Tue, 14 Nov 2023 22:15:00 GMT", 20),
         ("Tue, 14 Nov 2023 22:10:00 GMT", "", 0),
-        ("Tue, 14 Nov 2222 22:10:00 GMT", "", BLOCKED),
+        ("Tue, 14 Nov 2222 22:10:00 GMT", "", MAX_RETRY_AFTER),
         ("", "", None),
         ("soon", "", None),
         ("-5", "", None),

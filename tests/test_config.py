@@ -452,7 +452,7 @@ def test_the_administrator_connects_by_tls_from_elsewhere(read: Any, admin: str,
         ("disk: {path: ~/cache}", "disk.path: ~ is not expanded: write ${HOME}"),
         (
             "disk: {collect_grace: 59m}",
-            "disk.collect_grace: must be 1h or more: a push in progress relies on it",
+            "disk.collect_grace: must be 1h or more, so that no push in progress is collected",
         ),
         ("disk: {collect_every: 0s}", "disk.collect_every: must be more than 0"),
         (

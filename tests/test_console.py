@@ -8,7 +8,7 @@ import math
 import pytest
 
 from proxy.cli.console import Column, Progress, Table, clean, plain, shortened_digest, write
-from proxy.config.quantities import duration, moment, plural, share, size
+from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
 
 DIGEST = "sha256:" + "ab" * 32
 COLUMNS = (Column("NAME"), Column("SIZE", right=True), Column("DIGEST", digests=True))
@@ -77,7 +77,7 @@ def test_what_steers_a_terminal_is_taken_out(file: type[io.StringIO]) -> None:
     ],
 )
 def test_sizes(count: int | None, text: str) -> None:
-    assert size(count) == text
+    assert format_size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -89,18 +89,18 @@ def test_sizes(count: int | None, text: str) -> None:
         (1000.4, "now"),
         (1000 + 600, "in 10 min"),
         (1000 + 86400 * 800, "in 2 y"),
-        (math.inf, "for ever"),
+        (math.inf, "forever"),
         (None, "never"),
     ],
 )
 def test_moments(time: float | None, text: str) -> None:
-    assert moment(time, 1000.0) == text
+    assert format_time(time, 1000.0) == text
 
 
 def test_small_words() -> None:
-    assert duration(0.2) == "0 s"
-    assert share(None) == "-"
-    assert share(0.957) == "95.7%"
+    assert format_duration(0.2) == "0 s"
+    assert format_share(None) == "-"
+    assert format_share(0.957) == "95.7%"
     assert plural(1, "blob") == "1 blob"
     assert plural(2, "repository", "repositories") == "2 repositories"
     assert shortened_digest(f"└─ {DIGEST}") == "└─ sha256:abababababab"

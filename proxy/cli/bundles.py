@@ -21,7 +21,7 @@ from proxy.admin.api.client import AdminClient, Failed
 from proxy.cli.console import Column, Progress, Table
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.copy import take_over
-from proxy.config.quantities import parse_timeout, plural, size
+from proxy.config.quantities import format_size, parse_timeout, plural
 from proxy.config.values import parse_platform
 from proxy.transfer import results
 from storage.names import written
@@ -55,7 +55,7 @@ def _ticking(call: CommandContext, what: str) -> Iterator[Tick]:
 
         def tick(done: int, whole: int) -> None:
             if not call.json:
-                progress.show(what, done, whole, f"{size(done)} of {size(whole)}")
+                progress.show(what, done, whole, f"{format_size(done)} of {format_size(whole)}")
 
         yield tick
 
@@ -295,7 +295,8 @@ def exported(found: results.Exported, now: float) -> Sequence[Table]:
     spared = f"; {plural(found.spared, 'blob')} left to earlier bundles" if found.spared else ""
     table.notes.append(
         f"{found.bundle}: {plural(len(found.references), 'reference')}, {plural(found.referrers, 'referrer')}"
-        f", {plural(found.blobs, 'blob')}, {size(found.bytes)}{', signed' if found.signed else ''}{spared}"
+        f", {plural(found.blobs, 'blob')}, {format_size(found.bytes)}"
+        f"{', signed' if found.signed else ''}{spared}"
     )
     return [table]
 
@@ -311,7 +312,7 @@ def landed(found: results.BundleImported, now: float) -> Sequence[Table]:
     table.notes.append(
         f"{found.archive} {done} {plural(len(found.references), 'reference')}, of"
         f" {plural(found.manifests, 'manifest')}; taken in: {plural(found.blobs, 'blob')}"
-        f", {size(found.bytes)}"
+        f", {format_size(found.bytes)}"
         f"{'; its signature is right' if found.verified else ''}"
     )
     return [table]

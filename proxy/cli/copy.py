@@ -16,7 +16,7 @@ import click
 from proxy.admin.api.client import Failed
 from proxy.cli.console import Column, Progress, Table
 from proxy.cli.context import CommandContext, option_type, quiet, without_server
-from proxy.config.quantities import plural, size
+from proxy.config.quantities import format_size, plural
 from proxy.config.values import parse_count, parse_platform
 from proxy.transfer import results
 from storage.oci import Digest
@@ -145,8 +145,8 @@ def copied(found: results.Copied, now: float) -> list[Table]:
         table.add(each.source, each.destination, each.digest or "", each.error or outcome)
     would = "would be copied" if found.dry_run else "copied"
     table.notes.append(
-        f"{plural(found.manifests, 'manifest')} and {plural(found.blobs, 'blob')} of {size(found.bytes)}"
-        f" {would},"
+        f"{plural(found.manifests, 'manifest')} and {plural(found.blobs, 'blob')}"
+        f" of {format_size(found.bytes)} {would},"
         f" {found.mounted} mounted, {found.present} there already, {plural(found.tags, 'tag')} set;"
         f" {found.seconds:.1f} s"
     )
@@ -172,7 +172,7 @@ def imported(found: results.Migrated, now: float) -> list[Table]:
             (),
             f"{plural(found.repositories, 'repository', 'repositories')}, {plural(found.tags, 'tag')},"
             f" {plural(found.manifests, 'manifest')} and {plural(found.blobs, 'blob')}{linked} of"
-            f" {size(found.bytes)} {would} into {found.namespace};"
+            f" {format_size(found.bytes)} {would} into {found.namespace};"
             f" {plural(found.present, 'manifest')} there already; {found.seconds:.1f} s",
         )
     )
@@ -201,7 +201,7 @@ class _Lines(_Silence):
         self._progress = Progress(sys.stderr)
 
     def moved(self, digest: Digest, done: int, whole: int) -> None:
-        self._progress.show(digest, done, whole, f"{size(done)} of {size(whole)}")
+        self._progress.show(digest, done, whole, f"{format_size(done)} of {format_size(whole)}")
 
     def ended(self, digest: Digest) -> None:
         self._progress.drop(digest)

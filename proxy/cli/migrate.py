@@ -16,7 +16,7 @@ from proxy.admin.api.client import Failed
 from proxy.cli.console import Progress
 from proxy.cli.context import quiet
 from proxy.config.loader import load
-from proxy.config.quantities import plural, size
+from proxy.config.quantities import format_size, plural
 from proxy.config.schema import Config
 from proxy.namespaces.composition import private_store
 from proxy.transfer.results import DamageRow, Migrated
@@ -127,6 +127,6 @@ def _show(intake: Migration, repositories: int, progress: Progress) -> None:
     taken = intake.taken
     text = (
         f"{intake.repository}: {plural(taken.manifests, 'manifest')}, {plural(taken.blobs, 'blob')},"
-        f" {size(taken.bytes)}"
+        f" {format_size(taken.bytes)}"
     )
     progress.show("repositories", intake.begun, repositories, text)

@@ -23,7 +23,7 @@ from proxy.cli import tables
 from proxy.cli.console import Column, Progress, Table
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.operations import PAUSE, PLATFORMS
-from proxy.config.quantities import duration, moment, parse_timeout, plural, size
+from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout, plural
 from storage.concurrency import for_each
 from storage.names import written
 
@@ -161,12 +161,12 @@ def warmed(found: Sequence[WarmRow], now: float) -> Sequence[Table]:
             str(each.referrers),
             str(each.blobs),
             str(each.fetched),
-            size(each.bytes),
+            format_size(each.bytes),
             each.error or "",
         )
     here = sum(each.here for each in found)
     fetched = plural(sum(each.fetched for each in found), "blob")
-    came = size(sum(each.bytes for each in found))
+    came = format_size(sum(each.bytes for each in found))
     table.notes.append(f"{here} of {plural(len(found), 'image')} here; fetched {fetched}, {came}")
     return [table]
 
@@ -266,7 +266,7 @@ def judged(found: Sequence[ReadyRow], places: dict[str, str], built: Sequence[st
             ", ".join([*told, *([each.error] if each.error else [])]),
         )
         for row in each.missing:
-            missing.add(_name(each), row.digest, row.kind, size(row.size), " ".join(row.platforms))
+            missing.add(_name(each), row.digest, row.kind, format_size(row.size), " ".join(row.platforms))
     complete = sum(each.state == "complete" for each in found)
     table.notes.append(f"{complete} of {plural(len(found), 'image')} complete")
     table.notes += [f"{each}: built where it runs, not pulled" for each in built]
@@ -313,7 +313,7 @@ def drill(call: CommandContext, time: float, namespaces: tuple[str, ...]) -> Non
 
 
 def _tell(found: Drilling, shown: Progress) -> None:
-    said = f"{duration(found.left)} left, {plural(len(found.missed), 'request')} failed"
+    said = f"{format_duration(found.left)} left, {plural(len(found.missed), 'request')} failed"
     shown.show("drill", int(found.seconds - found.left), int(found.seconds), said)
 
 
@@ -332,7 +332,7 @@ def missed(found: Drilling, now: float) -> Sequence[Table]:
             each.kind,
             each.client,
             str(each.count),
-            moment(each.last, now),
+            format_time(each.last, now),
         )
     if found.untold:
         table.notes.append(f"and {plural(found.untold, 'request')} more")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from proxy.admin import models
 from proxy.cli.console import Column, Progress, Table
-from proxy.config.quantities import duration, moment, plural, share, size
+from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
 from storage.names import written
 
 _REFERENCE = Column("REFERENCE", whole=True)
@@ -29,7 +29,7 @@ def _repositories(rows: Sequence[models.RepositoryRow]) -> Table:
     )
     table = Table(columns, empty="nothing is cached that matches")
     for each in rows:
-        table.add(each.repository, str(each.tags), str(each.manifests), size(each.bytes))
+        table.add(each.repository, str(each.tags), str(each.manifests), format_size(each.bytes))
     return table
 
 
@@ -50,10 +50,10 @@ def _images(rows: Sequence[models.ImageRow], now: float) -> Table:
         table.add(
             each.repository if each.tag is None else written(each.repository, each.tag),
             each.digest,
-            size(each.bytes_held),
-            size(each.bytes_whole) if each.bytes_whole != each.bytes_held else "all",
+            format_size(each.bytes_held),
+            format_size(each.bytes_whole) if each.bytes_whole != each.bytes_held else "all",
             _platforms(each),
-            moment(each.last_used, now),
+            format_time(each.last_used, now),
             str(each.uses),
             _fresh(each.fresh_until, now),
             "pinned" if each.pinned else "",
@@ -72,8 +72,8 @@ def _platforms(image: models.ImageRow) -> str:
 
 def _fresh(until: float | None, now: float) -> str:
     if until is None:
-        return "for ever"
-    return f"for {duration(until - now)}" if until > now else "due"
+        return "forever"
+    return f"for {format_duration(until - now)}" if until > now else "due"
 
 
 def shown(found: models.Tree, now: float) -> Sequence[Table]:
@@ -92,7 +92,9 @@ def shown(found: models.Tree, now: float) -> Sequence[Table]:
         for before, node in _drawn(each, "", ""):
             _node(table, before, node)
     used = (
-        f"used {plural(found.uses.count, 'time')}, last {moment(found.uses.last, now)}" if found.uses else ""
+        f"used {plural(found.uses.count, 'time')}, last {format_time(found.uses.last, now)}"
+        if found.uses
+        else ""
     )
     table.notes += [used or "never used"]
     table.notes += [f"pinned by {each}" for each in found.pins]
@@ -100,7 +102,7 @@ def shown(found: models.Tree, now: float) -> Sequence[Table]:
         return [table]
     moves = Table((Column("MOVED"), Column("FROM", digests=True), Column("TO", digests=True)))
     for move in reversed(found.moves):
-        moves.add(moment(move.at, now), move.old, move.new)
+        moves.add(format_time(move.at, now), move.old, move.new)
     return [table, moves]
 
 
@@ -108,7 +110,7 @@ def _node(table: Table, before: str, node: models.Node) -> None:
     table.add(
         before + node.digest,
         node.role,
-        size(node.size),
+        format_size(node.size),
         "yes" if node.present else "no",
         node.platform or "",
         node.artifact_type or node.media_type,
@@ -143,18 +145,19 @@ def counted(found: models.Stats, now: float) -> Sequence[Table]:
         table.add(
             each.namespace or "all",
             str(each.requests),
-            share(each.hit_ratio),
-            share(each.byte_hit_ratio),
-            size(each.sent_bytes),
-            size(each.received_bytes),
-            size(each.bytes_saved),
+            format_share(each.hit_ratio),
+            format_share(each.byte_hit_ratio),
+            format_size(each.sent_bytes),
+            format_size(each.received_bytes),
+            format_size(each.bytes_saved),
             str(each.upstream_requests),
             str(each.requests_saved),
             str(each.stale),
             str(each.errors),
         )
-    limit = "" if found.limit is None else f" of {size(found.limit)}"
-    table.notes.append(f"in the last {duration(found.period)}; stored {size(found.stored_bytes)}{limit}")
+    limit = "" if found.limit is None else f" of {format_size(found.limit)}"
+    stored = format_size(found.stored_bytes)
+    table.notes.append(f"in the last {format_duration(found.period)}; stored {stored}{limit}")
     return [table]
 
 
@@ -174,11 +177,11 @@ def filling(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
         table.add(
             each.repository,
             each.digest,
-            size(each.bytes),
-            size(each.size),
-            share(each.bytes / each.size if each.size > 0 else None),
-            f"{size(each.speed)}/s",
-            "?" if each.eta is None else duration(each.eta),
+            format_size(each.bytes),
+            format_size(each.size),
+            format_share(each.bytes / each.size if each.size > 0 else None),
+            f"{format_size(each.speed)}/s",
+            "?" if each.eta is None else format_duration(each.eta),
             str(each.followers),
         )
     return [table]
@@ -187,7 +190,7 @@ def filling(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
 def progress(found: Sequence[models.FillRow], shown: Progress, beside: str = "") -> None:
     """The fills as they are now; those that are not among them any more have ended, but for `beside`."""
     for each in found:
-        said = [f"{size(each.bytes)} of {size(each.size)}", f"{size(each.speed)}/s"]
+        said = [f"{format_size(each.bytes)} of {format_size(each.size)}", f"{format_size(each.speed)}/s"]
         said.append(plural(each.followers, "follower"))
         shown.show(_part(each), each.bytes, each.size, ", ".join(said))
     for part in shown.parts() - {_part(each) for each in found} - {beside}:
@@ -205,7 +208,7 @@ def purged(found: models.Purged, now: float) -> Sequence[Table]:
     table.notes += [f"kept, since pinned: {each}" for each in found.kept]
     if found.references:
         goes = [plural(found.manifests, "manifest"), plural(found.links, "link"), plural(found.blobs, "blob")]
-        table.notes.append(f"{', '.join(goes)}, {size(found.bytes)}{_dry(found.dry_run)}")
+        table.notes.append(f"{', '.join(goes)}, {format_size(found.bytes)}{_dry(found.dry_run)}")
     return [table]
 
 
@@ -221,7 +224,7 @@ def refreshed(found: models.Refreshed, now: float) -> Sequence[Table]:
     table.notes += [
         f"{written(found.repository, found.reference)}: {state}",
         f"{found.digest}: {plural(found.manifests, 'manifest')}, {plural(found.blobs, 'blob')}, "
-        f"of them fetched {found.fetched}, {size(found.bytes)}",
+        f"of them fetched {found.fetched}, {format_size(found.bytes)}",
     ]
     return [table]
 
@@ -241,13 +244,13 @@ def pinned(found: Sequence[models.PinRow], now: float) -> Sequence[Table]:
     for each in found:
         table.add(
             each.pattern,
-            "no" if each.keep_fresh is None else f"every {duration(each.keep_fresh)}",
+            "no" if each.keep_fresh is None else f"every {format_duration(each.keep_fresh)}",
             " ".join(each.platforms) or "all",
-            moment(each.since, now, "configured"),
+            format_time(each.since, now, "configured"),
             str(each.references),
             str(each.manifests),
             str(each.blobs),
-            size(each.bytes),
+            format_size(each.bytes),
         )
     return [table]
 
@@ -265,9 +268,11 @@ def evicted(found: models.Evicted, now: float) -> Sequence[Table]:
     ]
     table = Table(())
     what = "would go" if found.dry_run else "evicted"
-    table.notes.append(f"{what}: {', '.join(goes)}, {size(found.bytes)}{_dry(found.dry_run)}")
+    table.notes.append(f"{what}: {', '.join(goes)}, {format_size(found.bytes)}{_dry(found.dry_run)}")
     if found.short:
-        table.notes.append(f"still {size(found.short)} too much: the rest is pinned, offline or being read")
+        table.notes.append(
+            f"still {format_size(found.short)} too much: the rest is pinned, offline or being read"
+        )
     return [table]
 
 
@@ -293,8 +298,8 @@ def collected(found: models.Collected, now: float) -> Sequence[Table]:
         plural(found.links, "link"),
         plural(found.blobs, "blob"),
     ]
-    what = "would go" if found.dry_run else f"collected {moment(found.begun, now)}"
-    table.notes.append(f"{what}: {', '.join(goes)}, {size(found.bytes)}{_dry(found.dry_run)}")
+    what = "would go" if found.dry_run else f"collected {format_time(found.begun, now)}"
+    table.notes.append(f"{what}: {', '.join(goes)}, {format_size(found.bytes)}{_dry(found.dry_run)}")
     table.notes.append(
         f"looked at {plural(found.repositories, 'repository', 'repositories')}; "
         f"{found.young} still too young to go"
@@ -318,10 +323,10 @@ def scrubbed(found: models.Scrubbing, now: float) -> Sequence[Table]:
         if each.begun or each.running:
             table.add(
                 name,
-                moment(each.begun, now),
-                share(min(1.0, each.bytes / each.total_bytes) if each.total_bytes else None),
+                format_time(each.begun, now),
+                format_share(min(1.0, each.bytes / each.total_bytes) if each.total_bytes else None),
                 str(each.checked),
-                size(each.bytes),
+                format_size(each.bytes),
                 str(each.damaged),
                 str(each.healed),
                 str(each.foreign),
@@ -332,7 +337,7 @@ def scrubbed(found: models.Scrubbing, now: float) -> Sequence[Table]:
 
 
 def scrubbing(found: models.ScrubRow, shown: Progress) -> None:
-    read = f"{size(found.bytes)} of about {size(found.total_bytes or None)}"
+    read = f"{format_size(found.bytes)} of about {format_size(found.total_bytes or None)}"
     said = f"{read}, {found.checked} checked, {found.damaged} damaged"
     shown.show("scrub", found.bytes, found.total_bytes or None, said)
 
@@ -356,31 +361,33 @@ def webhooks(found: Sequence[models.WebhookRow], now: float) -> Sequence[Table]:
             each.format,
             " ".join(each.actions),
             str(each.pending),
-            moment(each.oldest, now, ""),
-            moment(each.delivered_at, now, "never"),
-            "" if each.failing_since is None else f"fails, {moment(each.failing_since, now)}: {each.error}",
+            format_time(each.oldest, now, ""),
+            format_time(each.delivered_at, now, "never"),
+            ""
+            if each.failing_since is None
+            else f"fails, {format_time(each.failing_since, now)}: {each.error}",
         )
     return [table]
 
 
 def explained(found: models.Why, now: float) -> Sequence[Table]:
     table = Table((Column("WHY"), Column(written(found.repository, found.reference))))
-    fresh = "" if found.fresh_for is None else f", {duration(found.fresh_for)}"
-    keep = ", for ever" if found.keep_for is None else f", {duration(found.keep_for)}"
+    fresh = "" if found.fresh_for is None else f", {format_duration(found.fresh_for)}"
+    keep = ", forever" if found.keep_for is None else f", {format_duration(found.keep_for)}"
     table.add("verdict", f"{found.verdict}: {found.because}")
     table.add("namespace", f"{found.namespace}: {found.qualified}")
     if found.fresh_rule is not None:
-        table.add("fresh by", f"{found.fresh_rule}{fresh or ', for ever'}")
+        table.add("fresh by", f"{found.fresh_rule}{fresh or ', forever'}")
     table.add("kept by", f"{found.keep_rule}{keep}")
     table.add("pinned by", found.pin or "nothing")
     table.add("cached", found.digest or "nothing")
     if found.digest is not None:
         table.add("here", ("all of it" if found.complete else "in part") if found.stored else "nothing of it")
         if found.validated_at is not None:
-            table.add("validated", moment(found.validated_at, now))
+            table.add("validated", format_time(found.validated_at, now))
         if found.fresh_rule is not None:
             table.add("fresh", _fresh(found.fresh_until, now))
-        table.add("last used", moment(found.last_used, now))
+        table.add("last used", format_time(found.last_used, now))
     if found.offline:
         table.add("upstream", "offline: it is never asked")
     for each in found.upstreams:
@@ -391,9 +398,9 @@ def explained(found: models.Why, now: float) -> Sequence[Table]:
 def _host(host: models.HostRow, now: float) -> str:
     said = [host.url if host.host in host.url else f"{host.url} by {host.host}"]
     if host.open:
-        said.append(f"let alone, asked again {moment(host.until, now)}: {host.error or 'it failed'}")
+        said.append(f"let alone, asked again {format_time(host.until, now)}: {host.error or 'it failed'}")
     if host.ratelimit_limit is not None:
         said.append(f"{host.ratelimit_remaining} of {host.ratelimit_limit} requests left")
     if host.limited_until is not None:
-        said.append(f"limited until {moment(host.limited_until, now)}")
+        said.append(f"limited until {format_time(host.limited_until, now)}")
     return ", ".join(said)

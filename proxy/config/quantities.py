@@ -1,6 +1,8 @@
-"""Sizes, durations, shares and rates: how they are read, and how they are written for people.
+"""Quantities: sizes, durations, shares and rates, read from the configuration and formatted for people.
 
-Each parser takes what YAML gave, and raises ValueError with the cause, in half a sentence."""
+A `parse_` function takes a value as YAML gives it, and raises ValueError with half a sentence that follows
+the name of the key.  A `format_` function returns text for a terminal.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,19 @@ from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
-_RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
-_PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
-SHORTEST_GRACE = 3600.0  # seconds
-_UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
+MIN_GRACE = 3600.0  # seconds
+MAX_RETRY_AFTER = 86400.0  # seconds; a longer Retry-After is cut to this
+_DURATION_UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _DURATION_UNITS))
 _SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
-BLOCKED = 86400.0  # seconds without a request at most, whatever Retry-After says
-_AGES = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
+_RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
+_FORMAT_UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """What to keep of a rate limit: so many requests, or so many in a hundred."""
+    """The part of an upstream's rate limit to keep free: a number of requests, or a percentage."""
 
     requests: int = 0
     percent: int = 0
@@ -34,7 +36,7 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """So many bytes, or so many in a hundred."""
+    """A number of bytes, or a percentage of a whole."""
 
     size: int = 0
     percent: int = 0
@@ -44,7 +46,7 @@ class Share:
 
 
 def parse_duration(value: object) -> float:
-    """`500ms`, `10s`, `1h30m`, `2w`: larger units first; in seconds."""
+    """Seconds, from `500ms`, `10s`, `1h30m` or `2w`; larger units come first."""
     if isinstance(value, int) and not isinstance(value, bool) and value == 0:
         return 0.0
     found = _DURATION.fullmatch(value) if isinstance(value, str) and value else None
@@ -52,10 +54,12 @@ def parse_duration(value: object) -> float:
         raise ValueError(
             "expected a duration: a number and its unit, one of ms, s, m, h, d, w, such as 1h30m"
         )
-    return math.fsum(int(n) * unit for n, unit in zip(found.groups(), _UNITS.values(), strict=True) if n)
+    parts = zip(found.groups(), _DURATION_UNITS.values(), strict=True)
+    return math.fsum(int(number) * unit for number, unit in parts if number)
 
 
 def parse_timeout(value: object) -> float:
+    """Seconds, more than 0."""
     seconds = parse_duration(value)
     if not seconds:
         raise ValueError("must be more than 0")
@@ -63,7 +67,7 @@ def parse_timeout(value: object) -> float:
 
 
 def parse_size(value: object) -> int:
-    """`512KiB`, `100MB`, `500GiB`: in bytes; K, M, G and T with iB are powers of 1024, with B of 1000."""
+    """Bytes, from `512KiB`, `100MB` or `500GiB`.  KiB and the like are powers of 1024, KB of 1000."""
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not found or not int(found[1]):
         raise ValueError(
@@ -74,29 +78,30 @@ def parse_size(value: object) -> int:
 
 
 def parse_freshness(value: object) -> float:
-    """A duration, or infinity for `forever`."""
+    """Seconds; infinity for `forever`."""
     return math.inf if value == "forever" else parse_duration(value)
 
 
 def parse_keep(value: object) -> float:
-    """A duration of more than 0, or infinity for `never`."""
+    """Seconds, more than 0; infinity for `never`."""
     return math.inf if value == "never" else parse_timeout(value)
 
 
 def parse_every(value: object) -> float | None:
-    """A duration of more than 0; None for `off`, which YAML reads as false."""
+    """Seconds, more than 0; None for `off`, which YAML reads as false."""
     return None if value is False or value == "off" else parse_timeout(value)
 
 
 def parse_grace(value: object) -> float:
+    """Seconds, an hour or more."""
     seconds = parse_duration(value)
-    if seconds < SHORTEST_GRACE:
-        raise ValueError("must be 1h or more: a push in progress relies on it")
+    if seconds < MIN_GRACE:
+        raise ValueError("must be 1h or more, so that no push in progress is collected")
     return seconds
 
 
 def parse_share(value: object) -> Share:
-    """A size, or a percentage of the whole; `0` is nothing."""
+    """A size, or a percentage below 100; 0 for nothing."""
     if value == 0 and not isinstance(value, bool):
         return Share()
     found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
@@ -109,7 +114,7 @@ def parse_share(value: object) -> Share:
 
 
 def parse_percentage(value: object) -> float:
-    """`90%`, as a fraction."""
+    """A fraction, from `90%`."""
     found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     if not found or not 1 <= int(found[1]) <= 100:
         raise ValueError("expected a percentage from 1% to 100%")
@@ -117,7 +122,7 @@ def parse_percentage(value: object) -> float:
 
 
 def parse_rate(value: object) -> int | None:
-    """Bytes a second, as a size; None for `off`, which YAML reads as false."""
+    """Bytes per second, from a size; None for `off`, which YAML reads as false."""
     return None if value is False or value == "off" else parse_size(value)
 
 
@@ -127,23 +132,23 @@ def parse_reserve(value: object) -> Reserve:
         return Reserve(requests=value)
     found = _RESERVE.fullmatch(value) if isinstance(value, str) else None
     if not found or (found[2] and int(found[1]) > 100):
-        raise ValueError("expected a number of requests, or a percentage of the limit such as 10%")
+        raise ValueError("expected a number of requests, or a percentage of the rate limit such as 10%")
     return Reserve(percent=int(found[1])) if found[2] else Reserve(requests=int(found[1]))
 
 
 def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:
-    """Retry-After (RFC 9110 §10.2.3) in seconds, where there is one that can be read.
+    """The seconds that Retry-After asks to wait, or None if it is missing or malformed.  RFC 9110 §10.2.3.
 
-    A date is compared with the answer's own where it has one: its clock and ours may differ.  `now` is in
-    seconds since the epoch.
+    A date is compared with the response's own Date if there is one, since the two clocks may differ.  `now`
+    returns seconds since the epoch.
     """
     value = headers.get("Retry-After", "")
     if value.isascii() and value.isdigit():
-        return min(BLOCKED, float(value[:10]))
+        return min(MAX_RETRY_AFTER, float(value[:10]))
     due, sent = _date(value), _date(headers.get("Date", ""))
     if due is None:
         return None
-    return min(BLOCKED, max(0.0, due - (now() if sent is None else sent)))
+    return min(MAX_RETRY_AFTER, max(0.0, due - (now() if sent is None else sent)))
 
 
 def _date(text: str) -> float | None:
@@ -151,12 +156,12 @@ def _date(text: str) -> float | None:
         found = parsedate_to_datetime(text)
     except ValueError:
         return None
-    # RFC 9110 §5.6.7: always GMT; a zone of -0000 is parsed as none.
+    # RFC 9110 §5.6.7: always GMT; a zone of -0000 is parsed as a naive datetime.
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
-def size(count: float | None) -> str:
-    """`1.2 GiB`; `?` for what is not known."""
+def format_size(count: float | None) -> str:
+    """`1.2 GiB`; `?` for None or a negative count, which stand for unknown."""
     if count is None or count < 0:
         return "?"
     if count < 1024:
@@ -169,29 +174,29 @@ def size(count: float | None) -> str:
     return f"{count:.1f} {unit}"
 
 
-def duration(seconds: float) -> str:
-    """In its largest unit: `3 h`, `10 min`; `for ever` for infinity."""
+def format_duration(seconds: float) -> str:
+    """`3 h`, `10 min`: rounded down to the largest unit; `forever` for infinity."""
     if math.isinf(seconds):
-        return "for ever"
-    for length, unit in _AGES:
+        return "forever"
+    for length, unit in _FORMAT_UNITS:
         if seconds >= length:
             return f"{int(seconds / length)} {unit}"
     return "0 s"
 
 
-def moment(time: float | None, now: float, never: str = "never") -> str:
-    """`3 h ago`, `now`, `in 10 min`; `never` for None."""
+def format_time(time: float | None, now: float, never: str = "never") -> str:
+    """`3 h ago`, `now`, `in 10 min`; `never` for None, `forever` for infinity.  Seconds since the epoch."""
     if time is None:
         return never
     if math.isinf(time):
-        return "for ever"
+        return "forever"
     if abs(time - now) < 1:
         return "now"
-    return f"{duration(now - time)} ago" if time < now else f"in {duration(time - now)}"
+    return f"{format_duration(now - time)} ago" if time < now else f"in {format_duration(time - now)}"
 
 
-def share(part: float | None) -> str:
-    """A fraction as a percentage; `-` for none of nothing."""
+def format_share(part: float | None) -> str:
+    """A fraction as a percentage; `-` for None."""
     return "-" if part is None else f"{part:.1%}"
 
 

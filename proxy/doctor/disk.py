@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from proxy.config.quantities import share, size
+from proxy.config.quantities import format_share, format_size
 from proxy.config.schema import DiskConfig
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from storage.disk.health import SPARE
@@ -126,24 +126,24 @@ def kind_of(path: Path, mounts: Path = MOUNTS) -> str:
 
 def _room(disk: DiskConfig, free: int, whole: int) -> Check:
     path, kept = str(disk.path), disk.min_free.of(whole)
-    said = f"{size(free)} of {size(whole)} are free"
+    said = f"{format_size(free)} of {format_size(whole)} are free"
     if free <= SPARE:
         return failed(
             "room", path, f"{said}: pulls go through uncached", "make room: entrepot evict --to SIZE"
         )
     if free < kept:
-        message = f"{said}, less than disk.min_free ({size(kept)})"
+        message = f"{said}, less than disk.min_free ({format_size(kept)})"
         return warning("room", path, message, "a running server evicts until it is; else other files take it")
     if disk.cache_limit is not None and disk.cache_limit > whole:
-        message = f"{said}, and disk.cache_limit is {size(disk.cache_limit)}"
+        message = f"{said}, and disk.cache_limit is {format_size(disk.cache_limit)}"
         return warning(
             "room", path, message, "set it below the size of the disk; min_free is what bounds it now"
         )
-    return ok("room", path, f"{said}; disk.min_free keeps {size(kept)} so")
+    return ok("room", path, f"{said}; disk.min_free keeps {format_size(kept)} so")
 
 
 def _inodes(path: str, free: int, whole: int) -> Check:
-    message = f"{share(free / whole)} of the inodes are free"
+    message = f"{format_share(free / whole)} of the inodes are free"
     if not free:
         return failed(
             "inodes", path, message, "remove small files there, or make the file system anew with more"

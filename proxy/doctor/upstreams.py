@@ -15,7 +15,7 @@ from typing import Any
 
 from yarl import URL
 
-from proxy.config.quantities import duration
+from proxy.config.quantities import format_duration
 from proxy.config.upstream import Login, UpstreamConfig
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
@@ -244,7 +244,7 @@ def clock(ahead: list[float]) -> Check:
         message = "no upstream has told the time"
         return warning("clock", "this machine", message, "see whether the clock here is kept by NTP")
     by = sorted(ahead)[len(ahead) // 2]
-    message = f"is {duration(abs(by))} {'behind' if by > 0 else 'ahead of'} the upstreams'"
+    message = f"is {format_duration(abs(by))} {'behind' if by > 0 else 'ahead of'} the upstreams'"
     advice = "have the clock kept by NTP: tokens and certificates are judged by it"
     if abs(by) > WRONG:
         return failed("clock", "this machine", message, advice)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from proxy.config.quantities import BLOCKED
+from proxy.config.quantities import MAX_RETRY_AFTER
 
 UNTOLD = 60.0  # seconds without a request after a 429 that does not tell how long
 
@@ -54,7 +54,7 @@ class Budget:
         if limit:
             self.limit = int(limit[1])
         self._remaining, self._told = int(remaining[1]), self._clock()
-        self._window = min(BLOCKED, float(window)) if window else UNTOLD
+        self._window = min(MAX_RETRY_AFTER, float(window)) if window else UNTOLD
         if not time_left(self._begun, self._window, self._told):
             self._begun = self._told
         return True
@@ -64,7 +64,7 @@ class Budget:
         now = self._clock()
         if retry_after is None:
             retry_after = time_left(self._begun, self._window, now) or UNTOLD
-        seconds = min(BLOCKED, max(1.0, self.blocked_for, retry_after))
+        seconds = min(MAX_RETRY_AFTER, max(1.0, self.blocked_for, retry_after))
         self._blocked = now, seconds
         return seconds
 

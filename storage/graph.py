@@ -1,23 +1,47 @@
-"""The graph that manifests are: what each names, and what refers to it."""
+"""The graph of manifests: what a manifest names, and what refers to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from storage.errors import ManifestInvalid, ManifestUnknown
 from storage.oci import Descriptor, Digest, ManifestContent, Tag, parse_manifest
 from storage.store import Store
 
-# containerd, platforms/database.go: what an architecture is without a variant.
+T = TypeVar("T")
+
+# containerd, platforms/database.go: the variant that an architecture without one stands for.
 _PLAIN = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 
 
-@dataclass(slots=True)
-class Tree:
-    """What a manifest names, itself included.  `missing` are the manifests that are not stored.
+class Walk(Generic[T]):
+    """A walk over a graph that reaches each node once, however often it is named.
 
-    `tags` are those by which clients find what refers to it.
+    It reads nothing itself, so that stores, archives and remote registries are all walked by it: iterate
+    over it, and `add` what each node names.
+    """
+
+    def __init__(self, nodes: Iterable[T]) -> None:
+        self.reached: set[T] = set()
+        self._pending = list(nodes)
+
+    def add(self, nodes: Iterable[T]) -> None:
+        self._pending += nodes
+
+    def __iter__(self) -> Iterator[T]:
+        while self._pending:
+            if (node := self._pending.pop()) not in self.reached:
+                self.reached.add(node)
+                yield node
+
+
+@dataclass(slots=True)
+class ManifestTree:
+    """A manifest and everything that it names, as far as it is stored.
+
+    `missing` are the manifests that are not stored, `tags` those by which clients find referrers.
     """
 
     manifests: set[Digest] = field(default_factory=set)
@@ -26,8 +50,24 @@ class Tree:
     tags: set[Tag] = field(default_factory=set)
 
 
+def walk(store: Store, repository: str, digest: Digest, platforms: Sequence[str] = ()) -> ManifestTree:
+    """Read the manifest and the manifests that it names; of an index only the children for `platforms`."""
+    found, steps = ManifestTree(), Walk([digest])
+    for each in steps:
+        try:
+            manifest, _ = store.manifest(repository, each)
+        except ManifestUnknown:
+            found.missing.add(each)
+            continue
+        found.manifests.add(each)
+        if (content := contents(manifest.content)) is not None:
+            steps.add(child.digest for child in selected(content, platforms))
+            found.blobs.update((blob.digest, blob) for blob in content.blobs)
+    return found
+
+
 def referring(store: Store, repository: str, digest: Digest) -> Iterator[tuple[Digest, Tag | None]]:
-    """What is known here to refer to it, with the tag that says so, if it is one that does."""
+    """The known referrers of a manifest, each with the tag that lists it or None if a record does."""
     for key, _ in store.records.scan(f"referrers {repository} {digest} "):
         yield Digest(key.rpartition(" ")[2]), None
     for tag in (fallback_tag(digest), *signature_tags(digest)):
@@ -35,27 +75,8 @@ def referring(store: Store, repository: str, digest: Digest) -> Iterator[tuple[D
             yield pointer.digest, tag
 
 
-def walk(store: Store, repository: str, digest: Digest, platforms: Sequence[str] = ()) -> Tree:
-    """All that the manifest names, as far as it is stored.  Each is read once, however often it is named."""
-    found, todo = Tree(), [digest]
-    while todo:
-        digest = todo.pop()
-        if digest in found.manifests or digest in found.missing:
-            continue
-        try:
-            manifest, _ = store.manifest(repository, digest)
-        except ManifestUnknown:
-            found.missing.add(digest)
-            continue
-        found.manifests.add(digest)
-        if (content := contents(manifest.content)) is not None:
-            todo += [each.digest for each in selected(content, platforms)]
-            found.blobs.update((each.digest, each) for each in content.blobs)
-    return found
-
-
 def contents(manifest: bytes) -> ManifestContent | None:
-    """None: of a type that we do not know; it names nothing that we could see."""
+    """Parse a manifest; None if its type is unknown, since what it names cannot be read then."""
     try:
         return parse_manifest(manifest)
     except ManifestInvalid:
@@ -63,7 +84,7 @@ def contents(manifest: bytes) -> ManifestContent | None:
 
 
 def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Descriptor]:
-    """The children of an index that are for one of `platforms`, or tell none; all, where none are given."""
+    """The children of an index that are for one of `platforms` or state none; all if `platforms` is empty."""
     if not platforms:
         return content.children
     return [
@@ -74,22 +95,22 @@ def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Des
 
 
 def lacking(content: ManifestContent, platforms: Sequence[str]) -> list[str]:
-    """Those of `platforms` that no child of an index is for; none where it is no index."""
+    """The `platforms` that no child of an index is for; none if it is not an index."""
     return [wanted for wanted in platforms if content.children and not selected(content, [wanted])]
 
 
 def attestations(content: ManifestContent) -> set[Digest]:
-    """The children of an index that BuildKit wrote about others of them: for no platform, as they say."""
+    """The children of an index that are attestations by BuildKit, whose platform is unknown/unknown."""
     return {child.digest for child in content.children if (child.platform or "").startswith("unknown/")}
 
 
 def fallback_tag(digest: Digest) -> Tag:
-    """Under which an index lists the referrers: distribution-spec, "Referrers Tag Schema"."""
+    """The tag of the index that lists the referrers: distribution-spec, "Referrers Tag Schema"."""
     return Tag(f"{digest.algorithm[:32]}-{digest.encoded[:64]}")
 
 
 def signature_tags(digest: Digest) -> list[Tag]:
-    """Under which cosign keeps signatures, attestations and SBOMs, with a referrers API or without."""
+    """The tags under which cosign stores signatures, attestations and SBOMs, even with a referrers API."""
     return [Tag(f"{digest.algorithm}-{digest.encoded}.{kind}") for kind in ("sig", "att", "sbom")]
 
 

@@ -17,6 +17,7 @@ from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInval
 
 # image-spec, descriptor.md, "Registered algorithms"; other algorithms could not be verified.
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_DIGEST_BYTES = re.compile(_DIGEST.pattern.encode())
 # distribution-spec, "Pulling manifests": <name> and <reference> as a tag.
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
@@ -54,6 +55,11 @@ class Digest(str):
     @property
     def encoded(self) -> str:
         return self.partition(":")[2]
+
+
+def digests_in(content: bytes) -> list[Digest]:
+    """Every digest that stands anywhere in `content`, whatever its form."""
+    return [Digest(each.decode()) for each in _DIGEST_BYTES.findall(content)]
 
 
 class Tag(str):

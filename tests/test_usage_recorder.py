@@ -20,7 +20,7 @@ from proxy.telemetry.usage_recorder import UsageRecorder
 from storage.disk.blobs import TOUCH, BlobFiles
 from storage.disk.records import Records
 from storage.errors import StorageFailed
-from storage.graph import Tree, walk
+from storage.graph import ManifestTree, walk
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
@@ -350,7 +350,7 @@ async def test_it_is_touched_once_a_minute_at_most(rig: Rig, monkeypatch: pytest
     await rig.blob(LAYER)
     walked = []
 
-    def counted(*arguments: Any) -> Tree:
+    def counted(*arguments: Any) -> ManifestTree:
         walked.append(rig.clock())
         return walk(*arguments)
 

@@ -14,7 +14,7 @@ from itertools import islice
 from proxy.admin.models import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
-from storage.graph import contents
+from storage.graph import Walk, contents
 from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.usage import Usage
 from storage.names import is_glob, literal_prefix, written
@@ -186,11 +186,10 @@ class Inventory:
         return Measured(manifest.media_type, parts, platforms)
 
     def _parts(self, repository: str, top: Descriptor) -> Measured:
-        """All below a manifest.  No recursion: indexes may be nested as deep as one likes to make them."""
+        """A manifest and everything below it.  No recursion: indexes may be nested to any depth."""
         parts: dict[Digest, Part] = {}
-        media_type, todo = None, [top]
-        while todo:
-            named = todo.pop()
+        media_type, steps = None, Walk([top])
+        for named in steps:
             if named.digest in parts:
                 continue
             manifest = self._manifest(repository, named.digest)
@@ -201,7 +200,7 @@ class Inventory:
                 media_type = manifest.media_type
             parts[named.digest] = Part(len(manifest.content), True)
             if (content := contents(manifest.content)) is not None:
-                todo += content.children
+                steps.add(content.children)
                 for blob in content.blobs:
                     self._take(repository, blob, parts)
         return Measured(media_type, parts)

@@ -20,7 +20,7 @@ from itertools import islice
 from proxy.admin.models import Purged
 from storage.disk.records import Batch
 from storage.errors import RegistryError
-from storage.graph import contents
+from storage.graph import Walk, contents
 from storage.maintenance.pins import Pin, Pins
 from storage.names import is_glob, written
 from storage.oci import Digest, Reference, Tag
@@ -57,15 +57,11 @@ class ManifestParents:
 
     def below(self, tops: Iterable[Digest]) -> set[Digest]:
         """Those that are stored, `tops` included."""
-        found: set[Digest] = set()
-        todo = list(tops)
-        while todo:
-            digest = todo.pop()
-            if digest in self.children and digest not in found:
-                found.add(digest)
-                todo += self.children[digest]
-                todo += self.referrers.get(digest, [])
-        return found
+        steps = Walk(tops)
+        for digest in steps:
+            if digest in self.children:
+                steps.add((*self.children[digest], *self.referrers.get(digest, [])))
+        return steps.reached & self.children.keys()
 
     def next_to(self, tops: Iterable[Digest]) -> set[Digest]:
         """What they name, or what refers to them."""

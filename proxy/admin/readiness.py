@@ -13,7 +13,7 @@ import msgspec
 from proxy.admin.models import MissingRow, ReadyRow
 from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown
-from storage.graph import contents, lacking, referring, selected, walk
+from storage.graph import Walk, contents, lacking, referring, selected, walk
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Store
 
@@ -27,13 +27,19 @@ class _Judged:
     missing: dict[Digest, MissingRow] = field(default_factory=dict)
     manifests: set[Digest] = field(default_factory=set)
 
-    def walk(self, digest: Digest, platform: str | None, kind: str | None = None, size: int = -1) -> None:
-        """All that the manifest, of so many bytes, names; what is missing is of that kind, or of its own."""
+    def walk(
+        self, digest: Digest, platform: str | None, kind: str | None = None, size: int = -1
+    ) -> set[Digest]:
+        """Judge the manifest, of `size` bytes, and everything that it names; the manifests that are stored.
+
+        What is missing is reported as of this `kind`, by default as what it is.
+        """
         found = walk(self.store, self.repository, digest)
         self.manifests |= found.manifests
         for each in found.missing:
             self._miss(each, kind or "manifest", size if each == digest else -1, platform)
         self.blobs(found.blobs.values(), platform, kind)
+        return found.manifests
 
     def blobs(self, blobs: Iterable[Descriptor], platform: str | None, kind: str | None = None) -> None:
         for each in blobs:
@@ -56,15 +62,12 @@ class _Judged:
     def refer(self) -> tuple[int, int]:
         """What refers to the manifests, and to that: how many are here, of how many that are known."""
         known: set[Digest] = set()
-        asked: set[Digest] = set()
-        while ask := self.manifests - asked:
-            asked |= ask
-            for digest in ask:
-                found = {each for each, _ in referring(self.store, self.repository, digest)}
-                found |= self._listed(digest)
-                for each in found - known - self.manifests:
-                    known.add(each)
-                    self.walk(each, None, "referrer")
+        subjects = Walk(self.manifests)
+        for digest in subjects:
+            found = {each for each, _ in referring(self.store, self.repository, digest)}
+            for each in (found | self._listed(digest)) - known - self.manifests:
+                known.add(each)
+                subjects.add(self.walk(each, None, "referrer"))
         return sum(each in self.manifests for each in known), len(known)
 
     def _listed(self, digest: Digest) -> set[Digest]:

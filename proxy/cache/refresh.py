@@ -21,7 +21,7 @@ from storage.errors import (
     RegistryError,
     Unsupported,
 )
-from storage.graph import attestations, contents, fallback_tag, selected, signature_tags
+from storage.graph import Walk, attestations, contents, fallback_tag, selected, signature_tags
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 
 log = structlog.get_logger()
@@ -119,23 +119,21 @@ class _ImageFetch:
     referrers: int = 0
     attestations: set[Digest] = field(default_factory=set)
 
-    async def take(self, manifest: Manifest, platforms: Sequence[str] = ()) -> None:
-        todo = [manifest]
-        while todo:
-            manifest = todo.pop()
-            self.manifests.add(manifest.digest)
-            content = contents(manifest.content)
-            if content is None:
+    async def take(self, manifest: Manifest, platforms: Sequence[str] = ()) -> set[Digest]:
+        steps = Walk([manifest.digest])
+        for digest in steps:
+            try:
+                found = manifest if digest == manifest.digest else await self._manifest(digest)
+            except ManifestUnknown as error:
+                self.unknown.append(error)
                 continue
-            self.blobs.update((each.digest, each) for each in content.blobs)
-            self.attestations |= attestations(content)
-            for child in selected(content, platforms):
-                if child.digest in self.manifests:
-                    continue
-                try:
-                    todo.append(await self._manifest(child.digest))
-                except ManifestUnknown as error:
-                    self.unknown.append(error)
+            self.manifests.add(digest)
+            if (content := contents(found.content)) is not None:
+                self.blobs.update((each.digest, each) for each in content.blobs)
+                self.attestations |= attestations(content)
+                children = (each.digest for each in selected(content, platforms))
+                steps.add(each for each in children if each not in self.manifests)
+        return steps.reached & self.manifests
 
     async def _manifest(self, reference: Reference) -> Manifest:
         if self.sparing:
@@ -146,23 +144,21 @@ class _ImageFetch:
         """What refers to the manifests, and what refers to that."""
         image = frozenset(self.manifests)
         signed = image - self.attestations  # these are about an image, and nobody signs them for themselves
-        asked: set[Digest] = set()
-        while ask := self.manifests - asked:
-            asked |= ask
-            for digest in ask:
-                listed: list[Descriptor] = []
-                tags = signature_tags(digest) if digest in signed else []
-                try:
-                    listed = await self.registry.referrers(self.repository, digest)
-                except (ManifestUnknown, NameUnknown, Unsupported):  # it has no referrers API
-                    tags = [fallback_tag(digest), *tags]
-                found: list[Reference] = [*(each.digest for each in listed), *tags]
-                for each in found:
-                    if each not in self.manifests:
-                        unknown = len(self.unknown)
-                        with suppress(ManifestUnknown, NameUnknown):  # there is no such tag
-                            await self.take(await self._manifest(each))
-                        del self.unknown[unknown:]  # listed once, and gone
+        subjects = Walk(self.manifests)
+        for digest in subjects:
+            listed: list[Descriptor] = []
+            tags = signature_tags(digest) if digest in signed else []
+            try:
+                listed = await self.registry.referrers(self.repository, digest)
+            except (ManifestUnknown, NameUnknown, Unsupported):  # it has no referrers API
+                tags = [fallback_tag(digest), *tags]
+            found: list[Reference] = [*(each.digest for each in listed), *tags]
+            for each in found:
+                if each not in self.manifests:
+                    unknown = len(self.unknown)
+                    with suppress(ManifestUnknown, NameUnknown):  # there is no such tag
+                        subjects.add(await self.take(await self._manifest(each)))
+                    del self.unknown[unknown:]  # listed once, deleted since
         self.referrers = len(self.manifests - image)
 
     async def fill(self) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from storage.archives.importer import Importer, ImportTarget, RepositoryImport, held, manifest_of
 from storage.archives.layout import Layout, Root
 from storage.errors import ArchiveInvalid
-from storage.graph import contents
+from storage.graph import Walk, contents
 from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -89,14 +89,15 @@ class ImportPlanner:
 
     def _walk(self, share: RepositoryImport, root: Root) -> None:
         """Take all that the root names."""
-        todo = [(root.descriptor, True)]
-        while todo:
-            named, needed = todo.pop()
+        steps = Walk([root.descriptor])
+        for named in steps:
             if named.digest in share.manifests:
                 continue
             content = manifest_of(self._layout, share.place, named)
             if content is None:
-                if needed or (root.left_out is not None and named.digest not in root.left_out):
+                if named is root.descriptor or (
+                    root.left_out is not None and named.digest not in root.left_out
+                ):
                     raise ArchiveInvalid(
                         f"{self._layout.what} lacks the manifest {named.digest}, of {root.name}"
                     )
@@ -108,7 +109,7 @@ class ImportPlanner:
                 continue
             for blob in found.blobs:
                 self._take_blob(share, blob, needed=blob.distributable)
-            todo += [(child, False) for child in found.children]
+            steps.add(found.children)
             if found.children and all(
                 manifest_of(self._layout, share.place, child) is None for child in found.children
             ):

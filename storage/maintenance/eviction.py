@@ -22,7 +22,7 @@ import structlog
 from storage.disk.records import Batch
 from storage.disk.tree import files_in, sorted_entries
 from storage.errors import DigestInvalid
-from storage.graph import contents
+from storage.graph import Walk, contents
 from storage.maintenance.pins import Kept
 from storage.maintenance.usage import Usage
 from storage.oci import Digest
@@ -315,14 +315,11 @@ class Eviction:
             used_at = self._last_use(repository, digest, _time(head))
             if digest in live or digest in pinned.digests or not self._old(used_at, keep):
                 alive.append(digest)
-        dead = set(stored)
-        while alive:
-            digest = alive.pop()
-            if digest in dead:
-                dead.discard(digest)
-                if (said := contents(stored[digest])) is not None:
-                    alive += [child.digest for child in said.listed]
-        return dead
+        steps = Walk(alive)
+        for digest in steps:
+            if (named := contents(stored.get(digest, b""))) is not None:
+                steps.add(child.digest for child in named.listed)
+        return stored.keys() - steps.reached
 
     def _last_use(self, repository: str, reference: str, stored_at: float) -> float:
         use = self._usage.use(repository, reference)

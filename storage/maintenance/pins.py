@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from storage.errors import DigestInvalid, NameInvalid, TagInvalid
-from storage.graph import Tree, referring, walk
+from storage.graph import ManifestTree, Walk, referring, walk
 from storage.names import is_glob, literal_prefix
 from storage.oci import (
     Digest,
@@ -188,17 +188,17 @@ class Pins:
         pointer = self._store.pointer(repository, reference)
         return None if pointer is None else pointer.digest
 
-    def _kept(self, repository: str, digest: Digest, platforms: Sequence[str]) -> Tree:
+    def _kept(self, repository: str, digest: Digest, platforms: Sequence[str]) -> ManifestTree:
         """The manifest, what refers to it, what refers to that, …, and all that these name."""
         found = walk(self._store, repository, digest, platforms)
-        todo = list(found.manifests)
-        while todo:
-            for referrer, tag in referring(self._store, repository, todo.pop()):
+        subjects = Walk(found.manifests)
+        for subject in subjects:
+            for referrer, tag in referring(self._store, repository, subject):
                 found.tags |= set() if tag is None else {tag}
                 if referrer not in found.manifests:
                     # What refers is for no platform: all of it.
                     more = walk(self._store, repository, referrer)
-                    todo += more.manifests - found.manifests
+                    subjects.add(more.manifests)
                     found.manifests |= more.manifests
                     found.blobs.update(more.blobs)
         return found

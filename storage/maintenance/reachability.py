@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from storage.disk.records import Batch
 from storage.errors import DigestInvalid, ManifestInvalid, ManifestUnknown
+from storage.graph import Walk
 from storage.maintenance.leases import Leases
 from storage.oci import (
     DOCKER_LIST,
@@ -28,11 +29,11 @@ from storage.oci import (
     Digest,
     Manifest,
     Tag,
+    digests_in,
     parse_manifest,
 )
 from storage.store import Store
 
-_DIGEST = re.compile(rb"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _KNOWN = {OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST}
 
 
@@ -91,7 +92,7 @@ def start_of(digest: str) -> int:
 
 
 def node(manifest: Manifest) -> Node:
-    found = {each.decode() for each in _DIGEST.findall(manifest.content)}
+    found: set[str] = set(digests_in(manifest.content))
     children = found
     try:
         content = parse_manifest(manifest.content)
@@ -238,15 +239,12 @@ class Reachability:
 
     def _walk(self, roots: Iterable[str], found: set[str]) -> list[str]:
         """The same, but for those that were `found` before; they are now."""
-        new = []
-        to_do = list(roots)
-        while to_do:
-            digest = to_do.pop()
+        new, steps = [], Walk(roots)
+        for digest in steps:
             if digest not in found and (each := self.manifests.get(digest)) is not None:
                 found.add(digest)
                 new.append(digest)
-                to_do += each.children
-                to_do += self._referrers.get(digest, ())
+                steps.add((*each.children, *self._referrers.get(digest, ())))
         return new
 
     def _holding(self, kept: set[str]) -> set[str]:
@@ -257,14 +255,10 @@ class Reachability:
         for digest, each in self.manifests.items():
             for below in (*each.children, *self._referrers.get(digest, ())):
                 parents.setdefault(below, []).append(digest)
-        found: set[str] = set()
-        to_do = list(kept)
-        while to_do:
-            digest = to_do.pop()
-            if digest not in found:
-                found.add(digest)
-                to_do += parents.get(digest, ())
-        return found
+        steps = Walk(kept)
+        for digest in steps:
+            steps.add(parents.get(digest, ()))
+        return steps.reached
 
     def _groups(self, tags: list[str], released: set[str], dead: set[str]) -> list[Group]:
         """Parents before their children; what several tags or manifests keep goes with the last of them."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from storage.errors import ManifestInvalid, ManifestUnknown
+from storage.keys import REFERRER
 from storage.oci import Descriptor, Digest, ManifestContent, Tag, parse_manifest
 from storage.store import Store
 
@@ -68,8 +69,8 @@ def walk(store: Store, repository: str, digest: Digest, platforms: Sequence[str]
 
 def referring(store: Store, repository: str, digest: Digest) -> Iterator[tuple[Digest, Tag | None]]:
     """The known referrers of a manifest, each with the tag that lists it or None if a record does."""
-    for key, _ in store.records.scan(f"referrers {repository} {digest} "):
-        yield Digest(key.rpartition(" ")[2]), None
+    for key, _ in store.records.scan(REFERRER.prefix(repository, digest)):
+        yield Digest(REFERRER.parse(key)[2]), None
     for tag in (fallback_tag(digest), *signature_tags(digest)):
         if (pointer := store.pointer(repository, tag)) is not None:
             yield pointer.digest, tag

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -41,6 +41,7 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
+from storage.keys import CHANGES, LINK, LISTING, MANIFEST, REFERRER, TAG
 from storage.oci import (
     OCTETS,
     Descriptor,
@@ -115,7 +116,7 @@ class Store(Registry):
 
     def blob(self, repository: str, digest: Digest) -> tuple[FileBlob, float]:
         """The blob, open, and when `repository` got it.  Raises BlobUnknown."""
-        size, linked_at = _numbers(self.records.get(f"link {repository} {digest}"), 2) or (None, 0.0)
+        size, linked_at = _numbers(self.records.get(LINK.key(repository, digest)), 2) or (None, 0.0)
         if size is None:
             raise BlobUnknown(f"{repository} holds no blob {digest}")
         return self.files.open(digest, int(size)), linked_at
@@ -138,7 +139,7 @@ class Store(Registry):
             if pointer is None:
                 raise ManifestUnknown(f"{repository} holds no tag {reference}")
             reference = pointer.digest
-        record = self.records.get(f"manifest {repository} {reference}") or b""
+        record = self.records.get(MANIFEST.key(repository, reference)) or b""
         head, _, content = record.partition(b"\n")
         media_type, _, stored_at = head.rpartition(b" ")
         times = _numbers(stored_at, 1)
@@ -148,16 +149,16 @@ class Store(Registry):
         return Manifest(media_type.decode(*_TEXT), content, reference), times[0]
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
-        prefix = f"tag {repository} "
-        tags = [key[len(prefix) :] for key, _ in islice(self.records.scan(prefix, last), limit)]
-        if not tags and not any(self.records.first(f"{kind} {repository} ") for kind in ("manifest", "link")):
+        found = islice(self.records.scan(TAG.prefix(repository), last), limit)
+        tags = [TAG.parse(key)[1] for key, _ in found]
+        if not tags and not any(self.records.first(kind.prefix(repository)) for kind in (MANIFEST, LINK)):
             raise NameUnknown(f"{repository} holds nothing")
         return tags
 
     async def referrers(
         self, repository: str, digest: Digest, artifact_type: str | None = None
     ) -> list[Descriptor]:
-        records = self.records.scan(f"referrers {repository} {digest} ")
+        records = self.records.scan(REFERRER.prefix(repository, digest))
         found = [each for _, value in records if (each := _descriptor(value)) is not None]
         return [each for each in found if artifact_type in (None, each.artifact_type)]
 
@@ -165,16 +166,10 @@ class Store(Registry):
         self, last: str = "", limit: int | None = None, within: str | None = None
     ) -> list[str]:
         """Those of the namespace `within` only, where it is given; full names."""
-        names = self._names(max(last, f"{within}/") if within else last)
+        names = self.records.groups(MANIFEST.prefix(), max(last, f"{within}/") if within else last)
         if within:
             names = takewhile(lambda each: each.startswith(f"{within}/"), names)
         return list(islice(names, limit))
-
-    def _names(self, last: str, kind: str = "manifest") -> Iterator[str]:
-        # '!' follows the space that ends a name in a key: the next key is another repository's.
-        while (key := self.records.first(f"{kind} ", f"{last}!" if last else "")) is not None:
-            last = key.split(" ")[1]
-            yield last
 
     # Push
 
@@ -206,16 +201,17 @@ class Store(Registry):
         return await self.link(repository, digest)
 
     def _showing(self, digest: Digest, visible: Callable[[str], bool]) -> str:
-        for repository in self._names("", "link"):
-            if self.records.get(f"link {repository} {digest}") is not None and visible(repository):
+        for repository in self.records.groups(LINK.prefix()):
+            if self.records.get(LINK.key(repository, digest)) is not None and visible(repository):
                 return repository
         raise BlobUnknown(f"no repository shows {digest}")
 
     def changed(self, batch: Batch, repository: str) -> None:
         """Tell that tags or manifests of it changed, in the same transaction."""
         if self._collected:
-            times = _numbers(batch.get(f"pushed {repository}"), 1) or [0.0]
-            batch.put(f"pushed {repository}", b"%d" % (times[0] + 1))
+            key = CHANGES.key(repository)
+            times = _numbers(batch.get(key), 1) or [0.0]
+            batch.put(key, b"%d" % (times[0] + 1))
 
     async def push_manifest(
         self,
@@ -255,10 +251,10 @@ class Store(Registry):
     def put_manifest(self, batch: Batch, repository: str, manifest: Manifest) -> None:
         """A push of it, as part of a transaction."""
         record = f"{manifest.media_type} {self._clock()}\n".encode(*_TEXT) + manifest.content
-        batch.put(f"manifest {repository} {manifest.digest}", record)
+        batch.put(MANIFEST.key(repository, manifest.digest), record)
         if (subject := _subject(manifest)) is not None:
             referrer = msgspec.json.encode(_referrer(manifest).to_json())
-            batch.put(f"referrers {repository} {subject.digest} {manifest.digest}", referrer)
+            batch.put(REFERRER.key(repository, subject.digest, manifest.digest), referrer)
 
     def put_tags(self, batch: Batch, repository: str, tags: Mapping[Tag, Digest]) -> None:
         """Have them point to manifests that are here, as part of a transaction."""
@@ -268,7 +264,7 @@ class Store(Registry):
 
     def put_tag(self, batch: Batch, repository: str, tag: Tag, digest: Digest, validated_at: float) -> None:
         """One of them; an origin said so at that time."""
-        batch.put(f"tag {repository} {tag}", f"{digest} {validated_at}".encode())
+        batch.put(TAG.key(repository, tag), f"{digest} {validated_at}".encode())
 
     async def delete_manifest(
         self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None = None
@@ -283,7 +279,7 @@ class Store(Registry):
                 allowed(batch)
             self.changed(batch, repository)
             if isinstance(reference, Tag):
-                return batch.delete(f"tag {repository} {reference}")
+                return batch.delete(TAG.key(repository, reference))
             return self.remove_manifest(batch, repository, reference)
 
         return self.records.transaction(work)
@@ -291,26 +287,25 @@ class Store(Registry):
     def remove_manifest(self, batch: Batch, repository: str, digest: Digest) -> bool:
         """With its tags, and what it is a referrer of; whether it was there."""
         for tag in self.tags_of(repository, digest):
-            batch.delete(f"tag {repository} {tag}")
-        record = batch.get(f"manifest {repository} {digest}") or b""
+            batch.delete(TAG.key(repository, tag))
+        record = batch.get(MANIFEST.key(repository, digest)) or b""
         subject = _subject(Manifest("", record.partition(b"\n")[2], digest))
         if subject is not None:
-            batch.delete(f"referrers {repository} {subject.digest} {digest}")
-        return batch.delete(f"manifest {repository} {digest}")
+            batch.delete(REFERRER.key(repository, subject.digest, digest))
+        return batch.delete(MANIFEST.key(repository, digest))
 
     def tags_of(self, repository: str, digest: Digest) -> list[Tag]:
         """The tags that point to it."""
-        prefix = f"tag {repository} "
-        found = self.records.scan(prefix)
-        return [Tag(key[len(prefix) :]) for key, value in found if value.startswith(digest.encode())]
+        found = self.records.scan(TAG.prefix(repository))
+        return [Tag(TAG.parse(key)[1]) for key, value in found if value.startswith(digest.encode())]
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
-        if not await asyncio.to_thread(self.records.delete, f"link {repository} {digest}"):
+        if not await asyncio.to_thread(self.records.delete, LINK.key(repository, digest)):
             raise BlobUnknown(f"{repository} holds no blob {digest}")
 
     def linked(self, repository: str, digest: Digest) -> Descriptor | None:
         """The blob, if `repository` shows it and its bytes are here; that counts as no use."""
-        size, _ = _numbers(self.records.get(f"link {repository} {digest}"), 2) or (None, 0.0)
+        size, _ = _numbers(self.records.get(LINK.key(repository, digest)), 2) or (None, 0.0)
         return None if size is None or not self.holds(digest) else Descriptor(OCTETS, digest, int(size))
 
     # What a cache needs of its store besides
@@ -337,14 +332,14 @@ class Store(Registry):
     def put_link(self, batch: Batch, repository: str, blob: Descriptor) -> None:
         """A link to what is here, as part of a transaction.  Raises BlobUnknown where it is not."""
         self.files.renew(blob.digest)
-        batch.put(f"link {repository} {blob.digest}", f"{blob.size} {self._clock()}".encode())
+        batch.put(LINK.key(repository, blob.digest), f"{blob.size} {self._clock()}".encode())
 
     async def resume_fill(self, digest: Digest) -> FileUpload:
         """The upload of `digest`, going on where a former one was cut."""
         return await self.files.resume(digest)
 
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:
-        digest, _, time = (self.records.get(f"tag {repository} {tag}") or b"").partition(b" ")
+        digest, _, time = (self.records.get(TAG.key(repository, tag)) or b"").partition(b" ")
         times = _numbers(time, 1)
         with suppress(DigestInvalid):
             return Pointer(Digest.parse(digest.decode(*_TEXT)), times[0]) if times else None
@@ -359,10 +354,10 @@ class Store(Registry):
         await asyncio.to_thread(self._point, repository, tag, digest, self._clock())
 
     def _point(self, repository: str, tag: Tag, digest: Digest, now: float) -> None:
-        self.records.put(f"tag {repository} {tag}", f"{digest} {now}".encode())
+        self.records.put(TAG.key(repository, tag), f"{digest} {now}".encode())
 
     def listing(self, repository: str, what: str) -> Listing | None:
-        time, _, value = (self.records.get(f"listing {repository} {what}") or b"").partition(b"\n")
+        time, _, value = (self.records.get(LISTING.key(repository, what)) or b"").partition(b"\n")
         times = _numbers(time, 1)
         with suppress(*_NOT_JSON):
             return Listing(msgspec.json.decode(value), times[0]) if times else None
@@ -370,7 +365,7 @@ class Store(Registry):
 
     async def keep_listing(self, repository: str, what: str, value: Any) -> None:
         record = f"{self._clock()}\n".encode() + msgspec.json.encode(value)
-        await asyncio.to_thread(self.records.put, f"listing {repository} {what}", record)
+        await asyncio.to_thread(self.records.put, LISTING.key(repository, what), record)
 
     async def close(self) -> None:
         self.records.close()

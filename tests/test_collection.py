@@ -401,6 +401,20 @@ async def test_a_repository_with_a_damaged_record_is_left_as_it_is(
     assert counts(place.collect()) == (0, 0, 1, 1)
 
 
+@pytest.mark.errors("collect.refused")
+async def test_a_damaged_record_is_found_beside_one_whose_key_differs_in_the_last_character(
+    place: Place,
+) -> None:
+    layer = await place.blob(b"layer")
+    await place.image("v10", await place.blob(b"another"))
+    await place.image("v11", layer)
+    place.clock.advance(GONE)
+    place.records.transaction(lambda batch: batch._cache.set(f"tag {APP} v11", b"not what was put"))
+    report = place.collect()
+    assert place.held(layer) == [True]
+    assert [each.repository for each in report.rows if each.refused] == [APP]
+
+
 async def test_a_link_that_cannot_be_read_still_keeps_the_blob(place: Place) -> None:
     layer = await place.blob(b"layer")
     await place.image("v1", layer)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 STORAGE = (
     "errors concurrency names",
     "oci",
-    "registry",
+    "registry keys",
     "disk",
     "store",
     "graph migration",

@@ -420,6 +420,24 @@ def test_one_of_several_moves_it_and_the_others_notice(directory: Path) -> None:
         each.close()
 
 
+def test_groups_skip_from_one_field_to_the_next(directory: Path) -> None:
+    with closing(Records(directory)) as records:
+        for key in ("link a 1", "link a 2", "link a-b 1", "link a/b 1", "link b 1", "links c 1"):
+            records.put(key, b"")
+        assert list(records.groups("link ")) == ["a", "a-b", "a/b", "b"]
+        assert list(records.groups("link ", "a")) == ["a-b", "a/b", "b"]
+        assert list(records.groups("link b ")) == ["1"]
+        assert list(records.groups("tag ")) == []
+
+
+def test_a_record_that_cannot_be_read_is_held_all_the_same(directory: Path) -> None:
+    with closing(Records(directory)) as records:
+        records.transaction(lambda batch: batch._cache.set("tag a v1", b"not what was put"))
+        assert records.get("tag a v1") is None
+        assert records.holds("tag a v1")
+        assert not records.holds("tag a v")
+
+
 @pytest.mark.errors("records.damaged")
 def test_two_damaged_databases_are_kept(directory: Path, clock: Clock) -> None:
     for _ in range(4):

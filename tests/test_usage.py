@@ -11,7 +11,7 @@ import pytest
 from storage.disk.records import Records
 from storage.errors import StorageFailed
 from storage.maintenance import usage as module
-from storage.maintenance.usage import DAY, HOUR, KEEP_DAYS, KEEP_HOURS, MOVES, Counters, Move, Usage, Use
+from storage.maintenance.usage import DAY, HOUR, KEEP_DAYS, KEEP_HOURS, MOVES_KEPT, Counters, Move, Usage, Use
 from storage.oci import Digest, Tag
 from tests.conftest import Clock
 
@@ -91,9 +91,9 @@ def test_moves_are_in_order_whoever_records_them_first(usage: Usage) -> None:
 
 
 def test_the_last_moves_are_kept(usage: Usage) -> None:
-    made = [Move(float(at), OLD, NEW) for at in range(MOVES + 10)]
+    made = [Move(float(at), OLD, NEW) for at in range(MOVES_KEPT + 10)]
     usage.record({}, [(ALPINE, LATEST, each) for each in made], {})
-    assert usage.moves(ALPINE, LATEST) == made[-MOVES:]
+    assert usage.moves(ALPINE, LATEST) == made[-MOVES_KEPT:]
 
 
 # Counters

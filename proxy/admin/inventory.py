@@ -15,7 +15,8 @@ from proxy.admin.models import ImageRow, Listed, MoveRow, Node, PlatformRow, Rep
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
 from storage.graph import Walk, contents
-from storage.maintenance.pins import Pin, Pins
+from storage.keys import LINK, MANIFEST, REFERRER, TAG
+from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
 from storage.names import is_glob, literal_prefix, written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
@@ -69,20 +70,20 @@ class Inventory:
         pattern = wanted.parts[0]
         start = literal_prefix(pattern) if is_glob(pattern) else f"{pattern} "
         counts: dict[str, list[int]] = {}
-        for number, kind in enumerate(("tag", "manifest", "link")):
+        for number, kind in enumerate((TAG, MANIFEST, LINK)):
             name, row = "", None  # keys come in the order of repositories: one look at each
-            for key, value in self._store.records.scan(f"{kind} {start}"):
-                _, repository, reference = key.split(" ")
+            for key, value in self._store.records.scan(kind.prefix() + start):
+                repository, reference = kind.parse(key)
                 if repository != name:
                     name = repository
                     row = counts.setdefault(name, [0, 0, 0]) if fnmatchcase(name, pattern) else None
                 if row is None:
                     continue
-                if kind == "link":
+                if kind is LINK:
                     row[2] += self._linked(Digest(reference), value)
                 else:
                     row[number] += 1
-                    row[2] += len(value) - value.find(b"\n") - 1 if kind == "manifest" else 0
+                    row[2] += len(value) - value.find(b"\n") - 1 if kind is MANIFEST else 0
         return [
             RepositoryRow(repository=name, tags=tags, manifests=manifests, bytes=size)
             for name, (tags, manifests, size) in sorted(counts.items())
@@ -105,16 +106,13 @@ class Inventory:
         prefix, after = wanted.prefix, ""
         if last:
             repository, sign, reference = Pin(last).parts
-            key = f"{'manifest' if sign == '@' else 'tag'} {repository} {reference}"
+            key = (MANIFEST if sign == "@" else TAG).key(repository, reference)
             if not key.startswith(prefix):
                 if key > prefix:
                     return  # all that match come before it
             else:
                 after = key[len(prefix) :]
-        for key, _ in self._store.records.scan(prefix, after):
-            kind, repository, reference = key.split(" ")
-            if wanted.matches(repository, reference):
-                yield repository, Tag(reference) if kind == "tag" else Digest(reference)
+        yield from matching(self._store, wanted, after)
 
     def _image(self, repository: str, reference: Reference, pins: Sequence[Pin]) -> ImageRow:
         digest = self.digest(repository, reference)
@@ -207,12 +205,8 @@ class Inventory:
 
     def _take(self, repository: str, blob: Descriptor, parts: dict[Digest, Part]) -> None:
         if blob.digest not in parts and blob.distributable:
-            parts[blob.digest] = Part(max(0, blob.size), self._held(repository, blob.digest))
-
-    def _held(self, repository: str, digest: Digest) -> bool:
-        # Not by opening it, which would count as use.
-        linked = self._store.records.get(f"link {repository} {digest}") is not None
-        return linked and self._store.holds(digest)
+            held = self._store.linked(repository, blob.digest) is not None
+            parts[blob.digest] = Part(max(0, blob.size), held)
 
     def _manifest(self, repository: str, digest: Digest) -> Manifest | None:
         try:
@@ -242,8 +236,8 @@ class Inventory:
 
     def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[Node]:
         found = []
-        for key, _ in self._store.records.scan(f"referrers {repository} {digest} "):
-            manifest = self._manifest(repository, Digest(key.rpartition(" ")[2]))
+        for key, _ in self._store.records.scan(REFERRER.prefix(repository, digest)):
+            manifest = self._manifest(repository, Digest(REFERRER.parse(key)[2]))
             if manifest is not None:
                 found.append(self._node(repository, "referrer", manifest.descriptor, seen))
         return found
@@ -283,7 +277,7 @@ class Inventory:
             digest=str(blob.digest),
             media_type=blob.media_type,
             size=blob.size,
-            present=self._held(repository, blob.digest),
+            present=self._store.linked(repository, blob.digest) is not None,
             platform=None,
             artifact_type=blob.artifact_type,
             children=[],

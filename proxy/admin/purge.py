@@ -21,13 +21,14 @@ from proxy.admin.models import Purged
 from storage.disk.records import Batch
 from storage.errors import RegistryError
 from storage.graph import Walk, contents
+from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.pins import Pin, Pins
 from storage.names import is_glob, written
 from storage.oci import Digest, Reference, Tag
 from storage.store import Store
 
 BATCH = 500  # records in a transaction: nobody else can write while it lasts
-KINDS = ("tag", "manifest", "link", "listing")  # in which a repository has records
+KINDS = (TAG, MANIFEST, LINK, LISTING)  # in which a repository has records
 
 
 class Kept(RegistryError):
@@ -109,15 +110,8 @@ class Purge:
         pattern = wanted.parts[0]
         if not is_glob(pattern):
             return [pattern]
-        names = {name for kind in KINDS for name in self._names(kind)}
+        names = {name for kind in KINDS for name in self._records.groups(kind.prefix())}
         return sorted(name for name in names if fnmatchcase(name, pattern))
-
-    def _names(self, kind: str) -> Iterator[str]:
-        last = ""
-        # '!' follows the space that ends a name in a key: the next key is another repository's.
-        while (key := self._records.first(f"{kind} ", f"{last}!" if last else "")) is not None:
-            last = key.split(" ")[1]
-            yield last
 
     # What is to go
 
@@ -159,10 +153,9 @@ class Purge:
         return plan
 
     def _tags(self, repository: str) -> dict[Tag, Digest]:
-        prefix = f"tag {repository} "
         return {
-            Tag(key[len(prefix) :]): Digest(value.partition(b" ")[0].decode("utf-8", "replace"))
-            for key, value in self._records.scan(prefix)
+            Tag(TAG.parse(key)[1]): Digest(value.partition(b" ")[0].decode("utf-8", "replace"))
+            for key, value in self._records.scan(TAG.prefix(repository))
         }
 
     def _who_names_whom(self, repository: str) -> ManifestParents:
@@ -171,40 +164,37 @@ class Purge:
             found = contents(content)
             children[digest] = [each.digest for each in found.listed] if found else []
         referrers: dict[Digest, list[Digest]] = defaultdict(list)
-        for key, _ in self._records.scan(f"referrers {repository} "):
-            _, _, subject, referrer = key.split(" ")
+        for key, _ in self._records.scan(REFERRER.prefix(repository)):
+            _, subject, referrer = REFERRER.parse(key)
             referrers[Digest(subject)].append(Digest(referrer))
         return ManifestParents(children, referrers)
 
     def _manifests(self, repository: str) -> Iterator[tuple[Digest, bytes]]:
-        prefix = f"manifest {repository} "
-        for key, value in self._records.scan(prefix):
-            yield Digest(key[len(prefix) :]), value.partition(b"\n")[2]
+        for key, value in self._records.scan(MANIFEST.prefix(repository)):
+            yield Digest(MANIFEST.parse(key)[1]), value.partition(b"\n")[2]
 
     def _list_records(self, plan: Plan, tags: set[Tag], manifests: set[Digest], whole: bool) -> None:
         name = plan.repository
-        plan.keys = [f"tag {name} {tag}" for tag in sorted(tags)]
-        plan.keys += [f"manifest {name} {digest}" for digest in sorted(manifests)]
+        plan.keys = [TAG.key(name, tag) for tag in sorted(tags)]
+        plan.keys += [MANIFEST.key(name, digest) for digest in sorted(manifests)]
         if not whole or plan.kept:
-            plan.keys += [f"use {name} {each}" for each in (*tags, *manifests)]
-            plan.keys += [f"moves {name} {tag}" for tag in tags]
+            plan.keys += [USE.key(name, each) for each in (*tags, *manifests)]
+            plan.keys += [MOVES.key(name, tag) for tag in tags]
         plan.keys += [
-            key
-            for key, _ in self._records.scan(f"referrers {name} ")
-            if Digest(key.rpartition(" ")[2]) in manifests
+            key for key, _ in self._records.scan(REFERRER.prefix(name)) if REFERRER.parse(key)[2] in manifests
         ]
         named, stay = self._blobs(name, manifests)
         if whole:
-            named.update(Digest(key.rpartition(" ")[2]) for key, _ in self._records.scan(f"link {name} "))
+            named.update(Digest(LINK.parse(key)[1]) for key, _ in self._records.scan(LINK.prefix(name)))
             # An origin is asked anew what it has.
-            plan.keys += [key for key, _ in self._records.scan(f"listing {name} ")]
+            plan.keys += [key for key, _ in self._records.scan(LISTING.prefix(name))]
         if whole and not plan.kept:
-            for kind in ("referrers", "use", "moves"):
-                plan.keys += [key for key, _ in self._records.scan(f"{kind} {name} ")]
+            for kind in (REFERRER, USE, MOVES):
+                plan.keys += [key for key, _ in self._records.scan(kind.prefix(name))]
         plan.blobs = {
-            digest for digest in named - stay if self._records.get(f"link {name} {digest}") is not None
+            digest for digest in named - stay if self._records.get(LINK.key(name, digest)) is not None
         }
-        plan.keys += [f"link {name} {digest}" for digest in sorted(plan.blobs)]
+        plan.keys += [LINK.key(name, digest) for digest in sorted(plan.blobs)]
         if plan.keys and not plan.references and not plan.kept:
             plan.references = [name]  # nothing of it has a name, but there is something
 
@@ -229,8 +219,8 @@ class Purge:
         """Remove what nobody else links: how many blobs, and bytes."""
         candidates = {digest for _, digest in links}
         if candidates:
-            for key, _ in self._records.scan("link "):
-                _, repository, linked = key.split(" ")
+            for key, _ in self._records.scan(LINK.prefix()):
+                repository, linked = LINK.parse(key)
                 if linked in candidates and (repository, linked) not in links:
                     candidates.remove(Digest(linked))
         blobs = size = 0

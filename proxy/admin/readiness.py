@@ -43,13 +43,8 @@ class _Judged:
 
     def blobs(self, blobs: Iterable[Descriptor], platform: str | None, kind: str | None = None) -> None:
         for each in blobs:
-            if each.distributable and not self._held(each.digest):
+            if each.distributable and self.store.linked(self.repository, each.digest) is None:
                 self._miss(each.digest, kind or "blob", each.size, platform)
-
-    def _held(self, digest: Digest) -> bool:
-        # Not by opening it, which would count as use.
-        linked = self.store.records.get(f"link {self.repository} {digest}") is not None
-        return linked and self.store.holds(digest)
 
     def _miss(self, digest: Digest, kind: str, size: int, platform: str | None) -> None:
         known = self.missing.get(digest)

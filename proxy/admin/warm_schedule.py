@@ -19,6 +19,7 @@ from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
 from proxy.config.schema import WarmRule
 from storage.concurrency import for_each, run_in_thread
 from storage.disk.records import Records
+from storage.keys import WARMING
 
 log = structlog.get_logger()
 
@@ -52,7 +53,7 @@ class Schedule:
 
     async def run_once(self) -> list[WarmRow]:
         """Warm what is due, one rule after the other.  Raises StorageFailed."""
-        for key in [key for key, _ in self._records.scan("warmed ") if key not in self._rules]:
+        for key in [key for key, _ in self._records.scan(WARMING.prefix()) if key not in self._rules]:
             await run_in_thread(self._records.delete, key)
         rows = []
         for key, rule in self._rules.items():
@@ -122,7 +123,7 @@ class Schedule:
 
 def _key(rule: WarmRule) -> str:
     # By what it says and not by its place in the list: that changes with others.
-    return f"warmed {hashlib.sha256(repr(rule).encode()).hexdigest()}"
+    return WARMING.key(hashlib.sha256(repr(rule).encode()).hexdigest())
 
 
 def _images(rule: WarmRule) -> list[str]:

@@ -113,9 +113,8 @@ class Freshener:
 
     def _whole(self, repository: str, digest: Digest, platforms: Sequence[str]) -> bool:
         found = walk(self._store, repository, digest, platforms)
-        # Not by opening them, which would count as use.
         return not found.missing and all(
-            self._store.records.get(f"link {repository} {each}") is not None and self._store.holds(each)
+            self._store.linked(repository, each) is not None
             for each, blob in found.blobs.items()
             if blob.distributable
         )

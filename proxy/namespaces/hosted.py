@@ -20,6 +20,7 @@ from storage.errors import (
     ManifestUnknown,
 )
 from storage.graph import fallback_tag
+from storage.keys import LINK, MANIFEST, TAG
 from storage.maintenance.leases import Leases
 from storage.oci import (
     DOCKER_LIST,
@@ -195,7 +196,7 @@ class Hosted(Registry):
         def allowed(batch: Batch) -> None:
             tags = [reference] if isinstance(reference, Tag) else self._store.tags_of(name, reference)
             for tag in tags:
-                if (known := batch.get(f"tag {name} {tag}")) is not None:
+                if (known := batch.get(TAG.key(name, tag))) is not None:
                     self._check_mutable(repository, tag)
                     self._leases.left(batch, name, known.partition(b" ")[0].decode("utf-8", "replace"))
             if isinstance(reference, Digest):
@@ -205,13 +206,13 @@ class Hosted(Registry):
 
     def _check_complete(self, batch: Batch, name: str, content: ManifestContent) -> None:
         def shows(digest: Digest) -> bool:
-            return batch.get(f"link {name} {digest}") is not None and self._store.holds(digest)
+            return batch.get(LINK.key(name, digest)) is not None and self._store.holds(digest)
 
         lacking = [
             str(each.digest)
             for each in content.distributable + content.children
             if not shows(each.digest)
-            and (each not in content.listed or batch.get(f"manifest {name} {each.digest}") is None)
+            and (each not in content.listed or batch.get(MANIFEST.key(name, each.digest)) is None)
         ]
         if lacking:
             raise ManifestBlobUnknown(
@@ -226,7 +227,7 @@ class Hosted(Registry):
 
     def check_tag(self, records: Records | Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
         """What the tag is, if it is something else than `digest`.  Raises Denied where it is to stay that."""
-        record = records.get(f"tag {self._full(repository)} {tag}") or b""
+        record = records.get(TAG.key(self._full(repository), tag)) or b""
         former = record.partition(b" ")[0].decode("utf-8", "replace")
         if former in ("", digest):
             return None

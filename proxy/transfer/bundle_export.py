@@ -17,6 +17,7 @@ from storage.archives.export_plan import ExportPlan, ExportPlanner, Wanted
 from storage.archives.exporter import Sink, write
 from storage.concurrency import run_cancellable
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, StorageFailed
+from storage.maintenance.pins import matching
 from storage.names import is_glob
 from storage.oci import Digest, Tag
 
@@ -137,10 +138,8 @@ class BundleExport:
         pin = self._reading.pattern("names", text)
         stores = [self._parts.store, *([self._parts.private] if self._parts.private else [])]
         for store in stores:
-            for key, _ in store.records.scan(pin.prefix):
-                kind, repository, reference = key.split(" ")
-                if pin.matches(repository, reference):
-                    yield Wanted(store, repository, Tag(reference) if kind == "tag" else Digest(reference))
+            for repository, reference in matching(store, pin):
+                yield Wanted(store, repository, reference)
 
     def _used(self, wanted: Wanted, since: float, gathering: ExportPlanner) -> bool:
         use = self._parts.usage.use(wanted.repository, wanted.reference)

@@ -21,6 +21,7 @@ import msgspec
 
 from proxy.webhooks.event import Event, decode, encode
 from storage.disk.records import Batch, Records
+from storage.keys import EVENT, NUMBER, PENDING, WEBHOOK
 
 _DIGITS = 20
 
@@ -60,29 +61,29 @@ class Queue:
         encoded = [(event, names, encode(event)) for event, names in events]
 
         def work(batch: Batch) -> Counter[str]:
-            number = max(_number(batch, "number"), int(self._clock() * 1_000_000))
+            number = max(_number(batch, NUMBER.key()), int(self._clock() * 1_000_000))
             pending: Counter[str] = Counter()
             queued: Counter[str] = Counter()
             for event, names, record in encoded:
                 for name in names:
                     if name not in pending:
-                        pending[name] = _number(batch, f"pending {name}")
+                        pending[name] = _number(batch, PENDING.key(name))
                     if event.action == "pull" and pending[name] >= limit:
                         continue
                     number += 1
-                    batch.put(f"event {name} {number:0{_DIGITS}}", record)
+                    batch.put(EVENT.key(name, f"{number:0{_DIGITS}}"), record)
                     pending[name] += 1
                     queued[name] += 1
             for name, count in pending.items():
-                batch.put(f"pending {name}", b"%d" % count)
-            batch.put("number", b"%d" % number)
+                batch.put(PENDING.key(name), b"%d" % count)
+            batch.put(NUMBER.key(), b"%d" % number)
             return queued
 
         return self._records.transaction(work)
 
     def read(self, webhook: str, after: str, limit: int) -> list[QueuedEvent]:
         """The first of those after the key `after`; of all, where that is empty."""
-        prefix = f"event {webhook} "
+        prefix = EVENT.prefix(webhook)
         found = self._records.scan(prefix, after.removeprefix(prefix))
         return [QueuedEvent(key, decode(record)) for key, record in islice(found, limit)]
 
@@ -91,14 +92,14 @@ class Queue:
 
         def work(batch: Batch) -> None:
             gone = sum(batch.delete(key) for key in keys)
-            batch.put(f"pending {webhook}", b"%d" % max(0, _number(batch, f"pending {webhook}") - gone))
+            batch.put(PENDING.key(webhook), b"%d" % max(0, _number(batch, PENDING.key(webhook)) - gone))
             if state is not None:
-                batch.put(f"webhook {webhook}", msgspec.json.encode(state))
+                batch.put(WEBHOOK.key(webhook), msgspec.json.encode(state))
 
         self._records.transaction(work)
 
     def pending(self, webhook: str) -> int:
-        return _number(self._records, f"pending {webhook}")
+        return _number(self._records, PENDING.key(webhook))
 
     def oldest(self, webhook: str) -> float | None:
         """When the first event that it has not been told of happened."""
@@ -106,7 +107,7 @@ class Queue:
 
     def state(self, webhook: str) -> State:
         try:
-            return msgspec.json.decode(self._records.get(f"webhook {webhook}") or b"{}", type=State)
+            return msgspec.json.decode(self._records.get(WEBHOOK.key(webhook)) or b"{}", type=State)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return State()
 
@@ -122,9 +123,7 @@ class Queue:
 
     def _known(self) -> set[str]:
         return {
-            key.partition(" ")[2]
-            for kind in ("pending", "webhook")
-            for key, _ in self._records.scan(f"{kind} ")
+            kind.parse(key)[0] for kind in (PENDING, WEBHOOK) for key, _ in self._records.scan(kind.prefix())
         }
 
     def _drop(self, webhook: str) -> int:
@@ -132,12 +131,12 @@ class Queue:
         while events := self.read(webhook, "", 500):
             self.remove(webhook, [each.key for each in events])
             count += len(events)
-        for kind in ("pending", "webhook"):
-            self._records.delete(f"{kind} {webhook}")
+        for kind in (PENDING, WEBHOOK):
+            self._records.delete(kind.key(webhook))
         return count
 
     def _count(self, batch: Batch, webhook: str) -> None:
-        batch.put(f"pending {webhook}", b"%d" % batch.count(f"event {webhook} "))
+        batch.put(PENDING.key(webhook), b"%d" % batch.count(EVENT.prefix(webhook)))
 
     def close(self) -> None:
         self._records.close()

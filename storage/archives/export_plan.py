@@ -15,6 +15,7 @@ from storage.archives import bundle
 from storage.archives.bundle import Base, Contents, Held, Referrer
 from storage.errors import ManifestUnknown
 from storage.graph import contents, selected
+from storage.keys import REFERRER, TAG
 from storage.names import written
 from storage.oci import DOCKER_SCHEMA1, Descriptor, Digest, ManifestContent, Reference, Tag
 from storage.store import Store
@@ -178,8 +179,8 @@ class ExportPlanner:
         walk = Walk(store, repository)
         while todo:
             subject = todo.pop()
-            for key, _ in store.records.scan(f"referrers {repository} {subject} "):
-                digest = Digest(key.rpartition(" ")[2])
+            for key, _ in store.records.scan(REFERRER.prefix(repository, subject)):
+                digest = Digest(REFERRER.parse(key)[2])
                 tree = walk.tree(digest)
                 if tree.lacking or (repository, digest) in self._referrers:
                     continue
@@ -194,9 +195,9 @@ class ExportPlanner:
                 self._take(repository, tree)
                 todo += tree.manifests
             # distribution-spec, "Referrers Tag Schema"; cosign adds .sig, .att and .sbom to it.
-            start = f"tag {repository} "
-            for key, _ in list(store.records.scan(f"{start}{subject.algorithm}-{subject.encoded}")):
-                tag = Tag(key[len(start) :])
+            start = f"{TAG.prefix(repository)}{subject.algorithm}-{subject.encoded}"
+            for key, _ in list(store.records.scan(start)):
+                tag = Tag(TAG.parse(key)[1])
                 if (repository, tag) not in self._held:
                     self._add_fallback(Wanted(store, repository, tag), walk, todo)
 

@@ -18,6 +18,7 @@ from storage.archives.importer import Importer, ImportTarget, RepositoryImport, 
 from storage.archives.layout import Layout, Root
 from storage.errors import ArchiveInvalid
 from storage.graph import Walk, contents
+from storage.keys import LINK
 from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -195,5 +196,5 @@ class ImportPlanner:
 
 
 def _linked(store: Store, namespace: str) -> Iterator[Digest]:
-    for key, _ in store.records.scan(f"link {namespace}/"):
-        yield Digest(key.rpartition(" ")[2])
+    for key, _ in store.records.scan(LINK.within(namespace)):
+        yield Digest(LINK.parse(key)[1])

@@ -44,6 +44,7 @@ POLL = 0.02  # seconds between looks at a lock
 _INLINE = 1 << 30  # bytes; larger values would go to files of their own, whose loss SQLite does not notice
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
+_HOLDS = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
 _BATCH = 500
 # Result codes that tell of the disk or of a lock; every other one tells that the database is damaged.
 _OF_THE_DISK = {
@@ -213,10 +214,24 @@ class Records:
             yield from (key for key, _ in rows)
             last = rows[-1][0]
 
+    def holds(self, key: str) -> bool:
+        """Whether there is such a record, even if it can no longer be read."""
+        return bool(self._do(lambda cache: list(cache._sql(_HOLDS, (key,)))))
+
     def first(self, prefix: str, after: str = "") -> str | None:
-        """The first key of scan(); a way to skip from group to group."""
+        """The first key of scan()."""
         rows = self._rows("SELECT key, NULL", prefix + after, prefix + "\U0010ffff", 1)
         return rows[0][0] if rows else None
+
+    def groups(self, prefix: str, after: str = "") -> Iterator[str]:
+        """The distinct fields that follow `prefix` in keys, in order; those greater than `after`.
+
+        Each takes one look at the index, however many keys have the same field.
+        """
+        # '!' follows the space that ends a field: the next key has another value there.
+        while (key := self.first(prefix, f"{after}!" if after else "")) is not None:
+            after = key[len(prefix) :].partition(" ")[0]
+            yield after
 
     def _rows(self, select: str, above: str, below: str, limit: int) -> list[tuple[str, Any]]:
         # diskcache lists keys only from end to end; its index on (key, raw) serves ranges as well.

@@ -31,6 +31,7 @@ import msgspec
 import structlog
 
 from storage.disk.records import Batch
+from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.leases import Leases
 from storage.maintenance.reachability import Damaged, Group, Reachability, RetentionRules, start_of
 from storage.maintenance.unlinked import Unlinked
@@ -47,9 +48,8 @@ SLICE = 0.05  # seconds of work without rest
 PACE = 1.0  # seconds of rest for each second of work
 ROWS = 1000  # of a report at most
 REMEDY = "push it anew, or delete it"
-KINDS = ("manifest", "tag", "link", "referrers", "lease")
+KINDS = (MANIFEST, TAG, LINK, REFERRER, LEASE)
 
-_RECORD = "collected"
 _COUNTS = ("repositories", "tags", "manifests", "links", "blobs", "bytes", "young")
 
 
@@ -115,7 +115,9 @@ class Collection:
     def last(self) -> CollectionReport:
         """Of the last one that was no dry run."""
         try:
-            return msgspec.json.decode(self.store.records.get(_RECORD) or b"{}", type=CollectionReport)
+            return msgspec.json.decode(
+                self.store.records.get(COLLECTED.key()) or b"{}", type=CollectionReport
+            )
         except (msgspec.DecodeError, UnicodeDecodeError):
             return CollectionReport()
 
@@ -150,7 +152,7 @@ class _Run:
             log.error("collect.refused", reason=report.refused)
         report.seconds = round(time.monotonic() - self._begun, 3)
         if not self._dry_run:
-            self._records.put(_RECORD, msgspec.json.encode(report))
+            self._records.put(COLLECTED.key(), msgspec.json.encode(report))
             counts = {name: getattr(report, name) for name in _COUNTS}
             log.info("collect.done", **counts, seconds=report.seconds)
             self._collection.done(report)
@@ -159,11 +161,8 @@ class _Run:
     def _repositories(self) -> list[str]:
         found: set[str] = set()
         for kind in KINDS:
-            last = ""
-            # '!' follows the space that ends a name in a key: the next key is another repository's.
-            while (key := self._records.first(f"{kind} ", f"{last}!" if last else "")) is not None:
-                last = key.split(" ")[1]
-                found.add(last)
+            for repository in self._records.groups(kind.prefix()):
+                found.add(repository)
                 self._rest()
         return sorted(found)
 
@@ -224,8 +223,8 @@ class _Run:
         def choose(rest: Rest) -> list[list[str]]:
             nonlocal young
             named, unnamed, young = marks.names(), [], 0
-            for key in self._records.keys(f"link {marks.repository} "):
-                if start_of(_digest(key)) not in named:
+            for key in self._records.keys(LINK.prefix(marks.repository)):
+                if start_of(LINK.parse(key)[1]) not in named:
                     if self._link_young(key):
                         young += 1
                     else:
@@ -249,7 +248,7 @@ class _Run:
         if self._young(_time(self._records.get(key))):
             return True
         with suppress(FileNotFoundError):
-            return self._young(self._store.files.path(Digest(_digest(key))).stat().st_mtime)
+            return self._young(self._store.files.path(Digest(LINK.parse(key)[1])).stat().st_mtime)
         return False
 
     def _in_turns(
@@ -309,10 +308,6 @@ def _packs(groups: Sequence[Group]) -> list[list[Group]]:
         packs[-1].append(each)
         size += len(each.tags) + len(each.manifests)
     return packs
-
-
-def _digest(key: str) -> str:
-    return key.rpartition(" ")[2]
 
 
 def _time(link: bytes | None) -> float:

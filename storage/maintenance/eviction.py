@@ -23,6 +23,7 @@ from storage.disk.records import Batch
 from storage.disk.tree import files_in, sorted_entries
 from storage.errors import DigestInvalid
 from storage.graph import Walk, contents
+from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.pins import Kept
 from storage.maintenance.usage import Usage
 from storage.oci import Digest
@@ -187,8 +188,8 @@ class Eviction:
         may_go = (each for each in shown.values() if each.digest not in kept)
         gone = {each.digest: each for each in oldest(may_go, used - int(limit * self._rules.evict_to))}
         elsewhere = set()
-        for key, _ in self._store.records.scan("link "):
-            _, repository, digest = key.split(" ")
+        for key, _ in self._store.records.scan(LINK.prefix()):
+            repository, digest = LINK.parse(key)
             if digest in gone:
                 if repository.startswith(f"{name}/"):
                     work.links.append(key)
@@ -198,8 +199,8 @@ class Eviction:
 
     def _shown_by(self, name: str) -> dict[str, Candidate]:
         shown: dict[str, Candidate] = {}
-        for key, _ in self._store.records.scan(f"link {name}/"):
-            digest = key.rpartition(" ")[2]
+        for key, _ in self._store.records.scan(LINK.within(name)):
+            digest = LINK.parse(key)[1]
             if digest not in shown and (found := self._look(digest)) is not None:
                 shown[digest] = found
         return shown
@@ -211,7 +212,7 @@ class Eviction:
         """Digests of blobs that stay however little room there is."""
         kept: set[str] = set(self._pinned().digests)
         for name in self._rules.kept:
-            kept.update(key.rpartition(" ")[2] for key, _ in self._store.records.scan(f"link {name}/"))
+            kept.update(LINK.parse(key)[1] for key, _ in self._store.records.scan(LINK.within(name)))
         return kept
 
     # Too old
@@ -245,8 +246,8 @@ class Eviction:
             if self._old(each.used_at, shortest) and each.digest not in pinned.digests
         }
         longest: dict[str, float] = {}
-        for key, _ in self._store.records.scan("link "):
-            _, repository, digest = key.split(" ")
+        for key, _ in self._store.records.scan(LINK.prefix()):
+            repository, digest = LINK.parse(key)
             if digest in found:
                 keep = keeps[repository] if repository in keeps else self._keep_for(repository)
                 longest[digest] = max(keep, longest.get(digest, 0.0))
@@ -257,32 +258,28 @@ class Eviction:
 
     def _repositories(self) -> list[str]:
         found: set[str] = set()
-        for kind in ("manifest", "tag", "link", "referrers", "listing"):
-            last = ""
-            # '!' follows the space that ends a name in a key: the next key is another repository's.
-            while (key := self._store.records.first(f"{kind} ", f"{last}!" if last else "")) is not None:
-                last = key.split(" ")[1]
-                found.add(last)
+        for kind in (MANIFEST, TAG, LINK, REFERRER, LISTING):
+            found.update(self._store.records.groups(kind.prefix()))
         return sorted(found)
 
     def _expire_in(self, repository: str, keep: float, pinned: Kept, work: _Work) -> None:
         live, gone = self._tags(repository, keep, pinned)
         for tag in gone:
             work.tags += 1
-            work.remove(f"tag {repository} {tag}", f"moves {repository} {tag}", f"use {repository} {tag}")
+            work.remove(TAG.key(repository, tag), MOVES.key(repository, tag), USE.key(repository, tag))
         dead = self._dead_manifests(repository, keep, pinned, live)
         for digest in dead:
             work.manifests += 1
-            work.remove(f"manifest {repository} {digest}", f"use {repository} {digest}")
-        for key, _ in self._store.records.scan(f"referrers {repository} "):
-            _, _, subject, referrer = key.split(" ")
+            work.remove(MANIFEST.key(repository, digest), USE.key(repository, digest))
+        for key, _ in self._store.records.scan(REFERRER.prefix(repository)):
+            _, subject, referrer = REFERRER.parse(key)
             if subject in dead or referrer in dead:
                 work.remove(key)
-        for key, value in self._store.records.scan(f"listing {repository} "):
+        for key, value in self._store.records.scan(LISTING.prefix(repository)):
             if self._old(_time(value.partition(b"\n")[0]), keep):
                 work.remove(key)
-        for key, value in self._store.records.scan(f"link {repository} "):
-            digest = key.rpartition(" ")[2]
+        for key, value in self._store.records.scan(LINK.prefix(repository)):
+            digest = LINK.parse(key)[1]
             found = None if digest in work.gone else self._look(digest)
             used_at = found.used_at if found else 0.0
             if found is None or (
@@ -294,8 +291,8 @@ class Eviction:
     def _tags(self, repository: str, keep: float, pinned: Kept) -> tuple[set[str], list[str]]:
         """The digests of those that stay, and the names of those that go."""
         live, gone = set(), []
-        for key, value in self._store.records.scan(f"tag {repository} "):
-            tag = key.rpartition(" ")[2]
+        for key, value in self._store.records.scan(TAG.prefix(repository)):
+            tag = TAG.parse(key)[1]
             digest, _, at = value.partition(b" ")
             if (repository, tag) in pinned.references or not self._old(
                 self._last_use(repository, tag, _time(at)), keep
@@ -308,8 +305,8 @@ class Eviction:
     def _dead_manifests(self, repository: str, keep: float, pinned: Kept, live: set[str]) -> set[str]:
         stored: dict[str, bytes] = {}
         alive: list[str] = []
-        for key, value in self._store.records.scan(f"manifest {repository} "):
-            digest = key.rpartition(" ")[2]
+        for key, value in self._store.records.scan(MANIFEST.prefix(repository)):
+            digest = MANIFEST.parse(key)[1]
             head, _, content = value.partition(b"\n")
             stored[digest] = content
             used_at = self._last_use(repository, digest, _time(head))
@@ -363,7 +360,7 @@ class Eviction:
         self._store.records.transaction(work)
 
     def links_of(self, digests: set[str]) -> list[str]:
-        return [key for key, _ in self._store.records.scan("link ") if key.rpartition(" ")[2] in digests]
+        return [key for key, _ in self._store.records.scan(LINK.prefix()) if LINK.parse(key)[1] in digests]
 
 
 class _Work:

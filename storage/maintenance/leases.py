@@ -19,6 +19,7 @@ from contextlib import suppress
 from storage.concurrency import run_in_thread
 from storage.disk.records import Batch
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
+from storage.keys import LEASE, LINK, MANIFEST
 from storage.oci import Digest
 from storage.store import Store
 
@@ -39,7 +40,7 @@ class Leases:
 
     def of(self, repository: str, digest: str) -> float:
         """When the manifest was leased last; 0: never."""
-        return _time(self._store.records.get(_key(repository, digest)))
+        return _time(self._store.records.get(LEASE.key(repository, digest)))
 
     async def blob(self, repository: str, digest: Digest, used_at: float) -> None:
         """Its file was `used_at` that time.  Raises BlobUnknown where it is not here any more."""
@@ -49,7 +50,7 @@ class Leases:
 
     def _blob(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:
-            if batch.get(f"link {repository} {digest}") is None:
+            if batch.get(LINK.key(repository, digest)) is None:
                 raise BlobUnknown(f"{repository} holds no blob {digest}")
             self._store.files.renew(digest)
 
@@ -63,7 +64,7 @@ class Leases:
 
     def _manifest(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:
-            if batch.get(f"manifest {repository} {digest}") is None:
+            if batch.get(MANIFEST.key(repository, digest)) is None:
                 raise ManifestUnknown(f"{repository} holds no manifest {digest}")
             self._take(batch, repository, digest)
 
@@ -74,17 +75,13 @@ class Leases:
         self._take(batch, repository, digest)
 
     def _take(self, batch: Batch, repository: str, digest: str) -> None:
-        batch.put(_key(repository, digest), str(self._clock()).encode())
+        batch.put(LEASE.key(repository, digest), str(self._clock()).encode())
 
     def drop(self, batch: Batch, repository: str, digest: str) -> None:
-        batch.delete(_key(repository, digest))
+        batch.delete(LEASE.key(repository, digest))
 
     def _due(self, at: float) -> bool:
         return not 0 <= self._clock() - at <= self._grace * RENEWED
-
-
-def _key(repository: str, digest: str) -> str:
-    return f"lease {repository} {digest}"
 
 
 def _time(record: bytes | None) -> float:

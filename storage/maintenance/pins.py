@@ -25,6 +25,7 @@ import msgspec
 
 from storage.errors import DigestInvalid, NameInvalid, TagInvalid
 from storage.graph import ManifestTree, Walk, referring, walk
+from storage.keys import MANIFEST, PIN, TAG, parse_reference_key
 from storage.names import is_glob, literal_prefix
 from storage.oci import (
     Digest,
@@ -97,8 +98,10 @@ class Pin:
         """What the key of every record that it matches begins with, and is longer than."""
         repository, kind, reference = self.parts
         name = literal_prefix(repository)
-        start = f"{'manifest' if kind == '@' else 'tag'} {name}"
-        return start if name != repository else f"{start} {literal_prefix(reference)[:-1]}"
+        records = MANIFEST if kind == "@" else TAG
+        if name != repository:
+            return records.prefix() + name
+        return records.prefix(name) + literal_prefix(reference)[:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,10 @@ class Pins:
         return [*self._configured, *self._commanded()]
 
     def _commanded(self) -> Iterator[Pin]:
-        for key, value in self._store.records.scan("pin "):
+        for key, value in self._store.records.scan(PIN.prefix()):
             try:
                 found = msgspec.json.decode(value, type=_Record)
-                yield Pin(key.removeprefix("pin "), found.keep_fresh, found.platforms, found.since)
+                yield Pin(PIN.parse(key)[0], found.keep_fresh, found.platforms, found.since)
             except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
                 continue  # damaged: as none
 
@@ -148,11 +151,11 @@ class Pins:
             raise ValueError(f"{pin.pattern} can match nothing: {error}") from None
         since = self._clock() if pin.since is None else pin.since
         record = msgspec.json.encode(_Record(pin.keep_fresh, pin.platforms, since))
-        self._store.records.put(f"pin {pin.pattern}", record)
+        self._store.records.put(PIN.key(pin.pattern), record)
 
     def remove(self, pattern: str) -> bool:
         """Whether it was there.  A configured pin stays."""
-        return self._store.records.delete(f"pin {pattern}")
+        return self._store.records.delete(PIN.key(pattern))
 
     def of(self, repository: str, reference: str) -> Pin | None:
         """The first that matches; `repository` is a full name."""
@@ -160,10 +163,7 @@ class Pins:
 
     def matching(self, pin: Pin) -> Iterator[tuple[str, Reference]]:
         """The tags, or manifests by digest, that are known here."""
-        for key, _ in self._store.records.scan(pin.prefix):
-            kind, repository, reference = key.split(" ")
-            if pin.matches(repository, reference):
-                yield repository, Tag(reference) if kind == "tag" else Digest(reference)
+        yield from matching(self._store, pin)
 
     def pinned(self) -> Kept:
         """What is to be kept now, as far as it is stored."""
@@ -202,3 +202,14 @@ class Pins:
                     found.manifests |= more.manifests
                     found.blobs.update(more.blobs)
         return found
+
+
+def matching(store: Store, pin: Pin, after: str = "") -> Iterator[tuple[str, Reference]]:
+    """The stored tags, or manifests by digest, that match.
+
+    Only those whose key is greater than `pin.prefix` followed by `after`.
+    """
+    for key, _ in store.records.scan(pin.prefix, after):
+        repository, reference = parse_reference_key(key)
+        if pin.matches(repository, reference):
+            yield repository, reference

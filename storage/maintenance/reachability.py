@@ -20,6 +20,7 @@ from typing import NamedTuple
 from storage.disk.records import Batch
 from storage.errors import DigestInvalid, ManifestInvalid, ManifestUnknown
 from storage.graph import Walk
+from storage.keys import CHANGES, LEASE, MANIFEST, REFERRER, TAG, RecordKind
 from storage.maintenance.leases import Leases
 from storage.oci import (
     DOCKER_LIST,
@@ -133,33 +134,31 @@ class Reachability:
         `rest` is called in between.  Raises Damaged.
         """
         self._version = self._records.get(self._counter)
-        self.tags = {tag: found for tag in self._listed("tag", rest) if (found := self._pointing(tag))}
+        self.tags = {tag: found for (tag,) in self._listed(TAG, rest) if (found := self._pointing(tag))}
         known, self.manifests = self.manifests, {}
-        for digest in self._listed("manifest", rest):
+        for (digest,) in self._listed(MANIFEST, rest):
             if (each := known.get(digest) or self._node(digest)) is not None:
                 self.manifests[digest] = each
-        for digest in self._listed("lease", rest):
+        for (digest,) in self._listed(LEASE, rest):
             self._used[digest] = max(self._leases.of(self.repository, digest), self._used.get(digest, 0.0))
         self._subjects, self._referrers = {}, {}
-        for pair in self._listed("referrers", rest):
-            subject, _, referrer = pair.partition(" ")
+        for subject, referrer in self._listed(REFERRER, rest):
             self._subjects.setdefault(referrer, []).append(subject)
             self._referrers.setdefault(subject, []).append(referrer)
 
     @property
     def _counter(self) -> str:
-        return f"pushed {self.repository}"
+        return CHANGES.key(self.repository)
 
-    def _listed(self, kind: str, rest: Callable[[], None]) -> Iterator[str]:
-        prefix = f"{kind} {self.repository} "
-        for key in self._records.keys(prefix):
-            yield key[len(prefix) :]
+    def _listed(self, kind: RecordKind, rest: Callable[[], None]) -> Iterator[list[str]]:
+        for key in self._records.keys(kind.prefix(self.repository)):
+            yield kind.parse(key)[1:]
             rest()
 
     def _pointing(self, tag: str) -> Pointing | None:
         found = self._store.pointer(self.repository, Tag(tag))
         if found is None:
-            self._check_gone(f"tag {self.repository} {tag}")
+            self._check_gone(TAG.key(self.repository, tag))
             return None
         return Pointing(str(found.digest), found.validated_at)
 
@@ -167,14 +166,14 @@ class Reachability:
         try:
             manifest, stored_at = self._store.manifest(self.repository, Digest.parse(digest))
         except (ManifestUnknown, DigestInvalid):
-            self._check_gone(f"manifest {self.repository} {digest}")
+            self._check_gone(MANIFEST.key(self.repository, digest))
             return None
         self._used[digest] = max(stored_at, self._used.get(digest, 0.0))
         return node(manifest)
 
     def _check_gone(self, key: str) -> None:
         """It was listed, and now it cannot be read: it was deleted meanwhile, or it is damaged."""
-        if next(self._records.keys(key[:-1]), None) == key:
+        if self._records.holds(key):
             raise Damaged(key)
 
     def outdated(self, batch: Batch) -> bool:
@@ -285,12 +284,12 @@ class Reachability:
         if any(self._leases.young(self._used[digest]) for digest in digests):
             return False
         for tag in (tag for group in groups for tag in group.tags):
-            batch.delete(f"tag {self.repository} {tag}")
+            batch.delete(TAG.key(self.repository, tag))
         for digest in digests:
             for subject in self._subjects.get(digest, ()):
-                batch.delete(f"referrers {self.repository} {subject} {digest}")
+                batch.delete(REFERRER.key(self.repository, subject, digest))
             self._leases.drop(batch, self.repository, digest)
-            batch.delete(f"manifest {self.repository} {digest}")
+            batch.delete(MANIFEST.key(self.repository, digest))
         self._store.changed(batch, self.repository)
         return True
 

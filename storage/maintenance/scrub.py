@@ -42,6 +42,7 @@ from storage.disk.blobs import KIND
 from storage.disk.records import Batch
 from storage.disk.tree import TreeReader, directories, read_tree, thin
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
+from storage.keys import LINK, MANIFEST, SCRUB, TAG, RecordKind
 from storage.oci import Digest
 from storage.store import Store
 
@@ -207,7 +208,7 @@ class _Run:
 
     def _noted(self, name: str) -> tuple[float, str]:
         """When it was last checked, 0 for never, and how far a later check got."""
-        at, _, reached = (self._records.get(f"scrub {name}") or b"").decode("ascii", "replace").partition(" ")
+        at, _, reached = (self._records.get(SCRUB.key(name)) or b"").decode("ascii", "replace").partition(" ")
         try:
             checked_at = float(at)
         except ValueError:
@@ -218,7 +219,7 @@ class _Run:
 
     async def _note(self, name: str, at: float, reached: str = "") -> None:
         with suppress(StorageFailed):  # told of by the disk; what is lost is but the order
-            await run_in_thread(self._records.put, f"scrub {name}", f"{at} {reached}".encode())
+            await run_in_thread(self._records.put, SCRUB.key(name), f"{at} {reached}".encode())
 
     # Blobs
 
@@ -319,15 +320,16 @@ class _Run:
         return repositories if moved else []
 
     def _showing(self, digest: Digest) -> Iterator[str]:
-        for key, _ in self._records.scan("link "):
-            if key.endswith(f" {digest}"):
-                yield key.split(" ")[1]
+        for key, _ in self._records.scan(LINK.prefix()):
+            repository, linked = LINK.parse(key)
+            if linked == digest:
+                yield repository
 
     # Manifests
 
     async def _check_manifests(self) -> None:
         begun = self._scrub.clock()
-        records = self._records.scan("manifest ")
+        records = self._records.scan(MANIFEST.prefix())
         while size := await run_in_thread(self._check_some, records):
             await self._pace.spend(size)
         await self._note(_MANIFESTS, begun)
@@ -339,7 +341,7 @@ class _Run:
             size += len(key) + len(value)
             self._progress.checked += 1
             self._progress.bytes += len(value)
-            repository, _, digest = key.removeprefix("manifest ").partition(" ")
+            repository, digest = MANIFEST.parse(key)
             try:
                 self._scrub.store.manifest(repository, Digest.parse(digest))
             except (ManifestUnknown, DigestInvalid):
@@ -349,30 +351,30 @@ class _Run:
     async def _check_records(self) -> None:
         """Tell of what is recorded and cannot be had: where nothing is fetched again, that is a loss."""
         begun, told = self._scrub.clock(), 0
-        for kind in ("tag", "manifest", "link"):
-            keys = self._records.keys(f"{kind} ")
+        for kind in (TAG, MANIFEST, LINK):
+            keys = self._records.keys(kind.prefix())
             while batch := await run_in_thread(lambda keys=keys: list(islice(keys, BATCH))):
                 for event, key in await run_in_thread(self._lost, kind, batch):
                     self._progress.damaged += 1
                     told += 1
                     if told <= TOLD:
-                        _, repository, reference = key.split(" ")
+                        repository, reference = kind.parse(key)
                         log.error(event, repository=repository, reference=reference)
                 await self._pace.spend(sum(map(len, batch)))
         await self._note(_RECORDS, begun)
 
-    def _lost(self, kind: str, keys: list[str]) -> list[tuple[str, str]]:
+    def _lost(self, kind: RecordKind, keys: list[str]) -> list[tuple[str, str]]:
         lost = []
         for key in keys:
             if self._records.get(key) is None:
                 # Of those that were removed since they were listed there is nothing to say.
-                lost += [(f"{kind}.unreadable", key)] * (next(self._records.keys(key[:-1]), None) == key)
-            elif kind == "link" and self._missing(key):
+                lost += [(f"{kind.name}.unreadable", key)] * self._records.holds(key)
+            elif kind is LINK and self._missing(key):
                 lost.append(("blob.missing", key))
         return lost
 
     def _missing(self, key: str) -> bool:
-        digest = Digest(key.rpartition(" ")[2])
+        digest = Digest(LINK.parse(key)[1])
         if digest in self._aside or self._files.holds(digest):
             return False
         # 1. we see the link  2. it is removed, and then the blob  3. we look for that.
@@ -386,5 +388,5 @@ class _Run:
         with suppress(StorageFailed):  # told of by the disk; the next run finds it again
             if self._records.transaction(work):
                 self._progress.damaged += 1
-                repository, _, reference = key.removeprefix("manifest ").partition(" ")
+                repository, reference = MANIFEST.parse(key)
                 log.error("manifest.damaged", repository=repository, reference=reference, bytes=len(value))

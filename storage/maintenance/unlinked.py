@@ -16,6 +16,7 @@ import structlog
 
 from storage.disk.records import Batch
 from storage.disk.tree import directories, read_tree
+from storage.keys import LINK
 from storage.maintenance.reachability import start_of
 from storage.oci import Digest
 from storage.store import Store
@@ -67,9 +68,9 @@ class Unlinked:
     def _linked(self, but: Collection[str]) -> list[array[int]]:
         """The start_of() each digest that is linked, by the first byte: eight bytes for a link."""
         linked = [array("Q") for _ in range(256)]
-        for key in self._records.keys("link "):
+        for key in self._records.keys(LINK.prefix()):
             if key not in but:
-                start = start_of(key.rpartition(" ")[2])
+                start = start_of(LINK.parse(key)[1])
                 linked[start >> 56].append(start)
             self._rest()
         return linked

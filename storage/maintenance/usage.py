@@ -19,9 +19,10 @@ from typing import Any
 import msgspec
 
 from storage.disk.records import Batch, Records
+from storage.keys import MOVES, STATISTICS, USE
 from storage.oci import Digest, Tag
 
-MOVES = 50  # of a tag, the last ones
+MOVES_KEPT = 50  # of a tag, the last ones
 HOUR, DAY = 3600, 86400
 KEEP_HOURS = 3 * DAY + HOUR  # the hour more, so that the last 72 are whole
 KEEP_DAYS = 400 * DAY
@@ -106,11 +107,11 @@ class Usage:
 
     def use(self, repository: str, reference: str) -> Use | None:
         """`reference` is a tag, or a manifest's digest."""
-        return _use(self._records.get(f"use {repository} {reference}"))
+        return _use(self._records.get(USE.key(repository, reference)))
 
     def moves(self, repository: str, tag: str) -> list[Move]:
         """Oldest first."""
-        return _moves(self._records.get(f"moves {repository} {tag}"))
+        return _moves(self._records.get(MOVES.key(repository, tag)))
 
     def stats(self, since: float, until: float | None = None) -> dict[str, Counters]:
         """By namespace.  Of every hour of which a part lies between the two; of every such day, where `since`
@@ -122,8 +123,8 @@ class Usage:
         last = _written(form, now if until is None else min(until, now))
         found: dict[str, Counters] = {}
         # A key goes on after its period, so that those of `first` itself come after it.
-        for key, value in self._records.scan(f"stats {period} ", first):
-            _, _, at, namespace = key.split(" ")
+        for key, value in self._records.scan(STATISTICS.prefix(period), first):
+            _, at, namespace = STATISTICS.parse(key)
             if at > last:
                 break
             found[namespace] = found.get(namespace, Counters()) + _counters(value)
@@ -138,12 +139,13 @@ class Usage:
             for key in outdated:
                 batch.delete(key)
             for (repository, reference), use in uses.items():
-                _add_use(batch, f"use {repository} {reference}", use)
+                _add_use(batch, USE.key(repository, reference), use)
             for repository, tag, move in moves:
-                _add_move(batch, f"moves {repository} {tag}", move)
+                _add_move(batch, MOVES.key(repository, tag), move)
             for (at, namespace), counters in counts.items():
                 for period, form, _ in _PERIODS:
-                    _add_counters(batch, f"stats {period} {_written(form, at)} {namespace}", counters)
+                    key = STATISTICS.key(period, _written(form, at), namespace)
+                    _add_counters(batch, key, counters)
 
         self._records.transaction(work)
         self._tidied = hour
@@ -152,8 +154,8 @@ class Usage:
         for period, form, keep in _PERIODS:
             # The first that is kept is the one in which the time that is to be kept begins.
             oldest = _written(form, self._clock() - keep)
-            for key, _ in self._records.scan(f"stats {period} "):
-                if key.split(" ")[2] >= oldest:
+            for key, _ in self._records.scan(STATISTICS.prefix(period)):
+                if STATISTICS.parse(key)[1] >= oldest:
                     break
                 yield key
 
@@ -193,7 +195,7 @@ def _add_use(batch: Batch, key: str, use: Use) -> None:
 
 def _add_move(batch: Batch, key: str, move: Move) -> None:
     # Several processes record, each a while after it happened: so not always in the order of time.
-    known = sorted([*_moves(batch.get(key)), move], key=lambda each: each.at)[-MOVES:]
+    known = sorted([*_moves(batch.get(key)), move], key=lambda each: each.at)[-MOVES_KEPT:]
     batch.put(key, msgspec.json.encode([(each.at, str(each.old), str(each.new)) for each in known]))
 
 

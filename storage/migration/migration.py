@@ -18,6 +18,7 @@ from typing import TypeAlias
 from storage.concurrency import Cancelled
 from storage.disk.records import Batch
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameInvalid, TagInvalid
+from storage.keys import MANIFEST
 from storage.migration.adoption import Adoption
 from storage.migration.distribution import Absent, DistributionTree
 from storage.oci import (
@@ -315,12 +316,12 @@ class _Repository:
                 assert blob is not None
                 self._store.put_link(batch, self.full, blob)
             for child in content.children:
-                if not sparse and batch.get(f"manifest {self.full} {child.digest}") is None:
+                if not sparse and batch.get(MANIFEST.key(self.full, child.digest)) is None:
                     raise ManifestUnknown(f"{self.full} holds {child.digest} no more: migrate it again")
             self._store.put_manifest(batch, self.full, manifest)
         self._store.changed(batch, self.full)
 
     def point(self, batch: Batch, tags: Mapping[Tag, Digest]) -> None:
-        here = {tag: each for tag, each in tags.items() if batch.get(f"manifest {self.full} {each}")}
+        here = {tag: each for tag, each in tags.items() if batch.get(MANIFEST.key(self.full, each))}
         self._store.put_tags(batch, self.full, here)
         self._store.changed(batch, self.full)

@@ -1,0 +1,89 @@
+"""The keys of all records: what each kind of record is called, and which fields its key has.
+
+A key is the name of its kind and then its fields, with a space between two of them:
+
+    tag <repository> <tag>                      where a tag points
+    manifest <repository> <digest>              a manifest's media type and content
+    link <repository> <digest>                  a blob that a repository shows
+    referrers <repository> <subject> <digest>   a manifest that refers to `subject`
+    listing <repository> <what>                 what an origin listed
+    pushed <repository>                         how often the repository's tags and manifests changed
+    lease <repository> <digest>                 when a push in progress was last told of a manifest
+    use <repository> <reference>                how often a tag or a manifest was used
+    moves <repository> <tag>                    where a tag pointed before
+    stats <period> <time> <namespace>           counters of an hour or a day
+    pin <pattern>                               a pin that was set by command
+    scrub <part>                                when a part of the store was last verified
+    warmed <rule>                               the last run of a warming rule
+    collected                                   the report of the last garbage collection
+
+and in the records of the webhooks' queue:
+
+    event <webhook> <number>                    an event to deliver
+    pending <webhook>                           how many events a webhook has to receive
+    webhook <webhook>                           how its last deliveries went
+    number                                      the number that was given to an event last
+
+Names, tags and digests hold no space, and a space sorts before every character that they do hold: so a scan
+over a prefix is in the order of the fields.  The last field of a key may hold spaces.
+
+Repositories are full names: they begin with the namespace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from storage.oci import Digest, Reference, Tag
+
+
+@dataclass(frozen=True, slots=True)
+class RecordKind:
+    """A kind of record; builds and parses the keys of its records."""
+
+    name: str
+    fields: int = 2
+
+    def key(self, *values: str) -> str:
+        """The key of one record."""
+        if len(values) != self.fields:
+            raise TypeError(f"a key of {self.name!r} has {self.fields} fields, not {len(values)}")
+        return " ".join((self.name, *values))
+
+    def prefix(self, *values: str) -> str:
+        """The start of all keys whose first fields are `values`."""
+        return " ".join((self.name, *values, ""))
+
+    def within(self, namespace: str) -> str:
+        """The start of all keys of repositories of `namespace`."""
+        return f"{self.name} {namespace}/"
+
+    def parse(self, key: str) -> list[str]:
+        """The fields of a key of this kind."""
+        return key.split(" ", self.fields)[1:]
+
+
+TAG = RecordKind("tag")
+MANIFEST = RecordKind("manifest")
+LINK = RecordKind("link")
+REFERRER = RecordKind("referrers", 3)
+LISTING = RecordKind("listing")
+CHANGES = RecordKind("pushed", 1)
+LEASE = RecordKind("lease")
+USE = RecordKind("use")
+MOVES = RecordKind("moves")
+STATISTICS = RecordKind("stats", 3)
+PIN = RecordKind("pin", 1)
+SCRUB = RecordKind("scrub", 1)
+WARMING = RecordKind("warmed", 1)
+COLLECTED = RecordKind("collected", 0)
+EVENT = RecordKind("event")
+PENDING = RecordKind("pending", 1)
+WEBHOOK = RecordKind("webhook", 1)
+NUMBER = RecordKind("number", 0)
+
+
+def parse_reference_key(key: str) -> tuple[str, Reference]:
+    """The repository and the reference of the key of a tag or a manifest."""
+    kind, repository, reference = key.split(" ")
+    return repository, Tag(reference) if kind == TAG.name else Digest(reference)

@@ -20,7 +20,7 @@ from joserfc.jwk import ECKey, JWKRegistry, OctKey, OKPKey, RSAKey
 from structlog.testing import LogCapture
 
 from proxy.access import bearer as module
-from proxy.access.bearer import LEEWAY, BadToken, Key, TokenVerifier, parse_keys
+from proxy.access.bearer import LEEWAY, BadToken, TokenVerifier, VerificationKey, parse_keys
 from proxy.access.rules import Grant
 from tests.conftest import Clock
 
@@ -44,7 +44,7 @@ def private_pem(key: Any) -> bytes:
     return private
 
 
-def jose(key: Any, kind: str = "EC") -> Key:
+def jose(key: Any, kind: str = "EC") -> VerificationKey:
     imported = JWKRegistry.import_key(private_pem(key), kind)  # type: ignore[call-overload]
     assert isinstance(imported, RSAKey | ECKey | OKPKey)
     return imported

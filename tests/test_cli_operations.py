@@ -345,9 +345,9 @@ async def test_webhooks_are_listed_with_what_is_pending(
     shop = await stocked(serve, upstream, tmp_path, running, webhooks=[hook])
     if running:
         await ear.heard("webhook.failing")
-        teller = shop.site.app.composition.publisher
-        assert teller is not None
-        await teller.close()  # what was pulled is written
+        publisher = shop.site.app.composition.publisher
+        assert publisher is not None
+        await publisher.close()  # what was pulled is written
     heads, row = await shop.lines("webhooks")
     assert heads.split() == ["WEBHOOK", "URL", "FORMAT", "ACTIONS", "PENDING", "OLDEST", "DELIVERED", "STATE"]
     assert row.startswith("deploy   http://127.0.0.1:9  registry  pull move")

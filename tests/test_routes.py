@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.web.routes import Kind, Route, build, build_next, parse, parse_limit
+from proxy.web.routes import Endpoint, Route, build, build_next, parse, parse_limit
 from storage.errors import (
     DigestInvalid,
     NameInvalid,
@@ -28,45 +28,45 @@ HUB = "docker.io"
 @pytest.mark.parametrize(
     ("path", "route"),
     [
-        ("/v2", Route(Kind.BASE)),
-        ("/v2/", Route(Kind.BASE)),
-        ("/docker.io/v2", Route(Kind.BASE, prefix=HUB)),
-        ("/docker.io/v2/", Route(Kind.BASE, prefix=HUB)),
-        ("/v2/docker.io/", Route(Kind.BASE, prefix=HUB)),
-        ("/v2/docker.io/v2", Route(Kind.BASE, prefix=HUB)),
-        ("/v2/docker.io/v2/", Route(Kind.BASE, prefix=HUB)),
-        ("/v2/my.example:5000/", Route(Kind.BASE, prefix="my.example:5000")),
-        ("/v2/_catalog", Route(Kind.CATALOG)),
-        ("/edge/v2/_catalog", Route(Kind.CATALOG, prefix="edge")),
-        ("/v2/alpine/manifests/latest", Route(Kind.MANIFEST, "alpine", LATEST)),
-        (f"/v2/a/b/c/manifests/{DIGEST}", Route(Kind.MANIFEST, "a/b/c", DIGEST)),
-        (f"/v2/a/manifests/{LONG}", Route(Kind.MANIFEST, "a", LONG)),
-        (f"/v2/library/alpine/blobs/{DIGEST}", Route(Kind.BLOB, "library/alpine", DIGEST)),
-        ("/v2/a/tags/list", Route(Kind.TAGS, "a")),
-        (f"/v2/a/referrers/{DIGEST}", Route(Kind.REFERRERS, "a", DIGEST)),
-        ("/v2/a/blobs/uploads", Route(Kind.UPLOADS, "a")),
-        ("/v2/a/blobs/uploads/", Route(Kind.UPLOADS, "a")),
-        ("/v2/a/blobs/uploads/0f-9_Z.=~", Route(Kind.UPLOAD, "a", upload="0f-9_Z.=~")),
+        ("/v2", Route(Endpoint.BASE)),
+        ("/v2/", Route(Endpoint.BASE)),
+        ("/docker.io/v2", Route(Endpoint.BASE, prefix=HUB)),
+        ("/docker.io/v2/", Route(Endpoint.BASE, prefix=HUB)),
+        ("/v2/docker.io/", Route(Endpoint.BASE, prefix=HUB)),
+        ("/v2/docker.io/v2", Route(Endpoint.BASE, prefix=HUB)),
+        ("/v2/docker.io/v2/", Route(Endpoint.BASE, prefix=HUB)),
+        ("/v2/my.example:5000/", Route(Endpoint.BASE, prefix="my.example:5000")),
+        ("/v2/_catalog", Route(Endpoint.CATALOG)),
+        ("/edge/v2/_catalog", Route(Endpoint.CATALOG, prefix="edge")),
+        ("/v2/alpine/manifests/latest", Route(Endpoint.MANIFEST, "alpine", LATEST)),
+        (f"/v2/a/b/c/manifests/{DIGEST}", Route(Endpoint.MANIFEST, "a/b/c", DIGEST)),
+        (f"/v2/a/manifests/{LONG}", Route(Endpoint.MANIFEST, "a", LONG)),
+        (f"/v2/library/alpine/blobs/{DIGEST}", Route(Endpoint.BLOB, "library/alpine", DIGEST)),
+        ("/v2/a/tags/list", Route(Endpoint.TAGS, "a")),
+        (f"/v2/a/referrers/{DIGEST}", Route(Endpoint.REFERRERS, "a", DIGEST)),
+        ("/v2/a/blobs/uploads", Route(Endpoint.UPLOADS, "a")),
+        ("/v2/a/blobs/uploads/", Route(Endpoint.UPLOADS, "a")),
+        ("/v2/a/blobs/uploads/0f-9_Z.=~", Route(Endpoint.UPLOAD, "a", upload="0f-9_Z.=~")),
         # the namespace in front, before /v2, or both
-        ("/v2/docker.io/a/manifests/latest", Route(Kind.MANIFEST, "docker.io/a", LATEST)),
-        ("/docker.io/v2/a/manifests/latest", Route(Kind.MANIFEST, "a", LATEST, HUB)),
-        ("/my.example:5000/v2/a/tags/list", Route(Kind.TAGS, "a", prefix="my.example:5000")),
-        ("/v2/my.example:5000/a/tags/list", Route(Kind.TAGS, "my.example:5000/a")),
-        ("/v2/docker.io/v2/a/manifests/latest", Route(Kind.MANIFEST, "docker.io/v2/a", LATEST)),
+        ("/v2/docker.io/a/manifests/latest", Route(Endpoint.MANIFEST, "docker.io/a", LATEST)),
+        ("/docker.io/v2/a/manifests/latest", Route(Endpoint.MANIFEST, "a", LATEST, HUB)),
+        ("/my.example:5000/v2/a/tags/list", Route(Endpoint.TAGS, "a", prefix="my.example:5000")),
+        ("/v2/my.example:5000/a/tags/list", Route(Endpoint.TAGS, "my.example:5000/a")),
+        ("/v2/docker.io/v2/a/manifests/latest", Route(Endpoint.MANIFEST, "docker.io/v2/a", LATEST)),
         # the last keyword decides
-        ("/v2/a/manifests/b/manifests/latest", Route(Kind.MANIFEST, "a/manifests/b", LATEST)),
-        ("/v2/manifests/manifests/manifests", Route(Kind.MANIFEST, "manifests", Tag("manifests"))),
-        (f"/v2/v2/v2/blobs/{DIGEST}", Route(Kind.BLOB, "v2/v2", DIGEST)),
-        ("/v2/tags/list/tags/list", Route(Kind.TAGS, "tags/list")),
-        ("/v2/a/tags/manifests/list", Route(Kind.MANIFEST, "a/tags", Tag("list"))),
-        ("/v2/a/blobs/uploads/manifests/latest", Route(Kind.MANIFEST, "a/blobs/uploads", LATEST)),
-        (f"/v2/a/blobs/uploads/blobs/{DIGEST}", Route(Kind.BLOB, "a/blobs/uploads", DIGEST)),
-        ("/v2/a/blobs/uploads/blobs/uploads/1", Route(Kind.UPLOAD, "a/blobs/uploads", upload="1")),
-        ("/v2/blobs/blobs/uploads/", Route(Kind.UPLOADS, "blobs")),
-        ("/v2/a/manifests/uploads", Route(Kind.MANIFEST, "a", Tag("uploads"))),
+        ("/v2/a/manifests/b/manifests/latest", Route(Endpoint.MANIFEST, "a/manifests/b", LATEST)),
+        ("/v2/manifests/manifests/manifests", Route(Endpoint.MANIFEST, "manifests", Tag("manifests"))),
+        (f"/v2/v2/v2/blobs/{DIGEST}", Route(Endpoint.BLOB, "v2/v2", DIGEST)),
+        ("/v2/tags/list/tags/list", Route(Endpoint.TAGS, "tags/list")),
+        ("/v2/a/tags/manifests/list", Route(Endpoint.MANIFEST, "a/tags", Tag("list"))),
+        ("/v2/a/blobs/uploads/manifests/latest", Route(Endpoint.MANIFEST, "a/blobs/uploads", LATEST)),
+        (f"/v2/a/blobs/uploads/blobs/{DIGEST}", Route(Endpoint.BLOB, "a/blobs/uploads", DIGEST)),
+        ("/v2/a/blobs/uploads/blobs/uploads/1", Route(Endpoint.UPLOAD, "a/blobs/uploads", upload="1")),
+        ("/v2/blobs/blobs/uploads/", Route(Endpoint.UPLOADS, "blobs")),
+        ("/v2/a/manifests/uploads", Route(Endpoint.MANIFEST, "a", Tag("uploads"))),
         # escapes, once
-        (f"/v2/a/blobs/{DIGEST.replace(':', '%3a')}", Route(Kind.BLOB, "a", DIGEST)),
-        ("/v2/a%2Fb/manifests/v%31", Route(Kind.MANIFEST, "a/b", Tag("v1"))),
+        (f"/v2/a/blobs/{DIGEST.replace(':', '%3a')}", Route(Endpoint.BLOB, "a", DIGEST)),
+        ("/v2/a%2Fb/manifests/v%31", Route(Endpoint.MANIFEST, "a/b", Tag("v1"))),
     ],
 )
 def test_path(path: str, route: Route) -> None:
@@ -183,16 +183,16 @@ uploads = st.builds(str.__add__, st.sampled_from(letters + "-"), st.text(letters
 
 @st.composite
 def routes(draw: st.DrawFn) -> Route:
-    kind = draw(st.sampled_from(Kind))
+    kind = draw(st.sampled_from(Endpoint))
     prefix = draw(prefixes)
-    if kind in (Kind.BASE, Kind.CATALOG):
+    if kind in (Endpoint.BASE, Endpoint.CATALOG):
         return Route(kind, prefix=prefix)
     name = draw(hosts) + draw(names)
-    if kind is Kind.MANIFEST:
+    if kind is Endpoint.MANIFEST:
         return Route(kind, name, draw(st.one_of(digests, tags.map(Tag))), prefix)
-    if kind in (Kind.BLOB, Kind.REFERRERS):
+    if kind in (Endpoint.BLOB, Endpoint.REFERRERS):
         return Route(kind, name, draw(digests), prefix)
-    return Route(kind, name, None, prefix, draw(uploads) if kind is Kind.UPLOAD else "")
+    return Route(kind, name, None, prefix, draw(uploads) if kind is Endpoint.UPLOAD else "")
 
 
 @given(routes())
@@ -255,7 +255,7 @@ def test_limit_refused(text: str) -> None:
 
 
 def test_next_page_keeps_the_clients_address() -> None:
-    route = Route(Kind.TAGS, "library/alpine", prefix=HUB)
+    route = Route(Endpoint.TAGS, "library/alpine", prefix=HUB)
     link = build_next(route, {"n": 2, "last": "a/b&c", "ns": "my.example:5000"})
     target = "/docker.io/v2/library/alpine/tags/list?n=2&last=a%2Fb%26c&ns=my.example%3A5000"
     assert link == f'<{target}>; rel="next"'

@@ -413,10 +413,10 @@ async def over() -> AsyncIterator[Over]:
         buffer: int = 0,
         client_timeout: float = math.inf,
     ) -> str:
-        server = DistributionAPI(
+        api = DistributionAPI(
             registry, lambda name, **_: f"test/{name}", Metrics(), client_timeout=client_timeout
         )
-        runner = web.ServerRunner(Listener(server.handle, Manners()), shutdown_timeout=1)
+        runner = web.ServerRunner(Listener(api.handle, Manners()), shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))

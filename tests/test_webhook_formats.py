@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from proxy.webhooks.event import Event, Request, decode, encode
-from proxy.webhooks.formats import CLOUDEVENTS, REGISTRY, Source, render
+from proxy.webhooks.event import Event, EventRequest, decode, encode
+from proxy.webhooks.formats import CLOUDEVENTS, REGISTRY, EventSource, render
 from storage.oci import OCI_MANIFEST
 
 DIGEST, FORMER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
-SOURCE = Source("warehouse:5000", "0123456789abcdef")
+SOURCE = EventSource("warehouse:5000", "0123456789abcdef")
 PUSH = Event(
     id="320678d8-ca14-430f-8bb6-4ca139cd83f7",
     at=1_700_000_000.25,
@@ -26,7 +26,7 @@ PUSH = Event(
     tag="latest",
     url=f"https://registry.example/v2/local/team/app/manifests/{DIGEST}",
     actor="ci",
-    request=Request("6df24a34-1", "192.0.2.7", "registry.example", "PUT", "docker/27.3"),
+    request=EventRequest("6df24a34-1", "192.0.2.7", "registry.example", "PUT", "docker/27.3"),
 )
 MOVE = Event(
     id="1",
@@ -159,7 +159,7 @@ def test_a_source_is_a_uri_reference_whatever_the_machine_is_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "a machine/ü")
-    source = Source.here(5000, "x")
+    source = EventSource.here(5000, "x")
     found = json.loads(render(PUSH, "cloudevents", source)[1])["source"]
     assert re.fullmatch(r"//[A-Za-z0-9%._:-]+/local", found)
 

@@ -15,7 +15,7 @@ from proxy.config.values import Secret, parse_pattern
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import publisher as module
-from proxy.webhooks.event import Action, Event
+from proxy.webhooks.event import Event, EventAction
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.records import Records
@@ -32,7 +32,7 @@ def webhook(name: str = "a", **keys: Any) -> WebhookConfig:
     return WebhookConfig(name=name, url=Secret("http://localhost/"), **keys)
 
 
-def happening(number: int = 0, action: Action = "push", **keys: Any) -> Event:
+def happening(number: int = 0, action: EventAction = "push", **keys: Any) -> Event:
     keys = {"kind": "manifest", "repository": "local/a", **keys}
     return Event(id=str(number), at=0.0, action=action, **keys)
 
@@ -74,57 +74,57 @@ def counted(metrics: Metrics, result: str, name: str = "a") -> float:
 async def test_what_is_told_is_on_the_disk_and_somebody_is_woken(disk: Disk) -> None:
     woken: list[int] = []
     metrics = Metrics()
-    teller = Publisher(disk, [webhook()], metrics, wake=lambda: woken.append(disk.pending("a")))
-    await teller.tell(happening(1))
+    publisher = Publisher(disk, [webhook()], metrics, wake=lambda: woken.append(disk.pending("a")))
+    await publisher.publish(happening(1))
     assert disk.ids() == ["1"]
     assert woken == [1]
     assert counted(metrics, "queued") == 1
-    await teller.close()
+    await publisher.close()
 
 
 async def test_who_tells_waits_for_the_disk_and_all_who_wait_share_a_transaction(disk: Disk) -> None:
-    teller = Publisher(disk, [webhook()], Metrics())
+    publisher = Publisher(disk, [webhook()], Metrics())
     disk.gate.clear()
-    first = asyncio.create_task(teller.tell(happening(0)))
+    first = asyncio.create_task(publisher.publish(happening(0)))
     await asyncio.to_thread(disk.began.acquire)
-    rest = [asyncio.create_task(teller.tell(happening(number))) for number in range(1, 50)]
+    rest = [asyncio.create_task(publisher.publish(happening(number))) for number in range(1, 50)]
     await asyncio.sleep(0)
     assert not first.done()
     disk.gate.set()
     await asyncio.gather(first, *rest)
     assert disk.transactions == [1, 49]
     assert disk.ids() == [str(number) for number in range(50)]
-    await teller.close()
+    await publisher.close()
 
 
 async def test_what_nobody_wants_is_not_waited_for(disk: Disk) -> None:
-    teller = Publisher(disk, [webhook(actions=("delete",)), webhook("b", match=["other/*"])], Metrics())
+    publisher = Publisher(disk, [webhook(actions=("delete",)), webhook("b", match=["other/*"])], Metrics())
     disk.gate.clear()
-    await teller.tell(happening())
-    assert not teller.pulls
-    await teller.close()
+    await publisher.publish(happening())
+    assert not publisher.pulls
+    await publisher.close()
     assert disk.transactions == []
 
 
 async def test_a_pull_is_written_later_by_itself(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LATER", 0.0)
     written = asyncio.Event()
-    teller = Publisher(disk, [webhook(actions=("pull",))], Metrics(), wake=written.set)
-    assert teller.pulls
-    teller.mention(happening(1, "pull"))
+    publisher = Publisher(disk, [webhook(actions=("pull",))], Metrics(), wake=written.set)
+    assert publisher.pulls
+    publisher.publish_later(happening(1, "pull"))
     assert disk.transactions == []
     await written.wait()
     assert disk.ids() == ["1"]
-    await teller.close()
+    await publisher.close()
 
 
 async def test_pulls_are_gathered_and_keep_their_order_with_pushes(disk: Disk) -> None:
-    teller = Publisher(disk, [webhook(actions=("pull", "push"))], Metrics())
+    publisher = Publisher(disk, [webhook(actions=("pull", "push"))], Metrics())
     for number in range(5):
-        teller.mention(happening(number, "pull"))
-    await teller.tell(happening(5))
-    teller.mention(happening(6, "pull"))
-    await teller.close()
+        publisher.publish_later(happening(number, "pull"))
+    await publisher.publish(happening(5))
+    publisher.publish_later(happening(6, "pull"))
+    await publisher.close()
     assert disk.ids() == [str(number) for number in range(7)]
     assert disk.transactions == [6, 1]
 
@@ -141,55 +141,55 @@ async def test_pulls_are_gathered_and_keep_their_order_with_pushes(disk: Disk) -
     ],
 )
 async def test_filters(disk: Disk, keys: dict[str, Any], told: list[str]) -> None:
-    teller = Publisher(disk, [webhook(**keys)], Metrics())
+    publisher = Publisher(disk, [webhook(**keys)], Metrics())
     kind = "application/vnd.oci.image.manifest.v1+json"
     names = ["push", "blob", "move", "delete"]
-    await teller.tell(happening(0, media_type=kind))
-    await teller.tell(happening(1, media_type="application/octet-stream"))
-    await teller.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
-    await teller.tell(happening(3, "delete"))
+    await publisher.publish(happening(0, media_type=kind))
+    await publisher.publish(happening(1, media_type="application/octet-stream"))
+    await publisher.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
+    await publisher.publish(happening(3, "delete"))
     found = [each.event for each in disk.read("a", "", 9)]
     assert [each.action if each and each.id != "1" else "blob" for each in found] == told
     assert set(told) <= set(names)
-    await teller.close()
+    await publisher.close()
 
 
 async def test_a_move_says_from_where_to_where(disk: Disk, clock: Clock) -> None:
-    teller = Publisher(disk, [webhook()], Metrics(), clock)
-    await teller.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
+    publisher = Publisher(disk, [webhook()], Metrics(), clock)
+    await publisher.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
     (event,) = disk.read("a", "", 9)
-    found = event.happening
+    found = event.event
     assert found is not None
     assert (found.action, found.kind, found.repository) == ("move", "tag", "docker.io/library/alpine")
     assert (found.tag, found.former, found.digest, found.at) == ("3", OLD, NEW, clock())
-    await teller.close()
+    await publisher.close()
 
 
 @pytest.mark.errors("webhook.lost")
 async def test_a_full_disk_fails_nobody_and_is_told_once(disk: Disk, events: LogCapture) -> None:
-    teller = Publisher(disk, [webhook()], metrics := Metrics())
+    publisher = Publisher(disk, [webhook()], metrics := Metrics())
     disk.full = True
-    await teller.tell(happening(1))
-    await teller.tell(happening(2))
+    await publisher.publish(happening(1))
+    await publisher.publish(happening(2))
     disk.full = False
-    await teller.tell(happening(3))
+    await publisher.publish(happening(3))
     assert disk.ids() == ["3"]
     (lost,) = [each for each in events.entries if each["event"] == "webhook.lost"]
     assert (lost["webhook"], lost["events"], lost["cause"]) == ("a", 1, "No space left on device")
     assert (counted(metrics, "lost"), counted(metrics, "queued")) == (2, 1)
     disk.full = True
-    await teller.tell(happening(4))
+    await publisher.publish(happening(4))
     assert len([each for each in events.entries if each["event"] == "webhook.lost"]) == 2
-    await teller.close()
+    await publisher.close()
 
 
 @pytest.mark.errors("webhook.lost")
 async def test_memory_is_bounded_when_the_disk_is_slow(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GATHERED", 10)
-    teller = Publisher(disk, [webhook(actions=("pull",))], metrics := Metrics())
+    publisher = Publisher(disk, [webhook(actions=("pull",))], metrics := Metrics())
     for number in range(25):
-        teller.mention(happening(number, "pull"))
-    await teller.close()
+        publisher.publish_later(happening(number, "pull"))
+    await publisher.close()
     assert disk.ids() == [str(number) for number in range(10)]
     assert counted(metrics, "lost") == 15
 
@@ -197,24 +197,24 @@ async def test_memory_is_bounded_when_the_disk_is_slow(disk: Disk, monkeypatch: 
 @pytest.mark.errors("webhook.lost")
 async def test_too_many_pending_lose_pulls_only(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PENDING", 2)
-    teller = Publisher(disk, [webhook(actions=("pull", "push"))], metrics := Metrics())
+    publisher = Publisher(disk, [webhook(actions=("pull", "push"))], metrics := Metrics())
     for number in range(4):
-        teller.mention(happening(number, "pull"))
-    await teller.tell(happening(4))
+        publisher.publish_later(happening(number, "pull"))
+    await publisher.publish(happening(4))
     assert disk.ids() == ["0", "1", "4"]
     assert counted(metrics, "lost") == 2
-    await teller.close()
+    await publisher.close()
 
 
 async def test_who_leaves_while_he_tells_takes_nothing_along(disk: Disk) -> None:
-    teller = Publisher(disk, [webhook()], Metrics())
+    publisher = Publisher(disk, [webhook()], Metrics())
     disk.gate.clear()
-    leaving = asyncio.create_task(teller.tell(happening(1)))
+    leaving = asyncio.create_task(publisher.publish(happening(1)))
     await asyncio.to_thread(disk.began.acquire)
-    staying = asyncio.create_task(teller.tell(happening(2)))
+    staying = asyncio.create_task(publisher.publish(happening(2)))
     await asyncio.sleep(0)
     leaving.cancel()
     disk.gate.set()
     await staying
     assert disk.ids() == ["1", "2"]
-    await teller.close()
+    await publisher.close()

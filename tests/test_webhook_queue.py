@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from proxy.webhooks.event import Action, Event
-from proxy.webhooks.queue import Queue, State
+from proxy.webhooks.event import Event, EventAction
+from proxy.webhooks.queue import DeliveryState, Queue
 from storage.disk.records import Records
 from tests.conftest import Clock
 
 MANY = 1000
 
 
-def happening(number: int, action: Action = "push") -> Event:
+def happening(number: int, action: EventAction = "push") -> Event:
     return Event(id=str(number), at=number, action=action, kind="manifest", repository="local/a")
 
 
@@ -93,13 +93,13 @@ def test_processes_do_not_get_into_each_other_s_way(tmp_path: Path) -> None:
 def test_what_is_removed_is_pending_no_more(queue: Queue) -> None:
     queue.put([(happening(number), ["a", "b"]) for number in range(3)], MANY)
     keys = [each.key for each in queue.read("a", "", 2)]
-    state = State(delivered_at=7.0)
+    state = DeliveryState(delivered_at=7.0)
     queue.remove("a", [*keys, "event a nothing"], state)
     assert (queue.pending("a"), queue.pending("b")) == (1, 3)
     assert ids(queue, "a") == ["2"]
     assert queue.oldest("a") == 2.0
     assert queue.state("a") == state
-    assert queue.state("b") == State()
+    assert queue.state("b") == DeliveryState()
     queue.remove("a", [each.key for each in queue.read("a", "", 2)])
     assert queue.oldest("a") is None
     assert queue.state("a") == state
@@ -116,11 +116,11 @@ def test_settling_counts_anew_and_drops_what_nobody_is_told_of(queue: Queue, rec
     queue.put([(happening(number), ["a", "gone"]) for number in range(3)], MANY)
     records.put("pending a", b"damaged")
     assert queue.pending("a") == 0
-    queue.remove("gone", [], State(error="away"))
+    queue.remove("gone", [], DeliveryState(error="away"))
     assert queue.settle(["a", "new"]) == {"gone": 3}
     assert (queue.pending("a"), queue.pending("gone"), queue.pending("new")) == (3, 0, 0)
     assert ids(queue, "gone") == []
-    assert queue.state("gone") == State()
+    assert queue.state("gone") == DeliveryState()
     assert queue.settle(["a", "new"]) == {}
 
 
@@ -131,4 +131,4 @@ def test_what_cannot_be_read_is_told_as_such(queue: Queue, records: Records) -> 
     records.put("webhook a", b"\xff")
     assert [each.event for each in queue.read("a", "", 1)] == [None]
     assert queue.oldest("a") is None
-    assert queue.state("a") == State()
+    assert queue.state("a") == DeliveryState()

@@ -255,7 +255,7 @@ async def test_where_nobody_wants_pulls_none_is_put_together(
 ) -> None:
     client = await told(actions=["push"])
     await client.blob(b"{}")
-    monkeypatch.delattr(Publisher, "mention")
+    monkeypatch.delattr(Publisher, "publish_later")
     assert (await client.ask("GET", f"{APP}/blobs/{Digest.of(b'{}')}")).status == 200
     assert len(await receiver.took(1)) == 1
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from proxy.access.client_address import ClientAddresses, parse
-from proxy.access.rules import Address, Principal
+from proxy.access.rules import IPAddress, Principal
 from proxy.access.throttle import LoginThrottle
 from proxy.upstream.credentials import Credential
 from storage.errors import Unauthorized
@@ -99,7 +99,7 @@ class Authenticator:
     def wrong(self, message: str, scope: str, error: str = "") -> Unauthorized:
         return Unauthorized(message, challenges=self.challenges(scope, error))
 
-    def place(self, request: web.BaseRequest) -> Address | None:
+    def place(self, request: web.BaseRequest) -> IPAddress | None:
         """Where attempts come from: the client, or if that cannot be told, who asks for it."""
         return self.addresses.of(request.remote, request.headers) or parse(request.remote or "")
 

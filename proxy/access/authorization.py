@@ -20,7 +20,7 @@ from aiohttp import web
 
 from proxy.access.authentication import Authenticator, authorization, credential
 from proxy.access.rules import AccessRules, Principal
-from proxy.access.visibility import Ask, Visibility
+from proxy.access.visibility import Probe, Visibility
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange
 from storage.errors import Denied, OriginDenied, RegistryError, Unauthorized
@@ -32,7 +32,7 @@ CATALOG = "registry:catalog"
 PAGE = 1000  # names that are looked through at once
 
 
-class Choose(Protocol):
+class ChooseNamespace(Protocol):
     """See Namespaces.chosen()."""
 
     def __call__(self, *, ns: str | None, host: str | None, prefix: str) -> str | None: ...
@@ -54,14 +54,14 @@ class GuardedNamespaces:
     `chosen` tells which one a request about no repository is about, `default` is meant where that is none.
     """
 
-    doors: Mapping[str, Guard]
+    guards: Mapping[str, Guard]
     visibilities: Mapping[str, Visibility]
-    chosen: Choose
+    chosen: ChooseNamespace
     default: str | None
 
     def of(self, repository: str) -> Guard | None:
         """None where the namespace is none any more."""
-        return self.doors.get(repository.partition("/")[0])
+        return self.guards.get(repository.partition("/")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,15 @@ class AccessRequest:
     """What a request wants to do with a repository.
 
     `name` is the repository's full name, `written` the name as the client wrote it, `named` whether the
-    client also named its registry.  `ask` asks an upstream for `what` is wanted, without its namespace.
+    client also named its registry.  `probe` asks an upstream for `content`, without the namespace.
     """
 
     action: Action
     name: str
     written: str
     named: bool
-    what: str
-    ask: Ask
+    content: str
+    probe: Probe
 
 
 class Authorizer:
@@ -107,14 +107,14 @@ class Authorizer:
 
         Tells `now` who the client is and what it may see.
         """
-        door = self._guarded.of(wanted.name)
-        if door is Guard.PUBLIC:
+        guard = self._guarded.of(wanted.name)
+        if guard is Guard.PUBLIC:
             return
         now.shared = False
-        if door is not Guard.STORE and wanted.action != "pull":
+        if guard is not Guard.STORE and wanted.action != "pull":
             return  # which a cache refuses to everybody
         try:
-            if door is Guard.CALLER:
+            if guard is Guard.CALLER:
                 await self._permit_caller(request, wanted, now)
             else:
                 await self._permit_by_rules(request, wanted, now)
@@ -146,9 +146,9 @@ class Authorizer:
         return authenticator.wrong(f"the token does not allow to {what}", scope, "insufficient_scope")
 
     def _may_see(self, principal: Principal, named: bool, repository: str) -> bool:
-        door = self._guarded.of(repository)
-        if door not in (Guard.STORE, Guard.RULES):
-            return door is Guard.PUBLIC
+        guard = self._guarded.of(repository)
+        if guard not in (Guard.STORE, Guard.RULES):
+            return guard is Guard.PUBLIC
         scope = self._rules.scope(repository, repository.partition("/")[2], named)
         return self._rules.allow(principal, "pull", repository, scope)
 
@@ -160,7 +160,7 @@ class Authorizer:
 
         async def visible() -> bool:
             try:
-                await visibility.check(repository, shown, wanted.what, wanted.ask)
+                await visibility.check(repository, shown, wanted.content, wanted.probe)
             except OriginDenied:
                 return False
             return True
@@ -187,10 +187,10 @@ class Authorizer:
             ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
         )
         namespace = chosen or self._guarded.default
-        door = self._guarded.doors.get(namespace or "", Guard.PUBLIC)
-        if chosen and door is Guard.PUBLIC:
+        guard = self._guarded.guards.get(namespace or "", Guard.PUBLIC)
+        if chosen and guard is Guard.PUBLIC:
             return ()
-        if door is Guard.CALLER:
+        if guard is Guard.CALLER:
             if not authorization(request) and self._ping != "open":
                 raise Unauthorized(f"{namespace} asks who you are", challenges=[self._authenticator.basic])
             return ()  # whether it is right shows with the first repository
@@ -204,7 +204,7 @@ class Authorizer:
         now.user = principal.user
         if not principal.anonymous or self._ping == "open":
             return ()
-        if self._ping == "challenge" or (door is not Guard.PUBLIC and not self._is_open(namespace)):
+        if self._ping == "challenge" or (guard is not Guard.PUBLIC and not self._is_open(namespace)):
             raise Unauthorized("who are you?", challenges=self._authenticator.challenges())
         # podman and its like take a challenge from a good answer too, and log in by it.  Not for tokens: they
         # would fetch one for every pull, and not pull if they got none.

@@ -41,7 +41,7 @@ ALGORITHMS = {
     "OKP": ("EdDSA", "Ed25519", "Ed448"),
 }
 _PEM = re.compile(rb"-----BEGIN ([A-Z ]+)-----[^-]+-----END \1-----")
-Key: TypeAlias = RSAKey | ECKey | OKPKey
+VerificationKey: TypeAlias = RSAKey | ECKey | OKPKey
 
 
 class BadToken(Exception):
@@ -85,7 +85,7 @@ class TokenVerifier:
         )
         self._known: dict[bytes, _Verified] = {}
         self._reasons: dict[Path, str] = {}
-        self._last: dict[Path, Sequence[Key]] = {}
+        self._last: dict[Path, Sequence[VerificationKey]] = {}
         for each in self._files:
             try:
                 self._last[each.path] = each.current()
@@ -107,11 +107,11 @@ class TokenVerifier:
             raise BadToken("it has expired")
         return known.principal
 
-    def _keys(self) -> Sequence[Key]:
+    def _keys(self) -> Sequence[VerificationKey]:
         """Those of the files as they are now; of one that cannot be read, none."""
-        found: list[Key] = []
+        found: list[VerificationKey] = []
         for each in self._files:
-            keys: Sequence[Key] = ()
+            keys: Sequence[VerificationKey] = ()
             reason = ""
             try:
                 keys = each.current()
@@ -128,7 +128,7 @@ class TokenVerifier:
             found += keys
         return found
 
-    def _verify(self, token: str, keys: Sequence[Key]) -> _Verified:
+    def _verify(self, token: str, keys: Sequence[VerificationKey]) -> _Verified:
         claims, whole = self._claims(self._payload(token, keys))
         now = self._clock()
         if claims.iss != self._issuer:
@@ -142,7 +142,7 @@ class TokenVerifier:
         principal = Principal(user, "token", claims=whole, grants=_grants(whole.get("access")))
         return _Verified(principal, claims.exp + LEEWAY)
 
-    def _payload(self, token: str, keys: Sequence[Key]) -> bytes:
+    def _payload(self, token: str, keys: Sequence[VerificationKey]) -> bytes:
         """What is signed by one of the keys."""
         try:
             header = extract_compact(token.encode("ascii"), registry=self._registry).headers()
@@ -183,7 +183,7 @@ def _grants(access: object) -> tuple[Grant, ...]:
     return tuple(found)
 
 
-def parse_keys(content: bytes) -> tuple[Key, ...]:
+def parse_keys(content: bytes) -> tuple[VerificationKey, ...]:
     """Public keys: PEM (of keys or certificates, several too), a JWK or a JWKS.
 
     Raises ValueError.
@@ -206,7 +206,7 @@ def _jwks(content: bytes) -> list[Any]:
     return [each for each in keys if not isinstance(each, dict) or each.get("use", "sig") == "sig"]
 
 
-def _from_jwk(value: Any) -> Key:
+def _from_jwk(value: Any) -> VerificationKey:
     if not isinstance(value, dict) or value.get("kty") not in KEPT:
         raise ValueError("it holds a key that is not of type RSA, EC or OKP: a shared secret is not taken")
     if "d" in value:
@@ -217,7 +217,7 @@ def _from_jwk(value: Any) -> Key:
         raise ValueError(f"it holds a key of type {value['kty']} that cannot be read") from None
 
 
-def _from_pem(label: str, block: bytes) -> Key:
+def _from_pem(label: str, block: bytes) -> VerificationKey:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     from cryptography.x509 import load_pem_x509_certificate
 
@@ -237,7 +237,7 @@ def _from_pem(label: str, block: bytes) -> Key:
     raise ValueError(f"its {label} cannot be read, or is no key of RSA, EC or Ed25519")
 
 
-def _public(key: Any) -> Key:
+def _public(key: Any) -> VerificationKey:
     if not isinstance(key, RSAKey | ECKey | OKPKey) or key.is_private:
         raise ValueError("not a public key")
     if isinstance(key, OKPKey) and not key.curve_name.startswith("Ed"):

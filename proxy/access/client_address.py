@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from multidict import CIMultiDictProxy
 
-from proxy.access.rules import Address
+from proxy.access.rules import IPAddress
 from proxy.config.hosts import Network
 
 # Any of them is the mark of a proxy.
@@ -27,7 +27,7 @@ class ClientAddresses:
     def __init__(self, trusted: Sequence[Network] = ()) -> None:
         self._trusted = tuple(trusted)
 
-    def of(self, peer: str | None, headers: CIMultiDictProxy[str]) -> Address | None:
+    def of(self, peer: str | None, headers: CIMultiDictProxy[str]) -> IPAddress | None:
         """None where it cannot be told."""
         address = parse(peer or "")
         if address is None or not self._is_trusted(address):
@@ -43,12 +43,12 @@ class ClientAddresses:
                 return address
         return address  # all are proxies: the first of them asks for itself
 
-    def _is_trusted(self, address: Address) -> bool:
+    def _is_trusted(self, address: IPAddress) -> bool:
         return any(address in each for each in self._trusted)
 
 
 @lru_cache(maxsize=1000)
-def parse(text: str) -> Address | None:
+def parse(text: str) -> IPAddress | None:
     """An address, with or without a port; None for what is none."""
     text = text.strip()
     if text.startswith("["):

@@ -19,7 +19,7 @@ from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import Network
 from proxy.config.values import Who
 
-Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 LOOPBACK: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1"))
 
@@ -47,7 +47,7 @@ class Principal:
     groups: frozenset[str] = frozenset()
     claims: Mapping[str, Any] = field(default_factory=dict)
     grants: tuple[Grant, ...] = ()
-    address: Address | None = None
+    address: IPAddress | None = None
 
     @property
     def anonymous(self) -> bool:
@@ -134,7 +134,7 @@ class AccessRules:
         return written
 
 
-def _within(address: Address | None, networks: Sequence[Network]) -> bool:
+def _within(address: IPAddress | None, networks: Sequence[Network]) -> bool:
     return address is not None and any(address in each for each in networks)
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 
-from proxy.access.rules import Address
+from proxy.access.rules import IPAddress
 from storage.errors import Throttled
 
 FREE = 3  # failures that cost nothing: everybody mistypes
@@ -43,7 +43,7 @@ class LoginThrottle:
         self._failures: dict[Hashable, _Failures] = {}
         self._welcome: dict[Hashable, None] = {}
 
-    async def make(self, address: Address | None, user: str, check: Callable[[], Awaitable[bool]]) -> bool:
+    async def make(self, address: IPAddress | None, user: str, check: Callable[[], Awaitable[bool]]) -> bool:
         """What `check` tells, when it is its turn.  Raises Throttled, and what `check` does."""
         if seconds := self.turn(address, user):
             await self._sleep(seconds)
@@ -51,7 +51,7 @@ class LoginThrottle:
         (self.succeeded if right else self.failed)(address, user)
         return right
 
-    def turn(self, address: Address | None, user: str) -> float:
+    def turn(self, address: IPAddress | None, user: str) -> float:
         """How many seconds to wait before this attempt.  Raises Throttled."""
         now = self._clock()
         waiting = [
@@ -66,7 +66,7 @@ class LoginThrottle:
             each.turn = start + min(FIRST * 2.0 ** (each.count - FREE - 1), LONGEST)
         return start - now
 
-    def failed(self, address: Address | None, user: str) -> None:
+    def failed(self, address: IPAddress | None, user: str) -> None:
         now = self._clock()
         for key in self._keys(address, user):
             failures = self._failures.pop(key, None)
@@ -80,7 +80,7 @@ class LoginThrottle:
             if len(self._failures) > REMEMBERED:
                 del self._failures[next(iter(self._failures))]
 
-    def succeeded(self, address: Address | None, user: str) -> None:
+    def succeeded(self, address: IPAddress | None, user: str) -> None:
         # What failed before stays counted: else whoever has one password could try others for ever.
         key = _place(address), user
         self._welcome.pop(key, None)
@@ -88,14 +88,14 @@ class LoginThrottle:
         if len(self._welcome) > REMEMBERED:
             del self._welcome[next(iter(self._welcome))]
 
-    def _keys(self, address: Address | None, user: str) -> list[Hashable]:
+    def _keys(self, address: IPAddress | None, user: str) -> list[Hashable]:
         place = _place(address)
         if (place, user) in self._welcome:
             return [("address", place)]
         return [("address", place), ("user", user)]
 
 
-def _place(address: Address | None) -> Hashable:
+def _place(address: IPAddress | None) -> Hashable:
     """What one client has of addresses: of IPv6 a network of 64 bits."""
     if isinstance(address, ipaddress.IPv6Address):
         return int(address) >> 64

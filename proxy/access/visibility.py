@@ -30,7 +30,7 @@ YESTERDAY = 86400.0  # seconds for which a yes does while the upstream cannot be
 REMEMBERED = 10_000  # verdicts
 CALLERS = 200  # with credentials of their own, whose tokens are kept
 
-Ask = Callable[[Registry], Awaitable[object]]
+Probe = Callable[[Registry], Awaitable[object]]
 
 
 @dataclass(slots=True)
@@ -68,11 +68,12 @@ class Visibility:
             for who in {self._who(credential), self._who(None)}
         )
 
-    async def check(self, repository: str, credential: Credential | None, what: str, ask: Ask) -> None:
-        """Return if the caller, nobody in particular without a `credential`, may see the repository.
+    async def check(self, repository: str, credential: Credential | None, content: str, probe: Probe) -> None:
+        """Return if the caller may see the repository; without a `credential` the caller is anonymous.
 
-        `ask` asks for `what` it wants there.  Raises OriginDenied where the upstream refuses it, Unavailable
-        where that cannot be told, and what else the upstream answers, such as ManifestUnknown.
+        `probe` asks an upstream for `content` of the repository.  Raises OriginDenied if the upstream refuses
+        it, Unavailable if that cannot be found out, and any other error of the upstream, such as
+        ManifestUnknown.
         """
         if self.remembers(repository, credential):
             return
@@ -80,7 +81,7 @@ class Visibility:
         try:
             if self._cut():
                 raise Unavailable(f"{self._namespace} is cut off")
-            await self._flights.join((who, repository, what), lambda: self._ask(who, credential, ask))
+            await self._flights.join((who, repository, content), lambda: self._ask(who, credential, probe))
         except OriginDenied:
             self._seen.pop((who, repository), None)
             raise
@@ -107,7 +108,7 @@ class Visibility:
         pair = f"{credential.username}\0{credential.password}".encode("utf-8", "surrogateescape")
         return hmac.digest(self._key, pair, "sha256")
 
-    async def _ask(self, who: bytes, credential: Credential | None, ask: Ask) -> None:
+    async def _ask(self, who: bytes, credential: Credential | None, probe: Probe) -> None:
         caller = self._callers.pop(who, None)
         if caller is None:
             shown = Inline(credential.username, credential.password) if credential else Credentials()
@@ -115,7 +116,7 @@ class Visibility:
         self._callers[who] = caller
         caller.busy += 1
         try:
-            await ask(caller.upstream)
+            await probe(caller.upstream)
         finally:
             caller.busy -= 1
             self._let_go()

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 def needed(config: Config) -> bool:
     """Whether there is anything to decide: public caches by themselves are for everybody."""
-    doors = _doors(config).values()
-    return config.access != Keys() or any(door is not Guard.PUBLIC for door in doors)
+    guards = _guards(config).values()
+    return config.access != Keys() or any(each is not Guard.PUBLIC for each in guards)
 
 
 def admission(composition: Composition, closing: AsyncExitStack) -> Authorizer:
@@ -47,7 +47,7 @@ def admission(composition: Composition, closing: AsyncExitStack) -> Authorizer:
             )
             closing.push_async_callback(visibilities[name].close)
     names = composition.namespaces
-    guarded = GuardedNamespaces(_doors(config), visibilities, names.chosen, config.default_namespace)
+    guarded = GuardedNamespaces(_guards(config), visibilities, names.chosen, config.default_namespace)
     return Authorizer(guarded, _rules(config), _proofs(config, composition.clock, closing), keys.ping)
 
 
@@ -56,7 +56,7 @@ def _cut(composition: Composition, name: str) -> bool:
     return config.offline or config.namespaces[name].offline or composition.drill.cuts(name)
 
 
-def _doors(config: Config) -> dict[str, Guard]:
+def _guards(config: Config) -> dict[str, Guard]:
     return {
         name: Guard.STORE if each.store is not None else Guard(each.visibility)
         for name, each in config.namespaces.items()

@@ -168,9 +168,9 @@ class ServerProcess:
             deny_bypass=config.fallback == "deny",
             client_timeout=limits.client_timeout,
             served=parts.recorder.served,
-            teller=parts.publisher,
+            reporter=parts.publisher,
             clock=self._clock,
-            access=admission(parts, self._closing) if needed(config) else None,
+            authorizer=admission(parts, self._closing) if needed(config) else None,
         )
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"

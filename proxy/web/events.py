@@ -10,10 +10,9 @@ from typing import Protocol
 from aiohttp import web
 
 from proxy.telemetry.exchange import Exchange
-from proxy.web.routes import Kind as Endpoint
-from proxy.web.routes import Route, build_location
+from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
-from proxy.webhooks.event import Action, Event, Kind, Request
+from proxy.webhooks.event import ContentKind, Event, EventAction, EventRequest
 from storage.oci import Descriptor, Digest, Tag
 
 _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
@@ -22,23 +21,23 @@ _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
 class EventReporter(Protocol):
     pulls: bool
 
-    async def tell(self, event: Event) -> None: ...
+    async def publish(self, event: Event) -> None: ...
 
-    def mention(self, event: Event) -> None: ...
+    def publish_later(self, event: Event) -> None: ...
 
 
 class RequestEvents:
-    """Without a teller it does nothing."""
+    """Without a reporter it does nothing."""
 
-    def __init__(self, teller: EventReporter | None, clock: Callable[[], float] = time.time) -> None:
-        self._teller = teller
+    def __init__(self, reporter: EventReporter | None, clock: Callable[[], float] = time.time) -> None:
+        self._reporter = reporter
         self._clock = clock
-        self.pulls = teller is not None and teller.pulls  # whether it wants them
+        self.pulls = reporter is not None and reporter.pulls  # whether it wants them
 
-    async def did(
+    async def report(
         self,
-        action: Action,
-        kind: Kind,
+        action: EventAction,
+        kind: ContentKind,
         request: web.BaseRequest,
         route: Route,
         now: Exchange,
@@ -48,24 +47,26 @@ class RequestEvents:
         source: str | None = None,
     ) -> None:
         """Returns when it is safe to say so; raises nothing.  `source` is where a blob was mounted from."""
-        if self._teller is not None:
+        if self._reporter is not None:
             event = self._event(action, kind, request, route, now, descriptor, tag, source)
-            await self._teller.tell(event)
+            await self._reporter.publish(event)
 
-    def pulled(self, request: web.BaseRequest, route: Route, now: Exchange, status: int) -> None:
+    def report_pull(self, request: web.BaseRequest, route: Route, now: Exchange, status: int) -> None:
         """A GET or HEAD is answered.  Where a client has a manifest already, that is no pull of it."""
         blob = route.kind is Endpoint.BLOB
-        if self._teller is None or route.kind not in _CONTENT or now.detail == LEFT or now.content is None:
+        if self._reporter is None or route.kind not in _CONTENT or now.detail == LEFT or now.content is None:
             return
         if status in (200, 206) or (blob and status == 304):
             tag = route.reference if isinstance(route.reference, Tag) else None
-            kind: Kind = "blob" if blob else "manifest"
-            self._teller.mention(self._event("pull", kind, request, route, now, now.content, tag, None))
+            kind: ContentKind = "blob" if blob else "manifest"
+            self._reporter.publish_later(
+                self._event("pull", kind, request, route, now, now.content, tag, None)
+            )
 
     def _event(
         self,
-        action: Action,
-        kind: Kind,
+        action: EventAction,
+        kind: ContentKind,
         request: web.BaseRequest,
         route: Route,
         now: Exchange,
@@ -87,7 +88,7 @@ class RequestEvents:
             source=source or "",
             actor=now.user,
             url="" if gone or not descriptor else _url(request, route, kind, descriptor.digest, now.ns),
-            request=Request(
+            request=EventRequest(
                 id=now.id,
                 address=request.remote or "",
                 host=_text(request.host),
@@ -97,7 +98,7 @@ class RequestEvents:
         )
 
 
-def _url(request: web.BaseRequest, route: Route, kind: Kind, digest: Digest, ns: str | None) -> str:
+def _url(request: web.BaseRequest, route: Route, kind: ContentKind, digest: Digest, ns: str | None) -> str:
     """Where this client finds it."""
     secure = request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
     endpoint = Endpoint.BLOB if kind == "blob" else Endpoint.MANIFEST

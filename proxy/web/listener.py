@@ -20,7 +20,7 @@ from proxy.web.responses import error_answer
 
 log = structlog.get_logger()
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+ServerHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 ON_ITS_WAY = 1.0  # seconds that a request begun may take to arrive, once the server is to end
@@ -109,7 +109,7 @@ class Listener(web.Server):
     """
 
     def __init__(
-        self, handler: Handler, manners: Manners, *, encrypted: bool = False, **options: Any
+        self, handler: ServerHandler, manners: Manners, *, encrypted: bool = False, **options: Any
     ) -> None:
         super().__init__(
             self._handle,

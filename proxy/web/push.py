@@ -20,7 +20,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.web.events import RequestEvents
 from proxy.web.responses import ALL, RequestRefused, cache_headers, empty
-from proxy.web.routes import Kind, Route, build_location
+from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
 from storage.concurrency import uninterrupted
 from storage.errors import (
@@ -93,8 +93,8 @@ class Push:
             raise BlobUnknown(f"{full} is not for everybody to be mounted from")
         descriptor = await self._registry.mount_blob(name, digest, full, now.visible)
         now.detail = "mounted"
-        await self._events.did("mount", "blob", request, route, now, descriptor, source=full)
-        return self._created(request, route, Kind.BLOB, descriptor.digest, now)
+        await self._events.report("mount", "blob", request, route, now, descriptor, source=full)
+        return self._created(request, route, Endpoint.BLOB, descriptor.digest, now)
 
     async def _whole(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
         digest = Digest.parse(request.query["digest"])
@@ -139,8 +139,8 @@ class Push:
         self, request: web.BaseRequest, route: Route, now: Exchange, upload: Upload, digest: Digest
     ) -> web.Response:
         descriptor = await upload.commit(digest)
-        await self._events.did("push", "blob", request, route, now, descriptor)
-        return self._created(request, route, Kind.BLOB, digest, now)
+        await self._events.report("push", "blob", request, route, now, descriptor)
+        return self._created(request, route, Endpoint.BLOB, digest, now)
 
     async def cancel(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
         upload = await self._registry.resume_upload(name, route.upload)
@@ -199,7 +199,7 @@ class Push:
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
         manifest = Manifest.of(media_type or _told(body), body)
         now.digest = await uninterrupted(self._push(request, route, name, now, manifest, tags))
-        answer = self._created(request, route, Kind.MANIFEST, Digest(now.digest), now)
+        answer = self._created(request, route, Endpoint.MANIFEST, Digest(now.digest), now)
         with suppress(ManifestInvalid):
             if (subject := parse_manifest(body).subject) is not None:
                 answer.headers["OCI-Subject"] = subject.digest
@@ -220,7 +220,7 @@ class Push:
         descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
         pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
         for tag in pushed or (None,):
-            await self._events.did("push", "manifest", request, route, now, descriptor, tag=tag)
+            await self._events.report("push", "manifest", request, route, now, descriptor, tag=tag)
         return descriptor.digest
 
     async def _manifest_body(self, request: web.BaseRequest, now: Exchange) -> bytes:
@@ -246,10 +246,10 @@ class Push:
         async def delete() -> None:
             await self._registry.delete_manifest(name, reference)
             if isinstance(reference, Tag):
-                await self._events.did("delete", "tag", request, route, now, tag=reference)
+                await self._events.report("delete", "tag", request, route, now, tag=reference)
             else:
                 gone = Descriptor("", reference, -1)
-                await self._events.did("delete", "manifest", request, route, now, gone)
+                await self._events.report("delete", "manifest", request, route, now, gone)
 
         await uninterrupted(delete())
         return self._deleted(now)
@@ -263,7 +263,7 @@ class Push:
         async def delete() -> None:
             await self._registry.delete_blob(name, digest)
             gone = Descriptor(OCTETS, digest, -1)
-            await self._events.did("delete", "blob", request, route, now, gone)
+            await self._events.report("delete", "blob", request, route, now, gone)
 
         await uninterrupted(delete())
         return self._deleted(now)
@@ -273,7 +273,7 @@ class Push:
     def _session(
         self, request: web.BaseRequest, route: Route, upload: Upload, now: Exchange
     ) -> dict[str, str]:
-        session = Route(Kind.UPLOAD, route.name, None, route.prefix, upload.id)
+        session = Route(Endpoint.UPLOAD, route.name, None, route.prefix, upload.id)
         return {
             **ALL,
             **cache_headers(now),
@@ -284,7 +284,7 @@ class Push:
         }
 
     def _created(
-        self, request: web.BaseRequest, route: Route, kind: Kind, digest: Digest, now: Exchange
+        self, request: web.BaseRequest, route: Route, kind: Endpoint, digest: Digest, now: Exchange
     ) -> web.Response:
         location = build_location(Route(kind, route.name, digest, route.prefix), now.ns)
         headers = {"Location": location, "Docker-Content-Digest": str(digest), "Content-Length": "0"}

@@ -37,7 +37,7 @@ _PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
 _UPLOAD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~=-]{0,254}")
 
 
-class Kind(Enum):
+class Endpoint(Enum):
     BASE = "base"
     MANIFEST = "manifest"
     BLOB = "blob"
@@ -56,7 +56,7 @@ class Route:
     BLOB and REFERRERS, either for MANIFEST, else None.  `upload` is the id of the session of an UPLOAD.
     """
 
-    kind: Kind
+    kind: Endpoint
     name: str = ""
     reference: Reference | None = None
     prefix: str = ""
@@ -77,7 +77,7 @@ def parse(path: str) -> Route:
     prefix = ""
     if not path.startswith("/v2/"):
         if path == "/v2":
-            return Route(Kind.BASE)
+            return Route(Endpoint.BASE)
         found = _UNDER_PREFIX.fullmatch(path)
         if not found:
             raise _unknown(path)
@@ -87,15 +87,15 @@ def parse(path: str) -> Route:
     name = base[4:]  # without "/v2/"
     if name:
         if keyword == "manifests":
-            return Route(Kind.MANIFEST, _name(name), parse_reference(last), prefix)
+            return Route(Endpoint.MANIFEST, _name(name), parse_reference(last), prefix)
         if keyword == "blobs" and last != "uploads":
-            return Route(Kind.BLOB, _name(name), Digest.parse(last), prefix)
+            return Route(Endpoint.BLOB, _name(name), Digest.parse(last), prefix)
         if keyword == "tags" and last == "list":
-            return Route(Kind.TAGS, _name(name), None, prefix)
+            return Route(Endpoint.TAGS, _name(name), None, prefix)
         if keyword == "referrers":
-            return Route(Kind.REFERRERS, _name(name), Digest.parse(last), prefix)
+            return Route(Endpoint.REFERRERS, _name(name), Digest.parse(last), prefix)
         if keyword == "blobs":  # "uploads" without its slash
-            return Route(Kind.UPLOADS, _name(name), None, prefix)
+            return Route(Endpoint.UPLOADS, _name(name), None, prefix)
         if keyword == "uploads" and name.endswith("/blobs"):
             return _upload(path, name.removesuffix("/blobs"), prefix, last)
     return _without_name(path, prefix)
@@ -105,19 +105,19 @@ def build(route: Route) -> str:
     """The path of a route; it needs no quoting."""
     start = f"/{route.prefix}/v2/" if route.prefix else "/v2/"
     match route.kind:
-        case Kind.BASE:
+        case Endpoint.BASE:
             return start
-        case Kind.CATALOG:
+        case Endpoint.CATALOG:
             return f"{start}_catalog"
-        case Kind.MANIFEST:
+        case Endpoint.MANIFEST:
             return f"{start}{route.name}/manifests/{route.reference}"
-        case Kind.BLOB:
+        case Endpoint.BLOB:
             return f"{start}{route.name}/blobs/{route.reference}"
-        case Kind.REFERRERS:
+        case Endpoint.REFERRERS:
             return f"{start}{route.name}/referrers/{route.reference}"
-        case Kind.TAGS:
+        case Endpoint.TAGS:
             return f"{start}{route.name}/tags/list"
-        case Kind.UPLOADS | Kind.UPLOAD:
+        case Endpoint.UPLOADS | Endpoint.UPLOAD:
             return f"{start}{route.name}/blobs/uploads/{route.upload}"
 
 
@@ -167,21 +167,21 @@ def _name(text: str) -> str:
 def _upload(path: str, name: str, prefix: str, upload: str) -> Route:
     name = _name(name)
     if not upload:
-        return Route(Kind.UPLOADS, name, None, prefix)
+        return Route(Endpoint.UPLOADS, name, None, prefix)
     if not _UPLOAD.fullmatch(upload):
         raise _unknown(path)
-    return Route(Kind.UPLOAD, name, None, prefix, upload)
+    return Route(Endpoint.UPLOAD, name, None, prefix, upload)
 
 
 def _without_name(path: str, prefix: str) -> Route:
     if path in ("/v2/", "/v2"):
-        return Route(Kind.BASE, prefix=prefix)
+        return Route(Endpoint.BASE, prefix=prefix)
     if path == "/v2/_catalog":
-        return Route(Kind.CATALOG, prefix=prefix)
+        return Route(Endpoint.CATALOG, prefix=prefix)
     found = None if prefix else _PREFIX_PING.fullmatch(path)
     if not found:
         raise _unknown(path)
-    return Route(Kind.BASE, prefix=found[1])
+    return Route(Endpoint.BASE, prefix=found[1])
 
 
 def _unknown(path: str) -> PathUnknown:

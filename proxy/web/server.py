@@ -19,7 +19,7 @@ import structlog
 from aiohttp import web
 
 from proxy.access.authorization import AccessRequest, Authorizer
-from proxy.access.visibility import Ask
+from proxy.access.visibility import Probe
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange, exchange
 from proxy.telemetry.metrics import Metrics
@@ -33,7 +33,7 @@ from proxy.web.responses import (
     content,
     error_answer,
 )
-from proxy.web.routes import Kind, Route, parse
+from proxy.web.routes import Endpoint, Route, parse
 from proxy.web.send import LEFT
 from storage.errors import (
     BlobUnknown,
@@ -53,14 +53,14 @@ from storage.registry import Registry
 log = structlog.get_logger()
 
 READING = ("GET", "HEAD")
-_UNKNOWN: dict[Kind, type[RegistryError]] = {
-    Kind.BLOB: BlobUnknown,
-    Kind.MANIFEST: ManifestUnknown,
-    Kind.REFERRERS: ManifestUnknown,
+_UNKNOWN: dict[Endpoint, type[RegistryError]] = {
+    Endpoint.BLOB: BlobUnknown,
+    Endpoint.MANIFEST: ManifestUnknown,
+    Endpoint.REFERRERS: ManifestUnknown,
 }
 
 
-Answer = Callable[[web.BaseRequest, Route, str, Exchange], Awaitable[web.StreamResponse]]
+EndpointHandler = Callable[[web.BaseRequest, Route, str, Exchange], Awaitable[web.StreamResponse]]
 
 
 class Qualify(Protocol):
@@ -73,8 +73,8 @@ class DistributionAPI:
     """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves.
 
     A client that takes nothing of a blob for `client_timeout` seconds is cut off.
-    `served` is told of each request that has ended, with its status, `teller` of what was done to content.
-    Without `access`, everybody may do all.
+    `served` is told of each request that has ended, with its status, `reporter` of what was done to content.
+    Without an `authorizer`, everybody may do all.
     """
 
     def __init__(
@@ -86,34 +86,34 @@ class DistributionAPI:
         deny_bypass: bool = False,
         client_timeout: float = math.inf,
         served: Callable[[Exchange, int], None] | None = None,
-        teller: EventReporter | None = None,
+        reporter: EventReporter | None = None,
         clock: Callable[[], float] = time.time,
-        access: Authorizer | None = None,
+        authorizer: Authorizer | None = None,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
         self._metrics = metrics
         self._deny_bypass = deny_bypass
         self._served = served
-        self._events = RequestEvents(teller, clock)
-        pull = Pull(registry, access, client_timeout)
+        self._events = RequestEvents(reporter, clock)
+        pull = Pull(registry, authorizer, client_timeout)
         pushing = Push(registry, self._full_name, metrics, client_timeout, self._events)
-        self._access = access
+        self._authorizer = authorizer
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
-        self._answers: dict[Kind, dict[str, Answer]] = {
-            Kind.BASE: _reading(self._base),
-            Kind.MANIFEST: {
+        self._handlers: dict[Endpoint, dict[str, EndpointHandler]] = {
+            Endpoint.BASE: _reading(self._base),
+            Endpoint.MANIFEST: {
                 **_reading(pull.manifest),
                 "PUT": pushing.push_manifest,
                 "DELETE": pushing.delete_manifest,
             },
-            Kind.BLOB: {**_reading(pull.blob), "DELETE": pushing.delete_blob},
-            Kind.TAGS: _reading(pull.tags),
-            Kind.REFERRERS: _reading(pull.referrers),
-            Kind.CATALOG: _reading(pull.catalog),
-            Kind.UPLOADS: {"POST": pushing.start},
-            Kind.UPLOAD: {
+            Endpoint.BLOB: {**_reading(pull.blob), "DELETE": pushing.delete_blob},
+            Endpoint.TAGS: _reading(pull.tags),
+            Endpoint.REFERRERS: _reading(pull.referrers),
+            Endpoint.CATALOG: _reading(pull.catalog),
+            Endpoint.UPLOADS: {"POST": pushing.start},
+            Endpoint.UPLOAD: {
                 **_reading(pushing.status),
                 "PATCH": pushing.append,
                 "PUT": pushing.finish,
@@ -144,7 +144,7 @@ class DistributionAPI:
             self._log(request, now, status, time.perf_counter() - begun)
 
     async def _answer(self, request: web.BaseRequest, now: Exchange) -> web.StreamResponse:
-        kind = Kind.BASE
+        kind = Endpoint.BASE
         try:
             try:
                 route = parse(request.rel_url.raw_path)
@@ -154,21 +154,21 @@ class DistributionAPI:
             kind = route.kind
             now.kind = kind.value
             name = ""
-            answers = self._answers[route.kind]
-            answer = answers.get(request.method)
-            if answer is None:
+            handlers = self._handlers[route.kind]
+            handler = handlers.get(request.method)
+            if handler is None:
                 unsupported = Unsupported(f"{request.method} is not for {route.kind.value}")
-                raise RequestRefused(unsupported, {"Allow": ", ".join(answers)})
+                raise RequestRefused(unsupported, {"Allow": ", ".join(handlers)})
             if route.name:
                 now.reference = str(route.reference or route.upload)
                 name = self._full_name(request, route, route.name)
                 now.namespace, _, now.repository = name.partition("/")
                 now.ns = request.query.get("ns")
-                if self._access is not None and not self._access.is_public(name):
-                    await self._access.permit(request, _wanted(request, route, name), now)
-            response = await answer(request, route, name, now)
+                if self._authorizer is not None and not self._authorizer.is_public(name):
+                    await self._authorizer.permit(request, _wanted(request, route, name), now)
+            response = await handler(request, route, name, now)
             if self._events.pulls and request.method in READING:
-                self._events.pulled(request, route, now, response.status)
+                self._events.report_pull(request, route, now, response.status)
             return response
         except RegistryError as error:
             return self._error(kind, error, now)
@@ -189,7 +189,9 @@ class DistributionAPI:
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, now: Exchange
     ) -> web.StreamResponse:
-        challenges = () if self._access is None else await self._access.ping(request, route.prefix, now)
+        challenges = (
+            () if self._authorizer is None else await self._authorizer.ping(request, route.prefix, now)
+        )
         answer = content(b"{}", {"Content-Type": JSON})
         for challenge in challenges:
             answer.headers.add("WWW-Authenticate", challenge)
@@ -199,7 +201,7 @@ class DistributionAPI:
 
     def _error(
         self,
-        kind: Kind,
+        kind: Endpoint,
         error: RegistryError,
         now: Exchange,
         more: Mapping[str, str] | None = None,
@@ -254,27 +256,27 @@ class DistributionAPI:
         )
 
 
-def _reading(answer: Answer) -> dict[str, Answer]:
-    return dict.fromkeys(READING, answer)
+def _reading(handler: EndpointHandler) -> dict[str, EndpointHandler]:
+    return dict.fromkeys(READING, handler)
 
 
 def _wanted(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:
     named = bool(route.prefix) or "ns" in request.query
-    what, ask = _question(route, name.partition("/")[2])
-    return AccessRequest(_action(route, request.method), name, route.name, named, what, ask)
+    content, probe = _probe(route, name.partition("/")[2])
+    return AccessRequest(_action(route, request.method), name, route.name, named, content, probe)
 
 
 def _action(route: Route, method: str) -> Action:
-    if route.kind in (Kind.UPLOADS, Kind.UPLOAD):
+    if route.kind in (Endpoint.UPLOADS, Endpoint.UPLOAD):
         return "push"
     return "pull" if method in ("GET", "HEAD") else "delete" if method == "DELETE" else "push"
 
 
-def _question(route: Route, repository: str) -> tuple[str, Ask]:
+def _probe(route: Route, repository: str) -> tuple[str, Probe]:
     """What the upstream is asked to know whether a caller may have what it wants."""
     reference = route.reference
     if reference is None:
         return "tags", lambda registry: registry.tags(repository)
-    if route.kind is Kind.BLOB and isinstance(reference, Digest):
+    if route.kind is Endpoint.BLOB and isinstance(reference, Digest):
         return f"blob {reference}", lambda registry: registry.resolve_blob(repository, reference)
     return f"manifest {reference}", lambda registry: registry.resolve_manifest(repository, reference)

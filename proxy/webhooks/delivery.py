@@ -4,7 +4,7 @@
   has taken nothing.
 - All else is tried again, for as long as events are kept: a little later each time, up to a limit, and not
   before the time that Retry-After says.  Meanwhile what follows waits.
-- What a receiver refuses for what it is, by 400, 413, 415 or 422, is dropped after two hours of refusal, lest
+- What a receiver refuses for what it is, by 400, 413, 415 or 422, is dropped after two hours of failure, lest
   it stand in the way for days.
 - What was delivered is removed behind that.  Who is killed in between delivers it once more: an event comes
   at least once, with the same id.
@@ -36,8 +36,8 @@ from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import wakeup
 from proxy.webhooks.event import Event
-from proxy.webhooks.formats import Source, render
-from proxy.webhooks.queue import Queue, QueuedEvent, State
+from proxy.webhooks.formats import EventSource, render
+from proxy.webhooks.queue import DeliveryState, Queue, QueuedEvent
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
 
@@ -54,7 +54,7 @@ _OF_THE_EVENT = (400, 413, 415, 422)
 Wait = Callable[[float], Awaitable[None]]
 
 
-class Refusal(Exception):
+class DeliveryFailed(Exception):
     """Why an event was not taken; `status` is 0 where there was no answer, `after` what Retry-After says."""
 
     def __init__(self, cause: str, status: int = 0, after: float | None = None) -> None:
@@ -81,7 +81,7 @@ class Dispatcher:
     ) -> None:
         self._queue = queue
         self._run_directory = run_directory
-        source = Source.here(port, secrets.token_hex(8))
+        source = EventSource.here(port, secrets.token_hex(8))
         self._deliveries = []
         for number, each in enumerate(webhooks):
             try:
@@ -116,7 +116,7 @@ class Delivery:
         self,
         webhook: WebhookConfig,
         queue: Queue,
-        source: Source,
+        source: EventSource,
         context: ssl.SSLContext,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -135,7 +135,7 @@ class Delivery:
         self._jitter = jitter
         self._news = asyncio.Event()
         self._after = ""  # the key of the last event that is through
-        self._state = State()
+        self._state = DeliveryState()
         self._gone: list[str] = []  # keys of what is to be removed
         self._removing: asyncio.Task[None] | None = None
         self._dropped: Counter[str] = Counter()  # events that it is to be told of, by cause
@@ -177,22 +177,22 @@ class Delivery:
 
     async def _deliver(self, session: aiohttp.ClientSession, event: QueuedEvent) -> None:
         """Until it is delivered, or dropped."""
-        happening, attempts, refused_at = event.event, 0, None
+        content_event, attempts, refused_at = event.event, 0, None
         while True:
             now = self._clock()
-            if happening is None:
+            if content_event is None:
                 return self._drop(event, "cannot be read")
-            if now - happening.at > self._webhook.keep:
+            if now - content_event.at > self._webhook.keep:
                 return self._drop(event, "kept for as long as events are")
             if refused_at is not None and now - refused_at >= REFUSED:
                 return self._drop(event, f"refused again and again: {self._state.error}")
             try:
-                await self._post(session, happening)
-            except Refusal as refusal:
-                of_the_event = refusal.status in _OF_THE_EVENT
+                await self._post(session, content_event)
+            except DeliveryFailed as failure:
+                of_the_event = failure.status in _OF_THE_EVENT
                 refused_at = (now if refused_at is None else refused_at) if of_the_event else None
-                await self._failed(refusal)
-                await self._wait(self._delay(attempts, refusal.after or 0.0))
+                await self._failed(failure)
+                await self._wait(self._delay(attempts, failure.after or 0.0))
                 attempts += 1
             else:
                 return self._delivered(event)
@@ -202,10 +202,10 @@ class Delivery:
         delay = min(webhook.backoff_limit, webhook.backoff * 2.0 ** min(attempts, 30))
         return max(delay * (1 + self._jitter()) / 2, min(after, LATEST))
 
-    async def _post(self, session: aiohttp.ClientSession, happening: Event) -> None:
-        """Raises Refusal."""
+    async def _post(self, session: aiohttp.ClientSession, content_event: Event) -> None:
+        """Raises DeliveryFailed."""
         webhook = self._webhook
-        media_type, body = render(happening, webhook.format, self._source)
+        media_type, body = render(content_event, webhook.format, self._source)
         headers = {**webhook.headers, "Content-Type": media_type}
         if webhook.secret is not None:
             signature = hmac.new(webhook.secret.encode(), body, hashlib.sha256).hexdigest()
@@ -216,12 +216,12 @@ class Delivery:
                 status = response.status
                 after = seconds_until(response.headers, self._clock)
         except TimeoutError:
-            raise Refusal(f"no answer within {webhook.timeout:g} s") from None
+            raise DeliveryFailed(f"no answer within {webhook.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise Refusal(_said(error)) from None
+            raise DeliveryFailed(_said(error)) from None
         if not 200 <= status < 300:
             hint = ": a redirect is not followed" if 300 <= status < 400 else ""
-            raise Refusal(f"answered {status}{hint}", status, after)
+            raise DeliveryFailed(f"answered {status}{hint}", status, after)
 
     # What came of it
 
@@ -232,8 +232,8 @@ class Delivery:
         self._state = msgspec.structs.replace(self._state, delivered_at=now, failing_since=None)
         self._settle(event, "delivered")
 
-    async def _failed(self, refusal: Refusal) -> None:
-        now, since, cause = self._clock(), self._state.failing_since, str(refusal)
+    async def _failed(self, failure: DeliveryFailed) -> None:
+        now, since, cause = self._clock(), self._state.failing_since, str(failure)
         self._state = msgspec.structs.replace(
             self._state, failing_since=now if since is None else since, failed_at=now, error=cause
         )

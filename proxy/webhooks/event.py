@@ -9,11 +9,11 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-Action: TypeAlias = Literal["push", "pull", "delete", "mount", "move"]
-Kind: TypeAlias = Literal["manifest", "blob", "tag"]
+EventAction: TypeAlias = Literal["push", "pull", "delete", "mount", "move"]
+ContentKind: TypeAlias = Literal["manifest", "blob", "tag"]
 
 
-class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+class EventRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """By which request; nothing is known of it where a cache asked by itself."""
 
     id: str = ""
@@ -33,8 +33,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     id: str
     at: float
-    action: Action
-    kind: Kind
+    action: EventAction
+    kind: ContentKind
     repository: str
     digest: str = ""
     media_type: str = ""
@@ -44,7 +44,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     source: str = ""
     url: str = ""
     actor: str = ""
-    request: Request = Request()
+    request: EventRequest = EventRequest()
 
 
 _decode = msgspec.json.Decoder(Event).decode

@@ -28,25 +28,25 @@ _PAST = {"push": "pushed", "pull": "pulled", "delete": "deleted", "mount": "moun
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class EventSource:
     """Which server it is that tells: where it listens, and a name for as long as this process runs."""
 
     address: str
     instance: str
 
     @classmethod
-    def here(cls, port: int, instance: str) -> Source:
+    def here(cls, port: int, instance: str) -> EventSource:
         return cls(f"{socket.gethostname()}:{port}", instance)
 
 
-def render(event: Event, format: Format, source: Source) -> tuple[str, bytes]:
+def render(event: Event, format: Format, source: EventSource) -> tuple[str, bytes]:
     """The media type and the body."""
     if format == "registry":
         return REGISTRY, msgspec.json.encode({"events": [_registry(event, source)]})
     return CLOUDEVENTS, msgspec.json.encode(_cloudevent(event, source))
 
 
-def _registry(event: Event, source: Source) -> dict[str, Any]:
+def _registry(event: Event, source: EventSource) -> dict[str, Any]:
     """distribution, docs: "Work with notifications", "Events"."""
     size = event.size if event.size >= 0 else None
     request = event.request
@@ -77,7 +77,7 @@ def _registry(event: Event, source: Source) -> dict[str, Any]:
     }
 
 
-def _cloudevent(event: Event, source: Source) -> dict[str, Any]:
+def _cloudevent(event: Event, source: EventSource) -> dict[str, Any]:
     """CloudEvents 1.0, "Required Attributes"; JSON Event Format, "Envelope"."""
     repository = event.repository
     request = event.request

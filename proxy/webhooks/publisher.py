@@ -54,7 +54,7 @@ class Publisher:
         self._writing: asyncio.Task[None] | None = None
         self._written: asyncio.Future[None] | None = None  # what is gathered now
 
-    async def tell(self, event: Event) -> None:
+    async def publish(self, event: Event) -> None:
         """Returns when it is in the queues of all who want it, or is lost; raises nothing."""
         if not self._wanting(event):
             return
@@ -66,7 +66,7 @@ class Publisher:
         await asyncio.shield(written)
 
     async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
-        """As tell(), of a tag; `repository` is a full name."""
+        """As publish(), of a tag; `repository` is a full name."""
         event = Event(
             id=str(uuid.uuid4()),
             at=self._clock(),
@@ -77,9 +77,9 @@ class Publisher:
             digest=str(new),
             former=str(old),
         )
-        await self.tell(event)
+        await self.publish(event)
 
-    def mention(self, event: Event) -> None:
+    def publish_later(self, event: Event) -> None:
         """A pull: nobody waits for it."""
         if len(self._gathered) >= GATHERED:
             for name in self._wanting(event):

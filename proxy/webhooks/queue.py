@@ -3,7 +3,7 @@
     event <webhook> <number>    the event, as JSON
     number                      the last one that was given
     pending <webhook>           how many events there are of it
-    webhook <webhook>           how its deliveries went: State, as JSON
+    webhook <webhook>           how its deliveries went: DeliveryState, as JSON
 
 A number is given in the transaction that puts the event there: so no event ever comes up behind one that was
 read already, whichever process put it.  Numbers begin with the time, in µs, so that they go on increasing
@@ -26,7 +26,7 @@ from storage.keys import EVENT, NUMBER, PENDING, WEBHOOK
 _DIGITS = 20
 
 
-class State(msgspec.Struct, frozen=True, omit_defaults=True):
+class DeliveryState(msgspec.Struct, frozen=True, omit_defaults=True):
     """Times in seconds since the epoch; None where there is none.
 
     While deliveries fail, `failing_since` tells since when.  `error` is what the last one that failed, at
@@ -87,7 +87,7 @@ class Queue:
         found = self._records.scan(prefix, after.removeprefix(prefix))
         return [QueuedEvent(key, decode(record)) for key, record in islice(found, limit)]
 
-    def remove(self, webhook: str, keys: Iterable[str], state: State | None = None) -> None:
+    def remove(self, webhook: str, keys: Iterable[str], state: DeliveryState | None = None) -> None:
         """What it was told of, or never will be; and how deliveries go, where that has changed."""
 
         def work(batch: Batch) -> None:
@@ -105,11 +105,11 @@ class Queue:
         """When the first event that it has not been told of happened."""
         return next((each.event.at for each in self.read(webhook, "", 1) if each.event), None)
 
-    def state(self, webhook: str) -> State:
+    def state(self, webhook: str) -> DeliveryState:
         try:
-            return msgspec.json.decode(self._records.get(WEBHOOK.key(webhook)) or b"{}", type=State)
+            return msgspec.json.decode(self._records.get(WEBHOOK.key(webhook)) or b"{}", type=DeliveryState)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            return State()
+            return DeliveryState()
 
     def settle(self, webhooks: Iterable[str]) -> dict[str, int]:
         """Count anew, and drop what is of no webhook of these: how many events, by its name."""

@@ -23,6 +23,8 @@ _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 
 NAME_LIMIT = 255  # characters of "host/name": the specification's advice, and what clients enforce
+# Bytes.  distribution-spec, "Pushing Manifests": registries accept 4 MiB or more; containerd no more.
+MANIFEST_LIMIT = 4 << 20
 
 OCTETS = "application/octet-stream"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"

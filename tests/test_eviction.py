@@ -330,8 +330,8 @@ def test_two_hundred_thousand_blobs(place: Place, monkeypatch: pytest.MonkeyPatc
         os.utime(directory, (1, 1))  # settled
     reads: list[str] = []
     removed: list[int] = []
-    scan, forget = module._blobs, Eviction.forget
-    monkeypatch.setattr(module, "_blobs", lambda path: reads.append(path) or scan(path))
+    scan, forget = module.files_in, Eviction.forget
+    monkeypatch.setattr(module, "files_in", lambda path: reads.append(path) or scan(path))
     monkeypatch.setattr(
         Eviction, "forget", lambda self, keys: removed.append(len(keys)) or forget(self, keys)
     )

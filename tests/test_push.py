@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from multidict import CIMultiDictProxy
 
-from proxy.web.push import LARGEST_MANIFEST
-from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Digest
+from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST, Digest
 from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
 from tests.processes import Place, Worker, place  # noqa: F401  a fixture
@@ -482,7 +481,7 @@ async def test_other_types_are_kept_as_they_are(client: Client) -> None:
         (index(kind=OCI_INDEX), OCI_MANIFEST, 400, "MANIFEST_INVALID"),
         (index(kind=OCI_INDEX), "", 201, ""),
         (b"{}", "", 400, "MANIFEST_INVALID"),
-        (b"x" * (LARGEST_MANIFEST + 1), OCI_MANIFEST, 413, "MANIFEST_INVALID"),
+        (b"x" * (MANIFEST_LIMIT + 1), OCI_MANIFEST, 413, "MANIFEST_INVALID"),
     ],
 )
 async def test_a_manifest_that_is_none(
@@ -500,9 +499,9 @@ async def test_a_large_manifest_without_a_length(client: Client) -> None:
         for _ in range(size // 1000):
             yield b" " * 1000
 
-    answer = await client.manifest("v1", stream(LARGEST_MANIFEST + 100_000), "application/x")  # type: ignore[arg-type]
+    answer = await client.manifest("v1", stream(MANIFEST_LIMIT + 100_000), "application/x")  # type: ignore[arg-type]
     assert (answer.status, answer.code) == (413, "MANIFEST_INVALID")
-    answer = await client.manifest("v1", stream(LARGEST_MANIFEST - 1000), "application/x")  # type: ignore[arg-type]
+    answer = await client.manifest("v1", stream(MANIFEST_LIMIT - 1000), "application/x")  # type: ignore[arg-type]
     assert answer.status == 201
 
 

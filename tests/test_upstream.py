@@ -22,7 +22,7 @@ import trustme
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials, Inline
-from proxy.upstream.requests import MANIFEST_LIMIT, Settings
+from proxy.upstream.requests import Settings
 from proxy.upstream.transport import REDIRECTS, Connect
 from storage.errors import (
     BlobUnknown,
@@ -40,6 +40,7 @@ from storage.errors import (
 from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
+    MANIFEST_LIMIT,
     OCI_INDEX,
     OCI_MANIFEST,
     Digest,

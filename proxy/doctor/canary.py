@@ -24,10 +24,9 @@ from proxy.doctor.host import Host
 from proxy.doctor.running import REQUESTS, metrics
 from proxy.setup.engines import CONTAINERD
 from storage.errors import RegistryError
-from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Digest
+from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST, Digest
 
 ACCEPT = ", ".join((OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST))
-LIMIT = 4 << 20  # bytes of a manifest
 PATIENCE = 300.0  # seconds for a client's own pull
 PULLERS = {
     "docker": ("docker", "pull", "--quiet"),
@@ -95,8 +94,8 @@ class _Pull:
         async with self._session.request(
             method, url, headers={"Accept": ACCEPT}, allow_redirects=False
         ) as response:
-            content = await response.content.read(LIMIT)
-            while more := await response.content.read(LIMIT - len(content)):
+            content = await response.content.read(MANIFEST_LIMIT)
+            while more := await response.content.read(MANIFEST_LIMIT - len(content)):
                 content += more
             if response.status not in fine:
                 raise _Wrong(

@@ -18,7 +18,7 @@ import structlog
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.requests import MANIFEST_LIMIT, RequestSender, Settings, UpstreamRequest, encoding_of
+from proxy.upstream.requests import RequestSender, Settings, UpstreamRequest, encoding_of
 from proxy.upstream.transport import Transport
 from storage.errors import (
     ManifestInvalid,
@@ -33,6 +33,7 @@ from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     DOCKER_SCHEMA1,
+    MANIFEST_LIMIT,
     OCI_INDEX,
     OCI_MANIFEST,
     OCTETS,

@@ -37,10 +37,10 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
+from storage.oci import MANIFEST_LIMIT
 
 log = structlog.get_logger()
 
-MANIFEST_LIMIT = 4 << 20  # bytes: distribution-spec, "Pushing Manifests", and what clients take
 LISTING_LIMIT = 16 << 20  # bytes of one page
 PAGES = 1000
 _READING = ("GET", "HEAD")

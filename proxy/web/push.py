@@ -35,11 +35,9 @@ from storage.errors import (
     SizeInvalid,
     UploadStalled,
 )
-from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag, parse_manifest
+from storage.oci import MANIFEST_LIMIT, OCTETS, Descriptor, Digest, Manifest, Tag, parse_manifest
 from storage.registry import Registry, Upload
 
-# Bytes; containerd takes no larger one, and the specification wants registries to take 4 MB at least.
-LARGEST_MANIFEST = 4 << 20
 ALGORITHMS = ("sha256", "sha512")
 _CONTENT_RANGE = re.compile(r"(?:bytes )?([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]+|\*))?")
 
@@ -227,12 +225,12 @@ class Push:
         body = bytearray()
 
         async def write(chunk: bytes) -> None:
-            if len(body) + len(chunk) > LARGEST_MANIFEST:
+            if len(body) + len(chunk) > MANIFEST_LIMIT:
                 raise too_large
             body.extend(chunk)
 
-        too_large = ManifestTooLarge(f"a manifest may have {LARGEST_MANIFEST} bytes")
-        if (request.content_length or 0) > LARGEST_MANIFEST:
+        too_large = ManifestTooLarge(f"a manifest may have {MANIFEST_LIMIT} bytes")
+        if (request.content_length or 0) > MANIFEST_LIMIT:
             raise too_large
         await self._take(request, now, write)
         return bytes(body)

@@ -25,12 +25,11 @@ from storage.archives.bundle import (
     read_contents,
 )
 from storage.errors import ArchiveInvalid, DigestInvalid, ManifestInvalid
-from storage.oci import OCI_MANIFEST, Descriptor, Digest, parse_manifest
+from storage.oci import MANIFEST_LIMIT, OCI_MANIFEST, Descriptor, Digest, parse_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LARGEST = 4 << 20  # bytes of a manifest: what clients take
 SAVED = "manifest.json"
 CONFIG, LAYER = "application/vnd.oci.image.config.v1+json", "application/vnd.oci.image.layer.v1.tar"
 _GZIP = b"\x1f\x8b"
@@ -82,7 +81,7 @@ class Layout:
         """Compared with its digest."""
         content = self._made.get(digest)
         if content is None:
-            content = read(self.archive, self._name(digest), LARGEST)
+            content = read(self.archive, self._name(digest), MANIFEST_LIMIT)
         if (found := Digest.of(content, digest.algorithm)) != digest:
             raise ArchiveInvalid(f"{self.what}: {self._name(digest)} is damaged: its content is {found}")
         return content
@@ -125,7 +124,7 @@ def _descriptor(archive: Archive, named: Named) -> Descriptor:
 
 
 def _indexed(archive: Archive) -> list[Root]:
-    if archive.size(LAYOUT) is not None and b'"1.' not in read(archive, LAYOUT, LARGEST):
+    if archive.size(LAYOUT) is not None and b'"1.' not in read(archive, LAYOUT, MANIFEST_LIMIT):
         raise ArchiveInvalid(f"{archive.what}: {LAYOUT} is of a version that is not known here")
     try:
         found = parse_manifest(read(archive, INDEX))
@@ -162,7 +161,7 @@ def _saved(archive: Archive) -> Layout:
     """
     layout = Layout(archive)
     for each in _decoded(archive, SAVED, list[_Saved]):
-        content = read(archive, each.config, LARGEST)
+        content = read(archive, each.config, MANIFEST_LIMIT)
         config = Descriptor(CONFIG, Digest.of(content), len(content))
         layers = _layers(layout, each)
         layout._names[config.digest] = each.config
@@ -211,6 +210,6 @@ def _layer(archive: Archive, diff_id: str, name: str) -> Descriptor:
 
 def _decoded(archive: Archive, name: str, type: Any) -> Any:
     try:
-        return msgspec.json.decode(read(archive, name, LARGEST), type=type)
+        return msgspec.json.decode(read(archive, name, MANIFEST_LIMIT), type=type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArchiveInvalid(f"{archive.what}: {name} cannot be read: {error}") from None

@@ -26,6 +26,7 @@ from storage.errors import DigestInvalid, ManifestInvalid
 from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
+    MANIFEST_LIMIT,
     OCI_INDEX,
     OCI_MANIFEST,
     Digest,
@@ -34,7 +35,6 @@ from storage.oci import (
 )
 
 PLACES = ("docker/registry/v2", "registry/v2", "v2", ".")  # where it is, from what people call the directory
-MANIFEST_LIMIT = 4 << 20  # bytes; what Distribution takes
 _LINK_LIMIT = 200  # bytes
 _TYPES = (OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST)
 

@@ -114,6 +114,7 @@ class Reader:
 # Through the server
 
 
+@pytest.mark.clients
 async def test_fifty_cold_pulls_of_100_MB_are_one_get(serve: Serve, upstream: Upstream) -> None:
     content = content_of(100_000_000)
     digest = upstream.blob("a/b", content)

@@ -17,6 +17,7 @@ from proxy.cache import tags
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
+from proxy.upstream import transport
 from tests.authority import Authority
 from tests.upstream import Upstream
 
@@ -87,6 +88,15 @@ def clock() -> Clock:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a machine is quick or slow decides no test: one about it says for how long to wait."""
     monkeypatch.setattr(tags, "PATIENCE", None)
+
+
+BACKOFF = transport.BACKOFF  # as it is where nobody is in a hurry
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upstream is asked again without a rest: a test about the rest says how long it is."""
+    monkeypatch.setattr(transport, "BACKOFF", 0.0)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from tests.authority import Authority
+from tests.clients.processes import free_port
 from tests.upstream import Hold, Image, Upstream
 from tests.wire import connect
 
@@ -103,14 +104,6 @@ def taken() -> Any:
         yield listening.getsockname()[1]
 
 
-def free_ports(count: int) -> list[int]:
-    found = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in found]
-    for each in found:
-        each.close()
-    return ports
-
-
 def write(home: Path, tree: Any) -> Path:
     path = home / "entrepot.yml"
     path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
@@ -119,7 +112,7 @@ def write(home: Path, tree: Any) -> Path:
 
 def site(home: Path, upstream: Upstream, **top: Any) -> tuple[Path, str]:
     """A configuration before `upstream`, and the address that it listens on."""
-    (port,) = free_ports(1)
+    port = free_port()
     tree = {
         "listen": f"127.0.0.1:{port}",
         "admin": "off",
@@ -153,7 +146,7 @@ def settings(text: str, client: str) -> str:
 
 
 async def test_banner(tmp_path: Path, upstream: Upstream) -> None:
-    (admin,) = free_ports(1)
+    admin = free_port()
     config, url = site(tmp_path, upstream, admin=f"127.0.0.1:{admin}")
     async with running(tmp_path, "serve", "--config", str(config)) as program:
         said = await banner(program)
@@ -195,7 +188,7 @@ async def test_the_banner_says_what_setup_writes(tmp_path: Path, upstream: Upstr
 
 
 async def test_the_banner_of_a_server_with_tls(tmp_path: Path, upstream: Upstream) -> None:
-    (admin,) = free_ports(1)
+    admin = free_port()
     files = Authority(tmp_path).issue("server")
     for scheme, address in (("http", "127.0.0.1"), ("https", "0.0.0.0")):
         config, url = site(tmp_path, upstream, tls=files, admin=f"{address}:{admin}")

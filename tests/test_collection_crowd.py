@@ -185,6 +185,7 @@ class Interleaved:
             self.collecting = None
 
 
+@pytest.mark.clients
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(ROUND, min_size=2, max_size=5))
 def test_nothing_that_is_acknowledged_is_lost(

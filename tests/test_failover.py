@@ -18,7 +18,7 @@ from proxy.upstream import transport
 from proxy.upstream.breaker import FAILURES
 from proxy.upstream.transport import RETRIES, Connect, Transport, is_private
 from storage.errors import OriginFailed, OriginTimeout
-from tests.conftest import Clock, Serve, Site
+from tests.conftest import BACKOFF, Clock, Serve, Site
 from tests.events import Ear
 from tests.upstream import (
     Bearer,
@@ -252,9 +252,10 @@ Reach = Callable[..., Transport]
 
 
 @pytest.fixture
-async def reach(upstream: Upstream) -> AsyncIterator[Reach]:
-    """A transport to the upstream whose retries follow at once."""
+async def reach(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reach]:
+    """A transport to the upstream whose retries follow at once, if no other jitter is given."""
     made = []
+    monkeypatch.setattr(transport, "BACKOFF", BACKOFF)
 
     def reach(url: str = upstream.url, **keys: Any) -> Transport:
         keys = {"jitter": lambda: 0.0} | keys

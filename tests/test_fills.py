@@ -114,6 +114,7 @@ class Reader:
 # Through the server
 
 
+@pytest.mark.clients
 async def test_fifty_cold_pulls_of_100_MB_are_one_get(serve: Serve, upstream: Upstream) -> None:
     content = content_of(100_000_000)
     digest = upstream.blob("a/b", content)
@@ -598,7 +599,8 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
 @pytest.mark.errors("fill.failed")
 async def test_a_fill_without_progress_gives_up_and_keeps_what_it_has(rig: Rig, upstream: Upstream) -> None:
     digest = Digest(upstream.blob("a/b", BODY))
-    upstream.next("GET", digest, Reset(after=100_000))
+    # Of what a reset follows the kernel may give us nothing; what is cut short has come.
+    upstream.next("GET", digest, Truncate(after=100_000))
     upstream.next("GET", digest, Reset(after=0), times=5)
     with pytest.raises(OriginFailed):
         await rig.read((await rig.fills.join(rig.source, digest)).value)
@@ -614,7 +616,7 @@ async def test_a_fill_without_progress_gives_up_and_keeps_what_it_has(rig: Rig, 
 async def test_progress_starts_the_count_of_failures_again(rig: Rig, upstream: Upstream) -> None:
     digest = Digest(upstream.blob("a/b", BODY))
     for _ in range(3):
-        upstream.next("GET", digest, Reset(after=50_000))
+        upstream.next("GET", digest, Truncate(after=50_000))
         upstream.next("GET", digest, Status(503), times=4)
     assert await rig.read((await rig.fills.join(rig.source, digest)).value) == BODY
     assert len(upstream.log) == 16

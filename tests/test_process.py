@@ -15,6 +15,7 @@ import pytest
 
 from proxy.config.errors import StartError
 from proxy.server.process import ServerProcess
+from tests.clients.processes import free_port
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.events import Ear
 from tests.upstream import Basic, Hold, Image, Reset, Upstream
@@ -27,12 +28,6 @@ BLOB = os.urandom(1 << 20) * 2
 @pytest.fixture
 def image(upstream: Upstream) -> Image:
     return upstream.image("library/alpine", "latest", layers=(BLOB,))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
 
 
 def may_listen(port: int) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +19,9 @@ import pytest
 
 PATIENCE = 60.0  # seconds until a program that should answer is taken for hung
 GRACE = 20.0  # seconds from the request to end to the kill
+
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.count(secrets.randbelow(1000))  # from somewhere, for the tests may run twice at once
 
 
 def require(*programs: str, root: bool = True) -> None:
@@ -56,10 +62,15 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str]) -> str:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, for programs that cannot choose one themselves."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """A port of 127.0.0.1 that nobody listens on, for programs that cannot choose one themselves.
+
+    Until they listen nobody else may get it: so it is one that the system gives to nobody, and each process
+    of the tests has a range of its own.
+    """
+    while True:
+        port = 10_000 + _WORKER % 20 * 1000 + next(_PORTS) % 1000  # below ip_local_port_range
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def own_address() -> str:

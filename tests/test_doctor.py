@@ -26,8 +26,8 @@ from proxy.config.loader import load
 from proxy.config.schema import TLS, Config
 from proxy.doctor import running, upstreams
 from proxy.doctor.checks import Check, Diagnosis
+from tests.clients.processes import free_port
 from tests.conftest import Serve, Site
-from tests.test_cli import free_ports
 from tests.test_upstream import Relay
 from tests.upstream import Basic, Bearer, Status, Upstream
 
@@ -69,7 +69,7 @@ def examine(tmp_path: Path) -> Examine:
     """Look over what a configuration says; `keys` are those of docker.io's upstream, `top` all others."""
 
     async def look(url: str, top: dict[str, Any] | None = None, **keys: Any) -> Found:
-        (port,) = free_ports(1)
+        port = free_port()
         tree = {
             "listen": f"127.0.0.1:{port}",
             "admin": "off",
@@ -86,7 +86,7 @@ def examine(tmp_path: Path) -> Examine:
 
 @pytest.fixture
 async def site(serve: Serve, upstream: Upstream) -> Site:
-    listen, admin = free_ports(2)
+    listen, admin = free_port(), free_port()
     return await serve(upstream, top={"listen": f"127.0.0.1:{listen}", "admin": f"127.0.0.1:{admin}"})
 
 
@@ -154,7 +154,7 @@ async def test_what_was_asked_wrongly_is_status_2(words: tuple[str, ...]) -> Non
 
 
 async def test_a_server_that_does_not_run(examine: Examine, upstream: Upstream) -> None:
-    (admin,) = free_ports(1)
+    admin = free_port()
     found = await examine(upstream.url, {"admin": f"127.0.0.1:{admin}"})
     assert found.one("server").state == "warning"
     assert "Connection refused" in found.one("server").message
@@ -237,7 +237,7 @@ async def test_a_name_that_does_not_resolve(examine: Examine) -> None:
 
 
 async def test_an_upstream_that_is_down(examine: Examine) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     found = await examine(f"http://127.0.0.1:{port}")
     assert found.failed == ["reach"]
     assert "cannot be reached" in found.one("reach").message
@@ -245,7 +245,7 @@ async def test_an_upstream_that_is_down(examine: Examine) -> None:
 
 
 async def test_each_url_is_looked_at(examine: Examine, upstream: Upstream) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     urls = [f"http://127.0.0.1:{port}", upstream.url]
     found = await examine(upstream.url, {"namespaces": {"docker.io": {"upstream": {"url": urls}}}})
     assert [each.state for each in found.all("reach")] == ["failed", "ok"]
@@ -453,7 +453,7 @@ async def test_an_authority_that_is_not_there(examine: Examine, upstream: Upstre
 async def test_a_server_with_tls(
     serve: Serve, upstream: Upstream, issuer: Issuer, tmp_path: Path, asks: bool
 ) -> None:
-    listen, admin = free_ports(2)
+    listen, admin = free_port(), free_port()
     issuer.issue(90)
     tls = {"certificate": str(issuer.pair)}
     if asks:

@@ -25,8 +25,8 @@ from proxy.setup.install import place, plan
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import Site
 from tests import conftest
+from tests.clients.processes import free_port
 from tests.conftest import Serve
-from tests.test_cli import free_ports
 from tests.test_upstream import Relay, server_side
 from tests.upstream import Status, Upstream
 
@@ -371,7 +371,7 @@ async def cache(serve: Serve, upstream: Upstream, root: Path) -> Cache:
     upstream.image("library/hello-world", "latest")
     images = [upstream.image("library/alpine", None, platform=f"linux/{each}") for each in ("amd64", "arm64")]
     upstream.index("library/alpine", "3", images)
-    listen, admin = free_ports(2)
+    listen, admin = free_port(), free_port()
     return Cache(
         await serve(upstream, top={"listen": f"127.0.0.1:{listen}", "admin": f"127.0.0.1:{admin}"}), root
     )
@@ -407,7 +407,7 @@ async def test_a_canary_that_does_not_come(cache: Cache, upstream: Upstream) -> 
 
 
 async def test_a_server_that_is_not_there(cache: Cache) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     found = await cache.look(url=f"http://127.0.0.1:{port}")
     server = found[0]
     assert (server.name, server.state) == ("server", "failed")
@@ -519,6 +519,6 @@ async def test_whether_it_came_through_may_not_be_seen(cache: Cache, path: Path)
     assert list(found) == ["podman"]
     assert found["podman"].state == "warning"
     assert "--server" in found["podman"].advice
-    (port,) = free_ports(1)
+    port = free_port()
     found = named(await cache.look("--pull", "alpine:3", "--server", f"http://127.0.0.1:{port}"), "pull")
     assert found["podman"].state == "warning"

@@ -444,9 +444,9 @@ async def test_what_cannot_be_stored_is_told(
 
 
 async def test_only_a_cache_is_refreshed(rig: Rig) -> None:
-    with pytest.raises(Unsupported, match="own is no cache"):
+    with pytest.raises(Unsupported, match="own is not a cache"):
         await refresh(rig.namespaces, "own/a/b", TAG)
-    with pytest.raises(Unsupported, match="own is no cache"):
+    with pytest.raises(Unsupported, match="own is not a cache"):
         await rig.namespaces.fill_blob("own/a/b", Digest.of(b""))
     with pytest.raises(NameUnknown):
         await refresh(rig.namespaces, "elsewhere/a/b", TAG)

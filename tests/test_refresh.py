@@ -95,7 +95,7 @@ def policy(offline: bool = False, drop: bool = False) -> Policy:
 async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Rig]:
     metrics = Metrics()
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
-    told = requests.Settings(upstream.url, connect, reserve=lambda limit: rig.reserve)
+    told = requests.UpstreamSettings(upstream.url, connect, reserve=lambda limit: rig.reserve)
     origin = client.UpstreamRegistry("up", told, [Credentials()], metrics, clock)
     store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)

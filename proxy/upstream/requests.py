@@ -281,7 +281,7 @@ class RequestSender:
 
     async def _send_once(self, request: UpstreamRequest, authorization: str | None) -> aiohttp.ClientResponse:
         begun, status = time.monotonic(), 0
-        self._traffic.asked()
+        self._traffic.count_request()
         headers = dict(request.headers)
         if authorization:
             headers["Authorization"] = authorization
@@ -301,13 +301,13 @@ class RequestSender:
 
     async def received(self, number: int) -> None:
         """Count `number` bytes of a blob, and wait as long as the bandwidth demands."""
-        self._traffic.took(number)
+        self._traffic.count_received(number)
         await self._bandwidth.take(number)
 
     async def content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """The decoded body of a small document.  Raises OriginFailed, OriginTimeout."""
         content = await self.transport.read(response, limit)
-        self._traffic.took(len(content))
+        self._traffic.count_received(len(content))
         encoding = encoding_of(response)
         if not encoding:
             return content
@@ -344,7 +344,7 @@ class RequestSender:
     async def _fetch(
         self, method: str, url: URL, *, headers: Any, form: Any = None
     ) -> TokenResponse:  # tokens.Fetch
-        self._traffic.asked()
+        self._traffic.count_request()
         response = await self.transport.send(method, url, headers, form)
         async with response:
             content = await self.content(response, MANIFEST_LIMIT)

@@ -103,7 +103,7 @@ class ServerProcess:
         """Make the housekeeping process act, if there is one."""
         if self._run is None:
             return Hooks()
-        return Hooks(make_room=make_room.ask(self._run / HOUSEKEEPING), wake=wakeup.caller(self._run))
+        return Hooks(make_room=make_room.ask(self._run / HOUSEKEEPING), wake=wakeup.sender(self._run))
 
     def _housekeeping_hooks(self) -> Hooks:
         # The housekeeper and the dispatcher need the composition, whose parts need them only later.

@@ -4,8 +4,8 @@
   taken the event.
 - After any other result the delivery is retried until the event is older than `keep`, with increasing delays
   up to a limit, and not before the time in Retry-After.  Later events wait meanwhile.
-- An event that the receiver rejects as such, with 400, 413, 415 or 422, is dropped after two hours, so that it
-  does not block the queue for days.
+- An event that the receiver rejects as such, with 400, 413, 415 or 422, is dropped after two hours, so that
+  it does not block the queue for days.
 - A delivered event is removed afterwards.  If the process is killed in between, the event is delivered again,
   with the same id: delivery is at least once.
 """

@@ -59,8 +59,9 @@ class RecordKind:
         return f"{self.name} {namespace}/"
 
     def parse(self, key: str) -> list[str]:
-        """The fields of a key of this kind."""
-        return key.split(" ", self.fields)[1:]
+        """The fields of a key of this kind; one that a damaged key does not have is empty."""
+        values = key.split(" ", self.fields)[1:]
+        return values + [""] * (self.fields - len(values))
 
 
 TAG = RecordKind("tag")
@@ -85,5 +86,8 @@ NUMBER = RecordKind("number", 0)
 
 def parse_reference_key(key: str) -> tuple[str, Reference]:
     """The repository and the reference of the key of a tag or a manifest."""
-    kind, repository, reference = key.split(" ")
-    return repository, Tag(reference) if kind == TAG.name else Digest(reference)
+    if key.startswith(TAG.prefix()):
+        repository, reference = TAG.parse(key)
+        return repository, Tag(reference)
+    repository, reference = MANIFEST.parse(key)
+    return repository, Digest(reference)

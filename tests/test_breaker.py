@@ -10,7 +10,7 @@ from multidict import CIMultiDict
 
 from proxy.config.quantities import MAX_RETRY_AFTER, seconds_until
 from proxy.upstream.breaker import FAILURES, LAST, Breaker
-from proxy.upstream.ratelimit import UNTOLD, Budget, Budgets
+from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budget, Budgets
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from tests.conftest import Clock
 
@@ -216,7 +216,7 @@ def test_what_was_told_holds_for_a_window(budget: Budget, clock: Clock) -> None:
     [
         ({}, 7.0, 7.0),
         ({}, 0.0, 1.0),
-        ({}, None, UNTOLD),
+        ({}, None, DEFAULT_BLOCK),
         ({}, math.inf, MAX_RETRY_AFTER),
         (told("0;w=600", "100;w=600"), 7.0, 7.0),
         (told("0;w=600", "100;w=600"), None, 500.0),

@@ -17,9 +17,11 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import click
 import pytest
 import yaml
 
+from proxy.cli.main import main
 from tests.authority import Authority
 from tests.clients.processes import free_port
 from tests.upstream import Hold, Image, Upstream
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.clients
 
 COMMAND = (sys.executable, "-m", "proxy")
 PATIENCE = 30.0  # seconds; only a process that hangs takes them
-END = "all there is to it, and other clients: entrepot setup --help"
+END = "complete instructions and other clients: entrepot setup --help"
 BLOB = os.urandom(1 << 20) * 4
 
 
@@ -486,3 +488,20 @@ async def test_the_log_is_for_people_on_a_terminal(tmp_path: Path, upstream: Ups
     assert "library/alpine" in line
     with pytest.raises(json.JSONDecodeError):
         json.loads(line)
+
+
+# The help
+
+COMMANDS = sorted(main.commands.items())
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_every_command_and_option_explains_itself(name: str, command: click.Command) -> None:
+    """The first sentence of a command is that of the list of commands, and has at most eight words."""
+    first = (command.help or "").split(".")[0].split()
+    assert 1 < len(first) <= 8
+    assert (command.help or "").split("\n\n")[0].endswith(".")
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, option.name
+            assert option.help.endswith("."), option.help

@@ -89,7 +89,7 @@ async def test_what_people_see(upstream: Upstream, destination: Upstream) -> Non
     assert row.split()[:2] == [source, f"{target}:1"]
     assert row.endswith("  copied")
     assert re.fullmatch(
-        r"1 manifest and 2 blobs of \d+ B copied, 0 mounted, 0 there already, 1 tag set; \d+\.\d s", summary
+        r"1 manifest and 2 blobs of \d+ B copied, 0 mounted, 0 already present, 1 tag set; \d+\.\d s", summary
     )
     lines = result.stderr.splitlines()
     assert lines[-1] == f"{source}: copied"
@@ -160,7 +160,7 @@ async def test_a_registry_that_does_not_list(upstream: Upstream, destination: Up
         (["copy", "--transfers", "0", "r.example/a", "s.example/c"], "--transfers"),
         (["copy", "--source-credentials", "who", "r.example/a", "s.example/c"], "expected user:password"),
         (["copy", "--auth-file", "/nonexistent", "r.example/a", "s.example/c"], "--auth-file"),
-        (["import"], "say from where: ARCHIVE, or --from-registry-dir"),
+        (["import"], "give an ARCHIVE, or --from-registry-dir"),
         (["import", "--from-registry-dir", "/nonexistent"], "does not exist"),
     ],
 )
@@ -288,7 +288,7 @@ async def test_an_import(made: Layout, config: Path, tmp_path: Path) -> None:
     made.image("base", "1", layers=[b"one"])
     result = await take(made, config, "--dry-run")
     assert result.exit_code == 0
-    assert "would be taken into local" in result.stdout
+    assert "would be imported into local" in result.stdout
     result = await take(made, config, "--json")
     found = json.loads(result.stdout)
     assert found.pop("seconds") > 0
@@ -299,8 +299,8 @@ async def test_an_import(made: Layout, config: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     result = await take(made, config)
     assert re.fullmatch(
-        r"2 repositories, 0 tags, 0 manifests and 0 blobs \(0 of them linked\) of 0 B taken into local;"
-        r" 2 manifests there already; \d+\.\d s\n",
+        r"2 repositories, 0 tags, 0 manifests and 0 blobs \(0 of them hard links\) of 0 B"
+        r" imported into local; 2 manifests already present; \d+\.\d s\n",
         result.stdout,
     )
     ls = json.loads((await call("ls", "--tags", "--config", str(config), "--json")).stdout)
@@ -329,9 +329,9 @@ async def test_damage_is_told(made: Layout, config: Path) -> None:
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert lines[:2] == ["damaged or missing:", lines[1]]
-    assert lines[1].split() == ["REPOSITORY", "WHAT", "WHY"]
+    assert lines[1].split() == ["REPOSITORY", "CONTENT", "REASON"]
     assert any(digest_of(b"lost") in each and "no data" in each for each in lines)
-    assert result.stderr.splitlines()[-1] == "entrepot: 3 damaged or missing; all else was taken"
+    assert result.stderr.splitlines()[-1] == "entrepot: 3 damaged or missing; all else was imported"
 
 
 async def test_where_to_is_to_be_clear(made: Layout, config: Path, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ async def test_where_to_is_to_be_clear(made: Layout, config: Path, tmp_path: Pat
     config.write_text(yaml.safe_dump(tree))
     result = await take(made, config)
     assert (result.exit_code, result.stderr) == (
-        2, "entrepot: several namespaces have a store: say --namespace; there are local, team\n",
+        2, "entrepot: several namespaces have a store: give --namespace; there are local, team\n",
     )  # fmt: skip
     result = await take(made, config, "--namespace", "docker.io")
     assert result.exit_code == 2
@@ -351,7 +351,7 @@ async def test_where_to_is_to_be_clear(made: Layout, config: Path, tmp_path: Pat
     config.write_text(yaml.safe_dump(tree))
     result = await take(made, config)
     assert result.exit_code == 2
-    assert "no namespace has a store to take it into" in result.stderr
+    assert "no namespace has a store to import into" in result.stderr
 
 
 async def test_a_directory_that_is_no_registrys(config: Path, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ async def test_the_rules_of_the_namespace_count(made: Layout, config: Path, tmp_
     assert json.loads(result.stdout)["kept"] == [
         {"repository": "a", "what": "v1", "why": f"it stays {first}: it is immutable"}
     ]
-    assert "left as they are here:" in (await take(made, config)).stdout
+    assert "not replaced:" in (await take(made, config)).stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: only root changes owners")
@@ -409,17 +409,17 @@ async def test_a_disk_that_fails_ends_it(made: Layout, config: Path, monkeypatch
     monkeypatch.setattr(Migration, "run", fail)
     result = await take(made, config)
     assert (result.exit_code, result.stderr) == (
-        1, "entrepot: blobs: No space left on device; what was taken stays, and the next run goes on\n",
+        1, "entrepot: blobs: No space left on device; what was imported stays, and the next run continues\n",
     )  # fmt: skip
 
 
 async def test_progress_of_an_import(made: Layout, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made.image("a", "1")
-    monkeypatch.setattr(migrate, "LOOK", 0)
+    monkeypatch.setattr(migrate, "PAUSE", 0)
     original, run, seen = migrate._show, Migration.run, threading.Event()
 
-    def show(intake: Migration, *rest: Any) -> None:
-        original(intake, *rest)
+    def show(migration: Migration, *rest: Any) -> None:
+        original(migration, *rest)
         seen.set()
 
     def hold(self: Migration, *arguments: Any) -> None:

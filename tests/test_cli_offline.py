@@ -48,14 +48,14 @@ async def test_warm_fetches_what_is_named_in_all_ways(
     listed = upstream.image("team/listed", "2")
     words = ["--from", file(COMPOSE), "--from", file(POD), "--list", file("# all\nteam/listed:2\n")]
     heads, *rows, sums = await shop.lines("warm", "alpine:3", *words)
-    assert heads.split()[:2] == ["REFERENCE", "HERE"]
+    assert heads.split()[:2] == ["REFERENCE", "COMPLETE"]
     found = {row.split()[0]: row.split()[1:6] for row in rows}
     assert found == {
         f"{NAME}:3": ["yes", "3", "0", "5", "2"],
         "docker.io/team/listed:2": ["yes", "1", "0", "2", "2"],
         "docker.io/team/new:1": ["yes", "1", "0", "2", "2"],
     }
-    assert sums.startswith("3 of 3 images here; fetched 6 blobs, ")
+    assert sums.startswith("3 of 3 images complete; fetched 6 blobs, ")
     stored = {f"sha256:{path.name}" for path in (shop.site.directory / "cache" / "blobs").glob("*/*/*")}
     assert {each for image in (new, listed, shop.other) for each in image.layers} <= stored
     upstream.clear()
@@ -76,8 +76,8 @@ async def test_warm_names_what_is_not_here_and_why(
     assert "docker.io answered 404" in unknown
     assert nowhere.split()[:2] == ["nowhere.example/x", "no"]
     assert "is not a configured namespace" in nowhere
-    assert sums.startswith("1 of 3 images here")
-    assert "entrepot: 2 of 3 are not here" in result.stderr
+    assert sums.startswith("1 of 3 images complete")
+    assert "entrepot: 2 of 3 images are not complete" in result.stderr
     told = json.loads((await shop.run(*words, "--json")).stdout)
     assert [each["here"] for each in told] == [True, False, False]
     lacks = await shop.run("warm", "alpine:3", "--platform", "linux/s390x")
@@ -168,16 +168,16 @@ async def test_ready_tells_what_is_complete_partial_and_absent(
     assert (result.exit_code, upstream.log) == (1, [])
     lines = result.stdout.splitlines()
     heads, partial, absent, sums, built, _, missing, *rows = lines
-    assert heads.split() == ["REFERENCE", "STATE", "REFERRERS", "MISSING", "NAMED", "BY", "NOTE"]
+    assert heads.split() == ["REFERENCE", "STATE", "REFERRERS", "MISSING", "NAMED", "IN", "PROBLEM"]
     assert partial.split() == [f"{NAME}:3", "partial", "-", "1", f"{path}:3"]
     assert absent.split() == ["docker.io/team/new:1", "absent", "-", f"{path}:5"]
     assert sums == "0 of 2 images complete"
-    assert built == f"{path}:7: built where it runs, not pulled"
-    assert missing.split() == ["MISSING", "DIGEST", "KIND", "SIZE", "PLATFORMS"]
+    assert built == f"{path}:7: built where it runs, so it is not pulled"
+    assert missing.split() == ["REFERENCE", "MISSING", "DIGEST", "KIND", "SIZE", "PLATFORMS"]
     assert [row.split() for row in rows] == [
         [f"{NAME}:3", shop.other.digest, "manifest", str(len(shop.other.content)), "B", "linux/arm64"]
     ]
-    assert "entrepot: 2 of 2 are not complete" in result.stderr
+    assert "entrepot: 2 of 2 images are not complete" in result.stderr
     told = msgspec.convert(
         json.loads((await shop.run("ready", path, "--json")).stdout), list[models.ReadyRow]
     )
@@ -188,7 +188,7 @@ async def test_ready_for_a_platform(shop: Shop, file: Callable[[str], str]) -> N
     path = file("alpine:3\n")
     assert (await shop.lines("ready", path, "--platform", "linux/amd64"))[-1] == "1 of 1 image complete"
     result = await shop.run("ready", path, "--platform", "linux/s390x")
-    assert (result.exit_code, "nothing for linux/s390x" in result.stdout) == (1, True)
+    assert (result.exit_code, "no image for linux/s390x" in result.stdout) == (1, True)
 
 
 async def test_ready_fetches(shop: Shop, upstream: Upstream, file: Callable[[str], str]) -> None:
@@ -243,7 +243,7 @@ async def test_drill_tells_what_failed_when_its_time_is_up(served: Shop, upstrea
     result = await drilling
     assert (result.exit_code, upstream.log, drill.left) == (1, [], 0)
     heads, row = result.stdout.splitlines()
-    assert heads.split() == ["NOT", "HERE", "KIND", "CLIENT", "REQUESTS", "LAST"]
+    assert heads.split() == ["MISSING", "KIND", "CLIENT", "REQUESTS", "LAST", "REQUEST"]
     assert row.split()[:4] == [f"{NAME}@{served.other.digest}", "manifest", "127.0.0.1", "1"]
     assert "entrepot: 1 request could not be served" in result.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from aiohttp import web
 from click.testing import CliRunner, Result
 
 from proxy.admin import models
-from proxy.cli import operations
+from proxy.cli import content, maintenance, pins, removal, status
 from proxy.cli.main import main
 from proxy.cli.target import reach
 from proxy.config.loader import load
@@ -110,7 +111,7 @@ async def over(site: Site) -> None:
 
 async def test_ls_lists_repositories(shop: Shop) -> None:
     heads, row = await shop.lines("ls")
-    assert heads.split() == ["REPOSITORY", "TAGS", "MANIFESTS", "HELD"]
+    assert heads.split() == ["REPOSITORY", "TAGS", "MANIFESTS", "STORED"]
     assert row.split()[:3] == [NAME, "1", "2"]
     (found,) = msgspec.convert(await shop.told("ls"), models.Listed).repositories
     assert (found.repository, found.tags, found.manifests) == (NAME, 1, 2)
@@ -131,12 +132,12 @@ async def test_ls_lists_tags_with_what_is_held(shop: Shop) -> None:
 
 async def test_ls_takes_a_pattern(shop: Shop) -> None:
     assert len(await shop.lines("ls", "*alp*")) == 2
-    assert await shop.lines("ls", "ghcr.io/*") == ["nothing is cached that matches"]
+    assert await shop.lines("ls", "ghcr.io/*") == ["nothing that is stored matches"]
     assert len(await shop.lines("ls", "--tags", "alpine:*")) == 2
 
 
 async def test_ls_gets_all_pages(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "PAGE", 1)
+    monkeypatch.setattr(content, "PAGE", 1)
     found = await shop.told("ls", "--tags", "*@*")
     assert {each["digest"] for each in found["images"]} == {shop.index.digest, shop.image.digest}
     assert found["next"] is None
@@ -207,9 +208,9 @@ async def test_fills_tell_how_far(served: Shop, capsys: pytest.CaptureFixture[st
         yield
 
     async with reach(load(served.config), str(served.site.app.admin_url), None) as there:
-        await operations.follow(there, False, looks())
+        await status.follow(there, False, looks())
         assert capsys.readouterr().out.startswith(f"{NAME}@{digest}: ")
-        await operations.follow(there, True, one())
+        await status.follow(there, True, one())
         assert capsys.readouterr().out == "[]\n"
 
 
@@ -223,26 +224,26 @@ async def one() -> AsyncIterator[None]:
 async def test_purge_of_a_reference(shop: Shop) -> None:
     before = shop.asked()
     dry = await shop.lines("purge", "alpine:3", "--dry-run")
-    assert dry[:2] == ["WOULD GO", f"{NAME}:3"]
-    assert dry[2].endswith("; nothing was removed")
+    assert dry[:2] == ["WOULD BE PURGED", f"{NAME}:3"]
+    assert dry[2].endswith("; nothing was deleted")
     lines = await shop.lines("purge", "alpine:3")
     assert lines[:2] == ["PURGED", f"{NAME}:3"]
     assert lines[2].startswith("2 manifests, 3 links, 3 blobs, ")
-    assert "nothing that is cached matches alpine:3" in await shop.fails("purge", "alpine:3")
+    assert "nothing that is stored matches alpine:3" in await shop.fails("purge", "alpine:3")
     assert shop.asked() == before
 
 
 async def test_purge_by_a_glob_asks_first(shop: Shop) -> None:
-    assert "say --yes" in await shop.fails("purge", "*alpine*", status=2)
+    assert "give --yes" in await shop.fails("purge", "*alpine*", status=2)
     assert len(await shop.lines("ls")) == 2
     found = await shop.told("purge", "*alpine*", "--yes")
     assert found["blobs"] == 3
-    assert await shop.lines("ls") == ["nothing is cached that matches"]
-    assert "nothing that is cached" in await shop.fails("purge", "*alpine*", "--yes")
+    assert await shop.lines("ls") == ["nothing that is stored matches"]
+    assert "nothing that is stored" in await shop.fails("purge", "*alpine*", "--yes")
 
 
 async def test_purge_asks_on_a_terminal(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "asks", lambda: True)
+    monkeypatch.setattr(removal, "is_interactive", lambda: True)
     assert "nothing was purged" in await shop.fails("purge", "*alpine*", input="n\n")
     assert len(await shop.lines("ls")) == 2
     result = await shop.run("purge", "*alpine*", input="y\n")
@@ -255,24 +256,26 @@ async def test_purge_asks_on_a_terminal(shop: Shop, monkeypatch: pytest.MonkeyPa
 async def test_pins(shop: Shop) -> None:
     assert await shop.lines("pins") == ["nothing is pinned"]
     heads, row = await shop.lines("pin", "alpine:*", "--keep-fresh", "1h", "--platform", "linux/amd64")
-    assert row.startswith(f"{NAME}:*  every 1 h   linux/amd64  ")
+    assert row.startswith(f"{NAME}:*  every 1 h  linux/amd64  ")
     assert (await shop.lines("pins"))[0] == heads
     (found,) = msgspec.convert(await shop.told("pins"), list[models.PinRow])
     assert (found.pattern, found.keep_fresh, found.platforms) == (f"{NAME}:*", 3600, ["linux/amd64"])
     assert (found.references, found.manifests, found.blobs) == (1, 2, 3)
     assert "pinned" in (await shop.lines("ls", "--tags"))[1]
     assert "pinned" in await shop.fails("purge", "*:3", "--yes")
-    assert await shop.lines("unpin", f"{NAME}:*") == [f"{NAME}:* is pinned no more"]
+    assert await shop.lines("unpin", f"{NAME}:*") == [f"{NAME}:* is no longer pinned"]
     assert "is not pinned" in await shop.fails("unpin", f"{NAME}:*")
 
 
 async def test_refresh_fetches_what_is_not_here(shop: Shop) -> None:
     lines = await shop.lines("refresh", "alpine:3", "--platform", "linux/amd64")
     assert lines[0] == f"{NAME}:3: unchanged"
-    assert lines[1].endswith("2 manifests, 3 blobs, of them fetched 0, 0 B")
+    assert lines[1].endswith("2 manifests, 3 blobs; 0 fetched, 0 B")
     found = msgspec.convert(await shop.told("refresh", "alpine:3"), models.Refreshed)
     assert (found.fetched, found.manifests, found.blobs) == (2, 3, 5)
-    assert "all" in (await shop.lines("ls", "--tags"))[1].split()
+    _, row = await shop.lines("ls", "--tags")
+    stored, total = re.findall(r"[0-9.]+ [KMGT]?i?B", row)
+    assert stored == total
 
 
 async def test_refresh_tells_what_moved(shop: Shop) -> None:
@@ -284,7 +287,7 @@ async def test_refresh_tells_what_moved(shop: Shop) -> None:
 
 async def test_evict(shop: Shop) -> None:
     (line,) = await shop.lines("evict", "--dry-run")
-    assert line == "would go: 0 tags, 0 manifests, 0 links, 0 blobs, 0 B; nothing was removed"
+    assert line == "would be evicted: 0 tags, 0 manifests, 0 links, 0 blobs, 0 B; nothing was deleted"
     found = await shop.told("evict", "--to", "1B", "--dry-run")
     assert (found["blobs"], found["dry_run"]) == (3, True)
     assert (await shop.lines("evict", "--to", "1B"))[0].startswith("evicted: 0 tags, 0 manifests, ")
@@ -292,9 +295,9 @@ async def test_evict(shop: Shop) -> None:
 
 
 async def test_scrub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "PAUSE", 0.01)
+    monkeypatch.setattr(maintenance, "PAUSE", 0.01)
     lines = await shop.lines("scrub", "--wait")
-    assert lines[0].startswith("PASS")
+    assert lines[0].startswith("SCRUB")
     found = msgspec.convert(await shop.told("scrub", "--wait"), models.Scrubbing)
     assert not found.asked.running
     assert found.asked.damaged == 0
@@ -302,7 +305,7 @@ async def test_scrub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.errors("blob.damaged", "scrub.damaged")
 async def test_scrub_tells_of_damage(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "PAUSE", 0.01)
+    monkeypatch.setattr(maintenance, "PAUSE", 0.01)
     algorithm, encoded = shop.image.layers[0].split(":")
     path = shop.site.directory / "cache" / "blobs" / algorithm / encoded[:2] / encoded
     path.chmod(0o600)
@@ -318,8 +321,8 @@ async def test_why_asks_nobody(shop: Shop) -> None:
     found = msgspec.convert(await shop.told("why", "alpine:3"), models.Why)
     assert (found.repository, found.reference, found.digest) == (NAME, "3", shop.index.digest)
     lines = await shop.lines("why", "alpine:3")
-    assert lines[0].split() == ["WHY", f"{NAME}:3"]
-    assert lines[1].startswith(f"verdict    {found.verdict}: ")
+    assert lines[0].split() == ["FIELD", f"{NAME}:3"]
+    assert lines[1].startswith(f"verdict         {found.verdict}: ")
     assert (await shop.told("why", "alpine:4"))["verdict"] == "miss"
     assert shop.asked() == before
 
@@ -349,7 +352,16 @@ async def test_webhooks_are_listed_with_what_is_pending(
         assert publisher is not None
         await publisher.close()  # what was pulled is written
     heads, row = await shop.lines("webhooks")
-    assert heads.split() == ["WEBHOOK", "URL", "FORMAT", "ACTIONS", "PENDING", "OLDEST", "DELIVERED", "STATE"]
+    assert re.split(" {2,}", heads) == [
+        "WEBHOOK",
+        "URL",
+        "FORMAT",
+        "ACTIONS",
+        "PENDING",
+        "OLDEST PENDING",
+        "LAST DELIVERY",
+        "ERROR",
+    ]
     assert row.startswith("deploy   http://127.0.0.1:9  registry  pull move")
     assert "hidden" not in row
     assert "never" in row
@@ -466,7 +478,13 @@ async def test_where_there_is_nothing_nothing_is_made(tmp_path: Path) -> None:
 
 
 def test_every_command_has_the_common_options() -> None:
-    for command in operations.COMMANDS:
+    for command in (
+        *content.COMMANDS,
+        *status.COMMANDS,
+        *pins.COMMANDS,
+        *removal.COMMANDS,
+        *maintenance.COMMANDS,
+    ):
         names = {each.name for each in command.params if isinstance(each, click.Option)}
         assert {"path", "server", "token", "ca_file", "as_json"} <= names
         assert command.help

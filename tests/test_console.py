@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from proxy.cli.console import Column, Progress, Table, clean, plain, shortened_digest, write
+from proxy.cli.console import Column, ProgressDisplay, Table, clean, plain, shortened_digest, write
 from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
 
 DIGEST = "sha256:" + "ab" * 32
@@ -110,7 +110,7 @@ def test_small_words() -> None:
 
 def test_lines_tell_of_progress_by_tenths() -> None:
     found = io.StringIO()
-    progress = Progress(found)
+    progress = ProgressDisplay(found)
     for done in range(0, 1001, 50):
         progress.show("a", done, 1000, f"{done} of 1000")
     progress.show("b", 512, -1, "512 B, 2 followers")
@@ -124,7 +124,7 @@ def test_lines_tell_of_progress_by_tenths() -> None:
 def test_bars_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     found = Terminal()
-    progress = Progress(found)
+    progress = ProgressDisplay(found)
     progress.show("[a]", 1, 2, "[half]")
     progress.show("b", 1, None, "")
     assert progress.parts() == {"[a]", "b"}
@@ -138,7 +138,7 @@ def test_bars_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_notes_stand_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for found in (Terminal(), io.StringIO()):
-        progress = Progress(found)
+        progress = ProgressDisplay(found)
         progress.note("[a]: copied\x1b")
         progress.show("b", 1, 2, "half")
         progress.note("[b]: copied")

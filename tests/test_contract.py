@@ -25,7 +25,7 @@ from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.requests import Settings
+from proxy.upstream.requests import UpstreamSettings
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import DistributionAPI
 from storage.disk.blobs import BlobFiles
@@ -186,7 +186,9 @@ class Builder:
         return store
 
     def upstream(self, url: str) -> UpstreamRegistry:
-        upstream = UpstreamRegistry("docker.io", Settings(url), [Credentials()], Metrics(), self._clock)
+        upstream = UpstreamRegistry(
+            "docker.io", UpstreamSettings(url), [Credentials()], Metrics(), self._clock
+        )
         self._stack.push_async_callback(upstream.close)
         return upstream
 

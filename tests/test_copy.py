@@ -14,7 +14,7 @@ from proxy.transfer.blob_copy import BlobCopy, RetryPolicy
 from proxy.transfer.copy import Copier, CopyOptions, CopyRoute, Done
 from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.requests import Settings
+from proxy.upstream.requests import UpstreamSettings
 from storage.errors import DigestInvalid, ManifestUnknown, OriginFailed, RegistryError
 from storage.oci import Descriptor, Digest, Reference, Span, Tag
 from storage.registry import Blob, Registry, Upload
@@ -71,7 +71,7 @@ class Ground:
         self.copying = self.anew()
 
     def _client(self, registry: Upstream, pushed_to: bool) -> Client:
-        settings = Settings(registry.url, pushed_to=pushed_to)
+        settings = UpstreamSettings(registry.url, pushed_to=pushed_to)
         clock = asyncio.get_running_loop().time
         name = "destination" if pushed_to else "source"
         client = Client(name, settings, [Credentials()], Metrics(), clock)
@@ -398,7 +398,7 @@ async def test_a_registry_that_limits_requests_is_waited_for(ground: Ground) -> 
 
     async def wait(seconds: float) -> None:
         ground.board.pauses.append(seconds)
-        ground._clients[0]._channel.budgets._budgets[0]._blocked = clock(), 0.0
+        ground._clients[0]._sender.budgets._budgets[0]._blocked = clock(), 0.0
 
     ground.board.pause = wait  # type: ignore[method-assign]
     ground.anew()

@@ -130,7 +130,7 @@ async def test_the_shape_of_json(site: Site, tmp_path: Path) -> None:
 async def test_people_get_a_table(site: Site, tmp_path: Path) -> None:
     result = await invoke("--config", str(tmp_path / "entrepot.yml"))
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["CHECK", "OF", "STATE", "FOUND"]
+    assert lines[0].split() == ["CHECK", "SUBJECT", "STATE", "FINDING"]
     assert lines[-1].endswith("0 failed")
 
 

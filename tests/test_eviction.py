@@ -17,9 +17,10 @@ from structlog.testing import LogCapture
 
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
+from storage.disk.tree import StoredBlob
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import eviction as module
-from storage.maintenance.eviction import Candidate, Eviction, EvictionReport, EvictionRules, oldest
+from storage.maintenance.eviction import Eviction, EvictionReport, EvictionRules, oldest
 from storage.maintenance.pins import Kept
 from storage.maintenance.usage import Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
@@ -250,7 +251,7 @@ async def test_what_was_used_since_it_was_looked_at_stays(
     layer = await place.blob(b"layer", "a/x")
     place.clock.advance(60)
 
-    def used(found: Iterator[Candidate], enough: int) -> list[Candidate]:
+    def used(found: Iterator[StoredBlob], enough: int) -> list[StoredBlob]:
         listed = oldest(found, enough)
         place.use(layer)
         return listed
@@ -295,7 +296,7 @@ def test_what_is_stored_is_known_from_what_changed(
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 30))), st.integers(1, 200))
 def test_the_oldest_are_enough_and_no_more(found: list[tuple[int, int]], enough: int) -> None:
-    candidates = [Candidate(float(at), size, str(number)) for number, (at, size) in enumerate(found)]
+    candidates = [StoredBlob(float(at), size, Digest(str(number))) for number, (at, size) in enumerate(found)]
     taken = oldest(iter(candidates), enough)
     assert taken == sorted(taken)
     rest = set(candidates) - set(taken)
@@ -330,8 +331,8 @@ def test_two_hundred_thousand_blobs(place: Place, monkeypatch: pytest.MonkeyPatc
         os.utime(directory, (1, 1))  # settled
     reads: list[str] = []
     removed: list[int] = []
-    scan, forget = module.files_in, Eviction.forget
-    monkeypatch.setattr(module, "files_in", lambda path: reads.append(path) or scan(path))
+    scan, forget = module.read_directory, Eviction.forget
+    monkeypatch.setattr(module, "read_directory", lambda root, name: reads.append(name) or scan(root, name))
     monkeypatch.setattr(
         Eviction, "forget", lambda self, keys: removed.append(len(keys)) or forget(self, keys)
     )

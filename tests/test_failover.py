@@ -471,7 +471,7 @@ async def test_a_connection_for_the_upstream_is_not_used_for_a_redirect(
 ) -> None:
     """The pools are apart; else a redirect would ride on what was connected under another rule."""
     sockets: list[str] = []
-    for name in ("_socket_home", "_socket_away"):
+    for name in ("_home_socket", "_redirect_socket"):
         made = getattr(Transport, name)
 
         def make(self: Transport, address: Any, made: Any = made, name: str = name) -> Any:
@@ -485,7 +485,7 @@ async def test_a_connection_for_the_upstream_is_not_used_for_a_redirect(
     for _ in range(2):
         async with await up.follow("GET", URL(upstream.url + blob_of(image.layers[0])), {}) as response:
             await response.read()
-    assert sockets == ["_socket_home", "_socket_away"]
+    assert sockets == ["_home_socket", "_redirect_socket"]
 
 
 async def test_behind_a_proxy_an_address_in_the_url_is_refused(
@@ -749,7 +749,7 @@ async def test_spans_of_a_blob_do_not_change_the_order(serve: Serve, mirrors: Mi
     from proxy.upstream.client import UpstreamRegistry as Client
     from proxy.upstream.credentials import Credentials
     from proxy.upstream.failover import Failover
-    from proxy.upstream.requests import Settings
+    from proxy.upstream.requests import UpstreamSettings
     from storage.oci import Digest, Span
 
     first, second, _ = mirrors
@@ -757,7 +757,8 @@ async def test_spans_of_a_blob_do_not_change_the_order(serve: Serve, mirrors: Mi
     connect = Connect(plain_http=True)
     metrics = Metrics()
     origins = [
-        Client("up", Settings(each.url, connect), [Credentials()], metrics) for each in (first, second)
+        Client("up", UpstreamSettings(each.url, connect), [Credentials()], metrics)
+        for each in (first, second)
     ]
     failover = Failover(origins)
     for _ in range(3):

@@ -587,7 +587,9 @@ class Rig:
 async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Rig]:
     metrics = Metrics()
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
-    origin = client.UpstreamRegistry("up", requests.Settings(upstream.url, connect), [Credentials()], metrics)
+    origin = client.UpstreamRegistry(
+        "up", requests.UpstreamSettings(upstream.url, connect), [Credentials()], metrics
+    )
     store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
     yield Rig(fills, store, BlobSource("up", origin, "a/b"), tmp_path / "partial")

@@ -74,6 +74,11 @@ def test_keys_stay_what_they_are_on_disk(key: str, expected: str) -> None:
     assert key == expected
 
 
+def test_a_damaged_key_has_empty_fields() -> None:
+    assert MANIFEST.parse("manifest a/b") == ["a/b", ""]
+    assert keys.REFERRER.parse("referrers ") == ["", "", ""]
+
+
 def test_a_key_of_too_few_fields_is_refused() -> None:
     with pytest.raises(TypeError, match="a key of 'link' has 2 fields, not 1"):
         LINK.key("a/b")

@@ -85,7 +85,9 @@ async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterat
         closing.push_async_callback(store.close)
         fills = Fills(store, metrics, turns, backoff=0, clock=clock)
         origins = [
-            client.UpstreamRegistry("up", requests.Settings(url, connect), credentials, metrics, clock)
+            client.UpstreamRegistry(
+                "up", requests.UpstreamSettings(url, connect), credentials, metrics, clock
+            )
             for url in urls or (upstream.url,)
         ]
         origin: Registry = origins[0] if len(origins) == 1 else Failover(origins, clock)

@@ -179,4 +179,4 @@ async def test_what_was_pushed_here_is_judged_in_its_own_store(site: Site) -> No
     assert (await judge(site, "local/app:2")).state == "absent"
     row = await site.operations.warm("local/app:1")
     assert (row.here, row.code) == (False, "UNSUPPORTED")
-    assert "local is no cache" in (row.error or "")
+    assert "local is not a cache" in (row.error or "")

@@ -95,7 +95,7 @@ def policy(offline: bool = False, drop: bool = False) -> Policy:
 async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Rig]:
     metrics = Metrics()
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
-    told = requests.Settings(upstream.url, connect, reserve=lambda limit: rig.reserve)
+    told = requests.UpstreamSettings(upstream.url, connect, reserve=lambda limit: rig.reserve)
     origin = client.UpstreamRegistry("up", told, [Credentials()], metrics, clock)
     store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
@@ -444,9 +444,9 @@ async def test_what_cannot_be_stored_is_told(
 
 
 async def test_only_a_cache_is_refreshed(rig: Rig) -> None:
-    with pytest.raises(Unsupported, match="own is no cache"):
+    with pytest.raises(Unsupported, match="own is not a cache"):
         await refresh(rig.namespaces, "own/a/b", TAG)
-    with pytest.raises(Unsupported, match="own is no cache"):
+    with pytest.raises(Unsupported, match="own is not a cache"):
         await rig.namespaces.fill_blob("own/a/b", Digest.of(b""))
     with pytest.raises(NameUnknown):
         await refresh(rig.namespaces, "elsewhere/a/b", TAG)

@@ -44,9 +44,9 @@ class Home:
         self._watch(monkeypatch)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        home, step = self, tree.TreeReader.step
+        home, step = self, tree.BlobHasher.step
 
-        def watched(reading: tree.TreeReader) -> int:
+        def watched(reading: tree.BlobHasher) -> int:
             size = step(reading)
             digest = Digest(f"sha256:{reading.path.name}")
             if digest not in home.order[-1:]:
@@ -54,7 +54,7 @@ class Home:
             home.steps.pop(digest, lambda: None)()
             return size
 
-        monkeypatch.setattr(tree.TreeReader, "step", watched)
+        monkeypatch.setattr(tree.BlobHasher, "step", watched)
 
     def scrub(self, rate: float | None = None, **keys: Any) -> Scrub:
         return Scrub(self.store, rate, self.clock, ticks=self.clock, sleep=self._sleep, **keys)

@@ -82,13 +82,13 @@ def test_a_second_run_changes_nothing(root: Path, client: str, paths: set[str]) 
     assert first.stdout.count("written: ") == len(paths)
     second = setup(root, client, "--write")
     assert tree(root) == placed
-    assert second.stdout.count("right already: ") == len(paths)
+    assert second.stdout.count("already up to date: ") == len(paths)
     assert "written" not in second.stdout
 
 
 def test_podman_and_crio_share_a_file(root: Path) -> None:
     setup(root, "podman", "--write")
-    assert "right already" in setup(root, "crio", "--write").stdout
+    assert "already up to date" in setup(root, "crio", "--write").stdout
 
 
 def test_json_keeps_what_is_there(root: Path) -> None:
@@ -118,7 +118,7 @@ def test_json_keeps_what_is_there(root: Path) -> None:
     (backup,) = backups(root)
     assert backup.read_text() == before
     assert backup.parent == file.parent
-    assert f"kept what was there: {backup}" in result.stdout
+    assert f"backup: {backup}" in result.stdout
     assert {each.stat().st_mode & 0o7777 for each in (file, backup)} == {0o600}
     again = tree(root)
     setup(root, "docker", "--write")
@@ -176,7 +176,7 @@ def test_what_was_put_there_by_hand_is_right(root: Path) -> None:
         '[host."http://cache.example:5000"]\n  capabilities = ["pull", "resolve"]\n\n',
     )
     before = file.read_text()
-    assert f"right already: {file}" in setup(root, "containerd", "--write").stdout
+    assert f"already up to date: {file}" in setup(root, "containerd", "--write").stdout
     assert file.read_text() == before
 
 
@@ -225,8 +225,8 @@ def test_dry_run_shows_what_would_change(root: Path) -> None:
 
 def test_config_path_is_for_hands(root: Path) -> None:
     result = setup(root, "containerd", "--write")
-    assert "by hand, in /etc/containerd/config.toml (containerd 1.x):" in result.stdout
-    assert "by hand, in /etc/containerd/config.toml (containerd 2.x):" in result.stdout
+    assert "add by hand to /etc/containerd/config.toml (containerd 1.x):" in result.stdout
+    assert "add by hand to /etc/containerd/config.toml (containerd 2.x):" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_broken_config_of_containerd_is_told(root: Path) -> None:
 
 
 def test_flags_have_no_file(root: Path) -> None:
-    assert "takes flags" in setup(root, "kaniko", "--write", status=2).stderr
+    assert "is configured by flags" in setup(root, "kaniko", "--write", status=2).stderr
 
 
 def test_what_cannot_be_written_is_told(root: Path) -> None:

@@ -17,7 +17,7 @@ from yarl import URL
 from proxy.upstream import tokens as tokens_module
 from proxy.upstream.challenges import Challenge, parse_challenges
 from proxy.upstream.credentials import Credential, Credentials, Inline
-from proxy.upstream.tokens import Answer, TokenCache, realm_allowed
+from proxy.upstream.tokens import TokenCache, TokenResponse, realm_allowed
 from storage.errors import OriginDenied, OriginFailed, OriginTimeout, TooManyRequests
 from tests.conftest import Clock
 
@@ -160,7 +160,7 @@ class Realm:
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, URL, str | None, Mapping[str, str] | None]] = []
-        self.answers: list[Answer | Exception] = []
+        self.answers: list[TokenResponse | Exception] = []
         self.asked = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
@@ -168,7 +168,7 @@ class Realm:
 
     async def __call__(
         self, method: str, url: URL, *, headers: Mapping[str, str], form: Mapping[str, str] | None = None
-    ) -> Answer:
+    ) -> TokenResponse:
         self.requests.append((method, url, headers.get("Authorization"), form))
         self.asked.set()
         await self.gate.wait()
@@ -194,8 +194,8 @@ class Rotating(Credentials):
         self.count += 1
 
 
-def issue(**members: object) -> Answer:
-    return Answer(200, json.dumps(members).encode())
+def issue(**members: object) -> TokenResponse:
+    return TokenResponse(200, json.dumps(members).encode())
 
 
 @pytest.fixture
@@ -374,14 +374,14 @@ async def test_a_403_to_nobody_stands(tokens: TokenCache, realm: Realm) -> None:
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_realm_that_refuses_credentials_is_asked_with_new_ones(realm: Realm, status: int) -> None:
     tokens = TokenCache(HUB, Rotating(), realm)
-    realm.answers = [Answer(status, b"")]
+    realm.answers = [TokenResponse(status, b"")]
     assert await tokens.renew(SCOPE, [BEARER], None) == "Bearer t1"
     assert [request[2] for request in realm.requests] == [basic("ci", "p0"), basic("ci", "p1")]
 
 
 async def test_a_realm_that_refuses_new_credentials_too(realm: Realm) -> None:
     tokens = TokenCache(HUB, Rotating(), realm)
-    realm.answers = [Answer(401, b""), Answer(403, b"")]
+    realm.answers = [TokenResponse(401, b""), TokenResponse(403, b"")]
     with pytest.raises(OriginDenied, match=r"auth\.docker\.io/token refuses the configured credentials.*403"):
         await tokens.renew(SCOPE, [BEARER], None)
     assert len(realm.requests) == 2
@@ -395,7 +395,7 @@ async def test_the_same_credentials_are_not_tried_twice(
     realm: Realm, credentials: Credentials, message: str
 ) -> None:
     tokens = TokenCache(HUB, credentials, realm)
-    realm.answers = [Answer(401, b"hush")]
+    realm.answers = [TokenResponse(401, b"hush")]
     with pytest.raises(OriginDenied, match=message) as caught:
         await tokens.renew(SCOPE, [BEARER], None)
     assert "hush" not in str(caught.value)
@@ -418,14 +418,14 @@ async def test_credentials_that_cannot_be_read(realm: Realm) -> None:
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (Answer(429, b"", 7.0), TooManyRequests),
-        (Answer(500, b"", 7.0), OriginFailed),
-        (Answer(404, b"", 7.0), OriginFailed),
-        (Answer(307, b"", 7.0), OriginFailed),
+        (TokenResponse(429, b"", 7.0), TooManyRequests),
+        (TokenResponse(500, b"", 7.0), OriginFailed),
+        (TokenResponse(404, b"", 7.0), OriginFailed),
+        (TokenResponse(307, b"", 7.0), OriginFailed),
     ],
 )
 async def test_statuses_of_a_realm(
-    tokens: TokenCache, realm: Realm, answer: Answer, error: type[OriginFailed]
+    tokens: TokenCache, realm: Realm, answer: TokenResponse, error: type[OriginFailed]
 ) -> None:
     realm.answers = [answer]
     with pytest.raises(error, match=r"token realm https://auth\.docker\.io/token ") as caught:
@@ -448,7 +448,7 @@ async def test_statuses_of_a_realm(
     ],
 )
 async def test_what_is_no_token(tokens: TokenCache, realm: Realm, content: bytes) -> None:
-    realm.answers = [Answer(200, content)]
+    realm.answers = [TokenResponse(200, content)]
     with pytest.raises(OriginFailed, match="answered no token"):
         await tokens.renew(SCOPE, [BEARER], None)
     assert await tokens.authorization(SCOPE) is None
@@ -457,7 +457,12 @@ async def test_what_is_no_token(tokens: TokenCache, realm: Realm, content: bytes
 async def test_requests_are_counted(realm: Realm) -> None:
     counted: list[str] = []
     tokens = TokenCache(HUB, Rotating(), realm, on_fetch=counted.append)
-    realm.answers = [Answer(401, b""), issue(token="t"), Answer(500, b""), OriginTimeout("slow")]
+    realm.answers = [
+        TokenResponse(401, b""),
+        issue(token="t"),
+        TokenResponse(500, b""),
+        OriginTimeout("slow"),
+    ]
     await tokens.renew(SCOPE, [BEARER], None)
     await tokens.renew(SCOPE, [BEARER], "Bearer t1")
     for error in (OriginFailed, OriginTimeout):
@@ -469,9 +474,11 @@ async def test_requests_are_counted(realm: Realm) -> None:
 # A realm that moves
 
 
-@pytest.mark.parametrize("answer", [Answer(404, b""), Answer(401, b""), OriginFailed("refused")])
+@pytest.mark.parametrize(
+    "answer", [TokenResponse(404, b""), TokenResponse(401, b""), OriginFailed("refused")]
+)
 async def test_a_realm_that_fails_is_forgotten(
-    tokens: TokenCache, realm: Realm, answer: Answer | Exception
+    tokens: TokenCache, realm: Realm, answer: TokenResponse | Exception
 ) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
     realm.answers = [answer]
@@ -493,7 +500,7 @@ async def test_a_realm_that_is_silent_is_forgotten(tokens: TokenCache, realm: Re
 
 async def test_a_realm_that_is_busy_is_kept(tokens: TokenCache, realm: Realm) -> None:
     await tokens.renew(SCOPE, [BEARER], None)
-    realm.answers = [Answer(429, b"", 7.0)]
+    realm.answers = [TokenResponse(429, b"", 7.0)]
     with pytest.raises(TooManyRequests):
         await tokens.authorization("repository:a:pull")
     assert await tokens.authorization("repository:a:pull") == "Bearer t2"

@@ -16,7 +16,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials, Inline
-from proxy.upstream.requests import RequestSender, Settings
+from proxy.upstream.requests import RequestSender, UpstreamSettings
 from proxy.upstream.transport import Connect
 from proxy.upstream.upload import SMALL, UploadSession
 from storage.errors import (
@@ -70,7 +70,7 @@ async def push() -> AsyncIterator[Push]:
         def to(url: str, credentials: Credentials | None = None, **connect: Any) -> Client:
             pushed_to = connect.pop("pushed_to", False)
             reach = Connect(plain_http=True, **{"private_redirects": True, **connect})
-            settings = Settings(url, reach, ("localhost",), pushed_to=pushed_to)
+            settings = UpstreamSettings(url, reach, ("localhost",), pushed_to=pushed_to)
             made = Client("up", settings, [credentials or Credentials()], Metrics())
             stack.push_async_callback(made.close)
             return made
@@ -235,7 +235,7 @@ async def test_locations_that_lead_nowhere(location: str) -> None:
 
 
 async def moved(home: str, location: str) -> UploadSession:
-    sender = RequestSender("up", Settings(home), [Credentials()], Metrics())
+    sender = RequestSender("up", UpstreamSettings(home), [Credentials()], Metrics())
     try:
         session = UploadSession(sender, "a")
 
@@ -336,7 +336,7 @@ async def test_a_manifest_that_became_another_one_is_no_success(push: Push, regi
     from tests.upstream import WrongDigest
 
     registry.next("PUT", "manifest", WrongDigest())
-    with pytest.raises(OriginFailed, match="up made sha256:000"):
+    with pytest.raises(OriginFailed, match="as sha256:000"):
         await push(registry.url).push_manifest("a", Tag("1"), MANIFEST)
 
 
@@ -455,7 +455,7 @@ async def test_what_writes_is_asked_once(push: Push, registry: Upstream, method:
 async def test_a_stream_is_not_sent_elsewhere(push: Push, registry: Upstream) -> None:
     registry.next("PATCH", "upload", Redirect("/v2/elsewhere"))
     upload = await push(registry.url).start_upload("a")
-    with pytest.raises(OriginFailed, match="redirected what was on its way"):
+    with pytest.raises(OriginFailed, match="redirected an upload while its body was sent"):
         await upload.write(LARGE)
         await upload.commit(Digest.of(LARGE))
     await upload.cancel()

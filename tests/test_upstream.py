@@ -22,7 +22,7 @@ import trustme
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials, Inline
-from proxy.upstream.requests import Settings
+from proxy.upstream.requests import UpstreamSettings
 from proxy.upstream.transport import REDIRECTS, Connect
 from storage.errors import (
     BlobUnknown,
@@ -88,7 +88,7 @@ async def ask() -> AsyncIterator[Ask]:
         ) -> client.UpstreamRegistry:
             credentials = Inline(user.user, user.password) if user else Credentials()
             made = client.UpstreamRegistry(
-                "up", Settings(url, connect, tuple(realms)), [credentials], Metrics()
+                "up", UpstreamSettings(url, connect, tuple(realms)), [credentials], Metrics()
             )
             stack.push_async_callback(made.close)
             return made

@@ -163,11 +163,11 @@ async def test_requests_are_counted_by_result(rig: Rig) -> None:
 
 async def test_what_goes_on_with_upstreams_is_counted_once(rig: Rig) -> None:
     traffic = rig.metrics.traffic(HUB)
-    traffic.asked()
-    traffic.took(100)
+    traffic.count_request()
+    traffic.count_received(100)
     await rig.flush()
     await rig.flush()
-    rig.metrics.traffic(HUB).took(11)  # of a fill whose request has been written down long ago
+    rig.metrics.traffic(HUB).count_received(11)  # of a fill whose request has been written down long ago
     await rig.flush()
     assert rig.usage.stats(rig.clock()) == {HUB: Counters(received_bytes=111, upstream_requests=1)}
     assert b'entrepot_received_bytes_total{namespace="docker.io"} 111.0' in rig.metrics.exposition()

@@ -153,7 +153,7 @@ async def test_what_is_not_made_for_a_platform_is_not_here(kitchen: Kitchen, ups
         (f"app@{Digest.of(b'')}", "MANIFEST_UNKNOWN", "docker.io answered 404"),
         ("elsewhere.example/x:1", "FIELD_INVALID", "'elsewhere.example' is not a configured namespace"),
         ("Nonsense", "FIELD_INVALID", "is not a repository name"),
-        ("local/app:1", "UNSUPPORTED", "local is no cache: there is nothing to refresh it from"),
+        ("local/app:1", "UNSUPPORTED", "local is not a cache: it has no upstream to refresh from"),
     ],
 )
 async def test_what_fails_is_named(

@@ -252,7 +252,7 @@ async def test_what_is_refused_for_what_it_is_stands_not_in_the_way_for_ever(
     assert 2 * HOUR <= rig.clock() - begun < 3 * HOUR
     (dropped,) = [each for each in events.entries if each["event"] == "webhook.dropped"]
     assert (dropped["webhook"], dropped["events"]) == ("a", 1)
-    assert dropped["cause"] == "refused again and again: answered 422"
+    assert dropped["cause"] == "rejected for two hours: answered 422"
     assert rig.queue.pending("a") == 0
 
 
@@ -348,7 +348,7 @@ async def test_a_redirect_is_not_followed(rig: Rig) -> None:
         rig.start(rig.webhook(headers={"Authorization": Secret("Bearer t")}))
         assert await rig.took(1) == ["1"]
         assert other.asked == 0
-        assert rig.queue.state("a").error == "answered 307: a redirect is not followed"
+        assert rig.queue.state("a").error == "answered 307: redirects are not followed"
     finally:
         await other.stop()
 

@@ -58,7 +58,7 @@ class ImageMentions:
         return list(dict.fromkeys(each.reference for each in self.mentions))
 
 
-def look(
+def find_images(
     paths: Sequence[str],
     standard_input: TextIO,
     environ: Mapping[str, str],

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 import msgspec
 import structlog
 
-from proxy.admin.image_files import Unreadable, look
+from proxy.admin.image_files import Unreadable, find_images
 from proxy.admin.models import WarmRow
 from proxy.admin.warm import JOBS, Warmer
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
@@ -128,7 +128,7 @@ def _key(rule: WarmRule) -> str:
 
 def _images(rule: WarmRule) -> list[str]:
     """Raises Unreadable."""
-    listed = [] if rule.list is None else look([str(rule.list)], sys.stdin, os.environ).references
+    listed = [] if rule.list is None else find_images([str(rule.list)], sys.stdin, os.environ).references
     return list(dict.fromkeys([*rule.images, *listed]))
 
 

@@ -1,16 +1,16 @@
-"""The commands that carry images to where no upstream can be asked, as files.
+"""The commands that write images to files and load them from files: export, import.
 
-Both work on the directory, whether a server runs on it or not: the files and records are made for several
-processes at once.  They have to run as the user that the server runs as.  With --server, what is carried goes
-through the admin API of a server, which may be on another machine.
+Both work on the directory, whether a server runs on it or not, and must run as the user of the server.  With
+--server they send or receive a tar through the admin API of a server, which may be on another machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,16 +18,15 @@ import click
 import msgspec
 
 from proxy.admin.api.client import AdminClient, Failed
-from proxy.cli.console import Column, Progress, Table
-from proxy.cli.context import CommandContext, common, option_type
-from proxy.cli.copy import take_over
+from proxy.cli.console import Column, ProgressDisplay, Table
+from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
 from proxy.config.quantities import format_size, parse_timeout, plural
-from proxy.config.values import parse_platform
 from proxy.transfer import results
 from storage.names import written
 
 if TYPE_CHECKING:
     from proxy.namespaces.composition import Composition
+    from proxy.transfer.bundle_export import Selection
     from proxy.transfer.results import Exported, Tick
     from storage.archives.exporter import Sink
 
@@ -36,11 +35,11 @@ STANDARD = "-"  # as a path: standard input, or output
 
 def _duration(given: object) -> object:
     parse_timeout(given)
-    return given  # as it was: it is read where it is used
+    return given  # as it was given: the export parses it
 
 
-def _listed(path: Path) -> Iterator[str]:
-    """The names in a list file: one a line; what follows a # is for people."""
+def _names_in(path: Path) -> Iterator[str]:
+    """The names in a list file, one per line; # begins a comment."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -49,13 +48,13 @@ def _listed(path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _ticking(call: CommandContext, what: str) -> Iterator[Tick]:
-    """Shows how far it is; threads may call it."""
-    with closing(Progress(sys.stderr)) as progress:
+def _progress(call: CommandContext, name: str) -> Iterator[Tick]:
+    """A callback that shows the progress of `name`; any thread may call it."""
+    with closing(ProgressDisplay(sys.stderr)) as progress:
 
-        def tick(done: int, whole: int) -> None:
+        def tick(done: int, total: int) -> None:
             if not call.json:
-                progress.show(what, done, whole, f"{format_size(done)} of {format_size(whole)}")
+                progress.show(name, done, total, f"{format_size(done)} of {format_size(total)}")
 
         yield tick
 
@@ -66,98 +65,92 @@ _FILE = click.Path(path_type=Path)
 @click.command()
 @click.argument("bundle", type=click.Path())
 @click.argument("names", nargs=-1, metavar="[REF|GLOB]...")
-@click.option("--list", "lists", type=_FILE, multiple=True, metavar="FILE", help="Names, one a line.")
+@click.option(
+    "--list", "lists", type=_FILE, multiple=True, metavar="FILE", help="A file with one name per line."
+)
 @click.option(
     "--used-within",
     callback=option_type(_duration),
     metavar="DURATION",
-    help="Of the names, or of all, only what was pulled in this time.",
+    help="Only what was pulled within this time.",
 )
+@PLATFORMS
 @click.option(
-    "--platform",
-    "platforms",
-    callback=option_type(parse_platform),
-    multiple=True,
-    metavar="OS/ARCH",
-    help="Only this of an index; may be repeated. Else all that is here.",
+    "--no-referrers",
+    "referrers",
+    is_flag=True,
+    callback=lambda context, parameter, given: not given,
+    help="Leave out signatures, SBOMs and other referrers.",
 )
-@click.option("--no-referrers", is_flag=True, help="Without signatures, SBOMs and what else refers to it.")
 @click.option(
     "--since",
     type=_FILE,
     multiple=True,
     metavar="BUNDLE",
-    help="Only what this earlier bundle lacks; its entrepot.json will do. May be repeated.",
+    help="Leave out blobs of this earlier bundle, or of its entrepot.json. Can be repeated.",
 )
-@click.option("--skip-incomplete", is_flag=True, help="Leave out what is not here as a whole.")
-@click.option("--sign-key", type=_FILE, metavar="FILE", help="Sign it: a private Ed25519 key in PEM.")
+@click.option("--skip-incomplete", is_flag=True, help="Leave out images that are not stored completely.")
+@click.option(
+    "--sign-key", type=_FILE, metavar="FILE", help="Sign the bundle with this private Ed25519 key, in PEM."
+)
 @common
 def export(
     call: CommandContext,
+    /,
     bundle: str,
     names: tuple[str, ...],
     lists: tuple[Path, ...],
-    used_within: str | None,
-    platforms: tuple[str, ...],
-    no_referrers: bool,
     since: tuple[Path, ...],
-    skip_incomplete: bool,
     sign_key: Path | None,
+    **filters: Any,
 ) -> None:
-    """Write what is stored to BUNDLE, an OCI image layout: a tar if it ends in .tar, else a directory.
+    """Write images to a bundle.
 
-    With - it is a tar on standard output. What NAMES mean must be here as a whole; nobody is asked.
+    BUNDLE is an OCI image layout: a tar if its name ends in .tar, a tar on standard output for -, else a
+    directory. Every image must be stored completely. No upstream is asked.
     """
 
-    def wanted() -> dict[str, Any]:
-        found = [*names, *(name for path in lists for name in _listed(path))]
+    def selection() -> Selection:
+        from proxy.transfer.bundle_export import Selection, earlier
+
+        found = [*names, *chain.from_iterable(map(_names_in, lists))]
         if lists and not found:
-            raise Failed("there is no name in what --list names", usage=True)
-        return {
-            "names": found,
-            "used_within": used_within,
-            "platforms": platforms,
-            "referrers": not no_referrers,
-            "skip_incomplete": skip_incomplete,
-        }
+            raise Failed("the files of --list contain no name", usage=True)
+        return Selection(found, since=list(map(earlier, since)), **filters)
 
     async def here(composition: Composition) -> None:
-        from proxy.transfer.bundle_export import BundleExport, Selection, earlier
+        from proxy.transfer.bundle_export import BundleExport
 
-        selection = Selection(**wanted(), since=list(map(earlier, since)))
-        with _ticking(call, bundle) as tick:
+        with _progress(call, bundle) as tick:
             done = await BundleExport(composition).export(
-                selection, bundle, lambda _: _sink(bundle), sign_key, tick
+                selection(), bundle, lambda _: _sink(bundle), sign_key, tick
             )
-        _tell(call, bundle, done)
+        _print_export(call, bundle, done)
 
     async def there(server: AdminClient) -> None:
-        with _ticking(call, bundle) as tick:
-            done = await fetch(server, bundle, wanted(), since, tick)
-        _tell(call, bundle, done)
+        with _progress(call, bundle) as tick, _failures(bundle):
+            done = await fetch(server, bundle, selection(), tick)
+        _print_export(call, bundle, done)
 
     if call.server is None:
         call.run_here(here)
     elif sign_key is not None:
-        raise click.UsageError("--sign-key signs on the machine of the directory, without --server")
+        raise click.UsageError("--sign-key works on the directory only, without --server")
     elif bundle != STANDARD and not bundle.endswith(".tar"):
-        raise click.UsageError(f"a server sends a tar: give {bundle} a name that ends in .tar")
+        raise click.UsageError(f"a server sends a tar: the name {bundle} must end in .tar")
     else:
         call.run_there(call.server, there)
 
 
-def _tell(call: CommandContext, bundle: str, done: Exported) -> None:
+def _print_export(call: CommandContext, bundle: str, done: Exported) -> None:
     with contextlib.redirect_stdout(sys.stderr if bundle == STANDARD else sys.stdout):
-        call.print(done, exported)
+        call.print(done, export_tables)
 
 
-async def fetch(
-    server: AdminClient, bundle: str, wanted: Mapping[str, Any], since: Sequence[Path], tick: Tick
-) -> Exported:
-    """Have `server` export what is wanted, and write it to `bundle`; that has its name when all is there."""
+async def fetch(server: AdminClient, bundle: str, selection: Selection, tick: Tick) -> Exported:
+    """Have the server export a selection to `bundle`, which gets its name when it is complete."""
     from proxy.transfer.bundle_export import earlier
     from storage.archives.exporter import into, placed
-    from storage.errors import RegistryError
 
     async def receive(file: int) -> str:
         write, count = into(file), 0
@@ -168,17 +161,24 @@ async def fetch(
             count += len(piece)
             tick(min(count, done.bytes), done.bytes)
 
-        return await server.export(asked, take)
+        return await server.export(selection, take)
+
+    done = msgspec.structs.replace(await server.planned(selection), bundle=bundle)
+    if bundle == STANDARD:
+        return msgspec.structs.replace(done, digest=await receive(sys.stdout.buffer.fileno()))
+    with placed(Path(bundle)) as (partial, file):
+        digest = await receive(file)
+        earlier(partial)  # raises for a tar that a proxy between has cut short without an error
+    return msgspec.structs.replace(done, digest=digest)
+
+
+@contextmanager
+def _failures(bundle: str) -> Iterator[None]:
+    """Raise Failed for an archive or a file that cannot be used."""
+    from storage.errors import RegistryError
 
     try:
-        asked = {**wanted, "since": [earlier(path).content.decode() for path in since]}
-        done = msgspec.structs.replace(await server.planned(asked), bundle=bundle)
-        if bundle == STANDARD:
-            return msgspec.structs.replace(done, digest=await receive(sys.stdout.buffer.fileno()))
-        with placed(Path(bundle)) as (partial, file):
-            digest = await receive(file)
-            earlier(partial)  # whoever passed it on may have ended it in the middle, and well
-        return msgspec.structs.replace(done, digest=digest)
+        yield
     except RegistryError as error:
         raise Failed(str(error), error.code) from error
     except OSError as error:
@@ -187,6 +187,7 @@ async def fetch(
 
 @contextmanager
 def _sink(bundle: str) -> Iterator[Sink]:
+    """Where a bundle is written to."""
     from storage.archives.exporter import TarSink, into, named
 
     if bundle != STANDARD:
@@ -200,19 +201,23 @@ def _sink(bundle: str) -> Iterator[Sink]:
 
 @click.command("import")
 @click.argument("archives", nargs=-1, type=_FILE, metavar="[ARCHIVE]...")
-@click.option("--as", "name", metavar="REF", help="What it is, where the archive does not tell.")
-@click.option("--pin", is_flag=True, help="Pin what comes in, so that it is never evicted.")
-@click.option("--verify-key", type=_FILE, metavar="FILE", help="Only what this public Ed25519 key signed.")
+@click.option("--as", "name", metavar="REF", help="The name of an image that has none in the archive.")
+@click.option("--pin", is_flag=True, help="Pin the imported images, so that they are never evicted.")
+@click.option(
+    "--verify-key", type=_FILE, metavar="FILE", help="Require a signature by this public Ed25519 key, in PEM."
+)
 @click.option(
     "--from-registry-dir",
     "directory",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="DIRECTORY",
-    help="What Distribution's configuration names as rootdirectory, such as /var/lib/registry.",
+    help="Migrate the rootdirectory of a Docker registry (Distribution), such as /var/lib/registry.",
 )
-@click.option("--namespace", metavar="NAME", help="Where DIRECTORY goes; needed where several have a store.")
-@click.option("--match", metavar="GLOB", help="Only repositories of DIRECTORY that match.")
-@click.option("--dry-run", is_flag=True, help="Say what would come in; blobs are not read.")
+@click.option(
+    "--namespace", metavar="NAME", help="The namespace for DIRECTORY. Required if several have a store."
+)
+@click.option("--match", metavar="GLOB", help="Migrate only repositories of DIRECTORY that match.")
+@click.option("--dry-run", is_flag=True, help="Show what would be imported, and import nothing.")
 @common
 def import_(
     call: CommandContext,
@@ -225,50 +230,65 @@ def import_(
     match: str | None,
     dry_run: bool,
 ) -> None:
-    """Take in each ARCHIVE: a bundle, another OCI image layout, or what docker save wrote.
+    """Load images from archives.
 
-    A directory, a tar, or a tar compressed by gzip; - is a tar on standard input. Clients pull what came in
-    by the names that it had. An archive that is damaged or incomplete moves no tag.
+    ARCHIVE is a bundle, another OCI image layout, or the output of docker save: a directory, a tar, or a
+    tar compressed by gzip; - is a tar on standard input. The images keep their names. An archive that is
+    damaged or incomplete moves no tag.
 
-    With --from-registry-dir, take over what another registry holds on this machine's disk. What is damaged
-    there is told and left out; then the exit status is 1. Called again, it takes what is new.
+    With --from-registry-dir, import the content of a Docker registry on this machine. Damaged content is
+    listed and left out, with exit status 1. Run it again to import what is new.
     """
     if directory is not None:
         if archives or name or pin or verify_key or call.server:
-            raise click.UsageError("--from-registry-dir goes with --namespace, --match and --dry-run only")
-        take_over(call, directory, namespace, match or "*", dry_run)
+            raise click.UsageError(
+                "--from-registry-dir can only be combined with --namespace, --match and --dry-run"
+            )
+        _migrate(call, directory, namespace, match or "*", dry_run)
         return
     if not archives:
-        raise click.UsageError("say from where: ARCHIVE, or --from-registry-dir DIRECTORY")
+        raise click.UsageError("give an ARCHIVE, or --from-registry-dir DIRECTORY")
     if namespace or match:
-        raise click.UsageError("--namespace and --match go with --from-registry-dir DIRECTORY")
+        raise click.UsageError("--namespace and --match need --from-registry-dir DIRECTORY")
 
     async def here(composition: Composition) -> None:
         from proxy.transfer.bundle_import import BundleImport, Given
 
         for archive in archives:
-            with _ticking(call, str(archive)) as tick:
+            with _progress(call, str(archive)) as tick:
                 given = Given(name=name, pin=pin, key=verify_key, dry_run=dry_run)
                 done = await BundleImport(composition).import_(archive, given, tick)
-            call.print(done, landed)
+            call.print(done, import_tables)
 
     async def there(server: AdminClient) -> None:
         for archive in archives:
             with _opened(archive) as stream:
                 done = await server.import_(stream, name, pin, dry_run)
-            call.print(msgspec.structs.replace(done, archive=str(archive)), landed)
+            call.print(msgspec.structs.replace(done, archive=str(archive)), import_tables)
 
     if call.server is None:
         call.run_here(here, make=True)
     elif verify_key is not None:
-        raise click.UsageError("--verify-key verifies on the machine of the directory, without --server")
+        raise click.UsageError("--verify-key works on the directory only, without --server")
     else:
         call.run_there(call.server, there)
 
 
+def _migrate(call: CommandContext, directory: Path, namespace: str | None, match: str, dry_run: bool) -> None:
+    async def work() -> None:
+        from proxy.cli.migrate import migrate, migration_tables
+
+        found = await migrate(call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json)
+        call.print(found, migration_tables)
+        if found.damaged:
+            raise Failed(f"{len(found.damaged)} damaged or missing; all else was imported", "DAMAGED")
+
+    call.alone(work)
+
+
 @contextmanager
 def _opened(archive: Path) -> Iterator[IO[bytes]]:
-    """To be sent.  Raises Failed."""
+    """The archive, to be sent.  Raises Failed."""
     if str(archive) == STANDARD:
         yield sys.stdin.buffer
         return
@@ -277,22 +297,19 @@ def _opened(archive: Path) -> Iterator[IO[bytes]]:
             yield stream
     except IsADirectoryError:
         hint = f"tar -C {archive} -cf bundle.tar ."
-        raise Failed(f"{archive} is a directory, and a server takes a tar: {hint}", usage=True) from None
+        raise Failed(f"{archive} is a directory, but a server needs a tar: {hint}", usage=True) from None
     except OSError as error:
         raise Failed(f"{archive}: {error.strerror or error}", "DENIED") from error
 
 
-COMMANDS = (export, import_)
-
-
-def exported(found: results.Exported, now: float) -> Sequence[Table]:
+def export_tables(found: results.Exported, now: float) -> Sequence[Table]:
     table = Table((Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("PLATFORMS")))
     for each in found.references:
         some = f"{', '.join(each.platforms)} ({plural(len(each.left_out), 'other')} left out)"
         table.add(each.reference, each.digest, some if each.left_out else "all")
     for skipped in found.skipped:
-        table.notes.append(f"left out {skipped.reference}: it lacks {', '.join(skipped.lacking)}")
-    spared = f"; {plural(found.spared, 'blob')} left to earlier bundles" if found.spared else ""
+        table.notes.append(f"left out {skipped.reference}: not stored are {', '.join(skipped.lacking)}")
+    spared = f"; {plural(found.spared, 'blob')} of earlier bundles left out" if found.spared else ""
     table.notes.append(
         f"{found.bundle}: {plural(len(found.references), 'reference')}, {plural(found.referrers, 'referrer')}"
         f", {plural(found.blobs, 'blob')}, {format_size(found.bytes)}"
@@ -301,18 +318,24 @@ def exported(found: results.Exported, now: float) -> Sequence[Table]:
     return [table]
 
 
-def landed(found: results.BundleImported, now: float) -> Sequence[Table]:
+def import_tables(found: results.BundleImported, now: float) -> Sequence[Table]:
     table = Table(
-        (Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("WAS", digests=True))
+        (
+            Column("REFERENCE", whole=True),
+            Column("DIGEST", digests=True),
+            Column("PREVIOUS DIGEST", digests=True),
+        )
     )
     for each in found.references:
-        was = "the same" if each.before == each.digest else each.before or ""
-        table.add(written(each.repository, each.tag or each.digest), each.digest, was)
-    done = "would bring" if found.dry_run else "brought"
+        before = "the same" if each.before == each.digest else each.before or ""
+        table.add(written(each.repository, each.tag or each.digest), each.digest, before)
+    done = "would be imported" if found.dry_run else "imported"
     table.notes.append(
-        f"{found.archive} {done} {plural(len(found.references), 'reference')}, of"
-        f" {plural(found.manifests, 'manifest')}; taken in: {plural(found.blobs, 'blob')}"
-        f", {format_size(found.bytes)}"
-        f"{'; its signature is right' if found.verified else ''}"
+        f"{done} from {found.archive}: {plural(len(found.references), 'reference')},"
+        f" {plural(found.manifests, 'manifest')}, {plural(found.blobs, 'new blob')},"
+        f" {format_size(found.bytes)}{'; the signature is valid' if found.verified else ''}"
     )
     return [table]
+
+
+COMMANDS = (export, import_)

@@ -1,8 +1,8 @@
-"""Text for people: tables, bars, sizes, ages.
+"""Output for people: tables, progress bars, and phrases that several commands use.
 
-On a terminal tables are drawn by rich and fit its width.  Elsewhere they are plain columns, whole, without
-colors: what reads them is a program, or a file.  What was not written here (media types, errors of upstreams)
-may hold anything, so whatever could steer a terminal is taken out of it.
+On a terminal rich draws the tables and fits them to its width.  Elsewhere, as in a pipe or a file, they are
+plain columns at full width and without colors.  Text from elsewhere (media types, errors of upstreams) may
+hold anything, so control characters are replaced.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
 
+from proxy.config.quantities import format_duration
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-SHORT = 12  # characters of a digest on a terminal: enough to tell two apart
+SHORT = 12  # characters of a digest on a terminal
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`right` aligns numbers; `digests` may be cut short on a terminal; `whole` is never broken there."""
+    """One column of a table.
+
+    `right` aligns numbers.  On a terminal `digests` are shortened, and a `whole` cell is never wrapped.
+    """
 
     title: str
     right: bool = False
@@ -32,7 +37,7 @@ class Column:
 
 @dataclass(slots=True)
 class Table:
-    """`notes` are lines below it.  Without rows it is `empty`, a sentence."""
+    """A table, with lines below it, `notes`.  Without rows the sentence `empty` is printed instead."""
 
     columns: Sequence[Column]
     empty: str = ""
@@ -45,7 +50,7 @@ class Table:
 
 
 def write(*tables: Table, file: IO[str] | None = None) -> None:
-    """Write them to `file`, standard output if none is given."""
+    """Write tables to `file`, by default standard output."""
     file = file or sys.stdout
     console = terminal(file)
     for number, table in enumerate(tables):
@@ -64,17 +69,17 @@ def write(*tables: Table, file: IO[str] | None = None) -> None:
 
 
 def terminal(file: IO[str]) -> Console | None:
-    """To draw on it, or None if it is no terminal."""
+    """A console that draws on `file`, or None if that is not a terminal."""
     if not file.isatty():
         return None
-    # Not above: who writes no table, such as the server, does without rich.
+    # Not at the top: the server writes no table, and stays smaller without rich.
     from rich.console import Console
 
     return Console(file=file, highlight=False, markup=False, emoji=False)
 
 
 def plain(table: Table) -> str:
-    """Columns with two spaces between, and no space at the end of a line."""
+    """The table as columns with two spaces between, and no space at the end of a line."""
     lines = [[column.title for column in table.columns], *table.rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     text = []
@@ -102,26 +107,28 @@ def _draw(console: Console, table: Table) -> None:
         )
     for row in table.rows:
         cells = zip(row, table.columns, strict=True)
-        # As Text, since in a str rich would look for markup.
+        # As Text, since rich parses markup in a str.
         drawn.add_row(*(Text(shortened_digest(cell) if column.digests else cell) for cell, column in cells))
     console.print(drawn)
 
 
-class Progress:
-    """What long work has done so far: a bar for each part of it on a terminal, elsewhere lines.
+class ProgressDisplay:
+    """Shows the progress of long work: a bar for each part of it on a terminal, elsewhere lines.
 
-    To be closed; what there is to say after it is written then.
+    Must be closed before anything else is written.
     """
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
         self._console = terminal(file)
-        self._bars: Bars | None = None  # from the first part on
+        self._bars: Bars | None = None  # made with the first part
         self._tasks: dict[str, TaskID] = {}
-        self._steps: dict[str, int] = {}  # elsewhere: how far a part was when its last line was written
+        self._steps: dict[str, int] = {}  # without a terminal: how far each part was at its last line
 
     def show(self, part: str, done: int, whole: int | None, text: str) -> None:
-        """`part` is its name, `text` says what the numbers do, and more; `whole` below 0 is unknown."""
+        """Show that `done` of `whole` is done of a part, which is unknown if below 0; `text` says so in
+        words.
+        """
         known = whole if whole is not None and whole >= 0 else None
         if self._console:
             if self._bars is None:
@@ -131,7 +138,7 @@ class Progress:
                 self._tasks[part] = self._bars.add_task(clean(shortened_digest(part)), total=known, text="")
             self._bars.update(self._tasks[part], completed=done, total=known, text=clean(text))
             return
-        # A line for each tenth, or each doubling: neither silence nor a flood.
+        # A line for each tenth, or for each doubling where the total is unknown.
         step = 10 * done // known if known else done.bit_length()
         if self._steps.get(part) != step:
             self._steps[part] = step
@@ -139,7 +146,7 @@ class Progress:
             self._file.flush()
 
     def note(self, text: str) -> None:
-        """A line of its own, above the bars."""
+        """Write a line of its own, above the bars."""
         if self._bars:
             self._bars.console.print(clean(text), highlight=False, markup=False)
         else:
@@ -147,7 +154,7 @@ class Progress:
             self._file.flush()
 
     def drop(self, part: str) -> None:
-        """It is done, or given up."""
+        """Remove a part that has ended."""
         self._steps.pop(part, None)
         if self._bars and part in self._tasks:
             self._bars.remove_task(self._tasks.pop(part))
@@ -178,6 +185,13 @@ def clean(text: str) -> str:
 
 
 def shortened_digest(text: str) -> str:
-    """Of a digest the beginning, after what may stand before it in its cell; other text as it is."""
+    """The text with a digest at its end cut to its beginning."""
     before, colon, encoded = text.rpartition(":")
     return f"{before}:{encoded[:SHORT]}" if colon and len(encoded) >= 32 else text
+
+
+def freshness(until: float | None, now: float) -> str:
+    """How long a tag stays fresh: `always`, `for 9 min`, or `no`."""
+    if until is None:
+        return "always"
+    return f"for {format_duration(until - now)}" if until > now else "no"

@@ -1,6 +1,6 @@
-"""How a command is called: the options that all have, what is printed, and how the program ends.
+"""What all commands share: their options, how they print a result, and how they end the program.
 
-Exit status: 0; 1 for what cannot be done, or is not there; 2 for what was asked wrongly.
+Exit status: 0 for success, 1 for a failure or something that does not exist, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from proxy.cli.target import composed, connected, reach
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
+from proxy.config.values import parse_platform
 from proxy.telemetry import logs
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
+PAUSE = 1.0  # seconds between two requests for the progress
 View: TypeAlias = "Callable[[Any, float], Sequence[Table]]"
 
 
 @dataclass(frozen=True, slots=True)
 class CommandContext:
-    """How a command was called: what is common to all of them."""
+    """The common options of a command, and what it does with them."""
 
     path: Path | None = None
     server: str | None = None
@@ -47,11 +49,11 @@ class CommandContext:
     json: bool = False
 
     def run(self, work: Callable[[Operations], Awaitable[None]], *, make: bool = False) -> None:
-        """Do it, and end the program if that fails.  With `make`, a cache that is not there is made."""
+        """Do the work on a server or directory; end the program if it fails.  `make` a missing directory."""
         self.alone(lambda: self._run(work, make))
 
     def alone(self, work: Callable[[], Awaitable[None]]) -> None:
-        """The same, for what reaches no server."""
+        """Do work that needs neither server nor directory."""
 
         async def run() -> None:
             await work()
@@ -68,7 +70,7 @@ class CommandContext:
             await work(operations)
 
     def run_there(self, server: str, work: Callable[[AdminClient], Awaitable[None]]) -> None:
-        """The same for what only a client of the admin API does."""
+        """Do work that only a client of the admin API can do."""
 
         async def run() -> None:
             async with connected(self._configured(), server, self.token, self.ca_file) as client:
@@ -77,7 +79,7 @@ class CommandContext:
         self.alone(run)
 
     def run_here(self, work: Callable[[Composition], Awaitable[None]], *, make: bool = False) -> None:
-        """The same for what works on the directory, whether a server runs on it or not."""
+        """Do work on the directory, whether a server runs on it or not."""
 
         async def run() -> None:
             config = self._configured()
@@ -93,7 +95,7 @@ class CommandContext:
         return config
 
     def ask(self, question: Callable[[Operations], Awaitable[Any]], view: View) -> None:
-        """Print what the answer looks like."""
+        """Print the answer to a question."""
 
         async def work(operations: Operations) -> None:
             self.print(await question(operations), view)
@@ -115,73 +117,19 @@ class CommandContext:
 
 
 def _check_user(config: Config) -> None:
-    """What root makes its owner, the server's user, could not use.  Raises Failed."""
+    """Refuse to run as root on the directory of another user, who could not use new files.  Raises Failed."""
     with suppress(FileNotFoundError):
         owner = config.disk.path.stat().st_uid
         if os.geteuid() == 0 and owner != 0:
             raise Failed(
-                f"{config.disk.path} belongs to another user, {owner}: run it as that one,"
-                f" such as by setpriv --reuid={owner} --clear-groups",
+                f"{config.disk.path} belongs to user {owner}: run the command as that user,"
+                f" for example with setpriv --reuid={owner} --clear-groups",
                 "DENIED",
             )
 
 
-_OPTIONS = {
-    "path": click.option(
-        "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="As of serve."
-    ),
-    "server": click.option(
-        "--server", metavar="URL", help="The admin address of a server; else that of the configuration."
-    ),
-    "token": click.option(
-        "--token",
-        metavar="TOKEN",
-        envvar="ENTREPOT_ADMIN_TOKEN",
-        help="Of the admin API; else $ENTREPOT_ADMIN_TOKEN, else admin_token of the configuration.",
-    ),
-    "ca_file": click.option(
-        "--ca-file",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Whom to trust for an https:// server, in PEM; else whom this machine trusts.",
-    ),
-    "as_json": click.option(
-        "--json", "as_json", is_flag=True, help="What the admin API answers, for programs."
-    ),
-}
-
-
-def quiet(format: str = "auto", level: str = "warning") -> None:
-    """Beside what was asked for nobody wants to read but of trouble; and not in its place."""
-    if not structlog.is_configured():
-        logs.configure(format, level)
-
-
-def common(function: Callable[Concatenate[CommandContext, P], None]) -> Callable[..., None]:
-    """The options that every command has that asks a server, as its first argument."""
-    return _taking(function, *_OPTIONS)
-
-
-def without_server(function: Callable[..., None]) -> Callable[..., None]:
-    """Those of a command that needs neither a server nor its directory."""
-    return _taking(function, "as_json")
-
-
-def _taking(function: Callable[..., None], *names: str) -> Callable[..., None]:
-    def called(*rest: Any, **more: Any) -> None:
-        given = {name: more.pop(name) for name in names}
-        function(CommandContext(json=given.pop("as_json"), **given), *rest, **more)
-
-    called.__doc__ = function.__doc__
-    called.__name__ = function.__name__
-    decorated: Callable[..., None] = called
-    for name in reversed(names):
-        decorated = _OPTIONS[name](decorated)
-    return decorated
-
-
 def option_type(parse: Callable[[object], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """What the configuration reads in the same way."""
+    """A callback that parses an option as the configuration does."""
 
     def callback(context: click.Context, parameter: click.Parameter, given: Any) -> Any:
         try:
@@ -192,3 +140,74 @@ def option_type(parse: Callable[[object], Any]) -> Callable[[click.Context, clic
             raise click.BadParameter(str(error)) from None
 
     return callback
+
+
+_OPTIONS = {
+    "path": click.option(
+        "--config",
+        "path",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The configuration of the server, in YAML.",
+    ),
+    "server": click.option(
+        "--server",
+        metavar="URL",
+        help="The admin address of the server. By default that of the configuration.",
+    ),
+    "token": click.option(
+        "--token",
+        metavar="TOKEN",
+        envvar="ENTREPOT_ADMIN_TOKEN",
+        help="The token of the admin API. By default admin_token of the configuration.",
+    ),
+    "ca_file": click.option(
+        "--ca-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Certificate authorities to trust for an https:// server, in PEM.",
+    ),
+    "as_json": click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON, as the admin API answers it."
+    ),
+}
+
+
+# Options that several commands have.
+PLATFORMS = click.option(
+    "--platform",
+    "platforms",
+    callback=option_type(parse_platform),
+    multiple=True,
+    metavar="OS/ARCH",
+    help="Only this platform of an index. Can be repeated.",
+)
+
+
+def quiet(format: str = "auto", level: str = "warning") -> None:
+    """Log only problems, beside the output of the command."""
+    if not structlog.is_configured():
+        logs.configure(format, level)
+
+
+def common(function: Callable[Concatenate[CommandContext, P], None]) -> Callable[..., None]:
+    """Add the options of a command that asks a server; it gets them as its first argument."""
+    return _with_options(function, *_OPTIONS)
+
+
+def without_server(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a command that needs neither a server nor its directory."""
+    return _with_options(function, "as_json")
+
+
+def _with_options(function: Callable[..., None], *names: str) -> Callable[..., None]:
+    def called(*rest: Any, **more: Any) -> None:
+        given = {name: more.pop(name) for name in names}
+        function(CommandContext(json=given.pop("as_json"), **given), *rest, **more)
+
+    called.__doc__ = function.__doc__
+    called.__name__ = function.__name__
+    decorated: Callable[..., None] = called
+    for name in reversed(names):
+        decorated = _OPTIONS[name](decorated)
+    return decorated

@@ -1,7 +1,4 @@
-"""The commands that bring content: `copy` from registry to registry, `import` from what lies on this machine.
-
-What is large (aiohttp, rich) is imported where it is needed: see commands.py.
-"""
+"""The command that copies images from registries to another one."""
 
 from __future__ import annotations
 
@@ -14,29 +11,29 @@ from typing import Any
 import click
 
 from proxy.admin.api.client import Failed
-from proxy.cli.console import Column, Progress, Table
+from proxy.cli.console import Column, ProgressDisplay, Table
 from proxy.cli.context import CommandContext, option_type, quiet, without_server
 from proxy.config.quantities import format_size, plural
 from proxy.config.values import parse_count, parse_platform
 from proxy.transfer import results
 from storage.oci import Digest
 
-SHOWN = 100  # rows of what was damaged, for people
 
-
-def _end(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options for one of two registries."""
+def _endpoint_options(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options for one of the two registries."""
     variable = f"ENTREPOT_{name.upper()}_CREDENTIALS"
     options = (
         click.option(
             f"--{name}-credentials",
             metavar="USER:PASSWORD",
             envvar=variable,
-            help=f"Better by ${variable}, since others see a command's options; else --auth-file.",
+            help=f"Credentials for the {name}. Better set ${variable}: other users see options.",
         ),
-        click.option(f"--{name}-insecure", is_flag=True, help="Take any certificate of it."),
+        click.option(f"--{name}-insecure", is_flag=True, help=f"Accept any certificate of the {name}."),
         click.option(
-            f"--{name}-plain-http", is_flag=True, help="Without TLS, as it is done on this machine anyhow."
+            f"--{name}-plain-http",
+            is_flag=True,
+            help=f"Connect to the {name} without TLS, as is the default for this machine.",
         ),
     )
 
@@ -51,39 +48,40 @@ def _end(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.argument("destination")
-@click.option("--all-tags", is_flag=True, help="Of each SOURCE that names none.")
+@click.option("--all-tags", is_flag=True, help="Copy all tags of each SOURCE that names none.")
 @click.option(
     "--platform",
     "platforms",
     callback=option_type(parse_platform),
     multiple=True,
     metavar="OS/ARCH",
-    help="Of an index only this image, under the index's tag. Several: the index, with only these.",
+    help="Copy only the image for this platform. If repeated, copy the index with these images.",
 )
-@click.option("--no-referrers", is_flag=True, help="Without signatures and whatever else refers to it.")
-@click.option("--dry-run", is_flag=True, help="Say what would be copied, and let it be.")
+@click.option("--no-referrers", is_flag=True, help="Leave out signatures, SBOMs and other referrers.")
+@click.option("--dry-run", is_flag=True, help="Show what would be copied, and copy nothing.")
 @click.option(
     "--transfers",
     default=4,
     show_default=True,
     callback=option_type(parse_count),
-    help="Blobs under way at once.",
+    help="How many blobs to transfer at once.",
 )
 @click.option(
     "--auth-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Docker's config.json or podman's auth.json; else where those look for them.",
+    help="Docker's config.json or podman's auth.json. By default the file that these programs use.",
 )
-@_end("destination")
-@_end("source")
+@_endpoint_options("destination")
+@_endpoint_options("source")
 @without_server
 def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **options: Any) -> None:
-    """Copy images from one registry to another, only what is missing there.
+    """Copy images between registries.
 
-    SOURCE is REGISTRY/REPOSITORY:TAG, or a glob such as REGISTRY/REPOSITORY:* or REGISTRY/TEAM/*:1.*. For
-    several repositories DESTINATION ends with /, and their names are put behind it; of TEAM/* that is what *
-    stands for. Called again, it goes on where it was cut.
+    Copies only what is missing at the destination. SOURCE is REGISTRY/REPOSITORY:TAG, or a glob such as
+    REGISTRY/REPOSITORY:* or REGISTRY/TEAM/*:1.*. For several repositories DESTINATION ends with /, and
+    their names are appended to it; for TEAM/* that is the part that * matches. Run it again to continue
+    after an interruption.
     """
     from proxy.transfer.copy_job import CopyJob, Endpoint
     from proxy.transfer.copy_sources import check, parse_source
@@ -103,36 +101,17 @@ def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **opt
 
     async def work() -> None:
         quiet(level="error")
-        with closing(_Silence() if call.json else _Lines()) as listener:
+        with closing(SilentListener() if call.json else ProgressBars()) as listener:
             found = await CopyJob(places, target, ends, listener, **options).run()
-        call.print(found, copied)
+        call.print(found, copy_tables)
         if failed := sum(each.outcome == "failed" for each in found.images):
-            told = f"{failed} of {plural(len(found.images), 'image')} could not be copied"
-            raise Failed(told, "NOT_COPIED")
+            message = f"{failed} of {plural(len(found.images), 'image')} could not be copied"
+            raise Failed(message, "NOT_COPIED")
 
     call.alone(work)
 
 
-def take_over(
-    call: CommandContext, directory: Path, namespace: str | None, match: str, dry_run: bool
-) -> None:
-    """What another registry holds on this machine's disk: `import --from-registry-dir`."""
-
-    async def work() -> None:
-        from proxy.cli import migrate
-
-        found = await migrate.migrate(
-            call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json
-        )
-        call.print(found, imported)
-        if found.damaged:
-            raise Failed(f"{len(found.damaged)} damaged or missing; all else was taken", "DAMAGED")
-
-    call.alone(work)
-
-
-def copied(found: results.Copied, now: float) -> list[Table]:
-    """For people."""
+def copy_tables(found: results.Copied, now: float) -> list[Table]:
     columns = (
         Column("SOURCE", whole=True),
         Column("DESTINATION", whole=True),
@@ -147,43 +126,14 @@ def copied(found: results.Copied, now: float) -> list[Table]:
     table.notes.append(
         f"{plural(found.manifests, 'manifest')} and {plural(found.blobs, 'blob')}"
         f" of {format_size(found.bytes)} {would},"
-        f" {found.mounted} mounted, {found.present} there already, {plural(found.tags, 'tag')} set;"
+        f" {found.mounted} mounted, {found.present} already present, {plural(found.tags, 'tag')} set;"
         f" {found.seconds:.1f} s"
     )
     return [table]
 
 
-def imported(found: results.Migrated, now: float) -> list[Table]:
-    """For people."""
-    columns = (Column("REPOSITORY", whole=True), Column("WHAT", digests=True), Column("WHY"))
-    tables = []
-    for title, rows in (("damaged or missing:", found.damaged), ("left as they are here:", found.kept)):
-        if rows:
-            table = Table(columns, title=title)
-            for each in rows[:SHOWN]:
-                table.add(each.repository, each.what, each.why)
-            if len(rows) > SHOWN:
-                table.notes.append(f"and {len(rows) - SHOWN} more; --json has all")
-            tables.append(table)
-    would = "would be taken" if found.dry_run else "taken"
-    linked = "" if found.dry_run else f" ({found.linked} of them linked)"
-    tables.append(
-        Table(
-            (),
-            f"{plural(found.repositories, 'repository', 'repositories')}, {plural(found.tags, 'tag')},"
-            f" {plural(found.manifests, 'manifest')} and {plural(found.blobs, 'blob')}{linked} of"
-            f" {format_size(found.bytes)} {would} into {found.namespace};"
-            f" {plural(found.present, 'manifest')} there already; {found.seconds:.1f} s",
-        )
-    )
-    return tables
-
-
-COMMANDS = (copy,)
-
-
-class _Silence:
-    """Tells nothing: who reads the answer is a program."""
+class SilentListener:
+    """A ProgressListener that shows nothing, for --json."""
 
     def moved(self, digest: Digest, done: int, whole: int) -> None: ...
 
@@ -194,11 +144,11 @@ class _Silence:
     def close(self) -> None: ...
 
 
-class _Lines(_Silence):
-    """A bar for each blob on a terminal, lines elsewhere."""
+class ProgressBars:
+    """A ProgressListener that shows a bar for each blob on a terminal, elsewhere lines."""
 
     def __init__(self) -> None:
-        self._progress = Progress(sys.stderr)
+        self._progress = ProgressDisplay(sys.stderr)
 
     def moved(self, digest: Digest, done: int, whole: int) -> None:
         self._progress.show(digest, done, whole, f"{format_size(done)} of {format_size(whole)}")
@@ -211,3 +161,6 @@ class _Lines(_Silence):
 
     def close(self) -> None:
         self._progress.close()
+
+
+COMMANDS = (copy,)

@@ -24,9 +24,15 @@ from proxy.telemetry import logs
 
 
 @click.command()
-@click.option("--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="As of serve.")
 @click.option(
-    "--server", metavar="URL", help="The admin address of the server; else that of the configuration."
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The configuration of the server.",
+)
+@click.option(
+    "--server", metavar="URL", help="The admin address of the server. By default that of the configuration."
 )
 @click.option(
     "--client",
@@ -34,32 +40,34 @@ from proxy.telemetry import logs
     is_flag=False,
     flag_value="",
     metavar="[URL]",
-    help="Look at this machine as one that pulls from the server at URL; without, from where listen says.",
+    help="Check this machine as a client of the server at URL. By default the URL is from listen.",
 )
 @click.option(
     "--namespace",
     "namespaces",
     multiple=True,
     metavar="NAME",
-    help="With --client: these, not all configured.",
+    help="With --client: only this registry. Can be repeated.",
 )
 @click.option(
     "--ca-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With --client: the authority of the server's certificate.",
+    help="With --client: the private certificate authority of the server, in PEM.",
 )
-@click.option("--no-bypass", is_flag=True, help="With --client: what may go past the server is a failure.")
-@click.option("--canary", metavar="REF", help="With --client: what is pulled for a trial; else hello-world.")
-@click.option("--pull", metavar="REF", help="With --client: have each client here pull it, too.")
+@click.option("--no-bypass", is_flag=True, help="With --client: fail if the client can bypass the server.")
+@click.option(
+    "--canary", metavar="REF", help="With --client: the image to test with. By default hello-world."
+)
+@click.option("--pull", metavar="REF", help="With --client: have each installed client pull this image.")
 @click.option(
     "--root",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=Path("/"),
     metavar="DIR",
-    help="With --client: where / of the clients is.",
+    help="With --client: the root directory of the clients.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(
     path: Path | None,
     server: str | None,
@@ -72,9 +80,10 @@ def doctor(
     root: Path,
     as_json: bool,
 ) -> None:
-    """Look whether all is well here, and say what to do where it is not.
+    """Check an installation.
 
-    Upstreams are asked for it, as pulls ask them, nothing that counts.  Exit status 1: something failed.
+    Prints what to do about each problem. Asks the upstreams, with requests that no rate limit counts. The
+    exit status is 1 if a check failed.
     """
     admin = _admin(server)
     if url is None:
@@ -86,8 +95,8 @@ def doctor(
         }
         for option, value in {**given, "--pull": pull}.items():
             if value:
-                raise click.UsageError(f"{option} goes with --client")
-        # Here, since the server's own start needs none of it.
+                raise click.UsageError(f"{option} needs --client")
+        # Here, since the start of the server needs none of it.
         from proxy.doctor import server as examination
 
         _run(lambda: examination.examine(path, admin), as_json)
@@ -114,7 +123,7 @@ def _admin(server: str | None) -> URL | None:
 
 def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool) -> None:
     if not structlog.is_configured():
-        logs.configure("auto", "critical")  # what fails is told by a check
+        logs.configure("auto", "critical")  # the checks report all errors
 
     async def run() -> list[Check]:
         return await examine()
@@ -123,13 +132,15 @@ def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(found))
     else:
-        write(*shown(found, time.time()))
+        write(*check_tables(found, time.time()))
     sys.exit(1 if found.failed else 0)
 
 
-def shown(found: Diagnosis, now: float) -> Sequence[Table]:
-    table = Table((Column("CHECK", whole=True), Column("OF"), Column("STATE", whole=True), Column("FOUND")))
+def check_tables(found: Diagnosis, now: float) -> Sequence[Table]:
+    table = Table(
+        (Column("CHECK", whole=True), Column("SUBJECT"), Column("STATE", whole=True), Column("FINDING"))
+    )
     for each in found.checks:
         table.add(each.name, each.subject, each.state, "; ".join(filter(None, (each.message, each.advice))))
-    table.notes.append(f"{found.ok} ok, {found.warnings} to be looked at, {found.failed} failed")
+    table.notes.append(f"{found.ok} ok, {found.warnings} warnings, {found.failed} failed")
     return [table]

@@ -1,4 +1,8 @@
-"""The command line.  Exit status: 0, 1 for what cannot be done, 2 for what was asked wrongly."""
+"""The command line: the group of all commands, and those that start or check a server.
+
+This module starts the supervisor, which has to stay small: large imports (aiohttp, rich, the cache) are
+made where they are needed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ import click
 import structlog
 from yarl import URL
 
-from proxy.cli import bundles, copy, offline, operations
+from proxy.cli import bundles, content, copy, maintenance, offline, pins, removal, status
 from proxy.cli.doctor import doctor
 from proxy.cli.setup import setup
 from proxy.config.errors import ConfigError, StartError
@@ -30,7 +34,7 @@ from proxy.telemetry import logs
 
 log = structlog.get_logger()
 
-BEHIND = 10  # see nice(2)
+NICE = 10  # see nice(2)
 SHOWN = ("docker", "containerd", "podman")  # in the banner
 
 _CONFIG = click.option(
@@ -41,11 +45,15 @@ _CONFIG = click.option(
 @click.group()
 @click.version_option(version("entrepot"), prog_name="entrepot")
 def main() -> None:
-    """A pull-through cache for OCI registries, and a small private registry."""
+    """A pull-through cache for OCI registries, and a private registry."""
 
 
 for each in (
-    *operations.COMMANDS,
+    *content.COMMANDS,
+    *status.COMMANDS,
+    *pins.COMMANDS,
+    *removal.COMMANDS,
+    *maintenance.COMMANDS,
     *offline.COMMANDS,
     *copy.COMMANDS,
     *bundles.COMMANDS,
@@ -58,7 +66,10 @@ for each in (
 @main.command()
 @_CONFIG
 def serve(path: Path | None) -> None:
-    """Serve; without FILE the well-known public registries, on 127.0.0.1:5000."""
+    """Run the server.
+
+    Without FILE it caches the well-known public registries, and listens on 127.0.0.1:5000.
+    """
     config = _load(path)
     logs.configure(config.log.format, config.log.level)
     try:
@@ -69,25 +80,25 @@ def serve(path: Path | None) -> None:
 
 @main.command(hidden=True)
 def worker() -> None:
-    """Serve as a parent says that called this; not for people."""
+    """Run a server process; the supervisor calls this."""
     _work()
 
 
 @main.command(hidden=True)
 def keeper() -> None:
-    """Keep house as a parent says that called this; not for people."""
-    os.nice(BEHIND)  # those that serve clients come first
+    """Run the housekeeping process; the supervisor calls this."""
+    os.nice(NICE)  # the processes that serve clients come first
     _work()
 
 
 def _work() -> None:
-    # Here, since the parent needs none of it: it stays small.
+    # Here, since the supervisor needs none of it and stays small.
     from proxy.server.process import ServerProcess
 
     assignment = Assignment.read(sys.stdin.buffer)
     config = assignment.config
     logs.configure(config.log.format, config.log.level)
-    # A follower takes three descriptors; the soft limit is made for programs that use select().
+    # A follower needs three descriptors; the soft limit is made for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -97,7 +108,7 @@ def _work() -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
-        loop.add_reader(sys.stdin.fileno(), ended.set)  # its end: the parent is gone
+        loop.add_reader(sys.stdin.fileno(), ended.set)  # end of file: the supervisor has exited
         try:
             await app.start()
         except StartError as error:
@@ -115,7 +126,10 @@ def _work() -> None:
 @main.command()
 @_CONFIG
 def check(path: Path | None) -> None:
-    """Validate the configuration; nothing is started, nobody asked."""
+    """Validate the configuration.
+
+    Starts nothing and makes no network request.
+    """
     config = _load(path)
     names = ", ".join(config.namespaces) or "none"
     click.echo(f"{path or 'the built-in configuration'} is valid; namespaces: {names}")
@@ -136,7 +150,7 @@ def _fail(message: str, status: int) -> None:
 
 async def _serve(parent: Supervisor, config: Config) -> None:
     ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # until run() sees to them
+    for number in (signal.SIGTERM, signal.SIGINT):  # until run() handles them
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await parent.start()
     click.echo(banner(*parent.addresses(), config))
@@ -147,7 +161,7 @@ async def _serve(parent: Supervisor, config: Config) -> None:
 
 
 def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Config) -> str:
-    """What it listens on, where it stores, and how the usual clients are pointed at it."""
+    """The addresses, the storage directory, and the configuration of the most common clients."""
     lines = [
         f"entrepot {version('entrepot')} listening on {_url(config.tls is not None, *listen)}"
         + (f", admin on {_url(config.admin_tls() is not None, *admin)}" if admin else ""),
@@ -155,16 +169,16 @@ def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Confi
     ]
     site = site_of(config, url=str(client_url(scheme_of(config), Address(*listen))))
     if site.namespaces:
-        # One registry will do for those that have each named; setup names all.
+        # One registry is enough for clients that name each; setup prints all.
         name = DOCKER_HUB if DOCKER_HUB in site.namespaces else site.namespaces[0]
         lines.append("point clients at it:")
         for client in SHOWN:
-            if client == "docker" and name != DOCKER_HUB:  # it takes mirrors for no other registry
+            if client == "docker" and name != DOCKER_HUB:  # docker has mirrors of Docker Hub only
                 continue
             piece = RENDERERS[client](replace(site, namespaces=(name,))).pieces[0]
             lines.append(f"  {client}: {piece.path}")
             lines += [f"    {line}".rstrip() for line in piece.content.splitlines()]
-    lines.append("all there is to it, and other clients: entrepot setup --help")
+    lines.append("complete instructions and other clients: entrepot setup --help")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Taking over what lies on this machine, as a command does: where to, by which rules, telling of it."""
+"""The migration of a Docker registry on this machine's disk: `import --from-registry-dir`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from proxy.admin.api.client import Failed
-from proxy.cli.console import Progress
+from proxy.cli.console import Column, ProgressDisplay, Table
 from proxy.cli.context import quiet
 from proxy.config.loader import load
 from proxy.config.quantities import format_size, plural
@@ -26,13 +26,14 @@ from storage.migration.distribution import DistributionTree
 from storage.migration.migration import Migration
 from storage.store import Store
 
-LOOK = 0.5  # seconds between two looks at how far it is
+PAUSE = 0.5  # seconds between two updates of the progress
+SHOWN = 100  # rows of damage in a table
 
 
 async def migrate(
     path: Path | None, directory: Path, namespace: str | None, match: str, *, dry_run: bool, quietly: bool
 ) -> Migrated:
-    """Of a directory of Distribution the repositories that `match`.  Raises Failed, ConfigError."""
+    """Import the repositories that `match` from a directory of Distribution.  Raises Failed, ConfigError."""
     config = load(path)
     quiet(config.log.format)
     name = _chosen(config, namespace)
@@ -45,14 +46,14 @@ async def migrate(
     except (ValueError, OSError, StorageFailed) as error:
         raise Failed(str(error), "UNKNOWN") from error
     try:
-        intake = _intake(config, name, store, source, dry_run)
-        await _run(intake, names, name, quietly)
+        migration = _migration(config, name, store, source, dry_run)
+        await _run(migration, names, name, quietly)
     except StorageFailed as error:
-        raise Failed(f"{error}; what was taken stays, and the next run goes on", error.code) from error
+        raise Failed(f"{error}; what was imported stays, and the next run continues", error.code) from error
     finally:
         await store.close()
         _hand_over(config)
-    taken = intake.taken
+    taken = migration.taken
     return Migrated(
         namespace=name,
         repositories=taken.repositories,
@@ -70,7 +71,7 @@ async def migrate(
 
 
 def _hand_over(config: Config) -> None:
-    """Where root takes over, what it makes belongs to the server's user: whose disk.path is."""
+    """Give what root makes to the user of the server, which is the owner of disk.path."""
     root = config.disk.path / "private"
     owner = config.disk.path.stat().st_uid
     if os.geteuid() == 0 and owner != 0:
@@ -87,16 +88,16 @@ def _chosen(config: Config, namespace: str | None) -> str:
         return namespace
     if not hosted:
         raise Failed(
-            "no namespace has a store to take it into: the configuration needs one, such as"
+            "no namespace has a store to import into: add one to the configuration, such as"
             " namespaces: {local: {store: {}}}",
             "NAME_UNKNOWN",
             usage=True,
         )
-    asked = f"{namespace} has no store" if namespace else "several namespaces have a store: say --namespace"
-    raise Failed(f"{asked}; there are {', '.join(hosted)}", "NAME_UNKNOWN", usage=True)
+    cause = f"{namespace} has no store" if namespace else "several namespaces have a store: give --namespace"
+    raise Failed(f"{cause}; there are {', '.join(hosted)}", "NAME_UNKNOWN", usage=True)
 
 
-def _intake(
+def _migration(
     config: Config, namespace: str, store: Store, source: DistributionTree, dry_run: bool
 ) -> Migration:
     hosting = config.hosted()[namespace]
@@ -109,24 +110,49 @@ def _intake(
     )
 
 
-async def _run(intake: Migration, names: Sequence[str], namespace: str, quietly: bool) -> None:
-    """In a thread; whoever is interrupted waits until it has come to a whole step."""
-    running = asyncio.create_task(asyncio.to_thread(intake.run, names, lambda name: f"{namespace}/{name}"))
-    with closing(Progress(sys.stderr)) as progress:
+async def _run(migration: Migration, names: Sequence[str], namespace: str, quietly: bool) -> None:
+    """Run the migration in a thread; when interrupted, wait until its current step is complete."""
+    running = asyncio.create_task(asyncio.to_thread(migration.run, names, lambda name: f"{namespace}/{name}"))
+    with closing(ProgressDisplay(sys.stderr)) as progress:
         try:
-            while not (await asyncio.wait({running}, timeout=LOOK))[0]:
+            while not (await asyncio.wait({running}, timeout=PAUSE))[0]:
                 if not quietly:
-                    _show(intake, len(names), progress)
+                    _show(migration, len(names), progress)
         finally:
-            intake.stop()
+            migration.stop()
             with suppress(Cancelled):
                 await running
 
 
-def _show(intake: Migration, repositories: int, progress: Progress) -> None:
-    taken = intake.taken
+def _show(migration: Migration, repositories: int, progress: ProgressDisplay) -> None:
+    taken = migration.taken
     text = (
-        f"{intake.repository}: {plural(taken.manifests, 'manifest')}, {plural(taken.blobs, 'blob')},"
+        f"{migration.repository}: {plural(taken.manifests, 'manifest')}, {plural(taken.blobs, 'blob')},"
         f" {format_size(taken.bytes)}"
     )
-    progress.show("repositories", intake.begun, repositories, text)
+    progress.show("repositories", migration.begun, repositories, text)
+
+
+def migration_tables(found: Migrated, now: float) -> Sequence[Table]:
+    columns = (Column("REPOSITORY", whole=True), Column("CONTENT", digests=True), Column("REASON"))
+    tables = []
+    for title, rows in (("damaged or missing:", found.damaged), ("not replaced:", found.kept)):
+        if rows:
+            table = Table(columns, title=title)
+            for each in rows[:SHOWN]:
+                table.add(each.repository, each.what, each.why)
+            if len(rows) > SHOWN:
+                table.notes.append(f"and {len(rows) - SHOWN} more; --json lists all")
+            tables.append(table)
+    done = "would be imported" if found.dry_run else "imported"
+    linked = "" if found.dry_run else f" ({found.linked} of them hard links)"
+    tables.append(
+        Table(
+            (),
+            f"{plural(found.repositories, 'repository', 'repositories')}, {plural(found.tags, 'tag')},"
+            f" {plural(found.manifests, 'manifest')} and {plural(found.blobs, 'blob')}{linked} of"
+            f" {format_size(found.bytes)} {done} into {found.namespace};"
+            f" {plural(found.present, 'manifest')} already present; {found.seconds:.1f} s",
+        )
+    )
+    return tables

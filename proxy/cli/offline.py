@@ -1,7 +1,4 @@
-"""The commands that prepare for upstreams being away, and prove it: warm, ready, drill.
-
-As those of commands.py: through a running server or on its directory, and light to import.
-"""
+"""The commands that prepare for an upstream outage and rehearse it: warm, ready, drill."""
 
 from __future__ import annotations
 
@@ -16,40 +13,45 @@ import click
 import msgspec
 
 from proxy.admin.api.client import Failed
-from proxy.admin.image_files import ImageMentions, Unreadable, look
+from proxy.admin.image_files import ImageMentions, Unreadable, find_images
 from proxy.admin.models import Drilling, ReadyRow, WarmRow
 from proxy.admin.operations import Operations
-from proxy.cli import tables
-from proxy.cli.console import Column, Progress, Table
-from proxy.cli.context import CommandContext, common, option_type
-from proxy.cli.operations import PAUSE, PLATFORMS
+from proxy.cli.console import Column, ProgressDisplay, Table
+from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_type
+from proxy.cli.status import show_fills
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout, plural
 from storage.concurrency import for_each
 from storage.names import written
 
 Row = TypeVar("Row", WarmRow, ReadyRow)
 
-IMAGES = "images"  # the part of the progress that is all of them
+IMAGES = "images"  # the part of the progress that counts all images
 JOBS = 4
 MOST_JOBS = 64
-PAGE = 500  # references that are judged by one request
+PAGE = 500  # references in one request
 
 _REGISTRY = click.option(
     "--registry",
     "registries",
     multiple=True,
     metavar="HOST[:PORT]",
-    help="An address of this cache that stands before names in the files; may be repeated.",
+    help="An address of this server that prefixes names in the files. Can be repeated.",
 )
-_NO_REFERRERS = click.option("--no-referrers", is_flag=True, help="Leave out signatures, SBOMs and the like.")
+_NO_REFERRERS = click.option(
+    "--no-referrers", is_flag=True, help="Leave out signatures, SBOMs and other referrers."
+)
 _JOBS = click.option(
-    "--jobs", type=click.IntRange(1, MOST_JOBS), default=JOBS, show_default=True, help="Images at once."
+    "--jobs",
+    type=click.IntRange(1, MOST_JOBS),
+    default=JOBS,
+    show_default=True,
+    help="How many images to fetch at once.",
 )
 
 
-def _look(files: Sequence[str], registries: Sequence[str], *, plain: bool = False) -> ImageMentions:
+def _mentions(files: Sequence[str], registries: Sequence[str], *, plain: bool = False) -> ImageMentions:
     try:
-        return look(files, sys.stdin, os.environ, registries, plain=plain)
+        return find_images(files, sys.stdin, os.environ, registries, plain=plain)
     except Unreadable as error:
         raise Failed(str(error), "FILE_INVALID", usage=True) from error
 
@@ -60,10 +62,18 @@ def _look(files: Sequence[str], registries: Sequence[str], *, plain: bool = Fals
 @click.command()
 @click.argument("references", nargs=-1, metavar="REF...")
 @click.option(
-    "--list", "lists", multiple=True, metavar="FILE", help="References, one a line; - is standard input."
+    "--list",
+    "lists",
+    multiple=True,
+    metavar="FILE",
+    help="A file with one reference per line; - is standard input.",
 )
 @click.option(
-    "--from", "files", multiple=True, metavar="FILE", help="What a compose file, manifests or a list name."
+    "--from",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    help="A compose file, Kubernetes manifests or a list. Can be repeated.",
 )
 @PLATFORMS
 @_NO_REFERRERS
@@ -80,20 +90,21 @@ def warm(
     jobs: int,
     registries: tuple[str, ...],
 ) -> None:
-    """Fetch all of each REF that is not here, and of what files name, before anybody asks for it.
+    """Fetch images before clients need them.
 
-    What was interrupted is gone on with. The exit status is 0 only if all is here then.
+    Fetches what is missing of each REF and of the images that files name. Run it again to continue after an
+    interruption. The exit status is 0 only if all images are complete.
     """
 
     async def work(operations: Operations) -> None:
-        named = _look(lists, registries, plain=True).references + _look(files, registries).references
-        wanted = list(dict.fromkeys([*references, *named]))
-        if not wanted:
+        named = _mentions(lists, registries, plain=True).references + _mentions(files, registries).references
+        images = list(dict.fromkeys([*references, *named]))
+        if not images:
             raise Failed("no image is named: give REF, --list or --from", "NOTHING_NAMED", usage=True)
-        rows = await _warm(call, operations, wanted, platforms, not no_referrers, jobs)
-        call.print(rows, warmed)
-        if lacking := [each for each in rows if not each.here]:
-            raise Failed(f"{len(lacking)} of {len(rows)} are not here", "INCOMPLETE")
+        rows = await _warm(call, operations, images, platforms, not no_referrers, jobs)
+        call.print(rows, warm_tables)
+        if missing := [each for each in rows if not each.here]:
+            raise Failed(f"{len(missing)} of {len(rows)} images are not complete", "INCOMPLETE")
 
     call.run(work, make=True)
 
@@ -101,56 +112,56 @@ def warm(
 async def _warm(
     call: CommandContext,
     operations: Operations,
-    wanted: Sequence[str],
+    images: Sequence[str],
     platforms: Sequence[str],
     referrers: bool,
     jobs: int,
 ) -> list[WarmRow]:
-    """In the order of `wanted`."""
+    """Fetch the images, `jobs` at once; one row each, in their order."""
     found: dict[str, WarmRow] = {}
 
     async def one(reference: str) -> None:
         found[reference] = await operations.warm(reference, platforms, referrers)
 
-    working = asyncio.ensure_future(for_each(one, wanted, jobs))
+    working = asyncio.ensure_future(for_each(one, images, jobs))
     try:
         if not call.json:
-            with closing(Progress(sys.stderr)) as progress:
+            with closing(ProgressDisplay(sys.stderr)) as progress:
                 while not (await asyncio.wait({working}, timeout=PAUSE))[0]:
-                    _progress(progress, found.values(), len(wanted))
-                    tables.progress(await operations.fills(), progress, IMAGES)
+                    _show_count(progress, found.values(), len(images))
+                    show_fills(await operations.fills(), progress, IMAGES)
         await working
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
-    return _once([found[each] for each in wanted])
+    return _without_duplicates([found[each] for each in images])
 
 
-def _once(rows: list[Row]) -> list[Row]:
-    """Each image once, though it may have been named in several ways."""
+def _without_duplicates(rows: list[Row]) -> list[Row]:
+    """Keep one row for each image, which may have been named in several ways."""
     kept: dict[str, Row] = {}
     for each in rows:
         kept.setdefault(_name(each), each)
     return list(kept.values())
 
 
-def _progress(shown: Progress, found: Iterable[WarmRow], whole: int) -> None:
+def _show_count(progress: ProgressDisplay, found: Iterable[WarmRow], total: int) -> None:
     rows = list(found)
     failed = sum(not each.here for each in rows)
-    said = f"{len(rows)} of {whole}, {failed} failed" if failed else f"{len(rows)} of {whole}"
-    shown.show(IMAGES, len(rows), whole, said)
+    text = f"{len(rows)} of {total}, {failed} failed" if failed else f"{len(rows)} of {total}"
+    progress.show(IMAGES, len(rows), total, text)
 
 
-def warmed(found: Sequence[WarmRow], now: float) -> Sequence[Table]:
+def warm_tables(found: Sequence[WarmRow], now: float) -> Sequence[Table]:
     columns = (
         Column("REFERENCE", whole=True),
-        Column("HERE"),
+        Column("COMPLETE"),
         Column("MANIFESTS", right=True),
         Column("REFERRERS", right=True),
         Column("BLOBS", right=True),
-        Column("FETCHED", right=True),
-        Column("BYTES", right=True),
-        Column("NOTE"),
+        Column("BLOBS FETCHED", right=True),
+        Column("BYTES FETCHED", right=True),
+        Column("ERROR"),
     )
     table = Table(columns)
     for each in found:
@@ -164,17 +175,15 @@ def warmed(found: Sequence[WarmRow], now: float) -> Sequence[Table]:
             format_size(each.bytes),
             each.error or "",
         )
-    here = sum(each.here for each in found)
-    fetched = plural(sum(each.fetched for each in found), "blob")
-    came = format_size(sum(each.bytes for each in found))
-    table.notes.append(f"{here} of {plural(len(found), 'image')} here; fetched {fetched}, {came}")
+    complete = sum(each.here for each in found)
+    blobs = plural(sum(each.fetched for each in found), "blob")
+    fetched = f"{blobs}, {format_size(sum(each.bytes for each in found))}"
+    table.notes.append(f"{complete} of {plural(len(found), 'image')} complete; fetched {fetched}")
     return [table]
 
 
 def _name(row: WarmRow | ReadyRow) -> str:
-    if not row.repository:  # it could not be read
-        return row.asked
-    return written(row.repository, row.reference)
+    return written(row.repository, row.reference) if row.repository else row.asked  # not a reference
 
 
 # ready
@@ -184,7 +193,7 @@ def _name(row: WarmRow | ReadyRow) -> str:
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
 @PLATFORMS
 @_NO_REFERRERS
-@click.option("--fetch", is_flag=True, help="Fetch what is missing, then judge again.")
+@click.option("--fetch", is_flag=True, help="Fetch what is missing, then check again.")
 @_JOBS
 @_REGISTRY
 @common
@@ -197,79 +206,79 @@ def ready(
     jobs: int,
     registries: tuple[str, ...],
 ) -> None:
-    """Prove that all images that FILES name can be pulled while no upstream answers.
+    """Check which images can be pulled offline.
 
-    FILES are compose files, Kubernetes manifests, lists of references; - is standard input. Nobody is asked,
-    unless with --fetch. The exit status is 0 only if each image is complete.
+    FILES are compose files, Kubernetes manifests or lists of references; - is standard input. No upstream is
+    asked, except with --fetch. The exit status is 0 only if all images are complete.
     """
 
     async def work(operations: Operations) -> None:
-        named = _look(files, registries)
-        wanted = named.references
-        if not wanted:
+        named = _mentions(files, registries)
+        images = named.references
+        if not images:
             raise Failed(f"no image is named in {', '.join(files)}", "NOTHING_NAMED")
-        rows = await _judge(operations, wanted, platforms, not no_referrers)
-        if fetch and (lacking := [each.asked for each in rows if each.state != "complete"]):
-            came = await _warm(call, operations, lacking, platforms, not no_referrers, jobs)
-            failed = {each.asked: each.error for each in came if each.error}
+        rows = await _check(operations, images, platforms, not no_referrers)
+        if fetch and (incomplete := [each.asked for each in rows if each.state != "complete"]):
+            fetched = await _warm(call, operations, incomplete, platforms, not no_referrers, jobs)
+            failed = {each.asked: each.error for each in fetched if each.error}
             rows = [
                 msgspec.structs.replace(each, error=failed.get(each.asked) or each.error)
                 if each.state != "complete"
                 else each
-                for each in await _judge(operations, wanted, platforms, not no_referrers)
+                for each in await _check(operations, images, platforms, not no_referrers)
             ]
         places = {each.reference: each.place for each in reversed(named.mentions)}
-        call.print(rows, lambda found, now: judged(found, places, named.built))
-        if lacking := [each.asked for each in rows if each.state != "complete"]:
-            raise Failed(f"{len(lacking)} of {len(rows)} are not complete", "INCOMPLETE")
+        call.print(rows, lambda found, now: ready_tables(found, places, named.built))
+        if incomplete := [each.asked for each in rows if each.state != "complete"]:
+            raise Failed(f"{len(incomplete)} of {len(rows)} images are not complete", "INCOMPLETE")
 
     call.run(work, make=fetch)
 
 
-async def _judge(
-    operations: Operations, wanted: Sequence[str], platforms: Sequence[str], referrers: bool
+async def _check(
+    operations: Operations, images: Sequence[str], platforms: Sequence[str], referrers: bool
 ) -> list[ReadyRow]:
     rows: list[ReadyRow] = []
-    for start in range(0, len(wanted), PAGE):
-        rows += await operations.ready(wanted[start : start + PAGE], platforms, referrers)
-    return _once(rows)
+    for start in range(0, len(images), PAGE):
+        rows += await operations.ready(images[start : start + PAGE], platforms, referrers)
+    return _without_duplicates(rows)
 
 
-def judged(found: Sequence[ReadyRow], places: dict[str, str], built: Sequence[str]) -> Sequence[Table]:
-    """What each is, and of those that are not complete what is missing."""
+def ready_tables(found: Sequence[ReadyRow], places: dict[str, str], built: Sequence[str]) -> Sequence[Table]:
+    """The state of each image, and what is missing of those that are not complete."""
     columns = (
         Column("REFERENCE", whole=True),
         Column("STATE"),
         Column("REFERRERS", right=True),
         Column("MISSING", right=True),
-        Column("NAMED BY"),
-        Column("NOTE"),
+        Column("NAMED IN"),
+        Column("PROBLEM"),
     )
     table = Table(columns)
     missing = Table(
         (
-            Column("MISSING", whole=True),
-            Column("DIGEST", digests=True, whole=True),
+            Column("REFERENCE", whole=True),
+            Column("MISSING DIGEST", digests=True, whole=True),
             Column("KIND"),
             Column("SIZE", right=True),
             Column("PLATFORMS"),
         )
     )
     for each in found:
-        told = [f"nothing for {platform}" for platform in each.lacking]
+        problems = [f"no image for {platform}" for platform in each.lacking]
         table.add(
             _name(each),
             each.state,
             f"{each.referrers} of {each.referrers_known}" if each.referrers_known else "-",
             str(len(each.missing)) if each.missing else "",
             places.get(each.asked, ""),
-            ", ".join([*told, *([each.error] if each.error else [])]),
+            ", ".join([*problems, *([each.error] if each.error else [])]),
         )
         for row in each.missing:
             missing.add(_name(each), row.digest, row.kind, format_size(row.size), " ".join(row.platforms))
     complete = sum(each.state == "complete" for each in found)
     table.notes.append(f"{complete} of {plural(len(found), 'image')} complete")
-    table.notes += [f"{each}: built where it runs, not pulled" for each in built]
+    table.notes += [f"{each}: built where it runs, so it is not pulled" for each in built]
     return [table, missing] if missing.rows else [table]
 
 
@@ -282,50 +291,58 @@ def _time(given: object) -> float:
 
 @click.command()
 @click.argument("time", callback=option_type(_time), metavar="DURATION")
-@click.option("--namespace", "namespaces", multiple=True, help="Cut off only this; may be repeated.")
+@click.option(
+    "--namespace",
+    "namespaces",
+    multiple=True,
+    metavar="NAME",
+    help="Cut off only this namespace. Can be repeated.",
+)
 @common
 def drill(call: CommandContext, time: float, namespaces: tuple[str, ...]) -> None:
-    """Cut a running server off from upstreams for DURATION, and tell which requests failed for it.
+    """Rehearse an upstream outage.
 
-    Ctrl-C ends it early; if this command dies, it ends in its time. The exit status is 0 if nothing failed.
+    Cuts a running server off from its upstreams for DURATION, and lists the requests that failed. Ctrl-C
+    ends the drill early; if this command is killed, the drill still ends in time. The exit status is 0 if
+    nothing failed.
     """
 
     async def work(operations: Operations) -> None:
         if not operations.remote:
-            raise Failed("no server is running: nothing could be cut off", "NOT_RUNNING")
+            raise Failed("no server is running: there is nothing to cut off", "NOT_RUNNING")
         found = await operations.begin_drill(time, namespaces)
         try:
-            with closing(Progress(sys.stderr)) as progress:
+            with closing(ProgressDisplay(sys.stderr)) as progress:
                 while found.running:
                     if not call.json:
-                        _tell(found, progress)
+                        _show_drill(found, progress)
                     await asyncio.sleep(min(PAUSE, found.left))
                     found = await operations.drill()
-        except asyncio.CancelledError:  # by Ctrl-C: what it stands for is done here
+        except asyncio.CancelledError:  # by Ctrl-C, which ends the drill and not the command
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
             found = await operations.end_drill()
-        call.print(found, missed)
+        call.print(found, drill_tables)
         if found.missed:
             raise Failed(f"{plural(len(found.missed), 'request')} could not be served", "MISSED")
 
     call.run(work)
 
 
-def _tell(found: Drilling, shown: Progress) -> None:
-    said = f"{format_duration(found.left)} left, {plural(len(found.missed), 'request')} failed"
-    shown.show("drill", int(found.seconds - found.left), int(found.seconds), said)
+def _show_drill(found: Drilling, progress: ProgressDisplay) -> None:
+    text = f"{format_duration(found.left)} left, {plural(len(found.missed), 'request')} failed"
+    progress.show("drill", int(found.seconds - found.left), int(found.seconds), text)
 
 
-def missed(found: Drilling, now: float) -> Sequence[Table]:
+def drill_tables(found: Drilling, now: float) -> Sequence[Table]:
     columns = (
-        Column("NOT HERE", whole=True),
+        Column("MISSING", whole=True),
         Column("KIND"),
         Column("CLIENT"),
         Column("REQUESTS", right=True),
-        Column("LAST", right=True),
+        Column("LAST REQUEST", right=True),
     )
-    table = Table(columns, empty="nothing failed: all that was asked for is here")
+    table = Table(columns, empty="no request failed")
     for each in found.missed:
         table.add(
             written(each.repository, each.reference) if each.reference else each.repository,

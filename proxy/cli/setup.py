@@ -1,4 +1,7 @@
-"""`entrepot setup`: prints a client's configuration, or puts it in place.  Asks nobody, restarts nothing."""
+"""`entrepot setup`: prints the configuration of a client, or installs it.
+
+It makes no network request and restarts nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,34 @@ from proxy.setup.site import Setup, site_of
 @click.command()
 @click.argument("client", type=click.Choice(list(RENDERERS)))
 @click.option(
-    "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="As of serve: which namespaces."
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The configuration of the server.",
 )
-@click.option("--url", metavar="URL", help="How clients reach the server; else what listen says.")
+@click.option("--url", metavar="URL", help="The address of the server for clients. By default from listen.")
 @click.option(
-    "--namespace", "namespaces", multiple=True, metavar="NAME", help="Only this registry; may be repeated."
+    "--namespace", "namespaces", multiple=True, metavar="NAME", help="Only this registry. Can be repeated."
 )
 @click.option(
     "--ca-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The authority of the server's certificate, in PEM, where it is one of your own.",
+    help="The private certificate authority of the server, in PEM.",
 )
-@click.option("--no-bypass", is_flag=True, help="The client is not to ask registries itself.")
-@click.option("--write", is_flag=True, help="Put it in place; what is replaced is kept beside it.")
+@click.option("--no-bypass", is_flag=True, help="Forbid the client to ask registries directly.")
+@click.option(
+    "--write", is_flag=True, help="Install the configuration. A backup of each replaced file is kept."
+)
 @click.option("--dry-run", is_flag=True, help="Show what --write would change.")
-@click.option("--force", is_flag=True, help="With --write: replace what somebody else has written.")
+@click.option("--force", is_flag=True, help="With --write: replace files that entrepot has not written.")
 @click.option(
     "--root",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=Path("/"),
     metavar="DIR",
-    help="Where --write takes / to be.",
+    help="The root directory of the client, for --write.",
 )
 def setup(
     client: str,
@@ -53,7 +62,10 @@ def setup(
     force: bool,
     root: Path,
 ) -> None:
-    """Print what makes CLIENT pull through this server: each file below its path."""
+    """Configure a client to use this server.
+
+    Prints each file that CLIENT needs, below its path. With --write, installs the files.
+    """
     try:
         site = site_of(load(path), url=url, namespaces=namespaces, ca_file=ca_file, bypass=not no_bypass)
     except (ConfigError, ValueError) as error:
@@ -64,9 +76,9 @@ def setup(
         click.echo("\n".join(text(made)))
         return
     if all(each.kind == "flags" for each in made.pieces):
-        _fail(f"{client} has no file to write: it takes flags, see entrepot setup {client}", 2)
+        _fail(f"{client} is configured by flags, not by a file: see entrepot setup {client}", 2)
     planned = plan(made, root, force=force)
-    for line in _told(made, planned, dry_run):
+    for line in _report(made, planned, dry_run):
         click.echo(line)
     if planned.refused:
         for path, _, cause in planned.refused:
@@ -74,12 +86,12 @@ def setup(
         sys.exit(1)
 
 
-def _told(setup: Setup, planned: Plan, dry_run: bool) -> Iterator[str]:
-    """What is done, while it is done, line by line."""
+def _report(setup: Setup, planned: Plan, dry_run: bool) -> Iterator[str]:
+    """Install the plan, and yield a line for each step."""
     for path in planned.right:
-        yield f"right already: {path}"
+        yield f"already up to date: {path}"
     for path, piece, cause in planned.refused:
-        yield f"refused: {path}: {cause}. Put this into it, or say --force where it may be replaced:"
+        yield f"refused: {path}: {cause}. Add this to it, or give --force to replace it:"
         yield from _indented(piece.content)
     if planned.refused:
         return
@@ -89,7 +101,7 @@ def _told(setup: Setup, planned: Plan, dry_run: bool) -> Iterator[str]:
     else:
         yield from _placed(planned.changes)
     for piece in planned.parts:
-        yield f"by hand, in {piece.path}{f' ({piece.about})' if piece.about else ''}:"
+        yield f"add by hand to {piece.path}{f' ({piece.about})' if piece.about else ''}:"
         yield from _indented(piece.content)
     if planned.changes or planned.parts:
         yield f"then: {setup.after}"
@@ -104,7 +116,7 @@ def _placed(changes: list[Change]) -> Iterator[str]:
     for change in changes:
         yield f"written: {change.path}"
     for path in kept:
-        yield f"kept what was there: {path}"
+        yield f"backup: {path}"
 
 
 def _indented(content: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.ratelimit import Budget
-from proxy.upstream.tokens import Answer, TokenCache
+from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import Connect, Transport
 from storage.errors import OriginDenied, RegistryError
 
@@ -71,9 +71,11 @@ class UpstreamProbe:
         realms, plain = self.keys.token_realms, self.connect.plain_http
         return TokenCache(host, credentials, self._fetch, allowed_realms=realms, plain_http=plain)
 
-    async def _fetch(self, method: str, url: URL, *, headers: Mapping[str, str], form: Any = None) -> Answer:
+    async def _fetch(
+        self, method: str, url: URL, *, headers: Mapping[str, str], form: Any = None
+    ) -> TokenResponse:
         async with await self._transport.send(method, url, headers, form) as response:
-            return Answer(response.status, await self._transport.read(response, SMALL))
+            return TokenResponse(response.status, await self._transport.read(response, SMALL))
 
     async def ask(
         self, method: str, path: str, tokens: TokenCache, scope: str = ""

@@ -31,7 +31,7 @@ from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
-from proxy.upstream.requests import Settings
+from proxy.upstream.requests import UpstreamSettings
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.concurrency import RateLimit, Slots, share_of
@@ -262,7 +262,7 @@ class _Composer:
             credentials = [credentials_of(login) for login in upstream.logins()]
             for url in upstream.url:
                 reach = replace(connect, plain_http=upstream.allows_http(url))
-                settings = Settings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
+                settings = UpstreamSettings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
                 made.append(UpstreamRegistry(name, settings, credentials, self._metrics, self._clock))
         except OSError as error:
             needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)

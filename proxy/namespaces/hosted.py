@@ -1,7 +1,7 @@
-"""A namespace of our own: the part of the private store that bears its name, and its rules for pushes.
+"""A namespace of the private registry: its part of the private store, and its rules for pushes.
 
-A manifest is taken if it is what its media type says, and all that it names is here, unless that may lack.
-What an immutable tag points to stays: it is neither moved nor deleted.
+A manifest is accepted if it has the form that its media type demands, and if all content that it names is
+stored, unless the namespace is sparse.  An immutable tag is neither moved nor deleted.
 """
 
 from __future__ import annotations
@@ -41,23 +41,29 @@ from storage.store import Store
 
 INDEXES = (OCI_INDEX, DOCKER_LIST)
 IMAGES = (OCI_MANIFEST, DOCKER_MANIFEST)
-ROOM = 1 << 30  # bytes that an upload may take which does not say how many
-_LACKING = 100  # digests that a refusal names at most
+ROOM = 1 << 30  # bytes that are made free for an upload of unknown size
+_MISSING = 100  # digests that an error names at most
 
 
 @dataclass(frozen=True, slots=True)
 class PushRules:
-    """With `sparse`, a manifest may name what is not here.  `immutable` are patterns of tags."""
+    """The rules for pushes to a namespace.
+
+    sparse: a manifest may name content that is not stored
+    immutable: patterns of tags
+    """
 
     sparse: bool = False
     immutable: tuple[re.Pattern[str], ...] = ()
 
 
 class Hosted(Registry):
-    """Repositories are named within the namespace; in the store they stand under `namespace`.
+    """One namespace of the private registry, as a Registry.
 
-    Where the disk lacks room, `make_room` is asked for it before an upload begins.  `moved` is told of a tag
-    that moves.
+    Its methods take names within the namespace; the store has them under `<namespace>/`.
+
+    make_room: is called before an upload for which the disk has no room
+    moved: is called after a tag moved
     """
 
     def __init__(
@@ -99,7 +105,7 @@ class Hosted(Registry):
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         name = self._full(repository)
         manifest, stored_at = self._store.manifest(name, reference)
-        if isinstance(reference, Digest):  # else the tag keeps it
+        if isinstance(reference, Digest):  # otherwise the tag keeps it
             await self._leases.manifest(name, reference, stored_at)
         return manifest
 
@@ -119,7 +125,7 @@ class Hosted(Registry):
         return [each for each in found.values() if artifact_type in (None, each.artifact_type)]
 
     def _fallback(self, name: str, digest: Digest) -> Iterator[Descriptor]:
-        """What clients listed that took us for a registry without the referrers API.
+        """Referrers that clients listed under a tag, as for registries without the referrers API.
 
         distribution-spec, "Referrers Tag Schema" and "Enabling the Referrers API".
         """
@@ -141,7 +147,7 @@ class Hosted(Registry):
     ) -> Upload:
         wanted = ROOM if size is None else size
         if self._store.files.room() < wanted:
-            await self._make_room(wanted)  # what is cached goes before what is pushed is refused
+            await self._make_room(wanted)  # cached content is evicted before a push is refused
         return await self._store.start_upload(self._full(repository), size, algorithm)
 
     async def resume_upload(self, repository: str, id: str) -> Upload:
@@ -165,7 +171,7 @@ class Hosted(Registry):
     async def push_manifest(
         self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
     ) -> Descriptor:
-        """Raises Denied where a tag is immutable."""
+        """Raises Denied if a tag is immutable and would move."""
         name = self._full(repository)
         content = _checked(manifest)
         digest = reference if isinstance(reference, Digest) else manifest.digest
@@ -190,7 +196,7 @@ class Hosted(Registry):
         await self._store.delete_blob(self._full(repository), digest)
 
     async def delete_manifest(self, repository: str, reference: Reference) -> None:
-        """Raises Denied where a tag is immutable."""
+        """Raises Denied if a tag that would be deleted is immutable."""
         name = self._full(repository)
 
         def allowed(batch: Batch) -> None:
@@ -205,28 +211,28 @@ class Hosted(Registry):
         await self._store.delete_manifest(name, reference, allowed)
 
     def _check_complete(self, batch: Batch, name: str, content: ManifestContent) -> None:
-        def shows(digest: Digest) -> bool:
+        def stored(digest: Digest) -> bool:
             return batch.get(LINK.key(name, digest)) is not None and self._store.holds(digest)
 
-        lacking = [
+        missing = [
             str(each.digest)
             for each in content.distributable + content.children
-            if not shows(each.digest)
+            if not stored(each.digest)
             and (each not in content.listed or batch.get(MANIFEST.key(name, each.digest)) is None)
         ]
-        if lacking:
+        if missing:
             raise ManifestBlobUnknown(
-                f"{name} lacks {len(lacking)} of the blobs and manifests that it names: push them first",
-                missing=list(dict.fromkeys(lacking))[:_LACKING],
+                f"{len(missing)} of the blobs and manifests that it names are not in {name}: push them first",
+                missing=list(dict.fromkeys(missing))[:_MISSING],
             )
 
     @property
     def sparse(self) -> bool:
-        """Whether a manifest may name what is not here."""
+        """Whether a manifest may name content that is not stored."""
         return self._rules.sparse
 
     def check_tag(self, records: Records | Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
-        """What the tag is, if it is something else than `digest`.  Raises Denied where it is to stay that."""
+        """The digest that the tag would move from, if it would move.  Raises Denied if it must not."""
         record = records.get(TAG.key(self._full(repository), tag)) or b""
         former = record.partition(b" ")[0].decode("utf-8", "replace")
         if former in ("", digest):
@@ -235,7 +241,7 @@ class Hosted(Registry):
         return Digest(former)
 
     def retag(self, batch: Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
-        """check_tag() for who moves it in this transaction: what it was is leased."""
+        """check_tag() for a transaction that moves the tag: the digest that it had gets a lease."""
         former = self.check_tag(batch, repository, tag, digest)
         if former is not None:
             self._leases.left(batch, self._full(repository), former)
@@ -247,12 +253,9 @@ class Hosted(Registry):
 
 
 def _checked(manifest: Manifest) -> ManifestContent | None:
-    """What it says; None for a type that we do not know, which is kept as it is.
-
-    Raises ManifestInvalid.
-    """
+    """Parse a pushed manifest.  None if its type is unknown: it is not checked.  Raises ManifestInvalid."""
     if not manifest.media_type:
-        raise ManifestInvalid("it was sent without a Content-Type, and does not say itself what it is")
+        raise ManifestInvalid("it was sent without a Content-Type, and has no mediaType")
     known = manifest.media_type in (*INDEXES, *IMAGES)
     try:
         content = parse_manifest(manifest.content)
@@ -261,5 +264,7 @@ def _checked(manifest: Manifest) -> ManifestContent | None:
             raise
         return None
     if known and content.declared not in (None, manifest.media_type):
-        raise ManifestInvalid(f"it says it is {content.declared}, but was sent as {manifest.media_type}")
+        raise ManifestInvalid(
+            f"its mediaType is {content.declared}, but its Content-Type is {manifest.media_type}"
+        )
     return content

@@ -1,4 +1,4 @@
-"""How an operator writes what is meant: references as a client's are, and globs over full names."""
+"""The names, references, patterns and durations that an operator gives to a command or to the API."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from storage.oci import Digest, Reference, Tag
 
 
 class FieldInvalid(ValueError):
-    """`field` cannot be read; why not, as a sentence."""
+    """The value of `field`, a parameter of a command or of the API, cannot be read."""
 
     def __init__(self, field: str, cause: object) -> None:
         super().__init__(f"{field}: {cause}")
@@ -25,7 +25,7 @@ class FieldInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ImageReference:
-    """What somebody wrote, and what it was read as."""
+    """An image as an operator wrote it, and its full name and reference."""
 
     text: str
     repository: str
@@ -37,13 +37,13 @@ class ImageReference:
 
 
 class ReferenceReader:
-    """Every method raises BadField."""
+    """Reads names as clients' names are read.  Every method raises FieldInvalid."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
 
     def pattern(self, field: str, text: str) -> Pin:
-        """With the full name, where it names one repository."""
+        """Read a pattern.  One that names a single repository gets its full name."""
         wanted = read_pattern(field, text)
         repository = wanted.parts[0]
         if is_glob(repository):
@@ -51,7 +51,7 @@ class ReferenceReader:
         return read_pattern(field, self._qualify(field, repository) + wanted.pattern[len(repository) :])
 
     def reference(self, field: str, text: str) -> ImageReference:
-        """`name`, `name:tag`, `name@digest`, `name:tag@digest`: then the tag does not count."""
+        """`name`, `name:tag`, `name@digest`, `name:tag@digest`, whose tag is ignored."""
         name, tag, digest = split(text)
         try:
             reference: Reference
@@ -71,7 +71,7 @@ class ReferenceReader:
 
 
 def read_pattern(field: str, text: str) -> Pin:
-    """The pattern as it is.  Raises BadField."""
+    """Read a pattern over full names.  Raises FieldInvalid."""
     try:
         return Pin(text)
     except ValueError as error:
@@ -79,7 +79,7 @@ def read_pattern(field: str, text: str) -> Pin:
 
 
 def read_platforms(field: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """Raises BadField."""
+    """Raises FieldInvalid."""
     try:
         return tuple(map(parse_platform, texts))
     except ValueError as error:
@@ -87,7 +87,7 @@ def read_platforms(field: str, texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_seconds(field: str, text: str) -> float:
-    """Raises BadField."""
+    """Raises FieldInvalid."""
     try:
         return parse_timeout(text)
     except ValueError as error:

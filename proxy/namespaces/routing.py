@@ -1,14 +1,14 @@
-"""Which registry a repository belongs to.
+"""The namespace, and so the registry, that a repository belongs to.
 
-A repository's full name is `<namespace>/<repository>`.  Clients say in five ways which namespace they
-mean; `qualify` turns them all into the full name, and every method of the registry takes full names.
+A repository's full name is `<namespace>/<repository>`.  Clients have five ways to choose a namespace;
+`qualify` turns each into the full name, and every method of the registry takes full names.
 
 - What a client sends is a key to look up, never an address to connect to: a namespace that is not in the
-  configuration is NameUnknown, also where a default would answer.
-- A name that says nothing of a namespace belongs to the default.  `foo.example/app` does say: its first
-  component is a host.  Asking Docker Hub for it could only answer with somebody else's image.
-- A plain word (`edge`) may be a namespace as well as a user's name on the registry that ns, Host or a
-  prefix has chosen.  So, once one of them has spoken, only a host is taken for a namespace and removed.
+  configuration is NameUnknown, even if there is a default.
+- A name without a namespace belongs to the default namespace.  `foo.example/app` has one: its first
+  component is a host.  Docker Hub could only answer with the image of somebody else.
+- A plain word (`edge`) may be a namespace, or a user's name in the registry that ns, Host or a prefix has
+  chosen.  So if one of these chose a namespace, only a host in the name is taken for a namespace and removed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from storage.registry import Blob, Registry, Upload, everything
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A namespace and what answers for it.
+    """A namespace and its registry.
 
-    `aliases` are further names of it, `hosts` are Host headers that mean it.  With `library`, a repository
-    of one component is Docker Hub's official one: alpine is library/alpine.
+    aliases: further names of it
+    hosts: Host headers that choose it
+    library: a repository of one component is an official image of Docker Hub: alpine is library/alpine
     """
 
     registry: Registry
@@ -41,16 +42,14 @@ class Member:
 
 
 class Namespaces(Registry):
-    """Registries by namespace, as one.  Its methods take full names only: see qualify()."""
+    """The registries of all namespaces as one.  Its methods take full names only: see qualify()."""
 
     def __init__(
         self, members: Iterable[Member], default: str | None = None, catalogs: Sequence[Registry] = ()
     ) -> None:
-        """`default` is a member's name.  `catalogs` list full names where the members would not.
+        """Raises ValueError if two members claim one name or host, or if no member has the name `default`.
 
-        They remain the caller's to close; the members are closed by close().
-
-        Raises ValueError when two members claim one name or host, or `default` is none of them.
+        catalogs: registries that list full names, instead of the members; close() does not close them
         """
         self._members: dict[str, Member] = {}
         self._by_name: dict[str, Member] = {}
@@ -68,19 +67,19 @@ class Namespaces(Registry):
         self._default = None if default is None else self._members[default]
 
     def qualify(self, name: str, *, ns: str | None = None, host: str | None = None, prefix: str = "") -> str:
-        """The full name of what a client calls `name`, by the first of these that applies:
+        """The full name of what a client calls `name`.  The first of these that applies decides:
 
-        1. `ns`, the query's (containerd);
-        2. `host`, the Host header, where it is one of a namespace's;
-        3. the first component of `name`, where it is a namespace's name and more follows;
-           beside a prefix only where it is a host as well;
+        1. `ns`, from the query (containerd);
+        2. `host`, the Host header, if it is one of a namespace's;
+        3. the first component of `name`, if it is a namespace's name and more follows;
+           beside a prefix only if it is also a host;
         4. `prefix`, the component before /v2 in the path;
         5. the default namespace.
 
-        Under 1, 2 and 4 a first component that is a host, and the chosen namespace's, is removed: a mirror
-        configured by path (override_path) is sent the namespace twice.  `<host>/v2/<repository>`, which
+        Under 1, 2 and 4 a first component that is a host of the chosen namespace is removed: a mirror
+        configured by path (override_path) receives the namespace twice.  `<host>/v2/<repository>`, which
         containerd makes of a mirror's path without override_path, is `<host>/<repository>`; a repository
-        that does begin with v2/ is had by ns, Host or prefix without the host in front.
+        whose name begins with v2/ is reached by ns, Host or prefix, without the host in front.
 
         Raises NameUnknown, NameInvalid.
         """
@@ -108,7 +107,7 @@ class Namespaces(Registry):
         return _full(member, name)
 
     def chosen(self, *, ns: str | None = None, host: str | None = None, prefix: str = "") -> str | None:
-        """The namespace that a request about no repository chooses, by the rules of qualify(); None: none."""
+        """The namespace that a request without a repository chooses, by the rules of qualify()."""
         member = (
             (self._named(ns) if ns is not None else None)
             or (self._hosted(host) if host else None)
@@ -143,7 +142,7 @@ class Namespaces(Registry):
         return await member.registry.referrers(relative, digest, artifact_type)
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
-        """Full names.  Without catalogs, members that do not list theirs are left out."""
+        """Full names.  Without catalogs, members that cannot list repositories are left out."""
         if self._catalogs:
             listed = [await each.repositories(last, limit) for each in self._catalogs]
             return sorted(set().union(*listed))[:limit]
@@ -179,7 +178,7 @@ class Namespaces(Registry):
         source: str | None = None,
         visible: Callable[[str], bool] = everything,
     ) -> Descriptor:
-        """Within one namespace only; across them it raises BlobUnknown, and the client uploads."""
+        """Mount within one namespace.  From another one it raises BlobUnknown, and the client uploads."""
         member, relative = self._split(repository)
         if source is not None:
             other, source = self._split(source)
@@ -204,28 +203,28 @@ class Namespaces(Registry):
         await member.registry.delete_manifest(relative, reference)
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
-        """Raises Unsupported where no cache answers for the namespace."""
+        """Raises Unsupported if the namespace is not a cache."""
         cache, relative = self._cache(repository)
         return await cache.revalidate(relative, tag)
 
     async def fill_blob(self, repository: str, digest: Digest) -> int:
-        """Raises Unsupported where no cache answers for the namespace."""
+        """Raises Unsupported if the namespace is not a cache."""
         cache, relative = self._cache(repository)
         return await cache.fill_blob(relative, digest)
 
     def spare(self, repository: str, reference: Reference) -> None:
-        """See Cache.spare().  Raises Unsupported where no cache answers for the namespace."""
+        """See Cache.spare().  Raises Unsupported if the namespace is not a cache."""
         cache, relative = self._cache(repository)
         cache.spare(relative, reference)
 
     def _cache(self, repository: str) -> tuple[Refreshable, str]:
         member, relative = self._split(repository)
         if not isinstance(member.registry, Refreshable):
-            raise Unsupported(f"{member.name} is no cache: there is nothing to refresh it from")
+            raise Unsupported(f"{member.name} is not a cache: it has no upstream to refresh from")
         return member.registry, relative
 
     async def close(self) -> None:
-        """Close every registry once, also after one failed to; then raise that failure."""
+        """Close every registry once, even if one fails; then raise that failure."""
         registries = {id(member.registry): member.registry for member in self._members.values()}
         closing = (registry.close() for registry in registries.values())
         results = await asyncio.gather(*closing, return_exceptions=True)
@@ -238,7 +237,7 @@ class Namespaces(Registry):
         return self._members.get(namespace) or _refuse(namespace), relative
 
     def _named(self, text: str) -> Member | None:
-        # Mostly it is written as configured: the common case is one look-up.
+        # One look-up in the common case: a name as it is configured.
         return self._by_name.get(text) or self._by_name.get(_normal(text))
 
     def _hosted(self, text: str) -> Member | None:
@@ -252,7 +251,6 @@ def _claim(table: dict[str, Member], key: str, member: Member) -> None:
 
 
 def _normal(text: str) -> str:
-    """As looked up."""
     return without_port(text.lower())
 
 

@@ -1,4 +1,4 @@
-"""Who is let in: `access:` of the configuration, and how its namespaces are guarded, become an Access."""
+"""The Authorizer of a configuration: made of `access:` and of each namespace's `visibility:` or `store:`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
 from proxy.access.client_address import ClientAddresses
 from proxy.access.rules import AccessRules, Rule, of_stores
 from proxy.access.visibility import Visibility
-from proxy.config.access import AccessConfig as Keys
-from proxy.config.access import TokenService
+from proxy.config.access import AccessConfig, TokenService
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.namespaces.composition import Composition
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def needed(config: Config) -> bool:
-    """Whether there is anything to decide: public caches by themselves are for everybody."""
+    """Whether any request needs a decision.  Public caches without `access:` are open to everybody."""
     guards = _guards(config).values()
-    return config.access != Keys() or any(each is not Guard.PUBLIC for each in guards)
+    return config.access != AccessConfig() or any(each is not Guard.PUBLIC for each in guards)
 
 
-def admission(composition: Composition, closing: AsyncExitStack) -> Authorizer:
-    """What it holds is let go of by `closing`.  Raises StartError for a file that is none."""
+def authorizer(composition: Composition, closing: AsyncExitStack) -> Authorizer:
+    """Make the Authorizer; `closing` closes its parts.  Raises StartError for a file that cannot be used."""
     config = composition.config
     keys = config.access
     visibilities = {}
@@ -43,15 +42,16 @@ def admission(composition: Composition, closing: AsyncExitStack) -> Authorizer:
                 composition.upstreams[name],
                 keys.remember,
                 composition.clock,
-                cut=partial(_cut, composition, name),
+                cut=partial(_is_cut_off, composition, name),
             )
             closing.push_async_callback(visibilities[name].close)
     names = composition.namespaces
     guarded = GuardedNamespaces(_guards(config), visibilities, names.chosen, config.default_namespace)
-    return Authorizer(guarded, _rules(config), _proofs(config, composition.clock, closing), keys.ping)
+    authenticator = _authenticator(config, composition.clock, closing)
+    return Authorizer(guarded, _rules(config), authenticator, keys.ping)
 
 
-def _cut(composition: Composition, name: str) -> bool:
+def _is_cut_off(composition: Composition, name: str) -> bool:
     config = composition.config
     return config.offline or config.namespaces[name].offline or composition.drill.cuts(name)
 
@@ -75,7 +75,7 @@ def _rules(config: Config) -> AccessRules:
     return AccessRules(rules, named, unnamed[0] if len(unnamed) == 1 else None)
 
 
-def _proofs(config: Config, clock: Callable[[], float], closing: AsyncExitStack) -> Authenticator:
+def _authenticator(config: Config, clock: Callable[[], float], closing: AsyncExitStack) -> Authenticator:
     keys = config.access
     groups: defaultdict[str, set[str]] = defaultdict(set)
     for group, users in keys.groups.items():
@@ -84,7 +84,7 @@ def _proofs(config: Config, clock: Callable[[], float], closing: AsyncExitStack)
     passwords = _passwords(keys.htpasswd, closing) if keys.htpasswd else None
     return Authenticator(
         passwords,
-        _tokens(keys.token, clock) if keys.token else None,
+        _token_verifier(keys.token, clock) if keys.token else None,
         (keys.token.realm, keys.token.service) if keys.token else ("", ""),
         keys.realm,
         {user: frozenset(each) for user, each in groups.items()},
@@ -93,7 +93,7 @@ def _proofs(config: Config, clock: Callable[[], float], closing: AsyncExitStack)
 
 
 def _passwords(path: Path, closing: AsyncExitStack) -> Htpasswd:
-    from proxy.access.htpasswd import Htpasswd  # here, for its library is not needed without
+    from proxy.access.htpasswd import Htpasswd  # here: its library is needed for nothing else
 
     try:
         passwords = Htpasswd(path)
@@ -103,7 +103,7 @@ def _passwords(path: Path, closing: AsyncExitStack) -> Htpasswd:
     return passwords
 
 
-def _tokens(service: TokenService, clock: Callable[[], float]) -> TokenVerifier:
+def _token_verifier(service: TokenService, clock: Callable[[], float]) -> TokenVerifier:
     from proxy.access.bearer import TokenVerifier
 
     try:

@@ -1,7 +1,7 @@
-"""Keeping house: what nobody uses, or nothing reaches, or is too much goes; pins stay fresh; all is checked.
+"""The background work on the stores: eviction, collection, scrubs, refreshing of pins, warming, webhooks.
 
-Of all processes on a directory one does it at a time.  It stands back behind those that serve: it has a low
-priority, and what is not urgent works half of the time.
+One process of a server does it, and of several servers on one directory only one at a time.  It yields to
+those that serve clients: it has a low priority, and rests as long as it worked where nothing is urgent.
 """
 
 from __future__ import annotations
@@ -27,28 +27,33 @@ from storage.oci import Digest
 
 log = structlog.get_logger()
 
-ABANDONED = 86400.0  # seconds after which a partial file that nobody went on with is removed
-ROUND = 300.0  # seconds between lookings after what needs no more than that
-REFRESHED = 60.0  # seconds between lookings for pins that are due
-SETTLED = 3600.0  # seconds before the first collection: after an outage pushes go on with what is old by then
-CHECKED = 86400.0  # seconds for which what was found right is let be
-AGAIN = 60.0  # seconds after a piece of work failed
+ABANDONED = 86400.0  # seconds without a write after which a partial file is removed
+ROUND = 300.0  # seconds between two runs of work that has no interval of its own
+REFRESHED = 60.0  # seconds between two searches for pins and warm lists that are due
+SETTLED = 3600.0  # seconds before the first collection: after an outage, pushes resume with old content
+CHECKED = 86400.0  # seconds for which a blob that was found intact is not checked again
+AGAIN = 60.0  # seconds until work that failed is tried again
 
 
 class Housekeeper:
-    """run() until it is cancelled, then close()."""
+    """Runs all background work of a composition.
+
+    Call run() and, before cancelling it, close().  `forget` drops what the workers remember of a repository
+    whose upstream had nothing or did not answer.
+    """
 
     def __init__(
         self,
         composition: Composition,
         forget: Callable[[str], Awaitable[None]],
-        deliveries: Dispatcher | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         self._composition = composition
-        self._deliveries = deliveries
+        self._dispatcher = dispatcher
         self._eviction = composition.maintenance.eviction
+        self._collection = composition.maintenance.collection
         self._stopping = threading.Event()
-        self.evicting = asyncio.Lock()  # one at a time
+        self.evicting = asyncio.Lock()  # held by every eviction of this process
         readiness = Readiness(composition.store, composition.private, composition.hosted)
         warmer = Warmer(composition.namespaces, readiness, forget)
         rules = composition.config.warm
@@ -56,30 +61,27 @@ class Housekeeper:
         self.schedule = Schedule(rules, warmer, composition.store.records, composition.clock)
 
     def pause(self, seconds: float) -> None:
-        """In the thread that works.  Raises Cancelled when all is to end."""
+        """Block the thread that works.  Raises Cancelled after close()."""
         if self._stopping.wait(seconds):
             raise Cancelled
 
     async def run(self) -> None:
         composition = self._composition
         async with composition.store.exclusive("keeper"), asyncio.TaskGroup() as work:
-            work.create_task(self._again_and_again(self._round, ROUND))
-            work.create_task(self._again_and_again(self._refresh, REFRESHED))
-            if self._deliveries is not None:
-                work.create_task(self._again_and_again(self._deliver, AGAIN))
+            work.create_task(self._repeat(self._round, ROUND))
+            work.create_task(self._repeat(self._refresh, REFRESHED))
+            if self._dispatcher is not None:
+                work.create_task(self._repeat(self._deliver, AGAIN))
             if composition.config.warm:
-                work.create_task(self._again_and_again(self._warm, REFRESHED))
+                work.create_task(self._repeat(self._warm, REFRESHED))
             if _expires(composition.config):
-                work.create_task(self._again_and_again(self.expire, composition.config.disk.evict_every))
+                work.create_task(self._repeat(self.expire, composition.config.disk.evict_every))
             if composition.config.disk.scrub is not None:
-                work.create_task(self._again_and_again(self._scrub, ROUND))
-            if (
-                composition.maintenance.collection is not None
-                and composition.config.disk.collect_every is not None
-            ):
-                work.create_task(self._collect_now_and_then())
+                work.create_task(self._repeat(self._scrub, ROUND))
+            if self._collection is not None and composition.config.disk.collect_every is not None:
+                work.create_task(self._collect_regularly())
 
-    async def _again_and_again(self, work: Callable[[], Awaitable[object]], every: float) -> None:
+    async def _repeat(self, work: Callable[[], Awaitable[object]], every: float) -> None:
         while True:
             seconds = every
             try:
@@ -87,14 +89,14 @@ class Housekeeper:
             except Cancelled:
                 return
             except StorageFailed:
-                seconds = min(seconds, AGAIN)  # the disk has told of it
+                seconds = min(seconds, AGAIN)  # the disk has logged it
             except Exception as error:
                 seconds = min(seconds, AGAIN)
                 log.exception("keeper.failed", work=work.__name__.strip("_"), error=str(error))
             await asyncio.sleep(seconds)
 
     async def make_room(self, coming: int) -> None:
-        """Evict where what is there and `coming` bytes more are too much."""
+        """Evict if the cache and `coming` bytes more exceed a limit."""
         async with self.evicting:
             with suppress(StorageFailed, Cancelled):
                 if await run_in_thread(self._eviction.over, coming):
@@ -108,7 +110,7 @@ class Housekeeper:
         stores = [composition.store] + ([composition.private] if composition.private else [])
         if reaped := sum([await run_in_thread(each.files.reap, ABANDONED) for each in stores]):
             log.info("partial.reaped", files=reaped)
-        # To look at a million files takes seconds: so it takes a small part of the time.
+        # Reading a tree of a million files takes seconds: rest in proportion.
         await asyncio.sleep(200 * (time.monotonic() - begun))
 
     async def expire(self) -> None:
@@ -116,8 +118,8 @@ class Housekeeper:
             await run_in_thread(self._eviction.expire)
 
     async def _deliver(self) -> None:
-        assert self._deliveries is not None
-        await self._deliveries.run()
+        assert self._dispatcher is not None
+        await self._dispatcher.run()
 
     async def _refresh(self) -> None:
         await self._fetch(self._composition.maintenance.freshener.run_once)
@@ -126,7 +128,7 @@ class Housekeeper:
         await self._fetch(self.schedule.run_once)
 
     async def _fetch(self, work: Callable[[], Coroutine[None, None, object]]) -> None:
-        """Do it, unless a drill goes on, and until one begins: then it is put off, which is no failure."""
+        """Do `work`, which asks upstreams.  A drill postpones it, which is no failure."""
         if self._composition.drill.left:
             return
         task = asyncio.create_task(work())
@@ -140,32 +142,30 @@ class Housekeeper:
         if not task.cancelled():
             task.result()
 
-    def put_off(self) -> None:
+    def postpone_fetches(self) -> None:
+        """Called when a drill begins."""
         for task in self._fetching:
             task.cancel()
 
     async def _scrub(self) -> None:
         cache, *private = self._composition.maintenance.scrubs
         await cache.run(self.heal, older_than=CHECKED)
-        for scrub in private:  # what was pushed can be fetched from nowhere
+        for scrub in private:  # pushed content cannot be fetched again
             await scrub.run(older_than=CHECKED)
 
-    async def _collect_now_and_then(self) -> None:
+    async def _collect_regularly(self) -> None:
         await asyncio.sleep(SETTLED)
-        await self._again_and_again(self._collect, ROUND)
+        await self._repeat(self._collect, ROUND)
 
     async def _collect(self) -> None:
-        """Where the last collection, by whomever, is long enough ago."""
-        collection, every = (
-            self._composition.maintenance.collection,
-            self._composition.config.disk.collect_every,
-        )
+        """Collect if the last collection, by any process or command, is `collect_every` ago."""
+        collection, every = self._collection, self._composition.config.disk.collect_every
         assert collection is not None and every is not None
         if not 0 <= self._composition.clock() - collection.last().begun < every:
             await run_in_thread(collection.run)
 
     async def heal(self, digest: Digest, repositories: list[str]) -> bool:
-        """Fetch what was damaged again, for one of those that show it."""
+        """Fetch a damaged blob again, for one of the repositories that link it."""
         for repository in repositories:
             with suppress(RegistryError):
                 await self._composition.namespaces.fill_blob(repository, digest)
@@ -173,7 +173,7 @@ class Housekeeper:
         return False
 
     def close(self) -> None:
-        """Before run() is cancelled: what works in a thread ends soon."""
+        """Make work in threads end soon.  To be called before run() is cancelled."""
         self._stopping.set()
 
 

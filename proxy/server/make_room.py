@@ -1,6 +1,6 @@
-"""Room for what is coming in: who keeps house makes it, in a process of its own, and is asked over a socket.
+"""Requests of the workers to the housekeeping process to make room on the disk, over a unix socket.
 
-One line each way: how many bytes are coming, and, when all is done that can be, an empty one.
+A request is one line with the number of bytes to come.  The answer is an empty line, once eviction is done.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from storage.disk.health import MakeRoom
 
-PATIENCE = 10.0  # seconds that a fill waits for room; without, it goes on uncached
+PATIENCE = 10.0  # seconds that a fill waits for room; after that it continues uncached
 
 
 def ask(socket: Path) -> MakeRoom:
-    """To be called where another process serves `socket`; where it does not, nothing happens."""
+    """A function that asks the process at `socket`.  It does nothing if no process serves that."""
 
     async def make_room(coming: int) -> None:
         with suppress(OSError, TimeoutError):
@@ -32,7 +32,7 @@ def ask(socket: Path) -> MakeRoom:
 
 
 async def serve(socket: Path, make_room: MakeRoom) -> Callable[[], Awaitable[None]]:
-    """Answer those who ask; what it returns ends it."""
+    """Serve requests at `socket`.  Returns a function that ends this."""
     serving: set[asyncio.Task[None]] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -48,7 +48,7 @@ async def serve(socket: Path, make_room: MakeRoom) -> Callable[[], Awaitable[Non
         serving.add(task)
         task.add_done_callback(serving.discard)
 
-    # Under a name of its own first: a former keeper that drains still has the old one open.
+    # Under another name first: a former process that drains still serves the old socket.
     fresh = socket.with_name(f"{socket.name}.new")
     fresh.unlink(missing_ok=True)
     server = await asyncio.start_unix_server(connected, str(fresh))

@@ -19,7 +19,7 @@ from proxy.admin.processes import state_of
 from proxy.config.schema import TLS, Config
 from proxy.namespaces.composition import Hooks, compose
 from proxy.server import make_room
-from proxy.server.access import admission, needed
+from proxy.server.access import authorizer, needed
 from proxy.server.housekeeping import Housekeeper
 from proxy.web.listener import Listener, Manners
 from proxy.web.server import DistributionAPI
@@ -103,7 +103,7 @@ class ServerProcess:
         """Make the housekeeping process act, if there is one."""
         if self._run is None:
             return Hooks()
-        return Hooks(make_room=make_room.ask(self._run / HOUSEKEEPING), wake=wakeup.caller(self._run))
+        return Hooks(make_room=make_room.ask(self._run / HOUSEKEEPING), wake=wakeup.sender(self._run))
 
     def _housekeeping_hooks(self) -> Hooks:
         # The housekeeper and the dispatcher need the composition, whose parts need them only later.
@@ -115,7 +115,7 @@ class ServerProcess:
             make_room=lambda coming: self.housekeeper.make_room(coming),
             wake=wake,
             pause=lambda seconds: self.housekeeper.pause(seconds),
-            drill_begun=lambda: self.housekeeper.put_off(),
+            drill_begun=lambda: self.housekeeper.postpone_fetches(),
         )
 
     async def _prepare_housekeeping(self) -> None:
@@ -170,7 +170,7 @@ class ServerProcess:
             served=parts.recorder.served,
             reporter=parts.publisher,
             clock=self._clock,
-            authorizer=admission(parts, self._closing) if needed(config) else None,
+            authorizer=authorizer(parts, self._closing) if needed(config) else None,
         )
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"

@@ -1,14 +1,14 @@
-"""One parent, its workers and one keeper: it holds the listening sockets, and sees to it that they are there.
+"""The parent of the server's processes: workers, which serve clients, and one for the housekeeping.
 
-The parent binds, starts, watches and stops; it serves nothing, so that nothing but its own bugs can end
-it.  A worker is a process of its own, with a fresh interpreter: nothing is shared but the sockets, the
-disk and the directory of the metrics.  Rules:
+The supervisor binds the listening sockets, and starts, watches and stops the processes.  It serves no
+requests, so that only a bug of its own can end it.  Each process has a fresh interpreter; they share the
+sockets, the disk and the directory of the metrics.  Rules:
 
-- A worker that ends by itself is replaced, at once if it had lived for a while, else after a wait that
-  doubles.
-- On SIGHUP the configuration is read again.  Is it good, new workers are started with it, and when they
-  serve, the old ones are drained; is it bad, all stays as it was.
-- A worker whose parent is gone drains and ends: it sees the end of its standard input.
+- A process that ends by itself is replaced: at once if it had run for `LIVED`, otherwise after a delay that
+  doubles each time.
+- On SIGHUP the configuration is read again.  If it is valid, new processes start with it, and the old ones
+  drain as soon as the new ones serve.  If it is not, everything stays as it was.
+- A process whose supervisor has ended drains and ends: it reads the end of its standard input.
 """
 
 from __future__ import annotations
@@ -40,25 +40,29 @@ from proxy.web.tls import Certificates
 
 log = structlog.get_logger()
 
-LIVED = 60.0  # seconds after which a death counts as the first one
-WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a worker is replaced that died young
-GRACE = 10.0  # seconds beyond `drain` before a worker is killed
+LIVED = 60.0  # seconds that a process must have run to be replaced without a delay
+WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds: the first and the longest delay of a replacement
+GRACE = 10.0  # seconds beyond `drain` after which a process is killed
 _RUN = "entrepot-run-"
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is told: the configuration, and which descriptors it inherits."""
+    """What a process receives on its standard input: its configuration, and the descriptors it inherits.
+
+    run: the directory in which the processes of this server find each other
+    ready: a pipe; the process writes "ready" or an error message into it, and closes it
+    """
 
     config: Config
     listen: tuple[int, ...]
     admin: tuple[int, ...]
-    run: Path  # where the processes of this server find each other
-    ready: int  # a pipe to say "ready" into, or why not
+    run: Path
+    ready: int
 
     @classmethod
     def read(cls, stream: BinaryIO) -> Assignment:
-        """From the parent, over a pipe of ours: nobody else can have written it."""
+        """Unpickle one from the supervisor's pipe, into which only the supervisor can write."""
         found = pickle.load(stream)
         assert isinstance(found, cls)
         return found
@@ -75,15 +79,15 @@ class Assignment:
 
 @dataclass
 class Generation:
-    """The workers of one configuration, and the tasks that keep them."""
+    """The processes of one configuration, each with the task that runs and replaces it."""
 
     config: Config
     retired: asyncio.Event = field(default_factory=asyncio.Event)
-    keepers: list[asyncio.Task[None]] = field(default_factory=list)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 class Supervisor:
-    """`reload` reads the configuration again.  run() belongs into one event loop."""
+    """Starts, watches, replaces and stops processes.  `reload` reads the configuration again."""
 
     def __init__(
         self, config: Config, reload: Callable[[], Config], command: list[str] | None = None
@@ -97,15 +101,15 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Lock()
         self._generation: Generation | None = None
-        self._leaving: Generation | None = None  # the one before it, while it drains
+        self._draining: Generation | None = None  # the one before it
 
     def addresses(self) -> tuple[tuple[str, int], tuple[str, int] | None]:
-        """Where it listens, and where for the administrator."""
+        """The addresses for clients and for administrators."""
         (listen, *_), admin = self._bound(self._config)
         return listen.getsockname()[:2], admin[0].getsockname()[:2] if admin else None
 
     async def start(self) -> None:
-        """Raises StartError; then nothing is left behind."""
+        """Start all processes, or none of them.  Raises StartError."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         try:
             async with self._reloading:  # a change waits until there is something to change
@@ -116,7 +120,7 @@ class Supervisor:
             raise
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT."""
+        """Return at SIGTERM or SIGINT."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
@@ -126,10 +130,10 @@ class Supervisor:
         for task in self._changes:
             task.cancel()
         await asyncio.gather(*self._changes, return_exceptions=True)
-        generations = [each for each in (self._leaving, self._generation) if each is not None]
+        generations = [each for each in (self._draining, self._generation) if each is not None]
         for generation in generations:
-            generation.retired.set()  # first: none is to be started without sockets
-        self._unbind()  # before it drains: nobody is to be left waiting for whom nobody will serve
+            generation.retired.set()  # first: no process may be started without sockets
+        self._unbind()  # before draining: no client may connect that no process will serve
         await asyncio.gather(*map(self._retire, generations))
         shutil.rmtree(self._run, ignore_errors=True)
         if self._run_lock >= 0:
@@ -153,16 +157,16 @@ class Supervisor:
                 log.error("config.refused", error=str(error))
                 self._unbind(self._config)
                 return
-            self._leaving, self._generation, self._config = self._generation, generation, config
+            self._draining, self._generation, self._config = self._generation, generation, config
             self._unbind(config)
             log.info("config.reloaded", workers=config.processes())
-            if self._leaving is not None:
-                # shield: if we are stopped meanwhile, stop() goes on waiting for its workers.
-                await asyncio.shield(self._retire(self._leaving))
-                self._leaving = None
+            if self._draining is not None:
+                # shield: stop() may cancel this task, and then waits for the same processes.
+                await asyncio.shield(self._retire(self._draining))
+                self._draining = None
 
     def _prepare(self, config: Config) -> None:
-        """Raises StartError for what can be known before a worker is started."""
+        """Check and bind what can be checked and bound before a process starts.  Raises StartError."""
         if config.tls is not None:
             Certificates(config.tls).warn()
         self._bind(config)
@@ -173,25 +177,25 @@ class Supervisor:
                 self._sockets[key, address] = bind(address, key)
 
     def _bound(self, config: Config) -> list[list[socket.socket]]:
-        """For clients, and for the administrator."""
+        """The sockets for clients and for administrators."""
         return [self._sockets.get(each, []) for each in _addresses(config)]
 
     def _unbind(self, config: Config | None = None) -> None:
-        """But for those of `config`."""
+        """Close all sockets except those of `config`."""
         for address in self._sockets.keys() - (_addresses(config) if config else ()):
             for each in self._sockets.pop(address):
                 each.close()
 
-    # Workers
+    # Processes
 
     async def _launch(self, config: Config) -> Generation:
-        """All its workers, serving.  Raises StartError if one cannot start."""
+        """Start all processes of `config`, and wait until they serve.  Raises StartError."""
         generation = Generation(config)
         first: list[asyncio.Future[None]] = []
         for role in ["keeper"] + ["worker"] * config.processes():
             serving = asyncio.get_running_loop().create_future()
             first.append(serving)
-            generation.keepers.append(asyncio.create_task(self._keep(generation, role, serving)))
+            generation.tasks.append(asyncio.create_task(self._supervise(generation, role, serving)))
         try:
             await asyncio.gather(*first)
         except BaseException:
@@ -200,8 +204,8 @@ class Supervisor:
             raise
         return generation
 
-    async def _keep(self, generation: Generation, role: str, serving: asyncio.Future[None]) -> None:
-        """Have one process of `role` running until the generation is retired."""
+    async def _supervise(self, generation: Generation, role: str, serving: asyncio.Future[None]) -> None:
+        """Run one process of `role`, and replace it when it ends, until the generation is retired."""
         wait, pid = 0.0, None
         while not generation.retired.is_set():
             begun = time.monotonic()
@@ -228,7 +232,7 @@ class Supervisor:
                 await asyncio.wait_for(generation.retired.wait(), wait)
 
     async def _spawn(self, config: Config, role: str) -> asyncio.subprocess.Process:
-        """A worker or keeper that serves.  Raises StartError."""
+        """Start a process, and wait until it serves.  Raises StartError."""
         clients, administrator = (tuple(each.fileno() for each in sockets) for sockets in self._bound(config))
         listen, admin = (clients, ()) if role == "worker" else ((), administrator)
         ours, theirs = os.pipe()
@@ -246,7 +250,7 @@ class Supervisor:
         finally:
             os.close(theirs)
         assert process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it is gone already; what it said tells why
+        with contextlib.suppress(ConnectionError):  # it has ended already; its message says why
             process.stdin.write(pickle.dumps(Assignment(config, listen, admin, self._run, theirs)))
             await process.stdin.drain()
         message = await _read(ours)
@@ -256,7 +260,7 @@ class Supervisor:
         raise StartError(message or f"a {role} ended with status {process.returncode} before it served")
 
     async def _watch(self, process: asyncio.subprocess.Process, generation: Generation) -> int:
-        """Until it ends, by itself or since its generation is retired; its exit status."""
+        """Wait until it ends; stop it when its generation is retired.  Returns its exit status."""
         ended = asyncio.ensure_future(process.wait())
         retired = asyncio.ensure_future(generation.retired.wait())
         await asyncio.wait((ended, retired), return_when=asyncio.FIRST_COMPLETED)
@@ -273,7 +277,7 @@ class Supervisor:
 
     async def _retire(self, generation: Generation) -> None:
         generation.retired.set()
-        await asyncio.gather(*generation.keepers, return_exceptions=True)
+        await asyncio.gather(*generation.tasks, return_exceptions=True)
 
 
 def _addresses(config: Config) -> tuple[tuple[str, Address | None], ...]:
@@ -281,18 +285,18 @@ def _addresses(config: Config) -> tuple[tuple[str, Address | None], ...]:
 
 
 def _run_directory() -> tuple[Path, int]:
-    """One that is new, and a lock on it: workers inherit that, so it is free when the last has ended.
+    """Make a new directory, and lock it.  Also remove those that killed supervisors left behind.
 
-    Those of parents that were killed are removed.
+    The processes inherit the lock, so that it is free when the last of them has ended.
     """
-    place = Path(tempfile.gettempdir())
-    for path in place.glob(f"{_RUN}*"):
-        with contextlib.suppress(OSError):  # somebody else's, or in use
+    temporary = Path(tempfile.gettempdir())
+    for path in temporary.glob(f"{_RUN}*"):
+        with contextlib.suppress(OSError):  # another user's, or in use
             os.close(_locked(path))
             shutil.rmtree(path, ignore_errors=True)
     path = Path(tempfile.mkdtemp(prefix=f".{_RUN}"))
     lock = _locked(path)
-    # Only now under the name by which it would be found, and removed, by a parent that starts meanwhile.
+    # Only now: a supervisor that starts at the same time removes what has this name and no lock.
     return path.rename(path.with_name(path.name[1:])), lock
 
 
@@ -307,7 +311,7 @@ def _locked(directory: Path) -> int:
 
 
 async def _read(file: int) -> str:
-    """All that comes out of a pipe until it is closed."""
+    """Read a pipe until it is closed."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(

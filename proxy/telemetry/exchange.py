@@ -1,4 +1,4 @@
-"""What is recorded of one exchange: one request of a client, from its head to the last byte of its answer."""
+"""The record of one exchange: a client's request and its response."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from dataclasses import dataclass
 from storage.oci import Descriptor
 from storage.registry import everything
 
-UNKNOWN = "-"  # the namespace of a request that named none of ours
+UNKNOWN = "-"  # the namespace of a request that names no configured one
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One client request as it goes: filled in by whoever knows, written down when it ends.
+    """A client's request and its response.  Filled in while it is served, logged when it ends.
 
-    `id` tells it from all others, to the client too (X-Request-Id).
-    `result` is hit, miss, revalidated, stale, negative or error, after RFC 9111; "" where no content is
-    concerned.  `age` is seconds since the origin last vouched for the content, `ttl` how many more it
-    counts as fresh (None: for ever).  `digest` is that of the content, once it is known; `content` describes
-    what is pulled.  `ns` is the query's, where the client gave one.  `bytes` are those of the answer's body,
-    `received` of the request's.  `client` is its address.
-
-    `user` is who the client has proved to be, `visible` tells of a full name whether it may pull from there.
-    What is not `shared` is for this client alone.
+    id: unique; clients see it as X-Request-Id
+    result: hit, miss, revalidated, stale, negative or error, after RFC 9111; "" if no content is concerned
+    bytes, received: the size of the response's and of the request's body so far
+    ns: the parameter `ns` of the query; None without one
+    user: the authenticated user; "" for an anonymous client
+    visible: whether this client may pull from the repository of a full name
+    shared: whether the response may be stored in caches that others use
+    age: seconds since the origin last confirmed the content
+    ttl: seconds for which the content stays fresh; None for content that never expires
+    digest: the digest of the content, once it is known
+    content: describes the content that is pulled
+    client: the address of the connection
     """
 
     id: str = ""
@@ -48,14 +51,12 @@ class Exchange:
     client: str = ""
 
 
-# The exchange that runs in this context.  A task that it starts (a fill) counts into it as well: those
-# are the upstream requests that it caused.
+# The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream
+# requests that it caused.
 exchange: ContextVar[Exchange] = ContextVar("exchange")
-
-
-_NOBODY = Exchange()
+_SCRATCH = Exchange()
 
 
 def current() -> Exchange:
-    """The exchange that is going on here; a scratch one where none is (at start, in tests)."""
-    return exchange.get(_NOBODY)
+    """The exchange of this context; outside of one (at start, in tests) a scratch value."""
+    return exchange.get(_SCRATCH)

@@ -1,4 +1,4 @@
-"""How events are written: as lines for people, or as JSON."""
+"""The format of log events: lines for people, or JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import structlog
 
 
 def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.stderr) -> None:
-    """Send events to `stream`: for people on a terminal, one JSON object a line elsewhere."""
+    """Write events to `stream`: readable on a terminal, otherwise as one JSON object per line."""
     console = stream.isatty() if format == "auto" else format == "console"
     processors: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if console:
-        # Its own choice, where rich is installed, shows the values of variables: tokens among them.
+        # With rich installed, the default formatter shows the values of variables, tokens among them.
         plain = structlog.dev.plain_traceback
         processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain))
     else:
@@ -36,5 +36,5 @@ def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.st
 def _to_json(event: dict[str, Any], **_: Any) -> str:
     try:
         return msgspec.json.encode(event, enc_hook=str).decode()
-    except UnicodeEncodeError:  # a client's header that is not UTF-8: slower, but escapes it
+    except UnicodeEncodeError:  # a client's header that is not UTF-8: json is slower, but escapes it
         return json.dumps(event, default=str)

@@ -1,7 +1,6 @@
-"""What the server says of itself: events, one access line a request, metrics.
+"""Prometheus metrics.
 
-An event is `noun.verb` with keys from the glossary; never a token, a password or a signed URL.  Metrics
-are held by an object of their own, so that several servers in one process do not mix.
+An object holds them, so that several servers in one process do not mix theirs.
 """
 
 from __future__ import annotations
@@ -28,28 +27,27 @@ _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
 
 class Traffic:
-    """Of this process with the upstreams of a namespace, since it started."""
+    """Requests to, and bytes from, the upstreams of a namespace since this process started."""
 
     def __init__(self, received: Counter) -> None:
         self.requests = 0
         self.received = 0  # bytes
         self._received = received
 
-    def asked(self) -> None:
+    def count_request(self) -> None:
         self.requests += 1
         current().upstream_requests += 1
 
-    def took(self, number: int) -> None:
-        """So many bytes of a body."""
+    def count_received(self, number: int) -> None:
+        """Count `number` bytes of a body."""
         self.received += number
         self._received.inc(number)
 
 
 class _Row(Generic[M]):
-    """A row of the table of metrics: the type of one, its name, help text and labels, separated by spaces.
+    """A metric of the table below: its type, name, help text and labels, separated by spaces.
 
-    `options` are passed on to `kind`.  A gauge's `multiprocess_mode` says how the values of several processes
-    are combined.
+    `options` are passed on to `kind`.
     """
 
     def __init__(self, kind: type[M], name: str, help: str, labels: str = "", **options: Any) -> None:
@@ -66,22 +64,23 @@ class _Row(Generic[M]):
 
 
 def _gauge(name: str, help: str, mode: str, labels: str = "") -> _Row[Gauge]:
+    """A gauge; `mode` says how the values of several processes are combined."""
     return _Row(Gauge, name, help, labels, multiprocess_mode=mode)
 
 
 class Metrics:
-    """The metrics of one server: of all its processes where they share a directory, else of this object."""
+    """The metrics of one server: of all its processes if they share a directory, else of this object."""
 
     requests = _Row(Counter, "entrepot_requests_total", "Client requests.", "namespace kind result")
     sent = _Row(Counter, "entrepot_sent_bytes_total", "Body bytes sent to clients.", "namespace")
-    pushed = _Row(Counter, "entrepot_pushed_bytes_total", "Body bytes taken from clients.", "namespace")
+    pushed = _Row(Counter, "entrepot_pushed_bytes_total", "Body bytes received from clients.", "namespace")
     received = _Row(
         Counter, "entrepot_received_bytes_total", "Body bytes received from upstreams.", "namespace"
     )
     upstream = _Row(
         Histogram,
         "entrepot_upstream_seconds",
-        "Time until an upstream's response headers; status 0 where none came.",
+        "Time until an upstream's response headers; status 0 if there was no response.",
         "namespace kind status",
         buckets=_SECONDS,
     )
@@ -89,58 +88,61 @@ class Metrics:
     retries = _Row(
         Counter,
         "entrepot_upstream_retries_total",
-        "Requests to upstreams repeated after a failure.",
+        "Requests to upstreams that were repeated after a failure.",
         "namespace",
     )
     open = _gauge(
-        "entrepot_upstream_open", "1: the host has failed, and is let alone.", "livemax", "namespace host"
+        "entrepot_upstream_open",
+        "1 while requests to the host are paused after failures.",
+        "livemax",
+        "namespace host",
     )
     ratelimit_limit = _gauge(
         "entrepot_ratelimit_limit",
-        "Requests that an upstream grants in a window.",
+        "Requests that an upstream allows in a window.",
         "livemostrecent",
         "namespace host credential",
     )
     ratelimit_remaining = _gauge(
         "entrepot_ratelimit_remaining",
-        "What remained of them when it told last.",
+        "Requests that remain in the window, as last reported by the upstream.",
         "livemostrecent",
         "namespace host credential",
     )
-    fills = _Row(Counter, "entrepot_fills_total", "Fills that ended.", "namespace result")
-    filling = _gauge("entrepot_fills_in_flight", "Fills going on.", "livesum")
-    followers = _gauge("entrepot_followers", "Clients that read a growing blob.", "livesum")
+    fills = _Row(Counter, "entrepot_fills_total", "Completed and failed fills.", "namespace result")
+    filling = _gauge("entrepot_fills_in_flight", "Fills in flight.", "livesum")
+    followers = _gauge("entrepot_followers", "Clients that read a blob while it is filled.", "livesum")
     stored = _gauge(
-        "entrepot_stored_bytes", "Bytes of committed blobs, counted now and then.", "livemostrecent"
+        "entrepot_stored_bytes", "Bytes of committed blobs in caches, updated periodically.", "livemostrecent"
     )
     webhook_events = _Row(
         Counter,
         "entrepot_webhook_events_total",
-        "Events for a webhook: queued, delivered, failed (to be tried again), dropped, lost.",
+        "Events of a webhook by result: queued, delivered, failed (and retried), dropped, lost.",
         "webhook result",
     )
     webhook_pending = _gauge(
         "entrepot_webhook_pending",
-        "Events that a webhook has not been told of yet.",
+        "Events that are not delivered to a webhook yet.",
         "livemostrecent",
         "webhook",
     )
-    collected_blobs = _Row(Counter, "entrepot_collected_blobs_total", "Blobs that were pushed and collected.")
-    collected = _Row(Counter, "entrepot_collected_bytes_total", "Bytes of blobs that were collected.")
+    collected_blobs = _Row(Counter, "entrepot_collected_blobs_total", "Pushed blobs that were collected.")
+    collected = _Row(Counter, "entrepot_collected_bytes_total", "Bytes of pushed blobs that were collected.")
     collected_at = _gauge(
         "entrepot_collected_timestamp_seconds",
-        "When the last collection began that came to its end.",
+        "Start of the last completed collection.",
         "mostrecent",
     )
-    drill = _gauge("entrepot_drill", "1: a drill cuts upstreams off.", "livemax")
+    drill = _gauge("entrepot_drill", "1 while a drill cuts off upstreams.", "livemax")
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double what is exported
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the size of the exposition
         self._registry = CollectorRegistry()
         common = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         if common:
             MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
-        # A registry of its own would only show this process.
+        # Metrics in a registry would only cover this process.
         registry = None if common else self._registry
         rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
         self.made = {name: row.make(registry) for name, row in rows.items()}
@@ -153,5 +155,5 @@ class Metrics:
         return found
 
     def exposition(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

@@ -1,11 +1,11 @@
-"""What requests do is counted in memory and recorded now and then: uses, moves, counters of namespaces.
+"""Counts what requests do in memory, and records it periodically: uses, moved tags, counters of namespaces.
 
-Nothing is written for a single request: a write is a transaction, and of all processes only one writes at a
-time.  What is counted here and not recorded yet is lost with a process that is killed.
+No single request causes a write: a write is a transaction, and only one process can write at a time.  Counts
+that are not recorded yet are lost if the process is killed.
 
-A manifest that is served is a use of all that it names: clients that hold a base layer already never ask
-for it, yet the next client needs it.  So, when it is recorded, the manifests of an index count as used,
-though not as asked for, and the files of config and layers get its time.
+Serving a manifest is a use of everything that it names: clients that hold a base layer already never ask for
+it, yet the next client needs it.  So recording marks the manifests of an index as used, though not as
+requested, and sets the time of last use of the blobs of config and layers.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from storage.oci import Digest, Tag
 from storage.store import Store
 
 EVERY = 10.0  # seconds between recordings
-MOST = 50_000  # references, and moves, that wait to be recorded; what is beyond counts for its namespace only
-SLICE = 500  # uses in a transaction: no process can write while it lasts
+MOST = 50_000  # references, and moves, that wait to be recorded; more only count for their namespace
+SLICE = 500  # uses in a transaction, which keeps all other processes from writing
 
 
 @dataclass(slots=True)
 class Window:
-    """What came between two recordings.
+    """What is counted between two recordings.
 
-    `uses` are of manifests, by namespace, repository, reference and digest: how often, when last, when first.
+    uses: of manifests, by namespace, repository, reference and digest; each is a number of uses and the times
+    of the last and the first one
     """
 
     counts: dict[tuple[int, str], Counters] = field(default_factory=dict)
@@ -53,7 +54,10 @@ class Window:
 
 
 class UsageRecorder:
-    """It belongs into one event loop.  What cannot be recorded waits for the next time."""
+    """Counts the requests of one process and records them, in one event loop.
+
+    Counts that cannot be recorded are kept until the next attempt.
+    """
 
     def __init__(
         self, store: Store, usage: Usage, metrics: Metrics, clock: Callable[[], float] = time.time
@@ -66,18 +70,18 @@ class UsageRecorder:
         self._flushing = asyncio.Lock()
         self._traffic: dict[
             str, tuple[int, int]
-        ] = {}  # requests and bytes of it that are counted here already
-        # Only flush() has to do with what follows, in its thread.
+        ] = {}  # requests and bytes of each namespace that are counted here already
+        # Only flush() uses the attributes below, in its thread.
         self._counts: dict[tuple[int, str], Counters] = {}
         self._uses: dict[tuple[str, str], Use] = {}
         self._moves: list[tuple[str, Tag, Move]] = []
-        self._served: dict[tuple[str, Digest], float] = {}  # when; what they name is to be touched
+        self._served: dict[tuple[str, Digest], float] = {}  # when; their blobs are still to be touched
         self._touched: dict[tuple[str, Digest], float] = {}
 
-    # On the way of every request: no I/O, no locks
+    # Called for every request: no I/O, no locks
 
     def served(self, exchange: Exchange, status: int) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         namespace = exchange.namespace
         if namespace == UNKNOWN:
             return
@@ -111,20 +115,20 @@ class UsageRecorder:
                 window.uses[key] = [1, now, now]
 
     def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
-        """`repository` is a full name."""
+        """Count a moved tag; `repository` is a full name."""
         if len(self._window.moves) < MOST:
             self._window.moves.append((repository, tag, Move(self._clock(), old, new)))
 
-    # Now and then
+    # Called periodically
 
     async def run(self) -> None:
-        """Record, until cancelled."""
+        """Record every `EVERY` seconds, until cancelled."""
         while True:
             await asyncio.sleep(EVERY)
             await self.flush()
 
     async def flush(self) -> None:
-        """Record what there is."""
+        """Record all counts."""
         async with self._flushing:
             window, self._window = self._window, Window()
             self._count_traffic(window)
@@ -145,7 +149,7 @@ class UsageRecorder:
 
     def _record(self, window: Window) -> None:
         self._take(window)
-        with suppress(StorageFailed):  # the disk has told of it
+        with suppress(StorageFailed):  # DiskHealth has logged it
             self._touch()
         with suppress(StorageFailed):
             while self._uses or self._moves or self._counts:
@@ -172,11 +176,11 @@ class UsageRecorder:
         known = self._uses.get(key)
         if known is not None:
             self._uses[key] = known + use
-        elif len(self._uses) < 2 * MOST:  # of each that was served its tag and its digest
+        elif len(self._uses) < 2 * MOST:  # the tag and the digest of each served manifest
             self._uses[key] = use
 
     def _touch(self) -> None:
-        """What was served lately is a use of all that it names, noted once a minute at most."""
+        """Mark everything that a served manifest names as used, at most once per minute."""
         self._touched = {key: at for key, at in self._touched.items() if 0 <= self._clock() - at < TOUCH}
         used: dict[Digest, float] = {}
         try:

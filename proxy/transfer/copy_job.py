@@ -18,7 +18,7 @@ from proxy.transfer.copy_sources import CopySource, Item, items
 from proxy.transfer.results import Copied, CopyRow, Outcome
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline
-from proxy.upstream.requests import Settings
+from proxy.upstream.requests import UpstreamSettings
 from proxy.upstream.transport import Connect
 from storage.errors import RegistryError
 from storage.names import written
@@ -101,7 +101,7 @@ class CopyJob:
             credentials = Inline(username, password)
         elif self._auth_file is not None:
             credentials = DockerConfig(self._auth_file)
-        settings = Settings(place.url, connect, pushed_to=end == "destination")
+        settings = UpstreamSettings(place.url, connect, pushed_to=end == "destination")
         registry = UpstreamRegistry(place.host, settings, [credentials], self._metrics)
         leaving.push_async_callback(registry.close)
         return registry

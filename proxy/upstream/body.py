@@ -1,31 +1,43 @@
-"""A request's body that is written while it is sent, no faster than it leaves."""
+"""A request's body that is written while it is sent, no faster than it is read."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class StreamedBody:
-    """For one request.  At most two of its chunks are held, so who writes waits for who reads.
+    """The body of one request, written while it is sent.
 
-    `watch` is told True when something is to leave, and False when there is nothing to wait for: whoever
-    sends it bounds the one, and the other is nobody's fault there.
+    It buffers at most two chunks, so the writer waits for the reader.
     """
 
     def __init__(self) -> None:
-        self.watch: Callable[[bool], None] = lambda leaving: None
         self.sent = False  # all of it
+        self._watch: Callable[[bool], None] = _ignore
         self._slot: asyncio.Queue[bytes] = asyncio.Queue(1)
 
+    @contextmanager
+    def watched(self, watch: Callable[[bool], None]) -> Iterator[None]:
+        """Inside, `watch` is called with True when a chunk is to be sent, with False when none is there.
+
+        So the sender can limit the time that a chunk takes, but not the time that the writer takes.
+        """
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = _ignore
+
     async def put(self, chunk: bytes, sending: asyncio.Future[Any]) -> None:
-        """Once `sending`, the request, has ended nobody takes it, and nobody waits."""
+        """Append a chunk; returns at once if `sending`, the request, has ended."""
         if chunk:
             await self._put(chunk, sending)
 
     async def end(self, sending: asyncio.Future[Any]) -> None:
-        """That was all."""
+        """Mark the end of the body."""
         await self._put(b"", sending)
 
     async def _put(self, chunk: bytes, sending: asyncio.Future[Any]) -> None:
@@ -40,10 +52,14 @@ class StreamedBody:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
-            self.watch(False)
+            self._watch(False)
             chunk = await self._slot.get()
             self.sent = not chunk
-            self.watch(True)
+            self._watch(True)
             if self.sent:
                 return
             yield chunk
+
+
+def _ignore(sending: bool) -> None:
+    pass

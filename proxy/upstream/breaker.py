@@ -1,4 +1,4 @@
-"""A circuit breaker for each host: one that fails is left in peace for a while."""
+"""Circuit breakers: a host that fails gets no requests for a while."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from proxy.upstream.ratelimit import LimitState, time_left
 from storage.errors import RegistryError
 
-FAILURES = 3  # in a row that open a breaker, where one alone proves nothing
+FAILURES = 3  # in a row that open a breaker, if one alone is not final
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
 
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """A host that the upstream at `url` is reached by, or sends us to.
+    """The state of one host: that of the upstream at `url`, or one to which it redirects.
 
-    While `open` it is let alone, for `seconds`; then one request finds out.  `limits` are the upstream's own.
+    open: it gets no requests for `seconds` more; then one request probes it
+    limits: the rate limits of the upstream's credentials
     """
 
     url: str
@@ -29,9 +30,9 @@ class HostState:
 
 
 class Breaker:
-    """Closed: all calls go out.  Open: none does.  Half-open, when its time is up: one at a time, the probe.
+    """A circuit breaker.  Closed: requests are sent.  Open: none is.  Then half-open: one is, the probe.
 
-    `changed` is called with the failure that opened it, and with None when it has closed.
+    `changed` is called with the error that opened it, and with None when it has closed.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Breaker:
 
     @property
     def due(self) -> bool:
-        """Half-open, and nobody is probing."""
+        """Whether it is half-open and no probe is under way."""
         return self._error is not None and not self._probing and not self._left()
 
     def state(self, url: str, host: str, limits: list[LimitState]) -> HostState:
@@ -65,15 +66,15 @@ class Breaker:
 
     @contextmanager
     def call(self) -> Iterator[Attempt]:
-        """Around one request.  One that ends without a verdict, being cancelled, says nothing.
+        """A context for one request, whose outcome is reported to the Attempt; a cancelled one has none.
 
-        Raises OriginFailed or OriginTimeout, as that which opened it.
+        Raises the error that opened it, OriginFailed or OriginTimeout, while no request may be sent.
         """
         error, probe = self._error, False
         if error is not None:
             seconds = self._left()
             if seconds or self._probing:
-                raise type(error)(f"{error}; not asked again so soon", retry_after=seconds or FIRST)
+                raise type(error)(f"{error}; the next attempt is not due yet", retry_after=seconds or FIRST)
             self._probing = probe = True
         try:
             yield Attempt(self, self._openings)
@@ -82,14 +83,14 @@ class Breaker:
                 self._probing = False
 
     def succeeded(self) -> None:
-        """It has answered, whenever it was asked: it is alive."""
+        """Record a response, whenever its request was sent: the host is alive."""
         self._failures = 0
         if self._error is not None:
             self._error = None
             self._changed(None)
 
     def failed(self, error: RegistryError, opening: int, *, final: bool) -> None:
-        # 1. many are asked  2. one times out and opens it  3. so do the others: that is no news.
+        # 1. many requests are sent  2. one times out and opens it  3. so do the others: that is no news.
         if opening != self._openings:
             return
         self._failures += 1
@@ -103,13 +104,13 @@ class Breaker:
             self._changed(error)
 
     def cut(self, error: RegistryError) -> None:
-        """A transfer broke off, long after its request was answered."""
+        """Record a body that ended early, long after the headers of its response."""
         if self._error is None:
             self.failed(error, self._openings, final=False)
 
 
 class Attempt:
-    """One request that a breaker let out."""
+    """One request that a breaker has allowed."""
 
     def __init__(self, breaker: Breaker, opening: int) -> None:
         self._breaker = breaker
@@ -119,5 +120,5 @@ class Attempt:
         self._breaker.succeeded()
 
     def failed(self, error: RegistryError, *, final: bool = False) -> None:
-        """`final`: this one failure proves that others would fail as well."""
+        """`final`: this failure alone proves that other requests would fail too."""
         self._breaker.failed(error, self._opening, final=final)

@@ -1,4 +1,4 @@
-"""Challenges: what a `WWW-Authenticate` header asks for."""
+"""Challenges: parsed `WWW-Authenticate` headers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-# RFC 9110, sections 5.6 and 11.2.  Lenient where servers err: a value that lacks its quotes is taken as it
-# is, and so are parameters that lack the comma between them.
+# RFC 9110, sections 5.6 and 11.2.  It accepts common mistakes of servers: values without quotes, and
+# parameters without a comma between them.
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _PIECE = re.compile(
     rf"""(?P<name>{_TOKEN})[ \t]*=[ \t]*(?:"(?P<quoted>(?:[^"\\]|\\.)*+)"|(?P<plain>[^\s,"]+))
@@ -19,7 +19,7 @@ _PIECE = re.compile(
 
 @dataclass(frozen=True)
 class Challenge:
-    """One way in that a server offers; `scheme` and the names of `parameters` are in lower case."""
+    """One authentication that a server offers; `scheme` and names of `parameters` are in lower case."""
 
     scheme: str
     parameters: Mapping[str, str] = field(default_factory=dict)
@@ -27,13 +27,13 @@ class Challenge:
 
 
 def parse_challenges(values: Iterable[str]) -> list[Challenge]:
-    """The challenges of all WWW-Authenticate `values`, in order; what is none is skipped.
+    """The challenges in all WWW-Authenticate `values`, in order; invalid parts are skipped.
 
-    RFC 9110, section 11.6.1: several in one value are told apart only by what follows each comma.
+    RFC 9110, section 11.6.1: whether a comma separates challenges or parameters depends on what follows it.
     """
     found: list[Challenge] = []
     for value in values:
-        parameters: dict[str, str] = {}  # of the challenge found last
+        parameters: dict[str, str] = {}  # of the last challenge
         for piece in _PIECE.finditer(value):
             if name := piece["name"]:
                 plain, quoted = piece["plain"], piece["quoted"]

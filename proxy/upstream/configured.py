@@ -1,4 +1,4 @@
-"""What an upstream needs, made from its configuration."""
+"""Connection options and credentials of an upstream, made from its configuration."""
 
 from __future__ import annotations
 

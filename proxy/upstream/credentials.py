@@ -1,4 +1,4 @@
-"""Where the user name and secret for an upstream come from.
+"""Sources of the user name and secret for an upstream.
 
     Credentials     none: anonymous
     Inline          the configuration
@@ -6,8 +6,8 @@
     DockerConfig    Docker's config.json: auths, credHelpers, credsStore
     Helper          a program docker-credential-<name>
 
-Secrets rotate: a file is read again when it has changed, a program is asked again after some minutes and
-after forget().  No secret, and no output of a program, is in an error, an event or a repr.
+Secrets rotate: a file is read again when it has changed, a program is run again after some minutes and after
+forget().  No secret, and no output of a program, appears in an error, an event or a repr.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-# Docker Hub goes by several names, and Docker keeps its credentials under an address of its former API.
+# Docker Hub has several names, and Docker keeps its credentials under the address of its former API.
 HUB_KEY = "https://index.docker.io/v1/"
 HUB_HOSTS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 
-HELPER_LIFETIME = 300.0  # seconds; the answer does not say how long it holds
+HELPER_LIFETIME = 300.0  # seconds; the output does not state how long it is valid
 HELPER_TIMEOUT = 30.0  # seconds
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# docker-credential-helpers, credentials/error.go: how a program says that it has nothing for this host.
+# docker-credential-helpers, credentials/error.go: the message for a host without credentials.
 _NOT_FOUND = b"credentials not found in native keychain"
 
 
 @dataclass(frozen=True)
 class Credential:
-    """A user name with a password, or an `identity_token`: a refresh token to trade at the token realm."""
+    """A user name with a password, or with an `identity_token`: a refresh token for the token realm."""
 
     username: str
     password: str = field(default="", repr=False)
     identity_token: str | None = field(default=None, repr=False)
 
     def basic(self) -> str | None:
-        """The Authorization value (RFC 7617, in UTF-8), or None where an identity token is all there is."""
+        """The Authorization value (RFC 7617, in UTF-8), or None if there is only an identity token."""
         if self.identity_token and not self.password:
             return None
         return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
@@ -64,17 +64,19 @@ class Credentials:
     """No credentials, for any host."""
 
     async def get(self, host: str) -> Credential | None:
-        """What to show to `host` (with its port, if it has one), or None: go there as nobody.
+        """The credential for `host` (with its port, if it has one), or None for anonymous requests.
 
-        Raises OriginDenied where the source cannot be read.
+        Raises OriginDenied if the source cannot be read.
         """
         return None
 
     def forget(self) -> None:
-        """What get() answered was refused: the next get() asks the source afresh."""
+        """Have the next get() read the source again, since the last credential was refused."""
 
 
 class Inline(Credentials):
+    """A user name and password from the configuration."""
+
     def __init__(self, username: str, password: str) -> None:
         self._credential = Credential(username, password)
 
@@ -83,7 +85,7 @@ class Inline(Credentials):
 
 
 class PasswordFile(Credentials):
-    """The password is the content of the file at `path`, without the newline at its end."""
+    """A user name, with the content of the file at `path` as password, without the newline at its end."""
 
     def __init__(self, username: str, path: Path) -> None:
         def parse(content: bytes) -> Credential:
@@ -92,14 +94,14 @@ class PasswordFile(Credentials):
                 raise ValueError("it is empty")
             return Credential(username, password)
 
-        self._file = _Watched("password file", path, parse)
+        self._file = _CredentialFile("password file", path, parse)
 
     async def get(self, host: str) -> Credential | None:
         return self._file.current()
 
 
-class _Watched(Generic[T]):
-    """What `parse` makes of a file, made anew when the file has changed.  `parse` raises ValueError."""
+class _CredentialFile(Generic[T]):
+    """The parsed content of a file, parsed again when the file has changed.  `parse` raises ValueError."""
 
     def __init__(self, kind: str, path: Path, parse: Callable[[bytes], T]) -> None:
         self.source, self._file = f"{kind} {path}", WatchedFile(path, parse)
@@ -109,7 +111,7 @@ class _Watched(Generic[T]):
             return self._file.current()
         except OSError as error:
             raise _unusable(self.source, error.strerror or type(error).__name__) from None
-        except UnicodeDecodeError:  # its text would quote the content
+        except UnicodeDecodeError:  # its message would quote the content
             raise _unusable(self.source, "it is not UTF-8") from None
         except ValueError as error:
             raise _unusable(self.source, str(error)) from None
@@ -121,10 +123,10 @@ def _unusable(source: str, reason: str) -> OriginDenied:
 
 
 class Helper(Credentials):
-    """Runs `docker-credential-<name> get`, found in PATH.  One run at a time.
+    """Runs `docker-credential-<name> get`, found in PATH, one run at a time.
 
-    An answer is kept for `lifetime` seconds; a program silent for `timeout` seconds is killed.
-    Raises ValueError when `name` is not the end of a file name.
+    Its output is kept for `lifetime` seconds; a program without output for `timeout` seconds is killed.
+    Raises ValueError if `name` is not valid in a file name.
     """
 
     def __init__(
@@ -140,14 +142,14 @@ class Helper(Credentials):
         self._program = f"docker-credential-{name}"
         self._lifetime, self._timeout, self._clock = lifetime, timeout, clock
         self._lock = asyncio.Lock()
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, _HelperOutput] = {}
 
     async def get(self, host: str) -> Credential | None:
         before = self._answers.get(host)
         async with self._lock:
             answer = self._answers.get(host)
-            # What came while we waited for the lock is ours too, even an error: else everyone who waits
-            # for a program that hangs would sit through the time-out one after the other.
+            # An answer that came while we waited for the lock counts for us too, even an error: else all
+            # that wait for a program that hangs would wait for its timeout one after the other.
             if answer is None or (answer is before and not self._clock() < answer.until):
                 answer = self._answers[host] = await self._ask(host)
         if answer.error:
@@ -157,15 +159,15 @@ class Helper(Credentials):
     def forget(self) -> None:
         self._answers.clear()
 
-    async def _ask(self, host: str) -> _Answer:
+    async def _ask(self, host: str) -> _HelperOutput:
         try:
             credential = await self._run(HUB_KEY if host in HUB_HOSTS else host)
         except OriginDenied as error:
-            return _Answer(until=self._clock(), error=str(error))
-        return _Answer(until=self._clock() + self._lifetime, credential=credential)
+            return _HelperOutput(until=self._clock(), error=str(error))
+        return _HelperOutput(until=self._clock() + self._lifetime, credential=credential)
 
     async def _run(self, key: str) -> Credential | None:
-        """docker-credential-helpers, "Development": the server's address in, JSON out."""
+        """Write the server's address, read JSON: docker-credential-helpers, "Development"."""
         source = f"credential helper {self._program}"
         try:
             async with asyncio.timeout(self._timeout):
@@ -188,7 +190,9 @@ class Helper(Credentials):
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _HelperOutput:
+    """The outcome of one run, which counts until `until`."""
+
     until: float
     credential: Credential | None = None
     error: str | None = None
@@ -200,7 +204,7 @@ class _JSONHelped(msgspec.Struct, rename="pascal"):
 
 
 async def _run(command: list[str], stdin: bytes) -> tuple[int, bytes]:
-    """Exit status and output; a program not awaited to its end is killed, with its children."""
+    """Run a program: its exit status and output; if the call is cancelled, it is killed with its children."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
@@ -221,13 +225,13 @@ async def _run(command: list[str], stdin: bytes) -> tuple[int, bytes]:
 class DockerConfig(Credentials):
     """Docker's config.json, or another tool's file of the same form, such as podman's auth.json.
 
-    As in Docker, a host's own helper goes before `credsStore`; what they do not know is looked for in
-    `auths`.  `helper` makes the Credentials of a helper's name.
+    As in Docker, a host's own helper comes before `credsStore`, and both before `auths`.  `helper` makes the
+    Credentials for the name of a helper.
     """
 
     def __init__(self, path: Path, *, helper: Callable[[str], Credentials] = Helper) -> None:
         self._helpers: dict[str, Credentials] = {}
-        self._file = _Watched("Docker configuration", path, self._parse)
+        self._file = _CredentialFile("Docker configuration", path, self._parse)
         self._new_helper = helper
 
     async def get(self, host: str) -> Credential | None:
@@ -262,13 +266,13 @@ class _JSONAuth(msgspec.Struct):
     identitytoken: str = ""
 
     def credential(self) -> Credential | None:
-        """None for the empty entry that Docker leaves where a helper knows.  Raises ValueError."""
+        """None for the empty entry that Docker writes if a helper has the secret.  Raises ValueError."""
         username, password = self.username, self.password
         if self.auth:
             try:
                 # RFC 7617: the first colon ends the user name.
                 username, colon, password = base64.b64decode(self.auth, validate=True).decode().partition(":")
-            except ValueError:  # binascii.Error and UnicodeDecodeError are ones; their text may quote
+            except ValueError:  # or its subclass; its message may quote the content
                 colon = ""
             if not colon:
                 raise ValueError("auth is not base64 of user:password")

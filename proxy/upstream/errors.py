@@ -1,7 +1,7 @@
-"""What an upstream's status means here: the one place where it is translated.
+"""Errors made from an upstream's responses.
 
-Of a refused pull the status says it all, and whoever speaks HTTP in between may have written the body.  Of a
-refused push the specification's error code says what is to be changed, and its message is for who pushed.
+For a refused pull the status is enough, and a proxy in between may have written the body.  For a refused push
+the specification's error code says what the client must change, and the message is passed on to the client.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from storage.errors import (
 )
 
 ERROR_LIMIT = 64 << 10  # bytes of an error's body
-SAID = 300  # characters of what a registry says
+MESSAGE_LIMIT = 300  # characters of a message that are passed on
 
 _UNKNOWN: dict[str, type[RegistryError]] = {
     "blob": BlobUnknown,
@@ -65,67 +65,69 @@ _CODES: dict[str, type[RegistryError]] = {
 }
 
 
-class _Error(msgspec.Struct):
+class _UpstreamError(msgspec.Struct):
     code: str = ""
     message: str | None = None
     detail: Any = None
 
 
-class _Errors(msgspec.Struct):
-    errors: list[_Error] = []
+class _UpstreamErrors(msgspec.Struct):
+    errors: list[_UpstreamError] = []
 
 
 def error_from_response(
     name: str, response: aiohttp.ClientResponse, repository: str, kind: str, content: bytes = b""
 ) -> RegistryError:
-    """`content` is the body of what refuses a push; a pull's is not looked at."""
+    """The error that a response means; `content` is the body of a refused push."""
     status = response.status
-    told = _told(content)
-    said = f"{name} answered {status} for {repository}" if repository else f"{name} answered {status}"
-    if told:
-        said += f": {_clean(told[0])}"
+    errors = _parse(content)
+    message = f"{name} answered {status} for {repository}" if repository else f"{name} answered {status}"
+    if errors:
+        message += f": {_printable(errors[0])}"
     if status in (401, 403):
-        return OriginDenied(f"{said}: it refuses these credentials" if status == 403 and not told else said)
+        if status == 403 and not errors:
+            message += ": it does not accept these credentials"
+        return OriginDenied(message)
     if status == 429:
         seconds = seconds_until(response.headers, time.time)
         return TooManyRequests(f"{name} limits our requests", retry_after=seconds)
     if status == 416:
-        return RangeInvalid(said)
+        return RangeInvalid(message)
     if status in (405, 501) and response.method != "GET":
-        return Unsupported(said)
+        return Unsupported(message)
     if response.method not in ("GET", "HEAD") and 400 <= status < 500:
-        return _of_a_push(said, status, kind, told)
+        return _push_error(message, status, kind, errors)
     if status in (404, 410) or (kind == "referrers" and 400 <= status < 500):
-        return _UNKNOWN.get(kind, ManifestUnknown)(said)
-    return OriginFailed(said, retry_after=seconds_until(response.headers, time.time))
+        return _UNKNOWN.get(kind, ManifestUnknown)(message)
+    return OriginFailed(message, retry_after=seconds_until(response.headers, time.time))
 
 
-def _of_a_push(said: str, status: int, kind: str, told: list[_Error]) -> RegistryError:
-    error = _CODES.get(told[0].code) if told else None
+def _push_error(message: str, status: int, kind: str, errors: list[_UpstreamError]) -> RegistryError:
+    error = _CODES.get(errors[0].code) if errors else None
     if error is ManifestBlobUnknown:
-        return ManifestBlobUnknown(said, missing=_missing(told))
+        return ManifestBlobUnknown(message, missing=_missing(errors))
     if kind == "manifest" and status == 413:
-        return ManifestTooLarge(said)
+        return ManifestTooLarge(message)
     if error is None and status in (404, 410):
         error = _UNKNOWN.get(kind, ManifestUnknown)
-    # Whatever it is, it is no failure to be tried again.
-    return (error or (ManifestInvalid if kind == "manifest" else BlobUploadInvalid))(said)
+    # Whatever it is, trying again does not help.
+    return (error or (ManifestInvalid if kind == "manifest" else BlobUploadInvalid))(message)
 
 
-def _told(content: bytes) -> list[_Error]:
+def _parse(content: bytes) -> list[_UpstreamError]:
     try:
-        return msgspec.json.decode(content, type=_Errors).errors if content else []
+        return msgspec.json.decode(content, type=_UpstreamErrors).errors if content else []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return []
 
 
-def _clean(error: _Error) -> str:
-    text = f"{error.code} {error.message or ''}".strip()[:SAID]
+def _printable(error: _UpstreamError) -> str:
+    text = f"{error.code} {error.message or ''}".strip()[:MESSAGE_LIMIT]
     return "".join(each if each.isprintable() else " " for each in text)
 
 
-def _missing(told: list[_Error]) -> Iterator[str]:
-    for each in told:
+def _missing(errors: list[_UpstreamError]) -> Iterator[str]:
+    for each in errors:
         if each.code == ManifestBlobUnknown.code and isinstance(each.detail, dict):
             digest = each.detail.get("digest", each.detail.get("Digest"))
             if isinstance(digest, str):

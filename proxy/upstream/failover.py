@@ -1,8 +1,8 @@
 """Several upstreams with the same content, as one registry: mirrors first, the registry itself last.
 
-The next one is asked wherever one does not serve, whatever its reason.  If none does, the last one's reason
-is the answer: a mirror's "unknown" or refusal says nothing of the registry.  One that is known to fail is
-not waited for while another is well; whether it is back is found out on the side.
+If one does not serve a request, for whatever reason, the next one gets it.  If none does, the error is that
+of the last one: a mirror's "unknown" or refusal says nothing about the registry.  One that is known to fail
+comes after the healthy ones, and is probed in the background.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ from storage.registry import Blob, Registry
 log = structlog.get_logger()
 T = TypeVar("T")
 
-AGAIN = 60.0  # seconds within which a second request for a blob means that the first was of no use
+AGAIN = 60.0  # seconds within which a second request for a blob means that the first transfer failed
 REMEMBERED = 1000  # blobs
 
 
 class Failover(Registry):
-    """Read-only.  `upstreams` are at least one, and are closed with it."""
+    """Several upstreams with the same content, as one read-only registry, which closes them.
+
+    There must be at least one.
+    """
 
     def __init__(
         self, upstreams: Sequence[UpstreamRegistry], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._upstreams = list(upstreams)
         self._clock = clock
-        self._given: dict[Digest, tuple[float, int]] = {}  # until when, and by whom
+        self._transfers: dict[Digest, tuple[float, int]] = {}  # until when, and the number of the upstream
         self._probes: set[asyncio.Task[None]] = set()
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        """After a transfer that broke off, or gave wrong bytes, the next one comes first."""
+        """After a transfer that ended early or had wrong bytes, the next upstream is tried first."""
         if span is not None and span.stop is not None:
             return (await self._first(lambda each: each.get_blob(repository, digest, span)))[1]
-        until, giver = self._given.get(digest, (0.0, 0))
-        start = giver + 1 if self._clock() < until else 0
+        until, last = self._transfers.get(digest, (0.0, 0))
+        start = last + 1 if self._clock() < until else 0
         number, blob = await self._first(lambda each: each.get_blob(repository, digest, span), start)
-        return _Given(blob, lambda: self._ended(digest, number))
+        return _Transfer(blob, lambda: self._ended(digest, number))
 
-    def _ended(self, digest: Digest, giver: int) -> None:
-        self._given.pop(digest, None)
-        self._given[digest] = self._clock() + AGAIN, giver
-        if len(self._given) > REMEMBERED:
-            del self._given[next(iter(self._given))]
+    def _ended(self, digest: Digest, number: int) -> None:
+        self._transfers.pop(digest, None)
+        self._transfers[digest] = self._clock() + AGAIN, number
+        if len(self._transfers) > REMEMBERED:
+            del self._transfers[next(iter(self._transfers))]
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         return (await self._first(lambda each: each.resolve_blob(repository, digest)))[1]
@@ -71,7 +74,7 @@ class Failover(Registry):
         return (await self._first(lambda each: each.referrers(repository, digest, artifact_type)))[1]
 
     async def _first(self, ask: Callable[[UpstreamRegistry], Awaitable[T]], start: int = 0) -> tuple[int, T]:
-        """Who served, by number, and what; `start` is who would be asked first if all were well."""
+        """The number of the upstream that served, and the result; `start` comes first if all are healthy."""
         errors: dict[int, RegistryError] = {}
         for number in self._order(start):
             try:
@@ -84,11 +87,11 @@ class Failover(Registry):
     def _order(self, start: int) -> list[int]:
         count = len(self._upstreams)
         order = [(start + step) % count for step in range(count)]
-        failing = [number for number in order if not self._upstreams[number].well]
+        failing = [number for number in order if not self._upstreams[number].healthy]
         if not failing or len(failing) == count:
             return order
         for number in failing:
-            if self._upstreams[number].due:
+            if self._upstreams[number].probe_due:
                 probe = asyncio.create_task(self._upstreams[number].probe())
                 self._probes.add(probe)
                 probe.add_done_callback(self._probes.discard)
@@ -96,11 +99,11 @@ class Failover(Registry):
 
     @property
     def spares(self) -> bool:
-        """One at least does."""
+        """Whether at least one has requests left that are not reserved."""
         return any(each.spares for each in self._upstreams)
 
     def state(self) -> list[HostState]:
-        """Of each upstream, in their order."""
+        """The state of the hosts of each upstream, in order."""
         return [state for each in self._upstreams for state in each.state()]
 
     async def close(self) -> None:
@@ -111,8 +114,8 @@ class Failover(Registry):
             await upstream.close()
 
 
-class _Given(Blob):
-    """A blob under way that tells when it is done with."""
+class _Transfer(Blob):
+    """A blob that is being transferred; it calls `ended` when it is closed."""
 
     def __init__(self, blob: Blob, ended: Callable[[], None]) -> None:
         self.descriptor = blob.descriptor

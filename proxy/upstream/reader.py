@@ -1,8 +1,8 @@
-"""The pull half of a registry across the network: its answers become our values and errors.
+"""The pull half of a remote registry: its responses become values and errors.
 
-What upstreams get wrong is put right here or refused here: a missing digest or length, a Content-Type
-with parameters or of no use, a compressed manifest though identity was asked, a 200 to a Range, content
-that is not what its digest says.
+Upstreams' mistakes are corrected or refused here: a missing digest or length, a Content-Type that is useless
+or has parameters, a compressed manifest although identity was requested, a 200 in answer to a Range, content
+that does not match its digest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ import structlog
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.requests import RequestSender, Settings, UpstreamRequest, encoding_of
+from proxy.upstream.requests import (
+    RequestSender,
+    UpstreamRequest,
+    UpstreamSettings,
+    encoding_of,
+)
 from proxy.upstream.transport import Transport
 from storage.errors import (
     ManifestInvalid,
@@ -52,17 +57,20 @@ log = structlog.get_logger()
 ACCEPT = ", ".join(
     (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, f"{DOCKER_SCHEMA1};q=0.5", "*/*;q=0.1")
 )
-# Types that say nothing: some upstreams serve manifests as these.
+# Types without meaning: some upstreams serve manifests as these.
 _VAGUE = frozenset(("", "application/json", "text/plain", "text/html", OCTETS))
 
 
 class UpstreamReader(Registry):
-    """Needs a running event loop.  Of `credentials` there is at least one."""
+    """A remote registry that can be pulled from.
+
+    It is made inside a running event loop, with at least one of `credentials`.
+    """
 
     def __init__(
         self,
         name: str,
-        settings: Settings,
+        settings: UpstreamSettings,
         credentials: Sequence[Credentials],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
@@ -72,42 +80,42 @@ class UpstreamReader(Registry):
         self.host = self._sender.host
 
     def as_caller(self, credentials: Credentials) -> Self:
-        """The same, by the same connections, with credentials that are not ours.  To be closed before it."""
+        """This registry with a client's credentials, over the same connections.  Close it before this one."""
         caller = copy(self)
         caller._sender = self._sender.as_caller(credentials)
         return caller
 
     @property
-    def well(self) -> bool:
-        """As far as is known, it answers."""
-        return self._sender.well
+    def healthy(self) -> bool:
+        """Whether it answers, as far as is known."""
+        return self._sender.healthy
 
     @property
-    def due(self) -> bool:
-        """It did not answer, and it is time to find out whether it does."""
-        return self._sender.due
+    def probe_due(self) -> bool:
+        """Whether it has failed and it is time to probe it."""
+        return self._sender.probe_due
 
     @property
     def spares(self) -> bool:
-        """Its rate limit allows more than what is kept in reserve."""
+        """Whether its rate limit allows more requests than are reserved."""
         return self._sender.budgets.spares(self._sender.reserve)
 
     def state(self) -> list[HostState]:
-        """Of the upstream itself first, then of where it has sent us."""
+        """The state of each host: the upstream itself first, then those it has redirected to."""
         return self._sender.state()
 
     async def probe(self) -> None:
-        """Find out; `well` tells."""
+        """Send one request, which updates `healthy`."""
         await self._sender.probe()
 
-    async def _ask(
+    async def _send(
         self, method: str, repository: str, path: str, kind: str, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
-        url = self._sender.to(f"{repository}/{path}")
+        url = self._sender.url(f"{repository}/{path}")
         return await self._sender.send(UpstreamRequest(method, url, kind, repository, headers))
 
     def _pages(self, path: str, kind: str, repository: str = "", also: str = "") -> AsyncIterator[Any]:
-        return self._sender.pages(UpstreamRequest("GET", self._sender.to(path), kind, repository, also=also))
+        return self._sender.pages(UpstreamRequest("GET", self._sender.url(path), kind, repository, also=also))
 
     # Blobs
 
@@ -115,22 +123,22 @@ class UpstreamReader(Registry):
         headers = {}
         if span is not None:
             headers["Range"] = f"bytes={span.start}-{'' if span.stop is None else span.stop - 1}"
-        response = await self._ask("GET", repository, f"blobs/{digest}", "blob", headers)
+        response = await self._send("GET", repository, f"blobs/{digest}", "blob", headers)
         try:
             start, size = self._extent(response, span)
             if encoding_of(response):
-                raise OriginFailed(f"{self._name} encoded {digest} though identity was asked for")
+                raise OriginFailed(f"{self._name} sent {digest} encoded, although identity was requested")
             if size < 0:
-                # Clients want a length, and progress needs one.
+                # Clients want a length, and progress reports need one.
                 size = (await self.resolve_blob(repository, digest)).size
             descriptor = Descriptor(OCTETS, digest, size)
-            return _Download(self._sender.transport, response, descriptor, start, self._sender.took)
+            return _Download(self._sender.transport, response, descriptor, start, self._sender.received)
         except BaseException:
             response.close()
             raise
 
     def _extent(self, response: aiohttp.ClientResponse, span: Span | None) -> tuple[int, int]:
-        """Where the body starts in the blob, and the blob's size, or -1."""
+        """The position of the body in the blob, and the size of the blob, or -1 if unknown."""
         if response.status != 206:
             return 0, _length(response)
         # RFC 9110 §14.4
@@ -138,15 +146,15 @@ class UpstreamReader(Registry):
         positions, _, total = rest.partition("/")
         start = positions.partition("-")[0].strip()
         if unit != "bytes" or not start.isdigit() or span is None or int(start) != span.start:
-            raise OriginFailed(f"{self._name} answered a range with another one")
+            raise OriginFailed(f"{self._name} answered with another range than was requested")
         return span.start, int(total) if total.isdigit() else -1
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         path = f"blobs/{digest}"
         try:
-            response = await self._ask("HEAD", repository, path, "blob", {})
-        except Unsupported:  # no HEAD there: ask for the content, and leave it
-            response = await self._ask("GET", repository, path, "blob", {})
+            response = await self._send("HEAD", repository, path, "blob", {})
+        except Unsupported:  # it does not support HEAD: request the content, and drop it
+            response = await self._send("GET", repository, path, "blob", {})
         response.close()
         return Descriptor(OCTETS, digest, _length(response))
 
@@ -154,7 +162,7 @@ class UpstreamReader(Registry):
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         headers = {"Accept": ACCEPT}
-        async with await self._ask(
+        async with await self._send(
             "GET", repository, f"manifests/{reference}", "manifest", headers
         ) as response:
             content = await self._sender.content(response, MANIFEST_LIMIT)
@@ -164,35 +172,37 @@ class UpstreamReader(Registry):
                     media_type = parse_manifest(content).media_type
                 except ManifestInvalid:
                     raise OriginFailed(
-                        f"{self._name} answered {reference} of {repository} with no manifest"
+                        f"{self._name} answered for {reference} of {repository} with no manifest"
                     ) from None
-            said = told_digest(response)
+            stated = stated_digest(response)
         if isinstance(reference, Digest):
             manifest = Manifest.of(media_type, content, reference.algorithm)
             if manifest.digest != reference:
                 self._wrong(repository, reference, manifest.digest)
             return manifest
-        manifest = Manifest.of(media_type, content, said.algorithm if said else "sha256")
-        # Of a schema 1 manifest the digest leaves out its signatures.
-        if said not in (None, manifest.digest) and media_type != DOCKER_SCHEMA1:
+        manifest = Manifest.of(media_type, content, stated.algorithm if stated else "sha256")
+        # The digest of a schema 1 manifest does not cover its signatures.
+        if stated not in (None, manifest.digest) and media_type != DOCKER_SCHEMA1:
             self._wrong(repository, reference, manifest.digest)
         return manifest
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
-        """Of a Tag only who knows it asks that: below the reserve it is refused with TooManyRequests."""
+        """Raises TooManyRequests for a Tag, which its caller knows, if only reserved requests are left."""
         if isinstance(reference, Tag) and not self.spares:
-            raise TooManyRequests(f"what {self._name} still grants us is kept for what is not known yet")
+            raise TooManyRequests(
+                f"the remaining requests that {self._name} grants are reserved for content that is not cached"
+            )
         headers = {"Accept": ACCEPT}
         path = f"manifests/{reference}"
         try:
-            async with await self._ask("HEAD", repository, path, "manifest", headers) as response:
-                digest, size, media_type = told_digest(response), _length(response), _media_type(response)
-            right = isinstance(reference, Tag) or digest == reference
-            if digest is not None and right and size >= 0 and media_type not in _VAGUE:
+            async with await self._send("HEAD", repository, path, "manifest", headers) as response:
+                digest, size, media_type = stated_digest(response), _length(response), _media_type(response)
+            matches = isinstance(reference, Tag) or digest == reference
+            if digest is not None and matches and size >= 0 and media_type not in _VAGUE:
                 return Descriptor(media_type, digest, size)
         except Unsupported:
             pass
-        # Some registries say too little on HEAD, or know none.
+        # Some registries send too few headers on HEAD, or do not support it.
         return (await self.get_manifest(repository, reference)).descriptor
 
     # Listings
@@ -201,8 +211,8 @@ class UpstreamReader(Registry):
         found: set[str] = set()
         async for page in self._pages(f"{repository}/tags/list", "tags", repository):
             tags = page.get("tags") if isinstance(page, dict) else ""
-            if not isinstance(tags, list | None):  # Distribution says null for none
-                raise OriginFailed(f"{self._name} lists as tags of {repository} what is no list")
+            if not isinstance(tags, list | None):  # Distribution sends null for none
+                raise OriginFailed(f"{self._name} answered for the tags of {repository} with no list")
             found.update(tag for tag in tags or () if isinstance(tag, str) and tag > last)
         return sorted(found)[:limit]
 
@@ -217,20 +227,20 @@ class UpstreamReader(Registry):
                     raise ManifestUnknown("no index")
                 found += [Descriptor.from_json(each) for each in manifests]
         except (ManifestUnknown, NameUnknown, ManifestInvalid):
-            # Clients then look for the fallback tag; on NAME_UNKNOWN they would give up.
+            # Clients then try the fallback tag; on NAME_UNKNOWN they would give up.
             raise ManifestUnknown(
                 f"{self._name} lists no referrers of {digest}; see the tag {digest.replace(':', '-')}"
             ) from None
         return [each for each in found if artifact_type in (None, each.artifact_type)]
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
-        """Of those that list them.  Raises Unsupported else."""
+        """Raises Unsupported if the registry does not list them."""
         found: set[str] = set()
-        # Distribution, "Listing Repositories"; and the scope that its token servers know for it.
+        # Distribution, "Listing Repositories"; and the scope of its token servers for that.
         async for page in self._pages("_catalog", "catalog", also="registry:catalog:*"):
             names = page.get("repositories") if isinstance(page, dict) else ""
             if not isinstance(names, list | None):
-                raise OriginFailed(f"{self._name} lists as repositories what is no list")
+                raise OriginFailed(f"{self._name} answered for its repositories with no list")
             found.update(name for name in names or () if isinstance(name, str) and name > last)
         return sorted(found)[:limit]
 
@@ -242,14 +252,14 @@ class UpstreamReader(Registry):
             reference=reference,
             found=found,
         )
-        raise OriginFailed(f"{self._name} sent for {reference} of {repository} what is {found}")
+        raise OriginFailed(f"{self._name} sent content with digest {found} for {reference} of {repository}")
 
     async def close(self) -> None:
         await self._sender.close()
 
 
 class _Download(Blob):
-    """A body under way; it can be read once."""
+    """A blob that is being downloaded; it can be read once."""
 
     def __init__(
         self,
@@ -257,21 +267,21 @@ class _Download(Blob):
         response: aiohttp.ClientResponse,
         descriptor: Descriptor,
         start: int,
-        took: Callable[[int], Awaitable[None]],
+        received: Callable[[int], Awaitable[None]],
     ) -> None:
         self.descriptor = descriptor
-        self._took = took
+        self._received = received
         self._transport = transport
         self._response = response
         self._position = start
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         if start < self._position:
-            raise ValueError(f"the body is past byte {start}")
+            raise ValueError(f"byte {start} has been read already")
         try:
             async for chunk in self._response.content.iter_any():
-                await self._took(len(chunk))
-                # An upstream that ignores Range sends what we have once more.
+                await self._received(len(chunk))
+                # An upstream that ignores Range sends the bytes before `start` again.
                 skipped = min(len(chunk), start - self._position)
                 self._position += len(chunk)
                 rest = len(chunk) if stop is None else len(chunk) - max(0, self._position - stop)
@@ -284,7 +294,7 @@ class _Download(Blob):
             raise self._transport.broken(self._response, error) from error
 
     async def close(self) -> None:
-        # Not release(): that would read what is left of a large body.
+        # Not release(): that would read the rest of a large body.
         self._response.close()
 
 
@@ -293,12 +303,12 @@ def _media_type(response: aiohttp.ClientResponse) -> str:
 
 
 def _length(response: aiohttp.ClientResponse) -> int:
-    """Of the content, in bytes; -1 where it is not told, or is that of its encoded form."""
+    """Length of the content in bytes; -1 if it is missing or that of the encoded content."""
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isdigit() and not encoding_of(response) else -1
 
 
-def told_digest(response: aiohttp.ClientResponse) -> Digest | None:
+def stated_digest(response: aiohttp.ClientResponse) -> Digest | None:
     text = response.headers.get("Docker-Content-Digest", "")
     try:
         return Digest.parse(text)

@@ -1,6 +1,6 @@
-"""One registry across the network, asked: with whichever credentials, counted, its refusals translated.
+"""Requests to one remote registry: credentials, rate limits, metrics, and errors made from responses.
 
-Knows no endpoint: what is asked for, and what an answer says, is the business of reading.py and client.py.
+This module knows no endpoints; they are in reader.py, client.py and upload.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response
-from proxy.upstream.ratelimit import UNTOLD, Budgets
-from proxy.upstream.tokens import Answer, TokenCache
+from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
+from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import Connect, Transport
 from storage.concurrency import RateLimit
 from storage.errors import (
@@ -47,13 +47,15 @@ _READING = ("GET", "HEAD")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """`url` ends before /v2; `token_realms` are hosts that may be asked for tokens besides its own.
+class UpstreamSettings:
+    """How to use one upstream.
 
-    Blobs keep to `bandwidth`, which several upstreams may share.
-    `reserve` says how much of a rate limit is kept for what is not known yet; nothing, if it says 0.
-    Where it is `pushed_to`, reading asks for the same token as pushing: it spares another one, and there are
-    registries that show a repository that is not there yet to nobody who may only pull.
+    url: ends before /v2
+    token_realms: hosts that may issue tokens, besides the upstream's own
+    reserve: returns how many requests of a rate limit are reserved for content that is not cached yet
+    bandwidth: limits the transfer of blobs; several upstreams may share it
+    pushed_to: requests that read use the token for pushing.  That saves a token, and some registries show
+        a repository that does not exist yet only to clients that may push.
     """
 
     url: str
@@ -66,9 +68,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRequest:
-    """`kind` is what it is counted as; `granted` are the statuses of an answer with what was asked for.
+    """One request to an upstream.
 
-    `also` are scopes that a token must allow besides what the method needs in `repository`.
+    kind: the label of its metric
+    granted: the statuses that mean success
+    also: scopes that the token must include, besides what the method needs in `repository`
     """
 
     method: str
@@ -81,9 +85,9 @@ class UpstreamRequest:
     granted: Collection[int] = (200, 206)
 
     def scope(self, pushed_to: bool) -> str:
-        """Token specification, "Requesting a Token"; the actions that Distribution's servers ask for."""
+        """The scope of its token: token specification, "Requesting a Token", with Distribution's actions."""
         actions = "pull" if self.method in _READING and not pushed_to else "pull,push"
-        # Who cancels an upload shows the token that it was begun with; Distribution's then ask for another.
+        # An upload is cancelled with the token that it was started with; Distribution then demands another.
         if self.method == "DELETE" and self.kind != "upload":
             actions = "delete"
         ours = f"repository:{self.repository}:{actions}" if self.repository else ""
@@ -91,17 +95,20 @@ class UpstreamRequest:
 
     @property
     def repeatable(self) -> bool:
-        """Whether it can be sent once more: a body that was written while it was sent is gone."""
+        """Whether it can be sent again: a streamed body can be read only once."""
         return not isinstance(self.body, StreamedBody)
 
 
 class RequestSender:
-    """Needs a running event loop.  Of `credentials` there is at least one."""
+    """Sends requests to one remote registry, with the credentials that have the most requests left.
+
+    It is made inside a running event loop, with at least one of `credentials`.
+    """
 
     def __init__(
         self,
         name: str,
-        settings: Settings,
+        settings: UpstreamSettings,
         credentials: Sequence[Credentials],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
@@ -129,9 +136,9 @@ class RequestSender:
         metrics.open.labels(name, self.host).set(0)
         self._health = self.transport.breaker(home)
         self._caller = False
-        self._show(credentials)
+        self._use(credentials)
 
-    def _show(self, credentials: Sequence[Credentials]) -> None:
+    def _use(self, credentials: Sequence[Credentials]) -> None:
         self.budgets = Budgets(len(credentials), self._clock)
         self._tokens = [
             TokenCache(
@@ -147,11 +154,11 @@ class RequestSender:
         ]
 
     def as_caller(self, credentials: Credentials) -> RequestSender:
-        """The same, by the same connections, with credentials that are not ours.  To be closed before it."""
+        """A sender with a client's credentials, over the same connections.  Close it before this one."""
         caller = copy(self)
         caller._caller = True
         caller.reserve = lambda limit: 0
-        caller._show([credentials])
+        caller._use([credentials])
         return caller
 
     # Health
@@ -164,63 +171,63 @@ class RequestSender:
             log.info("upstream.closed", namespace=self.name, host=host)
 
     @property
-    def well(self) -> bool:
-        """As far as is known, it answers."""
+    def healthy(self) -> bool:
+        """Whether the breaker of the upstream's own host is closed."""
         return self._health.closed
 
     @property
-    def due(self) -> bool:
-        """It did not answer, and it is time to find out whether it does."""
+    def probe_due(self) -> bool:
+        """Whether the upstream has failed and it is time to probe it."""
         return self._health.due
 
     def state(self) -> list[HostState]:
-        """Of the upstream itself first, then of where it has sent us."""
+        """The state of each host: the upstream itself first, then those it has redirected to."""
         return [
             each.state(self._url, host, self.budgets.state() if each is self._health else [])
             for host, each in self.transport.breakers()
         ]
 
     async def probe(self) -> None:
-        """Find out; `well` tells."""
+        """Send one request, which updates `healthy`."""
         with suppress(RegistryError):
             (await self.transport.send("GET", URL(f"{self._url}/v2/"), {})).release()
 
-    # Asking
+    # Requests
 
-    def to(self, path: str) -> URL:
-        """The URL of what is at `path` under /v2/."""
+    def url(self, path: str) -> URL:
+        """The URL of `path` under /v2/."""
         return URL(f"{self._url}/v2/{path}", encoded=True)
 
-    async def send(self, question: UpstreamRequest) -> aiohttp.ClientResponse:
-        """A response with content, with whichever credentials.  Raises what its status says, translated."""
+    async def send(self, request: UpstreamRequest) -> aiohttp.ClientResponse:
+        """Send a request with the first credentials that work.  Raises the error that the response means."""
         denied: OriginDenied | None = None
         for number in self.budgets.take_turn():
             try:
-                return await self._ask_as(number, question)
+                return await self._send_as(number, request)
             except TooManyRequests as error:
                 seconds = self.budgets[number].refused(error.retry_after)
                 log.warning("upstream.limited", namespace=self.name, host=self.host, credential=number,
                             seconds=round(seconds))  # fmt: skip
             except OriginDenied as error:
                 denied = error
-            if not question.repeatable:
+            if not request.repeatable:
                 break
-        # Whoever is blocked might have been let in.
+        # Credentials that are blocked by a rate limit might have been accepted.
         if denied is not None and not self.budgets.blocked_for:
             raise denied
         seconds = math.ceil(self.budgets.blocked_for)
         raise TooManyRequests(f"{self.name} limits our requests", retry_after=seconds)
 
-    async def _ask_as(self, number: int, question: UpstreamRequest) -> aiohttp.ClientResponse:
+    async def _send_as(self, number: int, request: UpstreamRequest) -> aiohttp.ClientResponse:
         tokens = self._tokens[number]
-        url, scope = question.url, question.scope(self._pushed_to)
-        # Where an upload goes on elsewhere, its location is signed: who we are is not for that host.
+        url, scope = request.url, request.scope(self._pushed_to)
+        # The location of an upload on another host is signed: that host must not get our credentials.
         ours = url.origin() == self.home.origin()
         authorization = await tokens.authorization(scope) if ours else None
-        # One renewal of what was refused; learning first what is wanted does not count.
-        tries = (1 if authorization else 2) if ours and question.repeatable else 0
+        # One renewal of refused credentials; the first challenge does not count.
+        tries = (1 if authorization else 2) if ours and request.repeatable else 0
         while True:
-            response = await self._timed(question, authorization)
+            response = await self._send_once(request, authorization)
             if response.status not in (401, 403) or not tries:
                 break
             tries -= 1
@@ -229,33 +236,33 @@ class RequestSender:
                 if renewed is None:
                     break
                 authorization = renewed
-            # Else a signed URL has lapsed: from the start there is a fresh one.
+            # Else a signed URL has expired: a new redirect has a new one.
             response.release()
         home = ours and response.url.origin() == url.origin()
         if home and self.budgets[number].read(response.headers) and not self._caller:
-            self._tell(number)
-        if response.status in question.granted:
+            self._record_limit(number)
+        if response.status in request.granted:
             return response
-        raise await self._refused(response, question, home)
+        raise await self._refused(response, request, home)
 
     async def _refused(
-        self, response: aiohttp.ClientResponse, question: UpstreamRequest, home: bool
+        self, response: aiohttp.ClientResponse, request: UpstreamRequest, home: bool
     ) -> RegistryError:
         content = b""
-        if question.method not in _READING:
-            with suppress(RegistryError):  # then its status has to do
+        if request.method not in _READING:
+            with suppress(RegistryError):  # then only its status is used
                 content = await self.content(response, ERROR_LIMIT)
-        error = error_from_response(self.name, response, question.repository, question.kind, content)
+        error = error_from_response(self.name, response, request.repository, request.kind, content)
         if isinstance(error, TooManyRequests) and not home:
-            # A CDN's limit has nothing to do with these credentials.
+            # The limit is the CDN's, not that of these credentials.
             error = Unavailable(str(error), retry_after=error.retry_after)
-        if question.repeatable:
+        if request.repeatable:
             response.release()
         else:
-            response.close()  # of its body there may be more on its way
+            response.close()  # more of the request's body may be under way
         return error
 
-    def _tell(self, number: int) -> None:
+    def _record_limit(self, number: int) -> None:
         labels = self.name, self.host, str(number)
         budget = self.budgets[number]
         if budget.remaining is not None:
@@ -272,35 +279,35 @@ class RequestSender:
             response.release()
             raise
 
-    async def _timed(self, question: UpstreamRequest, authorization: str | None) -> aiohttp.ClientResponse:
+    async def _send_once(self, request: UpstreamRequest, authorization: str | None) -> aiohttp.ClientResponse:
         begun, status = time.monotonic(), 0
-        self._traffic.asked()
-        headers = dict(question.headers)
+        self._traffic.count_request()
+        headers = dict(request.headers)
         if authorization:
             headers["Authorization"] = authorization
         try:
-            response = await self.transport.follow(question.method, question.url, headers, question.body)
+            response = await self.transport.follow(request.method, request.url, headers, request.body)
             status = response.status
             return response
         finally:
             seconds = time.monotonic() - begun
-            self._metrics.upstream.labels(self.name, question.kind, str(status)).observe(seconds)
+            self._metrics.upstream.labels(self.name, request.kind, str(status)).observe(seconds)
             log.debug(
-                "upstream.asked", namespace=self.name, method=question.method, path=question.url.path,
+                "upstream.asked", namespace=self.name, method=request.method, path=request.url.path,
                 status=status, seconds=round(seconds, 4),
             )  # fmt: skip
 
-    # Answers
+    # Responses
 
-    async def took(self, number: int) -> None:
-        """So many bytes of a blob have come."""
-        self._traffic.took(number)
+    async def received(self, number: int) -> None:
+        """Count `number` bytes of a blob, and wait as long as the bandwidth demands."""
+        self._traffic.count_received(number)
         await self._bandwidth.take(number)
 
     async def content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        """The body of a small document, decoded.  Raises OriginFailed, OriginTimeout."""
+        """The decoded body of a small document.  Raises OriginFailed, OriginTimeout."""
         content = await self.transport.read(response, limit)
-        self._traffic.took(len(content))
+        self._traffic.count_received(len(content))
         encoding = encoding_of(response)
         if not encoding:
             return content
@@ -312,39 +319,39 @@ class RequestSender:
                 raise OriginFailed(f"{self.name} sent a body that is not {encoding}") from None
             if len(decoded) <= limit and decoder.eof:
                 return decoded
-        raise OriginFailed(f"{self.name} sent a body in {encoding} though identity was asked for")
+        raise OriginFailed(f"{self.name} sent a body encoded as {encoding}, although identity was requested")
 
-    async def pages(self, question: UpstreamRequest) -> AsyncIterator[Any]:
-        """The pages of a listing, as plain JSON values.  distribution-spec, "Content Discovery"."""
-        asked: UpstreamRequest | None = question
+    async def pages(self, request: UpstreamRequest) -> AsyncIterator[Any]:
+        """The pages of a listing, as JSON values.  distribution-spec, "Content Discovery"."""
+        page: UpstreamRequest | None = request
         for _ in range(PAGES):
-            if asked is None:
+            if page is None:
                 return
-            async with await self.send(asked) as response:
+            async with await self.send(page) as response:
                 content = await self.content(response, LISTING_LIMIT)
                 link = response.links.get("next")
             try:
                 yield msgspec.json.decode(content)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                # Some registries without a referrers API answer with a page for people.
-                nonsense = ManifestUnknown if question.kind == "referrers" else OriginFailed
-                raise nonsense(f"{self.name} answered {question.url.path} with no JSON") from None
-            asked = replace(question, url=URL(str(link["url"]))) if link else None
-            if asked is not None and asked.url.origin() != self.home.origin():
-                raise OriginFailed(f"{self.name} lists on at another host, {asked.url.host}")
-        raise OriginFailed(f"{self.name} lists more than {PAGES} pages of {question.url.path}")
+                # Some registries without a referrers API answer with an HTML page.
+                error_class = ManifestUnknown if request.kind == "referrers" else OriginFailed
+                raise error_class(f"{self.name} answered {request.url.path} without JSON") from None
+            page = replace(request, url=URL(str(link["url"]))) if link else None
+            if page is not None and page.url.origin() != self.home.origin():
+                raise OriginFailed(f"{self.name} continues a listing at another host, {page.url.host}")
+        raise OriginFailed(f"{self.name} lists more than {PAGES} pages of {request.url.path}")
 
     async def _fetch(
         self, method: str, url: URL, *, headers: Any, form: Any = None
-    ) -> Answer:  # tokens.Fetch
-        self._traffic.asked()
+    ) -> TokenResponse:  # tokens.Fetch
+        self._traffic.count_request()
         response = await self.transport.send(method, url, headers, form)
         async with response:
             content = await self.content(response, MANIFEST_LIMIT)
             seconds = seconds_until(response.headers, time.time)
             if response.status == 429 and seconds is None:
-                seconds = UNTOLD  # the window of the registry's limit says nothing of this one
-            return Answer(response.status, content, seconds)
+                seconds = DEFAULT_BLOCK  # the window of the registry's limit does not apply to the realm's
+            return TokenResponse(response.status, content, seconds)
 
     async def close(self) -> None:
         for each in self._tokens:
@@ -354,6 +361,6 @@ class RequestSender:
 
 
 def encoding_of(response: aiohttp.ClientResponse) -> str:
-    """The content's coding; "" is the identity."""
+    """The content coding; "" for identity."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     return "" if encoding == "identity" else encoding

@@ -1,12 +1,12 @@
-"""What to put into Authorization for an upstream: challenge -> token, cached per scope.
+"""The Authorization header for an upstream: tokens issued after a challenge, cached by scope.
 
 Rules:
-- Nothing is asked before the upstream has challenged us.
-- A realm is asked, and so gets to see our credentials, only on the upstream's own host or registrable
-  domain, or where the operator allows it; one that is not is not asked anonymously either.
-- One request at a time for a scope, whose outcome all share who wait.
-- A realm is remembered while it issues tokens, and forgotten when it fails: the upstream may have
-  another one by now, and its next challenge tells.
+- No token is requested before the upstream has sent a challenge.
+- A realm gets a request, and thus our credentials, only if it is on the upstream's own host or registrable
+  domain, or allowed by the operator; a realm that is not allowed gets no anonymous request either.
+- There is one request at a time for a scope; all callers that wait share its outcome.
+- A realm is remembered while it issues tokens, and forgotten when it fails: the upstream may use another one
+  by now, and names it in its next challenge.
 
 Distribution, "Token Authentication Specification" and "OAuth2 Token Authentication".
 """
@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 import structlog
 from publicsuffixlist import PublicSuffixList
-from yarl import URL  # aiohttp's own: what is checked here is what it will connect to
+from yarl import URL  # aiohttp's own: the URL checked here is the one it connects to
 
 from proxy.upstream.challenges import Challenge, parse_challenges
 from proxy.upstream.credentials import Credential, Credentials
@@ -32,14 +32,14 @@ from storage.errors import OriginDenied, OriginFailed, OriginTimeout, TooManyReq
 log = structlog.get_logger()
 
 TOKENS_KEPT = 10_000
-LIFETIME = 60.0  # seconds, where the realm does not tell: the specification's default
+LIFETIME = 60.0  # seconds, if the realm does not state it: the specification's default
 
 
 def realm_allowed(realm: URL, host: str, allowed: Collection[str] = (), *, plain_http: bool = False) -> bool:
-    """Whether an upstream at `host` may send us to `realm`.
+    """Whether an upstream at `host` may name `realm` in a challenge.
 
-    It may to its own host, on any port, to its registrable domain, and to those `allowed`: each a host, or
-    host:port for that port alone.  By plain http only with `plain_http`.
+    Its own host is allowed, on any port, its registrable domain, and each of `allowed`: a host, or host:port
+    for that port alone.  Plain http is allowed only with `plain_http`.
     """
     secure = realm.scheme == "https" or (plain_http and realm.scheme == "http")
     theirs, ours = _host(realm), _host(URL(f"https://{host}"))
@@ -70,8 +70,8 @@ def _public_suffixes() -> PublicSuffixList:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a realm answered; `retry_after` in seconds, where it told."""
+class TokenResponse:
+    """The response of a token realm; `retry_after` is in seconds, if it is stated."""
 
     status: int
     content: bytes
@@ -79,12 +79,14 @@ class Answer:
 
 
 class Fetch(Protocol):
+    """Sends one request to a token realm."""
+
     async def __call__(
         self, method: str, url: URL, *, headers: Mapping[str, str], form: Mapping[str, str] | None = None
-    ) -> Answer:
-        """One request, whatever its status; `form` is sent as application/x-www-form-urlencoded.
+    ) -> TokenResponse:
+        """The response, whatever its status; `form` is sent as application/x-www-form-urlencoded.
 
-        It follows no redirect, and bounds time and content.  Raises OriginFailed, OriginTimeout.
+        It follows no redirects, and limits time and content.  Raises OriginFailed, OriginTimeout.
         """
         ...
 
@@ -108,10 +110,10 @@ class _JSONToken(msgspec.Struct):
 
 
 class TokenCache:
-    """Authorization values for one upstream at `host` (with its port, if it has one).
+    """Authorization values for one upstream at `host` (with its port, if it has one), cached by scope.
 
-    `allowed_realms` and `plain_http` as in realm_allowed().  `on_fetch` is told of each token request:
-    "ok", "denied" or "failed".  The owner of `credentials` stays the caller.
+    `allowed_realms` and `plain_http` are as in realm_allowed().  `on_fetch` is called with the result of each
+    token request: "ok", "denied" or "failed".
     """
 
     def __init__(
@@ -135,10 +137,9 @@ class TokenCache:
         self._basic = False  # the upstream wants Basic
 
     async def authorization(self, scope: str) -> str | None:
-        """The value for `scope` ("repository:library/alpine:pull") as far as it is known unchallenged.
+        """The value for `scope` ("repository:library/alpine:pull"), or None before the first challenge.
 
-        None: ask without, and see.  Raises OriginTimeout, TooManyRequests; OriginDenied where the
-        credentials cannot be read.
+        Raises OriginTimeout, TooManyRequests, and OriginDenied if the credentials cannot be read.
         """
         if token := self._fresh(scope):
             return token
@@ -155,16 +156,16 @@ class TokenCache:
                 self._realm = None
             if isinstance(error, OriginTimeout):
                 raise
-            return None  # the challenge will tell whether the realm is still the same
+            return None  # the next challenge shows whether the realm is still the same
 
     async def renew(self, scope: str, challenges: Sequence[str], used: str | None) -> str | None:
-        """What to try after a 401 or 403 with these WWW-Authenticate values; None: the refusal stands.
+        """The value to try after a 401 or 403 with these WWW-Authenticate values, or None if there is none.
 
-        `used` is the value that was refused, and is forgotten.  If another has renewed it meanwhile, that
-        newer value is the answer, without a request.
+        `used` is the value that was refused, and is forgotten.  If another caller has renewed it meanwhile,
+        the newer value is returned without a request.
 
-        Raises OriginDenied when the realm is not allowed or refuses us, TooManyRequests and OriginFailed
-        when it fails, and what `fetch` raises.
+        Raises OriginDenied if the realm is not allowed or refuses the credentials, TooManyRequests and
+        OriginFailed if it fails, and what `fetch` raises.
         """
         if token := self._fresh(scope):
             if token != used:
@@ -173,7 +174,7 @@ class TokenCache:
         offered = parse_challenges(challenges)
         bearer = next((each for each in offered if each.scheme == "bearer"), None)
         basic = any(each.scheme == "basic" for each in offered)
-        if not offered and used:  # a 403 has no challenge as a rule: renew as before
+        if not offered and used:  # a 403 usually has no challenge: renew the same way as before
             basic = used.startswith("Basic ")
             if not basic and self._realm:
                 return await self._token(scope, self._realm, scope)
@@ -184,7 +185,7 @@ class TokenCache:
                 if basic and (value := await self._renew_basic(used)):
                     return value
                 raise
-            return await self._token(scope, realm, _asked(bearer, scope))
+            return await self._token(scope, realm, _wanted_scope(bearer, scope))
         return await self._renew_basic(used) if basic else None
 
     async def close(self) -> None:
@@ -219,25 +220,25 @@ class TokenCache:
         if not allowed:
             log.warning("token.realm_refused", host=self._host, realm=text[:200])
             raise OriginDenied(
-                f"{self._host} sends us for a token to {text[:200]!r}, which is not an https address on its"
-                " own domain: allow its host with token_realms, http with plain_http"
+                f"{self._host} requests tokens from {text[:200]!r}, which is not an https address on its own"
+                " domain: allow the host with token_realms, http with plain_http"
             )
         return _Realm(url, challenge.parameters.get("service"))
 
-    async def _token(self, scope: str, realm: _Realm, asked: str) -> str:
-        # With the realm in the key, nobody with a new challenge waits for a realm of the past.
-        return await self._flights.join((scope, realm), lambda: self._issue(scope, realm, asked))
+    async def _token(self, scope: str, realm: _Realm, wanted: str) -> str:
+        # The realm is in the key, so that a caller with a new challenge does not wait for a former realm.
+        return await self._flights.join((scope, realm), lambda: self._issue(scope, realm, wanted))
 
-    async def _issue(self, scope: str, realm: _Realm, asked: str) -> str:
+    async def _issue(self, scope: str, realm: _Realm, wanted: str) -> str:
         credential = await self._credentials.get(self._host)
         try:
-            token = await self._ask(realm, asked, credential)
+            token = await self._request_token(realm, wanted, credential)
         except OriginDenied:
             self._credentials.forget()
             again = await self._credentials.get(self._host)
             if again == credential:
                 raise
-            token = await self._ask(realm, asked, again)
+            token = await self._request_token(realm, wanted, again)
         self._tokens.pop(scope, None)
         self._tokens[scope] = token
         if len(self._tokens) > TOKENS_KEPT:
@@ -245,12 +246,12 @@ class TokenCache:
         self._realm, self._basic = realm, False
         return token.authorization
 
-    async def _ask(self, realm: _Realm, asked: str, credential: Credential | None) -> _Token:
+    async def _request_token(self, realm: _Realm, wanted: str, credential: Credential | None) -> _Token:
         """One token request, counted."""
-        begun = self._clock()  # the lifetime counts from some moment after this one
+        begun = self._clock()  # the lifetime starts later than this
         try:
-            answer = await self._request(realm, asked, credential)
-            token, lifetime = _issued(answer, realm.url, credential is None)
+            response = await self._request(realm, wanted, credential)
+            token, lifetime = _issued(response, realm.url, credential is None)
         except OriginDenied:
             self._on_fetch("denied")
             raise
@@ -258,26 +259,26 @@ class TokenCache:
             self._on_fetch("failed")
             raise
         self._on_fetch("ok")
-        # A token is no longer used when it could lapse on its way.
+        # A token is not used if it could expire before it arrives.
         margin = min(max(lifetime / 10, 5), lifetime / 2)
         return _Token(f"Bearer {token}", begun + lifetime - margin)
 
-    async def _request(self, realm: _Realm, asked: str, credential: Credential | None) -> Answer:
+    async def _request(self, realm: _Realm, wanted: str, credential: Credential | None) -> TokenResponse:
         service = {"service": realm.service} if realm.service is not None else {}
         if credential and credential.identity_token:
             form = {"grant_type": "refresh_token", "refresh_token": credential.identity_token}
-            form |= {"client_id": "entrepot", "scope": asked} | service
+            form |= {"client_id": "entrepot", "scope": wanted} | service
             return await self._fetch("POST", realm.url, headers={}, form=form)
         headers = {}
-        query = [*service.items(), *(("scope", each) for each in asked.split())]
+        query = [*service.items(), *(("scope", each) for each in wanted.split())]
         if credential and (basic := credential.basic()):
             headers["Authorization"] = basic
             query.append(("account", credential.username))
         return await self._fetch("GET", realm.url.extend_query(query), headers=headers)
 
 
-def _asked(challenge: Challenge, scope: str) -> str:
-    """The challenge's scope, which may say it the upstream's way, and of ours what that does not cover."""
+def _wanted_scope(challenge: Challenge, scope: str) -> str:
+    """The challenge's scope, in the upstream's own words, and the parts of `scope` that it does not cover."""
     theirs = challenge.parameters.get("scope", "").split()
     ours = [each for each in scope.split() if not any(_covers(wide, each) for wide in theirs)]
     theirs = [each for each in theirs if not any(_covers(wide, each) for wide in ours)]
@@ -293,19 +294,19 @@ def _covers(wide: str, narrow: str) -> bool:
     )
 
 
-def _issued(answer: Answer, url: URL, anonymous: bool) -> tuple[str, float]:
+def _issued(response: TokenResponse, url: URL, anonymous: bool) -> tuple[str, float]:
     """The token and its lifetime in seconds.  Raises OriginDenied, TooManyRequests, OriginFailed."""
     realm = f"the token realm {url.with_query(None)}"
-    if answer.status in (401, 403):
-        reason = "gives no token without credentials" if anonymous else "refuses the configured credentials"
-        raise OriginDenied(f"{realm} {reason} (status {answer.status})")
-    if answer.status == 429:
-        raise TooManyRequests(f"{realm} is asked too often", retry_after=answer.retry_after)
-    if answer.status != 200:
-        raise OriginFailed(f"{realm} answered status {answer.status}", retry_after=answer.retry_after)
+    if response.status in (401, 403):
+        reason = "issues no token without credentials" if anonymous else "refuses the configured credentials"
+        raise OriginDenied(f"{realm} {reason} (status {response.status})")
+    if response.status == 429:
+        raise TooManyRequests(f"{realm} limits our requests", retry_after=response.retry_after)
+    if response.status != 200:
+        raise OriginFailed(f"{realm} answered status {response.status}", retry_after=response.retry_after)
     try:
-        # Not strict: there are realms that write expires_in as a string.
-        found = msgspec.json.decode(answer.content, type=_JSONToken, strict=False)
+        # Not strict: some realms write expires_in as a string.
+        found = msgspec.json.decode(response.content, type=_JSONToken, strict=False)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OriginFailed(f"{realm} answered no token: {error}") from None
     token = found.token or found.access_token or ""

@@ -1,11 +1,11 @@
-"""HTTP to one upstream: connections, time-outs, retries, redirects.  Knows nothing of registries.
+"""HTTP to one upstream: connections, timeouts, retries, redirects.  It knows nothing of registries.
 
-Time is bounded by step, never in total: a layer may take an hour as long as bytes flow.  A redirect to
-another origin carries no Authorization (RFC 9110 §15.4, RFC 6750 §5.3), and its URL is sent as it came:
-normalising the escapes of a signed URL breaks its signature.
+Each step has a timeout, a whole transfer has none: a layer may take an hour as long as bytes flow.  A
+redirect to another origin is followed without Authorization (RFC 9110 §15.4, RFC 6750 §5.3), and its URL is
+sent unchanged: normalising the escapes of a signed URL breaks its signature.
 
-Each host has a breaker of its own, the upstream's as well as a token server's and a CDN's: a registry whose
-CDN is down still tells what its tags are.
+Each host has its own breaker, whether it is the upstream, a token server or a CDN: a registry whose CDN is
+down still answers for its tags.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from storage.errors import OriginFailed, OriginTimeout, RegistryError
 
 REDIRECTS = 5
 READ = 1 << 20  # bytes buffered of a body before its socket is paused
-RETRIES = 2
-BACKOFF = 0.1  # seconds before the first retry at most, doubling
-HOSTS = 100  # whose breakers are kept
+RETRIES = 2  # of a request that reads
+BACKOFF = 0.1  # seconds at most before the first retry, doubling
+HOSTS = 100  # hosts whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
-_DOWN = frozenset((502, 503, 504))  # a 500 tells of one request only
+_DOWN = frozenset((502, 503, 504))  # a 500 concerns one request only
 _READING = ("GET", "HEAD")
-Body: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
+RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
 
 
 @dataclass(frozen=True)
 class Connect:
-    """How to connect; times in seconds.
+    """How to connect to an upstream; times are in seconds.
 
-    `header_timeout` covers connecting and waiting for the response's headers, `progress_timeout` each
-    wait for more of its body, or for more of ours to leave.  What writes is answered within `write_timeout`
-    once it is there: registries hash and move what they were sent before they answer.
+    `header_timeout` covers connecting and waiting for the response's headers, `progress_timeout` each wait
+    for more of the response's body, or for a chunk of the request's body to be sent.  `write_timeout` covers
+    the wait for the response to a request that writes, once its body is sent: registries hash and move
+    content before they answer.
     """
 
     ca_file: Path | None = None
@@ -64,12 +65,12 @@ class Connect:
     write_timeout: float = 300.0
 
     def ssl_context(self) -> ssl.SSLContext | bool:
-        """Raises OSError, ssl.SSLError for files that are none."""
+        """Raises OSError if a file cannot be read, ssl.SSLError if it is invalid."""
         if not (self.ca_file or self.client_certificate or self.insecure_skip_verify):
-            return True  # aiohttp's own, which all upstreams share: loading the authorities takes time
+            return True  # aiohttp's own, shared by all upstreams: loading the authorities takes time
         context = ssl.create_default_context(cafile=self.ca_file)
         if self.ca_file is not None:
-            context.load_default_certs()  # CDNs and token servers may stand under public authorities
+            context.load_default_certs()  # CDNs and token servers may have certificates of public authorities
         if self.insecure_skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -79,10 +80,10 @@ class Connect:
 
 
 class Transport:
-    """Needs a running event loop.  `name` says in errors whom we could not reach, `home` is the upstream.
+    """HTTP to one upstream and to the hosts it redirects to.  It is made inside a running event loop.
 
-    `changed` is called with a host whose breaker has opened, and the error, or has closed, and None;
-    `retried` at each retry.
+    `name` names the upstream in errors, `home` is its URL.  `changed` is called with a host and the error
+    that opened its breaker, or None when the breaker has closed; `retried` is called at each retry.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ class Transport:
         self.breaker(home)  # the first, and so never dropped
         self._private = connect.private_redirects or is_private(home.host or "")
         context = connect.ssl_context()
-        # Two pools: a connection made for the upstream itself is never used for where it redirects to.
-        self._session = self._open(context, self._socket_home)
-        self._away = self._open(context, self._socket_away)
-        for each in (self._session, self._away):
-            each._retry_connection = False  # its one silent repetition would double each of ours
+        # Two pools: a connection made for the upstream itself is never used for a redirect.
+        self._home_session = self._open(context, self._home_socket)
+        self._redirect_session = self._open(context, self._redirect_socket)
+        for each in (self._home_session, self._redirect_session):
+            each._retry_connection = False  # its own silent retry would double each of ours
 
     def _open(
         self, context: ssl.SSLContext | bool, new_socket: Callable[[Any], socket.socket]
@@ -131,21 +132,21 @@ class Transport:
             headers={"User-Agent": "entrepot", "Accept-Encoding": "identity"},
         )
 
-    # The address is looked at where it is connected to, since a name may resolve to another one each time.
+    # The address is checked when the socket is made, since a name may resolve to another one each time.
 
-    def _socket_home(self, address: Any) -> socket.socket:
+    def _home_socket(self, address: Any) -> socket.socket:
         family, kind, protocol, _, (host, *_) = address
         self._private = self._connect.private_redirects or is_private(host)
         return socket.socket(family, kind, protocol)
 
-    def _socket_away(self, address: Any) -> socket.socket:
+    def _redirect_socket(self, address: Any) -> socket.socket:
         family, kind, protocol, _, (host, *_) = address
         if not self._private and is_private(host):
-            raise OSError(errno.EACCES, "it sends us to a private address; private_redirects allows it")
+            raise OSError(errno.EACCES, "redirected to a private address; private_redirects allows it")
         return socket.socket(family, kind, protocol)
 
     def breaker(self, url: URL) -> Breaker:
-        """That of the URL's host."""
+        """The breaker of the URL's host."""
         origin = url.origin()
         if (found := self._breakers.get(origin)) is None:
             changed = partial(self._changed, origin.host_port_subcomponent or "")
@@ -155,33 +156,33 @@ class Transport:
         return found
 
     def breakers(self) -> list[tuple[str, Breaker]]:
-        """With their hosts, the upstream's own first."""
+        """The hosts and their breakers, the upstream's own first."""
         return [(url.host_port_subcomponent or "", each) for url, each in self._breakers.items()]
 
     async def send(
-        self, method: str, url: URL, headers: Mapping[str, str], body: Body = None
+        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody = None
     ) -> aiohttp.ClientResponse:
-        """One request, no redirect followed; repeated where that is safe and may help.
+        """Send one request, without following redirects; it is retried if that is safe and may help.
 
-        Raises OriginFailed, OriginTimeout; at once if the host is known to fail.
+        Raises OriginFailed, OriginTimeout; without a request while the host's breaker is open.
         """
-        with self.breaker(url).call() as call:
+        with self.breaker(url).call() as attempt:
             try:
                 async with self._bounded(method, body):
                     response = await self._persist(method, url, headers, body)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error)
-                call.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
+                attempt.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
                 raise failure from error
             if response.status in _DOWN:
-                call.failed(OriginFailed(f"{self._name} answered {response.status}"))
+                attempt.failed(OriginFailed(f"{self._name} answered {response.status}"))
             else:
-                call.succeeded()
+                attempt.succeeded()
             return response
 
     @asynccontextmanager
-    async def _bounded(self, method: str, body: Body) -> AsyncIterator[None]:
-        """The time in which a request is to be sent and answered."""
+    async def _bounded(self, method: str, body: RequestBody) -> AsyncIterator[None]:
+        """Limit the time until the request is sent and answered."""
         connect, loop = self._connect, asyncio.get_running_loop()
         writes = method not in _READING and not isinstance(body, Mapping)
         async with asyncio.timeout(connect.write_timeout if writes else connect.header_timeout) as bound:
@@ -189,21 +190,18 @@ class Transport:
                 yield
                 return
 
-            def watch(leaving: bool) -> None:
+            def watch(sending: bool) -> None:
                 seconds = connect.write_timeout if body.sent else connect.progress_timeout
-                with suppress(RuntimeError):  # it is up already
-                    bound.reschedule(loop.time() + seconds if leaving else None)
+                with suppress(RuntimeError):  # it has expired already
+                    bound.reschedule(loop.time() + seconds if sending else None)
 
-            body.watch = watch
-            try:
+            with body.watched(watch):
                 yield
-            finally:
-                body.watch = lambda leaving: None
 
     async def _persist(
-        self, method: str, url: URL, headers: Mapping[str, str], body: Body
+        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody
     ) -> aiohttp.ClientResponse:
-        session = self._session if url.origin() == self._home else self._away
+        session = self._home_session if url.origin() == self._home else self._redirect_session
         connect = self._connect
         retries = RETRIES if method in _READING else 0  # RFC 9110 §9.2.1
         wait = connect.progress_timeout if method in _READING else connect.write_timeout
@@ -223,17 +221,17 @@ class Transport:
                     return response
                 response.release()
             except aiohttp.ClientConnectionError as error:
-                # What timed out has cost its time, and a certificate will not change.
+                # A timeout has used up the time, and a certificate will not change.
                 if attempt == retries or isinstance(error, TimeoutError | aiohttp.ClientSSLError):
                     raise
             self._retried()
             await asyncio.sleep(BACKOFF * 2**attempt * self._jitter())
-        raise AssertionError("the last attempt ends in one way or the other")
+        raise AssertionError("the last attempt returns or raises")
 
     async def follow(
-        self, method: str, url: URL, headers: Mapping[str, str], body: Body = None
+        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody = None
     ) -> aiohttp.ClientResponse:
-        """The answer at the end of the redirects.  Raises OriginFailed, OriginTimeout."""
+        """Send a request and follow redirects; the last response.  Raises OriginFailed, OriginTimeout."""
         given = dict(headers)
         for _ in range(REDIRECTS + 1):
             response = await self.send(method, url, given, body)
@@ -242,22 +240,22 @@ class Transport:
                 return response
             if isinstance(body, StreamedBody):
                 response.close()
-                raise OriginFailed(f"{self._name} redirected what was on its way to it")
+                raise OriginFailed(f"{self._name} redirected an upload while its body was sent")
             response.release()
             target = self.target(url, location)
-            # The port as well: origin() lets pass one that is out of range.
+            # The port is compared too: origin() accepts one that is out of range.
             if (target.origin(), target.port) != (url.origin(), url.port):
                 given.pop("Authorization", None)
             url = target
         raise OriginFailed(f"{self._name} redirected more than {REDIRECTS} times")
 
     def target(self, url: URL, location: str) -> URL:
-        """Where an answer from `url` sends us.  Raises OriginFailed where we do not go there."""
+        """The URL to which a response from `url` redirects.  Raises OriginFailed if that is not allowed."""
         try:
             target = url.join(URL(location, encoded=True))
             _ = target.origin(), target.port
         except ValueError:
-            raise OriginFailed(f"{self._name} redirected to what is no URL") from None
+            raise OriginFailed(f"{self._name} redirected to an invalid URL") from None
         if target.scheme not in ("https", "http") or (
             target.scheme == "http" and target.origin() != url.origin() and not self._connect.plain_http
         ):
@@ -269,9 +267,9 @@ class Transport:
         return target
 
     async def read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        """The body of a small document; `progress_timeout` is for all of it.
+        """The body of a small document, all of which must come within `progress_timeout`.
 
-        Raises OriginTimeout, and OriginFailed where it has more than `limit` bytes, or ends early.
+        Raises OriginTimeout, and OriginFailed if it has more than `limit` bytes or ends early.
         """
         try:
             content = bytearray()
@@ -280,36 +278,38 @@ class Transport:
                     content += chunk
                     if len(content) > limit:
                         response.close()
-                        raise OriginFailed(f"{self._name} sent more than {limit} bytes where less were due")
+                        raise OriginFailed(
+                            f"{self._name} sent more than {limit} bytes, the most that is allowed"
+                        )
             return bytes(content)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self.broken(response, error) from error
 
     def broken(self, response: aiohttp.ClientResponse, error: BaseException) -> RegistryError:
-        """What it means that a body did not come to its end."""
+        """The error for a response whose body ended early."""
         failure = self.failed(error)
         self.breaker(response.url).cut(failure)
         return failure
 
     def failed(self, error: BaseException) -> RegistryError:
-        """What a failure of the network means to who asked."""
+        """The error for a request that failed on the network."""
         if isinstance(error, TimeoutError):
             return OriginTimeout(f"{self._name} did not answer in time")
-        # Neither the message of a ClientResponseError nor of InvalidURL: they hold the URL, maybe signed.
+        # Not the message of a ClientResponseError or InvalidURL: it contains the URL, which may be signed.
         detail = type(error).__name__
         if isinstance(error, aiohttp.ClientConnectorError):
             detail = error.os_error.strerror or type(error.os_error).__name__
         return OriginFailed(f"{self._name} cannot be reached: {detail}")
 
     async def close(self) -> None:
-        await self._session.close()
-        await self._away.close()
+        await self._home_session.close()
+        await self._redirect_session.close()
 
 
 def is_private(host: str) -> bool:
-    """Whether it is an address that is not for everybody: private, loopback, link-local and the like.
+    """Whether it is an address that is not globally reachable: private, loopback, link-local and the like.
 
-    A name is none.
+    A name is not an address.
     """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

@@ -1,1 +1,1 @@
-"""What happens here, told to other servers: queue, formats, delivery."""
+"""Webhooks: the queues of events, their formats, and their delivery to other servers."""

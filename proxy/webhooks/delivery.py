@@ -1,13 +1,13 @@
-"""From the queues to those who want to be told: a task for each webhook, a POST for each event, in order.
+"""Delivers queued events to webhooks: one task for each webhook, one POST for each event, in order.
 
-- Delivered is what was answered with 2xx.  A redirect is not followed, and is no delivery: whoever answers so
-  has taken nothing.
-- All else is tried again, for as long as events are kept: a little later each time, up to a limit, and not
-  before the time that Retry-After says.  Meanwhile what follows waits.
-- What a receiver refuses for what it is, by 400, 413, 415 or 422, is dropped after two hours of failure, lest
-  it stand in the way for days.
-- What was delivered is removed behind that.  Who is killed in between delivers it once more: an event comes
-  at least once, with the same id.
+- A 2xx response means delivered.  A redirect is not followed and counts as a failure: the receiver has not
+  taken the event.
+- After any other result the delivery is retried until the event is older than `keep`, with increasing delays
+  up to a limit, and not before the time in Retry-After.  Later events wait meanwhile.
+- An event that the receiver rejects as such, with 400, 413, 415 or 422, is dropped after two hours, so that
+  it does not block the queue for days.
+- A delivered event is removed afterwards.  If the process is killed in between, the event is delivered again,
+  with the same id: delivery is at least once.
 """
 
 from __future__ import annotations
@@ -44,18 +44,20 @@ from storage.errors import StorageFailed
 log = structlog.get_logger()
 
 AT_ONCE = 100  # events in memory, and in a transaction that removes them
-LOOK = 60.0  # seconds after which a queue is looked at uncalled: a command on the directory calls nobody
-REFUSED = 7200.0  # seconds
-LATEST = 3600.0  # seconds at most that Retry-After is kept to
-IDLE = 4.0  # seconds that a connection is kept; less than servers do, since one that is closing takes nothing
-AGAIN = 60.0  # seconds after which a disk that failed is tried again
+LOOK = 60.0  # seconds between reads of a queue without a signal; commands without a server send none
+REFUSED = 7200.0  # seconds after which an event that the receiver rejects is dropped
+LATEST = 3600.0  # seconds for which Retry-After is obeyed at most
+IDLE = (
+    4.0  # seconds that an idle connection is kept: less than servers keep it, or they might close it in use
+)
+AGAIN = 60.0  # seconds between attempts while the disk fails
 _OF_THE_EVENT = (400, 413, 415, 422)
 
 Wait = Callable[[float], Awaitable[None]]
 
 
 class DeliveryFailed(Exception):
-    """Why an event was not taken; `status` is 0 where there was no answer, `after` what Retry-After says."""
+    """An event was not delivered.  `status` is 0 without a response, `after` the value of Retry-After."""
 
     def __init__(self, cause: str, status: int = 0, after: float | None = None) -> None:
         super().__init__(cause)
@@ -64,9 +66,10 @@ class DeliveryFailed(Exception):
 
 
 class Dispatcher:
-    """run() until it is cancelled.  `run_directory` is where other processes call that something is new.
+    """Delivers the events of all webhooks, from run() until that is cancelled.
 
-    Raises StartError where a ca_file cannot be used.
+    Other processes send their signals for new events in `run_directory`.  Raises StartError if a `ca_file`
+    cannot be used.
     """
 
     def __init__(
@@ -103,14 +106,14 @@ class Dispatcher:
                 for name, events in settled.items():
                     log.warning("webhook.dropped", webhook=name, events=events, cause="no longer configured")
             except StorageFailed:
-                pass  # the disk has told of it; the next start does it
+                pass  # DiskHealth has logged it; the next start settles
             async with asyncio.TaskGroup() as work:
                 for each in self._deliveries:
                     work.create_task(each.run())
 
 
 class Delivery:
-    """To one webhook.  `wait` is asyncio.sleep, or a test's."""
+    """The deliveries to one webhook.  `wait` is asyncio.sleep; tests replace it."""
 
     def __init__(
         self,
@@ -134,11 +137,11 @@ class Delivery:
         self._wait = wait
         self._jitter = jitter
         self._news = asyncio.Event()
-        self._after = ""  # the key of the last event that is through
+        self._after = ""  # the key of the last event that was delivered or dropped
         self._state = DeliveryState()
-        self._gone: list[str] = []  # keys of what is to be removed
+        self._done: list[str] = []  # keys of the events to be removed
         self._removing: asyncio.Task[None] | None = None
-        self._dropped: Counter[str] = Counter()  # events that it is to be told of, by cause
+        self._dropped: Counter[str] = Counter()  # events whose loss is to be logged, by cause
 
     def wake(self) -> None:
         self._news.set()
@@ -152,7 +155,7 @@ class Delivery:
                 try:
                     events = await run_in_thread(self._queue.read, self.name, self._after, AT_ONCE)
                     self._pending.set(await run_in_thread(self._queue.pending, self.name))
-                except StorageFailed:  # the disk has told of it
+                except StorageFailed:  # DiskHealth has logged it
                     await self._wait(AGAIN)
                     continue
                 for each in events:
@@ -170,22 +173,22 @@ class Delivery:
         )
 
     async def _rest(self) -> None:
-        """Until there is something new."""
+        """Wait for a signal."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK):
                 await self._news.wait()
 
     async def _deliver(self, session: aiohttp.ClientSession, event: QueuedEvent) -> None:
-        """Until it is delivered, or dropped."""
+        """Try until the event is delivered or dropped."""
         content_event, attempts, refused_at = event.event, 0, None
         while True:
             now = self._clock()
             if content_event is None:
                 return self._drop(event, "cannot be read")
             if now - content_event.at > self._webhook.keep:
-                return self._drop(event, "kept for as long as events are")
+                return self._drop(event, "older than its webhook keeps events")
             if refused_at is not None and now - refused_at >= REFUSED:
-                return self._drop(event, f"refused again and again: {self._state.error}")
+                return self._drop(event, f"rejected for two hours: {self._state.error}")
             try:
                 await self._post(session, content_event)
             except DeliveryFailed as failure:
@@ -218,12 +221,12 @@ class Delivery:
         except TimeoutError:
             raise DeliveryFailed(f"no answer within {webhook.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise DeliveryFailed(_said(error)) from None
+            raise DeliveryFailed(_describe(error)) from None
         if not 200 <= status < 300:
-            hint = ": a redirect is not followed" if 300 <= status < 400 else ""
+            hint = ": redirects are not followed" if 300 <= status < 400 else ""
             raise DeliveryFailed(f"answered {status}{hint}", status, after)
 
-    # What came of it
+    # Results
 
     def _delivered(self, event: QueuedEvent) -> None:
         now = self._clock()
@@ -252,25 +255,25 @@ class Delivery:
     def _settle(self, event: QueuedEvent, result: str) -> None:
         self._after = event.key
         self._events.labels(self.name, result).inc()
-        self._gone.append(event.key)
+        self._done.append(event.key)
         self._remove_soon()
 
     def _remove_soon(self) -> None:
-        if self._gone and self._removing is None:
+        if self._done and self._removing is None:
             self._removing = asyncio.create_task(self._remove())
 
     async def _remove(self) -> None:
         try:
-            while keys := self._gone[:AT_ONCE]:
+            while keys := self._done[:AT_ONCE]:
                 await run_in_thread(self._queue.remove, self.name, keys, self._state)
-                del self._gone[: len(keys)]
+                del self._done[: len(keys)]
         except StorageFailed:
-            pass  # the disk has told of it; it is tried with the next
+            pass  # DiskHealth has logged it; the next removal tries again
         finally:
             self._removing = None
 
     async def _removed(self) -> None:
-        """What is through is removed, if it can be; and it is told what was dropped."""
+        """Remove what was delivered or dropped, if the disk permits, and log what was dropped."""
         self._remove_soon()
         if self._removing is not None:
             await asyncio.wait([self._removing])
@@ -279,10 +282,10 @@ class Delivery:
             log.error("webhook.dropped", webhook=self.name, events=events, cause=cause)
 
 
-def _said(error: Exception) -> str:
-    """Without the URL, which may hold a secret."""
+def _describe(error: Exception) -> str:
+    """Describe an error without the URL, which may hold a secret."""
     if isinstance(error, aiohttp.ClientResponseError):
-        return error.message or "answered what is not HTTP"
+        return error.message or "the response is not HTTP"
     if isinstance(error, aiohttp.InvalidURL):
-        return "its url cannot be used"
+        return "the url is not valid"
     return str(error) or type(error).__name__

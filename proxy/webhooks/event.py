@@ -1,6 +1,6 @@
-"""Something that happened to content, as it lies in the queues until a webhook has been told of it.
+"""An event: an action on content, as it is kept in the queues until it is delivered.
 
-Whatever a webhook's format, what is queued is this: so the format can be changed while something waits.
+Queued events do not depend on a webhook's format, so the format can be changed while events are pending.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ContentKind: TypeAlias = Literal["manifest", "blob", "tag"]
 
 
 class EventRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """By which request; nothing is known of it where a cache asked by itself."""
+    """The request that caused an event; all members are empty if a cache acted by itself."""
 
     id: str = ""
     address: str = ""
@@ -24,11 +24,16 @@ class EventRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`action` was done to a `kind` of content at `at`, in seconds since the epoch.
+    """An action on content.
 
-    `repository` is a full name.  `size` is -1 where it is not known.  `tag` is the one that was asked for, or
-    that moved; `former` is the digest that it moved from, `source` the repository that a blob was mounted
-    from.  `url` is where the client of the request finds what `digest` says.  `actor` is who it was.
+    at: seconds since the epoch
+    repository: a full name
+    size: -1 if it is not known
+    tag: the tag that was requested or that moved
+    former: the digest that the tag pointed to before it moved
+    source: the repository that a blob was mounted from
+    url: where the client of the request finds the content of `digest`
+    actor: the user
     """
 
     id: str
@@ -52,7 +57,7 @@ encode = msgspec.json.Encoder().encode
 
 
 def decode(record: bytes) -> Event | None:
-    """None where it is none of ours, or of another version."""
+    """Return None if `record` is no event, or an event of an incompatible version."""
     try:
         return _decode(record)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,10 +1,10 @@
-"""What a webhook is sent: the events of Docker's registry, or CloudEvents.
+"""The formats in which webhooks receive events: those of Docker's registry, or CloudEvents.
 
     registry      Distribution's envelope, application/vnd.docker.distribution.events.v2+json, of one event
     cloudevents   CloudEvents 1.0, structured content mode: application/cloudevents+json
 
-Members whose value is not known are left out.  In both, what Distribution has no word for is an additional
-member: the action `move`, and `fromDigest`, what a tag pointed to before.
+Members without a known value are left out.  Both formats add to Distribution's vocabulary the action `move`
+and the member `fromDigest`, the digest that a tag pointed to before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAST = {"push": "pushed", "pull": "pulled", "delete": "deleted", "mount": "moun
 
 @dataclass(frozen=True, slots=True)
 class EventSource:
-    """Which server it is that tells: where it listens, and a name for as long as this process runs."""
+    """The server that sends events: its address, and an id for the lifetime of this process."""
 
     address: str
     instance: str
@@ -40,7 +40,7 @@ class EventSource:
 
 
 def render(event: Event, format: Format, source: EventSource) -> tuple[str, bytes]:
-    """The media type and the body."""
+    """Return the media type and the body of a request that delivers `event`."""
     if format == "registry":
         return REGISTRY, msgspec.json.encode({"events": [_registry(event, source)]})
     return CLOUDEVENTS, msgspec.json.encode(_cloudevent(event, source))
@@ -84,7 +84,7 @@ def _cloudevent(event: Event, source: EventSource) -> dict[str, Any]:
     return {
         "specversion": "1.0",
         "id": event.id,
-        # A URI reference.  What follows it is what an id is unique within.
+        # A URI reference.  An id is unique within its source.
         "source": f"//{quote(source.address, safe=':.-')}/{repository.partition('/')[0]}",
         "type": f"entrepot.{event.kind}.{_PAST[event.action]}",
         "subject": written(repository, event.tag or event.digest),

@@ -1,8 +1,8 @@
-"""From what happens to the queues: gathered in memory, and written by one transaction for all that is there.
+"""Puts events into the queues of the webhooks: gathered in memory, and written in one transaction.
 
-Whoever pushes is answered when what he did is in the queues, unless they cannot be written: then it is lost,
-which is an error event, the first time, and the push goes on.  What is pulled is written a little later, and
-nobody waits for it.
+A push is answered once its events are in the queues.  If the queues cannot be written, the events are lost,
+the first loss is logged as an error, and the push succeeds all the same.  Pulls are written a little later,
+and no request waits for them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from storage.oci import Digest, Tag
 
 log = structlog.get_logger()
 
-LATER = 0.1  # seconds that a pull waits for others
-GATHERED = 10_000  # pulls that may wait to be written; what is beyond is lost
-PENDING = 1_000_000  # events of a webhook that may be pending before pulls are lost
+LATER = 0.1  # seconds for which pulls are gathered
+GATHERED = 10_000  # events in memory above which further pulls are lost
+PENDING = 1_000_000  # pending events of a webhook above which further pulls are lost
 
 
 class Publisher:
-    """It belongs into one event loop.  `wake` is called when there is something new to deliver."""
+    """Publishes the events of one process, in one event loop.  `wake` is called after events were queued."""
 
     def __init__(
         self,
@@ -46,16 +46,16 @@ class Publisher:
         self._metrics = metrics
         self._clock = clock
         self._wake = wake
-        self.pulls = any("pull" in each.actions for each in webhooks)  # whether anybody wants them
+        self.pulls = any("pull" in each.actions for each in webhooks)  # whether any webhook wants them
         self._gathered: list[Event] = []
-        self._lost: Counter[str] = Counter()  # pulls for which there was no room in memory
-        self._losing: set[str] = set()  # webhooks of which it was told
+        self._lost: Counter[str] = Counter()  # pulls that exceeded GATHERED
+        self._losing: set[str] = set()  # webhooks whose loss of events is logged already
         self._later: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
-        self._written: asyncio.Future[None] | None = None  # what is gathered now
+        self._written: asyncio.Future[None] | None = None  # done when the events gathered now are written
 
     async def publish(self, event: Event) -> None:
-        """Returns when it is in the queues of all who want it, or is lost; raises nothing."""
+        """Return when the event is in all queues that it belongs to, or is lost.  Raises nothing."""
         if not self._wanting(event):
             return
         self._gathered.append(event)
@@ -66,7 +66,7 @@ class Publisher:
         await asyncio.shield(written)
 
     async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
-        """As publish(), of a tag; `repository` is a full name."""
+        """Publish that a tag moved; `repository` is a full name."""
         event = Event(
             id=str(uuid.uuid4()),
             at=self._clock(),
@@ -80,7 +80,7 @@ class Publisher:
         await self.publish(event)
 
     def publish_later(self, event: Event) -> None:
-        """A pull: nobody waits for it."""
+        """Publish a pull, without waiting until it is written."""
         if len(self._gathered) >= GATHERED:
             for name in self._wanting(event):
                 self._lost[name] += 1
@@ -119,7 +119,7 @@ class Publisher:
 
     async def _put(self, gathered: list[Event], lost: Counter[str]) -> None:
         cause = f"{GATHERED} wait to be written"
-        # In a thread, since many patterns take their time.
+        # In a thread, since matching many patterns takes time.
         wanted = await run_in_thread(lambda: [(each, self._wanting(each)) for each in gathered])
         expected = Counter(name for _, names in wanted for name in names)
         queued: Counter[str] = Counter()
@@ -144,7 +144,7 @@ class Publisher:
         self._losing = (self._losing - queued.keys()) | lost.keys()
 
     async def close(self) -> None:
-        """What is gathered is written first."""
+        """Write the gathered events and stop."""
         self._write()
         while self._writing is not None:
             await asyncio.wait([self._writing])

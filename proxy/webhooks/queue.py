@@ -1,13 +1,13 @@
-"""What webhooks are still to be told of, on disk: one queue for each, in the order in which it happened.
+"""The queues of events on disk: one for each webhook, in the order in which the events happened.
 
-    event <webhook> <number>    the event, as JSON
-    number                      the last one that was given
-    pending <webhook>           how many events there are of it
-    webhook <webhook>           how its deliveries went: DeliveryState, as JSON
+    event <webhook> <number>    an event, as JSON
+    number                      the last number that was used
+    pending <webhook>           the number of events in the queue
+    webhook <webhook>           the result of the deliveries: DeliveryState, as JSON
 
-A number is given in the transaction that puts the event there: so no event ever comes up behind one that was
-read already, whichever process put it.  Numbers begin with the time, in µs, so that they go on increasing
-should the last one be lost with a damaged database.
+The transaction that adds an event also takes its number, so no event ever appears before one that was read
+already, whichever process adds it.  Numbers are at least the time in µs, so that they still increase if the
+last one is lost with a damaged database.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _DIGITS = 20
 
 
 class DeliveryState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Times in seconds since the epoch; None where there is none.
+    """The result of a webhook's deliveries so far.  Times are in seconds since the epoch.
 
-    While deliveries fail, `failing_since` tells since when.  `error` is what the last one that failed, at
-    `failed_at`, has failed with.
+    failing_since: since when deliveries fail; None if the last one succeeded
+    failed_at, error: time and cause of the last failure
     """
 
     delivered_at: float | None = None
@@ -40,23 +40,26 @@ class DeliveryState(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class QueuedEvent(msgspec.Struct, frozen=True):
-    """`key` is what it has in the queue; `event` None where that cannot be read."""
+    """An event and its key in the queue; `event` is None if the record cannot be decoded."""
 
     key: str
     event: Event | None
 
 
 class Queue:
-    """Every method raises StorageFailed, and is to be called in a thread; close() apart."""
+    """The queues of all webhooks.
+
+    Every method but close() blocks, so it is called in a thread, and raises StorageFailed.
+    """
 
     def __init__(self, records: Records, clock: Callable[[], float] = time.time) -> None:
         self._records = records
         self._clock = clock
 
     def put(self, events: Sequence[tuple[Event, Sequence[str]]], limit: int) -> Counter[str]:
-        """Each into the queues of the webhooks that are named with it; how many came into which.
+        """Add each event to the queues of its webhooks, and return how many were added to which queue.
 
-        What was pulled does not where `limit` events are pending already.
+        Pulls are left out where `limit` events are pending already.
         """
         encoded = [(event, names, encode(event)) for event, names in events]
 
@@ -82,13 +85,13 @@ class Queue:
         return self._records.transaction(work)
 
     def read(self, webhook: str, after: str, limit: int) -> list[QueuedEvent]:
-        """The first of those after the key `after`; of all, where that is empty."""
+        """Return the first `limit` events, or those after the key `after` unless that is empty."""
         prefix = EVENT.prefix(webhook)
         found = self._records.scan(prefix, after.removeprefix(prefix))
         return [QueuedEvent(key, decode(record)) for key, record in islice(found, limit)]
 
     def remove(self, webhook: str, keys: Iterable[str], state: DeliveryState | None = None) -> None:
-        """What it was told of, or never will be; and how deliveries go, where that has changed."""
+        """Remove the events of `keys`, and record `state` if it is given."""
 
         def work(batch: Batch) -> None:
             gone = sum(batch.delete(key) for key in keys)
@@ -102,7 +105,7 @@ class Queue:
         return _number(self._records, PENDING.key(webhook))
 
     def oldest(self, webhook: str) -> float | None:
-        """When the first event that it has not been told of happened."""
+        """Return the time of the first pending event."""
         return next((each.event.at for each in self.read(webhook, "", 1) if each.event), None)
 
     def state(self, webhook: str) -> DeliveryState:
@@ -112,7 +115,10 @@ class Queue:
             return DeliveryState()
 
     def settle(self, webhooks: Iterable[str]) -> dict[str, int]:
-        """Count anew, and drop what is of no webhook of these: how many events, by its name."""
+        """Count the events of `webhooks` again, and drop those of any other webhook.
+
+        Returns the number of dropped events by the name of the webhook.
+        """
         names = set(webhooks)
         dropped: dict[str, int] = {}
         for name in self._known() - names:

@@ -1,6 +1,6 @@
-"""Telling who delivers, in a process of its own, that there is something new: a datagram to a socket of his.
+"""A signal to the process that delivers events: an empty datagram to its socket.
 
-There is nothing in it, and it need not come: who begins to deliver looks first at what is there.
+The signal may get lost: the dispatcher reads its queues when it starts, and once in a while.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from pathlib import Path
 NAME = "webhooks"
 
 
-def caller(run: Path) -> Callable[[], None]:
-    """To be called where somebody else listens in the directory `run`; where nobody does, nothing happens."""
+def sender(run: Path) -> Callable[[], None]:
+    """Return a function that sends the signal to the process that listens in the directory `run`, if any."""
 
     def wake() -> None:
-        # Without a wait: if the socket is full, he is being woken already.
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as calling:
-            calling.setblocking(False)
-            calling.sendto(b"\n", str(run / NAME))
+        # Without waiting: if the socket is full, the other process is being woken already.
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sending:
+            sending.setblocking(False)
+            sending.sendto(b"\n", str(run / NAME))
 
     return wake
 
 
 @contextmanager
 def listening(run: Path, wake: Callable[[], None]) -> Iterator[None]:
-    """Call `wake` for whoever calls.  Only one process at a time may be inside, for each `run`."""
+    """Call `wake` for each signal.  Only one process at a time may listen in a directory."""
     path = run / NAME
     loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as called:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiving:
 
-        def heard() -> None:
+        def receive() -> None:
             with suppress(BlockingIOError):
-                while called.recv(1):
+                while receiving.recv(1):
                     pass
             wake()
 
-        path.unlink(missing_ok=True)  # of one that was killed
-        called.bind(str(path))
+        path.unlink(missing_ok=True)  # left by a process that was killed
+        receiving.bind(str(path))
         path.chmod(0o600)
-        called.setblocking(False)
-        loop.add_reader(called, heard)
+        receiving.setblocking(False)
+        loop.add_reader(receiving, receive)
         try:
             yield
         finally:
-            loop.remove_reader(called)
+            loop.remove_reader(receiving)
             path.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
-"""The tree of committed blobs as it lies on disk, whatever it is: for who looks at all of it.
+"""The tree of committed blobs as it lies on disk: listing it, and verifying the files in it.
 
-What is in it and is no blob is foreign: a name that is no digest, a digest in another's directory, anything
-but a plain file.  Foreign things are never followed, opened or removed.  All of it blocks.
+A path in the tree that is not a blob is foreign: a name that is no digest, a digest in another digest's
+directory, anything but a regular file.  Foreign paths are never followed, opened or removed.
+
+All functions block, and raise OSError where the disk fails.
 """
 
 from __future__ import annotations
@@ -10,35 +12,45 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from storage.disk.uploads import CHUNK
 from storage.errors import DigestInvalid
 from storage.oci import Digest
 
-ASIDE_BYTES = 1 << 30  # that what was set aside has together, but for the newest
-
+ASIDE_BYTES = 1 << 30  # the most that damaged files which are kept may have together, without the newest
 _ALGORITHMS = ("sha256", "sha512")  # see oci.Digest
 _FAN_OUT = {f"{number:02x}" for number in range(256)}
-# What of a failure is the file's own; any other may be ours, or all the disk's.
-_ITS_OWN = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.EACCES}
+# Errors of one file; any other may be an error of this process or of the whole disk.
+_FILE_ERRORS = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.EACCES}
+
+
+class StoredBlob(NamedTuple):
+    """A committed blob as it was found; the least recently used sorts first.
+
+    `used_at` is in seconds since the epoch, `size` in bytes.
+    """
+
+    used_at: float
+    size: int
+    digest: Digest
 
 
 @dataclass(slots=True)
 class Directory:
-    """`blobs` are in order, with their sizes."""
+    """The content of a fan-out directory; `blobs` are in the order of their digests."""
 
-    blobs: list[tuple[Digest, int]] = field(default_factory=list)
+    blobs: list[StoredBlob] = field(default_factory=list)
     foreign: list[Path] = field(default_factory=list)
 
 
-class TreeReader:
-    """A committed blob's file, being hashed.
+class BlobHasher:
+    """Reads and hashes the file of a committed blob, step by step.
 
-    It stays open until close(), so that nothing else gets its identity meanwhile.
+    The file stays open until close(), so that no other file gets its identity in the meantime.
     """
 
     def __init__(self, path: Path, digest: Digest) -> None:
@@ -46,13 +58,13 @@ class TreeReader:
         self.ended = False
         self.status: os.stat_result | None = None
         self.size = 0
-        self.error: str | None = None  # why it cannot be read
+        self.error: str | None = None  # why the file cannot be read
         self._digest = digest
         self._hash = hashlib.new(digest.algorithm)
         self._file = -1
 
     def step(self) -> int:
-        """Take in some of it, or find that it has `ended`; how many bytes."""
+        """Read and hash the next chunk, and return its size; sets `ended` at the end of the file."""
         before = self.size
         try:
             if self._file < 0:
@@ -64,35 +76,35 @@ class TreeReader:
                 self.ended = not chunk
         except OSError as error:
             self.ended = True
-            if error.errno in _ITS_OWN:
+            if error.errno in _FILE_ERRORS:
                 self.error = error.strerror or str(error)
             elif error.errno in (errno.ENOENT, errno.ELOOP):
-                self.status = None  # evicted, or a link now
+                self.status = None  # evicted, or replaced by a symbolic link
             else:
                 raise
         return self.size - before
 
     def _open(self) -> None:
         self.status = self.path.lstat()
-        # Whatever took the name since it was listed: neither follow it nor wait for it.
+        # Something else may have the name since it was listed: neither follow a link nor wait for a pipe.
         self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         self.status = os.fstat(self._file)
         if not stat.S_ISREG(self.status.st_mode):
             self.status, self.ended = None, True
         with suppress(OSError):
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            # What is read once is not to push out what clients share.  DONTNEED afterwards would push out
-            # just that, where both are the same blob.
+            # What is read once must not push out of the page cache what clients share.  DONTNEED afterwards
+            # would push out just that, where a client reads the same blob.
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_NOREUSE)
 
     @property
     def gone(self) -> bool:
-        """There is no such file any more."""
+        """Whether the blob no longer exists."""
         return self.ended and self.status is None and self.error is None
 
     @property
     def found(self) -> str:
-        """The digest of what is there, or why none could be told."""
+        """The digest of the content, or the error that kept it from being read."""
         return self.error or f"{self._digest.algorithm}:{self._hash.hexdigest()}"
 
     def close(self) -> None:
@@ -102,7 +114,7 @@ class TreeReader:
 
 
 def directories(root: Path) -> tuple[list[str], list[Path]]:
-    """The fan-out directories, as `<algorithm>/<ab>`, and what is foreign beside them."""
+    """List the fan-out directories, as `<algorithm>/<ab>`, and the foreign paths beside them."""
     names, foreign = [], []
     for algorithm in _entries(root):
         if algorithm.name not in _ALGORITHMS or not algorithm.is_dir(follow_symlinks=False):
@@ -116,30 +128,31 @@ def directories(root: Path) -> tuple[list[str], list[Path]]:
     return names, foreign
 
 
-def read_tree(root: Path, name: str, after: str = "", until: str | None = None) -> Directory:
-    """What the fan-out directory `name` holds after one name, up to another."""
+def read_directory(root: Path, name: str, after: str = "", until: str | None = None) -> Directory:
+    """List the files in the fan-out directory `name` that come after `after`, up to and including `until`."""
     found = Directory()
-    for entry in sorted(_entries(root / name), key=lambda each: each.name):
+    for entry in _entries(root / name):
         if entry.name <= after or (until is not None and entry.name > until):
             continue
         digest = _digest(name, entry.name)
         if digest is None or not entry.is_file(follow_symlinks=False):
             found.foreign.append(Path(entry.path))
             continue
-        with suppress(FileNotFoundError):  # evicted meanwhile
-            found.blobs.append((digest, entry.stat(follow_symlinks=False).st_size))
+        with suppress(FileNotFoundError):  # evicted in the meantime
+            status = entry.stat(follow_symlinks=False)
+            found.blobs.append(StoredBlob(status.st_mtime, status.st_size, digest))
     return found
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
-    """None where it was removed meanwhile."""
+    """The entries in the order of their names; none if the directory was removed in the meantime."""
     with suppress(FileNotFoundError), os.scandir(directory) as found:
-        return list(found)
+        return sorted(found, key=lambda entry: entry.name)
     return []
 
 
 def _digest(directory: str, name: str) -> Digest | None:
-    """Whose content a file of that name holds; None where it does not belong there."""
+    """The digest that a file of this name has by its place; None if the name does not belong there."""
     algorithm, _, start = directory.partition("/")
     with suppress(DigestInvalid):
         digest = Digest.parse(f"{algorithm}:{name}")
@@ -147,33 +160,20 @@ def _digest(directory: str, name: str) -> Digest | None:
     return None
 
 
-def thin(newest: Path, kept: int) -> None:
-    """Remove what was set aside before `newest`, but for the last of it: `kept` files with that."""
+def remove_damaged(newest: Path, kept: int) -> None:
+    """Remove the oldest damaged files beside `newest`, so that `kept` of them stay.
+
+    Fewer stay if those that are older than `newest` have more than ASIDE_BYTES together.
+    """
     found = []
     for algorithm in _ALGORITHMS:
         for path in newest.parent.glob(f"{algorithm}-*"):
             with suppress(OSError):
                 status = path.lstat()
                 found.append((path == newest, status.st_mtime, status.st_size, path))
-    held = 0
+    total = 0
     for number, (_, _, size, path) in enumerate(sorted(found, reverse=True)):
-        held += size if number else 0  # the newest may have any size
-        if number and (number >= kept or held > ASIDE_BYTES):
+        total += size if number else 0  # the newest may have any size
+        if number and (number >= kept or total > ASIDE_BYTES):
             with suppress(OSError):
                 path.unlink()
-
-
-def sorted_entries(directory: str) -> list[os.DirEntry[str]]:
-    with suppress(OSError), os.scandir(directory) as found:
-        return sorted(found, key=lambda each: each.name)
-    return []
-
-
-def files_in(directory: str) -> Iterator[tuple[str, int, float]]:
-    """Name, size and last use of each file in it."""
-    with suppress(OSError), os.scandir(directory) as found:
-        for each in found:
-            with suppress(OSError):  # it went meanwhile
-                if each.is_file(follow_symlinks=False):
-                    status = each.stat(follow_symlinks=False)
-                    yield each.name, status.st_size, status.st_mtime

@@ -11,16 +11,14 @@ import heapq
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 
 from storage.disk.records import Batch
-from storage.disk.tree import files_in, sorted_entries
+from storage.disk.tree import StoredBlob, directories, read_directory
 from storage.errors import DigestInvalid
 from storage.graph import Walk, contents
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
@@ -67,17 +65,9 @@ class EvictionReport:
     short: int = 0
 
 
-class Candidate(NamedTuple):
-    """A blob as it was found; the least recently used comes first."""
-
-    used_at: float
-    size: int
-    digest: str
-
-
-def oldest(found: Iterable[Candidate], enough: int) -> list[Candidate]:
+def oldest(found: Iterable[StoredBlob], enough: int) -> list[StoredBlob]:
     """The least recently used of them that have `enough` bytes together, and no more than it takes."""
-    heap: list[tuple[float, int, str]] = []  # of those so far the youngest is on top
+    heap: list[tuple[float, int, Digest]] = []  # of those so far the youngest is on top
     held = 0
     for each in found:
         if held >= enough and heap and each.used_at >= -heap[0][0]:
@@ -86,7 +76,7 @@ def oldest(found: Iterable[Candidate], enough: int) -> list[Candidate]:
         held += each.size
         while heap and held - heap[0][1] >= enough:
             held -= heapq.heappop(heap)[1]
-    return sorted(Candidate(-age, size, digest) for age, size, digest in heap)
+    return sorted(StoredBlob(-age, size, digest) for age, size, digest in heap)
 
 
 class Eviction:
@@ -104,6 +94,7 @@ class Eviction:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
+        self._root = store.files.root / "blobs"
         self._rules = rules
         self._usage = Usage(store.records, clock)
         self._pinned = pinned
@@ -118,10 +109,10 @@ class Eviction:
         found: dict[str, tuple[int, int]] = {}
         for directory in self._fan_out():
             with suppress(FileNotFoundError):
-                changed_at = Path(directory).stat().st_mtime_ns
+                changed_at = (self._root / directory).stat().st_mtime_ns
                 known = self._directories.get(directory)
                 if known is None or known[0] != changed_at:
-                    known = changed_at, sum(size for _, size, _ in files_in(directory))
+                    known = changed_at, sum(each.size for each in self._blobs_in(directory))
                 # Within the clock's grain something may come that leaves the same time.
                 settled = time.time() - changed_at / 1e9 > SETTLED
                 found[directory] = known if settled else (-1, known[1])
@@ -163,7 +154,7 @@ class Eviction:
             log.warning("evict.short", bytes=short, reason="what may go does not suffice")
         return work.report("limit" if to is None else "asked", short)
 
-    def _oldest(self, enough: int, kept: set[str]) -> list[Candidate]:
+    def _oldest(self, enough: int, kept: set[str]) -> list[StoredBlob]:
         return oldest((each for each in self._blobs() if each.digest not in kept), enough)
 
     def _needed(self, coming: int) -> int:
@@ -197,8 +188,8 @@ class Eviction:
                     elsewhere.add(digest)
         work.take(each for digest, each in gone.items() if digest not in elsewhere)
 
-    def _shown_by(self, name: str) -> dict[str, Candidate]:
-        shown: dict[str, Candidate] = {}
+    def _shown_by(self, name: str) -> dict[str, StoredBlob]:
+        shown: dict[str, StoredBlob] = {}
         for key, _ in self._store.records.scan(LINK.within(name)):
             digest = LINK.parse(key)[1]
             if digest not in shown and (found := self._look(digest)) is not None:
@@ -237,7 +228,7 @@ class Eviction:
     def _old(self, used_at: float, keep: float) -> bool:
         return self._clock() - used_at > keep
 
-    def _expired_blobs(self, pinned: Kept) -> list[Candidate]:
+    def _expired_blobs(self, pinned: Kept) -> list[StoredBlob]:
         keeps = {repository: self._keep_for(repository) for repository in self._repositories()}
         shortest = min([self._rules.default_keep_for, *keeps.values()])
         found = {
@@ -324,28 +315,29 @@ class Eviction:
 
     # The tree
 
-    def _fan_out(self) -> Iterator[str]:
-        root = self._store.files.root / "blobs"
-        for algorithm in sorted_entries(str(root)):
-            for directory in sorted_entries(algorithm.path):
-                if directory.is_dir(follow_symlinks=False):
-                    yield directory.path
+    def _fan_out(self) -> list[str]:
+        with self._store.files.guard(self._root):
+            return directories(self._root)[0]
 
-    def _blobs(self) -> Iterator[Candidate]:
+    def _blobs(self) -> Iterator[StoredBlob]:
         for directory in self._fan_out():
-            algorithm = directory.rpartition("/")[0].rpartition("/")[2]
-            for encoded, size, used_at in files_in(directory):
-                yield Candidate(used_at, size, f"{algorithm}:{encoded}")
+            yield from self._blobs_in(directory)
 
-    def _look(self, digest: str) -> Candidate | None:
+    def _blobs_in(self, directory: str) -> Sequence[StoredBlob]:
+        with suppress(OSError):  # of one directory: the others can still make room
+            return read_directory(self._root, directory).blobs
+        return ()
+
+    def _look(self, digest: str) -> StoredBlob | None:
         with suppress(OSError, DigestInvalid):
-            found = self._store.files.path(Digest.parse(digest)).stat()
-            return Candidate(found.st_mtime, found.st_size, digest)
+            parsed = Digest.parse(digest)
+            found = self._store.files.path(parsed).stat()
+            return StoredBlob(found.st_mtime, found.st_size, parsed)
         return None
 
-    def unlink(self, found: Candidate) -> bool:
+    def unlink(self, found: StoredBlob) -> bool:
         """Whether it went; it does not where it was used since it was `found`."""
-        path = self._store.files.path(Digest(found.digest))
+        path = self._store.files.path(found.digest)
         with suppress(OSError):
             if path.stat().st_mtime == found.used_at:
                 path.unlink()
@@ -376,7 +368,7 @@ class _Work:
         self.links: list[str] = []
         self.bytes = self.manifests = self.tags = self.removed_links = 0
 
-    def take(self, found: Iterable[Candidate]) -> None:
+    def take(self, found: Iterable[StoredBlob]) -> None:
         for each in found:
             if each.digest not in self.gone and (self._dry_run or self._eviction.unlink(each)):
                 self.gone.add(each.digest)

@@ -40,7 +40,7 @@ import structlog
 from storage.concurrency import run_in_thread
 from storage.disk.blobs import KIND
 from storage.disk.records import Batch
-from storage.disk.tree import TreeReader, directories, read_tree, thin
+from storage.disk.tree import BlobHasher, directories, read_directory, remove_damaged
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
 from storage.keys import LINK, MANIFEST, SCRUB, TAG, RecordKind
 from storage.oci import Digest
@@ -234,14 +234,14 @@ class _Run:
     ) -> None:
         """`note`: how far it got, now and then, beside this time of the last check."""
         with self._files.guard(self._root / name):
-            found = await run_in_thread(read_tree, self._root, name, after, until)
+            found = await run_in_thread(read_directory, self._root, name, after, until)
         self._tell(found.foreign)
-        self._estimate(sum(size for _, size in found.blobs))
+        self._estimate(sum(each.size for each in found.blobs))
         noted_at = self._scrub.ticks()
-        for digest, _ in found.blobs:
-            await self._check(digest)
+        for blob in found.blobs:
+            await self._check(blob.digest)
             if note is not None and self._scrub.ticks() - noted_at >= NOTED:
-                await self._note(name, note, digest.encoded)
+                await self._note(name, note, blob.digest.encoded)
                 noted_at = self._scrub.ticks()
 
     def _estimate(self, size: int) -> None:
@@ -253,7 +253,7 @@ class _Run:
 
     async def _check(self, digest: Digest) -> None:
         self._progress.current = digest
-        reading = TreeReader(self._files.path(digest), digest)
+        reading = BlobHasher(self._files.path(digest), digest)
         try:
             while not reading.ended:
                 with self._files.guard(reading.path):
@@ -268,7 +268,7 @@ class _Run:
         finally:
             reading.close()
 
-    def _is_the_disk(self, reading: TreeReader) -> bool:
+    def _is_the_disk(self, reading: BlobHasher) -> bool:
         """Whether it is more than this blob that cannot be read: then all that is there would be set aside.
 
         Digests say nothing of where on a disk a blob lies: its bad places will hardly hit several in a row.
@@ -282,7 +282,7 @@ class _Run:
         self._files.disk.failed(KIND, reading.path, OSError(errno.EIO, reading.error))
         return True
 
-    async def _damaged(self, digest: Digest, reading: TreeReader) -> None:
+    async def _damaged(self, digest: Digest, reading: BlobHasher) -> None:
         repositories = await run_in_thread(self._set_aside, digest, reading)
         if not repositories or self._heal is None:
             return
@@ -291,7 +291,7 @@ class _Run:
                 self._progress.healed += 1
                 log.info("blob.healed", digest=str(digest), repositories=repositories)
 
-    def _set_aside(self, digest: Digest, reading: TreeReader) -> list[str]:
+    def _set_aside(self, digest: Digest, reading: BlobHasher) -> list[str]:
         """The repositories that show it; none where it was evicted meanwhile, or cannot be moved."""
         path, moved = reading.path, False
         if reading.status is not None:
@@ -316,7 +316,7 @@ class _Run:
             action="set aside" if moved else "left in its place",
         )
         if moved and self._scrub.kept is not None:
-            thin(path, self._scrub.kept)
+            remove_damaged(path, self._scrub.kept)
         return repositories if moved else []
 
     def _showing(self, digest: Digest) -> Iterator[str]:

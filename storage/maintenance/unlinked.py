@@ -15,7 +15,7 @@ from itertools import islice
 import structlog
 
 from storage.disk.records import Batch
-from storage.disk.tree import directories, read_tree
+from storage.disk.tree import directories, read_directory
 from storage.keys import LINK
 from storage.maintenance.reachability import start_of
 from storage.oci import Digest
@@ -59,10 +59,10 @@ class Unlinked:
         for name in names:
             kept = set(linked[int(name[-2:], 16)])
             with self._files.guard(root):
-                blobs = read_tree(root, name).blobs
-            for digest, size in blobs:
-                if start_of(digest) not in kept and not self._stays(digest):
-                    yield digest, size
+                blobs = read_directory(root, name).blobs
+            for each in blobs:
+                if start_of(each.digest) not in kept and not self._stays(each.digest):
+                    yield each.digest, each.size
             self._rest()
 
     def _linked(self, but: Collection[str]) -> list[array[int]]:

@@ -117,14 +117,14 @@ def test_the_page_is_walked(walk: Walk, registries: dict[str, DockerRegistry]) -
     first, second = images.index("first", "amd64", "arm64"), images.index("second", "amd64", "arm64")
     images.push(registries["docker.io"].url, "library/alpine", "3.20", first)
     images.push(registries["ghcr.io"].url, "shop/app", "2.0", images.image("app"))
-    walk.section("What is to be carried")
+    walk.section("List the images")
     walk.section("Outside")
     asked = {name: each.requests() for name, each in registries.items()}
     walk.section("Inside")
     assert {name: each.requests() for name, each in registries.items()} == asked
     assert first.amd64.digest in walk.index("alpine")
     images.push(registries["docker.io"].url, "library/alpine", "3.20", second)
-    walk.section("The next week")
+    walk.section("Update the site")
     assert second.amd64.digest in walk.index("alpine-week-2")
     # What the page is about was done, and not passed by for its form.
     done = {words[1] for words in map(str.split, walk.ran) if words[0] == "entrepot"}

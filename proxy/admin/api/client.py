@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -15,6 +16,8 @@ from proxy.transfer import results
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
+
+    from proxy.transfer.bundle_export import Selection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -94,14 +97,17 @@ class AdminClient:
             results.BundleImported, "POST", "import", query, archive, "application/x-tar"
         )
 
-    async def planned(self, wanted: Mapping[str, Any]) -> results.Exported:
-        """What an export would come to; `wanted` are the fields of its body."""
-        body = msgspec.json.encode({**wanted, "dry_run": True})
+    async def planned(self, selection: Selection) -> results.Exported:
+        """What an export would contain."""
+        body = _export_body(selection, dry_run=True)
         return await self._request(results.Exported, "POST", "export", {}, body)
 
-    async def export(self, wanted: Mapping[str, Any], write: Callable[[bytes], object]) -> str:
-        """A tar, piece by piece.  Returns the digest of its entrepot.json; a planned one has another."""
-        async with self._response("POST", "export", {}, msgspec.json.encode(wanted)) as response:
+    async def export(self, selection: Selection, write: Callable[[bytes], object]) -> str:
+        """Pass the bundle to `write`, a tar in pieces; returns the digest of its entrepot.json.
+
+        The digest differs from that of planned(), since the bundle says when it was made.
+        """
+        async with self._response("POST", "export", {}, _export_body(selection)) as response:
             async for piece, _ in response.content.iter_chunks():
                 await asyncio.to_thread(write, piece)
             return response.headers.get(results.DIGEST, "")
@@ -146,6 +152,11 @@ class AdminClient:
                 yield response
         except (ClientError, ConnectionError, TimeoutError) as error:
             raise Failed(f"{self._url}: {error or 'no answer'}", "UNREACHABLE") from error
+
+
+def _export_body(selection: Selection, dry_run: bool = False) -> bytes:
+    since = [each.content.decode() for each in selection.since]
+    return msgspec.json.encode({**dataclasses.asdict(selection), "since": since, "dry_run": dry_run})
 
 
 class _ErrorAnswer(msgspec.Struct):

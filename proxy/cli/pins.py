@@ -1,0 +1,84 @@
+"""The commands about pins: pin, unpin, pins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from proxy.admin import models
+from proxy.cli.console import Column, Table
+from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
+from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout
+
+
+@click.command()
+@click.argument("pattern")
+@click.option(
+    "--keep-fresh",
+    callback=option_type(parse_timeout),
+    metavar="DURATION",
+    help="Have the server refresh what matches at this interval.",
+)
+@PLATFORMS
+@common
+def pin(call: CommandContext, pattern: str, keep_fresh: float | None, platforms: tuple[str, ...]) -> None:
+    """Protect images from eviction.
+
+    PATTERN is a glob over namespace/repository:tag. A pin of the same pattern is replaced.
+    """
+    call.ask(lambda operations: operations.pin(pattern, keep_fresh, platforms), pin_tables)
+
+
+@click.command()
+@click.argument("pattern")
+@common
+def unpin(call: CommandContext, pattern: str) -> None:
+    """Remove a pin.
+
+    PATTERN is written as `pins` lists it. A pin of the configuration can only be removed there.
+    """
+    call.ask(lambda operations: operations.unpin(pattern), unpinned_tables)
+
+
+@click.command()
+@common
+def pins(call: CommandContext) -> None:
+    """List pins.
+
+    Pins of the configuration come first. The sizes are those of what each pin matches now.
+    """
+    call.ask(lambda operations: operations.pins(), pin_tables)
+
+
+def pin_tables(found: Sequence[models.PinRow], now: float) -> Sequence[Table]:
+    columns = (
+        Column("PATTERN", whole=True),
+        Column("REFRESHED"),
+        Column("PLATFORMS"),
+        Column("ADDED"),
+        Column("REFERENCES", right=True),
+        Column("MANIFESTS", right=True),
+        Column("BLOBS", right=True),
+        Column("STORED", right=True),
+    )
+    table = Table(columns, empty="nothing is pinned")
+    for each in found:
+        table.add(
+            each.pattern,
+            "no" if each.keep_fresh is None else f"every {format_duration(each.keep_fresh)}",
+            " ".join(each.platforms) or "all",
+            format_time(each.since, now, "configuration"),
+            str(each.references),
+            str(each.manifests),
+            str(each.blobs),
+            format_size(each.bytes),
+        )
+    return [table]
+
+
+def unpinned_tables(found: models.Unpinned, now: float) -> Sequence[Table]:
+    return [Table((), notes=[f"{found.pattern} is no longer pinned"])]
+
+
+COMMANDS = (pin, unpin, pins)

@@ -1,0 +1,158 @@
+"""The commands that delete what is stored: purge, evict, collect."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import click
+
+from proxy.admin import models
+from proxy.admin.api.client import Failed
+from proxy.admin.operations import Operations
+from proxy.cli.console import Column, Table, write
+from proxy.cli.context import CommandContext, common, option_type
+from proxy.config.quantities import format_size, format_time, parse_size, plural
+from storage.names import is_glob
+
+_DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
+
+
+@click.command()
+@click.argument("pattern", metavar="REF|GLOB")
+@_DRY_RUN
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation of a glob.")
+@click.option("--force", is_flag=True, help="Delete pinned images too, without confirmation.")
+@common
+def purge(call: CommandContext, pattern: str, dry_run: bool, yes: bool, force: bool) -> None:
+    """Delete images now.
+
+    Deletes REF, or all that matches GLOB, and the content that no other image needs. A name without tag and
+    digest is the whole repository. The next pull fetches the image again.
+    """
+
+    async def work(operations: Operations) -> None:
+        if is_glob(pattern) and not (dry_run or yes or force):
+            await _confirm(operations, pattern)
+        found = await operations.purge(pattern, dry_run=dry_run, force=force)
+        call.print(found, purge_tables)
+        if not found.references:
+            raise Failed(f"nothing that is stored matches {pattern}", "NAME_UNKNOWN")
+
+    call.run(work)
+
+
+def is_interactive() -> bool:
+    return sys.stdin.isatty()
+
+
+async def _confirm(operations: Operations, pattern: str) -> None:
+    if not is_interactive():
+        raise Failed("purging by a glob needs a confirmation: give --yes", "NOT_CONFIRMED", usage=True)
+    found = await operations.purge(pattern, dry_run=True)
+    if found.references:
+        write(*purge_tables(found, time.time()), file=sys.stderr)
+        if not click.confirm("Purge?", err=True):
+            raise Failed("nothing was purged", "NOT_CONFIRMED")
+
+
+def purge_tables(found: models.Purged, now: float) -> Sequence[Table]:
+    table = Table((Column("WOULD BE PURGED" if found.dry_run else "PURGED", whole=True),))
+    for each in found.references:
+        table.add(each)
+    table.notes += [f"kept because it is pinned: {each}" for each in found.kept]
+    if found.references:
+        parts = (
+            plural(found.manifests, "manifest"),
+            plural(found.links, "link"),
+            plural(found.blobs, "blob"),
+        )
+        table.notes.append(f"{', '.join(parts)}, {format_size(found.bytes)}{_dry_run(found.dry_run)}")
+    return [table]
+
+
+def _dry_run(dry_run: bool) -> str:
+    return "; nothing was deleted" if dry_run else ""
+
+
+@click.command()
+@click.option(
+    "--to",
+    callback=option_type(parse_size),
+    metavar="SIZE",
+    help="Evict until this much is left. By default the configured limits apply.",
+)
+@_DRY_RUN
+@common
+def evict(call: CommandContext, to: int | None, dry_run: bool) -> None:
+    """Evict content from the cache.
+
+    Evicts what has not been used for its keep_for, then the least recently used content.
+    """
+    call.ask(lambda operations: operations.evict(to, dry_run=dry_run), evict_tables)
+
+
+def evict_tables(found: models.Evicted, now: float) -> Sequence[Table]:
+    done = "would be evicted" if found.dry_run else "evicted"
+    notes = [f"{done}: {_counts(found)}{_dry_run(found.dry_run)}"]
+    if found.short:
+        notes.append(
+            f"still {format_size(found.short)} over the limit: the rest is pinned, offline or being read"
+        )
+    return [Table((), notes=notes)]
+
+
+def _counts(found: models.Evicted | models.Collected) -> str:
+    return (
+        f"{plural(found.tags, 'tag')}, {plural(found.manifests, 'manifest')}, {plural(found.links, 'link')},"
+        f" {plural(found.blobs, 'blob')}, {format_size(found.bytes)}"
+    )
+
+
+@click.command()
+@_DRY_RUN
+@click.option("--last", is_flag=True, help="Show the result of the last collection, and start none.")
+@common
+def collect(call: CommandContext, dry_run: bool, last: bool) -> None:
+    """Collect garbage in private repositories.
+
+    Deletes pushed content that no tag reaches, and what the retention rules of its namespace allow. Clients
+    may push meanwhile. The exit status is 1 if damaged records kept a repository from being collected.
+    """
+
+    async def work(operations: Operations) -> None:
+        found = await (operations.collected() if last else operations.collect(dry_run=dry_run))
+        call.print(found, collection_tables)
+        if found.refused or any(each.refused for each in found.rows):
+            raise Failed(found.refused or "not all repositories could be collected", "DAMAGED")
+
+    call.run(work)
+
+
+def collection_tables(found: models.Collected, now: float) -> Sequence[Table]:
+    columns = (
+        Column("REPOSITORY", whole=True),
+        Column("TAGS", right=True),
+        Column("MANIFESTS", right=True),
+        Column("LINKS", right=True),
+        Column("TOO RECENT", right=True),
+    )
+    table = Table(columns)
+    for each in found.rows:
+        table.add(each.repository, str(each.tags), str(each.manifests), str(each.links), str(each.young))
+        if each.refused:
+            table.notes.append(f"not collected: {each.repository}: {each.refused}")
+    if not found.begun:
+        table.notes.append("no collection has run yet")
+        return [table]
+    done = "would be collected" if found.dry_run else f"collected {format_time(found.begun, now)}"
+    table.notes.append(f"{done}: {_counts(found)}{_dry_run(found.dry_run)}")
+    table.notes.append(
+        f"examined {plural(found.repositories, 'repository', 'repositories')};"
+        f" {found.young} too recent to be collected"
+    )
+    return [table]
+
+
+COMMANDS = (purge, evict, collect)

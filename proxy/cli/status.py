@@ -1,0 +1,248 @@
+"""The commands that show what the server does: stats, fills, why, webhooks."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import closing, suppress
+
+import click
+import msgspec
+
+from proxy.admin import models
+from proxy.admin.api.client import Failed
+from proxy.admin.operations import Operations
+from proxy.cli.console import Column, ProgressDisplay, Table, freshness
+from proxy.cli.context import PAUSE, CommandContext, common, option_type
+from proxy.config.quantities import (
+    format_duration,
+    format_share,
+    format_size,
+    format_time,
+    parse_timeout,
+    plural,
+)
+from storage.names import written
+
+
+def _period(given: object) -> object:
+    parse_timeout(given)
+    return given  # as it was given: the server parses it
+
+
+@click.command()
+@click.option(
+    "--period",
+    default="24h",
+    metavar="DURATION",
+    callback=option_type(_period),
+    show_default=True,
+    help="How far back to count.",
+)
+@common
+def stats(call: CommandContext, period: str) -> None:
+    """Show cache statistics."""
+    call.ask(lambda operations: operations.stats(period), stats_tables)
+
+
+def stats_tables(found: models.Stats, now: float) -> Sequence[Table]:
+    columns = (
+        Column("NAMESPACE", whole=True),
+        Column("REQUESTS", right=True),
+        Column("HIT RATIO", right=True),
+        Column("BYTE HIT RATIO", right=True),
+        Column("SENT", right=True),
+        Column("RECEIVED", right=True),
+        Column("BYTES SAVED", right=True),
+        Column("UPSTREAM REQUESTS", right=True),
+        Column("REQUESTS SAVED", right=True),
+        Column("STALE", right=True),
+        Column("ERRORS", right=True),
+    )
+    table = Table(columns)
+    total = [] if len(found.namespaces) == 1 else [found.total]
+    for each in (*found.namespaces, *total):
+        table.add(
+            each.namespace or "all",
+            str(each.requests),
+            format_share(each.hit_ratio),
+            format_share(each.byte_hit_ratio),
+            format_size(each.sent_bytes),
+            format_size(each.received_bytes),
+            format_size(each.bytes_saved),
+            str(each.upstream_requests),
+            str(each.requests_saved),
+            str(each.stale),
+            str(each.errors),
+        )
+    limit = "" if found.limit is None else f" of {format_size(found.limit)}"
+    table.notes.append(
+        f"in the last {format_duration(found.period)}; stored {format_size(found.stored_bytes)}{limit}"
+    )
+    return [table]
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
+@common
+def fills(call: CommandContext, watch: bool) -> None:
+    """List transfers in flight."""
+
+    async def work(operations: Operations) -> None:
+        if not operations.remote:
+            raise Failed("no server is running: nothing is being transferred", "NOT_RUNNING")
+        if not watch:
+            call.print(await operations.fills(), fill_tables)
+            return
+        await follow(operations, call.json, _seconds())
+
+    with suppress(KeyboardInterrupt):
+        call.run(work)
+
+
+async def _seconds() -> AsyncIterator[None]:
+    """Yield at once, then after each pause."""
+    while True:
+        yield
+        await asyncio.sleep(PAUSE)
+
+
+async def follow(operations: Operations, as_json: bool, moments: AsyncIterator[None]) -> None:
+    """Show the fills at each of `moments`: as bars, as lines, or as one line of JSON each time."""
+    with closing(ProgressDisplay(sys.stdout)) as progress:
+        async for _ in moments:
+            found = await operations.fills()
+            if as_json:
+                click.echo(msgspec.json.encode(found))
+            else:
+                show_fills(found, progress)
+
+
+def show_fills(found: Sequence[models.FillRow], progress: ProgressDisplay, other: str = "") -> None:
+    """Show the fills, and drop those that have ended; the part named `other` is none of them, and stays."""
+    for each in found:
+        done = f"{format_size(each.bytes)} of {format_size(each.size)}, {format_size(each.speed)}/s"
+        progress.show(_part(each), each.bytes, each.size, f"{done}, {plural(each.followers, 'client')}")
+    for part in progress.parts() - {_part(each) for each in found} - {other}:
+        progress.drop(part)
+
+
+def _part(fill: models.FillRow) -> str:
+    return written(fill.repository, fill.digest)
+
+
+def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
+    columns = (
+        Column("REPOSITORY", whole=True),
+        Column("DIGEST", digests=True),
+        Column("RECEIVED", right=True),
+        Column("SIZE", right=True),
+        Column("DONE", right=True),
+        Column("SPEED", right=True),
+        Column("TIME LEFT", right=True),
+        Column("CLIENTS", right=True),
+    )
+    table = Table(columns, empty="nothing is being transferred")
+    for each in found:
+        table.add(
+            each.repository,
+            each.digest,
+            format_size(each.bytes),
+            format_size(each.size),
+            format_share(each.bytes / each.size if each.size > 0 else None),
+            f"{format_size(each.speed)}/s",
+            "?" if each.eta is None else format_duration(each.eta),
+            str(each.followers),
+        )
+    return [table]
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@common
+def why(call: CommandContext, reference: str) -> None:
+    """Explain what a pull would do.
+
+    Prints the rules that apply to REF and the state of its upstream. No upstream is asked.
+    """
+    call.ask(lambda operations: operations.why(reference), why_tables)
+
+
+def why_tables(found: models.Why, now: float) -> Sequence[Table]:
+    table = Table((Column("FIELD"), Column(written(found.repository, found.reference))))
+    fresh_for, keep_for = (
+        "without limit" if each is None else format_duration(each)
+        for each in (found.fresh_for, found.keep_for)
+    )
+    table.add("verdict", f"{found.verdict}: {found.because}")
+    table.add("namespace", f"{found.namespace}: {found.qualified}")
+    if found.fresh_rule is not None:
+        table.add("freshness rule", f"{found.fresh_rule}, {fresh_for}")
+    table.add("retention rule", f"{found.keep_rule}, {keep_for}")
+    table.add("pinned by", found.pin or "no pin")
+    table.add("digest", found.digest or "none: nothing is stored")
+    if found.digest is not None:
+        table.add("stored", ("completely" if found.complete else "partially") if found.stored else "no")
+        if found.validated_at is not None:
+            table.add("validated", format_time(found.validated_at, now))
+        if found.fresh_rule is not None:
+            table.add("fresh", freshness(found.fresh_until, now))
+        table.add("last used", format_time(found.last_used, now))
+    if found.offline:
+        table.add("upstream", "offline: it is never asked")
+    for each in found.upstreams:
+        table.add("upstream", _upstream(each, now))
+    return [table]
+
+
+def _upstream(host: models.HostRow, now: float) -> str:
+    said = [host.url if host.host in host.url else f"{host.url} through {host.host}"]
+    if host.open:
+        said.append(f"paused, next attempt {format_time(host.until, now)}: {host.error or 'it failed'}")
+    if host.ratelimit_limit is not None:
+        said.append(f"{host.ratelimit_remaining} of {host.ratelimit_limit} requests left")
+    if host.limited_until is not None:
+        said.append(f"rate limited until {format_time(host.limited_until, now)}")
+    return ", ".join(said)
+
+
+@click.command()
+@common
+def webhooks(call: CommandContext) -> None:
+    """List webhooks and their deliveries."""
+    call.ask(lambda operations: operations.webhooks(), webhook_tables)
+
+
+def webhook_tables(found: Sequence[models.WebhookRow], now: float) -> Sequence[Table]:
+    columns = (
+        Column("WEBHOOK", whole=True),
+        Column("URL"),
+        Column("FORMAT"),
+        Column("ACTIONS"),
+        Column("PENDING", right=True),
+        Column("OLDEST PENDING"),
+        Column("LAST DELIVERY"),
+        Column("ERROR"),
+    )
+    table = Table(columns, empty="no webhook is configured")
+    for each in found:
+        failing = (
+            ""
+            if each.failing_since is None
+            else f"since {format_time(each.failing_since, now)}: {each.error}"
+        )
+        table.add(
+            each.name,
+            each.url,
+            each.format,
+            " ".join(each.actions),
+            str(each.pending),
+            format_time(each.oldest, now, ""),
+            format_time(each.delivered_at, now, "never"),
+            failing,
+        )
+    return [table]
+
+
+COMMANDS = (stats, fills, why, webhooks)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import math
 
 import pytest
 
 from proxy.cli.console import Column, ProgressDisplay, Table, clean, plain, shortened_digest, write
-from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
 
 DIGEST = "sha256:" + "ab" * 32
 COLUMNS = (Column("NAME"), Column("SIZE", right=True), Column("DIGEST", digests=True))
@@ -63,46 +61,7 @@ def test_what_steers_a_terminal_is_taken_out(file: type[io.StringIO]) -> None:
     assert "[red]" in found.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1_288_490_189, "1.2 GiB"),
-        (1024**2 - 1, "1.0 MiB"),
-        (3 * 1024**5, "3072.0 TiB"),
-        (None, "?"),
-        (-1, "?"),
-    ],
-)
-def test_sizes(count: int | None, text: str) -> None:
-    assert format_size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("time", "text"),
-    [
-        (1000 - 3 * 3600, "3 h ago"),
-        (1000 - 59, "59 s ago"),
-        (1000 - 60, "1 min ago"),
-        (1000.4, "now"),
-        (1000 + 600, "in 10 min"),
-        (1000 + 86400 * 800, "in 2 y"),
-        (math.inf, "forever"),
-        (None, "never"),
-    ],
-)
-def test_moments(time: float | None, text: str) -> None:
-    assert format_time(time, 1000.0) == text
-
-
 def test_small_words() -> None:
-    assert format_duration(0.2) == "0 s"
-    assert format_share(None) == "-"
-    assert format_share(0.957) == "95.7%"
-    assert plural(1, "blob") == "1 blob"
-    assert plural(2, "repository", "repositories") == "2 repositories"
     assert shortened_digest(f"└─ {DIGEST}") == "└─ sha256:abababababab"
     assert shortened_digest("alpine:3") == "alpine:3"
     assert clean("a\nb") == "a\N{REPLACEMENT CHARACTER}b"

@@ -352,7 +352,7 @@ def test_what_is_given_goes_before_the_configuration() -> None:
     [
         ({"url": "http://cache.example/path"}, "leave the path out"),
         ({"url": "ftp://cache.example"}, "must begin with https:// or http://"),
-        ({"url": "http://me:secret@cache.example"}, "must hold no user name"),
+        ({"url": "http://me:secret@cache.example"}, "must not hold a user name"),
         ({"namespaces": ["edge"]}, "is no host"),
         ({"namespaces": ['x"\n.example']}, "expected a host"),
         ({"namespaces": ["../x.example"]}, "expected a host"),

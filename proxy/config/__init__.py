@@ -1,1 +1,1 @@
-"""The configuration: its values, its schema, how it is read from a file."""
+"""The configuration: its values, its schema, and its loader."""

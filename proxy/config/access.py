@@ -1,4 +1,4 @@
-"""`access:` of the configuration."""
+"""The section `access` of the configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ ACTIONS: tuple[Action, ...] = ("pull", "push", "delete")
 
 
 class AccessRule(Section, frozen=True):
-    """One of `who`, from one of `sources`, `may` do this with repositories that match one of `where`."""
+    """A rule that grants the actions in `may` to clients.
+
+    It applies if a client is one of `who`, connects from one of `sources`, and names a repository that
+    matches one of `where`.  Empty `sources` and `where` match everything.
+    """
 
     who: tuple[Annotated[Who, parse_who], ...]
     may: tuple[Action, ...]
@@ -26,11 +30,14 @@ class AccessRule(Section, frozen=True):
     def __post_init__(self) -> None:
         for key in ("who", "may"):
             if not getattr(self, key):
-                raise ValueError(f"{key} names none, so the rule grants nothing: remove it")
+                raise ValueError(f"{key} is empty, so the rule grants nothing: fill it or remove the rule")
 
 
 class TokenService(Section, frozen=True):
-    """A server whose tokens are taken: it is at `realm`, and signs for `service` with one of `keys`."""
+    """A token server that clients are sent to, and whose tokens are accepted.
+
+    It is at the URL `realm`, and signs tokens for `service` with one of `keys`.
+    """
 
     realm: Annotated[str, parse_realm]
     service: Annotated[str, parse_quotable]
@@ -39,13 +46,15 @@ class TokenService(Section, frozen=True):
 
     def __post_init__(self) -> None:
         if not self.keys:
-            raise ValueError(
-                "keys names none: give the file with the token server's public key or certificate"
-            )
+            raise ValueError("keys is empty: give a file with the token server's public key or certificate")
 
 
 class AccessConfig(Section, frozen=True):
-    """Who may do what; with `rules` None the built-in ones hold.  `remember` is for visibility: caller."""
+    """Authentication and authorization of clients.
+
+    With `rules` None the built-in rules apply.  `remember` is how long the answers of an upstream are kept
+    for `visibility: caller`.
+    """
 
     htpasswd: File | None = None
     realm: Annotated[str, parse_quotable] = "entrepot"

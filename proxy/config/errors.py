@@ -1,11 +1,11 @@
-"""What is wrong with a configuration, or keeps the server from starting."""
+"""Errors that keep the server from starting."""
 
 from __future__ import annotations
 
 
 class ConfigError(Exception):
-    """What is wrong with a configuration, in one line for whoever wrote it."""
+    """The configuration is invalid.  The message is one line, and names the file and the key."""
 
 
 class StartError(Exception):
-    """Why the server cannot start, in one line."""
+    """The server cannot start.  The message is one line."""

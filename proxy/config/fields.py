@@ -1,6 +1,6 @@
-"""What the sections of the configuration are made of: a Struct each, and kinds of keys.
+"""The types of the keys of the configuration, and the base of its sections.
 
-`Annotated` pairs what the program sees with what reads it.
+Each type is `Annotated` with the function that parses its values.
 """
 
 from __future__ import annotations
@@ -26,4 +26,4 @@ Size = Annotated[int, parse_size]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping of the file.  Durations are in seconds."""
+    """A mapping of the configuration file.  Durations are in seconds, sizes in bytes."""

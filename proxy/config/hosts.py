@@ -1,6 +1,7 @@
-"""What a value of the configuration may be that says where something is: hosts, addresses, URLs.
+"""Hosts, addresses and URLs, as an operator writes them.
 
-The parsers are like those of proxy.values.
+A `parse_` function takes a value as YAML gives it, and raises ValueError with half a sentence that follows
+the name of the key.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
 _PROXY = re.compile(rf"http://(?:[^@/\s]+@)?{_AUTHORITY}/?")
 _REALM = re.compile(rf"https?://{_AUTHORITY}(?:/[^\s\"\\#]*)?", re.ASCII)
 _TARGET = re.compile(rf"https?://{_AUTHORITY}(?:[/?][!-~]*)?")
-# Every address of the machine, and where this machine reaches a listener on it.
+# Hosts that stand for every address of the machine, and where to connect from this machine.
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -31,14 +32,14 @@ Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen.  `host` "" is every address of the machine, `port` 0 any free one."""
+    """The address of a listener.  An empty `host` is every address of the machine, `port` 0 any free port."""
 
     host: str
     port: int
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can connect."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -46,12 +47,12 @@ class Address:
 
     @property
     def everywhere(self) -> bool:
-        """Whether it stands for every address of the machine."""
+        """Whether the host stands for every address of the machine."""
         return self.host in _EVERYWHERE
 
     @property
     def local_host(self) -> str:
-        """The host at which this machine reaches who listens there."""
+        """The host to connect to from this machine."""
         return _EVERYWHERE.get(self.host, self.host)
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ def parse_address(value: object) -> Address:
 
 
 def parse_admin(value: object) -> Address | None:
-    """As parse_address, or None for `off`, which YAML reads as false."""
+    """An address, or None for `off`, which YAML reads as false."""
     return None if value is False or value == "off" else parse_address(value)
 
 
@@ -79,12 +80,12 @@ def parse_network(value: object) -> Network:
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:
-        hint = ": its last bits must be 0" if "host bits" in str(error) else ""
+        hint = ", in which the bits after the prefix are 0" if "host bits" in str(error) else ""
         raise ValueError(f"expected an address or a range such as 10.0.0.0/8 or fd00::/8{hint}") from None
 
 
 def parse_realm(value: object) -> str:
-    """Where a token server is; a URL that stands in a header between quotes."""
+    """The URL of a token server, which can be a quoted string in a header."""
     text = parse_text(value)
     if not _REALM.fullmatch(text):
         raise ValueError("expected the URL of a token server, such as https://auth.example/token")
@@ -92,10 +93,10 @@ def parse_realm(value: object) -> str:
 
 
 def parse_name(value: object) -> str:
-    """A namespace's name: a host, with a port where it has one, or a plain word."""
+    """The name of a namespace: a host with an optional port, or a plain word."""
     text = parse_text(value)
     if not _NAME.fullmatch(text):
-        raise ValueError("expected a host, with or without :port, or a plain word, in lower case")
+        raise ValueError("expected a host, with or without :port, or a plain word, all in lower case")
     return text
 
 
@@ -107,28 +108,28 @@ def parse_host(value: object) -> str:
 
 
 def parse_url(value: object) -> str:
-    """Where a registry is; without a slash at its end."""
+    """The URL of a registry, without a slash at its end."""
     text = parse_text(value)
     if not text.startswith(("https://", "http://")):
         raise ValueError("must begin with https:// or http://")
     if "@" in text:
-        raise ValueError("must hold no user name: use the keys username and password")
+        raise ValueError("must not hold a user name: use the keys username and password")
     if "?" in text or "#" in text:
-        raise ValueError("must hold no query and no fragment")
+        raise ValueError("must not hold a query or a fragment")
     if not _has_authority(_URL.fullmatch(text)):
         raise ValueError("expected https://host, https://host:port or https://host/path")
     text = text.removesuffix("/")
     if text.endswith("/v2"):
-        raise ValueError("leave /v2 out: it is added to every request")
+        raise ValueError("must not end with /v2, which is added to every request")
     return text
 
 
 def parse_urls(value: object) -> tuple[str, ...]:
-    """Where a registry is, and where else: a URL, or a list of them in the order to try."""
+    """The URLs of a registry in the order to try them, from one URL or a list."""
     if not isinstance(value, list):
         return (parse_url(value),)
     if not value:
-        raise ValueError("names none")
+        raise ValueError("is empty: give at least one URL")
     urls: list[str] = []
     for number, each in enumerate(value):
         try:
@@ -136,17 +137,17 @@ def parse_urls(value: object) -> tuple[str, ...]:
         except ValueError as error:
             raise ValueError(f"[{number}]: {error}") from None
     if len(set(urls)) < len(urls):
-        raise ValueError("names one twice")
+        raise ValueError("holds the same URL twice")
     return tuple(urls)
 
 
 def parse_target(value: object) -> Secret:
-    """Where to POST to; a Secret because many a receiver knows its callers by path or query."""
+    """The URL of a webhook; a Secret, since a path or query may authenticate the caller."""
     text = parse_secret(value)
     if not text.startswith(("https://", "http://")):
         raise ValueError("must begin with https:// or http://")
     if "@" in text.partition("//")[2].partition("/")[0]:
-        raise ValueError("must hold no user name: send an Authorization header (headers)")
+        raise ValueError("must not hold a user name: set an Authorization header in headers")
     if "#" in text or not _has_authority(_TARGET.fullmatch(text)):
         raise ValueError("expected https://host, https://host:port/path or https://host/path?query")
     return text
@@ -161,7 +162,7 @@ def parse_proxy(value: object) -> Secret:
 
 
 def _has_authority(found: re.Match[str] | None) -> bool:
-    """Whether a URL's host and port, groups 1 (IPv6) and 2, are possible ones.  Raises ValueError."""
+    """Whether the IPv6 address (group 1) and the port (group 2) of a URL are valid.  Raises ValueError."""
     if not found:
         return False
     if found[1]:
@@ -170,18 +171,18 @@ def _has_authority(found: re.Match[str] | None) -> bool:
 
 
 def without_port(name: str) -> str:
-    """A host's name as it is compared: without the ports that are the schemes' own."""
+    """The host without a port that is the default of http or https, for comparisons."""
     host, _, port = name.rpartition(":")
     return host if port in ("443", "80") else name
 
 
 def is_host(name: str) -> bool:
-    """Whether clients take the first component of an image name for a registry's host."""
+    """Whether clients read this first component of an image name as a registry's host."""
     return "." in name or ":" in name or name == "localhost"
 
 
 def parse_server(text: str) -> URL:
-    """The address of an admin listener, as given by --server; http:// may be left out."""
+    """The URL of an admin listener, from the option --server; without a scheme, http.  Raises ValueError."""
     from yarl import URL
 
     try:
@@ -194,7 +195,7 @@ def parse_server(text: str) -> URL:
 
 
 def local_url(scheme: str, address: Address) -> URL:
-    """Where this machine reaches who listens at `address`."""
+    """The URL of a listener, as seen from this machine."""
     from yarl import URL
 
     return URL.build(scheme=scheme, host=address.local_host, port=address.port)

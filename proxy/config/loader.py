@@ -1,9 +1,10 @@
-"""YAML -> typed, validated configuration; every fault is one line that names the file and the key's path.
+"""The loader of the configuration: from YAML to a typed and validated tree.
 
-- Whatever is in the file is checked here, so that nothing that follows checks it again.
-- A key without a value (`log:`) counts as left out; only `default_namespace: null` means something.
-- `${VARIABLE}` is put into values after YAML was parsed, so what a variable holds is always text.
-- No fault quotes a value that may be, or hold, a password; no `repr` shows one.
+- Every error is one line that names the file and the path of the key.
+- The whole file is validated here; no other module validates it again.
+- A key without a value (`log:`) counts as left out; only `default_namespace: null` has a meaning.
+- `${VARIABLE}` is replaced in values after YAML is parsed, so the value of a variable is always text.
+- No error quotes a value that may be or hold a password, and no `repr` shows one.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from proxy.config.webhooks import WebhookConfig
 from proxy.config.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
 
 _VARIABLE = re.compile(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|(\$\{)")
-# Line breaks would end a fault's one line or an HTTP header; lone surrogates cannot be encoded.
+# Line breaks would end an error's one line or an HTTP header; lone surrogates cannot be encoded.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration in the file at `path`, or without one the defaults.  Raises ConfigError."""
+    """The configuration in the file at `path`, or the defaults without a path.  Raises ConfigError."""
     tree = {} if path is None else _read(path)
     try:
         tree = _interpolate(tree, "", environ)
@@ -48,12 +49,12 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
             config = msgspec.structs.replace(config, default_namespace=DOCKER_HUB)
         elif config.default_namespace not in (None, *config.namespaces):
             nearest = _nearest(str(config.default_namespace), config.namespaces)
-            raise _Fault("default_namespace", f"there is no namespace of that name{nearest}")
+            raise _Fault("default_namespace", f"no namespace has that name{nearest}")
         _check_access(config)
     except _Fault as fault:
         raise ConfigError(f"{path}: {fault}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply, or an alias that holds itself") from None
+        raise ConfigError(f"{path}: nested too deeply, or an alias refers to itself") from None
     return config
 
 
@@ -63,10 +64,10 @@ class _Fault(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with duplicate keys refused and every failure a YAMLError."""
+    """A safe loader that refuses duplicate keys, and raises a YAMLError for every failure."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here and not in construct_mapping: by then `<<` may have put in keys that ours override.
+        # Not in construct_mapping: by then `<<` may have added keys that the mapping overrides.
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -82,7 +83,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError):  # such as for the date 2025-02-30
             kind = node.tag.rpartition(":")[2]
-            problem = f"looks like a YAML {kind} and is none: put it in quotes"
+            problem = f"looks like a YAML {kind} but is not a valid one: put it in quotes"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
 
@@ -99,7 +100,7 @@ def _read(path: Path) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        # An alias or a tag may be a password that begins with * or ! and lacks quotes: not shown.
+        # An alias or a tag may be a password without quotes that begins with * or !, so it is not shown.
         hint = r"\1: text that begins with *, & or ! needs quotes"
         problem = re.sub(r"\b(alias|anchor|handle|tag) ['\"].*", hint, error.problem or "not YAML")
         raise ConfigError(f"{path}{place}: {problem}") from None
@@ -115,13 +116,13 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _interpolate(value: Any, path: str, environ: Mapping[str, str]) -> Any:
-    """A copy of `value` with variables put in, and with every key and text checked for odd characters."""
+    """A copy of `value` with variables replaced, whose keys and texts hold no control characters."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
                 raise _Fault(path, f"expected strings as keys, got {kind_of(key)}: put it in quotes")
             if _UNFIT.search(key):
-                raise _Fault(path, "there is a control character in a key")
+                raise _Fault(path, "holds a control character in a key")
         return {key: _interpolate(item, _join(path, key), environ) for key, item in value.items()}
     if isinstance(value, list):
         return [_interpolate(item, f"{path}[{index}]", environ) for index, item in enumerate(value)]
@@ -130,19 +131,19 @@ def _interpolate(value: Any, path: str, environ: Mapping[str, str]) -> Any:
 
     def replace(found: re.Match[str]) -> str:
         if found[2]:
-            raise _Fault(path, "${ must be followed by a variable's name and }; a literal $ is written $$")
+            raise _Fault(path, "${ must be followed by a variable's name and }; write $$ for a literal $")
         if found[1] and found[1] not in environ:
             raise _Fault(path, f"the environment variable {found[1]} is not set")
         return environ[found[1]] if found[1] else "$"
 
     text = _VARIABLE.sub(replace, value)
     if _UNFIT.search(text):
-        raise _Fault(path, "there is a line break or another control character in it")
+        raise _Fault(path, "holds a line break or another control character")
     return text
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:
-    """`value` as the type `kind`; `path` names its key in faults."""
+    """`value` as the type `kind`; `path` is the path of its key."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         try:
@@ -150,7 +151,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         except ValueError as error:
             raise _Fault(path, str(error)) from None
     if origin in (typing.Union, types.UnionType):
-        return _build(arguments[0], value, path)  # always `… | None`, and a null has been left out
+        return _build(arguments[0], value, path)  # always `… | None`, and null counts as left out
     if origin is Literal:
         if value not in arguments:
             raise _Fault(path, f"expected one of {', '.join(arguments)}")
@@ -174,7 +175,7 @@ def _section(kind: type[Section], value: Any, path: str) -> Section:
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     for key, _ in _mapping(value, path):
         if key not in fields:
-            # `password:hunter2` without a space is a key to YAML: what follows the colon is not shown.
+            # To YAML, `password:hunter2` without a space is a key: the part after the colon is not shown.
             name, colon, _ = key.partition(":")
             hint = "; a colon needs a space after it" if colon else _nearest(name, fields)
             raise _Fault(_join(path, name), f"unknown key{hint}")
@@ -201,7 +202,7 @@ def _mapping(value: Any, path: str) -> ItemsView[str, Any]:
 def _namespaces(value: Any, path: str) -> dict[str, NamespaceConfig]:
     items = _mapping(value, path)
     if not items:
-        raise _Fault(path, "names none; leave the key out for the well-known registries")
+        raise _Fault(path, "is empty; leave the key out to use the well-known registries")
     namespaces = {}
     for name, item in items:
         here = _join(path, name)
@@ -216,38 +217,40 @@ def _namespaces(value: Any, path: str) -> dict[str, NamespaceConfig]:
 
 
 def _check_owners(namespaces: Mapping[str, NamespaceConfig]) -> None:
-    """No name, alias or Host header may mean two namespaces."""
+    """Raises _Fault if a name, alias or Host header belongs to two namespaces."""
     owners: dict[str, str] = {}
     for name in namespaces:
         if (owner := owners.setdefault(without_port(name), name)) != name:
-            raise _Fault(f"namespaces.{name}", f"this is namespace {owner} already")
+            raise _Fault(f"namespaces.{name}", f"is the same name as namespace {owner}")
     for name, namespace in namespaces.items():
         for key in ("aliases", "hosts"):
             for each in getattr(namespace, key):
                 if (owner := owners.setdefault(without_port(each), name)) != name:
-                    raise _Fault(f"namespaces.{name}.{key}", f"{each} belongs to namespace {owner} already")
+                    raise _Fault(f"namespaces.{name}.{key}", f"{each} already belongs to namespace {owner}")
 
 
 def _check_webhooks(webhooks: tuple[WebhookConfig, ...]) -> None:
-    """What waits for one is found by its name."""
+    """Raises _Fault if two have one name, by which the events that wait for a webhook are found."""
     names: set[str] = set()
     for number, each in enumerate(webhooks):
         if each.name in names:
-            raise _Fault(f"webhooks[{number}].name", f"there is another webhook {each.name}")
+            raise _Fault(f"webhooks[{number}].name", f"another webhook has the name {each.name}")
         names.add(each.name)
 
 
 def _check_access(config: Config) -> None:
-    """Raises _Fault where nobody could be let in, or where it is not clear into what."""
+    """Raises _Fault if access rules are missing, or the scope of a token would be ambiguous."""
     ruled = [name for name, each in config.namespaces.items() if each.visibility == "rules"]
     if ruled and config.access.rules is None and config.access.token is None:
-        raise _Fault(f"namespaces.{ruled[0]}.visibility", "no rule lets anybody in: write access.rules")
+        raise _Fault(
+            f"namespaces.{ruled[0]}.visibility", "no rule grants access: set access.rules or access.token"
+        )
     short = config.unnamed()
     if config.access.token is not None and len(short) > 1:
         raise _Fault(
             "access.token",
-            f"the namespaces {' and '.join(short)} are found by Host or default_namespace, and the scope of a"
-            " token does not tell them apart: let one at most have hosts or be the default",
+            f"the namespaces {' and '.join(short)} can be reached without their name, by hosts or as"
+            " default_namespace, and the scope of a token cannot tell them apart: keep one of these settings",
         )
 
 

@@ -1,4 +1,4 @@
-"""The configuration as the program sees it: a typed tree of sections."""
+"""The schema of the configuration: a typed tree of sections, with defaults."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from proxy.config.webhooks import WebhookConfig
 
 
 def default_cache_directory() -> Path:
-    """The user's cache directory (XDG Base Directory); for a user without a home, the system's."""
+    """The user's cache directory (XDG Base Directory), or for a user without a home the system's."""
     if (given := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
         return given / "entrepot"
     try:
@@ -45,7 +45,10 @@ def default_cache_directory() -> Path:
 
 
 class DiskConfig(Section, frozen=True):
-    """`scrub` is bytes a second; None is not at all, as it is for `collect_every`."""
+    """The disk, its limits, and its upkeep.
+
+    `scrub` is in bytes per second; None turns it off, and so it does for `collect_every`.
+    """
 
     path: File = msgspec.field(default_factory=default_cache_directory)
     cache_limit: Size | None = None
@@ -64,7 +67,7 @@ class Log(Section, frozen=True):
 
 
 class Limits(Section, frozen=True):
-    """Of clients in each worker; of fills over all workers, each of which has its part of them."""
+    """Limits on clients in each worker, and on fills over all workers, which share them."""
 
     connections_per_address: Annotated[int, parse_count] = 1000
     request_timeout: Timeout = 30.0
@@ -84,7 +87,7 @@ class RepositoryRule(Section, frozen=True):
 
 
 class PinRule(Section, frozen=True):
-    """`keep_fresh` is the time between two refreshings, None for none."""
+    """Images that are never evicted.  `keep_fresh` is the time between two refreshes, None for none."""
 
     match: Annotated[str, parse_glob]
     keep_fresh: Timeout | None = None
@@ -92,7 +95,7 @@ class PinRule(Section, frozen=True):
 
 
 class WarmRule(Section, frozen=True):
-    """What is fetched whole, `every` so many seconds, or daily `at` an hour and minute."""
+    """Images that are fetched in full, `every` so many seconds or daily `at` an hour and minute."""
 
     images: tuple[Annotated[str, parse_reference], ...] = ()
     list: File | None = None
@@ -114,9 +117,9 @@ class KeepRule(Section, frozen=True):
 
 
 class Hosting(Section, frozen=True):
-    """What is pushed to a registry of our own: see proxy.hosted.Rules; and what of it is collected.
+    """The rules of a private registry: what may be pushed, and what is collected.
 
-    Of the tags that a rule of `keep_tags` matches, the first that does, only the last pushed ones are kept.
+    A tag belongs to the first rule of `keep_tags` that matches it; each rule keeps the tags pushed last.
     """
 
     sparse: Flag = False
@@ -126,9 +129,9 @@ class Hosting(Section, frozen=True):
 
 
 class NamespaceConfig(Section, frozen=True):
-    """Either a cache of `upstream`, or a `store` of our own.
+    """A cache of an `upstream`, or a private registry, which has a `store`.
 
-    `keep_for` is None where that of the disk counts.
+    If `keep_for` is None, that of the disk applies.
     """
 
     upstream: UpstreamConfig | None = None
@@ -149,17 +152,18 @@ class NamespaceConfig(Section, frozen=True):
 
     def __post_init__(self) -> None:
         if (self.upstream is None) == (self.store is None):
-            raise ValueError("needs either upstream, to be a cache of it, or store: {}, to be pushed to")
+            raise ValueError("needs either upstream, for a cache, or store: {}, for a private registry")
         if self.store is not None:
             given = [each for each in _OF_CACHES if getattr(self, each) != _DEFAULTS[each]]
             if given:
-                raise ValueError(f"{given[0]} is for a cache, and this is a store")
+                raise ValueError(f"{given[0]} applies only to caches, and this namespace has a store")
 
     def fresh_for_tag(self, tag: str) -> float:
-        """How long after its validation a tag is served unasked: seconds, math.inf for ever."""
+        """For how many seconds after its validation a tag is fresh; math.inf for forever."""
         return next((rule.fresh_for for rule in self.tags if rule.match.fullmatch(tag)), self.fresh_for)
 
 
+# Keys that apply only to caches.
 _OF_CACHES = (
     "fresh_for",
     "tags",
@@ -176,7 +180,10 @@ _DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(Namespac
 
 
 class TLS(Section, frozen=True):
-    """`key` None is in the file of the certificate, `client_certificate` None is as good as `optional`."""
+    """The server's certificate, and what clients have to show.
+
+    Without `key`, the certificate's file holds it too.  None for `client_certificate` means `optional`.
+    """
 
     certificate: File
     key: File | None = None
@@ -190,7 +197,7 @@ class TLS(Section, frozen=True):
 
 
 class Config(Section, frozen=True):
-    """`pins` are those of the file; there may be more by command."""
+    """The whole configuration.  `pins` are only those of the file; commands may add others."""
 
     listen: Annotated[Address, parse_address] = Address("127.0.0.1", 5000)
     admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
@@ -211,10 +218,11 @@ class Config(Section, frozen=True):
     namespaces: dict[str, NamespaceConfig] = msgspec.field(default_factory=dict)
 
     def processes(self) -> int:
+        """The number of worker processes."""
         return self.workers or os.cpu_count() or 1
 
     def admin_tls(self) -> TLS | None:
-        """For the administrator: on this machine http will do, but a token that leaves it needs more."""
+        """The TLS of the admin listener: none on a loopback address, where no token leaves the machine."""
         return None if self.admin is None or self.admin.loopback else self.tls
 
     def cached(self) -> dict[str, tuple[NamespaceConfig, UpstreamConfig]]:
@@ -224,11 +232,11 @@ class Config(Section, frozen=True):
         }
 
     def hosted(self) -> dict[str, Hosting]:
-        """The namespaces of our own."""
+        """The namespaces that are private registries."""
         return {name: each.store for name, each in self.namespaces.items() if each.store is not None}
 
     def unnamed(self) -> list[str]:
-        """The namespaces which rules and tokens are about, and that may be meant without being named."""
+        """The namespaces under access control that a client can reach without naming them."""
         return [
             name
             for name, each in self.namespaces.items()
@@ -237,7 +245,10 @@ class Config(Section, frozen=True):
         ]
 
     def keep_for(self, repository: str) -> float:
-        """How long what nobody uses is kept of a repository, by its full name: seconds, math.inf for ever."""
+        """For how many seconds unused content of a repository is kept; math.inf for forever.
+
+        `repository` is a full name.
+        """
         name, _, relative = repository.partition("/")
         namespace = self.namespaces.get(name)
         if namespace is None:

@@ -1,4 +1,4 @@
-"""`upstream:` of a namespace, as it is configured."""
+"""The section `upstream` of a namespace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proxy.config.values import Secret, parse_count, parse_helper, parse_secret,
 
 
 class Login(Section, frozen=True):
-    """Where a user name and password come from; nothing given is nobody."""
+    """The source of a user name and a password; an empty one is anonymous."""
 
     username: Annotated[str, parse_username] | None = None
     password: Annotated[Secret, parse_secret] | None = None
@@ -22,22 +22,20 @@ class Login(Section, frozen=True):
     def __post_init__(self) -> None:
         given = self.sources()
         if len(given) > 1:
-            raise ValueError(
-                f"{' and '.join(given)} each say where the password comes from: keep one of them"
-            )
+            raise ValueError(f"{' and '.join(given)} exclude each other: keep one source of the password")
         if self.username is None and given and given[0] in ("password", "password_file"):
             raise ValueError(f"{given[0]} needs username")
         if self.username is not None and (not given or given[0] not in ("password", "password_file")):
             raise ValueError("username needs password or password_file")
 
     def sources(self) -> list[str]:
-        """The keys given of those that say where the password comes from."""
+        """The given keys that are a source of the password."""
         keys = ("password", "password_file", "docker_config", "credential_helper")
         return [each for each in keys if getattr(self, each) is not None]
 
 
 class UpstreamConfig(Login, frozen=True, kw_only=True):
-    """How to reach a registry.  `url` holds at least one; each is asked with all else that is said here."""
+    """How to reach a registry.  `url` holds at least one URL; all other keys apply to each of them."""
 
     url: Annotated[tuple[str, ...], parse_urls]
     credentials: tuple[Login, ...] = ()
@@ -59,17 +57,19 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.credentials and (given := self.sources()):
-            raise ValueError(f"{given[0]} and credentials each say who we are: keep one of them")
+            raise ValueError(f"{given[0]} and credentials exclude each other: keep one of them")
         for number, login in enumerate(self.credentials):
             if not login.sources():
-                raise ValueError(f"credentials[{number}] gives none")
+                raise ValueError(
+                    f"credentials[{number}] is empty: give a password, docker_config or credential_helper"
+                )
         if self.client_key and not self.client_certificate:
             raise ValueError("client_key needs client_certificate")
 
     def allows_http(self, url: str) -> bool:
-        """Whether the upstream at `url`, one of ours, may send us on to http."""
+        """Whether the upstream at `url`, one of `self.url`, may redirect to plain http."""
         return self.plain_http or url.startswith("http://")
 
     def logins(self) -> tuple[Login, ...]:
-        """At least one."""
+        """The accounts to use, at least one."""
         return self.credentials or (self,)

@@ -1,6 +1,7 @@
-"""What a value of the configuration may be.
+"""Values of the configuration that are neither quantities nor hosts.
 
-Each parser takes what YAML gave, and raises ValueError with the cause, in half a sentence.
+A `parse_` function takes a value as YAML gives it, and raises ValueError with half a sentence that follows
+the name of the key.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
+MAX_WORKERS = 256
+MAX_COUNT = 1_000_000
+MAX_LABEL = 63  # characters
 _LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
-_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
-_OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
+_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
 _TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
+# Headers of a webhook's request that the server itself sets.
+_OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
 
 
 class Secret(str):
-    """A str that `repr` does not show."""
+    """A string that `repr` does not show."""
 
     __slots__ = ()
 
@@ -29,9 +34,10 @@ class Secret(str):
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """Whom a rule is about: `kind` is anonymous, authenticated, user, group or claim.
+    """The clients that a rule applies to.
 
-    `name` is that of the user, group or claim; `glob` is what the claim's value must match.
+    `kind` is anonymous, authenticated, user, group or claim.  `name` is the name of the user, group or claim,
+    and `glob` is matched against the value of the claim.
     """
 
     kind: str
@@ -58,19 +64,19 @@ def parse_workers(value: object) -> int | None:
     """A number of processes, or None for `auto`."""
     if value == "auto":
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
-        raise ValueError("expected auto, or a number of processes from 1 to 256")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_WORKERS:
+        raise ValueError(f"expected auto, or a number of processes from 1 to {MAX_WORKERS}")
     return value
 
 
 def parse_count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
-        raise ValueError("expected a number from 1 to 1000000")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
+        raise ValueError(f"expected a number from 1 to {MAX_COUNT}")
     return value
 
 
 def parse_version(value: object) -> str:
-    """Of TLS; YAML reads it as a number where it lacks quotes."""
+    """A version of TLS; without quotes, YAML reads a number."""
     text = str(value) if isinstance(value, float) else value
     if text not in ("1.2", "1.3"):
         raise ValueError('expected "1.2" or "1.3"')
@@ -78,7 +84,7 @@ def parse_version(value: object) -> str:
 
 
 def parse_glob(value: object) -> str:
-    """What is pinned: `docker.io/library/alpine:3*`."""
+    """A pin's pattern, such as `docker.io/library/alpine:3*`."""
     text = parse_text(value)
     if text.split() != [text] or "/" not in text:
         raise ValueError("expected namespace/repository:tag, such as docker.io/library/alpine:3*")
@@ -93,7 +99,10 @@ def parse_platform(value: object) -> str:
 
 
 def parse_reference(value: object) -> str:
-    """As clients write it: `alpine:3`, `ghcr.io/team/app@sha256:…`.  What it means shows when it is used."""
+    """An image name as clients write it: `alpine:3`, `ghcr.io/team/app@sha256:…`.
+
+    The namespaces, which are not known here, give it its meaning when it is used.
+    """
     text = parse_text(value)
     if text.split() != [text]:
         raise ValueError("expected a reference such as alpine:3 or ghcr.io/team/app:1")
@@ -101,20 +110,20 @@ def parse_reference(value: object) -> str:
 
 
 def parse_time(value: object) -> tuple[int, int]:
-    """A time of the day, `03:30`: hour and minute."""
+    """The hour and the minute of a time of day, such as `03:30`."""
     found = _TIME.fullmatch(value) if isinstance(value, str) else None
     if not found or int(found[1]) > 23 or int(found[2]) > 59:
-        raise ValueError("expected a time of the day in quotes, from '00:00' to '23:59'")
+        raise ValueError("expected a time of day in quotes, from '00:00' to '23:59'")
     return int(found[1]), int(found[2])
 
 
 def parse_pattern(value: object) -> re.Pattern[str]:
-    """A glob, or `re:` and a regular expression; to be used with fullmatch."""
+    """A glob, or a regular expression after `re:`; use it with fullmatch."""
     text = parse_text(value)
     try:
         return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a regular expression: {error}") from None
+        raise ValueError(f"is not a valid regular expression: {error}") from None
 
 
 def parse_who(value: object) -> Who:
@@ -128,12 +137,12 @@ def parse_who(value: object) -> Who:
     if kind == "claim" and claim and equals:
         return Who(kind, claim, re.compile(fnmatch.translate(glob)))
     raise ValueError(
-        "expected anonymous, authenticated, user:NAME, group:NAME, or claim:NAME=GLOB for what a token says"
+        "expected anonymous, authenticated, user:NAME, group:NAME, or claim:NAME=GLOB for a claim of a token"
     )
 
 
 def parse_where(value: object) -> re.Pattern[str]:
-    """Repositories by their full names: a glob, or `re:` and a regular expression."""
+    """A pattern of full repository names: a glob, or a regular expression after `re:`."""
     text = parse_text(value)
     if not text.startswith("re:") and not any(mark in text for mark in "/*?["):
         raise ValueError("expected a glob over namespace/repository, such as local/team/*")
@@ -141,44 +150,46 @@ def parse_where(value: object) -> re.Pattern[str]:
 
 
 def parse_quotable(value: object) -> str:
-    """Text that stands in a header between quotes."""
+    """Text that can be a quoted string in a header."""
     text = parse_text(value)
     if not (text.isascii() and text.isprintable()) or '"' in text or "\\" in text:
-        raise ValueError("expected ASCII letters, digits and signs, without quotes and backslashes")
+        raise ValueError("expected printable ASCII without quotes and backslashes")
     return text
 
 
 def parse_path(value: object) -> Path:
     text = parse_text(value)
     if text.startswith("~"):
-        raise ValueError("~ is not expanded: write ${HOME}")
+        raise ValueError("~ is not expanded: use ${HOME}")
     return Path(text)
 
 
 def parse_label(value: object) -> str:
-    """A name that somebody gives to something of his own."""
+    """A name that the operator chooses."""
     text = parse_text(value)
-    if not _LABEL.fullmatch(text) or len(text) > 63:
-        raise ValueError("expected a word in lower case, of letters, digits, '.', '_' and '-'")
+    if not _LABEL.fullmatch(text) or len(text) > MAX_LABEL:
+        raise ValueError(
+            f"expected a lower-case word of letters, digits, '.', '_' and '-', at most {MAX_LABEL} characters"
+        )
     return text
 
 
 def parse_fields(value: object) -> dict[str, Secret]:
-    """Headers of a request, by name."""
+    """The headers of a request, by name."""
     if not isinstance(value, dict):
         raise ValueError(f"expected a mapping of header names to values, got {kind_of(value)}")
     fields: dict[str, Secret] = {}
     for name, each in value.items():
         if not _FIELD.fullmatch(name):
-            raise ValueError("there is a name in it that no header can have")
+            raise ValueError("holds a name that is not a valid header name")
         if name.lower() in _OWN_FIELDS:
-            raise ValueError(f"{name} is not yours to set")
+            raise ValueError(f"{name} is set by the server and cannot be changed")
         try:
             fields[name] = parse_secret(each)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
     if len({name.lower() for name in fields}) < len(fields):
-        raise ValueError("names one twice")
+        raise ValueError("holds the same header twice")
     return fields
 
 
@@ -189,18 +200,19 @@ def parse_secret(value: object) -> Secret:
 def parse_username(value: object) -> str:
     text = parse_text(value)
     if ":" in text:  # RFC 7617, section 2
-        raise ValueError("a user name cannot hold a colon")
+        raise ValueError("must not hold a colon")
     return text
 
 
 def parse_helper(value: object) -> str:
     text = parse_text(value)
     if not _HELPER.fullmatch(text):
-        raise ValueError("expected what follows docker-credential- in the program's name, such as ecr-login")
+        raise ValueError("expected what follows docker-credential- in a program's name, such as ecr-login")
     return text
 
 
 def kind_of(value: object) -> str:
+    """What YAML calls a value of that type, with its article."""
     names = {"dict": "a mapping", "list": "a list", "str": "a string", "NoneType": "nothing"}
     names |= {"int": "a number", "float": "a number", "bool": "true or false"}
     return names.get(type(value).__name__, f"a {type(value).__name__}")

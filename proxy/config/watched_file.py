@@ -1,4 +1,4 @@
-"""A file that somebody may replace at any time: what it means is made anew when it has changed."""
+"""A file that may be replaced at any time, and is parsed again when it has changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class WatchedFile(Generic[T]):
-    """What `parse` makes of the file at `path`.  `parse` may raise ValueError."""
+    """The parsed content of a file, kept until the file changes.  `parse` may raise ValueError."""
 
     def __init__(self, path: Path, parse: Callable[[bytes], T]) -> None:
         self.path = path
@@ -19,10 +19,10 @@ class WatchedFile(Generic[T]):
         self._known: tuple[tuple[int, ...], T] | None = None
 
     def current(self) -> T:
-        """Looks at the file each time.  Raises OSError, and what `parse` does."""
+        """The content now; every call checks the file.  Raises OSError, and the errors of `parse`."""
         if self._known is None or self._known[0] != _signature(self.path.stat()):
             with self.path.open("rb") as file:
-                # Before reading: a write from here on changes it, and so is noticed the next time.
+                # Taken before reading: a write from here on changes it, so the next call notices.
                 signature = _signature(os.fstat(file.fileno()))
                 self._known = signature, self._parse(file.read())
         return self._known[1]

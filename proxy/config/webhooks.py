@@ -1,4 +1,4 @@
-"""`webhooks:` of the configuration."""
+"""The section `webhooks` of the configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from proxy.config.values import Secret, parse_fields, parse_label, parse_pattern
 
 
 class WebhookConfig(Section, frozen=True):
-    """Who is told of what happens: see docs/events.md.
+    """A receiver of events; docs/events.md describes them.
 
-    `match` are patterns of full names, `media_types` of media types; none stands for all.
+    `match` holds patterns of full repository names, `media_types` patterns of media types; an empty tuple
+    matches everything.
     """
 
     name: Annotated[str, parse_label]
@@ -38,7 +39,7 @@ class WebhookConfig(Section, frozen=True):
     keep: Keep = 604800.0
 
     def wants(self, action: str, repository: str, media_type: str) -> bool:
-        """`media_type` is "" where none is known; that keeps nothing away."""
+        """Whether an event is sent; an unknown `media_type` is "", and matches."""
         return (
             action in self.actions
             and _any(self.match, repository)

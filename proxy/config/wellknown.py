@@ -1,4 +1,4 @@
-"""The public registries that need no configuration."""
+"""The public registries that work without configuration."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.admin.image_files import ImageMentions, Mention, Unreadable, full_name, interpolate, look
+from proxy.admin.image_files import ImageMentions, Mention, Unreadable, find_images, full_name, interpolate
 
 FILES = Path(__file__).parent / "imagefiles"
 HUB = "docker.io/library"
@@ -22,7 +22,7 @@ def digest(digit: str) -> str:
 
 def found(text: str, *registries: str, plain: bool = False, **environ: str) -> list[str]:
     """What standard input names."""
-    return look(["-"], io.StringIO(text), environ, registries, plain=plain).references
+    return find_images(["-"], io.StringIO(text), environ, registries, plain=plain).references
 
 
 def fault(text: str, **environ: str) -> str:
@@ -33,7 +33,7 @@ def fault(text: str, **environ: str) -> str:
 
 
 def looked(name: str, **environ: str) -> ImageMentions:
-    return look([str(FILES / name)], io.StringIO(), environ)
+    return find_images([str(FILES / name)], io.StringIO(), environ)
 
 
 # Compose files
@@ -174,7 +174,7 @@ def test_a_list_in_yaml() -> None:
 def test_files_come_in_their_order_each_reference_once(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("b:1\na:1\n")
     (tmp_path / "two").write_text("a:1\nc:1\n")
-    result = look([str(tmp_path / "one"), "-", str(tmp_path / "two")], io.StringIO("d:1"), {})
+    result = find_images([str(tmp_path / "one"), "-", str(tmp_path / "two")], io.StringIO("d:1"), {})
     assert result.references == ["b:1", "a:1", "d:1", "c:1"]
     assert [each.place for each in result.mentions[:3]] == [
         f"{tmp_path / 'one'}:1",
@@ -219,13 +219,13 @@ def test_what_is_said_to_be_a_list_is_one() -> None:
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="absent: cannot be read: No such file"):
-        look([str(tmp_path / "absent")], io.StringIO(), {})
+        find_images([str(tmp_path / "absent")], io.StringIO(), {})
     (tmp_path / "binary").write_bytes(b"ab\xff")
     with pytest.raises(Unreadable, match="binary: not UTF-8 at byte 2"):
-        look([str(tmp_path / "binary")], io.StringIO(), {})
+        find_images([str(tmp_path / "binary")], io.StringIO(), {})
     bytes_ = io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8")
     with pytest.raises(Unreadable, match="standard input: not UTF-8 at byte 0"):
-        look(["-"], bytes_, {})
+        find_images(["-"], bytes_, {})
 
 
 @given(

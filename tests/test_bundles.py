@@ -776,13 +776,13 @@ async def test_a_key_that_is_none(at: Opened, stock: Stock, keys: tuple[Path, Pa
     async with at("home") as home:
         await home.fetch(NAME, "plain")
         for key, says in (
-            (public, "is no private key"),
-            (other, "is no Ed25519 key"),
+            (public, "is not a private key"),
+            (other, "is not an Ed25519 key"),
             (tmp_path / "n", "No such"),
         ):
             with pytest.raises((FieldInvalid, StorageFailed), match=says):
                 await home.export(tmp_path / "b.tar", "alpine:plain", key=key)
         await home.export(tmp_path / "b.tar", "alpine:plain", key=private)
-        for key, says in ((private, "is no public key"), (tmp_path / "n", "No such")):
+        for key, says in ((private, "is not a public key"), (tmp_path / "n", "No such")):
             with pytest.raises(FieldInvalid, match=says):
                 await home.take(tmp_path / "b.tar", key=key)

@@ -12,7 +12,7 @@ from proxy.namespaces.references import FieldInvalid, ReferenceReader, read_plat
 from proxy.transfer.results import CarriedRow, Exported, IncompleteRow, Tick
 from storage.archives import bundle
 from storage.archives.archive import open_archive, read
-from storage.archives.bundle import CONTENTS, Base, Contents, encode
+from storage.archives.bundle import CONTENTS, BaseBundle, BundleContents, encode
 from storage.archives.export_plan import ExportPlan, ExportPlanner, Wanted
 from storage.archives.exporter import Sink, write
 from storage.concurrency import run_cancellable
@@ -162,9 +162,9 @@ def earlier(path: Path) -> Earlier:
         raise ArchiveInvalid(f"{path}: {error.strerror or error}") from error
 
 
-def _base(given: Earlier) -> tuple[Base, Contents]:
+def _base(given: Earlier) -> tuple[BaseBundle, BundleContents]:
     found = bundle.decode(given.content, given.what)
-    return Base(str(Digest.of(given.content)), found.created), found
+    return BaseBundle(str(Digest.of(given.content)), found.created), found
 
 
 def _signer(key: Path) -> Callable[[bytes], bytes]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from storage.archives import bundle
-from storage.archives.bundle import Base, Contents, Held, Referrer
+from storage.archives.bundle import BaseBundle, BundleContents, BundledReference, BundledReferrer
 from storage.errors import ManifestUnknown
 from storage.graph import contents, selected
 from storage.keys import REFERRER, TAG
@@ -134,8 +134,8 @@ class ExportPlanner:
     def __init__(self, platforms: Sequence[str] = (), referrers: bool = True) -> None:
         self._platforms = platforms
         self._with_referrers = referrers
-        self._held: dict[tuple[str, str], Held] = {}
-        self._referrers: dict[tuple[str, Digest], Referrer] = {}
+        self._held: dict[tuple[str, str], BundledReference] = {}
+        self._referrers: dict[tuple[str, Digest], BundledReferrer] = {}
         self._needed: dict[str, dict[Digest, Source]] = defaultdict(dict)
         self._manifests: set[Digest] = set()
         self._taken: set[tuple[str, Digest]] = set()
@@ -185,7 +185,7 @@ class ExportPlanner:
                 if tree.lacking or (repository, digest) in self._referrers:
                     continue
                 top = tree.manifests[digest]
-                self._referrers[repository, digest] = Referrer(
+                self._referrers[repository, digest] = BundledReferrer(
                     repository=repository,
                     digest=str(digest),
                     media_type=top.media_type,
@@ -210,7 +210,7 @@ class ExportPlanner:
 
     def _hold(self, wanted: Wanted, digest: Digest, validated: float | None, tree: Tree) -> None:
         top = tree.manifests[digest]
-        self._held[wanted.repository, str(wanted.reference)] = Held(
+        self._held[wanted.repository, str(wanted.reference)] = BundledReference(
             repository=wanted.repository,
             digest=str(digest),
             media_type=top.media_type,
@@ -223,7 +223,7 @@ class ExportPlanner:
         )
         self._take(wanted.repository, tree)
 
-    def plan(self, created: float, base: Mapping[Base, Contents]) -> ExportPlan:
+    def plan(self, created: float, base: Mapping[BaseBundle, BundleContents]) -> ExportPlan:
         """Without what is in the bundles of `base`; manifests always go along, so that each can be read."""
         known: dict[str, set[str]] = defaultdict(set)
         for each in base.values():
@@ -242,7 +242,7 @@ class ExportPlanner:
         referrers = [referrer for _, referrer in sorted(self._referrers.items())]
         index = bundle.index_of([*references, *referrers])
         return ExportPlan(
-            Contents(
+            BundleContents(
                 created=created,
                 index=str(Digest.of(index)),
                 base=sorted(base, key=lambda each: each.digest),
@@ -259,7 +259,7 @@ class ExportPlanner:
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    contents: Contents
+    contents: BundleContents
     index: bytes
     blobs: Mapping[Digest, Source]
 

@@ -103,7 +103,7 @@ class Importer:
     async def run(self, tick: Tick = lambda taken: None) -> list[Moved]:
         """Raises ArchiveInvalid, StorageFailed; then no tag has moved."""
         for store, blobs in self._blobs():
-            for digest in sorted(blobs, key=self._layout.place):
+            for digest in sorted(blobs, key=self._layout.position):
                 if not held(store, digest, blobs[digest]):
                     await self._take(store, digest, blobs[digest], tick)
         return await run_in_thread(self._show)

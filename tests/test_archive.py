@@ -136,7 +136,7 @@ def test_what_is_not_there_at_all(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_put_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "INNOCENT", 4 << 20)
+    monkeypatch.setattr(archive, "INFLATION_FREE", 4 << 20)
     path = tmp_path / "bomb.tar.gz"
     path.write_bytes(gzip.compress(archives.tar({"zeros": bytes(64 << 20)})))
     with pytest.raises(ArchiveInvalid, match="this is no archive of images") as raised:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from storage.archives import bundle
 from storage.archives.bundle import blob_name
-from storage.archives.export_plan import ExportPlan, Source
+from storage.archives.export_plan import ContentSource, ExportPlan
 from storage.archives.tar import END, header, padding
 from storage.errors import BlobUnknown
 from storage.oci import Digest
@@ -107,14 +107,14 @@ def write(
         sink.put(name, len(content), [content])
     done = 0
     with ThreadPoolExecutor(1) as hasher:
-        for digest, source in plan.blobs.items():
+        for digest, source in plan.sources.items():
             sink.put(blob_name(digest), source.size, _chunks(digest, source, hasher))
             done += source.size
             tick(done)
     return Digest.of(document)
 
 
-def _chunks(digest: Digest, source: Source, hasher: ThreadPoolExecutor) -> Iterator[bytes]:
+def _chunks(digest: Digest, source: ContentSource, hasher: ThreadPoolExecutor) -> Iterator[bytes]:
     if source.repository is not None:
         yield source.store.manifest(source.repository, digest)[0].content  # verified there
         return

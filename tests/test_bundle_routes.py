@@ -388,5 +388,5 @@ async def test_what_a_proxy_ends_too_early_gets_no_name(far: Far, tmp_path: Path
     proxy.router.add_post("/api/v1/export", shorten)
     async with TestServer(proxy) as server:
         result = await far.run("export", tmp_path / "bundle.tar", "alpine:3", server=server.make_url("/"))
-    assert result.exit_code == 1 and "it was truncated" in result.output
+    assert result.exit_code == 1 and "it is truncated" in result.output
     assert list(tmp_path.glob("*bundle*")) == list(tmp_path.glob(".*bundle*")) == []

@@ -112,7 +112,7 @@ def test_through_pipes(ground: Ground) -> None:
     cut = subprocess.run(
         [*command, "import", "-", *config], input=exported.stdout[:-600], capture_output=True
     )
-    assert (cut.returncode, b"it was truncated" in cut.stderr) == (1, True)
+    assert (cut.returncode, b"it is truncated" in cut.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(

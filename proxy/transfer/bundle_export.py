@@ -12,8 +12,8 @@ from proxy.namespaces.references import FieldInvalid, ReferenceReader, read_plat
 from proxy.transfer.results import CarriedRow, Exported, IncompleteRow, Tick
 from storage.archives import bundle
 from storage.archives.archive import open_archive, read
-from storage.archives.bundle import CONTENTS, Base, Contents, encode
-from storage.archives.export_plan import ExportPlan, ExportPlanner, Wanted
+from storage.archives.bundle import CONTENTS, BaseBundle, BundleContents, encode
+from storage.archives.export_plan import ExportPlan, ExportPlanner, ExportReference
 from storage.archives.exporter import Sink, write
 from storage.concurrency import run_cancellable
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, StorageFailed
@@ -103,19 +103,19 @@ class BundleExport:
         self, stopped: Callable[[], None], selection: Selection
     ) -> tuple[ExportPlan, dict[str, set[Digest]]]:
         """And what lacks of those that are left out."""
-        gathering = ExportPlanner(read_platforms("platforms", selection.platforms), selection.referrers)
+        planner = ExportPlanner(read_platforms("platforms", selection.platforms), selection.referrers)
         base = dict(map(_base, selection.since))
-        for wanted in self._selected(selection, gathering):
+        for wanted in self._selected(selection, planner):
             stopped()
-            gathering.add(wanted)
-        if gathering.incomplete and not selection.skip_incomplete:
-            raise Incomplete(_lacking(gathering.incomplete))
-        plan = gathering.plan(self._parts.clock(), base)
+            planner.add(wanted)
+        if planner.incomplete and not selection.skip_incomplete:
+            raise Incomplete(_lacking(planner.incomplete))
+        plan = planner.plan(self._parts.clock(), base)
         if not plan.contents.references:
             raise NameUnknown("nothing that is stored here as a whole is what was asked for")
-        return plan, gathering.incomplete
+        return plan, planner.incomplete
 
-    def _selected(self, selection: Selection, gathering: ExportPlanner) -> Iterator[Wanted]:
+    def _selected(self, selection: Selection, planner: ExportPlanner) -> Iterator[ExportReference]:
         since = None
         if selection.used_within is not None:
             since = self._parts.clock() - read_seconds("used_within", selection.used_within)
@@ -125,29 +125,29 @@ class BundleExport:
             found = False
             for wanted in self._named(text):
                 found = True
-                if since is None or self._used(wanted, since, gathering):
+                if since is None or self._used(wanted, since, planner):
                     yield wanted
             if not found and since is None:
                 raise NameUnknown(f"nothing that is stored here is {text}")
 
-    def _named(self, text: str) -> Iterator[Wanted]:
+    def _named(self, text: str) -> Iterator[ExportReference]:
         if not is_glob(text):
             asked = self._reading.reference("names", text)
-            yield Wanted(self._parts.store_of(asked.namespace), asked.repository, asked.reference)
+            yield ExportReference(self._parts.store_of(asked.namespace), asked.repository, asked.reference)
             return
         pin = self._reading.pattern("names", text)
         stores = [self._parts.store, *([self._parts.private] if self._parts.private else [])]
         for store in stores:
             for repository, reference in matching(store, pin):
-                yield Wanted(store, repository, reference)
+                yield ExportReference(store, repository, reference)
 
-    def _used(self, wanted: Wanted, since: float, gathering: ExportPlanner) -> bool:
+    def _used(self, wanted: ExportReference, since: float, planner: ExportPlanner) -> bool:
         use = self._parts.usage.use(wanted.repository, wanted.reference)
         if use is None or use.last < since:
             return False
         # Whoever pulls a tag asks for its manifests by digest as well: they are in it.
         return isinstance(wanted.reference, Tag) or (
-            use.count > 0 and not gathering.holds(wanted.repository, wanted.reference)
+            use.count > 0 and not planner.contains(wanted.repository, wanted.reference)
         )
 
 
@@ -162,9 +162,9 @@ def earlier(path: Path) -> Earlier:
         raise ArchiveInvalid(f"{path}: {error.strerror or error}") from error
 
 
-def _base(given: Earlier) -> tuple[Base, Contents]:
+def _base(given: Earlier) -> tuple[BaseBundle, BundleContents]:
     found = bundle.decode(given.content, given.what)
-    return Base(str(Digest.of(given.content)), found.created), found
+    return BaseBundle(str(Digest.of(given.content)), found.created), found
 
 
 def _signer(key: Path) -> Callable[[bytes], bytes]:
@@ -210,7 +210,7 @@ def _exported(
             for reference, lacking in sorted(incomplete.items())
         ],
         referrers=len(contents.referrers),
-        blobs=len(plan.blobs),
+        blobs=len(plan.sources),
         bytes=plan.bytes,
         spared=len({digest for digests in contents.elsewhere.values() for digest in digests}),
         signed=signed,

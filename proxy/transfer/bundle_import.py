@@ -20,8 +20,8 @@ from proxy.namespaces.references import (
 from proxy.transfer.results import BoundRow, BundleImported, Tick
 from storage.archives import bundle
 from storage.archives.archive import Archive, open_archive, open_spooled
-from storage.archives.import_plan import Bound, ImportPlanner
-from storage.archives.importer import Importer, ImportTarget, Moved
+from storage.archives.import_plan import ImportPlanner, RootBinding
+from storage.archives.importer import ImportedTag, Importer, ImportTarget
 from storage.archives.layout import Layout, Root, read_layout
 from storage.concurrency import run_cancellable, run_in_thread
 from storage.disk.records import Batch, Records
@@ -87,22 +87,22 @@ class BundleImport:
     async def take(
         self, archive: Archive, given: Given, tick: Tick = lambda done, whole: None
     ) -> BundleImported:
-        layout, taking = await run_in_thread(self._planned, archive, given)
-        whole = await run_in_thread(taking.lacking)
-        moved: list[Moved] = []
+        layout, importer = await run_in_thread(self._planned, archive, given)
+        whole = await run_in_thread(importer.required)
+        moved: list[ImportedTag] = []
         if not given.dry_run:
-            moved = await taking.run(lambda taken: tick(taken, whole))
+            moved = await importer.run(lambda taken: tick(taken, whole))
             await self._settle(moved, given)
-        return _landed(layout, taking, moved, given, whole if given.dry_run else taking.taken)
+        return _landed(layout, importer, moved, given, whole if given.dry_run else importer.bytes)
 
     def _planned(self, archive: Archive, given: Given) -> tuple[Layout, Importer]:
         layout = read_layout(
             archive, lambda content, signature: _check(archive, given.key, content, signature)
         )
-        importing = ImportPlanner(layout, lambda root: self._bound(archive, given, root), self._parts.clock)
-        return layout, importing.plan()
+        planner = ImportPlanner(layout, lambda root: self._bound(archive, given, root), self._parts.clock)
+        return layout, planner.plan()
 
-    def _bound(self, archive: Archive, given: Given, root: Root) -> Bound:
+    def _bound(self, archive: Archive, given: Given, root: Root) -> RootBinding:
         digest = root.descriptor.digest
         named = self._reading.reference("name", given.name) if given.name else None
         only_tag = root.name is not None and not set(":/@") & set(root.name)
@@ -122,7 +122,7 @@ class BundleImport:
             raise ArchiveInvalid(f"{archive.what}: {error}") from None
         if isinstance(reference, Digest) and reference != digest:
             raise ArchiveInvalid(f"{archive.what} says that {digest} is {root.name}")
-        return Bound(self._place(repository), reference)
+        return RootBinding(self._place(repository), reference)
 
     def _place(self, repository: str) -> ImportTarget:
         namespace, _, relative = repository.partition("/")
@@ -138,17 +138,17 @@ class BundleImport:
 
         return ImportTarget(self._parts.store_of(namespace), repository, hosted.sparse, allowed)
 
-    async def _settle(self, moved: Sequence[Moved], given: Given) -> None:
+    async def _settle(self, moved: Sequence[ImportedTag], given: Given) -> None:
         parts = self._parts
-        for place, tag, digest, before in moved:
-            cached = place.store is parts.store
+        for target, tag, digest, before in moved:
+            cached = target.store is parts.store
             if before is not None and before != digest:
                 if cached:
-                    await parts.tag_moved(place.repository, tag, before, digest)
+                    await parts.tag_moved(target.repository, tag, before, digest)
                 elif parts.publisher is not None:
-                    await parts.publisher.moved(place.repository, tag, before, digest)
+                    await parts.publisher.moved(target.repository, tag, before, digest)
             if given.pin and cached:
-                await run_in_thread(parts.pins.add, Pin(written(place.repository, tag)))
+                await run_in_thread(parts.pins.add, Pin(written(target.repository, tag)))
 
 
 def _check(archive: Archive, key: Path | None, content: bytes | None, signature: bytes | None) -> None:
@@ -166,30 +166,30 @@ def _check(archive: Archive, key: Path | None, content: bytes | None, signature:
 
 
 def _landed(
-    layout: Layout, taking: Importer, moved: Sequence[Moved], given: Given, taken: int
+    layout: Layout, importer: Importer, moved: Sequence[ImportedTag], given: Given, taken: int
 ) -> BundleImported:
-    before = {(each.place.repository, each.tag): each.before for each in moved}
+    before = {(each.target.repository, each.tag): each.before for each in moved}
     rows = []
-    for share in taking.shares:
-        for tag, (digest, _) in share.tags.items():
-            known = before.get((share.place.repository, tag))
+    for planned in importer.repositories:
+        for tag, (digest, _) in planned.tags.items():
+            known = before.get((planned.target.repository, tag))
             rows.append(
                 BoundRow(
-                    repository=share.place.repository,
+                    repository=planned.target.repository,
                     tag=str(tag),
                     digest=str(digest),
                     before=None if known is None else str(known),
                 )
             )
-        for digest in share.untagged:
+        for digest in planned.untagged:
             rows.append(
-                BoundRow(repository=share.place.repository, tag=None, digest=str(digest), before=None)
+                BoundRow(repository=planned.target.repository, tag=None, digest=str(digest), before=None)
             )
     return BundleImported(
         archive=layout.what,
         references=rows,
-        manifests=sum(len(share.manifests) for share in taking.shares),
-        blobs=taking.blobs,
+        manifests=sum(len(planned.manifests) for planned in importer.repositories),
+        blobs=importer.blobs,
         bytes=taken,
         verified=given.key is not None,
         dry_run=given.dry_run,

@@ -1,11 +1,11 @@
-"""Archives to read images from: a directory, or a tar, which may be compressed.
+"""Archives to read images from: directories and tar archives, which may be compressed.
 
-Both are parts by name, any of which can be read at any place: nothing is unpacked, and what is in memory
-does not grow with what there is.  A tar that cannot be read so (compressed, or from a pipe) is first written,
-as it comes, to a file without a name, that goes with us whatever happens.
+An archive consists of named parts that are read at any offset: nothing is unpacked, and memory use does not
+depend on its size.  A tar archive without random access (compressed, or from a pipe) is first copied to a
+file without a name, which disappears with this process.
 
-What an archive says is not believed: see tar.py.  A link in a tar leads within it or nowhere; in a directory
-one is no part.
+Archives are not trusted: see tar.py.  A symbolic link in a tar archive resolves to a member of it or to
+nothing; a symbolic link in a directory is not a part.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from storage.archives.tar import BLOCK, Member, is_tar, members
+from storage.archives.tar import BLOCK, TarMember, is_tar, members
 from storage.errors import ArchiveInvalid
 from storage.oci import Digest
 
 CHUNK = 1 << 20  # bytes read at a time
-GIANT = 16 << 20  # bytes of a document that is read as a whole: more is none
-INFLATED = 200  # times what is read; images hold what is compressed already, or are tars of programs
-INNOCENT = 64 << 20  # inflated bytes before that counts
+DOCUMENT_LIMIT = 16 << 20  # bytes of a document that is read as a whole
+INFLATION_LIMIT = 200  # times the compressed size; layers are compressed already, or tar archives of programs
+INFLATION_FREE = 64 << 20  # inflated bytes before that limit applies
 
 _GZIP = b"\x1f\x8b"
 _COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 
 
-class Part(io.RawIOBase):
-    """A file's content: `size` bytes of `file` from `offset` on.  Of no use once its archive is closed."""
+class ArchivePart(io.RawIOBase):
+    """A file in an archive: `size` bytes of `file` from `offset` on, until the archive is closed."""
 
     def __init__(self, file: int, offset: int, size: int) -> None:
         self.size = size
@@ -46,7 +46,7 @@ class Part(io.RawIOBase):
         self._at = 0
 
     def at(self, start: int, count: int) -> bytes:
-        """From `start` on `count` bytes at most; none at its end."""
+        """At most `count` bytes from `start` on; none at the end."""
         return os.pread(self._file, max(0, min(count, self.size - start)), self._offset + start)
 
     def chunks(self) -> Iterator[bytes]:
@@ -69,26 +69,31 @@ class Part(io.RawIOBase):
 
 
 class Archive(Protocol):
-    """`what` it is called in messages.  To be closed.  Everything blocks, and may raise ArchiveInvalid."""
+    """A directory or tar archive whose parts are read by name.  Close it after use.
+
+    Methods block, and may raise ArchiveInvalid.  `what` names the archive in messages.
+    """
 
     what: str
 
     def size(self, name: str) -> int | None:
-        """None: there is no such part."""
+        """The size of a part in bytes; None if there is no such part."""
         ...
 
-    def place(self, name: str) -> int:
-        """The order in which parts are read best."""
+    def position(self, name: str) -> int:
+        """A key to sort parts by, so that reading them in order is fast."""
         ...
 
-    def opened(self, name: str) -> AbstractContextManager[Part]:
-        """Raises ArchiveInvalid where there is no such part."""
+    def opened(self, name: str) -> AbstractContextManager[ArchivePart]:
+        """Open a part.  Raises ArchiveInvalid if there is no such part."""
         ...
 
     def close(self) -> None: ...
 
 
-class Directory:
+class DirectoryArchive:
+    """A directory as an archive."""
+
     def __init__(self, path: Path) -> None:
         self.what = str(path)
         self._path = path
@@ -102,21 +107,21 @@ class Directory:
             raise ArchiveInvalid(f"{self.what}/{name}: {error.strerror}") from error
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def place(self, name: str) -> int:
+    def position(self, name: str) -> int:
         return 0
 
     @contextmanager
-    def opened(self, name: str) -> Iterator[Part]:
+    def opened(self, name: str) -> Iterator[ArchivePart]:
         try:
-            # Not by a link, and without waiting for whoever may write into a pipe.
+            # Follow no link, and do not wait for a writer if it is a pipe.
             file = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise ArchiveInvalid(f"{self.what}/{name}: {error.strerror}") from error
         try:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):
-                raise ArchiveInvalid(f"{self.what}/{name} is no file")
-            yield Part(file, 0, found.st_size)
+                raise ArchiveInvalid(f"{self.what}/{name} is not a file")
+            yield ArchivePart(file, 0, found.st_size)
         finally:
             os.close(file)
 
@@ -124,13 +129,13 @@ class Directory:
         pass
 
 
-class Tar:
-    """`file` is to be one that can be read at any place, and is closed with it."""
+class TarArchive:
+    """A tar archive in `file`, which must allow random access and is closed with the archive."""
 
     def __init__(self, file: IO[bytes], what: str) -> None:
         self.what = what
         self._file = file
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, TarMember] = {}
         try:
             for member in members(file.fileno(), what):
                 self._members[member.name] = member
@@ -138,8 +143,8 @@ class Tar:
             file.close()
             raise
 
-    def _find(self, name: str) -> Member | None:
-        """A member, through one link at most: docker save makes links to layers that it has written."""
+    def _find(self, name: str) -> TarMember | None:
+        """Find a member, through at most one link: `docker save` links to layers that it wrote before."""
         found = self._members.get(name)
         if found is not None and found.link is not None:
             found = self._members.get(_beside(name, found.link))
@@ -149,33 +154,36 @@ class Tar:
         found = self._find(name)
         return None if found is None else found.size
 
-    def place(self, name: str) -> int:
+    def position(self, name: str) -> int:
         found = self._find(name)
         return 0 if found is None else found.offset
 
     @contextmanager
-    def opened(self, name: str) -> Iterator[Part]:
+    def opened(self, name: str) -> Iterator[ArchivePart]:
         found = self._find(name)
         if found is None:
-            raise ArchiveInvalid(f"{self.what} holds no {name}")
-        yield Part(self._file.fileno(), found.offset, found.size)
+            raise ArchiveInvalid(f"{self.what} does not contain {name}")
+        yield ArchivePart(self._file.fileno(), found.offset, found.size)
 
     def close(self) -> None:
         self._file.close()
 
 
-def open_archive(path: Path, spool: Path, tick: Callable[[], None] = lambda: None) -> Directory | Tar:
-    """The directory or tar at `path`; `-` is standard input.  What cannot be read in place goes to `spool`.
+def open_archive(
+    path: Path, spool: Path, tick: Callable[[], None] = lambda: None
+) -> DirectoryArchive | TarArchive:
+    """Open the directory or tar archive at `path`; `-` is standard input.
 
-    `tick` is called while it does; what it raises ends it.
+    What does not allow random access is first copied into the directory `spool`; `tick` is called after
+    every chunk, and may raise an exception to cancel that.
 
-    Raises ArchiveInvalid, and OSError where there is no room for that.
+    Raises ArchiveInvalid, and OSError if the copy does not fit.
     """
     if str(path) == "-":
         return open_stream(sys.stdin.buffer, "standard input", spool, tick)
     try:
         if path.is_dir():
-            return Directory(path)
+            return DirectoryArchive(path)
         file = path.open("rb")
     except OSError as error:
         raise ArchiveInvalid(f"{path}: {error.strerror}") from error
@@ -185,8 +193,10 @@ def open_archive(path: Path, spool: Path, tick: Callable[[], None] = lambda: Non
     return open_spooled(file, str(path), spool, tick)
 
 
-def open_stream(stream: IO[bytes], what: str, spool: Path, tick: Callable[[], None] = lambda: None) -> Tar:
-    """What `stream` brings, to its end; it is not closed."""
+def open_stream(
+    stream: IO[bytes], what: str, spool: Path, tick: Callable[[], None] = lambda: None
+) -> TarArchive:
+    """Copy `stream` to its end and open the copy.  The stream is not closed."""
     file = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115
     try:
         while chunk := stream.read(CHUNK):
@@ -199,8 +209,8 @@ def open_stream(stream: IO[bytes], what: str, spool: Path, tick: Callable[[], No
     return open_spooled(file, what, spool, tick)
 
 
-def open_spooled(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None]) -> Tar:
-    """What lies in `file`, a tar that may be compressed.  It is closed with it, or now."""
+def open_spooled(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None]) -> TarArchive:
+    """Open the tar archive in `file`, which may be compressed.  The archive, or an error, closes the file."""
     try:
         file.seek(0)
         begun = os.pread(file.fileno(), BLOCK, 0)
@@ -211,13 +221,17 @@ def open_spooled(file: IO[bytes], what: str, spool: Path, tick: Callable[[], Non
             begun = os.pread(file.fileno(), BLOCK, 0)
         for magic, name in _COMPRESSED.items():
             if begun.startswith(magic):
-                raise ArchiveInvalid(f"{what} is compressed by {name}, which is not read here: decompress it")
+                raise ArchiveInvalid(
+                    f"{what} is compressed with {name}, which is not supported: decompress it first"
+                )
         if not is_tar(begun):
-            raise ArchiveInvalid(f"{what} is neither a directory nor a tar, plain or compressed by gzip")
+            raise ArchiveInvalid(
+                f"{what} is neither a directory nor a tar archive, plain or compressed with gzip"
+            )
     except BaseException:
         file.close()
         raise
-    return Tar(file, what)
+    return TarArchive(file, what)
 
 
 def _inflated(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None]) -> IO[bytes]:
@@ -233,24 +247,24 @@ def _inflated(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None])
     return plain
 
 
-def inflated(file: IO[bytes] | Part, what: str) -> Iterator[bytes]:
-    """What was compressed by gzip.  Raises ArchiveInvalid, also where it is a bomb."""
+def inflated(file: IO[bytes] | ArchivePart, what: str) -> Iterator[bytes]:
+    """Decompress gzip, in chunks.  Raises ArchiveInvalid if it is damaged, or a decompression bomb."""
     count = 0
     try:
         with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
             while chunk := unpacked.read(CHUNK):
                 count += len(chunk)
-                if count > INNOCENT and count > INFLATED * file.tell():
+                if count > INFLATION_FREE and count > INFLATION_LIMIT * file.tell():
                     raise ArchiveInvalid(
-                        f"{what}: {file.tell()} bytes of it inflate to {count}: that is no archive of images"
+                        f"{what}: {file.tell()} bytes of it inflate to {count}: this is no archive of images"
                     )
                 yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ArchiveInvalid(f"{what} is damaged or truncated, at byte {file.tell()}: {error}") from error
 
 
-def read(archive: Archive, name: str, most: int = GIANT) -> bytes:
-    """All of a part.  Raises ArchiveInvalid where it is not there, or larger than it is to be."""
+def read(archive: Archive, name: str, most: int = DOCUMENT_LIMIT) -> bytes:
+    """Read a whole part.  Raises ArchiveInvalid if it is missing, or larger than `most` bytes."""
     with archive.opened(name) as part:
         if part.size > most:
             raise ArchiveInvalid(f"{archive.what}: {name} has {part.size} bytes, more than {most}")
@@ -268,7 +282,7 @@ def digest_of(chunks: Iterable[bytes], algorithm: str = "sha256") -> Digest:
 
 
 def _beside(name: str, link: str) -> str:
-    """The name that a link of that name leads to; what leads out of the archive leads nowhere."""
+    """Resolve the target of the link `name`; an empty string if it is outside of the archive."""
     found = name.split("/")[:-1]
     for each in link.split("/"):
         if each == "..":

@@ -1,7 +1,7 @@
-"""What is to go into a bundle: references, and all that they need.
+"""The plan of a bundle: references, and all content that they need.
 
-A manifest goes with all that it names, or not at all; indexes stay as they are, to the byte, and of their
-children those go along that are wanted and here.  So every name in a bundle is good for a pull.
+A manifest is exported with everything that it names, or not at all.  An index is exported unchanged, with
+those of its children that are selected and stored.  So every reference in a bundle can be pulled.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from storage.archives import bundle
-from storage.archives.bundle import Base, Contents, Held, Referrer
+from storage.archives.bundle import BaseBundle, BundleContents, BundledReference, BundledReferrer
 from storage.errors import ManifestUnknown
-from storage.graph import contents, selected
+from storage.graph import Walk, contents, selected
 from storage.keys import REFERRER, TAG
 from storage.names import written
 from storage.oci import DOCKER_SCHEMA1, Descriptor, Digest, ManifestContent, Reference, Tag
 from storage.store import Store
 
-DEEPEST = 50  # indexes within indexes that are looked into
-NO_PLATFORM = "unknown/unknown"  # what BuildKit says of its attestations
-ATTESTED = "vnd.docker.reference.digest"  # the child that an attestation is about
+DEPTH_LIMIT = 50  # levels of indexes within indexes
+NO_PLATFORM = "unknown/unknown"  # the platform of attestations by BuildKit
+ATTESTED = "vnd.docker.reference.digest"  # annotation: the child that an attestation is about
 
 
-class Wanted(NamedTuple):
-    """`repository` is a full name."""
+class ExportReference(NamedTuple):
+    """A reference to export.  `repository` is a full name."""
 
     store: Store
     repository: str
@@ -37,8 +37,8 @@ class Wanted(NamedTuple):
         return written(self.repository, self.reference)
 
 
-class Source(NamedTuple):
-    """Where something lies: a manifest in `repository`, a blob where there is none."""
+class ContentSource(NamedTuple):
+    """Where content is stored: a manifest in `repository`, or a blob if that is None."""
 
     store: Store
     size: int
@@ -46,65 +46,66 @@ class Source(NamedTuple):
 
 
 @dataclass(slots=True)
-class Tree:
-    """What a manifest needs of what is here, itself included; and what is `lacking` to make it whole."""
+class ExportTree:
+    """A manifest with the stored content that it needs, and what is `missing` to make it complete."""
 
-    found: dict[Digest, Source] = field(default_factory=dict)
+    content: dict[Digest, ContentSource] = field(default_factory=dict)
     manifests: dict[Digest, Descriptor] = field(default_factory=dict)
     platforms: list[str] = field(default_factory=list)
     left_out: set[Digest] = field(default_factory=set)
-    lacking: set[Digest] = field(default_factory=set)
+    missing: set[Digest] = field(default_factory=set)
 
-    def join(self, other: Tree) -> None:
-        self.found |= other.found
+    def add(self, other: ExportTree) -> None:
+        self.content |= other.content
         self.manifests |= other.manifests
         self.left_out |= other.left_out
-        self.lacking |= other.lacking
+        self.missing |= other.missing
         self.platforms += [each for each in other.platforms if each not in self.platforms]
 
 
-class Walk:
-    """Looks at what a repository holds.  Each manifest is looked at once, however often it is named."""
+class ExportTreeReader:
+    """Reads the trees of manifests of a repository.  Each manifest is read once, however often it is named.
+
+    Unlike a Walk it decides bottom-up: an index is complete without a child that is not.
+    """
 
     def __init__(self, store: Store, repository: str, platforms: Sequence[str] = ()) -> None:
         self._store = store
         self._repository = repository
         self._platforms = platforms
-        self._seen: dict[Digest, Tree] = {}
+        self._trees: dict[Digest, ExportTree] = {}
 
-    def tree(self, digest: Digest, depth: int = 0) -> Tree:
-        if digest not in self._seen:
-            self._seen[digest] = self._tree(digest, depth)
-        return self._seen[digest]
+    def tree(self, digest: Digest, depth: int = 0) -> ExportTree:
+        if digest not in self._trees:
+            self._trees[digest] = self._read(digest, depth)
+        return self._trees[digest]
 
-    def _tree(self, digest: Digest, depth: int) -> Tree:
+    def _read(self, digest: Digest, depth: int) -> ExportTree:
         try:
             manifest, _ = self._store.manifest(self._repository, digest)
         except ManifestUnknown:
-            return Tree(lacking={digest})
-        tree = Tree(
-            found={digest: Source(self._store, len(manifest.content), self._repository)},
+            return ExportTree(missing={digest})
+        tree = ExportTree(
+            content={digest: ContentSource(self._store, len(manifest.content), self._repository)},
             manifests={digest: manifest.descriptor},
         )
         content = contents(manifest.content)
-        if depth > DEEPEST or manifest.media_type == DOCKER_SCHEMA1 or content is None:
-            # What it names cannot be told.
-            tree.lacking.add(digest)
+        if depth > DEPTH_LIMIT or manifest.media_type == DOCKER_SCHEMA1 or content is None:
+            tree.missing.add(digest)  # what it names cannot be read
             return tree
-        self._take_blobs(tree, content)
+        self._add_blobs(tree, content)
         if content.children:
-            self._take_children(tree, content, depth)
+            self._add_children(tree, content, depth)
         return tree
 
-    def _take_blobs(self, tree: Tree, content: ManifestContent) -> None:
-        needed = {each.digest for each in content.distributable}
+    def _add_blobs(self, tree: ExportTree, content: ManifestContent) -> None:
         for each in content.blobs:
             if self._store.linked(self._repository, each.digest) is not None:
-                tree.found[each.digest] = Source(self._store, each.size, None)
-            elif each.digest in needed:
-                tree.lacking.add(each.digest)
+                tree.content[each.digest] = ContentSource(self._store, each.size, None)
+            elif each.distributable:
+                tree.missing.add(each.digest)
 
-    def _take_children(self, tree: Tree, content: ManifestContent, depth: int) -> None:
+    def _add_children(self, tree: ExportTree, content: ManifestContent, depth: int) -> None:
         wanted = {each.digest for each in selected(content, self._platforms)}
         found = False
         for child in content.children:
@@ -117,100 +118,99 @@ class Walk:
                     continue
                 optional = True
             below = self.tree(child.digest, depth + 1)
-            if below.lacking and optional:
+            if below.missing and optional:
                 tree.left_out.add(child.digest)
                 continue
-            tree.join(below)
+            tree.add(below)
             if platform is not None and platform not in (NO_PLATFORM, *tree.platforms):
                 tree.platforms.append(platform)
             found = found or platform != NO_PLATFORM
-        if not found:  # an index alone is good for nothing
-            tree.lacking |= wanted or tree.left_out
+        if not found:  # an index alone cannot be pulled
+            tree.missing |= wanted or tree.left_out
 
 
 class ExportPlanner:
-    """What is to go into a bundle.  Blocks."""
+    """Collects references and the content that they need, and makes the plan of a bundle.  Methods block."""
 
     def __init__(self, platforms: Sequence[str] = (), referrers: bool = True) -> None:
         self._platforms = platforms
         self._with_referrers = referrers
-        self._held: dict[tuple[str, str], Held] = {}
-        self._referrers: dict[tuple[str, Digest], Referrer] = {}
-        self._needed: dict[str, dict[Digest, Source]] = defaultdict(dict)
+        self._references: dict[tuple[str, str], BundledReference] = {}
+        self._referrers: dict[tuple[str, Digest], BundledReferrer] = {}
+        self._content: dict[str, dict[Digest, ContentSource]] = defaultdict(dict)
         self._manifests: set[Digest] = set()
-        self._taken: set[tuple[str, Digest]] = set()
-        self.incomplete: dict[str, set[Digest]] = {}  # what each lacks that was not taken
+        self._planned: set[tuple[str, Digest]] = set()
+        self.incomplete: dict[str, set[Digest]] = {}  # references not added, and what is missing of them
 
-    def add(self, wanted: Wanted) -> bool:
-        """Whether it was taken: it is not where something of it is lacking, see `incomplete`.
+    def add(self, wanted: ExportReference) -> bool:
+        """Add a reference unless it is incomplete; whether it was added.  See `incomplete`.
 
-        Raises ManifestUnknown where nothing is known of it.
+        Raises ManifestUnknown if it is a tag that is not stored.
         """
         store, repository, _ = wanted
         digest, validated = self._digest(wanted)
-        tree = Walk(store, repository, self._platforms).tree(digest)
-        if tree.lacking:
-            self.incomplete[wanted.name] = tree.lacking
+        tree = ExportTreeReader(store, repository, self._platforms).tree(digest)
+        if tree.missing:
+            self.incomplete[wanted.name] = tree.missing
             return False
-        self._hold(wanted, digest, validated, tree)
+        self._add_reference(wanted, digest, validated, tree)
         if self._with_referrers:
-            self._refer(store, repository, list(tree.manifests))
+            self._add_referrers(store, repository, Walk(tree.manifests))
         return True
 
-    def holds(self, repository: str, digest: Digest) -> bool:
-        """Whether it was taken with something else of the repository."""
-        return (repository, digest) in self._taken
+    def contains(self, repository: str, digest: Digest) -> bool:
+        """Whether the manifest was added, by itself or as part of another one."""
+        return (repository, digest) in self._planned
 
-    def _digest(self, wanted: Wanted) -> tuple[Digest, float | None]:
+    def _digest(self, wanted: ExportReference) -> tuple[Digest, float | None]:
         if isinstance(wanted.reference, Digest):
             return wanted.reference, None
         pointer = wanted.store.pointer(wanted.repository, wanted.reference)
         if pointer is None:
-            raise ManifestUnknown(f"{wanted.name} is not stored here")
+            raise ManifestUnknown(f"{wanted.name} is not stored")
         return pointer.digest, pointer.validated_at
 
-    def _take(self, repository: str, tree: Tree) -> None:
-        self._needed[repository.partition("/")[0]].update(tree.found)
+    def _add_content(self, repository: str, tree: ExportTree) -> None:
+        self._content[repository.partition("/")[0]].update(tree.content)
         self._manifests.update(tree.manifests)
-        self._taken.update((repository, digest) for digest in tree.manifests)
+        self._planned.update((repository, digest) for digest in tree.manifests)
 
-    def _refer(self, store: Store, repository: str, todo: list[Digest]) -> None:
-        """Take what refers to these, what refers to that, …; as far as it is here as a whole."""
-        walk = Walk(store, repository)
-        while todo:
-            subject = todo.pop()
+    def _add_referrers(self, store: Store, repository: str, subjects: Walk[Digest]) -> None:
+        """Add the referrers of the subjects, and the referrers of these, as far as they are complete."""
+        reader = ExportTreeReader(store, repository)
+        for subject in subjects:
             for key, _ in store.records.scan(REFERRER.prefix(repository, subject)):
                 digest = Digest(REFERRER.parse(key)[2])
-                tree = walk.tree(digest)
-                if tree.lacking or (repository, digest) in self._referrers:
+                tree = reader.tree(digest)
+                if tree.missing or (repository, digest) in self._referrers:
                     continue
                 top = tree.manifests[digest]
-                self._referrers[repository, digest] = Referrer(
+                self._referrers[repository, digest] = BundledReferrer(
                     repository=repository,
                     digest=str(digest),
                     media_type=top.media_type,
                     size=top.size,
                     subject=str(subject),
                 )
-                self._take(repository, tree)
-                todo += tree.manifests
-            # distribution-spec, "Referrers Tag Schema"; cosign adds .sig, .att and .sbom to it.
+                self._add_content(repository, tree)
+                subjects.add(tree.manifests)
+            # distribution-spec, "Referrers Tag Schema"; cosign appends .sig, .att and .sbom to that tag.
             start = f"{TAG.prefix(repository)}{subject.algorithm}-{subject.encoded}"
             for key, _ in list(store.records.scan(start)):
                 tag = Tag(TAG.parse(key)[1])
-                if (repository, tag) not in self._held:
-                    self._add_fallback(Wanted(store, repository, tag), walk, todo)
+                if (repository, tag) not in self._references:
+                    wanted = ExportReference(store, repository, tag)
+                    digest, validated = self._digest(wanted)
+                    tree = reader.tree(digest)
+                    if not tree.missing:
+                        self._add_reference(wanted, digest, validated, tree)
+                        subjects.add(tree.manifests)
 
-    def _add_fallback(self, wanted: Wanted, walk: Walk, todo: list[Digest]) -> None:
-        digest, validated = self._digest(wanted)
-        tree = walk.tree(digest)
-        if not tree.lacking:
-            self._hold(wanted, digest, validated, tree)
-            todo += tree.manifests
-
-    def _hold(self, wanted: Wanted, digest: Digest, validated: float | None, tree: Tree) -> None:
+    def _add_reference(
+        self, wanted: ExportReference, digest: Digest, validated: float | None, tree: ExportTree
+    ) -> None:
         top = tree.manifests[digest]
-        self._held[wanted.repository, str(wanted.reference)] = Held(
+        self._references[wanted.repository, str(wanted.reference)] = BundledReference(
             repository=wanted.repository,
             digest=str(digest),
             media_type=top.media_type,
@@ -221,28 +221,31 @@ class ExportPlanner:
             complete=not tree.left_out,
             left_out=sorted(map(str, tree.left_out)),
         )
-        self._take(wanted.repository, tree)
+        self._add_content(wanted.repository, tree)
 
-    def plan(self, created: float, base: Mapping[Base, Contents]) -> ExportPlan:
-        """Without what is in the bundles of `base`; manifests always go along, so that each can be read."""
+    def plan(self, created: float, base: Mapping[BaseBundle, BundleContents]) -> ExportPlan:
+        """The plan of a bundle without the blobs of the bundles in `base`.
+
+        Manifests are always included, so that each bundle can be read by itself.
+        """
         known: dict[str, set[str]] = defaultdict(set)
         for each in base.values():
-            for had in (each.blobs, each.elsewhere):
-                for namespace, digests in had.items():
+            for contained in (each.blobs, each.elsewhere):
+                for namespace, digests in contained.items():
                     known[namespace].update(digests)
-        write: dict[Digest, Source] = {}
+        sources: dict[Digest, ContentSource] = {}
         blobs, elsewhere = {}, {}
-        for namespace, needed in sorted(self._needed.items()):
-            there = {each for each in needed if each in known[namespace] and each not in self._manifests}
-            blobs[namespace] = sorted(str(each) for each in needed if each not in there)
-            if there:
-                elsewhere[namespace] = sorted(map(str, there))
-            write |= {digest: source for digest, source in needed.items() if digest not in there}
-        references = [held for _, held in sorted(self._held.items())]
+        for namespace, needed in sorted(self._content.items()):
+            omitted = {each for each in needed if each in known[namespace] and each not in self._manifests}
+            blobs[namespace] = sorted(str(each) for each in needed if each not in omitted)
+            if omitted:
+                elsewhere[namespace] = sorted(map(str, omitted))
+            sources |= {digest: source for digest, source in needed.items() if digest not in omitted}
+        references = [reference for _, reference in sorted(self._references.items())]
         referrers = [referrer for _, referrer in sorted(self._referrers.items())]
         index = bundle.index_of([*references, *referrers])
         return ExportPlan(
-            Contents(
+            BundleContents(
                 created=created,
                 index=str(Digest.of(index)),
                 base=sorted(base, key=lambda each: each.digest),
@@ -253,16 +256,18 @@ class ExportPlanner:
                 elsewhere=elsewhere,
             ),
             index,
-            dict(sorted(write.items())),
+            dict(sorted(sources.items())),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    contents: Contents
+    """The documents of a bundle, and where the content that it contains is stored."""
+
+    contents: BundleContents
     index: bytes
-    blobs: Mapping[Digest, Source]
+    sources: Mapping[Digest, ContentSource]
 
     @property
     def bytes(self) -> int:
-        return sum(each.size for each in self.blobs.values())
+        return sum(each.size for each in self.sources.values())

@@ -1,7 +1,7 @@
-"""Out of stores, into a bundle: an OCI image layout, as a directory or a tar.  See bundle.py.
+"""Writes bundles from stores: OCI image layouts, as a directory or a tar archive.  See bundle.py.
 
-Every byte is compared with its digest on its way out.  A bundle gets its name when all of it is on the disk:
-whatever ends the work before, nothing bears the name.  The same content makes the same bundle.
+All content is verified while it is written.  A bundle gets its name when all of it is on the disk, so that an
+interrupted export leaves no file of that name.  The same content results in the same bundle.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from typing import Protocol
 
 from storage.archives import bundle
 from storage.archives.bundle import blob_name
-from storage.archives.export_plan import ExportPlan, Source
+from storage.archives.export_plan import ContentSource, ExportPlan
 from storage.archives.tar import END, header, padding
 from storage.errors import BlobUnknown
 from storage.oci import Digest
 
 CHUNK = 1 << 20  # bytes
 
-Tick = Callable[[int], None]  # called with how many bytes are done; what it raises ends the work
+Tick = Callable[[int], None]  # called with the bytes written so far; may raise to cancel the export
 
 
-def unheeded(done: int) -> None:
+def ignored(done: int) -> None:
     pass
 
 
 class Sink(Protocol):
-    """Where a bundle is written to, file by file."""
+    """The target of an export, written file by file."""
 
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> None: ...
 
@@ -44,7 +44,7 @@ class Sink(Protocol):
 
 
 class TarSink:
-    """`write` gets it piece by piece, from its beginning to its end."""
+    """A tar archive that is passed to `write` in pieces, from its beginning to its end."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
@@ -60,7 +60,7 @@ class TarSink:
 
 
 def into(file: int) -> Callable[[bytes], None]:
-    """Writes all that it is given to `file`."""
+    """A function that writes its whole argument to the descriptor `file`."""
 
     def write(chunk: bytes) -> None:
         view = memoryview(chunk)
@@ -71,6 +71,8 @@ def into(file: int) -> Callable[[bytes], None]:
 
 
 class DirectorySink:
+    """A directory to which the files of a bundle are written."""
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._written: list[Path] = []
@@ -78,51 +80,56 @@ class DirectorySink:
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> None:
         path = self._directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Copied, though a hard link costs nothing: who changes a file of a bundle must not change ours.
+        # Copied, not hard-linked: a change to a file of the bundle must not change the stored blob.
         with path.open("wb", buffering=0) as file:
             for chunk in chunks:
                 file.write(chunk)
         self._written.append(path)
 
     def end(self) -> None:
-        for path in self._written:  # here, when most of it is on the disk already
+        for path in self._written:  # only now, when the kernel has written most of it already
             with path.open("rb") as file:
                 os.fdatasync(file.fileno())
 
 
 def write(
-    plan: ExportPlan, sink: Sink, signature: Callable[[bytes], bytes] | None, tick: Tick = unheeded
+    plan: ExportPlan, sink: Sink, signature: Callable[[bytes], bytes] | None, tick: Tick = ignored
 ) -> Digest:
-    """The digest of its entrepot.json.  Raises BlobUnknown where something is damaged, or has gone."""
-    told = bundle.encode(plan.contents)
-    small = {bundle.LAYOUT: bundle.LAYOUT_CONTENT, bundle.INDEX: plan.index, bundle.CONTENTS: told}
+    """Write a bundle; the digest of its entrepot.json.
+
+    Raises BlobUnknown if content is damaged, or was deleted since the plan was made.
+    """
+    document = bundle.encode(plan.contents)
+    small = {bundle.LAYOUT: bundle.LAYOUT_CONTENT, bundle.INDEX: plan.index, bundle.CONTENTS: document}
     if signature is not None:
-        small[bundle.SIGNATURE] = signature(told)
+        small[bundle.SIGNATURE] = signature(document)
     for name, content in small.items():
         sink.put(name, len(content), [content])
     done = 0
     with ThreadPoolExecutor(1) as hasher:
-        for digest, source in plan.blobs.items():
+        for digest, source in plan.sources.items():
             sink.put(blob_name(digest), source.size, _chunks(digest, source, hasher))
             done += source.size
             tick(done)
-    return Digest.of(told)
+    return Digest.of(document)
 
 
-def _chunks(digest: Digest, source: Source, hasher: ThreadPoolExecutor) -> Iterator[bytes]:
+def _chunks(digest: Digest, source: ContentSource, hasher: ThreadPoolExecutor) -> Iterator[bytes]:
     if source.repository is not None:
-        yield source.store.manifest(source.repository, digest)[0].content  # which is compared there
+        yield source.store.manifest(source.repository, digest)[0].content  # verified there
         return
     path = source.store.files.path(digest)
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # not Files.open(): to be exported is no use
+        file = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC
+        )  # not BlobFiles.open(): an export does not count as use
     except FileNotFoundError:
-        raise BlobUnknown(f"{digest} has gone since it was looked for: export again") from None
+        raise BlobUnknown(f"{digest} was deleted since the export began: export again") from None
     found = hashlib.new(digest.algorithm)
     at = 0
     try:
         while (chunk := os.read(file, CHUNK)) and at + len(chunk) <= source.size:
-            hashing = hasher.submit(found.update, chunk)  # while it is written
+            hashing = hasher.submit(found.update, chunk)  # while the chunk is written
             yield chunk
             hashing.result()
             at += len(chunk)
@@ -130,15 +137,15 @@ def _chunks(digest: Digest, source: Source, hasher: ThreadPoolExecutor) -> Itera
         os.close(file)
     if chunk or at < source.size or found.hexdigest() != digest.encoded:
         raise BlobUnknown(
-            f"{digest} is damaged here, in {path}: entrepot scrub sets it aside, then have it fetched again"
+            f"{digest} is damaged in {path}: run entrepot scrub to set it aside, then fetch it again"
         )
 
 
 @contextmanager
 def named(path: Path) -> Iterator[Sink]:
-    """A bundle that bears the name `path` once the block has ended well: a tar if that ends in .tar.
+    """A bundle that gets the name `path` when the block succeeds: a tar archive if `path` ends in .tar.
 
-    Raises as placed() does.
+    Raises the errors of placed().
     """
     tar = path.suffix == ".tar"
     with placed(path, directory=not tar) as (partial, file):
@@ -149,14 +156,14 @@ def named(path: Path) -> Iterator[Sink]:
 
 @contextmanager
 def placed(path: Path, *, directory: bool = False) -> Iterator[tuple[Path, int]]:
-    """What bears the name `path` once the block has ended well: its path until then, and it itself, open.
+    """A file or directory that gets the name `path` when the block succeeds; its present path and descriptor.
 
-    Raises FileExistsError where there is something of that name, and what else OSError tells.
+    Raises FileExistsError if `path` exists, and OSError.
     """
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        _remove_left(left)
+        _remove_abandoned(left)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         if directory:
@@ -165,7 +172,7 @@ def placed(path: Path, *, directory: bool = False) -> Iterator[tuple[Path, int]]
         else:
             file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # it is somebody's: see above
+            fcntl.flock(file, fcntl.LOCK_EX)  # marks it as in use: see _remove_abandoned()
             yield partial, file
             os.fsync(file)
             partial.rename(path)
@@ -175,8 +182,8 @@ def placed(path: Path, *, directory: bool = False) -> Iterator[tuple[Path, int]]
         _remove(partial)
 
 
-def _remove_left(partial: Path) -> None:
-    """By one who was killed; a living one has it locked."""
+def _remove_abandoned(partial: Path) -> None:
+    """Remove what a killed process left; a running one holds a lock on it."""
     with suppress(OSError):
         file = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:

@@ -1,8 +1,8 @@
-"""What an archive brings is taken into stores: all of it, or nothing that anybody could see.
+"""Imports an archive into stores: all of it, or nothing that clients can see.
 
-Blobs come first, each compared with its digest, and shown to nobody.  Only when all are here do links and
-manifests follow, and tags last.  So an archive that is damaged, wherever, moves no tag; and what was taken in
-before is not taken in again, not even the half of a blob.
+Blobs are written first and verified, without links, so that no client can see them.  When all of them are
+stored, links and manifests follow, and tags last.  A damaged archive moves no tag.  A repeated import skips
+what is stored, and resumes a blob that was written in part.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from storage.store import Store
 
 T = TypeVar("T")
 BATCH = 500  # records in a transaction: nobody else can write while it lasts
-Tick = Callable[[int], None]  # called with how many bytes were taken in
+Tick = Callable[[int], None]  # called with the bytes imported so far
 
 
 class ImportTarget(NamedTuple):
-    """Where it goes: `repository` is a full name.
+    """The repository that something is imported into; `repository` is its full name.
 
-    If it is `sparse`, an index may lack children.  `allowed` raises what speaks against moving a tag there.
+    If `sparse`, children of an index may be missing.  `allowed` raises an error if a tag must not be moved.
     """
 
     store: Store
@@ -49,10 +49,10 @@ class ImportTarget(NamedTuple):
         return self.repository.partition("/")[0]
 
 
-class Moved(NamedTuple):
-    """A tag was bound; `before` is what it was."""
+class ImportedTag(NamedTuple):
+    """A tag that an import has set; `before` is the digest that it had."""
 
-    place: ImportTarget
+    target: ImportTarget
     tag: Tag
     digest: Digest
     before: Digest | None
@@ -60,9 +60,12 @@ class Moved(NamedTuple):
 
 @dataclass(slots=True)
 class RepositoryImport:
-    """What one repository gets: tags with the time at which an origin said so; `untagged` are other roots."""
+    """What is imported into one repository.
 
-    place: ImportTarget
+    `tags` map to the digest and to when an origin last confirmed it; `untagged` are the other roots.
+    """
+
+    target: ImportTarget
     manifests: dict[Digest, Descriptor] = field(default_factory=dict)
     blobs: dict[Digest, int] = field(default_factory=dict)
     tags: dict[Tag, tuple[Digest, float]] = field(default_factory=dict)
@@ -70,47 +73,45 @@ class RepositoryImport:
 
 
 class Importer:
-    """`shares` is what is to be taken of `layout`: see importing.py, which makes sure that all is there."""
+    """An import of `repositories` from `layout`, which import_plan.py has checked."""
 
-    def __init__(self, layout: Layout, shares: Sequence[RepositoryImport]) -> None:
+    def __init__(self, layout: Layout, repositories: Sequence[RepositoryImport]) -> None:
         self._layout = layout
-        self.shares = shares
-        self.taken = 0  # bytes
-        self.blobs = 0  # that were taken
+        self.repositories = repositories
+        self.bytes = 0  # imported so far
+        self.blobs = 0  # imported so far
 
-    def lacking(self) -> int:
-        """How many bytes are to be taken in.  Blocks.  Raises StorageFailed where they find no room."""
-        whole = 0
+    def required(self) -> int:
+        """How many bytes are to be imported.  Blocks.  Raises StorageFailed if the disk lacks space."""
+        total = 0
         for store, blobs in self._blobs():
-            lacking = sum(size for digest, size in blobs.items() if not held(store, digest, size))
-            if lacking > store.files.room():
-                raise StorageFailed(
-                    f"{store.files.root}: it takes {lacking} bytes, and {max(0, store.files.room())} are free"
-                )
-            whole += lacking
-        return whole
+            required = sum(size for digest, size in blobs.items() if not renew_if_stored(store, digest, size))
+            if required > (room := max(0, store.files.room())):
+                raise StorageFailed(f"{store.files.root}: {required} bytes are needed, and {room} are free")
+            total += required
+        return total
 
     def _blobs(self) -> Iterator[tuple[Store, dict[Digest, int]]]:
-        """What each store is to have."""
-        stores = {id(share.place.store): share.place.store for share in self.shares}
+        """The blobs that each store must contain."""
+        stores = {id(planned.target.store): planned.target.store for planned in self.repositories}
         for store in stores.values():
             found: dict[Digest, int] = {}
-            for share in self.shares:
-                if share.place.store is store:
-                    found |= share.blobs
+            for planned in self.repositories:
+                if planned.target.store is store:
+                    found |= planned.blobs
             yield store, found
 
-    async def run(self, tick: Tick = lambda taken: None) -> list[Moved]:
-        """Raises ArchiveInvalid, StorageFailed; then no tag has moved."""
+    async def run(self, tick: Tick = lambda done: None) -> list[ImportedTag]:
+        """Import it; the tags that were set.  Raises ArchiveInvalid, StorageFailed; then no tag was moved."""
         for store, blobs in self._blobs():
-            for digest in sorted(blobs, key=self._layout.place):
-                if not held(store, digest, blobs[digest]):
-                    await self._take(store, digest, blobs[digest], tick)
-        return await run_in_thread(self._show)
+            for digest in sorted(blobs, key=self._layout.position):
+                if not renew_if_stored(store, digest, blobs[digest]):
+                    await self._import_blob(store, digest, blobs[digest], tick)
+        return await run_in_thread(self._publish)
 
-    async def _take(self, store: Store, digest: Digest, size: int, tick: Tick) -> None:
+    async def _import_blob(self, store: Store, digest: Digest, size: int, tick: Tick) -> None:
         upload = await self._started(store, digest)
-        while upload is not None and not held(store, digest, size):
+        while upload is not None and not renew_if_stored(store, digest, size):
             begun = upload.offset
             try:
                 await self._copy(upload, digest, tick)
@@ -118,19 +119,19 @@ class Importer:
             except DigestInvalid as error:
                 if not begun:
                     raise ArchiveInvalid(f"{self._layout.what} is damaged: {digest}: {error}") from error
-            upload = await self._started(store, digest)  # what somebody had left of it was something else
+            upload = await self._started(store, digest)  # the resumed part was of other content
         if upload is not None:
             await upload.cancel()
 
     async def _started(self, store: Store, digest: Digest) -> FileUpload | None:
-        """None: another process had it on its way, and it has come."""
+        """Start or resume the blob's upload; None if another process has completed it meanwhile."""
         while True:
             upload = await store.files.resume(digest)
             try:
                 if upload.ours or not await upload.watch(digest):
                     return upload
                 return None
-            except Unavailable:  # and gave up
+            except Unavailable:  # the other process gave up
                 await upload.cancel()
             except BaseException as error:
                 await upload.suspend(error)
@@ -141,11 +142,11 @@ class Importer:
             with self._layout.opened(digest) as part:
                 if upload.offset <= part.size:
                     upload.expect(part.size)
-                    self.taken += upload.offset
+                    self.bytes += upload.offset
                     while chunk := await run_in_thread(part.at, upload.offset, CHUNK):
                         await upload.write(chunk)
-                        self.taken += len(chunk)
-                        tick(self.taken)
+                        self.bytes += len(chunk)
+                        tick(self.bytes)
                 await upload.commit(digest)
                 self.blobs += 1
         except DigestInvalid:
@@ -154,47 +155,47 @@ class Importer:
             await upload.cancel(error)
             raise
         except BaseException as error:
-            await upload.suspend(error)  # to go on with, by whoever takes it next
+            await upload.suspend(error)  # the next import resumes it
             raise
 
-    def _show(self) -> list[Moved]:
-        for share in self.shares:
-            repository, store = share.place.repository, share.place.store
-            for links in _batches(share.blobs.items()):
+    def _publish(self) -> list[ImportedTag]:
+        for planned in self.repositories:
+            repository, store = planned.target.repository, planned.target.store
+            for links in _batches(planned.blobs.items()):
                 store.records.transaction(_linking(store, repository, links))
-            for manifests in _batches(share.manifests.values()):
-                found = [self._read(share, each) for each in manifests]
+            for manifests in _batches(planned.manifests.values()):
+                found = [self._read(planned, each) for each in manifests]
                 store.records.transaction(_storing(store, repository, found))
         moved = []
-        for share in self.shares:
-            for tags in _batches(share.tags.items()):
-                moved += share.place.store.records.transaction(_binding(share.place, tags))
+        for planned in self.repositories:
+            for tags in _batches(planned.tags.items()):
+                moved += planned.target.store.records.transaction(_binding(planned.target, tags))
         return moved
 
-    def _read(self, share: RepositoryImport, named: Descriptor) -> Manifest:
-        content = manifest_of(self._layout, share.place, named)
+    def _read(self, planned: RepositoryImport, named: Descriptor) -> Manifest:
+        content = manifest_of(self._layout, planned.target, named)
         if content is None:
-            raise ArchiveInvalid(f"{self._layout.what}: {named.digest} has gone meanwhile")
+            raise ArchiveInvalid(f"{self._layout.what}: {named.digest} was deleted since the import began")
         return Manifest(named.media_type, content, named.digest)
 
 
-def manifest_of(layout: Layout, place: ImportTarget, named: Descriptor) -> bytes | None:
-    """From the archive, else as the repository has it already; None where neither has it."""
+def manifest_of(layout: Layout, target: ImportTarget, named: Descriptor) -> bytes | None:
+    """Read a manifest from the archive, or else from the repository; None if neither contains it."""
     size = layout.size(named.digest)
     if size is None:
         with suppress(ManifestUnknown):
-            return place.store.manifest(place.repository, named.digest)[0].content
+            return target.store.manifest(target.repository, named.digest)[0].content
         return None
     if size != named.size:
         raise ArchiveInvalid(
-            f"{layout.what}: {named.digest} has {size} bytes; what names it says {named.size}"
+            f"{layout.what}: {named.digest} has {size} bytes, but is listed with {named.size}"
         )
     return layout.manifest(named.digest)
 
 
-def held(store: Store, digest: Digest, size: int) -> bool:
-    """Whether it is here; and it counts as used, so that it does not go before it is linked."""
-    # Not Files.open(), which would remove what has another size: that is told by whoever made the archive.
+def renew_if_stored(store: Store, digest: Digest, size: int) -> bool:
+    """Whether the blob is stored; if so, mark it as used, so that it is not evicted before it is linked."""
+    # Not BlobFiles.open(), which removes a file of another size: the archive, not trusted, states the size.
     with suppress(FileNotFoundError, BlobUnknown):
         if store.files.path(digest).stat().st_size == size:
             store.files.renew(digest)
@@ -220,16 +221,16 @@ def _storing(store: Store, repository: str, manifests: Sequence[Manifest]) -> Ca
 
 
 def _binding(
-    place: ImportTarget, tags: Sequence[tuple[Tag, tuple[Digest, float]]]
-) -> Callable[[Batch], list[Moved]]:
-    def work(batch: Batch) -> list[Moved]:
+    target: ImportTarget, tags: Sequence[tuple[Tag, tuple[Digest, float]]]
+) -> Callable[[Batch], list[ImportedTag]]:
+    def work(batch: Batch) -> list[ImportedTag]:
         moved = []
         for tag, (digest, validated_at) in tags:
-            place.allowed(batch, tag, digest)
-            known = place.store.pointer(place.repository, tag)
-            place.store.put_tag(batch, place.repository, tag, digest, validated_at)
-            moved.append(Moved(place, tag, digest, None if known is None else known.digest))
-        place.store.changed(batch, place.repository)
+            target.allowed(batch, tag, digest)
+            known = target.store.pointer(target.repository, tag)
+            target.store.put_tag(batch, target.repository, tag, digest, validated_at)
+            moved.append(ImportedTag(target, tag, digest, None if known is None else known.digest))
+        target.store.changed(batch, target.repository)
         return moved
 
     return work

@@ -1,7 +1,7 @@
-"""What an archive holds, by digest: our bundles, OCI image layouts of others, and what `docker save` wrote.
+"""The content of an archive, by digest: bundles, OCI image layouts, and archives written by `docker save`.
 
-The newer `docker save` writes both, and the layout is the one that says more.  Its older form (manifest.json)
-names no manifest, so one is made: see _saved().
+Recent versions of `docker save` write an OCI layout and the older manifest.json; the layout is read, since it
+says more.  The older form contains no manifests, so they are generated: see _saved().
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from storage.archives.archive import Archive, Part, digest_of, inflated, read
+from storage.archives.archive import Archive, ArchivePart, digest_of, inflated, read
 from storage.archives.bundle import (
     IMAGE_NAME,
     INDEX,
     LAYOUT,
     REF_NAME,
-    Contents,
-    Named,
+    BundleContents,
+    BundledManifest,
     blob_name,
     read_contents,
 )
@@ -37,10 +37,11 @@ _GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """A manifest that an archive speaks of.
+    """A manifest that an archive lists.
 
-    `name` is what it is called, in whatever form, None where it is not.  Of what it names, `left_out` are not
-    in the archive on purpose; None: that is not told.  `validated` is when an origin said so last.
+    `name` is the name that it has there, in any form, or None.  `left_out` are the manifests below it that
+    the archive omits on purpose, None if the archive does not say.  `validated` is when an origin last
+    confirmed the tag, in seconds since the epoch.
     """
 
     descriptor: Descriptor
@@ -51,62 +52,68 @@ class Root:
 
 @dataclass(slots=True)
 class Layout:
-    """`contents` is what one of our bundles says of itself.  Everything blocks, and raises ArchiveInvalid."""
+    """The content of an archive by digest.  Methods block, and raise ArchiveInvalid.
+
+    `contents` is the document entrepot.json of a bundle, None for other archives.
+    """
 
     archive: Archive
-    contents: Contents | None = None
+    contents: BundleContents | None = None
     roots: list[Root] = field(default_factory=list)
-    _made: dict[Digest, bytes] = field(default_factory=dict)
-    _names: dict[Digest, str] = field(default_factory=dict)
+    _generated: dict[Digest, bytes] = field(default_factory=dict)
+    _parts: dict[Digest, str] = field(default_factory=dict)
 
     @property
     def what(self) -> str:
         return self.archive.what
 
     def size(self, digest: Digest) -> int | None:
-        """Of a manifest or blob, as the archive has it; None where it has not."""
-        made = self._made.get(digest)
-        return self.archive.size(self._name(digest)) if made is None else len(made)
+        """The size of a manifest or blob in bytes; None if the archive does not contain it."""
+        generated = self._generated.get(digest)
+        return self.archive.size(self._part(digest)) if generated is None else len(generated)
 
-    def place(self, digest: Digest) -> int:
-        return self.archive.place(self._name(digest))
+    def position(self, digest: Digest) -> int:
+        return self.archive.position(self._part(digest))
 
     @contextmanager
-    def opened(self, digest: Digest) -> Iterator[Part]:
-        """A blob; its content is to be compared with the digest yet."""
-        with self.archive.opened(self._name(digest)) as part:
+    def opened(self, digest: Digest) -> Iterator[ArchivePart]:
+        """Open a blob, whose content the caller verifies."""
+        with self.archive.opened(self._part(digest)) as part:
             yield part
 
     def manifest(self, digest: Digest) -> bytes:
-        """Compared with its digest."""
-        content = self._made.get(digest)
+        """Read a manifest and verify its digest."""
+        content = self._generated.get(digest)
         if content is None:
-            content = read(self.archive, self._name(digest), MANIFEST_LIMIT)
+            content = read(self.archive, self._part(digest), MANIFEST_LIMIT)
         if (found := Digest.of(content, digest.algorithm)) != digest:
-            raise ArchiveInvalid(f"{self.what}: {self._name(digest)} is damaged: its content is {found}")
+            raise ArchiveInvalid(f"{self.what}: {self._part(digest)} is damaged: its content is {found}")
         return content
 
-    def _name(self, digest: Digest) -> str:
-        return self._names.get(digest) or blob_name(digest)
+    def _part(self, digest: Digest) -> str:
+        return self._parts.get(digest) or blob_name(digest)
 
 
 def read_layout(archive: Archive, check: Callable[[bytes | None, bytes | None], None]) -> Layout:
-    """`check` is given what one of our bundles says of itself, and its signature; None is no bundle of ours.
+    """Read what an archive lists.
 
+    `check` is called with entrepot.json and its signature, or with None if the archive is not a bundle.
     Raises ArchiveInvalid, and what `check` raises.
     """
     contents = read_contents(archive, check)
     if contents is not None:
-        return Layout(archive, contents, _told(archive, contents))
+        return Layout(archive, contents, _roots_of_bundle(archive, contents))
     check(None, None)
     if archive.size(INDEX) is not None:
-        return Layout(archive, roots=_indexed(archive))
+        return Layout(archive, roots=_roots_of_index(archive))
     if archive.size(SAVED) is not None:
         return _saved(archive)
-    raise ArchiveInvalid(f"{archive.what} is no archive of images: it holds neither {INDEX} nor {SAVED}")
+    raise ArchiveInvalid(
+        f"{archive.what} is not an archive of images: it contains neither {INDEX} nor {SAVED}"
+    )
 
 
-def _told(archive: Archive, contents: Contents) -> list[Root]:
+def _roots_of_bundle(archive: Archive, contents: BundleContents) -> list[Root]:
     roots = [
         Root(_descriptor(archive, held), held.name, frozenset(held.left_out), held.validated)
         for held in contents.references
@@ -116,16 +123,16 @@ def _told(archive: Archive, contents: Contents) -> list[Root]:
     return roots
 
 
-def _descriptor(archive: Archive, named: Named) -> Descriptor:
+def _descriptor(archive: Archive, named: BundledManifest) -> Descriptor:
     try:
         return Descriptor(named.media_type, Digest.parse(named.digest), named.size)
     except DigestInvalid as error:
         raise ArchiveInvalid(f"{archive.what}: {named.repository}: {error}") from None
 
 
-def _indexed(archive: Archive) -> list[Root]:
+def _roots_of_index(archive: Archive) -> list[Root]:
     if archive.size(LAYOUT) is not None and b'"1.' not in read(archive, LAYOUT, MANIFEST_LIMIT):
-        raise ArchiveInvalid(f"{archive.what}: {LAYOUT} is of a version that is not known here")
+        raise ArchiveInvalid(f"{archive.what}: {LAYOUT} states an unsupported version")
     try:
         found = parse_manifest(read(archive, INDEX))
     except ManifestInvalid as error:
@@ -137,7 +144,7 @@ def _indexed(archive: Archive) -> list[Root]:
     return roots
 
 
-# What docker save wrote
+# Archives written by docker save
 
 
 class _Saved(msgspec.Struct, rename="pascal"):
@@ -155,25 +162,25 @@ class _Config(msgspec.Struct):
 
 
 def _saved(archive: Archive) -> Layout:
-    """With a manifest for each image, always the same for the same: an OCI one, with the layers as they are.
+    """Generate an OCI manifest for each image, always the same for the same image, with unchanged layers.
 
-    It is not the one that the image was pulled by, which docker did not keep: so its digest is another.
+    Its digest is not the one that the image was pulled with, since docker does not keep that manifest.
     """
     layout = Layout(archive)
     for each in _decoded(archive, SAVED, list[_Saved]):
         content = read(archive, each.config, MANIFEST_LIMIT)
         config = Descriptor(CONFIG, Digest.of(content), len(content))
         layers = _layers(layout, each)
-        layout._names[config.digest] = each.config
+        layout._parts[config.digest] = each.config
         document: dict[str, Any] = {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
             "config": config.to_json(),
             "layers": [layer.to_json() for layer in layers],
         }
-        made = msgspec.json.encode(document)
-        descriptor = Descriptor(OCI_MANIFEST, Digest.of(made), len(made))
-        layout._made[descriptor.digest] = made
+        manifest = msgspec.json.encode(document)
+        descriptor = Descriptor(OCI_MANIFEST, Digest.of(manifest), len(manifest))
+        layout._generated[descriptor.digest] = manifest
         layout.roots += [Root(descriptor, name) for name in each.repo_tags or [None]]
     return layout
 
@@ -188,13 +195,13 @@ def _layers(layout: Layout, saved: _Saved) -> list[Descriptor]:
     layers = []
     for diff_id, name in zip(diff_ids, saved.layers, strict=True):
         layer = _layer(archive, diff_id, name)
-        layout._names[layer.digest] = name
+        layout._parts[layer.digest] = name
         layers.append(layer)
     return layers
 
 
 def _layer(archive: Archive, diff_id: str, name: str) -> Descriptor:
-    """What is not compressed is compared with its digest when it is taken in, which is its diff_id."""
+    """The descriptor of a layer.  The import verifies an uncompressed layer: its digest is its diff_id."""
     try:
         unpacked = Digest.parse(diff_id)
     except DigestInvalid as error:
@@ -204,7 +211,9 @@ def _layer(archive: Archive, diff_id: str, name: str) -> Descriptor:
             return Descriptor(LAYER, unpacked, part.size)
         found = digest_of(inflated(part, f"{archive.what}: {name}"), unpacked.algorithm)
         if found != unpacked:
-            raise ArchiveInvalid(f"{archive.what}: {name} is damaged: unpacked it is {found}, not {unpacked}")
+            raise ArchiveInvalid(
+                f"{archive.what}: {name} is damaged: its uncompressed digest is {found}, not {unpacked}"
+            )
         return Descriptor(f"{LAYER}+gzip", digest_of(part.chunks()), part.size)
 
 

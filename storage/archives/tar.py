@@ -1,8 +1,8 @@
 """Tar archives, read without trust and written reproducibly.
 
-Read is what a tar says it holds, not what a file system would make of it: nothing is ever unpacked.  What no
-archive of images has any need of is refused where it is met: paths that lead out of it, hard links, devices,
-sparse files, two members of one name.  Every error says at which byte.
+Only the headers are read, and nothing is ever unpacked.  What no archive of images needs is an error: paths
+that lead out of the archive, hard links, devices, sparse files, two members of one name.  Every error states
+the byte offset.
 
 POSIX.1-2024, pax, "ustar Interchange Format" and "pax Extended Header"; long names as GNU tar writes them.
 """
@@ -19,9 +19,9 @@ from storage.errors import ArchiveInvalid
 
 BLOCK = 512  # bytes
 END = 2 * BLOCK  # zeros after the last member
-MEMBERS = 200_000  # of an archive, at most: each takes memory
-EXTRA = 1 << 16  # bytes of a header that stands before another
-NAME = 4096  # bytes of a name, at most
+MEMBER_LIMIT = 200_000  # members of an archive: each takes memory
+EXTENDED_LIMIT = 1 << 16  # bytes of an extended header
+NAME_LIMIT = 4096  # bytes of a name
 
 _FILE, _LINK, _DIRECTORY, _PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK = (
     b"0",
@@ -43,8 +43,8 @@ _REFUSED = {
 }
 
 
-class Member(NamedTuple):
-    """A file, its content at [offset, offset + size); or a symbolic link to the name `link`."""
+class TarMember(NamedTuple):
+    """A file with its content at [offset, offset + size), or a symbolic link to the name `link`."""
 
     name: str
     offset: int
@@ -52,53 +52,53 @@ class Member(NamedTuple):
     link: str | None = None
 
 
-def members(file: int, what: str) -> Iterator[Member]:
-    """What the archive `what`, open as `file`, says it holds; directories are left out.
+def members(file: int, what: str) -> Iterator[TarMember]:
+    """List the members of the archive `what`, open as `file`, without directories.
 
     Raises ArchiveInvalid.
     """
     whole = os.fstat(file).st_size
     seen: set[str] = set()
-    at, extra = 0, dict[str, str]()
+    at, extended = 0, dict[str, str]()
     while True:
         block = os.pread(file, BLOCK, at)
         if len(block) < BLOCK:
             raise ArchiveInvalid(
-                f"{what} ends at byte {at + len(block)} without an end mark: it was truncated"
+                f"{what} ends at byte {at + len(block)} without an end mark: it is truncated"
             )
         if block == bytes(BLOCK):
             if os.pread(file, BLOCK, at + BLOCK) != block:
-                raise ArchiveInvalid(f"{what} ends at byte {at} with half an end mark: it was truncated")
+                raise ArchiveInvalid(f"{what} ends at byte {at} with half an end mark: it is truncated")
             return
         kind, size = _kind(block, at, what), _size(block, at, what)
         start = at + BLOCK
         if kind in (_PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK):
-            content = _extra(file, start, size, what)
-            extra.update(_fields(kind, content, at, what))
+            content = _extended(file, start, size, what)
+            extended.update(_fields(kind, content, at, what))
         else:
-            if "size" in extra:
-                size = _number(extra["size"].encode(), 10, at, what)
-            name = _plain(extra.get("path") or _name(block), at, what)
-            link = extra.get("linkpath") or _text(block[157:257])
-            extra = {}
+            if "size" in extended:
+                size = _number(extended["size"].encode(), 10, at, what)
+            name = _plain(extended.get("path") or _name(block), at, what)
+            link = extended.get("linkpath") or _text(block[157:257])
+            extended = {}
             if kind != _FILE:
                 size = 0
             if start + size > whole:
                 raise ArchiveInvalid(
-                    f"{what} ends at byte {whole}, within {name!r} of {size} bytes: it was truncated"
+                    f"{what} ends at byte {whole}, within {name!r} of {size} bytes: it is truncated"
                 )
             if kind != _DIRECTORY:
                 if name in seen:
-                    raise ArchiveInvalid(f"{what}, byte {at}: {name!r} is there for the second time")
+                    raise ArchiveInvalid(f"{what}, byte {at}: a second member is named {name!r}")
                 seen.add(name)
-                if len(seen) > MEMBERS:
-                    raise ArchiveInvalid(f"{what} holds more than {MEMBERS} members")
-                yield Member(name, start, size, link if kind == _LINK else None)
+                if len(seen) > MEMBER_LIMIT:
+                    raise ArchiveInvalid(f"{what} has more than {MEMBER_LIMIT} members")
+                yield TarMember(name, start, size, link if kind == _LINK else None)
         at = start + size + -size % BLOCK
 
 
 def header(name: str, size: int) -> bytes:
-    """What comes before the content of a file; the same for the same."""
+    """The header of a file, a function of its name and size alone."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.mode = 0o644
@@ -106,27 +106,29 @@ def header(name: str, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """What comes after it."""
+    """The bytes that follow the content of a file."""
     return bytes(-size % BLOCK)
 
 
 def is_tar(block: bytes) -> bool:
-    """Whether an archive may begin so; it need hold nothing."""
-    return len(block) >= BLOCK and (block[:BLOCK] == bytes(BLOCK) or _sum(block[:BLOCK]) == _told_sum(block))
+    """Whether `block` can be the beginning of a tar archive, which may be empty."""
+    return len(block) >= BLOCK and (
+        block[:BLOCK] == bytes(BLOCK) or _sum(block[:BLOCK]) == _stated_sum(block)
+    )
 
 
 def _kind(block: bytes, at: int, what: str) -> bytes:
-    if _sum(block) != _told_sum(block):
-        raise ArchiveInvalid(f"{what}, byte {at}: there is no header where one belongs: it is damaged")
+    if _sum(block) != _stated_sum(block):
+        raise ArchiveInvalid(f"{what}, byte {at}: a header is expected here: the archive is damaged")
     kind = block[156:157]
     if kind in (b"\0", b"7", _FILE):
-        # Before there was a kind for directories, a slash at the end made one.
+        # Before there was a type for directories, a slash at the end of the name meant one.
         return _DIRECTORY if kind == b"\0" and _name(block).endswith("/") else _FILE
     if kind in (_LINK, _DIRECTORY, _PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK):
         return kind
-    told = _REFUSED.get(kind, f"of the unknown kind {kind!r}")
+    refused = _REFUSED.get(kind, f"of the unknown type {kind!r}")
     raise ArchiveInvalid(
-        f"{what}, byte {at}: {_name(block)[:100]!r} is {told}, which no archive of images has"
+        f"{what}, byte {at}: {_name(block)[:100]!r} is {refused}, which an archive of images cannot contain"
     )
 
 
@@ -134,7 +136,7 @@ def _sum(block: bytes) -> int:
     return sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
-def _told_sum(block: bytes) -> int:
+def _stated_sum(block: bytes) -> int:
     with suppress(ValueError):
         return int(block[148:156].strip(b" \0") or b"0", 8)
     return -1
@@ -148,19 +150,21 @@ def _size(block: bytes, at: int, what: str) -> int:
 
 
 def _number(text: bytes, base: int, at: int, what: str) -> int:
-    # int() takes signs, spaces and underscores as well.
+    # int() accepts signs, spaces and underscores as well.
     if text.isdigit() and len(text) < 20:
         with suppress(ValueError):
             return int(text, base)
     raise ArchiveInvalid(f"{what}, byte {at}: a member's size is {text[:20]!r}")
 
 
-def _extra(file: int, start: int, size: int, what: str) -> bytes:
-    if size > EXTRA:
-        raise ArchiveInvalid(f"{what}, byte {start}: an extended header of {size} bytes, more than {EXTRA}")
+def _extended(file: int, start: int, size: int, what: str) -> bytes:
+    if size > EXTENDED_LIMIT:
+        raise ArchiveInvalid(
+            f"{what}, byte {start}: an extended header has {size} bytes, more than {EXTENDED_LIMIT}"
+        )
     content = os.pread(file, size, start)
     if len(content) < size:
-        raise ArchiveInvalid(f"{what} ends within an extended header at byte {start}: it was truncated")
+        raise ArchiveInvalid(f"{what} ends within an extended header at byte {start}: it is truncated")
     return content
 
 
@@ -176,13 +180,15 @@ def _fields(kind: bytes, content: bytes, at: int, what: str) -> dict[str, str]:
         end = _number(length, 10, at, what) - len(length) - 1
         key, equals, value = rest[:end].partition(b"=")
         if not 0 < end <= len(rest) or not equals or not value.endswith(b"\n"):
-            raise ArchiveInvalid(f"{what}, byte {at}: an extended header that cannot be read")
+            raise ArchiveInvalid(f"{what}, byte {at}: an extended header is damaged")
         if key.startswith(b"GNU.sparse."):
-            raise ArchiveInvalid(f"{what}, byte {at}: a sparse file, which no archive of images has")
+            raise ArchiveInvalid(
+                f"{what}, byte {at}: a sparse file, which an archive of images cannot contain"
+            )
         if key in (b"path", b"linkpath", b"size"):
             found[key.decode()] = value[:-1].decode("utf-8", "surrogateescape")
         content = rest[end:]
-    # One for all holds comments, mostly; a name or a size for all would be nonsense.
+    # A header for all members mostly holds comments; a name or size for all of them would make no sense.
     return {} if kind == _PAX_FOR_ALL else found
 
 
@@ -197,8 +203,10 @@ def _text(field: bytes) -> str:
 
 
 def _plain(name: str, at: int, what: str) -> str:
-    """Without what says nothing: `./a//b/` is a/b."""
+    """Normalise a name: `./a//b/` becomes a/b."""
     parts = [each for each in name.split("/") if each not in ("", ".")]
-    if name.startswith("/") or ".." in parts or len(name) > NAME:
-        raise ArchiveInvalid(f"{what}, byte {at}: the name {name[:100]!r} leads out of the archive")
+    if name.startswith("/") or ".." in parts or len(name) > NAME_LIMIT:
+        raise ArchiveInvalid(
+            f"{what}, byte {at}: the name {name[:100]!r} is too long, or outside of the archive"
+        )
     return "/".join(parts)

@@ -102,7 +102,7 @@ async def stocked(serve: Serve, upstream: Upstream, tmp_path: Path, running: boo
 
 async def over(site: Site) -> None:
     """What clients have already may still be on its way to the disk."""
-    going_on = site.app.composition.fills.going_on()
+    going_on = site.app.composition.fills.in_flight()
     await asyncio.gather(*(each.task for each in going_on if each.task))
 
 

@@ -15,7 +15,7 @@ from structlog.testing import LogCapture
 
 from proxy.admin.models import Drilling
 from proxy.cache import drill as module
-from proxy.cache.drill import Drill, DrillState, Missed, Order, merged
+from proxy.cache.drill import Drill, DrillOrder, DrillState, MissedRequest, merged
 from proxy.telemetry.exchange import Exchange, exchange
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
@@ -47,13 +47,13 @@ def client() -> Iterator[Callable[..., None]]:
 def test_it_cuts_what_it_is_told_to_until_its_time_is_up(clock: Clock) -> None:
     drill = Drill(clock)
     assert (drill.cuts("a"), drill.left, drill.state().order) == (False, 0, None)
-    drill.begin(Order(begun=clock(), seconds=60.0, namespaces=("a",)))
+    drill.begin(DrillOrder(begun=clock(), seconds=60.0, namespaces=("a",)))
     assert (drill.cuts("a"), drill.cuts("b"), drill.left) == (True, False, 60)
     clock.advance(59)
     assert (drill.cuts("a"), drill.left) == (True, 1)
     clock.advance(1)
     assert (drill.cuts("a"), drill.left) == (False, 0)
-    drill.begin(Order(begun=clock(), seconds=60.0))
+    drill.begin(DrillOrder(begun=clock(), seconds=60.0))
     assert (drill.cuts("a"), drill.cuts("b")) == (True, True)
     clock.advance(-3600)  # set back: no hours come of it
     assert not drill.cuts("a")
@@ -64,7 +64,7 @@ def test_it_cuts_what_it_is_told_to_until_its_time_is_up(clock: Clock) -> None:
 
 def test_what_failed_is_kept_until_the_next(clock: Clock, client: Callable[..., None]) -> None:
     drill = Drill(clock)
-    order = Order(begun=clock(), seconds=60.0)
+    order = DrillOrder(begun=clock(), seconds=60.0)
     drill.begin(order)
     client("1")
     drill.missed()
@@ -78,7 +78,7 @@ def test_what_failed_is_kept_until_the_next(clock: Clock, client: Callable[..., 
     drill.end()
     found = [(each.client, each.count, each.last - each.first) for each in drill.state().missed]
     assert found == [("10.0.0.7", 2, 5), ("10.0.0.8", 1, 0)]
-    drill.begin(Order(begun=clock(), seconds=1.0))
+    drill.begin(DrillOrder(begun=clock(), seconds=1.0))
     assert drill.state().missed == []
 
 
@@ -87,7 +87,7 @@ def test_what_is_too_much_is_counted(
 ) -> None:
     monkeypatch.setattr(module, "MOST", 2)
     drill = Drill(clock)
-    drill.begin(Order(begun=clock(), seconds=60.0))
+    drill.begin(DrillOrder(begun=clock(), seconds=60.0))
     for reference in ("1", "2", "3", "1", "4"):
         client(reference)
         drill.missed()
@@ -96,13 +96,13 @@ def test_what_is_too_much_is_counted(
 
 
 def test_what_processes_tell_is_put_together() -> None:
-    def missed(reference: str, first: float, last: float, count: int = 1) -> Missed:
-        return Missed(
+    def missed(reference: str, first: float, last: float, count: int = 1) -> MissedRequest:
+        return MissedRequest(
             client="c", kind="manifest", namespace="n", repository="r", reference=reference, count=count,
             first=first, last=last,
         )  # fmt: skip
 
-    old, new = Order(begun=1.0, seconds=9.0), Order(begun=5.0, seconds=9.0)
+    old, new = DrillOrder(begun=1.0, seconds=9.0), DrillOrder(begun=5.0, seconds=9.0)
     assert merged([]) is None
     assert merged([DrillState(order=None, left=0.0, missed=[], untold=0)]) is None
     found = merged(
@@ -139,7 +139,7 @@ async def pull(site: Site, image: Image, tag: str) -> list[int]:
     """The statuses."""
     paths = [f"manifests/{tag}", *(f"blobs/{each}" for each in (image.config, *image.layers))]
     statuses = [(await site.get(f"/v2/library/app/{path}"))[0] for path in paths]
-    going_on = site.app.composition.fills.going_on()
+    going_on = site.app.composition.fills.in_flight()
     await asyncio.gather(*(each.task for each in going_on if each.task))
     return statuses
 

@@ -14,7 +14,7 @@ from proxy.cache.cache import Cache
 from proxy.cache.fills import Fills
 from proxy.cache.keep_fresh import Freshener
 from proxy.cache.policy import Policy
-from proxy.cache.refresh import FILLS, Refreshed, refresh
+from proxy.cache.refresh import FILLS, RefreshResult, refresh
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
@@ -61,7 +61,7 @@ class Rig:
 
     async def refresh(
         self, reference: str = TAG, *platforms: str, referrers: bool = False, sparing: bool = False
-    ) -> Refreshed:
+    ) -> RefreshResult:
         named = Digest(reference) if ":" in reference else Tag(reference)
         return await refresh(self.namespaces, NAME, named, platforms, referrers, sparing)
 
@@ -415,7 +415,7 @@ async def test_layers_that_are_to_be_had_elsewhere_may_be_missing(rig: Rig, upst
     )
     freshener = rig.pinning(Pin(PIN, HOUR))
     (found,) = await freshener.run_once()
-    assert isinstance(found, Refreshed)
+    assert isinstance(found, RefreshResult)
     assert (found.blobs, found.fetched) == (2, 1)
     assert await freshener.due() == []
 
@@ -425,7 +425,7 @@ async def test_a_fill_that_fails_is_told(rig: Rig, upstream: Upstream, tmp_path:
     image = upstream.image("a/b", "latest", [b"a layer" * 100])
     upstream.blob("a/b", b"other")
     upstream.repositories["a/b"].blobs[image.layers[0]] = b"a Layer" * 100
-    with pytest.raises(OriginFailed, match="another blob"):
+    with pytest.raises(OriginFailed, match="wrong content"):
         await rig.refresh()
     assert rig.holds(*image.layers) == [False]
 
@@ -475,7 +475,7 @@ async def test_a_pin_fetches_in_the_beginning(rig: Rig, upstream: Upstream, even
     freshener = rig.pinning(pin := Pin(PIN, HOUR))
     assert await freshener.due() == [(NAME, TAG, pin)]
     (found,) = await freshener.run_once()
-    assert isinstance(found, Refreshed)
+    assert isinstance(found, RefreshResult)
     assert found.digest == image.digest
     assert asked(upstream) == fetches(
         image, "GET manifest a/b:latest", f"GET referrers a/b@{image.digest[:19]}", *signatures(image)
@@ -501,7 +501,7 @@ async def test_it_is_due_when_its_time_has_passed(
     assert await freshener.due() == []
     clock.advance(1)
     (found,) = await freshener.run_once()
-    assert isinstance(found, Refreshed)
+    assert isinstance(found, RefreshResult)
     assert not found.changed
     assert asked(upstream) == [HEAD]
     assert len(told(events, "pin.refreshed")) == 1  # the first
@@ -532,7 +532,7 @@ async def test_what_a_client_pulled_in_part_is_made_whole(rig: Rig, upstream: Up
     await rig.namespaces.get_manifest(NAME, TAG)  # fresh, and nothing else
     freshener = rig.pinning(Pin(PIN, HOUR))
     (found,) = await freshener.run_once()
-    assert isinstance(found, Refreshed)
+    assert isinstance(found, RefreshResult)
     assert (found.manifests, found.fetched) == (3, 4)
     assert not walk(rig.store, NAME, Digest(index.digest)).missing
     # And again where something went.
@@ -574,7 +574,7 @@ async def test_a_digest_is_fetched_once(rig: Rig, upstream: Upstream, clock: Clo
     image = upstream.image("a/b")
     freshener = rig.pinning(Pin(f"{NAME}@{image.digest}", HOUR))
     (found,) = await freshener.run_once()
-    assert isinstance(found, Refreshed)
+    assert isinstance(found, RefreshResult)
     clock.advance(365 * 86400)
     assert await freshener.run_once() == []
     assert await freshener.next_at() is None
@@ -637,7 +637,7 @@ async def test_a_failure_is_told_and_tried_again_later_and_later(
     assert (failed[0]["repository"], failed[0]["pattern"], failed[0]["again_in"]) == ("a/b", PIN, 60)
     upstream.image("a/b", "latest")
     (found,) = await freshener.run_once()
-    assert isinstance(found, Refreshed)
+    assert isinstance(found, RefreshResult)
     assert await freshener.next_at() == clock.now + 7 * 86400
 
 
@@ -667,7 +667,7 @@ async def test_an_origin_that_is_down_leaves_what_is_here(rig: Rig, upstream: Up
     assert (await rig.namespaces.get_manifest(NAME, TAG)).digest == image.digest
     clock.advance(60)
     (found,) = await freshener.run_once()
-    assert isinstance(found, Refreshed)
+    assert isinstance(found, RefreshResult)
 
 
 async def test_a_pin_that_is_gone_has_failed_never(rig: Rig, clock: Clock) -> None:

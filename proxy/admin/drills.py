@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from proxy.admin.peers import ServerProcesses
-from proxy.cache.drill import Drill, DrillState, Order, merged
+from proxy.cache.drill import Drill, DrillOrder, DrillState, merged
 from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied
 
@@ -28,7 +28,7 @@ _FILE = "drill"
 def resume(drill: Drill, directory: Path) -> None:
     """Take part in what goes on in the server whose directory it is."""
     with suppress(OSError, msgspec.DecodeError):
-        drill.begin(msgspec.json.decode((directory / _FILE).read_bytes(), type=Order))
+        drill.begin(msgspec.json.decode((directory / _FILE).read_bytes(), type=DrillOrder))
 
 
 class DrillControl:
@@ -56,7 +56,7 @@ class DrillControl:
         """Raises Denied while there is another."""
         if left := self._drill.left:
             raise Denied(f"a drill goes on for {left:.0f} s more: end it first")
-        order = Order(begun=self._clock(), seconds=seconds, namespaces=tuple(namespaces))
+        order = DrillOrder(begun=self._clock(), seconds=seconds, namespaces=tuple(namespaces))
         self._drill.begin(order)
         if self._directory is not None:
             new = self._directory / f"{_FILE}.new"

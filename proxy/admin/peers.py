@@ -3,7 +3,7 @@
     GET /state      ProcessReport
     POST /forget    {"repository": "<namespace>/<repository>"}
     GET /drill      DrillState
-    POST /drill     Order
+    POST /drill     DrillOrder
     DELETE /drill
 
 ServerProcesses asks all of them.  A process that does not answer in time counts as absent.
@@ -24,7 +24,7 @@ import structlog
 from aiohttp import web
 
 from proxy.admin.processes import FillState, ForgetRequest, ProcessReport, ProcessState
-from proxy.cache.drill import DrillState, Order
+from proxy.cache.drill import DrillOrder, DrillState
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -50,7 +50,7 @@ async def serve_state(live: ProcessState, path: Path) -> Callable[[], Awaitable[
         if request.method == "GET":
             return _in_json(live.drill.state())
         if request.method == "POST":
-            live.drill.begin(await decoded_body(request, Order))
+            live.drill.begin(await decoded_body(request, DrillOrder))
         else:
             live.drill.end()
         return web.Response(status=204)
@@ -131,7 +131,7 @@ class ServerProcesses:
             await self._live.forget(repository)
         await self._ask("POST", "/forget", msgspec.json.encode(ForgetRequest(repository)))
 
-    async def begin_drill(self, order: Order) -> None:
+    async def begin_drill(self, order: DrillOrder) -> None:
         if self._live:
             self._live.drill.begin(order)
         await self._ask("POST", "/drill", msgspec.json.encode(order))

@@ -105,7 +105,7 @@ class ProcessState:
         now = self._clock()
         return ProcessReport(
             pid=self.pid,
-            fills=[_fill(each, self.pid) for each in self._fills.going_on()],
+            fills=[_fill(each, self.pid) for each in self._fills.in_flight()],
             upstreams=[
                 _upstream(namespace, host, now)
                 for namespace, cache in self._caches.items()

@@ -13,7 +13,7 @@ import structlog
 
 from proxy.admin.models import ReadyRow, WarmRow
 from proxy.admin.readiness import Readiness
-from proxy.cache.refresh import Refreshed, refresh
+from proxy.cache.refresh import RefreshResult, refresh
 from proxy.namespaces.references import FieldInvalid, ReferenceReader
 from proxy.namespaces.routing import Namespaces
 from storage.concurrency import run_in_thread
@@ -45,7 +45,7 @@ class Warmer:
                 code="FIELD_INVALID",
             )  # fmt: skip
         await self._forget(asked.repository)
-        done: Refreshed | None = None
+        done: RefreshResult | None = None
         error: RegistryError | None = None
         try:
             done = await refresh(
@@ -58,7 +58,7 @@ class Warmer:
         return _row(found, done, error)
 
 
-def _row(found: ReadyRow, done: Refreshed | None, error: RegistryError | None) -> WarmRow:
+def _row(found: ReadyRow, done: RefreshResult | None, error: RegistryError | None) -> WarmRow:
     here = found.state == "complete" and not isinstance(error, Unsupported)
     reason, code = (None, None) if error is None else (str(error) or error.code, error.code)
     if error is None and not here:

@@ -1,33 +1,36 @@
-"""A drill: for some time upstreams count as out of reach; what clients would have needed of them is noted.
+"""Drills: for some time upstreams are treated as unreachable, and requests that would need them are recorded.
 
-Each process of a server has a Drill of its own; all are begun and ended together (proxy/live.py), and each
-ends by itself when its time is up, whatever has become of whoever began it.
+Each process of a server has its own Drill.  All begin and end together (proxy/admin/drills.py), and each ends
+by itself when its time is up, even if the process that began it is gone.
 
-What is on its way in when a drill begins comes in: it is requests that are cut, not transfers.
+A drill cuts off requests, not transfers: those in flight when it begins are completed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from proxy.telemetry.exchange import current
 
-MOST = 10_000  # failures that are told apart; those that are beyond are only counted
+MOST = 10_000  # missed requests that are listed; more are only counted
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """For `seconds` from `begun` on, by the clock; `namespaces` are cut off, all if there is none."""
+class DrillOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """An order to cut off `namespaces` (none means all) for `seconds`, from the time `begun`."""
 
     begun: float
     seconds: float
     namespaces: tuple[str, ...] = ()
 
 
-class Missed(msgspec.Struct, frozen=True, kw_only=True):
-    """What `client` asked for so often, and is not here.  `kind` is manifest, blob, tags or referrers."""
+class MissedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Content that `client` requested `count` times, and that is not stored.
+
+    `kind` is manifest, blob, tags or referrers.
+    """
 
     client: str
     kind: str
@@ -40,18 +43,21 @@ class Missed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DrillState(msgspec.Struct, frozen=True, kw_only=True):
-    """`left` is how many seconds more it lasts, 0 if it has ended; `untold` were too many to tell apart."""
+    """The state of a drill: the seconds left, 0 once it has ended, and the requests that missed.
 
-    order: Order | None
+    `untold` is the number of requests beyond those that are listed.
+    """
+
+    order: DrillOrder | None
     left: float
-    missed: list[Missed]
+    missed: list[MissedRequest]
     untold: int
 
 
 class Drill:
-    """Of this process.  Of one that has ended the state is known until the next.
+    """The drill of this process, current or last; the state of the last one is kept until the next begins.
 
-    `begun` is called when one begins.
+    `begun` is called when a drill begins.
     """
 
     def __init__(
@@ -59,13 +65,13 @@ class Drill:
     ) -> None:
         self._clock = clock
         self._begun = begun
-        self._order: Order | None = None
+        self._order: DrillOrder | None = None
         self._ended = False
         self._missed: dict[tuple[str, ...], list[float]] = {}
         self._untold = 0
 
-    def begin(self, order: Order) -> None:
-        """Also where it has begun already: who is told twice begins once."""
+    def begin(self, order: DrillOrder) -> None:
+        """Begin a drill; the same order twice begins one."""
         if self._order != order:
             self._order, self._ended = order, False
             self._missed, self._untold = {}, 0
@@ -76,24 +82,24 @@ class Drill:
 
     @property
     def left(self) -> float:
-        """Seconds; 0: there is none."""
+        """Seconds left; 0 if there is no drill."""
         order = self._order
         if order is None or self._ended:
             return 0.0
         passed = self._clock() - order.begun
-        # A clock that was set back must not make hours of minutes.
+        # A clock that was set back must not turn minutes into hours.
         return order.seconds - passed if 0 <= passed < order.seconds else 0.0
 
     def cuts(self, namespace: str) -> bool:
-        """Whether its upstream must not be asked now."""
-        if self._order is None:  # mostly
+        """Whether the upstream of `namespace` must not get requests now."""
+        if self._order is None:  # the usual case
             return False
         return self.left > 0 and (not self._order.namespaces or namespace in self._order.namespaces)
 
     def missed(self) -> None:
-        """The client that is being served would have needed an upstream."""
+        """Record that the current request of a client would have needed an upstream."""
         now = current()
-        if not now.id:  # it is none
+        if not now.id:  # not a request of a client
             return
         key = (now.client, now.kind, now.namespace, now.repository, now.reference)
         at = self._clock()
@@ -110,7 +116,7 @@ class Drill:
             order=self._order,
             left=self.left,
             missed=[
-                Missed(
+                MissedRequest(
                     client=client,
                     kind=kind,
                     namespace=namespace,
@@ -128,27 +134,27 @@ class Drill:
         )
 
 
-def merged(states: Iterable[DrillState]) -> DrillState | None:
-    """What those tell together that are of the latest drill; None where there was none."""
-    told = [each for each in states if each.order is not None]
-    if not told:
+def merged(states: Sequence[DrillState]) -> DrillState | None:
+    """The states of the latest drill in all processes, as one; None if there was no drill."""
+    orders = [each.order for each in states if each.order is not None]
+    if not orders:
         return None
-    order = max((each.order for each in told if each.order), key=lambda each: each.begun)
-    told = [each for each in told if each.order == order]
-    missed: dict[tuple[str, ...], Missed] = {}
-    for each in (each for state in told for each in state.missed):
+    order = max(orders, key=lambda each: each.begun)
+    states = [each for each in states if each.order == order]
+    missed: dict[tuple[str, ...], MissedRequest] = {}
+    for each in (each for state in states for each in state.missed):
         key = (each.client, each.kind, each.namespace, each.repository, each.reference)
         known = missed.get(key)
         missed[key] = each if known is None else _both(known, each)
     return DrillState(
         order=order,
-        left=max((each.left for each in told), default=0.0),
+        left=max(each.left for each in states),
         missed=sorted(missed.values(), key=lambda each: (each.first, each.client, each.reference)),
-        untold=sum(each.untold for each in told),
+        untold=sum(each.untold for each in states),
     )
 
 
-def _both(one: Missed, other: Missed) -> Missed:
+def _both(one: MissedRequest, other: MissedRequest) -> MissedRequest:
     return msgspec.structs.replace(
         one,
         count=one.count + other.count,

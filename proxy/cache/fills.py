@@ -1,8 +1,8 @@
-"""Fills: at most one transfer per digest, however many clients ask, and following it while it grows.
+"""Fills: transfers of blobs from an origin into the store, one per digest, which many clients follow.
 
-There is no privileged leader.  A fill is a task of its own that pushes the origin's bytes into the
-store; every client, the first included, follows the growing file.  One that goes away hurts nobody and
-wastes nothing.  Fills are shared by all caches over one store, whichever origin the bytes come from.
+No client leads.  A fill is a task of its own that pushes the origin's bytes into the store; every client, the
+first included, follows the growing file.  A client that disconnects does not affect the others or the fill.
+All caches over one store share their fills, whichever origin the bytes come from.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
-UNTOLD = 64 << 30  # bytes that a blob may have whose size no origin tells: a body must end some time
-LONGEST_WAIT = 30.0  # seconds, whatever an origin tells of when to come back
-RETRIES = 4  # in a row without a byte between them
-BACKOFF = 0.2  # seconds before the second one in a row, doubling; after progress there is no wait
-FAR_AHEAD = 16 << 20  # bytes; a reader so far before the frontier asks the origin itself
+LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not state: a body must end some time
+LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
+RETRIES = 4  # in a row without progress
+BACKOFF = 0.2  # seconds before the first retry without progress, doubling
+FAR_AHEAD = 16 << 20  # bytes; a range that starts so far ahead of the fill is read from the origin
 
 
 @dataclass(slots=True)
 class Fill:
-    """`started` yields None if there is nothing to follow: the store has the blob, or there is an `error`.
+    """One transfer of a blob into the store.
 
-    `repositories` are those whose origin said that they may show it.  `begun` is in seconds since the epoch.
+    started: the upload to follow, or None if there is none: the store has the blob, or there is an `error`
+    begun: in seconds since the epoch
+    repositories: those whose origin has confirmed that they have the blob
+    received: the origin has sent everything
     """
 
     digest: Digest
@@ -60,25 +63,29 @@ class Fill:
     upload: FileUpload | None = None
     size: int = -1  # bytes, once it is stored
     task: asyncio.Task[None] | None = None
-    received: bool = False  # nothing more is wanted of the origin
+    received: bool = False
     error: Exception | None = None
 
 
 class Fills:
-    """`make_room` sees to it, as far as that is possible, that so many bytes more can be stored."""
+    """The fills of one store, which all caches over it share.
+
+    slots: how many fills run at once
+    make_room: evicts, as far as possible, so that a number of bytes can be stored
+    """
 
     def __init__(
         self,
         store: Store,
         metrics: Metrics,
-        turns: Slots | None = None,
+        slots: Slots | None = None,
         backoff: float = BACKOFF,
         make_room: MakeRoom = nobody,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._metrics = metrics
-        self._turns = turns or Slots(1000)
+        self._slots = slots or Slots(1000)
         self._backoff = backoff
         self._make_room = make_room
         self._clock = clock
@@ -87,20 +94,20 @@ class Fills:
         self._permissions = SingleFlight()
 
     async def join(self, source: BlobSource, digest: Digest, span: Span | None = None) -> Answered[Blob]:
-        """The blob while it comes in; `span` as in Registry.get_blob.
+        """The blob, readable while the fill is under way; `span` is as in Registry.get_blob.
 
-        Raises what the origin answers if it does not serve it, StorageFailed if it cannot be stored.
+        Raises the origin's error if it does not serve the blob, StorageFailed if it cannot be stored.
         """
         while True:
             fill = self._fills.get(digest)
             if fill is None:
                 fill = self._start(source, digest)
             elif fill.error is not None and fill.task is not None:
-                await asyncio.wait([fill.task])  # it has failed, and is clearing up
+                await asyncio.wait([fill.task])  # it has failed, and is cleaning up
                 continue
             elif source.repository not in (fill.source.repository, *fill.repositories):
                 await self._permit(fill, source)
-            # shield: a client that goes away must not cancel what others wait for.
+            # shield: a client that disconnects must not cancel what others wait for.
             started = await asyncio.shield(fill.started)
             result = "hit" if started and started[0].complete else "miss"
             blob = await self._follow(fill, source, *started, span) if started else None
@@ -108,16 +115,16 @@ class Fills:
                 blob = await self._stored(source, fill)
             if blob is not None:
                 return Answered(blob, result)
-            # What was answered to another repository says nothing of ours: then it is begun anew.
+            # An error for another repository says nothing about ours: then a new fill is started.
             if fill.error is not None and fill.source.repository == source.repository:
                 raise fill.error
 
     async def _follow(
         self, fill: Fill, source: BlobSource, upload: FileUpload, descriptor: Descriptor, span: Span | None
     ) -> Blob | None:
-        """None: the upload has ended."""
+        """A reader of the upload, or of the origin for a range far ahead; None if the upload has ended."""
         if span is not None and upload.offset + FAR_AHEAD < span.start < descriptor.size:
-            # Else it is to be waited for, which takes longer but needs nobody's leave.
+            # If the origin is unavailable, following takes longer, but succeeds.
             with suppress(Unavailable):
                 return await source.origin.get_blob(source.name, descriptor.digest, span)
         try:
@@ -125,7 +132,7 @@ class Fills:
         except BlobUnknown:
             return None
         if descriptor.size == 0:
-            # There is no last byte to withhold: withhold all.
+            # There is no last byte to withhold: withhold the response.
             try:
                 await blob.readable(0)
             except RegistryError:
@@ -137,28 +144,28 @@ class Fills:
         return FollowedBlob(blob, source, self._metrics, fill)
 
     async def _stored(self, source: BlobSource, fill: Fill) -> Blob | None:
-        """What came of a fill that has ended; None if nothing did, or it was damaged since."""
+        """The blob of a fill that has ended; None if it failed, or the blob was damaged since."""
         try:
             return await self._store.get_blob(source.repository, fill.digest)
         except BlobUnknown:
             pass
         try:
-            # 1. the fill makes its links  2. our origin permits  3. nobody has made ours
+            # 1. the fill makes its links  2. our origin confirms the blob  3. our link is missing
             await self._store.link(source.repository, fill.digest, fill.size)
             return await self._store.get_blob(source.repository, fill.digest)
         except BlobUnknown:
             return None
 
     def filling(self, digest: Digest) -> bool:
-        """Whether it is coming in just now, for whatever repository."""
+        """Whether a fill of the blob is in flight, for any repository."""
         return digest in self._fills
 
-    def going_on(self) -> list[Fill]:
-        """To be looked at only."""
+    def in_flight(self) -> list[Fill]:
+        """All fills, for reading only."""
         return list(self._fills.values())
 
     async def ended(self, digest: Digest) -> None:
-        """Wait for its fill, if there is one.  Raises what it failed with."""
+        """Wait for the blob's fill, if there is one.  Raises the error with which it failed."""
         fill = self._fills.get(digest)
         if fill is not None and fill.task is not None:
             await asyncio.wait([fill.task])
@@ -166,7 +173,7 @@ class Fills:
                 raise fill.error
 
     def descriptor(self, repository: str, digest: Digest) -> Descriptor | None:
-        """What is known of a blob that `repository` is getting just now."""
+        """The descriptor of a blob whose fill is in flight for `repository`, if it is known."""
         fill = self._fills.get(digest)
         if fill is None or repository not in fill.repositories:
             return None
@@ -180,7 +187,7 @@ class Fills:
         return fill
 
     async def _permit(self, fill: Fill, source: BlobSource) -> None:
-        # Another repository's transfer brings the bytes; whether this one may show them its origin says.
+        # The bytes come for another repository; the origin says whether this one has the blob.
         key = (source.repository, fill.digest)
         await self._permissions.join(key, lambda: source.origin.resolve_blob(source.name, fill.digest))
         fill.repositories.add(source.repository)
@@ -189,13 +196,13 @@ class Fills:
         begun, result = time.monotonic(), "failed"
         self._metrics.filling.inc()
         try:
-            outcome, descriptor = await self._bring(fill)
+            outcome, descriptor = await self._store_blob(fill)
             fill.size = descriptor.size
             for repository in list(fill.repositories):
                 await self._store.link(repository, fill.digest, descriptor.size)
             result = outcome
             if outcome == "committed":
-                self._tell_of_room(0)
+                self._make_room_later(0)
             if not fill.started.done():
                 fill.started.set_result(None)
             seconds = round(time.monotonic() - begun, 3)
@@ -206,49 +213,49 @@ class Fills:
             _log(fill).info("fill.suspended", bytes=fill.upload.offset if fill.upload else 0)
             raise
         except Exception as error:
-            # Where nothing was begun, each client is answered with it: an event only if the fault is ours.
-            told = not fill.started.done() and isinstance(error, RegistryError)
+            # Before the transfer has started, each client gets the error: log only those that are our fault.
+            answered = not fill.started.done() and isinstance(error, RegistryError)
             if isinstance(error, BlobUnknown):
-                # 1. the origin says so  2. the fill ends  3. another client asks  4. whoever waited learns it
+                # 1. the origin says so  2. the fill ends  3. another client asks  4. those that wait learn it
                 fill.source.unknown(error)
             await self._end(fill, error)
-            if isinstance(error, StorageFailed):  # the disk has told of it, and each client goes on by itself
+            if isinstance(error, StorageFailed):  # it is logged, and clients read on from the origin
                 result = "uncached"
                 _log(fill).info("fill.uncached", error=str(error))
-            elif not told:
+            elif not answered:
                 _log(fill).error("fill.failed", error=str(error) or type(error).__name__)
         finally:
             del self._fills[fill.digest]
             self._metrics.filling.dec()
             self._metrics.fills.labels(fill.source.namespace, result).inc()
 
-    async def _bring(self, fill: Fill) -> tuple[str, Descriptor]:
-        """Have the blob in the store: how it came there, and what it is."""
+    async def _store_blob(self, fill: Fill) -> tuple[str, Descriptor]:
+        """Get the blob into the store; return how, committed, followed or linked, and its descriptor."""
         resolve = fill.source.origin.resolve_blob
         while not self._store.holds(fill.digest):
-            async with self._turns.turn(fill.source.namespace):
-                brought = await self._fetch(fill)
-            if brought is not None:
-                return brought
+            async with self._slots.turn(fill.source.namespace):
+                stored = await self._fetch(fill)
+            if stored is not None:
+                return stored
         # HEAD is the permission; the bytes came for another repository.
         descriptor = await resolve(fill.source.name, fill.digest)
         fill.repositories.add(fill.source.repository)
         try:
             return "linked", await self._store.link(fill.source.repository, fill.digest, descriptor.size)
-        except BlobUnknown:  # they were damaged, and are gone
-            return await self._bring(fill)
+        except BlobUnknown:  # they were damaged, and deleted
+            return await self._store_blob(fill)
 
     async def _fetch(self, fill: Fill) -> tuple[str, Descriptor] | None:
-        """None: it has come meanwhile."""
+        """Transfer the blob, or follow another process that does; None if it was stored meanwhile."""
         upload = fill.upload = await self._store.resume_fill(fill.digest)
         if not upload.ours:
-            # Another process transfers it.  A HEAD tells whether we may show it, and its size.
+            # Another process transfers it.  A HEAD says whether our repository has it, and its size.
             descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
             fill.repositories.add(fill.source.repository)
             fill.started.set_result((upload, descriptor))
             try:
                 committed = await upload.watch(fill.digest)
-            except Unavailable as error:  # its disk is ours, and may be full: each client goes on by itself
+            except Unavailable as error:  # its disk is ours, and may be full: clients read on
                 raise StorageFailed(str(error)) from error
             if committed:
                 return "followed", Descriptor(OCTETS, fill.digest, upload.offset)
@@ -260,17 +267,17 @@ class Fills:
         fill.received = True
         try:
             return "committed", await upload.commit(fill.digest)
-        except DigestInvalid as error:  # not the client's fault, as its status would have it
-            raise OriginFailed(f"{fill.source.namespace} sent another blob: {error}") from error
+        except DigestInvalid as error:  # its status would blame the client
+            raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
 
     async def _transfer(self, fill: Fill, upload: FileUpload) -> FileUpload:
-        """The upload with all of the bytes, not committed yet."""
+        """The upload with all bytes, not committed yet."""
         if upload.offset and upload.matches(fill.digest):
-            # A former fill had all of it and was killed before it could say so.
+            # A former fill had received all of it, and was killed before it committed.
             await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
             fill.repositories.add(fill.source.repository)
             return upload
-        failures, told = 0, 0.0
+        failures, wait = 0, 0.0
         while True:
             before = upload.offset
             try:
@@ -279,7 +286,7 @@ class Fills:
             except RangeInvalid as error:
                 if fill.started.done():
                     raise
-                # What a former fill left is not the beginning of this blob: it is as long, or longer.
+                # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
                 await upload.cancel(error)
                 upload = fill.upload = await self._store.resume_fill(fill.digest)
             except Unavailable as error:
@@ -287,9 +294,9 @@ class Fills:
                 if not fill.started.done() or failures > RETRIES:
                     raise
                 _log(fill).warning("fill.interrupted", offset=upload.offset, error=str(error))
-                told = min(error.retry_after or 0.0, LONGEST_WAIT)
+                wait = min(error.retry_after or 0.0, LONGEST_WAIT)
             if failures:
-                await asyncio.sleep(max(told, self._backoff * 2 ** (failures - 1)))
+                await asyncio.sleep(max(wait, self._backoff * 2 ** (failures - 1)))
 
     async def _receive(self, fill: Fill, upload: FileUpload) -> None:
         source = fill.source
@@ -298,15 +305,15 @@ class Fills:
         try:
             fill.repositories.add(source.repository)
             size = blob.descriptor.size
-            await self._see_to_room(upload, size)
+            await self._ensure_room(upload, size)
             upload.expect(size)
             if not fill.started.done():
                 fill.started.set_result((upload, blob.descriptor))
             elif (started := fill.started.result()) and 0 <= started[1].size != size:
-                # Who follows was promised the other size, and would take that many bytes for all.
-                raise OriginFailed(f"{source.namespace} told {started[1].size} bytes first, now {size}")
+                # Followers were promised the first size, and would take that many bytes for the whole blob.
+                raise OriginFailed(f"{source.namespace} first stated {started[1].size} bytes, now {size}")
             async for chunk in blob.chunks(upload.offset):
-                if (size if size >= 0 else UNTOLD) < upload.offset + len(chunk):
+                if (size if size >= 0 else LARGEST_UNSIZED) < upload.offset + len(chunk):
                     raise OriginFailed(f"{source.namespace} sent more than the {size} bytes it announced")
                 await upload.write(chunk)
             if upload.offset < size:
@@ -314,24 +321,24 @@ class Fills:
         finally:
             await blob.close()
 
-    async def _see_to_room(self, upload: FileUpload, size: int) -> None:
+    async def _ensure_room(self, upload: FileUpload, size: int) -> None:
         if upload.fits(size):
-            self._tell_of_room(max(size, 0))
+            self._make_room_later(max(size, 0))
         else:
             await self._make_room(size)
 
-    def _tell_of_room(self, coming: int) -> None:
-        """There is room, but maybe more will be stored than is allowed: nobody waits for that."""
+    def _make_room_later(self, coming: int) -> None:
+        """There is room, but maybe more than the cache limit will be stored: evict in the background."""
         task = asyncio.create_task(self._make_room(coming))
         self._making_room.add(task)
         task.add_done_callback(self._making_room.discard)
 
     async def _end(self, fill: Fill, error: Exception) -> None:
-        """Tell all who wait or follow."""
+        """Pass the error to all clients that wait or follow."""
         fill.error = error
         if fill.upload is not None:
-            # On a full disk the bytes are in the way, and beyond the blob's end they are of no use; else
-            # the next fill goes on from them.
+            # On a full disk the bytes take up space, and beyond the end of the blob they are useless;
+            # otherwise the next fill resumes after them.
             if isinstance(error, StorageFailed | RangeInvalid):
                 await fill.upload.cancel(error)
             else:
@@ -340,12 +347,12 @@ class Fills:
             fill.started.set_result(None)
 
     async def close(self) -> None:
-        """Stop all fills; what they have stays where the next one finds it."""
+        """Stop all fills; the next ones resume with the bytes that are received."""
         tasks = []
         for fill in self._fills.values():
             if fill.task is not None:
                 tasks.append(fill.task)
-                if not fill.received:  # else it is done in a moment, and need not be asked for again
+                if not fill.received:  # else it is committed in a moment
                     fill.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for task in self._making_room:

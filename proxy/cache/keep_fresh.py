@@ -1,4 +1,4 @@
-"""Keeping pinned tags fresh: each is refreshed on its schedule, whether anybody pulls it or not."""
+"""Keeping pinned tags fresh: each is refreshed on its schedule, even if no client pulls it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF, Refreshable, Refreshed, refresh
+from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF, Refreshable, RefreshResult, refresh
 from storage.concurrency import run_in_thread
 from storage.errors import DigestInvalid, NameInvalid, RegistryError, TagInvalid
 from storage.graph import walk
@@ -22,11 +22,11 @@ log = structlog.get_logger()
 
 
 class Freshener:
-    """Refreshes what is pinned with `keep_fresh`, when that has passed since it was validated last.
+    """Refreshes images pinned with `keep_fresh`, when so much time has passed since their last validation.
 
-    Also what is not whole here: clients fetch of an image only what is for their platform.  A pin without
-    any wildcard is refreshed even if nobody has pulled it yet.  Where several pins match, the shortest
-    `keep_fresh` counts, and all of their platforms.  `clock` tells seconds since the epoch.
+    An image that is incomplete in the store is refreshed at once: clients fetch only the parts for their
+    platform.  A pin without wildcards is refreshed even before the first pull.  If several pins match, the
+    shortest `keep_fresh` counts, and all of their platforms.  `clock` returns seconds since the epoch.
     """
 
     def __init__(
@@ -36,49 +36,51 @@ class Freshener:
         self._store = store
         self._pins = pins
         self._clock = clock
-        # How often it failed in a row, and when it is tried again.
+        # Failures in a row, and the time of the next attempt.
         self._failed: dict[tuple[str, Reference], tuple[int, float]] = {}
 
     async def due(self) -> list[tuple[str, Reference, Pin]]:
-        """What is to be refreshed now.  Raises StorageFailed."""
+        """The images to refresh now.  Raises StorageFailed."""
         planned = await run_in_thread(self._planned)
         now = self._clock()
         return [(repository, reference, pin) for at, repository, reference, pin in planned if at <= now]
 
     async def next_at(self) -> float | None:
-        """When something is due; None: never.  Raises StorageFailed."""
+        """The time when the next image is due, or None.  Raises StorageFailed."""
         planned = await run_in_thread(self._planned)
         return min((at for at, *_ in planned if at < math.inf), default=None)
 
-    async def run_once(self) -> list[Refreshed | RegistryError]:
-        """Refresh what is due, one after the other.  Raises StorageFailed where the pins cannot be read."""
+    async def run_once(self) -> list[RefreshResult | RegistryError]:
+        """Refresh the images that are due, one by one.  Raises StorageFailed if the pins cannot be read."""
         return [await self._refresh(*each) for each in await self.due()]
 
-    async def _refresh(self, repository: str, reference: Reference, pin: Pin) -> Refreshed | RegistryError:
+    async def _refresh(
+        self, repository: str, reference: Reference, pin: Pin
+    ) -> RefreshResult | RegistryError:
         namespace, _, name = repository.partition("/")
-        telling = log.bind(namespace=namespace, repository=name, reference=reference, pattern=pin.pattern)
+        event = log.bind(namespace=namespace, repository=name, reference=reference, pattern=pin.pattern)
         key = repository, reference
         try:
             done = await refresh(self._registry, repository, reference, pin.platforms)
-            if done.changed or key in self._failed:  # by digest: only what refers to it is asked for
+            if done.changed or key in self._failed:  # by digest: only the referrers are requested
                 await refresh(self._registry, repository, done.digest, pin.platforms, referrers=True)
         except RegistryError as error:
             failures = self._failed.get(key, (0, 0.0))[0]
-            # Bounded, since it goes on for as long as the pin is there.
+            # The exponent is limited, since failures are counted as long as the pin exists.
             wait = min(BACKOFF * 2 ** min(failures, 10), LONGEST_BACKOFF)
             wait = max(wait, error.retry_after or 0.0)
             self._failed[key] = failures + 1, self._clock() + wait
-            telling.warning("pin.failed", error=str(error) or error.code, again_in=wait)
+            event.warning("pin.failed", error=str(error) or error.code, again_in=wait)
             return error
         self._failed.pop(key, None)
         if done.changed:
-            telling.info(
+            event.info(
                 "pin.refreshed", digest=done.digest, old=done.moved, blobs=done.fetched, bytes=done.bytes
             )
         return done
 
     def _planned(self) -> list[tuple[float, str, Reference, Pin]]:
-        """All that is kept fresh, and when it is due."""
+        """All images that are kept fresh, and when each is due."""
         wanted: dict[tuple[str, Reference], Pin] = {}
         for pin in self._pins.list():
             if pin.keep_fresh is None:
@@ -88,8 +90,8 @@ class Freshener:
                 found |= {pin.exact} if pin.exact else set()
             for each in found:
                 wanted[each] = _both(wanted[each], pin) if each in wanted else pin
-        for gone in self._failed.keys() - wanted.keys():
-            self._failed.pop(gone, None)
+        for unpinned in self._failed.keys() - wanted.keys():
+            self._failed.pop(unpinned, None)
         return sorted(
             (
                 (self._due_at(repository, reference, pin), repository, reference, pin)
@@ -102,16 +104,16 @@ class Freshener:
         if (failed := self._failed.get((repository, reference))) is not None:
             return failed[1]
         if isinstance(reference, Digest):
-            return math.inf if self._whole(repository, reference, pin.platforms) else 0.0
+            return math.inf if self._complete(repository, reference, pin.platforms) else 0.0
         pointer = self._store.pointer(repository, reference)
-        # A clock that was set back must not keep a tag fresh for ever.
+        # A clock that was set back must not keep a tag fresh forever.
         if pointer is None or pointer.validated_at > self._clock():
             return 0.0
-        if not self._whole(repository, pointer.digest, pin.platforms):
+        if not self._complete(repository, pointer.digest, pin.platforms):
             return 0.0
         return pointer.validated_at + (pin.keep_fresh or 0.0)
 
-    def _whole(self, repository: str, digest: Digest, platforms: Sequence[str]) -> bool:
+    def _complete(self, repository: str, digest: Digest, platforms: Sequence[str]) -> bool:
         found = walk(self._store, repository, digest, platforms)
         return not found.missing and all(
             self._store.linked(repository, each) is not None
@@ -121,7 +123,7 @@ class Freshener:
 
 
 def _both(one: Pin, other: Pin) -> Pin:
-    """What keeps fresh what either does; no platforms are all platforms."""
+    """A pin that keeps fresh what both do; no platforms mean all platforms."""
     platforms = one.platforms and other.platforms and tuple(dict.fromkeys(one.platforms + other.platforms))
     shortest = min(filter(None, (one.keep_fresh, other.keep_fresh)))
     return replace(one, keep_fresh=shortest, platforms=platforms)

@@ -1,4 +1,4 @@
-"""Readers of what an origin sends: of a blob that grows in the store, or of one that passes it by."""
+"""Readers of blobs that an origin sends: through the store while a fill is under way, or past the store."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from storage.registry import Blob, Registry
 
 
 class Hash(Protocol):
+    """A hash object of hashlib."""
+
     @property
     def name(self) -> str: ...
     def update(self, data: bytes, /) -> None: ...
@@ -25,14 +27,14 @@ class Hash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BlobSource:
-    """Where a blob comes from, and the repository of the store that may show it then.
+    """The origin of a blob, and the repository of the store to which it is linked.
 
-    `unknown` is told when the origin has no such blob, before anybody could ask it again.
+    `unknown` is called when the origin has no such blob, before another request can be sent.
     """
 
     namespace: str
     origin: Registry
-    name: str  # the origin's name of the repository
+    name: str  # of the repository, at the origin
     unknown: Callable[[BlobUnknown], None] = lambda error: None
 
     @property
@@ -40,17 +42,19 @@ class BlobSource:
         return f"{self.namespace}/{self.name}"
 
 
-class Counts(Protocol):
+class HasFollowers(Protocol):
+    """Counts its readers."""
+
     followers: int
 
 
 class FollowedBlob(Blob):
-    """A reader of a growing blob, who asks the origin for the rest should our disk fail.
+    """A reader of a blob on its way from an origin, one of several.
 
-    It is one of `followed.followers` until it is closed.
+    If the disk fails, the rest is read from the origin.  `followed.followers` counts it until it is closed.
     """
 
-    def __init__(self, blob: FileBlob, source: BlobSource, metrics: Metrics, followed: Counts) -> None:
+    def __init__(self, blob: FileBlob, source: BlobSource, metrics: Metrics, followed: HasFollowers) -> None:
         self.descriptor = blob.descriptor
         self._blob = blob
         self._source = source
@@ -68,7 +72,7 @@ class FollowedBlob(Blob):
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         position = start
         digest = self.descriptor.digest
-        held: Hash | None = None
+        hashed: Hash | None = None
         if self.fileno() >= 0:
             try:
                 async for chunk in self._blob.chunks(start, stop):
@@ -76,24 +80,24 @@ class FollowedBlob(Blob):
                     yield chunk
                 return
             except StorageFailed:
-                held = await asyncio.to_thread(self._hash, digest.algorithm, position)
-            # The room that its file takes is wanted now, not when the slowest client has all of it.
+                hashed = await asyncio.to_thread(self._hash, digest.algorithm, position)
+            # The space of its file is needed now, not when the slowest client has read it.
             await self._blob.close()
         elif start == 0:
-            held = hashlib.new(digest.algorithm)
+            hashed = hashlib.new(digest.algorithm)
         span = Span(position, stop) if position or stop else None
         blob = await self._source.origin.get_blob(self._source.name, digest, span)
         try:
             content = blob.chunks(position, stop)
-            if held is not None:
-                content = verified(content, self.descriptor, held, position)
+            if hashed is not None:
+                content = verified(content, self.descriptor, hashed, position)
             async for chunk in content:
                 yield chunk
         finally:
             await blob.close()
 
     def _hash(self, algorithm: str, stop: int) -> Hash:
-        """Raises StorageFailed where what the client has cannot be read again: then none can vouch for it."""
+        """Hash again the bytes that were sent.  Raises StorageFailed if they cannot be read any more."""
         found, position = hashlib.new(algorithm), 0
         while position < stop:
             try:
@@ -113,7 +117,7 @@ class FollowedBlob(Blob):
 
 
 class UncachedBlob(Blob):
-    """The origin's blob, past a store that cannot take it."""
+    """A blob read from the origin without storing it."""
 
     def __init__(self, blob: Blob, source: BlobSource) -> None:
         self.descriptor = blob.descriptor
@@ -123,7 +127,7 @@ class UncachedBlob(Blob):
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         digest = self.descriptor.digest
         blob, self._blob = self._blob, None
-        if blob is None:  # a transfer can be read once, and of several ranges this is a later one
+        if blob is None:  # a transfer can be read once, and this is not the first of several ranges
             blob = await self._source.origin.get_blob(self._source.name, digest, Span(start, stop))
         try:
             content = blob.chunks(start, stop)
@@ -140,20 +144,20 @@ class UncachedBlob(Blob):
 
 
 async def verified(
-    chunks: AsyncIterator[bytes], descriptor: Descriptor, held: Hash, position: int
+    chunks: AsyncIterator[bytes], descriptor: Descriptor, hashed: Hash, position: int
 ) -> AsyncIterator[bytes]:
-    """The chunks, which go on at `position` after what `held` has hashed.
+    """The chunks from `position` on, verified; `hashed` is the hash of the bytes before.
 
-    If they reach the blob's end, their last byte is withheld until the digest is right; else
-    DigestInvalid is raised.
+    If they reach the end of the blob, the last byte is withheld until the digest is verified.  Raises
+    DigestInvalid if it does not match.
     """
     last = b""
     async for chunk in chunks:
-        held.update(chunk)
+        hashed.update(chunk)
         position += len(chunk)
         yield last + chunk[:-1]
         last = chunk[-1:]
-    found = f"{held.name}:{held.hexdigest()}"
+    found = f"{hashed.name}:{hashed.hexdigest()}"
     if descriptor.size in (-1, position) and found != descriptor.digest:
         raise DigestInvalid(f"content is {found}, not {descriptor.digest}")
     yield last

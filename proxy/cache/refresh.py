@@ -1,7 +1,6 @@
-"""Refreshing: what a reference means now is whole here, before anybody asks for it.
+"""Refreshing an image in the cache: its tag is revalidated, and missing content is fetched.
 
-The tag is revalidated, fresh or not; what it names and is not stored is fetched.  What has not changed
-costs one HEAD.
+An image that has not changed costs one HEAD request.
 """
 
 from __future__ import annotations
@@ -26,17 +25,20 @@ from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 
 log = structlog.get_logger()
 
-FILLS = 4  # of one refreshing at once
+FILLS = 4  # at once, of one image
 BACKOFF = 60.0  # seconds after a failure, doubling
 LONGEST_BACKOFF = 3600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Refreshed:
-    """What is whole now.  `moved` is what the tag was before, None where it is what it was, or is new.
+class RefreshResult:
+    """The outcome of refreshing one image, which is complete in the store now.
 
-    `manifests` and `blobs` are how many it consists of, `fetched` how many blobs of them had to come, of
-    `bytes`; `referrers` how many of the manifests refer to others of them.
+    new: the tag was not known before
+    moved: the tag's former digest, if it has moved
+    manifests, blobs: how many the image consists of
+    fetched: how many of the blobs were fetched, of `bytes` in total
+    referrers: how many of the manifests refer to others of them
     """
 
     repository: str
@@ -67,12 +69,15 @@ async def refresh(
     platforms: Sequence[str] = (),
     referrers: bool = False,
     sparing: bool = False,
-) -> Refreshed:
-    """Have all in the store that `reference` means now; of an index the children for `platforms`.
+) -> RefreshResult:
+    """Fetch into the store what `reference` stands for now and is missing there.
 
-    With `referrers` also what refers to any of it, which costs a few requests for each manifest.  What the
-    origin does not know is left out; then, when the rest is here, that is raised.  `sparing` leaves clients
-    what is kept in reserve of the origin's rate limit: see Cache.spare().  Raises RegistryError.
+    Content that the origin does not know is left out, and raised once the rest is stored.  Raises
+    RegistryError.
+
+    platforms: those whose manifests are fetched, of an index; none means all
+    referrers: fetch the referrers as well, which costs a few requests for each manifest
+    sparing: leave to clients the requests that are reserved of the origin's rate limit; see Cache.spare()
     """
     old: Digest | None = None
     new = False
@@ -83,30 +88,30 @@ async def refresh(
         new = old is None
     else:
         manifest = await registry.get_manifest(repository, reference)
-    whole = _ImageFetch(registry, repository, sparing)
-    await whole.take(manifest, platforms)
+    image = _ImageFetch(registry, repository, sparing)
+    await image.fetch_manifests(manifest, platforms)
     if referrers:
-        await whole.take_referrers()
-    await whole.fill()
-    if whole.unknown:
-        raise whole.unknown[0]
-    return Refreshed(
+        await image.fetch_referrers()
+    await image.fetch_blobs()
+    if image.unknown:
+        raise image.unknown[0]
+    return RefreshResult(
         repository,
         reference,
         manifest.digest,
         new,
         None if old == manifest.digest else old,
-        len(whole.manifests),
-        len(whole.blobs),
-        whole.fetched,
-        whole.bytes,
-        whole.referrers,
+        len(image.manifests),
+        len(image.blobs),
+        image.fetched,
+        image.bytes,
+        image.referrers,
     )
 
 
 @dataclass(slots=True)
 class _ImageFetch:
-    """What is being made whole; `unknown` is what the origin does not have."""
+    """An image that is being fetched; `unknown` are the errors for content that the origin does not have."""
 
     registry: Refreshable
     repository: str
@@ -119,7 +124,8 @@ class _ImageFetch:
     referrers: int = 0
     attestations: set[Digest] = field(default_factory=set)
 
-    async def take(self, manifest: Manifest, platforms: Sequence[str] = ()) -> set[Digest]:
+    async def fetch_manifests(self, manifest: Manifest, platforms: Sequence[str] = ()) -> set[Digest]:
+        """Fetch the manifests below this one; return the digests of those that are new, it included."""
         steps = Walk([manifest.digest])
         for digest in steps:
             try:
@@ -140,10 +146,10 @@ class _ImageFetch:
             self.registry.spare(self.repository, reference)
         return await self.registry.get_manifest(self.repository, reference)
 
-    async def take_referrers(self) -> None:
-        """What refers to the manifests, and what refers to that."""
+    async def fetch_referrers(self) -> None:
+        """Fetch the referrers of the manifests, and their referrers."""
         image = frozenset(self.manifests)
-        signed = image - self.attestations  # these are about an image, and nobody signs them for themselves
+        signed = image - self.attestations  # attestations describe an image, and are not signed themselves
         subjects = Walk(self.manifests)
         for digest in subjects:
             listed: list[Descriptor] = []
@@ -157,21 +163,21 @@ class _ImageFetch:
                 if each not in self.manifests:
                     unknown = len(self.unknown)
                     with suppress(ManifestUnknown, NameUnknown):  # there is no such tag
-                        subjects.add(await self.take(await self._manifest(each)))
+                        subjects.add(await self.fetch_manifests(await self._manifest(each)))
                     del self.unknown[unknown:]  # listed once, deleted since
         self.referrers = len(self.manifests - image)
 
-    async def fill(self) -> None:
-        turns = asyncio.Semaphore(FILLS)
+    async def fetch_blobs(self) -> None:
+        slots = asyncio.Semaphore(FILLS)
         try:
             async with asyncio.TaskGroup() as filling:
                 for each in self.blobs.values():
-                    filling.create_task(self._fill(each, turns))
-        except ExceptionGroup as group:  # of those that failed before the others were given up
+                    filling.create_task(self._fetch_blob(each, slots))
+        except ExceptionGroup as group:  # of those that failed before the others were cancelled
             raise group.exceptions[0] from None
 
-    async def _fill(self, blob: Descriptor, turns: asyncio.Semaphore) -> None:
-        async with turns:
+    async def _fetch_blob(self, blob: Descriptor, slots: asyncio.Semaphore) -> None:
+        async with slots:
             try:
                 size = await self.registry.fill_blob(self.repository, blob.digest)
             except BlobUnknown as error:
@@ -185,7 +191,7 @@ class _ImageFetch:
 
 @runtime_checkable
 class Refreshable(Protocol):
-    """What a cache can besides a Registry: see Cache."""
+    """The methods of a cache that refreshing needs: see Cache."""
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest: ...
     async def referrers(self, repository: str, digest: Digest) -> list[Descriptor]: ...

@@ -1,20 +1,20 @@
-"""A registry of our own: blobs plus records.
+"""A registry that keeps its content: blobs in files, and records of everything else.
 
-Content lies on disk once; whether a repository may show it is a record of its own, a link.
+Each blob is stored once; a link, which is a record, says that a repository shows it.  The records and what
+they hold (storage/keys.py describes the keys):
 
-    tag <repository> <tag>                    digest, time of validation
-    manifest <repository> <digest>            media type, time of storing, newline, the exact bytes
-    link <repository> <digest>                size in bytes, time of storing
-    referrers <repository> <subject> <digest> descriptor as JSON
-    listing <repository> <what>               time of validation, newline, what an origin listed, as JSON
-    pushed <repository>                       how often its tags and manifests changed; where it is collected
+    tag         digest, time of validation
+    manifest    media type, time of storing, newline, the exact bytes
+    link        size in bytes, time of storing
+    referrers   the referrer's descriptor as JSON
+    pushed      how often the tags and manifests of the repository changed, where garbage is collected
 
-What changes together is one transaction: of a push all is there, or nothing.  A link is made in one that sees
-the blob's file, and gives it the present time; so whoever removes files that have no link, and are old, in
-a transaction of his own, removes none that gets one.
+Records that change together change in one transaction: after a failure either the whole push is stored or
+nothing of it.  The transaction that makes a link also finds the blob's file and sets its mtime to the present
+time.  So a transaction that removes files which are old and have no link never removes one that gets a link.
 
-Times are seconds since the epoch.  Reads are done on the loop, writes in a thread.  A record that cannot
-be read as what it should be counts as absent: a cache fetches it again.
+Times are seconds since the epoch.  Reads run on the event loop, writes in a thread.  A record that cannot be
+parsed counts as absent: a cache fetches it again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import Any
 
 import msgspec
 
@@ -41,7 +40,8 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
-from storage.keys import CHANGES, LINK, LISTING, MANIFEST, REFERRER, TAG
+from storage.keys import CHANGES, LINK, MANIFEST, REFERRER, TAG
+from storage.listings import OriginListings
 from storage.oci import (
     OCTETS,
     Descriptor,
@@ -54,28 +54,22 @@ from storage.oci import (
 )
 from storage.registry import Registry, Upload, everything
 
-_TEXT = ("utf-8", "surrogateescape")  # a media type comes back as it came, also where it is not UTF-8
-# What msgspec raises for damaged JSON; recursion where it is nested beyond all reason.
+_TEXT = ("utf-8", "surrogateescape")  # a media type is returned as it was sent, even if it is not UTF-8
+# What decoding damaged JSON raises; RecursionError if it is nested too deeply.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """Where a tag points, and when an origin last said so."""
+    """Where a tag points, and when its origin last confirmed it."""
 
     digest: Digest
     validated_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What an origin listed, as plain JSON values, and when."""
-
-    value: Any
-    validated_at: float
-
-
 class StoreUpload(Upload):
+    """An upload that links its blob in a repository when it is committed."""
+
     def __init__(self, store: Store, repository: str, upload: FileUpload) -> None:
         self._store, self._repository, self._upload = store, repository, upload
         self.id = upload.id
@@ -92,9 +86,10 @@ class StoreUpload(Upload):
 
 
 class Store(Registry):
-    """Every method may raise StorageFailed.  `clock` tells seconds since the epoch.
+    """A registry on a disk.  Every method may raise StorageFailed.
 
-    Of one that is `collected`, changes are counted.
+    `clock` returns seconds since the epoch.  A store that is `collected` counts the changes of each
+    repository, for garbage collection.
     """
 
     def __init__(
@@ -107,6 +102,7 @@ class Store(Registry):
         self.files = files
         self._collected = collected
         self.records = records
+        self.listings = OriginListings(records, clock)
         self._clock = clock
 
     # Pull
@@ -115,10 +111,10 @@ class Store(Registry):
         return self.blob(repository, digest)[0]
 
     def blob(self, repository: str, digest: Digest) -> tuple[FileBlob, float]:
-        """The blob, open, and when `repository` got it.  Raises BlobUnknown."""
+        """Open the blob; also returns when it was linked in `repository`.  Raises BlobUnknown."""
         size, linked_at = _numbers(self.records.get(LINK.key(repository, digest)), 2) or (None, 0.0)
         if size is None:
-            raise BlobUnknown(f"{repository} holds no blob {digest}")
+            raise BlobUnknown(f"{repository} has no blob {digest}")
         return self.files.open(digest, int(size)), linked_at
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
@@ -133,26 +129,26 @@ class Store(Registry):
         return self.manifest(repository, reference)[0].descriptor
 
     def manifest(self, repository: str, reference: Reference) -> tuple[Manifest, float]:
-        """The manifest and when it was stored.  Raises ManifestUnknown."""
+        """The manifest, and when it was stored.  Raises ManifestUnknown."""
         if isinstance(reference, Tag):
             pointer = self.pointer(repository, reference)
             if pointer is None:
-                raise ManifestUnknown(f"{repository} holds no tag {reference}")
+                raise ManifestUnknown(f"{repository} has no tag {reference}")
             reference = pointer.digest
         record = self.records.get(MANIFEST.key(repository, reference)) or b""
         head, _, content = record.partition(b"\n")
         media_type, _, stored_at = head.rpartition(b" ")
         times = _numbers(stored_at, 1)
-        # Checked at every read: it costs a microsecond, and a damaged record is no manifest.
+        # Verified at every read: that costs a microsecond, and a damaged record is no manifest.
         if times is None or Digest.of(content, reference.algorithm) != reference:
-            raise ManifestUnknown(f"{repository} holds no manifest {reference}")
+            raise ManifestUnknown(f"{repository} has no manifest {reference}")
         return Manifest(media_type.decode(*_TEXT), content, reference), times[0]
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         found = islice(self.records.scan(TAG.prefix(repository), last), limit)
         tags = [TAG.parse(key)[1] for key, _ in found]
         if not tags and not any(self.records.first(kind.prefix(repository)) for kind in (MANIFEST, LINK)):
-            raise NameUnknown(f"{repository} holds nothing")
+            raise NameUnknown(f"{repository} is empty")
         return tags
 
     async def referrers(
@@ -165,7 +161,7 @@ class Store(Registry):
     async def repositories(
         self, last: str = "", limit: int | None = None, within: str | None = None
     ) -> list[str]:
-        """Those of the namespace `within` only, where it is given; full names."""
+        """Full names in lexical order; only those in the namespace `within`, if it is given."""
         names = self.records.groups(MANIFEST.prefix(), max(last, f"{within}/") if within else last)
         if within:
             names = takewhile(lambda each: each.startswith(f"{within}/"), names)
@@ -207,7 +203,7 @@ class Store(Registry):
         raise BlobUnknown(f"no repository shows {digest}")
 
     def changed(self, batch: Batch, repository: str) -> None:
-        """Tell that tags or manifests of it changed, in the same transaction."""
+        """Count a change of tags or manifests, in the transaction that makes the change."""
         if self._collected:
             key = CHANGES.key(repository)
             times = _numbers(batch.get(key), 1) or [0.0]
@@ -221,12 +217,15 @@ class Store(Registry):
         tags: Sequence[Tag] = (),
         allowed: Callable[[Batch], None] | None = None,
     ) -> Descriptor:
-        """`allowed`, in the transaction, raises what speaks against it.  Raises DigestInvalid."""
+        """Store the manifest and its tags in one transaction.
+
+        Raises DigestInvalid, and what `allowed` raises, which is called in the transaction to check the push.
+        """
         if isinstance(reference, Digest):
             named = Manifest.of(manifest.media_type, manifest.content, reference.algorithm)
             if named.digest != reference:
                 raise DigestInvalid(f"the manifest is {named.digest}, not {reference}")
-            manifest = named  # as it will be asked for, whichever algorithm its digest had before
+            manifest = named  # clients pull it by a digest of this algorithm
         else:
             tags = (reference, *tags)
         await asyncio.to_thread(self._push, repository, manifest, tags, allowed)
@@ -249,7 +248,7 @@ class Store(Registry):
         self.records.transaction(work)
 
     def put_manifest(self, batch: Batch, repository: str, manifest: Manifest) -> None:
-        """A push of it, as part of a transaction."""
+        """Store the manifest, and what it is a referrer of, as part of a transaction."""
         record = f"{manifest.media_type} {self._clock()}\n".encode(*_TEXT) + manifest.content
         batch.put(MANIFEST.key(repository, manifest.digest), record)
         if (subject := _subject(manifest)) is not None:
@@ -257,21 +256,24 @@ class Store(Registry):
             batch.put(REFERRER.key(repository, subject.digest, manifest.digest), referrer)
 
     def put_tags(self, batch: Batch, repository: str, tags: Mapping[Tag, Digest]) -> None:
-        """Have them point to manifests that are here, as part of a transaction."""
+        """Point tags to manifests that are stored, as part of a transaction."""
         now = self._clock()
         for tag, digest in tags.items():
             self.put_tag(batch, repository, tag, digest, now)
 
     def put_tag(self, batch: Batch, repository: str, tag: Tag, digest: Digest, validated_at: float) -> None:
-        """One of them; an origin said so at that time."""
+        """Point a tag to a manifest that is stored, as part of a transaction."""
         batch.put(TAG.key(repository, tag), f"{digest} {validated_at}".encode())
 
     async def delete_manifest(
         self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None = None
     ) -> None:
-        """`allowed`, in the transaction, raises what speaks against it."""
+        """Delete a tag; or a manifest, its tags, and the record that makes it a referrer.
+
+        Raises ManifestUnknown, and what `allowed` raises, which is called in the transaction.
+        """
         if not await asyncio.to_thread(self._delete, repository, reference, allowed):
-            raise ManifestUnknown(f"{repository} holds no {reference}")
+            raise ManifestUnknown(f"{repository} has no {reference}")
 
     def _delete(self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None) -> bool:
         def work(batch: Batch) -> bool:
@@ -285,7 +287,7 @@ class Store(Registry):
         return self.records.transaction(work)
 
     def remove_manifest(self, batch: Batch, repository: str, digest: Digest) -> bool:
-        """With its tags, and what it is a referrer of; whether it was there."""
+        """Remove the manifest, its tags, and the record that makes it a referrer; whether it was stored."""
         for tag in self.tags_of(repository, digest):
             batch.delete(TAG.key(repository, tag))
         record = batch.get(MANIFEST.key(repository, digest)) or b""
@@ -295,29 +297,29 @@ class Store(Registry):
         return batch.delete(MANIFEST.key(repository, digest))
 
     def tags_of(self, repository: str, digest: Digest) -> list[Tag]:
-        """The tags that point to it."""
+        """The tags that point to the manifest."""
         found = self.records.scan(TAG.prefix(repository))
         return [Tag(TAG.parse(key)[1]) for key, value in found if value.startswith(digest.encode())]
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         if not await asyncio.to_thread(self.records.delete, LINK.key(repository, digest)):
-            raise BlobUnknown(f"{repository} holds no blob {digest}")
+            raise BlobUnknown(f"{repository} has no blob {digest}")
 
     def linked(self, repository: str, digest: Digest) -> Descriptor | None:
-        """The blob, if `repository` shows it and its bytes are here; that counts as no use."""
+        """The blob, if `repository` shows it and its file exists.  Does not count as use."""
         size, _ = _numbers(self.records.get(LINK.key(repository, digest)), 2) or (None, 0.0)
         return None if size is None or not self.holds(digest) else Descriptor(OCTETS, digest, int(size))
 
-    # What a cache needs of its store besides
+    # What a cache needs besides
 
     def holds(self, digest: Digest) -> bool:
-        """Whether the bytes are here, for whatever repository."""
+        """Whether the blob's file exists, whichever repositories show it."""
         return self.files.holds(digest)
 
     async def link(self, repository: str, digest: Digest, size: int = -1) -> Descriptor:
-        """Show `digest` in `repository`; `size` is what an origin says of it, if it does.
+        """Show the blob in `repository`.  `size` is what the origin says; -1 if it says nothing.
 
-        Raises BlobUnknown where its bytes are not here, or are damaged.
+        Raises BlobUnknown if the blob's file does not exist or is damaged.
         """
         blob = self.files.open(digest)
         await blob.close()
@@ -330,49 +332,31 @@ class Store(Registry):
         self.records.transaction(lambda batch: self.put_link(batch, repository, blob))
 
     def put_link(self, batch: Batch, repository: str, blob: Descriptor) -> None:
-        """A link to what is here, as part of a transaction.  Raises BlobUnknown where it is not."""
+        """Link a stored blob, as part of a transaction.  Raises BlobUnknown if its file does not exist."""
         self.files.renew(blob.digest)
         batch.put(LINK.key(repository, blob.digest), f"{blob.size} {self._clock()}".encode())
 
-    async def resume_fill(self, digest: Digest) -> FileUpload:
-        """The upload of `digest`, going on where a former one was cut."""
-        return await self.files.resume(digest)
-
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:
+        """Where the tag points; None if it is not stored, or is damaged."""
         digest, _, time = (self.records.get(TAG.key(repository, tag)) or b"").partition(b" ")
         times = _numbers(time, 1)
         with suppress(DigestInvalid):
             return Pointer(Digest.parse(digest.decode(*_TEXT)), times[0]) if times else None
         return None
 
-    def exclusive(self, name: str) -> AbstractAsyncContextManager[bool]:
-        """See Files.exclusive()."""
-        return self.files.exclusive(name)
-
     async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
-        """An origin said just now that `tag` is `digest`, whose manifest is here."""
+        """Point a tag to a stored manifest: the origin has just confirmed it."""
         await asyncio.to_thread(self._point, repository, tag, digest, self._clock())
 
     def _point(self, repository: str, tag: Tag, digest: Digest, now: float) -> None:
         self.records.put(TAG.key(repository, tag), f"{digest} {now}".encode())
-
-    def listing(self, repository: str, what: str) -> Listing | None:
-        time, _, value = (self.records.get(LISTING.key(repository, what)) or b"").partition(b"\n")
-        times = _numbers(time, 1)
-        with suppress(*_NOT_JSON):
-            return Listing(msgspec.json.decode(value), times[0]) if times else None
-        return None
-
-    async def keep_listing(self, repository: str, what: str, value: Any) -> None:
-        record = f"{self._clock()}\n".encode() + msgspec.json.encode(value)
-        await asyncio.to_thread(self.records.put, LISTING.key(repository, what), record)
 
     async def close(self) -> None:
         self.records.close()
 
 
 def _numbers(record: bytes | None, count: int) -> list[float] | None:
-    """The record's `count` numbers; None where it is absent or damaged."""
+    """The `count` numbers in a record; None if it is absent or damaged."""
     try:
         numbers = [float(field) for field in (record or b"").split()]
     except ValueError:
@@ -384,11 +368,11 @@ def _subject(manifest: Manifest) -> Descriptor | None:
     try:
         return parse_manifest(manifest.content).subject
     except ManifestInvalid:
-        return None  # of a type that we do not know; served as it is
+        return None  # of an unknown type; stored as it is
 
 
 def _referrer(manifest: Manifest) -> Descriptor:
-    """As the referrers API shows it: distribution-spec, "Listing Referrers"."""
+    """The descriptor in the answer of the referrers API: distribution-spec, "Listing Referrers"."""
     content = parse_manifest(manifest.content)
     size = len(manifest.content)
     return Descriptor(manifest.media_type, manifest.digest, size, content.artifact_type, content.annotations)

@@ -103,7 +103,7 @@ async def test_what_is_not_used_goes_with_all_that_hangs_on_it(place: Place) -> 
     layer = await place.blob(b"layer", "a/x")
     digest = await place.image("a/x", "v1", layer)
     await place.image("a/x", None, layer, subject=digest)
-    await place.store.keep_listing("a/x", "tags", ["v1"])
+    await place.store.listings.put("a/x", "tags", ["v1"])
     Usage(place.store.records, place.clock).record({("a/x", "v1"): Use(1, place.clock.now, 1.0)}, [], {})
     eviction = place.eviction(keep_for=keep(a=30))
     place.clock.advance(29 * DAY)

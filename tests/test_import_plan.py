@@ -492,9 +492,9 @@ async def test_a_good_blob_is_not_given_up_for_a_lie(site: Site) -> None:
 
 async def test_what_was_listed_once_hides_nothing_that_came_in(site: Site) -> None:
     store = site.parts.store
-    await store.keep_listing(NAME, "tags", ["2", "9"])
+    await store.listings.put(NAME, "tags", ["2", "9"])
     signature = image(b"signature", subject=MADE)
-    await store.keep_listing(NAME, f"referrers {MADE.digest}", [])
+    await store.listings.put(NAME, f"referrers {MADE.digest}", [])
     await site.take(layout([(MADE, {REF_NAME: "alpine:3"}), (signature, {})]))
     assert await site.parts.namespaces.tags(NAME) == ["2", "3", "9"]
     [found] = await site.parts.namespaces.referrers(NAME, Digest(MADE.digest))

@@ -20,6 +20,7 @@ STORAGE = (
     "oci",
     "registry keys",
     "disk",
+    "listings",
     "store",
     "graph migration",
     "maintenance archives",

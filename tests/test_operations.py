@@ -397,7 +397,7 @@ async def test_purge_of_a_repository(site: Site, pattern: str) -> None:
     await site.image(ALPINE, None, b"by digest")
     await site.image(OTHER, "1", b"shared")
     await site.blob(ALPINE, b"named by nothing")
-    await site.store.keep_listing(ALPINE, "tags", ["3"])
+    await site.store.listings.put(ALPINE, "tags", ["3"])
     move = Move(1.0, Digest.of(b"a"), Digest.of(b"b"))
     site.composition.usage.record({(ALPINE, "gone"): Use(1, 1.0, 1.0)}, [(ALPINE, Tag("3"), move)], {})
     elsewhere = {key for key in site.records() if OTHER in key}

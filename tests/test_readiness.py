@@ -106,7 +106,7 @@ async def test_referrers_count_as_far_as_they_are_known(site: Site) -> None:
     found = await judge(site)
     assert (found.state, found.referrers, found.referrers_known) == ("complete", 1, 1)
     listed = [signature, describe(Digest.of(b"bill"), 4, signature["mediaType"])]
-    await site.store.keep_listing(ALPINE, f"referrers {made['digest']}", listed)
+    await site.store.listings.put(ALPINE, f"referrers {made['digest']}", listed)
     found = await judge(site)
     assert (found.state, found.referrers, found.referrers_known) == ("partial", 1, 2)
     assert [(row.digest, row.kind) for row in found.missing] == [(str(Digest.of(b"bill")), "referrer")]
@@ -130,7 +130,7 @@ async def test_what_tags_say_that_it_refers_counts_too(site: Site) -> None:
 async def test_a_damaged_listing_says_nothing(site: Site) -> None:
     made = await site.image(ALPINE, "3", b"layer")
     for listed in ({}, [{"digest": "x"}]):
-        await site.store.keep_listing(ALPINE, f"referrers {made['digest']}", listed)
+        await site.store.listings.put(ALPINE, f"referrers {made['digest']}", listed)
         assert (await judge(site)).state == "complete"
 
 

@@ -438,7 +438,7 @@ async def test_what_cannot_be_stored_is_told(
     async def full(digest: Digest) -> None:
         raise StorageFailed("no room")
 
-    monkeypatch.setattr(rig.store, "resume_fill", full)
+    monkeypatch.setattr(rig.store.files, "resume", full)
     with pytest.raises(StorageFailed, match="could not be stored"):
         await rig.refresh()
 

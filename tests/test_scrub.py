@@ -187,7 +187,7 @@ async def test_algorithms_have_their_own_trees(home: Home) -> None:
 async def test_what_is_not_committed_is_not_looked_at(home: Home) -> None:
     upload = await home.store.start_upload(APP)
     await upload.write(b"some")
-    fill = await home.store.resume_fill(Digest.of(b"whole"))
+    fill = await home.store.files.resume(Digest.of(b"whole"))
     await fill.write(b"wh")
     report = await home.run()
     assert (report.checked, report.foreign) == (0, 0)

@@ -344,12 +344,12 @@ async def test_repositories_are_those_with_manifests(home: Home) -> None:
 
 
 async def test_a_listing_is_kept_with_its_time(home: Home, clock: Clock) -> None:
-    assert home.store.listing("a", "tags") is None
-    await home.store.keep_listing("a", "tags", ["x", {"y": 1}])
-    found = home.store.listing("a", "tags")
+    assert home.store.listings.get("a", "tags") is None
+    await home.store.listings.put("a", "tags", ["x", {"y": 1}])
+    found = home.store.listings.get("a", "tags")
     assert found is not None
     assert (found.value, found.validated_at) == (["x", {"y": 1}], clock.now)
-    assert home.store.listing("a", f"referrers {DIGEST}") is None
+    assert home.store.listings.get("a", f"referrers {DIGEST}") is None
 
 
 # Damage
@@ -410,7 +410,7 @@ async def test_whatever_a_record_holds_it_is_right_or_absent(home: Home, kind: s
         elif hasattr(found, "chunks"):
             assert b"".join([chunk async for chunk in found.chunks()]) == b"content"
             await found.close()
-    for read in (store.pointer("a", LATEST), store.listing("a", "tags")):
+    for read in (store.pointer("a", LATEST), store.listings.get("a", "tags")):
         assert read is None or abs(read.validated_at) < float("inf")
 
 
@@ -439,7 +439,7 @@ async def test_writes_leave_the_loop_alone(home: Home, monkeypatch: pytest.Monke
     await home.store.mount_blob("b", digest, "a")
     await home.store.push_manifest("a", LATEST, image())
     await home.store.point("a", LATEST, image().digest)
-    await home.store.keep_listing("a", "tags", [])
+    await home.store.listings.put("a", "tags", [])
     assert threads
     assert loop_thread not in threads
 

@@ -67,7 +67,7 @@ class _Judged:
 
     def _listed(self, digest: Digest) -> set[Digest]:
         """What upstream said last that refers to it."""
-        listing = self.store.listing(self.repository, f"referrers {digest}")
+        listing = self.store.listings.get(self.repository, f"referrers {digest}")
         if listing is None or not isinstance(listing.value, list):
             return set()
         try:

@@ -247,7 +247,7 @@ class Fills:
 
     async def _fetch(self, fill: Fill) -> tuple[str, Descriptor] | None:
         """Transfer the blob, or follow another process that does; None if it was stored meanwhile."""
-        upload = fill.upload = await self._store.resume_fill(fill.digest)
+        upload = fill.upload = await self._store.files.resume(fill.digest)
         if not upload.ours:
             # Another process transfers it.  A HEAD says whether our repository has it, and its size.
             descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
@@ -288,7 +288,7 @@ class Fills:
                     raise
                 # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
                 await upload.cancel(error)
-                upload = fill.upload = await self._store.resume_fill(fill.digest)
+                upload = fill.upload = await self._store.files.resume(fill.digest)
             except Unavailable as error:
                 failures = 0 if upload.offset > before else failures + 1
                 if not fill.started.done() or failures > RETRIES:

@@ -61,7 +61,7 @@ class Listings:
         """What the origin lists; offline, with what `stored` finds of the repository."""
         _, name, what = key
         try:
-            known = self._store.listing(name, what)
+            known = self._store.listings.get(name, what)
         except StorageFailed:
             known = None
         age = self._clock() - known.validated_at if known else 0.0
@@ -98,7 +98,7 @@ class Listings:
         except (ManifestUnknown, NameUnknown) as error:
             self._origin.remember(key, error)
             raise
-        await self._origin.keep(self._store.keep_listing(key[1], key[2], listed))
+        await self._origin.keep(self._store.listings.put(key[1], key[2], listed))
         return listed
 
 

@@ -124,7 +124,7 @@ class TagRevalidation:
         """Ask the origin, or wait for another process that does; `forced`: even if the tag is fresh."""
         begun = self._clock()
         name = f"{self._origin.namespace}/{repository}"
-        async with self._store.exclusive(TAG.key(name, tag)) as waited:
+        async with self._store.files.exclusive(TAG.key(name, tag)) as waited:
             known = self._known(name, tag)
             if known is None:
                 return _Validated("miss", await self._origin.fetch_manifest(repository, tag))

@@ -67,7 +67,7 @@ class Housekeeper:
 
     async def run(self) -> None:
         composition = self._composition
-        async with composition.store.exclusive("keeper"), asyncio.TaskGroup() as work:
+        async with composition.store.files.exclusive("keeper"), asyncio.TaskGroup() as work:
             work.create_task(self._repeat(self._round, ROUND))
             work.create_task(self._repeat(self._refresh, REFRESHED))
             if self._dispatcher is not None:

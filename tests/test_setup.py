@@ -123,7 +123,7 @@ def test_containerd_asks_for_some() -> None:
     assert paths == [
         f"{CERTS}/{each}/hosts.toml" for each in ("ghcr.io", "registry.example:5000", PLAIN.host)
     ]
-    assert "asked directly" in notes(setup)
+    assert "contacted directly" in notes(setup)
 
 
 def test_containerd_without_bypass_has_nobody_but_the_server() -> None:
@@ -205,7 +205,7 @@ def test_buildkit() -> None:
     registries = content(secure, "/etc/buildkit/buildkitd.toml")["registry"]
     assert registries["cache.example"] == {"ca": ["/etc/buildkit/entrepot.crt"]}
     assert content(secure, "/etc/buildkit/entrepot.crt") == PEM
-    assert "nothing keeps it from that" in notes(secure)
+    assert "no setting prevents that" in notes(secure)
 
 
 def test_kaniko() -> None:
@@ -327,7 +327,7 @@ def test_the_site_is_that_of_the_configuration(tmp_path: Path) -> None:
     }
     tree = {"listen": "0.0.0.0:5000", "namespaces": namespaces, "default_namespace": "edge"}
     config = configuration(tmp_path, tree)
-    with pytest.raises(ValueError, match="a store of our own"):
+    with pytest.raises(ValueError, match="a private registry"):
         site_of(config, namespaces=["store.example"])
     found = site_of(config)
     assert found.base == f"http://{socket.gethostname()}:5000"
@@ -350,15 +350,15 @@ def test_what_is_given_goes_before_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"url": "http://cache.example/path"}, "leave the path out"),
+        ({"url": "http://cache.example/path"}, "must not have a path"),
         ({"url": "ftp://cache.example"}, "must begin with https:// or http://"),
         ({"url": "http://me:secret@cache.example"}, "must not hold a user name"),
-        ({"namespaces": ["edge"]}, "is no host"),
+        ({"namespaces": ["edge"]}, "is not a host"),
         ({"namespaces": ['x"\n.example']}, "expected a host"),
         ({"namespaces": ["../x.example"]}, "expected a host"),
         ({"ca_file": Path("ca.pem")}, "has no TLS"),
         ({"url": "https://cache.example", "ca_file": Path("/no/such.pem")}, "No such file"),
-        ({"url": "https://cache.example", "ca_file": Path(__file__)}, "holds no certificate"),
+        ({"url": "https://cache.example", "ca_file": Path(__file__)}, "holds no PEM certificate"),
     ],
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], says: str) -> None:

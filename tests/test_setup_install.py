@@ -159,7 +159,7 @@ def test_a_foreign_file_is_refused_or_kept_beside(root: Path) -> None:
     before = tree(root)
     result = setup(root, "containerd", "--write", status=1)
     assert tree(root) == before
-    assert "somebody else has written it" in result.stderr
+    assert "it was not written by entrepot setup" in result.stderr
     assert '    [host."http://cache.example:5000"]' in result.stdout
 
     setup(root, "containerd", "--write", "--force")
@@ -263,7 +263,7 @@ def test_what_cannot_be_written_is_told(root: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["podman", "--namespace", "edge"], "is no host"),
+        (["podman", "--namespace", "edge"], "is not a host"),
         (["rkt"], "Invalid value"),
         (["docker", "--config", "/no/such.yml"], "cannot be read"),
     ],

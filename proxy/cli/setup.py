@@ -13,7 +13,7 @@ import click
 
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
-from proxy.setup.install import Change, Plan, place, plan
+from proxy.setup.install import Change, InstallPlan, place, plan
 from proxy.setup.renderers import RENDERERS, text
 from proxy.setup.site import Setup, site_of
 
@@ -86,7 +86,7 @@ def setup(
         sys.exit(1)
 
 
-def _report(setup: Setup, planned: Plan, dry_run: bool) -> Iterator[str]:
+def _report(setup: Setup, planned: InstallPlan, dry_run: bool) -> Iterator[str]:
     """Install the plan, and yield a line for each step."""
     for path in planned.right:
         yield f"already up to date: {path}"

@@ -1,1 +1,1 @@
-"""Configuration for container engines and clusters that are to use this server."""
+"""Configuration that makes container engines, builders and clusters use this server."""

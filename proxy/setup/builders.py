@@ -1,6 +1,6 @@
-"""What builds images: BuildKit and kaniko.
+"""Configuration of image builders: BuildKit and kaniko.
 
-Neither can be told of all registries at once.  A mirror's path comes after /v2 for both.
+Neither has a setting for all registries at once.  Both put a mirror's path after /v2.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from proxy.setup.site import Piece, Setup, Site, quoted
 
 BUILDKIT = "/etc/buildkit"
 KANIKO = "/kaniko"
-INDEX = "index.docker.io"  # what kaniko calls Docker Hub
+INDEX = "index.docker.io"  # the name of Docker Hub in kaniko
 
 
 def buildkit(site: Site) -> Setup:
@@ -24,12 +24,12 @@ def buildkit(site: Site) -> Setup:
     elif site.ca:
         tables.append(f'[registry."{site.host}"]\n  ca = {quoted(authority)}\n')
         pieces.append(Piece(authority, site.ca))
-    notes = ["the docker driver of buildx has no such file: there it is what setup docker says that counts"]
+    notes = ["the docker driver of buildx does not read this file: use entrepot setup docker for it"]
     if not site.bypass:
-        notes.append("BuildKit asks the registry itself when a mirror fails, and nothing keeps it from that")
+        notes.append("BuildKit contacts the registry itself if a mirror fails, and no setting prevents that")
     after = (
         f"restart buildkitd, or docker buildx create --use --buildkitd-config {BUILDKIT}/buildkitd.toml"
-        " for a builder of its own"
+        " for a separate builder"
     )
     return Setup("buildkit", [Piece(f"{BUILDKIT}/buildkitd.toml", "\n".join(tables)), *pieces], after, notes)
 
@@ -37,17 +37,17 @@ def buildkit(site: Site) -> Setup:
 def kaniko(site: Site) -> Setup:
     flags = [f"--registry-map={_called(each)}={site.host}/{each}" for each in site.namespaces]
     notes = [
-        "paths in --registry-map need kaniko 1.23; KANIKO_REGISTRY_MAP takes the maps too, with ; between"
+        "paths in --registry-map need kaniko 1.23; KANIKO_REGISTRY_MAP takes the same maps, separated by ;"
     ]
     if site.plain:
         flags.append(f"--insecure-registry={site.host}")
     elif site.ca:
         flags.append(f"--registry-certificate={site.host}={KANIKO}/entrepot.crt")
-        notes.append(f"the server's authority has to be in the container, as {KANIKO}/entrepot.crt")
+        notes.append(f"put the server's authority into the container as {KANIKO}/entrepot.crt")
     if not site.bypass:
         flags.append("--skip-default-registry-fallback")
     content = "".join(f"{each}\n" for each in flags)
-    return Setup("kaniko", [Piece("", content, "flags")], "give them to the executor", notes)
+    return Setup("kaniko", [Piece("", content, "flags")], "pass them to the executor", notes)
 
 
 def _called(namespace: str) -> str:

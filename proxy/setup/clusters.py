@@ -1,6 +1,6 @@
-"""What runs Kubernetes and writes containerd's configuration itself: k3s, kind, Talos.
+"""Configuration of Kubernetes distributions that configure containerd themselves: k3s, kind, Talos.
 
-An address of this machine's own (127.0.0.1) is another machine to a node that is a container or elsewhere.
+On a node that is a container or another machine, a loopback address (127.0.0.1) is the node itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from proxy.setup.engines import CONTAINERD, CRI, config_path, hosts
 from proxy.setup.site import Piece, Setup, Site
 
 K3S = "/etc/rancher/k3s"
-OURS = "/etc/entrepot/clients"  # where nobody else has a place for it
+OURS = "/etc/entrepot/clients"  # for files that have no place of their own
 EVERY = "*"
 
 
@@ -30,7 +30,7 @@ def k3s(site: Site) -> Setup:
         pieces.append(
             Piece(f"{K3S}/config.yaml.d/entrepot.yaml", _dump({"disable-default-registry-endpoint": True}))
         )
-    notes = ["it is needed on each node; RKE2 has the same files in /etc/rancher/rke2"]
+    notes = ["each node needs these files; RKE2 has them in /etc/rancher/rke2"]
     if not site.bypass:
         notes.append(
             "disable-default-registry-endpoint needs a release of January 2024 or later (1.29.1, 1.26.13)"
@@ -55,8 +55,8 @@ def kind(site: Site) -> Setup:
     }
     config = f"{OURS}/kind/cluster.yaml"
     notes = [
-        "the patch is for nodes before kind 0.27; later ones look there anyway, and are not harmed by it",
-        "further nodes need the same extraMounts",
+        "only nodes before kind 0.27 need the patch; later ones use the directory anyway",
+        "every additional node needs the same extraMounts",
     ]
     pieces = [Piece(config, _dump(tree)), *hosts(site, directory)]
     return Setup("kind", pieces, f"kind create cluster --config {config}", [*notes, *_away(site)])
@@ -71,7 +71,7 @@ def talos(site: Site) -> Setup:
         registries["config"] = {site.host: {"tls": {"ca": base64.b64encode(site.ca.encode()).decode()}}}
     path = f"{OURS}/talos/registries.yaml"
     pieces = [Piece(path, _dump({"machine": {"registries": registries}}))]
-    notes = ["Talos 1.12 and later have documents RegistryMirrorConfig for it as well, and still take this"]
+    notes = ["Talos 1.12 and later prefer RegistryMirrorConfig documents, but still accept this form"]
     after = f"talosctl patch machineconfig --nodes NODE --patch @{path}"
     return Setup("talos", pieces, after, [*notes, *_away(site)])
 
@@ -83,11 +83,11 @@ def _names(site: Site) -> tuple[str, ...]:
 def _away(site: Site) -> list[str]:
     if not site.loopback:
         return []
-    return [f"to a node {site.host} is itself: give --url with an address that the nodes reach"]
+    return [f"{site.host} is the node itself: give --url with an address that the nodes can reach"]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text of several lines as a block, and no anchors."""
+    """A dumper that writes multi-line text as a block, and no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

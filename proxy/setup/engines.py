@@ -1,14 +1,15 @@
-"""What runs containers: dockerd, containerd, and podman with its kin.
+"""Configuration of container engines: dockerd, containerd, podman and other users of registries.conf.
 
 Traps that are avoided here:
 
-- dockerd has mirrors for Docker Hub only, and refused a path in their URLs before version 24.
-- containerd without `capabilities` sends pushes to a mirror, without "resolve" in them no tag.
-- Older containerd, all of 1.6 among it, takes a hosts.toml without any [host] table for broken, and goes
-  past it.
-- Without `server`, containerd asks the registry itself last; there is no other way to keep it from that.
-- podman tries plain http only where `insecure` says so; a mirror's path comes after /v2 there, so that
-  /v2/ has to answer as well, which it does.
+- dockerd has mirrors for Docker Hub only, and before version 24 refused a path in their URLs.
+- Without `capabilities`, containerd also pushes to a mirror; without "resolve" in them, it resolves no tags
+  there.
+- Older versions of containerd, such as 1.6, consider a hosts.toml without a [host] table broken, and ignore
+  it.
+- Without `server`, containerd contacts the registry itself last; no other setting prevents that.
+- podman uses plain http only with `insecure`.  It puts a mirror's path after /v2, so that /v2/ itself must
+  answer as well, which it does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DOCKER = "/etc/docker"
 CONTAINERD = "/etc/containerd"
 CONTAINERS = "/etc/containers"
 PULL = ("pull", "resolve")
-# Where the CRI plugin of containerd has its registries, by the version of containerd.
+# The plugin that holds the registries of CRI, by the major version of containerd.
 CRI = {"1": "io.containerd.grpc.v1.cri", "2": "io.containerd.cri.v1.images"}
 
 
@@ -31,23 +32,23 @@ def docker(site: Site) -> Setup:
         keys["registry-mirrors"] = [site.base if site.hub else f"{site.base}/{DOCKER_HUB}"]
         if not site.hub:
             notes.append(
-                "default_namespace is not docker.io there, so the mirror has a path: that needs Docker 24"
+                "default_namespace is not docker.io, so the mirror has a path, which needs Docker 24"
             )
     else:
-        notes.append("docker.io is not among the namespaces, and Docker before 29 has mirrors for no other")
-    if site.plain and not site.loopback:  # loopback addresses are insecure ones by default
+        notes.append("docker.io is not among the namespaces, and Docker before 29 mirrors no other registry")
+    if site.plain and not site.loopback:  # dockerd allows plain http on loopback addresses by default
         keys["insecure-registries"] = [site.host]
     others = [each for each in site.namespaces if each != DOCKER_HUB] or ["ghcr.io"]
     notes += [
-        f"registry-mirrors are for Docker Hub only: what lies elsewhere ({', '.join(others[:3])}, …)"
-        f" is pulled by full name, {site.host}/{others[0]}/owner/image",
-        "the hosts.toml files are for Docker 29 and later with the containerd image store, and there they are"
-        " for every registry; others do not look at them",
+        f"registry-mirrors work for Docker Hub only: pull images of other registries"
+        f" ({', '.join(others[:3])}, …) by full name, {site.host}/{others[0]}/owner/image",
+        "only Docker 29 and later with the containerd image store reads the hosts.toml files, which work for"
+        " every registry",
     ]
     if not site.bypass:
         notes.append(
-            "without the containerd image store dockerd asks Docker Hub itself when a mirror fails, and"
-            " nothing keeps it from that: block registry-1.docker.io in the network"
+            "without the containerd image store, dockerd contacts Docker Hub itself when a mirror fails, and"
+            " no setting prevents that: block registry-1.docker.io in the network"
         )
     pieces = [Piece(f"{DOCKER}/daemon.json", in_json(keys), "keys")] if keys else []
     pieces += _hosts(site, f"{DOCKER}/certs.d")
@@ -58,19 +59,19 @@ def docker(site: Site) -> Setup:
 def containerd(site: Site) -> Setup:
     notes = []
     if not site.every:
-        notes.append("other registries than these are asked directly")
+        notes.append("all other registries are contacted directly")
     elif not site.bypass:
-        notes.append("what is no namespace of the server cannot be pulled at all then")
+        notes.append("images of registries that are not namespaces of the server cannot be pulled")
     pieces = hosts(site, f"{CONTAINERD}/certs.d")
     pieces += [
         Piece(f"{CONTAINERD}/config.toml", config_path(plugin), "part", f"containerd {version}.x")
         for version, plugin in CRI.items()
     ]
     notes.append(
-        "config_path is for Kubernetes (CRI), and excludes registry.mirrors and registry.configs there;"
-        f" nerdctl looks there anyway, ctr with --hosts-dir {CONTAINERD}/certs.d"
+        "config_path is for Kubernetes (CRI), and must not be combined with registry.mirrors or"
+        f" registry.configs; nerdctl reads the directory anyway, ctr with --hosts-dir {CONTAINERD}/certs.d"
     )
-    after = "systemctl restart containerd if config.toml was changed; the rest is read at each pull"
+    after = "systemctl restart containerd if config.toml has changed; the other files are read at each pull"
     return Setup("containerd", pieces, after, notes)
 
 
@@ -79,8 +80,8 @@ def config_path(plugin: str) -> str:
 
 
 def hosts(site: Site, directory: str) -> list[Piece]:
-    """What lies below config_path: for all registries, or each, and for the server's own name."""
-    own = f"{directory}/{site.host}"  # by it, it is pulled from in full, and pushed to
+    """The files below config_path: for all registries or for each one, and for the server's own name."""
+    own = f"{directory}/{site.host}"  # for pulls by full name, and for pushes
     return [*_hosts(site, directory), Piece(f"{own}/hosts.toml", _server(site)), *_authority(site, own)]
 
 
@@ -89,7 +90,7 @@ def _hosts(site: Site, directory: str) -> list[Piece]:
     pieces = []
     for each in ["_default"] if site.every else site.namespaces:
         pieces.append(Piece(f"{directory}/{each}/hosts.toml", content))
-        # Beside it, so that the directory can be mounted elsewhere.
+        # In the same directory, so that it can be mounted elsewhere.
         pieces += _authority(site, f"{directory}/{each}")
     return pieces
 
@@ -104,7 +105,7 @@ def _mirror(site: Site) -> str:
 
 
 def _server(site: Site, *capabilities: str) -> str:
-    """Nobody but the server itself."""
+    """A hosts.toml with the server alone, without a fallback to the registry."""
     lines = [f'server = "{site.base}"']
     lines += [f"capabilities = {quoted(*capabilities)}"] if capabilities else []
     lines += [f'ca = "{CA}"'] if site.ca else []
@@ -113,29 +114,29 @@ def _server(site: Site, *capabilities: str) -> str:
 
 def podman(site: Site) -> Setup:
     notes = [
-        "each registry needs a table of its own: what is not named here is asked directly",
-        "a name without a registry is looked for in unqualified-search-registries of registries.conf",
+        "registries without a table of their own are contacted directly",
+        "a name without a registry is searched in unqualified-search-registries of registries.conf",
     ]
-    after = "nothing: podman, buildah and skopeo read it at each pull"
+    after = "nothing else: podman, buildah and skopeo read the files at each pull"
     return Setup("podman", registries(site), after, notes)
 
 
 def crio(site: Site) -> Setup:
-    notes = ["each registry needs a table of its own: what is not named here is asked directly"]
+    notes = ["registries without a table of their own are contacted directly"]
     return Setup("crio", registries(site), "systemctl reload crio", notes)
 
 
 def registries(site: Site) -> list[Piece]:
-    """For all that reads registries.conf: podman, buildah, skopeo, CRI-O."""
+    """The files for all that read registries.conf: podman, buildah, skopeo, CRI-O."""
     insecure = "insecure = true\n" if site.plain else ""
     tables = []
     for each in site.namespaces:
         mirror = f'location = "{site.host}/{each}"\n{insecure}'
         if site.bypass:
             tables.append(f'[[registry]]\nlocation = "{each}"\n[[registry.mirror]]\n{mirror}')
-        else:  # the registry is then where the server is, and there is nothing to go on to
+        else:  # the server takes the place of the registry, so there is no fallback
             tables.append(f'[[registry]]\nprefix = "{each}"\n{mirror}')
-    if site.plain:  # for full names
+    if site.plain:  # for pulls by full name
         tables.append(f'[[registry]]\nlocation = "{site.host}"\n{insecure}')
     path = f"{CONTAINERS}/registries.conf.d/entrepot.conf"
     return [Piece(path, "\n".join(tables)), *_authority(site, f"{CONTAINERS}/certs.d/{site.host}")]

@@ -1,11 +1,11 @@
-"""A client's files in place: nothing of anybody else's is lost, and what is right already is left alone.
+"""Installation of a client's configuration, without the loss of files that others have written.
 
-- A file of ours is whole, and told by its first line; it is replaced.
-- Into JSON our keys are put; all others stay as they are.
-- A file at our path that somebody else has written is refused, unless it is forced.
-- All is looked at before anything is written: if one file is refused, none is.
-- What is replaced has its content kept beside it, in `<file>.entrepot-<time>.bak`: no client reads a name
-  that ends so.  A file appears whole or not at all, with the mode and owner of the one before.
+- A file whose first line says that setup has written it is replaced as a whole.
+- Keys are merged into a JSON file; all its other keys stay.
+- A file at the same path that setup has not written is refused, unless forced.
+- All files are checked before one is written: if one is refused, none is written.
+- A replaced file is kept beside the new one, as `<file>.entrepot-<time>.bak`, a name that no client reads.
+  A file is written atomically, and keeps its mode and owner.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _INDENT = re.compile(r"^\{\s*\n([ \t]+)\S")
 
 
 class Refused(Exception):
-    """Why a file is not touched, in half a sentence."""
+    """A file must not be changed.  The message is half a sentence that says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Of one file; `before` is None where there was none."""
+    """The change of one file; `before` is None for a new file."""
 
     path: Path
     before: str | None
@@ -50,8 +50,12 @@ class Change:
 
 
 @dataclass(slots=True)
-class Plan:
-    """What is to be done: `changes`; `right` already is; `refused`, and why; `parts`, by hand."""
+class InstallPlan:
+    """The changes of an installation.
+
+    `right` are files that need no change, `refused` files that must not be changed, each with the cause,
+    and `parts` are left to the operator.
+    """
 
     changes: list[Change] = field(default_factory=list)
     right: list[Path] = field(default_factory=list)
@@ -59,9 +63,9 @@ class Plan:
     parts: list[Piece] = field(default_factory=list)
 
 
-def plan(setup: Setup, root: Path, *, force: bool = False) -> Plan:
-    """With `force`, what others have written is replaced."""
-    found = Plan()
+def plan(setup: Setup, root: Path, *, force: bool = False) -> InstallPlan:
+    """What an installation below `root` would change.  With `force`, files of others are replaced."""
+    found = InstallPlan()
     for piece in setup.pieces:
         path = root / piece.path.lstrip("/")
         try:
@@ -79,7 +83,7 @@ def plan(setup: Setup, root: Path, *, force: bool = False) -> Plan:
             found.right.append(path)
         else:
             found.changes.append(Change(path, before, after))
-    # What one version of a client has, the others need not.
+    # The parts are alternatives for different versions of a client: one is enough.
     if any(each.kind == "part" for each in setup.pieces) and len(found.parts) < _parts(setup.pieces):
         found.parts.clear()
     return found
@@ -90,19 +94,19 @@ def _parts(pieces: Sequence[Piece]) -> int:
 
 
 def _real(path: Path, root: Path) -> Path:
-    """The file itself: a link to it stays one."""
+    """The target of a symbolic link, so that the link itself stays.  Raises Refused."""
     try:
         real = path.resolve()
-    except (OSError, RuntimeError):  # links that lead in a circle
-        raise Refused("its path cannot be followed") from None
+    except (OSError, RuntimeError):  # a loop of links
+        raise Refused("its path is a loop of symbolic links") from None
     if not real.is_relative_to(root.resolve()):
-        raise Refused(f"it is a link to {real}, which is not below --root")
+        raise Refused(f"it is a symbolic link to {real}, which is not below --root")
     return real
 
 
 def _read(path: Path) -> str | None:
     try:
-        with path.open(encoding="utf-8", newline="") as file:  # to the byte: it may have to be kept
+        with path.open(encoding="utf-8", newline="") as file:  # line ends stay: it may become a backup
             return file.read()
     except FileNotFoundError:
         return None
@@ -120,7 +124,7 @@ def _after(piece: Piece, before: str | None, force: bool) -> str:
         return after
     if before.strip() == piece.content.strip():
         return before
-    raise Refused("somebody else has written it")
+    raise Refused("it was not written by entrepot setup")
 
 
 def _merged(piece: Piece, before: str | None) -> str:
@@ -129,15 +133,15 @@ def _merged(piece: Piece, before: str | None) -> str:
     try:
         tree = json.loads(before)
     except ValueError as error:
-        raise Refused(f"it is not JSON ({error}), and nothing can be put into it") from None
+        raise Refused(f"it is not JSON ({error}), so no keys can be added") from None
     if not isinstance(tree, dict):
-        raise Refused("it is not a JSON object, and nothing can be put into it")
+        raise Refused("it is not a JSON object, so no keys can be added")
     merged = dict(tree)
     for key, wanted in json.loads(piece.content).items():
         there = tree.get(key, [])
         if not isinstance(there, list):
             raise Refused(f"its {key} is not a list")
-        # What comes first is asked first.
+        # Clients try the first entry first.
         if not set(wanted) <= set(map(str, there)):
             merged[key] = [*wanted, *(each for each in there if each not in wanted)]
     if merged == tree:
@@ -147,7 +151,7 @@ def _merged(piece: Piece, before: str | None) -> str:
 
 
 def _has(piece: Piece, before: str | None) -> bool:
-    """Whether a file, in TOML, says already what the part says; tables may hold more."""
+    """Whether a TOML file already contains the part; its tables may hold more keys.  Raises Refused."""
     try:
         return before is not None and _covers(tomllib.loads(before), tomllib.loads(piece.content))
     except tomllib.TOMLDecodeError as error:
@@ -157,12 +161,12 @@ def _has(piece: Piece, before: str | None) -> bool:
 def _covers(whole: Any, part: Any) -> bool:
     if isinstance(part, Mapping):
         return isinstance(whole, Mapping) and all(_covers(whole.get(k), v) for k, v in part.items())
-    # Paths may be several, with colons between.
+    # A path may be a list, separated by colons.
     return whole == part or (isinstance(whole, str) and part in whole.split(":"))
 
 
 def place(changes: Sequence[Change], now: datetime | None = None) -> list[Path]:
-    """Write them; the paths of what was kept of what was there before.  Raises OSError."""
+    """Write the files, and return the paths of the backups.  Raises OSError."""
     moment = f"{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     kept = []
     for change in changes:
@@ -176,7 +180,7 @@ def place(changes: Sequence[Change], now: datetime | None = None) -> list[Path]:
 
 
 def _write(path: Path, text: str, like: Path) -> None:
-    """Whole or not at all, with the mode and owner of `like` where that is there."""
+    """Write a file atomically, with the mode and owner of `like` if that exists."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
@@ -187,7 +191,7 @@ def _write(path: Path, text: str, like: Path) -> None:
             except FileNotFoundError:
                 os.fchmod(file.fileno(), MODE)
             else:
-                with suppress(PermissionError):  # only root gives files away
+                with suppress(PermissionError):  # only root may change an owner
                     os.fchown(file.fileno(), status.st_uid, status.st_gid)
                 os.fchmod(file.fileno(), status.st_mode & 0o7777)
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Every client by its name, and what the text of its files looks like to people."""
+"""The renderers of all clients by name, and the text of a Setup for people."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
     "kaniko": builders.kaniko,
     "talos": clusters.talos,
 }
-WHAT = {"keys": ", these keys beside what is there", "part": ", a part of it", "file": "", "flags": ""}
-MARK = "# Written by entrepot setup"  # how a file of ours begins
+WHAT = {"keys": ", merge these keys", "part": ", add this part", "file": "", "flags": ""}
+MARK = "# Written by entrepot setup"  # the start of every file that setup writes
 
 
 def marked(piece: Piece) -> str:
-    """The whole file, told to be ours."""
+    """The whole file, with a first line that says who has written it."""
     return f"{MARK}, which replaces it when it runs again.\n{piece.content}"
 
 
 def text(setup: Setup) -> Iterator[str]:
-    """Line by line: each piece below its path, then what else is to be known, as comments."""
+    """The lines of each piece below its path, then the next step and the notes as comments."""
     for piece in setup.pieces:
         about = f" ({piece.about})" if piece.about else ""
         yield f"# {piece.path or 'flags'}{WHAT[piece.kind]}{about}"

@@ -1,7 +1,7 @@
-"""What a client is told: of which server, and by which files.
+"""The server as its clients see it, and the configuration of a client.
 
-A client's configuration is a Setup: Pieces, each a file or a part of one, with what is to be known besides.
-Renderers make it of a Site and do nothing else: they read no file, and write none.
+A Setup is the configuration of one kind of client: Pieces, each a file or a part of one, and notes.  A
+renderer makes a Setup from a Site; it neither reads nor writes files.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from proxy.config.hosts import Address, is_host, parse_name, parse_url
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
 
-CA = "ca.crt"  # what dockerd, podman and containerd all take for an authority, by its name
+CA = "ca.crt"  # the file name by which dockerd, podman and containerd recognize an authority
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """A server as its clients see it.
 
-    `namespaces` are those it stands before, all of them names of hosts.  With `every`, clients that can are
-    to ask it for any registry, else for those alone.  `hub` is whether a name without a namespace is Docker
-    Hub's.  `ca` holds the certificates, in PEM, that its own is checked by, where not everybody has them.
-    Without `bypass`, clients must not ask the registries themselves.
+    `namespaces` are the registries that it caches, by host.  With `every`, clients that are able to use it
+    for all registries do so; otherwise they use it for `namespaces` only.  `hub` is whether a name without a
+    namespace is on Docker Hub.  `ca` holds the certificates of a private authority, in PEM.  Without
+    `bypass`, clients must not contact the registries themselves.
     """
 
     url: URL
@@ -48,12 +48,12 @@ class Site:
 
     @property
     def host(self) -> str:
-        """`cache.example:5000`; the port is left out where it is the scheme's own."""
+        """`cache.example:5000`; without the port if it is the default of the scheme."""
         return self.url.host_port_subcomponent or ""
 
     @property
     def plain(self) -> bool:
-        """It has no TLS."""
+        """Whether the server has no TLS."""
         return self.url.scheme == "http"
 
     @property
@@ -70,9 +70,11 @@ Kind = Literal["file", "keys", "part", "flags"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`content` is all of the file at `path`, which is ours; or `keys` that the JSON there is to have; or a
-    `part` of a file that is somebody else's; or `flags` of a command line, where there is no file.
-    `about` tells for whom it is, where not for all.
+    """A file of a client's configuration, or a part of one.
+
+    `content` is by `kind` the whole file at `path`; `keys` to merge into the JSON there; a `part` of a file
+    that others write; or `flags` of a command line, without a path.  `about` says for which versions of the
+    client it is, if not for all.
     """
 
     path: str
@@ -83,8 +85,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """`notes` are what the client does or cannot do that a reader would not expect; `after` what is to be
-    done once the files are there.
+    """The configuration of one kind of client.
+
+    `after` is the step that follows once the files are in place.  `notes` name limits and surprises of the
+    client.
     """
 
     client: str
@@ -94,24 +98,24 @@ class Setup:
 
 
 def in_json(keys: Mapping[str, Any]) -> str:
-    """An object with a line for each key."""
+    """A JSON object with one line per key."""
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in keys.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def quoted(*texts: str) -> str:
-    """A list of strings, in TOML."""
+    """A list of strings in TOML."""
     return f"[{', '.join(json.dumps(each) for each in texts)}]"
 
 
 def client_url(scheme: str, address: Address) -> URL:
-    """Where clients reach a listener: on every address, by this machine's name."""
+    """The URL of a listener for clients; one on every address has the name of this machine."""
     host = socket.gethostname() if address.everywhere else address.host
     return URL.build(scheme=scheme, host=host, port=address.port)
 
 
 def scheme_of(config: Config) -> str:
-    """How its clients are spoken to."""
+    """The scheme of the listener for clients."""
     return "https" if config.tls else "http"
 
 
@@ -123,15 +127,15 @@ def site_of(
     ca_file: Path | None = None,
     bypass: bool = True,
 ) -> Site:
-    """The server of that configuration, but for what is given.  Raises ValueError, in a sentence."""
+    """The server of a configuration, with options that override it.  Raises ValueError."""
     where = _url(url) if url else client_url(scheme_of(config), config.listen)
     if not where.port:
-        raise ValueError("listen has port 0, which is any: give --url")
+        raise ValueError("listen has port 0, which stands for any free port: give --url")
     if ca_file is not None and where.scheme == "http":
-        raise ValueError(f"--ca-file is of no use: {where} has no TLS")
-    # What a store holds nobody mirrors: it is pulled by full name.
+        raise ValueError(f"--ca-file needs an https URL, and {where} has no TLS")
+    # No client mirrors a private registry: its images are pulled by full name.
     if stores := sorted(config.hosted().keys() & set(namespaces)):
-        raise ValueError(f"--namespace {stores[0]}: is a store of our own: it is pulled by full name")
+        raise ValueError(f"--namespace {stores[0]}: is a private registry, which is used by full name")
     caches = [name for name, each in config.namespaces.items() if each.upstream is not None]
     return Site(
         url=where,
@@ -149,7 +153,7 @@ def _url(text: str) -> URL:
     except ValueError as error:
         raise ValueError(f"--url {text}: {error}") from None
     if url.path != "/":
-        raise ValueError(f"--url {text}: leave the path out: not every client takes one")
+        raise ValueError(f"--url {text}: must not have a path, which not every client supports")
     return url
 
 
@@ -160,7 +164,7 @@ def _name(text: str) -> str:
         raise ValueError(f"--namespace {text}: {error}") from None
     if not is_host(name):
         raise ValueError(
-            f"--namespace {text}: is no host, so no client asks for it: it is pulled by full name"
+            f"--namespace {text}: is not a host, so no client mirrors it: its images are pulled by full name"
         )
     return name
 
@@ -169,11 +173,11 @@ def _authority(path: Path) -> str:
     try:
         text = path.read_text(encoding="ascii")
         ssl.create_default_context(cadata=text)
-    except OSError as error:  # ssl's is one too, and has no strerror that says much
-        cause = "holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+    except OSError as error:  # SSLError is one too, and its strerror says little
+        cause = "holds no PEM certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise ValueError(f"--ca-file {path}: {cause}") from None
     except ValueError:
-        raise ValueError(f"--ca-file {path}: holds no certificate in PEM") from None
+        raise ValueError(f"--ca-file {path}: holds no PEM certificate") from None
     if "PRIVATE KEY" in text:
-        raise ValueError(f"--ca-file {path}: holds a private key, which is not for clients")
+        raise ValueError(f"--ca-file {path}: holds a private key, which clients must not get")
     return text if text.endswith("\n") else f"{text}\n"

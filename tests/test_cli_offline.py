@@ -13,7 +13,7 @@ import click
 import msgspec
 import pytest
 
-from proxy.admin import models
+from proxy.admin import reports
 from proxy.cli import offline
 from tests.conftest import Serve
 from tests.test_cli_operations import NAME, Shop, served, shop, stocked
@@ -59,7 +59,7 @@ async def test_warm_fetches_what_is_named_in_all_ways(
     stored = {f"sha256:{path.name}" for path in (shop.site.directory / "cache" / "blobs").glob("*/*/*")}
     assert {each for image in (new, listed, shop.other) for each in image.layers} <= stored
     upstream.clear()
-    told = msgspec.convert(await shop.told("warm", "alpine:3"), list[models.WarmRow])
+    told = msgspec.convert(await shop.told("warm", "alpine:3"), list[reports.WarmRow])
     assert [(each.here, each.fetched) for each in told] == [(True, 0)]
     assert not [each for each in upstream.log if "GET blob" in each]
 
@@ -179,7 +179,7 @@ async def test_ready_tells_what_is_complete_partial_and_absent(
     ]
     assert "entrepot: 2 of 2 images are not complete" in result.stderr
     told = msgspec.convert(
-        json.loads((await shop.run("ready", path, "--json")).stdout), list[models.ReadyRow]
+        json.loads((await shop.run("ready", path, "--json")).stdout), list[reports.ReadyRow]
     )
     assert [each.state for each in told] == ["partial", "absent"]
 

@@ -20,7 +20,7 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from proxy.admin import models
+from proxy.admin import models, reports
 from proxy.cli import content, maintenance, pins, removal, status
 from proxy.cli.main import main
 from proxy.cli.target import reach
@@ -150,7 +150,7 @@ async def test_show_draws_the_tree(shop: Shop) -> None:
     assert starts[0][:2] == [shop.index.digest, "manifest"]
     assert [each[0] for each in starts[1:]] == ["├─", "│", "│", "│", "└─"]
     assert [word for line in starts for word in line if word in ("yes", "no")] == ["yes"] * 5 + ["no"]
-    tree = msgspec.convert(await shop.told("show", "alpine:3"), models.Tree)
+    tree = msgspec.convert(await shop.told("show", "alpine:3"), models.ImageTree)
     assert [each.digest for each in tree.node.children] == [shop.image.digest, shop.other.digest]
     assert [each.present for each in tree.node.children[0].children] == [True] * 3
 
@@ -271,7 +271,7 @@ async def test_refresh_fetches_what_is_not_here(shop: Shop) -> None:
     lines = await shop.lines("refresh", "alpine:3", "--platform", "linux/amd64")
     assert lines[0] == f"{NAME}:3: unchanged"
     assert lines[1].endswith("2 manifests, 3 blobs; 0 fetched, 0 B")
-    found = msgspec.convert(await shop.told("refresh", "alpine:3"), models.Refreshed)
+    found = msgspec.convert(await shop.told("refresh", "alpine:3"), reports.Refreshed)
     assert (found.fetched, found.manifests, found.blobs) == (2, 3, 5)
     _, row = await shop.lines("ls", "--tags")
     stored, total = re.findall(r"[0-9.]+ [KMGT]?i?B", row)
@@ -298,7 +298,7 @@ async def test_scrub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maintenance, "PAUSE", 0.01)
     lines = await shop.lines("scrub", "--wait")
     assert lines[0].startswith("SCRUB")
-    found = msgspec.convert(await shop.told("scrub", "--wait"), models.Scrubbing)
+    found = msgspec.convert(await shop.told("scrub", "--wait"), reports.Scrubbing)
     assert not found.asked.running
     assert found.asked.damaged == 0
 
@@ -318,7 +318,7 @@ async def test_scrub_tells_of_damage(shop: Shop, monkeypatch: pytest.MonkeyPatch
 
 async def test_why_asks_nobody(shop: Shop) -> None:
     before = shop.asked()
-    found = msgspec.convert(await shop.told("why", "alpine:3"), models.Why)
+    found = msgspec.convert(await shop.told("why", "alpine:3"), reports.Why)
     assert (found.repository, found.reference, found.digest) == (NAME, "3", shop.index.digest)
     lines = await shop.lines("why", "alpine:3")
     assert lines[0].split() == ["FIELD", f"{NAME}:3"]

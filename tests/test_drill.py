@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.admin.models import Drilling
+from proxy.admin.reports import Drilling
 from proxy.cache import drill as module
 from proxy.cache.drill import Drill, DrillOrder, DrillState, MissedRequest, merged
 from proxy.telemetry.exchange import Exchange, exchange

@@ -13,10 +13,11 @@ import pytest
 
 from proxy.admin.inventory import DEEPEST
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.models import ImageRow, PlatformRow, Purged, Scrubbing, Why
+from proxy.admin.models import ImageRow, PlatformRow
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState, ProcessReport, UpstreamState
-from proxy.admin.purge import Kept
+from proxy.admin.purge import AllPinned
+from proxy.admin.reports import Purged, Scrubbing, Why
 from proxy.namespaces.composition import Composition, Hooks, compose
 from proxy.namespaces.references import FieldInvalid
 from storage.errors import ManifestUnknown, NameUnknown, Unsupported
@@ -430,7 +431,7 @@ async def test_what_is_pinned_stays_unless_it_is_named(site: Site) -> None:
     assert (await image_row(site, "alpine:3")).complete
     assert not site.holds(b"four")
     for pattern in ("alpine", "alpine:*", "docker.io/*"):
-        with pytest.raises(Kept, match=r"alpine:3: pinned.* named? .*exactly.*force"):
+        with pytest.raises(AllPinned, match=r"alpine:3: pinned.* named? .*exactly.*force"):
             await site.operations.purge(pattern)
     assert (await image_row(site, "alpine:3")).complete
     assert (await site.operations.purge("alpine:3")).blobs == 3
@@ -442,14 +443,14 @@ async def test_what_is_pinned_by_digest_keeps_what_it_names(site: Site) -> None:
     purged = await site.operations.purge("alpine:3")
     assert (purged.references, purged.manifests, purged.blobs) == ([f"{ALPINE}:3"], 0, 0)
     assert (await image_row(site, "alpine@*")).complete
-    with pytest.raises(Kept):
+    with pytest.raises(AllPinned):
         await site.operations.purge("alpine@*")
     assert (await site.operations.purge("alpine@*", force=True)).blobs == 2
 
 
 async def test_a_digest_that_a_pinned_tag_names_stays(site: Site) -> None:
     made = await site.image("docker.io/library/base", "1", b"layer")
-    with pytest.raises(Kept):
+    with pytest.raises(AllPinned):
         await site.operations.purge(f"base@{made['digest']}")
     assert (await image_row(site, "base:1")).complete
     assert (await site.operations.purge("base", force=True)).manifests == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.admin.models import MissingRow, ReadyRow
+from proxy.admin.reports import MissingRow, ReadyRow
 from proxy.config.schema import Hosting
 from proxy.namespaces.references import FieldInvalid
 from storage.graph import fallback_tag

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.admin.models import WarmRow
 from proxy.admin.processes import state_of
 from proxy.admin.readiness import Readiness
+from proxy.admin.reports import WarmRow
 from proxy.admin.warm import JOBS, Warmer
 from proxy.admin.warm_schedule import Schedule, latest
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF

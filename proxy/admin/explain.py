@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from proxy.admin.inventory import Inventory, Measured, finite
-from proxy.admin.models import HostRow, Verdict, Why
 from proxy.admin.processes import UpstreamState
+from proxy.admin.reports import HostRow, Verdict, Why
 from proxy.config.schema import Config
 from proxy.namespaces.references import ImageReference
 from storage.maintenance.pins import Pins

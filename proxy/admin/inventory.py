@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
 
-from proxy.admin.models import ImageRow, Listed, MoveRow, Node, PlatformRow, RepositoryRow, Tree, UseRow
+from proxy.admin.models import (
+    ImageNode,
+    ImageRow,
+    ImageTree,
+    Listed,
+    MoveRow,
+    PlatformRow,
+    RepositoryRow,
+    UseRow,
+)
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
 from storage.graph import Walk, contents
@@ -26,8 +35,8 @@ DEEPEST = 50  # levels of a tree that are shown: indexes may name indexes, and a
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A manifest or blob of an image.  `size` is 0 where nobody tells it."""
+class StoredPart:
+    """A manifest or blob of an image, and whether it is stored.  `size` is 0 if it is unknown."""
 
     size: int
     held: bool
@@ -38,7 +47,7 @@ class Measured:
     """An image, or what of it is for one platform; each part is counted once."""
 
     media_type: str | None
-    parts: dict[Digest, Part]
+    parts: dict[Digest, StoredPart]
     platforms: list[PlatformRow] = field(default_factory=list)
 
     @property
@@ -162,8 +171,8 @@ class Inventory:
         """What it consists of, and what of that is here for this repository."""
         manifest = self._manifest(repository, digest)
         if manifest is None:
-            return Measured(None, {digest: Part(0, False)})
-        parts = {digest: Part(len(manifest.content), True)}
+            return Measured(None, {digest: StoredPart(0, False)})
+        parts = {digest: StoredPart(len(manifest.content), True)}
         content = contents(manifest.content)
         if content is None:
             return Measured(manifest.media_type, parts)
@@ -185,28 +194,28 @@ class Inventory:
 
     def _parts(self, repository: str, top: Descriptor) -> Measured:
         """A manifest and everything below it.  No recursion: indexes may be nested to any depth."""
-        parts: dict[Digest, Part] = {}
+        parts: dict[Digest, StoredPart] = {}
         media_type, steps = None, Walk([top])
         for named in steps:
             if named.digest in parts:
                 continue
             manifest = self._manifest(repository, named.digest)
             if manifest is None:
-                parts[named.digest] = Part(max(0, named.size), False)
+                parts[named.digest] = StoredPart(max(0, named.size), False)
                 continue
             if named is top:
                 media_type = manifest.media_type
-            parts[named.digest] = Part(len(manifest.content), True)
+            parts[named.digest] = StoredPart(len(manifest.content), True)
             if (content := contents(manifest.content)) is not None:
                 steps.add(content.children)
                 for blob in content.blobs:
                     self._take(repository, blob, parts)
         return Measured(media_type, parts)
 
-    def _take(self, repository: str, blob: Descriptor, parts: dict[Digest, Part]) -> None:
+    def _take(self, repository: str, blob: Descriptor, parts: dict[Digest, StoredPart]) -> None:
         if blob.digest not in parts and blob.distributable:
             held = self._store.linked(repository, blob.digest) is not None
-            parts[blob.digest] = Part(max(0, blob.size), held)
+            parts[blob.digest] = StoredPart(max(0, blob.size), held)
 
     def _manifest(self, repository: str, digest: Digest) -> Manifest | None:
         try:
@@ -214,7 +223,7 @@ class Inventory:
         except ManifestUnknown:
             return None
 
-    def tree(self, repository: str, reference: Reference) -> Tree:
+    def tree(self, repository: str, reference: Reference) -> ImageTree:
         """Raises ManifestUnknown where nothing is known of it."""
         digest = self.digest(repository, reference)
         if digest is None:
@@ -223,7 +232,7 @@ class Inventory:
         seen: set[Digest] = set()
         use = self._usage.use(repository, reference)
         moves = self._usage.moves(repository, reference) if isinstance(reference, Tag) else []
-        return Tree(
+        return ImageTree(
             repository=repository,
             reference=str(reference),
             digest=str(digest),
@@ -234,7 +243,7 @@ class Inventory:
             pins=[pin.pattern for pin in self._pins.list() if pin.matches(repository, reference)],
         )
 
-    def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[Node]:
+    def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[ImageNode]:
         found = []
         for key, _ in self._store.records.scan(REFERRER.prefix(repository, digest)):
             manifest = self._manifest(repository, Digest(REFERRER.parse(key)[2]))
@@ -249,10 +258,10 @@ class Inventory:
         named: Descriptor,
         seen: set[Digest],
         depth: int = 0,
-    ) -> Node:
+    ) -> ImageNode:
         manifest = self._manifest(repository, named.digest)
         content = contents(manifest.content) if manifest else None
-        children: list[Node] = []
+        children: list[ImageNode] = []
         if content and named.digest not in seen and depth < DEEPEST:
             seen.add(named.digest)
             for blob in content.blobs:
@@ -260,7 +269,7 @@ class Inventory:
                 children.append(self._leaf(repository, kind, blob))
             for child in content.children:
                 children.append(self._node(repository, "manifest", child, seen, depth + 1))
-        return Node(
+        return ImageNode(
             role=role,
             digest=str(named.digest),
             media_type=named.media_type,
@@ -271,8 +280,8 @@ class Inventory:
             children=children,
         )
 
-    def _leaf(self, repository: str, role: str, blob: Descriptor) -> Node:
-        return Node(
+    def _leaf(self, repository: str, role: str, blob: Descriptor) -> ImageNode:
+        return ImageNode(
             role=role,
             digest=str(blob.digest),
             media_type=blob.media_type,

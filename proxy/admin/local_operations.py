@@ -18,29 +18,24 @@ import structlog
 from proxy.admin.drills import DrillControl
 from proxy.admin.explain import Explainer
 from proxy.admin.inventory import Inventory, merged
-from proxy.admin.models import (
-    Collected,
-    Drilling,
-    Evicted,
-    FillRow,
-    Listed,
-    PinRow,
-    Purged,
-    ReadyRow,
-    Refreshed,
-    Scrubbing,
-    Stats,
-    Tree,
-    Unpinned,
-    WarmRow,
-    WebhookRow,
-    Why,
-)
+from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, WebhookRow
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState
 from proxy.admin.purge import Purge
 from proxy.admin.readiness import Readiness
+from proxy.admin.reports import (
+    Collected,
+    Drilling,
+    Evicted,
+    Purged,
+    ReadyRow,
+    Refreshed,
+    Scrubbing,
+    Unpinned,
+    WarmRow,
+    Why,
+)
 from proxy.admin.rows import collected, drilling, evicted, scrub_row, stats_row, webhook_row
 from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
@@ -124,7 +119,7 @@ class LocalOperations:
         pages = [await run_in_thread(each.images, wanted, limit, last) for each in self._inventories]
         return merged(pages, limit)
 
-    async def show(self, ref: str) -> Tree:
+    async def show(self, ref: str) -> ImageTree:
         asked = self._reading.reference("ref", ref)
         inventory = self._inventory_of(asked.namespace)
         return await run_in_thread(inventory.tree, asked.repository, asked.reference)

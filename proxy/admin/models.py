@@ -1,25 +1,28 @@
-"""What the admin API answers, and the commands print; the same whether a server was asked or a directory.
+"""What the admin API answers about content and activity, and the commands print.
+
+The answer is the same whether a server or a directory was asked; reports.py has what operations did.
 
 `repository` is a full name, `<namespace>/<repository>`.  Sizes are bytes, times seconds since the epoch,
-and durations seconds; a time or duration that is for ever is None, as JSON has no infinity.
+and durations seconds.  A time or duration without limit is None, since JSON has no infinity.
 """
 
 from __future__ import annotations
-
-from typing import Literal, TypeAlias
 
 import msgspec
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    pass
+    """The base of all answers."""
 
 
-# What is stored
+# Content
 
 
 class RepositoryRow(Model, frozen=True):
-    """`bytes` are those that lie here of what the repository may show; others may show the same ones."""
+    """One repository of a list.
+
+    `bytes` is the size of the stored content that it may show, which it may share with others.
+    """
 
     repository: str
     tags: int
@@ -28,7 +31,10 @@ class RepositoryRow(Model, frozen=True):
 
 
 class PlatformRow(Model, frozen=True):
-    """`platform` is None where none is told, `bytes_whole` None where its manifest is not here."""
+    """The images for one platform of an index.
+
+    `platform` is None if the index names none; `bytes_whole` is None if the manifest is not stored.
+    """
 
     platform: str | None
     complete: bool
@@ -37,11 +43,11 @@ class PlatformRow(Model, frozen=True):
 
 
 class ImageRow(Model, frozen=True):
-    """`tag` is None for a manifest listed by its digest.
+    """One tag of a list, or one manifest, for which `tag` is None.
 
-    `bytes_whole` is of all that is known: a child of an index that is not here counts with its manifest
-    only.  It is None, and `media_type` too, where the manifest itself is not here.  `fresh_until` None is
-    for ever.
+    `bytes_whole` is the size of the whole image, as far as it is known: a child of an index that is not
+    stored counts with its manifest only.  It is None, and `media_type` too, if the manifest itself is not
+    stored.  `fresh_until` is None for a tag that never becomes stale.
     """
 
     repository: str
@@ -59,17 +65,20 @@ class ImageRow(Model, frozen=True):
 
 
 class Listed(Model, frozen=True):
-    """Repositories, or images.  With `next`, there are more: it is what to give as `last`."""
+    """A list of repositories, or one page of images.
+
+    `next` is the `last` of the request for the next page, None on the last page.
+    """
 
     repositories: list[RepositoryRow] = []
     images: list[ImageRow] = []
     next: str | None = None
 
 
-class Node(Model, frozen=True):
-    """`role` is manifest, config, layer or referrer.
+class ImageNode(Model, frozen=True):
+    """A manifest or blob in the tree of an image; `role` is manifest, config, layer or referrer.
 
-    What is named twice has its children where it is named first.
+    Content that is named several times has its children at the first place only.
     """
 
     role: str
@@ -79,39 +88,66 @@ class Node(Model, frozen=True):
     present: bool
     platform: str | None
     artifact_type: str | None
-    children: list[Node]
+    children: list[ImageNode]
 
 
 class MoveRow(Model, frozen=True):
+    """The move of a tag from one digest to another."""
+
     at: float
     old: str
     new: str
 
 
 class UseRow(Model, frozen=True):
+    """How often an image was used, and when first and last."""
+
     count: int
     last: float
     first: float
 
 
-class Tree(Model, frozen=True):
-    """`moves` are of the tag, the oldest first; `pins` the patterns that match it."""
+class ImageTree(Model, frozen=True):
+    """An image with all that it names.
+
+    `moves` are those of the tag, the oldest first; `pins` are the patterns that match it.
+    """
 
     repository: str
     reference: str
     digest: str
-    node: Node
-    referrers: list[Node]
+    node: ImageNode
+    referrers: list[ImageNode]
     moves: list[MoveRow]
     uses: UseRow | None
     pins: list[str]
 
 
-# What goes on
+class PinRow(Model, frozen=True):
+    """A pin, and what it matches now.
+
+    `since` is None for a pin of the configuration.
+    """
+
+    pattern: str
+    keep_fresh: float | None
+    platforms: list[str]
+    since: float | None
+    references: int
+    manifests: int
+    blobs: int
+    bytes: int
+
+
+# Activity
 
 
 class FillRow(Model, frozen=True):
-    """`size` is -1 where it is not told yet; then `eta`, in seconds, is None, and while nothing comes."""
+    """A transfer from an upstream into the cache.
+
+    `size` is -1 until upstream has sent it.  `eta` is in seconds, None while the size or speed is unknown.
+    `own` is False if another process does the transfer.
+    """
 
     digest: str
     namespace: str
@@ -127,9 +163,9 @@ class FillRow(Model, frozen=True):
 
 
 class StatsRow(Model, frozen=True):
-    """Counters of a namespace, or of all: see storage.usage.Counters.
+    """The counters of a namespace, or of all: see storage.maintenance.usage.Counters.
 
-    The ratios are fractions, None where there was nothing to be one of.
+    A ratio is a fraction, None without any request to count.
     """
 
     namespace: str
@@ -151,7 +187,10 @@ class StatsRow(Model, frozen=True):
 
 
 class Stats(Model, frozen=True):
-    """Of the last `period` seconds.  `limit` is that of the configuration, None for none."""
+    """The counters of the last `period` seconds.
+
+    `limit` is disk.cache_limit, None without limit.
+    """
 
     period: float
     since: float
@@ -161,63 +200,11 @@ class Stats(Model, frozen=True):
     limit: int | None
 
 
-# What was done
-
-
-class Purged(Model, frozen=True):
-    """`references` are the tags and manifests that were named, `kept` those that were not since pinned.
-
-    Then what went with them: `manifests`, `links` of repositories to blobs, and `blobs` of so many `bytes`.
-    """
-
-    references: list[str]
-    kept: list[str]
-    manifests: int
-    links: int
-    blobs: int
-    bytes: int
-    dry_run: bool
-
-
-class Refreshed(Model, frozen=True):
-    """`moved` is what the tag was before, None where that is what it is.
-
-    It consists of so many `manifests` and `blobs`, of which `fetched` had to come, of `bytes`.
-    """
-
-    repository: str
-    reference: str
-    digest: str
-    new: bool
-    moved: str | None
-    manifests: int
-    blobs: int
-    fetched: int
-    bytes: int
-
-
-class PinRow(Model, frozen=True):
-    """`since` is None for a pin of the configuration.  `references` is how many it matches here now."""
-
-    pattern: str
-    keep_fresh: float | None
-    platforms: list[str]
-    since: float | None
-    references: int
-    manifests: int
-    blobs: int
-    bytes: int
-
-
-class Unpinned(Model, frozen=True):
-    pattern: str
-
-
 class WebhookRow(Model, frozen=True):
-    """`url` without path and query, which may hold a secret.  So many events are `pending`, since `oldest`.
+    """A webhook, the number of its `pending` events, and the state of its deliveries.
 
-    While deliveries fail, `failing_since` tells since when.  `error` is what the last one that failed, at
-    `failed_at`, has failed with.
+    `url` has no path and query, which may hold a secret.  `failing_since` is None while deliveries succeed;
+    `error` is that of the last failure, at `failed_at`.
     """
 
     name: str
@@ -230,218 +217,3 @@ class WebhookRow(Model, frozen=True):
     failing_since: float | None
     failed_at: float | None
     error: str | None
-
-
-class Evicted(Model, frozen=True):
-    """`short` is how many bytes are still too many."""
-
-    blobs: int
-    bytes: int
-    manifests: int
-    tags: int
-    links: int
-    seconds: float
-    short: int
-    dry_run: bool
-
-
-class ScrubRow(Model, frozen=True):
-    """A pass over blobs and manifests; `begun` is 0 before the first.
-
-    So many were `checked`, of `bytes` out of `total_bytes`, an estimate.  What was `damaged` was set aside,
-    and `healed` where upstream had it.  `foreign` is how many files are none of ours.  `digest` is that of
-    the blob that is being read, or empty.
-    """
-
-    begun: float
-    running: bool
-    checked: int
-    bytes: int
-    total_bytes: int
-    damaged: int
-    healed: int
-    foreign: int
-    digest: str
-
-
-class Scrubbing(Model, frozen=True):
-    """The slow pass of the server's own, and the last that was `asked` for; `error` is what ended that."""
-
-    background: ScrubRow
-    asked: ScrubRow
-    error: str | None
-
-
-class CollectedRow(Model, frozen=True):
-    """What went of a repository, or would; `refused` is why nothing could, or empty.
-
-    So much is `young`: it stays for no other reason.
-    """
-
-    repository: str
-    tags: int
-    manifests: int
-    links: int
-    young: int
-    refused: str
-
-
-class Collected(Model, frozen=True):
-    """A collection that `begun` then; 0: there was none yet.
-
-    Of so many `repositories` these tags, manifests and links of blobs went, and then so many `blobs` of so
-    many `bytes`.  `rows` are of repositories of which there is something to say, a thousand at most.  See
-    CollectedRow for the others.
-    """
-
-    begun: float
-    seconds: float
-    dry_run: bool
-    repositories: int
-    tags: int
-    manifests: int
-    links: int
-    blobs: int
-    bytes: int
-    young: int
-    refused: str
-    rows: list[CollectedRow]
-
-
-# What would be done
-
-Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
-
-
-class HostRow(Model, frozen=True):
-    """See proxy.live.UpstreamState; of all processes the one that fares worst."""
-
-    url: str
-    host: str
-    open: bool
-    until: float | None
-    error: str | None
-    ratelimit_limit: int | None
-    ratelimit_remaining: int | None
-    limited_until: float | None
-
-
-class Why(Model, frozen=True):
-    """What a pull of `reference` would do now: `verdict` says it in a word, `because` in a sentence.
-
-    `verdict` is hit (served from here, nobody is asked), revalidate (one HEAD decides), miss (fetched),
-    stale (served from here since upstream is let alone), refused (answered with an error).  `complete` is
-    whether all of it is here; what is not is fetched when a client asks for it.
-
-    `qualified` tells how the namespace was found, `fresh_rule`, `keep_rule` and `pin` which rule applies.
-    """
-
-    asked: str
-    namespace: str
-    repository: str
-    reference: str
-    qualified: str
-    fresh_rule: str | None
-    fresh_for: float | None
-    keep_rule: str
-    keep_for: float | None
-    pin: str | None
-    digest: str | None
-    stored: bool
-    complete: bool
-    validated_at: float | None
-    age: float | None
-    fresh_until: float | None
-    last_used: float | None
-    offline: bool
-    upstreams: list[HostRow]
-    verdict: Verdict
-    because: str
-
-
-# What is prepared for upstreams being away
-
-
-class WarmRow(Model, frozen=True):
-    """`here`: all of it is, for the platforms that were asked for.
-
-    `error` tells why it is not, or, where it is, what kept upstream from vouching for it; `code` is for
-    programs.  It consists of so many `manifests`, of which `referrers` refer to others, and `blobs`, of which
-    `fetched` had to come, of `bytes`; nothing is counted where upstream did not serve.
-    """
-
-    asked: str
-    repository: str
-    reference: str
-    digest: str | None
-    here: bool
-    manifests: int = 0
-    referrers: int = 0
-    blobs: int = 0
-    fetched: int = 0
-    bytes: int = 0
-    error: str | None = None
-    code: str | None = None
-
-
-class MissingRow(Model, frozen=True):
-    """What is not here, of `size` bytes, -1 where that is not told.
-
-    `kind` is manifest, blob or referrer; `platforms` are those of the images that need it.
-    """
-
-    digest: str
-    kind: str
-    size: int
-    platforms: list[str]
-
-
-Completeness: TypeAlias = Literal["complete", "partial", "absent"]
-
-
-class ReadyRow(Model, frozen=True):
-    """Whether `asked` can be pulled while no upstream answers, whole.
-
-    `lacking` are platforms that were asked for and that the image is not made for.  `referrers` is how many
-    are here of the `referrers_known`, those that upstream was heard to list.  `error` tells why it cannot be
-    judged.
-    """
-
-    asked: str
-    repository: str
-    reference: str
-    digest: str | None
-    state: Completeness
-    missing: list[MissingRow] = []
-    lacking: list[str] = []
-    referrers: int = 0
-    referrers_known: int = 0
-    error: str | None = None
-
-
-class MissedRow(Model, frozen=True):
-    """What a client asked for `count` times in vain; `kind` is manifest, blob, tags or referrers."""
-
-    client: str
-    kind: str
-    repository: str
-    reference: str
-    count: int
-    first: float
-    last: float
-
-
-class Drilling(Model, frozen=True):
-    """The drill that goes on, for `left` seconds more, or else the last one; `begun` is 0 before the first.
-
-    No `namespaces` are all.  `missed` is what was asked for and is not here, the first first; `untold` is how
-    many requests more there were when these had become too many.
-    """
-
-    running: bool
-    begun: float
-    seconds: float
-    left: float
-    namespaces: list[str]
-    missed: list[MissedRow]
-    untold: int

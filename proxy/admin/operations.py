@@ -18,7 +18,7 @@ from typing import Annotated, Any, Protocol, get_type_hints
 
 import msgspec
 
-from proxy.admin import models
+from proxy.admin import models, reports
 
 PAGE, LARGEST_PAGE = 100, 1000  # images, or references, of one request
 
@@ -45,7 +45,7 @@ class Operations(Protocol):
     ) -> models.Listed:
         """One page of tags, or with @ in the pattern of manifests.  `last` is `next` of the previous page."""
 
-    async def show(self, ref: str) -> models.Tree:
+    async def show(self, ref: str) -> models.ImageTree:
         """The tree of manifests and blobs of one image."""
 
     async def stats(self, period: str = "24h") -> models.Stats:
@@ -54,13 +54,13 @@ class Operations(Protocol):
     async def fills(self) -> list[models.FillRow]:
         """The fills in flight in all processes, the oldest first."""
 
-    async def why(self, ref: str) -> models.Why:
+    async def why(self, ref: str) -> reports.Why:
         """What a pull would do now, and by which rules.  No upstream is asked."""
 
-    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> models.Purged:
+    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
 
-    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> models.Refreshed:
+    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> reports.Refreshed:
         """Resolve the reference upstream, and fetch what is missing of it."""
 
     async def pins(self) -> list[models.PinRow]:
@@ -73,30 +73,30 @@ class Operations(Protocol):
         refreshes.
         """
 
-    async def unpin(self, pattern: str) -> models.Unpinned:
+    async def unpin(self, pattern: str) -> reports.Unpinned:
         """Remove a pin that was added by command.  Raises NameUnknown if there is none."""
 
-    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> models.Evicted:
+    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> reports.Evicted:
         """Evict until `to` bytes are left; without `to`, what is too old or over the limits."""
 
-    async def scrub(self) -> models.Scrubbing:
+    async def scrub(self) -> reports.Scrubbing:
         """Start a scrub at full speed, unless one that was requested is still running."""
 
-    async def scrubbing(self) -> models.Scrubbing:
+    async def scrubbing(self) -> reports.Scrubbing:
         """The progress of the scrubs."""
 
     async def webhooks(self) -> list[models.WebhookRow]:
         """The state of each webhook, in the order of the configuration."""
 
-    async def collect(self, *, dry_run: bool = False) -> models.Collected:
+    async def collect(self, *, dry_run: bool = False) -> reports.Collected:
         """Collect now, whatever the schedule.  Raises Unsupported if no namespace has a store."""
 
-    async def collected(self) -> models.Collected:
+    async def collected(self) -> reports.Collected:
         """The report of the last collection.  Raises Unsupported if no namespace has a store."""
 
     async def warm(
         self, reference: str, platforms: Sequence[str] = (), referrers: bool = True
-    ) -> models.WarmRow:
+    ) -> reports.WarmRow:
         """Fetch all of an image.  The answer holds the error of a fetch that failed."""
 
     async def ready(
@@ -104,16 +104,16 @@ class Operations(Protocol):
         references: Annotated[Sequence[str], msgspec.Meta(max_length=LARGEST_PAGE)],
         platforms: Sequence[str] = (),
         referrers: bool = True,
-    ) -> list[models.ReadyRow]:
+    ) -> list[reports.ReadyRow]:
         """Whether each image can be pulled while no upstream answers: one row each, in their order."""
 
-    async def drill(self) -> models.Drilling:
+    async def drill(self) -> reports.Drilling:
         """The drill that is running, or the last one."""
 
-    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> models.Drilling:
+    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> reports.Drilling:
         """Cut off the upstreams of `namespaces`, or all.  Raises Denied while another drill is running."""
 
-    async def end_drill(self) -> models.Drilling:
+    async def end_drill(self) -> reports.Drilling:
         """End the drill, if one is running."""
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
 
-from proxy.admin.models import Purged
+from proxy.admin.reports import Purged
 from storage.disk.records import Batch
 from storage.errors import RegistryError
 from storage.graph import Walk, contents
@@ -31,14 +31,14 @@ BATCH = 500  # records in a transaction: nobody else can write while it lasts
 KINDS = (TAG, MANIFEST, LINK, LISTING)  # in which a repository has records
 
 
-class Kept(RegistryError):
+class AllPinned(RegistryError):
     """All that was named is pinned."""
 
     code, status = "PINNED", 409
 
 
 @dataclass(slots=True)
-class Plan:
+class PurgePlan:
     """What of a repository is to go; `keys` are records, tags first, and `blobs` what loses its link."""
 
     repository: str
@@ -80,14 +80,14 @@ class Purge:
     def purge(self, wanted: Pin, dry_run: bool = False, force: bool = False) -> Purged:
         """A pattern that says neither tag nor digest means all of a repository.
 
-        Raises Kept where all that matches is pinned.
+        Raises AllPinned where all that matches is pinned.
         """
         pins = [] if force else self._pins.list()
         plans = [self._plan(repository, wanted, pins) for repository in self._repositories(wanted)]
         kept = [each for plan in plans for each in plan.kept]
         references = [each for plan in plans for each in plan.references]
         if kept and not references:
-            raise Kept(
+            raise AllPinned(
                 f"{kept[0]}{f' and {len(kept) - 1} more' if kept[1:] else ''}: pinned, or part of what is"
                 " pinned; name what is pinned exactly, purge by force, or unpin it"
             )
@@ -115,7 +115,7 @@ class Purge:
 
     # What is to go
 
-    def _plan(self, repository: str, wanted: Pin, pins: Sequence[Pin]) -> Plan:
+    def _plan(self, repository: str, wanted: Pin, pins: Sequence[Pin]) -> PurgePlan:
         tags = self._tags(repository)
         names = self._who_names_whom(repository)
         exact = None if is_glob(wanted.pattern) else wanted.parts[2]
@@ -137,7 +137,7 @@ class Purge:
             roots = {digest for tag, digest in tags.items() if tag not in gone}
             going = below - names.below(roots | names.children.keys() - below) | manifests
             going -= stay
-        plan = Plan(repository)
+        plan = PurgePlan(repository)
         plan.kept = [written(repository, tag) for tag in sorted(named_tags & keep)]
         # Of a whole repository what stays for its tags' sake is not told one by one.
         plan.kept += [
@@ -173,7 +173,7 @@ class Purge:
         for key, value in self._records.scan(MANIFEST.prefix(repository)):
             yield Digest(MANIFEST.parse(key)[1]), value.partition(b"\n")[2]
 
-    def _list_records(self, plan: Plan, tags: set[Tag], manifests: set[Digest], whole: bool) -> None:
+    def _list_records(self, plan: PurgePlan, tags: set[Tag], manifests: set[Digest], whole: bool) -> None:
         name = plan.repository
         plan.keys = [TAG.key(name, tag) for tag in sorted(tags)]
         plan.keys += [MANIFEST.key(name, digest) for digest in sorted(manifests)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from proxy.admin.models import MissingRow, ReadyRow
+from proxy.admin.reports import MissingRow, ReadyRow
 from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown
 from storage.graph import Walk, contents, lacking, referring, selected, walk

@@ -8,16 +8,8 @@ from typing import Any
 import msgspec
 from yarl import URL
 
-from proxy.admin.models import (
-    Collected,
-    CollectedRow,
-    Drilling,
-    Evicted,
-    MissedRow,
-    ScrubRow,
-    StatsRow,
-    WebhookRow,
-)
+from proxy.admin.models import StatsRow, WebhookRow
+from proxy.admin.reports import Collected, CollectedRow, Drilling, Evicted, MissedRow, ScrubRow
 from proxy.cache.drill import DrillState
 from proxy.config.webhooks import WebhookConfig
 from proxy.webhooks.queue import Queue

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from proxy.admin.models import ReadyRow, WarmRow
 from proxy.admin.readiness import Readiness
+from proxy.admin.reports import ReadyRow, WarmRow
 from proxy.cache.refresh import RefreshResult, refresh
 from proxy.namespaces.references import FieldInvalid, ReferenceReader
 from proxy.namespaces.routing import Namespaces

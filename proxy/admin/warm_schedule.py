@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from proxy.admin.image_files import Unreadable, find_images
-from proxy.admin.models import WarmRow
+from proxy.admin.reports import WarmRow
 from proxy.admin.warm import JOBS, Warmer
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
 from proxy.config.schema import WarmRule
@@ -24,7 +24,7 @@ from storage.keys import WARMING
 log = structlog.get_logger()
 
 
-class _Record(msgspec.Struct, frozen=True):
+class _WarmRun(msgspec.Struct, frozen=True):
     """Of a rule's last run: when it began, and how many images failed."""
 
     begun: float
@@ -75,10 +75,10 @@ class Schedule:
             return now - last.begun >= rule.every
         return latest(rule.at or (0, 0), now) > last.begun
 
-    def _last(self, key: str) -> _Record | None:
+    def _last(self, key: str) -> _WarmRun | None:
         record = self._records.get(key)
         try:
-            return None if record is None else msgspec.json.decode(record, type=_Record)
+            return None if record is None else msgspec.json.decode(record, type=_WarmRun)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
 
@@ -100,7 +100,7 @@ class Schedule:
         rows = [found[each] for each in images]
         failed = sum(not row.here for row in rows) + unreadable
         again_in = self._again(key, failed)
-        await run_in_thread(self._records.put, key, msgspec.json.encode(_Record(begun, failed)))
+        await run_in_thread(self._records.put, key, msgspec.json.encode(_WarmRun(begun, failed)))
         log.info(
             "warm.done",
             images=len(rows),

@@ -103,7 +103,7 @@ def show(call: CommandContext, reference: str) -> None:
     call.ask(lambda operations: operations.show(reference), tree_tables)
 
 
-def tree_tables(found: models.Tree, now: float) -> Sequence[Table]:
+def tree_tables(found: models.ImageTree, now: float) -> Sequence[Table]:
     columns = (
         Column("DIGEST", digests=True, whole=True),
         Column("ROLE"),
@@ -136,7 +136,7 @@ def tree_tables(found: models.Tree, now: float) -> Sequence[Table]:
     return [table, moves]
 
 
-def _drawn(node: models.Node, branch: str, below: str) -> Iterator[tuple[str, models.Node]]:
+def _drawn(node: models.ImageNode, branch: str, below: str) -> Iterator[tuple[str, models.ImageNode]]:
     """The node and all below it, each with the lines before it: `branch`, and `below` for its children."""
     yield branch, node
     for number, child in enumerate(node.children, 1):

@@ -83,14 +83,14 @@ def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **opt
     their names are appended to it; for TEAM/* that is the part that * matches. Run it again to continue
     after an interruption.
     """
-    from proxy.transfer.copy_job import CopyJob, Endpoint
+    from proxy.transfer.copy_job import CopyEndpoint, CopyJob
     from proxy.transfer.copy_sources import check, parse_source
 
     ends = {}
     try:
         for name in ("source", "destination"):
             given = (options.pop(f"{name}_{key}") for key in ("plain_http", "insecure", "credentials"))
-            ends[name] = Endpoint(*given)
+            ends[name] = CopyEndpoint(*given)
             if ":" not in (ends[name].credentials or ":"):
                 raise ValueError(f"--{name}-credentials: expected user:password")
         places = [parse_source(each, ends["source"].plain_http) for each in sources]

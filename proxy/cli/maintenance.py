@@ -9,7 +9,7 @@ from contextlib import closing
 
 import click
 
-from proxy.admin import models
+from proxy.admin import reports
 from proxy.admin.api.client import Failed
 from proxy.admin.operations import Operations
 from proxy.cli.console import Column, ProgressDisplay, Table
@@ -40,7 +40,7 @@ def refresh(call: CommandContext, reference: str, platforms: tuple[str, ...]) ->
     call.run(work)
 
 
-def refresh_tables(found: models.Refreshed, now: float) -> Sequence[Table]:
+def refresh_tables(found: reports.Refreshed, now: float) -> Sequence[Table]:
     state = "new" if found.new else "unchanged"
     if found.moved:
         state = f"moved from {found.moved}"
@@ -81,13 +81,13 @@ def scrub(call: CommandContext, wait: bool) -> None:
     call.run(work)
 
 
-def _show(found: models.ScrubRow, progress: ProgressDisplay) -> None:
+def _show(found: reports.ScrubRow, progress: ProgressDisplay) -> None:
     read = f"{format_size(found.bytes)} of about {format_size(found.total_bytes or None)}"
     text = f"{read}, {found.checked} checked, {found.damaged} damaged"
     progress.show("scrub", found.bytes, found.total_bytes or None, text)
 
 
-def scrub_tables(found: models.Scrubbing, now: float) -> Sequence[Table]:
+def scrub_tables(found: reports.Scrubbing, now: float) -> Sequence[Table]:
     columns = (
         Column("SCRUB"),
         Column("STARTED"),

@@ -14,8 +14,8 @@ import msgspec
 
 from proxy.admin.api.client import Failed
 from proxy.admin.image_files import ImageMentions, Unreadable, find_images
-from proxy.admin.models import Drilling, ReadyRow, WarmRow
 from proxy.admin.operations import Operations
+from proxy.admin.reports import Drilling, ReadyRow, WarmRow
 from proxy.cli.console import Column, ProgressDisplay, Table
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_type
 from proxy.cli.status import show_fills

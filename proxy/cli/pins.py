@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from proxy.admin import models
+from proxy.admin import models, reports
 from proxy.cli.console import Column, Table
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout
@@ -77,7 +77,7 @@ def pin_tables(found: Sequence[models.PinRow], now: float) -> Sequence[Table]:
     return [table]
 
 
-def unpinned_tables(found: models.Unpinned, now: float) -> Sequence[Table]:
+def unpinned_tables(found: reports.Unpinned, now: float) -> Sequence[Table]:
     return [Table((), notes=[f"{found.pattern} is no longer pinned"])]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from proxy.admin import models
+from proxy.admin import reports
 from proxy.admin.api.client import Failed
 from proxy.admin.operations import Operations
 from proxy.cli.console import Column, Table, write
@@ -57,7 +57,7 @@ async def _confirm(operations: Operations, pattern: str) -> None:
             raise Failed("nothing was purged", "NOT_CONFIRMED")
 
 
-def purge_tables(found: models.Purged, now: float) -> Sequence[Table]:
+def purge_tables(found: reports.Purged, now: float) -> Sequence[Table]:
     table = Table((Column("WOULD BE PURGED" if found.dry_run else "PURGED", whole=True),))
     for each in found.references:
         table.add(each)
@@ -93,7 +93,7 @@ def evict(call: CommandContext, to: int | None, dry_run: bool) -> None:
     call.ask(lambda operations: operations.evict(to, dry_run=dry_run), evict_tables)
 
 
-def evict_tables(found: models.Evicted, now: float) -> Sequence[Table]:
+def evict_tables(found: reports.Evicted, now: float) -> Sequence[Table]:
     done = "would be evicted" if found.dry_run else "evicted"
     notes = [f"{done}: {_counts(found)}{_dry_run(found.dry_run)}"]
     if found.short:
@@ -103,7 +103,7 @@ def evict_tables(found: models.Evicted, now: float) -> Sequence[Table]:
     return [Table((), notes=notes)]
 
 
-def _counts(found: models.Evicted | models.Collected) -> str:
+def _counts(found: reports.Evicted | reports.Collected) -> str:
     return (
         f"{plural(found.tags, 'tag')}, {plural(found.manifests, 'manifest')}, {plural(found.links, 'link')},"
         f" {plural(found.blobs, 'blob')}, {format_size(found.bytes)}"
@@ -130,7 +130,7 @@ def collect(call: CommandContext, dry_run: bool, last: bool) -> None:
     call.run(work)
 
 
-def collection_tables(found: models.Collected, now: float) -> Sequence[Table]:
+def collection_tables(found: reports.Collected, now: float) -> Sequence[Table]:
     columns = (
         Column("REPOSITORY", whole=True),
         Column("TAGS", right=True),

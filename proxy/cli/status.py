@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 import click
 import msgspec
 
-from proxy.admin import models
+from proxy.admin import models, reports
 from proxy.admin.api.client import Failed
 from proxy.admin.operations import Operations
 from proxy.cli.console import Column, ProgressDisplay, Table, freshness
@@ -169,7 +169,7 @@ def why(call: CommandContext, reference: str) -> None:
     call.ask(lambda operations: operations.why(reference), why_tables)
 
 
-def why_tables(found: models.Why, now: float) -> Sequence[Table]:
+def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
     table = Table((Column("FIELD"), Column(written(found.repository, found.reference))))
     fresh_for, keep_for = (
         "without limit" if each is None else format_duration(each)
@@ -196,7 +196,7 @@ def why_tables(found: models.Why, now: float) -> Sequence[Table]:
     return [table]
 
 
-def _upstream(host: models.HostRow, now: float) -> str:
+def _upstream(host: reports.HostRow, now: float) -> str:
     said = [host.url if host.host in host.url else f"{host.url} through {host.host}"]
     if host.open:
         said.append(f"paused, next attempt {format_time(host.until, now)}: {host.error or 'it failed'}")

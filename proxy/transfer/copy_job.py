@@ -27,7 +27,7 @@ IMAGES = 8  # under way at once
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class CopyEndpoint:
     """How one of the two registries is reached; `credentials` are user:password."""
 
     plain_http: bool = False
@@ -42,7 +42,7 @@ class CopyJob:
         self,
         places: Sequence[CopySource],
         target: CopySource,
-        ends: Mapping[str, Endpoint],
+        ends: Mapping[str, CopyEndpoint],
         listener: ProgressListener,
         *,
         all_tags: bool = False,

@@ -1,0 +1,278 @@
+"""What the admin API answers about operations: what was done, or would be, and what was found.
+
+Units and names are those of models.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from proxy.admin.models import Model
+
+Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
+Completeness: TypeAlias = Literal["complete", "partial", "absent"]
+
+
+# Deletion
+
+
+class Purged(Model, frozen=True):
+    """The result of a purge.
+
+    `references` are the tags and manifests that were purged, and `kept` those that are pinned.  The counts
+    are of all that was deleted with them: `links` are records that a repository shows a blob.
+    """
+
+    references: list[str]
+    kept: list[str]
+    manifests: int
+    links: int
+    blobs: int
+    bytes: int
+    dry_run: bool
+
+
+class Unpinned(Model, frozen=True):
+    """The pattern of the pin that was removed."""
+
+    pattern: str
+
+
+class Evicted(Model, frozen=True):
+    """The result of an eviction.  `short` is the number of bytes still over the limit."""
+
+    blobs: int
+    bytes: int
+    manifests: int
+    tags: int
+    links: int
+    seconds: float
+    short: int
+    dry_run: bool
+
+
+class CollectedRow(Model, frozen=True):
+    """What a collection deleted of one repository.
+
+    `young` content is unreachable but too recent.  `refused` says why nothing could be collected, or is
+    empty.
+    """
+
+    repository: str
+    tags: int
+    manifests: int
+    links: int
+    young: int
+    refused: str
+
+
+class Collected(Model, frozen=True):
+    """The result of a collection; `begun` is 0 if there has been none.
+
+    The counts are of all `repositories`; `rows`, at most a thousand, are of those with something to report.
+    """
+
+    begun: float
+    seconds: float
+    dry_run: bool
+    repositories: int
+    tags: int
+    manifests: int
+    links: int
+    blobs: int
+    bytes: int
+    young: int
+    refused: str
+    rows: list[CollectedRow]
+
+
+# Renewal and verification
+
+
+class Refreshed(Model, frozen=True):
+    """The result of a refresh.
+
+    `moved` is the previous digest of a tag that has moved, else None.  The image has so many `manifests`
+    and `blobs`; `fetched` is how many of them were fetched, with `bytes`.
+    """
+
+    repository: str
+    reference: str
+    digest: str
+    new: bool
+    moved: str | None
+    manifests: int
+    blobs: int
+    fetched: int
+    bytes: int
+
+
+class ScrubRow(Model, frozen=True):
+    """A pass over all blobs and manifests; `begun` is 0 before the first.
+
+    `bytes` of about `total_bytes` have been read.  `damaged` content was set aside, and `healed` is how
+    much of it was fetched again.  `foreign` counts files that the store does not know.  `digest` is that of
+    the blob being read, or empty.
+    """
+
+    begun: float
+    running: bool
+    checked: int
+    bytes: int
+    total_bytes: int
+    damaged: int
+    healed: int
+    foreign: int
+    digest: str
+
+
+class Scrubbing(Model, frozen=True):
+    """The slow background scrub of the server, and the last scrub that an operator `asked` for.
+
+    `error` is what ended the latter early, or None.
+    """
+
+    background: ScrubRow
+    asked: ScrubRow
+    error: str | None
+
+
+# Explanation
+
+
+class HostRow(Model, frozen=True):
+    """A host of an upstream, as reported by the process in which it fares worst.
+
+    See proxy.admin.processes.UpstreamState.
+    """
+
+    url: str
+    host: str
+    open: bool
+    until: float | None
+    error: str | None
+    ratelimit_limit: int | None
+    ratelimit_remaining: int | None
+    limited_until: float | None
+
+
+class Why(Model, frozen=True):
+    """What a pull of `reference` would do now: `verdict` is one word, `because` a sentence.
+
+    The verdict is hit (served from the cache without asking upstream), revalidate (one HEAD decides), miss
+    (fetched), stale (served from the cache because upstream is paused) or refused (answered with an
+    error).  `complete` says whether all content is stored; what is not is fetched on demand.
+
+    `qualified` says how the namespace was found; `fresh_rule`, `keep_rule` and `pin` name the rules that
+    apply.
+    """
+
+    asked: str
+    namespace: str
+    repository: str
+    reference: str
+    qualified: str
+    fresh_rule: str | None
+    fresh_for: float | None
+    keep_rule: str
+    keep_for: float | None
+    pin: str | None
+    digest: str | None
+    stored: bool
+    complete: bool
+    validated_at: float | None
+    age: float | None
+    fresh_until: float | None
+    last_used: float | None
+    offline: bool
+    upstreams: list[HostRow]
+    verdict: Verdict
+    because: str
+
+
+# Preparation for an outage
+
+
+class WarmRow(Model, frozen=True):
+    """The result of warming one image.  `here` means that all of it is stored, for the platforms asked for.
+
+    `error` says why the image is not complete, or if it is, why upstream could not confirm it; `code` is
+    for programs.  The image has so many `manifests`, of which `referrers` refer to others, and `blobs`;
+    `fetched` is how many of them were fetched, with `bytes`.  All counts are 0 if upstream failed.
+    """
+
+    asked: str
+    repository: str
+    reference: str
+    digest: str | None
+    here: bool
+    manifests: int = 0
+    referrers: int = 0
+    blobs: int = 0
+    fetched: int = 0
+    bytes: int = 0
+    error: str | None = None
+    code: str | None = None
+
+
+class MissingRow(Model, frozen=True):
+    """Content that is not stored.
+
+    `kind` is manifest, blob or referrer; `size` is -1 if unknown.  `platforms` are those of the images that
+    need it.
+    """
+
+    digest: str
+    kind: str
+    size: int
+    platforms: list[str]
+
+
+class ReadyRow(Model, frozen=True):
+    """Whether the image `asked` for can be pulled while no upstream answers.
+
+    `lacking` are platforms that were asked for and that the image does not have.  `referrers` is how many
+    of the `referrers_known`, those that upstream has listed, are stored.  `error` says why the image cannot
+    be judged.
+    """
+
+    asked: str
+    repository: str
+    reference: str
+    digest: str | None
+    state: Completeness
+    missing: list[MissingRow] = msgspec.field(default_factory=list)
+    lacking: list[str] = msgspec.field(default_factory=list)
+    referrers: int = 0
+    referrers_known: int = 0
+    error: str | None = None
+
+
+class MissedRow(Model, frozen=True):
+    """Content that a client requested `count` times in vain; `kind` is manifest, blob, tags or referrers."""
+
+    client: str
+    kind: str
+    repository: str
+    reference: str
+    count: int
+    first: float
+    last: float
+
+
+class Drilling(Model, frozen=True):
+    """The drill that is running, with `left` seconds left, or else the last one; `begun` is 0 without any.
+
+    `namespaces` is empty for all.  `missed` are the requests that failed, in the order of their first time;
+    `untold` is the number of failed requests beyond that list.
+    """
+
+    running: bool
+    begun: float
+    seconds: float
+    left: float
+    namespaces: list[str]
+    missed: list[MissedRow]
+    untold: int

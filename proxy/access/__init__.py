@@ -1,1 +1,1 @@
-"""Who a client is, and what that client may do."""
+"""Authentication of clients, and authorization of their requests."""

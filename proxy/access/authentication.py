@@ -1,6 +1,7 @@
-"""Who a request's client is: what it shows of itself is verified, and whoever tries is slowed down.
+"""Authentication: verifies the credentials of a request, and slows down password guessing.
 
-Authorization counts before a client's certificate: it is said with the request, and to us.
+The Authorization header takes precedence over a client certificate: it belongs to the request, and is meant
+for this server.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from proxy.access.throttle import LoginThrottle
 from proxy.upstream.credentials import Credential
 from storage.errors import Unauthorized
 
-if TYPE_CHECKING:  # they need libraries that not every server does
+if TYPE_CHECKING:  # they need libraries that not every configuration needs
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
 
-_NOBODY = ("Basic Og==", "basic Og==")
+_ANONYMOUS = ("Basic Og==", "basic Og==")  # an empty user with an empty password
 
 
 @dataclass(frozen=True)
 class Authenticator:
-    """What is taken for a proof.  `service` is realm and service of the token server.
+    """Authenticates the clients of requests.
 
-    `groups` are those of each user.  With neither passwords nor tokens nobody is challenged, and what a
-    client shows in Authorization is not looked at.
+    With neither passwords nor tokens no client is challenged, and the Authorization header is ignored.
+
+    service: the realm and the service of the token server
+    groups: the groups of each user
     """
 
     passwords: Htpasswd | None = None
@@ -42,7 +45,7 @@ class Authenticator:
     attempts: LoginThrottle = field(default_factory=LoginThrottle)
 
     @property
-    def taken(self) -> bool:
+    def accepts_credentials(self) -> bool:
         return self.passwords is not None or self.tokens is not None
 
     @property
@@ -50,9 +53,9 @@ class Authenticator:
         return f'Basic realm="{self.realm}"'
 
     def challenges(self, scope: str = "", error: str = "") -> tuple[str, ...]:
-        """Values of WWW-Authenticate: one at most.
+        """The values of WWW-Authenticate: one at most.
 
-        Offered both, docker would have to meet both, and podman takes whichever comes first.
+        Of two challenges, docker would have to meet both, and podman takes the first.
         """
         if self.tokens is not None:
             realm, service = self.service
@@ -61,9 +64,12 @@ class Authenticator:
         return (self.basic,) if self.passwords is not None else ()
 
     async def identify(self, request: web.BaseRequest, scope: str = "") -> Principal:
-        """Raises Unauthorized, with a challenge for `scope`, where a proof is wrong; and Throttled."""
+        """Return who sent the request.
+
+        Raises Unauthorized, with a challenge for `scope`, if its credentials are wrong; and Throttled.
+        """
         address = self.addresses.of(request.remote, request.headers)
-        header = authorization(request) if self.taken else ""
+        header = authorization(request) if self.accepts_credentials else ""
         scheme, _, value = header.partition(" ")
         scheme = scheme.lower()
         if not scheme:
@@ -75,12 +81,12 @@ class Authenticator:
             return Principal(user, "password", self.groups.get(user, frozenset()), address=address)
         if scheme == "bearer" and self.tokens is not None:
             return replace(self._by_token(self.tokens, value.strip(), scope), address=address)
-        raise self.wrong(f"{scheme[:20]!r} credentials are not taken here", scope)
+        raise self.wrong(f"{scheme[:20]!r} credentials are not accepted", scope)
 
     async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> str:
         given = credential(request)
         if given is None:
-            raise self.wrong("Authorization is not Basic with base64 of user:password", scope)
+            raise self.wrong("the Authorization header is not Basic with user:password in base64", scope)
         user, password = given.username, given.password
         if not passwords.remembers(user, password) and not await self.attempts.make(
             self.place(request), user, lambda: passwords.verify(user, password)
@@ -94,36 +100,36 @@ class Authenticator:
         try:
             return tokens.verify(token)
         except BadToken as error:
-            raise self.wrong(f"the token does not count: {error}", scope, "invalid_token") from None
+            raise self.wrong(f"the token is not accepted: {error}", scope, "invalid_token") from None
 
     def wrong(self, message: str, scope: str, error: str = "") -> Unauthorized:
         return Unauthorized(message, challenges=self.challenges(scope, error))
 
     def place(self, request: web.BaseRequest) -> IPAddress | None:
-        """Where attempts come from: the client, or if that cannot be told, who asks for it."""
+        """The address that failed logins are counted for: the client's, or if unknown, the connection's."""
         return self.addresses.of(request.remote, request.headers) or parse(request.remote or "")
 
 
 def authorization(request: web.BaseRequest) -> str:
-    """The header, or empty: podman says "nobody" by an empty user with an empty password."""
+    """The Authorization header; "" without one, or with podman's empty user and empty password."""
     header = request.headers.get("Authorization", "").strip()
-    return "" if header in _NOBODY else header
+    return "" if header in _ANONYMOUS else header
 
 
 def credential(request: web.BaseRequest) -> Credential | None:
-    """The user and password of a Basic Authorization (RFC 7617), if there is one."""
+    """The user and password of Basic authorization (RFC 7617); None without one."""
     scheme, _, value = authorization(request).partition(" ")
     if scheme.lower() != "basic":
         return None
     try:
         user, colon, password = base64.b64decode(value.strip(), validate=True).decode().partition(":")
-    except ValueError:  # binascii.Error and UnicodeDecodeError are ones
+    except ValueError:  # the base class of binascii.Error and UnicodeDecodeError
         return None
     return Credential(user, password) if colon else None
 
 
 def _certified(request: web.BaseRequest) -> Principal:
-    """By the certificate that the listener has verified: its CN is the user, its OU are groups."""
+    """The owner of the certificate that the listener has verified: its CN is the user, its OUs are groups."""
     shown = request.get_extra_info("peercert") or {}
     names = [pair for part in shown.get("subject", ()) for pair in part]
     user = next((value for name, value in names if name == "commonName"), "")

@@ -1,10 +1,9 @@
-"""Who may pull, push and delete where: what a request shows is verified, and the rules decide.
+"""Authorization: decides who may pull, push and delete where, by the rules or by an upstream's answer.
 
-- A public cache is open to everybody and asks nobody who it is; what a client shows of itself there is not
-  even looked at.
-- A client is challenged only where nobody in particular may not do what it wants: a challenge draws
+- A public cache is open to everybody and never challenges; credentials that a client sends there are ignored.
+- A client is challenged only if an anonymous client may not do what it wants: a challenge makes clients send
   credentials.
-- All that is decided on is the request: a refusal does not tell whether there is what it asked for.
+- Decisions depend on the request alone: a refusal does not show whether the requested content exists.
 """
 
 from __future__ import annotations
@@ -29,29 +28,31 @@ from storage.registry import Registry
 log = structlog.get_logger()
 
 CATALOG = "registry:catalog"
-PAGE = 1000  # names that are looked through at once
+PAGE = 1000  # repositories that are read at once
 
 
 class ChooseNamespace(Protocol):
-    """See Namespaces.chosen()."""
+    """The namespace that a request without a repository means: see Namespaces.chosen()."""
 
     def __call__(self, *, ns: str | None, host: str | None, prefix: str) -> str | None: ...
 
 
 class Guard(Enum):
-    """How a namespace is guarded."""
+    """What decides on access to a namespace; for a cache, the value of `visibility` in its configuration."""
 
-    PUBLIC = "public"  # a cache for everybody
-    RULES = "rules"  # a cache, by the rules
-    CALLER = "caller"  # a cache, by what its upstream says
-    STORE = "store"  # by the rules
+    PUBLIC = "public"  # a cache that everybody may pull from
+    RULES = "rules"  # a cache: the rules decide
+    CALLER = "caller"  # a cache: its upstream decides, by the caller's credentials
+    STORE = "store"  # a store: the rules decide
 
 
 @dataclass(frozen=True)
 class GuardedNamespaces:
-    """The namespaces by name, and who tells what callers may see of those that are guarded by that.
+    """How each namespace is guarded.
 
-    `chosen` tells which one a request about no repository is about, `default` is meant where that is none.
+    guards: by namespace
+    visibilities: what callers may see of the namespaces whose guard is CALLER
+    chosen: finds the namespace of a request without a repository; `default` is used if it finds none
     """
 
     guards: Mapping[str, Guard]
@@ -60,16 +61,19 @@ class GuardedNamespaces:
     default: str | None
 
     def of(self, repository: str) -> Guard | None:
-        """None where the namespace is none any more."""
+        """The guard of the namespace of a repository; None if the namespace is no longer configured."""
         return self.guards.get(repository.partition("/")[0])
 
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """What a request wants to do with a repository.
+    """An action on a repository that a request wants to perform.
 
-    `name` is the repository's full name, `written` the name as the client wrote it, `named` whether the
-    client also named its registry.  `probe` asks an upstream for `content`, without the namespace.
+    name: the full name of the repository
+    written: the name as the client wrote it
+    named: whether the client also named the registry
+    content: names the requested content, without the namespace
+    probe: asks an upstream for that content
     """
 
     action: Action
@@ -81,9 +85,9 @@ class AccessRequest:
 
 
 class Authorizer:
-    """Every method may raise Unauthorized, Denied and Throttled.
+    """Decides whether requests are permitted.  Every method may raise Unauthorized, Denied and Throttled.
 
-    `ping` is how a ping is answered: open, by a challenge, or as it suits the namespace that it is about.
+    `ping` says how pings are answered: with 200, with a challenge, or as fits the namespace that is meant.
     """
 
     def __init__(
@@ -99,20 +103,17 @@ class Authorizer:
         self._ping = ping
 
     def is_public(self, name: str) -> bool:
-        """Whether everybody may pull from the repository of that full name, and nobody push to it."""
+        """Whether the repository of that full name belongs to a public cache."""
         return self._guarded.of(name) is Guard.PUBLIC
 
     async def permit(self, request: web.BaseRequest, wanted: AccessRequest, now: Exchange) -> None:
-        """Return if the request may go on.
-
-        Tells `now` who the client is and what it may see.
-        """
+        """Return if the request is permitted; records in `now` who the client is and what it may see."""
         guard = self._guarded.of(wanted.name)
         if guard is Guard.PUBLIC:
             return
         now.shared = False
         if guard is not Guard.STORE and wanted.action != "pull":
-            return  # which a cache refuses to everybody
+            return  # a cache refuses it to everybody
         try:
             if guard is Guard.CALLER:
                 await self._permit_caller(request, wanted, now)
@@ -135,14 +136,14 @@ class Authorizer:
     def _refusal(self, principal: Principal, what: str, scope: str) -> RegistryError:
         authenticator = self._authenticator
         if principal.known:
-            return Denied(f"{principal.user} may not {what}")
-        if not authenticator.taken:
-            return Denied(f"not everybody may {what}, and no way to log in is configured (access.htpasswd)")
-        if principal.anonymous:
-            return Unauthorized(
-                f"you may not {what} without logging in", challenges=authenticator.challenges(scope)
+            return Denied(f"{principal.user} is not allowed to {what}")
+        if not authenticator.accepts_credentials:
+            return Denied(
+                f"anonymous clients are not allowed to {what}, and no login is configured (access.htpasswd)"
             )
-        # Not 403: by this a client knows that it has to ask for another token.  RFC 6750, section 3.1.
+        if principal.anonymous:
+            return Unauthorized(f"log in to {what}", challenges=authenticator.challenges(scope))
+        # Not 403: this error makes a client ask for another token.  RFC 6750, section 3.1.
         return authenticator.wrong(f"the token does not allow to {what}", scope, "insufficient_scope")
 
     def _may_see(self, principal: Principal, named: bool, repository: str) -> bool:
@@ -175,14 +176,15 @@ class Authorizer:
         if not right:
             whom = "everybody" if shown is None else "you"
             raise Unauthorized(
-                f"{namespace} does not show {repository} to {whom}", challenges=[self._authenticator.basic]
+                f"{namespace} does not show {repository} to {whom}: log in with an account of {namespace}",
+                challenges=[self._authenticator.basic],
             )
         now.user = shown.username if shown else ""
 
-    # What is about no repository
+    # Requests without a repository
 
     async def ping(self, request: web.BaseRequest, prefix: str, now: Exchange) -> tuple[str, ...]:
-        """Challenges for an answer that goes well all the same."""
+        """Return challenges to be sent with a response of 200."""
         chosen = self._guarded.chosen(
             ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
         )
@@ -192,9 +194,9 @@ class Authorizer:
             return ()
         if guard is Guard.CALLER:
             if not authorization(request) and self._ping != "open":
-                raise Unauthorized(f"{namespace} asks who you are", challenges=[self._authenticator.basic])
-            return ()  # whether it is right shows with the first repository
-        if not self._authenticator.taken:
+                raise Unauthorized(f"{namespace} requires a login", challenges=[self._authenticator.basic])
+            return ()  # the credentials are verified with the first repository
+        if not self._authenticator.accepts_credentials:
             return ()
         try:
             principal = await self._authenticator.identify(request)
@@ -205,24 +207,24 @@ class Authorizer:
         if not principal.anonymous or self._ping == "open":
             return ()
         if self._ping == "challenge" or (guard is not Guard.PUBLIC and not self._is_open(namespace)):
-            raise Unauthorized("who are you?", challenges=self._authenticator.challenges())
-        # podman and its like take a challenge from a good answer too, and log in by it.  Not for tokens: they
-        # would fetch one for every pull, and not pull if they got none.
+            raise Unauthorized("authentication is required", challenges=self._authenticator.challenges())
+        # podman and its relatives also take a challenge from a response of 200, and log in by it.  Not for
+        # tokens: they would fetch one for every pull, and would not pull without one.
         return (self._authenticator.basic,) if self._authenticator.tokens is None else ()
 
     def _is_open(self, namespace: str | None) -> bool:
-        """Whether its pings are best left unchallenged, though it is guarded.
+        """Whether pings of a guarded namespace are not challenged: if everybody may pull all of it.
 
-        docker shows who it is only if the ping has asked, and pulls nothing after a Basic challenge that it
-        cannot meet.  So it is open if everybody may pull all of it; a token everybody can get.
+        docker sends credentials only if the ping was challenged, and pulls nothing after a Basic challenge
+        that it cannot meet.  With a token server the challenge is harmless: every client can get a token.
         """
-        # No repository is called so: what covers all of them covers it.
+        # No repository has this name: only a rule for all of them matches it.
         return self._authenticator.tokens is None and self._rules.allow(Principal(), "pull", f"{namespace}/*")
 
     async def repositories(
         self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, now: Exchange
     ) -> list[str]:
-        """Those that the client may pull from; of caches that ask their upstream, none."""
+        """List the repositories that the client may pull from, without those whose upstream decides."""
         now.shared = False
         scope = f"{CATALOG}:*"
         principal = await self._authenticator.identify(request, scope)
@@ -240,7 +242,7 @@ class Authorizer:
             if limit is None or len(names) < max(limit, PAGE):
                 break
             last = names[-1]
-        if hidden and not found and principal.anonymous and self._authenticator.taken:
+        if hidden and not found and principal.anonymous and self._authenticator.accepts_credentials:
             raise self._refusal(principal, "list repositories", scope)
         return found if limit is None else found[:limit]
 
@@ -248,11 +250,11 @@ class Authorizer:
         return self._guarded.of(repository) not in (Guard.CALLER, None)
 
     def _refused(self, request: web.BaseRequest, now: Exchange, action: str, error: RegistryError) -> None:
-        """Without the user name of somebody unknown: it may be a password, put into the wrong field."""
+        """Log a refusal, without an unverified user name: it may be a password in the wrong field."""
         if not isinstance(error, Unauthorized | Denied) and error.status != 429:
             return
-        told = log.info if authorization(request) else log.debug  # else it is but asked who it is
-        told(
+        write = log.info if authorization(request) else log.debug  # a first request without credentials
+        write(
             "access.refused",
             id=now.id,
             client=str(self._authenticator.place(request)),

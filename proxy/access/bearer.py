@@ -1,9 +1,9 @@
-"""Tokens that a token server has signed for us: Distribution, "Token Authentication Specification".
+"""Verification of tokens that a token server signs: Distribution, "Token Authentication Specification".
 
-- The keys are those of the configuration and no others: none that a token brings along (`jwk`, `x5c`, `jku`)
-  is looked at.  They are read again when their files change.
-- Signatures by private keys only: none at all, or one by a shared secret, is refused whatever the key.
-- A token must be for us (`aud`), from our token server (`iss`) and of today (`exp`, `nbf`, `iat`).
+- Only the keys of the configuration count; keys in a token (`jwk`, `x5c`, `jku`) are ignored.  Key files are
+  read again when they change.
+- Only signatures by private keys count.  Unsigned tokens and shared secrets are refused, whatever the key.
+- A token must be for this server (`aud`), from its token server (`iss`) and valid now (`exp`, `nbf`, `iat`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from proxy.config.watched_file import WatchedFile
 
 log = structlog.get_logger()
 
-# EdDSA goes by another name since RFC 9864; token servers still say it, and it is as safe as before.
+# RFC 9864 renames EdDSA; token servers still use the old name, which is as safe as before.
 warnings.filterwarnings("ignore", "EdDSA is deprecated", SecurityWarning)
 
 LEEWAY = 60.0  # seconds between our clock and the token server's
@@ -45,7 +45,7 @@ VerificationKey: TypeAlias = RSAKey | ECKey | OKPKey
 
 
 class BadToken(Exception):
-    """Why it does not count, in half a sentence; nothing of the token is in it."""
+    """A token is not accepted.  The message gives the reason without any part of the token."""
 
 
 class _Access(msgspec.Struct):
@@ -70,7 +70,7 @@ class _Verified:
 
 
 class TokenVerifier:
-    """Raises OSError, and ValueError for a file that holds no key."""
+    """Verifies tokens by the keys in some files.  Raises OSError, and ValueError for a file without a key."""
 
     def __init__(
         self, service: str, issuer: str, keys: Sequence[Path], clock: Callable[[], float] = time.time
@@ -79,7 +79,7 @@ class TokenVerifier:
         self._issuer = issuer
         self._clock = clock
         self._files = [WatchedFile(each, parse_keys) for each in keys]
-        # Headers that nobody knows are to be ignored, RFC 7515, section 4; unless they are critical.
+        # Unknown headers are ignored unless they are critical: RFC 7515, section 4.
         self._registry = JWSRegistry(
             algorithms=[each for group in ALGORITHMS.values() for each in group], strict_check_header=False
         )
@@ -93,7 +93,7 @@ class TokenVerifier:
                 raise ValueError(f"{each.path}: {error}") from None
 
     def verify(self, token: str) -> Principal:
-        """Who has it, without an address.  Raises BadToken."""
+        """Return who the token belongs to, without an address.  Raises BadToken."""
         keys = self._keys()
         mark = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         known = self._known.get(mark)
@@ -108,7 +108,7 @@ class TokenVerifier:
         return known.principal
 
     def _keys(self) -> Sequence[VerificationKey]:
-        """Those of the files as they are now; of one that cannot be read, none."""
+        """The keys in the files as they are now; none of a file that cannot be read."""
         found: list[VerificationKey] = []
         for each in self._files:
             keys: Sequence[VerificationKey] = ()
@@ -143,12 +143,13 @@ class TokenVerifier:
         return _Verified(principal, claims.exp + LEEWAY)
 
     def _payload(self, token: str, keys: Sequence[VerificationKey]) -> bytes:
-        """What is signed by one of the keys."""
+        """The payload of a token that one of the keys has signed."""
         try:
             header = extract_compact(token.encode("ascii"), registry=self._registry).headers()
             algorithm, kid = header.get("alg"), header.get("kid")
             fit = [key for key in keys if algorithm in ALGORITHMS[key.key_type]]
-            # Token servers have names of their own for keys, and there are few: one named so comes first.
+            # Token servers name keys as they like, so `kid` only decides which of the few keys is tried
+            # first.
             fit.sort(key=lambda key: kid not in (key.kid, key.thumbprint()))
             for key in fit:
                 try:
@@ -156,8 +157,8 @@ class TokenVerifier:
                 except JoseError:
                     continue
         except (JoseError, ValueError, TypeError, UnicodeEncodeError):
-            raise BadToken("it is no signed token") from None
-        raise BadToken("none of our keys has signed it, in a way that is allowed")
+            raise BadToken("it is not a signed token") from None
+        raise BadToken("no configured key (access.token.keys) has signed it with an accepted algorithm")
 
     def _claims(self, payload: bytes) -> tuple[_Claims, dict[str, Any]]:
         try:
@@ -165,12 +166,12 @@ class TokenVerifier:
             return msgspec.convert(whole, _Claims), whole
         except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError):
             raise BadToken(
-                "it lacks one of the claims iss, aud and exp, or they are not what they should be"
+                "one of the claims iss, aud and exp is missing, or a claim has the wrong type"
             ) from None
 
 
 def _grants(access: object) -> tuple[Grant, ...]:
-    """Token specification, "access"; what is not understood grants nothing."""
+    """The grants of the claim `access` (token specification); unknown entries grant nothing."""
     found = []
     for each in access if isinstance(access, list) else ():
         try:
@@ -184,10 +185,7 @@ def _grants(access: object) -> tuple[Grant, ...]:
 
 
 def parse_keys(content: bytes) -> tuple[VerificationKey, ...]:
-    """Public keys: PEM (of keys or certificates, several too), a JWK or a JWKS.
-
-    Raises ValueError.
-    """
+    """Parse public keys: PEM blocks of keys or certificates, a JWK or a JWKS.  Raises ValueError."""
     found = [_from_jwk(each) for each in _jwks(content)] if content.lstrip()[:1] == b"{" else []
     found += [_from_pem(each[1].decode(), each[0]) for each in _PEM.finditer(content)]
     if not found:
@@ -202,15 +200,15 @@ def _jwks(content: bytes) -> list[Any]:
         raise ValueError("it is not JSON") from None
     keys = document.get("keys", [document])
     if not isinstance(keys, list):
-        raise ValueError("its keys is no list")
+        raise ValueError("its keys is not a list")
     return [each for each in keys if not isinstance(each, dict) or each.get("use", "sig") == "sig"]
 
 
 def _from_jwk(value: Any) -> VerificationKey:
     if not isinstance(value, dict) or value.get("kty") not in KEPT:
-        raise ValueError("it holds a key that is not of type RSA, EC or OKP: a shared secret is not taken")
+        raise ValueError("it holds a key that is not of type RSA, EC or OKP: shared secrets are not accepted")
     if "d" in value:
-        raise ValueError("it holds a private key: give us the public one")
+        raise ValueError("it holds a private key: give the public key")
     try:
         return _public(JWKRegistry.import_key(value))
     except (JoseError, ValueError, TypeError, KeyError):
@@ -222,7 +220,7 @@ def _from_pem(label: str, block: bytes) -> VerificationKey:
     from cryptography.x509 import load_pem_x509_certificate
 
     if "PRIVATE" in label:
-        raise ValueError("it holds a private key: give us the public one")
+        raise ValueError("it holds a private key: give the public key")
     try:
         if label == "CERTIFICATE":
             key = load_pem_x509_certificate(block).public_key()
@@ -234,7 +232,7 @@ def _from_pem(label: str, block: bytes) -> VerificationKey:
                 continue
     except (ValueError, TypeError):
         pass
-    raise ValueError(f"its {label} cannot be read, or is no key of RSA, EC or Ed25519")
+    raise ValueError(f"its {label} cannot be read, or is not a key of RSA, EC or Ed25519")
 
 
 def _public(key: Any) -> VerificationKey:

@@ -1,7 +1,7 @@
-"""Which address a request comes from, by its connection and by what proxies have written into its headers.
+"""The address that a request comes from, by its connection and by the headers that proxies add.
 
-Only a proxy that is trusted is believed.  A request that came through any other has no address at all: it
-matches no range, and is not from this machine even if the proxy is.
+Only trusted proxies are believed.  A request through any other proxy has no address: it matches no range, and
+does not come from this machine even if the proxy runs here.
 """
 
 from __future__ import annotations
@@ -16,32 +16,35 @@ from multidict import CIMultiDictProxy
 from proxy.access.rules import IPAddress
 from proxy.config.hosts import Network
 
-# Any of them is the mark of a proxy.
+# Any of these headers shows that a request has passed a proxy.
 _MARKS = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Forwarded-Host", "X-Forwarded-Proto", "Via")
 _FOR = re.compile(r'(?i)(?:^|;)\s*for\s*=\s*(?:"([^"]*)"|([^;\s"]*))\s*(?=;|$)')
 
 
 class ClientAddresses:
-    """`trusted` are proxies that tell in X-Forwarded-For or Forwarded who asked them."""
+    """Finds the addresses of clients.
+
+    `trusted` are the networks of proxies that state their clients in X-Forwarded-For or Forwarded.
+    """
 
     def __init__(self, trusted: Sequence[Network] = ()) -> None:
         self._trusted = tuple(trusted)
 
     def of(self, peer: str | None, headers: CIMultiDictProxy[str]) -> IPAddress | None:
-        """None where it cannot be told."""
+        """The address of the client; None if it is unknown."""
         address = parse(peer or "")
         if address is None or not self._is_trusted(address):
             return None if any(mark in headers for mark in _MARKS) else address
         forwarded, plain = headers.getall("Forwarded", []), headers.getall("X-Forwarded-For", [])
         if bool(forwarded) == bool(plain):
-            # None: a proxy that does not say for whom it asks.  Both: one of them is the client's own.
+            # Neither: the proxy does not state its client.  Both: one of them was sent by the client itself.
             return None
         hops = _elements(forwarded) if forwarded else [each.strip() for each in ",".join(plain).split(",")]
         for hop in reversed(hops):
             address = parse(hop)
             if address is None or not self._is_trusted(address):
                 return address
-        return address  # all are proxies: the first of them asks for itself
+        return address  # all are proxies: the first one is the client
 
     def _is_trusted(self, address: IPAddress) -> bool:
         return any(address in each for each in self._trusted)
@@ -49,7 +52,7 @@ class ClientAddresses:
 
 @lru_cache(maxsize=1000)
 def parse(text: str) -> IPAddress | None:
-    """An address, with or without a port; None for what is none."""
+    """Parse an address with or without a port; return None for anything else."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]
@@ -65,7 +68,7 @@ def parse(text: str) -> IPAddress | None:
 
 
 def _elements(values: Sequence[str]) -> list[str]:
-    """The `for` of each element, in order; empty where one has none.  RFC 7239, section 4."""
+    """The parameter `for` of each element, in order; "" for an element without it.  RFC 7239, section 4."""
     found = []
     for element in ",".join(values).split(","):
         match = _FOR.search(element.strip())

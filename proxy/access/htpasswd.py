@@ -1,10 +1,10 @@
-"""Users and their passwords in a file as `htpasswd -B` writes it.
+"""Users and their passwords, in a file that `htpasswd -B` writes.
 
-- Only bcrypt is taken: a line that holds anything else is named, and is nobody's.
-- The file is read again when it has changed, so whoever is taken out of it is out at once.
-- bcrypt takes tens of milliseconds by design: it runs in threads of its own, so that a flood of passwords
-  delays no pull, and a pair that was right is remembered for some minutes, as a keyed hash.
-- Whether there is such a user is not told by how long the answer takes.
+- Only bcrypt is accepted: a line with anything else is reported and ignored.
+- The file is read again when it changes, so a removed user loses access at once.
+- bcrypt takes tens of milliseconds by design: it runs in its own threads, so that a flood of passwords delays
+  no pull, and a pair that was right is remembered for some minutes, as a keyed hash.
+- The response time does not reveal whether a user exists.
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ REMEMBERED_FOR = 300.0  # seconds
 REMEMBERED = 10_000  # pairs
 THREADS = 2
 WAITING = 64  # passwords that may wait for a thread
-DEAREST = 16  # a cost above it would hold a thread for more than some seconds
+HIGHEST_COST = 16  # a higher one would keep a thread busy for more than some seconds
 _HASH = re.compile(rb"\$2[aby]\$([0-9]{2})\$[./A-Za-z0-9]{53}")
-_SHOWN = 5  # bad lines that are named
+_SHOWN = 5  # bad lines in an error message
 
 
 @dataclass(frozen=True)
 class Users:
-    """`hashes` by user; `dummy` is as dear as they are, and nobody's; `bad` says what is wrong with lines."""
+    """The content of a file.
+
+    hashes: by user
+    dummy: a hash without a user, of the same cost as the others
+    bad: what is wrong with which line
+    """
 
     hashes: dict[str, bytes]
     dummy: bytes
@@ -68,26 +73,26 @@ def parse(content: bytes) -> Users:
 
 
 def _read(line: bytes) -> tuple[str, bytes]:
-    """No text of the line is in the error: it may hold a password."""
+    """Parse a line.  Raises ValueError, without text of the line: it may hold a password."""
     name, colon, value = line.partition(b":")
     if not colon or not name:
         raise ValueError("is not <user>:<hash>")
     found = _HASH.fullmatch(value)
     if not found:
         raise ValueError("holds no bcrypt hash: use htpasswd -B")
-    if not 4 <= int(found[1]) <= DEAREST:
-        raise ValueError(f"has a bcrypt cost other than 4 to {DEAREST}: use htpasswd -B -C 10")
+    if not 4 <= int(found[1]) <= HIGHEST_COST:
+        raise ValueError(f"has a bcrypt cost other than 4 to {HIGHEST_COST}: use htpasswd -B -C 10")
     try:
         return name.decode(), value
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
 
 
-NOBODY = parse(b"")
+NO_USERS = parse(b"")
 
 
 class Htpasswd:
-    """Raises OSError, and ValueError if there is a bad line."""
+    """Verifies passwords by a file.  Raises OSError, and ValueError if the file has a bad line."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = WatchedFile(path, parse)
@@ -103,12 +108,12 @@ class Htpasswd:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="bcrypt")
 
     def remembers(self, user: str, password: str) -> bool:
-        """Whether the pair was found right not long ago, in the file as it is now."""
+        """Whether the pair was verified recently, by the file as it is now."""
         self._look()
         return self._clock() < self._right.get(self._hash(user, password), 0.0)
 
     async def verify(self, user: str, password: str) -> bool:
-        """Raises Throttled where too many wait for an answer already."""
+        """Whether the password is right.  Raises Throttled if too many passwords wait to be checked."""
         self._look()
         users, key = self._users, self._hash(user, password)
         if self._clock() < self._right.get(key, 0.0):
@@ -126,12 +131,12 @@ class Htpasswd:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _look(self) -> None:
-        """Have the users of the file as it is now; none where it cannot be read."""
+        """Read the users again if the file has changed; there are none if it cannot be read."""
         try:
             users, reason = self._file.current(), ""
             reason = "; ".join(users.bad[:_SHOWN])
         except OSError as error:
-            users, reason = NOBODY, error.strerror or type(error).__name__
+            users, reason = NO_USERS, error.strerror or type(error).__name__
         if reason and reason != self._reason:
             log.error("htpasswd.failed", path=str(self._file.path), reason=reason)
         self._reason = reason
@@ -158,6 +163,6 @@ class Htpasswd:
 
 
 def _matches(password: str, value: bytes) -> bool:
-    # bcrypt takes 72 bytes, and htpasswd cut longer passwords there.
+    # bcrypt uses 72 bytes, and htpasswd cuts longer passwords there.
     given = password.encode("utf-8", "surrogateescape")[:72]
     return b"\0" not in given and bcrypt.checkpw(given, value)

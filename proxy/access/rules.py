@@ -1,10 +1,10 @@
-"""Who a client is, and what the rules let it do.  Pure: what was verified elsewhere is decided upon here.
+"""Principals, and the rules that decide what they may do.  Nothing is verified here, and nothing is read.
 
-Rules add up, and what none grants is refused.  Where none are given, stores have these: whoever is at this
-machine may pull, and whoever has proved who it is may pull, push and delete.
+Rules add up, and what no rule grants is refused.  Without configured rules, these hold for stores: clients on
+this machine may pull, and authenticated users may pull, push and delete.
 
-A token is no user.  It may have been given away for one purpose, so it gets what its scope says, what rules
-with `claim:` say, and what everybody gets; never what rules say of the user whom it was issued to.
+A token is not a user: it may have been given away for one purpose.  It gets what its scope, rules with
+`claim:` and rules for everybody grant, but not what rules grant to the user whom it was issued to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOOPBACK: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Of a token: `actions` in the repository `name`.  Token specification, "access"."""
+    """A permission in a token: `actions` on the repository `name`.  Token specification, "access"."""
 
     name: str
     actions: frozenset[str]
@@ -37,9 +37,11 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks.  `user` is empty for nobody in particular, `scheme` how it proved who it is.
+    """The client that sent a request.
 
-    `address` is None where it cannot be told.
+    user: "" for an anonymous client
+    scheme: how the client authenticated itself
+    address: None if it is unknown
     """
 
     user: str = ""
@@ -55,7 +57,7 @@ class Principal:
 
     @property
     def known(self) -> bool:
-        """Whether it is a user, by name."""
+        """Whether this is a user, not a token or an anonymous client."""
         return self.scheme in ("password", "certificate")
 
     def is_one(self, who: Who) -> bool:
@@ -75,7 +77,10 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Empty `sources` and `where` mean every one."""
+    """Grants `who` the actions `may`, from networks `sources`, on repositories that match `where`.
+
+    Empty `sources` and `where` match everything.
+    """
 
     who: tuple[Who, ...]
     may: tuple[Action, ...]
@@ -92,7 +97,7 @@ class Rule:
 
 
 def of_stores(stores: Collection[str]) -> list[Rule]:
-    """What holds where no rules are given."""
+    """The rules that hold if none are configured."""
     if not stores:
         return []
     where = (re.compile("(?:" + "|".join(map(re.escape, stores)) + ")/.*"),)
@@ -103,7 +108,10 @@ def of_stores(stores: Collection[str]) -> list[Rule]:
 
 
 class AccessRules:
-    """`namespaces` are all that there are; of them `short` is the one that tokens may leave out, if any."""
+    """All rules of a server.
+
+    `namespaces` are the names of all namespaces; `short` is the one that tokens may leave out, if any.
+    """
 
     def __init__(self, rules: Sequence[Rule], namespaces: Collection[str], short: str | None = None) -> None:
         self._rules = list(rules)
@@ -111,9 +119,9 @@ class AccessRules:
         self._short = short
 
     def allow(self, principal: Principal, action: Action, repository: str, scope: str = "") -> bool:
-        """Whether it may do that with the repository of that full name.
+        """Whether the principal may perform the action on the repository of that full name.
 
-        `scope` is the name that a token may hold instead: see scope().
+        `scope` is the name that a token may use instead: see scope().
         """
         return any(rule.grants(principal, action, repository) for rule in self._rules) or any(
             grant.allows(action) and grant.name in (repository, scope or repository)
@@ -121,11 +129,11 @@ class AccessRules:
         )
 
     def scope(self, repository: str, written: str, named: bool) -> str:
-        """What a token's scope is to call the repository that a client has `written` so.
+        """The name of a repository in the scope of a token, where the client has `written` its name.
 
-        The full name; but where the request has not `named` the namespace, what the client wrote, since its
-        own requests for tokens say that.  It must be clear what is meant: so there is one namespace only of
-        which this holds, and a name that begins with a namespace's is a full one.
+        This is the full name.  If the request has not `named` the namespace, it is the name that the client
+        wrote, because its requests for tokens contain that.  To be unambiguous, this holds for one namespace
+        only, and a name that begins with the name of a namespace is a full name.
         """
         namespace, _, relative = repository.partition("/")
         left_out = relative in (written, f"library/{written}") and not named
@@ -139,7 +147,7 @@ def _within(address: IPAddress | None, networks: Sequence[Network]) -> bool:
 
 
 def _texts(claim: object) -> list[str]:
-    """What a claim says; one that is a list says several things."""
+    """The values of a claim, which may be a list."""
     values = claim if isinstance(claim, list) else [claim]
     return [
         str(each).lower() if isinstance(each, bool) else str(each)

@@ -1,9 +1,9 @@
-"""Whoever tries passwords has to wait, the longer the more it has tried.
+"""Delays logins after failed ones, the longer the more have failed.
 
-Failures are counted by address and by user.  After some of them the next attempt has to wait its turn, and
-those that come meanwhile queue behind it, so that many at once gain nothing.  An attempt whose turn would be
-too far away is refused at once.  A user who has logged in from an address does not wait there for what others
-try in its name.
+Failures are counted by address and by user.  After some of them, the next attempt waits for its turn, and
+attempts that arrive meanwhile queue behind it, so that many at once gain nothing.  An attempt whose turn
+would be too far away is refused at once.  A user who has logged in from an address does not wait there
+because of what others try in the user's name.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from proxy.access.rules import IPAddress
 from storage.errors import Throttled
 
-FREE = 3  # failures that cost nothing: everybody mistypes
-FIRST = 1.0  # seconds to wait after the next one, doubling
+FREE = 3  # failures without a delay: everybody mistypes
+FIRST = 1.0  # seconds to wait after the next failure; doubled by each further one
 LONGEST = 30.0  # seconds between two attempts, and in the queue
-FORGOTTEN = 900.0  # seconds after the last failure
-REMEMBERED = 10_000  # of each kind; the oldest go
+FORGOTTEN = 900.0  # seconds after the last failure until failures are forgotten
+REMEMBERED = 10_000  # entries of each kind; the oldest are dropped
 
 
 @dataclass(slots=True)
@@ -33,6 +33,8 @@ class _Failures:
 
 
 class LoginThrottle:
+    """Makes attempts to log in wait for their turn."""
+
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
@@ -44,7 +46,7 @@ class LoginThrottle:
         self._welcome: dict[Hashable, None] = {}
 
     async def make(self, address: IPAddress | None, user: str, check: Callable[[], Awaitable[bool]]) -> bool:
-        """What `check` tells, when it is its turn.  Raises Throttled, and what `check` does."""
+        """Call `check` when its turn comes, and return the result.  Raises Throttled, and what `check` does."""
         if seconds := self.turn(address, user):
             await self._sleep(seconds)
         right = await check()
@@ -81,7 +83,7 @@ class LoginThrottle:
                 del self._failures[next(iter(self._failures))]
 
     def succeeded(self, address: IPAddress | None, user: str) -> None:
-        # What failed before stays counted: else whoever has one password could try others for ever.
+        # Earlier failures stay counted: otherwise an attacker with one password could try others without end.
         key = _place(address), user
         self._welcome.pop(key, None)
         self._welcome[key] = None
@@ -96,7 +98,7 @@ class LoginThrottle:
 
 
 def _place(address: IPAddress | None) -> Hashable:
-    """What one client has of addresses: of IPv6 a network of 64 bits."""
+    """The addresses of one client: an IPv4 address, or a /64 network of IPv6."""
     if isinstance(address, ipaddress.IPv6Address):
         return int(address) >> 64
     return address

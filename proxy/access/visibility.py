@@ -1,11 +1,11 @@
-"""Whether a caller may see a repository of a cache: by what its own credentials are told upstream.
+"""Decides whether a caller may see a repository of a cache, by asking upstream with the caller's credentials.
 
-Asked by a HEAD for what the caller wants.  A yes holds for the caller and the repository for some minutes; a
-"there is no such thing" is passed on, and is no yes: that is how some registries refuse.  While the upstream
-cannot be asked, a yes of the last day does.
+The question is a HEAD for the requested content.  A yes holds for the caller and the repository for some
+minutes.  A 404 is passed on and is not a yes, because some registries refuse that way.  While the upstream
+cannot be asked, a yes of the last day is enough.
 
-The caller's credentials are shown to this upstream and its token realms, as ours would be, and to nobody
-else; they are held in memory for the callers of late.
+The caller's credentials are sent to this upstream and its token realms only, like the configured ones, and
+are held in memory for recent callers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from storage.registry import Registry
 
 log = structlog.get_logger()
 
-YESTERDAY = 86400.0  # seconds for which a yes does while the upstream cannot be asked
-REMEMBERED = 10_000  # verdicts
-CALLERS = 200  # with credentials of their own, whose tokens are kept
+YESTERDAY = 86400.0  # seconds for which a yes is enough while the upstream cannot be asked
+REMEMBERED = 10_000  # answers
+CALLERS = 200  # callers whose credentials and tokens are kept
 
 Probe = Callable[[Registry], Awaitable[object]]
 
@@ -40,7 +40,11 @@ class _Caller:
 
 
 class Visibility:
-    """Of one namespace.  `upstream` is the one whose word counts; while it is `cut` off it is not asked."""
+    """What callers may see of one namespace.
+
+    upstream: the upstream that is asked
+    cut: whether the upstream is cut off now, and must not be asked
+    """
 
     def __init__(
         self,
@@ -57,12 +61,12 @@ class Visibility:
         self._clock = clock
         self._cut = cut
         self._key = secrets.token_bytes(32)
-        self._seen: dict[tuple[bytes, str], float] = {}  # when a caller was told yes of a repository last
+        self._seen: dict[tuple[bytes, str], float] = {}  # the last yes for a caller and a repository
         self._callers: dict[bytes, _Caller] = {}
         self._flights = SingleFlight()
 
     def remembers(self, repository: str, credential: Credential | None) -> bool:
-        """Whether there is a yes for the caller, or for everybody, that still holds."""
+        """Whether a yes for the caller, or for anonymous callers, still holds."""
         return any(
             0 <= self._age(who, repository) < self._remember
             for who in {self._who(credential), self._who(None)}
@@ -90,7 +94,7 @@ class Visibility:
                 log.info("access.stale", namespace=self._namespace, repository=repository, error=str(error))
                 return
             raise Unavailable(
-                f"whether you may see {self._namespace}/{repository} cannot be told now: {error}",
+                f"cannot find out now whether you may see {self._namespace}/{repository}: {error}",
                 retry_after=error.retry_after,
             ) from error
         self._seen.pop((who, repository), None)
@@ -122,8 +126,8 @@ class Visibility:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Of callers that have not asked for longest."""
-        # One that is idle has nothing to be closed: its connections are the upstream's own.
+        """Forget the idle callers whose last request is the longest ago."""
+        # There is nothing to close: their connections belong to the upstream.
         idle = [who for who, caller in self._callers.items() if not caller.busy]
         for who in idle[: max(0, len(self._callers) - CALLERS)]:
             del self._callers[who]

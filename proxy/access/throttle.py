@@ -46,7 +46,10 @@ class LoginThrottle:
         self._welcome: dict[Hashable, None] = {}
 
     async def make(self, address: IPAddress | None, user: str, check: Callable[[], Awaitable[bool]]) -> bool:
-        """Call `check` when its turn comes, and return the result.  Raises Throttled, and what `check` does."""
+        """Call `check` when its turn comes, and return its result.
+
+        Raises Throttled, and what `check` raises.
+        """
         if seconds := self.turn(address, user):
             await self._sleep(seconds)
         right = await check()

@@ -188,3 +188,46 @@ def test_what_may_be_imported_is_not(module: str, source: str) -> None:
 def test_a_circle_is_found() -> None:
     found = circle({"proxy.web.a": "from proxy.web import b", "proxy.web.b": "from proxy.web.a import x"})
     assert set(found) == {"proxy.web.a", "proxy.web.b"}
+
+
+def rows(start: str) -> dict[str, list[str]]:
+    """The rows of a table of docs/architecture.md whose first column has names with `start`, by these."""
+    lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {
+        name.strip("`"): [cell for cell in row if cell != name]
+        for row in table
+        for name in row
+        if name.startswith(f"`{start}.")
+    }
+
+
+def purpose(package: Path) -> str:
+    """The first paragraph of its docstring."""
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
+
+
+def test_the_page_shows_the_packages_of_proxy() -> None:
+    found = rows("proxy")
+    assert list(found) == [f"proxy.{name}" for name in PROXY]
+    for name, below in PROXY.items():
+        said, imported = found[f"proxy.{name}"]
+        package = ROOT / "proxy" / name
+        if package.is_dir():
+            assert said == purpose(package), f"docs/architecture.md about proxy.{name}"
+        everything = "all of the above" if name == "cli" else "nothing"
+        told = " ".join(f"`{each}`" for each in below.split())
+        assert imported == (told if told and name != "cli" else everything), f"imports of proxy.{name}"
+
+
+def test_the_page_shows_the_parts_of_storage() -> None:
+    found = rows("storage")
+    assert list(found) == [f"storage.{name}" for line in STORAGE for name in line.split()]
+    for level, line in enumerate(STORAGE):
+        for name in line.split():
+            shown, said = found[f"storage.{name}"]
+            package = ROOT / "storage" / name
+            assert shown == str(level), f"the level of storage.{name}"
+            if package.is_dir():
+                assert said == purpose(package), f"docs/architecture.md about storage.{name}"

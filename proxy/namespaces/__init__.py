@@ -1,1 +1,1 @@
-"""Which Registry serves which name; how the configuration becomes them."""
+"""Which registry serves which name, and how a configuration becomes registries."""

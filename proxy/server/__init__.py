@@ -1,1 +1,1 @@
-"""The processes: supervisor, server process, housekeeping."""
+"""The processes of a server: supervisor, server process, housekeeping."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from proxy.cache import tags
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
-from proxy.upstream import transport
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream import client, transport
+from proxy.upstream.credentials import Credentials, Inline
+from proxy.upstream.requests import UpstreamSettings
+from proxy.upstream.transport import Connect
 from tests.authority import Authority
-from tests.upstream import Upstream
+from tests.upstream import Basic, Upstream
+from tests.upstream_client import PLAIN, Ask
 
 # A deadline would be a timed test.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -230,3 +236,21 @@ def _descriptors() -> set[str]:
         if target.startswith(("socket:", "/")) and "/records" not in target:
             found.add(f"{entry.name} -> {target}")
     return found
+
+
+@pytest.fixture
+async def ask() -> AsyncIterator[Ask]:
+    """A client of `url`."""
+    async with AsyncExitStack() as stack:
+
+        def to(
+            url: str, connect: Connect = PLAIN, user: Basic | None = None, realms: Sequence[str] = ()
+        ) -> client.UpstreamRegistry:
+            credentials = Inline(user.user, user.password) if user else Credentials()
+            made = client.UpstreamRegistry(
+                "up", UpstreamSettings(url, connect, tuple(realms)), [credentials], Metrics()
+            )
+            stack.push_async_callback(made.close)
+            return made
+
+        yield to

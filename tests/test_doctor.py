@@ -28,7 +28,7 @@ from proxy.doctor import running, upstreams
 from proxy.doctor.checks import Check, Diagnosis
 from tests.clients.processes import free_port
 from tests.conftest import Serve, Site
-from tests.test_upstream import Relay
+from tests.relay import Relay
 from tests.upstream import Basic, Bearer, Status, Upstream
 
 Examine = Callable[..., Awaitable["Found"]]

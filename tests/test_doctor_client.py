@@ -27,7 +27,7 @@ from proxy.setup.site import Site
 from tests import conftest
 from tests.clients.processes import free_port
 from tests.conftest import Serve
-from tests.test_upstream import Relay, server_side
+from tests.relay import Relay, server_side
 from tests.upstream import Status, Upstream
 
 BASE = "http://cache.example:5000"

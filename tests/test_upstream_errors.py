@@ -1,0 +1,79 @@
+"""What the statuses of an upstream mean."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable
+from email.utils import formatdate
+from typing import Any
+
+import pytest
+
+from storage.errors import (
+    BlobUnknown,
+    ManifestUnknown,
+    NameUnknown,
+    OriginDenied,
+    OriginFailed,
+    RangeInvalid,
+    RegistryError,
+    TooManyRequests,
+)
+from tests.upstream import (
+    RetryAfter,
+    Status,
+    Upstream,
+)
+from tests.upstream_client import LATEST, Ask, read
+
+STATUSES: list[tuple[int, type[RegistryError]]] = [
+    (400, OriginFailed),
+    (401, OriginDenied),
+    (403, OriginDenied),
+    (404, BlobUnknown),
+    (405, OriginFailed),
+    (408, OriginFailed),
+    (410, BlobUnknown),
+    (416, RangeInvalid),
+    (429, TooManyRequests),
+    (451, OriginFailed),
+    (500, OriginFailed),
+    (501, OriginFailed),
+    (502, OriginFailed),
+    (503, OriginFailed),
+    (504, OriginFailed),
+    (204, OriginFailed),
+    (304, OriginFailed),
+    (302, OriginFailed),
+]
+
+
+@pytest.mark.parametrize(("status", "error"), STATUSES)
+async def test_what_a_status_means(
+    ask: Ask, upstream: Upstream, status: int, error: type[RegistryError]
+) -> None:
+    image = upstream.image("a/b", "latest")
+    origin = ask(upstream.url)
+    upstream.next("GET", lambda request: True, Status(status), times=9)
+    with pytest.raises(error) as raised:
+        await read(origin, image.layers[0])
+    assert type(raised.value) is error
+    calls: list[Awaitable[Any]] = [origin.get_manifest("a/b", LATEST), origin.tags("a/b")]
+    for call, unknown in zip(calls, (ManifestUnknown, NameUnknown), strict=True):
+        with pytest.raises(unknown if error is BlobUnknown else error):
+            await call
+
+
+@pytest.mark.parametrize("after", ["7", "date", "soon", None])
+async def test_retry_after(ask: Ask, upstream: Upstream, after: str | None) -> None:
+    upstream.image("a/b", "latest")
+    header = formatdate(time.time() + 3600, usegmt=True) if after == "date" else after
+    upstream.next("GET", "latest", Status(429) if header is None else RetryAfter(header))
+    with pytest.raises(TooManyRequests) as raised:
+        await ask(upstream.url).get_manifest("a/b", LATEST)
+    found = raised.value.retry_after
+    if after == "date":
+        assert found is not None
+        assert 3500 < found <= 3600
+    else:
+        assert found == (7 if after == "7" else 60)

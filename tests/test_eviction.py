@@ -19,16 +19,18 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
 from storage.disk.tree import StoredBlob
 from storage.errors import BlobUnknown, ManifestUnknown
+from storage.maintenance import blob_tree
 from storage.maintenance import eviction as module
-from storage.maintenance.eviction import Eviction, EvictionReport, EvictionRules, oldest
-from storage.maintenance.pins import Kept
+from storage.maintenance.blob_tree import oldest
+from storage.maintenance.eviction import Eviction, EvictionReport, EvictionRules, EvictionRun
+from storage.maintenance.pins import PinnedContent
 from storage.maintenance.usage import Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock
 
 DAY = 86400.0
-NOTHING = Kept(frozenset(), frozenset())
+NOTHING = PinnedContent(frozenset(), frozenset())
 
 
 class Place:
@@ -160,7 +162,9 @@ async def test_pins_and_offline_namespaces_stay(place: Place) -> None:
     manifest = await place.image("a/x", "v1", pinned)
     offline = await place.blob(b"offline", "b/x")
     plain = await place.blob(b"plain", "a/x")
-    place.pinned = Kept(frozenset({("a/x", "v1"), ("a/x", str(manifest))}), frozenset({manifest, pinned}))
+    place.pinned = PinnedContent(
+        frozenset({("a/x", "v1"), ("a/x", str(manifest))}), frozenset({manifest, pinned})
+    )
     place.clock.advance(99 * DAY)
     rules: dict[str, Any] = {"keep_for": keep(a=1, b=1), "kept": frozenset({"b"}), "limit": 1}
     eviction = place.eviction(**rules)
@@ -331,10 +335,12 @@ def test_two_hundred_thousand_blobs(place: Place, monkeypatch: pytest.MonkeyPatc
         os.utime(directory, (1, 1))  # settled
     reads: list[str] = []
     removed: list[int] = []
-    scan, forget = module.read_directory, Eviction.forget
-    monkeypatch.setattr(module, "read_directory", lambda root, name: reads.append(name) or scan(root, name))
+    scan, forget = blob_tree.read_directory, EvictionRun._remove_records
     monkeypatch.setattr(
-        Eviction, "forget", lambda self, keys: removed.append(len(keys)) or forget(self, keys)
+        blob_tree, "read_directory", lambda root, name: reads.append(name) or scan(root, name)
+    )
+    monkeypatch.setattr(
+        EvictionRun, "_remove_records", lambda self, keys: removed.append(len(keys)) or forget(self, keys)
     )
     eviction = place.eviction(limit=9000, evict_to=1.0)
     assert eviction.stored() == 10_000

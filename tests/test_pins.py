@@ -12,7 +12,7 @@ import pytest
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.graph import selected, walk
-from storage.maintenance.pins import Kept, Pin, Pins
+from storage.maintenance.pins import Pin, PinnedContent, Pins
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag, parse_manifest
 from storage.store import Store
 from tests.conftest import Clock
@@ -69,7 +69,7 @@ def blobs(manifest: Manifest) -> set[Digest]:
     return {each.digest for each in parse_manifest(manifest.content).blobs}
 
 
-def kept(store: Store, *pins: Pin) -> Kept:
+def kept(store: Store, *pins: Pin) -> PinnedContent:
     return Pins(store, pins).pinned()
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_pin_is_as_none(store: Store) -> None:
 async def test_what_a_tag_means_is_kept(store: Store) -> None:
     found = await put(store, ALPINE, "3.19", image("a", b"base", b"top"))
     await put(store, ALPINE, "3.20", image("b", b"base", b"other"))
-    assert kept(store, Pin(f"{ALPINE}:3.19")) == Kept(
+    assert kept(store, Pin(f"{ALPINE}:3.19")) == PinnedContent(
         frozenset({(ALPINE, "3.19"), (ALPINE, found.digest)}), frozenset({found.digest, *blobs(found)})
     )
 
@@ -237,7 +237,7 @@ async def test_a_manifest_is_pinned_by_digest(store: Store) -> None:
     found = await put(store, ALPINE, None, image("a", b"base"))
     await put(store, ALPINE, "4", image("b"))
     for pattern in (f"{ALPINE}@{found.digest}", f"{ALPINE}@{found.digest[:20]}*"):
-        assert kept(store, Pin(pattern)) == Kept(
+        assert kept(store, Pin(pattern)) == PinnedContent(
             frozenset({(ALPINE, found.digest)}), frozenset({found.digest, *blobs(found)})
         )
 
@@ -248,7 +248,7 @@ async def test_what_was_removed_is_not_kept(store: Store) -> None:
     pins.add(Pin(ALPINE))
     assert pins.pinned().digests
     pins.remove(ALPINE)
-    assert pins.pinned() == Kept(frozenset(), frozenset())
+    assert pins.pinned() == PinnedContent(frozenset(), frozenset())
 
 
 async def test_a_tag_that_moved_keeps_what_it_means_now(store: Store) -> None:
@@ -262,12 +262,12 @@ async def test_a_tag_that_moved_keeps_what_it_means_now(store: Store) -> None:
 async def test_a_tag_whose_manifest_went_is_kept_alone(store: Store) -> None:
     found = await put(store, ALPINE, "3", image("a"))
     store.records.delete(f"manifest {ALPINE} {found.digest}")
-    assert kept(store, Pin(ALPINE)) == Kept(frozenset({(ALPINE, "3")}), frozenset())
+    assert kept(store, Pin(ALPINE)) == PinnedContent(frozenset({(ALPINE, "3")}), frozenset())
 
 
 async def test_what_was_never_pulled_keeps_nothing(store: Store) -> None:
     pins = [Pin(f"{ALPINE}:3"), Pin(f"{ALPINE}@{ENCODED}"), Pin("docker.io/Library/alpine:!")]
-    assert kept(store, *pins) == Kept(frozenset(), frozenset())
+    assert kept(store, *pins) == PinnedContent(frozenset(), frozenset())
 
 
 async def test_a_manifest_of_unknown_type_is_kept(store: Store) -> None:

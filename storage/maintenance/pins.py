@@ -105,7 +105,7 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class PinnedContent:
     """`references` are tags and manifests by repository, `digests` manifests and blobs."""
 
     references: frozenset[tuple[str, str]]
@@ -165,7 +165,7 @@ class Pins:
         """The tags, or manifests by digest, that are known here."""
         yield from matching(self._store, pin)
 
-    def pinned(self) -> Kept:
+    def pinned(self) -> PinnedContent:
         """What is to be kept now, as far as it is stored."""
         references: set[tuple[str, str]] = set()
         digests: set[Digest] = set()
@@ -180,7 +180,7 @@ class Pins:
                 found = self._kept(repository, digest, pin.platforms)
                 references.update((repository, each) for each in (*found.manifests, *found.tags))
                 digests |= found.manifests | set(found.blobs)
-        return Kept(frozenset(references), frozenset(digests))
+        return PinnedContent(frozenset(references), frozenset(digests))
 
     def _digest(self, repository: str, reference: Reference) -> Digest | None:
         if isinstance(reference, Digest):

@@ -1,0 +1,85 @@
+"""The committed blobs of a store as candidates for eviction, found by a look at the tree on disk.
+
+The last use of a blob is the mtime of its file, so that finding the oldest ones takes no database.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+
+from storage.disk.blobs import BlobFiles
+from storage.disk.tree import StoredBlob, directories, read_directory
+from storage.errors import DigestInvalid
+from storage.oci import Digest
+
+SETTLED = 2.0  # seconds after which an unchanged mtime of a directory proves that nothing in it changed
+
+
+class BlobTree:
+    """The committed blobs of one store.  Methods block, and may raise StorageFailed."""
+
+    def __init__(self, files: BlobFiles) -> None:
+        self._files = files
+        self._root = files.root / "blobs"
+        self._sizes: dict[str, tuple[int, int]] = {}  # by directory: its mtime in ns, and the bytes in it
+
+    def size(self) -> int:
+        """Bytes of all blobs.  Only directories that have changed since the last call are read."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for directory in self._directories():
+            with suppress(FileNotFoundError):
+                changed_at = (self._root / directory).stat().st_mtime_ns
+                known = self._sizes.get(directory)
+                if known is None or known[0] != changed_at:
+                    known = changed_at, sum(each.size for each in self._read(directory))
+                # A later change within the clock's resolution leaves the mtime as it is.
+                settled = time.time() - changed_at / 1e9 > SETTLED
+                sizes[directory] = known if settled else (-1, known[1])
+        self._sizes = sizes
+        return sum(size for _, size in sizes.values())
+
+    def __iter__(self) -> Iterator[StoredBlob]:
+        for directory in self._directories():
+            yield from self._read(directory)
+
+    def _directories(self) -> list[str]:
+        with self._files.guard(self._root):
+            return directories(self._root)[0]
+
+    def _read(self, directory: str) -> Sequence[StoredBlob]:
+        with suppress(OSError):  # of one directory: the others can still make room
+            return read_directory(self._root, directory).blobs
+        return ()
+
+    def find(self, digest: str) -> StoredBlob | None:
+        with suppress(OSError, DigestInvalid):
+            parsed = Digest.parse(digest)
+            found = self._files.path(parsed).stat()
+            return StoredBlob(found.st_mtime, found.st_size, parsed)
+        return None
+
+    def remove(self, found: StoredBlob) -> bool:
+        """Unlink a blob unless it was used since it was `found`; whether it was unlinked."""
+        path = self._files.path(found.digest)
+        with suppress(OSError):
+            if path.stat().st_mtime == found.used_at:
+                path.unlink()
+                return True
+        return False
+
+
+def oldest(blobs: Iterable[StoredBlob], enough: int) -> list[StoredBlob]:
+    """The least recently used blobs that have `enough` bytes together, and no more than are needed."""
+    heap: list[tuple[float, int, Digest]] = []  # the most recently used of the chosen ones is on top
+    chosen = 0
+    for each in blobs:
+        if chosen >= enough and heap and each.used_at >= -heap[0][0]:
+            continue
+        heapq.heappush(heap, (-each.used_at, each.size, each.digest))
+        chosen += each.size
+        while heap and chosen - heap[0][1] >= enough:
+            chosen -= heapq.heappop(heap)[1]
+    return sorted(StoredBlob(-age, size, digest) for age, size, digest in heap)

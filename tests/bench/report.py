@@ -28,7 +28,7 @@ def verdict(measure: Measure, figures: dict[str, list[float]]) -> str:
         met = round(ratio(measure, ours, figures[measure.aim.peer]), 1) >= measure.aim.value
     else:
         return str(measure.aim)
-    return f"{measure.aim}: {'met' if met else '**short**'}"
+    return f"{measure.aim}: {'met' if met else '**missed**'}"
 
 
 def rows(scenario: Scenario, results: Results, peers: list[str]) -> list[str]:
@@ -47,7 +47,7 @@ def rows(scenario: Scenario, results: Results, peers: list[str]) -> list[str]:
 
 
 def header(peers: list[str]) -> list[str]:
-    titles = ["work", "unit", *peers, *(f"better than {peer}" for peer in _others(peers)), "aim"]
+    titles = ["work", "unit", *peers, *(f"ratio to {peer}" for peer in _others(peers)), "goal"]
     return [f"| {' | '.join(titles)} |", f"|{'---|' * 2}{'--:|' * (len(titles) - 3)}---|"]
 
 

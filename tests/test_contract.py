@@ -26,7 +26,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import UpstreamSettings
-from proxy.web.listener import Listener, Manners
+from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
@@ -199,7 +199,8 @@ class Builder:
             return name
 
         runner = web.ServerRunner(
-            Listener(DistributionAPI(registry, qualify, Metrics()).handle, Manners()), shutdown_timeout=1
+            Listener(DistributionAPI(registry, qualify, Metrics()).handle, ConnectionLimits()),
+            shutdown_timeout=1,
         )
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)

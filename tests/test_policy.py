@@ -23,7 +23,7 @@ import pytest
 from aiohttp import web
 
 from proxy.telemetry.metrics import Metrics
-from proxy.web.listener import Listener, Manners
+from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
 from storage.disk.uploads import FileUpload
 from storage.errors import Denied
@@ -457,7 +457,9 @@ async def forbidding() -> AsyncIterator[str]:
     def qualify(name: str, *, ns: str | None, host: str | None, prefix: str) -> str:
         return f"x/{name}"
 
-    runner = web.ServerRunner(Listener(DistributionAPI(Forbidding(), qualify, Metrics()).handle, Manners()))
+    runner = web.ServerRunner(
+        Listener(DistributionAPI(Forbidding(), qualify, Metrics()).handle, ConnectionLimits())
+    )
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     yield f"http://127.0.0.1:{runner.addresses[0][1]}"

@@ -22,7 +22,7 @@ from yarl import URL
 
 from proxy.telemetry.metrics import Metrics
 from proxy.web import send
-from proxy.web.listener import Listener, Manners
+from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.ranges import MOST_RANGES, Range, parse_ranges, satisfy
 from proxy.web.server import DistributionAPI
 from storage.disk.blobs import BlobFiles
@@ -416,7 +416,7 @@ async def over() -> AsyncIterator[Over]:
         api = DistributionAPI(
             registry, lambda name, **_: f"test/{name}", Metrics(), client_timeout=client_timeout
         )
-        runner = web.ServerRunner(Listener(api.handle, Manners()), shutdown_timeout=1)
+        runner = web.ServerRunner(Listener(api.handle, ConnectionLimits()), shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))

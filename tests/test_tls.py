@@ -27,7 +27,7 @@ from yarl import URL
 
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS
-from proxy.web.listener import Connection, Listener, Manners
+from proxy.web.listener import Connection, ConnectionLimits, Listener
 from proxy.web.tls import SETTLING, Certificates, expiry, pinned
 from proxy.web.tls_listener import TLSSite
 from tests.authority import Authority, replace
@@ -83,8 +83,8 @@ def of_another(files: dict[str, str]) -> None:
     [
         (without("certificate"), "certificate", "No such file or directory"),
         (without("key"), "key", "No such file or directory"),
-        (holding("certificate", ""), "certificate", "there is no PEM certificate in it"),
-        (holding("key", "-----BEGIN CERTIFICATE-----"), "key", "there is no PEM private key in it"),
+        (holding("certificate", ""), "certificate", "it contains no certificate in PEM format"),
+        (holding("key", "-----BEGIN CERTIFICATE-----"), "key", "it contains no private key in PEM format"),
         (
             holding("certificate", "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----"),
             "certificate",
@@ -95,7 +95,7 @@ def of_another(files: dict[str, str]) -> None:
             "certificate",
             "its first certificate cannot be read",
         ),
-        (encrypted, "key", "it is encrypted, and nobody is there to be asked for the password"),
+        (encrypted, "key", "it is encrypted: a key without a password is needed"),
         (of_another, "key", "it is not the key of the first certificate in {certificate} (tls.certificate)"),
         (
             holding("key", "-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----"),
@@ -130,7 +130,7 @@ def test_a_key_may_be_in_the_file_of_its_certificate(authority: Authority, tmp_p
     both = tmp_path / "both.pem"
     both.write_bytes(Path(files["key"]).read_bytes() + Path(files["certificate"]).read_bytes())
     Certificates(TLS(certificate=both))
-    with pytest.raises(StartError, match=r"^tls\.certificate: .*server\.crt: there is no PEM private key"):
+    with pytest.raises(StartError, match=r"^tls\.certificate: .*server\.crt: it contains no private key"):
         Certificates(TLS(certificate=Path(files["certificate"])))
 
 
@@ -292,8 +292,8 @@ Peers = list[Any]
 class Gate:
     """A server behind a Door; `peers` are the certificates that clients have shown, request by request."""
 
-    def __init__(self, runner: web.ServerRunner, door: TLSSite, url: str, peers: Peers) -> None:
-        self.runner, self.door, self.url, self.peers = runner, door, url, peers
+    def __init__(self, runner: web.ServerRunner, site: TLSSite, url: str, peers: Peers) -> None:
+        self.runner, self.site, self.url, self.peers = runner, site, url, peers
 
 
 Open = Callable[..., Awaitable[Gate]]
@@ -310,16 +310,16 @@ async def opened() -> AsyncIterator[Open]:
             peers.append(request.get_extra_info("peercert"))
             return web.Response(body=b"{}")
 
-        manners = Manners(**limits)
-        runner = web.ServerRunner(Listener(handle, manners, encrypted=True), shutdown_timeout=1)
+        times = ConnectionLimits(**limits)
+        runner = web.ServerRunner(Listener(handle, times, encrypted=True), shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         sockets.append(listening)
-        door = TLSSite(runner, listening, Certificates(tls), handshake=manners.request_timeout, goodbye=5.0)
-        await door.start()
-        return Gate(runner, door, door.name, peers)
+        site = TLSSite(runner, listening, Certificates(tls), handshake=times.request_timeout, goodbye=5.0)
+        await site.start()
+        return Gate(runner, site, site.name, peers)
 
     sockets: list[socket.socket] = []
     yield start
@@ -488,7 +488,7 @@ async def test_who_asks_by_http_is_told(authority: Authority, opened: Open) -> N
     async with connect(gate.url.replace("https", "http")) as wire:
         reply = await wire.ask("POST", "/v2/local/app/blobs/uploads/", body=b"x" * 100_000)
         assert (reply.status, reply.headers["Content-Type"]) == (400, "application/json")
-        assert b"this port is for https" in reply.body
+        assert b"this port serves https" in reply.body
         assert reply.headers["Connection"] == "close"
         assert await wire.rest() == b""
     assert gate.peers == []
@@ -638,7 +638,7 @@ async def test_a_configuration_with_a_bad_certificate_changes_nothing(
     place.configure()
     server.send(signal.SIGHUP)
     refused = await server.heard("config.refused")
-    assert refused["error"] == f"tls.key: {authority.ca}: there is no PEM private key in it"
+    assert refused["error"] == f"tls.key: {authority.ca}: it contains no private key in PEM format"
     assert server.pids() == before
     assert await served_by(server, before[0], authority.client()) == shown(files)
     await server.stop()

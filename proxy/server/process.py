@@ -21,7 +21,7 @@ from proxy.namespaces.composition import Hooks, compose
 from proxy.server import make_room
 from proxy.server.access import authorizer, needed
 from proxy.server.housekeeping import Housekeeper
-from proxy.web.listener import Listener, Manners
+from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
 from proxy.web.sockets import BACKLOG, bind_all
 from proxy.web.tls import Certificates
@@ -176,10 +176,12 @@ class ServerProcess:
             path = self._run / f"{os.getpid()}.sock"
             self._closing.push_async_callback(await serve_state(self._state, path))
             resume(parts.drill, self._run)
-        manners = Manners(limits.connections_per_address, limits.request_timeout, limits.idle_timeout)
+        connections = ConnectionLimits(
+            limits.connections_per_address, limits.request_timeout, limits.idle_timeout
+        )
         # aiohttp takes 0 for no limit.
         runner = web.ServerRunner(
-            Listener(api.handle, manners, encrypted=config.tls is not None),
+            Listener(api.handle, connections, encrypted=config.tls is not None),
             shutdown_timeout=max(config.drain, 0.01),
         )
         self.url = await self._serve(runner, sockets, config.tls, clients=True)

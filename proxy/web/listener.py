@@ -1,7 +1,8 @@
-"""Connections of clients: what is not HTTP is answered in JSON; who hogs or dawdles is let go.
+"""Connections of clients, with limits on their number and on their time.
 
-A connection that has begun a request must finish its head in time, a fresh one counts as having begun.
-Between requests it may idle for a while.  aiohttp bounds the size of the head by itself.
+A connection that has begun a request must complete the request's head in time; a new connection counts as
+having begun one.  Between requests it may idle for a while.  aiohttp limits the size of the head.  Malformed
+HTTP is answered with an error in JSON.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from proxy.web.responses import error_answer
 
 log = structlog.get_logger()
 
+ON_ITS_WAY = 1.0  # seconds in which the head of a request must arrive after the server began to stop
+
 ServerHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
-ON_ITS_WAY = 1.0  # seconds that a request begun may take to arrive, once the server is to end
-
-
 @dataclass(frozen=True)
-class Manners:
-    """What is asked of clients; times in seconds."""
+class ConnectionLimits:
+    """Limits on the connections of clients; times in seconds."""
 
     connections_per_address: int = 1000
     request_timeout: float = 30.0
@@ -36,18 +36,21 @@ class Manners:
 
 
 class Connection(web.RequestHandler):
+    """A connection of a client, which a Listener serves."""
+
     __slots__ = ("address", "begun")
 
     def __init__(self, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, **options)
-        # Since when it owes us the head of a request; None while it does not.
+        # Since when the head of a request is expected; None while none is.
         self.begun: float | None = None
-        self.address: str | None = None  # None until it has come in
+        self.address: str | None = None  # None until enter()
 
     def enter(self, peer: object) -> bool:
-        """Whether it may.  By TLS that is asked before its handshake, which may never be finished.
+        """Count the connection, and return whether it is admitted.
 
-        It is to leave() if connection_made() does not follow.
+        With TLS this is called before the handshake, which may never complete.  The caller calls leave() if
+        connection_made() does not follow.
         """
         self.address = str(peer[0]) if isinstance(peer, tuple) else ""
         return cast(Listener, self._manager).admit(self.address)
@@ -76,14 +79,14 @@ class Connection(web.RequestHandler):
         return self._request_in_progress
 
     def dismiss(self) -> None:
-        """Close it, with nothing under way; by TLS without waiting until the client has said goodbye."""
+        """Close a connection without a request in progress; with TLS, without waiting for the client."""
         transport = self.transport
         self.force_close()
         if transport is not None and transport.get_extra_info("sslcontext") is not None:
             transport.abort()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
-        # aiohttp waits so long for the handler, then once more, and only then cancels it.
+        # aiohttp waits for the handler twice, `timeout` each time, before it cancels it.
         await super().shutdown(None if timeout is None else timeout / 2)
 
     def handle_error(
@@ -94,7 +97,7 @@ class Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
-            raise ConnectionResetError("part of an answer was sent already")
+            raise ConnectionResetError("part of a response was sent already")
         log.debug("request.malformed", client=request.remote, status=status, error=str(exc)[:300])
         text = (message or "the request cannot be served").splitlines()[0][:200]
         response = error_answer("UNSUPPORTED" if status < 500 else "UNKNOWN", text, status)
@@ -103,24 +106,24 @@ class Connection(web.RequestHandler):
 
 
 class Listener(web.Server):
-    """A web.Server with manners.  Cancellation tells a handler that its client has left.
+    """A web.Server that enforces limits on its connections.
 
-    One that is `encrypted` answers nothing that comes in plain.
+    A handler is cancelled when its client leaves.  An `encrypted` listener refuses requests without TLS.
     """
 
     def __init__(
-        self, handler: ServerHandler, manners: Manners, *, encrypted: bool = False, **options: Any
+        self, handler: ServerHandler, limits: ConnectionLimits, *, encrypted: bool = False, **options: Any
     ) -> None:
         super().__init__(
             self._handle,
             handler_cancellation=True,
             access_log=None,
-            keepalive_timeout=manners.idle_timeout,
+            keepalive_timeout=limits.idle_timeout,
             **options,
         )
-        self._answer = handler
+        self._handler = handler
         self._encrypted = encrypted
-        self._manners = manners
+        self._limits = limits
         self._addresses: Counter[str] = Counter()
         self._closing = False
         self._settled = asyncio.Event()
@@ -134,17 +137,18 @@ class Listener(web.Server):
         connection = cast(Connection, request.protocol)
         connection.begun = None
         if self._closing:
-            connection.close()  # when it has its answer
+            connection.close()  # after the response
             self._settle()
         if self._encrypted and not request.secure:
-            response = error_answer("UNSUPPORTED", "this port is for https, and was asked by http", 400)
+            message = "this port serves https, but the request came by plain http: use https://"
+            response = error_answer("UNSUPPORTED", message, 400)
             response.force_close()
             return response
-        return await self._answer(request)
+        return await self._handler(request)
 
     def admit(self, address: str) -> bool:
-        """Count it in; whether it may stay."""
-        most = self._manners.connections_per_address
+        """Count a connection from `address`, and return whether it may stay."""
+        most = self._limits.connections_per_address
         self._addresses[address] += 1
         if self._addresses[address] == most + 1:
             log.warning("client.refused", client=address, connections=most)
@@ -159,29 +163,29 @@ class Listener(web.Server):
         self._settle()
 
     def _sweep(self) -> None:
-        """Look at all now and then: a timer for each request would cost more than most requests do."""
-        limit = self._manners.request_timeout
+        """Close overdue connections, periodically: a timer for each request would cost too much."""
+        limit = self._limits.request_timeout
         now = self._loop.time()
         for connection in cast(list[Connection], self.connections):
             if connection.begun is not None and now - connection.begun > limit:
                 connection.dismiss()
         self._sweeper = self._loop.call_later(limit / 4, self._sweep)
 
-    # The end
+    # Shutdown
 
     def pre_shutdown(self) -> None:
-        """Close what is idle, now that nobody is accepted; a request on its way is still answered."""
+        """Close idle connections, after accepting has stopped; a request that has begun is still answered."""
         self._closing = True
         for connection in cast(list[Connection], self.connections):
             if connection.answering:
                 connection.close()
             elif connection.begun is None:
-                connection.dismiss()  # close() would leave it open, with nobody to read it
+                connection.dismiss()  # close() would leave it open without a reader
         self._settle()
 
     def _settle(self) -> None:
-        owing = any(each.begun is not None for each in cast(list[Connection], self.connections))
-        if self._closing and not owing:
+        expected = any(each.begun is not None for each in cast(list[Connection], self.connections))
+        if self._closing and not expected:
             self._settled.set()
 
     async def shutdown(self, timeout: float | None = None) -> None:

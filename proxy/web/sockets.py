@@ -1,4 +1,4 @@
-"""Listening sockets: bound by whoever starts first, shared by all who serve."""
+"""Listening sockets, which the first process of a server binds and its other processes share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ BACKLOG = 1024  # connections that may wait to be accepted
 
 
 def bind(address: Address, key: str) -> list[socket.socket]:
-    """Sockets for all that `address` stands for.  Raises StartError, which names the `key` it is of."""
+    """Bind a socket for each address that `address` resolves to.
+
+    Raises StartError, with the configuration's `key` of the address.
+    """
     sockets: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(
@@ -26,8 +29,7 @@ def bind(address: Address, key: str) -> list[socket.socket]:
     except OSError as error:
         for each in sockets:
             each.close()
-        # The text of create_server names the address once more; a name that does not resolve has a number
-        # below 0.
+        # create_server repeats the address in strerror; a name that does not resolve has a negative errno.
         number = error.errno or 0
         cause = os.strerror(number) if number > 0 else error.strerror or str(error)
         raise StartError(f"cannot listen on {address} ({key}): {cause}") from error
@@ -35,7 +37,7 @@ def bind(address: Address, key: str) -> list[socket.socket]:
 
 
 def bind_all(config: Config) -> tuple[list[socket.socket], list[socket.socket]]:
-    """For clients, and for the administrator.  Raises StartError."""
+    """Bind the sockets for clients and those for administrators.  Raises StartError."""
     listen = bind(config.listen, "listen")
     try:
         return listen, bind(config.admin, "admin") if config.admin else []

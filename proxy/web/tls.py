@@ -1,11 +1,11 @@
-"""What the server shows of itself over TLS, and whom it wants to show something in turn.
+"""The server's TLS context: its certificate, its key, and the authorities of client certificates.
 
-Nothing watches the files.  Who begins a handshake asks for the context, and that is when they are looked at;
-so a symbolic link that leads elsewhere is noticed like a file that was written anew.  Rules:
+Nothing watches the files.  Each handshake asks for the context, and that checks them; so a symbolic link that
+points elsewhere is noticed like a file that was rewritten.  Rules:
 
-- What cannot be used, and what does not fit together, changes nothing: the context before it goes on.
-- Certificate and key are replaced one after the other, so for SETTLING seconds nobody is told of that; after
-  that once (`tls.refused`).
+- Files that cannot be read, or do not belong together, change nothing: the previous context stays in use.
+- Certificate and key are replaced one after the other, so for SETTLING seconds a failure is not logged; after
+  that it is logged once (`tls.refused`).
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ SETTLING = 5.0  # seconds
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
-# Whose handshake it is that goes on in this context.
+# The address of the client whose handshake runs in this context.
 client_address: ContextVar[str] = ContextVar("client_address", default="")
 
 Stamps = list[tuple[int, ...] | None]
 
 
 class Certificates:
-    """Those of `settings`; without `clients` nobody is asked for one.  Raises StartError.
+    """The certificate files of `settings`, and the TLS context made from them.  Raises StartError.
 
-    `expires` is when the one that is shown does, in seconds since the epoch.
+    Clients are asked for certificates only with `clients`.  `expires` is the time at which the server's
+    certificate expires, in seconds since the epoch.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class Certificates:
         self._files = [each for each in (settings.certificate, settings.key, settings.client_ca) if each]
         self._stamps = self._look()
         self._context, self.expires = self._load()
-        self._warned = self._clock() > self.expires  # who starts the server tells that, once for all
-        self._doubtful: Stamps | None = None  # what was seen last, and could not be used
-        self._since: float | None = None  # None once it was told
+        self._warned = self._clock() > self.expires  # the process that starts the server logs that, once
+        self._doubtful: Stamps | None = None  # the last files that could not be used
+        self._since: float | None = None  # since when; None once it is logged
 
     def context(self) -> ssl.SSLContext:
-        """For the next handshake."""
+        """Return the context for the next handshake."""
         stamps = self._look()
         if stamps == self._stamps:
             self._doubtful = None
@@ -68,7 +69,7 @@ class Certificates:
         return self._context
 
     def warn(self) -> None:
-        """Tell if the certificate has expired."""
+        """Log a warning if the certificate has expired."""
         if self._clock() > self.expires:
             self._warned = True
             certificate = str(self._settings.certificate)
@@ -95,7 +96,7 @@ class Certificates:
         return [_stamp(each) for each in self._files]
 
     def _load(self) -> tuple[ssl.SSLContext, float]:
-        """A context, and when its certificate expires."""
+        """Make a context; return it and the time at which its certificate expires."""
         settings = self._settings
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = _VERSIONS[settings.minimum]
@@ -105,7 +106,7 @@ class Certificates:
         expires = expiry(_first(settings.certificate))
         key, name = (settings.key, "key") if settings.key else (settings.certificate, "certificate")
         if "PRIVATE KEY-----" not in _read(name, key):
-            raise _fault(name, key, "there is no PEM private key in it")
+            raise _fault(name, key, "it contains no private key in PEM format")
         self._load_pair(context, name, key)
         if self._clients and settings.client_ca is not None:
             _read("client_ca", settings.client_ca)
@@ -121,7 +122,7 @@ class Certificates:
         certificate = self._settings.certificate
 
         def password() -> str:
-            raise _fault(name, key, "it is encrypted, and nobody is there to be asked for the password")
+            raise _fault(name, key, "it is encrypted: a key without a password is needed")
 
         try:
             context.load_cert_chain(certificate, key, password)
@@ -133,10 +134,10 @@ class Certificates:
 
 
 class AlertingSSLObject(ssl.SSLObject):
-    """One that says why a handshake fails, to us and to the client.
+    """An SSLObject that logs why a handshake fails, and sends the alert to the client.
 
-    asyncio drops the alert that a failure has brought about (RFC 8446 §6.2): so it hears first that there is
-    something to send, and of the failure when the client goes on.
+    asyncio drops the alert of a failed handshake (RFC 8446 §6.2).  So the failure is first reported as data
+    to be sent, and raised when the handshake continues.
     """
 
     failure: ssl.SSLError | None = None
@@ -155,12 +156,12 @@ class AlertingSSLObject(ssl.SSLObject):
 
 
 def pinned(certificate: Path) -> ssl.SSLContext:
-    """For a client on the machine of a server that shows `certificate`: that very one is trusted, no other.
+    """A context for a client on the server's machine, which trusts just this `certificate`.
 
     Raises StartError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # The address by which it is reached from here is hardly ever among its names.
+    # The certificate rarely contains the address by which a local client reaches the server.
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cadata=_first(certificate))
@@ -168,10 +169,10 @@ def pinned(certificate: Path) -> ssl.SSLContext:
 
 
 def _first(file: Path) -> bytes:
-    """The first certificate in it, in DER: the others are those of its authorities."""
+    """The first certificate of a file, in DER: the others are those of its authorities."""
     found = _CERTIFICATE.search(_read("certificate", file))
     if found is None:
-        raise _fault("certificate", file, "there is no PEM certificate in it")
+        raise _fault("certificate", file, "it contains no certificate in PEM format")
     try:
         certificate = ssl.PEM_cert_to_DER_cert(found[0])
         expiry(certificate)
@@ -181,7 +182,7 @@ def _first(file: Path) -> bytes:
 
 
 def expiry(certificate: bytes) -> float:
-    """The end of the validity of one in DER (RFC 5280 §4.1); the standard library tells no server its own."""
+    """When a certificate in DER expires (RFC 5280 §4.1); the standard library has no function for this."""
     _, at, _ = _element(certificate, 0)
     _, at, _ = _element(certificate, at)  # into tbsCertificate
     tag, _, stop = _element(certificate, at)
@@ -199,7 +200,7 @@ def expiry(certificate: bytes) -> float:
 
 
 def _element(der: bytes, at: int) -> tuple[int, int, int]:
-    """Tag, start and stop of the content (X.690 §8.1)."""
+    """The tag of the element at `at`, and start and stop of its content (X.690 §8.1)."""
     tag, length, start = der[at], der[at + 1], at + 2
     if length & 0x80:
         start += length & 0x7F
@@ -212,7 +213,7 @@ def _stamp(file: Path) -> tuple[int, ...] | None:
         found = file.stat()
     except OSError:
         return None
-    # Not the time of its content, which whoever copies it may keep, and which leaves out who may read it.
+    # Not mtime: copying may keep it, and changed permissions do not change it.
     return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
 
 
@@ -228,7 +229,7 @@ def _fault(name: str, file: Path, cause: str) -> StartError:
 
 
 def _cause(error: Exception) -> str:
-    # The first is what is wrong with a client's certificate.
+    # verify_message is the problem with a client's certificate.
     found = (getattr(error, name, None) for name in ("verify_message", "reason", "strerror"))
     return str(next(filter(None, found), error)).lower().replace("_", " ")
 

@@ -1,7 +1,7 @@
-"""Where connections come in by TLS: accepted, counted, and let in once they have shaken hands.
+"""Accepting connections with TLS: they are counted first, then they make their handshake.
 
-asyncio's own way in would do that with one context for ever, and tells of a connection only when it has
-shaken hands: those that never do would be bounded by nothing.
+asyncio's own servers keep one TLS context forever, and report a connection only after its handshake: no limit
+would apply to connections that never complete it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from proxy.web.tls import Certificates, client_address
 log = structlog.get_logger()
 
 HANDSHAKE = b"\x16"  # RFC 8446 §5.1: the content type with which every connection begins
-PAUSE = 1.0  # seconds before the next is accepted, where there is nothing to do it with, such as descriptors
+PAUSE = 1.0  # seconds before accepting again after it failed, for lack of descriptors for example
 
 
 class TLSSite(web.BaseSite):
-    """At a socket that listens.  In seconds, a handshake may take `handshake`, the last bytes `goodbye`."""
+    """Serves a listening socket with TLS.
+
+    handshake, goodbye: seconds that the handshake and the closing of a connection may take
+    """
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class TLSSite(web.BaseSite):
         self._certificates = certificates
         self._handshake = handshake
         self._goodbye = goodbye
-        self._greetings: set[asyncio.Task[None]] = set()
+        self._handshakes: set[asyncio.Task[None]] = set()
 
     @property
     def name(self) -> str:
@@ -50,14 +53,14 @@ class TLSSite(web.BaseSite):
         self._accepting = asyncio.create_task(self._accept())
 
     async def stop(self) -> None:
-        """Accept nobody more; who was accepted may finish its handshake, to be served like the others."""
+        """Stop accepting.  Accepted connections may complete their handshake, and are served."""
         self._accepting.cancel()
         await asyncio.wait((self._accepting,))
-        if self._greetings:
-            await asyncio.wait(self._greetings, timeout=ON_ITS_WAY)
-        for task in self._greetings:
+        if self._handshakes:
+            await asyncio.wait(self._handshakes, timeout=ON_ITS_WAY)
+        for task in self._handshakes:
             task.cancel()
-        await asyncio.gather(*self._greetings, return_exceptions=True)
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
         await super().stop()
 
     async def _accept(self) -> None:
@@ -66,18 +69,18 @@ class TLSSite(web.BaseSite):
             try:
                 client, peer = await loop.sock_accept(self._listening)
             except ConnectionError:
-                continue  # it has left already
+                continue  # the client has left already
             except OSError as error:
                 log.error("accept.failed", error=error.strerror)
                 await asyncio.sleep(PAUSE)
                 continue
             task = asyncio.create_task(self._receive(client, peer))
-            self._greetings.add(task)
-            task.add_done_callback(self._greetings.discard)
-            await asyncio.sleep(0)  # sock_accept() waits for nothing while more of them stand in line
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+            await asyncio.sleep(0)  # sock_accept() does not yield while more connections are queued
 
     async def _receive(self, client: socket.socket, peer: object) -> None:
-        """Let it in, or close it."""
+        """Make the handshake with a client and serve it, or close the connection."""
         assert self._runner.server is not None
         connection = self._runner.server()
         client_address.set(str(peer[0]) if isinstance(peer, tuple) else "")
@@ -85,16 +88,16 @@ class TLSSite(web.BaseSite):
             if isinstance(connection, Connection) and not connection.enter(peer):
                 raise ConnectionRefusedError
             async with asyncio.timeout(self._handshake):
-                await self._greet(client, connection)
+                await self._shake_hands(client, connection)
         except BaseException as error:
-            client.close()  # where there is a transport, that has let go of it already
+            client.close()  # a transport, if there is one, has released the socket already
             if isinstance(connection, Connection):
                 connection.leave()
             if not isinstance(error, OSError):
                 raise
 
-    async def _greet(self, client: socket.socket, connection: web.RequestHandler) -> None:
-        """Raises OSError."""
+    async def _shake_hands(self, client: socket.socket, connection: web.RequestHandler) -> None:
+        """Make the handshake.  Raises OSError."""
         loop = asyncio.get_running_loop()
         if await _first(client) == HANDSHAKE:
             await loop.connect_accepted_socket(
@@ -105,19 +108,19 @@ class TLSSite(web.BaseSite):
                 ssl_shutdown_timeout=self._goodbye,
             )
         elif isinstance(connection, Connection):
-            # Its request is answered that it should come by TLS: Listener does that.
+            # Plain HTTP: Listener answers with an error that says to use https.
             await loop.connect_accepted_socket(lambda: connection, client)
         else:
             raise ConnectionRefusedError
 
 
 async def _first(client: socket.socket) -> bytes:
-    """The first byte, which stays to be read."""
+    """Return the first byte, without consuming it."""
     loop = asyncio.get_running_loop()
-    come = asyncio.Event()
-    loop.add_reader(client, come.set)
+    readable = asyncio.Event()
+    loop.add_reader(client, readable.set)
     try:
-        await come.wait()
+        await readable.wait()
     finally:
         loop.remove_reader(client)
     return client.recv(1, socket.MSG_PEEK)

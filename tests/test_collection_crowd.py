@@ -302,9 +302,9 @@ async def stopped(step):
     elif step == "before that is committed":
         stop(reachability.Reachability, "remove", lambda *_: True, after=True)
     elif step == "before links go":
-        stop(collection._Run, "_remove_links", lambda *_: True)
+        stop(collection._CollectionRun, "_remove_links", lambda *_: True)
     elif step == "before files go":
-        stop(collection._Run, "_collect_files", lambda *_: True)
+        stop(collection._CollectionRun, "_collect_files", lambda *_: True)
     elif step == "before a file is moved":
         stop(Path, "rename", lambda path, to: "blobs" in str(path))
     elif step == "before a file is removed":

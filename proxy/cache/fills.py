@@ -20,7 +20,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.readers import BlobSource, FollowedBlob
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight, Slots
-from storage.disk.health import MakeRoom, nobody
+from storage.disk.health import MakeRoom, make_no_room
 from storage.disk.uploads import FileUpload
 from storage.errors import (
     BlobUnknown,
@@ -80,7 +80,7 @@ class Fills:
         metrics: Metrics,
         slots: Slots | None = None,
         backoff: float = BACKOFF,
-        make_room: MakeRoom = nobody,
+        make_room: MakeRoom = make_no_room,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store

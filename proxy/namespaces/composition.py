@@ -36,7 +36,7 @@ from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.concurrency import RateLimit, Slots, share_of
 from storage.disk.blobs import BlobFiles
-from storage.disk.health import DiskHealth, MakeRoom, may_pass, nobody
+from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import Records
 from storage.errors import StorageFailed
 from storage.maintenance.collection import Collection, CollectionReport
@@ -65,7 +65,7 @@ class Hooks:
     drill_begun: is called when a drill begins
     """
 
-    make_room: MakeRoom = nobody
+    make_room: MakeRoom = make_no_room
     wake: Callable[[], None] = nothing
     pause: Callable[[float], None] = time.sleep
     drill_begun: Callable[[], None] = nothing

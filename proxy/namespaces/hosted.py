@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from storage.disk.health import MakeRoom, nobody
+from storage.disk.health import MakeRoom, make_no_room
 from storage.disk.records import Batch, Records
 from storage.errors import (
     Denied,
@@ -72,7 +72,7 @@ class Hosted(Registry):
         store: Store,
         leases: Leases,
         rules: PushRules = PushRules(),
-        make_room: MakeRoom = nobody,
+        make_room: MakeRoom = make_no_room,
         moved: Moved | None = None,
     ) -> None:
         self._namespace = namespace

@@ -1,14 +1,14 @@
-"""Blobs as plain files: the tree is the index.
+"""Blobs as regular files: the directory tree is the index.
 
     <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
-    <root>/partial/<algorithm>-<encoded>        a fill on its way, locked by whoever writes it
-    <root>/partial/<id>                         any other upload, locked while somebody writes it
-    <root>/locks/<name's hash>                  held by a process while it does what only one may do
-    <root>/damaged/<algorithm>-<encoded>        found to be something else; of no use but to be looked at
+    <root>/partial/<algorithm>-<encoded>        a fill in progress, locked by its writer
+    <root>/partial/<id>                         any other upload, locked while it is written
+    <root>/locks/<hash of the name>             held by a process while it does what only one may do
+    <root>/damaged/<algorithm>-<encoded>        content that does not match its digest, kept for inspection
 
-A blob exists if and only if its file does, and a file gets there only by rename after verification; its
-mtime is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but
-partial/, where a fill is found by its digest and gone on with.
+A blob exists if and only if its file does.  A file gets there only by a rename after verification; its mtime
+is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but partial/,
+where a fill is found by its digest and resumed.
 """
 
 from __future__ import annotations
@@ -35,22 +35,18 @@ from storage.oci import OCTETS, Descriptor, Digest
 
 log = structlog.get_logger()
 
-KIND = "blobs"  # what the disk calls what fails here
-
-TOUCH = 60.0  # seconds; a last use is noted no finer, so that most hits write nothing
-HASHES = 1000  # suspended uploads whose hash is remembered; the others are read again at their end
-IN_USE = 10.0  # seconds that an upload waits for whoever writes it: most likely he was cut off
-
+KIND = "blobs"  # the kind of these files in DiskHealth
+TOUCH = 60.0  # seconds; the precision of the last use, so that most hits write nothing
+HASHES = 1000  # suspended uploads whose hash is remembered; others are read again at their end
+IN_USE = 10.0  # seconds that a resumed upload waits for its former writer, which was probably cut off
 _ID = re.compile(r"[A-Za-z0-9_-]{22}\.[0-9a-f]{16}")
 
 
 class BlobFiles:
-    """`clock` tells the time of last use, in seconds since the epoch.
+    """The files of blobs and uploads below one directory; missing directories are created.
 
-    Where its directories are removed, it makes them again.
-
-    What lies in a `private` one can be fetched from nowhere: what is damaged of it is told of and set aside.
-    Its use is noted by renew() only.
+    The blobs of a `private` store cannot be fetched again: a damaged one is logged and set aside, and only
+    renew() updates the time of last use.  `clock` returns seconds since the epoch.
     """
 
     def __init__(
@@ -66,7 +62,7 @@ class BlobFiles:
         self.clock = clock
         self._partial = root / "partial"
         self._locks = root / "locks"
-        self.growing: set[FileUpload] = set()  # those whose size is known
+        self.growing: set[FileUpload] = set()  # uploads of a known size
         self._hashes: dict[str, tuple[HASH, int]] = {}
         with translated(root):
             self._make()
@@ -84,15 +80,15 @@ class BlobFiles:
             return os.open(path, flags, 0o644)
 
     def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
-        """Around what writes: see Disk.guard()."""
+        """Report the failure of a write: see DiskHealth.guard()."""
         return self.disk.guard(KIND, path, size)
 
     def worked(self, size: int = 0) -> None:
-        """Something of `size` bytes was written: see Disk.worked()."""
+        """Report a successful write of `size` bytes: see DiskHealth.worked()."""
         self.disk.worked(KIND, size)
 
     def check_room(self, upload: FileUpload) -> None:
-        """See FileUpload.expect()."""
+        """Reserve the room that `upload` still needs; raises StorageFailed if there is not enough."""
         lacking = sum(each.lacks for each in self.growing | {upload})
         with self.guard(self.root, lacking):
             if self.disk.room() < lacking:
@@ -100,19 +96,20 @@ class BlobFiles:
         self.growing.add(upload)
 
     def room(self) -> int:
-        """Bytes that nobody has or is to have yet."""
+        """Bytes that are free and not reserved for uploads."""
         return self.disk.room() - sum(each.lacks for each in self.growing)
 
     def path(self, digest: Digest) -> Path:
         return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
 
     def holds(self, digest: Digest) -> bool:
+        """Whether the blob is stored."""
         path = self.path(digest)
         with translated(path):
             return path.exists()
 
     def open(self, digest: Digest, size: int | None = None) -> FileBlob:
-        """Raises BlobUnknown; also where the file is not `size` bytes long, and then it does not stay."""
+        """Open the blob.  Raises BlobUnknown, also if the file has not `size` bytes; it is then removed."""
         path = self.path(digest)
         with translated(path):
             try:
@@ -126,7 +123,7 @@ class BlobFiles:
                 raise BlobUnknown(f"{digest} was damaged: {status.st_size} of {size} bytes were left")
         now = self.clock()
         if not self.private and not 0 <= now - status.st_mtime < TOUCH:
-            with suppress(OSError):  # a read-only disk serves all the same
+            with suppress(OSError):  # a read-only disk can serve it nevertheless
                 os.utime(file, (now, now))
         return FileBlob(file, Descriptor(OCTETS, digest, status.st_size), used_at=status.st_mtime)
 
@@ -139,14 +136,14 @@ class BlobFiles:
             log.error("blob.damaged", digest=str(digest), found=told, path=str(aside), action="set aside")
 
     def touch(self, digest: Digest, at: float) -> None:
-        """It was used at `at`, though nobody opened it.  What is not here is passed by."""
+        """Record a use of a blob that was not opened; does nothing if the blob is not stored."""
         path = self.path(digest)
-        with suppress(OSError):  # vanished, or on a read-only disk
+        with suppress(OSError):  # removed, or on a read-only disk
             if at - path.stat().st_mtime >= TOUCH:
                 os.utime(path, (at, at))
 
     def renew(self, digest: Digest) -> None:
-        """It is used now.  Raises BlobUnknown where it is not here."""
+        """Set the time of last use to the present time.  Raises BlobUnknown."""
         now = self.clock()
         path = self.path(digest)
         with translated(path):
@@ -156,7 +153,7 @@ class BlobFiles:
                 raise BlobUnknown(f"{digest} is not stored here") from None
 
     def verify(self, digest: Digest) -> None:
-        """Read all of it.  Blocks.  Raises BlobUnknown, also where it is damaged, and then it is removed."""
+        """Read the whole blob.  Blocks.  Raises BlobUnknown, also if it is damaged; it is then removed."""
         path = self.path(digest)
         with translated(path):
             try:
@@ -169,9 +166,9 @@ class BlobFiles:
                 raise BlobUnknown(f"{digest} was damaged: its content is {found}")
 
     def set_aside(self, digest: Digest, found: os.stat_result) -> Path | None:
-        """Move the file that `found` tells of, and that is damaged, out of the tree; where it lies then.
+        """Move a damaged file, which has the status `found`, out of the tree; returns its new path.
 
-        None: the name leads to another file by now, or to none.  Its mtime tells when it was moved.
+        Returns None if the name no longer leads to that file.  The mtime becomes the time of the move.
         """
         path = self.path(digest)
         aside = self.root / "damaged" / f"{digest.algorithm}-{digest.encoded}"
@@ -180,18 +177,18 @@ class BlobFiles:
                 return None
             aside.parent.mkdir(exist_ok=True)
             path.rename(aside)
-            # 1. we look  2. it is evicted, and filled again  3. we rename what is good: it goes back.
+            # 1. we check  2. it is evicted and filled again  3. we rename the good file: move it back.
             if not os.path.samestat(aside.lstat(), found):
                 aside.rename(path)
                 return None
             now = self.clock()
-            with suppress(OSError):  # a file of another user's
+            with suppress(OSError):  # a file of another user
                 os.utime(aside, (now, now))
             return aside
         return None
 
     def create(self, owner: str = "", algorithm: str = "sha256") -> FileUpload:
-        """An upload that can be suspended, and gone on with by whoever names its id and `owner`."""
+        """Start an upload that can be suspended, and resumed by its id and `owner`."""
         path = self._partial / f"{secrets.token_urlsafe(16)}.{_mark(owner)}"
         with self.guard(path):
             file = self._create(path, os.O_EXCL)
@@ -199,9 +196,9 @@ class BlobFiles:
         return FileUpload(self, path, file, algorithm)
 
     async def reopen(self, id: str, owner: str = "") -> FileUpload:
-        """The upload of this id, by whichever process it was suspended.
+        """Resume an upload that this or another process suspended.
 
-        Raises BlobUploadUnknown, and Unavailable while somebody else goes on writing it.
+        Raises BlobUploadUnknown; Unavailable while another request writes it.
         """
         if not _ID.fullmatch(id) or not id.endswith(f".{_mark(owner)}"):
             raise BlobUploadUnknown(f"there is no upload {id[:80]!r} of this repository")
@@ -210,7 +207,7 @@ class BlobFiles:
             try:
                 file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             except FileNotFoundError:
-                raise BlobUploadUnknown(f"there is no upload {id!r}: it has ended, or was given up") from None
+                raise BlobUploadUnknown(f"there is no upload {id!r}: it ended, or was abandoned") from None
         upload = FileUpload(self, path, file, "sha256", ours=False)
         try:
             await self._lock_upload(path, file)
@@ -233,15 +230,15 @@ class BlobFiles:
         raise Unavailable(f"upload {path.name!r} is being written by another request", retry_after=1.0)
 
     def remember(self, id: str, hash: HASH, hashed: int) -> None:
-        """Spare whoever goes on with a suspended upload here to read it again."""
+        """Keep the hash of a suspended upload, so that reopen() need not read the bytes again."""
         self._hashes[id] = hash, hashed
         if len(self._hashes) > HASHES:
             del self._hashes[next(iter(self._hashes))]
 
     async def resume(self, digest: Digest) -> FileUpload:
-        """The upload of this very digest, with what a former one has left.
+        """Start or resume the upload of this digest.
 
-        Where another process is at it, its upload: see FileUpload.watch().
+        If another process writes it, the upload is not `ours`: see FileUpload.watch().
         """
         path = self._partial / f"{digest.algorithm}-{digest.encoded}"
         file, locked = self._open_locked(path)
@@ -256,14 +253,14 @@ class BlobFiles:
         return upload
 
     def _open_locked(self, path: Path) -> tuple[int, bool]:
-        """The file, created if need be, and whether the lock of it is ours."""
+        """Open the file, which is created if necessary; also returns whether we got its lock."""
         while True:
             with self.guard(path):
                 file = self._create(path)
                 try:
                     locked = try_lock(file)
-                    # 1. we open  2. its writer renames it into blobs/ and lets go  3. we get the lock:
-                    # of a committed blob.  So the name must still lead to the file that we opened.
+                    # 1. we open  2. its writer renames it into blobs/ and releases the lock  3. we get the
+                    # lock, of a committed blob.  So the name must still lead to the file that we opened.
                     if leads_to(path, file):
                         return file, locked
                 except BaseException:
@@ -273,9 +270,9 @@ class BlobFiles:
 
     @asynccontextmanager
     async def exclusive(self, name: str) -> AsyncIterator[bool]:
-        """Of all processes on this directory one is inside at a time, for each `name`; whether it waited.
+        """A lock between all processes on this directory, one for each `name`; yields whether it had to wait.
 
-        Where no lock can be had since the disk fails, all go on: this spares work, it guards nothing.
+        If the disk fails, all enter without a lock: this saves duplicate work and protects nothing.
         """
         path = self._locks / hashlib.sha256(name.encode()).hexdigest()[:32]
         file: int | None = None
@@ -293,12 +290,15 @@ class BlobFiles:
         finally:
             if file is not None:
                 with suppress(OSError):
-                    path.unlink()  # while it is locked: who opened it meanwhile sees that its name is gone
+                    path.unlink()  # under the lock: a process that has it open sees it removed
                 os.close(file)
 
     @contextmanager
     def turn(self, seconds: float) -> Iterator[bool]:
-        """Whether this process is to keep house: none does, and none that still runs did so for `seconds`."""
+        """Yields whether it is the turn of this process to do housekeeping.
+
+        It is if no process does so, and no other process that still runs did in the last `seconds`.
+        """
         path = self.root.parent / "keeper.lock"
         with self.guard(path):
             file = self._create(path)
@@ -316,22 +316,22 @@ class BlobFiles:
             os.close(file)
 
     def place(self, partial: Path, file: int, path: Path) -> list[Path]:
-        """Move a partial file, open as `file`, to its place; the directories that are still to be synced.
+        """Move a partial file, open as `file`, to `path`; returns the directories that must be synced then.
 
         Blocks.  Raises OSError.
         """
         made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         now = self.clock()
-        os.utime(file, (now, now))  # the time of last use is of our clock
-        # Data before name: after a power cut a name stands for all of its bytes.
+        os.utime(file, (now, now))  # the time of last use, by our clock
+        # Data before name: after a power failure, a name implies all of its bytes.
         os.fdatasync(file)
         partial.replace(path)
-        # A new directory is itself a name, in one that may be as new.
+        # A new directory is itself a name in a directory that may be new, too.
         return [path.parent, *(path.parents[1:4] if made else ())]
 
     def check(self) -> None:
-        """Raises StorageFailed where nothing can be written."""
+        """Write a file to see whether the disk works.  Raises StorageFailed."""
         path = self._partial / f"check-{os.getpid()}"
         with self.guard(path):
             file = self._create(path)
@@ -343,10 +343,7 @@ class BlobFiles:
         self.worked()
 
     def reap(self, age: float) -> int:
-        """Remove what the dead left: partial files and locks that nobody touched for `age` seconds.
-
-        How many they were.
-        """
+        """Remove partial files and locks that were not modified for `age` seconds; returns how many."""
         reaped = 0
         with translated(self._partial):
             for path in (*self._partial.iterdir(), *self._locks.iterdir()):
@@ -358,7 +355,7 @@ class BlobFiles:
 
 
 def _mark(owner: str) -> str:
-    """What an upload's id carries, so that it is of use for its owner only."""
+    """The part of an upload's id that makes it valid for its owner only."""
     return hashlib.sha256(owner.encode()).hexdigest()[:16]
 
 

@@ -1,15 +1,16 @@
-"""The disk beneath a store: what is wrong with it, told once, and how much room it has.
+"""The state of the disk below a store: its failures, each logged once, and its free space.
 
-Whoever meets a failure reports it here, and gets the StorageFailed to raise.  The first failure of a cause
-is an event, `disk.failed`; those that follow are not.  The cause stands until
+Code that meets a failure reports it here, and gets the StorageFailed to raise.  The first failure with a
+cause logs the event `disk.failed`; later ones log nothing.  The cause is over when
 
-- of a full disk: there is room for what did not fit;
-- of one that is read-only: it no longer is, and something was written;
-- of all else: something of the same kind works that is as large as what failed;
-- or nothing has failed for it for a while;
+- the disk was full: there is room for the largest write that failed;
+- the disk was read-only: it no longer is, and a write succeeds;
+- anything else: a write of the same kind succeeds that is as large as the largest that failed;
+- in any case: a write succeeds and nothing has failed with this cause for a while;
 
-and then `disk.recovered` is told.  So neither a hundred pulls on a full disk nor small blobs among large
-ones that do not fit make more than one event.
+and then `disk.recovered` is logged.
+So there is one event for a hundred pulls on a full disk, and for small blobs that fit among large ones that
+do not.
 """
 
 from __future__ import annotations
@@ -33,16 +34,15 @@ from storage.oci import Digest
 
 log = structlog.get_logger()
 
-SPARE = 1 << 20  # bytes that blobs leave free, for records
-FORGOTTEN = 600.0  # seconds without a failure after which anything that works is good enough
-
+SPARE = 1 << 20  # bytes that blobs leave free for records
+FORGOTTEN = 600.0  # seconds without a failure after which any successful write ends a cause
 _FULL = os.strerror(errno.ENOSPC)
 _READ_ONLY = os.strerror(errno.EROFS)
 _PASSING = {_FULL, _READ_ONLY, os.strerror(errno.EIO), os.strerror(errno.EDQUOT)}
 
 
 def primary(error: Exception) -> int:
-    """SQLite's primary result code; 0 where the error has none."""
+    """The primary SQLite result code of an error; 0 if it has none."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
@@ -51,13 +51,13 @@ def _cause(error: BaseException | None) -> str:
 
 
 def may_pass(error: StorageFailed) -> bool:
-    """Whether it is of a kind that ends without anybody's changing the configuration."""
+    """Whether the failure may end without a change of the configuration."""
     return isinstance(error.__cause__, sqlite3.Error) or _cause(error.__cause__) in _PASSING
 
 
 @contextmanager
 def translated(what: Path | Digest) -> Iterator[None]:
-    """Around what tells nothing of the disk: an OSError is the caller's alone.  Raises StorageFailed."""
+    """Turn an OSError into StorageFailed without reporting it: it says nothing about the disk."""
     try:
         yield
     except OSError as error:
@@ -65,7 +65,7 @@ def translated(what: Path | Digest) -> Iterator[None]:
 
 
 def sync(directory: Path) -> None:
-    """Have the disk keep the names in it."""
+    """Make the names in a directory durable."""
     file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)
@@ -81,7 +81,7 @@ class _Trouble:
 
 
 class DiskHealth:
-    """One for all that lies below `root`.  `clock` tells seconds.  Any thread may use it."""
+    """The state of the disk that holds `root`.  Thread-safe.  `clock` returns seconds."""
 
     def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
         self._root = root
@@ -91,19 +91,19 @@ class DiskHealth:
 
     @contextmanager
     def guard(self, kind: str, path: Path, size: int = 0) -> Iterator[None]:
-        """Report an OSError: see failed().  Raises StorageFailed."""
+        """Report an OSError, as failed() does, and raise StorageFailed instead."""
         try:
             yield
         except OSError as error:
             raise self.failed(kind, path, error, size) from error
 
     def failed(self, kind: str, path: Path, error: Exception, size: int = 0) -> StorageFailed:
-        """Take note of it; `size` bytes is how large what failed was to be.
+        """Report a failure; returns the error to raise from `error`.
 
-        What it returns is to be raised from `error`.
+        `size` is the size in bytes of the write that failed.
         """
         cause = self._cause(error)
-        # Blobs and records share the disk, but not the fate of a file.
+        # A full or read-only disk affects blobs and records alike; any other failure affects one kind.
         key = ("disk" if cause in (_FULL, _READ_ONLY) else kind), cause
         with self._lock:
             known = self._troubles.get(key)
@@ -114,7 +114,7 @@ class DiskHealth:
         return StorageFailed(f"{path}: {cause}")
 
     def _cause(self, error: Exception) -> str:
-        """The same, whoever meets it."""
+        """The cause in words that are the same for files and for SQLite."""
         if primary(error) == sqlite3.SQLITE_FULL:
             return _FULL
         if primary(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and self._read_only():
@@ -128,7 +128,7 @@ class DiskHealth:
             return False
 
     def worked(self, kind: str, size: int = 0) -> None:
-        """Something of `size` bytes was written."""
+        """Report a successful write of `size` bytes."""
         if not self._troubles:
             return
         with self._lock:
@@ -150,17 +150,17 @@ class DiskHealth:
         return over or not 0 <= self._clock() - trouble.failed_at < FORGOTTEN
 
     def room(self) -> int:
-        """Bytes that blobs may take."""
+        """Bytes that are free for blobs."""
         try:
             status = os.statvfs(self._root)
         except OSError:
-            return sys.maxsize  # whoever writes will see
+            return sys.maxsize  # a write will show the failure
         if status.f_files and not status.f_favail:
             return -1
         return status.f_bavail * status.f_frsize - SPARE
 
     def troubles(self) -> list[str]:
-        """A sentence for each cause that stands."""
+        """A sentence for each cause that is not over."""
         with self._lock:
             return [f"{trouble.path}: {cause}" for (_, cause), trouble in self._troubles.items()]
 
@@ -168,5 +168,5 @@ class DiskHealth:
 MakeRoom = Callable[[int], Coroutine[Any, Any, None]]
 
 
-async def nobody(coming: int) -> None:
-    """Where nobody keeps house."""
+async def make_no_room(coming: int) -> None:
+    """Make no room: there is no housekeeping."""

@@ -1,8 +1,8 @@
-"""Files that one process at a time has, by a lock on the open file, and the names that lead to them.
+"""Locks on open files, which one process holds at a time.
 
-A lock ends with its process, so that what the dead held is free.  It is of the file, not of its name: whoever
-has got it looks whether the name still leads there, since the one before may have renamed or removed the
-file, and then let go.  Nobody is told when a lock is free; it is tried again every now and then.
+A lock ends with its process.  It belongs to the file, not to the name: a process that gets the lock checks
+whether the name still leads to the file, since the former holder may have renamed or removed the file before
+it released the lock.  The kernel sends no notification when a lock is released; hence callers poll.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import fcntl
 import os
 from pathlib import Path
 
-POLL = 0.02  # seconds between looks at what another process holds or writes
+POLL = 0.02  # seconds between two looks at a file that another process has locked
 
 
 def try_lock(file: int) -> bool:
+    """Lock the file exclusively; False if another process holds a lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -23,11 +24,12 @@ def try_lock(file: int) -> bool:
 
 
 def unlock(file: int) -> None:
-    """Closing alone does not: duplicates go on holding the lock."""
+    """Release the lock.  Closing the file does not: duplicates of the descriptor keep the lock."""
     fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def leads_to(path: Path, file: int) -> bool:
+    """Whether `path` is still the name of the open file."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -36,7 +38,7 @@ def leads_to(path: Path, file: int) -> bool:
 
 
 class ProcessLock:
-    """Of several processes, and threads; gone with whoever holds it."""
+    """A lock file, shared or exclusive, between processes and between threads."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
@@ -47,6 +49,7 @@ class ProcessLock:
             self._file = os.open(path, flags, 0o600)
 
     def take(self, how: int) -> bool:
+        """Take the lock if it is free; `how` is fcntl.LOCK_SH or fcntl.LOCK_EX."""
         try:
             fcntl.flock(self._file, how | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What can still be read of a damaged database of records."""
+"""Check sums of records, and reading the intact records of a damaged database."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-LOCKED = 10.0  # seconds that a write waits for another process's
+LOCKED = 10.0  # seconds that a write waits for the write of another process
 CHECKSUM_BYTES = 4
 _ROWIDS = 1 << 62
 
 
 def checksum(key: str, value: bytes) -> bytes:
+    """The check sum that is stored in front of a value."""
     return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(CHECKSUM_BYTES, "big")
 
 
 def checked(key: str, stored: Any) -> bytes | None:
+    """The value of a stored record; None if it is damaged."""
     if isinstance(stored, bytes) and stored[:CHECKSUM_BYTES] == checksum(
         key, value := stored[CHECKSUM_BYTES:]
     ):
@@ -28,12 +30,12 @@ def checked(key: str, stored: Any) -> bytes | None:
 
 
 def readable_records(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Every record of a damaged database that can be reached, as it is stored."""
+    """All intact records of a damaged database, each with its check sum."""
     uri = f"file:{quote(str(file))}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCKED)) as source:
         source.text_factory = bytes
         for _, key, stored in _rows(source):
-            with suppress(AttributeError, UnicodeDecodeError):  # a key that is none of ours
+            with suppress(AttributeError, UnicodeDecodeError):  # a damaged key
                 if checked(name := key.decode(), stored) is not None:
                     yield name, stored
 
@@ -51,12 +53,12 @@ def _rows(source: sqlite3.Connection) -> Iterator[tuple[int, Any, Any]]:
                 yield row
             break
         except sqlite3.Error:
-            # Over what is damaged: in ever larger steps, since it may be a page of many rows.
+            # Skip the damage in ever larger steps: it may be a page with many rows.
             missed = at if step == 0 else missed
             step = step * 2 or 1
             at += step
     if step:
         gaps.append((missed, _ROWIDS))
-    for gap in gaps:  # what the steps left out lies at its end
+    for gap in gaps:  # read what the steps skipped from the end backwards
         with suppress(sqlite3.Error):
             yield from source.execute(f"{select} DESC", gap)

@@ -1,13 +1,13 @@
-"""A blob's file while it grows: one writes it, and any number read what is there of it already.
+"""A blob's file while it grows: it has one writer, and any number of readers of the bytes that are written.
 
-Of what was written all but the last byte is readable, until commit() has found the digest right: so no
-reader ever holds a complete but wrong blob.
+All written bytes but the last are readable, until commit() has verified the digest: so no reader ever has a
+complete but wrong blob.
 
-Its writer holds the lock of the file, so that of all processes one writes it; the others follow it, until it
-is in its place or its writer has let go.  The descriptor is closed only when no thread works on it any more,
-whoever was cancelled meanwhile.
+The writer holds the lock of the file, so that only one of all processes writes it; the others follow it until
+it is committed or the writer releases the lock.  The descriptor is closed only when no thread uses it any
+more, even if its task was cancelled in the meantime.
 
-Where the file lies and goes to, and what room there is for it, is its home's to know.
+The UploadHome knows where the file is, where a commit moves it, and how much room the disk has.
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from storage.registry import Blob, Upload
 HASH: TypeAlias = "hashlib._Hash"
 
 CHUNK = 1 << 20  # bytes read or hashed at a time
-BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to
+BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to wait
 
 
 class UploadHome(Protocol):
-    """Where files grow: it knows their places and what room the disk has."""
+    """The directory of uploads and blobs, as far as an upload needs it."""
 
-    growing: set[FileUpload]  # those whose size is known
+    growing: set[FileUpload]  # uploads of a known size
 
     def path(self, digest: Digest) -> Path:
-        """Where a committed blob lies."""
+        """The path of a committed blob."""
 
     def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
-        """Around what writes: see Disk.guard()."""
+        """Report the failure of a write: see DiskHealth.guard()."""
 
     def worked(self, size: int = 0) -> None:
-        """Something of `size` bytes was written: see Disk.worked()."""
+        """Report a successful write of `size` bytes: see DiskHealth.worked()."""
 
     def room(self) -> int:
-        """Bytes that nobody has or is to have yet."""
+        """Bytes that are free and not reserved for uploads."""
 
     def check_room(self, upload: FileUpload) -> None:
-        """See FileUpload.expect()."""
+        """Reserve the room that `upload` still needs; raises StorageFailed if there is not enough."""
 
     def place(self, partial: Path, file: int, path: Path) -> list[Path]:
-        """Move a partial file, open as `file`, to its place; the directories that are still to be synced."""
+        """Move a partial file, open as `file`, to `path`; returns the directories to sync then."""
 
     def remember(self, id: str, hash: HASH, hashed: int) -> None:
-        """Spare whoever goes on with a suspended upload to read it again."""
+        """Keep the hash of a suspended upload, so that its bytes need not be read again."""
 
 
 class FileBlob(Blob):
-    """A committed blob, or one that still grows under an upload.
+    """A committed blob, or one that is still being uploaded.
 
-    `used_at` is when a committed one was used last, before it was opened.
+    `used_at` is when a committed blob was last used before it was opened.
     """
 
     def __init__(
@@ -79,10 +79,7 @@ class FileBlob(Blob):
         return self._file
 
     async def readable(self, offset: int) -> int:
-        """Wait for bytes past `offset`; return where they end for now.
-
-        Raises what the upload failed with.
-        """
+        """Wait for bytes past `offset`; return where they end for now.  Raises the error of the upload."""
         if self._upload is None:
             return self.descriptor.size
         return await self._upload.wait_past(offset, self.descriptor.size)
@@ -107,7 +104,7 @@ class FileBlob(Blob):
 
 
 class FileUpload(Upload):
-    """One writer appends; any number of readers follow through `follow()`.
+    """An upload to a file, with one writer and any number of readers, which follow() returns.
 
     An upload that is not `ours` is written by another process; it can be followed, and watch() waits for
     its end.
@@ -130,11 +127,11 @@ class FileUpload(Upload):
         self._path = path
         self._file = file
         self._hash = hashlib.new(algorithm)
-        self._hashed = 0  # what it has seen: the first so many bytes
+        self._hashed = 0  # bytes from the start that are hashed
         self._resumable = resumable
-        self._waiting: list[bytes] = []  # accepted, not yet written
+        self._waiting: list[bytes] = []  # accepted, but not yet written
         self._written = 0
-        self._size = 0  # in the end, as far as is known
+        self._size = 0  # of the whole blob, if it is known
         self._readable = 0
         self._complete = False
         self._error: BaseException | None = None
@@ -142,12 +139,12 @@ class FileUpload(Upload):
         self._flusher: asyncio.Task[None] | None = None
 
     def rehash(self) -> None:
-        """Take in what a former writer left.  Blocks; before anybody writes."""
+        """Continue after the bytes of a former writer, and hash them.  Blocks.  Call it before any write."""
         self._catch_up()
         self.take_over()
 
     def take_over(self) -> None:
-        """The same, but for the hash: that is caught up with at the end."""
+        """Continue after the bytes of a former writer; commit() will hash them."""
         self.offset = self._written = os.lseek(self._file, 0, os.SEEK_END)
         self._readable = max(self._readable, self.offset - 1)
 
@@ -157,15 +154,15 @@ class FileUpload(Upload):
             self._hashed += len(chunk)
 
     async def watch(self, digest: Digest) -> bool:
-        """Follow what another process writes, to its end.
+        """Follow the writes of another process until it ends.
 
-        True: it has committed it.  False: it is gone, and the upload is ours to go on with.
+        Returns True if it committed the blob; False if it released the lock, and the upload is now ours.
 
-        Raises Unavailable where it gave up and left nothing.
+        Raises Unavailable if it gave up and removed the file.
         """
         final = self._home.path(digest)
         while True:
-            # 1. it renames and lets go  2. we get the lock: so the name is looked at after the lock.
+            # 1. it renames and releases  2. we get the lock: so the name is checked after the lock.
             with translated(self._path):
                 free = try_lock(self._file)
                 if leads_to(final, self._file):
@@ -183,32 +180,32 @@ class FileUpload(Upload):
                 self.offset = os.fstat(self._file).st_size
             if self.offset - 1 > self._readable:
                 self._move(self.offset - 1)
-            await asyncio.sleep(POLL)  # flock and appending tell nobody
+            await asyncio.sleep(POLL)  # neither flock nor an append can be waited for
 
     @property
     def complete(self) -> bool:
-        """Whether all is there and right; it may not be in its place yet."""
+        """Whether all bytes are written and verified; the file may not have its final name yet."""
         return self._complete
 
     def matches(self, digest: Digest) -> bool:
-        """Whether what was written so far is all of it.  Nothing may be waiting for the disk."""
+        """Whether the bytes so far are the whole blob.  No write may be pending."""
         return digest == f"{self._hash.name}:{self._hash.hexdigest()}"
 
     def fits(self, size: int) -> bool:
-        """Whether there is room for it, were it to have `size` bytes in the end."""
+        """Whether the disk has room for a blob of `size` bytes."""
         return self._home.room() >= max(0, size - self._written)
 
     def expect(self, size: int) -> None:
-        """Say how many bytes it will have in the end.
+        """Set the size of the whole blob.
 
-        Raises StorageFailed where there is no room for them, seeing what others are to have.
+        Raises StorageFailed if the disk has no room for it besides the other uploads.
         """
         self._size = size
         self._home.check_room(self)
 
     @property
     def lacks(self) -> int:
-        """How many of the bytes that it will have are not on the disk yet."""
+        """How many bytes of the whole blob are not on the disk yet."""
         return max(0, self._size - self._written)
 
     async def write(self, chunk: bytes) -> None:
@@ -222,7 +219,7 @@ class FileUpload(Upload):
             await self._moved.wait()
 
     async def _flush(self) -> None:
-        # The disk works on one batch while the next one gathers: slow disks get large writes, and the
+        # The disk writes one batch while the next one accumulates: slow disks get large writes, and the
         # network is read in the meantime.
         try:
             while self._waiting and self._error is None:
@@ -249,7 +246,7 @@ class FileUpload(Upload):
             end += len(chunk)
 
     async def _flushed(self) -> None:
-        # shield: whoever waits may be cancelled, but the file must not be closed under a thread's write.
+        # shield: the caller may be cancelled, but the file must not be closed while a thread writes it.
         while self._flusher is not None:
             await asyncio.shield(self._flusher)
 
@@ -266,14 +263,14 @@ class FileUpload(Upload):
             error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
             await self.cancel(error)
             raise error
-        # Readers get their last byte now; that the disk keeps it may take its time.
+        # Readers get the last byte now; making the file durable may take its time.
         self._complete = True
         self._move(self.offset)
         try:
             with self._home.guard(self._path, self.offset):
                 await run_in_thread(self._publish, self._home.path(digest))
         finally:
-            self._discard()  # where it did not get into its place
+            self._discard()  # if it was not moved to its final name
             self.close()
         self._home.worked(self.offset)
         return Descriptor(OCTETS, digest, self.offset)
@@ -288,9 +285,9 @@ class FileUpload(Upload):
         self.close()
 
     async def suspend(self, error: BaseException | None = None) -> None:
-        """Stop, but keep the bytes where the next upload of this digest, or whoever reopens it, finds them.
+        """Stop, but keep the bytes for the next upload of this digest, or for whoever reopens this one.
 
-        Without `error` that is all that was written; raises StorageFailed where it could not be.
+        Without `error` all accepted bytes are kept; raises StorageFailed if they cannot be written.
         """
         if error is None:
             await self._flushed()
@@ -305,7 +302,7 @@ class FileUpload(Upload):
             raise failed
 
     def adopt(self, hash: HASH, hashed: int) -> None:
-        """Go on with a hash of what is there already, as far as it has come."""
+        """Continue with the hash of the first `hashed` bytes."""
         self._hash, self._hashed = hash, hashed
 
     async def _end(self, error: BaseException | None) -> None:
@@ -313,19 +310,19 @@ class FileUpload(Upload):
         await self._flushed()
 
     def follow(self, descriptor: Descriptor) -> FileBlob:
-        """A reader of the growing file; `descriptor` is what the origin says of it.
+        """A reader of the growing file; `descriptor` is the descriptor that the origin sent.
 
-        Raises BlobUnknown when the upload has ended: what came of it is in its place then.
+        Raises BlobUnknown if the upload has ended: the blob, if any, has its final name then.
         """
         if self._file < 0:
             raise BlobUnknown(f"the upload of {descriptor.digest} has ended")
-        # Reads are by position, so that a duplicate serves: no path that could vanish in between.
+        # Reads are positional, so a duplicate will do: unlike a path, it cannot disappear.
         return FileBlob(os.dup(self._file), descriptor, self)
 
     async def wait_past(self, offset: int, size: int = -1) -> int:
-        """See FileBlob.readable(); `size` is what the reader was promised, if anything.
+        """See FileBlob.readable(); `size` is the size that the reader expects, -1 if it is not known.
 
-        Of that, too, the last byte is withheld: a promise may be wrong.
+        The last of `size` bytes is withheld, too: the expectation may be wrong.
         """
         withheld = size - 1 if size >= 0 else sys.maxsize
         while min(self._readable, withheld) <= offset and self._error is None and not self._complete:
@@ -349,15 +346,15 @@ class FileUpload(Upload):
         self._move(self._readable)
 
     def _discard(self) -> None:
-        # Once ours was renamed, the next upload of the digest has the name: that file is not ours to remove.
+        # After our file was renamed, the next upload of the digest may have the name: do not remove its file.
         with suppress(OSError):
             if self.ours and self._file >= 0 and leads_to(self._path, self._file):
                 self._path.unlink()
 
     def close(self) -> None:
-        """Let go of the file, whatever becomes of it."""
+        """Release the lock and close the file."""
         if self._file >= 0:
-            unlock(self._file)  # the readers have duplicates
+            unlock(self._file)  # readers have duplicates of the descriptor
             os.close(self._file)
             self._file = -1
             self._home.growing.discard(self)

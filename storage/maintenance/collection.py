@@ -110,7 +110,7 @@ class Collection:
         self.done = done
 
     def run(self, dry_run: bool = False) -> CollectionReport:
-        return _Run(self, dry_run).run()
+        return _CollectionRun(self, dry_run).run()
 
     def last(self) -> CollectionReport:
         """Of the last one that was no dry run."""
@@ -130,7 +130,7 @@ class _Refused(Exception):
     pass
 
 
-class _Run:
+class _CollectionRun:
     def __init__(self, collection: Collection, dry_run: bool) -> None:
         self._collection = collection
         self._store = collection.store

@@ -134,7 +134,7 @@ class Scrub:
         begun = self.ticks()
         pace = Pace(self.rate if paced else None, self.ticks, self.sleep)
         try:
-            await _Run(self, pace, heal, progress).run(progress.started_at - (older_than or 0.0))
+            await _ScrubRun(self, pace, heal, progress).run(progress.started_at - (older_than or 0.0))
         finally:
             progress.running, progress.current = False, None
         counts = {name: getattr(progress, name) for name in _COUNTS}
@@ -163,7 +163,7 @@ class Pace:
             await self._sleep(self._debt)
 
 
-class _Run:
+class _ScrubRun:
     """One pass over all that is due."""
 
     def __init__(self, scrub: Scrub, pace: Pace, heal: Heal | None, progress: Progress) -> None:

@@ -259,7 +259,7 @@ async def test_drill_without_a_failure(served: Shop) -> None:
 
 
 async def test_drill_of_what_is_not_configured(served: Shop) -> None:
-    assert "nowhere.example is not configured" in await served.fails(
+    assert "nowhere.example is not a configured cache" in await served.fails(
         "drill", "10m", "--namespace", "nowhere.example", status=2
     )
 

@@ -292,7 +292,7 @@ async def test_the_tree(site: Site) -> None:
     assert (referrer.digest, referrer.artifact_type) == (signature["digest"], "a/signature")
     by_digest = await site.operations.show(f"alpine@{index['digest']}")
     assert by_digest.node == tree.node
-    with pytest.raises(ManifestUnknown, match="alpine:4 is not stored here"):
+    with pytest.raises(ManifestUnknown, match="alpine:4 is not stored"):
         await site.operations.show("alpine:4")
 
 
@@ -664,13 +664,13 @@ async def test_why(site: Site, clock: Clock) -> None:
         ALPINE,
         "3",
     )
-    assert found.qualified == "none is named, so it is default_namespace"
+    assert found.qualified == "the name has no registry, so this is default_namespace"
     assert (found.fresh_rule, found.fresh_for) == ("namespaces.docker.io.fresh_for", 600)
     assert (found.keep_rule, found.keep_for) == ("namespaces.docker.io.repositories[0]", 7 * 86400)
     assert (found.digest, found.stored, found.complete, found.pin) == (made["digest"], True, True, None)
     assert (found.age, found.fresh_until) == (100, clock() + 500)
     assert [each.ratelimit_remaining for each in found.upstreams] == [7]
-    assert (found.verdict, found.because) == ("hit", "the tag is fresh, so nobody is asked")
+    assert (found.verdict, found.because) == ("hit", "the tag is fresh, so upstream is not asked")
 
 
 async def test_why_a_tag_that_is_due(site: Site, clock: Clock) -> None:
@@ -692,7 +692,7 @@ async def test_why_a_tag_that_is_due(site: Site, clock: Clock) -> None:
 async def test_why_what_is_not_cached(site: Site, clock: Clock) -> None:
     found = await why(site, "index.docker.io/other:v2")
     assert (found.verdict, found.digest, found.stored, found.complete) == ("miss", None, False, False)
-    assert found.qualified == "index.docker.io is another name of it"
+    assert found.qualified == "index.docker.io is an alias of it"
     assert (found.fresh_rule, found.fresh_for) == ("namespaces.docker.io.tags[0]", None)
     assert (found.keep_rule, found.keep_for) == ("disk.keep_for", None)
     alone = upstream(open=True, until=clock() + 5, error="no")
@@ -709,7 +709,7 @@ async def test_why_of_a_digest(site: Site) -> None:
         None,
         None,
     )
-    assert found.qualified == "it is named"
+    assert found.qualified == "the name begins with it"
     assert (await why(site, "base:1")).pin == "docker.io/library/base:*"
     assert (await why(site, f"base@{Digest.of(b'x')}")).digest is None
 

@@ -1,6 +1,7 @@
-"""Why: what a pull would do now, and by which rules; without doing it, and without asking anybody.
+"""What a pull would do now, and by which rules, without a pull and without asking an upstream.
 
-What a process remembers for some seconds only, such as that upstream had no such tag just now, is not seen.
+What a process remembers for some seconds only, such as a tag that upstream just reported as unknown, is not
+considered.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from storage.store import Pointer
 
 
 class Explainer:
-    """Blocks.  Every method may raise StorageFailed.  `inventory_of` is that of a namespace."""
+    """Explains pulls.  `inventory_of` gives the inventory of a namespace.
+
+    Every method blocks, and may raise StorageFailed.
+    """
 
     def __init__(
         self,
@@ -85,27 +89,27 @@ class Explainer:
         stored = measured.media_type is not None
         if self._config.namespaces[asked.namespace].store is not None:
             if stored:
-                return "hit", f"{asked.namespace} is a store, and this was pushed to it"
-            return "refused", f"{asked.namespace} is a store, and this was not pushed to it"
+                return "hit", f"{asked.namespace} is a store, and the image was pushed to it"
+            return "refused", f"{asked.namespace} is a store, and the image was not pushed to it"
         if stored and tag is None:
-            return "hit", "it is asked for by its digest, and stored"
+            return "hit", "the digest is stored"
         if stored and offline:
-            return "hit", f"{asked.namespace} is offline: what is stored is served whatever its age"
+            return "hit", f"{asked.namespace} is offline: stored content is served whatever its age"
         if stored and pointer is not None and tag is not None and self._fresh(asked.namespace, tag, pointer):
-            return "hit", "the tag is fresh, so nobody is asked"
+            return "hit", "the tag is fresh, so upstream is not asked"
         if offline:
-            return "refused", f"it is not cached, and {asked.namespace} is offline"
-        alone = let_alone(hosts)
+            return "refused", f"the image is not stored, and {asked.namespace} is offline"
+        paused = paused_because(hosts)
         if stored:
-            if alone:
-                return "stale", f"the tag is due, but upstream is let alone: {alone}"
-            return "revalidate", "the tag is due: upstream is asked whether it has moved"
-        if alone:
-            return "refused", f"it is not cached, and upstream is let alone: {alone}"
-        return "miss", "it is not cached: it is fetched from upstream"
+            if paused:
+                return "stale", f"the tag is stale, but upstream is paused: {paused}"
+            return "revalidate", "the tag is stale: upstream is asked whether it has moved"
+        if paused:
+            return "refused", f"the image is not stored, and upstream is paused: {paused}"
+        return "miss", "the image is not stored: it is fetched from upstream"
 
     def _fresh(self, namespace: str, tag: Tag, pointer: Pointer) -> bool:
-        # A clock that was set back must not keep a tag fresh for ever.
+        # A clock that was set back must not keep a tag fresh forever.
         age = self._clock() - pointer.validated_at
         return 0 <= age < self._config.namespaces[namespace].fresh_for_tag(tag)
 
@@ -113,10 +117,10 @@ class Explainer:
         first, slash, _ = asked.text.partition("/")
         name = asked.namespace
         if slash and first.lower() == name:
-            return "it is named"
+            return "the name begins with it"
         if slash and first.lower().partition(":")[0] in (name, *self._config.namespaces[name].aliases):
-            return f"{first} is another name of it"
-        return "none is named, so it is default_namespace"
+            return f"{first} is an alias of it"
+        return "the name has no registry, so this is default_namespace"
 
     def _fresh_rule(self, name: str, tag: Tag) -> str:
         for number, rule in enumerate(self._config.namespaces[name].tags):
@@ -136,7 +140,7 @@ class Explainer:
 
 
 def worst(states: Sequence[UpstreamState]) -> list[HostRow]:
-    """Of each host, as that process sees it which lets it alone for longest."""
+    """One row for each host, as seen by the process that pauses it for the longest time."""
     found: dict[tuple[str, str], UpstreamState] = {}
     for each in states:
         known = found.setdefault((each.url, each.host), each)
@@ -167,13 +171,13 @@ def _badness(state: UpstreamState) -> tuple[bool, float, float, float]:
     )
 
 
-def let_alone(hosts: Sequence[HostRow]) -> str:
-    """Why no upstream is asked now; empty where one is."""
+def paused_because(hosts: Sequence[HostRow]) -> str:
+    """Why no host of the upstream is asked now; empty if one is."""
     own: dict[str, HostRow] = {}
     for each in hosts:
-        own.setdefault(each.url, each)  # the upstream's own host is its first
+        own.setdefault(each.url, each)  # the first is the host of the upstream itself
     reasons = [
-        f"{each.host} failed ({each.error})" if each.open else f"{each.host} limits us"
+        f"{each.host} failed ({each.error})" if each.open else f"{each.host} limits our requests"
         for each in own.values()
         if each.open or each.limited_until is not None
     ]

@@ -1,7 +1,7 @@
-"""What is stored: repositories, images, and the tree of one of them.
+"""What is stored: repositories, images, and the tree of one image.
 
-Everything here blocks, and only looks: nothing counts as use, nobody is asked.  What it keeps in memory is
-in proportion to repositories, or to a page of images, never to what is stored.
+Reading is no use of an image, and asks no upstream.  The memory that it takes depends on the number of
+repositories, or of images on a page, not on the amount of content.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from storage.names import is_glob, literal_prefix, written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Pointer, Store
 
-DEEPEST = 50  # levels of a tree that are shown: indexes may name indexes, and anyone can make one
+DEEPEST = 50  # levels of a tree: indexes can be nested without limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class StoredPart:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An image, or what of it is for one platform; each part is counted once."""
+    """The parts of an image, or of its images for one platform; each part counts once."""
 
     media_type: str | None
     parts: dict[Digest, StoredPart]
@@ -64,7 +64,7 @@ class Measured:
 
 
 class Inventory:
-    """Every method may raise StorageFailed."""
+    """Lists the content of one store.  Every method blocks, and may raise StorageFailed."""
 
     def __init__(self, config: Config, store: Store, usage: Usage, pins: Pins) -> None:
         self._config = config
@@ -75,12 +75,12 @@ class Inventory:
     # Listings
 
     def repositories(self, wanted: Pin) -> list[RepositoryRow]:
-        """Those whose name matches; what `wanted` says of a reference does not count."""
+        """The repositories whose name matches; the tag or digest in `wanted` is ignored."""
         pattern = wanted.parts[0]
         start = literal_prefix(pattern) if is_glob(pattern) else f"{pattern} "
         counts: dict[str, list[int]] = {}
         for number, kind in enumerate((TAG, MANIFEST, LINK)):
-            name, row = "", None  # keys come in the order of repositories: one look at each
+            name, row = "", None  # keys are sorted by repository: each is matched once
             for key, value in self._store.records.scan(kind.prefix() + start):
                 repository, reference = kind.parse(key)
                 if repository != name:
@@ -103,7 +103,7 @@ class Inventory:
         return int(size) if size.isdigit() and self._store.holds(digest) else 0
 
     def images(self, wanted: Pin, limit: int | None = None, last: str = "") -> Listed:
-        """At most `limit` of those that match, in the order of their names, after `last`."""
+        """At most `limit` of the images that match, in the order of their names, after `last`."""
         pins = self._pins.list()
         found = list(islice(self._matching(wanted, last), None if limit is None else limit + 1))
         page = found[:limit]
@@ -118,7 +118,7 @@ class Inventory:
             key = (MANIFEST if sign == "@" else TAG).key(repository, reference)
             if not key.startswith(prefix):
                 if key > prefix:
-                    return  # all that match come before it
+                    return  # all matches come before it
             else:
                 after = key[len(prefix) :]
         yield from matching(self._store, wanted, after)
@@ -143,7 +143,7 @@ class Inventory:
         )
 
     def digest(self, repository: str, reference: Reference) -> Digest | None:
-        """What it is, where that is known."""
+        """The digest of a reference, or None for an unknown tag."""
         if isinstance(reference, Digest):
             return reference
         pointer = self._store.pointer(repository, reference)
@@ -153,14 +153,14 @@ class Inventory:
         return self._store.pointer(repository, tag)
 
     def fresh_until(self, repository: str, reference: Reference) -> float | None:
-        """None: for ever, since it is a digest, or by the configuration."""
+        """When a tag becomes stale.  None means never: for a digest, or by the configuration."""
         if isinstance(reference, Digest):
             return None
         name = repository.partition("/")[0]
         namespace = self._config.namespaces.get(name)
         pointer = self._store.pointer(repository, reference)
         if namespace is None or pointer is None:
-            return 0.0  # nothing says that it is fresh
+            return 0.0  # it is stale
         if self._config.offline or namespace.offline or namespace.store is not None:
             return None
         return finite(pointer.validated_at + namespace.fresh_for_tag(reference))
@@ -168,7 +168,7 @@ class Inventory:
     # One image
 
     def measure(self, repository: str, digest: Digest) -> Measured:
-        """What it consists of, and what of that is here for this repository."""
+        """The parts of an image, and which of them are stored for this repository."""
         manifest = self._manifest(repository, digest)
         if manifest is None:
             return Measured(None, {digest: StoredPart(0, False)})
@@ -177,7 +177,7 @@ class Inventory:
         if content is None:
             return Measured(manifest.media_type, parts)
         for blob in content.blobs:
-            self._take(repository, blob, parts)
+            self._add_blob(repository, blob, parts)
         platforms = []
         for child in content.children:
             found = self._parts(repository, child)
@@ -209,10 +209,10 @@ class Inventory:
             if (content := contents(manifest.content)) is not None:
                 steps.add(content.children)
                 for blob in content.blobs:
-                    self._take(repository, blob, parts)
+                    self._add_blob(repository, blob, parts)
         return Measured(media_type, parts)
 
-    def _take(self, repository: str, blob: Descriptor, parts: dict[Digest, StoredPart]) -> None:
+    def _add_blob(self, repository: str, blob: Descriptor, parts: dict[Digest, StoredPart]) -> None:
         if blob.digest not in parts and blob.distributable:
             held = self._store.linked(repository, blob.digest) is not None
             parts[blob.digest] = StoredPart(max(0, blob.size), held)
@@ -224,10 +224,10 @@ class Inventory:
             return None
 
     def tree(self, repository: str, reference: Reference) -> ImageTree:
-        """Raises ManifestUnknown where nothing is known of it."""
+        """The tree of one image.  Raises ManifestUnknown if it is not stored."""
         digest = self.digest(repository, reference)
         if digest is None:
-            raise ManifestUnknown(f"{written(repository, reference)} is not stored here")
+            raise ManifestUnknown(f"{written(repository, reference)} is not stored")
         manifest = self._store.manifest(repository, digest)[0]
         seen: set[Digest] = set()
         use = self._usage.use(repository, reference)
@@ -294,7 +294,7 @@ class Inventory:
 
 
 def merged(pages: Sequence[Listed], limit: int | None) -> Listed:
-    """One page of several, each of which begins at the same place."""
+    """One page, merged of pages that begin after the same image."""
     rows = sorted((row for page in pages for row in page.images), key=_name)
     if limit is None or (len(rows) <= limit and all(page.next is None for page in pages)):
         return Listed(images=rows)
@@ -303,10 +303,10 @@ def merged(pages: Sequence[Listed], limit: int | None) -> Listed:
 
 
 def _name(row: ImageRow) -> tuple[str, str, str]:
-    # As it is written; in the order of the records' keys, in which a space follows the repository's name.
+    # A tuple, so that names sort like the keys of records, in which a space follows the repository.
     return (row.repository, ":", row.tag) if row.tag is not None else (row.repository, "@", row.digest)
 
 
 def finite(number: float) -> float | None:
-    """None for infinity, as the answers have it."""
+    """The number, or None for infinity, which JSON cannot express."""
     return None if number == float("inf") else number

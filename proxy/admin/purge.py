@@ -1,11 +1,12 @@
-"""Purging: an operator wants something gone, and with it all that only it needed.
+"""Purging: an operator deletes images, with all content that nothing else needs.
 
-What is named goes.  Of what it consists of, in its repository stays what another tag names, or a manifest
-that did not come with it.  Of the blobs that then are linked there no more, those go from the disk that no
-other repository links: so what others see does not change.
+The tags and manifests that are named are deleted, and what they consist of, except for what another tag of
+the repository names, or a manifest that is not part of them.  Then the links to blobs that the repository
+no longer needs are deleted, and the blobs that no other repository links.  So other repositories do not
+change.
 
-What is pinned goes only when it is named exactly, or by force.  What a client pulls meanwhile may dangle
-for a moment: a link without its blob is a miss, and the cache fetches it.
+A pinned image is deleted only if it is named exactly, or by force.  A client that pulls meanwhile may see a
+link without its blob: that is a miss, and the cache fetches the blob.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ from storage.names import is_glob, written
 from storage.oci import Digest, Reference, Tag
 from storage.store import Store
 
-BATCH = 500  # records in a transaction: nobody else can write while it lasts
-KINDS = (TAG, MANIFEST, LINK, LISTING)  # in which a repository has records
+BATCH = 500  # records in a transaction, which blocks all other writers
+KINDS = (TAG, MANIFEST, LINK, LISTING)  # the records that a repository has
 
 
 class AllPinned(RegistryError):
-    """All that was named is pinned."""
+    """Everything that was named is pinned."""
 
     code, status = "PINNED", 409
 
 
 @dataclass(slots=True)
 class PurgePlan:
-    """What of a repository is to go; `keys` are records, tags first, and `blobs` what loses its link."""
+    """What to delete of a repository.
+
+    `references` and `kept` are names, `keys` those of records, with tags first.  `blobs` lose their link.
+    """
 
     repository: str
     references: list[str] = field(default_factory=list)
@@ -50,14 +54,14 @@ class PurgePlan:
 
 
 @dataclass(slots=True)
-class ManifestParents:
-    """Which of a repository's manifests names which, or is referred to by which."""
+class ManifestGraph:
+    """The manifests of a repository: which ones each names, and which ones refer to it."""
 
     children: dict[Digest, list[Digest]]
     referrers: dict[Digest, list[Digest]]
 
     def below(self, tops: Iterable[Digest]) -> set[Digest]:
-        """Those that are stored, `tops` included."""
+        """The stored manifests among `tops` and below them."""
         steps = Walk(tops)
         for digest in steps:
             if digest in self.children:
@@ -65,12 +69,12 @@ class ManifestParents:
         return steps.reached & self.children.keys()
 
     def next_to(self, tops: Iterable[Digest]) -> set[Digest]:
-        """What they name, or what refers to them."""
+        """The manifests that `tops` name, and those that refer to them."""
         return {each for top in tops for each in (*self.children[top], *self.referrers.get(top, []))}
 
 
 class Purge:
-    """Blocks.  Every method may raise StorageFailed."""
+    """Purges the content of a store.  Every method blocks, and may raise StorageFailed."""
 
     def __init__(self, store: Store, pins: Pins) -> None:
         self._store = store
@@ -78,9 +82,9 @@ class Purge:
         self._pins = pins
 
     def purge(self, wanted: Pin, dry_run: bool = False, force: bool = False) -> Purged:
-        """A pattern that says neither tag nor digest means all of a repository.
+        """Delete what matches; a pattern without tag and digest means all of a repository.
 
-        Raises AllPinned where all that matches is pinned.
+        Raises AllPinned if everything that matches is pinned.
         """
         pins = [] if force else self._pins.list()
         plans = [self._plan(repository, wanted, pins) for repository in self._repositories(wanted)]
@@ -88,8 +92,8 @@ class Purge:
         references = [each for plan in plans for each in plan.references]
         if kept and not references:
             raise AllPinned(
-                f"{kept[0]}{f' and {len(kept) - 1} more' if kept[1:] else ''}: pinned, or part of what is"
-                " pinned; name what is pinned exactly, purge by force, or unpin it"
+                f"{kept[0]}{f' and {len(kept) - 1} more' if kept[1:] else ''}: pinned, or part of a pinned"
+                " image; name the pinned image exactly, purge by force, or remove the pin"
             )
         links = {(plan.repository, digest) for plan in plans for digest in plan.blobs}
         if not dry_run:
@@ -113,43 +117,42 @@ class Purge:
         names = {name for kind in KINDS for name in self._records.groups(kind.prefix())}
         return sorted(name for name in names if fnmatchcase(name, pattern))
 
-    # What is to go
+    # The plan
 
     def _plan(self, repository: str, wanted: Pin, pins: Sequence[Pin]) -> PurgePlan:
-        tags = self._tags(repository)
-        names = self._who_names_whom(repository)
+        whole = _whole(wanted)
+        tags, manifests = self._tags(repository), self._manifest_graph(repository)
         exact = None if is_glob(wanted.pattern) else wanted.parts[2]
 
         def pinned(reference: Reference) -> bool:
             return reference != exact and any(pin.matches(repository, reference) for pin in pins)
 
-        keep = {tag for tag in tags if pinned(tag)}
-        held = {digest for digest in names.children if pinned(digest)}
-        stay = names.below({tags[tag] for tag in keep} | held)
-        named_tags = {tag for tag in tags if _whole(wanted) or wanted.matches(repository, tag)}
-        named = {each for each in names.children if _whole(wanted) or wanted.matches(repository, each)}
-        manifests = named - stay
-        gone = named_tags - keep | {tag for tag, digest in tags.items() if digest in manifests} - keep
-        if _whole(wanted):
-            going = manifests
-        else:
-            below = names.below({tags[tag] for tag in gone} | manifests)
-            roots = {digest for tag, digest in tags.items() if tag not in gone}
-            going = below - names.below(roots | names.children.keys() - below) | manifests
-            going -= stay
+        def named(reference: Reference) -> bool:
+            return whole or wanted.matches(repository, reference)
+
+        pinned_tags = {tag for tag in tags if pinned(tag)}
+        pinned_digests = {digest for digest in manifests.children if pinned(digest)}
+        protected = manifests.below({tags[tag] for tag in pinned_tags} | pinned_digests)
+        named_tags = {tag for tag in tags if named(tag)}
+        named_digests = {digest for digest in manifests.children if named(digest)}
+        roots = named_digests - protected
+        purged_tags = (named_tags | {tag for tag, digest in tags.items() if digest in roots}) - pinned_tags
+        purged_roots = {tags[tag] for tag in purged_tags}
+        purged = roots
+        if not whole:
+            below = manifests.below(purged_roots | roots)
+            others = {digest for tag, digest in tags.items() if tag not in purged_tags}
+            others |= manifests.children.keys() - below
+            purged = (below - manifests.below(others) | roots) - protected
+        # For a whole repository, manifests that its tags name or protect are not listed one by one.
+        kept = named_digests & (pinned_digests if whole else protected)
+        if whole:
+            roots = roots - manifests.below(purged_roots) - manifests.next_to(roots)
         plan = PurgePlan(repository)
-        plan.kept = [written(repository, tag) for tag in sorted(named_tags & keep)]
-        # Of a whole repository what stays for its tags' sake is not told one by one.
-        plan.kept += [
-            written(repository, each) for each in sorted(named & (held if _whole(wanted) else stay))
-        ]
-        if _whole(wanted):
-            # And what goes with its tags neither.
-            manifests = manifests - names.below({tags[tag] for tag in gone}) - names.next_to(manifests)
-        plan.references = [written(repository, each) for each in sorted(gone)]
-        plan.references += [written(repository, each) for each in sorted(manifests)]
-        plan.manifests = len(going)
-        self._list_records(plan, gone, going, _whole(wanted))
+        plan.kept = [written(repository, each) for each in (*sorted(named_tags & pinned_tags), *sorted(kept))]
+        plan.references = [written(repository, each) for each in (*sorted(purged_tags), *sorted(roots))]
+        plan.manifests = len(purged)
+        self._list_records(plan, purged_tags, purged, whole)
         return plan
 
     def _tags(self, repository: str) -> dict[Tag, Digest]:
@@ -158,7 +161,7 @@ class Purge:
             for key, value in self._records.scan(TAG.prefix(repository))
         }
 
-    def _who_names_whom(self, repository: str) -> ManifestParents:
+    def _manifest_graph(self, repository: str) -> ManifestGraph:
         children: dict[Digest, list[Digest]] = {}
         for digest, content in self._manifests(repository):
             found = contents(content)
@@ -167,7 +170,7 @@ class Purge:
         for key, _ in self._records.scan(REFERRER.prefix(repository)):
             _, subject, referrer = REFERRER.parse(key)
             referrers[Digest(subject)].append(Digest(referrer))
-        return ManifestParents(children, referrers)
+        return ManifestGraph(children, referrers)
 
     def _manifests(self, repository: str) -> Iterator[tuple[Digest, bytes]]:
         for key, value in self._records.scan(MANIFEST.prefix(repository)):
@@ -183,40 +186,40 @@ class Purge:
         plan.keys += [
             key for key, _ in self._records.scan(REFERRER.prefix(name)) if REFERRER.parse(key)[2] in manifests
         ]
-        named, stay = self._blobs(name, manifests)
+        named, kept = self._blobs(name, manifests)
         if whole:
             named.update(Digest(LINK.parse(key)[1]) for key, _ in self._records.scan(LINK.prefix(name)))
-            # An origin is asked anew what it has.
+            # So that the origin is asked again for its tags and referrers.
             plan.keys += [key for key, _ in self._records.scan(LISTING.prefix(name))]
         if whole and not plan.kept:
             for kind in (REFERRER, USE, MOVES):
                 plan.keys += [key for key, _ in self._records.scan(kind.prefix(name))]
         plan.blobs = {
-            digest for digest in named - stay if self._records.get(LINK.key(name, digest)) is not None
+            digest for digest in named - kept if self._records.get(LINK.key(name, digest)) is not None
         }
         plan.keys += [LINK.key(name, digest) for digest in sorted(plan.blobs)]
         if plan.keys and not plan.references and not plan.kept:
-            plan.references = [name]  # nothing of it has a name, but there is something
+            plan.references = [name]  # the repository has records, but neither tags nor manifests
 
-    def _blobs(self, repository: str, going: set[Digest]) -> tuple[set[Digest], set[Digest]]:
-        """What the manifests that go name, and what of the rest those that stay."""
+    def _blobs(self, repository: str, purged: set[Digest]) -> tuple[set[Digest], set[Digest]]:
+        """The blobs that the purged manifests name, and those that the other manifests name."""
         named: set[Digest] = set()
-        stay: set[Digest] = set()
+        kept: set[Digest] = set()
         for digest, content in self._manifests(repository):
             if (found := contents(content)) is not None:
-                (named if digest in going else stay).update(each.digest for each in found.blobs)
-        return named, stay
+                (named if digest in purged else kept).update(each.digest for each in found.blobs)
+        return named, kept
 
-    # Doing it
+    # The deletion
 
     def _delete(self, keys: list[str]) -> None:
-        # In their order: whatever cuts it short, no tag points at a manifest that went before it.
+        # In their order: after an interruption no tag points at a deleted manifest.
         rest = iter(keys)
         while batch := list(islice(rest, BATCH)):
-            self._records.transaction(_deleting(batch))
+            self._records.transaction(_deletion(batch))
 
     def _sweep(self, links: set[tuple[str, Digest]], dry_run: bool) -> tuple[int, int]:
-        """Remove what nobody else links: how many blobs, and bytes."""
+        """Delete the blobs that no other repository links; how many there are, and their bytes."""
         candidates = {digest for _, digest in links}
         if candidates:
             for key, _ in self._records.scan(LINK.prefix()):
@@ -235,11 +238,11 @@ class Purge:
 
 
 def _whole(wanted: Pin) -> bool:
-    """Whether it means all of a repository."""
+    """Whether the pattern means all of a repository."""
     return wanted.pattern == wanted.parts[0]
 
 
-def _deleting(keys: list[str]) -> Callable[[Batch], None]:
+def _deletion(keys: list[str]) -> Callable[[Batch], None]:
     def work(batch: Batch) -> None:
         for key in keys:
             batch.delete(key)

@@ -1,6 +1,6 @@
-"""Whether images could be pulled if no upstream answered: what of each is here, and what is not.
+"""Whether images can be pulled while no upstream answers: what of each is stored, and what is missing.
 
-Nobody is asked, and nothing counts as use.
+The check asks no upstream, and is no use of an image.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from storage.store import Store
 
 
 @dataclass(slots=True)
-class _Judged:
-    """What was found of one image so far."""
+class _ImageCheck:
+    """The findings about one image."""
 
     store: Store
     repository: str
@@ -30,23 +30,23 @@ class _Judged:
     def walk(
         self, digest: Digest, platform: str | None, kind: str | None = None, size: int = -1
     ) -> set[Digest]:
-        """Judge the manifest, of `size` bytes, and everything that it names; the manifests that are stored.
+        """Check a manifest, of `size` bytes, and everything that it names; returns the stored manifests.
 
-        What is missing is reported as of this `kind`, by default as what it is.
+        Missing content is reported with `kind`, by default as manifest or blob.
         """
         found = walk(self.store, self.repository, digest)
         self.manifests |= found.manifests
         for each in found.missing:
-            self._miss(each, kind or "manifest", size if each == digest else -1, platform)
+            self._report(each, kind or "manifest", size if each == digest else -1, platform)
         self.blobs(found.blobs.values(), platform, kind)
         return found.manifests
 
     def blobs(self, blobs: Iterable[Descriptor], platform: str | None, kind: str | None = None) -> None:
         for each in blobs:
             if each.distributable and self.store.linked(self.repository, each.digest) is None:
-                self._miss(each.digest, kind or "blob", each.size, platform)
+                self._report(each.digest, kind or "blob", each.size, platform)
 
-    def _miss(self, digest: Digest, kind: str, size: int, platform: str | None) -> None:
+    def _report(self, digest: Digest, kind: str, size: int, platform: str | None) -> None:
         known = self.missing.get(digest)
         if known is None:
             known = MissingRow(digest=str(digest), kind=kind, size=size, platforms=[])
@@ -54,8 +54,10 @@ class _Judged:
         if platform is not None and platform not in known.platforms:
             known.platforms.append(platform)
 
-    def refer(self) -> tuple[int, int]:
-        """What refers to the manifests, and to that: how many are here, of how many that are known."""
+    def check_referrers(self) -> tuple[int, int]:
+        """Check what refers to the manifests, and to its referrers: how many are stored, and how many are
+        known.
+        """
         known: set[Digest] = set()
         subjects = Walk(self.manifests)
         for digest in subjects:
@@ -66,18 +68,18 @@ class _Judged:
         return sum(each in self.manifests for each in known), len(known)
 
     def _listed(self, digest: Digest) -> set[Digest]:
-        """What upstream said last that refers to it."""
+        """The referrers that upstream listed last."""
         listing = self.store.listings.get(self.repository, f"referrers {digest}")
         if listing is None or not isinstance(listing.value, list):
             return set()
         try:
             return {Descriptor.from_json(each).digest for each in listing.value}
-        except ManifestInvalid:  # damaged: as none
+        except ManifestInvalid:  # a damaged record counts as none
             return set()
 
 
 class Readiness:
-    """It blocks, and may raise StorageFailed.  `private` holds what the `hosted` namespaces show."""
+    """Checks whether images are complete.  `private` is the store of the `hosted` namespaces."""
 
     def __init__(self, store: Store, private: Store | None, hosted: Collection[str]) -> None:
         self._store = store
@@ -85,7 +87,7 @@ class Readiness:
         self._hosted = hosted
 
     def judge(self, asked: ImageReference, platforms: Sequence[str] = (), referrers: bool = True) -> ReadyRow:
-        """For `platforms`, for all where none are given; with what is known to refer to it, or without."""
+        """Check an image for `platforms`, by default for all.  Blocks, and may raise StorageFailed."""
         store = self._private if asked.namespace in self._hosted and self._private else self._store
         digest = _digest(store, asked.repository, asked.reference)
         row = ReadyRow(
@@ -98,15 +100,15 @@ class Readiness:
         manifest = None if digest is None else _manifest(store, asked.repository, digest)
         if manifest is None:
             return row
-        judged = _Judged(store, asked.repository, manifests={manifest.digest})
+        check = _ImageCheck(store, asked.repository, manifests={manifest.digest})
         lacks: list[str] = []
         if (content := contents(manifest.content)) is not None:
-            judged.blobs(content.blobs, None)
+            check.blobs(content.blobs, None)
             lacks = lacking(content, platforms)
             for child in selected(content, platforms):
-                judged.walk(child.digest, child.platform, size=child.size)
-        here, known = judged.refer() if referrers else (0, 0)
-        missing = list(judged.missing.values())
+                check.walk(child.digest, child.platform, size=child.size)
+        here, known = check.check_referrers() if referrers else (0, 0)
+        missing = list(check.missing.values())
         return msgspec.structs.replace(
             row,
             state="partial" if missing or lacks else "complete",

@@ -172,13 +172,13 @@ async def test_something_else_listens(examine: Examine, upstream: Upstream) -> N
     address = upstream.url.removeprefix("http://")
     found = await examine(upstream.url, {"listen": address, "admin": address})
     assert found.failed == ["server", "listen"]
-    assert "something else answers" in found.one("listen").message
+    assert "another program answers" in found.one("listen").message
 
 
 async def test_something_mute_listens(
     examine: Examine, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "PATIENCE", 0.05)
+    monkeypatch.setattr(running, "TIMEOUT", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         found = await examine(upstream.url, {"listen": f"127.0.0.1:{mute.getsockname()[1]}"})
     assert "no answer in time" in found.one("listen").message
@@ -278,7 +278,7 @@ async def test_a_clock_that_goes_wrong(
 
 
 async def test_a_clock_that_nobody_tells_of(examine: Examine, upstream: Upstream) -> None:
-    assert "no upstream has told" in (await examine(upstream.url)).one("clock").message
+    assert "no upstream has sent" in (await examine(upstream.url)).one("clock").message
 
 
 def test_one_wrong_clock_among_many_is_not_ours() -> None:

@@ -20,7 +20,7 @@ from yarl import URL
 from proxy.cli.main import main
 from proxy.doctor import containerd, docker, podman
 from proxy.doctor.checks import Check, Diagnosis
-from proxy.doctor.host import Host
+from proxy.doctor.host import Machine
 from proxy.setup.install import place, plan
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import Site
@@ -73,7 +73,7 @@ def said(checks: list[Check], state: str) -> str:
 def look_docker(root: Path, text: str | bytes | None = None, **changes: Any) -> list[Check]:
     if text is not None:
         put(root, "etc/docker/daemon.json", text)
-    return docker.look(Host(replace(SITE, **changes), root))
+    return docker.look(Machine(replace(SITE, **changes), root))
 
 
 def test_no_docker(root: Path) -> None:
@@ -86,7 +86,7 @@ def test_docker_as_setup_makes_it(root: Path) -> None:
     # Docker 20 to 28 have mirrors for nothing but Docker Hub, and that is said.
     assert states(found) == [("namespaces", "warning")]
     assert "ghcr.io, registry.example:5000" in said(found, "warning")
-    assert "Docker Hub itself is asked" in said(found, "ok")
+    assert "dockerd asks Docker Hub itself" in said(found, "ok")
     # With the containerd image store it has.
     put(
         root,
@@ -112,11 +112,11 @@ def test_docker_cannot_be_kept_from_docker_hub(root: Path) -> None:
     [
         ("{", "failed", "it is not JSON"),
         ("[]", "failed", "not an object"),
-        ('{"registry-mirrors": "x"}', "failed", "no list of strings"),
+        ('{"registry-mirrors": "x"}', "failed", "not a list of strings"),
         (b"\xff", "failed", "not UTF-8"),
         ("{}", "failed", "does not name http://cache.example:5000"),
         ('{"registry-mirrors": ["http://cache.example:5001"]}', "failed", "does not name"),
-        ('{"registry-mirrors": ["https://cache.example:5000"]}', "failed", "speaks http"),
+        ('{"registry-mirrors": ["https://cache.example:5000"]}', "failed", "uses http"),
         ('{"registry-mirrors": ["https://x.y", "http://cache.example:5000/"]}', "warning", "asked before"),
         ('{"registry-mirrors": ["http://cache.example:5000"]}', "warning", "not in insecure-registries"),
     ],
@@ -142,11 +142,11 @@ def look_containerd(root: Path, *files: tuple[str, str], **changes: Any) -> list
     put(root, "etc/containerd/config.toml", CONFIG_PATH)
     for path, text in files:
         put(root, f"{CERTS}/{path}/hosts.toml", text)
-    return containerd.look(Host(replace(SITE, **changes), root))
+    return containerd.look(Machine(replace(SITE, **changes), root))
 
 
 def test_no_containerd(root: Path) -> None:
-    assert containerd.look(Host(SITE, root)) == []
+    assert containerd.look(Machine(SITE, root)) == []
 
 
 @pytest.mark.parametrize("every", [True, False])
@@ -154,7 +154,7 @@ def test_containerd_as_setup_makes_it(root: Path, every: bool) -> None:
     set_up(root, "containerd", replace(SITE, every=every))
     found = look_containerd(root)
     assert states(found) == []
-    assert "the registry itself, since there is no server =" in said(found, "ok")
+    assert "the registry itself, since server is not set" in said(found, "ok")
     # The same is a failure where nothing may go past the server.
     assert {name for name, _ in states(look_containerd(root, bypass=False))} == {"bypass"}
 
@@ -167,7 +167,7 @@ def test_containerd_without_bypass_as_setup_makes_it(root: Path) -> None:
     assert states(found) == []
     assert not [each for each in found if each.name == "bypass"]
     (root / CERTS / "_default" / "ca.crt").unlink()
-    assert "there is no ca.crt" in said(look_containerd(root, bypass=False, url=site.url), "failed")
+    assert "does not exist" in said(look_containerd(root, bypass=False, url=site.url), "failed")
 
 
 OURS = f'[host."{BASE}"]\ncapabilities = ["pull", "resolve"]\n'
@@ -177,19 +177,19 @@ OURS = f'[host."{BASE}"]\ncapabilities = ["pull", "resolve"]\n'
     ("text", "state", "says"),
     [
         ('[host."http://cache.example:5000"\n', "failed", "it is not TOML"),
-        ('host = "x"\n', "failed", "its host is no table"),
-        (f'[host."{BASE}"]\ncapabilities = ["pull", "fly"]\n', "failed", "known are"),
-        (f'[host."{BASE}"]\ncapabilities = "pull"\n', "failed", "known are"),
-        (f'[host."{BASE}"]\nca = 1\n', "failed", "names no file"),
-        ('[host."http://"]\n', "failed", "is no URL"),
+        ('host = "x"\n', "failed", "host is not a table"),
+        (f'[host."{BASE}"]\ncapabilities = ["pull", "fly"]\n', "failed", "are known"),
+        (f'[host."{BASE}"]\ncapabilities = "pull"\n', "failed", "are known"),
+        (f'[host."{BASE}"]\nca = 1\n', "failed", "is not a file name"),
+        ('[host."http://"]\n', "failed", "is not a URL"),
         ('[host."http://other.example"]\n', "failed", "does not name http://cache.example:5000"),
         ("", "failed", "does not name"),
-        (f'[host."{BASE}"]\ncapabilities = ["pull"]\n', "failed", "lack resolve: tags are asked for past it"),
-        (f'[host."{BASE}"]\ncapabilities = ["resolve"]\n', "failed", "lack pull"),
-        (f'[host."{BASE}/docker.io"]\noverride_path = true\n', "failed", "override_path leaves out /v2"),
-        (f'[host."{BASE}"]\nca = "/etc/absent.crt"\n', "failed", "there is no /etc/absent.crt"),
+        (f'[host."{BASE}"]\ncapabilities = ["pull"]\n', "failed", "have no resolve: tags bypass the server"),
+        (f'[host."{BASE}"]\ncapabilities = ["resolve"]\n', "failed", "have no pull"),
+        (f'[host."{BASE}/docker.io"]\noverride_path = true\n', "failed", "with override_path"),
+        (f'[host."{BASE}"]\nca = "/etc/absent.crt"\n', "failed", "/etc/absent.crt, which its ca names"),
         (f'[host."https://other.example"]\n{OURS}', "warning", "https://other.example is asked before"),
-        (f'server = "{BASE}"\n', "warning", "has no [host]: older containerd"),
+        (f'server = "{BASE}"\n', "warning", "has no [host]: older versions of containerd"),
     ],
 )
 def test_containerd_that_is_not_well(root: Path, text: str, state: str, says: str) -> None:
@@ -244,16 +244,16 @@ def test_containerd_that_does_not_know_of_it(root: Path) -> None:
 def test_config_path(root: Path, text: str, state: str, says: str) -> None:
     put(root, f"{CERTS}/_default/hosts.toml", OURS)
     put(root, "etc/containerd/config.toml", text)
-    assert says in said(containerd.look(Host(SITE, root)), state)
+    assert says in said(containerd.look(Machine(SITE, root)), state)
 
 
 def test_config_path_elsewhere(root: Path) -> None:
     text = 'version = 3\n[plugins."io.containerd.cri.v1.images".registry]\nconfig_path = "/opt/a:/opt/b"\n'
     put(root, "etc/containerd/config.toml", text)
     put(root, f"{CERTS}/_default/hosts.toml", OURS)
-    assert states(containerd.look(Host(SITE, root))) == [("namespaces", "failed")]
+    assert states(containerd.look(Machine(SITE, root))) == [("namespaces", "failed")]
     put(root, "opt/b/_default/hosts.toml", OURS)
-    assert states(containerd.look(Host(SITE, root))) == []
+    assert states(containerd.look(Machine(SITE, root))) == []
 
 
 # podman
@@ -261,11 +261,11 @@ def test_config_path_elsewhere(root: Path) -> None:
 
 def look_podman(root: Path, text: str = "", **changes: Any) -> list[Check]:
     put(root, "etc/containers/registries.conf", text)
-    return podman.look(Host(replace(SITE, **changes), root))
+    return podman.look(Machine(replace(SITE, **changes), root))
 
 
 def test_no_podman(root: Path) -> None:
-    assert podman.look(Host(SITE, root)) == []
+    assert podman.look(Machine(SITE, root)) == []
 
 
 @pytest.mark.parametrize("client", ["podman", "crio"])
@@ -273,7 +273,7 @@ def test_podman_as_setup_makes_it(root: Path, client: str) -> None:
     set_up(root, client)
     found = look_podman(root)
     assert states(found) == []
-    assert "docker.io, ghcr.io, registry.example:5000 themselves are asked" in said(found, "ok")
+    assert "podman asks docker.io, ghcr.io, registry.example:5000 directly" in said(found, "ok")
     assert states(look_podman(root, bypass=False)) == [("bypass", "failed")]
 
 
@@ -281,7 +281,7 @@ def test_podman_without_bypass_as_setup_makes_it(root: Path) -> None:
     set_up(root, "podman", replace(SITE, bypass=False))
     found = look_podman(root, bypass=False)
     assert states(found) == []
-    assert "asked of the server" in said(found, "ok")
+    assert "pulled through the server" in said(found, "ok")
 
 
 HUB = '[[registry]]\nlocation = "docker.io"\n'
@@ -292,25 +292,29 @@ MIRROR = '[[registry.mirror]]\nlocation = "cache.example:5000/docker.io"\ninsecu
     ("text", "state", "says"),
     [
         ("[[registry]\n", "failed", "it is not TOML"),
-        ("registry = 1\n", "failed", "no array of tables"),
+        ("registry = 1\n", "failed", "not an array of tables"),
         ('[registries.search]\nregistries = ["docker.io"]\n', "failed", "version 1"),
-        (HUB + MIRROR.replace("insecure = true\n", ""), "failed", "lacks insecure = true"),
+        (HUB + MIRROR.replace("insecure = true\n", ""), "failed", "has no insecure = true"),
         (HUB + MIRROR.replace("5000/docker.io", "5000/hub"), "failed", "ends in /hub"),
         (f"{HUB}blocked = true\n{MIRROR}", "failed", "is blocked"),
-        (f"{HUB}mirror-by-digest-only = true\n{MIRROR}", "warning", "tags go past it"),
-        (f'{HUB}{MIRROR}pull-from-mirror = "digest-only"\n', "warning", "tags go past it"),
-        (f'{HUB}{MIRROR}pull-from-mirror = "tag-only"\n', "warning", "by digest goes past it"),
-        (f'{HUB}[[registry.mirror]]\nlocation = "x.y"\n{MIRROR}', "warning", "x.y is asked before it"),
+        (f"{HUB}mirror-by-digest-only = true\n{MIRROR}", "warning", "tags bypass it"),
+        (f'{HUB}{MIRROR}pull-from-mirror = "digest-only"\n', "warning", "tags bypass it"),
+        (f'{HUB}{MIRROR}pull-from-mirror = "tag-only"\n', "warning", "digests bypass the server"),
+        (
+            f'{HUB}[[registry.mirror]]\nlocation = "x.y"\n{MIRROR}',
+            "warning",
+            "x.y is asked before the server",
+        ),
         (HUB, "failed", "docker.io: asked directly"),
         (
             HUB + MIRROR + '[[registry]]\nlocation = "docker.io/team"\n',
             "warning",
-            "docker.io/team has a table",
+            "docker.io/team has its own table",
         ),
         (
             'unqualified-search-registries = ["docker.io", "x.y"]\n' + HUB + MIRROR,
             "warning",
-            "is looked for in x.y, past the server",
+            "is searched in x.y, without the server",
         ),
     ],
 )
@@ -386,7 +390,7 @@ async def test_all_comes_through(cache: Cache, upstream: Upstream) -> None:
     assert (states(found), cache.status) == ([], 0)
     canaries = named(found, "canary")
     assert set(canaries) == {"docker", "containerd", "podman"}
-    assert all("comes through it: entrepot; " in each.message for each in canaries.values())
+    assert all("is served: entrepot; " in each.message for each in canaries.values())
     assert "request " in canaries["docker"].message
     # Manifests are asked for once by the server; no blob is transferred for it.
     assert upstream.log[0] == "GET manifest library/hello-world:latest"
@@ -431,7 +435,7 @@ async def test_what_is_between_may_change_content(cache: Cache, upstream: Upstre
         times=9,
     )
     found = await cache.look(url=upstream.url)
-    assert "what is between?" in named(found, "canary")["docker"].message
+    assert "is a proxy in between?" in named(found, "canary")["docker"].message
 
 
 async def test_without_clients_the_server_is_looked_at(cache: Cache, tmp_path: Path) -> None:
@@ -506,7 +510,7 @@ async def test_a_client_pulls_itself(cache: Cache, path: Path) -> None:
     program(path, "docker", "")  # it has it already, or from elsewhere
     program(path, "ctr", "import sys; print('one', file=sys.stderr); sys.exit('denied')")
     found = named(await cache.look("--pull", "alpine:3", "--server", str(cache.site.app.admin_url)), "pull")
-    assert found["podman"].message == "docker.io/library/alpine:3 was pulled through the server: 1 requests"
+    assert found["podman"].message == "docker.io/library/alpine:3 was pulled through the server: 1 request"
     assert found["docker"].state == "failed"
     assert "was not asked" in found["docker"].message
     assert "status 1: denied" in found["containerd"].message

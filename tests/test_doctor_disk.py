@@ -37,12 +37,12 @@ def test_a_directory_that_is_made_later(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.os, "access", lambda path, how: False)  # root may do anything
     check = look(tmp_path / "a" / "b")["disk"]
-    assert (check.state, check.message) == ("failed", f"is not there, and cannot be made in {tmp_path}")
+    assert (check.state, check.message) == ("failed", f"does not exist, and cannot be created in {tmp_path}")
 
 
 def test_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert look(tmp_path / "file")["disk"].message == "is no directory"
+    assert look(tmp_path / "file")["disk"].message == "is not a directory"
 
 
 def test_a_directory_that_takes_nothing() -> None:
@@ -118,7 +118,7 @@ def test_a_kind_that_is_not_told(tmp_path: Path) -> None:
         (50, {}, "ok", "50.0 GiB of 100.0 GiB are free"),
         (4, {"min_free": Share(percent=5)}, "warning", "less than disk.min_free (5.0 GiB)"),
         (50, {"cache_limit": 200 * GIB}, "warning", "disk.cache_limit is 200.0 GiB"),
-        (0, {}, "failed", "pulls go through uncached"),
+        (0, {}, "failed", "pulls are not cached"),
     ],
 )
 def test_room(

@@ -1,6 +1,6 @@
-"""A pull through the server as each client does it, and by the client itself.
+"""A test pull through the server: with the requests of each client, and by the client itself.
 
-What it asks for is an image of the user's choice: the server may have to ask its upstream for it.
+The operator chooses the image, which the server may have to fetch from its upstream.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import msgspec
 from yarl import URL
 
 from proxy.config.image_names import ImageName
+from proxy.config.quantities import plural
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from proxy.doctor.host import Host
+from proxy.doctor.host import Machine
 from proxy.doctor.running import REQUESTS, metrics
 from proxy.setup.engines import CONTAINERD
 from storage.errors import RegistryError
 from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST, Digest
 
 ACCEPT = ", ".join((OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST))
-PATIENCE = 300.0  # seconds for a client's own pull
+PULL_TIMEOUT = 300.0  # seconds for a client's own pull
 PULLERS = {
     "docker": ("docker", "pull", "--quiet"),
     "containerd": ("ctr", "images", "pull"),
@@ -35,29 +36,29 @@ PULLERS = {
 }
 
 
-class _Wrong(Exception):
-    """What did not come as it should, in half a sentence."""
+class _Unexpected(Exception):
+    """An answer was not as expected.  The message is half a sentence."""
 
 
-async def look(session: aiohttp.ClientSession, host: Host, client: str, name: ImageName) -> Check:
-    """Ask for a manifest, for what it names, and for a blob, each as the client does."""
+async def look(session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName) -> Check:
+    """Request an image's manifests, and the headers of a blob, with the requests that the client sends."""
     try:
-        said = await _Pull(session, host, client, name).run()
-    except _Wrong as error:
-        advice = f"entrepot why {name} on the server tells what it does; --canary names another image"
+        summary = await _Pull(session, host, client, name).run()
+    except _Unexpected as error:
+        advice = f"run entrepot why {name} on the server, or name another image with --canary"
         return failed("canary", client, str(error), advice)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         message = f"{name}: {cause(error)}"
-        return failed("canary", client, message, "see whether a firewall keeps this machine from the server")
-    return ok("canary", client, f"{name} comes through it: {said}")
+        return failed("canary", client, message, "check that no firewall blocks this machine from the server")
+    return ok("canary", client, f"{name} is served: {summary}")
 
 
 class _Pull:
-    def __init__(self, session: aiohttp.ClientSession, host: Host, client: str, name: ImageName) -> None:
+    def __init__(self, session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName) -> None:
         self._session, self._site, self._client, self._name = session, host.site, client, name
 
     def _url(self, path: str) -> URL:
-        """Each client says in its own way which registry it means."""
+        """The URL by which the client names the registry."""
         name, base = self._name, self._site.base
         if self._client == "containerd":
             return URL(f"{base}/v2/{name.repository}/{path}").with_query(ns=name.host)
@@ -67,7 +68,7 @@ class _Pull:
         return URL(f"{base}/v2/{name.host}/{name.repository}/{path}")
 
     async def run(self) -> str:
-        """How it was answered.  Raises _Wrong."""
+        """The cache status and the id of the manifest's request.  Raises _Unexpected."""
         name = self._name
         if self._client != "containerd":
             await self._ask("GET", URL(f"{self._site.base}/v2/"), fine=(200, 401))
@@ -75,10 +76,13 @@ class _Pull:
         if self._client != "podman" and ":" not in reference:
             headers, _ = await self._ask("HEAD", self._url(f"manifests/{reference}"))
             if not headers.get("Docker-Content-Digest") or "Content-Length" not in headers:
-                raise _Wrong(f"{name}: the answer to HEAD lacks its digest or its length: what is between?")
+                raise _Unexpected(
+                    f"{name}: the answer to HEAD has no digest or no length: is a proxy in between?"
+                )
             reference = headers["Docker-Content-Digest"]
         headers, content = await self._ask("GET", self._url(f"manifests/{reference}"))
-        said = f"{headers.get('Cache-Status', 'no Cache-Status')}, request {headers.get('X-Request-Id', '?')}"
+        status = headers.get("Cache-Status", "no Cache-Status")
+        request = headers.get("X-Request-Id", "?")
         tree = self._manifest(headers.get("Docker-Content-Digest", reference), content)
         if isinstance(tree.get("manifests"), list) and tree["manifests"]:
             child = _digest(tree["manifests"][0])
@@ -86,7 +90,7 @@ class _Pull:
             tree = self._manifest(child, content)
         if config := _digest(tree.get("config")):
             await self._ask("HEAD", self._url(f"blobs/{config}"))
-        return said
+        return f"{status}, request {request}"
 
     async def _ask(
         self, method: str, url: URL, fine: Sequence[int] = (200,)
@@ -98,7 +102,7 @@ class _Pull:
             while more := await response.content.read(MANIFEST_LIMIT - len(content)):
                 content += more
             if response.status not in fine:
-                raise _Wrong(
+                raise _Unexpected(
                     f"{self._name}: {method} {url.path} is answered {response.status}{_reason(content)}"
                 )
             return response.headers, content
@@ -111,8 +115,8 @@ class _Pull:
         except (RegistryError, msgspec.DecodeError, UnicodeDecodeError):
             right, tree = False, None
         if not right or not isinstance(tree, dict):
-            raise _Wrong(
-                f"{self._name}: what came is not what {digest or 'no digest'} says: what is between?"
+            raise _Unexpected(
+                f"{self._name}: the content does not match {digest or 'any digest'}: is a proxy in between?"
             )
         return tree
 
@@ -121,52 +125,54 @@ def _digest(descriptor: object) -> str:
     return str(descriptor.get("digest", "")) if isinstance(descriptor, dict) else ""
 
 
-class _Error(msgspec.Struct):
+class _ErrorEntry(msgspec.Struct):
     code: str = ""
     message: str = ""
 
 
-class _Errors(msgspec.Struct):
-    errors: list[_Error]
+class _ErrorBody(msgspec.Struct):
+    errors: list[_ErrorEntry]
 
 
 def _reason(content: bytes) -> str:
     with suppress(msgspec.DecodeError, UnicodeDecodeError, IndexError):
-        error = msgspec.json.decode(content, type=_Errors).errors[0]
+        error = msgspec.json.decode(content, type=_ErrorBody).errors[0]
         return f" {error.code}: {error.message[:200]}"
     return ""
 
 
 async def pull(
-    session: aiohttp.ClientSession, host: Host, client: str, name: ImageName, admin: URL | None
+    session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName, admin: URL | None
 ) -> Check | None:
-    """By the client's own program; None if that is not here.
+    """Pull with the client's own program; None if that is not installed.
 
-    Whether it came through is told by the server's metrics, where `admin` is given and answers.
+    If `admin` is given and answers, the server's metrics show whether the pull reached it.
     """
     words = [*PULLERS[client], str(name)]
-    if client == "containerd":  # ctr does not look there by itself
+    if client == "containerd":  # by default ctr does not read it
         words.insert(-1, f"--hosts-dir={host.path(CONTAINERD)}/certs.d")
     if not shutil.which(words[0]):
         return None
     before = await _requests(session, admin)
-    status, said = await _run(words)
+    status, last = await _run(words)
     if status:
         return failed(
-            "pull", client, f"{' '.join(words)} ends with status {status}: {said}", "see what it says"
+            "pull", client, f"{' '.join(words)} ends with status {status}: {last}", "see its last line"
         )
     after = await _requests(session, admin)
     if before is None or after is None:
-        message = f"{name} was pulled; whether through the server is not seen from here"
-        return warning("pull", client, message, "give its admin address: --server URL")
+        message = f"{name} was pulled, perhaps not through the server"
+        return warning("pull", client, message, "give the admin address of the server with --server URL")
     if after > before:
-        return ok("pull", client, f"{name} was pulled through the server: {after - before:.0f} requests")
-    advice = "the checks above tell what goes past it; a restart of the client may be due"
-    return failed("pull", client, f"{name} was pulled, and the server was not asked", advice)
+        return ok(
+            "pull", client, f"{name} was pulled through the server: {plural(int(after - before), 'request')}"
+        )
+    advice = "see the checks above for what bypasses the server; a client may need a restart"
+    return failed("pull", client, f"{name} was pulled, but the server was not asked", advice)
 
 
 async def _requests(session: aiohttp.ClientSession, admin: URL | None) -> float | None:
-    """How many for content the server has answered so far; None if it does not tell."""
+    """The number of requests for content that the server has answered, or None if it is unknown."""
     if admin is None:
         return None
     try:
@@ -177,7 +183,7 @@ async def _requests(session: aiohttp.ClientSession, admin: URL | None) -> float 
 
 
 async def _run(words: list[str]) -> tuple[int, str]:
-    """Exit status, and the last line of what it says."""
+    """The exit status, and the last line on standard error."""
     process = await asyncio.create_subprocess_exec(
         *words,
         stdin=asyncio.subprocess.DEVNULL,
@@ -186,10 +192,10 @@ async def _run(words: list[str]) -> tuple[int, str]:
         env=os.environ,
     )
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PULL_TIMEOUT):
             _, errors = await process.communicate()
     except TimeoutError:
-        return 1, f"nothing, for {PATIENCE:.0f} s"
+        return 1, f"no end within {PULL_TIMEOUT:.0f} s"
     finally:
         if process.returncode is None:
             process.kill()

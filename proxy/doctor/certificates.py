@@ -1,4 +1,4 @@
-"""For how long certificates hold."""
+"""The expiry of certificates."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import time
 from proxy.config.quantities import plural
 from proxy.doctor.checks import Check, ok, warning
 
-SOON = 14  # days: less than the last third of ninety, in which they are renewed
+MIN_DAYS = 14  # a 90-day certificate is usually renewed when 30 days are left
 DAY = 86400.0
 
 
 async def of_host(host: str, port: int, context: ssl.SSLContext, seconds: float) -> float:
-    """When the certificate of a host ends, in seconds since the epoch.
+    """The expiry of a host's certificate, in seconds since the epoch.
 
-    Raises ssl.SSLError where it is not accepted, OSError and TimeoutError where nobody answers.
+    Raises ssl.SSLError if the certificate is not accepted, OSError or TimeoutError if the host does not
+    answer.
     """
     async with asyncio.timeout(seconds):
         _, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=host)
@@ -28,14 +29,14 @@ async def of_host(host: str, port: int, context: ssl.SSLContext, seconds: float)
 
 
 def judged(name: str, subject: str, end: float, advice: str, now: float | None = None) -> Check:
-    """Of one that holds still; `advice` is how it is renewed."""
+    """The check of a valid certificate by its expiry, `end`; `advice` says how to renew it."""
     days = int((end - (time.time() if now is None else now)) / DAY)
-    message = f"the certificate holds for {plural(days, 'day')} more"
-    return ok(name, subject, message) if days >= SOON else warning(name, subject, message, advice)
+    message = f"the certificate is valid for {plural(days, 'day')} more"
+    return ok(name, subject, message) if days >= MIN_DAYS else warning(name, subject, message, advice)
 
 
 def refused(error: ssl.SSLError) -> str:
-    """Why a certificate was not accepted."""
+    """Why TLS could not be established, in half a sentence."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not accepted: {error.verify_message.rstrip('.')}"
-    return f"no TLS: {error.reason or 'what came is none'}".replace("_", " ").lower().replace("tls", "TLS")
+    return f"no TLS: {error.reason or 'the answer is none'}".replace("_", " ").lower().replace("tls", "TLS")

@@ -1,6 +1,6 @@
-"""What a doctor finds: checks, each of which is well, gives cause for concern, or has failed.
+"""The results of the doctor.
 
-A Check says in a sentence what is the case and, unless it is well, in another what to do about it.
+A Check is ok, a warning, or failed.  It says what was found and, unless it is ok, what to do about it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ State: TypeAlias = Literal["ok", "warning", "failed"]
 
 
 class Check(msgspec.Struct, frozen=True):
-    """`name` is what was looked at, `subject` of what: a namespace, a file, a client."""
+    """The result of one check.  `subject` is the namespace, file or client that was checked."""
 
     name: str
     subject: str
@@ -25,7 +25,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """All checks, and how many of them are in each state."""
+    """All checks, and the number of checks in each state."""
 
     checks: list[Check]
     ok: int
@@ -52,8 +52,8 @@ def failed(name: str, subject: str, message: str, advice: str) -> Check:
 
 
 def cause(error: BaseException) -> str:
-    """Why something could not be done, in the words of the system."""
-    error = getattr(error, "os_error", error)  # aiohttp wraps it, and its text names the address once more
+    """The reason of an error, without addresses that the caller names anyway."""
+    error = getattr(error, "os_error", error)  # aiohttp wraps it, and repeats the address in its text
     number = getattr(error, "errno", None)
     if isinstance(number, int) and number > 0:
         return os.strerror(number)

@@ -1,4 +1,4 @@
-"""A client's machine, looked over: does the server answer, who is told to ask it, what goes past it."""
+"""The checks of a client's machine: the server answers, the clients use it, and what bypasses it."""
 
 from __future__ import annotations
 
@@ -13,47 +13,50 @@ from proxy.config.image_names import ImageName
 from proxy.doctor import canary, containerd, docker, podman
 from proxy.doctor.certificates import refused
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from proxy.doctor.host import Host
+from proxy.doctor.host import Machine
 from proxy.setup.site import CA, Site
 
-PATIENCE = 60.0  # seconds: a cold pull has to wait for its upstream
+TIMEOUT = 60.0  # seconds: a cold pull waits for the upstream
 CANARY = "docker.io/library/hello-world:latest"
 CLIENTS = {docker.CLIENT: docker.look, containerd.CLIENT: containerd.look, podman.CLIENT: podman.look}
 
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
-    """What is asked of the machine: a canary of that name; with `pull`, each client's own pull of it."""
+    """The image to request as each client would, and optionally one for each client to pull.
+
+    `admin` is the admin address of the server, whose metrics show whether a pull reached it.
+    """
 
     canary: ImageName
     pull: ImageName | None = None
     admin: URL | None = None
 
 
-async def examine(site: Site, root: Path, wish: ClientOptions) -> list[Check]:
-    host = Host(site, root)
+async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]:
+    host = Machine(site, root)
     found = {name: look(host) for name, look in CLIENTS.items()}
     here = [name for name, checks in found.items() if checks]
     told = [each for checks in found.values() for each in checks]
     if not here:
-        message = "neither dockerd nor containerd nor podman and its kin are here"
-        told = [warning("client", str(root), message, "name where they are by --root")]
-    timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        message = "no dockerd, containerd, podman or related program is installed"
+        told = [warning("client", str(root), message, "give the root directory of the clients with --root")]
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     connector = aiohttp.TCPConnector(ssl=_trust(host))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         checks = [await _answers(session, site)]
         checks += told
         if checks[0].state != "failed":
             for client in here or [podman.CLIENT]:
-                checks.append(await canary.look(session, host, client, wish.canary))
-        if wish.pull:
-            pulled = [await canary.pull(session, host, each, wish.pull, wish.admin) for each in here]
+                checks.append(await canary.look(session, host, client, options.canary))
+        if options.pull:
+            pulled = [await canary.pull(session, host, each, options.pull, options.admin) for each in here]
             checks += [each for each in pulled if each is not None]
     return checks
 
 
-def _trust(host: Host) -> ssl.SSLContext:
-    """Who everybody trusts, and the authority that is given or that a client here has for the server."""
+def _trust(host: Machine) -> ssl.SSLContext:
+    """The system's authorities, the given one, and those that clients here have for the server."""
     context = ssl.create_default_context()
     if host.site.ca:
         context.load_verify_locations(cadata=host.site.ca)
@@ -65,7 +68,7 @@ def _trust(host: Host) -> ssl.SSLContext:
 
 
 async def _answers(session: aiohttp.ClientSession, site: Site) -> Check:
-    """Whether it is there, and is one of ours."""
+    """Whether the server answers, and is Entrepôt."""
     url = f"{site.base}/v2/"
     try:
         async with session.get(url, allow_redirects=False) as response:
@@ -73,15 +76,15 @@ async def _answers(session: aiohttp.ClientSession, site: Site) -> Check:
     except aiohttp.ClientConnectorCertificateError as error:
         why = error.certificate_error
         message = refused(why) if isinstance(why, ssl.SSLError) else str(why)
-        advice = "give its authority: entrepot setup CLIENT --ca-file FILE puts it where the client looks"
+        advice = "install its authority with entrepot setup CLIENT --ca-file FILE"
         return failed("server", site.base, message, advice)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        advice = "see whether it runs (entrepot doctor there), listens here, and no firewall is between"
+        advice = "check that the server runs (entrepot doctor there) and that no firewall blocks this machine"
         return failed("server", site.base, f"{url}: {cause(error)}", advice)
     if server != "entrepot":
-        message = f"{url} answers {status}, but is {server or 'something'} and not entrepot"
-        advice = "name the address that listen: says; a proxy between may also answer for it"
+        message = f"{url} answers {status}, but the server is {server or 'unknown'}, not entrepot"
+        advice = "give the address that listen: names; a proxy in between may also have answered"
         return warning("server", site.base, message, advice)
     if status not in (200, 401):
-        return failed("server", site.base, f"{url} answers {status}", "see entrepot doctor on the server")
+        return failed("server", site.base, f"{url} answers {status}", "run entrepot doctor on the server")
     return ok("server", site.base, f"answers {status}, and is entrepot")

@@ -1,7 +1,7 @@
-"""containerd, by what lies below its config_path.
+"""The checks of containerd, by the files below its config_path.
 
-It logs what is wrong with a hosts.toml, and goes on as if the file were not there: nobody who pulls sees
-that it goes past the server.  So each file is read here as containerd reads it.
+If a hosts.toml is invalid, containerd logs that and ignores the file, so that pulls bypass the server
+unnoticed.  Therefore each file is read here as containerd reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from yarl import URL
 
 from proxy.doctor.checks import Check, failed, ok, warning
-from proxy.doctor.host import Broken, Host, origin
+from proxy.doctor.host import InvalidFile, Machine, origin
 from proxy.setup.engines import CONTAINERD, CRI, PULL
 
 CLIENT = "containerd"
@@ -23,8 +23,8 @@ DEFAULT = "_default"
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """One that a hosts.toml names, in the order in which they are asked."""
+class HostEntry:
+    """A registry host that a hosts.toml names."""
 
     url: URL
     capabilities: frozenset[str]
@@ -32,12 +32,12 @@ class Server:
     authorities: tuple[str, ...]
 
 
-def look(host: Host) -> list[Check]:
-    """Nothing where there is no containerd."""
+def look(host: Machine) -> list[Check]:
+    """No checks if containerd is not installed."""
     return list(_looked(host)) if host.has("containerd", CONTAINERD) else []
 
 
-def _looked(host: Host) -> Iterator[Check]:
+def _looked(host: Machine) -> Iterator[Check]:
     directories, check = config_path(host)
     yield check
     files: dict[Path | None, list[str]] = {}
@@ -53,14 +53,14 @@ def _looked(host: Host) -> Iterator[Check]:
         yield host.leaves_out(CLIENT, past, host.setup(CLIENT), every=len(files) == 1)
 
 
-def config_path(host: Host) -> tuple[list[Path], Check]:
-    """The directories where it looks for hosts.toml, and whether Kubernetes makes it look there."""
+def config_path(host: Machine) -> tuple[list[Path], Check]:
+    """The directories of the hosts.toml files, and a check whether Kubernetes (CRI) uses them."""
     path = host.path(f"{CONTAINERD}/config.toml")
     usual = [host.path(f"{CONTAINERD}/certs.d")]
     try:
         tree = host.toml(path) or {}
-    except Broken as error:
-        advice = "mend it by hand: containerd does not start with it"
+    except InvalidFile as error:
+        advice = "fix it by hand: containerd does not start with it"
         return usual, failed("configuration", CLIENT, f"{path}: {error}", advice)
     for plugin in CRI.values():
         registry = _table(_table(tree, "plugins"), plugin).get("registry")
@@ -70,14 +70,12 @@ def config_path(host: Host) -> tuple[list[Path], Check]:
         if isinstance(found, str) and found:
             if registry.get("mirrors") or registry.get("configs"):
                 message = f"{path} has registry.mirrors or registry.configs beside config_path"
-                advice = "take them out: with both, containerd gives Kubernetes no registry at all"
+                advice = "remove them: with both, containerd offers Kubernetes no registry at all"
                 return usual, failed("configuration", CLIENT, message, advice)
             message = f"{path} has config_path = {found}"
             return [host.path(each) for each in found.split(":")], ok("configuration", CLIENT, message)
-    message = f"{path} has no config_path: Kubernetes pulls past {CONTAINERD}/certs.d, nerdctl does not"
-    advice = (
-        "put it in, as entrepot setup containerd shows, if Kubernetes runs here; since 2.2 it is the default"
-    )
+    message = f"{path} has no config_path: Kubernetes ignores {CONTAINERD}/certs.d, nerdctl does not"
+    advice = "if Kubernetes runs here, add it as entrepot setup containerd shows; since 2.2 it is the default"
     return usual, warning("configuration", CLIENT, message, advice)
 
 
@@ -86,8 +84,8 @@ def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def hosts_file(host: Host, directories: list[Path], name: str) -> Path | None:
-    """What tells containerd of a registry: in the first directory that is there, and there alone."""
+def hosts_file(host: Machine, directories: list[Path], name: str) -> Path | None:
+    """The hosts.toml of a registry, from the first directory that exists for it; None if that has none."""
     names = [name, DEFAULT]
     if ":" in name:
         before, _, port = name.rpartition(":")
@@ -100,20 +98,18 @@ def hosts_file(host: Host, directories: list[Path], name: str) -> Path | None:
     return None
 
 
-def _file(host: Host, path: Path, names: list[str]) -> Iterator[Check]:
+def _file(host: Machine, path: Path, names: list[str]) -> Iterator[Check]:
     subject = f"{CLIENT}, {', '.join(names)}"
     try:
         tree = host.toml(path) or {}
         servers = parse(tree)
-    except Broken as error:
-        message = f"{path}: {error}: containerd logs that, and goes past the server"
-        yield failed("configuration", subject, message, f"mend it, or {host.setup(CLIENT)} --force")
+    except InvalidFile as error:
+        message = f"{path}: {error}: containerd logs that and bypasses the server"
+        yield failed("configuration", subject, message, f"fix it, or run {host.setup(CLIENT)} --force")
         return
     if "host" not in tree:
-        message = (
-            f"{path} has no [host]: older containerd, such as 1.6, takes it for broken, and goes past it"
-        )
-        yield warning("configuration", subject, message, "put an empty [host] at its end")
+        message = f"{path} has no [host]: older versions of containerd, such as 1.6, ignore it"
+        yield warning("configuration", subject, message, "add an empty [host] at its end")
     ours = [each for each in servers if each.url.origin() == host.site.url.origin()]
     if not ours:
         message = f"{path} does not name {host.site.base}"
@@ -122,59 +118,61 @@ def _file(host: Host, path: Path, names: list[str]) -> Iterator[Check]:
     yield from _judged(host, path, subject, servers, ours[0])
     others = [str(each.url.origin()) for each in servers if each not in ours]
     if "server" not in tree:
-        others.append("the registry itself, since there is no server =")
+        others.append("the registry itself, since server is not set")
     if others:
-        yield host.goes_past(subject, f"when the server fails, asked is {', then '.join(others)}")
+        yield host.goes_past(subject, f"if the server fails, containerd asks {', then '.join(others)}")
 
 
-def _judged(host: Host, path: Path, subject: str, servers: list[Server], ours: Server) -> Iterator[Check]:
+def _judged(
+    host: Machine, path: Path, subject: str, servers: list[HostEntry], ours: HostEntry
+) -> Iterator[Check]:
     fault = ""
     if lacking := [each for each in PULL if each not in ours.capabilities]:
-        what = {"pull": "nothing is asked for there", "resolve": "tags are asked for past it"}[lacking[0]]
-        fault = f"{path}: capabilities lack {' and '.join(lacking)}: {what}"
+        what = {"pull": "the server is never asked", "resolve": "tags bypass the server"}[lacking[0]]
+        fault = f"{path}: capabilities have no {' and no '.join(lacking)}: {what}"
     elif ours.override_path and not ours.url.path.startswith("/v2"):
-        fault = f"{path}: override_path leaves out /v2, and the server answers 404 without it"
+        fault = f"{path}: with override_path, the path must begin with /v2, else the server answers 404"
     elif absent := [each for each in ours.authorities if not _beside(host, path, each).exists()]:
-        fault = f"{path}: there is no {absent[0]}, which its ca names"
+        fault = f"{path}: {absent[0]}, which its ca names, does not exist"
     if fault:
         yield failed("configuration", subject, fault, f"{host.setup(CLIENT)} --force")
     elif servers[0] is not ours:
         message = f"{path}: {servers[0].url.origin()} is asked before {host.site.base}"
-        yield warning("configuration", subject, message, "put the server's table first")
+        yield warning("configuration", subject, message, "move the server's table to the top")
     else:
-        yield ok("configuration", subject, f"{path} has it asked first, for tags too")
+        yield ok("configuration", subject, f"{path} names the server first, for tags too")
 
 
-def _beside(host: Host, path: Path, name: str) -> Path:
+def _beside(host: Machine, path: Path, name: str) -> Path:
     return host.path(name) if name.startswith("/") else path.parent / name
 
 
-def parse(tree: Mapping[str, Any]) -> list[Server]:
-    """The servers of a hosts.toml, `server` last.  Raises Broken where containerd gives up as well."""
+def parse(tree: Mapping[str, Any]) -> list[HostEntry]:
+    """The entries of a hosts.toml, `server` last.  Raises InvalidFile if containerd rejects it."""
     hosts = tree.get("host", {})
     if not isinstance(hosts, Mapping):
-        raise Broken("its host is no table")
+        raise InvalidFile("host is not a table")
     found = [_server(name, keys) for name, keys in hosts.items()]
     if (server := tree.get("server")) is not None:
         found.append(_server(server, tree))
     return found
 
 
-def _server(name: object, keys: object) -> Server:
+def _server(name: object, keys: object) -> HostEntry:
     if not isinstance(name, str) or not isinstance(keys, Mapping):
-        raise Broken(f"its {name!r} is no table of a host")
+        raise InvalidFile(f"{name!r} is not a table")
     url = origin(name)
     if url is None or not url.host:
-        raise Broken(f"its {name!r} is no URL")
+        raise InvalidFile(f"{name!r} is not a URL")
     capabilities = keys.get("capabilities", sorted(CAPABILITIES))
     if not isinstance(capabilities, list) or not set(map(str, capabilities)) <= CAPABILITIES:
         known = ", ".join(sorted(CAPABILITIES))
-        raise Broken(f"capabilities of {name} are {capabilities!r}, and known are {known}")
+        raise InvalidFile(f"capabilities of {name} are {capabilities!r}, but only {known} are known")
     ca = keys.get("ca", [])
     authorities = [ca] if isinstance(ca, str) else ca
     if not isinstance(authorities, list) or not all(isinstance(each, str) for each in authorities):
-        raise Broken(f"ca of {name} names no file")
+        raise InvalidFile(f"ca of {name} is not a file name")
     full = URL(name if "://" in name else f"https://{name}")
-    return Server(
+    return HostEntry(
         full, frozenset(map(str, capabilities)), keys.get("override_path") is True, tuple(authorities)
     )

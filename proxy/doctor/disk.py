@@ -1,4 +1,4 @@
-"""The disk below a server: whether what it does there works, and for how long there is room."""
+"""The checks of the server's disk: what the server does there works, and there is room."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from proxy.doctor.checks import Check, cause, failed, ok, warning
 from storage.disk.health import SPARE
 
 MOUNTS = Path("/proc/self/mountinfo")
-FEW = 0.05  # of the inodes
-# Where locks between processes and SQLite's files are as good as who wrote the server at the other end.
+MIN_INODES = 0.05  # of all inodes
+# File systems where locks, and thereby SQLite, depend on the server at the other end.
 REMOTE = frozenset(
     ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs", "gfs2")
 )
-# What is gone with the machine's next start, or with the container.
-PASSING = {"tmpfs": "is memory", "ramfs": "is memory", "overlay": "is a container's own"}
+# File systems whose content is lost with a restart, or with the container.
+VOLATILE = {"tmpfs": "is memory", "ramfs": "is memory", "overlay": "belongs to a container"}
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def look(disk: DiskConfig, mounts: Path = MOUNTS) -> list[Check]:
-    """All checks of it; nothing of them stays there."""
+    """All checks of the disk.  Their files are removed again."""
     path = str(disk.path)
     if not disk.path.is_dir():
         return [_absent(disk.path)]
@@ -35,27 +35,27 @@ def look(disk: DiskConfig, mounts: Path = MOUNTS) -> list[Check]:
         found.append(_kind(disk.path, mounts))
         status = os.statvfs(disk.path)
     except OSError as error:
-        advice = "let the user of the server read it"
+        advice = "give the user of the server read permission"
         return [*found, failed("room", path, cause(error), advice)]
     free, whole = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
     found.append(_room(disk, free, whole))
-    if status.f_files:  # some file systems make them as they are needed
+    if status.f_files:  # some file systems have no fixed number of inodes
         found.append(_inodes(path, status.f_favail, status.f_files))
     return found
 
 
 def _absent(path: Path) -> Check:
     if path.exists():
-        return failed("disk", str(path), "is no directory", "let disk.path be one")
+        return failed("disk", str(path), "is not a directory", "set disk.path to a directory")
     parent = next(each for each in path.absolute().parents if each.exists())
     if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
-        return ok("disk", str(path), "is not there yet; it is made at the first start")
-    advice = f"make it, and give it to the user of the server, who is user {os.geteuid()} here"
-    return failed("disk", str(path), f"is not there, and cannot be made in {parent}", advice)
+        return ok("disk", str(path), "does not exist yet; the first start creates it")
+    advice = f"create it, owned by the user of the server; this process is user {os.geteuid()}"
+    return failed("disk", str(path), f"does not exist, and cannot be created in {parent}", advice)
 
 
 def _works(path: Path) -> Iterator[Check]:
-    """Whether files, locks and links do what they should."""
+    """Whether files, locks and hard links work."""
     subject = str(path)
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=path) as directory:
@@ -69,7 +69,7 @@ def _works(path: Path) -> Iterator[Check]:
             yield _links(subject, file)
     except OSError as error:
         advice = (
-            f"give it to the user of the server, and call this as that user; now it is user {os.geteuid()}"
+            f"make the user of the server its owner, and run doctor as that user, not as user {os.geteuid()}"
         )
         yield failed("disk", subject, f"cannot be written: {cause(error)}", advice)
 
@@ -78,7 +78,7 @@ def _locks(subject: str, descriptor: int) -> Check:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        message = f"files cannot be locked there: {cause(error)}"
+        message = f"files cannot be locked: {cause(error)}"
         return failed("locks", subject, message, "put disk.path on a local file system, such as ext4 or xfs")
     return ok("locks", subject, "files can be locked")
 
@@ -87,26 +87,26 @@ def _links(subject: str, file: Path) -> Check:
     try:
         file.with_name("link").hardlink_to(file)
     except OSError as error:
-        message = f"a file cannot have two names there: {cause(error)}"
+        message = f"hard links do not work: {cause(error)}"
         return warning(
-            "links", subject, message, "what is imported is copied; a local file system can link it"
+            "links", subject, message, "imports copy files instead of linking them; use a local file system"
         )
-    return ok("links", subject, "a file can have two names")
+    return ok("links", subject, "hard links work")
 
 
 def _kind(path: Path, mounts: Path) -> Check:
     subject, kind = str(path), kind_of(path, mounts)
     if kind in REMOTE or kind.startswith("fuse."):
-        message = f"{kind} is a file system across the network or of a program: locks and speed depend on it"
-        return warning("file system", subject, message, "put disk.path on a local disk; never share it")
-    if kind in PASSING:
-        message = f"{kind} {PASSING[kind]}: what is stored there is lost with it"
+        message = f"{kind} is a network or user-space file system: locks and speed depend on its server"
+        return warning("file system", subject, message, "put disk.path on a local disk, and never share it")
+    if kind in VOLATILE:
+        message = f"{kind} {VOLATILE[kind]}: the content is lost with it"
         return warning("file system", subject, message, "put disk.path on a disk, or mount a volume there")
-    return ok("file system", subject, kind or "of a kind that is not told")
+    return ok("file system", subject, kind or "is of an unknown type")
 
 
 def kind_of(path: Path, mounts: Path = MOUNTS) -> str:
-    """The type of the file system that a path lies on; "" if that is not told.  proc_pid_mountinfo(5)"""
+    """The type of the file system of a path; "" if it is unknown.  proc_pid_mountinfo(5)"""
     real, best, kind = path.resolve(), -1, ""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -118,7 +118,7 @@ def kind_of(path: Path, mounts: Path = MOUNTS) -> str:
         if len(words) < 5 or not after:
             continue
         point = Path(_OCTAL.sub(lambda found: chr(int(found[1], 8)), words[4]))
-        # Of two mounts on one point the later one is seen.
+        # A later mount on the same point hides the earlier one.
         if real.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), after.split(" ")[0]
     return kind
@@ -129,25 +129,25 @@ def _room(disk: DiskConfig, free: int, whole: int) -> Check:
     said = f"{format_size(free)} of {format_size(whole)} are free"
     if free <= SPARE:
         return failed(
-            "room", path, f"{said}: pulls go through uncached", "make room: entrepot evict --to SIZE"
+            "room", path, f"{said}: pulls are not cached", "free space with entrepot evict --to SIZE"
         )
     if free < kept:
         message = f"{said}, less than disk.min_free ({format_size(kept)})"
-        return warning("room", path, message, "a running server evicts until it is; else other files take it")
+        return warning("room", path, message, "a running server evicts to reach it; else remove other files")
     if disk.cache_limit is not None and disk.cache_limit > whole:
         message = f"{said}, and disk.cache_limit is {format_size(disk.cache_limit)}"
         return warning(
-            "room", path, message, "set it below the size of the disk; min_free is what bounds it now"
+            "room", path, message, "set it below the size of the disk; now only min_free has an effect"
         )
-    return ok("room", path, f"{said}; disk.min_free keeps {format_size(kept)} so")
+    return ok("room", path, f"{said}; disk.min_free keeps {format_size(kept)} free")
 
 
 def _inodes(path: str, free: int, whole: int) -> Check:
     message = f"{format_share(free / whole)} of the inodes are free"
     if not free:
         return failed(
-            "inodes", path, message, "remove small files there, or make the file system anew with more"
+            "inodes", path, message, "remove small files, or create the file system again with more inodes"
         )
-    if free < whole * FEW:
-        return warning("inodes", path, message, "each blob takes one: make room before there are none")
+    if free < whole * MIN_INODES:
+        return warning("inodes", path, message, "each blob takes one: free some before none are left")
     return ok("inodes", path, message)

@@ -1,4 +1,4 @@
-"""dockerd, by its daemon.json."""
+"""The checks of dockerd, by its daemon.json."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Any
 
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, failed, ok, warning
-from proxy.doctor.host import Broken, Host, origin
+from proxy.doctor.host import InvalidFile, Machine, origin
 from proxy.setup.engines import DOCKER
 
 CLIENT = "docker"
 
 
-def look(host: Host) -> list[Check]:
-    """Nothing where there is no dockerd."""
+def look(host: Machine) -> list[Check]:
+    """No checks if dockerd is not installed."""
     return list(_looked(host)) if host.has("dockerd", DOCKER) else []
 
 
-def _looked(host: Host) -> Iterator[Check]:
+def _looked(host: Machine) -> Iterator[Check]:
     path = host.path(f"{DOCKER}/daemon.json")
     try:
         keys = _keys(host.read(path))
         mirrors, insecure = (_list(keys, each) for each in ("registry-mirrors", "insecure-registries"))
-    except Broken as error:
+    except InvalidFile as error:
         message = f"{path}: {error}: dockerd does not start with it"
-        yield failed("configuration", CLIENT, message, "mend it by hand; setup puts its keys into it then")
+        yield failed("configuration", CLIENT, message, "fix it by hand; then entrepot setup can add its keys")
         return
     if DOCKER_HUB in host.site.namespaces:
         yield _mirrored(host, mirrors, str(path))
         yield host.goes_past(
             CLIENT,
-            "Docker Hub itself is asked when the server fails",
-            "dockerd cannot be kept from it: block registry-1.docker.io in the network",
+            "if the server fails, dockerd asks Docker Hub itself",
+            "no setting of dockerd prevents that: block registry-1.docker.io in the network",
         )
     if host.site.plain and not host.site.loopback and not _covers(insecure, host.site.host):
-        message = f"{host.site.host} is not in insecure-registries: full names are asked for by https"
+        message = f"{host.site.host} is not in insecure-registries: pulls by full name use https"
         yield warning("configuration", CLIENT, message, host.setup(CLIENT))
     others = [each for each in host.site.namespaces if each != DOCKER_HUB]
     if others:
@@ -45,7 +45,7 @@ def _looked(host: Host) -> Iterator[Check]:
         hosts = host.path(f"{DOCKER}/certs.d/_default/hosts.toml").exists()
         if not (stored and hosts):
             advice = (
-                f"pull them by full name, {host.site.host}/{others[0]}/…; Docker has mirrors for no other"
+                f"pull them by full name, {host.site.host}/{others[0]}/…; dockerd mirrors only Docker Hub"
             )
             yield host.leaves_out(CLIENT, others, advice)
 
@@ -54,30 +54,30 @@ def _keys(text: str | None) -> dict[str, Any]:
     try:
         keys = json.loads(text) if text and text.strip() else {}
     except ValueError as error:
-        raise Broken(f"it is not JSON: {error}") from None
+        raise InvalidFile(f"it is not JSON: {error}") from None
     if not isinstance(keys, dict) or not isinstance(keys.get("features", {}), dict):
-        raise Broken("it is not an object as dockerd knows it")
+        raise InvalidFile("it is not an object that dockerd accepts")
     return keys
 
 
 def _list(keys: dict[str, Any], key: str) -> list[str]:
     found = keys.get(key, [])
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-        raise Broken(f"its {key} is no list of strings")
+        raise InvalidFile(f"{key} is not a list of strings")
     return found
 
 
-def _mirrored(host: Host, mirrors: list[str], path: str) -> Check:
+def _mirrored(host: Machine, mirrors: list[str], path: str) -> Check:
     ours = host.site.url.origin()
     origins = [origin(each) for each in mirrors]
     if ours in origins:
         if before := origins.index(ours):
             message = f"{mirrors[before - 1]} is asked before {ours}"
-            return warning("configuration", CLIENT, message, f"put {ours} first in {path}, registry-mirrors")
-        return ok("configuration", CLIENT, f"{path} has it for Docker Hub's mirror")
+            return warning("configuration", CLIENT, message, f"move {ours} to the top of registry-mirrors")
+        return ok("configuration", CLIENT, f"{path} names the server as the mirror of Docker Hub")
     other = next((each for each in origins if each and each.authority == ours.authority), None)
     if other:
-        message = f"{path} names {other}, but the server speaks {ours.scheme}"
+        message = f"{path} names {other}, but the server uses {ours.scheme}"
         return failed("configuration", CLIENT, message, host.setup(CLIENT))
     return failed(
         "configuration", CLIENT, f"{path} does not name {ours} in registry-mirrors", host.setup(CLIENT)
@@ -85,7 +85,7 @@ def _mirrored(host: Host, mirrors: list[str], path: str) -> Check:
 
 
 def _covers(insecure: list[str], name: str) -> bool:
-    """Whether dockerd takes the host for one without TLS: by its name, or by its network."""
+    """Whether dockerd uses the host without TLS, because of its name or its network."""
     if name in insecure:
         return True
     try:

@@ -1,4 +1,4 @@
-"""A server's own machine, looked over."""
+"""The checks of the server's machine: configuration, disk, processes, upstreams."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from proxy.doctor.checks import Check, failed, ok
 
 
 async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
-    """By the configuration in the file at `path`, as of serve."""
+    """All checks, with the configuration at `path`.  `admin` replaces its admin address."""
     subject = str(path or "built-in")
     try:
         config = load(path)
     except ConfigError as error:
-        # All else is told by it.
-        return [failed("configuration", subject, str(error), "see config.example.yml, and entrepot check")]
+        # All other checks need it.
+        return [
+            failed(
+                "configuration",
+                subject,
+                str(error),
+                "compare config.example.yml; entrepot check shows this error alone",
+            )
+        ]
     checks = [ok("configuration", subject, "is valid")]
     local = await asyncio.gather(
         asyncio.to_thread(disk.look, config.disk),
@@ -38,7 +45,7 @@ async def _upstreams(config: Config) -> list[Check]:
     checks = []
     for name, (namespace, upstream) in config.cached().items():
         if config.offline or namespace.offline:
-            checks.append(ok("upstream", name, "is offline: it is never asked"))
+            checks.append(ok("upstream", name, "is offline, so it is never asked"))
         else:
             asked[name] = upstream
     found = await asyncio.gather(*(upstreams.look(name, each) for name, each in asked.items()))

@@ -1,6 +1,6 @@
-"""Upstreams, as they answer this machine: name, reach, certificate, credentials, rate limit, clock.
+"""The checks of the upstreams: name, reachability, certificate, credentials, rate limit, clock.
 
-Asked is what pulls ask as well, of nobody else, and nothing that counts against a limit.
+The requests are those that pulls send too; none of them counts against a rate limit.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from proxy.upstream.transport import Connect, Transport
 from storage.errors import OriginDenied, RegistryError
 
 HUB = frozenset(("registry-1.docker.io", "index.docker.io"))
-# Docker's own, made for it: a HEAD of it tells the limit, and costs nothing.  docs.docker.com, "Pull limits"
+# Docker's image for this purpose: a HEAD shows the limit, and is not counted.  docs.docker.com, "Pull limits"
 PREVIEW = "ratelimitpreview/test"
 SLOW = 2.0  # seconds for an answer without content
-SKEW, WRONG = 30.0, 300.0  # seconds by which clocks may differ
-LOW = 0.1  # of a rate limit
-SMALL = 1 << 20  # bytes of a token
+MAX_SKEW, FAILED_SKEW = 30.0, 300.0  # seconds between two clocks: more is a warning, or a failure
+LOW_BUDGET = 0.1  # of a rate limit
+TOKEN_LIMIT = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """`ahead` is by how many seconds its clock is before ours, None where it does not tell."""
+    """The answer to GET /v2/.  `ahead` is how many seconds its clock is ahead of ours, None if unknown."""
 
     status: int
     seconds: float
@@ -45,7 +45,10 @@ class Greeting:
 
 
 class UpstreamProbe:
-    """One URL of an upstream.  Needs a running event loop; raises OSError for certificates that are none."""
+    """A client of one URL of an upstream.
+
+    Its creation needs a running event loop, and raises OSError if a certificate cannot be read.
+    """
 
     def __init__(self, name: str, url: str, keys: UpstreamConfig) -> None:
         self.name, self.keys = name, keys
@@ -64,7 +67,7 @@ class UpstreamProbe:
             date = parsedate_to_datetime(response.headers.get("Date", "")).timestamp()
         except (ValueError, OverflowError):
             return Greeting(response.status, seconds, None)
-        return Greeting(response.status, seconds, date + 0.5 - now)  # it is told in whole seconds
+        return Greeting(response.status, seconds, date + 0.5 - now)  # Date has whole seconds
 
     def tokens(self, credentials: Credentials) -> TokenCache:
         host = self.url.host_port_subcomponent or ""
@@ -75,12 +78,12 @@ class UpstreamProbe:
         self, method: str, url: URL, *, headers: Mapping[str, str], form: Any = None
     ) -> TokenResponse:
         async with await self._transport.send(method, url, headers, form) as response:
-            return TokenResponse(response.status, await self._transport.read(response, SMALL))
+            return TokenResponse(response.status, await self._transport.read(response, TOKEN_LIMIT))
 
     async def ask(
         self, method: str, path: str, tokens: TokenCache, scope: str = ""
     ) -> tuple[int, Mapping[str, str]]:
-        """Status and headers of what is at `path` below /v2/, asked with a token.  Raises RegistryError."""
+        """The status and headers of `path` below /v2/, requested with a token.  Raises RegistryError."""
         url = URL(f"{self.base}{path}")
         headers = {"Accept": "*/*"}
         response = await self._transport.send(method, url, headers)
@@ -99,157 +102,157 @@ class UpstreamProbe:
 
 
 async def look(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float]]:
-    """Of all URLs of an upstream; then by how many seconds their clocks are before ours."""
+    """The checks of all URLs of an upstream, and how many seconds their clocks are ahead of ours."""
     checks: list[Check] = []
     ahead: list[float] = []
     for url in keys.url:
         subject = name if len(keys.url) == 1 else f"{name} ({url})"
         try:
-            door = UpstreamProbe(name, url, keys)
+            probe = UpstreamProbe(name, url, keys)
         except OSError as error:
-            advice = f"see to ca_file, client_certificate and client_key of namespaces.{name}.upstream"
+            advice = f"check ca_file, client_certificate and client_key of namespaces.{name}.upstream"
             checks.append(failed("tls", subject, f"its certificates cannot be read: {cause(error)}", advice))
             continue
         try:
-            checks += [each async for each in _looked(door, subject, ahead)]
+            checks += [each async for each in _looked(probe, subject, ahead)]
         finally:
-            await door.close()
+            await probe.close()
     return checks, ahead
 
 
-async def _looked(door: UpstreamProbe, subject: str, ahead: list[float]) -> AsyncIterator[Check]:
-    resolved = await _resolved(door, subject)
+async def _looked(probe: UpstreamProbe, subject: str, ahead: list[float]) -> AsyncIterator[Check]:
+    resolved = await _resolved(probe, subject)
     yield resolved
     if resolved.state == "failed":
         return
-    if door.url.scheme == "https":
-        yield (certificate := await _certificate(door, subject))
+    if probe.url.scheme == "https":
+        yield (certificate := await _certificate(probe, subject))
         if certificate.state == "failed":
-            return  # whatever is asked next fails for that
+            return  # every further request would fail for it
     try:
-        greeting = await door.greet()
+        greeting = await probe.greet()
     except RegistryError as error:
-        advice = f"see whether a firewall or a proxy keeps this machine from {door.url.origin()}"
+        advice = f"check whether a firewall or proxy blocks this machine from {probe.url.origin()}"
         yield failed("reach", subject, str(error), advice)
         return
     if greeting.ahead is not None:
         ahead.append(greeting.ahead)
-    yield _answered(door, subject, greeting)
-    for number, login in enumerate(door.keys.logins()):
-        who = subject if len(door.keys.logins()) == 1 else f"{subject}, credentials[{number}]"
+    yield _answered(probe, subject, greeting)
+    for number, login in enumerate(probe.keys.logins()):
+        who = subject if len(probe.keys.logins()) == 1 else f"{subject}, credentials[{number}]"
         if login.sources():
-            yield await _accepted(door, who, login)
-        if door.url.host in HUB:
-            yield await _limit(door, who, login)
+            yield await _accepted(probe, who, login)
+        if probe.url.host in HUB:
+            yield await _limit(probe, who, login)
 
 
-async def _resolved(door: UpstreamProbe, subject: str) -> Check:
-    proxy = door.connect.proxy
-    asked = URL(proxy) if proxy else door.url
+async def _resolved(probe: UpstreamProbe, subject: str) -> Check:
+    proxy = probe.connect.proxy
+    asked = URL(proxy) if proxy else probe.url
     host, role = asked.host or "", "its proxy" if proxy else "its host"
     begun = time.monotonic()
     try:
-        async with asyncio.timeout(door.connect.header_timeout):
+        async with asyncio.timeout(probe.connect.header_timeout):
             found = await asyncio.get_running_loop().getaddrinfo(host, asked.port)
     except (OSError, TimeoutError) as error:
-        advice = "see to the name servers of this machine (/etc/resolv.conf), and to the name"
+        advice = "check the name servers of this machine (/etc/resolv.conf), and the name"
         return failed("dns", subject, f"{role}, {host}, has no address: {cause(error)}", advice)
     seconds = time.monotonic() - begun
     if seconds > SLOW:
-        message = f"{host} is resolved in {seconds:.1f} s"
-        return warning("dns", subject, message, "have a name server nearer to it, or one that caches")
+        message = f"{host} takes {seconds:.1f} s to resolve"
+        return warning("dns", subject, message, "use a name server that is closer, or that caches")
     addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
     return ok("dns", subject, f"{role}, {host}, is {addresses[0]}" + (", …" if len(addresses) > 1 else ""))
 
 
-async def _certificate(door: UpstreamProbe, subject: str) -> Check:
-    connect = door.connect
+async def _certificate(probe: UpstreamProbe, subject: str) -> Check:
+    connect = probe.connect
     if connect.proxy:
-        return ok("tls", subject, "is behind a proxy; its certificate is checked with the answer")
+        return ok("tls", subject, "is reached by a proxy; its certificate is checked with the answer")
     if connect.insecure_skip_verify:
-        message = "any certificate is accepted (insecure_skip_verify), anybody's"
-        return warning("tls", subject, message, f"give namespaces.{door.name}.upstream.ca_file instead")
+        message = "any certificate is accepted (insecure_skip_verify)"
+        return warning("tls", subject, message, f"set namespaces.{probe.name}.upstream.ca_file instead")
     context = connect.ssl_context()
     if not isinstance(context, ssl.SSLContext):
         context = ssl.create_default_context()
     try:
         end = await certificates.of_host(
-            door.url.host or "", door.url.port or 443, context, connect.header_timeout
+            probe.url.host or "", probe.url.port or 443, context, connect.header_timeout
         )
     except ssl.SSLError as error:
         advice = (
-            "have it renewed, or give ca_file where its authority is your own; then see to the clock here"
+            "have it renewed, or set ca_file for a private authority; also check the clock of this machine"
         )
         return failed("tls", subject, certificates.refused(error), advice)
     except (OSError, TimeoutError) as error:
-        advice = f"see whether a firewall or a proxy keeps this machine from {door.url.origin()}"
-        return failed("reach", subject, f"{door.url.origin()} cannot be reached: {cause(error)}", advice)
-    return certificates.judged("tls", subject, end, "have whoever runs it renew it")
+        advice = f"check whether a firewall or proxy blocks this machine from {probe.url.origin()}"
+        return failed("reach", subject, f"{probe.url.origin()} cannot be reached: {cause(error)}", advice)
+    return certificates.judged("tls", subject, end, "ask its operator to renew it")
 
 
-def _answered(door: UpstreamProbe, subject: str, greeting: Greeting) -> Check:
-    message = f"{door.base} answers {greeting.status} in {1000 * greeting.seconds:.0f} ms"
+def _answered(probe: UpstreamProbe, subject: str, greeting: Greeting) -> Check:
+    message = f"{probe.base} answers {greeting.status} in {1000 * greeting.seconds:.0f} ms"
     if greeting.status not in (200, 401):
-        advice = "is that a registry? url is to end before /v2"
+        advice = "check that it is a registry, and that url does not include /v2"
         return warning("reach", subject, message, advice)
     if greeting.seconds > SLOW:
         return warning(
-            "reach", subject, message, "cold pulls take as long at least; is it the way, or the registry?"
+            "reach", subject, message, "cold pulls take at least as long: check the network and the registry"
         )
     return ok("reach", subject, message)
 
 
-async def _accepted(door: UpstreamProbe, subject: str, login: Login) -> Check:
-    where = f"{login.sources()[0]} of namespaces.{door.name}.upstream"
-    tokens = door.tokens(credentials_of(login))
+async def _accepted(probe: UpstreamProbe, subject: str, login: Login) -> Check:
+    where = f"{login.sources()[0]} of namespaces.{probe.name}.upstream"
+    tokens = probe.tokens(credentials_of(login))
     try:
-        status, _ = await door.ask("GET", "", tokens)
+        status, _ = await probe.ask("GET", "", tokens)
     except OriginDenied as error:
-        return failed("credentials", subject, str(error), f"see to {where}")
+        return failed("credentials", subject, str(error), f"check {where}")
     except RegistryError as error:
-        return warning("credentials", subject, f"cannot be tried: {error}", "try again later")
+        return warning("credentials", subject, f"cannot be checked: {error}", "try again later")
     finally:
         await tokens.close()
     if status == 200:
         return ok("credentials", subject, "are accepted")
-    return failed("credentials", subject, f"with them it answers {status}", f"see to {where}")
+    return failed("credentials", subject, f"the upstream answers {status}", f"check {where}")
 
 
-async def _limit(door: UpstreamProbe, subject: str, login: Login) -> Check:
-    tokens = door.tokens(credentials_of(login))
+async def _limit(probe: UpstreamProbe, subject: str, login: Login) -> Check:
+    tokens = probe.tokens(credentials_of(login))
     try:
-        status, headers = await door.ask(
+        status, headers = await probe.ask(
             "HEAD", f"{PREVIEW}/manifests/latest", tokens, f"repository:{PREVIEW}:pull"
         )
     except RegistryError as error:
-        return warning("rate limit", subject, f"is not told: {error}", "try again later")
+        return warning("rate limit", subject, f"cannot be checked: {error}", "try again later")
     finally:
         await tokens.close()
     budget = Budget(time.monotonic)
-    told = budget.read(headers)
-    advice = "give credentials, or more of them, with a higher limit; or wait for the window to pass"
+    known = budget.read(headers)
+    advice = "give credentials, or more of them, with a higher limit, or wait for the window to end"
     if status == 429:
-        return failed("rate limit", subject, "nothing is left of it", advice)
-    if not told or budget.limit is None or budget.remaining is None:
-        return ok("rate limit", subject, "none is told for these credentials")
+        return failed("rate limit", subject, "no requests are left", advice)
+    if not known or budget.limit is None or budget.remaining is None:
+        return ok("rate limit", subject, "the registry reports none for these credentials")
     message = f"{budget.remaining} of {budget.limit} requests are left"
     if not budget.remaining:
         return failed("rate limit", subject, message, advice)
-    if budget.remaining < budget.limit * LOW:
+    if budget.remaining < budget.limit * LOW_BUDGET:
         return warning("rate limit", subject, message, advice)
     return ok("rate limit", subject, message)
 
 
 def clock(ahead: list[float]) -> Check:
-    """This machine's, against those of the upstreams: the median, since one of them may be wrong itself."""
+    """The check of this machine's clock against the median of the upstreams, one of which may be wrong."""
     if not ahead:
-        message = "no upstream has told the time"
-        return warning("clock", "this machine", message, "see whether the clock here is kept by NTP")
+        message = "no upstream has sent its time"
+        return warning("clock", "this machine", message, "check that the clock is synchronized by NTP")
     by = sorted(ahead)[len(ahead) // 2]
-    message = f"is {format_duration(abs(by))} {'behind' if by > 0 else 'ahead of'} the upstreams'"
-    advice = "have the clock kept by NTP: tokens and certificates are judged by it"
-    if abs(by) > WRONG:
+    message = f"is {format_duration(abs(by))} {'behind' if by > 0 else 'ahead of'} the upstreams"
+    advice = "synchronize the clock by NTP: tokens and certificates depend on it"
+    if abs(by) > FAILED_SKEW:
         return failed("clock", "this machine", message, advice)
-    if abs(by) > SKEW:
+    if abs(by) > MAX_SKEW:
         return warning("clock", "this machine", message, advice)
-    return ok("clock", "this machine", "agrees with the upstreams'")
+    return ok("clock", "this machine", "agrees with the upstreams")

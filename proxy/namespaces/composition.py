@@ -115,6 +115,10 @@ class Composition:
     maintenance: Maintenance
     closing: AsyncExitStack
 
+    @property
+    def stores(self) -> list[Store]:
+        return [self.store] if self.private is None else [self.store, self.private]
+
     def store_of(self, namespace: str) -> Store:
         """The store that holds the content of a namespace."""
         return self.private if self.private is not None and namespace in self.hosted else self.store

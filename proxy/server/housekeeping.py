@@ -107,8 +107,7 @@ class Housekeeper:
         composition = self._composition
         await self.make_room(0)
         composition.metrics.stored.set(await run_in_thread(self._eviction.stored))
-        stores = [composition.store] + ([composition.private] if composition.private else [])
-        if reaped := sum([await run_in_thread(each.files.reap, ABANDONED) for each in stores]):
+        if reaped := sum([await run_in_thread(each.files.reap, ABANDONED) for each in composition.stores]):
             log.info("partial.reaped", files=reaped)
         # Reading a tree of a million files takes seconds: rest in proportion.
         await asyncio.sleep(200 * (time.monotonic() - begun))

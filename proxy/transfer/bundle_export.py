@@ -136,8 +136,7 @@ class BundleExport:
             yield ExportReference(self._parts.store_of(asked.namespace), asked.repository, asked.reference)
             return
         pin = self._reading.pattern("names", text)
-        stores = [self._parts.store, *([self._parts.private] if self._parts.private else [])]
-        for store in stores:
+        for store in self._parts.stores:
             for repository, reference in matching(store, pin):
                 yield ExportReference(store, repository, reference)
 

@@ -91,6 +91,10 @@ class Origin:
         if not isinstance(error, TooManyRequests):
             self.failure = error
 
+    def served(self) -> None:
+        """Record that the origin serves again."""
+        self.failure = None
+
     async def fetch_manifest(self, repository: str, reference: Reference) -> Manifest:
         """The manifest, which is stored then.  Raises as get_manifest() does."""
         name = f"{self.namespace}/{repository}"
@@ -102,7 +106,7 @@ class Origin:
         except Unavailable as error:
             self.failed(error)
             raise
-        self.failure = None
+        self.served()
         await self.keep(self._store.push_manifest(name, reference, manifest))
         return manifest
 

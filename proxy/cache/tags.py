@@ -142,7 +142,7 @@ class TagRevalidation:
         try:
             # HEAD does not count against a rate limit; GET does.
             digest = (await self._origin.registry.resolve_manifest(repository, tag)).digest
-            self._origin.failure = None
+            self._origin.served()
             if digest == known.digest:
                 await self._origin.keep(self._store.point(name, tag, digest))
                 return _Validated("revalidated", known)

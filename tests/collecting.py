@@ -36,10 +36,8 @@ class Place:
         self.leases = Leases(self.store, GRACE, clock)
         self.rules = RetentionRules()
 
-    def collection(self) -> Collection:
-        return Collection(
-            self.store, lambda repository: self.rules, self.leases, self.clock, lambda seconds: None
-        )
+    def collection(self, pause: Callable[[float], None] = lambda seconds: None) -> Collection:
+        return Collection(self.store, lambda repository: self.rules, self.leases, self.clock, pause)
 
     def collect(self, dry_run: bool = False) -> CollectionReport:
         return self.collection().run(dry_run)

@@ -13,8 +13,8 @@ from structlog.testing import LogCapture
 from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import collection as module
-from storage.maintenance.collection import Row
-from storage.maintenance.reachability import KeepTags, RetentionRules, node, start_of
+from storage.maintenance.collection import CollectionRow
+from storage.maintenance.reachability import KeepTags, RetentionRules, node, prefix_of
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from tests.collecting import APP, DAY, GONE, GRACE, Interruption, Place, counts, descriptor, place
 
@@ -33,7 +33,7 @@ async def test_what_no_manifest_names_goes_with_its_bytes(place: Place) -> None:
     report = place.collect()
     assert counts(report) == (0, 0, 1, 1)
     assert report.bytes == len(b"unwanted")
-    assert report.rows == [Row(repository=APP, links=1)]
+    assert report.rows == [CollectionRow(repository=APP, links=1)]
     assert place.held(wanted, unwanted) == [True, False]
     assert place.links() == {wanted}
 
@@ -146,7 +146,7 @@ async def test_what_reaches_itself_goes_as_a_whole(place: Place) -> None:
 def test_names_are_told_by_64_bits() -> None:
     digests = [Digest.of(b"1"), Digest.of(b"2", "sha512")]
     found = node(Manifest.of("text/plain", " ".join(digests).encode()))
-    assert set(found.names) == set(map(start_of, digests))
+    assert set(found.names) == set(map(prefix_of, digests))
     assert found.names.itemsize == 8
 
 
@@ -448,8 +448,7 @@ async def test_it_works_in_slices(place: Place, monkeypatch: pytest.MonkeyPatch)
         await place.image(f"v{number}", await place.blob(b"%d" % number))
     monkeypatch.setattr(module, "SLICE", 0.0)
     rests: list[float] = []
-    collection = place.collection()
-    collection.pause = rests.append
+    collection = place.collection(rests.append)
     collection.run()
     assert len(rests) > 20
     assert all(each > 0 for each in rests)
@@ -472,8 +471,7 @@ async def test_one_that_is_stopped_is_gone_on_with_by_the_next(
         if len(place.manifests()) < 10:
             raise Stopped
 
-    collection = place.collection()
-    collection.pause = stop
+    collection = place.collection(stop)
     with pytest.raises(Stopped):
         collection.run()
     assert 0 < len(place.manifests()) < 10

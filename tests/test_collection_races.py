@@ -152,7 +152,7 @@ async def test_what_is_linked_after_the_links_were_looked_at_stays(
     digest = await place.blob(b"left behind")
     await place.store.delete_blob(APP, digest)
     place.clock.advance(GONE)
-    look = unlinked.look
+    look = unlinked.read_directory
 
     def mount_first(*arguments: Any) -> Any:
         place.store._link("other/app", place.files.open(digest).descriptor)
@@ -168,7 +168,7 @@ async def test_what_is_linked_after_the_links_were_looked_at_stays(
         return blob
 
     monkeypatch.setattr(place.files, "open", open_and_close)
-    monkeypatch.setattr(unlinked, "look", mount_first)
+    monkeypatch.setattr(unlinked, "read_directory", mount_first)
     place.clock.advance(1)
     assert counts(place.collect()) == (0, 0, 0, 0)
     assert place.held(digest) == [True]

@@ -1,21 +1,21 @@
-"""What was pushed and nothing reaches any more goes, while pushes go on.
+"""Garbage collection of a private store, concurrent with pushes.
 
-Only for a store of our own, where nothing is evicted.  Repository by repository, what is reachable is marked;
-then tags and manifests go by the rules, and the links of blobs that no manifest names.  In the end the files
-go that no link names.  Nothing goes that is young: see Leases.
+Repository by repository, what is reachable is marked.  Then tags and manifests are removed by the retention
+rules, and the links of blobs that no manifest names.  At the end, files that no link names are removed.
+Young content is never removed: see Leases.
 
-Whatever is removed is removed in a write transaction, in which no process pushes:
+Everything is removed in write transactions, during which no process can push:
 
-1. Where anything was pushed to the repository since it was marked, or deleted, it is marked anew: the counter
-   `pushed <repository>` tells.  After some tries that is done within the transaction.
-2. What was leased, linked or pushed again since then is young, and stays.
-3. So a push of a manifest comes before, and keeps what it names; or after, and then what it names and is not
-   here any more is told to its client as unknown.  The client had no lease of it.
+1. If anything in the repository was pushed or deleted since it was marked, which the counter
+   `pushed <repository>` shows, it is marked again.  After several attempts this is done in the transaction.
+2. What was leased, linked or pushed again since then is young, and is kept.
+3. So a push of a manifest either comes before, and keeps what it names; or it comes after, and is refused
+   because of what was removed.  Its client had no lease of that.
 
-A record that is there and cannot be read may have kept anything: its repository is left as it is.  So is all,
-while a damaged database lies beside the records.
+A record that exists but cannot be read may keep anything: its repository is skipped.  All repositories are
+skipped while a damaged database lies beside the records.
 
-    collected                                 Report as JSON, of the last collection
+    collected                                 CollectionReport as JSON, of the last collection
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ import structlog
 from storage.disk.records import Batch
 from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.leases import Leases
-from storage.maintenance.reachability import Damaged, Group, Reachability, RetentionRules, start_of
+from storage.maintenance.reachability import Damaged, Reachability, RemovalGroup, RetentionRules, prefix_of
 from storage.maintenance.unlinked import Unlinked
 from storage.oci import Digest
 from storage.store import Store
 
 log = structlog.get_logger()
 T = TypeVar("T")
-Rest: TypeAlias = Callable[[], None]
+Pause: TypeAlias = Callable[[], None]
 
 BATCH = 500  # records removed in one transaction
-TRIES = 3  # to mark a repository without keeping pushes waiting
-SLICE = 0.05  # seconds of work without rest
-PACE = 1.0  # seconds of rest for each second of work
-ROWS = 1000  # of a report at most
-REMEDY = "push it anew, or delete it"
+TRIES = 3  # attempts to mark a repository without blocking pushes
+SLICE = 0.05  # seconds of work without a pause
+PACE = 1.0  # seconds of pause for each second of work
+ROWS = 1000  # in a report
+REMEDY = "push it again, or delete it"
 KINDS = (MANIFEST, TAG, LINK, REFERRER, LEASE)
 
 _COUNTS = ("repositories", "tags", "manifests", "links", "blobs", "bytes", "young")
 
 
-class Row(msgspec.Struct, kw_only=True):
-    """What went of a repository, or would go; `refused` is why nothing did.
+class CollectionRow(msgspec.Struct, kw_only=True):
+    """What was removed from a repository, or would be in a dry run.
 
-    `young` is how much stays for no other reason than that.
+    `young` is how much is kept only because it is young.  `refused` is why nothing was removed.
     """
 
     repository: str
@@ -68,8 +68,10 @@ class Row(msgspec.Struct, kw_only=True):
 
 
 class CollectionReport(msgspec.Struct, kw_only=True):
-    """Of all repositories, and then of blobs and their bytes; `rows` are of those that there is something to
-    say of.  `begun` is seconds since the epoch, 0 for never.
+    """The result of a collection, over all repositories.
+
+    `rows` are the repositories from which something was removed, or kept as young, or that were refused.
+    `begun` is in seconds since the epoch, 0 if there was no collection yet.
     """
 
     begun: float = 0.0
@@ -83,14 +85,15 @@ class CollectionReport(msgspec.Struct, kw_only=True):
     bytes: int = 0
     young: int = 0
     refused: str = ""
-    rows: list[Row] = []
+    rows: list[CollectionRow] = []
 
 
 class Collection:
-    """`rules` are those of a repository, by its full name.  Blocks; raises StorageFailed.
+    """Garbage collection of a private store.  Methods block, and may raise StorageFailed.
 
-    `pause` is called with how many seconds to rest, `done` with every report but of dry runs.  Several may
-    run at once, in one process or many.
+    Several collections may run at once, in one or many processes.  `rules` returns the retention rules of a
+    repository, given by its full name.  `pause` is called with a number of seconds to wait, `done` with every
+    report except those of dry runs.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class Collection:
         return _CollectionRun(self, dry_run).run()
 
     def last(self) -> CollectionReport:
-        """Of the last one that was no dry run."""
+        """The report of the last collection that was not a dry run."""
         try:
             return msgspec.json.decode(
                 self.store.records.get(COLLECTED.key()) or b"{}", type=CollectionReport
@@ -122,15 +125,17 @@ class Collection:
             return CollectionReport()
 
     def damaged(self) -> Path | None:
-        """A damaged database that lies beside the records."""
+        """The path of a damaged database that was set aside, if there is one."""
         return next(self.store.files.root.glob("records.damaged-*"), None)
 
 
-class _Refused(Exception):
+class _CollectionRefused(Exception):
     pass
 
 
 class _CollectionRun:
+    """One pass over all repositories, and then over the blobs."""
+
     def __init__(self, collection: Collection, dry_run: bool) -> None:
         self._collection = collection
         self._store = collection.store
@@ -138,8 +143,8 @@ class _CollectionRun:
         self._young = collection.leases.young
         self._dry_run = dry_run
         self._report = CollectionReport(begun=collection.clock(), dry_run=dry_run)
-        self._begun = self._rested = time.monotonic()
-        self._would_go: set[str] = set()  # keys of links, in a dry run
+        self._begun = self._paused = time.monotonic()
+        self._removable: set[str] = set()  # keys of links, in a dry run
 
     def run(self) -> CollectionReport:
         report = self._report
@@ -147,7 +152,7 @@ class _CollectionRun:
             for repository in self._repositories():
                 self._collect(repository)
             self._collect_files()
-        except _Refused as error:
+        except _CollectionRefused as error:
             report.refused = str(error)
             log.error("collect.refused", reason=report.refused)
         report.seconds = round(time.monotonic() - self._begun, 3)
@@ -163,25 +168,25 @@ class _CollectionRun:
         for kind in KINDS:
             for repository in self._records.groups(kind.prefix()):
                 found.add(repository)
-                self._rest()
+                self._pause()
         return sorted(found)
 
-    def _rest(self) -> None:
-        worked = time.monotonic() - self._rested
+    def _pause(self) -> None:
+        worked = time.monotonic() - self._paused
         if worked > SLICE:
             self._collection.pause(worked * PACE)
-            self._rested = time.monotonic()
+            self._paused = time.monotonic()
 
     def _check(self) -> None:
         if (path := self._collection.damaged()) is not None:
-            raise _Refused(
-                f"{path} is what the records were before the disk damaged them, and not all of it was saved: "
-                "push anew what is missing, then remove that directory"
+            raise _CollectionRefused(
+                f"{path} holds records from before the disk damaged them, not all of which were salvaged: "
+                "push what is missing again, then remove that directory"
             )
 
     def _transaction(self, work: Callable[[Batch], T]) -> T:
         def checked(batch: Batch) -> T:
-            self._check()  # here, since it may be moved aside at any time
+            self._check()  # in the transaction, since the database may be set aside at any time
             return work(batch)
 
         return self._records.transaction(checked)
@@ -190,46 +195,46 @@ class _CollectionRun:
 
     def _collect(self, repository: str) -> None:
         self._check()
-        row = Row(repository=repository)
+        row = CollectionRow(repository=repository)
         marks = Reachability(self._store, self._collection.leases, repository)
         try:
-            marks.refresh(self._rest)
+            marks.refresh(self._pause)
             self._remove_manifests(marks, row)
             self._remove_links(marks, row)
         except Damaged as error:
-            row.refused = f"the record {error.key!r} is damaged, so that what it kept is not known: {REMEDY}"
+            row.refused = f"the record {error.key!r} is damaged, so it is unknown what it keeps: {REMEDY}"
             log.error("collect.refused", repository=repository, reason=row.refused)
         self._report.repositories += 1
         for name in ("tags", "manifests", "links", "young"):
             setattr(self._report, name, getattr(self._report, name) + getattr(row, name))
-        if row != Row(repository=repository) and len(self._report.rows) < ROWS:
+        if row != CollectionRow(repository=repository) and len(self._report.rows) < ROWS:
             self._report.rows.append(row)
 
-    def _remove_manifests(self, marks: Reachability, row: Row) -> None:
+    def _remove_manifests(self, marks: Reachability, row: CollectionRow) -> None:
         rules = self._collection.rules(marks.repository)
 
-        def choose(rest: Rest) -> list[list[Group]]:
-            groups, row.young = marks.going(rules, self._collection.clock())
+        def choose(pause: Pause) -> list[list[RemovalGroup]]:
+            groups, row.young = marks.removable(rules, self._collection.clock())
             return _packs(groups)
 
-        for groups in self._in_turns(marks, choose, marks.remove):
+        for groups in self._remove_each(marks, choose, marks.remove):
             marks.forget(groups)
             row.tags += sum(len(each.tags) for each in groups)
             row.manifests += sum(len(each.manifests) for each in groups)
 
-    def _remove_links(self, marks: Reachability, row: Row) -> None:
+    def _remove_links(self, marks: Reachability, row: CollectionRow) -> None:
         young = 0
 
-        def choose(rest: Rest) -> list[list[str]]:
+        def choose(pause: Pause) -> list[list[str]]:
             nonlocal young
             named, unnamed, young = marks.names(), [], 0
             for key in self._records.keys(LINK.prefix(marks.repository)):
-                if start_of(LINK.parse(key)[1]) not in named:
+                if prefix_of(LINK.parse(key)[1]) not in named:
                     if self._link_young(key):
                         young += 1
                     else:
                         unnamed.append(key)
-                rest()
+                pause()
             return [unnamed[start : start + BATCH] for start in range(0, len(unnamed), BATCH)]
 
         def remove(keys: list[str], batch: Batch) -> bool:
@@ -238,10 +243,10 @@ class _CollectionRun:
                 batch.delete(key)
             return True
 
-        for keys in self._in_turns(marks, choose, remove):
+        for keys in self._remove_each(marks, choose, remove):
             row.links += len(keys)
             if self._dry_run:
-                self._would_go.update(keys)
+                self._removable.update(keys)
         row.young += young
 
     def _link_young(self, key: str) -> bool:
@@ -251,17 +256,17 @@ class _CollectionRun:
             return self._young(self._store.files.path(Digest(LINK.parse(key)[1])).stat().st_mtime)
         return False
 
-    def _in_turns(
-        self, marks: Reachability, choose: Callable[[Rest], list[T]], remove: Callable[[T, Batch], bool]
+    def _remove_each(
+        self, marks: Reachability, choose: Callable[[Pause], list[T]], remove: Callable[[T, Batch], bool]
     ) -> Iterator[T]:
-        """Remove each of what is chosen.  Where something changed meanwhile, mark and choose anew."""
-        to_do, tries = choose(self._rest), 0
+        """Remove each of the chosen items.  If something changed meanwhile, mark and choose again."""
+        to_do, tries = choose(self._pause), 0
 
         def work(batch: Batch) -> T | None:
             nonlocal to_do
             if tries >= TRIES:
                 marks.refresh()
-                to_do = choose(_no_rest)
+                to_do = choose(_no_pause)
             if not to_do or marks.outdated(batch) or not remove(to_do[0], batch):
                 return None
             marks.settle(batch)
@@ -274,32 +279,32 @@ class _CollectionRun:
                 yield removed
             elif to_do:
                 tries += 1
-                marks.refresh(self._rest)
-                to_do = choose(self._rest)
-            self._rest()
+                marks.refresh(self._pause)
+                to_do = choose(self._pause)
+            self._pause()
 
     # Files
 
     def _collect_files(self) -> None:
-        unlinked = Unlinked(self._store, self._young, self._collection.clock(), self._rest)
-        for pack in unlinked.found(self._would_go):
+        unlinked = Unlinked(self._store, self._young, self._collection.clock(), self._pause)
+        for pack in unlinked.found(self._removable):
             if self._dry_run:
                 sizes = [size for digest, size in pack]
             else:
                 sizes = self._transaction(functools.partial(unlinked.remove, pack))
             self._report.blobs += len(sizes)
             self._report.bytes += sum(sizes)
-            self._rest()
+            self._pause()
         self._report.young += unlinked.young
 
 
-def _no_rest() -> None:
-    """Within a transaction: others wait for it."""
+def _no_pause() -> None:
+    """Not within a transaction: others wait for it."""
 
 
-def _packs(groups: Sequence[Group]) -> list[list[Group]]:
-    """In their order; of about as much as is to be removed at once."""
-    packs: list[list[Group]] = []
+def _packs(groups: Sequence[RemovalGroup]) -> list[list[RemovalGroup]]:
+    """The groups in their order, in packs of about as many records as one transaction removes."""
+    packs: list[list[RemovalGroup]] = []
     size = BATCH
     for each in groups:
         if size >= BATCH:
@@ -311,7 +316,7 @@ def _packs(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def _time(link: bytes | None) -> float:
-    """When it was made; 0 where that cannot be read: no client is shown such a link."""
+    """When a link was made; 0 if the record is damaged, since clients are not shown such a link."""
     try:
         return float((link or b"").split()[-1])
     except (ValueError, IndexError):

@@ -1,13 +1,13 @@
-"""What a push in progress relies on is leased: a client is told that it is here, and so does not send it.
+"""Leases of what a push in progress relies on: content that its client was told is stored, and does not send.
 
-    lease <repository> <digest>               when a manifest was asked for by its digest, or lost a tag
+    lease <repository> <digest>               when a manifest was requested by its digest, or lost a tag
 
-The lease of a blob is its file's mtime.  Both are taken in a write transaction, before the client is
-answered, and whoever collects looks at them in the transaction in which he removes.  So one of the two comes
-first: either it stays, or the client is told that it is not here, and sends it.
+The lease of a blob is the mtime of its file.  Both are taken in a write transaction, before the client is
+answered, and the collection checks them in the transaction that removes.  So one of the two comes first:
+either the content is kept, or the client is told that it is unknown, and sends it.
 
-A lease is renewed when it is older than half the grace, so that most answers write nothing; hence it holds
-for one and a half times the grace, and every answer for the grace at least.
+A lease is renewed when it is older than half the grace period, so that most answers write nothing; hence it
+holds for one and a half times that period, which is at least the period after every answer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from storage.keys import LEASE, LINK, MANIFEST
 from storage.oci import Digest
 from storage.store import Store
 
-RENEWED, HELD = 0.5, 1.5  # times the grace
+RENEWED, HELD = 0.5, 1.5  # times the grace period
 
 
 class Leases:
-    """`grace` is in seconds."""
+    """The leases of a private store.  `grace` is the grace period in seconds."""
 
     def __init__(self, store: Store, grace: float, clock: Callable[[], float] = time.time) -> None:
         self._store = store
@@ -35,17 +35,17 @@ class Leases:
         self._clock = clock
 
     def young(self, at: float) -> bool:
-        """Whether what was used `at` that time is not to be collected."""
+        """Whether content that was last used `at` this time must not be collected."""
         return self._clock() - at <= self._grace * HELD
 
     def of(self, repository: str, digest: str) -> float:
-        """When the manifest was leased last; 0: never."""
+        """When the manifest was last leased, 0 for never."""
         return _time(self._store.records.get(LEASE.key(repository, digest)))
 
     async def blob(self, repository: str, digest: Digest, used_at: float) -> None:
-        """Its file was `used_at` that time.  Raises BlobUnknown where it is not here any more."""
+        """Lease a blob whose file has the mtime `used_at`.  Raises BlobUnknown if it is no longer stored."""
         if self._due(used_at):
-            with suppress(StorageFailed):  # a disk that takes nothing serves all the same, and loses nothing
+            with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
                 await run_in_thread(self._blob, repository, digest)
 
     def _blob(self, repository: str, digest: Digest) -> None:
@@ -57,7 +57,7 @@ class Leases:
         self._store.records.transaction(work)
 
     async def manifest(self, repository: str, digest: Digest, stored_at: float) -> None:
-        """It was `stored_at` that time.  Raises ManifestUnknown where it is not here any more."""
+        """Lease a manifest `stored_at` this time.  Raises ManifestUnknown if it is no longer stored."""
         if self._due(stored_at) and self._due(self.of(repository, digest)):
             with suppress(StorageFailed):
                 await run_in_thread(self._manifest, repository, digest)
@@ -71,7 +71,7 @@ class Leases:
         self._store.records.transaction(work)
 
     def left(self, batch: Batch, repository: str, digest: str) -> None:
-        """The manifest loses a tag: if that was its last, it is untagged from now on, not since its push."""
+        """Lease a manifest that loses a tag: it counts as untagged from now on, not since its push."""
         self._take(batch, repository, digest)
 
     def _take(self, batch: Batch, repository: str, digest: str) -> None:

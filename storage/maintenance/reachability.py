@@ -1,11 +1,11 @@
-"""What of a repository reaches what: its tags, its manifests, and what these name.
+"""Reachability within a repository: from its tags to its manifests, and to what these name.
 
-What a manifest *names*, it keeps the blobs of: every digest that stands anywhere in it.  That is more than
-config and layers, and on purpose: of a type that is not known here, nothing may go that its client will ask
-for.  What keeps other manifests is told more exactly: an index its children, and a subject what refers to
-it, while a referrer does not keep its subject.
+A manifest keeps the blobs that it *names*: every digest that stands anywhere in it.  That is more than its
+config and layers, on purpose: nothing may be removed that a client of an unknown type of manifest will ask
+for.  Manifests are kept more precisely: an index keeps its children, and a subject its referrers, while a
+referrer does not keep its subject.
 
-A manifest's digest says all of it, so each is read once, however often the marks are refreshed.
+The content of a digest never changes, so each manifest is read once, however often the marks are refreshed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _KNOWN = {OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST}
 
 
 class Damaged(Exception):
-    """The record of this `key` cannot be read, so that what it kept is not known."""
+    """The record `key` cannot be read, so it is unknown what it keeps."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -48,7 +48,7 @@ class Damaged(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KeepTags:
-    """Of the tags that match only the `last` that were pushed."""
+    """A rule that keeps the `last` pushed of the tags that match."""
 
     match: re.Pattern[str]
     last: int
@@ -56,9 +56,10 @@ class KeepTags:
 
 @dataclass(frozen=True, slots=True)
 class RetentionRules:
-    """`keep_untagged_for` is in seconds.  For a tag the first of `keep_tags` that matches counts.
+    """Which tags and manifests of a repository are kept.
 
-    Tags that match one of `immutable` neither go nor count.
+    `keep_untagged_for` is in seconds.  The first of `keep_tags` that matches a tag applies to it.  Tags that
+    match one of `immutable` are kept, and not counted.
     """
 
     keep_untagged_for: float = math.inf
@@ -66,33 +67,33 @@ class RetentionRules:
     immutable: tuple[re.Pattern[str], ...] = ()
 
 
-class Pointing(NamedTuple):
-    """Where a tag points, and when it was pushed."""
+class TagTarget(NamedTuple):
+    """The digest that a tag points to, and when it was pushed."""
 
     digest: str
     at: float
 
 
-class Node(NamedTuple):
-    """A manifest; `names` holds the start_of() each digest that it names."""
+class ManifestNode(NamedTuple):
+    """A manifest in the graph; `names` are the prefix_of() the digests that it names."""
 
     children: tuple[str, ...]
     names: array[int]
 
 
-class Group(NamedTuple):
-    """What goes at once or not at all, so that nothing that is left lacks what it names."""
+class RemovalGroup(NamedTuple):
+    """What must be removed together, so that nothing that is left names what was removed."""
 
     tags: tuple[str, ...]
     manifests: tuple[str, ...]
 
 
-def start_of(digest: str) -> int:
-    """64 bits of it: that another digest begins in the same way keeps what could go, and no more."""
+def prefix_of(digest: str) -> int:
+    """The first 64 bits of a digest.  If two digests share them, one blob more than necessary is kept."""
     return int(digest.partition(":")[2][:16], 16)
 
 
-def node(manifest: Manifest) -> Node:
+def node(manifest: Manifest) -> ManifestNode:
     found: set[str] = set(digests_in(manifest.content))
     children = found
     try:
@@ -108,16 +109,16 @@ def node(manifest: Manifest) -> Node:
             children = listed
         elif content.subject is not None:
             children = found - {str(content.subject.digest)}
-    return Node(tuple(children), array("Q", sorted(map(start_of, found))))
+    return ManifestNode(tuple(children), array("Q", sorted(map(prefix_of, found))))
 
 
 class Reachability:
-    """Of one repository.  Blocks.  Every method may raise StorageFailed."""
+    """The graph of one repository's tags and manifests.  Methods block, and may raise StorageFailed."""
 
     def __init__(self, store: Store, leases: Leases, repository: str) -> None:
         self.repository = repository
-        self.tags: dict[str, Pointing] = {}
-        self.manifests: dict[str, Node] = {}
+        self.tags: dict[str, TagTarget] = {}
+        self.manifests: dict[str, ManifestNode] = {}
         self._store = store
         self._records = store.records
         self._leases = leases
@@ -128,21 +129,21 @@ class Reachability:
 
     # Reading
 
-    def refresh(self, rest: Callable[[], None] = lambda: None) -> None:
-        """Read what has changed.  Of what is pushed meanwhile it may see a part: then it is outdated().
+    def refresh(self, pause: Callable[[], None] = lambda: None) -> None:
+        """Read what has changed.  A concurrent push may be seen in part; then the graph is outdated().
 
-        `rest` is called in between.  Raises Damaged.
+        `pause` is called in between.  Raises Damaged.
         """
         self._version = self._records.get(self._counter)
-        self.tags = {tag: found for (tag,) in self._listed(TAG, rest) if (found := self._pointing(tag))}
+        self.tags = {tag: found for (tag,) in self._listed(TAG, pause) if (found := self._target(tag))}
         known, self.manifests = self.manifests, {}
-        for (digest,) in self._listed(MANIFEST, rest):
+        for (digest,) in self._listed(MANIFEST, pause):
             if (each := known.get(digest) or self._node(digest)) is not None:
                 self.manifests[digest] = each
-        for (digest,) in self._listed(LEASE, rest):
+        for (digest,) in self._listed(LEASE, pause):
             self._used[digest] = max(self._leases.of(self.repository, digest), self._used.get(digest, 0.0))
         self._subjects, self._referrers = {}, {}
-        for subject, referrer in self._listed(REFERRER, rest):
+        for subject, referrer in self._listed(REFERRER, pause):
             self._subjects.setdefault(referrer, []).append(subject)
             self._referrers.setdefault(subject, []).append(referrer)
 
@@ -150,19 +151,19 @@ class Reachability:
     def _counter(self) -> str:
         return CHANGES.key(self.repository)
 
-    def _listed(self, kind: RecordKind, rest: Callable[[], None]) -> Iterator[list[str]]:
+    def _listed(self, kind: RecordKind, pause: Callable[[], None]) -> Iterator[list[str]]:
         for key in self._records.keys(kind.prefix(self.repository)):
             yield kind.parse(key)[1:]
-            rest()
+            pause()
 
-    def _pointing(self, tag: str) -> Pointing | None:
+    def _target(self, tag: str) -> TagTarget | None:
         found = self._store.pointer(self.repository, Tag(tag))
         if found is None:
             self._check_gone(TAG.key(self.repository, tag))
             return None
-        return Pointing(str(found.digest), found.validated_at)
+        return TagTarget(str(found.digest), found.validated_at)
 
-    def _node(self, digest: str) -> Node | None:
+    def _node(self, digest: str) -> ManifestNode | None:
         try:
             manifest, stored_at = self._store.manifest(self.repository, Digest.parse(digest))
         except (ManifestUnknown, DigestInvalid):
@@ -172,35 +173,35 @@ class Reachability:
         return node(manifest)
 
     def _check_gone(self, key: str) -> None:
-        """It was listed, and now it cannot be read: it was deleted meanwhile, or it is damaged."""
+        """Raise Damaged unless the record, which was listed but cannot be read, was deleted meanwhile."""
         if self._records.holds(key):
             raise Damaged(key)
 
     def outdated(self, batch: Batch) -> bool:
-        """Whether anything was pushed or deleted since it was read."""
+        """Whether anything was pushed or deleted since the last refresh."""
         return batch.get(self._counter) != self._version
 
     def names(self) -> set[int]:
-        """The start_of() each digest that a manifest names."""
-        return {start for each in self.manifests.values() for start in each.names}
+        """The prefix_of() each digest that a manifest names."""
+        return {prefix for each in self.manifests.values() for prefix in each.names}
 
-    # Telling what goes
+    # Choosing
 
-    def going(self, rules: RetentionRules, now: float) -> tuple[list[Group], int]:
-        """What goes by the rules, in this order; and how much stays just since it is young.
+    def removable(self, rules: RetentionRules, now: float) -> tuple[list[RemovalGroup], int]:
+        """What the rules remove, in this order, and how much is kept only because it is young.
 
-        What tags that go by a rule have held alone goes with them, whatever `keep_untagged_for` says.
+        What only the removed tags have kept is removed with them, whatever `keep_untagged_for` says.
         """
         too_many = self._too_many(rules)
         tags = [tag for tag in too_many if not self._leases.young(self.tags[tag].at)]
         released = self._reach(self._only_held_by(tags))
         young = {each for each in self.manifests if self._leases.young(self._used_at(each))}
         ruled = {each for each in self.manifests if now - self._used_at(each) <= rules.keep_untagged_for}
-        lasting = self._reach({*self._held_but_by(tags), *(ruled - released)})
-        # A tag stays with what is young of it: else that would lack its tag for as long as untagged is kept.
+        lasting = self._reach({*self._held_except_by(tags), *(ruled - released)})
+        # A tag is kept with young content of it, which would otherwise be untagged while it is young.
         holding = self._holding(young & released - lasting)
         tags = [tag for tag in tags if self.tags[tag].digest not in holding]
-        live = self._reach({*self._held_but_by(tags), *(ruled - released), *young})
+        live = self._reach({*self._held_except_by(tags), *(ruled - released), *young})
         dead = self.manifests.keys() - live
         spared = len(too_many) - len(tags) + len(live - lasting)
         return self._groups(tags, released & dead, dead), spared
@@ -209,7 +210,7 @@ class Reachability:
         return self._used.get(digest, math.inf)
 
     def _too_many(self, rules: RetentionRules) -> list[str]:
-        """Tags that go by a rule; of each the newest last."""
+        """The tags that a rule removes; for each rule, the newest last."""
         found: dict[KeepTags, list[str]] = {}
         for tag in self.tags:
             if not any(each.fullmatch(tag) for each in rules.immutable):
@@ -222,22 +223,22 @@ class Reachability:
             too_many += tags[: -rule.last]
         return too_many
 
-    def _held_but_by(self, tags: Collection[str]) -> set[str]:
-        """What the other tags point at."""
-        going = set(tags)
-        return {each.digest for tag, each in self.tags.items() if tag not in going}
+    def _held_except_by(self, tags: Collection[str]) -> set[str]:
+        """The digests that all other tags point to."""
+        excluded = set(tags)
+        return {each.digest for tag, each in self.tags.items() if tag not in excluded}
 
     def _only_held_by(self, tags: Collection[str]) -> set[str]:
-        return {self.tags[tag].digest for tag in tags} - self._held_but_by(tags)
+        return {self.tags[tag].digest for tag in tags} - self._held_except_by(tags)
 
     def _reach(self, roots: Iterable[str]) -> set[str]:
-        """Those of the manifests that `roots` keep, with themselves."""
+        """The manifests that `roots` keep, including themselves."""
         found: set[str] = set()
         self._walk(roots, found)
         return found
 
     def _walk(self, roots: Iterable[str], found: set[str]) -> list[str]:
-        """The same, but for those that were `found` before; they are now."""
+        """Add what `roots` keep to `found`; the manifests that are new there."""
         new, steps = [], Walk(roots)
         for digest in steps:
             if digest not in found and (each := self.manifests.get(digest)) is not None:
@@ -247,7 +248,7 @@ class Reachability:
         return new
 
     def _holding(self, kept: set[str]) -> set[str]:
-        """What keeps these, with themselves."""
+        """The manifests that keep these, including themselves."""
         if not kept:
             return kept
         parents: dict[str, list[str]] = {}
@@ -259,27 +260,27 @@ class Reachability:
             steps.add(parents.get(digest, ()))
         return steps.reached
 
-    def _groups(self, tags: list[str], released: set[str], dead: set[str]) -> list[Group]:
-        """Parents before their children; what several tags or manifests keep goes with the last of them."""
+    def _groups(self, tags: list[str], released: set[str], dead: set[str]) -> list[RemovalGroup]:
+        """Parents before their children; what several of them keep belongs to the last one's group."""
         tags_of: dict[str, list[str]] = {}
         for tag in tags:
             tags_of.setdefault(self.tags[tag].digest, []).append(tag)
         roots = [*tags_of, *sorted(dead - released)]
-        # Backwards, so that what was passed before belongs to a later one.
+        # Backwards, so that what was passed before belongs to a later group.
         passed = self.manifests.keys() - dead
         groups = []
         for root in reversed(roots):
-            group = Group(tuple(tags_of.get(root, ())), tuple(self._walk([root], passed)))
+            group = RemovalGroup(tuple(tags_of.get(root, ())), tuple(self._walk([root], passed)))
             if group.tags or group.manifests:
                 groups.append(group)
         return groups[::-1]
 
-    # Having it go
+    # Removing
 
-    def remove(self, groups: Collection[Group], batch: Batch) -> bool:
-        """False: of one something is young by now, and nothing was removed."""
+    def remove(self, groups: Collection[RemovalGroup], batch: Batch) -> bool:
+        """Remove the groups, or nothing if something in them is young by now; whether they were removed."""
         digests = [digest for group in groups for digest in group.manifests]
-        # Who was pushed again was read before, and is not read again.
+        # What was pushed again is not read again by refresh(), so the last use is read here.
         self._used |= {digest: self._used_last(digest) for digest in digests}
         if any(self._leases.young(self._used[digest]) for digest in digests):
             return False
@@ -294,7 +295,7 @@ class Reachability:
         return True
 
     def _used_last(self, digest: str) -> float:
-        """As it is known just now."""
+        """When the manifest was last pushed or leased, as recorded now."""
         leased_at = self._leases.of(self.repository, digest)
         try:
             return max(leased_at, self._store.manifest(self.repository, Digest(digest))[1])
@@ -302,11 +303,11 @@ class Reachability:
             return leased_at
 
     def settle(self, batch: Batch) -> None:
-        """What was recorded as the last change is ours."""
+        """Take the last recorded change as our own."""
         self._version = batch.get(self._counter)
 
-    def forget(self, groups: Iterable[Group]) -> None:
-        """They have gone."""
+    def forget(self, groups: Iterable[RemovalGroup]) -> None:
+        """Drop removed groups from the graph."""
         for group in groups:
             for tag in group.tags:
                 self.tags.pop(tag, None)

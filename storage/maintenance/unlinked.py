@@ -1,8 +1,8 @@
 """Committed blobs that no link names.
 
-All links are looked at once, and of each digest so much remembered as tells it from almost any other: one
-that looks alike keeps a file, and no more.  What is linked afterwards is told by its file's mtime, which
-whoever makes a link sets to the present time, in the transaction in which he makes it.
+All links are read once, and a prefix of each digest is remembered: two digests with one prefix keep one file
+more than necessary.  A blob that is linked afterwards is recognised by the mtime of its file, which is set to
+the present time in the transaction that makes the link.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ import structlog
 from storage.disk.records import Batch
 from storage.disk.tree import directories, read_directory
 from storage.keys import LINK
-from storage.maintenance.reachability import start_of
+from storage.maintenance.reachability import prefix_of
 from storage.oci import Digest
 from storage.store import Store
 
 log = structlog.get_logger()
 
-PACK = 100  # files
+PACK = 100  # files in a batch
 _ASIDE = "collected-"
 
-Found = tuple[Digest, int]  # and its size
+Found = tuple[Digest, int]  # a blob and its size in bytes
 
 
 class Unlinked:
-    """`begun` is a time before which nothing was looked at.  `rest` is called in between.  Blocks.
+    """Finds and removes the blobs of a store that no link names.  Methods block, and may raise StorageFailed.
 
-    Every method may raise StorageFailed.
+    `young` decides by the time of last use whether a blob is kept.  `begun` is a time before anything was
+    read.  `pause` is called in between.
     """
 
     def __init__(
-        self, store: Store, young: Callable[[float], bool], begun: float, rest: Callable[[], None]
+        self, store: Store, young: Callable[[float], bool], begun: float, pause: Callable[[], None]
     ) -> None:
-        self.young = 0  # how many stay for no other reason than that
+        self.young = 0  # how many blobs are kept only because they are young
         self._files = store.files
         self._records = store.records
         self._is_young = young
         self._begun = begun
-        self._rest = rest
+        self._pause = pause
 
     def found(self, but: Collection[str] = ()) -> Iterator[list[Found]]:
-        """By the hundred; the links with the keys `but` count as none."""
+        """The unlinked blobs in batches; links whose keys are in `but` are ignored."""
         each = self._each(but)
         while pack := list(islice(each, PACK)):
             yield pack
@@ -61,18 +62,18 @@ class Unlinked:
             with self._files.guard(root):
                 blobs = read_directory(root, name).blobs
             for each in blobs:
-                if start_of(each.digest) not in kept and not self._stays(each.digest):
+                if prefix_of(each.digest) not in kept and not self._stays(each.digest):
                     yield each.digest, each.size
-            self._rest()
+            self._pause()
 
     def _linked(self, but: Collection[str]) -> list[array[int]]:
-        """The start_of() each digest that is linked, by the first byte: eight bytes for a link."""
+        """The prefix_of() each linked digest by its first byte, with eight bytes for a link."""
         linked = [array("Q") for _ in range(256)]
         for key in self._records.keys(LINK.prefix()):
             if key not in but:
-                start = start_of(LINK.parse(key)[1])
-                linked[start >> 56].append(start)
-            self._rest()
+                prefix = prefix_of(LINK.parse(key)[1])
+                linked[prefix >> 56].append(prefix)
+            self._pause()
         return linked
 
     def _stays(self, digest: Digest) -> bool:
@@ -83,15 +84,15 @@ class Unlinked:
         return True
 
     def _old(self, used_at: float) -> bool:
-        # Not by its age alone: the looking takes its time, in which what was linked after it began gets old.
+        # Not by age alone: what was linked after the scan began may be old by the time the scan ends.
         return used_at < self._begun and not self._is_young(used_at)
 
     def remove(self, found: list[Found], batch: Batch) -> list[int]:
-        """The sizes of those that went.  In a transaction, so that none is being linked.
+        """Remove those that are still old, and return their sizes.  In a transaction, so that none is linked.
 
-        1. We find it old  2. the same content is uploaded, and committed over it, to be linked when we are
-        done  3. we move what is new aside: its mtime tells, and it goes back before anybody can link it.
-        Who is killed in between has lost what nobody was told is here.
+        1. The file is found old  2. the same content is uploaded and committed over it, to be linked after
+        this transaction  3. the new file is moved aside, recognised by its mtime, and moved back before it
+        can be linked.  A process that is killed in between loses only what no client was told is stored.
         """
         sizes = []
         for digest, _ in found:

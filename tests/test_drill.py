@@ -16,7 +16,7 @@ from structlog.testing import LogCapture
 from proxy.admin.reports import Drilling
 from proxy.cache import drill as module
 from proxy.cache.drill import Drill, DrillOrder, DrillState, MissedRequest, merged
-from proxy.telemetry.exchange import Exchange, exchange
+from proxy.telemetry.exchange import Exchange, current_exchange
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
 from tests.processes import Place, Server, place
@@ -37,11 +37,11 @@ def client() -> Iterator[Callable[..., None]]:
 
     def serve(reference: str = "1", client: str = "10.0.0.7", id: str = "x-1") -> None:
         found = Exchange(id, "docker.io", "library/app", reference, "manifest", client=client)
-        tokens.append(exchange.set(found))
+        tokens.append(current_exchange.set(found))
 
     yield serve
     for token in reversed(tokens):
-        exchange.reset(token)
+        current_exchange.reset(token)
 
 
 def test_it_cuts_what_it_is_told_to_until_its_time_is_up(clock: Clock) -> None:

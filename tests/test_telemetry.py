@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import LogCapture
 
 from proxy.telemetry import logs
-from proxy.telemetry.exchange import Exchange, current, exchange
+from proxy.telemetry.exchange import Exchange, current, current_exchange
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.upstream import Basic, Bearer, Hold, Image, Status, Upstream, digest_of
@@ -361,7 +361,7 @@ def test_levels(level: str, heard: str) -> None:
 
 async def test_a_task_counts_into_the_exchange_that_started_it() -> None:
     now = Exchange("1")
-    exchange.set(now)
+    current_exchange.set(now)
 
     async def work() -> None:
         current().upstream_requests += 1

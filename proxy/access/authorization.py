@@ -106,30 +106,32 @@ class Authorizer:
         """Whether the repository of that full name belongs to a public cache."""
         return self._guarded.of(name) is Guard.PUBLIC
 
-    async def permit(self, request: web.BaseRequest, wanted: AccessRequest, now: Exchange) -> None:
-        """Return if the request is permitted; records in `now` who the client is and what it may see."""
+    async def permit(self, request: web.BaseRequest, wanted: AccessRequest, exchange: Exchange) -> None:
+        """Return if the request is permitted; records in `exchange` who the client is and what it may see."""
         guard = self._guarded.of(wanted.name)
         if guard is Guard.PUBLIC:
             return
-        now.shared = False
+        exchange.shared = False
         if guard is not Guard.STORE and wanted.action != "pull":
             return  # a cache refuses it to everybody
         try:
             if guard is Guard.CALLER:
-                await self._permit_caller(request, wanted, now)
+                await self._permit_caller(request, wanted, exchange)
             else:
-                await self._permit_by_rules(request, wanted, now)
+                await self._permit_by_rules(request, wanted, exchange)
         except RegistryError as error:
-            self._refused(request, now, wanted.action, error)
+            self._refused(request, exchange, wanted.action, error)
             raise
 
-    async def _permit_by_rules(self, request: web.BaseRequest, wanted: AccessRequest, now: Exchange) -> None:
+    async def _permit_by_rules(
+        self, request: web.BaseRequest, wanted: AccessRequest, exchange: Exchange
+    ) -> None:
         action, name = wanted.action, wanted.name
         repository = self._rules.scope(name, wanted.written, wanted.named)
         scope = f"repository:{repository}:{'pull,push' if action == 'push' else action}"
         principal = await self._authenticator.identify(request, scope)
-        now.user = principal.user
-        now.visible = partial(self._may_see, principal, wanted.named)
+        exchange.user = principal.user
+        exchange.visible = partial(self._may_see, principal, wanted.named)
         if not self._rules.allow(principal, action, name, repository):
             raise self._refusal(principal, f"{action} {name}", scope)
 
@@ -153,11 +155,13 @@ class Authorizer:
         scope = self._rules.scope(repository, repository.partition("/")[2], named)
         return self._rules.allow(principal, "pull", repository, scope)
 
-    async def _permit_caller(self, request: web.BaseRequest, wanted: AccessRequest, now: Exchange) -> None:
+    async def _permit_caller(
+        self, request: web.BaseRequest, wanted: AccessRequest, exchange: Exchange
+    ) -> None:
         namespace, _, repository = wanted.name.partition("/")
         visibility = self._guarded.visibilities[namespace]
         shown = credential(request)
-        now.visible = nothing
+        exchange.visible = nothing
 
         async def visible() -> bool:
             try:
@@ -179,11 +183,11 @@ class Authorizer:
                 f"{namespace} does not show {repository} to {whom}: log in with an account of {namespace}",
                 challenges=[self._authenticator.basic],
             )
-        now.user = shown.username if shown else ""
+        exchange.user = shown.username if shown else ""
 
     # Requests without a repository
 
-    async def ping(self, request: web.BaseRequest, prefix: str, now: Exchange) -> tuple[str, ...]:
+    async def ping(self, request: web.BaseRequest, prefix: str, exchange: Exchange) -> tuple[str, ...]:
         """Return challenges to be sent with a response of 200."""
         chosen = self._guarded.chosen(
             ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
@@ -201,9 +205,9 @@ class Authorizer:
         try:
             principal = await self._authenticator.identify(request)
         except RegistryError as error:
-            self._refused(request, now, "ping", error)
+            self._refused(request, exchange, "ping", error)
             raise
-        now.user = principal.user
+        exchange.user = principal.user
         if not principal.anonymous or self._ping == "open":
             return ()
         if self._ping == "challenge" or (guard is not Guard.PUBLIC and not self._is_open(namespace)):
@@ -222,13 +226,13 @@ class Authorizer:
         return self._authenticator.tokens is None and self._rules.allow(Principal(), "pull", f"{namespace}/*")
 
     async def repositories(
-        self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, now: Exchange
+        self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, exchange: Exchange
     ) -> list[str]:
         """List the repositories that the client may pull from, without those whose upstream decides."""
-        now.shared = False
+        exchange.shared = False
         scope = f"{CATALOG}:*"
         principal = await self._authenticator.identify(request, scope)
-        now.user = principal.user
+        exchange.user = principal.user
         visible: Callable[[str], bool] = partial(self._may_see, principal, False)
         if self._rules.allow(principal, "pull", CATALOG):
             visible = self._listed
@@ -249,19 +253,21 @@ class Authorizer:
     def _listed(self, repository: str) -> bool:
         return self._guarded.of(repository) not in (Guard.CALLER, None)
 
-    def _refused(self, request: web.BaseRequest, now: Exchange, action: str, error: RegistryError) -> None:
+    def _refused(
+        self, request: web.BaseRequest, exchange: Exchange, action: str, error: RegistryError
+    ) -> None:
         """Log a refusal, without an unverified user name: it may be a password in the wrong field."""
         if not isinstance(error, Unauthorized | Denied) and error.status != 429:
             return
         write = log.info if authorization(request) else log.debug  # a first request without credentials
         write(
             "access.refused",
-            id=now.id,
+            id=exchange.id,
             client=str(self._authenticator.place(request)),
-            user=now.user,
+            user=exchange.user,
             action=action,
-            namespace=now.namespace,
-            repository=now.repository,
+            namespace=exchange.namespace,
+            repository=exchange.repository,
             reason=str(error),
         )
 

@@ -53,10 +53,10 @@ class Exchange:
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream
 # requests that it caused.
-exchange: ContextVar[Exchange] = ContextVar("exchange")
+current_exchange: ContextVar[Exchange] = ContextVar("exchange")
 _SCRATCH = Exchange()
 
 
 def current() -> Exchange:
     """The exchange of this context; outside of one (at start, in tests) a scratch value."""
-    return exchange.get(_SCRATCH)
+    return current_exchange.get(_SCRATCH)

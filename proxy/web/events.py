@@ -1,4 +1,4 @@
-"""What requests have done becomes events, for whoever wants to be told of them."""
+"""Events of what requests do to content."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
 
 
 class EventReporter(Protocol):
+    """Receives events.  `pulls` says whether it wants those of pulls."""
+
     pulls: bool
 
     async def publish(self, event: Event) -> None: ...
@@ -27,12 +29,12 @@ class EventReporter(Protocol):
 
 
 class RequestEvents:
-    """Without a reporter it does nothing."""
+    """Makes events of requests and passes them to a reporter, if there is one."""
 
     def __init__(self, reporter: EventReporter | None, clock: Callable[[], float] = time.time) -> None:
         self._reporter = reporter
         self._clock = clock
-        self.pulls = reporter is not None and reporter.pulls  # whether it wants them
+        self.pulls = reporter is not None and reporter.pulls
 
     async def report(
         self,
@@ -40,27 +42,35 @@ class RequestEvents:
         kind: ContentKind,
         request: web.BaseRequest,
         route: Route,
-        now: Exchange,
+        exchange: Exchange,
         descriptor: Descriptor | None = None,
         *,
         tag: Tag | None = None,
         source: str | None = None,
     ) -> None:
-        """Returns when it is safe to say so; raises nothing.  `source` is where a blob was mounted from."""
+        """Report an action, and return when the response may be sent.  Raises nothing.
+
+        `source` is the repository that a blob was mounted from.
+        """
         if self._reporter is not None:
-            event = self._event(action, kind, request, route, now, descriptor, tag, source)
+            event = self._event(action, kind, request, route, exchange, descriptor, tag, source)
             await self._reporter.publish(event)
 
-    def report_pull(self, request: web.BaseRequest, route: Route, now: Exchange, status: int) -> None:
-        """A GET or HEAD is answered.  Where a client has a manifest already, that is no pull of it."""
+    def report_pull(self, request: web.BaseRequest, route: Route, exchange: Exchange, status: int) -> None:
+        """Report an answered GET or HEAD of content; a 304 for a manifest is no pull."""
         blob = route.kind is Endpoint.BLOB
-        if self._reporter is None or route.kind not in _CONTENT or now.detail == LEFT or now.content is None:
+        if (
+            self._reporter is None
+            or route.kind not in _CONTENT
+            or exchange.detail == LEFT
+            or exchange.content is None
+        ):
             return
         if status in (200, 206) or (blob and status == 304):
             tag = route.reference if isinstance(route.reference, Tag) else None
             kind: ContentKind = "blob" if blob else "manifest"
             self._reporter.publish_later(
-                self._event("pull", kind, request, route, now, now.content, tag, None)
+                self._event("pull", kind, request, route, exchange, exchange.content, tag, None)
             )
 
     def _event(
@@ -69,7 +79,7 @@ class RequestEvents:
         kind: ContentKind,
         request: web.BaseRequest,
         route: Route,
-        now: Exchange,
+        exchange: Exchange,
         descriptor: Descriptor | None,
         tag: Tag | None,
         source: str | None,
@@ -80,16 +90,16 @@ class RequestEvents:
             at=self._clock(),
             action=action,
             kind=kind,
-            repository=f"{now.namespace}/{now.repository}",
+            repository=f"{exchange.namespace}/{exchange.repository}",
             digest=str(descriptor.digest) if descriptor else "",
             media_type=_text(descriptor.media_type) if descriptor else "",
             size=descriptor.size if descriptor else -1,
             tag=str(tag or ""),
             source=source or "",
-            actor=now.user,
-            url="" if gone or not descriptor else _url(request, route, kind, descriptor.digest, now.ns),
+            actor=exchange.user,
+            url="" if gone or not descriptor else _url(request, route, kind, descriptor.digest, exchange.ns),
             request=EventRequest(
-                id=now.id,
+                id=exchange.id,
                 address=request.remote or "",
                 host=_text(request.host),
                 method=request.method,
@@ -99,7 +109,7 @@ class RequestEvents:
 
 
 def _url(request: web.BaseRequest, route: Route, kind: ContentKind, digest: Digest, ns: str | None) -> str:
-    """Where this client finds it."""
+    """The URL of content, as this client reaches the server."""
     secure = request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
     endpoint = Endpoint.BLOB if kind == "blob" else Endpoint.MANIFEST
     path = build_location(Route(endpoint, route.name, digest, route.prefix), ns)
@@ -107,5 +117,5 @@ def _url(request: web.BaseRequest, route: Route, kind: ContentKind, digest: Dige
 
 
 def _text(value: str) -> str:
-    """What can be encoded, of a header that need not be UTF-8."""
+    """A header, which may not be UTF-8, with other bytes replaced."""
     return value.encode("utf-8", "replace").decode()

@@ -1,8 +1,8 @@
-"""The push half of the distribution API over any Registry: uploads, manifests, deletion.
+"""The endpoints that write: uploads, manifests, deletion.
 
-An upload's session is its file in the store: any worker goes on with it, and what was taken of a request that
-is cut stays, to be resumed.  What is done in the end is done whole, and told of, should the client leave too.
-Locations are relative, so that they are right behind any proxy.
+An upload's session is its file in the store: any worker can continue it, and the bytes of an interrupted
+request are kept, to be resumed.  Once a commit, a push or a deletion has begun, it is completed and its event
+is published even if the client leaves.  Locations are relative, so that they are right behind any proxy.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ ALGORITHMS = ("sha256", "sha512")
 _CONTENT_RANGE = re.compile(r"(?:bytes )?([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]+|\*))?")
 
 Write = Callable[[bytes], Awaitable[None]]
-# The full name of what the client of a request calls so.
+# Returns the full name of a repository, as the client of a request names it.
 FullName = Callable[[web.BaseRequest, Route, str], str]
 
 
 class Push:
-    """A client that sends nothing of a body for `client_timeout` seconds is answered 408.
+    """Handlers of the endpoints that write.
 
-    Every method takes the request, its route, the repository's full name, and the exchange.
+    Every handler takes the request, its route, the repository's full name, and the exchange.  A client that
+    sends nothing of a body for `client_timeout` seconds is answered 408.
     """
 
     def __init__(
@@ -68,102 +69,123 @@ class Push:
 
     # Uploads
 
-    async def start(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
-        """POST: a mount, a blob in one request, or the beginning of a session."""
+    async def start(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
+        """POST: mount a blob, upload one in a single request, or begin a session."""
         if "mount" in request.query:
-            # What cannot be mounted is uploaded: clients expect no error.
+            # A blob that cannot be mounted is uploaded: clients expect no error.
             with suppress(BlobUnknown, NameUnknown, NameInvalid, DigestInvalid):
-                return await uninterrupted(self._mount(request, route, name, now))
+                return await uninterrupted(self._mount(request, route, name, exchange))
         if "digest" in request.query:
-            return await self._whole(request, route, name, now)
+            return await self._whole(request, route, name, exchange)
         algorithm = request.query.get("digest-algorithm", "sha256")
         if algorithm not in ALGORITHMS:
-            raise DigestInvalid(f"digest-algorithm is {algorithm[:50]!r}: expected sha256 or sha512")
+            raise DigestInvalid(f"digest-algorithm is {algorithm[:50]!r}, but must be sha256 or sha512")
         upload = await self._registry.start_upload(name, None, algorithm)
         await upload.suspend()
-        return empty(202, self._session(request, route, upload, now))
+        return empty(202, self._session(request, route, upload, exchange))
 
-    async def _mount(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
+    async def _mount(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
         digest = Digest.parse(request.query["mount"])
         source = request.query.get("from")
         full = self._full_name(request, route, source) if source else None
-        if full is not None and not now.visible(full):
-            raise BlobUnknown(f"{full} is not for everybody to be mounted from")
-        descriptor = await self._registry.mount_blob(name, digest, full, now.visible)
-        now.detail = "mounted"
-        await self._events.report("mount", "blob", request, route, now, descriptor, source=full)
-        return self._created(request, route, Endpoint.BLOB, descriptor.digest, now)
+        if full is not None and not exchange.visible(full):
+            raise BlobUnknown(f"the client may not pull from {full}")
+        descriptor = await self._registry.mount_blob(name, digest, full, exchange.visible)
+        exchange.detail = "mounted"
+        await self._events.report("mount", "blob", request, route, exchange, descriptor, source=full)
+        return self._created(request, route, Endpoint.BLOB, descriptor.digest, exchange)
 
-    async def _whole(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
+    async def _whole(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
         digest = Digest.parse(request.query["digest"])
         upload = await self._registry.start_upload(name, request.content_length, digest.algorithm)
         try:
-            await self._take(request, now, upload.write)
+            await self._receive(request, exchange, upload.write)
         except BaseException as error:
-            await upload.cancel(error)  # its id was told to nobody
+            await upload.cancel(error)  # no client knows its id
             raise
-        return await uninterrupted(self._commit(request, route, now, upload, digest))
+        return await uninterrupted(self._commit(request, route, exchange, upload, digest))
 
-    async def status(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
-        """GET: how far it has come."""
+    async def status(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
+        """GET: answer how many bytes have been received."""
         upload = await self._registry.resume_upload(name, route.upload)
         await upload.suspend()
-        return empty(204, self._session(request, route, upload, now))
+        return empty(204, self._session(request, route, upload, exchange))
 
-    async def append(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
-        """PATCH: a chunk, or all that comes."""
+    async def append(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
+        """PATCH: append a chunk, or the whole body."""
         upload = await self._registry.resume_upload(name, route.upload)
         try:
-            self._check_range(request, route, upload, now)
-            await self._take(request, now, upload.write)
+            self._check_range(request, route, upload, exchange)
+            await self._receive(request, exchange, upload.write)
         finally:
             await upload.suspend()
-        headers = self._session(request, route, upload, now)
+        headers = self._session(request, route, upload, exchange)
         return empty(202, {**headers, "Content-Length": "0"})
 
-    async def finish(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
-        """PUT: the last chunk, if it was not sent yet, and the digest of the whole."""
+    async def finish(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
+        """PUT: append the last chunk, if there is one, and commit the blob under its digest."""
         upload = await self._registry.resume_upload(name, route.upload)
         try:
             digest = Digest.parse(request.query.get("digest", ""))
-            self._check_range(request, route, upload, now)
-            await self._take(request, now, upload.write)
+            self._check_range(request, route, upload, exchange)
+            await self._receive(request, exchange, upload.write)
         except BaseException:
             await upload.suspend()
             raise
-        return await uninterrupted(self._commit(request, route, now, upload, digest))
+        return await uninterrupted(self._commit(request, route, exchange, upload, digest))
 
     async def _commit(
-        self, request: web.BaseRequest, route: Route, now: Exchange, upload: Upload, digest: Digest
+        self, request: web.BaseRequest, route: Route, exchange: Exchange, upload: Upload, digest: Digest
     ) -> web.Response:
         descriptor = await upload.commit(digest)
-        await self._events.report("push", "blob", request, route, now, descriptor)
-        return self._created(request, route, Endpoint.BLOB, digest, now)
+        await self._events.report("push", "blob", request, route, exchange, descriptor)
+        return self._created(request, route, Endpoint.BLOB, digest, exchange)
 
-    async def cancel(self, request: web.BaseRequest, route: Route, name: str, now: Exchange) -> web.Response:
+    async def cancel(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
         upload = await self._registry.resume_upload(name, route.upload)
         await upload.cancel()
-        return empty(204, {**ALL, **cache_headers(now)})
+        return empty(204, {**ALL, **cache_headers(exchange)})
 
-    def _check_range(self, request: web.BaseRequest, route: Route, upload: Upload, now: Exchange) -> None:
-        """Raises what speaks against a chunk; distribution-spec, "Pushing a blob in chunks"."""
+    def _check_range(
+        self, request: web.BaseRequest, route: Route, upload: Upload, exchange: Exchange
+    ) -> None:
+        """Check that a chunk continues the upload; distribution-spec, "Pushing a blob in chunks".
+
+        Raises BlobUploadInvalid, SizeInvalid, and RequestRefused with the state of the session.
+        """
         header = request.headers.get("Content-Range")
         if header is None:
             return
         found = _CONTENT_RANGE.fullmatch(header.strip())
         if not found or int(found[2]) < int(found[1]):
-            raise BlobUploadInvalid(f"Content-Range is {header[:60]!r}: expected <first>-<last>")
+            raise BlobUploadInvalid(f"Content-Range is {header[:60]!r}, but must be <first>-<last>")
         first, last = int(found[1]), int(found[2])
         if first != upload.offset:
-            error = RangeInvalid(f"the chunk begins at byte {first}, but {upload.offset} bytes are here")
-            raise RequestRefused(error, self._session(request, route, upload, now))
+            error = RangeInvalid(
+                f"the chunk begins at byte {first}, but {upload.offset} bytes have been received"
+            )
+            raise RequestRefused(error, self._session(request, route, upload, exchange))
         if request.content_length not in (None, last - first + 1):
             raise SizeInvalid(
-                f"Content-Range tells of {last - first + 1} bytes, Content-Length of {request.content_length}"
+                f"Content-Range has {last - first + 1} bytes, but Content-Length is {request.content_length}"
             )
 
-    async def _take(self, request: web.BaseRequest, now: Exchange, write: Write) -> None:
-        """All of the body."""
+    async def _receive(self, request: web.BaseRequest, exchange: Exchange, write: Write) -> None:
+        """Read the whole body and pass it to `write`."""
         await _continue(request)
         stream = request.content
         try:
@@ -172,32 +194,32 @@ class Push:
                     chunk = await stream.readany()
                 if not chunk:
                     break
-                now.received += len(chunk)
+                exchange.received += len(chunk)
                 await write(chunk)
         except TimeoutError:
-            raise UploadStalled(f"nothing came for {self._client_timeout:g} s") from None
+            raise UploadStalled(f"no data was received for {self._client_timeout:g} s") from None
         except (ConnectionError, web.RequestPayloadError) as error:
-            self._cut(request, now, error)
+            self._fail_cut_off(request, exchange, error)
         finally:
-            self._metrics.pushed.labels(now.namespace).inc(now.received)
+            self._metrics.pushed.labels(exchange.namespace).inc(exchange.received)
 
-    def _cut(self, request: web.BaseRequest, now: Exchange, error: Exception) -> NoReturn:
+    def _fail_cut_off(self, request: web.BaseRequest, exchange: Exchange, error: Exception) -> NoReturn:
         if request.transport is None or request.transport.is_closing():
-            now.detail = LEFT
-        raise SizeInvalid(f"the body was cut after {now.received} bytes") from error
+            exchange.detail = LEFT
+        raise SizeInvalid(f"the body was cut off after {exchange.received} bytes") from error
 
-    # Manifests, and deletion
+    # Manifests and deletion
 
     async def push_manifest(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.Response:
         assert route.reference is not None
         tags = [Tag.parse(each) for each in dict.fromkeys(request.query.getall("tag", ()))]
-        body = await self._manifest_body(request, now)
+        body = await self._manifest_body(request, exchange)
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
-        manifest = Manifest.of(media_type or _told(body), body)
-        now.digest = await uninterrupted(self._push(request, route, name, now, manifest, tags))
-        answer = self._created(request, route, Endpoint.MANIFEST, Digest(now.digest), now)
+        manifest = Manifest.of(media_type or _declared(body), body)
+        exchange.digest = await uninterrupted(self._push(request, route, name, exchange, manifest, tags))
+        answer = self._created(request, route, Endpoint.MANIFEST, Digest(exchange.digest), exchange)
         with suppress(ManifestInvalid):
             if (subject := parse_manifest(body).subject) is not None:
                 answer.headers["OCI-Subject"] = subject.digest
@@ -210,7 +232,7 @@ class Push:
         request: web.BaseRequest,
         route: Route,
         name: str,
-        now: Exchange,
+        exchange: Exchange,
         manifest: Manifest,
         tags: Sequence[Tag],
     ) -> Digest:
@@ -218,10 +240,10 @@ class Push:
         descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
         pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
         for tag in pushed or (None,):
-            await self._events.report("push", "manifest", request, route, now, descriptor, tag=tag)
+            await self._events.report("push", "manifest", request, route, exchange, descriptor, tag=tag)
         return descriptor.digest
 
-    async def _manifest_body(self, request: web.BaseRequest, now: Exchange) -> bytes:
+    async def _manifest_body(self, request: web.BaseRequest, exchange: Exchange) -> bytes:
         body = bytearray()
 
         async def write(chunk: bytes) -> None:
@@ -229,14 +251,14 @@ class Push:
                 raise too_large
             body.extend(chunk)
 
-        too_large = ManifestTooLarge(f"a manifest may have {MANIFEST_LIMIT} bytes")
+        too_large = ManifestTooLarge(f"the manifest is larger than {MANIFEST_LIMIT} bytes")
         if (request.content_length or 0) > MANIFEST_LIMIT:
             raise too_large
-        await self._take(request, now, write)
+        await self._receive(request, exchange, write)
         return bytes(body)
 
     async def delete_manifest(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.Response:
         reference = route.reference
         assert reference is not None
@@ -244,16 +266,16 @@ class Push:
         async def delete() -> None:
             await self._registry.delete_manifest(name, reference)
             if isinstance(reference, Tag):
-                await self._events.report("delete", "tag", request, route, now, tag=reference)
+                await self._events.report("delete", "tag", request, route, exchange, tag=reference)
             else:
                 gone = Descriptor("", reference, -1)
-                await self._events.report("delete", "manifest", request, route, now, gone)
+                await self._events.report("delete", "manifest", request, route, exchange, gone)
 
         await uninterrupted(delete())
-        return self._deleted(now)
+        return self._deleted(exchange)
 
     async def delete_blob(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.Response:
         digest = route.reference
         assert isinstance(digest, Digest)
@@ -261,46 +283,46 @@ class Push:
         async def delete() -> None:
             await self._registry.delete_blob(name, digest)
             gone = Descriptor(OCTETS, digest, -1)
-            await self._events.report("delete", "blob", request, route, now, gone)
+            await self._events.report("delete", "blob", request, route, exchange, gone)
 
         await uninterrupted(delete())
-        return self._deleted(now)
+        return self._deleted(exchange)
 
-    # Answers
+    # Responses
 
     def _session(
-        self, request: web.BaseRequest, route: Route, upload: Upload, now: Exchange
+        self, request: web.BaseRequest, route: Route, upload: Upload, exchange: Exchange
     ) -> dict[str, str]:
         session = Route(Endpoint.UPLOAD, route.name, None, route.prefix, upload.id)
         return {
             **ALL,
-            **cache_headers(now),
-            "Location": build_location(session, now.ns),
-            # Of an empty upload too: there is no way to write none, and clients know this one.
+            **cache_headers(exchange),
+            "Location": build_location(session, exchange.ns),
+            # Also for an empty upload: the header cannot express an empty range, and clients expect this one.
             "Range": f"0-{max(0, upload.offset - 1)}",
             "Docker-Upload-UUID": upload.id,
         }
 
     def _created(
-        self, request: web.BaseRequest, route: Route, kind: Endpoint, digest: Digest, now: Exchange
+        self, request: web.BaseRequest, route: Route, kind: Endpoint, digest: Digest, exchange: Exchange
     ) -> web.Response:
-        location = build_location(Route(kind, route.name, digest, route.prefix), now.ns)
+        location = build_location(Route(kind, route.name, digest, route.prefix), exchange.ns)
         headers = {"Location": location, "Docker-Content-Digest": str(digest), "Content-Length": "0"}
-        return empty(201, {**ALL, **cache_headers(now), **headers})
+        return empty(201, {**ALL, **cache_headers(exchange), **headers})
 
-    def _deleted(self, now: Exchange) -> web.Response:
-        return empty(202, {**ALL, **cache_headers(now), "Content-Length": "0"})
+    def _deleted(self, exchange: Exchange) -> web.Response:
+        return empty(202, {**ALL, **cache_headers(exchange), "Content-Length": "0"})
 
 
 async def _continue(request: web.BaseRequest) -> None:
-    """Only now that it is wanted: whoever is refused need not have sent it.  RFC 9110 §10.1.1."""
+    """Ask for the body only now that it is wanted: a refused client need not send it.  RFC 9110 §10.1.1."""
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # of the answer itself
+        request.writer.output_size = 0  # counts the final response only
 
 
-def _told(body: bytes) -> str:
-    """The media type that a manifest says it has, or none."""
+def _declared(body: bytes) -> str:
+    """The media type that a manifest declares; "" without one."""
     try:
         return parse_manifest(body).declared or ""
     except ManifestInvalid:

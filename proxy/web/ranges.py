@@ -1,4 +1,4 @@
-"""The `Range` header: parsing it, and which bytes of a size satisfy it (RFC 9110, section 14)."""
+"""The `Range` header: its parser, and the spans that satisfy it (RFC 9110, section 14)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from storage.errors import RangeInvalid
 from storage.oci import Span
 
-MOST_RANGES = 256  # in one request; RFC 9110 §14.2 lets a server ignore what is out of proportion
+MOST_RANGES = 256  # in one request; RFC 9110 §14.2 lets a server ignore excessive ranges
 _RANGES = re.compile(r"\s*bytes\s*=(.*)", re.IGNORECASE | re.DOTALL)
 _RANGE = re.compile(r"[ \t]*([0-9]{0,19})-([0-9]{0,19})[ \t]*")
 
@@ -28,14 +28,14 @@ class Range:
 
     @property
     def span(self) -> Span | None:
-        """The bytes meant, as far as that is known without the content's size."""
+        """The requested bytes; None if they depend on the content's size."""
         if self.first is None or self.backwards:
             return None
         return Span(self.first, None if self.last is None else self.last + 1)
 
 
 def parse_ranges(header: str | None) -> list[Range]:
-    """RFC 9110 §14.1.2.  What is malformed, or of another unit, counts as absent (§14.2)."""
+    """Parse the header (RFC 9110 §14.1.2).  A malformed one, or one of another unit, is ignored (§14.2)."""
     found = _RANGES.fullmatch(header or "")
     if found is None:
         return []
@@ -50,16 +50,16 @@ def parse_ranges(header: str | None) -> list[Range]:
             ranges.append(Range(suffix=int(spec[2])))
             continue
         ranges.append(Range(int(spec[1]), int(spec[2]) if spec[2] else None))
-    # RFC 9110 §14.2 lets a server ignore what is invalid, or reject it: alone it is satisfied by nothing, as
-    # the conformance suite wants it; among others, all is sent.
+    # RFC 9110 §14.2 lets a server ignore an invalid range or reject it.  A single one is rejected, as the
+    # conformance suite wants; with one among others, all ranges are ignored.
     ignored = len(ranges) > MOST_RANGES or (len(ranges) > 1 and any(each.backwards for each in ranges))
     return [] if ignored else ranges
 
 
 def satisfy(ranges: Sequence[Range], size: int) -> list[Span]:
-    """Those spans that exist in `size` bytes; [] for: send all.  Raises RangeInvalid if there are none.
+    """The spans of `size` bytes to be sent; [] means everything.  Raises RangeInvalid if no span exists.
 
-    Of nothing all is sent: containerd asks for `bytes=0-` before it knows that a layer is empty.
+    Empty content is sent whole: containerd asks for `bytes=0-` before it knows that a layer is empty.
     """
     if size == 0:
         return []
@@ -73,5 +73,5 @@ def satisfy(ranges: Sequence[Range], size: int) -> list[Span]:
             spans.append(Span(start, stop))
     if ranges and not spans:
         raise RangeInvalid(f"no such range in {size} bytes")
-    # Overlapping ranges that add up to more than there is would only make work (RFC 9110 §17.15).
+    # Overlapping ranges that add up to more than the content would only cause work (RFC 9110 §17.15).
     return spans if sum((span.stop or 0) - span.start for span in spans) <= size else []

@@ -1,4 +1,4 @@
-"""What every answer of the distribution API has: headers, errors as JSON, how fresh it is."""
+"""Parts of the responses of the distribution API: common headers, errors in JSON, and cache headers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
 
 
 class RequestRefused(Exception):
-    """An error with headers that belong to its answer."""
+    """An error, and headers for its response."""
 
     def __init__(self, error: RegistryError, headers: Mapping[str, str]) -> None:
         super().__init__(str(error))
@@ -33,14 +33,14 @@ def error_answer(
     headers: Mapping[str, str] | None = None,
     details: Iterable[Any] = (None,),
 ) -> web.Response:
-    """One error for each of `details`.  distribution-spec, "Error Codes"."""
+    """A response with one error for each of `details`.  distribution-spec, "Error Codes"."""
     errors = [{"code": code, "message": message, "detail": each} for each in details]
     return content(msgspec.json.encode({"errors": errors}), {"Content-Type": JSON, **(headers or {})}, status)
 
 
 def content(body: bytes, headers: Mapping[str, str], status: int = 200) -> web.Response:
-    # By body=, never text= or json_response: those append a charset to the media type.  On HEAD a Response,
-    # other than a StreamResponse, sends no body.
+    # With body=, not text= or json_response: those append a charset to the media type.  For HEAD, a Response
+    # sends no body, unlike a StreamResponse.
     return web.Response(status=status, body=body, headers=CIMultiDict({**ALL, **headers}))
 
 
@@ -48,39 +48,41 @@ def empty(status: int, headers: Mapping[str, str]) -> web.Response:
     return web.Response(status=status, headers=headers)
 
 
-def immutable(now: Exchange) -> str:
-    """Cache-Control for what never changes."""
-    return _IMMUTABLE[_whose(now)]
+def immutable(exchange: Exchange) -> str:
+    """Cache-Control for content that never changes."""
+    return _IMMUTABLE[_whose(exchange)]
 
 
-def freshness(now: Exchange, untold: float = 31536000) -> str:
-    """Cache-Control for what may change; `untold` is its lifetime, in seconds, where no `ttl` is known."""
-    ttl = untold if now.ttl is None else now.ttl
-    if now.result in ("hit", "miss", "revalidated") and ttl > 0:
-        # A client takes Age off.
-        return f"{_whose(now)}, max-age={int(ttl + (now.age or 0))}"
+def freshness(exchange: Exchange, default: float = 31536000) -> str:
+    """Cache-Control for content that may change; `default` is its lifetime in seconds if `ttl` is unknown."""
+    ttl = default if exchange.ttl is None else exchange.ttl
+    if exchange.result in ("hit", "miss", "revalidated") and ttl > 0:
+        # Clients subtract Age.
+        return f"{_whose(exchange)}, max-age={int(ttl + (exchange.age or 0))}"
     return "no-cache"
 
 
-def _whose(now: Exchange) -> str:
-    return "public" if now.shared else "private"
+def _whose(exchange: Exchange) -> str:
+    return "public" if exchange.shared else "private"
 
 
-def cache_headers(now: Exchange) -> dict[str, str]:
-    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither where no cache was asked."""
-    headers = {} if now.ns is None else {"OCI-Namespace": now.ns}  # distribution-spec, "Registry Proxying"
-    result = now.result or ("miss" if now.upstream_requests else "")
+def cache_headers(exchange: Exchange) -> dict[str, str]:
+    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither if no cache was involved."""
+    headers = (
+        {} if exchange.ns is None else {"OCI-Namespace": exchange.ns}
+    )  # distribution-spec, "Registry Proxying"
+    result = exchange.result or ("miss" if exchange.upstream_requests else "")
     if not result:
         return headers
     status = "hit" if result in ("hit", "negative") else f"fwd={'miss' if result == 'miss' else 'stale'}"
-    if result == "stale" and not now.upstream_requests:
+    if result == "stale" and not exchange.upstream_requests:
         status = "hit"
-    if now.ttl is not None:
-        status += f"; ttl={int(now.ttl)}"
-    if detail := result if result in ("revalidated", "negative") else now.detail:
+    if exchange.ttl is not None:
+        status += f"; ttl={int(exchange.ttl)}"
+    if detail := result if result in ("revalidated", "negative") else exchange.detail:
         status += f"; detail={detail}"
     headers["Cache-Status"] = f"entrepot; {status}"
-    # Age on what the origin has just said would deny that it did.
-    if result in ("hit", "stale") and now.age is not None:
-        headers["Age"] = str(max(0, int(now.age)))
+    # Age on a response that the origin has just confirmed would claim the opposite.
+    if result in ("hit", "stale") and exchange.age is not None:
+        headers["Age"] = str(max(0, int(exchange.age)))
     return headers

@@ -11,12 +11,12 @@
 
 The end numbers are those of distribution-spec, "Endpoints".  Rules:
 
-- Everything may stand under one more component, /<prefix>/v2/...: a mirror's address with a path.
+- Every path may begin with one more component, /<prefix>/v2/...: the address of a mirror with a path.
 - The last keyword decides, since a repository may have components named v2, manifests, blobs, tags.
-- A name's first component may be a host with a port, which a repository's name may not hold.
-- Which namespace a name belongs to is not decided here but in Namespaces, which knows them; so
-  /v2/docker.io/v2/library/alpine/... is the name docker.io/v2/library/alpine.  Only a ping, which asks
-  no namespace, is told by its shape: /v2/<prefix>/ and /v2/<prefix>/v2/ are pings of a prefix.
+- The first component of a name may be a host with a port, which the name of a repository may not contain.
+- The namespace of a name is not decided here but in Namespaces, which knows them all; so
+  /v2/docker.io/v2/library/alpine/... is the name docker.io/v2/library/alpine.  Only a ping, which has no
+  name, is recognized by its form: /v2/<prefix>/ and /v2/<prefix>/v2/ are pings of a prefix.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _UPLOAD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~=-]{0,254}")
 
 
 class Endpoint(Enum):
+    """The endpoints of the API, in the table above."""
+
     BASE = "base"
     MANIFEST = "manifest"
     BLOB = "blob"
@@ -50,10 +52,11 @@ class Endpoint(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a path asks for.
+    """A parsed path.
 
-    `name` is as the client wrote it: with or without a namespace in front.  `reference` is a Digest for
-    BLOB and REFERRERS, either for MANIFEST, else None.  `upload` is the id of the session of an UPLOAD.
+    name: as the client wrote it, with or without a namespace
+    reference: a Digest for BLOB and REFERRERS, a Digest or a Tag for MANIFEST, otherwise None
+    upload: the id of the session of an UPLOAD
     """
 
     kind: Endpoint
@@ -64,13 +67,13 @@ class Route:
 
 
 def parse(path: str) -> Route:
-    """The route of a request target's path, percent-encoded as it came, without the query.
+    """Parse the path of a request target, still percent-encoded and without the query.
 
     Escapes are decoded once: clients do write sha256%3A…, and %2F for a slash.
 
-    Raises PathUnknown, NameInvalid, DigestInvalid, TagInvalid; nothing else, whatever the text.  The
-    latter three mean 400, but note that the conformance suite of the specification pulls the tag
-    `.INVALID_MANIFEST_NAME` and wants a 404: for GET and HEAD a TagInvalid is to be shown as ManifestUnknown.
+    Raises PathUnknown, NameInvalid, DigestInvalid and TagInvalid, and nothing else for any text.  The latter
+    three mean 400, except that the conformance suite of the specification pulls the tag
+    `.INVALID_MANIFEST_NAME` and wants a 404: for GET and HEAD, a TagInvalid becomes ManifestUnknown.
     """
     if "%" in path:
         path = _decode(path)
@@ -102,7 +105,7 @@ def parse(path: str) -> Route:
 
 
 def build(route: Route) -> str:
-    """The path of a route; it needs no quoting."""
+    """Return the path of a route, which needs no quoting."""
     start = f"/{route.prefix}/v2/" if route.prefix else "/v2/"
     match route.kind:
         case Endpoint.BASE:
@@ -122,28 +125,29 @@ def build(route: Route) -> str:
 
 
 def build_location(route: Route, ns: str | None) -> str:
-    """The path of a route, and the `ns` by which its client named the registry, if he did."""
+    """Return the path of a route, with the parameter `ns` if the client gave one."""
     return build(route) if ns is None else f"{build(route)}?{urlencode({'ns': ns})}"
 
 
 def parse_limit(text: str | None) -> int | None:
-    """The query's `n`: how many entries the client wants; None where it does not say.
+    """Parse the parameter `n`, the number of entries that the client wants; None without one.
 
-    Raises PaginationNumberInvalid.  distribution-spec, "Content Discovery"; 0 is allowed and means none.
+    0 is allowed and means no entries: distribution-spec, "Content Discovery".  Raises
+    PaginationNumberInvalid.
     """
     if text is None:
         return None
-    # int() takes "+1", "1_0" and other scripts' digits; and refuses more than 4300 digits.
+    # int() accepts "+1", "1_0" and the digits of other scripts, and refuses more than 4300 digits.
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise PaginationNumberInvalid(f"n={text[:50]!r} is not a number of entries: 0 or more")
+        raise PaginationNumberInvalid(f"n={text[:50]!r} must be an integer of 0 or more")
     return int(text)
 
 
 def build_next(route: Route, query: Mapping[str, object]) -> str:
-    """The `Link` header that leads to the next page: RFC 8288; distribution-spec, "Content Discovery".
+    """Return a `Link` header to the next page: RFC 8288; distribution-spec, "Content Discovery".
 
-    Relative, so that it is right behind any proxy.  `query` is to hold `n` and `last`, and what else the
-    client had sent (ns, artifactType).
+    The link is relative, so that it is right behind any proxy.  `query` contains `n` and `last`, and the
+    other parameters of the request (ns, artifactType).
     """
     return f'<{build(route)}?{urlencode(query)}>; rel="next"'
 
@@ -156,7 +160,7 @@ def _decode(path: str) -> str:
 
 
 def _name(text: str) -> str:
-    """A repository's name, maybe after a host with a port."""
+    """Check the name of a repository, which may follow a host with a port."""
     if len(text) > NAME_LIMIT:
         raise NameInvalid(f"{text[:100]!r}… is longer than the {NAME_LIMIT} characters a name may have")
     found = _PORT.fullmatch(text) if ":" in text else None
@@ -185,4 +189,4 @@ def _without_name(path: str, prefix: str) -> Route:
 
 
 def _unknown(path: str) -> PathUnknown:
-    return PathUnknown(f"{path[:100]!r} is no endpoint of the distribution API: those begin with /v2/")
+    return PathUnknown(f"{path[:100]!r} is not an endpoint of the distribution API: they begin with /v2/")

@@ -1,8 +1,8 @@
 """The OCI distribution API over any Registry.
 
-The server knows HTTP and the specification; which registry answers, a cache, a store or an upstream, it
-cannot tell.  Everything is answered in JSON or in the exact bytes of content, and logged in one line.
-There is no router: one grammar (routes.py) reads the path, and one table the method.
+The server knows HTTP and the specification, but not whether the registry is a cache, a store or an upstream.
+Every response is JSON or the exact bytes of content, and every request is logged in one line.
+There is no router: a grammar (routes.py) parses the path, and a table selects the handler of a method.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aiohttp import web
 from proxy.access.authorization import AccessRequest, Authorizer
 from proxy.access.visibility import Probe
 from proxy.config.access import Action
-from proxy.telemetry.exchange import Exchange, exchange
+from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.web.events import EventReporter, RequestEvents
 from proxy.web.pull import Pull
@@ -64,17 +64,19 @@ EndpointHandler = Callable[[web.BaseRequest, Route, str, Exchange], Awaitable[we
 
 
 class Qualify(Protocol):
-    """The full name of a repository, by all that a request says of it.  Raises NameUnknown."""
+    """Finds the full name of the repository that a request means.  Raises NameUnknown."""
 
     def __call__(self, name: str, *, ns: str | None, host: str | None, prefix: str) -> str: ...
 
 
 class DistributionAPI:
-    """`deny_bypass`: say 403 where the origin refuses us, so that clients do not ask it themselves.
+    """The distribution API of a registry, as a handler for web.Server.
 
-    A client that takes nothing of a blob for `client_timeout` seconds is cut off.
-    `served` is told of each request that has ended, with its status, `reporter` of what was done to content.
-    Without an `authorizer`, everybody may do all.
+    deny_bypass: answer 403 if the origin refuses this server, so that clients do not ask the origin directly
+    client_timeout: seconds after which a client is cut off that takes nothing of a blob, or sends nothing
+    served: is called with each request that has ended, and its status
+    reporter: receives the events of what requests do to content
+    authorizer: decides what clients may do; without one everything is permitted
     """
 
     def __init__(
@@ -96,127 +98,133 @@ class DistributionAPI:
         self._deny_bypass = deny_bypass
         self._served = served
         self._events = RequestEvents(reporter, clock)
-        pull = Pull(registry, authorizer, client_timeout)
-        pushing = Push(registry, self._full_name, metrics, client_timeout, self._events)
         self._authorizer = authorizer
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
-        self._handlers: dict[Endpoint, dict[str, EndpointHandler]] = {
+        pull = Pull(registry, authorizer, client_timeout)
+        push = Push(registry, self._full_name, metrics, client_timeout, self._events)
+        self._handlers = self._table(pull, push)
+
+    def _table(self, pull: Pull, push: Push) -> dict[Endpoint, dict[str, EndpointHandler]]:
+        return {
             Endpoint.BASE: _reading(self._base),
             Endpoint.MANIFEST: {
                 **_reading(pull.manifest),
-                "PUT": pushing.push_manifest,
-                "DELETE": pushing.delete_manifest,
+                "PUT": push.push_manifest,
+                "DELETE": push.delete_manifest,
             },
-            Endpoint.BLOB: {**_reading(pull.blob), "DELETE": pushing.delete_blob},
+            Endpoint.BLOB: {**_reading(pull.blob), "DELETE": push.delete_blob},
             Endpoint.TAGS: _reading(pull.tags),
             Endpoint.REFERRERS: _reading(pull.referrers),
             Endpoint.CATALOG: _reading(pull.catalog),
-            Endpoint.UPLOADS: {"POST": pushing.start},
+            Endpoint.UPLOADS: {"POST": push.start},
             Endpoint.UPLOAD: {
-                **_reading(pushing.status),
-                "PATCH": pushing.append,
-                "PUT": pushing.finish,
-                "DELETE": pushing.cancel,
+                **_reading(push.status),
+                "PATCH": push.append,
+                "PUT": push.finish,
+                "DELETE": push.cancel,
             },
         }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The handler for web.Server; raises nothing but cancellation."""
+        """Answer a request.  Raises nothing but cancellation."""
         begun = time.perf_counter()
-        now = Exchange(next(self._ids), client=request.remote or "")
-        exchange.set(now)
-        status = 499  # nginx's word for: the client left before it was answered
+        exchange = Exchange(next(self._ids), client=request.remote or "")
+        current_exchange.set(exchange)
+        status = 499  # as nginx says: the client left before the response
         connection = request.get_extra_info("socket")
         try:
-            response = await self._answer(request, now)
+            response = await self._answer(request, exchange)
             if not response.prepared:
-                response.headers["X-Request-Id"] = now.id
-            if now.detail != LEFT:
+                response.headers["X-Request-Id"] = exchange.id
+            if exchange.detail != LEFT:
                 status = response.status
             if request.method == "HEAD":
-                now.bytes = 0
+                exchange.bytes = 0
             return response
         except asyncio.CancelledError:
-            now.detail = LEFT if connection is None or connection.fileno() < 0 else "server stopped"
+            exchange.detail = LEFT if connection is None or connection.fileno() < 0 else "server stopped"
             raise
         finally:
-            self._log(request, now, status, time.perf_counter() - begun)
+            self._log(request, exchange, status, time.perf_counter() - begun)
 
-    async def _answer(self, request: web.BaseRequest, now: Exchange) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         kind = Endpoint.BASE
         try:
             try:
                 route = parse(request.rel_url.raw_path)
             except TagInvalid as error:
-                # What cannot exist is not there: the conformance suite asks for such a tag, and wants a 404.
+                # An invalid tag cannot exist: the conformance suite asks for one, and wants a 404.
                 raise ManifestUnknown(str(error)) if request.method in READING else error from None
             kind = route.kind
-            now.kind = kind.value
+            exchange.kind = kind.value
             name = ""
             handlers = self._handlers[route.kind]
             handler = handlers.get(request.method)
             if handler is None:
-                unsupported = Unsupported(f"{request.method} is not for {route.kind.value}")
+                unsupported = Unsupported(
+                    f"{request.method} is not supported for this endpoint ({route.kind.value})"
+                )
                 raise RequestRefused(unsupported, {"Allow": ", ".join(handlers)})
             if route.name:
-                now.reference = str(route.reference or route.upload)
+                exchange.reference = str(route.reference or route.upload)
                 name = self._full_name(request, route, route.name)
-                now.namespace, _, now.repository = name.partition("/")
-                now.ns = request.query.get("ns")
+                exchange.namespace, _, exchange.repository = name.partition("/")
+                exchange.ns = request.query.get("ns")
                 if self._authorizer is not None and not self._authorizer.is_public(name):
-                    await self._authorizer.permit(request, _wanted(request, route, name), now)
-            response = await handler(request, route, name, now)
+                    await self._authorizer.permit(request, _wanted(request, route, name), exchange)
+            response = await handler(request, route, name, exchange)
             if self._events.pulls and request.method in READING:
-                self._events.report_pull(request, route, now, response.status)
+                self._events.report_pull(request, route, exchange, response.status)
             return response
         except RegistryError as error:
-            return self._error(kind, error, now)
+            return self._error(kind, error, exchange)
         except RequestRefused as refused:
-            return self._error(kind, refused.error, now, refused.headers)
+            return self._error(kind, refused.error, exchange, refused.headers)
         except Exception as error:
             log.exception("request.failed", method=request.method, path=request.path[:300])
-            return self._error(kind, RegistryError(type(error).__name__), now)
+            return self._error(kind, RegistryError(type(error).__name__), exchange)
 
     def _full_name(self, request: web.BaseRequest, route: Route, name: str) -> str:
-        """What the client calls `name`.  Raises NameUnknown, NameInvalid."""
+        """The full name of what the client calls `name`.  Raises NameUnknown, NameInvalid."""
         return self._qualify(
             name, ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=route.prefix
         )
 
-    # The endpoints, in the order of the specification's table
-
     async def _base(
-        self, request: web.BaseRequest, route: Route, name: str, now: Exchange
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.StreamResponse:
-        challenges = (
-            () if self._authorizer is None else await self._authorizer.ping(request, route.prefix, now)
-        )
         answer = content(b"{}", {"Content-Type": JSON})
-        for challenge in challenges:
-            answer.headers.add("WWW-Authenticate", challenge)
+        if self._authorizer is not None:
+            for challenge in await self._authorizer.ping(request, route.prefix, exchange):
+                answer.headers.add("WWW-Authenticate", challenge)
         return answer
 
-    # What goes wrong, and what is written down
+    # Errors and logs
 
     def _error(
         self,
         kind: Endpoint,
         error: RegistryError,
-        now: Exchange,
+        exchange: Exchange,
         more: Mapping[str, str] | None = None,
     ) -> web.Response:
         code, status = error.code, error.status
         if isinstance(error, OriginDenied) and not self._deny_bypass:
             unknown = _UNKNOWN.get(kind, NameUnknown)
             code, status = unknown.code, unknown.status
-        now.detail = code
+        exchange.detail = code
         if error.remembered:
-            now.result = "negative"
-        # no-store: a 404 may be kept without being told to (RFC 9110 §15.1), and the tag be pushed meanwhile.
-        headers = {"Content-Type": JSON, "Cache-Control": "no-store", **cache_headers(now), **(more or {})}
+            exchange.result = "negative"
+        # no-store: caches may keep a 404 by default (RFC 9110 §15.1), though the tag is pushed meanwhile.
+        headers = {
+            "Content-Type": JSON,
+            "Cache-Control": "no-store",
+            **cache_headers(exchange),
+            **(more or {}),
+        }
         if not error.remembered:
-            now.result = "error"
+            exchange.result = "error"
         if error.retry_after is not None or isinstance(error, TooManyRequests):
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 0)))
         if status == Unsupported.status:
@@ -229,28 +237,28 @@ class DistributionAPI:
                 answer.headers.add("WWW-Authenticate", challenge)
         return answer
 
-    def _log(self, request: web.BaseRequest, now: Exchange, status: int, seconds: float) -> None:
-        self._metrics.requests.labels(now.namespace, now.kind, now.result or "none").inc()
-        if now.bytes:
-            self._metrics.sent.labels(now.namespace).inc(now.bytes)
+    def _log(self, request: web.BaseRequest, exchange: Exchange, status: int, seconds: float) -> None:
+        self._metrics.requests.labels(exchange.namespace, exchange.kind, exchange.result or "none").inc()
+        if exchange.bytes:
+            self._metrics.sent.labels(exchange.namespace).inc(exchange.bytes)
         if self._served is not None:
-            self._served(now, status)
+            self._served(exchange, status)
         log.info(
             "request.served",
-            id=now.id,
+            id=exchange.id,
             client=request.remote,
             method=request.method,
-            kind=now.kind,
-            user=now.user,
-            namespace=now.namespace,
-            repository=now.repository,
-            reference=now.reference,
+            kind=exchange.kind,
+            user=exchange.user,
+            namespace=exchange.namespace,
+            repository=exchange.repository,
+            reference=exchange.reference,
             status=status,
-            result=now.result,
-            detail=now.detail,
-            upstream_requests=now.upstream_requests,
-            bytes=now.bytes,
-            received=now.received,
+            result=exchange.result,
+            detail=exchange.detail,
+            upstream_requests=exchange.upstream_requests,
+            bytes=exchange.bytes,
+            received=exchange.received,
             seconds=round(seconds, 6),
             agent=request.headers.get("User-Agent", "")[:200],
         )
@@ -273,7 +281,7 @@ def _action(route: Route, method: str) -> Action:
 
 
 def _probe(route: Route, repository: str) -> tuple[str, Probe]:
-    """What the upstream is asked to know whether a caller may have what it wants."""
+    """The name of the requested content, and how to ask an upstream whether the caller may have it."""
     reference = route.reference
     if reference is None:
         return "tags", lambda registry: registry.tags(repository)

@@ -609,6 +609,24 @@ async def test_a_listing_is_kept_like_a_tag(serve: Serve, upstream: Upstream, cl
         upstream.image("a/b", "two")
 
 
+async def test_a_listing_that_is_fresh_forever(serve: Serve, upstream: Upstream, clock: Clock) -> None:
+    image = upstream.image("a/b", "one")
+    site = await serve(upstream, fresh_for="forever")
+    for path in (TAGS, f"/v2/a/b/referrers/{image.digest}"):
+        first = await pull(site, path)
+        clock.advance(FRESH)
+        assert await pull(site, path) == (200, first[1], "entrepot; hit")
+    upstream.image("a/b", "two")
+    clock.advance(-10 * FRESH)  # set back: it is not known how old the listing is
+    upstream.next("GET", "tags", Status(503), times=RETRIES + 1)
+    status, body, came = await pull(site, TAGS)
+    assert (status, json.loads(body)["tags"], came) == (
+        200,
+        ["one"],
+        "entrepot; fwd=stale; detail=UNAVAILABLE",
+    )
+
+
 async def test_pages_come_from_what_is_kept(serve: Serve, upstream: Upstream) -> None:
     for tag in ("c", "a", "d", "b"):
         upstream.image("a/b", tag)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -21,6 +22,11 @@ class Answered(NamedTuple, Generic[T]):
     age: float = 0.0
     ttl: float | None = None
     detail: str = ""
+
+    @classmethod
+    def of(cls, value: T, result: str, age: float, fresh_for: float, detail: str = "") -> Answered[T]:
+        """An answer that counts as fresh for `fresh_for` seconds, which may be infinite, less its age."""
+        return cls(value, result, age, None if math.isinf(fresh_for) else fresh_for - age, detail)
 
     def with_value(self, value: Other) -> Answered[Other]:
         return Answered(value, *self[1:])

@@ -65,15 +65,15 @@ class Listings:
         except StorageFailed:
             known = None
         age = self._clock() - known.validated_at if known else 0.0
-        ttl = self._policy.fresh_for("") - age
+        fresh_for = self._policy.fresh_for("")
         if self._origin.offline:
             # Images imported or warmed since the origin was asked can be pulled, so they are listed.
             found = _merged(known.value if known else [], await self._stored(stored, name))
             if known is None and not found:
                 self._origin.check(key)
             return Answered(found, "hit", age)
-        if known and ttl > 0 and age >= 0:
-            return Answered(known.value, "hit", age, ttl)
+        if known and 0 <= age < fresh_for:
+            return Answered.of(known.value, "hit", age, fresh_for)
         error = self._origin.paused(key)
         if error is None:
             self._origin.check(key)
@@ -84,7 +84,7 @@ class Listings:
                 self._origin.pause(key, error)
         if known is None:
             raise error.copy()
-        return Answered(known.value, "stale", age, ttl, error.code)
+        return Answered.of(known.value, "stale", age, fresh_for, error.code)
 
     async def _stored(self, stored: Callable[[str], Awaitable[list[T]]], name: str) -> list[T]:
         try:

@@ -7,7 +7,6 @@ fetched, by digest, only if the tag has moved.  An origin that cannot be asked d
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,8 +33,7 @@ class _Known(NamedTuple):
     age: float
 
     def answered(self, result: str, fresh_for: float, why: RegistryError | None = None) -> Answered[Manifest]:
-        ttl = None if math.isinf(fresh_for) else fresh_for - self.age
-        return Answered(self.manifest, result, self.age, ttl, why.code if why else "")
+        return Answered.of(self.manifest, result, self.age, fresh_for, why.code if why else "")
 
 
 class _Validated(NamedTuple):

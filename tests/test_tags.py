@@ -1,0 +1,142 @@
+"""What a tag stands for, and how the answer came: without HTTP, from an origin that does as it is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from proxy.cache.answered import Answered
+from proxy.cache.drill import Drill
+from proxy.cache.origin import Origin
+from proxy.cache.policy import Policy
+from proxy.cache.tags import TagRevalidation
+from storage.disk.blobs import BlobFiles
+from storage.disk.records import Records
+from storage.errors import ManifestUnknown, OriginFailed, RegistryError
+from storage.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference, Tag
+from storage.registry import Registry
+from storage.store import Store
+from tests.conftest import Clock
+
+LATEST = Tag("latest")
+FRESH = 600.0
+ONE, TWO = (Manifest.of(OCI_MANIFEST, b'{"schemaVersion": 2, "n": %d}' % number) for number in (1, 2))
+
+
+class FakeOrigin(Registry):
+    """It has one tag, `now`, or raises `error`, and notes how it is asked."""
+
+    def __init__(self) -> None:
+        self.now = ONE
+        self.error: RegistryError | None = None
+        self.asked: list[str] = []
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        self.asked.append("GET")
+        if self.error is not None:
+            raise self.error
+        return self.now
+
+    async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
+        self.asked.append("HEAD")
+        if self.error is not None:
+            raise self.error
+        return self.now.descriptor
+
+
+@dataclass
+class Rig:
+    origin: FakeOrigin
+    store: Store
+    clock: Clock
+    moves: list[tuple[str, Digest, Digest]] = field(default_factory=list)
+
+    def tags(self, fresh_for: float = FRESH, *, offline: bool = False, drop: bool = False) -> TagRevalidation:
+        policy = Policy(lambda tag: fresh_for, offline=offline, drop_deleted=drop)
+        origin = Origin("up", self.origin, self.store, policy, self.clock, Drill(self.clock))
+        return TagRevalidation(origin, self.store, policy, self.clock, self.moved)
+
+    async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        self.moves.append((f"{repository}:{tag}", old, new))
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, clock: Clock) -> AsyncIterator[Rig]:
+    store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records", clock), clock)
+    yield Rig(FakeOrigin(), store, clock)
+    await store.close()
+
+
+async def test_a_tag_is_a_miss_then_a_hit_then_revalidated(rig: Rig) -> None:
+    tags = rig.tags()
+    assert await tags.get("a/b", LATEST) == Answered(ONE, "miss", 0.0, FRESH)
+    rig.clock.advance(10)
+    assert await tags.get("a/b", LATEST) == Answered(ONE, "hit", 10.0, FRESH - 10)
+    rig.clock.advance(FRESH)
+    assert await tags.get("a/b", LATEST) == Answered(ONE, "revalidated", 0.0, FRESH)
+    assert rig.origin.asked == ["GET", "HEAD"]
+
+
+async def test_a_tag_that_moved_is_a_miss_and_reported(rig: Rig) -> None:
+    tags = rig.tags()
+    await tags.get("a/b", LATEST)
+    rig.origin.now = TWO
+    rig.clock.advance(FRESH)
+    assert await tags.get("a/b", LATEST) == Answered(TWO, "miss", 0.0, FRESH)
+    assert rig.moves == [("up/a/b:latest", ONE.digest, TWO.digest)]
+
+
+async def test_a_stale_tag_says_why_and_the_origin_has_a_pause(rig: Rig) -> None:
+    tags = rig.tags()
+    await tags.get("a/b", LATEST)
+    rig.clock.advance(FRESH + 5)
+    rig.origin.error = OriginFailed("down")
+    for _ in range(2):
+        assert await tags.get("a/b", LATEST) == Answered(ONE, "stale", FRESH + 5, -5.0, "UNAVAILABLE")
+    assert rig.origin.asked == ["GET", "HEAD"]
+
+
+async def test_offline_any_age_is_a_hit(rig: Rig) -> None:
+    await rig.tags().get("a/b", LATEST)
+    rig.clock.advance(FRESH + 5)
+    tags = rig.tags(offline=True)
+    assert await tags.get("a/b", LATEST) == Answered(ONE, "hit", FRESH + 5, -5.0)
+    with pytest.raises(ManifestUnknown, match="set offline") as raised:
+        await tags.get("a/b", Tag("other"))
+    assert not raised.value.remembered
+
+
+async def test_a_tag_that_is_fresh_without_limit_has_no_ttl_even_stale(rig: Rig) -> None:
+    tags = rig.tags(math.inf)
+    assert await tags.get("a/b", LATEST) == Answered(ONE, "miss", 0.0, None)
+    rig.clock.advance(-10)  # the clock was set back: it is not known how old the tag is
+    rig.origin.error = OriginFailed("down")
+    assert await tags.get("a/b", LATEST) == Answered(ONE, "stale", -10.0, None, "UNAVAILABLE")
+
+
+async def test_an_unknown_tag_is_remembered_as_such(rig: Rig) -> None:
+    tags = rig.tags()
+    rig.origin.error = ManifestUnknown("no such tag")
+    for remembered in (False, True):
+        with pytest.raises(ManifestUnknown) as raised:
+            await tags.get("a/b", LATEST)
+        assert raised.value.remembered == remembered
+    assert rig.origin.asked == ["GET"]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+async def test_a_tag_that_was_deleted_is_kept_or_dropped(rig: Rig, drop: bool) -> None:
+    tags = rig.tags(drop=drop)
+    await tags.get("a/b", LATEST)
+    rig.origin.error = ManifestUnknown("deleted")
+    rig.clock.advance(FRESH)
+    if drop:
+        with pytest.raises(ManifestUnknown):
+            await tags.get("a/b", LATEST)
+    else:
+        assert await tags.get("a/b", LATEST) == Answered(ONE, "stale", FRESH, 0.0, "MANIFEST_UNKNOWN")
+    assert (rig.store.pointer("up/a/b", LATEST) is None) == drop

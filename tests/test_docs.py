@@ -1,7 +1,8 @@
-"""The documentation: links, files and names in it exist, and its English is plain."""
+"""The documentation: what it names exists, all events and metrics are described, its English is plain."""
 
 from __future__ import annotations
 
+import ast
 import re
 from itertools import chain
 from pathlib import Path
@@ -104,3 +105,28 @@ def test_no_page_and_no_source_holds_a_forbidden_phrase() -> None:
         for phrase in _PHRASE.findall(path.read_text())
     ]
     assert not found
+
+
+def _logged() -> set[str]:
+    """The names of the events that the program logs, where they are written as they are."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name("log")), args=[ast.Constant(str(name)), *_]):
+                    found.add(name)
+    return found
+
+
+def test_every_event_is_described() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    logged = _logged()
+    assert len(logged) > 40
+    assert {each for each in logged if f"`{each}`" not in text} == set()
+
+
+def test_every_metric_is_described() -> None:
+    named = r"entrepot_[a-z_]+"
+    made = set(re.findall(named, (ROOT / "proxy/telemetry/metrics.py").read_text()))
+    described = set(re.findall(named, (ROOT / "docs/operations.md").read_text()))
+    assert made == described

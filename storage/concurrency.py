@@ -1,8 +1,8 @@
-"""Tasks and threads: work that cannot be interrupted, one call for many callers, and bounds.
+"""Tasks and threads: work that is not interrupted, one call for many callers, and limits.
 
-A thread cannot be cancelled, and some work of tasks must not be cut in the middle.  `run_in_thread` and
-`uninterrupted` return, or raise CancelledError, only once the work is done: whatever it works on is there
-until then.  The cancellation then counts for more than the outcome of the work.
+A thread cannot be cancelled, and some tasks must not stop halfway.  `run_in_thread` and `uninterrupted`
+return, or raise CancelledError, only after the work is done: so the files that it uses stay open.  A
+cancellation in the meantime replaces the result of the work.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ T = TypeVar("T")
 
 
 async def run_in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Run in a thread; even who is cancelled meanwhile, however often, waits for its end.
+    """Run `function` in a thread and wait for its end, even if the caller is cancelled.
 
-    Else its caller would close the file under it, and the thread work on whatever gets its number next.
+    Otherwise the caller could close a file that the thread uses, and the thread would work on the next file
+    that gets the same descriptor.
     """
     return await uninterrupted(asyncio.get_running_loop().run_in_executor(None, function, *arguments))
 
 
 async def uninterrupted(work: Awaitable[T]) -> T:
-    """The same of what goes on in this thread: it comes to its end before a cancellation counts."""
+    """Await `work` to its end, even if the caller is cancelled."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -35,30 +36,32 @@ async def uninterrupted(work: Awaitable[T]) -> T:
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        task.exception()  # seen
+        task.exception()  # mark it as retrieved
         raise cancelled
     return task.result()
 
 
 class SingleFlight:
+    """One call for all callers that ask for the same key at the same time."""
+
     def __init__(self) -> None:
         self._flying: dict[Hashable, asyncio.Future[Any]] = {}
 
     async def join(self, key: Hashable, call: Callable[[], Awaitable[T]]) -> T:
-        """What `call()` returns or raises; it is called only if no call for `key` is under way.
+        """The result of `call()`, which is called only if no call for `key` is in progress.
 
-        The call is a task of its own: whoever leaves, the first included, disturbs nobody.
+        The call is a task of its own: a caller that is cancelled, even the first, does not affect the others.
         """
         flight = self._flying.get(key)
         if flight is None:
             flight = self._flying[key] = asyncio.ensure_future(call())
-            # A callback, not a finally in the call: one that is cancelled before its first step runs none.
-            flight.add_done_callback(partial(self._land, key))
+            # A callback, not a finally in the call: a task that is cancelled before its first step runs none.
+            flight.add_done_callback(partial(self._forget, key))
         return cast(T, await asyncio.shield(flight))
 
-    def _land(self, key: Hashable, flight: asyncio.Future[Any]) -> None:
+    def _forget(self, key: Hashable, flight: asyncio.Future[Any]) -> None:
         del self._flying[key]
-        # All who asked may have left; then nobody else would look at the exception.
+        # All callers may have been cancelled; then nothing else would retrieve the exception.
         if not flight.cancelled():
             flight.exception()
 
@@ -69,13 +72,13 @@ class SingleFlight:
         await asyncio.gather(*flights, return_exceptions=True)
 
 
-BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep at every chunk
+BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep after each chunk
 
 
 class Slots:
-    """At most `total` at once, and of these at most so many for each namespace, first come first served.
+    """A limit of work in progress, in total and for each namespace; first come, first served.
 
-    `shares` says how many each namespace may have; one that is not named has `total`.
+    `shares` is the limit of each namespace; the limit of a namespace that is not in it is `total`.
     """
 
     def __init__(self, total: int, shares: dict[str, int] | None = None) -> None:
@@ -84,8 +87,8 @@ class Slots:
 
     @asynccontextmanager
     async def turn(self, namespace: str) -> AsyncIterator[None]:
-        """Inside, it is this one's turn."""
-        # The namespace's own first: who waits for a busy upstream does not keep others from theirs.
+        """Wait for a slot, and hold it."""
+        # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
         each = self._each.get(namespace)
         if each is None:
             async with self._all:
@@ -96,14 +99,14 @@ class Slots:
 
 
 class RateLimit:
-    """Bytes a second, over all transfers that take theirs here; None is no bound."""
+    """A limit in bytes per second for all transfers together; None is no limit."""
 
     def __init__(self, rate: float | None = None) -> None:
         self._rate = rate
-        self._paid_until = 0.0  # of the loop's clock: when what was taken so far has been earned
+        self._paid_until = 0.0  # on the clock of the loop: when the bytes so far are within the rate
 
     async def take(self, number: int) -> None:
-        """Return when `number` bytes more fit the rate."""
+        """Wait until `number` more bytes are within the rate."""
         if self._rate is None:
             return
         now = asyncio.get_running_loop().time()
@@ -113,7 +116,7 @@ class RateLimit:
 
 
 async def for_each(work: Callable[[T], Awaitable[None]], items: Iterable[T], most: int) -> None:
-    """Do it for each, in their order, at most so many at once.  The first failure ends all, and is raised."""
+    """Do `work` for each item in order, at most `most` at once.  Stops at the first error and raises it."""
     left = iter(items)
 
     async def one_after_the_other() -> None:
@@ -129,16 +132,19 @@ async def for_each(work: Callable[[T], Awaitable[None]], items: Iterable[T], mos
 
 
 def share_of(total: int, workers: int) -> int:
-    """One worker's part of `total`, at least 1."""
+    """The share of one of the `workers` in `total`, at least 1."""
     return max(1, -(-total // workers))
 
 
 class Cancelled(Exception):
-    """The work was given up from outside."""
+    """The work was cancelled from outside."""
 
 
 async def run_cancellable(work: Callable[..., T], *arguments: object) -> T:
-    """Run `work` in a thread; its first argument raises Cancelled once whoever waits is cancelled."""
+    """Run `work` in a thread, with a first argument that it calls now and then.
+
+    This argument is a function that raises Cancelled once the caller of run_cancellable() is cancelled.
+    """
     end = threading.Event()
 
     def stopped() -> None:

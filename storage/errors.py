@@ -1,4 +1,4 @@
-"""Everything a registry may answer instead of content: the one table of codes and statuses.
+"""The errors of a registry: the one table of codes and statuses.
 
     RegistryError                  UNKNOWN                    500
     ├── PathUnknown                UNSUPPORTED                404   no such endpoint
@@ -9,33 +9,33 @@
     ├── ManifestUnknown            MANIFEST_UNKNOWN           404
     ├── ManifestInvalid            MANIFEST_INVALID           400
     │   └── ManifestTooLarge       MANIFEST_INVALID           413
-    ├── ManifestBlobUnknown        MANIFEST_BLOB_UNKNOWN      400   it names what is not in its repository
+    ├── ManifestBlobUnknown        MANIFEST_BLOB_UNKNOWN      400   it names content that the repository lacks
     ├── BlobUnknown                BLOB_UNKNOWN               404
     ├── BlobUploadUnknown          BLOB_UPLOAD_UNKNOWN        404
     ├── BlobUploadInvalid          BLOB_UPLOAD_INVALID        400
-    │   └── UploadStalled          BLOB_UPLOAD_INVALID        408   its bytes stopped coming
+    │   └── UploadStalled          BLOB_UPLOAD_INVALID        408   no more bytes arrived
     ├── SizeInvalid                SIZE_INVALID               400
-    ├── ArchiveInvalid             ARCHIVE_INVALID            422   what is to be imported is damaged, or none
-    ├── Incomplete                 INCOMPLETE                 409   not all that is to be exported is here
+    ├── ArchiveInvalid             ARCHIVE_INVALID            422   damaged, or not an archive
+    ├── Incomplete                 INCOMPLETE                 409   content to export is not stored
     ├── RangeInvalid               RANGE_INVALID              416
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
-    ├── Unauthorized               UNAUTHORIZED               401   who are you?  With a challenge
-    ├── Throttled                  TOOMANYREQUESTS            429   our own: too many wrong passwords
+    ├── Unauthorized               UNAUTHORIZED               401   with a challenge
+    ├── Throttled                  TOOMANYREQUESTS            429   too many wrong passwords
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
-    ├── StorageFailed              UNKNOWN                    500   our own disk, where no origin helps
-    └── Unavailable                UNAVAILABLE                503   cannot be asked now
+    ├── StorageFailed              UNKNOWN                    500   our disk, where no origin helps
+    └── Unavailable                UNAVAILABLE                503   the origin cannot be asked now
         ├── TooManyRequests        TOOMANYREQUESTS            503   the origin answered 429; with Retry-After
         ├── OriginFailed           UNAVAILABLE                502   connection refused or cut, 5xx, nonsense
         └── OriginTimeout          UNAVAILABLE                504
 
-Statuses are what *our* client is answered.  An origin's 429 becomes 503: containerd repeats a 429 five
-times without delay, and goes to its next host at once on a 503.  An origin's 401 or 403 is shown by the
-HTTP server as the 404 of the thing asked for, unless bypassing is to be denied: a 401 would draw the
-user's credentials to us, and after a 404 the client asks the origin with its own.
+The statuses are those of the answers to our own clients.  A 429 of the origin becomes 503: containerd repeats
+a request five times without delay after a 429, and tries its next host at once after a 503.  The HTTP server
+answers a 404 for a 401 or 403 of the origin, unless bypassing the cache is to be denied: a 401 would make the
+client send its credentials to us, and after a 404 it asks the origin with its own credentials.
 
-Codes and meanings: distribution-spec, "Error Codes"; those that it does not list come from Distribution.
+Codes: distribution-spec, "Error Codes"; codes that it does not list are those of Distribution.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from typing import Self
 
 
 class RegistryError(Exception):
-    """A registry's refusal; `str()` is a sentence for whoever reads the client's output.
+    """An error of a registry; its message is a sentence for the user of the client.
 
-    `retry_after` is in seconds, or None.  `remembered` says that the origin answered so before and was not
-    asked again.
+    `retry_after` is in seconds, or None.  `remembered` is True if the origin gave this answer to an earlier
+    request and was not asked again.
     """
 
     code = "UNKNOWN"
@@ -60,7 +60,7 @@ class RegistryError(Exception):
         self.remembered = False
 
     def copy(self, remembered: bool = False) -> Self:
-        """The same, never raised."""
+        """A copy without a traceback."""
         copy = type(self)(str(self), retry_after=self.retry_after)
         copy.remembered = remembered
         return copy
@@ -99,7 +99,7 @@ class ManifestTooLarge(ManifestInvalid):
 
 
 class ManifestBlobUnknown(RegistryError):
-    """`missing` are the digests of blobs and manifests that it names."""
+    """A manifest names content that its repository lacks; `missing` are the digests."""
 
     code, status = "MANIFEST_BLOB_UNKNOWN", 400
 
@@ -151,7 +151,7 @@ class Unsupported(RegistryError):
 
 
 class Unauthorized(RegistryError):
-    """`challenges` are values of WWW-Authenticate (RFC 9110 §11.6.1)."""
+    """The client must authenticate; `challenges` are values of WWW-Authenticate (RFC 9110 §11.6.1)."""
 
     code, status = "UNAUTHORIZED", 401
 

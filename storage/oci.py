@@ -1,6 +1,6 @@
-"""The nouns of the OCI distribution and image specifications.  Pure values: no I/O, no policy.
+"""The terms of the OCI distribution and image specifications as values: no I/O, no policy.
 
-Text from outside becomes a value here and nowhere else; inside there is no second check.
+Text from outside is parsed here and nowhere else; the rest of the code relies on the values.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import msgspec
 
 from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
 
-# image-spec, descriptor.md, "Registered algorithms"; other algorithms could not be verified.
+# image-spec, descriptor.md, "Registered algorithms"; other algorithms cannot be verified.
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _DIGEST_BYTES = re.compile(_DIGEST.pattern.encode())
 # distribution-spec, "Pulling manifests": <name> and <reference> as a tag.
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 
-NAME_LIMIT = 255  # characters of "host/name": the specification's advice, and what clients enforce
+NAME_LIMIT = 255  # characters of "host/name": recommended by the specification, and enforced by clients
 # Bytes.  distribution-spec, "Pushing Manifests": registries accept 4 MiB or more; containerd no more.
 MANIFEST_LIMIT = 4 << 20
 
@@ -35,13 +35,13 @@ DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 
 
 class Digest(str):
-    """`algorithm:encoded`.  Equal digests mean equal bytes, for ever."""
+    """A content digest, `algorithm:encoded`: equal digests mean equal content."""
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Raises DigestInvalid."""
+        """Parse a digest.  Raises DigestInvalid."""
         if not _DIGEST.fullmatch(text):
             raise DigestInvalid(f"{text[:150]!r} is not sha256:<64 hex digits> or sha512:<128 hex digits>")
         return cls(text)
@@ -60,18 +60,18 @@ class Digest(str):
 
 
 def digests_in(content: bytes) -> list[Digest]:
-    """Every digest that stands anywhere in `content`, whatever its form."""
+    """All digests that occur anywhere in `content`, whatever its format."""
     return [Digest(each.decode()) for each in _DIGEST_BYTES.findall(content)]
 
 
 class Tag(str):
-    """A name in a repository that can be pointed at another manifest later."""
+    """The name of a manifest in a repository, which can later point to another manifest."""
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> Tag:
-        """Raises TagInvalid."""
+        """Parse a tag.  Raises TagInvalid."""
         if not _TAG.fullmatch(text):
             raise TagInvalid(f"{text[:150]!r} is not a tag: 1 to 128 of letters, digits, '_', '.', '-'")
         return cls(text)
@@ -81,12 +81,12 @@ Reference: TypeAlias = Digest | Tag
 
 
 def parse_reference(text: str) -> Reference:
-    """A digest if there is a colon in it, else a tag.  Raises DigestInvalid, TagInvalid."""
+    """Parse a digest, if there is a colon in `text`, or else a tag.  Raises DigestInvalid, TagInvalid."""
     return Digest.parse(text) if ":" in text else Tag.parse(text)
 
 
 def parse_name(text: str) -> str:
-    """A repository's name, as it is.  Raises NameInvalid."""
+    """Check the name of a repository and return it.  Raises NameInvalid."""
     if len(text) > NAME_LIMIT or not _NAME.fullmatch(text):
         raise NameInvalid(f"{text[:100]!r} is not a repository name")
     return text
@@ -94,7 +94,7 @@ def parse_name(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Half-open byte positions [start, stop); `stop` None is the end of the content."""
+    """The bytes [start, stop) of some content; `stop` None is its end."""
 
     start: int
     stop: int | None = None
@@ -102,7 +102,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What is known of content without having it.  image-spec, descriptor.md.
+    """The description of some content: image-spec, descriptor.md.
 
     `size` is in bytes, or -1 if the origin does not state it.  `platform` is os/architecture[/variant], or
     None if none is stated.
@@ -117,15 +117,15 @@ class Descriptor:
 
     @property
     def distributable(self) -> bool:
-        """Whether a registry is to hold it: image-spec, layer.md, "Non-Distributable Layers".
+        """Whether registries may store it: image-spec, layer.md, "Non-Distributable Layers".
 
         The media type alone decides: `urls` only list further places from which content may be downloaded.
         """
         return not self.media_type.startswith(_NONDISTRIBUTABLE)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        digest = str(self.digest)  # msgspec encodes no subclass of str
+        """The descriptor as plain JSON values."""
+        digest = str(self.digest)  # msgspec does not encode subclasses of str
         members: dict[str, Any] = {"mediaType": self.media_type, "digest": digest, "size": self.size}
         if self.artifact_type:
             members["artifactType"] = self.artifact_type
@@ -135,7 +135,7 @@ class Descriptor:
 
     @classmethod
     def from_json(cls, value: Any) -> Descriptor:
-        """Raises ManifestInvalid."""
+        """Parse plain JSON values.  Raises ManifestInvalid."""
         try:
             return _descriptor(msgspec.convert(value, _JSONDescriptor))
         except (msgspec.ValidationError, DigestInvalid) as error:
@@ -144,7 +144,7 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The exact bytes and their media type: a manifest re-serialised is another manifest."""
+    """A manifest: its exact bytes, which its digest covers, and their media type."""
 
     media_type: str
     content: bytes
@@ -165,7 +165,7 @@ class _JSONDescriptor(msgspec.Struct, rename="camel"):
     size: int
     artifact_type: str | None = None
     annotations: dict[str, str] | None = None
-    platform: Any = None  # whatever it is: a manifest is none the worse for a strange one
+    platform: Any = None  # of any form: a strange platform does not make a manifest invalid
 
 
 class _JSONManifest(msgspec.Struct, rename="camel"):
@@ -188,10 +188,10 @@ _NONDISTRIBUTABLE = (
 
 @dataclass(frozen=True, slots=True)
 class ManifestContent:
-    """What a manifest or index says, as far as a registry needs to know.
+    """The content of a manifest or index, as far as a registry uses it.
 
-    `media_type` is the one that it has `declared`, or else follows from its form.  `listed` is what
-    an index lists: `children`, which are manifests, and blobs, as in BuildKit's caches.
+    `media_type` is the one that is `declared` in it, or else follows from its form.  `listed` are the entries
+    of an index: `children`, which are manifests, and blobs, as in the caches of BuildKit.
     """
 
     media_type: str
@@ -209,20 +209,20 @@ class ManifestContent:
 
     @property
     def blobs(self) -> tuple[Descriptor, ...]:
-        """The config first, then the layers, then what an index lists that is not a manifest."""
+        """The config, then the layers, then the entries of an index that are not manifests."""
         listed = (each for each in self.listed if not _MANIFEST.fullmatch(each.media_type))
         return (*([self.config] if self.config else []), *self.layers, *listed)
 
     @property
     def distributable(self) -> tuple[Descriptor, ...]:
-        """The blobs that a registry is to hold."""
+        """The blobs that registries may store."""
         return tuple(each for each in self.blobs if each.distributable)
 
 
 def parse_manifest(content: bytes) -> ManifestContent:
-    """Raises ManifestInvalid when `content` is not JSON of a manifest's form.
+    """Parse a manifest or an index.  Raises ManifestInvalid.
 
-    image-spec, manifest.md and image-index.md; Docker's manifest v2 schema 2 has the same shape.
+    image-spec, manifest.md and image-index.md; Docker's manifest v2 schema 2 has the same form.
     """
     try:
         found = _decode(content)

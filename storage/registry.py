@@ -1,8 +1,8 @@
-"""What an OCI registry can do, whoever does it.
+"""The interface of an OCI registry, and of the blobs and uploads that it returns.
 
-Upstream, Store, Cache and Namespaces all are Registries; the HTTP server talks to a Registry and does
-not know which.  A method left out raises Unsupported, so a read-only registry is one that overrides
-only the pull half.  Any method may raise Denied or Unavailable (errors.py) besides what it names.
+UpstreamRegistry, Store, Cache and Namespaces all are a Registry; the HTTP server does not know which one it
+serves.  A method that is not overridden raises Unsupported: a read-only registry overrides only the methods
+for pulls.  Any method may raise Denied or Unavailable (storage/errors.py) besides the errors that it names.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from storage.errors import Unsupported
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 
-# Told of a tag that has moved: its repository, by the full name, the tag, the old digest and the new one.
+# Called when a tag has moved, with the full name of its repository, the tag, the old and the new digest.
 Moved: TypeAlias = Callable[[str, Tag, Digest, Digest], Awaitable[None]]
 
 
 def everything(repository: str) -> bool:
+    """A filter that accepts all repositories."""
     return True
 
 
 class Blob:
-    """One blob, open for reading.  It stays readable when it is evicted or deleted.  Close it."""
+    """A blob that is open for reading, and stays readable when it is evicted or deleted.  Close it."""
 
     descriptor: Descriptor
 
     def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
-        """The bytes of [start, stop) in order; waits where they are still on their way.
+        """The bytes of [start, stop) in order; waits for bytes that are still in transfer.
 
-        Raises what the transfer failed with; then fewer bytes than promised have been yielded.
+        Raises the error of the transfer, after fewer bytes than expected.
         """
         raise NotImplementedError
 
@@ -39,79 +40,82 @@ class Blob:
 
 @runtime_checkable
 class OnDisk(Protocol):
-    """A Blob whose bytes can be sent from a file: `fileno` is a descriptor opened for reading."""
+    """A blob whose bytes can be sent from a file; fileno() is a descriptor that is open for reading."""
 
     descriptor: Descriptor
 
     def fileno(self) -> int: ...
 
     async def readable(self, offset: int) -> int:
-        """Wait for bytes past `offset`; return where they end for now.  Raises as chunks() does."""
+        """Wait for bytes past `offset`; return where they end for now.  Raises the errors of chunks()."""
         ...
 
 
 class Upload:
-    """Bytes on their way to becoming a blob; invisible until commit()."""
+    """The bytes of a future blob, which nothing can read before commit()."""
 
     id: str
     offset: int
 
     async def write(self, chunk: bytes) -> None:
-        """Append.  May return before the bytes are on disk; what went wrong then is raised later."""
+        """Append.  May return before the bytes are on disk; an error is then raised by a later call."""
         raise NotImplementedError
 
     async def commit(self, digest: Digest) -> Descriptor:
-        """Verify and make visible.  Raises DigestInvalid, and then the upload is cancelled."""
+        """Verify the bytes and make them a blob.  Raises DigestInvalid; the upload is then cancelled."""
         raise NotImplementedError
 
     async def suspend(self, error: BaseException | None = None) -> None:
-        """Let go of it, but keep the bytes, to go on with later; whoever follows gets `error`."""
+        """Stop, but keep the bytes so that the upload can be resumed; readers get `error`."""
         raise NotImplementedError
 
     async def cancel(self, error: BaseException | None = None) -> None:
-        """Throw the bytes away; whoever follows gets `error`."""
+        """Stop and remove the bytes; readers get `error`."""
         raise NotImplementedError
 
 
 class Registry:
-    """Every method raises Unsupported until overridden.  Repositories are valid names (oci.parse_name)."""
+    """An OCI registry.  Every method raises Unsupported until it is overridden.
+
+    Repositories are valid names (oci.parse_name).
+    """
 
     # Pull
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        """The caller will read only `span` of it; `descriptor.size` is the whole blob's all the same.
+        """Open a blob, of which the caller reads only `span`; its descriptor is that of the whole blob.
 
         Raises NameUnknown, BlobUnknown.
         """
         raise Unsupported("this registry serves no blobs")
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        """get_blob without the content.  Never starts a transfer.  Raises NameUnknown, BlobUnknown."""
+        """The descriptor of a blob, without starting a transfer.  Raises NameUnknown, BlobUnknown."""
         raise Unsupported("this registry serves no blobs")
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
-        """Raises NameUnknown, ManifestUnknown."""
+        """The manifest of a tag or a digest.  Raises NameUnknown, ManifestUnknown."""
         raise Unsupported("this registry serves no manifests")
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
-        """get_manifest without the content.  Raises NameUnknown, ManifestUnknown."""
+        """The descriptor of a manifest.  Raises NameUnknown, ManifestUnknown."""
         raise Unsupported("this registry serves no manifests")
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
-        """In lexical order, those after `last`, at most `limit`.  Raises NameUnknown."""
+        """The tags after `last` in lexical order, at most `limit`.  Raises NameUnknown."""
         raise Unsupported("this registry lists no tags")
 
     async def referrers(
         self, repository: str, digest: Digest, artifact_type: str | None = None
     ) -> list[Descriptor]:
-        """What has `digest` as its subject; of `artifact_type` only, where given.
+        """The manifests whose subject is `digest`; only those of `artifact_type`, if it is given.
 
-        Raises ManifestUnknown where the registry cannot tell (it has no referrers API).
+        Raises ManifestUnknown if the registry has no referrers API.
         """
         raise Unsupported("this registry lists no referrers")
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
-        """In lexical order, those after `last`, at most `limit`."""
+        """The repositories after `last` in lexical order, at most `limit`."""
         raise Unsupported("this registry lists no repositories")
 
     # Push
@@ -119,11 +123,11 @@ class Registry:
     async def start_upload(
         self, repository: str, size: int | None = None, algorithm: str = "sha256"
     ) -> Upload:
-        """`size` in bytes, where it is known beforehand; `algorithm` is that of the digest to come."""
+        """Start an upload of `size` bytes, if that is known; `algorithm` is that of its digest."""
         raise Unsupported("this registry takes no pushes")
 
     async def resume_upload(self, repository: str, id: str) -> Upload:
-        """Go on with one that was suspended, by whichever process.  Raises BlobUploadUnknown."""
+        """Resume an upload that any process suspended.  Raises BlobUploadUnknown."""
         raise Unsupported("this registry takes no pushes")
 
     async def mount_blob(
@@ -133,9 +137,9 @@ class Registry:
         source: str | None = None,
         visible: Callable[[str], bool] = everything,
     ) -> Descriptor:
-        """Show in `repository` what `source` shows already.
+        """Show in `repository` a blob that the repository `source` shows.
 
-        Without `source`, whichever does of those that are `visible` to who asks: to know a digest is no
+        Without `source`, any repository will do that is `visible` to the client: knowing a digest is not a
         permission.  Raises BlobUnknown, NameUnknown.
         """
         raise Unsupported("this registry takes no pushes")
@@ -143,19 +147,19 @@ class Registry:
     async def push_manifest(
         self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
     ) -> Descriptor:
-        """With further `tags`; all of it or nothing happens.
+        """Store a manifest and point `reference`, if it is a tag, and `tags` to it; all of it or nothing.
 
         Raises ManifestInvalid, ManifestBlobUnknown, DigestInvalid.
         """
         raise Unsupported("this registry takes no pushes")
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
-        """Raises NameUnknown, BlobUnknown."""
+        """Remove a blob from the repository.  Raises NameUnknown, BlobUnknown."""
         raise Unsupported("this registry deletes nothing")
 
     async def delete_manifest(self, repository: str, reference: Reference) -> None:
-        """Of a Tag only the tag goes, its manifest stays.  Raises NameUnknown, ManifestUnknown."""
+        """Delete a manifest, or only the tag if a tag is given.  Raises NameUnknown, ManifestUnknown."""
         raise Unsupported("this registry deletes nothing")
 
     async def close(self) -> None:
-        """Cancel what it started and let go of what it holds."""
+        """Cancel the work in progress and release all resources."""

@@ -1,13 +1,12 @@
-"""Small named records on disk: tags, manifests, links, listings.  Bytes in, bytes out.
+"""A key-value database on disk for small records: tags, manifests, links and others.
 
-A key is its kind and fields, joined by spaces, which neither names nor tags nor digests hold; a space
-sorts before every character that they do hold, so a scan over a prefix is in the order of the fields.
-A read takes about 10 µs and may be done on the event loop; a write is a transaction: call it in a thread.
+Keys are strings (storage/keys.py), values are bytes.  A read takes about 10 µs and may run on the event loop;
+a write is a transaction: call it in a thread.
 
-Each record carries a check sum; one that is not what was put counts as absent.  A database that is damaged
-is moved aside, to `<directory>.damaged-<time>`, by whichever process first finds it so, and one with all
-that could still be read takes its place.  What is lost are the records on damaged pages; where the
-database's first page is damaged, all.  Meanwhile what is readable is read, and nothing can be put.
+Each record has a check sum; a damaged record counts as absent.  The first process that finds the database
+damaged moves it to `<directory>.damaged-<time>` and replaces it by one with all records that can still be
+read.  The records on damaged pages are lost; all are if the first page of the database is damaged.  While the
+database is rebuilt, intact records can be read, and nothing can be written.
 """
 
 from __future__ import annotations
@@ -35,18 +34,17 @@ from storage.errors import StorageFailed
 log = structlog.get_logger()
 T = TypeVar("T")
 
-KIND = "records"  # what the disk calls what fails here
-KEPT = 2  # damaged databases
-AGAIN = 10.0  # seconds between rebuildings, lest a disk that damages all have us do nothing else
-AT_START = 0.5  # seconds that opening waits for a rebuilding
-POLL = 0.02  # seconds between looks at a lock
-
-_INLINE = 1 << 30  # bytes; larger values would go to files of their own, whose loss SQLite does not notice
+KIND = "records"  # the kind of these files in DiskHealth
+KEPT = 2  # damaged databases that are not removed
+AGAIN = 10.0  # seconds between two rebuilds, so that a failing disk does not keep the process busy with them
+AT_START = 0.5  # seconds that opening waits for a rebuild
+POLL = 0.02  # seconds between two attempts to get a lock
+_INLINE = 1 << 30  # bytes; diskcache puts larger values into files, whose loss SQLite does not notice
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
 _HOLDS = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
 _BATCH = 500
-# Result codes that tell of the disk or of a lock; every other one tells that the database is damaged.
+# Result codes caused by the disk or a lock; every other one means that the database is damaged.
 _OF_THE_DISK = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_READONLY,
@@ -60,25 +58,25 @@ _OF_THE_DISK = {
     sqlite3.SQLITE_INTERRUPT,
 }
 
-# diskcache reads its settings from the database, and believes them: the last ones come of that.
+# diskcache reads its settings from the database without checking them, which causes the last ones.
 _FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError, TypeError, LookupError, AttributeError)
 
-Identity = tuple[int, int] | None  # of a file; None: there is none
+Identity = tuple[int, int] | None  # device and inode of a file; None if it does not exist
 
 
 class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        # Never unpickle: whoever can write the file could run code (CVE-2025-69872).
+        # Never unpickle: anyone who can write the file could run code (CVE-2025-69872).
         if mode == diskcache.core.MODE_PICKLE:
-            raise StorageFailed("a pickled record was refused: somebody else wrote to the records")
-        return value  # never what a file holds: we name none
+            raise StorageFailed("a pickled record was refused: another program wrote to the records")
+        return value  # never the content of a file: no record names one
 
     def remove(self, file_path: str) -> None:
-        """We have no files; a damaged record may name any."""
+        """Does nothing: there are no such files, and a damaged record may name any file."""
 
 
 class _Database(diskcache.Cache):  # type: ignore[misc]
-    """Raises _FAILURES."""
+    """A diskcache that stores only bytes and evicts nothing.  Raises _FAILURES."""
 
     def __init__(self, directory: Path, durable: bool) -> None:
         try:
@@ -87,12 +85,12 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
                 timeout=LOCKED,
                 disk=_BytesOnly,
                 disk_min_file_size=_INLINE,
-                # Culling may throw away the value just stored, and an LRU read is a write: hence neither.
+                # Culling may remove the value just stored, and an LRU read is a write: hence neither.
                 eviction_policy="none",
                 cull_limit=0,
-                # A page that vanishes from a mapped file is no error to handle but a signal that kills.
+                # A page that is missing in a mapped file raises a signal that kills, not an error.
                 sqlite_mmap_size=0,
-                # FULL waits for the disk at every commit; NORMAL may lose the last ones with the power.
+                # FULL waits for the disk at each commit; NORMAL may lose the last commits in a power failure.
                 sqlite_synchronous=2 if durable else 1,
             )
         except BaseException:
@@ -100,18 +98,18 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
             raise
 
 
-class _Own(Exception):
-    """What the work of a transaction has failed with."""
+class _WorkFailed(Exception):
+    """The work of a transaction raised an error of its own."""
 
 
 class Batch:
-    """The records within a transaction."""
+    """The records as a transaction sees and changes them."""
 
     def __init__(self, cache: _Database) -> None:
         self._cache = cache
 
     def get(self, key: str) -> bytes | None:
-        # Half of the time that diskcache's own get() takes, which looks for expiry, tags and files as well.
+        # Half of the time of diskcache's get(), which also checks for expiry, tags and files.
         row = self._cache._con.execute(_GET, (key,)).fetchone()
         return checked(key, row[0]) if row else None
 
@@ -129,12 +127,13 @@ class Batch:
 
 
 class Records:
-    """Every method raises StorageFailed.  Several processes may share `directory`, which is made if need be.
+    """A database of records, which several processes may share.  Every method raises StorageFailed.
 
-    Where it is `durable`, what was put is on the disk when put() returns.
+    `directory` is created if necessary.  If the database is `durable`, a record is on the disk when put()
+    returns.
 
-    Opening raises only where it cannot be made: where the disk fails, or the database is damaged, all that
-    follows fails until they do not.
+    Opening raises only if the directory cannot be created: if the disk fails, or the database is damaged, the
+    other methods fail until that is over.
     """
 
     def __init__(
@@ -179,9 +178,10 @@ class Records:
             return self._do(lambda cache: Batch(cache).delete(key))
 
     def transaction(self, work: Callable[[Batch], T]) -> T:
-        """What `work` returns; all that it does happens, or nothing, and no process writes meanwhile.
+        """Run `work` in a transaction and return its result: no other process writes in the meantime.
 
-        It may be run twice, so it is to touch nothing but its batch.
+        Either all of its changes are stored or, if it raises, none.  `work` may run twice; so it must change
+        nothing but its batch.
         """
 
         def run(cache: _Database) -> T:
@@ -189,17 +189,17 @@ class Records:
                 try:
                     return work(Batch(cache))
                 except (ValueError, TypeError, LookupError, AttributeError) as error:
-                    raise _Own from error  # it says nothing of the database
+                    raise _WorkFailed from error  # it does not mean that the database failed
 
         with self._writing(0):
             try:
                 return self._do(run)
-            except _Own as error:
+            except _WorkFailed as error:
                 assert error.__cause__ is not None
                 raise error.__cause__ from None
 
     def scan(self, prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
-        """Keys that start with `prefix` and come after `prefix + after`, in order, with their values."""
+        """The records whose keys start with `prefix` and are greater than `prefix + after`, in order."""
         last = prefix + after
         while rows := self._rows("SELECT key, value", last, prefix + "\U0010ffff", _BATCH):
             for key, stored in rows:
@@ -208,7 +208,7 @@ class Records:
             last = rows[-1][0]
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys of scan(), and of those records too that cannot be read any more; without their values."""
+        """The keys that start with `prefix`, in order; also those of records that can no longer be read."""
         last = prefix
         while rows := self._rows("SELECT key, NULL", last, prefix + "\U0010ffff", _BATCH):
             yield from (key for key, _ in rows)
@@ -234,12 +234,12 @@ class Records:
             yield after
 
     def _rows(self, select: str, above: str, below: str, limit: int) -> list[tuple[str, Any]]:
-        # diskcache lists keys only from end to end; its index on (key, raw) serves ranges as well.
+        # diskcache lists only all keys; but its index on (key, raw) can be used for ranges.
         statement = f"{select} FROM Cache WHERE key > ? AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
         return self._do(lambda cache: list(cache._sql(statement, (above, below, limit))))
 
     def close(self) -> None:
-        """A rebuilding is given up; the next to open does it."""
+        """Close the database; a rebuild is abandoned, and the next process to open the database does it."""
         self._closing.set()
         if self._rebuilding is not None:
             self._rebuilding.join()
@@ -257,18 +257,18 @@ class Records:
             former: Any = getattr(self._local, "cache", cache)
             self._local.cache = cache
             if former is not cache:
-                former.close()  # this thread's connection to what has gone
+                former.close()  # this thread's connection to the database that was replaced
             return work(cache)
         except _FAILURES as error:
             if cache is not None:
                 with suppress(sqlite3.Error):
-                    cache.close()  # this thread's: it may be in a transaction, or the disk was read-only
+                    cache.close()  # of this thread: it may be in a transaction, or the disk was read-only
             if again and cache is not None and _identity(self._file) != found:
-                return self._do(work, size, again=False)  # it was taken away under us
+                return self._do(work, size, again=False)  # it was replaced in the meantime
             raise self._failed(_origin(error), found, size) from _origin(error)
 
     def _current(self, found: Identity) -> tuple[_Database, Identity]:
-        """The database that has the name; another one where it was rebuilt, or removed."""
+        """The database that has the name; opened anew if it was rebuilt or removed."""
         opened = self._opened
         if opened is None or found is None or found != opened[1]:
             with self._opening, self._shared():
@@ -288,7 +288,7 @@ class Records:
 
     @contextmanager
     def _writing(self, size: int) -> Iterator[None]:
-        # One at a time, as SQLite has it anyhow; so close() can wait for a thread that nobody waits for.
+        # One write at a time, as SQLite requires anyway; so close() can wait for a write in a thread.
         with self._turn, self._disk.guard(KIND, self._lock), self._shared():
             if self._closing.is_set():
                 raise StorageFailed(f"records in {self._directory} are closed")
@@ -297,7 +297,7 @@ class Records:
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
-        """So that nobody moves the database away meanwhile.  Raises StorageFailed where one is at it."""
+        """Keep others from replacing the database.  Raises StorageFailed if a process does so already."""
         with closing(ProcessLock(self._lock)) as lock:
             if not lock.take(fcntl.LOCK_SH):
                 raise StorageFailed(f"records in {self._directory} are being rebuilt")
@@ -312,7 +312,7 @@ class Records:
             if running or early or self._closing.is_set():
                 return
             self._rebuilt_at = self._clock()
-            # Not on the caller's time, which may be the event loop's: it takes seconds for a million.
+            # In a thread, since the caller may be the event loop: a million records take seconds.
             self._rebuilding = threading.Thread(target=self._replace, args=(damaged,), name="records")
             self._rebuilding.start()
 
@@ -341,7 +341,7 @@ class Records:
             self._disk.failed(KIND, fresh, _origin(error))
 
     def _salvage(self, fresh: Path) -> int:
-        """Make a database of all that can be read; how many records it has."""
+        """Create a database of all intact records; returns how many there are."""
         records = (record for record in readable_records(self._file) if not self._closing.is_set())
         with closing(_Database(fresh, self._durable)) as cache:
             while batch := list(islice(records, _BATCH)):
@@ -352,7 +352,7 @@ class Records:
 
 
 def _origin(error: Exception) -> Exception:
-    """What went wrong first: diskcache says Timeout for all, and rolls back what is rolled back already."""
+    """The first error: diskcache raises Timeout for all of them, and fails when it rolls back once more."""
     while isinstance(error.__context__, sqlite3.Error):
         error = error.__context__
     return error

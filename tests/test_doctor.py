@@ -282,9 +282,9 @@ async def test_a_clock_that_nobody_tells_of(examine: Examine, upstream: Upstream
 
 
 def test_one_wrong_clock_among_many_is_not_ours() -> None:
-    assert upstreams.clock([0.1, 5000.0, -0.4]).state == "ok"
-    assert "behind" in upstreams.clock([100.0]).message
-    assert "ahead of" in upstreams.clock([-100.0]).message
+    assert upstreams.check_clock([0.1, 5000.0, -0.4]).state == "ok"
+    assert "behind" in upstreams.check_clock([100.0]).message
+    assert "ahead of" in upstreams.check_clock([-100.0]).message
 
 
 # Credentials

@@ -73,7 +73,7 @@ def said(checks: list[Check], state: str) -> str:
 def look_docker(root: Path, text: str | bytes | None = None, **changes: Any) -> list[Check]:
     if text is not None:
         put(root, "etc/docker/daemon.json", text)
-    return docker.look(Machine(replace(SITE, **changes), root))
+    return docker.check(Machine(replace(SITE, **changes), root))
 
 
 def test_no_docker(root: Path) -> None:
@@ -142,11 +142,11 @@ def look_containerd(root: Path, *files: tuple[str, str], **changes: Any) -> list
     put(root, "etc/containerd/config.toml", CONFIG_PATH)
     for path, text in files:
         put(root, f"{CERTS}/{path}/hosts.toml", text)
-    return containerd.look(Machine(replace(SITE, **changes), root))
+    return containerd.check(Machine(replace(SITE, **changes), root))
 
 
 def test_no_containerd(root: Path) -> None:
-    assert containerd.look(Machine(SITE, root)) == []
+    assert containerd.check(Machine(SITE, root)) == []
 
 
 @pytest.mark.parametrize("every", [True, False])
@@ -244,16 +244,16 @@ def test_containerd_that_does_not_know_of_it(root: Path) -> None:
 def test_config_path(root: Path, text: str, state: str, says: str) -> None:
     put(root, f"{CERTS}/_default/hosts.toml", OURS)
     put(root, "etc/containerd/config.toml", text)
-    assert says in said(containerd.look(Machine(SITE, root)), state)
+    assert says in said(containerd.check(Machine(SITE, root)), state)
 
 
 def test_config_path_elsewhere(root: Path) -> None:
     text = 'version = 3\n[plugins."io.containerd.cri.v1.images".registry]\nconfig_path = "/opt/a:/opt/b"\n'
     put(root, "etc/containerd/config.toml", text)
     put(root, f"{CERTS}/_default/hosts.toml", OURS)
-    assert states(containerd.look(Machine(SITE, root))) == [("namespaces", "failed")]
+    assert states(containerd.check(Machine(SITE, root))) == [("namespaces", "failed")]
     put(root, "opt/b/_default/hosts.toml", OURS)
-    assert states(containerd.look(Machine(SITE, root))) == []
+    assert states(containerd.check(Machine(SITE, root))) == []
 
 
 # podman
@@ -261,11 +261,11 @@ def test_config_path_elsewhere(root: Path) -> None:
 
 def look_podman(root: Path, text: str = "", **changes: Any) -> list[Check]:
     put(root, "etc/containers/registries.conf", text)
-    return podman.look(Machine(replace(SITE, **changes), root))
+    return podman.check(Machine(replace(SITE, **changes), root))
 
 
 def test_no_podman(root: Path) -> None:
-    assert podman.look(Machine(SITE, root)) == []
+    assert podman.check(Machine(SITE, root)) == []
 
 
 @pytest.mark.parametrize("client", ["podman", "crio"])

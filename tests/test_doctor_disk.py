@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 
 def look(path: Path, **keys: object) -> dict[str, Check]:
-    found = disk.look(DiskConfig(path=path, **keys))  # type: ignore[arg-type]
+    found = disk.check(DiskConfig(path=path, **keys))  # type: ignore[arg-type]
     return {each.name: each for each in found}
 
 
@@ -100,13 +100,13 @@ short line
 def test_kinds_of_file_systems(tmp_path: Path, path: str, kind: str, state: str) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTINFO)
-    assert disk.kind_of(Path(path), mounts) == kind
-    assert disk._kind(Path(path), mounts).state == state
+    assert disk.file_system(Path(path), mounts) == kind
+    assert disk._check_file_system(Path(path), mounts).state == state
 
 
 def test_a_kind_that_is_not_told(tmp_path: Path) -> None:
-    assert disk.kind_of(tmp_path, tmp_path / "absent") == ""
-    assert disk._kind(tmp_path, tmp_path / "absent").state == "ok"
+    assert disk.file_system(tmp_path, tmp_path / "absent") == ""
+    assert disk._check_file_system(tmp_path, tmp_path / "absent").state == "ok"
 
 
 # How much is left

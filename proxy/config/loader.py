@@ -59,6 +59,8 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
 
 
 class _Fault(Exception):
+    """An error at the key with that path."""
+
     def __init__(self, path: str, cause: str) -> None:
         super().__init__(f"{path}: {cause}" if path else cause)
 

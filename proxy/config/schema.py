@@ -62,6 +62,8 @@ class DiskConfig(Section, frozen=True):
 
 
 class Log(Section, frozen=True):
+    """The format and the level of the log."""
+
     format: Literal["auto", "console", "json"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -77,11 +79,15 @@ class Limits(Section, frozen=True):
 
 
 class TagRule(Section, frozen=True):
+    """How long the tags that match are fresh."""
+
     match: Annotated[re.Pattern[str], parse_pattern]
     fresh_for: Freshness
 
 
 class RepositoryRule(Section, frozen=True):
+    """How long unused content of the repositories that match is kept."""
+
     match: Annotated[re.Pattern[str], parse_pattern]
     keep_for: Keep
 
@@ -112,6 +118,8 @@ class WarmRule(Section, frozen=True):
 
 
 class KeepRule(Section, frozen=True):
+    """How many of the tags that match are kept."""
+
     match: Annotated[re.Pattern[str], parse_pattern]
     last: Annotated[int, parse_count]
 

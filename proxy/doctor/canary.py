@@ -40,10 +40,10 @@ class _Unexpected(Exception):
     """An answer was not as expected.  The message is half a sentence."""
 
 
-async def look(session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName) -> Check:
+async def check(session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName) -> Check:
     """Request an image's manifests, and the headers of a blob, with the requests that the client sends."""
     try:
-        summary = await _Pull(session, host, client, name).run()
+        summary = await _TestPull(session, host, client, name).run()
     except _Unexpected as error:
         advice = f"run entrepot why {name} on the server, or name another image with --canary"
         return failed("canary", client, str(error), advice)
@@ -53,7 +53,9 @@ async def look(session: aiohttp.ClientSession, host: Machine, client: str, name:
     return ok("canary", client, f"{name} is served: {summary}")
 
 
-class _Pull:
+class _TestPull:
+    """The requests of one client that pulls one image."""
+
     def __init__(self, session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName) -> None:
         self._session, self._site, self._client, self._name = session, host.site, client, name
 

@@ -13,7 +13,7 @@ MIN_DAYS = 14  # a 90-day certificate is usually renewed when 30 days are left
 DAY = 86400.0
 
 
-async def of_host(host: str, port: int, context: ssl.SSLContext, seconds: float) -> float:
+async def expiry_of(host: str, port: int, context: ssl.SSLContext, seconds: float) -> float:
     """The expiry of a host's certificate, in seconds since the epoch.
 
     Raises ssl.SSLError if the certificate is not accepted, OSError or TimeoutError if the host does not
@@ -28,14 +28,14 @@ async def of_host(host: str, port: int, context: ssl.SSLContext, seconds: float)
         writer.close()
 
 
-def judged(name: str, subject: str, end: float, advice: str, now: float | None = None) -> Check:
+def check_expiry(name: str, subject: str, end: float, advice: str, now: float | None = None) -> Check:
     """The check of a valid certificate by its expiry, `end`; `advice` says how to renew it."""
     days = int((end - (time.time() if now is None else now)) / DAY)
     message = f"the certificate is valid for {plural(days, 'day')} more"
     return ok(name, subject, message) if days >= MIN_DAYS else warning(name, subject, message, advice)
 
 
-def refused(error: ssl.SSLError) -> str:
+def describe_error(error: ssl.SSLError) -> str:
     """Why TLS could not be established, in half a sentence."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not accepted: {error.verify_message.rstrip('.')}"

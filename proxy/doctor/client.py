@@ -11,14 +11,14 @@ from yarl import URL
 
 from proxy.config.image_names import ImageName
 from proxy.doctor import canary, containerd, docker, podman
-from proxy.doctor.certificates import refused
+from proxy.doctor.certificates import describe_error
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.doctor.host import Machine
 from proxy.setup.site import CA, Site
 
 TIMEOUT = 60.0  # seconds: a cold pull waits for the upstream
 CANARY = "docker.io/library/hello-world:latest"
-CLIENTS = {docker.CLIENT: docker.look, containerd.CLIENT: containerd.look, podman.CLIENT: podman.look}
+CLIENTS = {docker.CLIENT: docker.check, containerd.CLIENT: containerd.check, podman.CLIENT: podman.check}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class ClientOptions:
 
 async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]:
     host = Machine(site, root)
-    found = {name: look(host) for name, look in CLIENTS.items()}
+    found = {name: check(host) for name, check in CLIENTS.items()}
     here = [name for name, checks in found.items() if checks]
     told = [each for checks in found.values() for each in checks]
     if not here:
@@ -44,11 +44,11 @@ async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     connector = aiohttp.TCPConnector(ssl=_trust(host))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        checks = [await _answers(session, site)]
+        checks = [await _check_server(session, site)]
         checks += told
         if checks[0].state != "failed":
             for client in here or [podman.CLIENT]:
-                checks.append(await canary.look(session, host, client, options.canary))
+                checks.append(await canary.check(session, host, client, options.canary))
         if options.pull:
             pulled = [await canary.pull(session, host, each, options.pull, options.admin) for each in here]
             checks += [each for each in pulled if each is not None]
@@ -67,7 +67,7 @@ def _trust(host: Machine) -> ssl.SSLContext:
     return context
 
 
-async def _answers(session: aiohttp.ClientSession, site: Site) -> Check:
+async def _check_server(session: aiohttp.ClientSession, site: Site) -> Check:
     """Whether the server answers, and is Entrepôt."""
     url = f"{site.base}/v2/"
     try:
@@ -75,7 +75,7 @@ async def _answers(session: aiohttp.ClientSession, site: Site) -> Check:
             server, status = response.headers.get("Server", ""), response.status
     except aiohttp.ClientConnectorCertificateError as error:
         why = error.certificate_error
-        message = refused(why) if isinstance(why, ssl.SSLError) else str(why)
+        message = describe_error(why) if isinstance(why, ssl.SSLError) else str(why)
         advice = "install its authority with entrepot setup CLIENT --ca-file FILE"
         return failed("server", site.base, message, advice)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -32,25 +32,25 @@ class HostEntry:
     authorities: tuple[str, ...]
 
 
-def look(host: Machine) -> list[Check]:
+def check(host: Machine) -> list[Check]:
     """No checks if containerd is not installed."""
-    return list(_looked(host)) if host.has("containerd", CONTAINERD) else []
+    return list(_checks(host)) if host.has("containerd", CONTAINERD) else []
 
 
-def _looked(host: Machine) -> Iterator[Check]:
+def _checks(host: Machine) -> Iterator[Check]:
     directories, check = config_path(host)
     yield check
     files: dict[Path | None, list[str]] = {}
     for name in host.site.namespaces:
-        files.setdefault(hosts_file(host, directories, name), []).append(name)
+        files.setdefault(find_hosts_file(host, directories, name), []).append(name)
     past: list[str] = []
     for path, names in files.items():
         if path is None:
             past += names
         else:
-            yield from _file(host, path, names)
+            yield from _check_file(host, path, names)
     if past:
-        yield host.leaves_out(CLIENT, past, host.setup(CLIENT), every=len(files) == 1)
+        yield host.left_out_check(CLIENT, past, host.setup_command(CLIENT), every=len(files) == 1)
 
 
 def config_path(host: Machine) -> tuple[list[Path], Check]:
@@ -84,7 +84,7 @@ def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def hosts_file(host: Machine, directories: list[Path], name: str) -> Path | None:
+def find_hosts_file(host: Machine, directories: list[Path], name: str) -> Path | None:
     """The hosts.toml of a registry, from the first directory that exists for it; None if that has none."""
     names = [name, DEFAULT]
     if ":" in name:
@@ -98,14 +98,16 @@ def hosts_file(host: Machine, directories: list[Path], name: str) -> Path | None
     return None
 
 
-def _file(host: Machine, path: Path, names: list[str]) -> Iterator[Check]:
+def _check_file(host: Machine, path: Path, names: list[str]) -> Iterator[Check]:
     subject = f"{CLIENT}, {', '.join(names)}"
     try:
         tree = host.toml(path) or {}
         servers = parse(tree)
     except InvalidFile as error:
         message = f"{path}: {error}: containerd logs that and bypasses the server"
-        yield failed("configuration", subject, message, f"fix it, or run {host.setup(CLIENT)} --force")
+        yield failed(
+            "configuration", subject, message, f"fix it, or run {host.setup_command(CLIENT)} --force"
+        )
         return
     if "host" not in tree:
         message = f"{path} has no [host]: older versions of containerd, such as 1.6, ignore it"
@@ -113,17 +115,17 @@ def _file(host: Machine, path: Path, names: list[str]) -> Iterator[Check]:
     ours = [each for each in servers if each.url.origin() == host.site.url.origin()]
     if not ours:
         message = f"{path} does not name {host.site.base}"
-        yield failed("configuration", subject, message, f"{host.setup(CLIENT)} --force")
+        yield failed("configuration", subject, message, f"{host.setup_command(CLIENT)} --force")
         return
-    yield from _judged(host, path, subject, servers, ours[0])
+    yield from _check_entry(host, path, subject, servers, ours[0])
     others = [str(each.url.origin()) for each in servers if each not in ours]
     if "server" not in tree:
         others.append("the registry itself, since server is not set")
     if others:
-        yield host.goes_past(subject, f"if the server fails, containerd asks {', then '.join(others)}")
+        yield host.bypass_check(subject, f"if the server fails, containerd asks {', then '.join(others)}")
 
 
-def _judged(
+def _check_entry(
     host: Machine, path: Path, subject: str, servers: list[HostEntry], ours: HostEntry
 ) -> Iterator[Check]:
     fault = ""
@@ -135,7 +137,7 @@ def _judged(
     elif absent := [each for each in ours.authorities if not _beside(host, path, each).exists()]:
         fault = f"{path}: {absent[0]}, which its ca names, does not exist"
     if fault:
-        yield failed("configuration", subject, fault, f"{host.setup(CLIENT)} --force")
+        yield failed("configuration", subject, fault, f"{host.setup_command(CLIENT)} --force")
     elif servers[0] is not ours:
         message = f"{path}: {servers[0].url.origin()} is asked before {host.site.base}"
         yield warning("configuration", subject, message, "move the server's table to the top")

@@ -25,26 +25,26 @@ VOLATILE = {"tmpfs": "is memory", "ramfs": "is memory", "overlay": "belongs to a
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
-def look(disk: DiskConfig, mounts: Path = MOUNTS) -> list[Check]:
+def check(disk: DiskConfig, mounts: Path = MOUNTS) -> list[Check]:
     """All checks of the disk.  Their files are removed again."""
     path = str(disk.path)
     if not disk.path.is_dir():
-        return [_absent(disk.path)]
-    found = [*_works(disk.path)]
+        return [_check_missing(disk.path)]
+    found = [*_check_files(disk.path)]
     try:
-        found.append(_kind(disk.path, mounts))
+        found.append(_check_file_system(disk.path, mounts))
         status = os.statvfs(disk.path)
     except OSError as error:
         advice = "give the user of the server read permission"
         return [*found, failed("room", path, cause(error), advice)]
     free, whole = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
-    found.append(_room(disk, free, whole))
+    found.append(_check_room(disk, free, whole))
     if status.f_files:  # some file systems have no fixed number of inodes
-        found.append(_inodes(path, status.f_favail, status.f_files))
+        found.append(_check_inodes(path, status.f_favail, status.f_files))
     return found
 
 
-def _absent(path: Path) -> Check:
+def _check_missing(path: Path) -> Check:
     if path.exists():
         return failed("disk", str(path), "is not a directory", "set disk.path to a directory")
     parent = next(each for each in path.absolute().parents if each.exists())
@@ -54,7 +54,7 @@ def _absent(path: Path) -> Check:
     return failed("disk", str(path), f"does not exist, and cannot be created in {parent}", advice)
 
 
-def _works(path: Path) -> Iterator[Check]:
+def _check_files(path: Path) -> Iterator[Check]:
     """Whether files, locks and hard links work."""
     subject = str(path)
     try:
@@ -65,8 +65,8 @@ def _works(path: Path) -> Iterator[Check]:
                 written.flush()
                 os.fsync(written.fileno())
                 yield ok("disk", subject, "can be written")
-                yield _locks(subject, written.fileno())
-            yield _links(subject, file)
+                yield _check_locks(subject, written.fileno())
+            yield _check_links(subject, file)
     except OSError as error:
         advice = (
             f"make the user of the server its owner, and run doctor as that user, not as user {os.geteuid()}"
@@ -74,7 +74,7 @@ def _works(path: Path) -> Iterator[Check]:
         yield failed("disk", subject, f"cannot be written: {cause(error)}", advice)
 
 
-def _locks(subject: str, descriptor: int) -> Check:
+def _check_locks(subject: str, descriptor: int) -> Check:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -83,7 +83,7 @@ def _locks(subject: str, descriptor: int) -> Check:
     return ok("locks", subject, "files can be locked")
 
 
-def _links(subject: str, file: Path) -> Check:
+def _check_links(subject: str, file: Path) -> Check:
     try:
         file.with_name("link").hardlink_to(file)
     except OSError as error:
@@ -94,8 +94,8 @@ def _links(subject: str, file: Path) -> Check:
     return ok("links", subject, "hard links work")
 
 
-def _kind(path: Path, mounts: Path) -> Check:
-    subject, kind = str(path), kind_of(path, mounts)
+def _check_file_system(path: Path, mounts: Path) -> Check:
+    subject, kind = str(path), file_system(path, mounts)
     if kind in REMOTE or kind.startswith("fuse."):
         message = f"{kind} is a network or user-space file system: locks and speed depend on its server"
         return warning("file system", subject, message, "put disk.path on a local disk, and never share it")
@@ -105,7 +105,7 @@ def _kind(path: Path, mounts: Path) -> Check:
     return ok("file system", subject, kind or "is of an unknown type")
 
 
-def kind_of(path: Path, mounts: Path = MOUNTS) -> str:
+def file_system(path: Path, mounts: Path = MOUNTS) -> str:
     """The type of the file system of a path; "" if it is unknown.  proc_pid_mountinfo(5)"""
     real, best, kind = path.resolve(), -1, ""
     try:
@@ -124,7 +124,7 @@ def kind_of(path: Path, mounts: Path = MOUNTS) -> str:
     return kind
 
 
-def _room(disk: DiskConfig, free: int, whole: int) -> Check:
+def _check_room(disk: DiskConfig, free: int, whole: int) -> Check:
     path, kept = str(disk.path), disk.min_free.of(whole)
     said = f"{format_size(free)} of {format_size(whole)} are free"
     if free <= SPARE:
@@ -142,7 +142,7 @@ def _room(disk: DiskConfig, free: int, whole: int) -> Check:
     return ok("room", path, f"{said}; disk.min_free keeps {format_size(kept)} free")
 
 
-def _inodes(path: str, free: int, whole: int) -> Check:
+def _check_inodes(path: str, free: int, whole: int) -> Check:
     message = f"{format_share(free / whole)} of the inodes are free"
     if not free:
         return failed(

@@ -15,30 +15,30 @@ from proxy.setup.engines import DOCKER
 CLIENT = "docker"
 
 
-def look(host: Machine) -> list[Check]:
+def check(host: Machine) -> list[Check]:
     """No checks if dockerd is not installed."""
-    return list(_looked(host)) if host.has("dockerd", DOCKER) else []
+    return list(_checks(host)) if host.has("dockerd", DOCKER) else []
 
 
-def _looked(host: Machine) -> Iterator[Check]:
+def _checks(host: Machine) -> Iterator[Check]:
     path = host.path(f"{DOCKER}/daemon.json")
     try:
-        keys = _keys(host.read(path))
-        mirrors, insecure = (_list(keys, each) for each in ("registry-mirrors", "insecure-registries"))
+        keys = _parse(host.read(path))
+        mirrors, insecure = (_get_list(keys, each) for each in ("registry-mirrors", "insecure-registries"))
     except InvalidFile as error:
         message = f"{path}: {error}: dockerd does not start with it"
         yield failed("configuration", CLIENT, message, "fix it by hand; then entrepot setup can add its keys")
         return
     if DOCKER_HUB in host.site.namespaces:
-        yield _mirrored(host, mirrors, str(path))
-        yield host.goes_past(
+        yield _check_mirrors(host, mirrors, str(path))
+        yield host.bypass_check(
             CLIENT,
             "if the server fails, dockerd asks Docker Hub itself",
             "no setting of dockerd prevents that: block registry-1.docker.io in the network",
         )
     if host.site.plain and not host.site.loopback and not _covers(insecure, host.site.host):
         message = f"{host.site.host} is not in insecure-registries: pulls by full name use https"
-        yield warning("configuration", CLIENT, message, host.setup(CLIENT))
+        yield warning("configuration", CLIENT, message, host.setup_command(CLIENT))
     others = [each for each in host.site.namespaces if each != DOCKER_HUB]
     if others:
         stored = keys.get("features", {}).get("containerd-snapshotter") is True
@@ -47,10 +47,10 @@ def _looked(host: Machine) -> Iterator[Check]:
             advice = (
                 f"pull them by full name, {host.site.host}/{others[0]}/…; dockerd mirrors only Docker Hub"
             )
-            yield host.leaves_out(CLIENT, others, advice)
+            yield host.left_out_check(CLIENT, others, advice)
 
 
-def _keys(text: str | None) -> dict[str, Any]:
+def _parse(text: str | None) -> dict[str, Any]:
     try:
         keys = json.loads(text) if text and text.strip() else {}
     except ValueError as error:
@@ -60,14 +60,14 @@ def _keys(text: str | None) -> dict[str, Any]:
     return keys
 
 
-def _list(keys: dict[str, Any], key: str) -> list[str]:
+def _get_list(keys: dict[str, Any], key: str) -> list[str]:
     found = keys.get(key, [])
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise InvalidFile(f"{key} is not a list of strings")
     return found
 
 
-def _mirrored(host: Machine, mirrors: list[str], path: str) -> Check:
+def _check_mirrors(host: Machine, mirrors: list[str], path: str) -> Check:
     ours = host.site.url.origin()
     origins = [origin(each) for each in mirrors]
     if ours in origins:
@@ -78,9 +78,12 @@ def _mirrored(host: Machine, mirrors: list[str], path: str) -> Check:
     other = next((each for each in origins if each and each.authority == ours.authority), None)
     if other:
         message = f"{path} names {other}, but the server uses {ours.scheme}"
-        return failed("configuration", CLIENT, message, host.setup(CLIENT))
+        return failed("configuration", CLIENT, message, host.setup_command(CLIENT))
     return failed(
-        "configuration", CLIENT, f"{path} does not name {ours} in registry-mirrors", host.setup(CLIENT)
+        "configuration",
+        CLIENT,
+        f"{path} does not name {ours} in registry-mirrors",
+        host.setup_command(CLIENT),
     )
 
 

@@ -52,18 +52,18 @@ class Machine:
         except tomllib.TOMLDecodeError as error:
             raise InvalidFile(f"it is not TOML: {error}") from None
 
-    def setup(self, client: str) -> str:
+    def setup_command(self, client: str) -> str:
         """The command that installs the configuration of a client."""
         more = "" if self.site.bypass else " --no-bypass"
         return f"entrepot setup {client} --url {self.site.base}{more} --write"
 
-    def goes_past(self, client: str, message: str, advice: str = "") -> Check:
+    def bypass_check(self, client: str, message: str, advice: str = "") -> Check:
         """A check of requests that bypass the server if that fails; ok if a bypass is allowed."""
         if self.site.bypass:
             return ok("bypass", client, message)
-        return failed("bypass", client, message, advice or self.setup(client))
+        return failed("bypass", client, message, advice or self.setup_command(client))
 
-    def leaves_out(self, client: str, names: list[str], advice: str, every: bool = False) -> Check:
+    def left_out_check(self, client: str, names: list[str], advice: str, every: bool = False) -> Check:
         """A check of registries that a client always asks directly; `every` if it never uses the server."""
         message = f"{', '.join(names)}: asked directly, without the server"
         make = warning if self.site.bypass and not every else failed

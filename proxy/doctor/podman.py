@@ -16,13 +16,13 @@ CLIENT = "podman"
 Tables = dict[str, Mapping[str, Any]]  # [[registry]] by prefix
 
 
-def look(host: Machine) -> list[Check]:
+def check(host: Machine) -> list[Check]:
     """No checks if none of them is installed."""
     here = any(host.has(each, CONTAINERS) for each in ("podman", "skopeo", "buildah", "crio"))
-    return list(_looked(host)) if here else []
+    return list(_checks(host)) if here else []
 
 
-def _looked(host: Machine) -> Iterator[Check]:
+def _checks(host: Machine) -> Iterator[Check]:
     try:
         tables, searched = read(host)
     except InvalidFile as error:
@@ -31,24 +31,24 @@ def _looked(host: Machine) -> Iterator[Check]:
     direct, bypassed, right = [], [], []
     for name in host.site.namespaces:
         table = tables.get(name)
-        place = None if table is None else _place(host, name, table)
+        place = None if table is None else _find_server(host, name, table)
         if table is None or place is None:
             direct.append(name)
-        elif fault := _fault(host, name, table, place):
-            yield failed("configuration", f"{CLIENT}, {name}", fault, host.setup(CLIENT))
+        elif fault := _find_fault(host, name, table, place):
+            yield failed("configuration", f"{CLIENT}, {name}", fault, host.setup_command(CLIENT))
         else:
             right.append(name)
             if place is not table:
                 bypassed.append(name)
-            yield from _narrowed(host, name, table, place)
+            yield from _check_scope(host, name, table, place)
     if right:
         yield ok("configuration", CLIENT, f"{', '.join(right)}: pulled through the server")
     if bypassed:
-        yield host.goes_past(CLIENT, f"if the server fails, podman asks {', '.join(bypassed)} directly")
+        yield host.bypass_check(CLIENT, f"if the server fails, podman asks {', '.join(bypassed)} directly")
     if direct:
         every = len(direct) == len(host.site.namespaces)
-        yield host.leaves_out(CLIENT, direct, host.setup(CLIENT), every)
-    yield from _deeper(host, tables)
+        yield host.left_out_check(CLIENT, direct, host.setup_command(CLIENT), every)
+    yield from _check_prefixes(host, tables)
     if beside := [each for each in searched if each not in host.site.namespaces]:
         message = f"a name without a registry is searched in {', '.join(beside)}, without the server"
         advice = "keep only mirrored registries in unqualified-search-registries of registries.conf"
@@ -91,7 +91,7 @@ def _files(host: Machine) -> list[Path]:
     return [first, *more]
 
 
-def _place(host: Machine, name: str, table: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _find_server(host: Machine, name: str, table: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The table or the mirror that names the server, or None."""
     mirrors = table.get("mirror", [])
     for each in [*(mirrors if isinstance(mirrors, list) else []), table]:
@@ -100,7 +100,7 @@ def _place(host: Machine, name: str, table: Mapping[str, Any]) -> Mapping[str, A
     return None
 
 
-def _fault(host: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]) -> str:
+def _find_fault(host: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]) -> str:
     path = str(place.get("location", "")).partition("/")[2]
     bare = name == DOCKER_HUB and host.site.hub
     if path != name and not (bare and not path):
@@ -112,7 +112,7 @@ def _fault(host: Machine, name: str, table: Mapping[str, Any], place: Mapping[st
     return ""
 
 
-def _narrowed(
+def _check_scope(
     host: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]
 ) -> Iterator[Check]:
     mirrors = table.get("mirror", [])
@@ -131,10 +131,14 @@ def _narrowed(
         yield warning("configuration", subject, message, "move the server's mirror to the top")
 
 
-def _deeper(host: Machine, tables: Tables) -> Iterator[Check]:
+def _check_prefixes(host: Machine, tables: Tables) -> Iterator[Check]:
     """Checks of tables for a part of a registry, which take precedence over the table of the registry."""
     for prefix, table in tables.items():
         namespace = prefix.partition("/")[0]
-        if namespace in host.site.namespaces and prefix != namespace and _place(host, prefix, table) is None:
+        if (
+            namespace in host.site.namespaces
+            and prefix != namespace
+            and _find_server(host, prefix, table) is None
+        ):
             message = f"{prefix} has its own table, which does not name the server"
             yield warning("namespaces", CLIENT, message, "add the server as its mirror, or remove it")

@@ -39,7 +39,7 @@ class _State(msgspec.Struct):
     store: str = ""
 
 
-async def look(config: Config, admin: URL | None = None) -> list[Check]:
+async def check(config: Config, admin: URL | None = None) -> list[Check]:
     """All checks.  `admin` replaces the admin address of the configuration."""
     url = admin
     if url is None and config.admin and config.admin.port:
@@ -51,12 +51,12 @@ async def look(config: Config, admin: URL | None = None) -> list[Check]:
         if url is None:
             advice = "set admin: in the configuration to see the state of the server"
             found = [warning("server", "-", "the admin listener is off, so its state is unknown", advice)]
-            return [*found, await _listens(session, config, None)]
-        found, runs = await _administered(session, url)
-        return [*found, await _listens(session, config, runs)]
+            return [*found, await _check_listener(session, config, None)]
+        found, runs = await _check_admin(session, url)
+        return [*found, await _check_listener(session, config, runs)]
 
 
-async def _administered(session: aiohttp.ClientSession, url: URL) -> tuple[list[Check], bool]:
+async def _check_admin(session: aiohttp.ClientSession, url: URL) -> tuple[list[Check], bool]:
     """The checks by the admin listener, and whether the server runs."""
     subject = str(url)
     try:
@@ -75,7 +75,7 @@ async def _administered(session: aiohttp.ClientSession, url: URL) -> tuple[list[
         found = [warning("server", subject, f"is {state.status}", "wait for it to stop, then start it again")]
     else:
         found = [ok("server", subject, "is ready")]
-    return [*found, *_breakers(samples)], True
+    return [*found, *_check_breakers(samples)], True
 
 
 async def metrics(session: aiohttp.ClientSession, url: URL) -> list[Sample]:
@@ -89,7 +89,7 @@ async def metrics(session: aiohttp.ClientSession, url: URL) -> list[Sample]:
     ]
 
 
-def _breakers(samples: list[Sample]) -> list[Check]:
+def _check_breakers(samples: list[Sample]) -> list[Check]:
     """Checks of upstream hosts that the server has paused because they failed."""
     hosts = [each for each in samples if each.name == OPEN]
     found = []
@@ -104,7 +104,7 @@ def _breakers(samples: list[Sample]) -> list[Check]:
     return found
 
 
-async def _listens(session: aiohttp.ClientSession, config: Config, runs: bool | None) -> Check:
+async def _check_listener(session: aiohttp.ClientSession, config: Config, runs: bool | None) -> Check:
     """Whether the listener answers; `runs` is whether the server runs, None if that is unknown."""
     subject = str(config.listen)
     if not config.listen.port:
@@ -119,7 +119,7 @@ async def _listens(session: aiohttp.ClientSession, config: Config, runs: bool | 
         if runs:
             advice = "if listen: was changed, restart the server; or give its file with --config"
             return failed("listen", subject, f"does not answer, but the server runs: {cause(error)}", advice)
-        return _could_listen(config)
+        return _check_address(config)
     except (aiohttp.ClientError, TimeoutError) as error:
         advice = "check what listens there: ss -ltnp"
         return failed("listen", subject, f"the answer is not HTTP: {cause(error)}", advice)
@@ -131,7 +131,7 @@ async def _listens(session: aiohttp.ClientSession, config: Config, runs: bool | 
     return ok("listen", subject, f"answers {status}")
 
 
-def _could_listen(config: Config) -> Check:
+def _check_address(config: Config) -> Check:
     subject = str(config.listen)
     try:
         for each in bind(config.listen, "listen"):
@@ -141,7 +141,7 @@ def _could_listen(config: Config) -> Check:
     return ok("listen", subject, "is free for the server")
 
 
-def own_certificate(config: Config) -> list[Check]:
+def check_certificate(config: Config) -> list[Check]:
     """The check of the listener's certificate, if it has one."""
     if config.tls is None:
         return []
@@ -152,10 +152,10 @@ def own_certificate(config: Config) -> list[Check]:
         return [failed("tls", subject, str(error), "check the files of tls: in the configuration")]
     if expires < time.time():
         return [failed("tls", subject, "the certificate has expired", advice)]
-    return [certificates.judged("tls", subject, expires, advice)]
+    return [certificates.check_expiry("tls", subject, expires, advice)]
 
 
-def machine(config: Config) -> list[Check]:
+def check_limits(config: Config) -> list[Check]:
     """The checks of the number of processes and of open files."""
     cores, processes = os.cpu_count() or 1, config.processes()
     counts = f"{processes} on {cores} cores"

@@ -31,10 +31,10 @@ async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
         ]
     checks = [ok("configuration", subject, "is valid")]
     local = await asyncio.gather(
-        asyncio.to_thread(disk.look, config.disk),
-        asyncio.to_thread(running.own_certificate, config),
-        asyncio.to_thread(running.machine, config),
-        running.look(config, admin),
+        asyncio.to_thread(disk.check, config.disk),
+        asyncio.to_thread(running.check_certificate, config),
+        asyncio.to_thread(running.check_limits, config),
+        running.check(config, admin),
     )
     checks += [each for found in local for each in found]
     return checks + await _upstreams(config)
@@ -48,9 +48,9 @@ async def _upstreams(config: Config) -> list[Check]:
             checks.append(ok("upstream", name, "is offline, so it is never asked"))
         else:
             asked[name] = upstream
-    found = await asyncio.gather(*(upstreams.look(name, each) for name, each in asked.items()))
+    found = await asyncio.gather(*(upstreams.check(name, each) for name, each in asked.items()))
     ahead = []
     for each, clocks in found:
         checks += each
         ahead += clocks
-    return [*checks, upstreams.clock(ahead)] if asked else checks
+    return [*checks, upstreams.check_clock(ahead)] if asked else checks

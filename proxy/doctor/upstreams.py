@@ -101,7 +101,7 @@ class UpstreamProbe:
         await self._transport.close()
 
 
-async def look(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float]]:
+async def check(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float]]:
     """The checks of all URLs of an upstream, and how many seconds their clocks are ahead of ours."""
     checks: list[Check] = []
     ahead: list[float] = []
@@ -114,19 +114,19 @@ async def look(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float
             checks.append(failed("tls", subject, f"its certificates cannot be read: {cause(error)}", advice))
             continue
         try:
-            checks += [each async for each in _looked(probe, subject, ahead)]
+            checks += [each async for each in _checks(probe, subject, ahead)]
         finally:
             await probe.close()
     return checks, ahead
 
 
-async def _looked(probe: UpstreamProbe, subject: str, ahead: list[float]) -> AsyncIterator[Check]:
-    resolved = await _resolved(probe, subject)
+async def _checks(probe: UpstreamProbe, subject: str, ahead: list[float]) -> AsyncIterator[Check]:
+    resolved = await _check_name(probe, subject)
     yield resolved
     if resolved.state == "failed":
         return
     if probe.url.scheme == "https":
-        yield (certificate := await _certificate(probe, subject))
+        yield (certificate := await _check_certificate(probe, subject))
         if certificate.state == "failed":
             return  # every further request would fail for it
     try:
@@ -137,16 +137,16 @@ async def _looked(probe: UpstreamProbe, subject: str, ahead: list[float]) -> Asy
         return
     if greeting.ahead is not None:
         ahead.append(greeting.ahead)
-    yield _answered(probe, subject, greeting)
+    yield _check_answer(probe, subject, greeting)
     for number, login in enumerate(probe.keys.logins()):
         who = subject if len(probe.keys.logins()) == 1 else f"{subject}, credentials[{number}]"
         if login.sources():
-            yield await _accepted(probe, who, login)
+            yield await _check_credentials(probe, who, login)
         if probe.url.host in HUB:
-            yield await _limit(probe, who, login)
+            yield await _check_rate_limit(probe, who, login)
 
 
-async def _resolved(probe: UpstreamProbe, subject: str) -> Check:
+async def _check_name(probe: UpstreamProbe, subject: str) -> Check:
     proxy = probe.connect.proxy
     asked = URL(proxy) if proxy else probe.url
     host, role = asked.host or "", "its proxy" if proxy else "its host"
@@ -165,7 +165,7 @@ async def _resolved(probe: UpstreamProbe, subject: str) -> Check:
     return ok("dns", subject, f"{role}, {host}, is {addresses[0]}" + (", …" if len(addresses) > 1 else ""))
 
 
-async def _certificate(probe: UpstreamProbe, subject: str) -> Check:
+async def _check_certificate(probe: UpstreamProbe, subject: str) -> Check:
     connect = probe.connect
     if connect.proxy:
         return ok("tls", subject, "is reached by a proxy; its certificate is checked with the answer")
@@ -176,21 +176,21 @@ async def _certificate(probe: UpstreamProbe, subject: str) -> Check:
     if not isinstance(context, ssl.SSLContext):
         context = ssl.create_default_context()
     try:
-        end = await certificates.of_host(
+        end = await certificates.expiry_of(
             probe.url.host or "", probe.url.port or 443, context, connect.header_timeout
         )
     except ssl.SSLError as error:
         advice = (
             "have it renewed, or set ca_file for a private authority; also check the clock of this machine"
         )
-        return failed("tls", subject, certificates.refused(error), advice)
+        return failed("tls", subject, certificates.describe_error(error), advice)
     except (OSError, TimeoutError) as error:
         advice = f"check whether a firewall or proxy blocks this machine from {probe.url.origin()}"
         return failed("reach", subject, f"{probe.url.origin()} cannot be reached: {cause(error)}", advice)
-    return certificates.judged("tls", subject, end, "ask its operator to renew it")
+    return certificates.check_expiry("tls", subject, end, "ask its operator to renew it")
 
 
-def _answered(probe: UpstreamProbe, subject: str, greeting: Greeting) -> Check:
+def _check_answer(probe: UpstreamProbe, subject: str, greeting: Greeting) -> Check:
     message = f"{probe.base} answers {greeting.status} in {1000 * greeting.seconds:.0f} ms"
     if greeting.status not in (200, 401):
         advice = "check that it is a registry, and that url does not include /v2"
@@ -202,7 +202,7 @@ def _answered(probe: UpstreamProbe, subject: str, greeting: Greeting) -> Check:
     return ok("reach", subject, message)
 
 
-async def _accepted(probe: UpstreamProbe, subject: str, login: Login) -> Check:
+async def _check_credentials(probe: UpstreamProbe, subject: str, login: Login) -> Check:
     where = f"{login.sources()[0]} of namespaces.{probe.name}.upstream"
     tokens = probe.tokens(credentials_of(login))
     try:
@@ -218,7 +218,7 @@ async def _accepted(probe: UpstreamProbe, subject: str, login: Login) -> Check:
     return failed("credentials", subject, f"the upstream answers {status}", f"check {where}")
 
 
-async def _limit(probe: UpstreamProbe, subject: str, login: Login) -> Check:
+async def _check_rate_limit(probe: UpstreamProbe, subject: str, login: Login) -> Check:
     tokens = probe.tokens(credentials_of(login))
     try:
         status, headers = await probe.ask(
@@ -243,7 +243,7 @@ async def _limit(probe: UpstreamProbe, subject: str, login: Login) -> Check:
     return ok("rate limit", subject, message)
 
 
-def clock(ahead: list[float]) -> Check:
+def check_clock(ahead: list[float]) -> Check:
     """The check of this machine's clock against the median of the upstreams, one of which may be wrong."""
     if not ahead:
         message = "no upstream has sent its time"

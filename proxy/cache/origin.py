@@ -87,7 +87,7 @@ class Origin:
         return self._paused.get(key)
 
     def failed(self, error: Unavailable) -> None:
-        # A rate limit is answered at once: nobody waits for it.
+        # A rate limit is answered at once: no client waits for it.
         if not isinstance(error, TooManyRequests):
             self.failure = error
 

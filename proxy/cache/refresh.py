@@ -80,12 +80,10 @@ async def refresh(
     sparing: leave to clients the requests that are reserved of the origin's rate limit; see Cache.spare()
     """
     old: Digest | None = None
-    new = False
     if sparing:
         registry.spare(repository, reference)
     if isinstance(reference, Tag):
         _, manifest, old = await registry.revalidate(repository, reference)
-        new = old is None
     else:
         manifest = await registry.get_manifest(repository, reference)
     image = _ImageFetch(registry, repository, sparing)
@@ -95,18 +93,7 @@ async def refresh(
     await image.fetch_blobs()
     if image.unknown:
         raise image.unknown[0]
-    return RefreshResult(
-        repository,
-        reference,
-        manifest.digest,
-        new,
-        None if old == manifest.digest else old,
-        len(image.manifests),
-        len(image.blobs),
-        image.fetched,
-        image.bytes,
-        image.referrers,
-    )
+    return image.result(reference, manifest.digest, old)
 
 
 @dataclass(slots=True)
@@ -187,6 +174,20 @@ class _ImageFetch:
         if size:
             self.fetched += 1
             self.bytes += size
+
+    def result(self, reference: Reference, digest: Digest, old: Digest | None) -> RefreshResult:
+        return RefreshResult(
+            self.repository,
+            reference,
+            digest,
+            isinstance(reference, Tag) and old is None,
+            None if old == digest else old,
+            len(self.manifests),
+            len(self.blobs),
+            self.fetched,
+            self.bytes,
+            self.referrers,
+        )
 
 
 @runtime_checkable

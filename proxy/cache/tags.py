@@ -80,8 +80,7 @@ class TagRevalidation:
                 return known.answered("stale", fresh_for, error)
         self._origin.check(key)
         try:
-            # An origin that has failed may be slow to fail again; the next request learns how this one ended.
-            async with asyncio.timeout(PATIENCE if known and self._origin.failure else None):
+            async with asyncio.timeout(self._patience(known)):
                 result, manifest, error = await self._origin.flights.join(
                     key, lambda: self._validate(repository, tag)
                 )
@@ -91,6 +90,14 @@ class TagRevalidation:
         if error is not None and known is not None:
             return known._replace(manifest=manifest).answered("stale", fresh_for, error)
         return _Known(manifest, 0.0).answered(result, fresh_for)
+
+    def _patience(self, known: _Known | None) -> float | None:
+        """Seconds to wait for the origin before the known manifest is served; None means no limit.
+
+        The validation goes on after that, and the next request learns how it ended.
+        """
+        # An origin that has failed may be slow to fail again.
+        return PATIENCE if known is not None and self._origin.failure is not None else None
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
         """Ask the origin even if the tag is fresh: hit, miss or revalidated, the manifest, the former digest.

@@ -84,7 +84,7 @@ class RequestEvents:
         tag: Tag | None,
         source: str | None,
     ) -> Event:
-        gone = action == "delete"
+        deleted = action == "delete"
         return Event(
             id=str(uuid.uuid4()),
             at=self._clock(),
@@ -97,7 +97,9 @@ class RequestEvents:
             tag=str(tag or ""),
             source=source or "",
             actor=exchange.user,
-            url="" if gone or not descriptor else _url(request, route, kind, descriptor.digest, exchange.ns),
+            url=""
+            if deleted or not descriptor
+            else _url(request, route, kind, descriptor.digest, exchange.ns),
             request=EventRequest(
                 id=exchange.id,
                 address=request.remote or "",

@@ -268,8 +268,8 @@ class Push:
             if isinstance(reference, Tag):
                 await self._events.report("delete", "tag", request, route, exchange, tag=reference)
             else:
-                gone = Descriptor("", reference, -1)
-                await self._events.report("delete", "manifest", request, route, exchange, gone)
+                deleted = Descriptor("", reference, -1)
+                await self._events.report("delete", "manifest", request, route, exchange, deleted)
 
         await uninterrupted(delete())
         return self._deleted(exchange)
@@ -282,8 +282,8 @@ class Push:
 
         async def delete() -> None:
             await self._registry.delete_blob(name, digest)
-            gone = Descriptor(OCTETS, digest, -1)
-            await self._events.report("delete", "blob", request, route, exchange, gone)
+            deleted = Descriptor(OCTETS, digest, -1)
+            await self._events.report("delete", "blob", request, route, exchange, deleted)
 
         await uninterrupted(delete())
         return self._deleted(exchange)

@@ -94,8 +94,8 @@ class Queue:
         """Remove the events of `keys`, and record `state` if it is given."""
 
         def work(batch: Batch) -> None:
-            gone = sum(batch.delete(key) for key in keys)
-            batch.put(PENDING.key(webhook), b"%d" % max(0, _number(batch, PENDING.key(webhook)) - gone))
+            removed = sum(batch.delete(key) for key in keys)
+            batch.put(PENDING.key(webhook), b"%d" % max(0, _number(batch, PENDING.key(webhook)) - removed))
             if state is not None:
                 batch.put(WEBHOOK.key(webhook), msgspec.json.encode(state))
 

@@ -203,13 +203,13 @@ async def test_a_breaker_that_is_open(site: Site, upstream: Upstream, tmp_path: 
 
 def test_processes_that_are_too_many(tmp_path: Path) -> None:
     config = msgspec.structs.replace(load(None, {}), workers=256)
-    (workers, _) = running.machine(config)
+    (workers, _) = running.check_limits(config)
     assert workers.state == "warning"
 
 
 def test_descriptors_that_are_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running.resource, "getrlimit", lambda which: (100, 1024))
-    (_, descriptors) = running.machine(load(None, {}))
+    (_, descriptors) = running.check_limits(load(None, {}))
     assert descriptors.state == "warning"
     assert "1024" in descriptors.message
 
@@ -474,7 +474,7 @@ def listening(certificate: Path, key: Path | None = None) -> Config:
 @pytest.mark.parametrize(("days", "state"), [(90, "ok"), (3, "warning"), (-1, "failed")])
 def test_a_certificate_of_our_own(issuer: Issuer, days: int, state: str) -> None:
     issuer.issue(days)
-    (check,) = running.own_certificate(listening(issuer.pair))
+    (check,) = running.check_certificate(listening(issuer.pair))
     assert check.state == state
 
 
@@ -482,11 +482,11 @@ def test_a_key_of_another_certificate(issuer: Issuer, tmp_path: Path) -> None:
     issuer.issue()
     other = tmp_path / "other.key"
     other.write_bytes(issuer.authority.issue_cert("elsewhere.example").private_key_pem.bytes())
-    (check,) = running.own_certificate(listening(issuer.pair, other))
+    (check,) = running.check_certificate(listening(issuer.pair, other))
     assert check.state == "failed"
-    (check,) = running.own_certificate(listening(tmp_path / "absent.pem"))
+    (check,) = running.check_certificate(listening(tmp_path / "absent.pem"))
     assert "No such file" in check.message
-    assert running.own_certificate(load(None, {})) == []
+    assert running.check_certificate(load(None, {})) == []
 
 
 def test_an_intermediate_authority_of_our_own(issuer: Issuer, tmp_path: Path) -> None:
@@ -495,5 +495,5 @@ def test_an_intermediate_authority_of_our_own(issuer: Issuer, tmp_path: Path) ->
     child = issuer.authority.create_child_ca().issue_cert("localhost", not_after=soon)
     pair = tmp_path / "chain.pem"
     child.private_key_and_cert_chain_pem.write_to_path(str(pair))
-    (check,) = running.own_certificate(listening(pair))
+    (check,) = running.check_certificate(listening(pair))
     assert "40 days" in check.message

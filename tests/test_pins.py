@@ -135,13 +135,13 @@ def test_what_is_exact(pattern: str, exact: tuple[str, str] | None) -> None:
 
 @pytest.mark.parametrize("pattern", ["", "docker.io/library/alpine: 3", "a\tb", "docker.io/x y:1"])
 def test_a_pattern_holds_no_space(pattern: str) -> None:
-    with pytest.raises(ValueError, match="must hold no space"):
+    with pytest.raises(ValueError, match="must not contain spaces"):
         Pin(pattern)
 
 
 @pytest.mark.parametrize("platform", ["linux", "", "linux/", "linux/arm64/v8/x", "linux /amd64"])
 def test_a_platform_names_system_and_architecture(platform: str) -> None:
-    with pytest.raises(ValueError, match="no platform such as"):
+    with pytest.raises(ValueError, match="not a platform such as"):
         Pin("a/b", platforms=(platform,))
 
 
@@ -153,7 +153,7 @@ def test_keep_fresh_is_a_time(seconds: float) -> None:
 
 @pytest.mark.parametrize("pattern", ["a/b:!", "a/B:1", "a/b@sha256:1", "alpine:3"])
 def test_what_could_match_nothing_is_not_commanded(store: Store, pattern: str) -> None:
-    with pytest.raises(ValueError, match="can match nothing"):
+    with pytest.raises(ValueError, match="nothing can match"):
         Pins(store).add(Pin(pattern))
     assert list(Pins(store).list()) == []
 

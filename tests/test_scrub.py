@@ -549,10 +549,10 @@ async def test_what_is_foreign_is_told_of_and_left_alone(home: Home, heard: Hear
 
 
 async def test_not_all_of_much_that_is_foreign_is_told(home: Home, heard: Heard) -> None:
-    for number in range(module.TOLD + 5):
+    for number in range(module.LOGGED + 5):
         (home.root / "blobs" / f"file{number}").touch()
-    assert (await home.run()).foreign == module.TOLD + 5
-    assert len(heard("scrub.foreign")) == module.TOLD
+    assert (await home.run()).foreign == module.LOGGED + 5
+    assert len(heard("scrub.foreign")) == module.LOGGED
 
 
 async def test_a_tree_that_is_not_there_is_empty(home: Home) -> None:
@@ -602,7 +602,7 @@ async def test_within_a_directory_it_goes_on_where_it_was(home: Home) -> None:
     digests = [await home.put(content) for content in neighbours(4)]
     foreign = home.path(digests[0]).with_name("!")
     foreign.touch()
-    home.steps[digests[1]] = lambda: home.clock.advance(module.NOTED)
+    home.steps[digests[1]] = lambda: home.clock.advance(module.SAVE_EVERY)
     await cut_at(home, digests[2], home.scrub())
     home.order.clear()
     scrub = home.scrub()

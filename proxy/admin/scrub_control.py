@@ -10,7 +10,7 @@ import structlog
 from proxy.admin.reports import Scrubbing
 from proxy.admin.rows import scrub_row
 from storage.errors import RegistryError
-from storage.maintenance.scrub import Heal, Progress, Scrub
+from storage.maintenance.scrub import Heal, Scrub, ScrubProgress
 
 log = structlog.get_logger()
 
@@ -34,7 +34,7 @@ class ScrubControl:
         """Start a scrub, unless one is running."""
         if self._task is None or self._task.done():
             for each in self._scrubs:
-                each.progress = Progress(self._clock())
+                each.progress = ScrubProgress(self._clock())
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:

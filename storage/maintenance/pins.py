@@ -1,14 +1,14 @@
-"""Pins: what is kept whatever its age and however little room there is.
+"""Pins: content that is kept whatever its age, and however little space there is.
 
-A pin's pattern is a glob over `<namespace>/<repository>:<tag>` or `<namespace>/<repository>@<digest>`; one
-that says neither tag nor digest means every tag of the repository.  `*` and `?` match slashes too, as in
-fnmatch.  Pins come from the configuration, or by command, and then they are records:
+The pattern of a pin is a glob over `<namespace>/<repository>:<tag>` or `<namespace>/<repository>@<digest>`;
+without a tag or digest it matches every tag of the repository.  `*` and `?` match slashes too, as in fnmatch.
+Pins are configured, or set by command, and then they are records:
 
     pin <pattern>                             JSON: keep_fresh, platforms, since
 
-A pinned reference keeps its manifest, all that the manifest names, and what refers to any of that
-(signatures, SBOMs), as far as it is stored.  With `platforms`, of an index only the children for these are
-kept, and those that tell no platform, since they may be for any; BuildKit's attestations tell
+A pinned reference keeps its manifest, everything that the manifest names, and the referrers of these
+(signatures, SBOMs), as far as they are stored.  With `platforms`, only those children of an index are kept
+that are for one of them or state no platform, since these may be for any.  BuildKit's attestations state
 unknown/unknown, which is none of them.
 """
 
@@ -40,11 +40,11 @@ _PLATFORM = re.compile(r"[^/\s]+/[^/\s]+(?:/[^/\s]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """`keep_fresh` is the time between two refreshings, `since` when it was made by command; seconds.
+    """A pin.  Raises ValueError if a field is invalid.
 
-    `platforms` are os/architecture or os/architecture/variant; without a variant it is any of them.
-
-    Raises ValueError.
+    `keep_fresh` is the number of seconds between two refreshes, `since` when the pin was set by command, in
+    seconds since the epoch.  `platforms` are os/architecture or os/architecture/variant; without a variant,
+    any variant matches.
     """
 
     pattern: str
@@ -55,17 +55,17 @@ class Pin:
     def __post_init__(self) -> None:
         if not self.pattern or re.search(r"\s", self.pattern):
             raise ValueError(
-                f"{self.pattern!r} is no pattern of a pin: it must hold no space, and not be empty"
+                f"{self.pattern!r} is not a pattern: it must not be empty, and must not contain spaces"
             )
         if self.keep_fresh is not None and not 0 < self.keep_fresh < math.inf:
-            raise ValueError(f"keep_fresh of {self.pattern} must be more than 0 seconds, and not for ever")
+            raise ValueError(f"keep_fresh of {self.pattern} must be more than 0 seconds, and finite")
         for platform in self.platforms:
             if not _PLATFORM.fullmatch(platform):
-                raise ValueError(f"{platform!r} is no platform such as linux/amd64 or linux/arm64/v8")
+                raise ValueError(f"{platform!r} is not a platform such as linux/amd64 or linux/arm64/v8")
 
     @property
     def parts(self) -> tuple[str, str, str]:
-        """The repository's pattern, `:` for a tag or `@` for a digest, and the pattern of that."""
+        """The pattern of the repository, `:` for a tag or `@` for a digest, and the pattern of that."""
         start = self.pattern.rfind("/") + 1
         found = re.search("[:@]", self.pattern[start:])
         if found is None:
@@ -74,7 +74,7 @@ class Pin:
         return self.pattern[:at], found[0], self.pattern[at + 1 :]
 
     def matches(self, repository: str, reference: str) -> bool:
-        """`repository` is a full name; what holds a colon is a digest, else it is a tag."""
+        """Whether a tag or digest of the repository, given by its full name, matches."""
         named, kind, referred = self.parts
         if (kind == "@") != (":" in reference):
             return False
@@ -82,20 +82,20 @@ class Pin:
 
     @property
     def exact(self) -> tuple[str, Reference] | None:
-        """The one thing that it can match, where there is no wildcard in it.
+        """The one reference that a pattern without wildcards matches, None for a pattern with wildcards.
 
-        Raises NameInvalid, TagInvalid, DigestInvalid where it can match nothing at all.
+        Raises NameInvalid, TagInvalid, DigestInvalid if no reference can match.
         """
         repository, kind, reference = self.parts
         if is_glob(repository + reference):
             return None
-        # The namespace is none of the name, and may hold a port.
+        # The namespace is not part of the name, and may contain a port.
         parse_name(repository.partition("/")[2])
         return repository, Digest.parse(reference) if kind == "@" else Tag.parse(reference)
 
     @property
     def prefix(self) -> str:
-        """What the key of every record that it matches begins with, and is longer than."""
+        """A prefix of the keys of all matching records, shorter than any of these keys."""
         repository, kind, reference = self.parts
         name = literal_prefix(repository)
         records = MANIFEST if kind == "@" else TAG
@@ -106,7 +106,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class PinnedContent:
-    """`references` are tags and manifests by repository, `digests` manifests and blobs."""
+    """What pins keep: tags and manifests by repository, and the digests of manifests and blobs."""
 
     references: frozenset[tuple[str, str]]
     digests: frozenset[Digest]
@@ -119,7 +119,7 @@ class _Record(msgspec.Struct):
 
 
 class Pins:
-    """Every method may raise StorageFailed, and blocks.  Configured pins come first."""
+    """The pins of a store, `configured` ones first.  Methods block, and may raise StorageFailed."""
 
     def __init__(
         self, store: Store, configured: Sequence[Pin] = (), clock: Callable[[], float] = time.time
@@ -129,7 +129,7 @@ class Pins:
         self._clock = clock
 
     def list(self) -> Sequence[Pin]:
-        """A configured pin and one by command may have the same pattern."""
+        """All pins.  A configured pin and one that was set by command may have the same pattern."""
         return [*self._configured, *self._commanded()]
 
     def _commanded(self) -> Iterator[Pin]:
@@ -138,35 +138,35 @@ class Pins:
                 found = msgspec.json.decode(value, type=_Record)
                 yield Pin(PIN.parse(key)[0], found.keep_fresh, found.platforms, found.since)
             except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
-                continue  # damaged: as none
+                continue  # a damaged record counts as none
 
     def add(self, pin: Pin) -> None:
-        """In place of what was commanded with this pattern before.
+        """Set a pin, in place of one that was set with the same pattern.
 
-        Raises ValueError where it could match nothing.
+        Raises ValueError if nothing can match it.
         """
         try:
             _ = pin.exact
         except (NameInvalid, TagInvalid, DigestInvalid) as error:
-            raise ValueError(f"{pin.pattern} can match nothing: {error}") from None
+            raise ValueError(f"nothing can match {pin.pattern}: {error}") from None
         since = self._clock() if pin.since is None else pin.since
         record = msgspec.json.encode(_Record(pin.keep_fresh, pin.platforms, since))
         self._store.records.put(PIN.key(pin.pattern), record)
 
     def remove(self, pattern: str) -> bool:
-        """Whether it was there.  A configured pin stays."""
+        """Remove a pin that was set by command; whether there was one."""
         return self._store.records.delete(PIN.key(pattern))
 
     def of(self, repository: str, reference: str) -> Pin | None:
-        """The first that matches; `repository` is a full name."""
+        """The first pin that matches a reference of the repository, given by its full name."""
         return next((pin for pin in self.list() if pin.matches(repository, reference)), None)
 
     def matching(self, pin: Pin) -> Iterator[tuple[str, Reference]]:
-        """The tags, or manifests by digest, that are known here."""
+        """The stored tags, or manifests by digest, that match."""
         yield from matching(self._store, pin)
 
     def pinned(self) -> PinnedContent:
-        """What is to be kept now, as far as it is stored."""
+        """What the pins keep now, as far as it is stored."""
         references: set[tuple[str, str]] = set()
         digests: set[Digest] = set()
         seen: set[tuple[str, Digest, tuple[str, ...]]] = set()
@@ -189,14 +189,14 @@ class Pins:
         return None if pointer is None else pointer.digest
 
     def _kept(self, repository: str, digest: Digest, platforms: Sequence[str]) -> ManifestTree:
-        """The manifest, what refers to it, what refers to that, …, and all that these name."""
+        """The manifest, its referrers, the referrers of these, and everything that they name."""
         found = walk(self._store, repository, digest, platforms)
         subjects = Walk(found.manifests)
         for subject in subjects:
             for referrer, tag in referring(self._store, repository, subject):
                 found.tags |= set() if tag is None else {tag}
                 if referrer not in found.manifests:
-                    # What refers is for no platform: all of it.
+                    # A referrer is for no platform: all of it is kept.
                     more = walk(self._store, repository, referrer)
                     subjects.add(more.manifests)
                     found.manifests |= more.manifests

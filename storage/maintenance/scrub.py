@@ -1,25 +1,25 @@
-"""What lies on disk is read again and compared with its digest: slowly, over and over.
+"""Verification of all stored content: it is read and compared with its digest, slowly and repeatedly.
 
-A blob whose content is not what its name says, or that cannot be read, is set aside, told of, and handed to
-whoever can have it fetched again.  What is in the tree and is no blob is told of and left alone.  A manifest
-whose record is not what its key says is removed, and told of.  That a linked blob is not there is no damage
-to a cache, which fetches it when it is asked for.
+A blob whose content does not match its digest, or that cannot be read, is set aside, logged, and fetched
+again if that is possible.  What is in the tree but is not a blob is logged and left alone.  A manifest whose
+record does not match its key is removed and logged.  A missing blob is no damage to a cache, which fetches it
+on the next request.
 
-What nobody can fetch again is kept: all that was set aside, and a damaged manifest where it is, since
-somebody may save it.  Both are answered as unknown, so that whoever pushes them again heals them.  There a
-linked blob that is not there, and a record that cannot be read, are told of as well, at every pass until they
+In a private store, whose content cannot be fetched again, everything that was set aside is kept, and damaged
+manifests stay in place, since it may be possible to repair them.  Both are answered as unknown, so that the
+next push heals them.  Missing blobs and unreadable records are logged there as well, in every pass until they
 are pushed again or deleted.
 
-What was checked longest ago comes first.  When that was is recorded by fan-out directory, of which there are
-256 for an algorithm: a record for each blob would be a write for each blob, and the times of its file are not
-ours to change, since its mtime is its last use.
+What was checked longest ago is checked first.  The times are recorded by fan-out directory, of which there
+are 256 for an algorithm: a record for each blob would be a write for each blob, and the times of its file
+must not change, since its mtime is its last use.
 
-    scrub <algorithm>/<ab>      when the last check that came to its end began; and, where a later one was
-                                cut, the name that it had reached
+    scrub <algorithm>/<ab>      when the last complete check began; and, if a later one was interrupted, the
+                                name that it had reached
     scrub manifests             when the last check of all manifests began
-    scrub records               the same of whether there is what they tell of
+    scrub records               when the last check began of whether the content of records exists
 
-Several may run side by side, in one process or many: each looks at the records before it turns to the next
+Several scrubs may run at once, in one or many processes: each reads the records before it begins with a
 directory, so that they share the work.
 """
 
@@ -49,11 +49,11 @@ from storage.store import Store
 log = structlog.get_logger()
 
 KEPT = 16  # files set aside
-NOTED = 30.0  # seconds between two notes of how far it got
-TOLD = 100  # of what is foreign, in one run
-UNREADABLE = 3  # blobs in a row; then it is the disk that fails, not they
-GRAIN = 0.05  # seconds; shorter rests are saved up
-CREDIT = 1.0  # seconds that may be made good, where a rest took too long
+SAVE_EVERY = 30.0  # seconds between two records of the progress
+LOGGED = 100  # foreign paths in one run
+UNREADABLE = 3  # blobs in a row; after that the disk fails, not the blobs
+GRAIN = 0.05  # seconds; shorter pauses are added up
+CREDIT = 1.0  # seconds that may be made up for after a pause that took too long
 BATCH = 200  # manifests at a time
 
 _MANIFESTS = "manifests"
@@ -64,11 +64,11 @@ Heal = Callable[[Digest, list[str]], Awaitable[bool]]
 
 
 @dataclass(slots=True)
-class Progress:
-    """`checked` are blobs and manifests, `total_bytes` is estimated from what was seen so far.
+class ScrubProgress:
+    """How far a scrub got.
 
-    What is `damaged` may be missing altogether.  `foreign` paths are none of ours.  `current` is the blob
-    that is being read.
+    `checked` counts blobs and manifests; `damaged` includes what is missing.  `total_bytes` is an estimate.
+    `foreign` counts paths that are not blobs.  `current` is the blob that is being read.
     """
 
     started_at: float
@@ -84,7 +84,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ScrubReport:
-    """See Progress."""
+    """The result of a scrub; see ScrubProgress."""
 
     checked: int
     bytes: int
@@ -95,10 +95,11 @@ class ScrubReport:
 
 
 class Scrub:
-    """`rate` is in bytes a second, None is as fast as it goes.  `clock` tells seconds since the epoch.
+    """Verifies the content of a store.
 
-    Of what was set aside the last `kept` files stay.  None: all, and damaged manifests where they are, since
-    what cannot be fetched again may be worth saving.  `ticks` and `sleep` pace it.
+    `rate` is in bytes per second, None for no limit.  The last `kept` files that were set aside are kept; if
+    it is None, all of them, and damaged manifests as well.  `clock` returns seconds since the epoch; `ticks`
+    and `sleep` control the pace.
     """
 
     def __init__(
@@ -118,19 +119,19 @@ class Scrub:
         self.ticks = ticks
         self.sleep = sleep
         self.unreadable = 0  # blobs in a row, over runs
-        self.progress: Progress | None = None  # of the run that began last; it may have ended
+        self.progress: ScrubProgress | None = None  # of the last run, which may have ended
 
     async def run(
         self, heal: Heal | None = None, *, older_than: float | None = None, paced: bool = True
     ) -> ScrubReport:
-        """Check all that is there; or only what was not checked for `older_than` seconds.
+        """Check everything, or only what was not checked for `older_than` seconds.
 
-        `heal` is to have a blob fetched again, for one of the repositories that show it, and tells whether it
-        was.  It may raise a RegistryError.  Without `paced` it goes as fast as it can.
+        `heal` fetches a blob again for one of the repositories that link it, and returns whether it did; it
+        may raise RegistryError.  Without `paced` there is no limit of the rate.
 
-        May be cancelled; the next run goes on where it was.  Raises StorageFailed where the disk fails.
+        A run may be cancelled; the next one continues.  Raises StorageFailed if the disk fails.
         """
-        self.progress = progress = Progress(self.clock())
+        self.progress = progress = ScrubProgress(self.clock())
         begun = self.ticks()
         pace = Pace(self.rate if paced else None, self.ticks, self.sleep)
         try:
@@ -142,7 +143,7 @@ class Scrub:
 
 
 class Pace:
-    """Rests so that on the average `rate` bytes are spent a second; not at all where there is none."""
+    """Pauses so that on average `rate` bytes are spent per second; never if `rate` is None."""
 
     def __init__(
         self, rate: float | None, ticks: Callable[[], float], sleep: Callable[[float], Awaitable[object]]
@@ -164,9 +165,9 @@ class Pace:
 
 
 class _ScrubRun:
-    """One pass over all that is due."""
+    """One pass over everything that is due."""
 
-    def __init__(self, scrub: Scrub, pace: Pace, heal: Heal | None, progress: Progress) -> None:
+    def __init__(self, scrub: Scrub, pace: Pace, heal: Heal | None, progress: ScrubProgress) -> None:
         self._scrub = scrub
         self._files = scrub.store.files
         self._records = scrub.store.records
@@ -174,81 +175,81 @@ class _ScrubRun:
         self._pace = pace
         self._heal = heal
         self._progress = progress
-        self._aside: set[Digest] = set()  # by this run
-        self._parts = self._looked_at = self._seen = 0  # of directories; of them; bytes in those
+        self._aside: set[Digest] = set()  # set aside by this run
+        self._due = self._begun = self._seen = 0  # directories that are due; begun; bytes in these
 
     async def run(self, since: float) -> None:
-        """Check what was checked at `since` last, or before."""
+        """Check what was last checked at `since` or before."""
         if self._noted(_MANIFESTS)[0] <= since:
             await self._check_manifests()
         with self._files.guard(self._root):
             names, foreign = await run_in_thread(directories, self._root)
-        self._tell(foreign)
+        self._log_foreign(foreign)
         due = [(at, name) for name in names if (at := self._noted(name)[0]) <= since]
-        self._parts = len(due)
+        self._due = len(due)
         beginnings = []
         for _, name in sorted(due):
             at, reached = self._noted(name)
-            if at > since:  # somebody else's run was here meanwhile
-                self._parts -= 1
+            if at > since:  # another run has checked it meanwhile
+                self._due -= 1
                 continue
             begun = self._scrub.clock()
             await self._check_directory(name, after=reached, note=at)
-            await self._note(name, begun)
+            await self._save(name, begun)
             if reached:
                 beginnings.append((name, reached))
-        # What the run that was cut had checked by then: last, but a run leaves nothing out.
-        self._parts += len(beginnings)
+        # What the interrupted run had checked: last, but a run omits nothing.
+        self._due += len(beginnings)
         for name, reached in beginnings:
             await self._check_directory(name, until=reached)
         if self._scrub.kept is None and self._noted(_RECORDS)[0] <= since:
             await self._check_records()
 
-    # Progress, on disk
+    # State in the records
 
     def _noted(self, name: str) -> tuple[float, str]:
-        """When it was last checked, 0 for never, and how far a later check got."""
+        """When a part was last checked, 0 for never, and how far a later check got."""
         at, _, reached = (self._records.get(SCRUB.key(name)) or b"").decode("ascii", "replace").partition(" ")
         try:
             checked_at = float(at)
         except ValueError:
             return 0.0, ""
-        # Not in a future that some clock once believed in.
+        # Not in the future, in case that the clock was wrong.
         known = math.isfinite(checked_at) and checked_at <= self._scrub.clock()
         return (checked_at, reached) if known else (0.0, "")
 
-    async def _note(self, name: str, at: float, reached: str = "") -> None:
-        with suppress(StorageFailed):  # told of by the disk; what is lost is but the order
+    async def _save(self, name: str, at: float, reached: str = "") -> None:
+        with suppress(StorageFailed):  # logged by DiskHealth; only the order of checks is lost
             await run_in_thread(self._records.put, SCRUB.key(name), f"{at} {reached}".encode())
 
     # Blobs
 
-    def _tell(self, foreign: list[Path]) -> None:
+    def _log_foreign(self, foreign: list[Path]) -> None:
         for path in foreign:
             self._progress.foreign += 1
-            if self._progress.foreign <= TOLD:
+            if self._progress.foreign <= LOGGED:
                 log.warning("scrub.foreign", path=str(path))
 
     async def _check_directory(
         self, name: str, after: str = "", until: str | None = None, note: float | None = None
     ) -> None:
-        """`note`: how far it got, now and then, beside this time of the last check."""
+        """With `note`, the time of the last complete check, also record now and then how far it got."""
         with self._files.guard(self._root / name):
             found = await run_in_thread(read_directory, self._root, name, after, until)
-        self._tell(found.foreign)
+        self._log_foreign(found.foreign)
         self._estimate(sum(each.size for each in found.blobs))
         noted_at = self._scrub.ticks()
         for blob in found.blobs:
             await self._check(blob.digest)
-            if note is not None and self._scrub.ticks() - noted_at >= NOTED:
-                await self._note(name, note, blob.digest.encoded)
+            if note is not None and self._scrub.ticks() - noted_at >= SAVE_EVERY:
+                await self._save(name, note, blob.digest.encoded)
                 noted_at = self._scrub.ticks()
 
     def _estimate(self, size: int) -> None:
-        """Digests are spread evenly, so that directories hold about as much, each."""
-        self._looked_at += 1
+        """Estimate the total: digests are evenly distributed, so all directories contain about as much."""
+        self._begun += 1
         self._seen += size
-        to_come = self._seen * (self._parts - self._looked_at) // self._looked_at
+        to_come = self._seen * (self._due - self._begun) // self._begun
         self._progress.total_bytes = self._progress.bytes + size + to_come
 
     async def _check(self, digest: Digest) -> None:
@@ -269,9 +270,9 @@ class _ScrubRun:
             reading.close()
 
     def _is_the_disk(self, reading: BlobHasher) -> bool:
-        """Whether it is more than this blob that cannot be read: then all that is there would be set aside.
+        """Whether the disk fails, not only this blob: then every blob would be set aside.
 
-        Digests say nothing of where on a disk a blob lies: its bad places will hardly hit several in a row.
+        Digests do not depend on the place on the disk: bad blocks will hardly hit several blobs in a row.
         """
         if reading.error is None:
             self._scrub.unreadable = 0
@@ -292,20 +293,20 @@ class _ScrubRun:
                 log.info("blob.healed", digest=str(digest), repositories=repositories)
 
     def _set_aside(self, digest: Digest, reading: BlobHasher) -> list[str]:
-        """The repositories that show it; none where it was evicted meanwhile, or cannot be moved."""
+        """Set the blob aside; the repositories that link it, none if it was evicted or cannot be moved."""
         path, moved = reading.path, False
         if reading.status is not None:
-            with suppress(StorageFailed):  # a read-only disk, say; it has told of it
+            with suppress(StorageFailed):  # logged by DiskHealth: a read-only disk, for example
                 aside = self._files.set_aside(digest, reading.status)
                 if aside is None:
                     return []
                 path, moved = aside, True
                 self._aside.add(digest)
         self._progress.damaged += 1
-        # One look at all links: slow, but only where there is damage.
+        # This reads all links, which is slow, but only happens if there is damage.
         repositories: list[str] = []
-        with suppress(StorageFailed):  # whoever asks for it next has it fetched
-            repositories += self._showing(digest)
+        with suppress(StorageFailed):  # the next request for it fetches it
+            repositories += self._linking(digest)
         log.error(
             "blob.damaged",
             digest=str(digest),
@@ -319,7 +320,7 @@ class _ScrubRun:
             remove_damaged(path, self._scrub.kept)
         return repositories if moved else []
 
-    def _showing(self, digest: Digest) -> Iterator[str]:
+    def _linking(self, digest: Digest) -> Iterator[str]:
         for key, _ in self._records.scan(LINK.prefix()):
             repository, linked = LINK.parse(key)
             if linked == digest:
@@ -332,10 +333,10 @@ class _ScrubRun:
         records = self._records.scan(MANIFEST.prefix())
         while size := await run_in_thread(self._check_some, records):
             await self._pace.spend(size)
-        await self._note(_MANIFESTS, begun)
+        await self._save(_MANIFESTS, begun)
 
     def _check_some(self, records: Iterator[tuple[str, bytes]]) -> int:
-        """How many bytes were read; 0 at the end."""
+        """Check the next manifests, and return how many bytes were read; 0 at the end."""
         size = 0
         for key, value in islice(records, BATCH):
             size += len(key) + len(value)
@@ -349,25 +350,25 @@ class _ScrubRun:
         return size
 
     async def _check_records(self) -> None:
-        """Tell of what is recorded and cannot be had: where nothing is fetched again, that is a loss."""
-        begun, told = self._scrub.clock(), 0
+        """Log what is recorded but missing: in a private store, it is lost."""
+        begun, logged = self._scrub.clock(), 0
         for kind in (TAG, MANIFEST, LINK):
             keys = self._records.keys(kind.prefix())
             while batch := await run_in_thread(lambda keys=keys: list(islice(keys, BATCH))):
                 for event, key in await run_in_thread(self._lost, kind, batch):
                     self._progress.damaged += 1
-                    told += 1
-                    if told <= TOLD:
+                    logged += 1
+                    if logged <= LOGGED:
                         repository, reference = kind.parse(key)
                         log.error(event, repository=repository, reference=reference)
                 await self._pace.spend(sum(map(len, batch)))
-        await self._note(_RECORDS, begun)
+        await self._save(_RECORDS, begun)
 
     def _lost(self, kind: RecordKind, keys: list[str]) -> list[tuple[str, str]]:
         lost = []
         for key in keys:
             if self._records.get(key) is None:
-                # Of those that were removed since they were listed there is nothing to say.
+                # Unless it was deleted since it was listed.
                 lost += [(f"{kind.name}.unreadable", key)] * self._records.holds(key)
             elif kind is LINK and self._missing(key):
                 lost.append(("blob.missing", key))
@@ -377,15 +378,15 @@ class _ScrubRun:
         digest = Digest(LINK.parse(key)[1])
         if digest in self._aside or self._files.holds(digest):
             return False
-        # 1. we see the link  2. it is removed, and then the blob  3. we look for that.
+        # 1. we see the link  2. it is deleted, and then the blob  3. we look for the blob.
         return self._records.get(key) is not None
 
     def _remove(self, key: str, value: bytes) -> None:
         def work(batch: Batch) -> bool:
-            # Only the very record that is damaged: it may have been put again meanwhile.
+            # Only the damaged record itself: it may have been replaced meanwhile.
             return batch.get(key) == value and (self._scrub.kept is None or batch.delete(key))
 
-        with suppress(StorageFailed):  # told of by the disk; the next run finds it again
+        with suppress(StorageFailed):  # logged by DiskHealth; the next run finds it again
             if self._records.transaction(work):
                 self._progress.damaged += 1
                 repository, reference = MANIFEST.parse(key)

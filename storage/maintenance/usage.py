@@ -1,12 +1,12 @@
-"""What was used how often, which tag went where, and what it cost: the history, bounded.
+"""The history, of bounded size: how often content was used, where tags pointed, and the traffic by hours.
 
     use <repository> <reference>              JSON [count, last, first]; of tags, and of manifests by digest
     moves <repository> <tag>                  JSON [[time, old digest, new digest], …], oldest first
     stats hour <YYYYMMDDHH> <namespace>       JSON object of counters; the hour is in UTC
     stats day <YYYYMMDD> <namespace>          the same by days
 
-Repositories are full names, times seconds since the epoch.  A record that cannot be read as what it should
-be counts as absent: history then begins anew.
+Repositories are full names, times seconds since the epoch.  A damaged record counts as absent: its history
+begins again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from storage.oci import Digest, Tag
 
 MOVES_KEPT = 50  # of a tag, the last ones
 HOUR, DAY = 3600, 86400
-KEEP_HOURS = 3 * DAY + HOUR  # the hour more, so that the last 72 are whole
+KEEP_HOURS = 3 * DAY + HOUR  # one hour more, so that the last 72 are complete
 KEEP_DAYS = 400 * DAY
 _HOUR = "%Y%m%d%H"
-# The periods that are counted: how a time is written as one, and for how many seconds it is kept.
+# The periods of statistics: how one is formatted, and for how many seconds it is kept.
 _PERIODS = (("hour", _HOUR, KEEP_HOURS), ("day", "%Y%m%d", KEEP_DAYS))
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """`count` is of requests; what is used only since something used names it has none."""
+    """How often and when something was used.
+
+    `count` is the number of requests; 0 for what was only used as part of something else.
+    """
 
     count: int
     last: float
@@ -45,17 +48,19 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Move:
+    """A tag that pointed to `old` and, from `at` on, to `new`."""
+
     at: float
     old: Digest
     new: Digest
 
 
 class Counters(msgspec.Struct, omit_defaults=True):
-    """Of one namespace.  `received_bytes` and `upstream_requests` are between us and upstreams.
+    """The traffic of one namespace.  `received_bytes` and `upstream_requests` count traffic with upstreams.
 
-    The others are of clients: `hits` to `errors` are requests by result (it is an error, too, where an origin
-    said just now that there is no such thing), `sent_bytes` the bodies of all answers, and `hit_bytes` of
-    those that came from here.
+    The others count traffic with clients: `hits` to `errors` are requests by result (what an origin has just
+    reported as unknown is an error), `sent_bytes` the bodies of all responses, and `hit_bytes` the bodies of
+    those from the cache.
     """
 
     requests: int = 0
@@ -75,7 +80,7 @@ class Counters(msgspec.Struct, omit_defaults=True):
 
     @property
     def hit_ratio(self) -> float:
-        """Of the requests that were answered with content, how many with what was here; 0 where none were."""
+        """The share of the requests answered with content whose content was stored; 0 if there were none."""
         served = self.hits + self.revalidated + self.stale
         return served / (served + self.misses) if served else 0.0
 
@@ -93,17 +98,17 @@ class Counters(msgspec.Struct, omit_defaults=True):
 
 
 Uses = Mapping[tuple[str, str], Use]  # by repository and reference
-Moves = Sequence[tuple[str, Tag, Move]]  # of a repository's tag
-Counts = Mapping[tuple[int, str], Counters]  # by the time at which the hour begins, and namespace
+Moves = Sequence[tuple[str, Tag, Move]]  # with repository and tag
+Counts = Mapping[tuple[int, str], Counters]  # by the beginning of the hour, and namespace
 
 
 class Usage:
-    """Every method raises StorageFailed.  Those that write block: call them in a thread."""
+    """Reads and records the history.  Methods raise StorageFailed; those that write block."""
 
     def __init__(self, records: Records, clock: Callable[[], float] = time.time) -> None:
         self._records = records
         self._clock = clock
-        self._tidied: str | None = None  # the hour in which old periods were removed last
+        self._cleaned: str | None = None  # the hour in which old periods were last removed
 
     def use(self, repository: str, reference: str) -> Use | None:
         """`reference` is a tag, or a manifest's digest."""
@@ -114,15 +119,15 @@ class Usage:
         return _moves(self._records.get(MOVES.key(repository, tag)))
 
     def stats(self, since: float, until: float | None = None) -> dict[str, Counters]:
-        """By namespace.  Of every hour of which a part lies between the two; of every such day, where `since`
-        is too long ago for hours.
+        """The traffic by namespace in all hours that overlap the interval, or in all such days if hours are
+        no longer kept since `since`.
         """
         now = self._clock()
         period, form, keep = _PERIODS[0 if now - since < KEEP_HOURS else 1]
         first = _written(form, max(since, now - keep))
         last = _written(form, now if until is None else min(until, now))
         found: dict[str, Counters] = {}
-        # A key goes on after its period, so that those of `first` itself come after it.
+        # The namespace follows the period in a key, so keys with `first` as their period come after it.
         for key, value in self._records.scan(STATISTICS.prefix(period), first):
             _, at, namespace = STATISTICS.parse(key)
             if at > last:
@@ -131,9 +136,9 @@ class Usage:
         return found
 
     def record(self, uses: Uses, moves: Moves, counts: Counts) -> None:
-        """Add all of it to what is there; all is recorded, or nothing."""
+        """Add to what is recorded, in one transaction."""
         hour = _written(_HOUR, self._clock())
-        outdated = [] if hour == self._tidied else list(self._outdated())
+        outdated = [] if hour == self._cleaned else list(self._outdated())
 
         def work(batch: Batch) -> None:
             for key in outdated:
@@ -148,11 +153,11 @@ class Usage:
                     _add_counters(batch, key, counters)
 
         self._records.transaction(work)
-        self._tidied = hour
+        self._cleaned = hour
 
     def _outdated(self) -> Iterator[str]:
         for period, form, keep in _PERIODS:
-            # The first that is kept is the one in which the time that is to be kept begins.
+            # The first period that is kept is the one that contains the oldest time to keep.
             oldest = _written(form, self._clock() - keep)
             for key, _ in self._records.scan(STATISTICS.prefix(period)):
                 if STATISTICS.parse(key)[1] >= oldest:
@@ -165,7 +170,7 @@ def _written(form: str, at: float) -> str:
 
 
 def _decoded(record: bytes | None, type: Any) -> Any:
-    """None where it is absent or damaged."""
+    """Decode a record; None if it is absent or damaged."""
     try:
         return msgspec.json.decode(record or b"", type=type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -194,7 +199,7 @@ def _add_use(batch: Batch, key: str, use: Use) -> None:
 
 
 def _add_move(batch: Batch, key: str, move: Move) -> None:
-    # Several processes record, each a while after it happened: so not always in the order of time.
+    # Several processes record, each after some delay: so not always in chronological order.
     known = sorted([*_moves(batch.get(key)), move], key=lambda each: each.at)[-MOVES_KEPT:]
     batch.put(key, msgspec.json.encode([(each.at, str(each.old), str(each.new)) for each in known]))
 

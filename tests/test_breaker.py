@@ -1,4 +1,4 @@
-"""The policy alone, with a clock; what the server makes of it is in test_failover and test_ratelimit."""
+"""The policy alone, with a clock; its effect on a server is in test_upstream_outage and test_ratelimit."""
 
 from __future__ import annotations
 

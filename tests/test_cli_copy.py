@@ -357,7 +357,7 @@ async def test_where_to_is_to_be_clear(made: Layout, config: Path, tmp_path: Pat
 async def test_a_directory_that_is_no_registrys(config: Path, tmp_path: Path) -> None:
     result = await call("import", "--config", str(config), "--from-registry-dir", str(tmp_path), "--json")
     assert result.exit_code == 1
-    assert "is no directory of Distribution" in json.loads(result.stderr)["error"]
+    assert "is not a directory of Distribution" in json.loads(result.stderr)["error"]
 
 
 async def test_beside_a_running_server(

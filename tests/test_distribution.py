@@ -28,7 +28,7 @@ def test_the_directory_may_be_named_from_any_of_its_heights(made: Layout, place:
 def test_another_directory_is_none(tmp_path: Path) -> None:
     (tmp_path / "docker" / "registry" / "v2" / "blobs").mkdir(parents=True)
     for directory in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"^{directory} is no directory of Distribution"):
+        with pytest.raises(ValueError, match=f"^{directory} is not a directory of Distribution"):
             distribution.DistributionTree(directory)
 
 
@@ -108,7 +108,7 @@ def test_data_that_is_no_file(made: Layout) -> None:
     data = made.data(digest)
     data.unlink()
     os.mkfifo(data)  # to open it would wait for ever
-    with pytest.raises(Absent, match="is no file"):
+    with pytest.raises(Absent, match="is not a file"):
         distribution.DistributionTree(made.directory).blob("a", digest)
 
 
@@ -144,10 +144,10 @@ def test_the_type_of_a_manifest_is_told_by_its_content(
         (b"no JSON", "cannot be read"),
         (b'{"schemaVersion": 2, "layers": 7}', "cannot be read"),
         (b'{"schemaVersion": "two"}', "cannot be read"),
-        (b'{"schemaVersion": 1, "name": "a", "fsLayers": []}', "of schema 1"),
-        (b"{}", "of schema 0"),
-        (b'{"schemaVersion": 2, "mediaType": "text/plain"}', "of type text/plain"),
-        (b" " * (4 << 20) + b"{}", "larger than any manifest"),
+        (b'{"schemaVersion": 1, "name": "a", "fsLayers": []}', "schema version 1"),
+        (b"{}", "schema version 0"),
+        (b'{"schemaVersion": 2, "mediaType": "text/plain"}', "type text/plain"),
+        (b" " * (4 << 20) + b"{}", "more than a manifest may have"),
     ],
 )
 def test_a_manifest_that_cannot_be_taken(made: Layout, content: bytes, why: str) -> None:

@@ -16,13 +16,13 @@ from storage.disk.records import Records
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
 from storage.maintenance.leases import Leases
 from storage.migration import adoption, distribution
-from storage.migration.migration import Damage, MigratedRepository, Migration
+from storage.migration.migration import Damage, Migration, MigrationReport
 from storage.oci import Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock
 from tests.layout import INDEX, MANIFEST, Layout, described, digest_of
 
-Take = Callable[..., MigratedRepository]
+Take = Callable[..., MigrationReport]
 SHA512 = "0" * 128
 
 
@@ -41,11 +41,11 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
 
 @pytest.fixture
 def take(made: Layout, store: Store) -> Take:
-    def run(**rules: object) -> MigratedRepository:
+    def run(**rules: object) -> MigrationReport:
         source = distribution.DistributionTree(made.directory)
         intake = Migration(store, source, **rules)  # type: ignore[arg-type]
         intake.run(source.repositories(), lambda name: f"local/{name}")
-        return intake.taken
+        return intake.report
 
     return run
 
@@ -147,13 +147,13 @@ def test_a_second_run_takes_what_is_new(
     take()
     made.image("a", "2", layers=[b"a layer", b"another"])
     read: list[Path] = []
-    original = adoption.Adoption.take
+    original = adoption.Adoption.adopt
 
     def spy(self: adoption.Adoption, digest: Digest, source: Path) -> int:
         read.append(source)
         return original(self, digest, source)
 
-    monkeypatch.setattr(adoption.Adoption, "take", spy)
+    monkeypatch.setattr(adoption.Adoption, "adopt", spy)
     taken = take()
     assert (taken.repositories, taken.tags, taken.manifests, taken.blobs, taken.present) == (1, 1, 1, 1, 1)
     assert read == [made.data(digest_of(b"another"))]
@@ -178,10 +178,10 @@ def test_one_that_was_stopped_is_gone_on_with(made: Layout, store: Store) -> Non
 
     with pytest.raises(Cancelled):
         intake.run(names(), lambda name: f"local/{name}")
-    assert intake.taken.manifests == 3
+    assert intake.report.manifests == 3
     again = Migration(store, source)
     again.run(source.repositories(), lambda name: f"local/{name}")
-    assert (again.taken.manifests, again.taken.present, again.taken.tags) == (2, 3, 2)
+    assert (again.report.manifests, again.report.present, again.report.tags) == (2, 3, 2)
 
 
 def test_what_is_damaged_is_told_and_all_else_is_taken(made: Layout, store: Store, take: Take) -> None:
@@ -210,19 +210,19 @@ def test_what_is_damaged_is_told_and_all_else_is_taken(made: Layout, store: Stor
         digest_of(b"rotten"): f"it is damaged: its content is {digest_of(b'Rotten')}",
         digest_of(b"lost"): "it is missing: there is a link to it, but no data",
         digest_of(b"elsewhere"): "it is missing: there is no link to it in this repository",
-        bad: f"it names {digest_of(b'rotten')}, which is not whole",
-        gone: f"it names {digest_of(b'lost')}, which is not whole",
-        unlinked: f"it names {digest_of(b'elsewhere')}, which is not whole",
-        index: f"it names {bad}, which is not whole",
-        outer: f"it names {index}, which is not whole",
-        "bad": f"it points to {bad}, which is not here",
-        "gone": f"it points to {gone}, which is not here",
-        "unlinked": f"it points to {unlinked}, which is not here",
-        "index": f"it points to {index}, which is not here",
-        "outer": f"it points to {outer}, which is not here",
-        "old": f"it points to {old}, which is not here",
-        "dangling": f"it points to sha256:{'0' * 64}, which is not here",
-        "md5:00": "its digest is none, or of an unknown algorithm",
+        bad: f"it names {digest_of(b'rotten')}, which is missing or incomplete",
+        gone: f"it names {digest_of(b'lost')}, which is missing or incomplete",
+        unlinked: f"it names {digest_of(b'elsewhere')}, which is missing or incomplete",
+        index: f"it names {bad}, which is missing or incomplete",
+        outer: f"it names {index}, which is missing or incomplete",
+        "bad": f"it points to {bad}, which is not stored",
+        "gone": f"it points to {gone}, which is not stored",
+        "unlinked": f"it points to {unlinked}, which is not stored",
+        "index": f"it points to {index}, which is not stored",
+        "outer": f"it points to {outer}, which is not stored",
+        "old": f"it points to {old}, which is not stored",
+        "dangling": f"it points to sha256:{'0' * 64}, which is not stored",
+        "md5:00": "its digest is invalid, or of an unknown algorithm",
     }
     assert {what: told[what] for what in expected} == expected
     assert set(told) - set(expected) == {old, "no tag!"}
@@ -251,8 +251,8 @@ def test_an_index_without_some_of_its_children(made: Layout, store: Store, take:
     index = made.index("a", [child, "sha256:" + "0" * 64], "1")
     taken = take()
     assert taken.damaged == [
-        Damage("a", index, f"it names sha256:{'0' * 64}, which is not whole"),
-        Damage("a", "1", f"it points to {index}, which is not here"),
+        Damage("a", index, f"it names sha256:{'0' * 64}, which is missing or incomplete"),
+        Damage("a", "1", f"it points to {index}, which is not stored"),
     ]
     assert take(sparse=True).damaged == []
     assert store.pointer("local/a", Tag("1")).digest == index  # type: ignore[union-attr]
@@ -385,7 +385,7 @@ def test_a_dry_run_tells_and_takes_nothing(made: Layout, store: Store, take: Tak
     assert not store.holds(Digest(digest_of(b"one")))
     taken = take()
     assert taken.linked == taken.blobs
-    assert would == MigratedRepository(
+    assert would == MigrationReport(
         taken.repositories, taken.tags, taken.manifests, taken.blobs, taken.bytes, 0, 0, [], taken.damaged
     )
 
@@ -461,7 +461,7 @@ def test_what_was_placed_before_a_death_is_not_read_again(
             take()
     assert store.holds(Digest(digest_of(b"one")))
     assert list(store.records.scan("")) == []
-    monkeypatch.setattr(adoption.Adoption, "take", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(adoption.Adoption, "adopt", lambda *_: pytest.fail("it was read again"))
     taken = take()
     assert (taken.manifests, taken.blobs, taken.damaged) == (1, 0, [])
     assert store.pointer("local/a", Tag("1")).digest == image  # type: ignore[union-attr]

@@ -53,18 +53,18 @@ async def migrate(
     finally:
         await store.close()
         _hand_over(config)
-    taken = migration.taken
+    report = migration.report
     return Migrated(
         namespace=name,
-        repositories=taken.repositories,
-        tags=taken.tags,
-        manifests=taken.manifests,
-        blobs=taken.blobs,
-        bytes=taken.bytes,
-        linked=taken.linked,
-        present=taken.present,
-        kept=[DamageRow(**asdict(each)) for each in taken.kept],
-        damaged=[DamageRow(**asdict(each)) for each in taken.damaged],
+        repositories=report.repositories,
+        tags=report.tags,
+        manifests=report.manifests,
+        blobs=report.blobs,
+        bytes=report.bytes,
+        linked=report.linked,
+        present=report.present,
+        kept=[DamageRow(**asdict(each)) for each in report.kept],
+        damaged=[DamageRow(**asdict(each)) for each in report.damaged],
         seconds=time.monotonic() - begun,
         dry_run=dry_run,
     )
@@ -125,10 +125,10 @@ async def _run(migration: Migration, names: Sequence[str], namespace: str, quiet
 
 
 def _show(migration: Migration, repositories: int, progress: ProgressDisplay) -> None:
-    taken = migration.taken
+    report = migration.report
     text = (
-        f"{migration.repository}: {plural(taken.manifests, 'manifest')}, {plural(taken.blobs, 'blob')},"
-        f" {format_size(taken.bytes)}"
+        f"{migration.repository}: {plural(report.manifests, 'manifest')}, {plural(report.blobs, 'blob')},"
+        f" {format_size(report.bytes)}"
     )
     progress.show("repositories", migration.begun, repositories, text)
 

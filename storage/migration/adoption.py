@@ -1,8 +1,8 @@
-"""Files of this machine that become blobs: verified, and then linked where that can be, else copied.
+"""Existing files that become blobs: verified, and hard-linked if possible, else copied.
 
-A file that is linked is one file with two names, and gets the present time, as all that is new here.  Only
-its owner can give it that later on, so its owner becomes ours; where it could then not be read there any
-more, and where we may not do that, it is copied.
+A linked file has two names, and its mtime becomes the present time, as for every new blob.  Only its owner
+can change that later, so its owner becomes the owner of the store.  It is copied if the change of owner is
+not permitted, or would make it unreadable where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from storage.oci import Digest
 
 
 class Adoption:
-    """Into `files`, by any number of threads.  What was taken is durable after settle()."""
+    """Adopts files as blobs, in any number of threads.  They are durable after settle()."""
 
     def __init__(self, files: BlobFiles) -> None:
         self._files = files
@@ -32,10 +32,10 @@ class Adoption:
         self._lock = threading.Lock()
         self.linked = 0
 
-    def take(self, digest: Digest, source: Path) -> int:
-        """How many bytes it has.  Blocks.
+    def adopt(self, digest: Digest, source: Path) -> int:
+        """Adopt a file, and return its size in bytes.  Blocks.
 
-        Raises DigestInvalid where it is something else, OSError where it cannot be read, StorageFailed.
+        Raises DigestInvalid if its content does not match, OSError if it cannot be read, StorageFailed.
         """
         given = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         partial = self._files.root / "partial" / secrets.token_urlsafe(16)
@@ -62,14 +62,14 @@ class Adoption:
         return bool(ours and readable and owned and found.st_dev == self._files.root.stat().st_dev)
 
     def _link(self, digest: Digest, source: Path, given: int, partial: Path) -> bool:
-        """False: it has to be copied."""
+        """Link the file; False if it must be copied."""
         try:
             os.link(source, partial)
         except OSError:
             return False  # a file system without links, a file with too many names, …
         if not os.path.samestat(partial.stat(), os.fstat(given)):
             partial.unlink()
-            return False  # another one has taken its name meanwhile
+            return False  # the source was replaced meanwhile
         with self._files.guard(partial):
             if os.fstat(given).st_uid != self._owner:
                 os.chown(given, self._owner, -1)
@@ -106,7 +106,7 @@ class Adoption:
             self._unsettled.update(directories)
 
     def settle(self) -> None:
-        """Have the disk keep all that was taken.  Raises StorageFailed."""
+        """Make all adopted blobs durable.  Raises StorageFailed."""
         with self._lock:
             unsettled, self._unsettled = self._unsettled, set()
         for directory in unsettled:

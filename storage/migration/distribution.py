@@ -1,14 +1,14 @@
-"""Distribution's layout of a registry on a file system, read; nothing of it is ever changed.
+"""A registry on disk in the layout of Distribution, read without changing anything.
 
     blobs/<algorithm>/<ab>/<encoded>/data                              every blob and manifest, as it is
-    repositories/<name>/_layers/<algorithm>/<encoded>/link             a blob that the repository shows
-    repositories/<name>/_manifests/revisions/<algorithm>/<encoded>/link  a manifest of it
-    repositories/<name>/_manifests/tags/<tag>/current/link             what a tag points to
-    repositories/<name>/_uploads/                                      what is no content, and is left alone
+    repositories/<name>/_layers/<algorithm>/<encoded>/link             a blob of the repository
+    repositories/<name>/_manifests/revisions/<algorithm>/<encoded>/link  a manifest of the repository
+    repositories/<name>/_manifests/tags/<tag>/current/link             the target of a tag
+    repositories/<name>/_uploads/                                      uploads in progress, ignored
 
-A link is a digest in ASCII, and names the data; that may be by another algorithm than the link's own path,
-which is what clients ask by.  A repository shows what has a link there and data.  Whatever else lies about
-(empty directories, temporary files of writes that were cut) means nothing, and is passed by.
+A link file contains the digest of the data in ASCII.  That digest may use another algorithm than the path of
+the link, which is the digest that clients use.  A repository contains what has a link there and data.
+Everything else (empty directories, temporary files of interrupted writes) is ignored.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from storage.oci import (
     parse_manifest,
 )
 
-PLACES = ("docker/registry/v2", "registry/v2", "v2", ".")  # where it is, from what people call the directory
+ROOTS = ("docker/registry/v2", "registry/v2", "v2", ".")  # the registry's root in a given directory
 _LINK_LIMIT = 200  # bytes
 _TYPES = (OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST)
 
 
 class Absent(Exception):
-    """What should be there is not, or is not what it should be; why, as part of a sentence."""
+    """Content is missing or damaged; the message is part of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class TagLink:
-    """`moved_at` is in seconds since the epoch."""
+    """A tag and its target.  `moved_at` is in seconds since the epoch."""
 
     name: str
     digest: Digest
@@ -53,20 +53,20 @@ class TagLink:
 
 
 class DistributionTree:
-    """Raises ValueError where there is none.  Everything blocks."""
+    """A registry on disk.  Raises ValueError if `directory` contains none.  Methods block."""
 
     def __init__(self, directory: Path) -> None:
-        for place in PLACES:
-            self.root = directory / place
+        for root in ROOTS:
+            self.root = directory / root
             if (self.root / "repositories").is_dir() and (self.root / "blobs").is_dir():
                 return
         raise ValueError(
-            f"{directory} is no directory of Distribution: there is no docker/registry/v2 with repositories"
-            " and blobs in it"
+            f"{directory} is not a directory of Distribution: it contains no docker/registry/v2 with"
+            " repositories and blobs"
         )
 
     def repositories(self) -> Iterator[str]:
-        """Those that have manifests, or had; in order.  Names nest."""
+        """The names of the repositories that have or had manifests, in order.  Names can nest."""
         yield from self._repositories(self.root / "repositories", "")
 
     def _repositories(self, directory: Path, prefix: str) -> Iterator[str]:
@@ -78,7 +78,7 @@ class DistributionTree:
             yield from self._repositories(directory / name, f"{prefix}{name}/")
 
     def manifests(self, repository: str) -> Iterator[str]:
-        """What their links say they are, digests if all is well; in order."""
+        """The names of the links of manifests, which are digests unless damaged; in order."""
         revisions = self._of(repository) / "_manifests" / "revisions"
         for algorithm in _directories(revisions):
             for encoded in _directories(revisions / algorithm):
@@ -86,7 +86,7 @@ class DistributionTree:
                     yield f"{algorithm}:{encoded}"
 
     def layers(self, repository: str) -> int:
-        """How many blobs it has links to."""
+        """How many links to blobs the repository has."""
         layers = self._of(repository) / "_layers"
         return sum(
             (layers / algorithm / encoded / "link").exists()
@@ -95,12 +95,12 @@ class DistributionTree:
         )
 
     def tags(self, repository: str) -> Iterator[str]:
-        """Their names, in order."""
+        """The names of the tags, in order."""
         tags = self._of(repository) / "_manifests" / "tags"
         yield from (name for name in _directories(tags) if (tags / name / "current").is_dir())
 
     def tag(self, repository: str, name: str) -> TagLink:
-        """Raises Absent."""
+        """The target of a tag.  Raises Absent."""
         link = self._of(repository) / "_manifests" / "tags" / name / "current" / "link"
         digest = _linked(link)
         try:
@@ -109,11 +109,11 @@ class DistributionTree:
             raise Absent(f"its link cannot be read: {error.strerror}") from None
 
     def manifest(self, repository: str, digest: Digest) -> Manifest:
-        """Raises Absent, also where its content is not what its digest says."""
+        """Read and verify a manifest.  Raises Absent."""
         path = self._shown(repository, Path("_manifests", "revisions"), digest)
         with suppress(OSError):
             if path.stat().st_size > MANIFEST_LIMIT:
-                raise Absent(f"it is larger than any manifest, {path.stat().st_size} bytes")
+                raise Absent(f"it has {path.stat().st_size} bytes, more than a manifest may have")
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -123,7 +123,7 @@ class DistributionTree:
         return Manifest(_media_type(content), content, digest)
 
     def blob(self, repository: str, digest: Digest) -> Path:
-        """The file with its bytes, which nobody has verified.  Raises Absent."""
+        """The path of the file with its content, which is not verified.  Raises Absent."""
         return self._shown(repository, Path("_layers"), digest)
 
     def _shown(self, repository: str, kind: Path, digest: Digest) -> Path:
@@ -137,7 +137,7 @@ class DistributionTree:
             raise Absent("it is missing: there is a link to it, but no data") from None
         except OSError as error:
             raise Absent(f"{data} cannot be read: {error.strerror}") from None
-        raise Absent(f"{data} is no file")
+        raise Absent(f"{data} is not a file")
 
     def _of(self, repository: str) -> Path:
         return self.root / "repositories" / repository
@@ -148,21 +148,21 @@ class _Version(msgspec.Struct, rename="camel"):
 
 
 def _media_type(content: bytes) -> str:
-    """As Distribution tells it: the type is stored nowhere.  Raises Absent."""
+    """The media type, found as Distribution does, since it is not stored.  Raises Absent."""
     try:
         found = parse_manifest(content)
         version = msgspec.json.decode(content, type=_Version).schema_version
     except (ManifestInvalid, msgspec.DecodeError) as error:
         raise Absent(f"it cannot be read: {error}") from None
     if found.declared is None and version != 2:
-        raise Absent(f"it is of schema {version}, which no client of today pulls")
+        raise Absent(f"it has schema version {version}, which is not supported")
     if found.media_type not in _TYPES:
-        raise Absent(f"it is of type {found.media_type[:100]}, which is none of an image or index")
+        raise Absent(f"its type {found.media_type[:100]} is not that of an image or index")
     return found.media_type
 
 
 def _linked(link: Path) -> Digest:
-    """Raises Absent."""
+    """Read a link file.  Raises Absent."""
     try:
         with link.open("rb") as file:
             text = file.read(_LINK_LIMIT).decode("ascii").strip()
@@ -176,7 +176,7 @@ def _linked(link: Path) -> Digest:
 
 
 def _directories(path: Path) -> list[str]:
-    """Names in order; links to directories are not followed, so nothing is found twice, or for ever."""
+    """The names of subdirectories, in order.  Links are not followed, so that nothing is found twice."""
     try:
         with os.scandir(path) as entries:
             return sorted(each.name for each in entries if each.is_dir(follow_symlinks=False))

@@ -1,9 +1,9 @@
-"""What a registry of Distribution holds, taken over into a store of our own.
+"""The migration of a Distribution registry's content into a private store.
 
-Repository by repository: a manifest when all that it names is here, blobs before it and children before their
-index; tags last.  What is damaged or missing is told, and so is whatever cannot be whole without it; all else
-is taken.  What is here already is not looked at again, so a second run takes what is new, and one that was
-cut goes on.  Several processes may be at work in the store meanwhile.
+Repository by repository, a manifest is stored after all that it names: first its blobs, children before their
+index, tags last.  Damaged and missing content is reported, and so is whatever is incomplete without it; all
+other content is migrated.  Content that is already stored is skipped, so that a second run migrates what is
+new, and continues a run that was interrupted.  Other processes may use the store meanwhile.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from storage.oci import (
 )
 from storage.store import Store
 
-GROUP = 64  # manifests that are put, and whose blobs' directories are synced, together
-TAGS = 500
+MANIFEST_BATCH = 64  # manifests stored in one transaction, after their blobs are synced
+TAG_BATCH = 500  # tags set in one transaction
 WORKERS = 4  # threads that read and hash
 
-_Parsed: TypeAlias = tuple[Manifest, ManifestContent]
+_ParsedManifest: TypeAlias = tuple[Manifest, ManifestContent]
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """`what` is a digest or a tag of `repository`, as it is named there."""
+    """Content that was not migrated: `what` is a digest or a tag of the source's `repository`."""
 
     repository: str
     what: str
@@ -51,10 +51,11 @@ class Damage:
 
 
 @dataclass(slots=True)
-class MigratedRepository:
-    """What was new, and `present`: manifests that were here before.
+class MigrationReport:
+    """What was migrated.
 
-    Of the `blobs` `linked` take no room of their own.  `kept` are tags that were left as they are here.
+    `present` counts the manifests that were stored before.  `linked` of the `blobs` are hard links, which
+    take no space.  `kept` are tags that were not changed in the store.
     """
 
     repositories: int = 0
@@ -69,9 +70,9 @@ class MigratedRepository:
 
 
 class Migration:
-    """From `source`, by the rules of where it goes.  Everything blocks.
+    """The migration from `source` into a store.  Methods block.
 
-    With `sparse`, an index may lack children.  A tag that is `immutable` here is not moved.
+    If `sparse`, children of an index may be missing.  A tag for which `immutable` returns true is not moved.
     """
 
     def __init__(
@@ -83,9 +84,9 @@ class Migration:
         immutable: Callable[[Tag], bool] = lambda tag: False,
         dry_run: bool = False,
     ) -> None:
-        self.taken = MigratedRepository()
-        self.repository = ""  # that it is at
-        self.begun = 0  # how many repositories
+        self.report = MigrationReport()
+        self.repository = ""  # the current one
+        self.begun = 0  # repositories so far
         self._store = store
         self._source = source
         self._sparse = sparse
@@ -95,47 +96,50 @@ class Migration:
         self._stopped = False
 
     def stop(self) -> None:
-        """Have run() end soon; what was taken stays."""
+        """Make run() end soon; what was migrated stays."""
         self._stopped = True
 
     def run(self, names: Iterable[str], full: Callable[[str], str]) -> None:
-        """Take these repositories; `full` says how one is named here.  Raises Cancelled, StorageFailed."""
+        """Migrate these repositories.  `full` returns the full name of one in the store.
+
+        Raises Cancelled, StorageFailed.
+        """
         with ThreadPoolExecutor(WORKERS, "intake") as pool:
             for name in names:
                 self.repository = name
                 self.begun += 1
-                repository = _Repository(self._store, name, full(name))
+                repository = _RepositoryMigration(self._store, name, full(name))
                 try:
                     parse_name(name)
                     if len(repository.full) > NAME_LIMIT:
                         raise NameInvalid(f"{repository.full} is longer than a name may be")
-                    self._take(repository, pool)
+                    self._migrate(repository, pool)
                 except OSError as error:
                     self._damaged(repository, "", f"it cannot be read: {error.strerror}")
                 except NameInvalid as error:
                     self._damaged(repository, "", str(error))
-                self.taken.linked = self._adoption.linked
+                self.report.linked = self._adoption.linked
 
-    def _take(self, repository: _Repository, pool: ThreadPoolExecutor) -> None:
+    def _migrate(self, repository: _RepositoryMigration, pool: ThreadPoolExecutor) -> None:
         found = (
             each for text in self._source.manifests(repository.name) if (each := self._new(repository, text))
         )
         indexes = self._groups(repository, found, pool)
-        # An index may name others: it comes when all that it names has been decided on.
+        # An index may list other indexes: it follows when all that it lists is decided.
         while indexes:
             repository.pending = set(indexes)
             again = (each for digest in indexes if (each := self._read(repository, digest)))
             indexes = self._groups(repository, again, pool)
-        self.taken.repositories += any(repository.whole.values())
+        self.report.repositories += any(repository.complete.values())
         self._tags(repository)
 
     def _groups(
-        self, repository: _Repository, manifests: Iterator[_Parsed], pool: ThreadPoolExecutor
+        self, repository: _RepositoryMigration, manifests: Iterator[_ParsedManifest], pool: ThreadPoolExecutor
     ) -> list[Digest]:
-        """Put them, but for indexes of what may come later still; those."""
+        """Store manifests, and return the indexes that list something still to come."""
         later: list[Digest] = []
 
-        def decided() -> Iterator[_Parsed]:
+        def decided() -> Iterator[_ParsedManifest]:
             for manifest, content in manifests:
                 if content.children and not repository.decides(manifest.digest, content):
                     later.append(manifest.digest)
@@ -143,23 +147,23 @@ class Migration:
                     yield manifest, content
 
         groups = decided()
-        while group := list(islice(groups, GROUP)):
+        while group := list(islice(groups, MANIFEST_BATCH)):
             self._put(repository, group, pool)
         return later
 
-    def _new(self, repository: _Repository, text: str) -> _Parsed | None:
+    def _new(self, repository: _RepositoryMigration, text: str) -> _ParsedManifest | None:
         self._check()
         try:
             digest = Digest.parse(text)
         except DigestInvalid:
-            self._damaged(repository, text, "its digest is none, or of an unknown algorithm")
+            self._damaged(repository, text, "its digest is invalid, or of an unknown algorithm")
             return None
         if repository.holds(digest):
-            self.taken.present += 1
+            self.report.present += 1
             return None
         return self._read(repository, digest)
 
-    def _read(self, repository: _Repository, digest: Digest) -> _Parsed | None:
+    def _read(self, repository: _RepositoryMigration, digest: Digest) -> _ParsedManifest | None:
         self._check()
         try:
             manifest = self._source.manifest(repository.name, digest)
@@ -168,65 +172,71 @@ class Migration:
             return None
         return manifest, parse_manifest(manifest.content)
 
-    def _put(self, repository: _Repository, group: list[_Parsed], pool: ThreadPoolExecutor) -> None:
-        whole: list[_Parsed] = []
+    def _put(
+        self, repository: _RepositoryMigration, group: list[_ParsedManifest], pool: ThreadPoolExecutor
+    ) -> None:
+        complete: list[_ParsedManifest] = []
         for again in (True, False):
-            self._gather(repository, group, pool)
-            whole = [each for each in group if repository.decide(*each, self._sparse)]
-            if not whole or self._dry_run:
+            self._store_blobs(repository, group, pool)
+            complete = [each for each in group if repository.decide(*each, self._sparse)]
+            if not complete or self._dry_run:
                 break
             try:
-                self._store.records.transaction(partial(repository.put, whole=whole, sparse=self._sparse))
+                self._store.records.transaction(
+                    partial(repository.put, complete=complete, sparse=self._sparse)
+                )
                 break
             except (BlobUnknown, ManifestUnknown):
-                # 1. we saw it here, named by nothing  2. it was collected  3. nothing can be linked to it.
+                # 1. we saw that it is stored, named by nothing  2. it was collected  3. it cannot be linked.
                 if not again:
                     raise
                 repository.forget(group)
-        self.taken.manifests += len(whole)
+        self.report.manifests += len(complete)
         for manifest, content in group:
-            if lacking := repository.lacking(content, self._sparse):
-                more = f", nor are {len(lacking) - 1} others" if len(lacking) > 1 else ""
-                why = f"it names {lacking[0]}, which is not whole{more}"
+            if missing := repository.missing(content, self._sparse):
+                more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+                why = f"it names {missing[0]}, which is missing or incomplete{more}"
                 self._damaged(repository, manifest.digest, why)
 
-    def _gather(self, repository: _Repository, group: list[_Parsed], pool: ThreadPoolExecutor) -> None:
-        """Have the blobs that they name here, on the disk."""
+    def _store_blobs(
+        self, repository: _RepositoryMigration, group: list[_ParsedManifest], pool: ThreadPoolExecutor
+    ) -> None:
+        """Make sure that the blobs that they name are stored, and durable."""
         named = {each.digest for _, content in group for each in content.distributable}
         missing = [digest for digest in named if digest not in repository.blobs]
-        for digest, got in zip(missing, pool.map(partial(self._blob, repository), missing), strict=True):
-            repository.blobs[digest] = got.blob
-            if got.blob is None:
-                self._damaged(repository, digest, got.why)
-            elif got.new:
-                self.taken.blobs += 1
-                self.taken.bytes += got.blob.size
-        self._adoption.settle()  # before anything counts on them
+        for digest, result in zip(missing, pool.map(partial(self._blob, repository), missing), strict=True):
+            repository.blobs[digest] = result.blob
+            if result.blob is None:
+                self._damaged(repository, digest, result.why)
+            elif result.new:
+                self.report.blobs += 1
+                self.report.bytes += result.blob.size
+        self._adoption.settle()  # before any record names them
 
-    def _blob(self, repository: _Repository, digest: Digest) -> _Got:
+    def _blob(self, repository: _RepositoryMigration, digest: Digest) -> _BlobResult:
         self._check()
         if (known := self._store.linked(repository.full, digest)) is not None:
-            return _Got(known)
+            return _BlobResult(known)
         try:
             path = self._source.blob(repository.name, digest)
             if self._store.holds(digest):
-                return _Got(Descriptor(OCTETS, digest, self._store.files.path(digest).stat().st_size))
-            size = path.stat().st_size if self._dry_run else self._adoption.take(digest, path)
+                return _BlobResult(Descriptor(OCTETS, digest, self._store.files.path(digest).stat().st_size))
+            size = path.stat().st_size if self._dry_run else self._adoption.adopt(digest, path)
         except (Absent, DigestInvalid) as error:
-            return _Got(None, why=str(error))
+            return _BlobResult(None, why=str(error))
         except OSError as error:
-            return _Got(None, why=f"it cannot be read: {error.strerror}")
-        return _Got(Descriptor(OCTETS, digest, size), new=True)
+            return _BlobResult(None, why=f"it cannot be read: {error.strerror}")
+        return _BlobResult(Descriptor(OCTETS, digest, size), new=True)
 
-    def _tags(self, repository: _Repository) -> None:
+    def _tags(self, repository: _RepositoryMigration) -> None:
         tags = self._moved(repository)
-        while group := dict(islice(tags, TAGS)):
+        while group := dict(islice(tags, TAG_BATCH)):
             if not self._dry_run:
                 self._store.records.transaction(partial(repository.point, tags=group))
-            self.taken.tags += len(group)
+            self.report.tags += len(group)
 
-    def _moved(self, repository: _Repository) -> Iterator[tuple[Tag, Digest]]:
-        """The tags that are to be put, and where they point to."""
+    def _moved(self, repository: _RepositoryMigration) -> Iterator[tuple[Tag, Digest]]:
+        """The tags that are to be set, and their targets."""
         for text in self._source.tags(repository.name):
             self._check()
             try:
@@ -238,16 +248,16 @@ class Migration:
             known = self._store.pointer(repository.full, tag)
             if known is not None and known.digest == link.digest:
                 continue
-            if not repository.holds(link.digest) and not repository.whole.get(link.digest):
-                self._damaged(repository, text, f"it points to {link.digest}, which is not here")
+            if not repository.holds(link.digest) and not repository.complete.get(link.digest):
+                self._damaged(repository, text, f"it points to {link.digest}, which is not stored")
             elif known is None or (link.moved_at > known.validated_at and not self._immutable(tag)):
                 yield tag, link.digest
             else:
                 why = "it is immutable" if self._immutable(tag) else "it was pushed here since"
-                self.taken.kept.append(Damage(repository.name, text, f"it stays {known.digest}: {why}"))
+                self.report.kept.append(Damage(repository.name, text, f"it stays {known.digest}: {why}"))
 
-    def _damaged(self, repository: _Repository, what: str, why: str) -> None:
-        self.taken.damaged.append(Damage(repository.name, str(what), why))
+    def _damaged(self, repository: _RepositoryMigration, what: str, why: str) -> None:
+        self.report.damaged.append(Damage(repository.name, str(what), why))
 
     def _check(self) -> None:
         if self._stopped:
@@ -255,62 +265,62 @@ class Migration:
 
 
 @dataclass(frozen=True, slots=True)
-class _Got:
-    """`blob` is to be linked; where it is None, `why`.  It was `new` here."""
+class _BlobResult:
+    """A blob of the source: its descriptor, or None and `why` it cannot be migrated; whether it is `new`."""
 
     blob: Descriptor | None
     new: bool = False
     why: str = ""
 
 
-class _Repository:
-    """What is known of one while it is taken."""
+class _RepositoryMigration:
+    """The state of one repository during its migration."""
 
     def __init__(self, store: Store, name: str, full: str) -> None:
         self.name = name
         self.full = full
         self._store = store
-        self.whole: dict[Digest, bool] = {}  # manifests: whether it is here, or is to be
-        self.pending: set[Digest] | None = None  # indexes to come; None: nobody knows yet
+        self.complete: dict[Digest, bool] = {}  # manifests: whether one is stored, or will be
+        self.pending: set[Digest] | None = None  # indexes to come; None if not yet known
         self.blobs: dict[Digest, Descriptor | None] = {}
 
     def holds(self, digest: Digest) -> bool:
-        """Whether it was here before, or is by now."""
+        """Whether the manifest is stored."""
         try:
             self._store.manifest(self.full, digest)
         except ManifestUnknown:
             return False
-        self.whole[digest] = True
+        self.complete[digest] = True
         return True
 
     def decides(self, digest: Digest, content: ManifestContent) -> bool:
-        """Whether all that an index names has been decided on; then it is no longer pending itself."""
+        """Whether all that an index lists is decided; then it is no longer pending itself."""
         if self.pending is None or any(each.digest in self.pending for each in content.children):
             return False
         self.pending.discard(digest)
         return True
 
     def decide(self, manifest: Manifest, content: ManifestContent, sparse: bool) -> bool:
-        """Whether it is to be here; those that it names have been decided on."""
-        self.whole[manifest.digest] = not self.lacking(content, sparse)
-        return self.whole[manifest.digest]
+        """Decide whether a manifest can be stored; all that it names has been decided before."""
+        self.complete[manifest.digest] = not self.missing(content, sparse)
+        return self.complete[manifest.digest]
 
-    def lacking(self, content: ManifestContent, sparse: bool) -> list[Digest]:
-        lacking = [each.digest for each in content.distributable if self.blobs.get(each.digest) is None]
+    def missing(self, content: ManifestContent, sparse: bool) -> list[Digest]:
+        missing = [each.digest for each in content.distributable if self.blobs.get(each.digest) is None]
         if not sparse:
             children = (each.digest for each in content.children)
-            lacking += [each for each in children if not self.whole.get(each) and not self.holds(each)]
-        return lacking
+            missing += [each for each in children if not self.complete.get(each) and not self.holds(each)]
+        return missing
 
-    def forget(self, group: Iterable[_Parsed]) -> None:
-        """What was found of their blobs."""
+    def forget(self, group: Iterable[_ParsedManifest]) -> None:
+        """Forget what is known of their blobs."""
         for _, content in group:
             for each in content.distributable:
                 self.blobs.pop(each.digest, None)
 
-    def put(self, batch: Batch, whole: Iterable[_Parsed], sparse: bool) -> None:
-        """Raises BlobUnknown, ManifestUnknown where what they name is here no more."""
-        for manifest, content in whole:
+    def put(self, batch: Batch, complete: Iterable[_ParsedManifest], sparse: bool) -> None:
+        """Store manifests.  Raises BlobUnknown, ManifestUnknown if something that they name was deleted."""
+        for manifest, content in complete:
             for each in content.distributable:
                 blob = self.blobs[each.digest]
                 assert blob is not None
@@ -322,6 +332,6 @@ class _Repository:
         self._store.changed(batch, self.full)
 
     def point(self, batch: Batch, tags: Mapping[Tag, Digest]) -> None:
-        here = {tag: each for tag, each in tags.items() if batch.get(MANIFEST.key(self.full, each))}
-        self._store.put_tags(batch, self.full, here)
+        stored = {tag: each for tag, each in tags.items() if batch.get(MANIFEST.key(self.full, each))}
+        self._store.put_tags(batch, self.full, stored)
         self._store.changed(batch, self.full)

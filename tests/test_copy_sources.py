@@ -44,6 +44,7 @@ DIGEST = Digest("sha256:" + "0" * 64)
         ("[::1]:5000/a", CopySource("[::1]:5000", "a", plain_http=True), "http://[::1]:5000"),
         ("https://localhost:5000/a", CopySource("localhost:5000", "a"), "https://localhost:5000"),
         ("localhost.example/a", CopySource("localhost.example", "a"), "https://localhost.example"),
+        ("127.r.example/a", CopySource("127.r.example", "a"), "https://127.r.example"),
         ("r.example/", CopySource("r.example", "", below=True), "https://r.example"),
         ("r.example/local/", CopySource("r.example", "local", below=True), "https://r.example"),
         ("r.example/team/*:v1.*", CopySource("r.example", "team/*", "v1.*"), "https://r.example"),

@@ -10,7 +10,7 @@ import pytest
 from proxy.access.rules import AccessRules, Grant, Principal, Rule, of_stores
 from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import parse_network
-from proxy.config.values import parse_where, parse_who
+from proxy.config.values import parse_client, parse_where
 
 ANYBODY = Principal()
 HERE = Principal(address=ipaddress.ip_address("127.0.0.1"))
@@ -24,7 +24,7 @@ APP = "local/team/app"
 
 def rules(*who: str, may: tuple[Action, ...] = ("pull",), sources: str = "", where: str = "") -> AccessRules:
     rule = Rule(
-        tuple(map(parse_who, who)),
+        tuple(map(parse_client, who)),
         may,
         tuple(map(parse_network, sources.split())),
         tuple(map(parse_where, where.split())),

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import Network
-from proxy.config.values import Who
+from proxy.config.values import ClientMatcher
 
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -60,7 +60,7 @@ class Principal:
         """Whether this is a user, not a token or an anonymous client."""
         return self.scheme in ("password", "certificate")
 
-    def is_one(self, who: Who) -> bool:
+    def is_one(self, who: ClientMatcher) -> bool:
         match who.kind:
             case "anonymous":
                 return True
@@ -82,7 +82,7 @@ class Rule:
     Empty `sources` and `where` match everything.
     """
 
-    who: tuple[Who, ...]
+    who: tuple[ClientMatcher, ...]
     may: tuple[Action, ...]
     sources: tuple[Network, ...] = ()
     where: tuple[re.Pattern[str], ...] = ()
@@ -102,8 +102,8 @@ def of_stores(stores: Collection[str]) -> list[Rule]:
         return []
     where = (re.compile("(?:" + "|".join(map(re.escape, stores)) + ")/.*"),)
     return [
-        Rule((Who("anonymous"),), ("pull",), LOOPBACK, where),
-        Rule((Who("authenticated"),), ACTIONS, (), where),
+        Rule((ClientMatcher("anonymous"),), ("pull",), LOOPBACK, where),
+        Rule((ClientMatcher("authenticated"),), ACTIONS, (), where),
     ]
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from proxy.config.fields import File, Section, Text, Timeout
 from proxy.config.hosts import Network, parse_network, parse_realm
-from proxy.config.values import Who, parse_quotable, parse_where, parse_who
+from proxy.config.values import ClientMatcher, parse_client, parse_quotable, parse_where
 
 Action: TypeAlias = Literal["pull", "push", "delete"]
 ACTIONS: tuple[Action, ...] = ("pull", "push", "delete")
@@ -22,7 +22,7 @@ class AccessRule(Section, frozen=True):
     matches one of `where`.  Empty `sources` and `where` match everything.
     """
 
-    who: tuple[Annotated[Who, parse_who], ...]
+    who: tuple[Annotated[ClientMatcher, parse_client], ...]
     may: tuple[Action, ...]
     sources: tuple[Annotated[Network, parse_network], ...] = msgspec.field(default=(), name="from")
     where: tuple[Annotated[re.Pattern[str], parse_where], ...] = ()

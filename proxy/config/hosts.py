@@ -40,10 +40,7 @@ class Address:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def everywhere(self) -> bool:
@@ -57,6 +54,9 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+# Listeners
 
 
 def parse_address(value: object) -> Address:
@@ -74,22 +74,27 @@ def parse_admin(value: object) -> Address | None:
     return None if value is False or value == "off" else parse_address(value)
 
 
-def parse_network(value: object) -> Network:
-    """An address, or a range of them in CIDR notation."""
-    text = parse_text(value)
+def parse_server(text: str) -> URL:
+    """The URL of an admin listener, from the option --server; without a scheme, http.  Raises ValueError."""
+    from yarl import URL
+
     try:
-        return ipaddress.ip_network(text)
-    except ValueError as error:
-        hint = ", in which the bits after the prefix are 0" if "host bits" in str(error) else ""
-        raise ValueError(f"expected an address or a range such as 10.0.0.0/8 or fd00::/8{hint}") from None
+        url = URL(text if "//" in text else f"http://{text}")
+        if url.host and url.scheme in ("http", "https"):
+            return url
+    except ValueError:
+        pass
+    raise ValueError(f"--server {text}: expected an address such as http://127.0.0.1:5001")
 
 
-def parse_realm(value: object) -> str:
-    """The URL of a token server, which can be a quoted string in a header."""
-    text = parse_text(value)
-    if not _REALM.fullmatch(text):
-        raise ValueError("expected the URL of a token server, such as https://auth.example/token")
-    return text
+def local_url(scheme: str, address: Address) -> URL:
+    """The URL of a listener, as seen from this machine."""
+    from yarl import URL
+
+    return URL.build(scheme=scheme, host=address.local_host, port=address.port)
+
+
+# Hosts and networks
 
 
 def parse_name(value: object) -> str:
@@ -105,6 +110,38 @@ def parse_host(value: object) -> str:
     if not _HOST.fullmatch(text):
         raise ValueError("expected a host, with or without :port, in lower case")
     return text
+
+
+def parse_network(value: object) -> Network:
+    """An address, or a range of them in CIDR notation."""
+    text = parse_text(value)
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        hint = ", in which the bits after the prefix are 0" if "host bits" in str(error) else ""
+        raise ValueError(f"expected an address or a range such as 10.0.0.0/8 or fd00::/8{hint}") from None
+
+
+def is_host(name: str) -> bool:
+    """Whether clients read this first component of an image name as a registry's host."""
+    return "." in name or ":" in name or name == "localhost"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host, given without a port and without brackets."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def without_port(name: str) -> str:
+    """The host without a port that is the default of http or https, for comparisons."""
+    host, _, port = name.rpartition(":")
+    return host if port in ("443", "80") else name
+
+
+# URLs
 
 
 def parse_url(value: object) -> str:
@@ -141,6 +178,14 @@ def parse_urls(value: object) -> tuple[str, ...]:
     return tuple(urls)
 
 
+def parse_realm(value: object) -> str:
+    """The URL of a token server, which can be a quoted string in a header."""
+    text = parse_text(value)
+    if not _REALM.fullmatch(text):
+        raise ValueError("expected the URL of a token server, such as https://auth.example/token")
+    return text
+
+
 def parse_target(value: object) -> Secret:
     """The URL of a webhook; a Secret, since a path or query may authenticate the caller."""
     text = parse_secret(value)
@@ -168,34 +213,3 @@ def _has_authority(found: re.Match[str] | None) -> bool:
     if found[1]:
         ipaddress.IPv6Address(found[1])
     return not found[2] or 0 < int(found[2]) < 65536
-
-
-def without_port(name: str) -> str:
-    """The host without a port that is the default of http or https, for comparisons."""
-    host, _, port = name.rpartition(":")
-    return host if port in ("443", "80") else name
-
-
-def is_host(name: str) -> bool:
-    """Whether clients read this first component of an image name as a registry's host."""
-    return "." in name or ":" in name or name == "localhost"
-
-
-def parse_server(text: str) -> URL:
-    """The URL of an admin listener, from the option --server; without a scheme, http.  Raises ValueError."""
-    from yarl import URL
-
-    try:
-        url = URL(text if "//" in text else f"http://{text}")
-        if url.host and url.scheme in ("http", "https"):
-            return url
-    except ValueError:
-        pass
-    raise ValueError(f"--server {text}: expected an address such as http://127.0.0.1:5001")
-
-
-def local_url(scheme: str, address: Address) -> URL:
-    """The URL of a listener, as seen from this machine."""
-    from yarl import URL
-
-    return URL.build(scheme=scheme, host=address.local_host, port=address.port)

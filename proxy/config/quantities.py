@@ -45,6 +45,9 @@ class Share:
         return self.size or whole * self.percent // 100
 
 
+# Durations
+
+
 def parse_duration(value: object) -> float:
     """Seconds, from `500ms`, `10s`, `1h30m` or `2w`; larger units come first."""
     if isinstance(value, int) and not isinstance(value, bool) and value == 0:
@@ -64,17 +67,6 @@ def parse_timeout(value: object) -> float:
     if not seconds:
         raise ValueError("must be more than 0")
     return seconds
-
-
-def parse_size(value: object) -> int:
-    """Bytes, from `512KiB`, `100MB` or `500GiB`.  KiB and the like are powers of 1024, KB of 1000."""
-    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if not found or not int(found[1]):
-        raise ValueError(
-            "expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
-        )
-    power: int = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
-    return int(found[1]) * power
 
 
 def parse_freshness(value: object) -> float:
@@ -98,6 +90,44 @@ def parse_grace(value: object) -> float:
     if seconds < MIN_GRACE:
         raise ValueError("must be 1h or more, so that no push in progress is collected")
     return seconds
+
+
+def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:
+    """The seconds that Retry-After asks to wait, or None if it is missing or malformed.  RFC 9110 §10.2.3.
+
+    A date is compared with the response's own Date if there is one, since the two clocks may differ.  `now`
+    returns seconds since the epoch.
+    """
+    value = headers.get("Retry-After", "")
+    if value.isascii() and value.isdigit():
+        return min(MAX_RETRY_AFTER, float(value[:10]))
+    due, sent = _date(value), _date(headers.get("Date", ""))
+    if due is None:
+        return None
+    return min(MAX_RETRY_AFTER, max(0.0, due - (now() if sent is None else sent)))
+
+
+def _date(text: str) -> float | None:
+    try:
+        found = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    # RFC 9110 §5.6.7: always GMT; a zone of -0000 is parsed as a naive datetime.
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+# Sizes, shares and rates
+
+
+def parse_size(value: object) -> int:
+    """Bytes, from `512KiB`, `100MB` or `500GiB`.  KiB and the like are powers of 1024, KB of 1000."""
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not found or not int(found[1]):
+        raise ValueError(
+            "expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
+        )
+    power: int = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+    return int(found[1]) * power
 
 
 def parse_share(value: object) -> Share:
@@ -136,42 +166,7 @@ def parse_reserve(value: object) -> Reserve:
     return Reserve(percent=int(found[1])) if found[2] else Reserve(requests=int(found[1]))
 
 
-def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:
-    """The seconds that Retry-After asks to wait, or None if it is missing or malformed.  RFC 9110 §10.2.3.
-
-    A date is compared with the response's own Date if there is one, since the two clocks may differ.  `now`
-    returns seconds since the epoch.
-    """
-    value = headers.get("Retry-After", "")
-    if value.isascii() and value.isdigit():
-        return min(MAX_RETRY_AFTER, float(value[:10]))
-    due, sent = _date(value), _date(headers.get("Date", ""))
-    if due is None:
-        return None
-    return min(MAX_RETRY_AFTER, max(0.0, due - (now() if sent is None else sent)))
-
-
-def _date(text: str) -> float | None:
-    try:
-        found = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    # RFC 9110 §5.6.7: always GMT; a zone of -0000 is parsed as a naive datetime.
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-
-
-def format_size(count: float | None) -> str:
-    """`1.2 GiB`; `?` for None or a negative count, which stand for unknown."""
-    if count is None or count < 0:
-        return "?"
-    if count < 1024:
-        return f"{int(count)} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):  # noqa: B007
-        count /= 1024
-        # 1023.96 would be written as 1024.0 of a unit.
-        if count < 1023.95:
-            break
-    return f"{count:.1f} {unit}"
+# Text for people
 
 
 def format_duration(seconds: float) -> str:
@@ -193,6 +188,20 @@ def format_time(time: float | None, now: float, never: str = "never") -> str:
     if abs(time - now) < 1:
         return "now"
     return f"{format_duration(now - time)} ago" if time < now else f"in {format_duration(time - now)}"
+
+
+def format_size(count: float | None) -> str:
+    """`1.2 GiB`; `?` for None or a negative count, which stand for unknown."""
+    if count is None or count < 0:
+        return "?"
+    if count < 1024:
+        return f"{int(count)} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):  # noqa: B007
+        count /= 1024
+        # 1023.96 would be written as 1024.0 of a unit.
+        if count < 1023.95:
+            break
+    return f"{count:.1f} {unit}"
 
 
 def format_share(part: float | None) -> str:

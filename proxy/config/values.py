@@ -33,7 +33,7 @@ class Secret(str):
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
+class ClientMatcher:
     """The clients that a rule applies to.
 
     `kind` is anonymous, authenticated, user, group or claim.  `name` is the name of the user, group or claim,
@@ -43,6 +43,9 @@ class Who:
     kind: str
     name: str = ""
     glob: re.Pattern[str] | None = None
+
+
+# Any key
 
 
 def parse_text(value: object) -> str:
@@ -60,18 +63,49 @@ def parse_flag(value: object) -> bool:
     return value
 
 
+def parse_count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
+        raise ValueError(f"expected a number from 1 to {MAX_COUNT}")
+    return value
+
+
+def parse_path(value: object) -> Path:
+    text = parse_text(value)
+    if text.startswith("~"):
+        raise ValueError("~ is not expanded: use ${HOME}")
+    return Path(text)
+
+
+def parse_label(value: object) -> str:
+    """A name that the operator chooses."""
+    text = parse_text(value)
+    if not _LABEL.fullmatch(text) or len(text) > MAX_LABEL:
+        raise ValueError(
+            f"expected a lower-case word of letters, digits, '.', '_' and '-', at most {MAX_LABEL} characters"
+        )
+    return text
+
+
+def parse_secret(value: object) -> Secret:
+    return Secret(parse_text(value))
+
+
+def kind_of(value: object) -> str:
+    """What YAML calls a value of that type, with its article."""
+    names = {"dict": "a mapping", "list": "a list", "str": "a string", "NoneType": "nothing"}
+    names |= {"int": "a number", "float": "a number", "bool": "true or false"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+# The server
+
+
 def parse_workers(value: object) -> int | None:
     """A number of processes, or None for `auto`."""
     if value == "auto":
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_WORKERS:
         raise ValueError(f"expected auto, or a number of processes from 1 to {MAX_WORKERS}")
-    return value
-
-
-def parse_count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
-        raise ValueError(f"expected a number from 1 to {MAX_COUNT}")
     return value
 
 
@@ -83,6 +117,9 @@ def parse_version(value: object) -> str:
     return str(text)
 
 
+# Images
+
+
 def parse_glob(value: object) -> str:
     """A pin's pattern, such as `docker.io/library/alpine:3*`."""
     text = parse_text(value)
@@ -91,11 +128,13 @@ def parse_glob(value: object) -> str:
     return text
 
 
-def parse_platform(value: object) -> str:
+def parse_pattern(value: object) -> re.Pattern[str]:
+    """A glob, or a regular expression after `re:`; use it with fullmatch."""
     text = parse_text(value)
-    if not _PLATFORM.fullmatch(text):
-        raise ValueError("expected os/architecture or os/architecture/variant, such as linux/arm64/v8")
-    return text
+    try:
+        return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is not a valid regular expression: {error}") from None
 
 
 def parse_reference(value: object) -> str:
@@ -109,6 +148,13 @@ def parse_reference(value: object) -> str:
     return text
 
 
+def parse_platform(value: object) -> str:
+    text = parse_text(value)
+    if not _PLATFORM.fullmatch(text):
+        raise ValueError("expected os/architecture or os/architecture/variant, such as linux/arm64/v8")
+    return text
+
+
 def parse_time(value: object) -> tuple[int, int]:
     """The hour and the minute of a time of day, such as `03:30`."""
     found = _TIME.fullmatch(value) if isinstance(value, str) else None
@@ -117,25 +163,19 @@ def parse_time(value: object) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def parse_pattern(value: object) -> re.Pattern[str]:
-    """A glob, or a regular expression after `re:`; use it with fullmatch."""
-    text = parse_text(value)
-    try:
-        return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is not a valid regular expression: {error}") from None
+# Access rules
 
 
-def parse_who(value: object) -> Who:
+def parse_client(value: object) -> ClientMatcher:
     text = parse_text(value)
     kind, colon, name = text.partition(":")
     claim, equals, glob = name.partition("=")
     if kind in ("anonymous", "authenticated") and not colon:
-        return Who(kind)
+        return ClientMatcher(kind)
     if kind in ("user", "group") and name:
-        return Who(kind, name)
+        return ClientMatcher(kind, name)
     if kind == "claim" and claim and equals:
-        return Who(kind, claim, re.compile(fnmatch.translate(glob)))
+        return ClientMatcher(kind, claim, re.compile(fnmatch.translate(glob)))
     raise ValueError(
         "expected anonymous, authenticated, user:NAME, group:NAME, or claim:NAME=GLOB for a claim of a token"
     )
@@ -157,20 +197,20 @@ def parse_quotable(value: object) -> str:
     return text
 
 
-def parse_path(value: object) -> Path:
-    text = parse_text(value)
-    if text.startswith("~"):
-        raise ValueError("~ is not expanded: use ${HOME}")
-    return Path(text)
+# Requests to other servers
 
 
-def parse_label(value: object) -> str:
-    """A name that the operator chooses."""
+def parse_username(value: object) -> str:
     text = parse_text(value)
-    if not _LABEL.fullmatch(text) or len(text) > MAX_LABEL:
-        raise ValueError(
-            f"expected a lower-case word of letters, digits, '.', '_' and '-', at most {MAX_LABEL} characters"
-        )
+    if ":" in text:  # RFC 7617, section 2
+        raise ValueError("must not hold a colon")
+    return text
+
+
+def parse_helper(value: object) -> str:
+    text = parse_text(value)
+    if not _HELPER.fullmatch(text):
+        raise ValueError("expected what follows docker-credential- in a program's name, such as ecr-login")
     return text
 
 
@@ -191,28 +231,3 @@ def parse_fields(value: object) -> dict[str, Secret]:
     if len({name.lower() for name in fields}) < len(fields):
         raise ValueError("holds the same header twice")
     return fields
-
-
-def parse_secret(value: object) -> Secret:
-    return Secret(parse_text(value))
-
-
-def parse_username(value: object) -> str:
-    text = parse_text(value)
-    if ":" in text:  # RFC 7617, section 2
-        raise ValueError("must not hold a colon")
-    return text
-
-
-def parse_helper(value: object) -> str:
-    text = parse_text(value)
-    if not _HELPER.fullmatch(text):
-        raise ValueError("expected what follows docker-credential- in a program's name, such as ecr-login")
-    return text
-
-
-def kind_of(value: object) -> str:
-    """What YAML calls a value of that type, with its article."""
-    names = {"dict": "a mapping", "list": "a list", "str": "a string", "NoneType": "nothing"}
-    names |= {"int": "a number", "float": "a number", "bool": "true or false"}
-    return names.get(type(value).__name__, f"a {type(value).__name__}")

@@ -6,7 +6,6 @@ renderer makes a Setup from a Site; it neither reads nor writes files.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import socket
 import ssl
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from yarl import URL
 
-from proxy.config.hosts import Address, is_host, parse_name, parse_url
+from proxy.config.hosts import Address, is_host, is_loopback, parse_name, parse_url
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
 
@@ -58,11 +57,7 @@ class Site:
 
     @property
     def loopback(self) -> bool:
-        host = self.url.host or ""
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(self.url.host or "")
 
 
 Kind = Literal["file", "keys", "part", "flags"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from proxy.config import image_names
+from proxy.config.hosts import is_loopback
 from proxy.config.image_names import ImageName
 from proxy.config.wellknown import DOCKER_HUB, WELL_KNOWN
 from storage.errors import NameUnknown
@@ -72,7 +73,7 @@ def parse_source(text: str, plain_http: bool = False) -> CopySource:
 
 def _loopback(host: str) -> bool:
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-    return name in ("localhost", "[::1]") or name.startswith("127.")
+    return is_loopback(name.strip("[]"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -281,18 +281,18 @@ async def run(*words: str) -> Result:
 async def test_collection(shop: tuple[Client, list[str]]) -> None:
     client, words = shop
     result = await run("--last", *words)
-    assert (result.exit_code, result.stdout) == (0, "nothing was collected yet\n")
+    assert (result.exit_code, result.stdout) == (0, "no collection has run yet\n")
     result = await run("--dry-run", *words)
     assert result.exit_code == 0, result.output
-    assert "would go: 1 tag, 1 manifest, 1 link, 1 blob, 3 B; nothing was removed" in result.stdout
+    assert "would be collected: 1 tag, 1 manifest, 1 link, 1 blob, 3 B; nothing was deleted" in result.stdout
     assert Digest.of(b"one") in files(client)
     result = await run(*words)
     assert result.exit_code == 0, result.output
     heads, row, goes, looked = result.stdout.splitlines()
-    assert heads.split() == ["REPOSITORY", "TAGS", "MANIFESTS", "LINKS", "YOUNG"]
+    assert heads.split() == ["REPOSITORY", "TAGS", "MANIFESTS", "LINKS", "TOO", "RECENT"]
     assert row.split() == [NAME, "1", "1", "1", "0"]
     assert goes.endswith(": 1 tag, 1 manifest, 1 link, 1 blob, 3 B")
-    assert looked == "looked at 1 repository; 0 still too young to go"
+    assert looked == "examined 1 repository; 0 too recent to be collected"
     assert Digest.of(b"one") not in files(client)
     found = json.loads((await run("--last", "--json", *words)).stdout)
     assert (found["tags"], found["bytes"]) == (1, 3)

@@ -22,7 +22,6 @@ LONG_FUNCTIONS = {
     "proxy.cli.bundles.export",
     "proxy.cli.bundles.import_",
     "proxy.cli.doctor.doctor",
-    "proxy.namespaces.composition.compose",
     "storage.archives.tar.members",
 }
 

@@ -170,7 +170,7 @@ class _Composer:
         self._disks: list[DiskHealth] = []
 
     def compose(self) -> Composition:
-        # Longer than others, since each part takes a line.
+        # long: each part takes a line
         config, clock = self._config, self._clock
         store, private = self._store(), self._private()
         usage, recorder = self._usage(store)

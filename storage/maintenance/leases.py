@@ -4,7 +4,7 @@
 
 The lease of a blob is the mtime of its file.  Both are taken in a write transaction, before the client is
 answered, and the collection checks them in the transaction that removes.  So one of the two comes first:
-either the content is kept, or the client is told that it is unknown, and sends it.
+either the content is kept, or the answer is that it is unknown, and the client sends it.
 
 A lease is renewed when it is older than half the grace period, so that most answers write nothing; hence it
 holds for one and a half times that period, which is at least the period after every answer.

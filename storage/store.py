@@ -1,13 +1,7 @@
 """A registry that keeps its content: blobs in files, and records of everything else.
 
-Each blob is stored once; a link, which is a record, says that a repository shows it.  The records and what
-they hold (storage/keys.py describes the keys):
-
-    tag         digest, time of validation
-    manifest    media type, time of storing, newline, the exact bytes
-    link        size in bytes, time of storing
-    referrers   the referrer's descriptor as JSON
-    pushed      how often the tags and manifests of the repository changed, where garbage is collected
+Each blob is stored once; a link, which is a record, says that a repository shows it.  storage/keys.py and
+storage/values.py describe the records.  The record of a referrer holds its descriptor as JSON.
 
 Records that change together change in one transaction: after a failure either the whole push is stored or
 nothing of it.  The transaction that makes a link also finds the blob's file and sets its mtime to the present
@@ -20,11 +14,9 @@ parsed counts as absent: a cache fetches it again.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice, takewhile
 
 import msgspec
@@ -53,18 +45,10 @@ from storage.oci import (
     parse_manifest,
 )
 from storage.registry import Registry, Upload, everything
+from storage.values import Link, Pointer, StoredManifest
 
-_TEXT = ("utf-8", "surrogateescape")  # a media type is returned as it was sent, even if it is not UTF-8
 # What decoding damaged JSON raises; RecursionError if it is nested too deeply.
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-
-@dataclass(frozen=True, slots=True)
-class Pointer:
-    """Where a tag points, and when its origin last confirmed it."""
-
-    digest: Digest
-    validated_at: float
 
 
 class StoreUpload(Upload):
@@ -112,10 +96,10 @@ class Store(Registry):
 
     def blob(self, repository: str, digest: Digest) -> tuple[FileBlob, float]:
         """Open the blob; also returns when it was linked in `repository`.  Raises BlobUnknown."""
-        size, linked_at = _numbers(self.records.get(LINK.key(repository, digest)), 2) or (None, 0.0)
-        if size is None:
+        link = Link.parse(self.records.get(LINK.key(repository, digest)))
+        if link is None:
             raise BlobUnknown(f"{repository} has no blob {digest}")
-        return self.files.open(digest, int(size)), linked_at
+        return self.files.open(digest, link.size), link.linked_at
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         blob = await self.get_blob(repository, digest)
@@ -135,14 +119,11 @@ class Store(Registry):
             if pointer is None:
                 raise ManifestUnknown(f"{repository} has no tag {reference}")
             reference = pointer.digest
-        record = self.records.get(MANIFEST.key(repository, reference)) or b""
-        head, _, content = record.partition(b"\n")
-        media_type, _, stored_at = head.rpartition(b" ")
-        times = _numbers(stored_at, 1)
+        stored = StoredManifest.parse(self.records.get(MANIFEST.key(repository, reference)))
         # Verified at every read: that costs a microsecond, and a damaged record is no manifest.
-        if times is None or Digest.of(content, reference.algorithm) != reference:
+        if stored is None or Digest.of(stored.content, reference.algorithm) != reference:
             raise ManifestUnknown(f"{repository} has no manifest {reference}")
-        return Manifest(media_type.decode(*_TEXT), content, reference), times[0]
+        return Manifest(stored.media_type, stored.content, reference), stored.stored_at
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         found = islice(self.records.scan(TAG.prefix(repository), last), limit)
@@ -206,8 +187,8 @@ class Store(Registry):
         """Count a change of tags or manifests, in the transaction that makes the change."""
         if self._collected:
             key = CHANGES.key(repository)
-            times = _numbers(batch.get(key), 1) or [0.0]
-            batch.put(key, b"%d" % (times[0] + 1))
+            known = batch.get(key) or b"0"
+            batch.put(key, b"%d" % ((int(known) if known.isdigit() else 0) + 1))
 
     async def push_manifest(
         self,
@@ -249,9 +230,9 @@ class Store(Registry):
 
     def put_manifest(self, batch: Batch, repository: str, manifest: Manifest) -> None:
         """Store the manifest, and what it is a referrer of, as part of a transaction."""
-        record = f"{manifest.media_type} {self._clock()}\n".encode(*_TEXT) + manifest.content
-        batch.put(MANIFEST.key(repository, manifest.digest), record)
-        if (subject := _subject(manifest)) is not None:
+        stored = StoredManifest(manifest.media_type, self._clock(), manifest.content)
+        batch.put(MANIFEST.key(repository, manifest.digest), stored.encode())
+        if (subject := _subject(manifest.content)) is not None:
             referrer = msgspec.json.encode(_referrer(manifest).to_json())
             batch.put(REFERRER.key(repository, subject.digest, manifest.digest), referrer)
 
@@ -263,7 +244,7 @@ class Store(Registry):
 
     def put_tag(self, batch: Batch, repository: str, tag: Tag, digest: Digest, validated_at: float) -> None:
         """Point a tag to a manifest that is stored, as part of a transaction."""
-        batch.put(TAG.key(repository, tag), f"{digest} {validated_at}".encode())
+        batch.put(TAG.key(repository, tag), Pointer(digest, validated_at).encode())
 
     async def delete_manifest(
         self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None = None
@@ -290,8 +271,8 @@ class Store(Registry):
         """Remove the manifest, its tags, and the record that makes it a referrer; whether it was stored."""
         for tag in self.tags_of(repository, digest):
             batch.delete(TAG.key(repository, tag))
-        record = batch.get(MANIFEST.key(repository, digest)) or b""
-        subject = _subject(Manifest("", record.partition(b"\n")[2], digest))
+        stored = StoredManifest.parse(batch.get(MANIFEST.key(repository, digest)))
+        subject = None if stored is None else _subject(stored.content)
         if subject is not None:
             batch.delete(REFERRER.key(repository, subject.digest, digest))
         return batch.delete(MANIFEST.key(repository, digest))
@@ -307,8 +288,8 @@ class Store(Registry):
 
     def linked(self, repository: str, digest: Digest) -> Descriptor | None:
         """The blob, if `repository` shows it and its file exists.  Does not count as use."""
-        size, _ = _numbers(self.records.get(LINK.key(repository, digest)), 2) or (None, 0.0)
-        return None if size is None or not self.holds(digest) else Descriptor(OCTETS, digest, int(size))
+        link = Link.parse(self.records.get(LINK.key(repository, digest)))
+        return None if link is None or not self.holds(digest) else Descriptor(OCTETS, digest, link.size)
 
     # What a cache needs besides
 
@@ -334,39 +315,24 @@ class Store(Registry):
     def put_link(self, batch: Batch, repository: str, blob: Descriptor) -> None:
         """Link a stored blob, as part of a transaction.  Raises BlobUnknown if its file does not exist."""
         self.files.renew(blob.digest)
-        batch.put(LINK.key(repository, blob.digest), f"{blob.size} {self._clock()}".encode())
+        batch.put(LINK.key(repository, blob.digest), Link(blob.size, self._clock()).encode())
 
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:
         """Where the tag points; None if it is not stored, or is damaged."""
-        digest, _, time = (self.records.get(TAG.key(repository, tag)) or b"").partition(b" ")
-        times = _numbers(time, 1)
-        with suppress(DigestInvalid):
-            return Pointer(Digest.parse(digest.decode(*_TEXT)), times[0]) if times else None
-        return None
+        return Pointer.parse(self.records.get(TAG.key(repository, tag)))
 
     async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
         """Point a tag to a stored manifest: the origin has just confirmed it."""
-        await asyncio.to_thread(self._point, repository, tag, digest, self._clock())
-
-    def _point(self, repository: str, tag: Tag, digest: Digest, now: float) -> None:
-        self.records.put(TAG.key(repository, tag), f"{digest} {now}".encode())
+        pointer = Pointer(digest, self._clock())
+        await asyncio.to_thread(self.records.put, TAG.key(repository, tag), pointer.encode())
 
     async def close(self) -> None:
         self.records.close()
 
 
-def _numbers(record: bytes | None, count: int) -> list[float] | None:
-    """The `count` numbers in a record; None if it is absent or damaged."""
+def _subject(content: bytes) -> Descriptor | None:
     try:
-        numbers = [float(field) for field in (record or b"").split()]
-    except ValueError:
-        return None
-    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
-
-
-def _subject(manifest: Manifest) -> Descriptor | None:
-    try:
-        return parse_manifest(manifest.content).subject
+        return parse_manifest(content).subject
     except ManifestInvalid:
         return None  # of an unknown type; stored as it is
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from storage import keys
 from storage.keys import LINK, MANIFEST, TAG, RecordKind, parse_reference_key
 from storage.oci import Digest, Tag
+from storage.values import Link, Pointer, StoredManifest
 from tests.test_layers import modules
 
 KINDS = [value for value in vars(keys).values() if isinstance(value, RecordKind)]
@@ -89,6 +90,43 @@ def test_references() -> None:
     assert parse_reference_key(TAG.key("a/b", "3")) == ("a/b", Tag("3"))
     assert parse_reference_key(MANIFEST.key("a/b", digest)) == ("a/b", digest)
     assert isinstance(parse_reference_key(MANIFEST.key("a/b", digest))[1], Digest)
+
+
+# Values
+
+times = st.floats(0, 2**40)
+media_types = st.text(st.characters(codec="ascii", exclude_characters="\n"))
+digests = st.binary(max_size=2).flatmap(
+    lambda content: st.sampled_from([Digest.of(content), Digest.of(content, "sha512")])
+)
+
+
+@given(
+    st.one_of(
+        st.builds(Pointer, digests, times),
+        st.builds(
+            StoredManifest, st.text(st.characters(codec="ascii", exclude_characters="\n")), times, st.binary()
+        ),
+        st.builds(Link, st.integers(0), times),
+    )
+)
+def test_parse_is_the_inverse_of_encode(value: Pointer | StoredManifest | Link) -> None:
+    assert type(value).parse(value.encode()) == value
+
+
+@pytest.mark.parametrize("kind", [Pointer, StoredManifest, Link])
+@given(record=st.binary() | st.none())
+def test_a_damaged_value_is_none(kind: type[Pointer | StoredManifest | Link], record: bytes | None) -> None:
+    found = kind.parse(record)
+    assert found is None or kind.parse(found.encode()) == found
+
+
+@pytest.mark.parametrize(
+    "record", [None, b"", b"1", b"1 nan", b"1 inf", b"-1 1", b"x 1", b"sha256:00 1", b"1 x"]
+)
+@pytest.mark.parametrize("kind", [Pointer, Link])
+def test_what_is_no_value_is_none(kind: type[Pointer | Link], record: bytes | None) -> None:
+    assert kind.parse(record) is None
 
 
 # No other module spells a key

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 STORAGE = (
     "errors concurrency names",
     "oci",
-    "registry keys",
+    "registry keys values",
     "disk",
     "listings",
     "store",

@@ -23,7 +23,8 @@ from storage.errors import (
     StorageFailed,
 )
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, Manifest, Tag
-from storage.store import Pointer, Store
+from storage.store import Store
+from storage.values import Pointer
 from tests.conftest import Clock
 
 DIGEST = Digest.of(b"content")

@@ -16,7 +16,7 @@ from proxy.namespaces.references import ImageReference
 from storage.maintenance.pins import Pins
 from storage.maintenance.usage import Usage
 from storage.oci import Tag
-from storage.store import Pointer
+from storage.values import Pointer
 
 
 class Explainer:

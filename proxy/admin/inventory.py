@@ -29,7 +29,8 @@ from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
 from storage.names import is_glob, literal_prefix, written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
-from storage.store import Pointer, Store
+from storage.store import Store
+from storage.values import Link, Pointer, StoredManifest
 
 DEEPEST = 50  # levels of a tree: indexes can be nested without limit
 
@@ -89,18 +90,19 @@ class Inventory:
                 if row is None:
                     continue
                 if kind is LINK:
-                    row[2] += self._linked(Digest(reference), value)
+                    row[2] += (
+                        link.size
+                        if (link := Link.parse(value)) and self._store.holds(Digest(reference))
+                        else 0
+                    )
                 else:
                     row[number] += 1
-                    row[2] += len(value) - value.find(b"\n") - 1 if kind is MANIFEST else 0
+                    stored = StoredManifest.parse(value) if kind is MANIFEST else None
+                    row[2] += len(stored.content) if stored else 0
         return [
             RepositoryRow(repository=name, tags=tags, manifests=manifests, bytes=size)
             for name, (tags, manifests, size) in sorted(counts.items())
         ]
-
-    def _linked(self, digest: Digest, record: bytes) -> int:
-        size = record.partition(b" ")[0]
-        return int(size) if size.isdigit() and self._store.holds(digest) else 0
 
     def images(self, wanted: Pin, limit: int | None = None, last: str = "") -> Listed:
         """At most `limit` of the images that match, in the order of their names, after `last`."""

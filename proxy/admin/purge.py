@@ -27,6 +27,7 @@ from storage.maintenance.pins import Pin, Pins
 from storage.names import is_glob, written
 from storage.oci import Digest, Reference, Tag
 from storage.store import Store
+from storage.values import Pointer, StoredManifest
 
 BATCH = 500  # records in a transaction, which blocks all other writers
 KINDS = (TAG, MANIFEST, LINK, LISTING)  # the records that a repository has
@@ -157,7 +158,7 @@ class Purge:
 
     def _tags(self, repository: str) -> dict[Tag, Digest]:
         return {
-            Tag(TAG.parse(key)[1]): Digest(value.partition(b" ")[0].decode("utf-8", "replace"))
+            Tag(TAG.parse(key)[1]): pointer.digest if (pointer := Pointer.parse(value)) else Digest()
             for key, value in self._records.scan(TAG.prefix(repository))
         }
 
@@ -174,7 +175,8 @@ class Purge:
 
     def _manifests(self, repository: str) -> Iterator[tuple[Digest, bytes]]:
         for key, value in self._records.scan(MANIFEST.prefix(repository)):
-            yield Digest(MANIFEST.parse(key)[1]), value.partition(b"\n")[2]
+            stored = StoredManifest.parse(value)
+            yield Digest(MANIFEST.parse(key)[1]), stored.content if stored else b""
 
     def _list_records(self, plan: PurgePlan, tags: set[Tag], manifests: set[Digest], whole: bool) -> None:
         name = plan.repository

@@ -38,6 +38,7 @@ from storage.oci import (
 )
 from storage.registry import Blob, Moved, Registry, Upload, everything
 from storage.store import Store
+from storage.values import Pointer
 
 INDEXES = (OCI_INDEX, DOCKER_LIST)
 IMAGES = (OCI_MANIFEST, DOCKER_MANIFEST)
@@ -202,9 +203,9 @@ class Hosted(Registry):
         def allowed(batch: Batch) -> None:
             tags = [reference] if isinstance(reference, Tag) else self._store.tags_of(name, reference)
             for tag in tags:
-                if (known := batch.get(TAG.key(name, tag))) is not None:
+                if (pointer := Pointer.parse(batch.get(TAG.key(name, tag)))) is not None:
                     self._check_mutable(repository, tag)
-                    self._leases.left(batch, name, known.partition(b" ")[0].decode("utf-8", "replace"))
+                    self._leases.left(batch, name, pointer.digest)
             if isinstance(reference, Digest):
                 self._leases.drop(batch, name, reference)
 
@@ -233,12 +234,11 @@ class Hosted(Registry):
 
     def check_tag(self, records: Records | Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
         """The digest that the tag would move from, if it would move.  Raises Denied if it must not."""
-        record = records.get(TAG.key(self._full(repository), tag)) or b""
-        former = record.partition(b" ")[0].decode("utf-8", "replace")
-        if former in ("", digest):
+        pointer = Pointer.parse(records.get(TAG.key(self._full(repository), tag)))
+        if pointer is None or pointer.digest == digest:
             return None
         self._check_mutable(repository, tag)
-        return Digest(former)
+        return pointer.digest
 
     def retag(self, batch: Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
         """check_tag() for a transaction that moves the tag: the digest that it had gets a lease."""

@@ -37,6 +37,7 @@ from storage.maintenance.reachability import Damaged, Reachability, RemovalGroup
 from storage.maintenance.unlinked import Unlinked
 from storage.oci import Digest
 from storage.store import Store
+from storage.values import Link
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -250,7 +251,8 @@ class _CollectionRun:
         row.young += young
 
     def _link_young(self, key: str) -> bool:
-        if self._young(_time(self._records.get(key))):
+        link = Link.parse(self._records.get(key))
+        if link is not None and self._young(link.linked_at):
             return True
         with suppress(FileNotFoundError):
             return self._young(self._store.files.path(Digest(LINK.parse(key)[1])).stat().st_mtime)
@@ -313,11 +315,3 @@ def _packs(groups: Sequence[RemovalGroup]) -> list[list[RemovalGroup]]:
         packs[-1].append(each)
         size += len(each.tags) + len(each.manifests)
     return packs
-
-
-def _time(link: bytes | None) -> float:
-    """When a link was made; 0 if the record is damaged, since clients are not shown such a link."""
-    try:
-        return float((link or b"").split()[-1])
-    except (ValueError, IndexError):
-        return 0.0

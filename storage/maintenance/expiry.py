@@ -14,6 +14,7 @@ from storage.maintenance.blob_tree import BlobTree
 from storage.maintenance.pins import PinnedContent
 from storage.maintenance.usage import Usage
 from storage.store import Store
+from storage.values import Pointer, StoredManifest
 
 
 @dataclass(slots=True)
@@ -112,13 +113,14 @@ class Expiry:
 
     def _tags(self, repository: str, keep: float) -> tuple[set[str], list[str]]:
         """The digests of the tags that are kept, and the names of the expired tags."""
-        live, expired = set(), []
+        live: set[str] = set()
+        expired: list[str] = []
         for key, value in self._records.scan(TAG.prefix(repository)):
             tag = TAG.parse(key)[1]
-            digest, _, at = value.partition(b" ")
-            used_at = self._last_use(repository, tag, _time(at))
+            pointer = Pointer.parse(value)
+            used_at = self._last_use(repository, tag, pointer.validated_at if pointer else 0.0)
             if (repository, tag) in self._pinned.references or not self._expired(used_at, keep):
-                live.add(digest.decode("ascii", "replace"))
+                live.update([pointer.digest] if pointer else [])
             else:
                 expired.append(tag)
         return live, expired
@@ -129,9 +131,9 @@ class Expiry:
         kept: list[str] = []
         for key, value in self._records.scan(MANIFEST.prefix(repository)):
             digest = MANIFEST.parse(key)[1]
-            head, _, content = value.partition(b"\n")
-            stored[digest] = content
-            used_at = self._last_use(repository, digest, _time(head))
+            manifest = StoredManifest.parse(value)
+            stored[digest] = manifest.content if manifest else b""
+            used_at = self._last_use(repository, digest, manifest.stored_at if manifest else 0.0)
             if digest in live or digest in self._pinned.digests or not self._expired(used_at, keep):
                 kept.append(digest)
         steps = Walk(kept)

@@ -1,9 +1,8 @@
-"""Class names are unique, and modules and functions are short."""
+"""Modules and functions are short."""
 
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -28,16 +27,6 @@ LONG_FUNCTIONS = {
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def classes() -> dict[str, list[str]]:
-    """The modules that define a class of each name."""
-    found = defaultdict(list)
-    for module, source in modules().items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ClassDef):
-                found[node.name].append(module)
-    return found
-
-
 def long_functions(source: str) -> Iterator[str]:
     """The functions in `source` that are too long, without their decorators, and give no reason for it."""
     lines = source.splitlines()
@@ -48,10 +37,6 @@ def long_functions(source: str) -> Iterator[str]:
             around = lines[max(0, first - 2) : node.body[0].lineno + 2]
             if too_long and not any(line.strip().startswith(REASON) for line in around):
                 yield node.name
-
-
-def test_class_names_are_unique() -> None:
-    assert {name: where for name, where in classes().items() if len(where) > 1} == {}
 
 
 def test_modules_are_short() -> None:

@@ -1,0 +1,80 @@
+"""What the records of a store hold, built and parsed as inverses.  storage/keys.py describes their keys.
+
+    tag         digest, time of validation
+    manifest    media type, time of storing, newline, the exact bytes
+    link        size in bytes, time of linking
+
+Fields are separated by spaces; times are seconds since the epoch.  Parsing returns None if the record is
+absent or damaged.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import NamedTuple
+
+from storage.errors import DigestInvalid
+from storage.oci import Digest
+
+_TEXT = ("utf-8", "surrogateescape")  # a media type is returned as it was sent, even if it is not UTF-8
+
+
+class Pointer(NamedTuple):
+    """Where a tag points, and when its origin last confirmed it."""
+
+    digest: Digest
+    validated_at: float
+
+    def encode(self) -> bytes:
+        return f"{self.digest} {self.validated_at}".encode()
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> Pointer | None:
+        digest, _, time = (record or b"").partition(b" ")
+        with suppress(DigestInvalid):
+            parsed = Digest.parse(digest.decode(*_TEXT))
+            return cls(parsed, validated_at) if (validated_at := _number(time)) is not None else None
+        return None
+
+
+class StoredManifest(NamedTuple):
+    """A manifest as it is stored; `content` is not verified."""
+
+    media_type: str
+    stored_at: float
+    content: bytes
+
+    def encode(self) -> bytes:
+        return f"{self.media_type} {self.stored_at}\n".encode(*_TEXT) + self.content
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> StoredManifest | None:
+        head, _, content = (record or b"").partition(b"\n")
+        media_type, _, time = head.rpartition(b" ")
+        stored_at = _number(time)
+        return None if stored_at is None else cls(media_type.decode(*_TEXT), stored_at, content)
+
+
+class Link(NamedTuple):
+    """A blob that a repository shows: its size, and since when."""
+
+    size: int
+    linked_at: float
+
+    def encode(self) -> bytes:
+        return f"{self.size} {self.linked_at}".encode()
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> Link | None:
+        size, _, time = (record or b"").partition(b" ")
+        linked_at = _number(time)
+        return cls(int(size), linked_at) if size.isdigit() and linked_at is not None else None
+
+
+def _number(text: bytes) -> float | None:
+    """A finite number; None if `text` is none."""
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    return None

@@ -17,7 +17,7 @@ import yaml
 from yarl import URL
 
 from proxy.config.loader import load
-from proxy.setup.renderers import RENDERERS, text
+from proxy.setup.renderers import RENDERERS, lines_of
 from proxy.setup.site import Setup, Site, site_of
 from tests.conftest import configuration
 
@@ -279,7 +279,7 @@ def test_a_node_has_a_loopback_of_its_own(client: str) -> None:
 def test_all_that_is_no_content_is_a_comment(client: str) -> None:
     for site in (PLAIN, replace(SECURE, bypass=False)):
         setup = RENDERERS[client](site)
-        printed = "\n".join(text(setup))
+        printed = "\n".join(lines_of(setup))
         for piece in setup.pieces:
             assert f"# {piece.path or 'flags'}" in printed
             printed = printed.replace(piece.content.rstrip("\n"), "")

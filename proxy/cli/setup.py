@@ -13,8 +13,8 @@ import click
 
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
-from proxy.setup.install import Change, InstallPlan, place, plan
-from proxy.setup.renderers import RENDERERS, text
+from proxy.setup.install import Change, InstallPlan, install, plan_install
+from proxy.setup.renderers import RENDERERS, lines_of
 from proxy.setup.site import Setup, site_of
 
 
@@ -73,11 +73,11 @@ def setup(
         raise
     made = RENDERERS[client](site)
     if not (write or dry_run):
-        click.echo("\n".join(text(made)))
+        click.echo("\n".join(lines_of(made)))
         return
     if all(each.kind == "flags" for each in made.pieces):
         _fail(f"{client} is configured by flags, not by a file: see entrepot setup {client}", 2)
-    planned = plan(made, root, force=force)
+    planned = plan_install(made, root, force=force)
     for line in _report(made, planned, dry_run):
         click.echo(line)
     if planned.refused:
@@ -109,7 +109,7 @@ def _report(setup: Setup, planned: InstallPlan, dry_run: bool) -> Iterator[str]:
 
 def _placed(changes: list[Change]) -> Iterator[str]:
     try:
-        kept = place(changes)
+        kept = install(changes)
     except OSError as error:
         _fail(f"{error.filename or ''}: {error.strerror or error}", 1)
         raise

@@ -159,7 +159,10 @@ async def pull(
     status, last = await _run(words)
     if status:
         return failed(
-            "pull", client, f"{' '.join(words)} ends with status {status}: {last}", "see its last line"
+            "pull",
+            client,
+            f"{' '.join(words)} ends with status {status}: {last}",
+            "solve what its last line reports",
         )
     after = await _requests(session, admin)
     if before is None or after is None:

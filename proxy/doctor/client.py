@@ -34,18 +34,20 @@ class ClientOptions:
 
 
 async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]:
+    """All checks of the clients below `root`, which should use the server `site`."""
     host = Machine(site, root)
     found = {name: check(host) for name, check in CLIENTS.items()}
     here = [name for name, checks in found.items() if checks]
-    told = [each for checks in found.values() for each in checks]
+    client_checks = [each for checks in found.values() for each in checks]
     if not here:
         message = "no dockerd, containerd, podman or related program is installed"
-        told = [warning("client", str(root), message, "give the root directory of the clients with --root")]
+        advice = "give the root directory of the clients with --root"
+        client_checks = [warning("client", str(root), message, advice)]
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     connector = aiohttp.TCPConnector(ssl=_trust(host))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         checks = [await _check_server(session, site)]
-        checks += told
+        checks += client_checks
         if checks[0].state != "failed":
             for client in here or [podman.CLIENT]:
                 checks.append(await canary.check(session, host, client, options.canary))

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proxy.setup.renderers import MARK, marked
+from proxy.setup.renderers import MARK, with_mark
 from proxy.setup.site import Piece, Setup
 
 MODE = 0o644
@@ -63,7 +63,7 @@ class InstallPlan:
     parts: list[Piece] = field(default_factory=list)
 
 
-def plan(setup: Setup, root: Path, *, force: bool = False) -> InstallPlan:
+def plan_install(setup: Setup, root: Path, *, force: bool = False) -> InstallPlan:
     """What an installation below `root` would change.  With `force`, files of others are replaced."""
     found = InstallPlan()
     for piece in setup.pieces:
@@ -119,7 +119,7 @@ def _read(path: Path) -> str | None:
 def _after(piece: Piece, before: str | None, force: bool) -> str:
     if piece.kind == "keys":
         return _merged(piece, before)
-    after = marked(piece)
+    after = with_mark(piece)
     if before is None or before.startswith(MARK) or force:
         return after
     if before.strip() == piece.content.strip():
@@ -165,7 +165,7 @@ def _covers(whole: Any, part: Any) -> bool:
     return whole == part or (isinstance(whole, str) and part in whole.split(":"))
 
 
-def place(changes: Sequence[Change], now: datetime | None = None) -> list[Path]:
+def install(changes: Sequence[Change], now: datetime | None = None) -> list[Path]:
     """Write the files, and return the paths of the backups.  Raises OSError."""
     moment = f"{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     kept = []

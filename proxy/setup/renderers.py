@@ -22,12 +22,12 @@ WHAT = {"keys": ", merge these keys", "part": ", add this part", "file": "", "fl
 MARK = "# Written by entrepot setup"  # the start of every file that setup writes
 
 
-def marked(piece: Piece) -> str:
+def with_mark(piece: Piece) -> str:
     """The whole file, with a first line that says who has written it."""
     return f"{MARK}, which replaces it when it runs again.\n{piece.content}"
 
 
-def text(setup: Setup) -> Iterator[str]:
+def lines_of(setup: Setup) -> Iterator[str]:
     """The lines of each piece below its path, then the next step and the notes as comments."""
     for piece in setup.pieces:
         about = f" ({piece.about})" if piece.about else ""

@@ -107,7 +107,7 @@ def check(sources: Sequence[CopySource], destination: CopySource, all_tags: bool
             base = f"{each.host}/{each.repository}".rstrip("/")
             raise ValueError(f"{base}/ names no repository; {base}/* is all below it")
         if several and each.digest is not None:
-            raise ValueError(f"{each.repository}@{each.digest}: is one manifest, not all tags")
+            raise ValueError(f"{written(each.repository, each.digest)}: is one manifest, not all tags")
         if several and destination.tag is not None:
             raise ValueError(f"tag {destination.tag} cannot be all of the tags of {each.repository}")
         if (each.wild or len(sources) > 1) and not destination.below:

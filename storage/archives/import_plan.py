@@ -19,6 +19,7 @@ from storage.archives.layout import Layout, Root
 from storage.errors import ArchiveInvalid
 from storage.graph import Walk, contents
 from storage.keys import LINK
+from storage.names import written
 from storage.oci import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -86,7 +87,7 @@ class ImportPlanner:
             known = planned.tags.get(reference)
             if known is not None and known[0] != root.descriptor.digest:
                 raise ArchiveInvalid(
-                    f"{self._layout.what} has two images named {target.repository}:{reference}"
+                    f"{self._layout.what} has two images named {written(target.repository, reference)}"
                 )
             planned.tags[reference] = root.descriptor.digest, min(now, root.validated or now)
         elif root.descriptor.digest not in planned.untagged:

@@ -25,6 +25,7 @@ from storage.archives.bundle import (
     read_contents,
 )
 from storage.errors import ArchiveInvalid, DigestInvalid, ManifestInvalid
+from storage.names import written
 from storage.oci import MANIFEST_LIMIT, OCI_MANIFEST, Descriptor, Digest, parse_manifest
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _roots_of_bundle(archive: Archive, contents: BundleContents) -> list[Root]:
         for held in contents.references
     ]
     for each in contents.referrers:
-        roots.append(Root(_descriptor(archive, each), f"{each.repository}@{each.digest}", frozenset()))
+        roots.append(Root(_descriptor(archive, each), written(each.repository, each.digest), frozenset()))
     return roots
 
 

@@ -233,6 +233,18 @@ async def test_what_another_tag_holds_stays_when_a_tag_goes(place: Place) -> Non
     await place.store.get_manifest(APP, Tag("stable"))
 
 
+async def test_an_index_keeps_what_it_lists_whatever_its_type(place: Place) -> None:
+    kind = "application/vnd.example.thing+json"
+    thing = await place.push({"thing": 1}, media_type=kind)
+    layer = await place.blob(b"a layer")
+    await place.push({"manifests": [descriptor(thing, kind), descriptor(layer)]}, "things")
+    place.rules = RetentionRules(keep_untagged_for=DAY)
+    place.clock.advance(GONE)
+    assert counts(place.collect()) == (0, 0, 0, 0)
+    assert str(thing) in place.manifests()
+    assert place.held(layer) == [True]
+
+
 async def test_what_several_tags_hold_goes_with_the_last_of_them(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -448,6 +448,15 @@ async def test_an_index_of_blobs(client: Client) -> None:
     assert (await client.manifest("cache", content, OCI_INDEX)).status == 201
 
 
+async def test_an_index_of_manifests_of_another_type(client: Client) -> None:
+    kind, thing = "application/vnd.example.thing+json", b'{"thing": 1}'
+    listed = {"mediaType": kind, "digest": Digest.of(thing), "size": len(thing)}
+    content = json.dumps({"schemaVersion": 2, "manifests": [listed]}).encode()
+    assert (await client.manifest("things", content, OCI_INDEX)).code == "MANIFEST_BLOB_UNKNOWN"
+    assert (await client.manifest(Digest.of(thing), thing, kind)).status == 201
+    assert (await client.manifest("things", content, OCI_INDEX)).status == 201
+
+
 async def test_layers_that_are_had_elsewhere_need_not_be_there(client: Client) -> None:
     await client.blob(b"{}")
     for kind in (

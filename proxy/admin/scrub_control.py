@@ -10,7 +10,7 @@ import structlog
 from proxy.admin.reports import Scrubbing
 from proxy.admin.rows import scrub_row
 from storage.errors import RegistryError
-from storage.maintenance.scrub import Heal, Scrub, ScrubProgress
+from storage.maintenance.scrub import Heal, Scrub
 
 log = structlog.get_logger()
 
@@ -26,7 +26,6 @@ class ScrubControl:
         self._background = background
         self._scrubs = [Scrub(each.store, None, clock, kept=each.kept) for each in background]
         self._heal = heal
-        self._clock = clock
         self._task: asyncio.Task[None] | None = None
         self._error: str | None = None
 
@@ -34,7 +33,7 @@ class ScrubControl:
         """Start a scrub, unless one is running."""
         if self._task is None or self._task.done():
             for each in self._scrubs:
-                each.progress = ScrubProgress(self._clock())
+                each.begin()
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -51,8 +50,7 @@ class ScrubControl:
             self._error = f"{type(error).__name__}: {error}"
         finally:
             for each in self._scrubs:
-                if each.progress is not None:
-                    each.progress.running = False
+                each.end()
 
     def state(self) -> Scrubbing:
         return Scrubbing(

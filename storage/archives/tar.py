@@ -60,16 +60,7 @@ def members(file: int, what: str) -> Iterator[TarMember]:
     whole = os.fstat(file).st_size
     seen: set[str] = set()
     at, extended = 0, dict[str, str]()
-    while True:
-        block = os.pread(file, BLOCK, at)
-        if len(block) < BLOCK:
-            raise ArchiveInvalid(
-                f"{what} ends at byte {at + len(block)} without an end mark: it is truncated"
-            )
-        if block == bytes(BLOCK):
-            if os.pread(file, BLOCK, at + BLOCK) != block:
-                raise ArchiveInvalid(f"{what} ends at byte {at} with half an end mark: it is truncated")
-            return
+    while (block := _header_block(file, at, what)) is not None:
         kind, size = _kind(block, at, what), _size(block, at, what)
         start = at + BLOCK
         if kind in (_PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK):
@@ -95,6 +86,18 @@ def members(file: int, what: str) -> Iterator[TarMember]:
                     raise ArchiveInvalid(f"{what} has more than {MEMBER_LIMIT} members")
                 yield TarMember(name, start, size, link if kind == _LINK else None)
         at = start + size + -size % BLOCK
+
+
+def _header_block(file: int, at: int, what: str) -> bytes | None:
+    """Read the block at `at`; None if it is an end mark."""
+    block = os.pread(file, BLOCK, at)
+    if len(block) < BLOCK:
+        raise ArchiveInvalid(f"{what} ends at byte {at + len(block)} without an end mark: it is truncated")
+    if block != bytes(BLOCK):
+        return block
+    if os.pread(file, BLOCK, at + BLOCK) != block:
+        raise ArchiveInvalid(f"{what} ends at byte {at} with half an end mark: it is truncated")
+    return None
 
 
 def header(name: str, size: int) -> bytes:

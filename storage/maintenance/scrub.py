@@ -121,6 +121,15 @@ class Scrub:
         self.unreadable = 0  # blobs in a row, over runs
         self.progress: ScrubProgress | None = None  # of the last run, which may have ended
 
+    def begin(self) -> None:
+        """Report the progress of a new run, which may start later."""
+        self.progress = ScrubProgress(self.clock())
+
+    def end(self) -> None:
+        """Report the last run as ended, or as cancelled before it started."""
+        if self.progress is not None:
+            self.progress.running, self.progress.current = False, None
+
     async def run(
         self, heal: Heal | None = None, *, older_than: float | None = None, paced: bool = True
     ) -> ScrubReport:

@@ -1,0 +1,73 @@
+"""Walks over graphs, and what the manifests in them name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from storage.graph import Walk, attestations, lacking
+from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, ManifestContent, parse_manifest
+
+GRAPH = {"a": "bc", "b": "d", "c": "d", "d": "a"}
+
+
+def test_a_walk_reaches_each_node_once() -> None:
+    order = []
+    walk = Walk("a")
+    for node in walk:
+        order.append(node)
+        walk.add(GRAPH[node])
+    assert sorted(order) == list("abcd")
+    assert walk.reached == set("abcd")
+    walk.add("ab")
+    assert list(walk) == []
+
+
+def index(*platforms: str | None) -> ManifestContent:
+    manifests = []
+    for number, platform in enumerate(platforms):
+        digest = Digest.of(b"%d" % number)
+        manifests.append({"mediaType": OCI_MANIFEST, "digest": digest, "size": 1})
+        if platform is not None:
+            fields = ("os", "architecture", "variant")
+            manifests[-1]["platform"] = dict(zip(fields, platform.split("/"), strict=False))
+    return parse_manifest(json.dumps({"mediaType": OCI_INDEX, "manifests": manifests}).encode())
+
+
+@pytest.mark.parametrize(
+    ("platforms", "missing"),
+    [
+        (["linux/amd64"], ["linux/arm64"]),
+        (["linux/amd64", "linux/arm64/v8"], []),
+        (["linux/amd64", None], []),  # it may be for any
+        ([], []),  # it lists nothing: it is no index of platforms
+    ],
+)
+def test_the_platforms_that_an_index_is_not_for(
+    platforms: Sequence[str | None], missing: Sequence[str]
+) -> None:
+    assert lacking(index(*platforms), ["linux/amd64", "linux/arm64"]) == missing
+
+
+def test_attestations_are_for_no_platform() -> None:
+    content = index("linux/amd64", "unknown/unknown", None)
+    assert attestations(content) == {content.children[1].digest}
+
+
+@pytest.mark.parametrize(
+    ("media_type", "distributable"),
+    [
+        ("application/vnd.oci.image.layer.v1.tar+gzip", True),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar", False),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", False),
+        ("application/vnd.docker.image.rootfs.diff.tar.gzip", True),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar", False),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", False),
+        ("application/vnd.example.foreign-keys.v1+json", True),
+        ("application/vnd.example.foreign.v1", True),
+    ],
+)
+def test_what_a_registry_is_to_hold(media_type: str, distributable: bool) -> None:
+    assert Descriptor(media_type, Digest.of(b"1"), 1).distributable == distributable

@@ -89,15 +89,15 @@ class BlobFiles:
 
     def check_room(self, upload: FileUpload) -> None:
         """Reserve the room that `upload` still needs; raises StorageFailed if there is not enough."""
-        lacking = sum(each.lacks for each in self.growing | {upload})
-        with self.guard(self.root, lacking):
-            if self.disk.room() < lacking:
+        remaining = sum(each.remaining for each in self.growing | {upload})
+        with self.guard(self.root, remaining):
+            if self.disk.room() < remaining:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.growing.add(upload)
 
     def room(self) -> int:
         """Bytes that are free and not reserved for uploads."""
-        return self.disk.room() - sum(each.lacks for each in self.growing)
+        return self.disk.room() - sum(each.remaining for each in self.growing)
 
     def path(self, digest: Digest) -> Path:
         return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
@@ -211,7 +211,6 @@ class BlobFiles:
         upload = FileUpload(self, path, file, "sha256", ours=False)
         try:
             await self._lock_upload(path, file)
-            upload.ours = True
             upload.take_over()
         except BaseException:
             upload.close()

@@ -7,7 +7,7 @@ The writer holds the lock of the file, so that only one of all processes writes 
 it is committed or the writer releases the lock.  The descriptor is closed only when no thread uses it any
 more, even if its task was cancelled in the meantime.
 
-The UploadHome knows where the file is, where a commit moves it, and how much room the disk has.
+The UploadDirectory knows where the file is, where a commit moves it, and how much room the disk has.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to wait
 
 
-class UploadHome(Protocol):
+class UploadDirectory(Protocol):
     """The directory of uploads and blobs, as far as an upload needs it."""
 
     growing: set[FileUpload]  # uploads of a known size
@@ -112,7 +112,7 @@ class FileUpload(Upload):
 
     def __init__(
         self,
-        home: UploadHome,
+        directory: UploadDirectory,
         path: Path,
         file: int,
         algorithm: str,
@@ -123,7 +123,7 @@ class FileUpload(Upload):
         self.id = path.name
         self.offset = 0
         self.ours = ours
-        self._home = home
+        self._directory = directory
         self._path = path
         self._file = file
         self._hash = hashlib.new(algorithm)
@@ -144,7 +144,8 @@ class FileUpload(Upload):
         self.take_over()
 
     def take_over(self) -> None:
-        """Continue after the bytes of a former writer; commit() will hash them."""
+        """Continue after the bytes of a former writer; commit() will hash them.  The caller has the lock."""
+        self.ours = True
         self.offset = self._written = os.lseek(self._file, 0, os.SEEK_END)
         self._readable = max(self._readable, self.offset - 1)
 
@@ -160,7 +161,7 @@ class FileUpload(Upload):
 
         Raises Unavailable if it gave up and removed the file.
         """
-        final = self._home.path(digest)
+        final = self._directory.path(digest)
         while True:
             # 1. it renames and releases  2. we get the lock: so the name is checked after the lock.
             with translated(self._path):
@@ -193,7 +194,7 @@ class FileUpload(Upload):
 
     def fits(self, size: int) -> bool:
         """Whether the disk has room for a blob of `size` bytes."""
-        return self._home.room() >= max(0, size - self._written)
+        return self._directory.room() >= max(0, size - self._written)
 
     def expect(self, size: int) -> None:
         """Set the size of the whole blob.
@@ -201,10 +202,10 @@ class FileUpload(Upload):
         Raises StorageFailed if the disk has no room for it besides the other uploads.
         """
         self._size = size
-        self._home.check_room(self)
+        self._directory.check_room(self)
 
     @property
-    def lacks(self) -> int:
+    def remaining(self) -> int:
         """How many bytes of the whole blob are not on the disk yet."""
         return max(0, self._size - self._written)
 
@@ -225,7 +226,7 @@ class FileUpload(Upload):
             while self._waiting and self._error is None:
                 batch, self._waiting = self._waiting, []
                 end = self._written + sum(map(len, batch))
-                with self._home.guard(self._path, max(end, self._size)):
+                with self._directory.guard(self._path, max(end, self._size)):
                     await asyncio.to_thread(self._append, batch)
                 self._written = end
                 self._move(max(self._readable, self._written - 1))
@@ -267,16 +268,16 @@ class FileUpload(Upload):
         self._complete = True
         self._move(self.offset)
         try:
-            with self._home.guard(self._path, self.offset):
-                await run_in_thread(self._publish, self._home.path(digest))
+            with self._directory.guard(self._path, self.offset):
+                await run_in_thread(self._publish, self._directory.path(digest))
         finally:
             self._discard()  # if it was not moved to its final name
             self.close()
-        self._home.worked(self.offset)
+        self._directory.worked(self.offset)
         return Descriptor(OCTETS, digest, self.offset)
 
     def _publish(self, path: Path) -> None:
-        for directory in self._home.place(self._path, self._file, path):
+        for directory in self._directory.place(self._path, self._file, path):
             sync(directory)
 
     async def cancel(self, error: BaseException | None = None) -> None:
@@ -294,7 +295,7 @@ class FileUpload(Upload):
         failed = self._error
         await self._end(error)
         if not self._resumable:
-            self._home.remember(self.id, self._hash, self._hashed)
+            self._directory.remember(self.id, self._hash, self._hashed)
         elif not self._written:
             self._discard()
         self.close()
@@ -357,4 +358,4 @@ class FileUpload(Upload):
             unlock(self._file)  # readers have duplicates of the descriptor
             os.close(self._file)
             self._file = -1
-            self._home.growing.discard(self)
+            self._directory.growing.discard(self)

@@ -20,7 +20,7 @@ import pytest
 
 from proxy.namespaces.composition import Composition, compose
 from proxy.transfer.bundle_export import BundleExport, Selection
-from proxy.transfer.bundle_import import BundleImport, Given
+from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import BundleImported
 from storage.archives.exporter import named
 from storage.oci import Digest, Tag
@@ -99,7 +99,7 @@ class Ground:
     async def take(self, archive: Path) -> BundleImported:
         composition = self.composition()
         try:
-            return await BundleImport(composition).import_(archive, Given())
+            return await BundleImport(composition).import_(archive, ImportOptions())
         finally:
             await composition.close()
 

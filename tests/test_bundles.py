@@ -21,7 +21,7 @@ from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition, compose
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_export import BundleExport, Selection, earlier
-from proxy.transfer.bundle_import import BundleImport, Given
+from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import BundleImported, Exported
 from storage.archives.exporter import named
 from storage.errors import (
@@ -60,7 +60,7 @@ class Place:
         return await self.exports.export(selection, str(path), lambda _: named(path), key)
 
     async def take(self, path: Path, **how: Any) -> BundleImported:
-        return await self.imports.import_(path, Given(**how))
+        return await self.imports.import_(path, ImportOptions(**how))
 
     async def manifest(self, name: str, reference: str) -> Manifest:
         parsed = Digest(reference) if ":" in reference else Tag(reference)
@@ -399,16 +399,16 @@ async def test_chosen_by_use(
         assert [each.reference for each in done.references] == [f"{NAME}:3", f"{NAME}@{by_digest.digest}"]
         done = await home.export(bundle.with_name("b.tar"), "docker.io/library/*:*", used_within="30d")
         assert [each.reference for each in done.references] == [f"{NAME}:3"]
-        with pytest.raises(NameUnknown, match="nothing that is stored here"):
+        with pytest.raises(NameUnknown, match="no image that was asked for is stored completely"):
             await home.export(bundle.with_name("c.tar"), "docker.io/library/old:1", used_within="30d")
 
 
 async def test_nothing_is_chosen(at: Opened, stock: Stock, bundle: Path) -> None:
     async with at("home") as home:
         await home.fetch(NAME, "3")
-        with pytest.raises(FieldInvalid, match="say what to export"):
+        with pytest.raises(FieldInvalid, match="name what to export"):
             await home.export(bundle)
-        with pytest.raises(NameUnknown, match="nothing that is stored here is ghcr"):
+        with pytest.raises(NameUnknown, match="nothing that is stored matches ghcr"):
             await home.export(bundle, "ghcr.io/*")
         with pytest.raises(ManifestUnknown, match="alpine:4 is not stored"):
             await home.export(bundle, "alpine:4")
@@ -756,7 +756,7 @@ async def test_only_what_is_signed_comes_in(
             (signed / name).write_bytes(
                 content.replace(b"alpine", b"alpina", 1) if b"alpine" in content else bytes(64)
             )
-            with pytest.raises(ArchiveInvalid, match="its signature is not by"):
+            with pytest.raises(ArchiveInvalid, match="the signature is not by"):
                 await site.take(signed, key=public)
             (signed / name).write_bytes(content)
         index = (signed / "index.json").read_bytes()

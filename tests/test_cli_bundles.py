@@ -118,7 +118,7 @@ def test_through_pipes(ground: Ground) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
-        (["export", "b"], 2, "say what to export"),
+        (["export", "b"], 2, "name what to export"),
         (["export", "b", "alpine:3"], 1, "there is no cache in"),
         (["export", "b", "alpine:3", "--since", "none.tar"], 1, "there is no cache in"),
         (["export", "b", "alpine:3", "--platform", "linux"], 2, "platform"),
@@ -158,7 +158,7 @@ def test_root_does_not_work_on_what_is_another_users(ground: Ground) -> None:
 def test_a_dry_run(ground: Ground) -> None:
     result = ground.done("import", ground.archive, "--dry-run")
     assert "would be imported from " in result.stdout
-    assert "nothing that is stored here" in ground.fails("export", ground.directory / "b", "*")
+    assert "nothing that is stored matches" in ground.fails("export", ground.directory / "b", "*")
 
 
 async def test_under_a_running_server(serve: Serve, upstream: Upstream, tmp_path: Path) -> None:

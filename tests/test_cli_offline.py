@@ -81,7 +81,7 @@ async def test_warm_names_what_is_not_here_and_why(
     told = json.loads((await shop.run(*words, "--json")).stdout)
     assert [each["here"] for each in told] == [True, False, False]
     lacks = await shop.run("warm", "alpine:3", "--platform", "linux/s390x")
-    assert (lacks.exit_code, "there is nothing for linux/s390x" in lacks.stdout) == (1, True)
+    assert (lacks.exit_code, "there is no image for linux/s390x" in lacks.stdout) == (1, True)
 
 
 async def test_warm_without_what_refers_to_it(shop: Shop, upstream: Upstream) -> None:

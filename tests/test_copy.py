@@ -11,7 +11,7 @@ import pytest
 
 from proxy.telemetry.metrics import Metrics
 from proxy.transfer.blob_copy import BlobCopy, RetryPolicy
-from proxy.transfer.copy import Copier, CopyOptions, CopyRoute, Done
+from proxy.transfer.copy import Copier, CopyCounts, CopyOptions, CopyRoute
 from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import UpstreamSettings
@@ -122,7 +122,7 @@ async def test_an_image_goes_in_order(ground: Ground) -> None:
     order = [each for each in ground.asked if not each.startswith(("HEAD", "GET"))]
     assert [each.split()[0] for each in order] == ["POST", "POST", "PUT", "PUT", "PUT", "PUT"]
     assert order[-2:] == [f"PUT manifest b@{image.digest[:19]}", "PUT manifest b:1"]
-    assert ground.copying.done == Done(
+    assert ground.copying.done == CopyCounts(
         1, 1, 2, len(b"one") + len(ground.source.repositories["a"].blobs[image.config])
     )
     assert sorted(ground.board.over) == sorted((image.config, *image.layers))
@@ -137,7 +137,7 @@ async def test_what_is_there_is_not_sent_again(ground: Ground) -> None:
     ground.source.clear()
     ground.anew()
     assert await ground.copy("1") == (image.digest, False)
-    assert ground.copying.done == Done()
+    assert ground.copying.done == CopyCounts()
     assert {each.split()[0] for each in ground.asked} <= {"HEAD", "GET"}
     # Of the source nothing is asked but what the tag is, and what refers to it.
     assert [each for each in ground.source.log if each.startswith("GET")] == [
@@ -182,7 +182,9 @@ async def test_one_platform_gets_the_tag(ground: Ground) -> None:
     assert await ground.copy("1") == (images[1].digest, True)
     assert ground.held()[1:] == ({images[1].digest}, {"1": images[1].digest})
     ground.anew(platforms=("linux/riscv64",))
-    with pytest.raises(ManifestUnknown, match="it has no image for linux/riscv64: linux/amd64, linux/arm64"):
+    with pytest.raises(
+        ManifestUnknown, match="the index has no image for linux/riscv64: linux/amd64, linux/arm64"
+    ):
         await ground.copy("1")
 
 
@@ -254,7 +256,7 @@ async def test_who_does_not_mount_gets_it_sent(ground: Ground) -> None:
 async def test_within_one_registry_nothing_is_transferred(ground: Ground) -> None:
     image = ground.destination.image("a", "1", [LARGE])
     assert await ground.copy("1", "2", within=True) == (image.digest, True)
-    assert ground.copying.done == Done(1, 1, 0, 0, 2, 0)
+    assert ground.copying.done == CopyCounts(1, 1, 0, 0, 2, 0)
     assert ground.held() == ({image.config, *image.layers}, {image.digest}, {"2": image.digest})
 
 
@@ -340,7 +342,7 @@ async def test_a_tag_that_is_no_list_of_referrers_is_left_alone(ground: Ground) 
     tag = image.digest.replace(":", "-")
     ground.destination.image("b", tag, [b"somebody's"])
     before = ground.held()[2]
-    with pytest.raises(OriginFailed, match="is no list of referrers"):
+    with pytest.raises(OriginFailed, match="is not an index of referrers"):
         await ground.copy("1")
     assert ground.held()[2] == before
 
@@ -385,7 +387,7 @@ async def test_it_gives_up_in_the_end(ground: Ground) -> None:
 async def test_wrong_bytes_are_never_committed(ground: Ground) -> None:
     image = ground.source.image("a", "1", [LARGE])
     ground.source.next("GET", image.layers[0], Corrupt(2_000_000))
-    with pytest.raises(DigestInvalid, match=f"the source sends for {image.layers[0]} what is sha256:"):
+    with pytest.raises(DigestInvalid, match=f"sends content with digest sha256:.* for {image.layers[0]}"):
         await ground.copy("1")
     assert image.layers[0] not in ground.destination.repositories["b"].blobs
     assert not any(f"digest={image.layers[0][:19]}" in each for each in ground.asked)

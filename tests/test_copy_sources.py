@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from proxy.transfer.copy_sources import CopySource, Item, check, items, parse_source
+from proxy.transfer.copy_sources import CopyItem, CopySource, check, items, parse_source
 from storage.errors import NameUnknown
 from storage.oci import Digest
 from storage.registry import Registry
@@ -77,10 +77,10 @@ def test_plain_http_may_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("sources", "destination", "all_tags", "why"),
     [
-        (["r.example/a"], "s.example/b:*", False, "the destination is no glob"),
-        (["r.example/a"], "s.example/*", False, "the destination is no glob"),
-        (["r.example/a"], f"s.example/b@{DIGEST}", False, "the destination has no digest"),
-        (["r.example/team/"], "s.example/", False, "names no repository; r.example/team/* is all"),
+        (["r.example/a"], "s.example/b:*", False, "the destination must not be a glob"),
+        (["r.example/a"], "s.example/*", False, "the destination must not be a glob"),
+        (["r.example/a"], f"s.example/b@{DIGEST}", False, "the destination must not have a digest"),
+        (["r.example/team/"], "s.example/", False, "is not a repository; r.example/team/* means all"),
         (["r.example/a:*"], "s.example/b:1", False, "tag 1 cannot be all of the tags of a"),
         (["r.example/a"], "s.example/b:1", True, "tag 1 cannot be all of the tags of a"),
         ([f"r.example/a@{DIGEST}"], "s.example/b", True, "is one manifest, not all tags"),
@@ -113,7 +113,7 @@ class Listing(Registry):
 
 async def meant(text: str, destination: str, **options: bool) -> list[tuple[str, str, tuple[str, ...]]]:
     place, target = parse_source(text), parse_source(destination)
-    found: list[Item] = [each async for each in items(place, Listing(), target, **options)]
+    found: list[CopyItem] = [each async for each in items(place, Listing(), target, **options)]
     return [(each.source, each.target, each.tags) for each in found]
 
 

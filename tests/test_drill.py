@@ -202,7 +202,7 @@ async def test_one_namespace_and_one_drill_at_a_time(serve: Serve, upstream: Ups
     url = f"{site.app.admin_url}/api/v1/drill"
     async with site.session.post(url, json={"seconds": 1}) as response:
         assert response.status == 403
-        assert "a drill goes on for 600 s more" in (await response.json())["error"]
+        assert "a drill is running for 600 s more" in (await response.json())["error"]
     found = await ask(site, "DELETE")
     assert [each.repository for each in found.missed] == ["other.example/library/app"]
     assert (await site.get("/v2/other.example/library/app/manifests/1"))[0] == 200

@@ -98,11 +98,11 @@ def test_interpolation(text: str, value: str) -> None:
         ("${NONE}", "the variable NONE is not set, and has no default"),
         ("${NONE:?say ${A}}", "the variable NONE is not set: say 1"),
         ("${EMPTY:?why}", "the variable EMPTY is not set: why"),
-        ("${A", "${ lacks its }"),
+        ("${A", "${ without a closing }"),
         ("${}", "$ must be followed by a variable"),
         ("a$", "$ must be followed by a variable"),
         ("$1", "$ must be followed by a variable"),
-        ("${A!b}", "is no interpolation that Compose knows"),
+        ("${A!b}", "is not an interpolation of Compose"),
     ],
 )
 def test_interpolation_that_fails(text: str, says: str) -> None:
@@ -201,9 +201,12 @@ def test_files_come_in_their_order_each_reference_once(tmp_path: Path) -> None:
         ("services:\n  a:\n    image: $TAG\n", "3: the variable TAG is not set"),
         ("services:\n  a:\n    image: Alpine\n", "3: 'Alpine' is not an image name: "),
         ("kind: Pod\ncontainers:\n- image: a:b:c\n", "3: 'a:b:c' is not an image name: "),
-        ("kind: Pod\ncontainers:\n- image: {{ .Values.image }}\n", "; a chart's template is given as"),
-        ('kind: Pod\ncontainers:\n- image: "{{ .Values.image }}"\n', "; a chart's template is given as"),
-        ("kind: Pod\n{{- if .Values.x }}\n", "; a chart's template is given as"),
+        ("kind: Pod\ncontainers:\n- image: {{ .Values.image }}\n", "; for a Helm chart, give the output of"),
+        (
+            'kind: Pod\ncontainers:\n- image: "{{ .Values.image }}"\n',
+            "; for a Helm chart, give the output of",
+        ),
+        ("kind: Pod\n{{- if .Values.x }}\n", "; for a Helm chart, give the output of"),
         ("alpine\nAlpine\n", "2: 'Alpine' is not an image name: "),
     ],
 )

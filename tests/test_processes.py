@@ -391,7 +391,7 @@ async def test_who_does_not_answer_is_left_out(start: Start, serve_live_at: Serv
 
 
 async def test_who_hangs_is_not_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "PATIENCE", 0.01)
+    monkeypatch.setattr(peers, "TIMEOUT", 0.01)
     with socket.socket(socket.AF_UNIX) as hung:
         hung.bind(str(run / "1.sock"))
         hung.listen()  # and nobody accepts

@@ -142,7 +142,7 @@ async def test_what_is_not_made_for_a_platform_is_not_here(kitchen: Kitchen, ups
     upstream.index("library/app", "1", [amd])
     row = await kitchen.warmer.warm("app:1", ["linux/amd64", "linux/s390x"])
     assert (row.here, row.code) == (False, "INCOMPLETE")
-    assert row.error == "there is nothing for linux/s390x"
+    assert row.error == "there is no image for linux/s390x"
     assert kitchen.holds(amd)
 
 

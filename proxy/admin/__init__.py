@@ -1,1 +1,1 @@
-"""What an operator may ask and order, and the HTTP API for that."""
+"""What an operator can see and do, and the HTTP API for that."""

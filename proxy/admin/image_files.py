@@ -1,11 +1,11 @@
-"""Which images files name: compose files, Kubernetes manifests (Helm's output too), and plain lists.
+"""The images that files name: compose files, Kubernetes manifests (also the output of Helm), and plain lists.
 
-What a file is its content tells, document by document.  A compose file has `services`; what has a `kind` is
-Kubernetes', and names images wherever it has containers, so also in templates of pods within anything else;
-a list has a reference a line, or is one in YAML.  Anything else is an error: to find nothing in a file that
-was meant to hold images would look like success.
+The content decides what a document is.  A compose file has `services`.  A Kubernetes manifest has a `kind`,
+and names images in containers at any depth, as in the pod template of another resource.  A list has one
+reference per line, or is a YAML list.  Anything else is an error, since no image found in a file that
+should hold images would look like success.
 
-References of compose files and manifests are given in full, as clients read them; those of lists as they are.
+References of compose files and manifests are completed as clients do it; those of lists are kept as they are.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _EXPECTED = (
 
 
 class Unreadable(ValueError):
-    """What is wrong with a file, in one line that names it."""
+    """A file that cannot be read.  The message is one line that names the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """`place` is the file and the line."""
+    """A reference in a file; `place` is the file and the line."""
 
     reference: str
     place: str
@@ -47,14 +47,14 @@ class Mention:
 
 @dataclass(slots=True)
 class ImageMentions:
-    """`built` are places of services that are built where they run, so that nobody pulls them."""
+    """The references in files.  `built` are places of services that are built, and so not pulled."""
 
     mentions: list[Mention] = field(default_factory=list)
     built: list[str] = field(default_factory=list)
 
     @property
     def references(self) -> list[str]:
-        """Each once, in their order."""
+        """Each reference once, in their order."""
         return list(dict.fromkeys(each.reference for each in self.mentions))
 
 
@@ -66,14 +66,14 @@ def find_images(
     *,
     plain: bool = False,
 ) -> ImageMentions:
-    """What all files at `paths` name; `-` is standard input.  `plain` takes them for lists.
+    """The images that all files at `paths` name; `-` is standard input, `plain` files are lists.
 
-    `registries` are addresses of this server's own, which are no part of a name.  Raises Unreadable.
+    `registries` are addresses of this server, which are removed from names.  Raises Unreadable.
     """
     found = ImageMentions()
     for path in paths:
         name, text, settings = _read(path, standard_input)
-        # As Compose does: the environment wins over .env beside the file.
+        # As in Compose, the environment has precedence over .env beside the file.
         _Search(name, {**settings, **environ}, registries, found).search(text, plain)
     return found
 
@@ -94,7 +94,7 @@ def _read(path: str, standard_input: TextIO) -> tuple[str, str, Mapping[str, str
 
 
 def _settings(path: Path) -> Mapping[str, str]:
-    """What a file of KEY=VALUE lines sets; nothing, where there is none."""
+    """The settings in a file of KEY=VALUE lines; none if there is no such file."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -111,7 +111,7 @@ def _settings(path: Path) -> Mapping[str, str]:
 
 
 class _Search:
-    """Through one file."""
+    """Searches one file."""
 
     def __init__(
         self, name: str, environ: Mapping[str, str], registries: Sequence[str], found: ImageMentions
@@ -121,7 +121,9 @@ class _Search:
         self._registries = registries
         self._found = found
         self._hint = ""
-        self._seen: set[int] = set()  # nodes: an alias is the node that it names, which may hold itself
+        self._seen: set[int] = (
+            set()
+        )  # nodes by id: an alias is the node that it names, which may contain itself
 
     def search(self, text: str, plain: bool) -> None:
         if plain or _is_list(text):
@@ -130,7 +132,7 @@ class _Search:
                     self._listed(reference, number)
             return
         if "{{" in text:
-            self._hint = "; a chart's template is given as `helm template` prints it"
+            self._hint = "; for a Helm chart, give the output of `helm template`"
         try:
             loader = _Loader(text)
             try:
@@ -141,11 +143,11 @@ class _Search:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             self._fail(mark.line + 1 if mark else 1, error.problem or "not YAML")
-        except yaml.YAMLError as error:  # of a character that YAML does not allow
+        except yaml.YAMLError as error:  # a character that YAML does not allow
             position = getattr(error, "position", 0)
             self._fail(text.count("\n", 0, position) + 1, "this character is not allowed in YAML")
         except RecursionError:
-            self._fail(1, "nested too deeply, or an alias that holds itself")
+            self._fail(1, "nested too deeply, or an alias that contains itself")
 
     def _fail(self, line: int, cause: object) -> NoReturn:
         raise Unreadable(f"{self._name}:{line}: {cause}{self._hint}") from None
@@ -155,7 +157,7 @@ class _Search:
             members = _members(loader, node)
             services = members.get("services")
             if "kind" in members:
-                self._seen.clear()  # they are told apart as long as they live: as long as their document
+                self._seen.clear()  # ids are unique only while the nodes of a document live
                 self._manifest(loader, node)
             elif isinstance(services, yaml.MappingNode):
                 for service in _members(loader, services).values():
@@ -218,7 +220,7 @@ class _Search:
 
 
 def _is_list(text: str) -> bool:
-    """Whether each line that says something is one word, and none that YAML would mean something by."""
+    """Whether each line is empty, a comment, or one word that is not YAML syntax."""
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     return all(
         len(line.split()) == 1 and line[0] not in "{}[]'\"-&*!%|>?" and not line.endswith(":")
@@ -232,20 +234,20 @@ def _line(node: yaml.Node) -> int:
 
 
 def _members(loader: Any, node: yaml.MappingNode) -> dict[str, yaml.Node]:
-    """With what `<<` takes in, which the mapping's own keys override."""
+    """The members of a mapping, with those that `<<` merges in; its own keys have precedence."""
     loader.flatten_mapping(node)
     return {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
 
 
 def _text(node: yaml.Node | None) -> str | None:
-    """None too for null, and for Compose's `!reset`."""
+    """The text of a node; None for a missing one, for null, and for `!reset` of Compose."""
     if not isinstance(node, yaml.ScalarNode) or node.tag in ("tag:yaml.org,2002:null", "!reset"):
         return None
     return str(node.value)
 
 
 def _images(loader: Any, key: str, items: yaml.SequenceNode) -> Iterator[yaml.Node]:
-    """Of containers, or of volumes that are images."""
+    """The images of containers, or of volumes that are images."""
     for each in items.value:
         if not isinstance(each, yaml.MappingNode):
             continue
@@ -254,7 +256,7 @@ def _images(loader: Any, key: str, items: yaml.SequenceNode) -> Iterator[yaml.No
             image = _members(loader, image).get("reference")
         elif key not in CONTAINERS:
             continue
-        if image is not None and image.value:  # a pod's template may leave it to who uses it
+        if image is not None and image.value:  # a pod template may leave it empty
             yield image
 
 
@@ -271,9 +273,9 @@ def full_name(text: str, registries: Sequence[str] = ()) -> str:
 
 
 def interpolate(text: str, environ: Mapping[str, str]) -> str:
-    """With variables put in as Compose does; one that is not set and has no default is a ValueError.
+    """Substitute variables (compose-spec, "Interpolation").
 
-    compose-spec, "Interpolation".
+    Raises ValueError for a variable that is not set and has no default.
     """
     found, at = "", 0
     while (dollar := text.find("$", at)) >= 0:
@@ -293,7 +295,7 @@ def interpolate(text: str, environ: Mapping[str, str]) -> str:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the brace is closed that is opened at `start`."""
+    """The index of the brace that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         if text[at] == "{":
@@ -302,11 +304,11 @@ def _closing(text: str, start: int) -> int:
             depth -= 1
             if not depth:
                 return at
-    raise ValueError("${ lacks its }")
+    raise ValueError("${ without a closing }")
 
 
 def _value(name: str, rest: str, environ: Mapping[str, str]) -> str:
-    """Of `${name}`, or with `rest` such as `:-default`."""
+    """The value of `${name}`, or of `${name:-default}` with `rest` being `:-default`."""
     value = environ.get(name)
     if not rest:
         if value is None:
@@ -314,7 +316,7 @@ def _value(name: str, rest: str, environ: Mapping[str, str]) -> str:
         return value
     operator = _OPERATOR.match(rest)
     if operator is None:
-        raise ValueError(f"${{{name}{rest}}} is no interpolation that Compose knows")
+        raise ValueError(f"${{{name}{rest}}} is not an interpolation of Compose")
     other = rest[operator.end() :]
     there = value is not None and not (operator[0].startswith(":") and not value)
     if operator[0].endswith("?") and not there:

@@ -1,4 +1,4 @@
-"""The processes of one server, each of which serves a unix socket that only its user may connect to.
+"""The processes of one server, each of which answers requests on a unix socket of its user.
 
     GET /state      ProcessReport
     POST /forget    {"repository": "<namespace>/<repository>"}
@@ -6,7 +6,7 @@
     POST /drill     DrillOrder
     DELETE /drill
 
-ServerProcesses asks all of them.  A process that does not answer in time counts as absent.
+ServerProcesses asks all of them.  A process that does not answer in time is left out.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from proxy.cache.drill import DrillOrder, DrillState
 T = TypeVar("T")
 log = structlog.get_logger()
 
-PATIENCE = 2.0  # seconds that another process may take to answer
-CLOSING = 1.0  # seconds that answers under way may take when the socket is closed
+TIMEOUT = 2.0  # seconds for the answer of another process
+CLOSING = 1.0  # seconds for answers in progress when the socket is closed
 
 
-async def serve_state(live: ProcessState, path: Path) -> Callable[[], Awaitable[None]]:
-    """Answer those who ask; what it returns ends it.
+async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[None]]:
+    """Serve the state of this process at a socket; the function that it returns ends that.
 
-    Raises OSError, also where the path is too long for a socket: about 100 bytes.
+    Raises OSError, also if the path is too long for a socket, at about 100 bytes.
     """
 
     async def state(request: web.Request) -> web.Response:
-        return _in_json(live.state())
+        return _in_json(own.state())
 
     async def forget(request: web.Request) -> web.Response:
-        await live.forget((await decoded_body(request, ForgetRequest)).repository)
+        await own.forget((await decoded_body(request, ForgetRequest)).repository)
         return web.Response(status=204)
 
     async def drill(request: web.Request) -> web.Response:
         if request.method == "GET":
-            return _in_json(live.drill.state())
+            return _in_json(own.drill.state())
         if request.method == "POST":
-            live.drill.begin(await decoded_body(request, DrillOrder))
+            own.drill.begin(await decoded_body(request, DrillOrder))
         else:
-            live.drill.end()
+            own.drill.end()
         return web.Response(status=204)
 
     application = web.Application()
@@ -70,7 +70,7 @@ async def serve_state(live: ProcessState, path: Path) -> Callable[[], Awaitable[
         await runner.cleanup()
         listening.close()
         with suppress(FileNotFoundError):
-            if path.stat().st_ino == inode:  # else it is another's by now
+            if path.stat().st_ino == inode:  # else another process has replaced it
                 path.unlink()
 
     return close
@@ -88,11 +88,11 @@ async def decoded_body(request: web.Request, form: type[T]) -> T:
 
 
 def _listening(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)  # of a process that was killed, and had our id
+    path.unlink(missing_ok=True)  # left by a process that had our id and was killed
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listening.bind(str(path))
-        path.chmod(0o600)  # before it listens: until then nobody can connect
+        path.chmod(0o600)  # before it listens, and a connection is possible
         listening.setblocking(False)
     except BaseException:
         listening.close()
@@ -101,24 +101,26 @@ def _listening(path: Path) -> socket.socket:
 
 
 class ServerProcesses:
-    """All processes of a server: this one if it has a Live, and those with a socket in `directory`."""
+    """All processes of a server: this one, if it has a state, and those with a socket in `directory`."""
 
-    def __init__(self, live: ProcessState | None, directory: Path | None) -> None:
-        self._live = live
+    def __init__(self, own: ProcessState | None, directory: Path | None) -> None:
+        self._own = own
         self._directory = directory
 
     async def states(self) -> list[ProcessReport]:
-        found = [self._live.state()] if self._live else []
+        found = [self._own.state()] if self._own else []
         pids = {each.pid for each in found}
         for answer in await self._ask("GET", "/state"):
-            with suppress(msgspec.DecodeError):  # what does not speak as we do is none of ours
+            with suppress(msgspec.DecodeError):  # of a process of another version
                 state = msgspec.json.decode(answer, type=ProcessReport)
-                if state.pid not in pids:  # our own socket may be among them
+                if state.pid not in pids:  # our own socket may be in the directory
                     found.append(state)
         return found
 
     async def fills(self) -> list[FillState]:
-        """One for each digest, the oldest first: as who transfers it sees it, with the followers of all."""
+        """One fill for each digest, the oldest first: that of the process that transfers it, with all
+        followers.
+        """
         found: dict[str, list[FillState]] = {}
         for state in await self.states():
             for fill in state.fills:
@@ -126,35 +128,34 @@ class ServerProcesses:
         return sorted(map(_merged, found.values()), key=lambda each: (each.started, each.digest))
 
     async def forget(self, repository: str) -> None:
-        """See Live.forget()."""
-        if self._live:
-            await self._live.forget(repository)
+        """See ProcessState.forget()."""
+        if self._own:
+            await self._own.forget(repository)
         await self._ask("POST", "/forget", msgspec.json.encode(ForgetRequest(repository)))
 
     async def begin_drill(self, order: DrillOrder) -> None:
-        if self._live:
-            self._live.drill.begin(order)
+        if self._own:
+            self._own.drill.begin(order)
         await self._ask("POST", "/drill", msgspec.json.encode(order))
 
     async def end_drill(self) -> None:
-        if self._live:
-            self._live.drill.end()
+        if self._own:
+            self._own.drill.end()
         await self._ask("DELETE", "/drill")
 
     async def drills(self) -> list[DrillState]:
-        """What each knows of the last one, with no process twice."""
-        found = {self._live.pid: self._live.drill.state()} if self._live else {}
+        """What each process knows of the last drill, with no process twice."""
+        found = {self._own.pid: self._own.drill.state()} if self._own else {}
         for path, answer in await self._ask_each("GET", "/drill"):
             with suppress(msgspec.DecodeError, ValueError):
                 found.setdefault(int(path.stem), msgspec.json.decode(answer, type=DrillState))
         return list(found.values())
 
     async def _ask(self, method: str, path: str, body: bytes | None = None) -> list[bytes]:
-        """The answers of those that gave one."""
         return [answer for _, answer in await self._ask_each(method, path, body)]
 
     async def _ask_each(self, method: str, path: str, body: bytes | None = None) -> list[tuple[Path, bytes]]:
-        """The answers of those that gave one."""
+        """The sockets of the processes that answered, and their answers."""
         sockets = sorted(self._directory.glob("*.sock")) if self._directory else []
         answers = await asyncio.gather(*(_answer(each, method, path, body) for each in sockets))
         return [(path, each) for path, each in zip(sockets, answers, strict=True) if each is not None]
@@ -165,7 +166,7 @@ async def _answer(path: Path, method: str, target: str, body: bytes | None) -> b
         async with (
             aiohttp.ClientSession(
                 connector=aiohttp.UnixConnector(str(path)),
-                timeout=aiohttp.ClientTimeout(total=PATIENCE),
+                timeout=aiohttp.ClientTimeout(total=TIMEOUT),
                 raise_for_status=True,
             ) as session,
             session.request(method, f"http://live{target}", data=body) as response,
@@ -177,7 +178,7 @@ async def _answer(path: Path, method: str, target: str, body: bytes | None) -> b
 
 
 def _merged(fills: list[FillState]) -> FillState:
-    # One that waits for its turn may take itself for the one that is to transfer it.
+    # A process that waits for a slot may have `own` too; the one with bytes transfers it.
     best = max(fills, key=lambda each: (each.own, each.bytes))
     return msgspec.structs.replace(
         best, followers=sum(each.followers for each in fills), size=max(each.size for each in fills)

@@ -1,4 +1,4 @@
-"""The state of this process: fills under way, upstreams that are paused, troubles of the disk."""
+"""The state of this process: fills in flight, paused upstreams, troubles of the disk."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ T = TypeVar("T")
 
 
 class FillState(msgspec.Struct, frozen=True, kw_only=True):
-    """`bytes` of `size` are here (-1: it is not told yet), for `followers` clients.
+    """One fill: `bytes` of `size` have arrived, for `followers` clients; `size` is -1 while unknown.
 
-    `repository` is the full name of that which began it, `started` is in seconds since the epoch.  With
-    `own`, the process transfers it, or is to; without, it follows another process's transfer.
+    `repository` is the full name of the repository that started it, `started` is in seconds since the
+    epoch.  With `own`, this process transfers it or waits to; without, it follows the transfer of another
+    process.
     """
 
     digest: str
@@ -41,12 +42,12 @@ class FillState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
-    """One host by which the upstream at `url` is reached; of its several, the upstream's own comes first.
+    """One host of the upstream at `url`; the host of the upstream itself comes first.
 
-    While `open` it is let alone, since it failed with `error`; `until` tells when it is tried again.
-    `limits` are those of each credential, for the upstream's own host; `ratelimit_` is their sum, None where
-    nothing is told.  When all credentials are blocked, `limited_until` tells when the first is not.  Times
-    are in seconds since the epoch.
+    While `open`, requests to it are paused because it failed with `error`, `until` the next attempt.
+    `limits` are those of each credential at the first host; the `ratelimit_` fields are their sums, None if
+    the host sends none.  If all credentials are blocked, `limited_until` is when the first is free again.
+    Times are in seconds since the epoch.
     """
 
     namespace: str
@@ -62,7 +63,7 @@ class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one process.  `troubles` holds a sentence for each."""
+    """The report of one process.  `troubles` holds a sentence for each trouble of its disks."""
 
     pid: int
     fills: list[FillState]
@@ -71,18 +72,20 @@ class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ForgetRequest(msgspec.Struct, frozen=True):
+    """The body of a request to forget negatives; `repository` is a full name."""
+
     repository: str
 
 
 @runtime_checkable
 class _Upstream(Protocol):
-    """An origin across the network."""
+    """An origin that is reached over the network."""
 
     def state(self) -> list[HostState]: ...
 
 
 class ProcessState:
-    """Of this process.  `clock` is the one that the fills have; `caches` are by namespace."""
+    """The state of this process.  `caches` are by namespace."""
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class ProcessState:
         self.drill = drill or Drill(clock)
 
     def state(self) -> ProcessReport:
-        """Looks at what is in memory, and asks nobody."""
+        """The state as known in memory, without any request."""
         now = self._clock()
         return ProcessReport(
             pid=self.pid,
@@ -116,14 +119,14 @@ class ProcessState:
         )
 
     async def forget(self, repository: str) -> None:
-        """Drop what is remembered of its upstream's having had nothing, or not having answered."""
+        """Forget that upstream lacked content of the repository, or did not answer."""
         namespace, _, name = repository.partition("/")
         if cache := self._caches.get(namespace):
             cache.forget(name)
 
 
 def state_of(composition: Composition) -> ProcessState:
-    """The state of this process, which serves or looks after `composition`."""
+    """The state of this process, which serves a composition or does its housekeeping."""
     parts = composition
     return ProcessState(parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill)
 
@@ -131,7 +134,7 @@ def state_of(composition: Composition) -> ProcessState:
 def _fill(fill: Fill, pid: int) -> FillState:
     started = fill.started.result() if fill.started.done() else None
     return FillState(
-        digest=str(fill.digest),  # a plain one: msgspec refuses a str of another class
+        digest=str(fill.digest),  # msgspec refuses a subclass of str
         namespace=fill.source.namespace,
         repository=fill.source.repository,
         bytes=fill.upload.offset if fill.upload else 0,
@@ -162,6 +165,3 @@ def _upstream(namespace: str, state: HostState, now: float) -> UpstreamState:
 def _sum(numbers: Iterable[int | None]) -> int | None:
     told = [number for number in numbers if number is not None]
     return sum(told) if told else None
-
-
-# Between processes

@@ -1,4 +1,4 @@
-"""The rows of answers, made from what was counted and recorded."""
+"""The rows of answers, made of counters, reports and states."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def evicted(reports: Sequence[EvictionReport], dry_run: bool) -> Evicted:
 
 
 def scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
-    """Of all of them, one after the other."""
+    """The progress of scrubs that run one after the other, as one."""
     known = [each.progress for each in scrubs if each.progress is not None]
     return ScrubRow(
         begun=min((each.started_at for each in known), default=0.0),

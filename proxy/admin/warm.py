@@ -1,8 +1,8 @@
-"""Warming: whole images are fetched before anybody asks for them, once or by a schedule.
+"""Warming: whole images are fetched before clients need them.
 
-What is here is not fetched again: so what was interrupted is gone on with by beginning anew.  Clients come
-first: what is kept in reserve of an upstream's rate limit is theirs, and few images are fetched at once, in
-the process that keeps house, whose turns are none of theirs.
+Stored content is not fetched again, so warming continues after an interruption.  Clients come first: the
+reserve of an upstream's rate limit is theirs, and few images are fetched at once, in the housekeeping
+process, whose slots for transfers are not those of the clients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ JOBS = 4  # images at once
 
 
 class Warmer:
-    """`forget` drops what is remembered of an upstream's having had nothing for a repository."""
+    """Warms images.  `forget` makes all processes forget the negatives of a repository."""
 
     def __init__(
         self, namespaces: Namespaces, readiness: Readiness, forget: Callable[[str], Awaitable[None]]
@@ -33,12 +33,12 @@ class Warmer:
         self._namespaces = namespaces
         self._readiness = readiness
         self._forget = forget
-        self._reading = ReferenceReader(namespaces)
+        self._reader = ReferenceReader(namespaces)
 
     async def warm(self, text: str, platforms: Sequence[str] = (), referrers: bool = True) -> WarmRow:
-        """Have all of it here.  What fails is told in the answer; only StorageFailed is raised."""
+        """Fetch all of an image.  The answer holds the error of a failure; only StorageFailed is raised."""
         try:
-            asked = self._reading.reference("reference", text)
+            asked = self._reader.reference("reference", text)
         except FieldInvalid as bad:
             return WarmRow(
                 asked=text, repository="", reference="", digest=None, here=False, error=str(bad),
@@ -53,7 +53,7 @@ class Warmer:
             )
         except RegistryError as failed:
             error = failed
-        # Where upstream cannot be asked, what refers to it is at least to be here as far as it is known.
+        # If upstream failed, at least the known referrers must be stored.
         found = await run_in_thread(self._readiness.judge, asked, platforms, referrers and error is not None)
         return _row(found, done, error)
 
@@ -80,8 +80,8 @@ def _row(found: ReadyRow, done: RefreshResult | None, error: RegistryError | Non
 
 
 def incomplete(found: ReadyRow) -> str:
-    """What is not here of it, in a few words."""
-    said = [f"there is nothing for {each}" for each in found.lacking]
+    """What is missing of an image, in a few words."""
+    causes = [f"there is no image for {each}" for each in found.lacking]
     if found.missing:
-        said.append(f"{len(found.missing)} of what it consists of did not stay")
-    return ", ".join(said) or "it is not here"
+        causes.append(f"{len(found.missing)} of its parts were not stored, or evicted again")
+    return ", ".join(causes) or "it is not stored"

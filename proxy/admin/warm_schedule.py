@@ -1,4 +1,4 @@
-"""Warming by a schedule: what a rule names is fetched when the rule says so."""
+"""Warming by a schedule: each rule of the configuration names images, and when to fetch them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ log = structlog.get_logger()
 
 
 class _WarmRun(msgspec.Struct, frozen=True):
-    """Of a rule's last run: when it began, and how many images failed."""
+    """The last run of a rule: when it began, and how many images failed."""
 
     begun: float
     failed: int
 
 
 class Schedule:
-    """Warms what the rules say, when they say it.  What fails is tried again, by and by less often.
+    """Warms images as the rules say.  A run that fails is repeated, at growing intervals.
 
-    The last run of each is a record, `warmed <rule>`; so the next is when it is due, whatever starts between.
+    The last run of each rule is a record, `warmed <rule>`, so that a restart neither repeats nor skips a run.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Schedule:
         self._records = records
         self._clock = clock
         self._since = clock()
-        self._failed: dict[str, tuple[int, float]] = {}  # how often in a row, and when it is tried again
+        self._failed: dict[str, tuple[int, float]] = {}  # failures in a row, and the time of the next attempt
 
     async def run_once(self) -> list[WarmRow]:
-        """Warm what is due, one rule after the other.  Raises StorageFailed."""
+        """Run each rule that is due, one after the other.  Raises StorageFailed."""
         for key in [key for key, _ in self._records.scan(WARMING.prefix()) if key not in self._rules]:
             await run_in_thread(self._records.delete, key)
         rows = []
@@ -68,7 +68,7 @@ class Schedule:
         last = self._last(key)
         if last is None:
             return rule.every is not None or latest(rule.at or (0, 0), now) > self._since
-        # A clock that was set back must not put it off.
+        # A clock that was set back must not delay it.
         if last.begun > now or (last.failed and failed is None):
             return True
         if rule.every is not None:
@@ -122,7 +122,7 @@ class Schedule:
 
 
 def _key(rule: WarmRule) -> str:
-    # By what it says and not by its place in the list: that changes with others.
+    # By its content and not by its place in the list, which changes with other rules.
     return WARMING.key(hashlib.sha256(repr(rule).encode()).hexdigest())
 
 
@@ -133,7 +133,7 @@ def _images(rule: WarmRule) -> list[str]:
 
 
 def latest(at: tuple[int, int], now: float) -> float:
-    """When it was that hour and minute last, in local time."""
+    """The last time that it was this hour and minute, in local time."""
     today = datetime.fromtimestamp(now).replace(hour=at[0], minute=at[1], second=0, microsecond=0)
     moment = today.timestamp()
     return moment if moment <= now else (today - timedelta(days=1)).timestamp()

@@ -1,1 +1,1 @@
-"""The commands.  Reads arguments, calls one of the packages above, prints."""
+"""The commands: they read arguments, call the other packages, and print the results."""

@@ -252,11 +252,11 @@ def import_(
         raise click.UsageError("--namespace and --match need --from-registry-dir DIRECTORY")
 
     async def here(composition: Composition) -> None:
-        from proxy.transfer.bundle_import import BundleImport, Given
+        from proxy.transfer.bundle_import import BundleImport, ImportOptions
 
         for archive in archives:
             with _progress(call, str(archive)) as tick:
-                given = Given(name=name, pin=pin, key=verify_key, dry_run=dry_run)
+                given = ImportOptions(name=name, pin=pin, key=verify_key, dry_run=dry_run)
                 done = await BundleImport(composition).import_(archive, given, tick)
             call.print(done, import_tables)
 

@@ -1,4 +1,4 @@
-"""One blob from one registry to another; and how long to go on trying what fails."""
+"""The copy of one blob between registries, and how failures are retried."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from storage.registry import Registry, Upload
 
 T = TypeVar("T")
 
-TRIES = 4  # in a row that come to nothing
-FIRST = 1.0  # seconds before the second, doubling
-WAITS = 20  # for a registry that limits our requests
-LONGEST = 600.0  # seconds that it is waited for at a time
-GRACE = 10.0  # seconds for a destination to forget an upload
+TRIES = 4  # attempts in a row without progress
+FIRST = 1.0  # seconds before the second attempt, doubling
+WAITS = 20  # waits for a registry that limits our requests
+LONGEST = 600.0  # seconds of one wait
+GRACE = 10.0  # seconds for the cancellation of an upload
 
 
 class ProgressListener(Protocol):
-    """Who is told what goes on."""
+    """Receives the progress of copies."""
 
     def moved(self, digest: Digest, done: int, whole: int) -> None:
-        """So many bytes of a blob were transferred."""
+        """`done` of `whole` bytes of a blob have been transferred."""
 
     def ended(self, digest: Digest) -> None:
-        """Its transfer, one way or the other."""
+        """The transfer of a blob has ended, successfully or not."""
 
     def note(self, text: str) -> None:
-        """For people."""
+        """A message for people."""
 
 
 class RetryPolicy:
-    """How often, and after how long, is tried again what may succeed then: what is Unavailable."""
+    """Repeats what fails with Unavailable, with growing pauses."""
 
     def __init__(
         self, listener: ProgressListener, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -45,7 +45,10 @@ class RetryPolicy:
     async def persist(
         self, attempt: Callable[[], Awaitable[T]], progress: Callable[[], int] = lambda: 0
     ) -> T:
-        """What it returns; after `progress` the count of tries begins anew.  Raises what the last one did."""
+        """The result of an attempt.  The count of failures restarts when `progress` has grown.
+
+        Raises the error of the last attempt.
+        """
         failures = waits = reached = 0
         while True:
             try:
@@ -64,7 +67,7 @@ class RetryPolicy:
 
 
 class BlobCopy:
-    """Streams it: of the blob no more is held than a few chunks."""
+    """Streams one blob from a source to a destination, with a few chunks in memory."""
 
     def __init__(
         self, source: Registry, repository: str, destination: Registry, target: str, blob: Descriptor
@@ -77,15 +80,15 @@ class BlobCopy:
         self._reached = 0
 
     async def run(self, listener: ProgressListener, retries: RetryPolicy) -> int:
-        """How many bytes it has.  Raises DigestInvalid where the source's is another one."""
+        """Copy the blob, and return its size.  Raises DigestInvalid if the source sends other content."""
         try:
             return await retries.persist(lambda: self._attempt(listener), lambda: self._reached)
         finally:
-            await self._give_up()
+            await self._cancel_upload()
             listener.ended(self._blob.digest)
 
     async def _attempt(self, listener: ProgressListener) -> int:
-        """Go on, or begin anew where the destination has failed; what the source fails with costs nothing."""
+        """Continue after a failure of the source, or start again after one of the destination."""
         digest = self._blob.digest
         if self._upload is None:
             self._hash = hashlib.new(digest.algorithm)
@@ -96,11 +99,11 @@ class BlobCopy:
         if upload.offset < self._blob.size or upload.offset == 0:
             await self._stream(upload, listener)
         if (found := f"{digest.algorithm}:{self._hash.hexdigest()}") != digest:
-            raise DigestInvalid(f"the source sends for {digest} what is {found}")
+            raise DigestInvalid(f"the source sends content with digest {found} for {digest}")
         try:
             await upload.commit(digest)
         except BaseException:
-            await self._give_up()
+            await self._cancel_upload()
             raise
         self._upload = None
         return upload.offset
@@ -114,7 +117,7 @@ class BlobCopy:
                 try:
                     await upload.write(chunk)
                 except BaseException:
-                    await self._give_up()
+                    await self._cancel_upload()
                     raise
                 self._hash.update(chunk)
                 self._reached = max(self._reached, upload.offset)
@@ -122,17 +125,17 @@ class BlobCopy:
         finally:
             await blob.close()
 
-    async def _give_up(self) -> None:
+    async def _cancel_upload(self) -> None:
         upload, self._upload = self._upload, None
         if upload is None:
             return
-        # A task of its own: who is cancelled while he gives up would leave the bytes to the destination.
-        giving_up = asyncio.create_task(upload.cancel())
+        # In a task of its own: a second cancellation must not leave the upload at the destination.
+        cancelling = asyncio.create_task(upload.cancel())
         try:
-            await asyncio.wait({giving_up}, timeout=GRACE)
+            await asyncio.wait({cancelling}, timeout=GRACE)
         except asyncio.CancelledError:
-            await asyncio.wait({giving_up}, timeout=GRACE)
+            await asyncio.wait({cancelling}, timeout=GRACE)
             raise
         finally:
-            giving_up.cancel()
-            await asyncio.gather(giving_up, return_exceptions=True)
+            cancelling.cancel()
+            await asyncio.gather(cancelling, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Bundles go out: what is stored, under its full names."""
+"""The export of stored images to bundles, under their full names."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from storage.names import is_glob
 from storage.oci import Digest, Tag
 
 EVERYTHING = ("*", "*@*")  # tags, and manifests
-TOLD = 3  # digests, or names, that a message tells
+SHOWN = 3  # digests in a message
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
-    """A bundle that was made before: what it is called, and its entrepot.json."""
+class EarlierBundle:
+    """A bundle that was made before: its name in messages, and its entrepot.json."""
 
     what: str
     content: bytes
@@ -35,26 +35,26 @@ class Earlier:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What is to be exported.
+    """What to export.
 
-    `names` are references, or globs over full names; none of them is everything, where `used_within` (a
-    duration) is given.  `since` are earlier bundles: of what they have only manifests go along.
+    `names` are references, or globs over full names; without names, `used_within` (a duration) selects from
+    everything.  `since` are earlier bundles, whose blobs are left out.
     """
 
     names: Sequence[str] = ()
     used_within: str | None = None
     platforms: Sequence[str] = ()
     referrers: bool = True
-    since: Sequence[Earlier] = ()
+    since: Sequence[EarlierBundle] = ()
     skip_incomplete: bool = False
 
 
 class BundleExport:
-    """Every method raises RegistryError, or BadField where what it is given cannot be read."""
+    """Exports bundles.  Every method raises RegistryError, or FieldInvalid for an invalid selection."""
 
     def __init__(self, composition: Composition) -> None:
         self._parts = composition
-        self._reading = ReferenceReader(composition.namespaces)
+        self._reader = ReferenceReader(composition.namespaces)
 
     async def export(
         self,
@@ -64,9 +64,9 @@ class BundleExport:
         key: Path | None = None,
         tick: Tick = lambda done, whole: None,
     ) -> Exported:
-        """Into what `opened` gives, called `bundle`; signed by the private `key`, where it is given.
+        """Write a bundle to the sink that `opened` gives, signed by the private `key` if there is one.
 
-        `opened` is called with the digest of its entrepot.json, once all is found that is to go along.
+        `opened` is called with the digest of entrepot.json, when the content of the bundle is known.
         """
         return await run_cancellable(self._export, selection, bundle, opened, key, tick)
 
@@ -94,7 +94,7 @@ class BundleExport:
         return _exported(name, digest, plan, incomplete, signed=key is not None)
 
     async def planned(self, selection: Selection, bundle: str) -> Exported:
-        """What export() would come to."""
+        """What export() would write."""
         plan, incomplete = await run_cancellable(self._plan, selection)
         digest = Digest.of(encode(plan.contents))
         return _exported(bundle, digest, plan, incomplete, signed=False)
@@ -102,7 +102,7 @@ class BundleExport:
     def _plan(
         self, stopped: Callable[[], None], selection: Selection
     ) -> tuple[ExportPlan, dict[str, set[Digest]]]:
-        """And what lacks of those that are left out."""
+        """The plan, and the missing digests of the images that are left out."""
         planner = ExportPlanner(read_platforms("platforms", selection.platforms), selection.referrers)
         base = dict(map(_base, selection.since))
         for wanted in self._selected(selection, planner):
@@ -112,7 +112,7 @@ class BundleExport:
             raise Incomplete(_lacking(planner.incomplete))
         plan = planner.plan(self._parts.clock(), base)
         if not plan.contents.references:
-            raise NameUnknown("nothing that is stored here as a whole is what was asked for")
+            raise NameUnknown("no image that was asked for is stored completely")
         return plan, planner.incomplete
 
     def _selected(self, selection: Selection, planner: ExportPlanner) -> Iterator[ExportReference]:
@@ -120,7 +120,7 @@ class BundleExport:
         if selection.used_within is not None:
             since = self._parts.clock() - read_seconds("used_within", selection.used_within)
         elif not selection.names:
-            raise FieldInvalid("names", "say what to export: references, globs, or used_within")
+            raise FieldInvalid("names", "name what to export: references, globs, or used_within")
         for text in selection.names or EVERYTHING:
             found = False
             for wanted in self._named(text):
@@ -128,14 +128,14 @@ class BundleExport:
                 if since is None or self._used(wanted, since, planner):
                     yield wanted
             if not found and since is None:
-                raise NameUnknown(f"nothing that is stored here is {text}")
+                raise NameUnknown(f"nothing that is stored matches {text}")
 
     def _named(self, text: str) -> Iterator[ExportReference]:
         if not is_glob(text):
-            asked = self._reading.reference("names", text)
+            asked = self._reader.reference("names", text)
             yield ExportReference(self._parts.store_of(asked.namespace), asked.repository, asked.reference)
             return
-        pin = self._reading.pattern("names", text)
+        pin = self._reader.pattern("names", text)
         for store in self._parts.stores:
             for repository, reference in matching(store, pin):
                 yield ExportReference(store, repository, reference)
@@ -144,24 +144,24 @@ class BundleExport:
         use = self._parts.usage.use(wanted.repository, wanted.reference)
         if use is None or use.last < since:
             return False
-        # Whoever pulls a tag asks for its manifests by digest as well: they are in it.
+        # A client that pulls a tag requests its manifests by digest too: those are part of the tag.
         return isinstance(wanted.reference, Tag) or (
             use.count > 0 and not planner.contains(wanted.repository, wanted.reference)
         )
 
 
-def earlier(path: Path) -> Earlier:
+def earlier(path: Path) -> EarlierBundle:
     """The bundle at `path`, or the entrepot.json of one.  Raises ArchiveInvalid."""
     try:
         if path.is_file() and path.suffix == ".json":
-            return Earlier(str(path), path.read_bytes())
+            return EarlierBundle(str(path), path.read_bytes())
         with closing(open_archive(path, path.parent)) as archive:
-            return Earlier(str(path), read(archive, CONTENTS))
+            return EarlierBundle(str(path), read(archive, CONTENTS))
     except OSError as error:
         raise ArchiveInvalid(f"{path}: {error.strerror or error}") from error
 
 
-def _base(given: Earlier) -> tuple[BaseBundle, BundleContents]:
+def _base(given: EarlierBundle) -> tuple[BaseBundle, BundleContents]:
     found = bundle.decode(given.content, given.what)
     return BaseBundle(str(Digest.of(given.content)), found.created), found
 
@@ -179,11 +179,11 @@ def _signer(key: Path) -> Callable[[bytes], bytes]:
 def _lacking(incomplete: dict[str, set[Digest]]) -> str:
     names = list(incomplete)
     digests = sorted(incomplete[names[0]])
-    more = f" and {len(digests) - TOLD} more" if digests[TOLD:] else ""
-    others = f"; {len(names) - 1} more references lack something, too" if names[1:] else ""
+    more = f" and {len(digests) - SHOWN} more" if digests[SHOWN:] else ""
+    others = f"; {len(names) - 1} more images are incomplete" if names[1:] else ""
     return (
-        f"{names[0]} lacks {', '.join(digests[:TOLD])}{more}{others}: have it fetched (entrepot refresh),"
-        " choose platforms that are here, or say --skip-incomplete"
+        f"{names[0]} is incomplete: {', '.join(digests[:SHOWN])}{more} not stored{others}; fetch it (entrepot"
+        " refresh), choose platforms that are stored, or give --skip-incomplete"
     )
 
 

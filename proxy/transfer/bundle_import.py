@@ -1,7 +1,7 @@
-"""Bundles: what is stored goes out under its full names, and comes in under them.
+"""The import of archives: bundles, OCI image layouts, and the output of docker save.
 
-Names are read as a client's are.  What comes in goes where its namespace says: into the cache of an upstream,
-or into the store of a namespace of our own, by whose rules tags move.
+Names are read as those of clients.  The namespace of an image decides where it is imported: into the cache
+of an upstream, or into a private store, whose rules decide whether a tag may move.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """How an archive is to be imported.
+class ImportOptions:
+    """How to import an archive.
 
-    `name` is for what has none in it, or only a tag.  With `pin`, what comes into a cache stays.  With `key`,
-    a file, only what is signed by it comes in.
+    `name` is for an image that has no name in the archive, or only a tag.  `pin` pins what is imported into a
+    cache.  With `key`, a file, the archive must be signed by it.
     """
 
     name: str | None = None
@@ -48,33 +48,35 @@ class Given:
 
 
 class BundleImport:
-    """Every method raises RegistryError, or FieldInvalid where what it is given cannot be read."""
+    """Imports archives.  Every method raises RegistryError, or FieldInvalid for an invalid option."""
 
     def __init__(self, composition: Composition) -> None:
         self._parts = composition
-        self._reading = ReferenceReader(composition.namespaces)
+        self._reader = ReferenceReader(composition.namespaces)
 
     async def import_(
-        self, archive: Path, given: Given = Given(), tick: Tick = lambda done, whole: None
+        self, archive: Path, options: ImportOptions = ImportOptions(), tick: Tick = lambda done, whole: None
     ) -> BundleImported:
-        """All of the archive at a path; `-` is standard input."""
+        """Import the archive at a path; `-` is standard input."""
         return await self._take_opened(
-            lambda stopped: open_archive(archive, self.spool, stopped), given, tick
+            lambda stopped: open_archive(archive, self.spool, stopped), options, tick
         )
 
     @property
     def spool(self) -> Path:
-        """Where files may lie that have no name, while something is taken in."""
+        """The directory for files without a name during an import."""
         return self._parts.store.files.root / "partial"
 
-    async def import_spooled(self, file: IO[bytes], what: str, given: Given = Given()) -> BundleImported:
-        """All of the archive that lies in `file`, which is closed; `what` it is called in messages."""
-        return await self._take_opened(lambda stopped: open_spooled(file, what, self.spool, stopped), given)
+    async def import_spooled(
+        self, file: IO[bytes], what: str, options: ImportOptions = ImportOptions()
+    ) -> BundleImported:
+        """Import the archive in `file`, and close it; messages call it `what`."""
+        return await self._take_opened(lambda stopped: open_spooled(file, what, self.spool, stopped), options)
 
     async def _take_opened(
         self,
         opened: Callable[[Callable[[], None]], Archive],
-        given: Given,
+        options: ImportOptions,
         tick: Tick = lambda done, whole: None,
     ) -> BundleImported:
         try:
@@ -82,37 +84,41 @@ class BundleImport:
         except OSError as error:
             raise StorageFailed(f"{self.spool}: {error.strerror or error}") from error
         with closing(archive):
-            return await self.take(archive, given, tick)
+            return await self.take(archive, options, tick)
 
     async def take(
-        self, archive: Archive, given: Given, tick: Tick = lambda done, whole: None
+        self, archive: Archive, options: ImportOptions, tick: Tick = lambda done, whole: None
     ) -> BundleImported:
-        layout, importer = await run_in_thread(self._planned, archive, given)
+        layout, importer = await run_in_thread(self._planned, archive, options)
         whole = await run_in_thread(importer.required)
         moved: list[ImportedTag] = []
-        if not given.dry_run:
+        if not options.dry_run:
             moved = await importer.run(lambda taken: tick(taken, whole))
-            await self._settle(moved, given)
-        return _landed(layout, importer, moved, given, whole if given.dry_run else importer.bytes)
+            await self._settle(moved, options)
+        return _imported(layout, importer, moved, options, whole if options.dry_run else importer.bytes)
 
-    def _planned(self, archive: Archive, given: Given) -> tuple[Layout, Importer]:
+    def _planned(self, archive: Archive, options: ImportOptions) -> tuple[Layout, Importer]:
         layout = read_layout(
-            archive, lambda content, signature: _check(archive, given.key, content, signature)
+            archive, lambda content, signature: _check(archive, options.key, content, signature)
         )
-        planner = ImportPlanner(layout, lambda root: self._bound(archive, given, root), self._parts.clock)
+        planner = ImportPlanner(layout, lambda root: self._bound(archive, options, root), self._parts.clock)
         return layout, planner.plan()
 
-    def _bound(self, archive: Archive, given: Given, root: Root) -> RootBinding:
+    def _bound(self, archive: Archive, options: ImportOptions, root: Root) -> RootBinding:
         digest = root.descriptor.digest
-        named = self._reading.reference("name", given.name) if given.name else None
+        named = self._reader.reference("name", options.name) if options.name else None
         only_tag = root.name is not None and not set(":/@") & set(root.name)
         try:
             if root.name is not None and not only_tag:
-                asked = self._reading.reference(root.name, root.name)
+                asked = self._reader.reference(root.name, root.name)
                 repository, reference = asked.repository, asked.reference
             elif named is None:
-                told = f"names {digest} only {root.name!r}" if only_tag else f"holds {digest} without a name"
-                raise ArchiveInvalid(f"{archive.what} {told}: say what it is, by --as")
+                cause = (
+                    f"has only the tag {root.name!r} for {digest}"
+                    if only_tag
+                    else f"has no name for {digest}"
+                )
+                raise ArchiveInvalid(f"{archive.what} {cause}: name it with --as")
             else:
                 repository = named.repository
                 reference = named.reference if root.name is None else Tag.parse(root.name)
@@ -121,10 +127,12 @@ class BundleImport:
                 raise
             raise ArchiveInvalid(f"{archive.what}: {error}") from None
         if isinstance(reference, Digest) and reference != digest:
-            raise ArchiveInvalid(f"{archive.what} says that {digest} is {root.name}")
-        return RootBinding(self._place(repository), reference)
+            raise ArchiveInvalid(
+                f"{archive.what} gives {digest} the name {root.name}, which has another digest"
+            )
+        return RootBinding(self._target(repository), reference)
 
-    def _place(self, repository: str) -> ImportTarget:
+    def _target(self, repository: str) -> ImportTarget:
         namespace, _, relative = repository.partition("/")
         hosted = self._parts.hosted.get(namespace)
         if hosted is None:
@@ -138,7 +146,7 @@ class BundleImport:
 
         return ImportTarget(self._parts.store_of(namespace), repository, hosted.sparse, allowed)
 
-    async def _settle(self, moved: Sequence[ImportedTag], given: Given) -> None:
+    async def _settle(self, moved: Sequence[ImportedTag], options: ImportOptions) -> None:
         parts = self._parts
         for target, tag, digest, before in moved:
             cached = target.store is parts.store
@@ -147,26 +155,26 @@ class BundleImport:
                     await parts.tag_moved(target.repository, tag, before, digest)
                 elif parts.publisher is not None:
                     await parts.publisher.moved(target.repository, tag, before, digest)
-            if given.pin and cached:
+            if options.pin and cached:
                 await run_in_thread(parts.pins.add, Pin(written(target.repository, tag)))
 
 
 def _check(archive: Archive, key: Path | None, content: bytes | None, signature: bytes | None) -> None:
-    """Raises ArchiveInvalid where it is not signed by `key`."""
+    """Raise ArchiveInvalid if the archive is not signed by `key`."""
     if key is None:
         return
     if content is None or signature is None:
-        raise ArchiveInvalid(f"{archive.what} is not signed, and only what {key} verifies is to come in")
+        raise ArchiveInvalid(f"{archive.what} is not signed, but {key} is required to verify it")
     try:
         verified = bundle.verify(content, signature, key)
     except (ValueError, OSError) as error:
         raise FieldInvalid("verify_key", error) from None
     if not verified:
-        raise ArchiveInvalid(f"{archive.what}: its signature is not by {key}, or something was changed since")
+        raise ArchiveInvalid(f"{archive.what}: the signature is not by {key}, or the content was changed")
 
 
-def _landed(
-    layout: Layout, importer: Importer, moved: Sequence[ImportedTag], given: Given, taken: int
+def _imported(
+    layout: Layout, importer: Importer, moved: Sequence[ImportedTag], options: ImportOptions, taken: int
 ) -> BundleImported:
     before = {(each.target.repository, each.tag): each.before for each in moved}
     rows = []
@@ -191,6 +199,6 @@ def _landed(
         manifests=sum(len(planned.manifests) for planned in importer.repositories),
         blobs=importer.blobs,
         bytes=taken,
-        verified=given.key is not None,
-        dry_run=given.dry_run,
+        verified=options.key is not None,
+        dry_run=options.dry_run,
     )

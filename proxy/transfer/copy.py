@@ -1,7 +1,7 @@
-"""Copying from registries to another: only what is missing, and nothing before what it names.
+"""Copies images between registries: only what is missing, and nothing before what it names.
 
-Of an image its blobs come first, then its children, itself, what refers to it, and its tags last; so who is
-cut leaves nothing that is not whole, and goes on by being asked for the same again.
+The blobs of an image come first, then its children, the image itself, its referrers, and its tags last.  So
+an interruption leaves no incomplete image, and the next run continues.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from storage.registry import Registry
 
 T = TypeVar("T")
 
-REQUESTS = 16  # at once, besides the transfers
-TAG_LIMIT = 128  # characters; a tag made of a sha512 digest has more
-# What a registry answers of which it has nothing; and, of what we may not see, some.
+REQUESTS = 16  # requests at once, besides the transfers
+TAG_LIMIT = 128  # characters of a tag; one made of a sha512 digest is longer
+# The answers for unknown content; some registries also answer Denied.
 _ABSENT = (ManifestUnknown, NameUnknown, BlobUnknown, Denied)
 _UNLISTED = (ManifestUnknown, NameUnknown, Unsupported)
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """`platforms` are those of an index that are copied, all if there are none; `transfers` go on at once."""
+    """What to copy.  `platforms` are those of an index, all if empty; `transfers` is the number at once."""
 
     platforms: tuple[str, ...] = ()
     referrers: bool = True
@@ -47,10 +47,10 @@ class CopyOptions:
 
 
 @dataclass(slots=True)
-class Done:
-    """What was done, or would be.
+class CopyCounts:
+    """What was transferred, or would be.
 
-    Of the blobs, `mounted` were in another repository of the destination, and `present` in this one.
+    Of the other blobs, `mounted` were in another repository of the destination, and `present` in the same.
     """
 
     manifests: int = 0
@@ -63,9 +63,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class CopyRoute:
-    """From a `repository` of `source` to `target`, one of the destination.
+    """A copy from a `repository` of `source` to `target`, a repository of the destination.
 
-    `tags` are all that it has, where somebody has listed them; `within`: both are of one registry.
+    `tags` are all tags of the source, if they were listed; `within` means that both are in one registry.
     """
 
     source: Registry
@@ -76,26 +76,26 @@ class CopyRoute:
 
 
 class Copier:
-    """To one destination, from any number of sources; to be closed."""
+    """Copies to one destination from any number of sources.  Must be closed."""
 
     def __init__(
         self, destination: Registry, rules: CopyOptions, listener: ProgressListener, retries: RetryPolicy
     ) -> None:
-        self.done = Done()
+        self.done = CopyCounts()
         self._destination = destination
         self._rules = rules
         self._listener = listener
         self._retries = retries
         self._transfers = asyncio.Semaphore(rules.transfers)
         self._requests = asyncio.Semaphore(REQUESTS)
-        # Of each repository there every manifest and blob is seen to once, however many images share it.
-        self._begun: dict[tuple[str, Digest], asyncio.Task[bool]] = {}
-        self._shown: set[tuple[str, Digest]] = set()
-        self._holders: dict[Digest, str] = {}  # of blobs: a repository there that has it
-        self._turns: dict[Digest, asyncio.Lock] = {}
+        # Each manifest and blob is copied to a repository once, however many images share it.
+        self._copies: dict[tuple[str, Digest], asyncio.Task[bool]] = {}
+        self._blobs_present: set[tuple[str, Digest]] = set()
+        self._holders: dict[Digest, str] = {}  # a repository of the destination that has the blob
+        self._blob_locks: dict[Digest, asyncio.Lock] = {}
 
     async def copy(self, route: CopyRoute, reference: Reference, tags: Sequence[Tag]) -> tuple[Digest, bool]:
-        """Have it there, and under these `tags`; its digest, and whether anything had to be done for that.
+        """Copy an image, and set its tags; returns its digest, and whether anything changed.
 
         Raises RegistryError.
         """
@@ -109,7 +109,7 @@ class Copier:
         return digest, new
 
     async def ask(self, call: Callable[[], Awaitable[T]]) -> T:
-        """One request, patiently, and not too many at once."""
+        """Make one request, with retries and within the limit of requests at once."""
 
         async def attempt() -> T:
             async with self._requests:
@@ -124,7 +124,7 @@ class Copier:
             return None
 
     async def _chosen(self, route: CopyRoute, digest: Digest) -> Digest:
-        """Of an index the image for the one platform that is wanted."""
+        """The image of an index for the one platform that was asked for."""
         manifest = await self.ask(lambda: route.source.get_manifest(route.repository, digest))
         content = contents(manifest.content)
         if content is None or not content.children:
@@ -139,20 +139,21 @@ class Copier:
                 sorted(fit.values()) or sorted({each.platform for each in content.children if each.platform})
             )
             raise ManifestUnknown(
-                f"it has {'several images' if fit else 'no image'} for {self._rules.platforms[0]}: {has}"
+                f"the index has {'several images' if fit else 'no image'}"
+                f" for {self._rules.platforms[0]}: {has}"
             )
         return next(iter(fit))
 
     # Manifests
 
     async def _manifest(self, route: CopyRoute, digest: Digest, *, signed: bool = True) -> bool:
-        """Have it there, whole; whether anything had to be done for that.
+        """Copy a manifest with all that it names; returns whether anything changed.
 
-        `signed`: people sign such manifests, so it may have signatures.
+        `signed` says that the manifest may have signatures.
         """
         key = route.target, digest
-        if (task := self._begun.get(key)) is None:
-            task = self._begun[key] = asyncio.create_task(self._take(route, digest, signed))
+        if (task := self._copies.get(key)) is None:
+            task = self._copies[key] = asyncio.create_task(self._take(route, digest, signed))
         return await asyncio.shield(task)
 
     async def _take(self, route: CopyRoute, digest: Digest, signed: bool) -> bool:
@@ -175,7 +176,9 @@ class Copier:
     def _parts(
         self, route: CopyRoute, content: ManifestContent, *, blobs: bool
     ) -> list[Coroutine[Any, Any, bool]]:
-        """What is to be there before it; of `blobs`, an image that is there has its own."""
+        """The copies of what a manifest names, which come before it; `blobs` is false if the image is
+        present.
+        """
         parts = [self._blob(route, each) for each in content.distributable] if blobs else []
         unsigned = attestations(content)
         return parts + [
@@ -198,9 +201,9 @@ class Copier:
 
     async def _blob(self, route: CopyRoute, blob: Descriptor) -> bool:
         key = route.target, blob.digest
-        # One at a time of each digest: where two repositories want it, the second one gets it mounted.
-        async with self._turns.setdefault(blob.digest, asyncio.Lock()):
-            if key in self._shown:
+        # One copy of a digest at a time: if two repositories need it, the second mounts it.
+        async with self._blob_locks.setdefault(blob.digest, asyncio.Lock()):
+            if key in self._blobs_present:
                 return False
             new = await self._there(lambda: self._destination.resolve_blob(*key)) is None
             if not new:
@@ -208,10 +211,12 @@ class Copier:
             elif await self._mounted(route, blob.digest):
                 self.done.mounted += 1
             else:
-                size = await self._transferred(route, blob)  # by itself: others count meanwhile
+                size = await self._transferred(
+                    route, blob
+                )  # not within +=, since other tasks count meanwhile
                 self.done.bytes += size
                 self.done.blobs += 1
-            self._shown.add(key)
+            self._blobs_present.add(key)
             self._holders.setdefault(blob.digest, route.target)
             return new
 
@@ -240,7 +245,7 @@ class Copier:
     # Referrers
 
     async def _referrers(self, route: CopyRoute, digest: Digest) -> bool:
-        """What refers to a manifest that is there."""
+        """Copy the referrers of a manifest that is present."""
         listed = await self._listed(route, digest)
         changed = await _all([self._manifest(route, each.digest, signed=False) for each in listed])
         if listed and not self._rules.dry_run:
@@ -248,7 +253,7 @@ class Copier:
         return changed
 
     async def _signatures(self, route: CopyRoute, digest: Digest) -> bool:
-        """What was attached to it by tags, as it was done before there were referrers."""
+        """Copy what is attached by the tags of cosign, which predate the referrers API."""
         changed = False
         for tag in signature_tags(digest):
             if len(tag) > TAG_LIMIT or (route.tags is not None and tag not in route.tags):
@@ -260,7 +265,7 @@ class Copier:
         return changed
 
     async def _listed(self, route: CopyRoute, digest: Digest) -> list[Descriptor]:
-        """distribution-spec, "Listing Referrers"; else the tag by which clients do without."""
+        """The referrers by the API (distribution-spec, "Listing Referrers"), else by the fallback tag."""
         try:
             return await self.ask(lambda: route.source.referrers(route.repository, digest))
         except _UNLISTED:
@@ -276,7 +281,7 @@ class Copier:
         return [] if content is None else list(content.children)
 
     async def _list(self, target: str, digest: Digest, listed: Iterable[Descriptor]) -> None:
-        """Where the destination has no referrers API its index is ours to keep.
+        """Update the fallback tag of a destination without referrers API.
 
         distribution-spec, "Pushing Manifests with Subject".
         """
@@ -291,7 +296,7 @@ class Copier:
             found = await self.ask(lambda: destination.get_manifest(target, tag))
             index = msgspec.json.decode(found.content)
             if found.media_type != OCI_INDEX or not isinstance(index.get("manifests"), list):
-                raise OriginFailed(f"tag {tag} of {target} is no list of referrers: it is left as it is")
+                raise OriginFailed(f"tag {tag} of {target} is not an index of referrers: it was not changed")
         known = {each.get("digest") for each in index["manifests"]}
         if new := [each.to_json() for each in listed if each.digest not in known]:
             index["manifests"] += new
@@ -299,14 +304,14 @@ class Copier:
             await self.ask(lambda: destination.push_manifest(target, tag, manifest))
 
     async def close(self) -> None:
-        """Give up what goes on."""
-        for task in self._begun.values():
+        """Cancel the copies in progress."""
+        for task in self._copies.values():
             task.cancel()
-        await asyncio.gather(*self._begun.values(), return_exceptions=True)
+        await asyncio.gather(*self._copies.values(), return_exceptions=True)
 
 
 async def _all(parts: Iterable[Coroutine[Any, Any, bool]]) -> bool:
-    """Whether any came to True.  Raises what the first to fail did; then the others are given up."""
+    """Whether any copy changed something.  Raises the first error, and cancels the other copies."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in parts]

@@ -1,4 +1,4 @@
-"""One call of `copy`: the registries that it concerns, and its images one beside the other."""
+"""One run of the copy command: several sources, one destination, and images copied concurrently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from proxy.telemetry.metrics import Metrics
 from proxy.transfer.blob_copy import ProgressListener, RetryPolicy
 from proxy.transfer.copy import Copier, CopyOptions, CopyRoute
-from proxy.transfer.copy_sources import CopySource, Item, items
+from proxy.transfer.copy_sources import CopyItem, CopySource, items
 from proxy.transfer.results import Copied, CopyRow, Outcome
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline
@@ -23,12 +23,12 @@ from proxy.upstream.transport import Connect
 from storage.errors import RegistryError
 from storage.names import written
 
-IMAGES = 8  # under way at once
+IMAGES = 8  # copied at once
 
 
 @dataclass(frozen=True, slots=True)
 class CopyEndpoint:
-    """How one of the two registries is reached; `credentials` are user:password."""
+    """How to connect to the source or the destination; `credentials` are user:password."""
 
     plain_http: bool = False
     insecure: bool = False
@@ -36,13 +36,16 @@ class CopyEndpoint:
 
 
 class CopyJob:
-    """`ends` are those of "source" and "destination"; `listener` is told what goes on."""
+    """Copies all images of its sources to a destination.
+
+    `endpoints` has "source" and "destination"; `listener` receives the progress.
+    """
 
     def __init__(
         self,
-        places: Sequence[CopySource],
-        target: CopySource,
-        ends: Mapping[str, CopyEndpoint],
+        sources: Sequence[CopySource],
+        destination: CopySource,
+        endpoints: Mapping[str, CopyEndpoint],
         listener: ProgressListener,
         *,
         all_tags: bool = False,
@@ -52,29 +55,29 @@ class CopyJob:
         transfers: int = 4,
         auth_file: Path | None = None,
     ) -> None:
-        self._places = places
-        self._target = target
-        self._ends = ends
+        self._sources = sources
+        self._target = destination
+        self._endpoints = endpoints
         self._all_tags = all_tags
         self._rules = CopyOptions(platforms, not no_referrers, dry_run, transfers)
         self._auth_file = auth_file or find_auth_file(os.environ)
         self._listener = listener
-        self._rows: dict[int, CopyRow] = {}  # by the order in which they were begun
+        self._rows: dict[int, CopyRow] = {}  # by the order in which the copies began
         self._numbers = itertools.count()
-        self._turns = asyncio.Semaphore(IMAGES)
+        self._slots = asyncio.Semaphore(IMAGES)
         self._metrics = Metrics()
 
     async def run(self) -> Copied:
         begun = time.monotonic()
         async with AsyncExitStack() as leaving:
-            sources = {each.url: self._open(each, "source", leaving) for each in self._places}
+            sources = {each.url: self._open(each, "source", leaving) for each in self._sources}
             destination = self._open(self._target, "destination", leaving)
-            copying = Copier(destination, self._rules, self._listener, RetryPolicy(self._listener))
-            leaving.push_async_callback(copying.close)  # before what it asks
+            copier = Copier(destination, self._rules, self._listener, RetryPolicy(self._listener))
+            leaving.push_async_callback(copier.close)  # before the registries that it uses
             async with asyncio.TaskGroup() as group:
-                for place in self._places:
-                    await self._begin(place, sources[place.url], copying, group)
-        done = copying.done
+                for each in self._sources:
+                    await self._begin(each, sources[each.url], copier, group)
+        done = copier.done
         return Copied(
             images=[self._rows[number] for number in sorted(self._rows)],
             manifests=done.manifests,
@@ -88,11 +91,11 @@ class CopyJob:
         )
 
     def _open(self, place: CopySource, end: str, leaving: AsyncExitStack) -> UpstreamRegistry:
-        given = self._ends[end]
+        given = self._endpoints[end]
         connect = Connect(
             plain_http=place.plain_http,
             insecure_skip_verify=given.insecure,
-            # Whoever calls a command may go where it is sent, unlike a server on behalf of others.
+            # The caller of a command may reach private addresses anyway, unlike the clients of a server.
             private_redirects=True,
         )
         credentials = Credentials()
@@ -107,44 +110,44 @@ class CopyJob:
         return registry
 
     async def _begin(
-        self, place: CopySource, source: UpstreamRegistry, copying: Copier, group: asyncio.TaskGroup
+        self, place: CopySource, source: UpstreamRegistry, copier: Copier, group: asyncio.TaskGroup
     ) -> None:
-        """Find what is meant, and begin with it as there is room."""
+        """Find the images of one source, and start each copy as a slot becomes free."""
         found = items(place, source, self._target, all_tags=self._all_tags, referrers=self._rules.referrers)
         try:
             async for item in found:
-                await self._turns.acquire()
-                group.create_task(self._copy(next(self._numbers), item, source, copying))
+                await self._slots.acquire()
+                group.create_task(self._copy(next(self._numbers), item, source, copier))
         except RegistryError as error:
             named = f":{place.tag}" if place.tag else ""
             number = next(self._numbers)
             self._failed(number, f"{place.host}/{place.repository}{named}", self._target.host, error)
 
-    async def _copy(self, number: int, item: Item, source: UpstreamRegistry, copying: Copier) -> None:
+    async def _copy(self, number: int, item: CopyItem, source: UpstreamRegistry, copier: Copier) -> None:
         to = written(f"{self._target.host}/{item.target}", item.tags[0] if item.tags else item.reference)
         within = item.place.url == self._target.url
         route = CopyRoute(source, item.repository, item.target, within, item.listed)
         try:
-            digest, new = await copying.copy(route, item.reference, item.tags)
+            digest, new = await copier.copy(route, item.reference, item.tags)
         except RegistryError as error:
             self._failed(number, item.source, to, error)
             return
         finally:
-            self._turns.release()
+            self._slots.release()
         outcome: Outcome = "copied" if new else "present"
         row = CopyRow(source=item.source, destination=to, digest=str(digest), outcome=outcome, error=None)
         self._rows[number] = row
         self._listener.note(f"{item.source}: {outcome}")
 
     def _failed(self, number: int, source: str, to: str, error: RegistryError) -> None:
-        told = str(error) or error.code
-        row = CopyRow(source=source, destination=to, digest=None, outcome="failed", error=told)
+        cause = str(error) or error.code
+        row = CopyRow(source=source, destination=to, digest=None, outcome="failed", error=cause)
         self._rows[number] = row
-        self._listener.note(f"{source}: {told}")
+        self._listener.note(f"{source}: {cause}")
 
 
 def find_auth_file(environ: Mapping[str, str]) -> Path | None:
-    """Where `podman login` or `docker login` has left what a user entered; None where neither has."""
+    """The file in which `podman login` or `docker login` stores credentials, or None if there is none."""
     home = Path(environ.get("HOME", "/"))
     candidates = []
     if given := environ.get("REGISTRY_AUTH_FILE"):

@@ -1,4 +1,4 @@
-"""What people write who copy: registry, repository, tags; and which image goes where by it."""
+"""The sources and the destination of a copy, and which image is copied where."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from storage.names import is_glob, literal_prefix, written
 from storage.oci import Digest, Reference, Tag
 from storage.registry import Registry
 
-# The tags that list referrers are copied with what they are of.
+# Fallback tags, which list referrers, are copied with their subjects.
 _FALLBACK = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class CopySource:
-    """`repository` and `tag` may be globs.
+    """A source or destination of a copy; `repository` and `tag` may be globs.
 
-    With `below` it is all that repositories' names begin with, which may be nothing.
+    With `below`, `repository` is the prefix of the names of several repositories, and may be empty.
     """
 
     host: str
@@ -42,13 +42,13 @@ class CopySource:
 
     @property
     def base(self) -> str:
-        """Of a glob what stands before the path element where it begins: where it looks, as it were."""
+        """The path before the first path element with a wildcard, as in `team/` for `team/*`."""
         literal = literal_prefix(self.repository)
         return literal[: literal.rfind("/") + 1] if self.wild else ""
 
     @property
     def wild(self) -> bool:
-        """Whether it may mean several repositories."""
+        """Whether the repository is a glob."""
         return is_glob(self.repository)
 
 
@@ -77,10 +77,10 @@ def _loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One image to be copied: from `repository` to `target`, there under `tags`.
+class CopyItem:
+    """One image to be copied from `repository` to `target`, with its `tags` there.
 
-    `listed` are all the tags of the repository, where they had to be listed.
+    `listed` are all tags of the repository, if they were listed.
     """
 
     place: CopySource
@@ -96,23 +96,23 @@ class Item:
 
 
 def check(sources: Sequence[CopySource], destination: CopySource, all_tags: bool) -> None:
-    """Raises ValueError where it is not told what goes where."""
+    """Raise ValueError for sources and a destination that do not fit together."""
     if destination.wild or is_glob(destination.tag or ""):
-        raise ValueError("the destination is no glob")
+        raise ValueError("the destination must not be a glob")
     if destination.digest is not None:
-        raise ValueError("the destination has no digest: that comes with what is copied")
+        raise ValueError("the destination must not have a digest: the digest is that of the source")
     for each in sources:
         several = all_tags or is_glob(each.tag or "")
         if each.below:
             base = f"{each.host}/{each.repository}".rstrip("/")
-            raise ValueError(f"{base}/ names no repository; {base}/* is all below it")
+            raise ValueError(f"{base}/ is not a repository; {base}/* means all repositories below it")
         if several and each.digest is not None:
-            raise ValueError(f"{written(each.repository, each.digest)}: is one manifest, not all tags")
+            raise ValueError(f"{written(each.repository, each.digest)} is one manifest, not all tags")
         if several and destination.tag is not None:
             raise ValueError(f"tag {destination.tag} cannot be all of the tags of {each.repository}")
         if (each.wild or len(sources) > 1) and not destination.below:
             raise ValueError(
-                "several repositories need a destination that ends with /: their names are put behind it"
+                "several repositories need a destination that ends with /, to which their names are appended"
             )
 
 
@@ -123,8 +123,8 @@ async def items(
     *,
     all_tags: bool = False,
     referrers: bool = True,
-) -> AsyncIterator[Item]:
-    """What `place` means, looked up in its registry where it is a glob.  Raises RegistryError."""
+) -> AsyncIterator[CopyItem]:
+    """The images of a source; those of a glob are looked up in its registry.  Raises RegistryError."""
     repositories = [place.repository]
     if place.wild:
         repositories = [each for each in await registry.repositories() if fnmatchcase(each, place.repository)]
@@ -138,14 +138,14 @@ async def items(
         pattern = place.tag or ("*" if all_tags else "latest")
         if place.digest is not None:
             named = tuple(map(Tag, filter(None, [destination.tag or place.tag])))
-            yield Item(place, repository, place.digest, target, named)
+            yield CopyItem(place, repository, place.digest, target, named)
         elif not is_glob(pattern):
-            yield Item(place, repository, Tag(pattern), target, (Tag(destination.tag or pattern),))
+            yield CopyItem(place, repository, Tag(pattern), target, (Tag(destination.tag or pattern),))
         else:
             listed = frozenset(await registry.tags(repository))
             tags = sorted(each for each in listed if fnmatchcase(each, pattern))
             for tag in tags:
                 if not (referrers and _FALLBACK.fullmatch(tag)):
-                    yield Item(place, repository, Tag(tag), target, (Tag(tag),), listed)
+                    yield CopyItem(place, repository, Tag(tag), target, (Tag(tag),), listed)
             if not tags and not place.wild:
                 raise NameUnknown(f"{place.host}/{repository} has no tag that matches {pattern}")

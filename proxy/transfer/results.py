@@ -1,6 +1,6 @@
-"""What `export`, `import` and `copy` say that they did, and print with --json.
+"""The results of export, import, migration and copy, which the commands print.
 
-Sizes are bytes, references full names.
+Sizes are bytes; references are full names.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-DIGEST = "Entrepot-Digest"  # the header that tells that of a bundle which the admin API sends
-Tick = Callable[[int, int], None]  # called with how many bytes are done, and of how many
+DIGEST = "Entrepot-Digest"  # the header with the digest of an exported bundle
+Tick = Callable[[int, int], None]  # is called with the bytes done, and their total
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a transfer came to."""
+    """The base of all results."""
 
 
 class CarriedRow(Result, frozen=True):
-    """`reference` is a full name.  `platforms` of an index are those that go along, [] where none are told;
-    `left_out` the digests of those that do not.
+    """An image in a bundle.
+
+    `platforms` are those of an index that are in the bundle, empty if it names none; `left_out` are the
+    digests of the others.
     """
 
     reference: str
@@ -31,14 +33,17 @@ class CarriedRow(Result, frozen=True):
 
 
 class IncompleteRow(Result, frozen=True):
+    """An image that was left out; `lacking` are the digests that are not stored."""
+
     reference: str
     lacking: list[str]
 
 
 class Exported(Result, frozen=True):
-    """`digest` is that of the bundle's entrepot.json, by which a delta names it.
+    """The result of an export.  `digest` is that of entrepot.json, by which later bundles refer to this one.
 
-    `blobs` and `bytes` are of all that is in it; `spared` blobs are in the bundles that it is a delta of.
+    `blobs` and `bytes` count what is in the bundle; `spared` counts blobs that are left out since earlier
+    bundles contain them.  The `skipped` images are not stored completely, and not in the bundle.
     """
 
     bundle: str
@@ -53,7 +58,10 @@ class Exported(Result, frozen=True):
 
 
 class BoundRow(Result, frozen=True):
-    """`tag` is None for what has only a digest.  `before` is what the tag was here, None where it was not."""
+    """An imported image; `tag` is None if it has only a digest.
+
+    `before` is the previous digest of the tag, None if it is new.
+    """
 
     repository: str
     tag: str | None
@@ -62,7 +70,10 @@ class BoundRow(Result, frozen=True):
 
 
 class BundleImported(Result, frozen=True):
-    """`blobs` and `bytes` are what was taken in; the rest was here.  `verified`: by a key."""
+    """The result of an import.  `blobs` and `bytes` count what was not stored before.
+
+    `verified` means that a key has verified the signature.
+    """
 
     archive: str
     references: list[BoundRow]
@@ -74,7 +85,7 @@ class BundleImported(Result, frozen=True):
 
 
 class DamageRow(Result, frozen=True):
-    """`what` is a digest or a tag of `repository`, or nothing where it is the repository itself."""
+    """Content that was not migrated: `what` is a digest or a tag, or empty for the repository itself."""
 
     repository: str
     what: str
@@ -82,10 +93,10 @@ class DamageRow(Result, frozen=True):
 
 
 class Migrated(Result, frozen=True):
-    """What was new; `present` manifests were here already.  Of the blobs `linked` take no room of their own.
+    """The result of a migration.  The counts are of new content; `present` manifests were stored before.
 
-    `kept` are tags that were left as they are here.  What is `damaged`, or missing, was not taken, nor what
-    cannot be whole without it.
+    `linked` blobs are hard links, which need no space.  `kept` tags were not replaced.  `damaged` content,
+    or missing content, was not imported, and neither was what cannot be complete without it.
     """
 
     namespace: str
@@ -106,7 +117,7 @@ Outcome: TypeAlias = Literal["copied", "present", "failed"]
 
 
 class CopyRow(Result, frozen=True):
-    """`digest` is None where it was not even found, `error` None where it is there now."""
+    """An image that was copied, or not; `digest` is None if it was not found, `error` None after success."""
 
     source: str
     destination: str
@@ -116,9 +127,9 @@ class CopyRow(Result, frozen=True):
 
 
 class Copied(Result, frozen=True):
-    """So many `manifests`, `tags` and `blobs`, of `bytes`, had to come.
+    """The result of a copy.  `manifests`, `tags`, `blobs` and `bytes` count what was transferred.
 
-    Of the other blobs `mounted` were in another repository of the destination, `present` in the same.
+    Of the other blobs, `mounted` were in another repository of the destination, and `present` in the same.
     """
 
     images: list[CopyRow]

@@ -1,8 +1,8 @@
-"""The admin listener: metrics, health, and the admin API.  Not for clients that pull.
+"""The admin listener: metrics, health, and the admin API.
 
-Metrics and health are open.  The API is for whoever holds the token; where there is none, for whoever is on
-this machine, if the listener is a loopback one, and else for nobody.  A browser on this machine is there for
-any page that it shows: so without a token, what such a page can send is refused.
+Metrics and health need no token.  The API needs the token, if one is configured.  Without a token it
+answers on a loopback listener only, to users of this machine.  A page in a browser of this machine could
+send requests too, so without a token all that a foreign page can send is refused.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from storage.errors import RegistryError
 log = structlog.get_logger()
 
 OPEN = ("/metrics", "/healthz", "/readyz")
-SUMMARIES = 100  # answers that are kept at once
-UNLIKELY = ("application/json", TAR, GZIP)  # media types that no page sends to another host
+SUMMARIES = 100  # answers that are kept
+SAFE = ("application/json", TAR, GZIP)  # media types that no page can send to another host unasked
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?")
 
 State = Callable[[], Awaitable[Mapping[str, str]]]
@@ -39,9 +39,10 @@ State = Callable[[], Awaitable[Mapping[str, str]]]
 def application(
     metrics: Metrics, state: State, operations: LocalOperations, *, token: str | None, loopback: bool
 ) -> web.Application:
-    """`state` tells `status`, "ready", "degraded" or "draining", and what more there is to say.
+    """The application of the admin listener.  It closes `operations`.
 
-    `loopback`: only this machine reaches the listener.  The application closes `operations`.
+    `state` gives `status`, which is "ready", "degraded" or "draining", and further details.  `loopback`
+    says that only this machine reaches the listener.
     """
 
     async def exposition(request: web.Request) -> web.Response:
@@ -51,7 +52,7 @@ def application(
         return in_json({"status": "alive"})
 
     async def readyz(request: web.Request) -> web.Response:
-        # A degraded server still serves, uncached: only one that is leaving is not ready.
+        # A degraded server still serves, uncached; only a draining one is not ready.
         found = await state()
         return in_json(found, 503 if found["status"] == "draining" else 200)
 
@@ -62,10 +63,10 @@ def application(
         return await handler(request)
 
     summaries = Summaries()
-    # The cache comes last: what it holds is given to whoever gets as far as that.
+    # The cache comes last, behind the check of the token.
     admin = web.Application(middlewares=[errors_in_json, guarded, cache_middleware])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", web.NotAppKeyWarning)  # it is the name that the middleware looks for
+        warnings.simplefilter("ignore", web.NotAppKeyWarning)  # the middleware looks for this name
         admin["cache"] = summaries
     admin.on_cleanup.append(lambda app: operations.close())
     open_ones: list[Handler] = [exposition, healthz, readyz]
@@ -84,7 +85,7 @@ def application(
 
 
 class Summaries(MemoryCache):
-    """What is costly to answer, for some seconds, whoever asks."""
+    """Keeps costly answers for some seconds.  They are the same for all callers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,46 +96,48 @@ class Summaries(MemoryCache):
 
     async def set(self, key: str, value: dict[str, object], expires: int = 0) -> None:
         if len(self._cache) >= SUMMARIES:
-            self._cache.clear()  # what has expired is else only dropped when it is asked for again
+            self._cache.clear()  # expired answers are otherwise dropped only when they are requested again
         await super().set(key, value, expires)
 
     def forget(self) -> None:
-        # 1. a summary is begun  2. something is purged, and this called  3. the summary is stored: under
-        # the key that it had when it was begun, so that nobody finds it.
+        # 1. A summary is begun.  2. Something is purged, and this is called.  3. The summary is stored, under
+        # the key that it had when it was begun: no later request finds it.
         self._generation += 1
         self._cache.clear()
 
 
 def check(request: web.Request, token: str | None, loopback: bool) -> None:
-    """Raises HTTPException."""
+    """Raise HTTPException for a request that may not use the API."""
     if token is not None:
         kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        # As bytes: of other text than ASCII compare_digest wants nothing.
+        # As bytes: compare_digest accepts only ASCII text.
         same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
         if kind.lower() != "bearer" or not same:
             headers = {"WWW-Authenticate": 'Bearer realm="entrepot"'}
-            raise web.HTTPUnauthorized(reason="the admin API wants the token: admin_token", headers=headers)
+            raise web.HTTPUnauthorized(reason="the admin API needs the token: admin_token", headers=headers)
     elif not loopback:
         raise web.HTTPForbidden(
-            reason="other machines reach this listener, and there is no token: set admin_token"
+            reason="other machines reach this listener, and no token is configured: set admin_token"
         )
     else:
         _check_page(request)
-    if request.method not in ("GET", "HEAD", "OPTIONS") and request.content_type not in UNLIKELY:
-        # A page can send forms and plain text to any host unasked; these it cannot.
+    if request.method not in ("GET", "HEAD", "OPTIONS") and request.content_type not in SAFE:
+        # A page can send forms and plain text to any host unasked, but not these.
         raise web.HTTPUnsupportedMediaType(reason="expected Content-Type: application/json")
 
 
 def _check_page(request: web.Request) -> None:
-    """Refuse what a foreign page can have its browser send."""
+    """Refuse a request that a foreign page makes a browser send."""
     host = request.headers.get("Host", "")
     found = _AUTHORITY.fullmatch(host)
-    # A page of evil.example may have that name lead to this machine, and then is of the same origin.
+    # A page of evil.example is of the same origin once that name resolves to this machine.
     if found is None or not _is_here(found[1] or found[2]):
         raise web.HTTPForbidden(reason="without admin_token, Host must be localhost or an IP address")
     origin = request.headers.get("Origin")
     if origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
-        raise web.HTTPForbidden(reason="without admin_token, no page of another origin may ask")
+        raise web.HTTPForbidden(
+            reason="without admin_token, requests from pages of another origin are refused"
+        )
 
 
 def _is_here(host: str) -> bool:
@@ -166,7 +169,7 @@ async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamRe
         return answer
     except Exception as error:
         log.exception("admin.failed", method=request.method, path=request.path[:300], error=str(error))
-        return _error(500, "something went wrong here: the log tells what", "UNKNOWN")
+        return _error(500, "internal error: see the log", "UNKNOWN")
 
 
 _CODES = {

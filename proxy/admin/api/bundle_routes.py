@@ -1,8 +1,8 @@
-"""Bundles over the admin API, as streams of any length: no more of them is in memory than a piece.
+"""Bundles over the admin API, as streams of any length, of which only a chunk is in memory.
 
-What comes in is first written, as it comes, to a file without a name; so an archive that is cut, or damaged
-wherever, changes nothing.  What goes out breaks the connection where it fails: never does a part of a bundle
-look like all of it.
+An import first writes the archive to a file without a name, so that an archive that is cut or damaged
+changes nothing.  An export that fails breaks the connection, so that a part of a bundle never looks
+complete.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from aiohttp import web
 
 from proxy.admin.api.routes import ROOT, Handler, decoded, in_json, query
 from proxy.namespaces.references import FieldInvalid
-from proxy.transfer.bundle_export import BundleExport, Earlier, Selection
-from proxy.transfer.bundle_import import BundleImport, Given
+from proxy.transfer.bundle_export import BundleExport, EarlierBundle, Selection
+from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import DIGEST
 from proxy.web.send import reset
 from storage.archives.exporter import Sink, TarSink
@@ -32,14 +32,14 @@ from storage.oci import Digest
 log = structlog.get_logger()
 
 TAR, GZIP = "application/x-tar", "application/gzip"
-LARGEST = 64 << 20  # bytes of what is to be exported, in JSON: with what earlier bundles tell of themselves
-SENDING = 2  # exports at a time: each has a thread that waits for its client, and all else needs some
-STALLED = 300.0  # seconds that a client may send nothing of an archive, or take nothing of one
+LARGEST = 64 << 20  # bytes of the body of an export, which includes the entrepot.json of earlier bundles
+SENDING = 2  # exports at a time: each occupies a thread that waits for its client
+STALLED = 300.0  # seconds without progress of a client
 _FLAGS = {"true": True, "false": False}
 
 
-class _Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`since` holds the entrepot.json of each bundle that was made before."""
+class _ExportBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of an export.  `since` holds the entrepot.json of each earlier bundle."""
 
     names: tuple[str, ...] = ()
     used_within: str | None = None
@@ -51,7 +51,7 @@ class _Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def selection(self) -> Selection:
         since = [
-            Earlier(f"since[{number}]", content.encode("utf-8", "replace"))
+            EarlierBundle(f"since[{number}]", content.encode("utf-8", "replace"))
             for number, content in enumerate(self.since)
         ]
         return Selection(
@@ -60,7 +60,7 @@ class _Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BundleRoutes:
-    """`changed` is called when something was done that may change what there is to see."""
+    """The handlers of import and export.  `changed` is called when a summary may be outdated."""
 
     def __init__(self, exports: BundleExport, imports: BundleImport, changed: Callable[[], None]) -> None:
         self._exports = exports
@@ -73,22 +73,20 @@ class BundleRoutes:
 
     async def import_(self, request: web.Request) -> web.StreamResponse:
         asked = query(request, name="", pin="false", dry_run="false")
-        given = Given(asked["name"] or None, _flag(asked, "pin"), None, _flag(asked, "dry_run"))
+        given = ImportOptions(asked["name"] or None, _flag(asked, "pin"), None, _flag(asked, "dry_run"))
         if request.content_type not in (TAR, GZIP):
             raise web.HTTPUnsupportedMediaType(reason=f"expected Content-Type: {TAR}, or {GZIP}")
         if "Content-Encoding" in request.headers:
-            # It would be undone before anybody sees what of it is a bomb.
-            raise web.HTTPUnsupportedMediaType(
-                reason="expected the archive as it is, without Content-Encoding"
-            )
+            # aiohttp would decode it before its expanded size can be checked.
+            raise web.HTTPUnsupportedMediaType(reason="expected the archive without Content-Encoding")
         spooled = await self._spooled(request)
         try:
             return in_json(await self._imports.import_spooled(spooled, "the archive", given))
         finally:
-            self._changed()  # also by what failed half-way
+            self._changed()  # also after a failure half-way
 
     async def _spooled(self, request: web.Request) -> IO[bytes]:
-        """All of the body, in a file without a name."""
+        """The whole body, in a file without a name."""
         spool: Path = self._imports.spool
         try:
             file = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115
@@ -106,7 +104,7 @@ class BundleRoutes:
 
     async def export(self, request: web.Request) -> web.StreamResponse:
         query(request)
-        wanted = decoded(await _read(request), _Export)
+        wanted = decoded(await _read(request), _ExportBody)
         selection = wanted.selection()
         if wanted.dry_run:
             return in_json(await self._exports.planned(selection, "the bundle"))
@@ -116,14 +114,14 @@ class BundleRoutes:
         return response
 
     async def _send(self, request: web.Request, response: web.StreamResponse, selection: Selection) -> None:
-        """Raises what speaks against it before it is begun, and what nobody expects."""
+        """Send the bundle.  Raises errors that occur before the response has begun, and unexpected ones."""
         transport, connection = request.transport, request.get_extra_info("socket")
         writing = asyncio.ensure_future(self._write(request, response, selection))
         try:
             await asyncio.shield(writing)
             await response.write_eof()
         except asyncio.CancelledError:
-            reset(transport, connection)  # so that the thread waits for nobody any more
+            reset(transport, connection)  # so that the thread stops waiting for the client
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
             raise
@@ -144,7 +142,7 @@ class BundleRoutes:
         @contextmanager
         def opened(digest: Digest) -> Iterator[Sink]:
             response.headers[DIGEST] = str(digest)
-            done(response.prepare(request))  # only now: what speaks against it was told as an error
+            done(response.prepare(request))  # only now, so that earlier errors become an error response
             sink = TarSink(lambda piece: done(response.write(piece)))
             yield sink
             sink.end()
@@ -153,7 +151,7 @@ class BundleRoutes:
 
 
 async def _read(request: web.Request) -> bytes:
-    """All of a body that may be larger than others."""
+    """The whole body, which may be larger than aiohttp allows by default."""
     content = bytearray()
     while piece := await request.content.readany():
         content += piece
@@ -163,7 +161,7 @@ async def _read(request: web.Request) -> bytes:
 
 
 async def _copy(request: web.Request, file: IO[bytes]) -> None:
-    """Raises ArchiveInvalid where it does not come to its end, OSError where there is no room for it."""
+    """Write the body to a file.  Raises ArchiveInvalid if it ends early, OSError if it cannot be written."""
     count = 0
     write: Callable[[bytes], object] = file.write
     while True:
@@ -171,7 +169,7 @@ async def _copy(request: web.Request, file: IO[bytes]) -> None:
             async with asyncio.timeout(STALLED):
                 piece = await request.content.readany()
         except TimeoutError:
-            raise ArchiveInvalid(f"nothing came of the archive for {STALLED:g} s") from None
+            raise ArchiveInvalid(f"the client sent nothing of the archive for {STALLED:g} s") from None
         except (ConnectionError, web.RequestPayloadError):
             raise ArchiveInvalid(f"the archive was cut after {count} bytes") from None
         if not piece:
@@ -186,7 +184,7 @@ async def _in_time(work: Coroutine[Any, Any, object]) -> None:
         async with asyncio.timeout(STALLED):
             await work
     except TimeoutError:
-        raise ConnectionResetError(f"the client took nothing for {STALLED:g} s") from None
+        raise ConnectionResetError(f"the client received nothing for {STALLED:g} s") from None
 
 
 def _flag(asked: Any, name: str) -> bool:

@@ -21,7 +21,7 @@ from proxy.cli.main import main
 from proxy.doctor import containerd, docker, podman
 from proxy.doctor.checks import Check, Diagnosis
 from proxy.doctor.host import Machine
-from proxy.setup.install import place, plan
+from proxy.setup.install import install, plan_install
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import Site
 from tests import conftest
@@ -53,9 +53,9 @@ def put(root: Path, path: str, text: str | bytes) -> Path:
 
 
 def set_up(root: Path, client: str, site: Site = SITE) -> None:
-    planned = plan(RENDERERS[client](site), root)
+    planned = plan_install(RENDERERS[client](site), root)
     assert not planned.refused
-    place(planned.changes)
+    install(planned.changes)
 
 
 def states(checks: list[Check]) -> list[tuple[str, str]]:

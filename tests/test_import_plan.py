@@ -17,7 +17,7 @@ from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import BundleImported
 from storage.errors import ArchiveInvalid, RegistryError
-from storage.oci import Digest, Tag
+from storage.oci import OCI_INDEX, Digest, Tag
 from tests import archives
 from tests.archives import IMAGE_NAME, REF_NAME, Files, Made, block, image, layout, member, saved, tar
 from tests.conftest import Clock, configuration
@@ -108,6 +108,16 @@ async def test_layouts_are_bound_by_their_names(
         (repository, tag, made.digest)
     ]
     await site.holds(repository, tag, made)
+
+
+async def test_an_index_of_blobs(site: Site) -> None:
+    layers = [b"a layer", bytes(5 << 20)]  # the latter is larger than a manifest may be
+    kind = "application/vnd.oci.image.layer.v1.tar"
+    listed = [archives.describe(kind, Digest.of(each), len(each)) for each in layers]
+    content = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed}).encode()
+    cache = Made(content, OCI_INDEX, [*layers, content])
+    await site.take(layout([(cache, {REF_NAME: "docker.io/team/cache:1"})]))
+    await site.holds("docker.io/team/cache", "1", cache)
 
 
 async def test_a_name_is_given_to_what_has_none(site: Site) -> None:

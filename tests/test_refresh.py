@@ -35,7 +35,7 @@ from storage.errors import (
 )
 from storage.graph import fallback_tag, walk
 from storage.maintenance.pins import Pin, Pins
-from storage.oci import Digest, Tag
+from storage.oci import OCI_INDEX, Digest, Tag
 from storage.store import Store
 from tests.conftest import Clock
 from tests.upstream import Hold, Image, Manifest, Refuse, RetryAfter, Status, Upstream, digest_of
@@ -417,6 +417,20 @@ async def test_layers_that_are_to_be_had_elsewhere_may_be_missing(rig: Rig, upst
     (found,) = await freshener.run_once()
     assert isinstance(found, RefreshResult)
     assert (found.blobs, found.fetched) == (2, 1)
+    assert await freshener.due() == []
+
+
+async def test_the_blobs_that_an_index_lists_are_fetched(rig: Rig, upstream: Upstream) -> None:
+    layer = upstream.blob("a/b", b"a layer")
+    listed = {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": layer, "size": 7}
+    upstream.manifest(
+        "a/b", {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [listed]}, tag="latest"
+    )
+    freshener = rig.pinning(Pin(PIN, HOUR))
+    (found,) = await freshener.run_once()
+    assert isinstance(found, RefreshResult)
+    assert (found.manifests, found.blobs, found.fetched) == (1, 1, 1)
+    assert rig.holds(layer) == [True]
     assert await freshener.due() == []
 
 

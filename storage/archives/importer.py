@@ -86,8 +86,9 @@ class Importer:
         total = 0
         for store, blobs in self._blobs():
             required = sum(size for digest, size in blobs.items() if not renew_if_stored(store, digest, size))
-            if required > (room := max(0, store.files.room())):
-                raise StorageFailed(f"{store.files.root}: {required} bytes are needed, and {room} are free")
+            if required > (room := store.files.room()):
+                free = max(0, room)
+                raise StorageFailed(f"{store.files.root}: {required} bytes are needed, and {free} are free")
             total += required
         return total
 

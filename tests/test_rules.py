@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.access.rules import AccessRules, Grant, Principal, Rule, of_stores
+from proxy.access.rules import AccessRules, Grant, Principal, Rule, default_rules
 from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import parse_network
 from proxy.config.values import parse_client, parse_where
@@ -92,7 +92,7 @@ def test_rules_add_up() -> None:
 
 
 def test_stores_without_rules() -> None:
-    ruled = AccessRules(of_stores(["local", "a.b"]), ["local", "a.b", "docker.io"])
+    ruled = AccessRules(default_rules(["local", "a.b"]), ["local", "a.b", "docker.io"])
     assert allowed(ruled, ANYBODY) == []
     assert allowed(ruled, HERE) == ["pull"]
     assert allowed(ruled, HERE, "a.b/x") == ["pull"]
@@ -100,7 +100,7 @@ def test_stores_without_rules() -> None:
     assert allowed(ruled, HERE, "docker.io/x") == []
     assert allowed(ruled, ALICE) == allowed(ruled, BOB) == ["pull", "push", "delete"]
     assert allowed(ruled, PIPELINE) == []
-    assert of_stores([]) == []
+    assert default_rules([]) == []
 
 
 # Tokens

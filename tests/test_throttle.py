@@ -16,7 +16,7 @@ AWAY = ipaddress.ip_address("198.51.100.1")
 
 
 @pytest.fixture
-def attempts(clock: Clock) -> LoginThrottle:
+def throttle(clock: Clock) -> LoginThrottle:
     async def sleep(seconds: float) -> None:
         clock.advance(seconds)
 
@@ -31,92 +31,92 @@ async def right() -> bool:
     return True
 
 
-def fail(attempts: LoginThrottle, times: int, address: object = HOME, user: str = "alice") -> None:
+def fail(throttle: LoginThrottle, times: int, address: object = HOME, user: str = "alice") -> None:
     for _ in range(times):
-        attempts.failed(address, user)  # type: ignore[arg-type]
+        throttle.failed(address, user)  # type: ignore[arg-type]
 
 
-async def test_the_first_failures_cost_nothing_then_it_doubles(attempts: LoginThrottle, clock: Clock) -> None:
+async def test_the_first_failures_cost_nothing_then_it_doubles(throttle: LoginThrottle, clock: Clock) -> None:
     begun = clock.now
     waits = []
     for _ in range(FREE + 7):
         before = clock.now
-        assert not await attempts.make(HOME, "alice", wrong)
+        assert not await throttle.attempt(HOME, "alice", wrong)
         waits.append(clock.now - before)
     assert waits == [0] * (FREE + 1) + [1, 1, 2, 4, 8, 16]
     assert clock.now - begun == sum(waits)
 
 
-def test_no_wait_is_longer_than_the_longest(attempts: LoginThrottle, clock: Clock) -> None:
-    fail(attempts, 100)
+def test_no_wait_is_longer_than_the_longest(throttle: LoginThrottle, clock: Clock) -> None:
+    fail(throttle, 100)
     clock.advance(1)
-    assert attempts.turn(HOME, "alice") == 0
-    assert attempts.turn(HOME, "alice") == LONGEST
+    assert throttle.turn(HOME, "alice") == 0
+    assert throttle.turn(HOME, "alice") == LONGEST
 
 
-def test_many_at_once_queue_and_the_last_are_refused(attempts: LoginThrottle, clock: Clock) -> None:
-    fail(attempts, FREE + 5)
+def test_many_at_once_queue_and_the_last_are_refused(throttle: LoginThrottle, clock: Clock) -> None:
+    fail(throttle, FREE + 5)
     turns = []
     with pytest.raises(Throttled) as raised:
         for _ in range(10):
-            turns.append(attempts.turn(HOME, "alice"))
+            turns.append(throttle.turn(HOME, "alice"))
     assert turns == [1, 17]
     assert raised.value.retry_after == 33
 
 
-def test_who_waits_long_enough_is_forgiven(attempts: LoginThrottle, clock: Clock) -> None:
-    fail(attempts, 20)
+def test_who_waits_long_enough_is_forgiven(throttle: LoginThrottle, clock: Clock) -> None:
+    fail(throttle, 20)
     clock.advance(FORGOTTEN)
-    assert attempts.turn(HOME, "alice") == 0
-    fail(attempts, FREE)
-    assert attempts.turn(HOME, "alice") == 0
+    assert throttle.turn(HOME, "alice") == 0
+    fail(throttle, FREE)
+    assert throttle.turn(HOME, "alice") == 0
 
 
-def test_by_address_and_by_user(attempts: LoginThrottle) -> None:
-    fail(attempts, FREE + 1)
-    assert attempts.turn(HOME, "bob") == 1
-    assert attempts.turn(AWAY, "alice") == 1
-    assert attempts.turn(AWAY, "bob") == 0
+def test_by_address_and_by_user(throttle: LoginThrottle) -> None:
+    fail(throttle, FREE + 1)
+    assert throttle.turn(HOME, "bob") == 1
+    assert throttle.turn(AWAY, "alice") == 1
+    assert throttle.turn(AWAY, "bob") == 0
 
 
-def test_who_cannot_be_told_apart_waits_together(attempts: LoginThrottle) -> None:
-    fail(attempts, FREE + 1, None)
-    assert attempts.turn(None, "bob") == 1
+def test_who_cannot_be_told_apart_waits_together(throttle: LoginThrottle) -> None:
+    fail(throttle, FREE + 1, None)
+    assert throttle.turn(None, "bob") == 1
 
 
-def test_a_network_is_one_client_in_ipv6(attempts: LoginThrottle) -> None:
-    fail(attempts, FREE + 1, ipaddress.ip_address("2001:db8::1"))
-    assert attempts.turn(ipaddress.ip_address("2001:db8::2:1"), "bob") == 1
-    assert attempts.turn(ipaddress.ip_address("2001:db8:0:1::1"), "bob") == 0
+def test_a_network_is_one_client_in_ipv6(throttle: LoginThrottle) -> None:
+    fail(throttle, FREE + 1, ipaddress.ip_address("2001:db8::1"))
+    assert throttle.turn(ipaddress.ip_address("2001:db8::2:1"), "bob") == 1
+    assert throttle.turn(ipaddress.ip_address("2001:db8:0:1::1"), "bob") == 0
 
 
-async def test_a_user_is_not_kept_out_by_others_in_its_name(attempts: LoginThrottle) -> None:
-    assert await attempts.make(HOME, "alice", right)
-    fail(attempts, 50, AWAY)
-    assert attempts.turn(HOME, "alice") == 0
-    assert attempts.turn(AWAY, "alice") > 0
+async def test_a_user_is_not_kept_out_by_others_in_its_name(throttle: LoginThrottle) -> None:
+    assert await throttle.attempt(HOME, "alice", right)
+    fail(throttle, 50, AWAY)
+    assert throttle.turn(HOME, "alice") == 0
+    assert throttle.turn(AWAY, "alice") > 0
 
 
-async def test_a_right_password_does_not_buy_further_tries(attempts: LoginThrottle) -> None:
-    fail(attempts, FREE + 3, user="mallory")
-    assert await attempts.make(HOME, "alice", right)
-    assert attempts.turn(HOME, "mallory") > 0
+async def test_a_right_password_does_not_buy_further_tries(throttle: LoginThrottle) -> None:
+    fail(throttle, FREE + 3, user="mallory")
+    assert await throttle.attempt(HOME, "alice", right)
+    assert throttle.turn(HOME, "mallory") > 0
 
 
-async def test_memory_is_bounded(attempts: LoginThrottle, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_is_bounded(throttle: LoginThrottle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REMEMBERED", 10)
     for number in range(100):
-        await attempts.make(HOME, f"user-{number}", wrong)
-        await attempts.make(HOME, f"user-{number}", right)
-    assert len(attempts._failures) == 10
-    assert len(attempts._welcome) == 10
+        await throttle.attempt(HOME, f"user-{number}", wrong)
+        await throttle.attempt(HOME, f"user-{number}", right)
+    assert len(throttle._failures) == 10
+    assert len(throttle._welcome) == 10
 
 
-async def test_what_went_wrong_is_no_failure(attempts: LoginThrottle) -> None:
+async def test_what_went_wrong_is_no_failure(throttle: LoginThrottle) -> None:
     async def broken() -> bool:
         raise Throttled("busy")
 
     for _ in range(20):
         with pytest.raises(Throttled):
-            await attempts.make(HOME, "alice", broken)
-    assert attempts.turn(HOME, "alice") == 0
+            await throttle.attempt(HOME, "alice", broken)
+    assert throttle.turn(HOME, "alice") == 0

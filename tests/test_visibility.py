@@ -11,7 +11,7 @@ from structlog.testing import LogCapture
 
 from proxy.access import throttle
 from proxy.access import visibility as module
-from proxy.access.visibility import YESTERDAY, Visibility
+from proxy.access.visibility import STALE_FOR, Visibility
 from proxy.upstream.credentials import Credential, Credentials
 from storage.errors import Unavailable
 from tests.conftest import Clock, Serve
@@ -166,7 +166,7 @@ async def test_while_upstream_cannot_be_asked_a_yes_of_the_last_day_does(
     door = await opened(fresh_for="forever")
     assert await get(door, "manifests/latest", ME) == 200
     await upstream.stop()
-    clock.advance(YESTERDAY - 1)
+    clock.advance(STALE_FOR - 1)
     assert await get(door, "manifests/latest", ME) == 200
     assert await get(door, "manifests/latest") == 503
     assert await get(door, "manifests/latest", WRONG) == 503

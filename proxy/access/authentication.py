@@ -42,7 +42,7 @@ class Authenticator:
     realm: str = "entrepot"
     groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
     addresses: ClientAddresses = field(default_factory=ClientAddresses)
-    attempts: LoginThrottle = field(default_factory=LoginThrottle)
+    throttle: LoginThrottle = field(default_factory=LoginThrottle)
 
     @property
     def accepts_credentials(self) -> bool:
@@ -81,17 +81,19 @@ class Authenticator:
             return Principal(user, "password", self.groups.get(user, frozenset()), address=address)
         if scheme == "bearer" and self.tokens is not None:
             return replace(self._by_token(self.tokens, value.strip(), scope), address=address)
-        raise self.wrong(f"{scheme[:20]!r} credentials are not accepted", scope)
+        raise self.unauthorized(f"{scheme[:20]!r} credentials are not accepted", scope)
 
     async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> str:
         given = credential(request)
         if given is None:
-            raise self.wrong("the Authorization header is not Basic with user:password in base64", scope)
+            raise self.unauthorized(
+                "the Authorization header is not Basic with user:password in base64", scope
+            )
         user, password = given.username, given.password
-        if not passwords.remembers(user, password) and not await self.attempts.make(
-            self.place(request), user, lambda: passwords.verify(user, password)
+        if not passwords.remembers(user, password) and not await self.throttle.attempt(
+            self.source_address(request), user, lambda: passwords.verify(user, password)
         ):
-            raise self.wrong("the user name or the password is wrong", scope)
+            raise self.unauthorized("the user name or the password is wrong", scope)
         return user
 
     def _by_token(self, tokens: TokenVerifier, token: str, scope: str) -> Principal:
@@ -100,13 +102,13 @@ class Authenticator:
         try:
             return tokens.verify(token)
         except BadToken as error:
-            raise self.wrong(f"the token is not accepted: {error}", scope, "invalid_token") from None
+            raise self.unauthorized(f"the token is not accepted: {error}", scope, "invalid_token") from None
 
-    def wrong(self, message: str, scope: str, error: str = "") -> Unauthorized:
+    def unauthorized(self, message: str, scope: str, error: str = "") -> Unauthorized:
         return Unauthorized(message, challenges=self.challenges(scope, error))
 
-    def place(self, request: web.BaseRequest) -> IPAddress | None:
-        """The address that failed logins are counted for: the client's, or if unknown, the connection's."""
+    def source_address(self, request: web.BaseRequest) -> IPAddress | None:
+        """The address that failed logins are counted for: the client's; if unknown, the connection's."""
         return self.addresses.of(request.remote, request.headers) or parse(request.remote or "")
 
 

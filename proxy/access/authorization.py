@@ -146,7 +146,7 @@ class Authorizer:
         if principal.anonymous:
             return Unauthorized(f"log in to {what}", challenges=authenticator.challenges(scope))
         # Not 403: this error makes a client ask for another token.  RFC 6750, section 3.1.
-        return authenticator.wrong(f"the token does not allow to {what}", scope, "insufficient_scope")
+        return authenticator.unauthorized(f"the token does not allow to {what}", scope, "insufficient_scope")
 
     def _may_see(self, principal: Principal, named: bool, repository: str) -> bool:
         guard = self._guarded.of(repository)
@@ -176,7 +176,9 @@ class Authorizer:
             right = await visible()
         else:
             user = f"{namespace}/{shown.username}"
-            right = await self._authenticator.attempts.make(self._authenticator.place(request), user, visible)
+            right = await self._authenticator.throttle.attempt(
+                self._authenticator.source_address(request), user, visible
+            )
         if not right:
             whom = "everybody" if shown is None else "you"
             raise Unauthorized(
@@ -263,7 +265,7 @@ class Authorizer:
         write(
             "access.refused",
             id=exchange.id,
-            client=str(self._authenticator.place(request)),
+            client=str(self._authenticator.source_address(request)),
             user=exchange.user,
             action=action,
             namespace=exchange.namespace,

@@ -109,12 +109,12 @@ class Htpasswd:
 
     def remembers(self, user: str, password: str) -> bool:
         """Whether the pair was verified recently, by the file as it is now."""
-        self._look()
+        self._reload()
         return self._clock() < self._right.get(self._hash(user, password), 0.0)
 
     async def verify(self, user: str, password: str) -> bool:
         """Whether the password is right.  Raises Throttled if too many passwords wait to be checked."""
-        self._look()
+        self._reload()
         users, key = self._users, self._hash(user, password)
         if self._clock() < self._right.get(key, 0.0):
             return True
@@ -130,7 +130,7 @@ class Htpasswd:
         await self._flights.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _look(self) -> None:
+    def _reload(self) -> None:
         """Read the users again if the file has changed; there are none if it cannot be read."""
         try:
             users, reason = self._file.current(), ""

@@ -60,7 +60,7 @@ class Principal:
         """Whether this is a user, not a token or an anonymous client."""
         return self.scheme in ("password", "certificate")
 
-    def is_one(self, who: ClientMatcher) -> bool:
+    def matches(self, who: ClientMatcher) -> bool:
         match who.kind:
             case "anonymous":
                 return True
@@ -90,13 +90,13 @@ class Rule:
     def grants(self, principal: Principal, action: Action, repository: str) -> bool:
         return (
             action in self.may
-            and any(principal.is_one(who) for who in self.who)
+            and any(principal.matches(who) for who in self.who)
             and (not self.where or any(each.fullmatch(repository) for each in self.where))
             and (not self.sources or _within(principal.address, self.sources))
         )
 
 
-def of_stores(stores: Collection[str]) -> list[Rule]:
+def default_rules(stores: Collection[str]) -> list[Rule]:
     """The rules that hold if none are configured."""
     if not stores:
         return []

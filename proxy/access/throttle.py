@@ -45,7 +45,9 @@ class LoginThrottle:
         self._failures: dict[Hashable, _Failures] = {}
         self._welcome: dict[Hashable, None] = {}
 
-    async def make(self, address: IPAddress | None, user: str, check: Callable[[], Awaitable[bool]]) -> bool:
+    async def attempt(
+        self, address: IPAddress | None, user: str, check: Callable[[], Awaitable[bool]]
+    ) -> bool:
         """Call `check` when its turn comes, and return its result.
 
         Raises Throttled, and what `check` raises.
@@ -57,7 +59,7 @@ class LoginThrottle:
         return right
 
     def turn(self, address: IPAddress | None, user: str) -> float:
-        """How many seconds to wait before this attempt.  Raises Throttled."""
+        """Take a turn, and return how many seconds to wait for it.  Raises Throttled."""
         now = self._clock()
         waiting = [
             found
@@ -87,20 +89,20 @@ class LoginThrottle:
 
     def succeeded(self, address: IPAddress | None, user: str) -> None:
         # Earlier failures stay counted: otherwise an attacker with one password could try others without end.
-        key = _place(address), user
+        key = _network(address), user
         self._welcome.pop(key, None)
         self._welcome[key] = None
         if len(self._welcome) > REMEMBERED:
             del self._welcome[next(iter(self._welcome))]
 
     def _keys(self, address: IPAddress | None, user: str) -> list[Hashable]:
-        place = _place(address)
-        if (place, user) in self._welcome:
-            return [("address", place)]
-        return [("address", place), ("user", user)]
+        network = _network(address)
+        if (network, user) in self._welcome:
+            return [("address", network)]
+        return [("address", network), ("user", user)]
 
 
-def _place(address: IPAddress | None) -> Hashable:
+def _network(address: IPAddress | None) -> Hashable:
     """The addresses of one client: an IPv4 address, or a /64 network of IPv6."""
     if isinstance(address, ipaddress.IPv6Address):
         return int(address) >> 64

@@ -26,7 +26,7 @@ from storage.registry import Registry
 
 log = structlog.get_logger()
 
-YESTERDAY = 86400.0  # seconds for which a yes is enough while the upstream cannot be asked
+STALE_FOR = 86400.0  # seconds for which a yes is enough while the upstream cannot be asked
 REMEMBERED = 10_000  # answers
 CALLERS = 200  # callers whose credentials and tokens are kept
 
@@ -90,7 +90,7 @@ class Visibility:
             self._seen.pop((who, repository), None)
             raise
         except Unavailable as error:
-            if 0 <= self._age(who, repository) < YESTERDAY:
+            if 0 <= self._age(who, repository) < STALE_FOR:
                 log.info("access.stale", namespace=self._namespace, repository=repository, error=str(error))
                 return
             raise Unavailable(
@@ -123,9 +123,9 @@ class Visibility:
             await probe(caller.upstream)
         finally:
             caller.busy -= 1
-            self._let_go()
+            self._forget_idle()
 
-    def _let_go(self) -> None:
+    def _forget_idle(self) -> None:
         """Forget the idle callers whose last request is the longest ago."""
         # There is nothing to close: their connections belong to the upstream.
         idle = [who for who, caller in self._callers.items() if not caller.busy]

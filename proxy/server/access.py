@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from proxy.access.authentication import Authenticator
 from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
 from proxy.access.client_address import ClientAddresses
-from proxy.access.rules import AccessRules, Rule, of_stores
+from proxy.access.rules import AccessRules, Rule, default_rules
 from proxy.access.visibility import Visibility
 from proxy.config.access import AccessConfig, TokenService
 from proxy.config.errors import StartError
@@ -66,7 +66,7 @@ def _guards(config: Config) -> dict[str, Guard]:
 def _rules(config: Config) -> AccessRules:
     given = config.access.rules
     rules = (
-        of_stores(list(config.hosted()))
+        default_rules(list(config.hosted()))
         if given is None
         else [Rule(each.who, each.may, each.sources, each.where) for each in given]
     )

@@ -109,7 +109,7 @@ class Metrics:
         "livemostrecent",
         "namespace host credential",
     )
-    fills = _Row(Counter, "entrepot_fills_total", "Completed and failed fills.", "namespace result")
+    fills = _Row(Counter, "entrepot_fills_total", "Fills that ended, by result.", "namespace result")
     filling = _gauge("entrepot_fills_in_flight", "Fills in flight.", "livesum")
     followers = _gauge("entrepot_followers", "Clients that read a blob while it is filled.", "livesum")
     stored = _gauge(

@@ -17,7 +17,7 @@ from typing import Any, cast
 import structlog
 from aiohttp import web
 
-from proxy.web.responses import error_answer
+from proxy.web.responses import error_response
 
 log = structlog.get_logger()
 
@@ -100,7 +100,7 @@ class Connection(web.RequestHandler):
             raise ConnectionResetError("part of a response was sent already")
         log.debug("request.malformed", client=request.remote, status=status, error=str(exc)[:300])
         text = (message or "the request cannot be served").splitlines()[0][:200]
-        response = error_answer("UNSUPPORTED" if status < 500 else "UNKNOWN", text, status)
+        response = error_response("UNSUPPORTED" if status < 500 else "UNKNOWN", text, status)
         response.force_close()
         return response
 
@@ -141,7 +141,7 @@ class Listener(web.Server):
             self._settle()
         if self._encrypted and not request.secure:
             message = "this port serves https, but the request came by plain http: use https://"
-            response = error_answer("UNSUPPORTED", message, 400)
+            response = error_response("UNSUPPORTED", message, 400)
             response.force_close()
             return response
         return await self._handler(request)

@@ -11,7 +11,16 @@ from aiohttp import web
 from proxy.access.authorization import Authorizer
 from proxy.telemetry.exchange import Exchange
 from proxy.web.ranges import parse_ranges, satisfy
-from proxy.web.responses import ALL, JSON, RequestRefused, cache_headers, content, empty, freshness, immutable
+from proxy.web.responses import (
+    COMMON,
+    JSON,
+    RequestRefused,
+    cache_headers,
+    content,
+    empty,
+    freshness,
+    immutable,
+)
 from proxy.web.routes import Route, build_next, parse_limit
 from proxy.web.send import send_blob
 from storage.errors import RangeInvalid
@@ -41,7 +50,7 @@ class Pull:
         assert isinstance(digest, Digest)
         exchange.digest = digest
         headers = {
-            **ALL,
+            **COMMON,
             "X-Request-Id": exchange.id,
             "Content-Type": OCTETS,
             "Docker-Content-Digest": digest,
@@ -88,7 +97,7 @@ class Pull:
             descriptor, content = manifest.descriptor, manifest.content
         exchange.digest, exchange.content = descriptor.digest, descriptor
         headers = {
-            **ALL,
+            **COMMON,
             "Content-Type": descriptor.media_type,
             "Docker-Content-Digest": descriptor.digest,
             "ETag": f'"{descriptor.digest}"',
@@ -108,7 +117,7 @@ class Pull:
     ) -> web.StreamResponse:
         last, limit = _page(request)
         tags = await self._registry.tags(name, last, None if limit is None else limit + 1)
-        return self._listed(request, route, "tags", tags, limit, exchange)
+        return self._listing(request, route, "tags", tags, limit, exchange)
 
     async def catalog(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -119,9 +128,9 @@ class Pull:
             names = await self._registry.repositories(last, wanted)
         else:
             names = await self._authorizer.repositories(request, self._registry, last, wanted, exchange)
-        return self._listed(request, route, "repositories", names, limit, exchange)
+        return self._listing(request, route, "repositories", names, limit, exchange)
 
-    def _listed(
+    def _listing(
         self,
         request: web.BaseRequest,
         route: Route,

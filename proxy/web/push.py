@@ -19,7 +19,7 @@ from aiohttp import web
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.web.events import RequestEvents
-from proxy.web.responses import ALL, RequestRefused, cache_headers, empty
+from proxy.web.responses import COMMON, RequestRefused, cache_headers, empty
 from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
 from storage.concurrency import uninterrupted
@@ -158,7 +158,7 @@ class Push:
     ) -> web.Response:
         upload = await self._registry.resume_upload(name, route.upload)
         await upload.cancel()
-        return empty(204, {**ALL, **cache_headers(exchange)})
+        return empty(204, {**COMMON, **cache_headers(exchange)})
 
     def _check_range(
         self, request: web.BaseRequest, route: Route, upload: Upload, exchange: Exchange
@@ -219,13 +219,13 @@ class Push:
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
         manifest = Manifest.of(media_type or _declared(body), body)
         exchange.digest = await uninterrupted(self._push(request, route, name, exchange, manifest, tags))
-        answer = self._created(request, route, Endpoint.MANIFEST, Digest(exchange.digest), exchange)
+        response = self._created(request, route, Endpoint.MANIFEST, Digest(exchange.digest), exchange)
         with suppress(ManifestInvalid):
             if (subject := parse_manifest(body).subject) is not None:
-                answer.headers["OCI-Subject"] = subject.digest
+                response.headers["OCI-Subject"] = subject.digest
         if tags:
-            answer.headers["OCI-Tag"] = ", ".join(tags)
-        return answer
+            response.headers["OCI-Tag"] = ", ".join(tags)
+        return response
 
     async def _push(
         self,
@@ -295,7 +295,7 @@ class Push:
     ) -> dict[str, str]:
         session = Route(Endpoint.UPLOAD, route.name, None, route.prefix, upload.id)
         return {
-            **ALL,
+            **COMMON,
             **cache_headers(exchange),
             "Location": build_location(session, exchange.ns),
             # Also for an empty upload: the header cannot express an empty range, and clients expect this one.
@@ -308,10 +308,10 @@ class Push:
     ) -> web.Response:
         location = build_location(Route(kind, route.name, digest, route.prefix), exchange.ns)
         headers = {"Location": location, "Docker-Content-Digest": str(digest), "Content-Length": "0"}
-        return empty(201, {**ALL, **cache_headers(exchange), **headers})
+        return empty(201, {**COMMON, **cache_headers(exchange), **headers})
 
     def _deleted(self, exchange: Exchange) -> web.Response:
-        return empty(202, {**ALL, **cache_headers(exchange), "Content-Length": "0"})
+        return empty(202, {**COMMON, **cache_headers(exchange), "Content-Length": "0"})
 
 
 async def _continue(request: web.BaseRequest) -> None:

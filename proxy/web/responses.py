@@ -14,7 +14,7 @@ from storage.errors import RegistryError
 
 JSON = "application/json"
 _IMMUTABLE = {whose: f"{whose}, max-age=31536000, immutable" for whose in ("public", "private")}
-ALL = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
+COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
 
 
 class RequestRefused(Exception):
@@ -26,7 +26,7 @@ class RequestRefused(Exception):
         self.headers = headers
 
 
-def error_answer(
+def error_response(
     code: str,
     message: str,
     status: int,
@@ -41,7 +41,7 @@ def error_answer(
 def content(body: bytes, headers: Mapping[str, str], status: int = 200) -> web.Response:
     # With body=, not text= or json_response: those append a charset to the media type.  For HEAD, a Response
     # sends no body, unlike a StreamResponse.
-    return web.Response(status=status, body=body, headers=CIMultiDict({**ALL, **headers}))
+    return web.Response(status=status, body=body, headers=CIMultiDict({**COMMON, **headers}))
 
 
 def empty(status: int, headers: Mapping[str, str]) -> web.Response:

@@ -31,7 +31,7 @@ from proxy.web.responses import (
     RequestRefused,
     cache_headers,
     content,
-    error_answer,
+    error_response,
 )
 from proxy.web.routes import Endpoint, Route, parse
 from proxy.web.send import LEFT
@@ -172,7 +172,7 @@ class DistributionAPI:
                 exchange.namespace, _, exchange.repository = name.partition("/")
                 exchange.ns = request.query.get("ns")
                 if self._authorizer is not None and not self._authorizer.is_public(name):
-                    await self._authorizer.permit(request, _wanted(request, route, name), exchange)
+                    await self._authorizer.permit(request, _access_request(request, route, name), exchange)
             response = await handler(request, route, name, exchange)
             if self._events.pulls and request.method in READING:
                 self._events.report_pull(request, route, exchange, response.status)
@@ -194,11 +194,11 @@ class DistributionAPI:
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.StreamResponse:
-        answer = content(b"{}", {"Content-Type": JSON})
+        response = content(b"{}", {"Content-Type": JSON})
         if self._authorizer is not None:
             for challenge in await self._authorizer.ping(request, route.prefix, exchange):
-                answer.headers.add("WWW-Authenticate", challenge)
-        return answer
+                response.headers.add("WWW-Authenticate", challenge)
+        return response
 
     # Errors and logs
 
@@ -231,11 +231,11 @@ class DistributionAPI:
             headers.setdefault("Allow", ", ".join(READING))
         missing = error.missing if isinstance(error, ManifestBlobUnknown) else ()
         details = [{"digest": each} for each in missing]
-        answer = error_answer(code, str(error), status, headers, details or [None])
+        response = error_response(code, str(error), status, headers, details or [None])
         if isinstance(error, Unauthorized):
             for challenge in error.challenges:
-                answer.headers.add("WWW-Authenticate", challenge)
-        return answer
+                response.headers.add("WWW-Authenticate", challenge)
+        return response
 
     def _log(self, request: web.BaseRequest, exchange: Exchange, status: int, seconds: float) -> None:
         self._metrics.requests.labels(exchange.namespace, exchange.kind, exchange.result or "none").inc()
@@ -268,7 +268,7 @@ def _reading(handler: EndpointHandler) -> dict[str, EndpointHandler]:
     return dict.fromkeys(READING, handler)
 
 
-def _wanted(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:
+def _access_request(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:
     named = bool(route.prefix) or "ns" in request.query
     content, probe = _probe(route, name.partition("/")[2])
     return AccessRequest(_action(route, request.method), name, route.name, named, content, probe)

@@ -49,18 +49,18 @@ class Certificates:
         self._clients = clients
         self._clock = clock
         self._files = [each for each in (settings.certificate, settings.key, settings.client_ca) if each]
-        self._stamps = self._look()
+        self._stamps = self._current_stamps()
         self._context, self.expires = self._load()
         self._warned = self._clock() > self.expires  # the process that starts the server logs that, once
-        self._doubtful: Stamps | None = None  # the last files that could not be used
+        self._refused: Stamps | None = None  # the last files that could not be used
         self._since: float | None = None  # since when; None once it is logged
 
     def context(self) -> ssl.SSLContext:
         """Return the context for the next handshake."""
-        stamps = self._look()
+        stamps = self._current_stamps()
         if stamps == self._stamps:
-            self._doubtful = None
-        elif stamps != self._doubtful:
+            self._refused = None
+        elif stamps != self._refused:
             self._change(stamps)
         elif self._since is not None and self._clock() - self._since > SETTLING:
             self._refuse()
@@ -73,17 +73,17 @@ class Certificates:
         if self._clock() > self.expires:
             self._warned = True
             certificate = str(self._settings.certificate)
-            log.warning("tls.expired", certificate=certificate, expired=_written(self.expires))
+            log.warning("tls.expired", certificate=certificate, expired=_formatted(self.expires))
 
     def _change(self, stamps: Stamps) -> None:
         try:
             self._context, self.expires = self._load()
         except StartError:
-            self._doubtful, self._since = stamps, self._clock()
+            self._refused, self._since = stamps, self._clock()
             return
-        self._stamps, self._doubtful, self._warned = stamps, None, False
+        self._stamps, self._refused, self._warned = stamps, None, False
         certificate = str(self._settings.certificate)
-        log.info("tls.reloaded", certificate=certificate, expires=_written(self.expires))
+        log.info("tls.reloaded", certificate=certificate, expires=_formatted(self.expires))
 
     def _refuse(self) -> None:
         self._since = None
@@ -92,7 +92,7 @@ class Certificates:
         except StartError as error:
             log.warning("tls.refused", error=str(error))
 
-    def _look(self) -> Stamps:
+    def _current_stamps(self) -> Stamps:
         return [_stamp(each) for each in self._files]
 
     def _load(self) -> tuple[ssl.SSLContext, float]:
@@ -234,5 +234,5 @@ def _cause(error: Exception) -> str:
     return str(next(filter(None, found), error)).lower().replace("_", " ")
 
 
-def _written(when: float) -> str:
+def _formatted(when: float) -> str:
     return datetime.fromtimestamp(when, UTC).isoformat().replace("+00:00", "Z")

@@ -44,7 +44,7 @@ from storage.errors import StorageFailed
 log = structlog.get_logger()
 
 AT_ONCE = 100  # events in memory, and in a transaction that removes them
-LOOK = 60.0  # seconds between reads of a queue without a signal; commands without a server send none
+POLL = 60.0  # seconds between reads of a queue without a signal; commands without a server send none
 REFUSED = 7200.0  # seconds after which an event that the receiver rejects is dropped
 LATEST = 3600.0  # seconds for which Retry-After is obeyed at most
 IDLE = (
@@ -136,7 +136,7 @@ class Delivery:
         self._clock = clock
         self._wait = wait
         self._jitter = jitter
-        self._news = asyncio.Event()
+        self._signal = asyncio.Event()
         self._after = ""  # the key of the last event that was delivered or dropped
         self._state = DeliveryState()
         self._done: list[str] = []  # keys of the events to be removed
@@ -144,14 +144,14 @@ class Delivery:
         self._dropped: Counter[str] = Counter()  # events whose loss is to be logged, by cause
 
     def wake(self) -> None:
-        self._news.set()
+        self._signal.set()
 
     async def run(self) -> None:
         async with self._session() as session, AsyncExitStack() as closing:
             closing.push_async_callback(self._removed)
             self._state = await run_in_thread(self._queue.state, self.name)
             while True:
-                self._news.clear()
+                self._signal.clear()
                 try:
                     events = await run_in_thread(self._queue.read, self.name, self._after, AT_ONCE)
                     self._pending.set(await run_in_thread(self._queue.pending, self.name))
@@ -162,7 +162,7 @@ class Delivery:
                     await self._deliver(session, each)
                 await self._removed()
                 if not events:
-                    await self._rest()
+                    await self._wait_for_signal()
 
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -172,11 +172,11 @@ class Delivery:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    async def _rest(self) -> None:
+    async def _wait_for_signal(self) -> None:
         """Wait for a signal."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(LOOK):
-                await self._news.wait()
+            async with asyncio.timeout(POLL):
+                await self._signal.wait()
 
     async def _deliver(self, session: aiohttp.ClientSession, event: QueuedEvent) -> None:
         """Try until the event is delivered or dropped."""

@@ -20,7 +20,7 @@ from yarl import URL
 from proxy.cli.main import main
 from proxy.doctor import containerd, docker, podman
 from proxy.doctor.checks import Check, Diagnosis
-from proxy.doctor.host import Machine
+from proxy.doctor.machine import Machine
 from proxy.setup.install import install, plan_install
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import Site

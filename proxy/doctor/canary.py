@@ -21,7 +21,7 @@ from proxy.config.image_names import ImageName
 from proxy.config.quantities import plural
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from proxy.doctor.host import Machine
+from proxy.doctor.machine import Machine
 from proxy.doctor.running import REQUESTS, metrics
 from proxy.setup.engines import CONTAINERD
 from storage.errors import RegistryError
@@ -40,10 +40,10 @@ class _Unexpected(Exception):
     """An answer was not as expected.  The message is half a sentence."""
 
 
-async def check(session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName) -> Check:
+async def check(session: aiohttp.ClientSession, machine: Machine, client: str, name: ImageName) -> Check:
     """Request an image's manifests, and the headers of a blob, with the requests that the client sends."""
     try:
-        summary = await _TestPull(session, host, client, name).run()
+        summary = await _TestPull(session, machine, client, name).run()
     except _Unexpected as error:
         advice = f"run entrepot why {name} on the server, or name another image with --canary"
         return failed("canary", client, str(error), advice)
@@ -56,8 +56,10 @@ async def check(session: aiohttp.ClientSession, host: Machine, client: str, name
 class _TestPull:
     """The requests of one client that pulls one image."""
 
-    def __init__(self, session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName) -> None:
-        self._session, self._site, self._client, self._name = session, host.site, client, name
+    def __init__(
+        self, session: aiohttp.ClientSession, machine: Machine, client: str, name: ImageName
+    ) -> None:
+        self._session, self._site, self._client, self._name = session, machine.site, client, name
 
     def _url(self, path: str) -> URL:
         """The URL by which the client names the registry."""
@@ -144,7 +146,7 @@ def _reason(content: bytes) -> str:
 
 
 async def pull(
-    session: aiohttp.ClientSession, host: Machine, client: str, name: ImageName, admin: URL | None
+    session: aiohttp.ClientSession, machine: Machine, client: str, name: ImageName, admin: URL | None
 ) -> Check | None:
     """Pull with the client's own program; None if that is not installed.
 
@@ -152,7 +154,7 @@ async def pull(
     """
     words = [*PULLERS[client], str(name)]
     if client == "containerd":  # by default ctr does not read it
-        words.insert(-1, f"--hosts-dir={host.path(CONTAINERD)}/certs.d")
+        words.insert(-1, f"--hosts-dir={machine.path(CONTAINERD)}/certs.d")
     if not shutil.which(words[0]):
         return None
     before = await _requests(session, admin)

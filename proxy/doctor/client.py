@@ -13,7 +13,7 @@ from proxy.config.image_names import ImageName
 from proxy.doctor import canary, containerd, docker, podman
 from proxy.doctor.certificates import describe_error
 from proxy.doctor.checks import Check, cause, failed, ok, warning
-from proxy.doctor.host import Machine
+from proxy.doctor.machine import Machine
 from proxy.setup.site import CA, Site
 
 TIMEOUT = 60.0  # seconds: a cold pull waits for the upstream
@@ -35,8 +35,8 @@ class ClientOptions:
 
 async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]:
     """All checks of the clients below `root`, which should use the server `site`."""
-    host = Machine(site, root)
-    found = {name: check(host) for name, check in CLIENTS.items()}
+    machine = Machine(site, root)
+    found = {name: check(machine) for name, check in CLIENTS.items()}
     here = [name for name, checks in found.items() if checks]
     client_checks = [each for checks in found.values() for each in checks]
     if not here:
@@ -44,26 +44,26 @@ async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]
         advice = "give the root directory of the clients with --root"
         client_checks = [warning("client", str(root), message, advice)]
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    connector = aiohttp.TCPConnector(ssl=_trust(host))
+    connector = aiohttp.TCPConnector(ssl=_trust(machine))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         checks = [await _check_server(session, site)]
         checks += client_checks
         if checks[0].state != "failed":
             for client in here or [podman.CLIENT]:
-                checks.append(await canary.check(session, host, client, options.canary))
+                checks.append(await canary.check(session, machine, client, options.canary))
         if options.pull:
-            pulled = [await canary.pull(session, host, each, options.pull, options.admin) for each in here]
+            pulled = [await canary.pull(session, machine, each, options.pull, options.admin) for each in here]
             checks += [each for each in pulled if each is not None]
     return checks
 
 
-def _trust(host: Machine) -> ssl.SSLContext:
+def _trust(machine: Machine) -> ssl.SSLContext:
     """The system's authorities, the given one, and those that clients here have for the server."""
     context = ssl.create_default_context()
-    if host.site.ca:
-        context.load_verify_locations(cadata=host.site.ca)
+    if machine.site.ca:
+        context.load_verify_locations(cadata=machine.site.ca)
     for directory in ("/etc/docker/certs.d", "/etc/containers/certs.d", "/etc/containerd/certs.d"):
-        path = host.path(directory) / host.site.host / CA
+        path = machine.path(directory) / machine.site.host / CA
         if path.is_file():
             context.load_verify_locations(path)
     return context

@@ -14,7 +14,7 @@ from typing import Any
 from yarl import URL
 
 from proxy.doctor.checks import Check, failed, ok, warning
-from proxy.doctor.host import InvalidFile, Machine, origin
+from proxy.doctor.machine import InvalidFile, Machine, origin
 from proxy.setup.engines import CONTAINERD, CRI, PULL
 
 CLIENT = "containerd"
@@ -32,33 +32,33 @@ class HostEntry:
     authorities: tuple[str, ...]
 
 
-def check(host: Machine) -> list[Check]:
-    """No checks if containerd is not installed."""
-    return list(_checks(host)) if host.has("containerd", CONTAINERD) else []
+def check(machine: Machine) -> list[Check]:
+    """All checks; none if containerd is not installed."""
+    return list(_checks(machine)) if machine.has("containerd", CONTAINERD) else []
 
 
-def _checks(host: Machine) -> Iterator[Check]:
-    directories, check = config_path(host)
+def _checks(machine: Machine) -> Iterator[Check]:
+    directories, check = config_path(machine)
     yield check
     files: dict[Path | None, list[str]] = {}
-    for name in host.site.namespaces:
-        files.setdefault(find_hosts_file(host, directories, name), []).append(name)
+    for name in machine.site.namespaces:
+        files.setdefault(find_hosts_file(machine, directories, name), []).append(name)
     past: list[str] = []
     for path, names in files.items():
         if path is None:
             past += names
         else:
-            yield from _check_file(host, path, names)
+            yield from _check_file(machine, path, names)
     if past:
-        yield host.left_out_check(CLIENT, past, host.setup_command(CLIENT), every=len(files) == 1)
+        yield machine.left_out_check(CLIENT, past, machine.setup_command(CLIENT), every=len(files) == 1)
 
 
-def config_path(host: Machine) -> tuple[list[Path], Check]:
+def config_path(machine: Machine) -> tuple[list[Path], Check]:
     """The directories of the hosts.toml files, and a check whether Kubernetes (CRI) uses them."""
-    path = host.path(f"{CONTAINERD}/config.toml")
-    usual = [host.path(f"{CONTAINERD}/certs.d")]
+    path = machine.path(f"{CONTAINERD}/config.toml")
+    usual = [machine.path(f"{CONTAINERD}/certs.d")]
     try:
-        tree = host.toml(path) or {}
+        tree = machine.toml(path) or {}
     except InvalidFile as error:
         advice = "fix it by hand: containerd does not start with it"
         return usual, failed("configuration", CLIENT, f"{path}: {error}", advice)
@@ -73,7 +73,7 @@ def config_path(host: Machine) -> tuple[list[Path], Check]:
                 advice = "remove them: with both, containerd offers Kubernetes no registry at all"
                 return usual, failed("configuration", CLIENT, message, advice)
             message = f"{path} has config_path = {found}"
-            return [host.path(each) for each in found.split(":")], ok("configuration", CLIENT, message)
+            return [machine.path(each) for each in found.split(":")], ok("configuration", CLIENT, message)
     message = f"{path} has no config_path: Kubernetes ignores {CONTAINERD}/certs.d, nerdctl does not"
     advice = "if Kubernetes runs here, add it as entrepot setup containerd shows; since 2.2 it is the default"
     return usual, warning("configuration", CLIENT, message, advice)
@@ -84,7 +84,7 @@ def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def find_hosts_file(host: Machine, directories: list[Path], name: str) -> Path | None:
+def find_hosts_file(machine: Machine, directories: list[Path], name: str) -> Path | None:
     """The hosts.toml of a registry, from the first directory that exists for it; None if that has none."""
     names = [name, DEFAULT]
     if ":" in name:
@@ -98,35 +98,35 @@ def find_hosts_file(host: Machine, directories: list[Path], name: str) -> Path |
     return None
 
 
-def _check_file(host: Machine, path: Path, names: list[str]) -> Iterator[Check]:
+def _check_file(machine: Machine, path: Path, names: list[str]) -> Iterator[Check]:
     subject = f"{CLIENT}, {', '.join(names)}"
     try:
-        tree = host.toml(path) or {}
+        tree = machine.toml(path) or {}
         servers = parse(tree)
     except InvalidFile as error:
         message = f"{path}: {error}: containerd logs that and bypasses the server"
         yield failed(
-            "configuration", subject, message, f"fix it, or run {host.setup_command(CLIENT)} --force"
+            "configuration", subject, message, f"fix it, or run {machine.setup_command(CLIENT)} --force"
         )
         return
     if "host" not in tree:
         message = f"{path} has no [host]: older versions of containerd, such as 1.6, ignore it"
         yield warning("configuration", subject, message, "add an empty [host] at its end")
-    ours = [each for each in servers if each.url.origin() == host.site.url.origin()]
+    ours = [each for each in servers if each.url.origin() == machine.site.url.origin()]
     if not ours:
-        message = f"{path} does not name {host.site.base}"
-        yield failed("configuration", subject, message, f"{host.setup_command(CLIENT)} --force")
+        message = f"{path} does not name {machine.site.base}"
+        yield failed("configuration", subject, message, f"{machine.setup_command(CLIENT)} --force")
         return
-    yield from _check_entry(host, path, subject, servers, ours[0])
+    yield from _check_entry(machine, path, subject, servers, ours[0])
     others = [str(each.url.origin()) for each in servers if each not in ours]
     if "server" not in tree:
         others.append("the registry itself, since server is not set")
     if others:
-        yield host.bypass_check(subject, f"if the server fails, containerd asks {', then '.join(others)}")
+        yield machine.bypass_check(subject, f"if the server fails, containerd asks {', then '.join(others)}")
 
 
 def _check_entry(
-    host: Machine, path: Path, subject: str, servers: list[HostEntry], ours: HostEntry
+    machine: Machine, path: Path, subject: str, servers: list[HostEntry], ours: HostEntry
 ) -> Iterator[Check]:
     fault = ""
     if lacking := [each for each in PULL if each not in ours.capabilities]:
@@ -134,19 +134,19 @@ def _check_entry(
         fault = f"{path}: capabilities have no {' and no '.join(lacking)}: {what}"
     elif ours.override_path and not ours.url.path.startswith("/v2"):
         fault = f"{path}: with override_path, the path must begin with /v2, else the server answers 404"
-    elif absent := [each for each in ours.authorities if not _beside(host, path, each).exists()]:
+    elif absent := [each for each in ours.authorities if not _beside(machine, path, each).exists()]:
         fault = f"{path}: {absent[0]}, which its ca names, does not exist"
     if fault:
-        yield failed("configuration", subject, fault, f"{host.setup_command(CLIENT)} --force")
+        yield failed("configuration", subject, fault, f"{machine.setup_command(CLIENT)} --force")
     elif servers[0] is not ours:
-        message = f"{path}: {servers[0].url.origin()} is asked before {host.site.base}"
+        message = f"{path}: {servers[0].url.origin()} is asked before {machine.site.base}"
         yield warning("configuration", subject, message, "move the server's table to the top")
     else:
         yield ok("configuration", subject, f"{path} names the server first, for tags too")
 
 
-def _beside(host: Machine, path: Path, name: str) -> Path:
-    return host.path(name) if name.startswith("/") else path.parent / name
+def _beside(machine: Machine, path: Path, name: str) -> Path:
+    return machine.path(name) if name.startswith("/") else path.parent / name
 
 
 def parse(tree: Mapping[str, Any]) -> list[HostEntry]:

@@ -9,45 +9,45 @@ from typing import Any
 
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, failed, ok, warning
-from proxy.doctor.host import InvalidFile, Machine, origin
+from proxy.doctor.machine import InvalidFile, Machine, origin
 from proxy.setup.engines import DOCKER
 
 CLIENT = "docker"
 
 
-def check(host: Machine) -> list[Check]:
-    """No checks if dockerd is not installed."""
-    return list(_checks(host)) if host.has("dockerd", DOCKER) else []
+def check(machine: Machine) -> list[Check]:
+    """All checks; none if dockerd is not installed."""
+    return list(_checks(machine)) if machine.has("dockerd", DOCKER) else []
 
 
-def _checks(host: Machine) -> Iterator[Check]:
-    path = host.path(f"{DOCKER}/daemon.json")
+def _checks(machine: Machine) -> Iterator[Check]:
+    path = machine.path(f"{DOCKER}/daemon.json")
     try:
-        keys = _parse(host.read(path))
+        keys = _parse(machine.read(path))
         mirrors, insecure = (_get_list(keys, each) for each in ("registry-mirrors", "insecure-registries"))
     except InvalidFile as error:
         message = f"{path}: {error}: dockerd does not start with it"
         yield failed("configuration", CLIENT, message, "fix it by hand; then entrepot setup can add its keys")
         return
-    if DOCKER_HUB in host.site.namespaces:
-        yield _check_mirrors(host, mirrors, str(path))
-        yield host.bypass_check(
+    if DOCKER_HUB in machine.site.namespaces:
+        yield _check_mirrors(machine, mirrors, str(path))
+        yield machine.bypass_check(
             CLIENT,
             "if the server fails, dockerd asks Docker Hub itself",
             "no setting of dockerd prevents that: block registry-1.docker.io in the network",
         )
-    if host.site.plain and not host.site.loopback and not _covers(insecure, host.site.host):
-        message = f"{host.site.host} is not in insecure-registries: pulls by full name use https"
-        yield warning("configuration", CLIENT, message, host.setup_command(CLIENT))
-    others = [each for each in host.site.namespaces if each != DOCKER_HUB]
+    if machine.site.plain and not machine.site.loopback and not _covers(insecure, machine.site.host):
+        message = f"{machine.site.host} is not in insecure-registries: pulls by full name use https"
+        yield warning("configuration", CLIENT, message, machine.setup_command(CLIENT))
+    others = [each for each in machine.site.namespaces if each != DOCKER_HUB]
     if others:
         stored = keys.get("features", {}).get("containerd-snapshotter") is True
-        hosts = host.path(f"{DOCKER}/certs.d/_default/hosts.toml").exists()
+        hosts = machine.path(f"{DOCKER}/certs.d/_default/hosts.toml").exists()
         if not (stored and hosts):
             advice = (
-                f"pull them by full name, {host.site.host}/{others[0]}/…; dockerd mirrors only Docker Hub"
+                f"pull them by full name, {machine.site.host}/{others[0]}/…; dockerd mirrors only Docker Hub"
             )
-            yield host.left_out_check(CLIENT, others, advice)
+            yield machine.left_out_check(CLIENT, others, advice)
 
 
 def _parse(text: str | None) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def _get_list(keys: dict[str, Any], key: str) -> list[str]:
     return found
 
 
-def _check_mirrors(host: Machine, mirrors: list[str], path: str) -> Check:
-    ours = host.site.url.origin()
+def _check_mirrors(machine: Machine, mirrors: list[str], path: str) -> Check:
+    ours = machine.site.url.origin()
     origins = [origin(each) for each in mirrors]
     if ours in origins:
         if before := origins.index(ours):
@@ -78,12 +78,12 @@ def _check_mirrors(host: Machine, mirrors: list[str], path: str) -> Check:
     other = next((each for each in origins if each and each.authority == ours.authority), None)
     if other:
         message = f"{path} names {other}, but the server uses {ours.scheme}"
-        return failed("configuration", CLIENT, message, host.setup_command(CLIENT))
+        return failed("configuration", CLIENT, message, machine.setup_command(CLIENT))
     return failed(
         "configuration",
         CLIENT,
         f"{path} does not name {ours} in registry-mirrors",
-        host.setup_command(CLIENT),
+        machine.setup_command(CLIENT),
     )
 
 

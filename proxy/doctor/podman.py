@@ -9,59 +9,59 @@ from typing import Any
 
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, failed, ok, warning
-from proxy.doctor.host import InvalidFile, Machine
+from proxy.doctor.machine import InvalidFile, Machine
 from proxy.setup.engines import CONTAINERS
 
 CLIENT = "podman"
 Tables = dict[str, Mapping[str, Any]]  # [[registry]] by prefix
 
 
-def check(host: Machine) -> list[Check]:
-    """No checks if none of them is installed."""
-    here = any(host.has(each, CONTAINERS) for each in ("podman", "skopeo", "buildah", "crio"))
-    return list(_checks(host)) if here else []
+def check(machine: Machine) -> list[Check]:
+    """All checks; none if none of these clients is installed."""
+    here = any(machine.has(each, CONTAINERS) for each in ("podman", "skopeo", "buildah", "crio"))
+    return list(_checks(machine)) if here else []
 
 
-def _checks(host: Machine) -> Iterator[Check]:
+def _checks(machine: Machine) -> Iterator[Check]:
     try:
-        tables, searched = read(host)
+        tables, searched = read(machine)
     except InvalidFile as error:
         yield failed("configuration", CLIENT, f"{error}: no pull works with it", "fix it by hand")
         return
     direct, bypassed, right = [], [], []
-    for name in host.site.namespaces:
+    for name in machine.site.namespaces:
         table = tables.get(name)
-        place = None if table is None else _find_server(host, name, table)
+        place = None if table is None else _find_server(machine, name, table)
         if table is None or place is None:
             direct.append(name)
-        elif fault := _find_fault(host, name, table, place):
-            yield failed("configuration", f"{CLIENT}, {name}", fault, host.setup_command(CLIENT))
+        elif fault := _find_fault(machine, name, table, place):
+            yield failed("configuration", f"{CLIENT}, {name}", fault, machine.setup_command(CLIENT))
         else:
             right.append(name)
             if place is not table:
                 bypassed.append(name)
-            yield from _check_scope(host, name, table, place)
+            yield from _check_scope(machine, name, table, place)
     if right:
         yield ok("configuration", CLIENT, f"{', '.join(right)}: pulled through the server")
     if bypassed:
-        yield host.bypass_check(CLIENT, f"if the server fails, podman asks {', '.join(bypassed)} directly")
+        yield machine.bypass_check(CLIENT, f"if the server fails, podman asks {', '.join(bypassed)} directly")
     if direct:
-        every = len(direct) == len(host.site.namespaces)
-        yield host.left_out_check(CLIENT, direct, host.setup_command(CLIENT), every)
-    yield from _check_prefixes(host, tables)
-    if beside := [each for each in searched if each not in host.site.namespaces]:
+        every = len(direct) == len(machine.site.namespaces)
+        yield machine.left_out_check(CLIENT, direct, machine.setup_command(CLIENT), every)
+    yield from _check_prefixes(machine, tables)
+    if beside := [each for each in searched if each not in machine.site.namespaces]:
         message = f"a name without a registry is searched in {', '.join(beside)}, without the server"
         advice = "keep only mirrored registries in unqualified-search-registries of registries.conf"
         yield warning("unqualified", CLIENT, message, advice)
 
 
-def read(host: Machine) -> tuple[Tables, list[str]]:
+def read(machine: Machine) -> tuple[Tables, list[str]]:
     """The tables by prefix, and unqualified-search-registries.  Raises InvalidFile, with the path."""
     tables: Tables = {}
     searched: list[str] = []
-    for path in _files(host):
+    for path in _files(machine):
         try:
-            tree = host.toml(path) or {}
+            tree = machine.toml(path) or {}
         except InvalidFile as error:
             raise InvalidFile(f"{path}: {error}") from None
         if "registries" in tree:
@@ -76,13 +76,13 @@ def read(host: Machine) -> tuple[Tables, list[str]]:
     return tables, searched
 
 
-def _files(host: Machine) -> list[Path]:
+def _files(machine: Machine) -> list[Path]:
     """The files in the order in which they are read.  containers-registries.conf(5)"""
     first, directories = (
-        host.path(f"{CONTAINERS}/registries.conf"),
-        [host.path(f"{CONTAINERS}/registries.conf.d")],
+        machine.path(f"{CONTAINERS}/registries.conf"),
+        [machine.path(f"{CONTAINERS}/registries.conf.d")],
     )
-    if host.root == Path("/") and (home := os.environ.get("HOME")):
+    if machine.root == Path("/") and (home := os.environ.get("HOME")):
         own = Path(home) / ".config" / "containers"
         if (own / "registries.conf").exists():
             first = own / "registries.conf"
@@ -91,21 +91,22 @@ def _files(host: Machine) -> list[Path]:
     return [first, *more]
 
 
-def _find_server(host: Machine, name: str, table: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _find_server(machine: Machine, name: str, table: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The table or the mirror that names the server, or None."""
     mirrors = table.get("mirror", [])
     for each in [*(mirrors if isinstance(mirrors, list) else []), table]:
-        if isinstance(each, Mapping) and str(each.get("location", "")).partition("/")[0] == host.site.host:
+        if isinstance(each, Mapping) and str(each.get("location", "")).partition("/")[0] == machine.site.host:
             return each
     return None
 
 
-def _find_fault(host: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]) -> str:
+def _find_fault(machine: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]) -> str:
+    """Why podman cannot pull through the server, or ""."""
     path = str(place.get("location", "")).partition("/")[2]
-    bare = name == DOCKER_HUB and host.site.hub
+    bare = name == DOCKER_HUB and machine.site.hub
     if path != name and not (bare and not path):
         return f"its location ends in /{path}, but the path at the server is /{name}"
-    if host.site.plain and place.get("insecure") is not True:
+    if machine.site.plain and place.get("insecure") is not True:
         return "has no insecure = true, so podman uses https, but the server has no TLS"
     if table.get("blocked") is True:
         return "is blocked, so podman asks neither the registry nor its mirrors"
@@ -113,7 +114,7 @@ def _find_fault(host: Machine, name: str, table: Mapping[str, Any], place: Mappi
 
 
 def _check_scope(
-    host: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]
+    machine: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]
 ) -> Iterator[Check]:
     mirrors = table.get("mirror", [])
     first = mirrors[0] if isinstance(mirrors, list) and mirrors else table
@@ -131,14 +132,14 @@ def _check_scope(
         yield warning("configuration", subject, message, "move the server's mirror to the top")
 
 
-def _check_prefixes(host: Machine, tables: Tables) -> Iterator[Check]:
+def _check_prefixes(machine: Machine, tables: Tables) -> Iterator[Check]:
     """Checks of tables for a part of a registry, which take precedence over the table of the registry."""
     for prefix, table in tables.items():
         namespace = prefix.partition("/")[0]
         if (
-            namespace in host.site.namespaces
+            namespace in machine.site.namespaces
             and prefix != namespace
-            and _find_server(host, prefix, table) is None
+            and _find_server(machine, prefix, table) is None
         ):
             message = f"{prefix} has its own table, which does not name the server"
             yield warning("namespaces", CLIENT, message, "add the server as its mirror, or remove it")

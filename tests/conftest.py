@@ -154,6 +154,7 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
                                 "progress_timeout": "2s",
                                 **(options or {}),
                             },
+                            "revalidate_timeout": "1h",
                             **keys,
                         },
                         **(more or {}),

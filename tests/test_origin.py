@@ -123,15 +123,28 @@ async def test_of_a_cached_digest_nothing_is_ever_asked(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_who_is_refused_now_gets_nothing_stale(
+async def test_refused_is_not_deleted(serve: Serve, upstream: Upstream, clock: Clock, status: int) -> None:
+    site, image = await warm(serve, upstream)
+    clock.advance(FRESH + 1)
+    upstream.next("HEAD", "latest", Status(status))
+    for _ in range(2):
+        found = await pull(site)
+        assert (found[:2], "ttl=-" in found[2]) == ((200, image.content), True)
+    clock.advance(11)
+    new = upstream.image("a/b", "latest", [b"new"])
+    assert (await pull(site))[:2] == (200, new.content)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_tag_that_is_refused_is_dropped_where_that_is_wanted(
     serve: Serve, upstream: Upstream, clock: Clock, status: int
 ) -> None:
-    site, image = await warm(serve, upstream)
+    site, image = await warm(serve, upstream, on_upstream_delete="drop")
     clock.advance(FRESH + 1)
     upstream.next("HEAD", "latest", Status(status))
     found = await pull(site)
     assert (found[0], code_of(found[1])) == (404, "MANIFEST_UNKNOWN")
-    # Refused once is not deleted.
+    # Its credentials may be accepted at the next request.
     assert (await pull(site))[:2] == (200, image.content)
 
 

@@ -179,15 +179,19 @@ async def test_a_token_that_is_refused_is_404(serve: Serve, upstream: Upstream) 
 
 
 @pytest.mark.parametrize("denied", [Status(401), Status(403)], ids=str)
-async def test_401_and_403_cached_are_never_stale(
-    serve: Serve, upstream: Upstream, clock: Clock, denied: Fault
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_401_and_403_follow_on_upstream_delete(
+    serve: Serve, upstream: Upstream, clock: Clock, denied: Fault, keeps: bool
 ) -> None:
     image = upstream.image("a/b", "latest")
-    site = await serve(upstream)
+    site = await serve(upstream, on_upstream_delete="keep" if keeps else "drop")
     await warm(site, image)
     clock.advance(DUE)
     all_fail(upstream, denied)
-    for operation in ("tag", "tags", "referrers"):
+    for operation in ("tag",) if keeps else ():
+        status, headers, content = await answer(site, "GET", path_of(operation, image))
+        assert (status, content, "DENIED" in headers["Cache-Status"]) == (200, image.content, True)
+    for operation in ("tags", "referrers") if keeps else ("tag", "tags", "referrers"):
         assert (await refusal(site, operation, image))[:2] == (404, UNKNOWN[operation])
     for operation in ("digest", "blob"):  # of which nothing is asked
         assert (await answer(site, "GET", path_of(operation, image)))[0] == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -9,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from proxy.cache import tags as module
 from proxy.cache.answered import Answered
 from proxy.cache.drill import Drill
-from proxy.cache.origin import Origin
+from proxy.cache.origin import RECENT, Origin
 from proxy.cache.policy import Policy
 from proxy.cache.tags import TagRevalidation
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
-from storage.errors import ManifestUnknown, OriginFailed, RegistryError
+from storage.errors import ManifestUnknown, NameUnknown, OriginDenied, OriginFailed, RegistryError
 from storage.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference, Tag
 from storage.registry import Registry
 from storage.store import Store
@@ -28,12 +30,18 @@ ONE, TWO = (Manifest.of(OCI_MANIFEST, b'{"schemaVersion": 2, "n": %d}' % number)
 
 
 class FakeOrigin(Registry):
-    """It has one tag, `now`, or raises `error`, and notes how it is asked."""
+    """It has one tag, `now`, or raises `error`, and notes how it is asked.
+
+    Its answer to a HEAD waits for `gate`, once it has `reached` it.
+    """
 
     def __init__(self) -> None:
         self.now = ONE
         self.error: RegistryError | None = None
         self.asked: list[str] = []
+        self.healthy = True
+        self.gate: asyncio.Event | None = None
+        self.reached = asyncio.Event()
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         self.asked.append("GET")
@@ -43,6 +51,9 @@ class FakeOrigin(Registry):
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
         self.asked.append("HEAD")
+        if self.gate is not None:
+            self.reached.set()
+            await self.gate.wait()
         if self.error is not None:
             raise self.error
         return self.now.descriptor
@@ -55,8 +66,15 @@ class Rig:
     clock: Clock
     moves: list[tuple[str, Digest, Digest]] = field(default_factory=list)
 
-    def tags(self, fresh_for: float = FRESH, *, offline: bool = False, drop: bool = False) -> TagRevalidation:
-        policy = Policy(lambda tag: fresh_for, offline=offline, drop_deleted=drop)
+    def tags(
+        self,
+        fresh_for: float = FRESH,
+        *,
+        offline: bool = False,
+        drop: bool = False,
+        timeout: float = math.inf,
+    ) -> TagRevalidation:
+        policy = Policy(lambda tag: fresh_for, offline=offline, drop_deleted=drop, revalidate_timeout=timeout)
         origin = Origin("up", self.origin, self.store, policy, self.clock, Drill(self.clock))
         return TagRevalidation(origin, self.store, policy, self.clock, self.moved)
 
@@ -140,3 +158,117 @@ async def test_a_tag_that_was_deleted_is_kept_or_dropped(rig: Rig, drop: bool) -
     else:
         assert await tags.get("a/b", LATEST) == Answered(ONE, "stale", FRESH, 0.0, "MANIFEST_UNKNOWN")
     assert (rig.store.pointer("up/a/b", LATEST) is None) == drop
+
+
+# How long a known tag waits for the origin
+
+
+async def settled(tags: TagRevalidation) -> None:
+    """Wait until no validation is under way."""
+    while tags._origin.flights._flying:
+        await asyncio.wait(tags._origin.flights._flying.values())
+
+
+@pytest.mark.parametrize("seconds", [RECENT, 60.0, 86400.0])
+async def test_a_failure_of_long_ago_makes_no_later_check_short(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    tags = rig.tags()
+    for tag in (LATEST, Tag("other")):
+        await tags.get("a/b", tag)
+    rig.clock.advance(FRESH)
+    rig.origin.error = OriginFailed("down")
+    assert (await tags.get("a/b", LATEST)).result == "stale"
+    rig.origin.error, rig.origin.now = None, TWO
+    rig.clock.advance(seconds)
+    rig.origin.gate = asyncio.Event()
+    pulling = asyncio.create_task(tags.get("a/b", Tag("other")))
+    await rig.origin.reached.wait()
+    assert not pulling.done()
+    rig.origin.gate.set()
+    assert await pulling == Answered(TWO, "miss", 0.0, FRESH)
+
+
+@pytest.mark.parametrize("why", ["just failed", "circuit open"])
+async def test_a_failing_origin_is_hardly_waited_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    tags = rig.tags()
+    for tag in (LATEST, Tag("other")):
+        await tags.get("a/b", tag)
+    rig.clock.advance(FRESH)
+    if why == "just failed":
+        rig.origin.error = OriginFailed("down")
+        await tags.get("a/b", LATEST)
+        rig.origin.error = None
+    rig.origin.healthy = why != "circuit open"
+    rig.origin.gate, rig.origin.now = asyncio.Event(), TWO
+    found = await tags.get("a/b", Tag("other"))
+    assert (found.value, found.result, found.detail) == (ONE, "stale", "UNAVAILABLE")
+    rig.origin.gate.set()
+    await settled(tags)
+    # The check went on, and has updated the tag.
+    assert await tags.get("a/b", Tag("other")) == Answered(TWO, "hit", 0.0, FRESH)
+
+
+async def test_after_the_time_for_it_a_known_tag_is_stale_and_the_check_goes_on(rig: Rig) -> None:
+    tags = rig.tags(timeout=0.0)
+    await tags.get("a/b", LATEST)
+    rig.clock.advance(FRESH)
+    rig.origin.gate, rig.origin.now = asyncio.Event(), TWO
+    for _ in range(2):  # those who come meanwhile do not wait at all
+        found = await tags.get("a/b", LATEST)
+        assert (found.value, found.result, found.detail) == (ONE, "stale", "UNAVAILABLE")
+    assert rig.origin.asked == ["GET", "HEAD"]
+    rig.origin.gate.set()
+    await settled(tags)
+    assert await tags.get("a/b", LATEST) == Answered(TWO, "hit", 0.0, FRESH)
+    assert rig.moves == [("up/a/b:latest", ONE.digest, TWO.digest)]
+
+
+async def test_a_check_that_came_late_ends_the_pause(rig: Rig) -> None:
+    tags = rig.tags(0.0, timeout=0.0)  # a tag that is never fresh
+    await tags.get("a/b", LATEST)
+    rig.clock.advance(1)
+    rig.origin.gate = asyncio.Event()
+    assert (await tags.get("a/b", LATEST)).result == "stale"
+    rig.origin.gate.set()
+    await settled(tags)
+    rig.origin.gate = None
+    await tags.get("a/b", LATEST)
+    await settled(tags)
+    assert rig.origin.asked == ["GET", "HEAD", "HEAD"]
+
+
+async def test_an_unknown_tag_waits_without_limit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    rig.origin.healthy = False
+    assert (await rig.tags(timeout=0.0).get("a/b", LATEST)).result == "miss"
+
+
+@pytest.mark.parametrize("error", [OriginDenied("401"), ManifestUnknown("404"), NameUnknown("404")])
+async def test_what_the_origin_refuses_follows_on_upstream_delete(rig: Rig, error: RegistryError) -> None:
+    keeping, dropping = rig.tags(), rig.tags(drop=True)
+    await keeping.get("a/b", LATEST)
+    rig.origin.error = error
+    rig.clock.advance(FRESH)
+    for _ in range(2):
+        found = await keeping.get("a/b", LATEST)
+        assert (found.value, found.result, found.detail) == (ONE, "stale", error.code)
+    with pytest.raises(type(error)):
+        await dropping.get("a/b", LATEST)
+    with pytest.raises(type(error)):  # it is deleted here, too
+        await keeping.get("a/b", LATEST)
+
+
+async def test_a_tag_that_was_refused_is_back_with_the_right_credentials(rig: Rig) -> None:
+    tags = rig.tags(drop=True)
+    await tags.get("a/b", LATEST)
+    rig.origin.error = OriginDenied("401")
+    rig.clock.advance(FRESH)
+    with pytest.raises(OriginDenied):
+        await tags.get("a/b", LATEST)
+    rig.origin.error = None
+    assert (await tags.get("a/b", LATEST)).result == "miss"

@@ -96,6 +96,8 @@ async def test_who_can_be_served_does_not_wait_for_one_that_has_failed(
     assert STALE in (await pull(site))[2]
     clock.advance(PAUSE + 1)
     new = upstream.image("a/b", "latest", [b"moved"])
+    upstream.next("GET", "absent", Status(503), times=1 + RETRIES)
+    assert (await pull(site, "/v2/a/b/manifests/absent"))[0] == 502
     held = silence()
     upstream.next("HEAD", "latest", held)
     upstream.clear()

@@ -32,5 +32,8 @@ class Negatives:
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
 
+    def drop(self, key: RequestKey) -> None:
+        self._known.pop(key, None)
+
     def forget(self, repository: str) -> None:
         self._known = {key: known for key, known in self._known.items() if key[1] != repository}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
@@ -31,6 +32,17 @@ class _RateLimited(Protocol):
     def spares(self) -> bool: ...
 
 
+@runtime_checkable
+class _Guarded(Protocol):
+    """An origin with a circuit breaker."""
+
+    @property
+    def healthy(self) -> bool: ...
+
+
+RECENT = 5.0  # seconds after a failure in which the origin is expected to fail again
+
+
 class Origin:
     """The registry behind a cache, whose answers are kept in a store.
 
@@ -51,9 +63,11 @@ class Origin:
         self.registry = registry
         self.flights = SingleFlight()
         self.failure: RegistryError | None = None  # the last one, until the origin serves again
+        self._failed_at = -math.inf
         self._store = store
         self._policy = policy
         self._drill = drill
+        self._clock = clock
         self._unknown = Negatives(clock)
         self._paused = Negatives(clock)
 
@@ -83,6 +97,9 @@ class Origin:
         """Have the known value served for a while, instead of asking again at every request."""
         self._paused.put(key, max(self._policy.negative_for, error.retry_after or 0), error)
 
+    def resume(self, key: RequestKey) -> None:
+        self._paused.drop(key)
+
     def paused(self, key: RequestKey) -> RegistryError | None:
         return self._paused.get(key)
 
@@ -90,6 +107,14 @@ class Origin:
         # A rate limit is answered at once: no client waits for it.
         if not isinstance(error, TooManyRequests):
             self.failure = error
+            self._failed_at = self._clock()
+
+    @property
+    def failing(self) -> bool:
+        """Whether it is likely to fail again: its circuit is open, or its last failure is seconds old."""
+        if isinstance(self.registry, _Guarded) and not self.registry.healthy:
+            return True
+        return self.failure is not None and 0 <= self._clock() - self._failed_at < RECENT
 
     def served(self) -> None:
         """Record that the origin serves again."""

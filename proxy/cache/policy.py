@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,12 +12,14 @@ class Policy:
     """How long a cache counts answers as fresh, and when it asks its origin; times are in seconds.
 
     `fresh_for` maps a tag to its freshness lifetime (RFC 9111 §4.2); listings have that of the tag "".
-    `negative_for` is how long the origin is not asked again for what it does not know.  With `lazy`, a
-    request for a byte range of a blob that is not cached does not start a fill.
+    A tag that is no longer fresh waits for the origin for `revalidate_timeout`; then it is served stale, and
+    the validation goes on.  `negative_for` is how long the origin is not asked again for what it does not
+    know.  With `lazy`, a request for a byte range of a blob that is not cached does not start a fill.
     """
 
     fresh_for: Callable[[str], float]
     negative_for: float = 10.0
+    revalidate_timeout: float = math.inf
     drop_deleted: bool = False
     offline: bool = False
     lazy: bool = False

@@ -13,9 +13,18 @@ from typing import NamedTuple
 import structlog
 
 from proxy.cache.answered import Answered
+from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
-from storage.errors import ManifestUnknown, NameUnknown, RegistryError, StorageFailed, Unavailable
+from storage.errors import (
+    ManifestUnknown,
+    NameUnknown,
+    OriginDenied,
+    OriginTimeout,
+    RegistryError,
+    StorageFailed,
+    Unavailable,
+)
 from storage.keys import TAG
 from storage.oci import Digest, Manifest, Tag
 from storage.registry import Moved
@@ -23,7 +32,7 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
-PATIENCE = 0.02  # seconds to wait for an origin that has failed, if a known manifest can be served
+PATIENCE = 0.02  # seconds to wait for an origin that is failing, if a known manifest can be served
 
 
 class _Known(NamedTuple):
@@ -86,7 +95,7 @@ class TagRevalidation:
                 )
         except TimeoutError:
             assert known is not None  # else there was no time limit
-            return known.answered("stale", fresh_for, self._origin.failure or Unavailable())
+            return known.answered("stale", fresh_for, self._delayed(key))
         if error is not None and known is not None:
             return known._replace(manifest=manifest).answered("stale", fresh_for, error)
         return _Known(manifest, 0.0).answered(result, fresh_for)
@@ -96,8 +105,18 @@ class TagRevalidation:
 
         The validation goes on after that, and the next request learns how it ended.
         """
+        if known is None:
+            return None
         # An origin that has failed may be slow to fail again.
-        return PATIENCE if known is not None and self._origin.failure is not None else None
+        return PATIENCE if self._origin.failing else self._policy.revalidate_timeout
+
+    def _delayed(self, key: RequestKey) -> RegistryError:
+        """Why a validation is not waited for any longer; clients that come soon do not wait at all."""
+        if self._origin.failing:
+            return self._origin.failure or Unavailable()
+        error = OriginTimeout(f"{self._origin.namespace} did not answer within revalidate_timeout")
+        self._origin.pause(key, error)
+        return error
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
         """Ask the origin even if the tag is fresh: hit, miss or revalidated, the manifest, the former digest.
@@ -148,6 +167,7 @@ class TagRevalidation:
             # HEAD does not count against a rate limit; GET does.
             digest = (await self._origin.registry.resolve_manifest(repository, tag)).digest
             self._origin.served()
+            self._origin.resume(key)
             if digest == known.digest:
                 await self._origin.keep(self._store.point(name, tag, digest))
                 return _Validated("revalidated", known)
@@ -155,10 +175,12 @@ class TagRevalidation:
         except Unavailable as failure:
             self._origin.failed(failure)
             error = failure
-        except (ManifestUnknown, NameUnknown) as unknown:
+        except (ManifestUnknown, NameUnknown, OriginDenied) as unknown:
+            # Large registries answer 401 for what was deleted, and a password may expire: it is not gone.
             if self._policy.drop_deleted:
                 await self._origin.keep(self._store.delete_manifest(name, tag))
-                self._origin.remember(key, unknown)
+                if not isinstance(unknown, OriginDenied):  # other credentials may be accepted at once
+                    self._origin.remember(key, unknown)
                 raise
             error = unknown
         self._origin.pause(key, error)

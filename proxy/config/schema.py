@@ -151,6 +151,7 @@ class NamespaceConfig(Section, frozen=True):
     tags: tuple[TagRule, ...] = ()
     on_upstream_delete: Literal["keep", "drop"] = "keep"
     negative_for: Duration = 10.0
+    revalidate_timeout: Timeout = 3.0
     offline: Flag = False
     lazy: Flag = False
     keep_for: Keep | None = None
@@ -177,6 +178,7 @@ _OF_CACHES = (
     "tags",
     "on_upstream_delete",
     "negative_for",
+    "revalidate_timeout",
     "offline",
     "lazy",
     "keep_for",

@@ -282,6 +282,7 @@ class _Composer:
         return Policy(
             fresh_for=namespace.fresh_for_tag,
             negative_for=namespace.negative_for,
+            revalidate_timeout=namespace.revalidate_timeout,
             drop_deleted=namespace.on_upstream_delete == "drop",
             offline=namespace.offline or self._config.offline,
             lazy=namespace.lazy,

@@ -98,6 +98,11 @@ class Failover(Registry):
         return [number for number in order if number not in failing] + failing
 
     @property
+    def healthy(self) -> bool:
+        """Whether at least one has a closed circuit."""
+        return any(each.healthy for each in self._upstreams)
+
+    @property
     def spares(self) -> bool:
         """Whether at least one has requests left that are not reserved."""
         return any(each.spares for each in self._upstreams)

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from storage.errors import ManifestInvalid, ManifestUnknown
+from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from storage.keys import REFERRER
 from storage.oci import Descriptor, Digest, ManifestContent, Tag, parse_manifest
 from storage.store import Store
 
 T = TypeVar("T")
 
+# Errors of a registry that has no referrers API.
+UNLISTED = (ManifestUnknown, NameUnknown, Unsupported)
 # containerd, platforms/database.go: the variant that an architecture without one stands for.
 _PLAIN = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 

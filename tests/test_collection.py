@@ -13,6 +13,7 @@ from structlog.testing import LogCapture
 from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import collection as module
+from storage.maintenance import pace
 from storage.maintenance.collection import CollectionRow
 from storage.maintenance.reachability import KeepTags, RetentionRules, node, prefix_of
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
@@ -458,7 +459,7 @@ async def test_a_dry_run_tells_the_same_and_removes_nothing(place: Place) -> Non
 async def test_it_works_in_slices(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         await place.image(f"v{number}", await place.blob(b"%d" % number))
-    monkeypatch.setattr(module, "SLICE", 0.0)
+    monkeypatch.setattr(pace, "SLICE", 0.0)
     rests: list[float] = []
     collection = place.collection(rests.append)
     collection.run()
@@ -473,7 +474,7 @@ async def test_one_that_is_stopped_is_gone_on_with_by_the_next(
         await place.image(None, await place.blob(b"%d" % number))
     place.rules = RetentionRules(keep_untagged_for=DAY)
     place.clock.advance(GONE)
-    monkeypatch.setattr(module, "SLICE", 0.0)
+    monkeypatch.setattr(pace, "SLICE", 0.0)
     monkeypatch.setattr(module, "BATCH", 3)
 
     class Stopped(Exception):

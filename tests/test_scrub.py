@@ -17,6 +17,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.disk.uploads import CHUNK
 from storage.errors import BlobUnknown, OriginFailed, StorageFailed
+from storage.maintenance import pace
 from storage.maintenance import scrub as module
 from storage.maintenance.scrub import Heal, Scrub, ScrubReport
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
@@ -708,8 +709,8 @@ async def test_short_rests_are_saved_up(home: Home) -> None:
     for number in range(100):
         await home.put(f"{number:04}".encode())
     report = await home.run(rate=1000.0)
-    assert report.seconds == pytest.approx(0.4, abs=module.GRAIN)
-    assert min(home.slept) >= module.GRAIN
+    assert report.seconds == pytest.approx(0.4, abs=pace.GRAIN)
+    assert min(home.slept) >= pace.GRAIN
 
 
 async def test_the_time_that_reading_takes_is_no_rest(home: Home) -> None:
@@ -724,7 +725,7 @@ async def test_a_long_wait_is_followed_by_no_burst(home: Home) -> None:
     digests = sorted([await home.put(bytes([number]) * CHUNK) for number in range(8)])
     home.steps[digests[0]] = lambda: home.clock.advance(1000.0)
     await home.run(rate=CHUNK)
-    assert sum(home.slept) == pytest.approx(8.0 - module.CREDIT)
+    assert sum(home.slept) == pytest.approx(8.0 - pace.CREDIT)
 
 
 async def test_without_a_rate_or_on_demand_it_does_not_rest(home: Home) -> None:

@@ -18,9 +18,8 @@ from storage.errors import (
     ManifestUnknown,
     NameUnknown,
     RegistryError,
-    Unsupported,
 )
-from storage.graph import Walk, attestations, contents, fallback_tag, selected, signature_tags
+from storage.graph import UNLISTED, Walk, attestations, contents, fallback_tag, selected, signature_tags
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 
 log = structlog.get_logger()
@@ -143,7 +142,7 @@ class _ImageFetch:
             tags = signature_tags(digest) if digest in signed else []
             try:
                 listed = await self.registry.referrers(self.repository, digest)
-            except (ManifestUnknown, NameUnknown, Unsupported):  # it has no referrers API
+            except UNLISTED:
                 tags = [fallback_tag(digest), *tags]
             found: list[Reference] = [*(each.digest for each in listed), *tags]
             for each in found:

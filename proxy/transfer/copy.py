@@ -23,7 +23,7 @@ from storage.errors import (
     OriginFailed,
     Unsupported,
 )
-from storage.graph import attestations, contents, fallback_tag, selected, signature_tags
+from storage.graph import UNLISTED, attestations, contents, fallback_tag, selected, signature_tags
 from storage.oci import OCI_INDEX, Descriptor, Digest, Manifest, ManifestContent, Reference, Tag
 from storage.registry import Registry
 
@@ -33,7 +33,6 @@ REQUESTS = 16  # requests at once, besides the transfers
 TAG_LIMIT = 128  # characters of a tag; one made of a sha512 digest is longer
 # The answers for unknown content; some registries also answer Denied.
 _ABSENT = (ManifestUnknown, NameUnknown, BlobUnknown, Denied)
-_UNLISTED = (ManifestUnknown, NameUnknown, Unsupported)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +267,7 @@ class Copier:
         """The referrers by the API (distribution-spec, "Listing Referrers"), else by the fallback tag."""
         try:
             return await self.ask(lambda: route.source.referrers(route.repository, digest))
-        except _UNLISTED:
+        except UNLISTED:
             pass
         tag = fallback_tag(digest)
         if route.tags is not None and tag not in route.tags:
@@ -289,7 +288,7 @@ class Copier:
         try:
             await self.ask(lambda: destination.referrers(target, digest))
             return
-        except _UNLISTED:
+        except UNLISTED:
             pass
         index: dict[str, Any] = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
         if await self._there(lambda: destination.resolve_manifest(target, tag)) is not None:

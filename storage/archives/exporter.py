@@ -120,9 +120,8 @@ def _chunks(digest: Digest, source: ContentSource, hasher: ThreadPoolExecutor) -
         return
     path = source.store.files.path(digest)
     try:
-        file = os.open(
-            path, os.O_RDONLY | os.O_CLOEXEC
-        )  # not BlobFiles.open(): an export does not count as use
+        # Not by BlobFiles.open(): an export does not count as use.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise BlobUnknown(f"{digest} was deleted since the export began: export again") from None
     found = hashlib.new(digest.algorithm)

@@ -33,6 +33,7 @@ import structlog
 from storage.disk.records import Batch
 from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.leases import Leases
+from storage.maintenance.pace import DutyCycle
 from storage.maintenance.reachability import Damaged, Reachability, RemovalGroup, RetentionRules, prefix_of
 from storage.maintenance.unlinked import Unlinked
 from storage.oci import Digest
@@ -45,8 +46,6 @@ Pause: TypeAlias = Callable[[], None]
 
 BATCH = 500  # records removed in one transaction
 TRIES = 3  # attempts to mark a repository without blocking pushes
-SLICE = 0.05  # seconds of work without a pause
-PACE = 1.0  # seconds of pause for each second of work
 ROWS = 1000  # in a report
 REMEDY = "push it again, or delete it"
 KINDS = (MANIFEST, TAG, LINK, REFERRER, LEASE)
@@ -144,7 +143,8 @@ class _CollectionRun:
         self._young = collection.leases.young
         self._dry_run = dry_run
         self._report = CollectionReport(begun=collection.clock(), dry_run=dry_run)
-        self._begun = self._paused = time.monotonic()
+        self._pause = DutyCycle(collection.pause).pause
+        self._begun = time.monotonic()
         self._removable: set[str] = set()  # keys of links, in a dry run
 
     def run(self) -> CollectionReport:
@@ -171,12 +171,6 @@ class _CollectionRun:
                 found.add(repository)
                 self._pause()
         return sorted(found)
-
-    def _pause(self) -> None:
-        worked = time.monotonic() - self._paused
-        if worked > SLICE:
-            self._collection.pause(worked * PACE)
-            self._paused = time.monotonic()
 
     def _check(self) -> None:
         if (path := self._collection.damaged()) is not None:

@@ -20,14 +20,13 @@ from storage.disk.tree import StoredBlob
 from storage.keys import LINK
 from storage.maintenance.blob_tree import BlobTree, oldest
 from storage.maintenance.expiry import Expiry
+from storage.maintenance.pace import DutyCycle
 from storage.maintenance.pins import PinnedContent
 from storage.store import Store
 
 log = structlog.get_logger()
 
 BATCH = 500  # records removed in one transaction
-SLICE = 0.05  # seconds of work without a pause
-PACE = 1.0  # seconds of pause for each second of work that is not urgent
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +207,9 @@ class EvictionRun:
     def __init__(self, store: Store, blobs: BlobTree, pause: Callable[[float], None], dry_run: bool) -> None:
         self._records = store.records
         self._blobs = blobs
-        self._pause = pause
+        self.pause = DutyCycle(pause).pause
         self._dry_run = dry_run
-        self._begun = self._paused = time.monotonic()
+        self._begun = time.monotonic()
         self.evicted: set[str] = set()  # digests
         self.links: set[str] = set()  # keys of links to remove although their blobs are kept
         self.bytes = self.manifests = self.tags = self.removed_links = 0
@@ -245,12 +244,6 @@ class EvictionRun:
                 batch.delete(key)
 
         self._records.transaction(work)
-
-    def pause(self) -> None:
-        worked = time.monotonic() - self._paused
-        if worked > SLICE:
-            self._pause(worked * PACE)
-            self._paused = time.monotonic()
 
     def report(self, reason: str, short: int = 0) -> EvictionReport:
         report = EvictionReport(

@@ -43,6 +43,7 @@ from storage.disk.records import Batch
 from storage.disk.tree import BlobHasher, directories, read_directory, remove_damaged
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
 from storage.keys import LINK, MANIFEST, SCRUB, TAG, RecordKind
+from storage.maintenance.pace import Pace
 from storage.oci import Digest
 from storage.store import Store
 
@@ -52,8 +53,6 @@ KEPT = 16  # files set aside
 SAVE_EVERY = 30.0  # seconds between two records of the progress
 LOGGED = 100  # foreign paths in one run
 UNREADABLE = 3  # blobs in a row; after that the disk fails, not the blobs
-GRAIN = 0.05  # seconds; shorter pauses are added up
-CREDIT = 1.0  # seconds that may be made up for after a pause that took too long
 BATCH = 200  # manifests at a time
 
 _MANIFESTS = "manifests"
@@ -149,28 +148,6 @@ class Scrub:
             progress.running, progress.current = False, None
         counts = {name: getattr(progress, name) for name in _COUNTS}
         return ScrubReport(**counts, seconds=self.ticks() - begun)
-
-
-class Pace:
-    """Pauses so that on average `rate` bytes are spent per second; never if `rate` is None."""
-
-    def __init__(
-        self, rate: float | None, ticks: Callable[[], float], sleep: Callable[[float], Awaitable[object]]
-    ) -> None:
-        self._rate = rate
-        self._ticks = ticks
-        self._sleep = sleep
-        self._debt = 0.0  # seconds
-        self._at = ticks()
-
-    async def spend(self, size: int) -> None:
-        if not self._rate:
-            return
-        now = self._ticks()
-        self._debt = max(self._debt - (now - self._at), -CREDIT) + size / self._rate
-        self._at = now
-        if self._debt >= GRAIN:
-            await self._sleep(self._debt)
 
 
 class _ScrubRun:

@@ -47,9 +47,6 @@ from storage.oci import (
 from storage.registry import Registry, Upload, everything
 from storage.values import Link, Pointer, StoredManifest
 
-# What decoding damaged JSON raises; RecursionError if it is nested too deeply.
-_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
 
 class StoreUpload(Upload):
     """An upload that links its blob in a repository when it is committed."""
@@ -345,6 +342,7 @@ def _referrer(manifest: Manifest) -> Descriptor:
 
 
 def _descriptor(record: bytes) -> Descriptor | None:
-    with suppress(*_NOT_JSON, ManifestInvalid):
+    # RecursionError if damaged JSON is nested too deeply; msgspec's DecodeError is a ValueError.
+    with suppress(ValueError, RecursionError, ManifestInvalid):
         return Descriptor.from_json(msgspec.json.decode(record))
     return None

@@ -180,7 +180,7 @@ class Authorizer:
                 self._authenticator.source_address(request), user, visible
             )
         if not right:
-            whom = "everybody" if shown is None else "you"
+            whom = "anonymous clients" if shown is None else "you"
             raise Unauthorized(
                 f"{namespace} does not show {repository} to {whom}: log in with an account of {namespace}",
                 challenges=[self._authenticator.basic],

@@ -421,7 +421,7 @@ async def test_what_listens_may_be_something_else(served: Shop) -> None:
     try:
         host, port = runner.addresses[0]
         said = await served.fails("ls", "--server", f"{host}:{port}", server=False)
-        assert "answers what entrepot does not" in said
+        assert "sent an answer that is not of entrepot" in said
         # The clients' listener is a likely mistake.
         said = await served.fails("ls", "--server", served.site.url, server=False)
         assert "is that the admin address" in said

@@ -27,7 +27,7 @@ class Operations(Protocol):
     """The operations on a running server, or on its directory.
 
     Every method raises RegistryError, or FieldInvalid for an argument that cannot be read; AdminClient
-    raises Failed for both.
+    raises OperationFailed for both.
     """
 
     @property

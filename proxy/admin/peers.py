@@ -56,10 +56,8 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
         return web.Response(status=204)
 
     application = web.Application()
-    application.router.add_get("/state", state)
-    application.router.add_post("/forget", forget)
-    for method in ("GET", "POST", "DELETE"):
-        application.router.add_route(method, "/drill", drill)
+    drills = [web.route(method, "/drill", drill) for method in ("GET", "POST", "DELETE")]
+    application.add_routes([web.get("/state", state), web.post("/forget", forget), *drills])
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
     listening = _listening(path)
     inode = path.stat().st_ino

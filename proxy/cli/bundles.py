@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 import msgspec
 
-from proxy.admin.api.client import AdminClient, Failed
+from proxy.admin.api.client import AdminClient, OperationFailed
 from proxy.cli.console import Column, ProgressDisplay, Table
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
 from proxy.config.quantities import format_size, parse_timeout, plural
@@ -43,7 +43,7 @@ def _names_in(path: Path) -> Iterator[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise Failed(f"--list {path}: {error}", usage=True) from None
+        raise OperationFailed(f"--list {path}: {error}", usage=True) from None
     return (name for line in lines if (name := line.partition("#")[0].strip()))
 
 
@@ -115,31 +115,37 @@ def export(
 
         found = [*names, *chain.from_iterable(map(_names_in, lists))]
         if lists and not found:
-            raise Failed("the files of --list contain no name", usage=True)
+            raise OperationFailed("the files of --list contain no name", usage=True)
         return Selection(found, since=list(map(earlier, since)), **filters)
 
-    async def here(composition: Composition) -> None:
-        from proxy.transfer.bundle_export import BundleExport
-
-        with _progress(call, bundle) as tick:
-            done = await BundleExport(composition).export(
-                selection(), bundle, lambda _: _sink(bundle), sign_key, tick
-            )
-        _print_export(call, bundle, done)
-
-    async def there(server: AdminClient) -> None:
-        with _progress(call, bundle) as tick, _failures(bundle):
-            done = await fetch(server, bundle, selection(), tick)
-        _print_export(call, bundle, done)
-
     if call.server is None:
-        call.run_here(here)
+        call.run_here(lambda composition: _export_here(call, composition, bundle, selection(), sign_key))
     elif sign_key is not None:
         raise click.UsageError("--sign-key works on the directory only, without --server")
     elif bundle != STANDARD and not bundle.endswith(".tar"):
         raise click.UsageError(f"a server sends a tar: the name {bundle} must end in .tar")
     else:
-        call.run_there(call.server, there)
+        call.run_there(call.server, lambda server: _fetch(call, server, bundle, selection))
+
+
+async def _export_here(
+    call: CommandContext, composition: Composition, bundle: str, selection: Selection, sign_key: Path | None
+) -> None:
+    from proxy.transfer.bundle_export import BundleExport
+
+    with _progress(call, bundle) as tick:
+        done = await BundleExport(composition).export(
+            selection, bundle, lambda _: _sink(bundle), sign_key, tick
+        )
+    _print_export(call, bundle, done)
+
+
+async def _fetch(
+    call: CommandContext, server: AdminClient, bundle: str, selection: Callable[[], Selection]
+) -> None:
+    with _progress(call, bundle) as tick, _failures(bundle):
+        done = await fetch(server, bundle, selection(), tick)
+    _print_export(call, bundle, done)
 
 
 def _print_export(call: CommandContext, bundle: str, done: Exported) -> None:
@@ -174,15 +180,15 @@ async def fetch(server: AdminClient, bundle: str, selection: Selection, tick: Ti
 
 @contextmanager
 def _failures(bundle: str) -> Iterator[None]:
-    """Raise Failed for an archive or a file that cannot be used."""
+    """Raise OperationFailed for an archive or a file that cannot be used."""
     from storage.errors import RegistryError
 
     try:
         yield
     except RegistryError as error:
-        raise Failed(str(error), error.code) from error
+        raise OperationFailed(str(error), error.code) from error
     except OSError as error:
-        raise Failed(f"{error.filename or bundle}: {error.strerror or error}", "DENIED") from error
+        raise OperationFailed(f"{error.filename or bundle}: {error.strerror or error}", "DENIED") from error
 
 
 @contextmanager
@@ -251,27 +257,34 @@ def import_(
     if namespace or match:
         raise click.UsageError("--namespace and --match need --from-registry-dir DIRECTORY")
 
-    async def here(composition: Composition) -> None:
-        from proxy.transfer.bundle_import import BundleImport, ImportOptions
-
-        for archive in archives:
-            with _progress(call, str(archive)) as tick:
-                given = ImportOptions(name=name, pin=pin, key=verify_key, dry_run=dry_run)
-                done = await BundleImport(composition).import_(archive, given, tick)
-            call.print(done, import_tables)
-
-    async def there(server: AdminClient) -> None:
-        for archive in archives:
-            with _opened(archive) as stream:
-                done = await server.import_(stream, name, pin, dry_run)
-            call.print(msgspec.structs.replace(done, archive=str(archive)), import_tables)
-
+    options = {"name": name, "pin": pin, "dry_run": dry_run}
     if call.server is None:
-        call.run_here(here, make=True)
+        call.run_here(
+            lambda composition: _import_here(call, composition, archives, key=verify_key, **options),
+            make=True,
+        )
     elif verify_key is not None:
         raise click.UsageError("--verify-key works on the directory only, without --server")
     else:
-        call.run_there(call.server, there)
+        call.run_there(call.server, lambda server: _send(call, server, archives, **options))
+
+
+async def _import_here(
+    call: CommandContext, composition: Composition, archives: Sequence[Path], **options: Any
+) -> None:
+    from proxy.transfer.bundle_import import BundleImport, ImportOptions
+
+    for archive in archives:
+        with _progress(call, str(archive)) as tick:
+            done = await BundleImport(composition).import_(archive, ImportOptions(**options), tick)
+        call.print(done, import_tables)
+
+
+async def _send(call: CommandContext, server: AdminClient, archives: Sequence[Path], **options: Any) -> None:
+    for archive in archives:
+        with _opened(archive) as stream:
+            done = await server.import_(stream, **options)
+        call.print(msgspec.structs.replace(done, archive=str(archive)), import_tables)
 
 
 def _migrate(call: CommandContext, directory: Path, namespace: str | None, match: str, dry_run: bool) -> None:
@@ -281,14 +294,16 @@ def _migrate(call: CommandContext, directory: Path, namespace: str | None, match
         found = await migrate(call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json)
         call.print(found, migration_tables)
         if found.damaged:
-            raise Failed(f"{len(found.damaged)} damaged or missing; all else was imported", "DAMAGED")
+            raise OperationFailed(
+                f"{len(found.damaged)} damaged or missing; all else was imported", "DAMAGED"
+            )
 
     call.alone(work)
 
 
 @contextmanager
 def _opened(archive: Path) -> Iterator[IO[bytes]]:
-    """The archive, to be sent.  Raises Failed."""
+    """The archive, to be sent.  Raises OperationFailed."""
     if str(archive) == STANDARD:
         yield sys.stdin.buffer
         return
@@ -297,9 +312,11 @@ def _opened(archive: Path) -> Iterator[IO[bytes]]:
             yield stream
     except IsADirectoryError:
         hint = f"tar -C {archive} -cf bundle.tar ."
-        raise Failed(f"{archive} is a directory, but a server needs a tar: {hint}", usage=True) from None
+        raise OperationFailed(
+            f"{archive} is a directory, but a server needs a tar: {hint}", usage=True
+        ) from None
     except OSError as error:
-        raise Failed(f"{archive}: {error.strerror or error}", "DENIED") from error
+        raise OperationFailed(f"{archive}: {error.strerror or error}", "DENIED") from error
 
 
 def export_tables(found: results.Exported, now: float) -> Sequence[Table]:

@@ -19,7 +19,7 @@ import click
 import msgspec
 import structlog
 
-from proxy.admin.api.client import AdminClient, Failed
+from proxy.admin.api.client import AdminClient, OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import Table, write
 from proxy.cli.target import composed, connected, reach
@@ -60,8 +60,12 @@ class CommandContext:
 
         try:
             asyncio.run(run())
-        except (Failed, ConfigError) as error:
-            failed = error if isinstance(error, Failed) else Failed(str(error), "CONFIG_INVALID", usage=True)
+        except (OperationFailed, ConfigError) as error:
+            failed = (
+                error
+                if isinstance(error, OperationFailed)
+                else OperationFailed(str(error), "CONFIG_INVALID", usage=True)
+            )
             self._fail(failed)
 
     async def _run(self, work: Callable[[Operations], Awaitable[None]], make: bool) -> None:
@@ -108,7 +112,7 @@ class CommandContext:
         else:
             write(*view(found, time.time()))
 
-    def _fail(self, failed: Failed) -> None:
+    def _fail(self, failed: OperationFailed) -> None:
         if self.json:
             click.echo(msgspec.json.encode({"error": str(failed), "code": failed.code}), err=True)
         else:
@@ -117,11 +121,13 @@ class CommandContext:
 
 
 def _check_user(config: Config) -> None:
-    """Refuse to run as root on the directory of another user, who could not use new files.  Raises Failed."""
+    """Refuse to run as root on the directory of another user, who could not use new files.  Raises
+    OperationFailed.
+    """
     with suppress(FileNotFoundError):
         owner = config.disk.path.stat().st_uid
         if os.geteuid() == 0 and owner != 0:
-            raise Failed(
+            raise OperationFailed(
                 f"{config.disk.path} belongs to user {owner}: run the command as that user,"
                 f" for example with setpriv --reuid={owner} --clear-groups",
                 "DENIED",

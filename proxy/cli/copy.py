@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from proxy.admin.api.client import Failed
+from proxy.admin.api.client import OperationFailed
 from proxy.cli.console import Column, ProgressDisplay, Table
 from proxy.cli.context import CommandContext, option_type, quiet, without_server
 from proxy.config.quantities import format_size, plural
@@ -106,7 +106,7 @@ def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **opt
         call.print(found, copy_tables)
         if failed := sum(each.outcome == "failed" for each in found.images):
             message = f"{failed} of {plural(len(found.images), 'image')} could not be copied"
-            raise Failed(message, "NOT_COPIED")
+            raise OperationFailed(message, "NOT_COPIED")
 
     call.alone(work)
 

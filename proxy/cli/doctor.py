@@ -87,31 +87,29 @@ def doctor(
     """
     admin = _admin(server)
     if url is None:
-        given = {
-            "--namespace": namespaces,
-            "--ca-file": ca_file,
-            "--no-bypass": no_bypass,
-            "--canary": canary,
-        }
-        for option, value in {**given, "--pull": pull}.items():
-            if value:
-                raise click.UsageError(f"{option} needs --client")
+        _check_unused(namespace=namespaces, ca_file=ca_file, no_bypass=no_bypass, canary=canary, pull=pull)
         # Here, since the start of the server needs none of it.
-        from proxy.doctor import server as examination
+        from proxy.doctor import server as server_checks
 
-        _run(lambda: examination.examine(path, admin), as_json)
+        _run(lambda: server_checks.examine(path, admin), as_json)
         return
-    from proxy.doctor import client as looks
+    from proxy.doctor import client as client_checks
 
     try:
         config = load(path)
         site = site_of(config, url=url or None, namespaces=namespaces, ca_file=ca_file, bypass=not no_bypass)
-        wish = looks.ClientOptions(
-            parse(canary or pull or looks.CANARY), parse(pull) if pull else None, admin
+        options = client_checks.ClientOptions(
+            parse(canary or pull or client_checks.CANARY), parse(pull) if pull else None, admin
         )
     except (ConfigError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-    _run(lambda: looks.examine(site, root, wish), as_json)
+    _run(lambda: client_checks.examine(site, root, options), as_json)
+
+
+def _check_unused(**options: object) -> None:
+    for name, value in options.items():
+        if value:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --client")
 
 
 def _admin(server: str | None) -> URL | None:

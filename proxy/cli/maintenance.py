@@ -10,7 +10,7 @@ from contextlib import closing
 import click
 
 from proxy.admin import reports
-from proxy.admin.api.client import Failed
+from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import Column, ProgressDisplay, Table
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common
@@ -73,10 +73,12 @@ def scrub(call: CommandContext, wait: bool) -> None:
                     found = await operations.scrubbing()
         call.print(found, scrub_tables)
         if found.error is not None:
-            raise Failed(found.error)
+            raise OperationFailed(found.error)
         if found.asked.damaged and not found.asked.running:
             damaged, healed = found.asked.damaged, found.asked.healed
-            raise Failed(f"{damaged} damaged and set aside, {healed} of them fetched again", "DAMAGED")
+            raise OperationFailed(
+                f"{damaged} damaged and set aside, {healed} of them fetched again", "DAMAGED"
+            )
 
     call.run(work)
 

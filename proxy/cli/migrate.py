@@ -12,7 +12,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from proxy.admin.api.client import Failed
+from proxy.admin.api.client import OperationFailed
 from proxy.cli.console import Column, ProgressDisplay, Table
 from proxy.cli.context import quiet
 from proxy.config.loader import load
@@ -33,7 +33,9 @@ SHOWN = 100  # rows of damage in a table
 async def migrate(
     path: Path | None, directory: Path, namespace: str | None, match: str, *, dry_run: bool, quietly: bool
 ) -> Migrated:
-    """Import the repositories that `match` from a directory of Distribution.  Raises Failed, ConfigError."""
+    """Import the repositories that `match` from a directory of Distribution.  Raises OperationFailed,
+    ConfigError.
+    """
     config = load(path)
     quiet(config.log.format)
     name = _chosen(config, namespace)
@@ -44,12 +46,14 @@ async def migrate(
         store = private_store(config)
         _hand_over(config)
     except (ValueError, OSError, StorageFailed) as error:
-        raise Failed(str(error), "UNKNOWN") from error
+        raise OperationFailed(str(error), "UNKNOWN") from error
     try:
         migration = _migration(config, name, store, source, dry_run)
         await _run(migration, names, name, quietly)
     except StorageFailed as error:
-        raise Failed(f"{error}; what was imported stays, and the next run continues", error.code) from error
+        raise OperationFailed(
+            f"{error}; what was imported stays, and the next run continues", error.code
+        ) from error
     finally:
         await store.close()
         _hand_over(config)
@@ -87,14 +91,14 @@ def _chosen(config: Config, namespace: str | None) -> str:
     if namespace in hosted:
         return namespace
     if not hosted:
-        raise Failed(
+        raise OperationFailed(
             "no namespace has a store to import into: add one to the configuration, such as"
             " namespaces: {local: {store: {}}}",
             "NAME_UNKNOWN",
             usage=True,
         )
     cause = f"{namespace} has no store" if namespace else "several namespaces have a store: give --namespace"
-    raise Failed(f"{cause}; there are {', '.join(hosted)}", "NAME_UNKNOWN", usage=True)
+    raise OperationFailed(f"{cause}; there are {', '.join(hosted)}", "NAME_UNKNOWN", usage=True)
 
 
 def _migration(

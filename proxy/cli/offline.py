@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from proxy.admin.api.client import Failed
+from proxy.admin.api.client import OperationFailed
 from proxy.admin.image_files import ImageMentions, Unreadable, find_images
 from proxy.admin.operations import Operations
 from proxy.admin.reports import Drilling, ReadyRow, WarmRow
@@ -53,7 +53,7 @@ def _mentions(files: Sequence[str], registries: Sequence[str], *, plain: bool = 
     try:
         return find_images(files, sys.stdin, os.environ, registries, plain=plain)
     except Unreadable as error:
-        raise Failed(str(error), "FILE_INVALID", usage=True) from error
+        raise OperationFailed(str(error), "FILE_INVALID", usage=True) from error
 
 
 # warm
@@ -100,11 +100,13 @@ def warm(
         named = _mentions(lists, registries, plain=True).references + _mentions(files, registries).references
         images = list(dict.fromkeys([*references, *named]))
         if not images:
-            raise Failed("no image is named: give REF, --list or --from", "NOTHING_NAMED", usage=True)
+            raise OperationFailed(
+                "no image is named: give REF, --list or --from", "NOTHING_NAMED", usage=True
+            )
         rows = await _warm(call, operations, images, platforms, not no_referrers, jobs)
         call.print(rows, warm_tables)
         if missing := [each for each in rows if not each.here]:
-            raise Failed(f"{len(missing)} of {len(rows)} images are not complete", "INCOMPLETE")
+            raise OperationFailed(f"{len(missing)} of {len(rows)} images are not complete", "INCOMPLETE")
 
     call.run(work, make=True)
 
@@ -216,7 +218,7 @@ def ready(
         named = _mentions(files, registries)
         images = named.references
         if not images:
-            raise Failed(f"no image is named in {', '.join(files)}", "NOTHING_NAMED")
+            raise OperationFailed(f"no image is named in {', '.join(files)}", "NOTHING_NAMED")
         rows = await _check(operations, images, platforms, not no_referrers)
         if fetch and (incomplete := [each.asked for each in rows if each.state != "complete"]):
             fetched = await _warm(call, operations, incomplete, platforms, not no_referrers, jobs)
@@ -230,7 +232,7 @@ def ready(
         places = {each.reference: each.place for each in reversed(named.mentions)}
         call.print(rows, lambda found, now: ready_tables(found, places, named.built))
         if incomplete := [each.asked for each in rows if each.state != "complete"]:
-            raise Failed(f"{len(incomplete)} of {len(rows)} images are not complete", "INCOMPLETE")
+            raise OperationFailed(f"{len(incomplete)} of {len(rows)} images are not complete", "INCOMPLETE")
 
     call.run(work, make=fetch)
 
@@ -309,7 +311,7 @@ def drill(call: CommandContext, time: float, namespaces: tuple[str, ...]) -> Non
 
     async def work(operations: Operations) -> None:
         if not operations.remote:
-            raise Failed("no server is running: there is nothing to cut off", "NOT_RUNNING")
+            raise OperationFailed("no server is running: there is nothing to cut off", "NOT_RUNNING")
         found = await operations.begin_drill(time, namespaces)
         try:
             with closing(ProgressDisplay(sys.stderr)) as progress:
@@ -324,7 +326,7 @@ def drill(call: CommandContext, time: float, namespaces: tuple[str, ...]) -> Non
             found = await operations.end_drill()
         call.print(found, drill_tables)
         if found.missed:
-            raise Failed(f"{plural(len(found.missed), 'request')} could not be served", "MISSED")
+            raise OperationFailed(f"{plural(len(found.missed), 'request')} could not be served", "MISSED")
 
     call.run(work)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from proxy.admin import reports
-from proxy.admin.api.client import Failed
+from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import Column, Table, write
 from proxy.cli.context import CommandContext, common, option_type
@@ -38,7 +38,7 @@ def purge(call: CommandContext, pattern: str, dry_run: bool, yes: bool, force: b
         found = await operations.purge(pattern, dry_run=dry_run, force=force)
         call.print(found, purge_tables)
         if not found.references:
-            raise Failed(f"nothing that is stored matches {pattern}", "NAME_UNKNOWN")
+            raise OperationFailed(f"nothing that is stored matches {pattern}", "NAME_UNKNOWN")
 
     call.run(work)
 
@@ -49,12 +49,14 @@ def is_interactive() -> bool:
 
 async def _confirm(operations: Operations, pattern: str) -> None:
     if not is_interactive():
-        raise Failed("purging by a glob needs a confirmation: give --yes", "NOT_CONFIRMED", usage=True)
+        raise OperationFailed(
+            "purging by a glob needs a confirmation: give --yes", "NOT_CONFIRMED", usage=True
+        )
     found = await operations.purge(pattern, dry_run=True)
     if found.references:
         write(*purge_tables(found, time.time()), file=sys.stderr)
         if not click.confirm("Purge?", err=True):
-            raise Failed("nothing was purged", "NOT_CONFIRMED")
+            raise OperationFailed("nothing was purged", "NOT_CONFIRMED")
 
 
 def purge_tables(found: reports.Purged, now: float) -> Sequence[Table]:
@@ -125,7 +127,7 @@ def collect(call: CommandContext, dry_run: bool, last: bool) -> None:
         found = await (operations.collected() if last else operations.collect(dry_run=dry_run))
         call.print(found, collection_tables)
         if found.refused or any(each.refused for each in found.rows):
-            raise Failed(found.refused or "not all repositories could be collected", "DAMAGED")
+            raise OperationFailed(found.refused or "not all repositories could be collected", "DAMAGED")
 
     call.run(work)
 

@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from proxy.admin import models, reports
-from proxy.admin.api.client import Failed
+from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import Column, ProgressDisplay, Table, freshness
 from proxy.cli.context import PAUSE, CommandContext, common, option_type
@@ -91,7 +91,7 @@ def fills(call: CommandContext, watch: bool) -> None:
 
     async def work(operations: Operations) -> None:
         if not operations.remote:
-            raise Failed("no server is running: nothing is being transferred", "NOT_RUNNING")
+            raise OperationFailed("no server is running: nothing is being transferred", "NOT_RUNNING")
         if not watch:
             call.print(await operations.fills(), fill_tables)
             return

@@ -1,4 +1,4 @@
-"""What a command works on: a running server, by its admin API, or the directory itself."""
+"""What a command works on: a running server through its admin API, or the directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from yarl import URL
 
-from proxy.admin.api.client import CONNECT, AdminClient, Failed
+from proxy.admin.api.client import CONNECT, AdminClient, OperationFailed
 from proxy.admin.operations import Operations
 from proxy.config.errors import StartError
 from proxy.config.hosts import local_url, parse_server
@@ -37,7 +37,7 @@ async def reach(
 
     Only a refused connection leads to the directory: a server that answers with an error, or not in time, is
     running, and knows more than its directory does.  With `make`, a missing directory is made.  Errors of the
-    operations leave the block as Failed.
+    operations leave the block as OperationFailed.
     """
     url = _address(server) if server else _configured(config)
     if url is not None and await _listens(url, must=server is not None):
@@ -52,7 +52,7 @@ async def reach(
 async def connected(
     config: Config, server: str, token: str | None, ca_file: Path | None = None
 ) -> AsyncIterator[AdminClient]:
-    """A client of the server at `server`.  Raises Failed."""
+    """A client of the server at `server`.  Raises OperationFailed."""
     url = _address(server)
     await _listens(url, must=True)
     async with _client(config, url, server, token, ca_file) as client:
@@ -67,7 +67,7 @@ async def _client(
 
     With https the certificate must be signed by one of `ca_file`.  Without that file it must be the one
     that the configuration names, or for a `server` that was given, one that this machine trusts.  Raises
-    Failed.
+    OperationFailed.
     """
     from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
@@ -81,7 +81,7 @@ def _address(server: str) -> URL:
     try:
         return parse_server(server)
     except ValueError as error:
-        raise Failed(str(error), usage=True) from None
+        raise OperationFailed(str(error), usage=True) from None
 
 
 def _configured(config: Config) -> URL | None:
@@ -91,41 +91,43 @@ def _configured(config: Config) -> URL | None:
 
 
 def _trusted(config: Config, server: str | None, ca_file: Path | None) -> ssl.SSLContext | bool:
-    """Raises Failed."""
+    """Raises OperationFailed."""
     tls = config.admin_tls()
     try:
         if ca_file is not None:
             return ssl.create_default_context(cafile=ca_file)
         return True if server or tls is None else pinned(tls.certificate)
     except StartError as error:
-        raise Failed(str(error), "DENIED") from error
-    except (OSError, ValueError) as error:  # of ssl, for a file without a certificate, as well
+        raise OperationFailed(str(error), "DENIED") from error
+    except (OSError, ValueError) as error:  # ssl raises either for a file without a certificate
         cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise Failed(f"--ca-file {ca_file}: {cause}", usage=True) from error
+        raise OperationFailed(f"--ca-file {ca_file}: {cause}", usage=True) from error
 
 
 async def _listens(url: URL, must: bool) -> bool:
-    """Whether somebody does.  Raises Failed if not and somebody must, or if it cannot be told."""
+    """Whether a server listens.  Raises OperationFailed if it must and does not, or if that is unclear."""
     try:
-        # Of several addresses of a name it tries each, and tells what became of the last.
+        # It tries each address of a name, and raises the error of the last one.
         connection = await asyncio.to_thread(socket.create_connection, (url.host, url.port), CONNECT)
     except OSError as error:
         if isinstance(error, ConnectionRefusedError) and not must:
             return False
-        raise Failed(f"no server at {url}: {error.strerror or 'no answer'}", "UNREACHABLE") from error
+        raise OperationFailed(
+            f"no server at {url}: {error.strerror or 'no answer'}", "UNREACHABLE"
+        ) from error
     connection.close()
     return True
 
 
 @asynccontextmanager
 async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
-    tried = f"nobody listens at {asked}, and " if asked else ""
+    tried = f"nothing listens at {asked}, and " if asked else ""
     async with composed(config, make, tried) as composition:
         from proxy.admin.local_operations import LocalOperations
         from proxy.admin.peers import ServerProcesses
         from proxy.admin.processes import state_of
 
-        # Nothing is healed here: that would ask upstreams.  What is damaged is fetched when it is pulled.
+        # Without `heal`, which would ask upstreams: damaged content is fetched when a client pulls it.
         operations = LocalOperations(composition, ServerProcesses(state_of(composition), None))
         try:
             yield operations
@@ -135,18 +137,18 @@ async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIter
 
 @asynccontextmanager
 async def composed(config: Config, make: bool = False, tried: str = "") -> AsyncIterator[Composition]:
-    """All that stands on the directory, whether a server uses that as well or not.
+    """The composition on the directory, whether a server uses it or not.
 
-    With `make`, a directory that is not there is made; else that is said, after what was `tried`.  What is
-    raised within comes out of the block as Failed.
+    With `make`, a missing directory is made; without, its error begins with what was `tried`.  Errors leave
+    the block as OperationFailed.
     """
     root = config.disk.path
     try:
         there = any((root / kind).is_dir() for kind in ("cache", "private"))
     except OSError as error:
-        raise Failed(f"{root}: {error.strerror}", "DENIED") from error
-    if not there and not make:  # to look for it must not make it
-        raise Failed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
+        raise OperationFailed(f"{root}: {error.strerror}", "DENIED") from error
+    if not there and not make:  # a mere look must not make it
+        raise OperationFailed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
     from proxy.namespaces.composition import compose
     from proxy.namespaces.references import FieldInvalid
     from storage.errors import RegistryError
@@ -158,8 +160,8 @@ async def composed(config: Config, make: bool = False, tried: str = "") -> Async
         finally:
             await composition.close()
     except FieldInvalid as error:
-        raise Failed(str(error), "FIELD_INVALID", usage=True) from error
+        raise OperationFailed(str(error), "FIELD_INVALID", usage=True) from error
     except RegistryError as error:
-        raise Failed(str(error) or error.code, error.code, usage=error.status == 400) from error
+        raise OperationFailed(str(error) or error.code, error.code, usage=error.status == 400) from error
     except StartError as error:
-        raise Failed(str(error), "UNKNOWN") from error
+        raise OperationFailed(str(error), "UNKNOWN") from error

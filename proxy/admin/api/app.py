@@ -13,6 +13,7 @@ import math
 import re
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -56,32 +57,34 @@ def application(
         found = await state()
         return in_json(found, 503 if found["status"] == "draining" else 200)
 
-    @web.middleware
-    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN:
-            check(request, token, loopback)
-        return await handler(request)
-
     summaries = Summaries()
-    # The cache comes last, behind the check of the token.
-    admin = web.Application(middlewares=[errors_in_json, guarded, cache_middleware])
+    admin = web.Application(middlewares=_middlewares(token, loopback))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", web.NotAppKeyWarning)  # the middleware looks for this name
         admin["cache"] = summaries
     admin.on_cleanup.append(lambda app: operations.close())
-    open_ones: list[Handler] = [exposition, healthz, readyz]
-    for path, handler in zip(OPEN, open_ones, strict=True):
-        admin.router.add_get(path, handler)
-    api = Api(operations, summaries.forget)
+    bundles = BundleRoutes(operations.exports, operations.imports, summaries.forget)
     for method, path, handler in (
-        *api.routes(),
-        *BundleRoutes(operations.exports, operations.imports, summaries.forget).routes(),
+        *(("GET", *each) for each in zip(OPEN, (exposition, healthz, readyz), strict=True)),
+        *Api(operations, summaries.forget).routes(),
+        *bundles.routes(),
     ):
         if method == "GET":
             admin.router.add_get(path, handler)  # and HEAD
         else:
             admin.router.add_route(method, path, handler)
     return admin
+
+
+def _middlewares(token: str | None, loopback: bool) -> list[Any]:
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in OPEN:
+            check(request, token, loopback)
+        return await handler(request)
+
+    # The cache comes last, behind the check of the token.
+    return [errors_in_json, guarded, cache_middleware]
 
 
 class Summaries(MemoryCache):

@@ -1,4 +1,4 @@
-"""A client of the admin API, which has the methods of Operations and raises Failed."""
+"""A client of the admin API, which has the methods of Operations and raises OperationFailed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-CONNECT = 5.0  # seconds for a connection to the server; how long it works on an answer is its own affair
+CONNECT = 5.0  # seconds for a connection to the server; an answer may take any time
 
 
-class Failed(Exception):
-    """What could not be done, as a sentence; `usage` if it was asked wrongly.  `code` is for programs."""
+class OperationFailed(Exception):
+    """An operation, or a command, that failed; the message is a sentence, `code` is for programs.
+
+    `usage` means that the arguments were wrong.
+    """
 
     def __init__(self, message: str, code: str = "UNKNOWN", *, usage: bool = False) -> None:
         super().__init__(message)
@@ -47,7 +50,7 @@ def _sent(
 
 
 class AdminClient:
-    """The Operations of a running server, over its admin API.  Every method raises Failed."""
+    """The Operations of a running server, over its admin API.  Every method raises OperationFailed."""
 
     remote = True
 
@@ -126,7 +129,9 @@ class AdminClient:
         try:
             return msgspec.json.decode(content, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Failed(f"{self._url} answers what entrepot does not: {error}", "NOT_UNDERSTOOD") from error
+            raise OperationFailed(
+                f"{self._url} sent an answer that is not of entrepot: {error}", "NOT_UNDERSTOOD"
+            ) from error
 
     @asynccontextmanager
     async def _response(
@@ -137,21 +142,21 @@ class AdminClient:
         body: bytes | IO[bytes] | None,
         media_type: str = "application/json",
     ) -> AsyncIterator[ClientResponse]:
-        """One that goes well.  What goes wrong while it is read is Failed, too."""
+        """A successful response.  Raises OperationFailed, also for an error while it is read."""
         from aiohttp import ClientError
 
         headers = self._headers if body is None else {**self._headers, "Content-Type": media_type}
         url = (self._url / "api/v1" / name).with_query(query)
         try:
-            # The token is for nobody else: no redirect is followed.
+            # No redirect is followed: another server must not get the token.
             async with self._session.request(
                 method, url, headers=headers, data=body, allow_redirects=False
             ) as response:
                 if response.status not in (200, 202):
-                    raise _refusal(self._url, response.status, await response.read())
+                    raise _error_of(self._url, response.status, await response.read())
                 yield response
         except (ClientError, ConnectionError, TimeoutError) as error:
-            raise Failed(f"{self._url}: {error or 'no answer'}", "UNREACHABLE") from error
+            raise OperationFailed(f"{self._url}: {error or 'no answer'}", "UNREACHABLE") from error
 
 
 def _export_body(selection: Selection, dry_run: bool = False) -> bytes:
@@ -160,17 +165,19 @@ def _export_body(selection: Selection, dry_run: bool = False) -> bytes:
 
 
 class _ErrorAnswer(msgspec.Struct):
+    """The body of an error response."""
+
     error: str
     code: str
 
 
-def _refusal(url: URL, status: int, content: bytes) -> Failed:
+def _error_of(url: URL, status: int, content: bytes) -> OperationFailed:
     try:
-        told = msgspec.json.decode(content, type=_ErrorAnswer)
+        answer = msgspec.json.decode(content, type=_ErrorAnswer)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        told = _ErrorAnswer(
+        answer = _ErrorAnswer(
             f"{url} answers {status}: is that the admin address of entrepot?", "NOT_UNDERSTOOD"
         )
     if status == 401:
-        told.error += f"; give it to {url} by --token or ENTREPOT_ADMIN_TOKEN"
-    return Failed(told.error, told.code, usage=status == 400)
+        answer.error += f"; give it to {url} by --token or ENTREPOT_ADMIN_TOKEN"
+    return OperationFailed(answer.error, answer.code, usage=status == 400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -15,6 +16,7 @@ T = TypeVar("T")
 
 # Errors of a registry that has no referrers API.
 UNLISTED = (ManifestUnknown, NameUnknown, Unsupported)
+_FALLBACK_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 # containerd, platforms/database.go: the variant that an architecture without one stands for.
 _PLAIN = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 
@@ -110,6 +112,11 @@ def attestations(content: ManifestContent) -> set[Digest]:
 def fallback_tag(digest: Digest) -> Tag:
     """The tag of the index that lists the referrers: distribution-spec, "Referrers Tag Schema"."""
     return Tag(f"{digest.algorithm[:32]}-{digest.encoded[:64]}")
+
+
+def is_fallback_tag(tag: str) -> bool:
+    """Whether fallback_tag() returns this tag for a digest."""
+    return bool(_FALLBACK_TAG.fullmatch(tag))
 
 
 def signature_tags(digest: Digest) -> list[Tag]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from storage.graph import Walk, attestations, lacking
+from storage.graph import Walk, attestations, fallback_tag, is_fallback_tag, lacking
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, ManifestContent, parse_manifest
 
 GRAPH = {"a": "bc", "b": "d", "c": "d", "d": "a"}
@@ -71,3 +71,12 @@ def test_attestations_are_for_no_platform() -> None:
 )
 def test_what_a_registry_is_to_hold(media_type: str, distributable: bool) -> None:
     assert Descriptor(media_type, Digest.of(b"1"), 1).distributable == distributable
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_fallback_tags_are_recognised(algorithm: str) -> None:
+    tag = fallback_tag(Digest.of(b"", algorithm))
+    assert is_fallback_tag(tag)
+    assert (
+        not is_fallback_tag(f"{tag}.sig") and not is_fallback_tag("sha256-00") and not is_fallback_tag("3.20")
+    )

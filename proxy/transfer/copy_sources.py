@@ -12,12 +12,10 @@ from proxy.config.hosts import is_loopback
 from proxy.config.image_names import ImageName
 from proxy.config.wellknown import DOCKER_HUB, WELL_KNOWN
 from storage.errors import NameUnknown
+from storage.graph import is_fallback_tag
 from storage.names import is_glob, literal_prefix, written
 from storage.oci import Digest, Reference, Tag
 from storage.registry import Registry
-
-# Fallback tags, which list referrers, are copied with their subjects.
-_FALLBACK = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,8 @@ async def items(
             listed = frozenset(await registry.tags(repository))
             tags = sorted(each for each in listed if fnmatchcase(each, pattern))
             for tag in tags:
-                if not (referrers and _FALLBACK.fullmatch(tag)):
+                # A fallback tag is copied with the subject whose referrers it lists.
+                if not (referrers and is_fallback_tag(tag)):
                     yield CopyItem(place, repository, Tag(tag), target, (Tag(tag),), listed)
             if not tags and not place.wild:
                 raise NameUnknown(f"{place.host}/{repository} has no tag that matches {pattern}")

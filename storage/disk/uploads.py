@@ -286,7 +286,7 @@ class FileUpload(Upload):
         self.close()
 
     async def suspend(self, error: BaseException | None = None) -> None:
-        """Stop, but keep the bytes for the next upload of this digest, or for whoever reopens this one.
+        """Stop, but keep the bytes for the next upload of this digest, or for a resumption of this one.
 
         Without `error` all accepted bytes are kept; raises StorageFailed if they cannot be written.
         """

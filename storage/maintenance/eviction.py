@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -187,13 +187,16 @@ class Eviction:
         default = self._rules.default_keep_for
         expiry = Expiry(self._store, self._keep_for, default, self._pinned(), self._clock)
         run.evict(expiry.blobs(self._blobs))
+        run.remove(self._expired_keys(expiry, run))
+        return run.report("ttl")
+
+    def _expired_keys(self, expiry: Expiry, run: EvictionRun) -> Iterator[str]:
         for expired in expiry.records(self._blobs, run.evicted):
             run.tags += expired.tags
             run.manifests += expired.manifests
             run.removed_links += expired.links
-            run.remove(expired.keys)
+            yield from expired.keys
             run.pause()
-        return run.report("ttl")
 
     def _keep_for(self, repository: str) -> float:
         if repository.partition("/")[0] in self._rules.kept:
@@ -233,9 +236,10 @@ class EvictionRun:
         self.remove(links)
 
     def remove(self, keys: Iterable[str]) -> None:
-        left = iter(() if self._dry_run else keys)
+        left = iter(keys)
         while batch := list(islice(left, BATCH)):
-            self._remove_records(batch)
+            if not self._dry_run:
+                self._remove_records(batch)
             self.pause()
 
     def _remove_records(self, keys: list[str]) -> None:

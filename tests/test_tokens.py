@@ -556,10 +556,23 @@ async def test_an_upstream_that_changes_its_scheme(realm: Realm) -> None:
 # Realms that are not asked
 
 
-@pytest.mark.parametrize("credentials", [Credentials(), Inline("ci", "secret")])
 @pytest.mark.parametrize(
-    "address",
-    ["https://evil.example/token", "http://auth.docker.io/token", "https://a\\@b/", "https://h:99999/", ""],
+    ("credentials", "address"),
+    [
+        (Inline("ci", "secret"), "https://evil.example/token"),
+        *(
+            (each, address)
+            for each in (Credentials(), Inline("ci", "secret"))
+            for address in (
+                "http://auth.docker.io/token",
+                "http://evil.example/token",
+                "https://user:word@evil.example/token",
+                "https://a\\@b/",
+                "https://h:99999/",
+                "",
+            )
+        ),
+    ],
 )
 async def test_a_realm_elsewhere_is_not_asked(realm: Realm, credentials: Credentials, address: str) -> None:
     tokens = TokenCache(HUB, credentials, realm)
@@ -570,6 +583,32 @@ async def test_a_realm_elsewhere_is_not_asked(realm: Realm, credentials: Credent
     assert repr(address) in str(caught.value)
     assert events == [{"event": "token.realm_refused", "log_level": "warning", "host": HUB, "realm": address}]
     assert realm.requests == []
+
+
+async def test_an_anonymous_token_from_a_realm_elsewhere(tokens: TokenCache, realm: Realm) -> None:
+    challenge = f'Bearer realm="https://login.vendor.example/t",service="s",scope="{SCOPE}"'
+    assert await tokens.renew(SCOPE, [challenge], None) == "Bearer t1"
+    url = URL("https://login.vendor.example/t").with_query([("service", "s"), ("scope", SCOPE)])
+    assert realm.requests == [("GET", url, None, None)]
+    assert await tokens.authorization("repository:other:pull") == "Bearer t2"
+
+
+async def test_a_realm_that_issued_anonymous_tokens_gets_no_credentials_later(realm: Realm) -> None:
+    class Late(Credentials):
+        found: Credential | None = None
+
+        async def get(self, host: str) -> Credential | None:
+            return self.found
+
+    late = Late()
+    tokens = TokenCache(HUB, late, realm)
+    challenge = ['Bearer realm="https://login.vendor.example/t"']
+    assert await tokens.renew(SCOPE, challenge, None) == "Bearer t1"
+    late.found = Credential("ci", "secret")
+    assert await tokens.authorization("repository:other:pull") is None
+    with pytest.raises(OriginDenied, match="token_realms"):
+        await tokens.renew("repository:other:pull", challenge, None)
+    assert len(realm.requests) == 1
 
 
 async def test_realms_the_operator_allows(realm: Realm) -> None:

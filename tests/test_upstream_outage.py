@@ -176,6 +176,23 @@ async def test_a_token_server_that_hangs_is_bounded_and_then_refused_at_once(
     assert open_hosts[URL(upstream.cdn_url).host_port_subcomponent or ""] == 1
 
 
+@pytest.mark.parametrize("after", [0, 1, 20])
+async def test_a_token_server_that_stops_in_its_answer_is_paused_too(
+    serve: Serve, upstream: Upstream, after: int
+) -> None:
+    upstream.auth = Bearer(realm="{cdn_url}/token")
+    options = {**QUICK, "token_realms": ["localhost"], "progress_timeout": "1h"}
+    site, image = await warm(serve, upstream, options=options)
+    upstream.expire_tokens()
+    upstream.next("GET", "token", silence(after), times=100)
+    assert (await pull(site, blob_of(image.layers[0])))[0] == 504
+    assert (await pull(site, blob_of(image.config)))[0] == 504
+    assert (await pull(site))[:2] == (200, image.content)
+    assert upstream.log.count("GET token repository:a/b:pull") == 1
+    open_hosts = await metric(site, "entrepot_upstream_open")
+    assert open_hosts[URL(upstream.cdn_url).host_port_subcomponent or ""] == 1
+
+
 async def test_a_cdn_that_hangs_is_no_reason_not_to_ask_for_tags(serve: Serve, upstream: Upstream) -> None:
     upstream.cdn = True
     site, image = await warm(serve, upstream, options=QUICK)

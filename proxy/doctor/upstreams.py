@@ -77,8 +77,8 @@ class UpstreamProbe:
     async def _fetch(
         self, method: str, url: URL, *, headers: Mapping[str, str], form: Any = None
     ) -> TokenResponse:
-        async with await self._transport.send(method, url, headers, form) as response:
-            return TokenResponse(response.status, await self._transport.read(response, TOKEN_LIMIT))
+        response, content = await self._transport.exchange(method, url, headers, form, TOKEN_LIMIT)
+        return TokenResponse(response.status, content)
 
     async def ask(
         self, method: str, path: str, tokens: TokenCache, scope: str = ""

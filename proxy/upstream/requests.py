@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -21,6 +22,7 @@ from yarl import URL
 
 from proxy.config.quantities import seconds_until
 from proxy.telemetry.metrics import Metrics
+from proxy.upstream.anonymous import AnonymousTokens
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
@@ -136,7 +138,13 @@ class RequestSender:
         metrics.open.labels(name, self.host).set(0)
         self._health = self.transport.breaker(home)
         self._caller = False
+        self._elsewhere = AnonymousTokens(
+            self._fetch, plain_http=settings.connect.plain_http, clock=clock, on_fetch=self._count_token
+        )
         self._use(credentials)
+
+    def _count_token(self, result: str) -> None:
+        self._metrics.tokens.labels(self.name, result).inc()
 
     def _use(self, credentials: Sequence[Credentials]) -> None:
         self.budgets = Budgets(len(credentials), self._clock)
@@ -148,7 +156,7 @@ class RequestSender:
                 allowed_realms=self._settings.token_realms,
                 plain_http=self._settings.connect.plain_http,
                 clock=self._clock,
-                on_fetch=lambda result: self._metrics.tokens.labels(self.name, result).inc(),
+                on_fetch=self._count_token,
             )
             for each in credentials
         ]
@@ -223,20 +231,26 @@ class RequestSender:
         url, scope = request.url, request.scope(self._pushed_to)
         # The location of an upload on another host is signed: that host must not get our credentials.
         ours = url.origin() == self.home.origin()
-        authorization = await tokens.authorization(scope) if ours else None
-        # One renewal of refused credentials; the first challenge does not count.
-        tries = (1 if authorization else 2) if ours and request.repeatable else 0
+        authorization = await tokens.authorization(scope) if ours else await self._foreign(request, url)
+        tries: dict[URL, int] = {}  # left, by origin
         while True:
             response = await self._send_once(request, authorization)
-            if response.status not in (401, 403) or not tries:
+            if response.status not in (401, 403) or not request.repeatable:
                 break
-            tries -= 1
-            if response.url.origin() == url.origin():
-                renewed = await self._renewed(tokens, response, scope, authorization)
-                if renewed is None:
-                    break
+            origin = response.url.origin()
+            used = response.request_info.headers.get("Authorization")
+            # One renewal of refused credentials; the first challenge does not count.
+            left = tries.setdefault(origin, 1 if used or authorization else 2)
+            if not left:
+                break
+            tries[origin] -= 1
+            direct = origin == url.origin()
+            renewed = await self._renewed(tokens if ours and direct else None, request, response, scope, used)
+            if renewed is None and (direct or not ours):
+                break
+            if direct:
                 authorization = renewed
-            # Else a signed URL has expired: a new redirect has a new one.
+            # Else the redirect is followed anew: with a token, or to a newly signed URL if that has expired.
             response.release()
         home = ours and response.url.origin() == url.origin()
         if home and self.budgets[number].read(response.headers) and not self._caller:
@@ -270,11 +284,26 @@ class RequestSender:
         if budget.limit is not None:
             self._metrics.ratelimit_limit.labels(*labels).set(budget.limit)
 
+    async def _foreign(self, request: UpstreamRequest, url: URL) -> str | None:
+        """The Authorization for a URL that is not on the upstream's own host."""
+        return await self._elsewhere.authorization(url) if request.method in _READING else None
+
     async def _renewed(
-        self, tokens: TokenCache, response: aiohttp.ClientResponse, scope: str, used: str | None
+        self,
+        tokens: TokenCache | None,
+        request: UpstreamRequest,
+        response: aiohttp.ClientResponse,
+        scope: str,
+        used: str | None,
     ) -> str | None:
+        """The Authorization to try after a refusal: by `tokens`, or anonymous if another host refused."""
+        challenges = response.headers.getall("WWW-Authenticate", ())
         try:
-            return await tokens.renew(scope, response.headers.getall("WWW-Authenticate", ()), used)
+            if tokens is not None:
+                return await tokens.renew(scope, challenges, used)
+            if request.method in _READING:
+                return await self._elsewhere.renew(response.url, challenges, used)
+            return None
         except BaseException:
             response.release()
             raise
@@ -286,7 +315,9 @@ class RequestSender:
         if authorization:
             headers["Authorization"] = authorization
         try:
-            response = await self.transport.follow(request.method, request.url, headers, request.body)
+            response = await self.transport.follow(
+                request.method, request.url, headers, request.body, partial(self._foreign, request)
+            )
             status = response.status
             return response
         finally:
@@ -306,7 +337,9 @@ class RequestSender:
 
     async def content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """The decoded body of a small document.  Raises OriginFailed, OriginTimeout."""
-        content = await self.transport.read(response, limit)
+        return self._decoded(response, await self.transport.read(response, limit), limit)
+
+    def _decoded(self, response: aiohttp.ClientResponse, content: bytes, limit: int) -> bytes:
         self._traffic.count_received(len(content))
         encoding = encoding_of(response)
         if not encoding:
@@ -345,18 +378,17 @@ class RequestSender:
         self, method: str, url: URL, *, headers: Any, form: Any = None
     ) -> TokenResponse:  # tokens.Fetch
         self._traffic.count_request()
-        response = await self.transport.send(method, url, headers, form)
-        async with response:
-            content = await self.content(response, MANIFEST_LIMIT)
-            seconds = seconds_until(response.headers, time.time)
-            if response.status == 429 and seconds is None:
-                seconds = DEFAULT_BLOCK  # the window of the registry's limit does not apply to the realm's
-            return TokenResponse(response.status, content, seconds)
+        response, content = await self.transport.exchange(method, url, headers, form, MANIFEST_LIMIT)
+        seconds = seconds_until(response.headers, time.time)
+        if response.status == 429 and seconds is None:
+            seconds = DEFAULT_BLOCK  # the window of the registry's limit does not apply to the realm's
+        return TokenResponse(response.status, self._decoded(response, content, MANIFEST_LIMIT), seconds)
 
     async def close(self) -> None:
         for each in self._tokens:
             await each.close()
         if not self._caller:
+            await self._elsewhere.close()
             await self.transport.close()
 
 

@@ -2,8 +2,8 @@
 
 Rules:
 - No token is requested before the upstream has sent a challenge.
-- A realm gets a request, and thus our credentials, only if it is on the upstream's own host or registrable
-  domain, or allowed by the operator; a realm that is not allowed gets no anonymous request either.
+- A realm gets our credentials only if it is on the upstream's own host or registrable domain, or allowed by
+  the operator.  Without credentials, any realm may be asked by https: there is nothing to steal.
 - There is one request at a time for a scope; all callers that wait share its outcome.
 - A realm is remembered while it issues tokens, and forgotten when it fails: the upstream may use another one
   by now, and names it in its next challenge.
@@ -41,15 +41,19 @@ def realm_allowed(realm: URL, host: str, allowed: Collection[str] = (), *, plain
     Its own host is allowed, on any port, its registrable domain, and each of `allowed`: a host, or host:port
     for that port alone.  Plain http is allowed only with `plain_http`.
     """
-    secure = realm.scheme == "https" or (plain_http and realm.scheme == "http")
     theirs, ours = _host(realm), _host(URL(f"https://{host}"))
-    # A user name in the URL would take the place of our credentials.
-    if not secure or not theirs or realm.user is not None or realm.password is not None:
+    if not _anonymously_allowed(realm, plain_http):
         return False
     if theirs == ours or theirs in allowed or f"{theirs}:{realm.port}" in allowed:
         return True
     domain = _registrable_domain(theirs)
     return domain is not None and domain == _registrable_domain(ours)
+
+
+def _anonymously_allowed(realm: URL, plain_http: bool) -> bool:
+    secure = realm.scheme == "https" or (plain_http and realm.scheme == "http")
+    # A user name in the URL would take the place of our credentials.
+    return secure and _host(realm) != "" and realm.user is None and realm.password is None
 
 
 def _host(url: URL) -> str:
@@ -93,8 +97,11 @@ class Fetch(Protocol):
 
 @dataclass(frozen=True)
 class _Realm:
+    """`trusted`: it may get our credentials."""
+
     url: URL
     service: str | None
+    trusted: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class TokenCache:
     """Authorization values for one upstream at `host` (with its port, if it has one), cached by scope.
 
     `allowed_realms` and `plain_http` are as in realm_allowed().  `on_fetch` is called with the result of each
-    token request: "ok", "denied" or "failed".
+    token request: "ok", "denied" or "failed".  Who gives `flights` also closes them.
     """
 
     def __init__(
@@ -126,13 +133,14 @@ class TokenCache:
         plain_http: bool = False,
         clock: Callable[[], float] = time.monotonic,
         on_fetch: Callable[[str], None] | None = None,
+        flights: SingleFlight | None = None,
     ) -> None:
         self._host, self._credentials, self._fetch = host, credentials, fetch
         self._allowed, self._plain_http = frozenset(allowed_realms), plain_http
         self._clock = clock
         self._on_fetch = on_fetch or (lambda result: None)
         self._tokens: dict[str, _Token] = {}  # by scope, oldest first
-        self._flights = SingleFlight()
+        self._flights = SingleFlight() if flights is None else flights
         self._realm: _Realm | None = None  # the last one that issued a token
         self._basic = False  # the upstream wants Basic
 
@@ -180,7 +188,7 @@ class TokenCache:
                 return await self._token(scope, self._realm, scope)
         if bearer:
             try:
-                realm = self._accept(bearer)
+                realm = await self._accept(bearer)
             except OriginDenied:
                 if basic and (value := await self._renew_basic(used)):
                     return value
@@ -209,33 +217,47 @@ class TokenCache:
         self._basic = True
         return value
 
-    def _accept(self, challenge: Challenge) -> _Realm:
+    async def _accept(self, challenge: Challenge) -> _Realm:
         """Raises OriginDenied."""
         text = challenge.parameters.get("realm", "")
         try:
             url = URL(text)
-            allowed = realm_allowed(url, self._host, self._allowed, plain_http=self._plain_http)
+            trusted = realm_allowed(url, self._host, self._allowed, plain_http=self._plain_http)
+            allowed = trusted or _anonymously_allowed(url, self._plain_http)
         except ValueError:
             allowed = False
         if not allowed:
-            log.warning("token.realm_refused", host=self._host, realm=text[:200])
-            raise OriginDenied(
-                f"{self._host} requests tokens from {text[:200]!r}, which is not an https address on its own"
-                " domain: allow the host with token_realms, http with plain_http"
-            )
-        return _Realm(url, challenge.parameters.get("service"))
+            raise self._refused(text)
+        realm = _Realm(url, challenge.parameters.get("service"), trusted)
+        await self._credential(realm)
+        return realm
+
+    async def _credential(self, realm: _Realm) -> Credential | None:
+        """The credential for a realm.  Raises OriginDenied if there is one that the realm must not get."""
+        credential = await self._credentials.get(self._host)
+        if credential is not None and not realm.trusted:
+            raise self._refused(str(realm.url))
+        return credential
+
+    def _refused(self, realm: str) -> OriginDenied:
+        log.warning("token.realm_refused", host=self._host, realm=realm[:200])
+        return OriginDenied(
+            f"{self._host} requests tokens from {realm[:200]!r}, which is not an https address on its own"
+            " domain: allow the host with token_realms, http with plain_http"
+        )
 
     async def _token(self, scope: str, realm: _Realm, wanted: str) -> str:
         # The realm is in the key, so that a caller with a new challenge does not wait for a former realm.
-        return await self._flights.join((scope, realm), lambda: self._issue(scope, realm, wanted))
+        key = self._host, scope, realm
+        return await self._flights.join(key, lambda: self._issue(scope, realm, wanted))
 
     async def _issue(self, scope: str, realm: _Realm, wanted: str) -> str:
-        credential = await self._credentials.get(self._host)
+        credential = await self._credential(realm)
         try:
             token = await self._request_token(realm, wanted, credential)
         except OriginDenied:
             self._credentials.forget()
-            again = await self._credentials.get(self._host)
+            again = await self._credential(realm)
             if again == credential:
                 raise
             token = await self._request_token(realm, wanted, again)

@@ -17,7 +17,7 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -166,10 +166,23 @@ class Transport:
 
         Raises OriginFailed, OriginTimeout; without a request while the host's breaker is open.
         """
+        return (await self._send(method, url, headers, body, None))[0]
+
+    async def exchange(
+        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody, limit: int
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """As send(), with the body of the response, a small document: all of it within `header_timeout`."""
+        self._check_private(url)
+        return await self._send(method, url, headers, body, limit)
+
+    async def _send(
+        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody, limit: int | None
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
         with self.breaker(url).call() as attempt:
             try:
                 async with self._bounded(method, body):
                     response = await self._persist(method, url, headers, body)
+                    content = b"" if limit is None else await self._body(response, limit)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error)
                 attempt.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
@@ -178,7 +191,7 @@ class Transport:
                 attempt.failed(OriginFailed(f"{self._name} answered {response.status}"))
             else:
                 attempt.succeeded()
-            return response
+            return response, content
 
     @asynccontextmanager
     async def _bounded(self, method: str, body: RequestBody) -> AsyncIterator[None]:
@@ -229,9 +242,17 @@ class Transport:
         raise AssertionError("the last attempt returns or raises")
 
     async def follow(
-        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody = None
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        body: RequestBody = None,
+        elsewhere: Callable[[URL], Awaitable[str | None]] | None = None,
     ) -> aiohttp.ClientResponse:
-        """Send a request and follow redirects; the last response.  Raises OriginFailed, OriginTimeout."""
+        """Send a request and follow redirects; the last response.  Raises OriginFailed, OriginTimeout.
+
+        `elsewhere` returns the Authorization for a URL at another origin, in place of that in `headers`.
+        """
         given = dict(headers)
         for _ in range(REDIRECTS + 1):
             response = await self.send(method, url, given, body)
@@ -246,6 +267,8 @@ class Transport:
             # The port is compared too: origin() accepts one that is out of range.
             if (target.origin(), target.port) != (url.origin(), url.port):
                 given.pop("Authorization", None)
+                if elsewhere is not None and (value := await elsewhere(target)):
+                    given["Authorization"] = value
             url = target
         raise OriginFailed(f"{self._name} redirected more than {REDIRECTS} times")
 
@@ -262,9 +285,13 @@ class Transport:
             raise OriginFailed(
                 f"{self._name} redirected from {url.scheme} to {target.scheme}; plain_http allows http"
             )
-        if self._connect.proxy and not self._private and is_private(target.host or ""):
-            raise OriginFailed(f"{self._name} redirected to a private address; private_redirects allows it")
+        self._check_private(target)
         return target
+
+    def _check_private(self, url: URL) -> None:
+        """Behind a proxy no socket shows the address.  Raises OriginFailed."""
+        if self._connect.proxy and not self._private and is_private(url.host or ""):
+            raise OriginFailed(f"{self._name} redirected to a private address; private_redirects allows it")
 
     async def read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """The body of a small document, all of which must come within `progress_timeout`.
@@ -272,18 +299,22 @@ class Transport:
         Raises OriginTimeout, and OriginFailed if it has more than `limit` bytes or ends early.
         """
         try:
-            content = bytearray()
             async with asyncio.timeout(self._connect.progress_timeout):
-                async for chunk in response.content.iter_any():
-                    content += chunk
-                    if len(content) > limit:
-                        response.close()
-                        raise OriginFailed(
-                            f"{self._name} sent more than {limit} bytes, the most that is allowed"
-                        )
-            return bytes(content)
+                return await self._body(response, limit)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self.broken(response, error) from error
+
+    async def _body(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+        content = bytearray()
+        try:
+            async for chunk in response.content.iter_any():
+                content += chunk
+                if len(content) > limit:
+                    raise OriginFailed(f"{self._name} sent more than {limit} bytes, the most that is allowed")
+        except BaseException:
+            response.close()
+            raise
+        return bytes(content)
 
     def broken(self, response: aiohttp.ClientResponse, error: BaseException) -> RegistryError:
         """The error for a response whose body ended early."""

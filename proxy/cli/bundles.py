@@ -236,6 +236,7 @@ def import_(
     match: str | None,
     dry_run: bool,
 ) -> None:
+    # long: its parameters are the options of the command, its docstring the help.
     """Load images from archives.
 
     ARCHIVE is a bundle, another OCI image layout, or the output of docker save: a directory, a tar, or a

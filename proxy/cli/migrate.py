@@ -23,7 +23,7 @@ from proxy.transfer.results import DamageRow, Migrated
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
 from storage.migration.distribution import DistributionTree
-from storage.migration.migration import Migration
+from storage.migration.migration import Migration, MigrationReport
 from storage.store import Store
 
 PAUSE = 0.5  # seconds between two updates of the progress
@@ -57,9 +57,12 @@ async def migrate(
     finally:
         await store.close()
         _hand_over(config)
-    report = migration.report
+    return _migrated(migration.report, name, time.monotonic() - begun, dry_run)
+
+
+def _migrated(report: MigrationReport, namespace: str, seconds: float, dry_run: bool) -> Migrated:
     return Migrated(
-        namespace=name,
+        namespace=namespace,
         repositories=report.repositories,
         tags=report.tags,
         manifests=report.manifests,
@@ -69,7 +72,7 @@ async def migrate(
         present=report.present,
         kept=[DamageRow(**asdict(each)) for each in report.kept],
         damaged=[DamageRow(**asdict(each)) for each in report.damaged],
-        seconds=time.monotonic() - begun,
+        seconds=seconds,
         dry_run=dry_run,
     )
 

@@ -6,7 +6,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     manifest <repository> <digest>              a manifest's media type and content
     link <repository> <digest>                  a blob that a repository shows
     referrers <repository> <subject> <digest>   a manifest that refers to `subject`
-    listing <repository> <what>                 what an origin listed
+    listing <repository> <what>                 what an origin listed, or does not have
     pushed <repository>                         how often the repository's tags and manifests changed
     lease <repository> <digest>                 when a push in progress was last told of a manifest
     use <repository> <reference>                how often a tag or a manifest was used

@@ -45,3 +45,6 @@ class OriginListings:
         """Store what an origin has just listed."""
         record = f"{self._clock()}\n".encode() + msgspec.json.encode(value)
         await asyncio.to_thread(self._records.put, LISTING.key(repository, what), record)
+
+    async def delete(self, repository: str, what: str) -> None:
+        await asyncio.to_thread(self._records.delete, LISTING.key(repository, what))

@@ -6,12 +6,14 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from proxy.cache.absences import REFERRERS_API
 from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
 from storage.errors import ManifestUnknown, NameUnknown, StorageFailed, Unavailable
-from storage.oci import Descriptor, Digest
+from storage.graph import contents, fallback_tag
+from storage.oci import OCI_INDEX, Descriptor, Digest
 from storage.store import Store
 
 T = TypeVar("T")
@@ -39,16 +41,34 @@ class Listings:
     async def referrers(
         self, repository: str, digest: Digest, artifact_type: str | None
     ) -> Answered[list[Descriptor]]:
-        """Raises ManifestUnknown."""
+        """Raises ManifestUnknown: clients then look for the fallback tag."""
+        name = f"{self._origin.namespace}/{repository}"
+        absences = self._origin.absences
 
         async def ask() -> list[dict[str, Any]]:
-            return [each.to_json() for each in await self._origin.registry.referrers(repository, digest)]
+            try:
+                found = await self._origin.registry.referrers(repository, digest)
+            except ManifestUnknown:
+                await self._origin.keep(absences.add(name, REFERRERS_API, digest))
+                raise
+            await self._origin.keep(absences.discard(name, REFERRERS_API))
+            return [each.to_json() for each in found]
 
         async def stored(name: str) -> list[dict[str, Any]]:
-            return [each.to_json() for each in await self._store.referrers(name, digest)]
+            fallback = self._fallback(name, digest)
+            return _merged(
+                fallback.value if fallback else [],
+                [each.to_json() for each in await self._store.referrers(name, digest)],
+            )
 
-        key = ManifestUnknown, f"{self._origin.namespace}/{repository}", f"referrers {digest}"
-        answered = await self._get(key, ask, stored)
+        try:
+            answered = await self._get((ManifestUnknown, name, f"referrers {digest}"), ask, stored)
+        except Unavailable as error:
+            if (fallback := self._fallback(name, digest)) is None:
+                if absences.contains(name, REFERRERS_API):
+                    raise self._origin.still_unknown(f"list of referrers of {digest}") from error
+                raise
+            answered = fallback._replace(detail=error.code)
         found = [Descriptor.from_json(each) for each in answered.value]
         return answered.with_value([each for each in found if artifact_type in (None, each.artifact_type)])
 
@@ -85,6 +105,22 @@ class Listings:
         if known is None:
             raise error.copy()
         return Answered.of(known.value, "stale", age, fresh_for, error.code)
+
+    def _fallback(self, name: str, digest: Digest) -> Answered[list[dict[str, Any]]] | None:
+        """The referrers that the stored fallback tag lists: distribution-spec, "Referrers Tag Schema"."""
+        try:
+            pointer = self._store.pointer(name, fallback_tag(digest))
+            if pointer is None:
+                return None
+            manifest = self._store.manifest(name, pointer.digest)[0]
+        except (ManifestUnknown, StorageFailed):
+            return None
+        content = contents(manifest.content) if manifest.media_type == OCI_INDEX else None
+        if content is None:
+            return None
+        listed = [each.to_json() for each in content.listed]
+        age = self._clock() - pointer.validated_at
+        return Answered.of(listed, "stale", age, self._policy.fresh_for(""))
 
     async def _stored(self, stored: Callable[[str], Awaitable[list[T]]], name: str) -> list[T]:
         try:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
+from proxy.cache.absences import Absences, subject_of
 from proxy.cache.drill import Drill
 from proxy.cache.negatives import Negatives, RequestKey
 from proxy.cache.policy import Policy
@@ -64,6 +65,7 @@ class Origin:
         self.flights = SingleFlight()
         self.failure: RegistryError | None = None  # the last one, until the origin serves again
         self._failed_at = -math.inf
+        self.absences = Absences(store)
         self._store = store
         self._policy = policy
         self._drill = drill
@@ -127,13 +129,23 @@ class Origin:
             manifest = await self.registry.get_manifest(repository, reference)
         except (ManifestUnknown, NameUnknown) as error:
             self.remember((ManifestUnknown, name, reference), error)
+            await self.keep(self.absences.add(name, reference, subject_of(reference)))
             raise
         except Unavailable as error:
             self.failed(error)
+            if subject_of(reference) and self.absences.contains(name, reference):
+                raise self.still_unknown(f"{reference} of {name}") from error
             raise
         self.served()
+        if subject_of(reference):
+            await self.keep(self.absences.discard(name, reference))
         await self.keep(self._store.push_manifest(name, reference, manifest))
         return manifest
+
+    def still_unknown(self, what: str) -> ManifestUnknown:
+        """The error for what the origin did not have when it was last asked, and cannot be asked for now."""
+        message = f"{self.namespace} had no {what} when it was last asked, and cannot be asked now"
+        return ManifestUnknown(message).copy(remembered=True)
 
     async def keep(self, writing: Awaitable[object]) -> None:
         """Await a write to the store; one that fails does not fail the pull."""

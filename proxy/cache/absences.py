@@ -1,0 +1,66 @@
+"""What an origin does not have of the referrers of stored images, kept on disk."""
+
+from __future__ import annotations
+
+import re
+
+from storage.errors import DigestInvalid, ManifestUnknown, StorageFailed
+from storage.graph import fallback_tag, signature_tags
+from storage.oci import Digest, Reference, Tag
+from storage.store import Store
+
+REFERRERS_API = "referrers"
+_COMPANION = re.compile(r"(sha256|sha512)-([0-9a-f]+)(?:\.[a-z]+)?")
+
+
+class Absences:
+    """What an origin last said it does not have: a referrers API, or a tag of the referrers of an image.
+
+    Clients look for signatures in several places, and go on to the next place only after a 404.  So that they
+    find what is stored while the origin cannot be asked, the last 404 is kept.  Only absences that concern
+    an image that is stored are kept, which bounds their number.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def contains(self, repository: str, what: str) -> bool:
+        """Whether the origin said so when it was last asked; False if that cannot be read."""
+        try:
+            return self._store.listings.get(repository, _key(what)) is not None
+        except StorageFailed:
+            return False
+
+    async def add(self, repository: str, what: str, subject: Digest | None) -> None:
+        """Keep that there is no `what` for `subject`.  Raises StorageFailed."""
+        if subject is not None and self._stored(repository, subject):
+            await self._store.listings.put(repository, _key(what), None)
+
+    async def discard(self, repository: str, what: str) -> None:
+        """Raises StorageFailed."""
+        if self.contains(repository, what):
+            await self._store.listings.delete(repository, _key(what))
+
+    def _stored(self, repository: str, digest: Digest) -> bool:
+        try:
+            self._store.manifest(repository, digest)
+        except ManifestUnknown:
+            return False
+        return True
+
+
+def subject_of(reference: Reference) -> Digest | None:
+    """The image whose referrers clients find by this tag; None if it is not such a tag.
+
+    Tags of sha512 digests are truncated, and do not tell the digest.
+    """
+    found = _COMPANION.fullmatch(reference) if isinstance(reference, Tag) else None
+    try:
+        digest = Digest.parse(f"{found[1]}:{found[2]}") if found else None
+    except DigestInvalid:
+        return None
+    return digest if digest and reference in (fallback_tag(digest), *signature_tags(digest)) else None
+
+
+def _key(what: str) -> str:
+    return f"no {what}"

@@ -1,0 +1,210 @@
+"""What an origin does not have of an image's referrers, and what is answered while it cannot be asked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from proxy.cache.absences import subject_of
+from proxy.upstream.transport import RETRIES
+from storage.oci import Digest, Tag
+from tests.conftest import Clock, Serve, Site
+from tests.pulls import FRESH, TAG, code_of, manifest_of, pull
+from tests.upstream import Fault, Image, RetryAfter, Status, Upstream
+
+DIGEST = "sha256:" + "1" * 64
+
+
+def referrers_of(image: Image | str) -> str:
+    return f"/v2/a/b/referrers/{image if isinstance(image, str) else image.digest}"
+
+
+def tag_of(image: Image, suffix: str = "") -> str:
+    return image.digest.replace(":", "-") + suffix
+
+
+async def listed(site: Site, image: Image, query: str = "") -> list[str]:
+    status, _, body = await site.get(referrers_of(image) + query)
+    assert status == 200, body
+    return [each["digest"] for each in json.loads(body)["manifests"]]
+
+
+@pytest.fixture
+def registry(upstream: Upstream) -> Upstream:
+    """An upstream without a referrers API."""
+    upstream.referrers_api = False
+    return upstream
+
+
+@pytest.mark.parametrize(
+    ("reference", "subject"),
+    [
+        (Tag(f"sha256-{'1' * 64}"), DIGEST),
+        (Tag(f"sha256-{'1' * 64}.sig"), DIGEST),
+        (Tag(f"sha256-{'1' * 64}.att"), DIGEST),
+        (Tag(f"sha256-{'1' * 64}.sbom"), DIGEST),
+        (Tag(f"sha256-{'1' * 64}.other"), None),
+        (Tag(f"sha256-{'1' * 63}"), None),
+        (Tag(f"sha512-{'1' * 64}"), None),
+        (Tag("latest"), None),
+        (Digest(DIGEST), None),
+    ],
+)
+def test_tags_of_referrers_name_their_subject(reference: Any, subject: str | None) -> None:
+    assert subject_of(reference) == subject
+
+
+async def test_the_cached_fallback_tag_answers_for_the_api(
+    serve: Serve, registry: Upstream, clock: Clock
+) -> None:
+    image = registry.image("a/b", "latest")
+    one = registry.artifact("a/b", image, "application/x-one")
+    two = registry.artifact("a/b", image, "application/x-two")
+    registry.index("a/b", tag_of(image), [one, two])
+    site = await serve(registry)
+    assert (await pull(site, TAG))[0] == 200
+    assert (await pull(site, referrers_of(image)))[0] == 404
+    assert (await pull(site, manifest_of(tag_of(image))))[0] == 200
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert await listed(site, image) == sorted([one.digest, two.digest])
+    status, _, came = await pull(site, referrers_of(image))
+    assert (status, came.partition(";")[0], came.rpartition(";")[2]) == (
+        200,
+        "entrepot",
+        " detail=UNAVAILABLE",
+    )
+    await registry.start()
+    clock.advance(FRESH + 1)
+    # Asked again, the origin still has no such API, and clients look at the fallback tag themselves.
+    assert (await pull(site, referrers_of(image)))[0] == 404
+
+
+@pytest.mark.parametrize("fault", [Status(500), Status(503), RetryAfter(7)], ids=str)
+async def test_without_a_cached_fallback_tag_referrers_are_unknown(
+    serve: Serve, registry: Upstream, clock: Clock, fault: Fault
+) -> None:
+    image, other = registry.image("a/b", "latest"), registry.image("a/b", "other", [b"another"])
+    site = await serve(registry)
+    for path in (TAG, manifest_of("other"), referrers_of(image)):
+        await pull(site, path)
+    clock.advance(FRESH + 1)
+    registry.next("GET", "referrers", fault, times=4 * (RETRIES + 1))
+    for each in (image, other):  # that of `other` was never asked, but the registry is the same
+        status, body, came = await pull(site, referrers_of(each))
+        assert (status, code_of(body), came) == (404, "MANIFEST_UNKNOWN", "entrepot; hit; detail=negative")
+
+
+async def test_it_is_known_after_a_restart_too(serve: Serve, registry: Upstream, clock: Clock) -> None:
+    image = registry.image("a/b", "latest")
+    site = await serve(registry)
+    for path in (TAG, referrers_of(image), manifest_of(tag_of(image, ".sig"))):
+        await pull(site, path)
+    await site.app.stop()
+    await registry.stop()
+    site = await serve(registry)
+    clock.advance(FRESH + 1)
+    for path in (referrers_of(image), manifest_of(tag_of(image, ".sig"))):
+        assert (await pull(site, path))[0] == 404
+
+
+async def test_an_origin_with_the_api_is_not_said_to_have_none(
+    serve: Serve, upstream: Upstream, clock: Clock
+) -> None:
+    image, other = upstream.image("a/b", "latest"), upstream.image("a/b", "other", [b"another"])
+    site = await serve(upstream)
+    upstream.referrers_api = False
+    for path in (TAG, manifest_of("other"), referrers_of(image)):
+        await pull(site, path)
+    upstream.referrers_api = True  # a newer version of the registry
+    clock.advance(FRESH + 1)
+    assert await listed(site, image) == []
+    upstream.next("GET", "referrers", Status(500))
+    assert (await pull(site, referrers_of(other)))[0] == 502
+
+
+async def test_nothing_is_kept_of_an_image_that_is_not_stored(
+    serve: Serve, registry: Upstream, clock: Clock
+) -> None:
+    registry.image("a/b", "latest")
+    site = await serve(registry)
+    paths = referrers_of(DIGEST), manifest_of(DIGEST.replace(":", "-") + ".sig")
+    for path in paths:
+        assert (await pull(site, path))[0] == 404
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    for path in paths:
+        assert (await pull(site, path))[0] == 502
+
+
+@pytest.mark.parametrize("suffix", ["", ".sig", ".att", ".sbom"])
+async def test_the_last_404_of_a_signature_is_kept(
+    serve: Serve, registry: Upstream, clock: Clock, suffix: str
+) -> None:
+    image = registry.image("a/b", "latest")
+    site = await serve(registry)
+    path = manifest_of(tag_of(image, suffix))
+    await pull(site, TAG)
+    registry.next("GET", tag_of(image, suffix), Status(500))
+    assert (await pull(site, path))[0] == 502  # nothing is known yet
+    assert (await pull(site, path))[0] == 404
+    clock.advance(FRESH + 1)
+    registry.next("GET", tag_of(image, suffix), Status(500))
+    status, body, came = await pull(site, path)
+    assert (status, code_of(body), came) == (404, "MANIFEST_UNKNOWN", "entrepot; hit; detail=negative")
+
+
+async def test_a_signature_that_came_later_is_no_longer_unknown(
+    serve: Serve, registry: Upstream, clock: Clock
+) -> None:
+    image = registry.image("a/b", "latest")
+    site = await serve(registry)
+    tag = tag_of(image, ".sig")
+    for path in (TAG, manifest_of(tag)):
+        await pull(site, path)
+    signature = registry.image("a/b", tag)
+    clock.advance(FRESH + 1)
+    assert (await pull(site, manifest_of(tag)))[:2] == (200, signature.content)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert (await pull(site, manifest_of(tag)))[:2] == (200, signature.content)
+
+
+async def test_other_tags_and_digests_keep_their_502(serve: Serve, registry: Upstream, clock: Clock) -> None:
+    image = registry.image("a/b", "latest")
+    site = await serve(registry)
+    paths = [manifest_of("other"), manifest_of(tag_of(image, ".txt")), manifest_of(DIGEST)]
+    for path in (TAG, *paths):
+        await pull(site, path)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    for path in paths:
+        assert (await pull(site, path))[0] == 502
+
+
+async def test_a_fallback_tag_that_is_no_index_lists_nothing(
+    serve: Serve, registry: Upstream, clock: Clock
+) -> None:
+    image = registry.image("a/b", "latest")
+    registry.image("a/b", tag_of(image))
+    site = await serve(registry)
+    for path in (TAG, referrers_of(image), manifest_of(tag_of(image))):
+        await pull(site, path)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert (await pull(site, referrers_of(image)))[0] == 404
+
+
+async def test_offline_the_fallback_tag_is_listed(serve: Serve, registry: Upstream) -> None:
+    image = registry.image("a/b", "latest")
+    one = registry.artifact("a/b", image, "application/x-one")
+    registry.index("a/b", tag_of(image), [one])
+    site = await serve(registry)
+    for path in (TAG, manifest_of(tag_of(image))):
+        await pull(site, path)
+    await site.app.stop()
+    site = await serve(registry, offline=True)
+    assert await listed(site, image) == [one.digest]
+    assert await listed(site, image, "?artifactType=application/x-two") == []

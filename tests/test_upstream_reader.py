@@ -40,6 +40,7 @@ from tests.upstream import (
     Status,
     Upstream,
     WrongDigest,
+    WrongLength,
     digest_of,
 )
 from tests.upstream_client import BODY, LATEST, Ask, read
@@ -265,6 +266,46 @@ async def test_a_part_that_is_another(ask: Ask, upstream: Upstream, said: str) -
     upstream.next("GET", digest, Status(206, {"Content-Range": said}, BODY[:10]))
     with pytest.raises(OriginFailed, match="range"):
         await read(ask(upstream.url), digest, Span(10))
+
+
+MALFORMED = [
+    *("bytes ²-19/100", "bytes 10-²/100", "bytes 10-19/²", "bytes ١٠-19/100", "bytes 10-19/١٠٠"),
+    *("bytes +10-19/100", "bytes 1_0-19/100", "bytes 10-19", "bytes 10-9/100", "bytes 10-19/19"),
+    *(f"bytes {'0' * 5000}10-19/100", f"bytes 10-19/{'9' * 5000}", "bytes 10-19/9223372036854775808"),
+    *("bytes -10-19/100", "bytes */100", "bytes 10-19/100, bytes 10-19/100"),
+]
+
+
+@pytest.mark.parametrize("said", MALFORMED, ids=lambda said: said[:20])
+async def test_a_content_range_that_is_malformed(ask: Ask, upstream: Upstream, said: str) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.next("GET", digest, Status(206, {"Content-Range": said}, BODY[:10]))
+    with pytest.raises(OriginFailed, match="malformed"):
+        await read(ask(upstream.url), digest, Span(10))
+
+
+@pytest.mark.parametrize("said", ["bytes 10-19/*", "Bytes 10-19/500", "bytes \t 10-19/500 "])
+async def test_a_content_range_in_another_form(ask: Ask, upstream: Upstream, said: str) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.next("GET", digest, Status(206, {"Content-Range": said}, BODY[10:20]))
+    blob = await ask(upstream.url).get_blob("a/b", Digest(digest), Span(10, 20))
+    await blob.close()
+    assert blob.descriptor.size == (len(BODY) if "*" in said else 500)
+
+
+@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1])
+async def test_a_length_that_no_content_has(ask: Ask, upstream: Upstream, length: int) -> None:
+    image = upstream.image("a/b", "latest", [BODY])
+    origin = ask(upstream.url)
+    for method in ("GET", "HEAD"):
+        upstream.next(method, image.layers[0], WrongLength(length - (len(BODY) if method == "GET" else 0)))
+    upstream.next("HEAD", "latest", WrongLength(length - len(image.content)))
+    with pytest.raises(OriginFailed):
+        await read(origin, image.layers[0])
+    with pytest.raises(OriginFailed):
+        await origin.resolve_blob("a/b", Digest(image.layers[0]))
+    with pytest.raises(OriginFailed):
+        await origin.resolve_manifest("a/b", LATEST)
 
 
 async def test_a_part_that_nobody_asked_for(ask: Ask, upstream: Upstream) -> None:

@@ -20,6 +20,7 @@ _DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _DURATIO
 _SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,19}")
 _FORMAT_UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -92,6 +93,15 @@ def parse_grace(value: object) -> float:
     return seconds
 
 
+def parse_number(text: str) -> int | None:
+    """A number in a header: 1*DIGIT, ASCII by the grammar (RFC 5234), below 2**63; None if it is malformed.
+
+    int() would accept "+1", "1_0" and the digits of other scripts, and raise for 5,000 digits.
+    """
+    number = int(text) if _NUMBER.fullmatch(text) else None
+    return number if number is not None and number < 1 << 63 else None
+
+
 def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float | None:
     """The seconds that Retry-After asks to wait, or None if it is missing or malformed.  RFC 9110 §10.2.3.
 
@@ -100,7 +110,7 @@ def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float
     """
     value = headers.get("Retry-After", "")
     if value.isascii() and value.isdigit():
-        return min(MAX_RETRY_AFTER, float(value[:10]))
+        return MAX_RETRY_AFTER if (number := parse_number(value)) is None else min(MAX_RETRY_AFTER, number)
     due, sent = _date(value), _date(headers.get("Date", ""))
     if due is None:
         return None
@@ -108,12 +118,14 @@ def seconds_until(headers: Mapping[str, str], now: Callable[[], float]) -> float
 
 
 def _date(text: str) -> float | None:
+    if not text.isascii():
+        return None
     try:
         found = parsedate_to_datetime(text)
-    except ValueError:
+        # RFC 9110 §5.6.7: always GMT; a zone of -0000 is parsed as a naive datetime.
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         return None
-    # RFC 9110 §5.6.7: always GMT; a zone of -0000 is parsed as a naive datetime.
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 # Sizes, shares and rates

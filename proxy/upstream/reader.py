@@ -7,6 +7,7 @@ that does not match its digest.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from copy import copy
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, Self
 import aiohttp
 import structlog
 
+from proxy.config.quantities import parse_number
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
@@ -57,6 +59,8 @@ log = structlog.get_logger()
 ACCEPT = ", ".join(
     (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, f"{DOCKER_SCHEMA1};q=0.5", "*/*;q=0.1")
 )
+# RFC 9110 §14.4; the name of the unit is case-insensitive.
+_CONTENT_RANGE = re.compile(r"bytes[ \t]+([0-9]+)-([0-9]+)/([0-9]+|\*)", re.IGNORECASE)
 # Types without meaning: some upstreams serve manifests as these.
 _VAGUE = frozenset(("", "application/json", "text/plain", "text/html", OCTETS))
 
@@ -140,14 +144,15 @@ class UpstreamReader(Registry):
     def _extent(self, response: aiohttp.ClientResponse, span: Span | None) -> tuple[int, int]:
         """The position of the body in the blob, and the size of the blob, or -1 if unknown."""
         if response.status != 206:
-            return 0, _length(response)
-        # RFC 9110 §14.4
-        unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
-        positions, _, total = rest.partition("/")
-        start = positions.partition("-")[0].strip()
-        if unit != "bytes" or not start.isdigit() or span is None or int(start) != span.start:
+            return 0, self._length(response)
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+        first, last, total = map(parse_number, found.groups()) if found else (None, None, None)
+        unknown = found is not None and found[3] == "*"
+        if first is None or last is None or last < first or not (unknown or last < (total or 0)):
+            raise OriginFailed(f"{self._name} sent a range whose Content-Range is malformed")
+        if span is None or first != span.start:
             raise OriginFailed(f"{self._name} answered with another range than was requested")
-        return span.start, int(total) if total.isdigit() else -1
+        return first, -1 if total is None else total
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         path = f"blobs/{digest}"
@@ -156,7 +161,16 @@ class UpstreamReader(Registry):
         except Unsupported:  # it does not support HEAD: request the content, and drop it
             response = await self._send("GET", repository, path, "blob", {})
         response.close()
-        return Descriptor(OCTETS, digest, _length(response))
+        return Descriptor(OCTETS, digest, self._length(response))
+
+    def _length(self, response: aiohttp.ClientResponse) -> int:
+        """Length of the content in bytes; -1 if it is missing or that of the encoded content."""
+        length = response.headers.get("Content-Length")
+        if length is None or encoding_of(response):
+            return -1
+        if (number := parse_number(length)) is None:
+            raise OriginFailed(f"{self._name} sent a Content-Length that is malformed")
+        return number
 
     # Manifests
 
@@ -196,7 +210,11 @@ class UpstreamReader(Registry):
         path = f"manifests/{reference}"
         try:
             async with await self._send("HEAD", repository, path, "manifest", headers) as response:
-                digest, size, media_type = stated_digest(response), _length(response), _media_type(response)
+                digest, size, media_type = (
+                    stated_digest(response),
+                    self._length(response),
+                    _media_type(response),
+                )
             matches = isinstance(reference, Tag) or digest == reference
             if digest is not None and matches and size >= 0 and media_type not in _VAGUE:
                 return Descriptor(media_type, digest, size)
@@ -300,12 +318,6 @@ class _Download(Blob):
 
 def _media_type(response: aiohttp.ClientResponse) -> str:
     return response.headers.get("Content-Type", "").partition(";")[0].strip()
-
-
-def _length(response: aiohttp.ClientResponse) -> int:
-    """Length of the content in bytes; -1 if it is missing or that of the encoded content."""
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() and not encoding_of(response) else -1
 
 
 def stated_digest(response: aiohttp.ClientResponse) -> Digest | None:

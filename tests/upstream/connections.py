@@ -107,7 +107,7 @@ class Connections:
             answer.headers.setdefault("Content-Length", str(len(answer.content)))
         lines = [f"HTTP/1.1 {answer.status} {responses.get(answer.status, 'Unknown')}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
-        writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        writer.write("\r\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape"))
         await writer.drain()
         if not bodiless:
             await self._send_body(writer, answer, stops, chunked)

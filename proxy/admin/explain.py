@@ -39,11 +39,11 @@ class Explainer:
         self._inventory_of = inventory_of
         self._clock = clock
 
-    def why(self, asked: ImageReference, upstreams: Sequence[UpstreamState]) -> Why:
-        config, repository, reference = self._config, asked.repository, asked.reference
-        namespace = config.namespaces[asked.namespace]
+    def why(self, image: ImageReference, upstreams: Sequence[UpstreamState]) -> Why:
+        config, repository, reference = self._config, image.repository, image.reference
+        namespace = config.namespaces[image.namespace]
         tag = reference if isinstance(reference, Tag) else None
-        inventory = self._inventory_of(asked.namespace)
+        inventory = self._inventory_of(image.namespace)
         cached = namespace.store is None
         pointer = inventory.pointer(repository, tag) if tag is not None else None
         digest = inventory.digest(repository, reference)
@@ -51,15 +51,15 @@ class Explainer:
         use = self._usage.use(repository, reference)
         pin = self._pins.of(repository, reference)
         offline = config.offline or namespace.offline
-        hosts = worst([each for each in upstreams if each.namespace == asked.namespace])
-        verdict, because = self._verdict(asked, pointer, measured, offline, hosts)
+        hosts = worst([each for each in upstreams if each.namespace == image.namespace])
+        verdict, because = self._verdict(image, pointer, measured, offline, hosts)
         return Why(
-            asked=asked.text,
-            namespace=asked.namespace,
+            asked=image.text,
+            namespace=image.namespace,
             repository=repository,
             reference=str(reference),
-            qualified=self._qualified(asked),
-            fresh_rule=self._fresh_rule(asked.namespace, tag) if cached and tag is not None else None,
+            qualified=self._qualified(image),
+            fresh_rule=self._fresh_rule(image.namespace, tag) if cached and tag is not None else None,
             fresh_for=finite(namespace.fresh_for_tag(tag)) if cached and tag is not None else None,
             keep_rule=self._keep_rule(repository),
             keep_for=finite(config.keep_for(repository)) if cached else None,
@@ -79,26 +79,26 @@ class Explainer:
 
     def _verdict(
         self,
-        asked: ImageReference,
+        image: ImageReference,
         pointer: Pointer | None,
         measured: Measured,
         offline: bool,
         hosts: Sequence[HostRow],
     ) -> tuple[Verdict, str]:
-        tag = asked.reference if isinstance(asked.reference, Tag) else None
+        tag = image.reference if isinstance(image.reference, Tag) else None
         stored = measured.media_type is not None
-        if self._config.namespaces[asked.namespace].store is not None:
+        if self._config.namespaces[image.namespace].store is not None:
             if stored:
-                return "hit", f"{asked.namespace} is a store, and the image was pushed to it"
-            return "refused", f"{asked.namespace} is a store, and the image was not pushed to it"
+                return "hit", f"{image.namespace} is a store, and the image was pushed to it"
+            return "refused", f"{image.namespace} is a store, and the image was not pushed to it"
         if stored and tag is None:
             return "hit", "the digest is stored"
         if stored and offline:
-            return "hit", f"{asked.namespace} is offline: stored content is served whatever its age"
-        if stored and pointer is not None and tag is not None and self._fresh(asked.namespace, tag, pointer):
+            return "hit", f"{image.namespace} is offline: stored content is served whatever its age"
+        if stored and pointer is not None and tag is not None and self._fresh(image.namespace, tag, pointer):
             return "hit", "the tag is fresh, so upstream is not asked"
         if offline:
-            return "refused", f"the image is not stored, and {asked.namespace} is offline"
+            return "refused", f"the image is not stored, and {image.namespace} is offline"
         paused = paused_because(hosts)
         if stored:
             if paused:
@@ -113,9 +113,9 @@ class Explainer:
         age = self._clock() - pointer.validated_at
         return 0 <= age < self._config.namespaces[namespace].fresh_for_tag(tag)
 
-    def _qualified(self, asked: ImageReference) -> str:
-        first, slash, _ = asked.text.partition("/")
-        name = asked.namespace
+    def _qualified(self, image: ImageReference) -> str:
+        first, slash, _ = image.text.partition("/")
+        name = image.namespace
         if slash and first.lower() == name:
             return "the name begins with it"
         if slash and first.lower().partition(":")[0] in (name, *self._config.namespaces[name].aliases):

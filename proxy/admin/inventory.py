@@ -75,10 +75,10 @@ class Inventory:
 
     # Listings
 
-    def repositories(self, wanted: Pin) -> list[RepositoryRow]:
-        """The repositories whose name matches; the tag or digest in `wanted` is ignored."""
-        pattern = wanted.parts[0]
-        start = literal_prefix(pattern) if is_glob(pattern) else f"{pattern} "
+    def repositories(self, pattern: Pin) -> list[RepositoryRow]:
+        """The repositories whose name matches; the tag or digest in `pattern` is ignored."""
+        name_glob = pattern.parts[0]
+        start = literal_prefix(name_glob) if is_glob(name_glob) else f"{name_glob} "
         counts: dict[str, list[int]] = {}
         for number, kind in enumerate((TAG, MANIFEST, LINK)):
             name, row = "", None  # keys are sorted by repository: each is matched once
@@ -86,7 +86,7 @@ class Inventory:
                 repository, reference = kind.parse(key)
                 if repository != name:
                     name = repository
-                    row = counts.setdefault(name, [0, 0, 0]) if fnmatchcase(name, pattern) else None
+                    row = counts.setdefault(name, [0, 0, 0]) if fnmatchcase(name, name_glob) else None
                 if row is None:
                     continue
                 if kind is LINK:
@@ -104,17 +104,17 @@ class Inventory:
             for name, (tags, manifests, size) in sorted(counts.items())
         ]
 
-    def images(self, wanted: Pin, limit: int | None = None, last: str = "") -> Listed:
+    def images(self, pattern: Pin, limit: int | None = None, last: str = "") -> Listed:
         """At most `limit` of the images that match, in the order of their names, after `last`."""
         pins = self._pins.list()
-        found = list(islice(self._matching(wanted, last), None if limit is None else limit + 1))
+        found = list(islice(self._matching(pattern, last), None if limit is None else limit + 1))
         page = found[:limit]
         rows = [self._image(repository, reference, pins) for repository, reference in page]
         more = page[-1] if len(found) > len(page) and page else None
         return Listed(images=rows, next=None if more is None else written(*more))
 
-    def _matching(self, wanted: Pin, last: str) -> Iterator[tuple[str, Reference]]:
-        prefix, after = wanted.prefix, ""
+    def _matching(self, pattern: Pin, last: str) -> Iterator[tuple[str, Reference]]:
+        prefix, after = pattern.prefix, ""
         if last:
             repository, sign, reference = Pin(last).parts
             key = (MANIFEST if sign == "@" else TAG).key(repository, reference)
@@ -123,7 +123,7 @@ class Inventory:
                     return  # all matches come before it
             else:
                 after = key[len(prefix) :]
-        yield from matching(self._store, wanted, after)
+        yield from matching(self._store, pattern, after)
 
     def _image(self, repository: str, reference: Reference, pins: Sequence[Pin]) -> ImageRow:
         digest = self.digest(repository, reference)

@@ -94,21 +94,21 @@ class LocalOperations:
     # Content
 
     async def repositories(self, match: str = "*") -> Listed:
-        wanted = self._reader.pattern("match", match)
-        found = [await run_in_thread(each.repositories, wanted) for each in self._inventories]
+        parsed = self._reader.pattern("match", match)
+        found = [await run_in_thread(each.repositories, parsed) for each in self._inventories]
         return Listed(repositories=sorted(chain(*found), key=lambda row: row.repository))
 
     async def images(self, match: str = "*", limit: int = PAGE, last: str = "") -> Listed:
-        wanted = self._reader.pattern("match", match)
+        parsed = self._reader.pattern("match", match)
         if last:
             read_pattern("last", last)
-        pages = [await run_in_thread(each.images, wanted, limit, last) for each in self._inventories]
+        pages = [await run_in_thread(each.images, parsed, limit, last) for each in self._inventories]
         return merged(pages, limit)
 
     async def show(self, ref: str) -> ImageTree:
-        asked = self._reader.reference("ref", ref)
-        inventory = self._inventory_of(asked.namespace)
-        return await run_in_thread(inventory.tree, asked.repository, asked.reference)
+        image = self._reader.reference("ref", ref)
+        inventory = self._inventory_of(image.namespace)
+        return await run_in_thread(inventory.tree, image.repository, image.reference)
 
     def _inventory_of(self, namespace: str) -> Inventory:
         return self._inventories[namespace in self._composition.hosted]
@@ -140,24 +140,24 @@ class LocalOperations:
         return await run_in_thread(lambda: [webhook_row(each, queue) for each in webhooks])
 
     async def why(self, ref: str) -> Why:
-        asked = self._reader.reference("ref", ref)
+        image = self._reader.reference("ref", ref)
         states = [each for state in await self._processes.states() for each in state.upstreams]
-        return await run_in_thread(self._explainer.why, asked, states)
+        return await run_in_thread(self._explainer.why, image, states)
 
     # Changes
 
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> Purged:
-        wanted = self._reader.pattern("pattern", pattern)
-        purged = await run_in_thread(self._purge.purge, wanted, dry_run, force)
+        parsed = self._reader.pattern("pattern", pattern)
+        purged = await run_in_thread(self._purge.purge, parsed, dry_run, force)
         if not dry_run:
             repositories = {Pin(each).parts[0] for each in purged.references}
-            if not is_glob(wanted.parts[0]):
-                repositories.add(wanted.parts[0])
+            if not is_glob(parsed.parts[0]):
+                repositories.add(parsed.parts[0])
             for each in repositories:
                 await self._processes.forget(each)
             log.info(
                 "purge.done",
-                pattern=wanted.pattern,
+                pattern=parsed.pattern,
                 references=len(purged.references),
                 manifests=purged.manifests,
                 links=purged.links,
@@ -167,10 +167,10 @@ class LocalOperations:
         return purged
 
     async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> Refreshed:
-        asked = self._reader.reference("reference", reference)
-        wanted = read_platforms("platforms", platforms)
-        await self._processes.forget(asked.repository)
-        done = await refresh(self._composition.namespaces, asked.repository, asked.reference, wanted)
+        image = self._reader.reference("reference", reference)
+        only = read_platforms("platforms", platforms)
+        await self._processes.forget(image.repository)
+        done = await refresh(self._composition.namespaces, image.repository, image.reference, only)
         return Refreshed(
             repository=done.repository,
             reference=str(done.reference),
@@ -239,17 +239,17 @@ class LocalOperations:
     async def ready(
         self, references: Sequence[str], platforms: Sequence[str] = (), referrers: bool = True
     ) -> list[ReadyRow]:
-        wanted = read_platforms("platforms", platforms)
-        return await run_in_thread(lambda: [self._judge(each, wanted, referrers) for each in references])
+        only = read_platforms("platforms", platforms)
+        return await run_in_thread(lambda: [self._judge(each, only, referrers) for each in references])
 
     def _judge(self, text: str, platforms: Sequence[str], referrers: bool) -> ReadyRow:
         try:
-            asked = self._reader.reference("references", text)
+            image = self._reader.reference("references", text)
         except FieldInvalid as error:
             return ReadyRow(
                 asked=text, repository="", reference="", digest=None, state="absent", error=str(error)
             )
-        return self._readiness.judge(asked, platforms, referrers)
+        return self._readiness.judge(image, platforms, referrers)
 
     async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> Drilling:
         if not 0 < seconds < math.inf:

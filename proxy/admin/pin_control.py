@@ -32,10 +32,10 @@ class PinControl:
 
     def add(self, pattern: str, keep_fresh: float | None, platforms: Sequence[str], now: float) -> PinRow:
         """Add a pin, or replace the pin of the same pattern.  Raises FieldInvalid."""
-        wanted = self._reader.pattern("pattern", pattern)
+        parsed = self._reader.pattern("pattern", pattern)
         only = read_platforms("platforms", platforms)
         try:
-            pin = Pin(wanted.pattern, keep_fresh, only, now)
+            pin = Pin(parsed.pattern, keep_fresh, only, now)
         except ValueError as error:
             raise FieldInvalid("keep_fresh", error) from None
         try:

@@ -163,5 +163,5 @@ def _upstream(namespace: str, state: HostState, now: float) -> UpstreamState:
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:
-    told = [number for number in numbers if number is not None]
-    return sum(told) if told else None
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None

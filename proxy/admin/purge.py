@@ -82,13 +82,13 @@ class Purge:
         self._records = store.records
         self._pins = pins
 
-    def purge(self, wanted: Pin, dry_run: bool = False, force: bool = False) -> Purged:
+    def purge(self, pattern: Pin, dry_run: bool = False, force: bool = False) -> Purged:
         """Delete what matches; a pattern without tag and digest means all of a repository.
 
         Raises AllPinned if everything that matches is pinned.
         """
         pins = [] if force else self._pins.list()
-        plans = [self._plan(repository, wanted, pins) for repository in self._repositories(wanted)]
+        plans = [self._plan(repository, pattern, pins) for repository in self._repositories(pattern)]
         kept = [each for plan in plans for each in plan.kept]
         references = [each for plan in plans for each in plan.references]
         if kept and not references:
@@ -111,25 +111,25 @@ class Purge:
             dry_run=dry_run,
         )
 
-    def _repositories(self, wanted: Pin) -> list[str]:
-        pattern = wanted.parts[0]
-        if not is_glob(pattern):
-            return [pattern]
+    def _repositories(self, pattern: Pin) -> list[str]:
+        glob = pattern.parts[0]
+        if not is_glob(glob):
+            return [glob]
         names = {name for kind in KINDS for name in self._records.groups(kind.prefix())}
-        return sorted(name for name in names if fnmatchcase(name, pattern))
+        return sorted(name for name in names if fnmatchcase(name, glob))
 
     # The plan
 
-    def _plan(self, repository: str, wanted: Pin, pins: Sequence[Pin]) -> PurgePlan:
-        whole = _whole(wanted)
+    def _plan(self, repository: str, pattern: Pin, pins: Sequence[Pin]) -> PurgePlan:
+        whole = _whole(pattern)
         tags, manifests = self._tags(repository), self._manifest_graph(repository)
-        exact = None if is_glob(wanted.pattern) else wanted.parts[2]
+        exact = None if is_glob(pattern.pattern) else pattern.parts[2]
 
         def pinned(reference: Reference) -> bool:
             return reference != exact and any(pin.matches(repository, reference) for pin in pins)
 
         def named(reference: Reference) -> bool:
-            return whole or wanted.matches(repository, reference)
+            return whole or pattern.matches(repository, reference)
 
         pinned_tags = {tag for tag in tags if pinned(tag)}
         pinned_digests = {digest for digest in manifests.children if pinned(digest)}
@@ -239,9 +239,9 @@ class Purge:
         return blobs, size
 
 
-def _whole(wanted: Pin) -> bool:
+def _whole(pattern: Pin) -> bool:
     """Whether the pattern means all of a repository."""
-    return wanted.pattern == wanted.parts[0]
+    return pattern.pattern == pattern.parts[0]
 
 
 def _deletion(keys: list[str]) -> Callable[[Batch], None]:

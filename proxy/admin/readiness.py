@@ -86,21 +86,21 @@ class Readiness:
         self._private = private
         self._hosted = hosted
 
-    def judge(self, asked: ImageReference, platforms: Sequence[str] = (), referrers: bool = True) -> ReadyRow:
+    def judge(self, image: ImageReference, platforms: Sequence[str] = (), referrers: bool = True) -> ReadyRow:
         """Check an image for `platforms`, by default for all.  Blocks, and may raise StorageFailed."""
-        store = self._private if asked.namespace in self._hosted and self._private else self._store
-        digest = _digest(store, asked.repository, asked.reference)
+        store = self._private if image.namespace in self._hosted and self._private else self._store
+        digest = _digest(store, image.repository, image.reference)
         row = ReadyRow(
-            asked=asked.text,
-            repository=asked.repository,
-            reference=str(asked.reference),
+            asked=image.text,
+            repository=image.repository,
+            reference=str(image.reference),
             digest=None if digest is None else str(digest),
             state="absent",
         )
-        manifest = None if digest is None else _manifest(store, asked.repository, digest)
+        manifest = None if digest is None else _manifest(store, image.repository, digest)
         if manifest is None:
             return row
-        check = _ImageCheck(store, asked.repository, manifests={manifest.digest})
+        check = _ImageCheck(store, image.repository, manifests={manifest.digest})
         lacks: list[str] = []
         if (content := contents(manifest.content)) is not None:
             check.blobs(content.blobs, None)

@@ -38,23 +38,23 @@ class Warmer:
     async def warm(self, text: str, platforms: Sequence[str] = (), referrers: bool = True) -> WarmRow:
         """Fetch all of an image.  The answer holds the error of a failure; only StorageFailed is raised."""
         try:
-            asked = self._reader.reference("reference", text)
+            image = self._reader.reference("reference", text)
         except FieldInvalid as bad:
             return WarmRow(
                 asked=text, repository="", reference="", digest=None, here=False, error=str(bad),
                 code="FIELD_INVALID",
             )  # fmt: skip
-        await self._forget(asked.repository)
+        await self._forget(image.repository)
         done: RefreshResult | None = None
         error: RegistryError | None = None
         try:
             done = await refresh(
-                self._namespaces, asked.repository, asked.reference, platforms, referrers, sparing=True
+                self._namespaces, image.repository, image.reference, platforms, referrers, sparing=True
             )
         except RegistryError as failed:
             error = failed
         # If upstream failed, at least the known referrers must be stored.
-        found = await run_in_thread(self._readiness.judge, asked, platforms, referrers and error is not None)
+        found = await run_in_thread(self._readiness.judge, image, platforms, referrers and error is not None)
         return _row(found, done, error)
 
 

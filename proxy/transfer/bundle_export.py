@@ -105,9 +105,9 @@ class BundleExport:
         """The plan, and the missing digests of the images that are left out."""
         planner = ExportPlanner(read_platforms("platforms", selection.platforms), selection.referrers)
         base = dict(map(_base, selection.since))
-        for wanted in self._selected(selection, planner):
+        for image in self._selected(selection, planner):
             stopped()
-            planner.add(wanted)
+            planner.add(image)
         if planner.incomplete and not selection.skip_incomplete:
             raise Incomplete(_lacking(planner.incomplete))
         plan = planner.plan(self._parts.clock(), base)
@@ -123,30 +123,30 @@ class BundleExport:
             raise FieldInvalid("names", "name what to export: references, globs, or used_within")
         for text in selection.names or EVERYTHING:
             found = False
-            for wanted in self._named(text):
+            for image in self._named(text):
                 found = True
-                if since is None or self._used(wanted, since, planner):
-                    yield wanted
+                if since is None or self._used(image, since, planner):
+                    yield image
             if not found and since is None:
                 raise NameUnknown(f"nothing that is stored matches {text}")
 
     def _named(self, text: str) -> Iterator[ExportReference]:
         if not is_glob(text):
-            asked = self._reader.reference("names", text)
-            yield ExportReference(self._parts.store_of(asked.namespace), asked.repository, asked.reference)
+            image = self._reader.reference("names", text)
+            yield ExportReference(self._parts.store_of(image.namespace), image.repository, image.reference)
             return
         pin = self._reader.pattern("names", text)
         for store in self._parts.stores:
             for repository, reference in matching(store, pin):
                 yield ExportReference(store, repository, reference)
 
-    def _used(self, wanted: ExportReference, since: float, planner: ExportPlanner) -> bool:
-        use = self._parts.usage.use(wanted.repository, wanted.reference)
+    def _used(self, image: ExportReference, since: float, planner: ExportPlanner) -> bool:
+        use = self._parts.usage.use(image.repository, image.reference)
         if use is None or use.last < since:
             return False
         # A client that pulls a tag requests its manifests by digest too: those are part of the tag.
-        return isinstance(wanted.reference, Tag) or (
-            use.count > 0 and not planner.contains(wanted.repository, wanted.reference)
+        return isinstance(image.reference, Tag) or (
+            use.count > 0 and not planner.contains(image.repository, image.reference)
         )
 
 

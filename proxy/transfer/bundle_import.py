@@ -110,8 +110,8 @@ class BundleImport:
         only_tag = root.name is not None and not set(":/@") & set(root.name)
         try:
             if root.name is not None and not only_tag:
-                asked = self._reader.reference(root.name, root.name)
-                repository, reference = asked.repository, asked.reference
+                image = self._reader.reference(root.name, root.name)
+                repository, reference = image.repository, image.reference
             elif named is None:
                 cause = (
                     f"has only the tag {root.name!r} for {digest}"

@@ -72,8 +72,8 @@ class BundleRoutes:
         return [("POST", f"{ROOT}import", self.import_), ("POST", f"{ROOT}export", self.export)]
 
     async def import_(self, request: web.Request) -> web.StreamResponse:
-        asked = query(request, name="", pin="false", dry_run="false")
-        given = ImportOptions(asked["name"] or None, _flag(asked, "pin"), None, _flag(asked, "dry_run"))
+        fields = query(request, name="", pin="false", dry_run="false")
+        given = ImportOptions(fields["name"] or None, _flag(fields, "pin"), None, _flag(fields, "dry_run"))
         if request.content_type not in (TAR, GZIP):
             raise web.HTTPUnsupportedMediaType(reason=f"expected Content-Type: {TAR}, or {GZIP}")
         if "Content-Encoding" in request.headers:
@@ -104,9 +104,9 @@ class BundleRoutes:
 
     async def export(self, request: web.Request) -> web.StreamResponse:
         query(request)
-        wanted = decoded(await _read(request), _ExportBody)
-        selection = wanted.selection()
-        if wanted.dry_run:
+        body = decoded(await _read(request), _ExportBody)
+        selection = body.selection()
+        if body.dry_run:
             return in_json(await self._exports.planned(selection, "the bundle"))
         response = web.StreamResponse(headers={"Content-Type": TAR})
         async with self._sending:
@@ -187,7 +187,7 @@ async def _in_time(work: Coroutine[Any, Any, object]) -> None:
         raise ConnectionResetError(f"the client received nothing for {STALLED:g} s") from None
 
 
-def _flag(asked: Any, name: str) -> bool:
-    if asked[name] not in _FLAGS:
+def _flag(fields: Any, name: str) -> bool:
+    if fields[name] not in _FLAGS:
         raise FieldInvalid(name, "expected true or false")
-    return _FLAGS[asked[name]]
+    return _FLAGS[fields[name]]

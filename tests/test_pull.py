@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 from email import message_from_bytes
 
 import pytest
 
 from tests.conftest import Clock, Serve
 from tests.distribution import ABSENT, ALPINE, BODY, JSON, code, head, push_alpine
-from tests.upstream import OCI_INDEX, OCI_MANIFEST, Image, Upstream
+from tests.upstream import OCI_INDEX, OCI_MANIFEST, Hold, Image, Upstream
 from tests.wire import Reply, connect
 
 
@@ -106,7 +108,16 @@ RANGES: list[tuple[str, list[tuple[int, int]] | None]] = [
     ("bytes=5000-6000,7000-", []),
     ("bytes=-0", []),
     ("bytes=0-,0-,0-", None),  # more than there is
-    ("bytes=" + ",".join(["0-0"] * 300), None),  # too many
+    ("bytes=" + ",".join(["0-0"] * 300), [(0, 1)] * 300),
+    (
+        "bytes=" + ",".join(f"{n}-{n}" for n in reversed(range(SIZE))),
+        [(n, n + 1) for n in reversed(range(SIZE))],
+    ),
+    ("bytes=" + ",".join(["7-7"] * (SIZE + 1)), None),  # one byte more than there is
+    (
+        "bytes=" + ",".join(f"{4 * n}-{4 * n + 3}" for n in range(1023)) + ",-1",
+        [*((4 * n, 4 * n + 4) for n in range(1023)), (SIZE - 1, SIZE)],
+    ),
     ("bytes=2-1", []),
     ("bytes=0-1,2-1", None),
     ("bytes=-", None),
@@ -174,6 +185,45 @@ async def test_ranges_of_a_blob_cold_and_warm(
     assert upstream.log == [f"GET blob library/alpine@{digest[:19]}"]
 
 
+async def test_small_and_large_ranges_in_the_order_of_the_request(serve: Serve, upstream: Upstream) -> None:
+    content = random.Random(12).randbytes(1_000_000)
+    spans = [
+        (900_000, 1_000_000),
+        *((n, n + 90) for n in range(800_000, 700_000, -1000)),
+        (0, 70_000),
+        (69_000, 69_001),
+        (100_000, 165_000),
+        *((n, n + 1300) for n in range(200_000, 400_000, 2000)),
+    ]
+    header = ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+    digest = upstream.blob("library/alpine", content)
+    site = await serve(upstream)
+    async with connect(site.url) as wire:
+        for _ in ("cold", "warm"):
+            reply = await wire.ask("GET", f"{ALPINE}/blobs/{digest}", f"Range: bytes={header}")
+            check_ranges(reply, content, spans)
+
+
+async def test_ranges_that_are_there_are_sent_before_the_others(serve: Serve, upstream: Upstream) -> None:
+    content = random.Random(12).randbytes(200_000)
+    digest = upstream.blob("library/alpine", content)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=100_000))
+    site = await serve(upstream)
+    spans = [(1000, 1100), (50_000, 50_100), (150_000, 150_100), (2000, 2100)]
+    header = ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+    async with connect(site.url) as wire:
+        line = f"Range: bytes={header}\r\n\r\n"
+        await wire.send(f"GET {ALPINE}/blobs/{digest} HTTP/1.1\r\nHost: x\r\n{line}".encode())
+        status, headers = await wire.head()
+        first = b""
+        while content[50_000:50_100] not in first:
+            first += await wire.read(1)
+        gate.set()
+        rest = await wire.read(int(headers["Content-Length"]) - len(first))
+    check_ranges(Reply(status, headers, first + rest), content, spans)
+
+
 @pytest.mark.parametrize(
     ("given", "counts"),
     [('"{}"', True), ('W/"{}"', False), ('"other"', False), ("Wed, 21 Oct 2015 07:28:00 GMT", False)],
@@ -194,6 +244,33 @@ async def test_ranges_are_for_get_of_blobs_only(serve: Serve, upstream: Upstream
     status, headers, body = await site.get(f"{ALPINE}/manifests/latest", Range="bytes=1-2")
     assert (status, body) == (200, image.content)
     assert "Accept-Ranges" not in headers
+
+
+@pytest.mark.parametrize("size", [1, 2, 600, 100_000])
+async def test_a_range_of_everything(serve: Serve, upstream: Upstream, size: int) -> None:
+    # containerd sends it with every GET.
+    content = b"x" * size
+    digest = upstream.blob("library/alpine", content)
+    image = push_alpine(upstream)
+    site = await serve(upstream)
+    for _ in ("cold", "warm"):
+        for path in (
+            f"{ALPINE}/manifests/latest",
+            f"{ALPINE}/manifests/{image.digest}",
+            f"{ALPINE}/tags/list",
+        ):
+            _, plain, whole = await site.get(path)
+            status, headers, body = await site.get(path, Range="bytes=0-")
+            assert (status, body) == (200, whole)
+            assert headers.get("Docker-Content-Digest") == plain.get("Docker-Content-Digest")
+            assert "Content-Range" not in headers
+        status, headers, body = await site.get(f"{ALPINE}/blobs/{digest}", Range="bytes=0-")
+        assert (status, body) == (206, content)
+        assert headers["Content-Range"] == f"bytes 0-{size - 1}/{size}"
+        status, _ = await head(site, f"{ALPINE}/blobs/{digest}", Range="bytes=0-")
+        assert status == 200
+    status, _, body = await site.get(f"{ALPINE}/manifests/none", Range="bytes=0-")
+    assert (status, code(body)) == (404, "MANIFEST_UNKNOWN")
 
 
 @pytest.mark.parametrize("header", ["bytes=0-", "bytes=-5", "bytes=3-4", "bytes=0-1,2-3"])

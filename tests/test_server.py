@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -211,7 +212,6 @@ MALFORMED = {
     "method": b"G@T /v2/ HTTP/1.1\r\nHost: x\r\n\r\n",
     "version": b"GET /v2/ HTTP/9.1\r\nHost: x\r\n\r\n",
     "no host": b"GET /v2/ HTTP/1.1\r\n\r\n",
-    "long header": b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
     "long target": b"GET /v2/" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
     "markup in a header": b"GET /v2/ HTTP/1.1\r\nHost: x\r\n<b>: </html>\r\n\r\n",
     "negative length": b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
@@ -236,6 +236,73 @@ async def test_what_is_no_http_is_answered_in_json_and_cut(
         assert code(reply.body) == "UNSUPPORTED"
         assert await wire.rest() == b""
     assert (await site.get("/v2/"))[0] == 200
+
+
+SECRET = b"hunter2-Zm9v"
+LEAKING = {
+    "a long header": (b"Authorization: Basic " + SECRET * 6000, 431),
+    "a long name": (SECRET * 6000 + b": x", 431),
+    "a header of a megabyte": (b"Cookie: " + SECRET * 90_000, 431),
+    "many long headers": (b"\r\n".join(b"X: " + SECRET * 5000 for _ in range(20)), 431),
+    "many headers": (b"\r\n".join(b"X: " + SECRET for _ in range(200)), 400),
+    "a name with a space": (b"X " + SECRET + b": x", 400),
+    "no name": (SECRET, 400),
+    "a control character": (b"Authorization: " + SECRET + b"\x00", 400),
+    "a bare line feed in a name": (SECRET + b"\n: x", 400),
+    "no length": (b"Content-Length: " + SECRET, 400),
+    "no coding": (b"Transfer-Encoding: " + SECRET + b"\r\nContent-Length: 1", 400),
+    "two hosts": (b"Host: " + SECRET, 400),
+}
+
+
+@pytest.mark.parametrize(("lines", "status"), LEAKING.values(), ids=LEAKING)
+async def test_a_refused_head_is_neither_echoed_nor_logged(
+    serve: Serve, upstream: Upstream, capfd: pytest.CaptureFixture[str], lines: bytes, status: int
+) -> None:
+    site = await serve(upstream)
+    with structlog.testing.capture_logs() as events:
+        async with connect(site.url) as wire:
+            await wire.send(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n\r\n")
+            reply = await wire.reply()
+            assert await wire.rest() == b""
+    assert (reply.status, reply.headers["Content-Type"]) == (status, JSON)
+    assert code(reply.body) == "UNSUPPORTED"
+    assert [each["event"] for each in events] == ["request.malformed"]
+    assert b"hunter2" not in reply.body
+    assert "hunter2" not in str(events) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("length", [9000, 60_000, (64 << 10) - len("Cookie")])
+async def test_a_long_header_is_read(serve: Serve, upstream: Upstream, length: int) -> None:
+    site = await serve(upstream)
+    async with connect(site.url) as wire:
+        for _ in range(2):
+            assert (await wire.ask("GET", "/v2/", "Cookie: " + "a" * length)).status == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+@pytest.mark.parametrize("path", ["/v2/", "/nowhere", f"{ALPINE}/manifests/latest"])
+async def test_a_body_that_nobody_reads_may_be_broken(
+    serve: Serve,
+    upstream: Upstream,
+    image: Image,
+    capfd: pytest.CaptureFixture[str],
+    method: str,
+    path: str,
+) -> None:
+    site = await serve(upstream)
+    for lines in (
+        b"Content-Encoding: gzip\r\nContent-Length: 9\r\n\r\nno gzip  ",
+        b"Content-Encoding: br\r\nContent-Length: 9\r\n\r\nno brotli",
+        b"Content-Encoding: deflate\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nxy\r\n0\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\nxy\r\nnot hexadecimal\r\n",
+    ):
+        async with connect(site.url) as wire:
+            await wire.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n".encode() + lines)
+            assert (await wire.reply()).status < 500
+    said = "".join(capfd.readouterr())
+    assert "Traceback" not in said
+    assert "Unhandled" not in said
 
 
 async def test_requests_in_a_row_are_answered_in_order(

@@ -2,7 +2,7 @@
 
 A connection that has begun a request must complete the request's head in time; a new connection counts as
 having begun one.  Between requests it may idle for a while.  aiohttp limits the size of the head.  Malformed
-HTTP is answered with an error in JSON.
+HTTP is answered with an error in JSON, without any of its bytes: they may be a password.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from typing import Any, cast
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import _ErrInfo
 
 from proxy.web.responses import error_response
 
 log = structlog.get_logger()
 
+LONGEST_HEADER = 64 << 10  # bytes of a header's line: clients request thousands of ranges at once
+LONGEST_HEAD = 256 << 10  # bytes of the head of a request
+LINGER = 2.0  # seconds in which the rest of a refused request may arrive
 ON_ITS_WAY = 1.0  # seconds in which the head of a request must arrive after the server began to stop
 
 ServerHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -38,13 +44,16 @@ class ConnectionLimits:
 class Connection(web.RequestHandler):
     """A connection of a client, which a Listener serves."""
 
-    __slots__ = ("address", "begun")
+    __slots__ = ("_head", "_lost", "_malformed", "address", "begun")
 
     def __init__(self, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, **options)
         # Since when the head of a request is expected; None while none is.
         self.begun: float | None = None
         self.address: str | None = None  # None until enter()
+        self._head = 0  # bytes of a request's head that have arrived; 0 when the head is complete
+        self._malformed = False
+        self._lost = asyncio.Event()
 
     def enter(self, peer: object) -> bool:
         """Count the connection, and return whether it is admitted.
@@ -67,12 +76,20 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.leave()
+        self._lost.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._malformed:
+            return  # the rest of a request that has been refused
         if self.begun is None and not self.answering:
             self.begun = self._loop.time()
+        expecting = self._waiter is not None  # a head, not a body
         super().data_received(data)
+        self._head = self._head + len(data) if expecting and not self._messages else 0
+        if self._head > LONGEST_HEAD and self._waiter is not None and not self._waiter.done():
+            self._messages.append((_ErrInfo(431, LineTooLong(b"", LONGEST_HEAD), ""), EMPTY_PAYLOAD))
+            self._waiter.set_result(None)
 
     @property
     def answering(self) -> bool:
@@ -98,11 +115,37 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionResetError("part of a response was sent already")
-        log.debug("request.malformed", client=request.remote, status=status, error=str(exc)[:300])
-        text = (message or "the request cannot be served").splitlines()[0][:200]
-        response = error_response("UNSUPPORTED" if status < 500 else "UNKNOWN", text, status)
+        # Only the error's class is logged: its text has bytes of the request.
+        log.debug("request.malformed", client=request.remote, status=status, error=type(exc).__name__)
+        code, text = "UNSUPPORTED", "the request is not HTTP/1.1 as RFC 9112 defines it"
+        if isinstance(exc, LineTooLong):
+            text = f"the request's head, or a line of it, is longer than {exc.args[1]} bytes"
+            status = 431 if exc.args[1] >= LONGEST_HEADER else status  # not if the target is too long
+        elif status >= 500:
+            code, text = "UNKNOWN", "the request cannot be served"
+        self._malformed = True
+        response = error_response(code, text, status)
         response.force_close()
         return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        result = await super().finish_response(request, resp, start_time)
+        if self._malformed and self.transport is not None and self.transport.can_write_eof():
+            # Closing with unread bytes would reset the connection, and the client could lose the response.
+            self.transport.write_eof()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER):
+                    await self._lost.wait()
+        return result
+
+    def log_exception(self, *args: Any, exc_info: Any = None, **kwargs: Any) -> None:
+        """Log an exception that aiohttp has caught: without a traceback if a client caused it."""
+        if isinstance(exc_info, HttpProcessingError | web.RequestPayloadError):
+            log.debug("request.malformed", error=type(exc_info).__name__)
+        else:
+            log.error("request.failed", exc_info=exc_info)
 
 
 class Listener(web.Server):
@@ -119,6 +162,8 @@ class Listener(web.Server):
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=limits.idle_timeout,
+            max_field_size=LONGEST_HEADER,
+            auto_decompress=False,
             **options,
         )
         self._handler = handler

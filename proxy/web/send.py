@@ -119,11 +119,33 @@ class _Sender:
         headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
         length = sum(len(head) + (span.stop or 0) - span.start for head, span in parts) + len(closing)
         self._response.content_length = length
-        writer = await self._prepare()
+        await self._send_parts(await self._prepare(), parts, closing)
+
+    async def _send_parts(
+        self, writer: AbstractStreamWriter, parts: Sequence[tuple[bytes, Span]], closing: bytes
+    ) -> None:
+        """Send parts with their heads; small parts are sent together, as there may be thousands."""
+        blob, batch, content = self._blob, bytearray(), 0
+        ready = 0  # where the bytes that need no waiting end
         for head, span in parts:
-            await self._response.write(head)
+            start, stop = span.start, span.stop or 0
+            small = isinstance(blob, OnDisk) and stop - start <= SMALL
+            if batch and not (small and stop <= ready and len(batch) <= SMALL):
+                await self._put(writer, bytes(batch))
+                self._exchange.bytes += content
+                batch, content = bytearray(), 0
+            batch += head
+            if isinstance(blob, OnDisk) and small and stop > ready:
+                ready = await _ready(blob, start, stop)
+            if isinstance(blob, OnDisk) and small and stop <= ready and blob.fileno() >= 0:
+                batch += self._read(blob.fileno(), span)
+                content += stop - start
+                continue
+            await self._put(writer, bytes(batch))
+            batch = bytearray()
             await self._write(writer, span)
-        await self._response.write(closing)
+        await self._put(writer, bytes(batch) + closing)
+        self._exchange.bytes += content
 
     async def _prepare(self) -> AbstractStreamWriter:
         writer = await self._response.prepare(self._request)
@@ -137,8 +159,9 @@ class _Sender:
         if span.stop is None or not isinstance(blob, OnDisk):
             await self._write(writer, span)
             return
-        if span.stop - span.start <= SMALL and await _all_there(blob, span.start, span.stop):
-            await self._copy(writer, blob.fileno(), span)
+        if span.stop - span.start <= SMALL and await _ready(blob, span.start, span.stop) >= span.stop:
+            await writer.write(self._read(blob.fileno(), span))
+            self._exchange.bytes += span.stop - span.start
             return
         encrypted = transport.get_extra_info("sslcontext") is not None
         # What the transport still buffers, such as the headers, must be sent before bytes bypass it.  With
@@ -156,13 +179,15 @@ class _Sender:
             if not transport.is_closing():
                 transport.set_write_buffer_limits()
 
-    async def _copy(self, writer: AbstractStreamWriter, file: int, span: Span) -> None:
+    def _read(self, file: int, span: Span) -> bytes:
         length = (span.stop or 0) - span.start
-        chunk = os.pread(file, length, span.start)
+        try:
+            chunk = os.pread(file, length, span.start)
+        except OSError as error:
+            raise _unreadable(span.start) from error
         if len(chunk) < length:
             raise StorageFailed(f"{self._blob.descriptor.digest}: its file was truncated")
-        await writer.write(chunk)
-        self._exchange.bytes += length
+        return chunk
 
     async def _follow(
         self, writer: AbstractStreamWriter, blob: OnDisk, span: Span, connection: socket.socket | None
@@ -263,13 +288,14 @@ def _part(boundary: str, span: Span, size: int, media_type: str) -> bytes:
     ).encode()
 
 
-async def _all_there(blob: OnDisk, position: int, stop: int) -> bool:
+async def _ready(blob: OnDisk, position: int, stop: int) -> int:
+    """Wait for the bytes up to `stop`; return where those end that can be read, or 0 if the disk failed."""
     try:
         while position < stop:
             position = await blob.readable(position)
-        return True
+        return position
     except StorageFailed:
-        return False
+        return 0
 
 
 async def _written(writer: AbstractStreamWriter, chunk: bytes) -> None:

@@ -275,7 +275,9 @@ def made(tmp_path: Path) -> Layout:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "entrepot.yml"
-    path.write_text(yaml.safe_dump({"disk": {"path": str(tmp_path / "disk")}, "namespaces": HOSTED}))
+    # Without an admin address: a server of another test may listen at the default one.
+    tree = {"admin": "off", "disk": {"path": str(tmp_path / "disk")}, "namespaces": HOSTED}
+    path.write_text(yaml.safe_dump(tree))
     return path
 
 

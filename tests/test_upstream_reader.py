@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from proxy.upstream import requests
+from proxy.upstream import pages
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -367,7 +367,7 @@ async def test_a_list_does_not_go_on_elsewhere(ask: Ask, upstream: Upstream) -> 
 
 
 async def test_a_list_without_end(ask: Ask, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "PAGES", 5)
+    monkeypatch.setattr(pages, "PAGES", 5)
     upstream.image("a/b", "x")
     again = Answer(b'{"tags": []}', Link='</v2/a/b/tags/list?last=x>; rel="next"')
     upstream.next("GET", "tags", again, times=99)

@@ -20,6 +20,7 @@ from proxy.config.quantities import parse_number
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
+from proxy.upstream.pages import pages
 from proxy.upstream.requests import (
     RequestSender,
     UpstreamRequest,
@@ -119,7 +120,8 @@ class UpstreamReader(Registry):
         return await self._sender.send(UpstreamRequest(method, url, kind, repository, headers))
 
     def _pages(self, path: str, kind: str, repository: str = "", also: str = "") -> AsyncIterator[Any]:
-        return self._sender.pages(UpstreamRequest("GET", self._sender.url(path), kind, repository, also=also))
+        request = UpstreamRequest("GET", self._sender.url(path), kind, repository, also=also)
+        return pages(self._sender, request)
 
     # Blobs
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import aiohttp
-import msgspec
 import structlog
 from yarl import URL
 
@@ -32,7 +31,6 @@ from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import Connect, Transport
 from storage.concurrency import RateLimit
 from storage.errors import (
-    ManifestUnknown,
     OriginDenied,
     OriginFailed,
     RegistryError,
@@ -43,8 +41,6 @@ from storage.oci import MANIFEST_LIMIT
 
 log = structlog.get_logger()
 
-LISTING_LIMIT = 16 << 20  # bytes of one page
-PAGES = 1000
 _READING = ("GET", "HEAD")
 
 
@@ -353,26 +349,6 @@ class RequestSender:
             if len(decoded) <= limit and decoder.eof:
                 return decoded
         raise OriginFailed(f"{self.name} sent a body encoded as {encoding}, although identity was requested")
-
-    async def pages(self, request: UpstreamRequest) -> AsyncIterator[Any]:
-        """The pages of a listing, as JSON values.  distribution-spec, "Content Discovery"."""
-        page: UpstreamRequest | None = request
-        for _ in range(PAGES):
-            if page is None:
-                return
-            async with await self.send(page) as response:
-                content = await self.content(response, LISTING_LIMIT)
-                link = response.links.get("next")
-            try:
-                yield msgspec.json.decode(content)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                # Some registries without a referrers API answer with an HTML page.
-                error_class = ManifestUnknown if request.kind == "referrers" else OriginFailed
-                raise error_class(f"{self.name} answered {request.url.path} without JSON") from None
-            page = replace(request, url=URL(str(link["url"]))) if link else None
-            if page is not None and page.url.origin() != self.home.origin():
-                raise OriginFailed(f"{self.name} continues a listing at another host, {page.url.host}")
-        raise OriginFailed(f"{self.name} lists more than {PAGES} pages of {request.url.path}")
 
     async def _fetch(
         self, method: str, url: URL, *, headers: Any, form: Any = None

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import aiohttp
+from aiohttp.http_exceptions import LineTooLong
 from yarl import URL
 
 from proxy.upstream.body import StreamedBody
@@ -32,6 +33,7 @@ from proxy.upstream.breaker import Breaker
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 
 REDIRECTS = 5
+HEADER_LIMIT = 64 << 10  # bytes of one header: signed URLs in Location are long
 READ = 1 << 20  # bytes buffered of a body before its socket is paused
 RETRIES = 2  # of a request that reads
 BACKOFF = 0.1  # seconds at most before the first retry, doubling
@@ -129,6 +131,8 @@ class Transport:
             auto_decompress=False,
             requote_redirect_url=False,
             read_bufsize=READ,
+            max_line_size=HEADER_LIMIT,
+            max_field_size=HEADER_LIMIT,
             headers={"User-Agent": "entrepot", "Accept-Encoding": "identity"},
         )
 
@@ -328,6 +332,12 @@ class Transport:
             return OriginTimeout(f"{self._name} did not answer in time")
         # Not the message of a ClientResponseError or InvalidURL: it contains the URL, which may be signed.
         detail = type(error).__name__
+        if isinstance(error, aiohttp.ClientResponseError):
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, LineTooLong):
+                cause = cause.__cause__
+            what = f"a header longer than {HEADER_LIMIT >> 10} KiB" if cause else "malformed HTTP"
+            return OriginFailed(f"{self._name} sent {what}")
         if isinstance(error, aiohttp.ClientConnectorError):
             detail = error.os_error.strerror or type(error.os_error).__name__
         return OriginFailed(f"{self._name} cannot be reached: {detail}")

@@ -45,17 +45,21 @@ from typing import Self
 
 
 class RegistryError(Exception):
-    """An error of a registry; its message is a sentence for the user of the client.
+    """An error of a registry.
 
-    `retry_after` is in seconds, or None.  `remembered` is True if the origin gave this answer to an earlier
-    request and was not asked again.
+    The message is a sentence for the operator.  Clients get `public`, which is the same sentence unless that
+    names a path of the server.  `retry_after` is in seconds, or None.  `remembered` is True if the origin
+    gave this answer to an earlier request and was not asked again.
     """
 
     code = "UNKNOWN"
     status = 500
 
-    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str = "", *, retry_after: float | None = None, public: str | None = None
+    ) -> None:
         super().__init__(message)
+        self.public = message if public is None else public
         self.retry_after = retry_after
         self.remembered = False
 
@@ -63,6 +67,7 @@ class RegistryError(Exception):
         """A copy without a traceback."""
         copy = type(self)(str(self), retry_after=self.retry_after)
         copy.remembered = remembered
+        copy.public = self.public
         return copy
 
 
@@ -175,7 +180,15 @@ class OriginDenied(Denied):
 
 
 class StorageFailed(RegistryError):
-    pass
+    """The disk failed.  `cause` is what clients may know of it: no path."""
+
+    def __init__(self, message: str = "", *, cause: str = "", retry_after: float | None = None) -> None:
+        public = (
+            f"the storage of this registry failed: {cause}"
+            if cause
+            else "the storage of this registry failed"
+        )
+        super().__init__(message, retry_after=retry_after, public=public)
 
 
 class Unavailable(RegistryError):

@@ -104,22 +104,24 @@ class _CredentialFile(Generic[T]):
     """The parsed content of a file, parsed again when the file has changed.  `parse` raises ValueError."""
 
     def __init__(self, kind: str, path: Path, parse: Callable[[bytes], T]) -> None:
-        self.source, self._file = f"{kind} {path}", WatchedFile(path, parse)
+        self.kind, self.source, self._file = kind, f"{kind} {path}", WatchedFile(path, parse)
 
     def current(self) -> T:
         try:
             return self._file.current()
         except OSError as error:
-            raise _unusable(self.source, error.strerror or type(error).__name__) from None
+            raise _unusable(self.source, error.strerror or type(error).__name__, self.kind) from None
         except UnicodeDecodeError:  # its message would quote the content
-            raise _unusable(self.source, "it is not UTF-8") from None
+            raise _unusable(self.source, "it is not UTF-8", self.kind) from None
         except ValueError as error:
-            raise _unusable(self.source, str(error)) from None
+            raise _unusable(self.source, str(error), self.kind) from None
 
 
-def _unusable(source: str, reason: str) -> OriginDenied:
+def _unusable(source: str, reason: str, public: str = "") -> OriginDenied:
+    """The error for a source of credentials that fails.  Clients get `public` instead, if it is given."""
     log.error("credentials.failed", source=source, reason=reason)
-    return OriginDenied(f"no credentials for the upstream: {source}: {reason}")
+    message = f"no credentials for the upstream: {source}: {reason}"
+    return OriginDenied(message, public=f"no credentials for the upstream: {public}" if public else None)
 
 
 class Helper(Credentials):
@@ -243,7 +245,7 @@ class DockerConfig(Credentials):
         try:
             return auth.credential() if auth else None
         except ValueError as error:
-            raise _unusable(f"{self._file.source}, auths of {host}", str(error)) from None
+            raise _unusable(f"{self._file.source}, auths of {host}", str(error), self._file.kind) from None
 
     def forget(self) -> None:
         for helper in self._helpers.values():

@@ -231,7 +231,7 @@ class DistributionAPI:
             headers.setdefault("Allow", ", ".join(READING))
         missing = error.missing if isinstance(error, ManifestBlobUnknown) else ()
         details = [{"digest": each} for each in missing]
-        response = error_response(code, str(error), status, headers, details or [None])
+        response = error_response(code, error.public, status, headers, details or [None])
         if isinstance(error, Unauthorized):
             for challenge in error.challenges:
                 response.headers.add("WWW-Authenticate", challenge)

@@ -23,6 +23,7 @@ from storage.archives import bundle
 from storage.archives.bundle import blob_name
 from storage.archives.export_plan import ContentSource, ExportPlan
 from storage.archives.tar import END, header, padding
+from storage.disk.modes import DIRECTORY_MODE, FILE_MODE, make_directory
 from storage.errors import BlobUnknown
 from storage.oci import Digest
 
@@ -70,6 +71,10 @@ def into(file: int) -> Callable[[bytes], None]:
     return write
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, FILE_MODE)
+
+
 class DirectorySink:
     """A directory to which the files of a bundle are written."""
 
@@ -79,9 +84,9 @@ class DirectorySink:
 
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> None:
         path = self._directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         # Copied, not hard-linked: a change to a file of the bundle must not change the stored blob.
-        with path.open("wb", buffering=0) as file:
+        with open(path, "wb", buffering=0, opener=_private) as file:
             for chunk in chunks:
                 file.write(chunk)
         self._written.append(path)
@@ -166,10 +171,10 @@ def placed(path: Path, *, directory: bool = False) -> Iterator[tuple[Path, int]]
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         if directory:
-            partial.mkdir()
+            partial.mkdir(mode=DIRECTORY_MODE)
             file = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         else:
-            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)  # marks it as in use: see _remove_abandoned()
             yield partial, file

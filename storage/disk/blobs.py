@@ -29,6 +29,7 @@ import structlog
 from storage.concurrency import run_in_thread
 from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
+from storage.disk.modes import FILE_MODE, make_directory, restrict
 from storage.disk.uploads import HASH, FileBlob, FileUpload
 from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest
@@ -66,18 +67,19 @@ class BlobFiles:
         self._hashes: dict[str, tuple[HASH, int]] = {}
         with translated(root):
             self._make()
+        restrict(root)  # a former version created directories that others could read
 
     def _make(self) -> None:
         for directory in (self._partial, self._locks, self.root / "blobs"):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
 
     def _create(self, path: Path, flags: int = 0) -> int:
         flags |= os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
-            return os.open(path, flags, 0o644)
+            return os.open(path, flags, FILE_MODE)
         except FileNotFoundError:
             self._make()
-            return os.open(path, flags, 0o644)
+            return os.open(path, flags, FILE_MODE)
 
     def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
         """Report the failure of a write: see DiskHealth.guard()."""
@@ -175,7 +177,7 @@ class BlobFiles:
         with self.guard(aside), suppress(FileNotFoundError):
             if not os.path.samestat(path.lstat(), found):
                 return None
-            aside.parent.mkdir(exist_ok=True)
+            make_directory(aside.parent)
             path.rename(aside)
             # 1. we check  2. it is evicted and filled again  3. we rename the good file: move it back.
             if not os.path.samestat(aside.lstat(), found):
@@ -320,7 +322,7 @@ class BlobFiles:
         Blocks.  Raises OSError.
         """
         made = not path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         now = self.clock()
         os.utime(file, (now, now))  # the time of last use, by our clock
         # Data before name: after a power failure, a name implies all of its bytes.

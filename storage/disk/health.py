@@ -61,7 +61,8 @@ def translated(what: Path | Digest) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageFailed(f"{what}: {error.strerror or error}") from error
+        cause = _cause(error)
+        raise StorageFailed(f"{what}: {cause}", cause=error.strerror or "") from error
 
 
 def sync(directory: Path) -> None:
@@ -111,7 +112,9 @@ class DiskHealth:
             self._troubles[key] = _Trouble(known.path if known else str(path), size, self._clock())
         if known is None:
             log.error("disk.failed", path=str(path), cause=cause, action="pulls go on uncached")
-        return StorageFailed(f"{path}: {cause}")
+        # An error without a number may have a path in its text.
+        told = cause if not isinstance(error, OSError) or error.strerror else ""
+        return StorageFailed(f"{path}: {cause}", cause=told)
 
     def _cause(self, error: Exception) -> str:
         """The cause in words that are the same for files and for SQLite."""

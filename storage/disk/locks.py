@@ -11,6 +11,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from storage.disk.modes import FILE_MODE, make_directory
+
 POLL = 0.02  # seconds between two looks at a file that another process has locked
 
 
@@ -43,10 +45,10 @@ class ProcessLock:
     def __init__(self, path: Path) -> None:
         flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
         try:
-            self._file = os.open(path, flags, 0o600)
+            self._file = os.open(path, flags, FILE_MODE)
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, flags, 0o600)
+            make_directory(path.parent)
+            self._file = os.open(path, flags, FILE_MODE)
 
     def take(self, how: int) -> bool:
         """Take the lock if it is free; `how` is fcntl.LOCK_SH or fcntl.LOCK_EX."""

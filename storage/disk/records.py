@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import shutil
 import sqlite3
 import threading
@@ -28,6 +29,7 @@ import structlog
 
 from storage.disk.health import DiskHealth, primary
 from storage.disk.locks import ProcessLock
+from storage.disk.modes import FILE_MODE, make_directory
 from storage.disk.salvage import LOCKED, checked, checksum, readable_records
 from storage.errors import StorageFailed
 
@@ -79,6 +81,11 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
     """A diskcache that stores only bytes and evicts nothing.  Raises _FAILURES."""
 
     def __init__(self, directory: Path, durable: bool) -> None:
+        make_directory(directory)
+        with suppress(FileExistsError):  # SQLite gives its other files the mode of this one
+            os.close(
+                os.open(directory / diskcache.core.DBNAME, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+            )
         try:
             super().__init__(
                 str(directory),
@@ -157,9 +164,10 @@ class Records:
         self._rebuilt_at = -math.inf
         self._closing = threading.Event()
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(directory)
         except OSError as error:
-            raise StorageFailed(f"records in {directory}: {error.strerror or error}") from error
+            cause = error.strerror or ""
+            raise StorageFailed(f"records in {directory}: {cause or error}", cause=cause) from error
         with suppress(StorageFailed):
             self._do(lambda cache: None)
         if self._rebuilding is not None:
@@ -274,7 +282,7 @@ class Records:
             with self._opening, self._shared():
                 found, opened = _identity(self._file), self._opened
                 if opened is None or found is None or found != opened[1]:
-                    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    make_directory(self._directory)
                     cache = _Database(self._directory, self._durable)
                     opened = self._opened = cache, _identity(self._file)
         return opened
@@ -284,14 +292,14 @@ class Records:
         if isinstance(error, OSError) or (primary(error) in _OF_THE_DISK and not short):
             return self._disk.failed(KIND, self._directory, error, size)
         self._rebuild(found)
-        return StorageFailed(f"records in {self._directory} are damaged: {error}")
+        return StorageFailed(f"records in {self._directory} are damaged: {error}", cause="damaged records")
 
     @contextmanager
     def _writing(self, size: int) -> Iterator[None]:
         # One write at a time, as SQLite requires anyway; so close() can wait for a write in a thread.
         with self._turn, self._disk.guard(KIND, self._lock), self._shared():
             if self._closing.is_set():
-                raise StorageFailed(f"records in {self._directory} are closed")
+                raise StorageFailed(f"records in {self._directory} are closed", cause="it is closed")
             yield
         self._disk.worked(KIND, size)
 
@@ -300,7 +308,9 @@ class Records:
         """Keep others from replacing the database.  Raises StorageFailed if a process does so already."""
         with closing(ProcessLock(self._lock)) as lock:
             if not lock.take(fcntl.LOCK_SH):
-                raise StorageFailed(f"records in {self._directory} are being rebuilt")
+                raise StorageFailed(
+                    f"records in {self._directory} are being rebuilt", cause="records are being rebuilt"
+                )
             yield
 
     # Rebuilding

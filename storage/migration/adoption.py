@@ -17,6 +17,7 @@ from pathlib import Path
 
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import sync
+from storage.disk.modes import FILE_MODE
 from storage.disk.uploads import CHUNK
 from storage.errors import DigestInvalid
 from storage.oci import Digest
@@ -81,7 +82,7 @@ class Adoption:
     def _copy(self, digest: Digest, given: int, partial: Path, size: int) -> None:
         found = hashlib.new(digest.algorithm)
         with self._files.guard(partial, size):
-            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             while chunk := os.read(given, CHUNK):
                 found.update(chunk)

@@ -20,6 +20,7 @@
     ├── RangeInvalid               RANGE_INVALID              416
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
+    ├── CodingUnsupported          UNSUPPORTED                415   a body with Content-Encoding
     ├── Unauthorized               UNAUTHORIZED               401   with a challenge
     ├── Throttled                  TOOMANYREQUESTS            429   too many wrong passwords
     ├── Denied                     DENIED                     403
@@ -153,6 +154,10 @@ class PaginationNumberInvalid(RegistryError):
 
 class Unsupported(RegistryError):
     code, status = "UNSUPPORTED", 405
+
+
+class CodingUnsupported(RegistryError):
+    code, status = "UNSUPPORTED", 415
 
 
 class Unauthorized(RegistryError):

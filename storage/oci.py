@@ -178,7 +178,12 @@ class _JSONManifest(msgspec.Struct, rename="camel"):
     annotations: dict[str, str] | None = None
 
 
+class _JSONType(msgspec.Struct, rename="camel"):
+    media_type: Any = None
+
+
 _decode = msgspec.json.Decoder(_JSONManifest).decode
+_decode_type = msgspec.json.Decoder(_JSONType).decode
 _MANIFEST = re.compile(r".*\.(?:manifest|index)\..*\+(?:json|prettyjws)")
 _NONDISTRIBUTABLE = (
     "application/vnd.oci.image.layer.nondistributable.",
@@ -240,6 +245,15 @@ def parse_manifest(content: bytes) -> ManifestContent:
         )
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, DigestInvalid) as error:
         raise ManifestInvalid(f"not a manifest: {error}") from None
+
+
+def declared_type(content: bytes) -> str | None:
+    """The `mediaType` that JSON of any form declares; None without one."""
+    try:
+        found = _decode_type(content).media_type
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return found if isinstance(found, str) and found else None
 
 
 def _platform(found: Any) -> str | None:

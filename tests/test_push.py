@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 from collections.abc import AsyncIterator
@@ -80,6 +81,9 @@ def image(*layers: Digest, config: Digest = Digest.of(b"{}"), **more: Any) -> by
     named = {"mediaType": EMPTY_TYPE, "digest": config, "size": 2}
     body = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": named, "layers": described, **more}
     return json.dumps(body).encode()
+
+
+THING = {"mediaType": "application/vnd.example.thing", "digest": Digest.of(b"{}"), "size": 2}
 
 
 def index(*children: bytes, kind: str = OCI_INDEX, **more: Any) -> bytes:
@@ -501,6 +505,93 @@ async def test_a_manifest_that_is_none(
     if code:
         assert answer.code == code
         assert (await client.ask("GET", f"{APP}/manifests/v1")).status == 404
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "application/octet-stream",
+        "text/plain; charset=utf-8",
+        "text/html",
+        "multipart/form-data; boundary=x",
+        "image/svg+xml",
+        "application/xhtml+xml",
+        "Application/JSON",
+        "application/x-tar",
+        "json",
+        "application/",
+        "application/x y",
+    ],
+)
+async def test_a_type_that_is_no_manifests(client: Client, kind: str, declared: bool) -> None:
+    content = image(config=await client.blob(b"{}"), **({} if declared else {"mediaType": None}))
+    answer = await client.manifest("v1", content, kind)
+    assert (answer.status, answer.code) == (400, "MANIFEST_INVALID")
+    assert (await client.ask("GET", f"{APP}/manifests/v1")).status == 404
+    assert (await client.ask("GET", f"{APP}/manifests/{Digest.of(content)}")).status == 404
+    assert (await client.manifest("v1", content)).status == 201
+
+
+@pytest.mark.parametrize(
+    ("members", "kind"),
+    [
+        ({"mediaType": OCI_MANIFEST}, DOCKER_MANIFEST),
+        ({"mediaType": OCI_MANIFEST}, "application/vnd.example.thing+json"),
+        ({"mediaType": "application/vnd.example.thing+json"}, OCI_MANIFEST),
+        ({"mediaType": OCI_MANIFEST, "layers": 7}, "application/vnd.example.thing+json"),
+        ({"mediaType": "application/vnd.example.thing+json"}, OCI_INDEX),
+        ({"manifests": []}, OCI_MANIFEST),
+        ({"manifests": []}, DOCKER_MANIFEST),
+        ({"mediaType": OCI_MANIFEST, "layers": [], "manifests": [THING]}, OCI_MANIFEST),
+        ({"layers": [THING]}, OCI_INDEX),
+        ({"config": THING}, DOCKER_LIST),
+        ({"mediaType": OCI_INDEX, "manifests": [], "config": THING}, OCI_INDEX),
+    ],
+)
+async def test_a_manifest_of_another_type(client: Client, members: dict[str, Any], kind: str) -> None:
+    await client.blob(b"{}")
+    content = json.dumps({"schemaVersion": 2, **members}).encode()
+    answer = await client.manifest("v1", content, kind)
+    assert (answer.status, answer.code) == (400, "MANIFEST_INVALID")
+    assert (await client.ask("GET", f"{APP}/manifests/v1")).status == 404
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_no_browser_guesses_what_was_pushed(client: Client, method: str) -> None:
+    await client.manifest("v1", b"<script>", "application/vnd.example.thing")
+    await client.blob(CONTENT)
+    for path in (f"{APP}/manifests/v1", f"{APP}/blobs/{DIGEST}", f"{APP}/tags/list", f"{APP}/manifests/none"):
+        assert (await client.ask(method, path)).headers["X-Content-Type-Options"] == "nosniff"
+
+
+# Content-Encoding
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "zstd", "identity, gzip", "aws-chunked"])
+async def test_what_is_encoded_is_refused(client: Client, coding: str) -> None:
+    body = gzip.compress(CONTENT)
+    session = await client.started()
+    assert (await client.ask("PATCH", session, b"12345")).status == 202
+    for method, path in (
+        ("POST", f"{UPLOADS}?digest={Digest.of(body)}"),
+        ("PATCH", session),
+        ("PUT", f"{session}?digest={Digest.of(body)}"),
+        ("PUT", f"{APP}/manifests/v1"),
+    ):
+        answer = await client.ask(method, path, body, Content_Encoding=coding, Content_Type=OCI_MANIFEST)
+        assert (answer.status, answer.code) == (415, "UNSUPPORTED")
+        assert answer.headers["Accept-Encoding"] == "identity"
+    assert (await client.ask("GET", session)).headers["Range"] == "0-4"
+    assert (await client.ask("GET", f"{APP}/blobs/{Digest.of(body)}")).status == 404
+    answer = await client.ask("PUT", f"{session}?digest={Digest.of(b'12345')}", Content_Encoding="identity")
+    assert answer.status == 201
+
+
+async def test_a_compressed_blob_is_what_was_sent(client: Client) -> None:
+    body = gzip.compress(CONTENT)
+    digest = await client.blob(body)
+    assert (await client.ask("GET", f"{APP}/blobs/{digest}", b"x", Content_Encoding="gzip")).body == body
 
 
 async def test_a_large_manifest_without_a_length(client: Client) -> None:

@@ -34,6 +34,7 @@ from storage.oci import (
     Reference,
     Span,
     Tag,
+    declared_type,
     parse_manifest,
 )
 from storage.registry import Blob, Moved, Registry, Upload, everything
@@ -43,6 +44,15 @@ from storage.values import Pointer
 INDEXES = (OCI_INDEX, DOCKER_LIST)
 IMAGES = (OCI_MANIFEST, DOCKER_MANIFEST)
 ROOM = 1 << 30  # bytes that are made free for an upload of unknown size
+# RFC 6838, section 4.2.
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+# Types that clients set by default or by mistake, and types of files: no manifest has one of them.
+_GENERAL = re.compile(
+    r"(?:text|image|audio|video|font|model|message|multipart)/.*"
+    r"|application/(?:octet-stream|json|x-www-form-urlencoded|(?:x-)?javascript|ecmascript|(?:[a-z.]*\+)?xml"
+    r"|pdf|x-sh|x-tar|gzip|x-gzip|zip|zstd|x-binary|binary|wasm|x-shockwave-flash)",
+    re.IGNORECASE,
+)
 _MISSING = 100  # digests that an error names at most
 
 
@@ -254,17 +264,25 @@ class Hosted(Registry):
 
 def _checked(manifest: Manifest) -> ManifestContent | None:
     """Parse a pushed manifest.  None if its type is unknown: it is not checked.  Raises ManifestInvalid."""
-    if not manifest.media_type:
+    given, declared = manifest.media_type, declared_type(manifest.content)
+    if not given:
         raise ManifestInvalid("it was sent without a Content-Type, and has no mediaType")
-    known = manifest.media_type in (*INDEXES, *IMAGES)
+    if declared not in (None, given):
+        raise ManifestInvalid(f"its mediaType is {declared[:200]}, but its Content-Type is {given[:200]}")
+    if not _MEDIA_TYPE.fullmatch(given) or _GENERAL.fullmatch(given):
+        raise ManifestInvalid(
+            f"its Content-Type is {given[:200]}, which is no manifest's: send for example {OCI_MANIFEST}"
+        )
+    known = given in (*INDEXES, *IMAGES)
     try:
         content = parse_manifest(manifest.content)
     except ManifestInvalid:
         if known:
             raise
         return None
-    if known and content.declared not in (None, manifest.media_type):
-        raise ManifestInvalid(
-            f"its mediaType is {content.declared}, but its Content-Type is {manifest.media_type}"
-        )
+    # What has the forms of an image and of an index is read differently by different clients.
+    if given in IMAGES and (content.listed or content.media_type == OCI_INDEX):
+        raise ManifestInvalid(f"it lists manifests, as an index does, but its Content-Type is {given}")
+    if given in INDEXES and (content.config or content.layers):
+        raise ManifestInvalid(f"it has a config or layers, as an image does, but its Content-Type is {given}")
     return content

@@ -156,7 +156,7 @@ class ServerProcess:
             token=config.admin_token,
             loopback=config.admin is not None and config.admin.loopback,
         )
-        runner = web.AppRunner(api, access_log=None)
+        runner = web.AppRunner(api, access_log=None, auto_decompress=False)
         self.admin_url = await self._serve(runner, sockets, config.admin_tls())
 
     async def _serve_clients(self, sockets: list[socket.socket]) -> None:

@@ -35,7 +35,16 @@ from storage.errors import (
     SizeInvalid,
     UploadStalled,
 )
-from storage.oci import MANIFEST_LIMIT, OCTETS, Descriptor, Digest, Manifest, Tag, parse_manifest
+from storage.oci import (
+    MANIFEST_LIMIT,
+    OCTETS,
+    Descriptor,
+    Digest,
+    Manifest,
+    Tag,
+    declared_type,
+    parse_manifest,
+)
 from storage.registry import Registry, Upload
 
 ALGORITHMS = ("sha256", "sha512")
@@ -217,7 +226,7 @@ class Push:
         tags = [Tag.parse(each) for each in dict.fromkeys(request.query.getall("tag", ()))]
         body = await self._manifest_body(request, exchange)
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
-        manifest = Manifest.of(media_type or _declared(body), body)
+        manifest = Manifest.of(media_type or declared_type(body) or "", body)
         exchange.digest = await uninterrupted(self._push(request, route, name, exchange, manifest, tags))
         response = self._created(request, route, Endpoint.MANIFEST, Digest(exchange.digest), exchange)
         with suppress(ManifestInvalid):
@@ -319,11 +328,3 @@ async def _continue(request: web.BaseRequest) -> None:
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # counts the final response only
-
-
-def _declared(body: bytes) -> str:
-    """The media type that a manifest declares; "" without one."""
-    try:
-        return parse_manifest(body).declared or ""
-    except ManifestInvalid:
-        return ""

@@ -14,7 +14,12 @@ from storage.errors import RegistryError
 
 JSON = "application/json"
 _IMMUTABLE = {whose: f"{whose}, max-age=31536000, immutable" for whose in ("public", "private")}
-COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "entrepot"}
+COMMON = {
+    "Docker-Distribution-Api-Version": "registry/2.0",
+    "Server": "entrepot",
+    # Whoever may push chooses media types: a browser is not to take content for HTML.
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 class RequestRefused(Exception):

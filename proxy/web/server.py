@@ -37,6 +37,7 @@ from proxy.web.routes import Endpoint, Route, parse
 from proxy.web.send import LEFT
 from storage.errors import (
     BlobUnknown,
+    CodingUnsupported,
     ManifestBlobUnknown,
     ManifestUnknown,
     NameUnknown,
@@ -173,6 +174,8 @@ class DistributionAPI:
                 exchange.ns = request.query.get("ns")
                 if self._authorizer is not None and not self._authorizer.is_public(name):
                     await self._authorizer.permit(request, _access_request(request, route, name), exchange)
+            if request.method in ("POST", "PUT", "PATCH"):
+                _check_coding(request)
             response = await handler(request, route, name, exchange)
             if self._events.pulls and request.method in READING:
                 self._events.report_pull(request, route, exchange, response.status)
@@ -266,6 +269,14 @@ class DistributionAPI:
 
 def _reading(handler: EndpointHandler) -> dict[str, EndpointHandler]:
     return dict.fromkeys(READING, handler)
+
+
+def _check_coding(request: web.BaseRequest) -> None:
+    """Raise RequestRefused if the body is encoded: a digest is that of the bytes which are sent."""
+    codings = ",".join(request.headers.getall("Content-Encoding", ())).split(",")
+    if any(each.strip().lower() not in ("", "identity") for each in codings):
+        error = CodingUnsupported("the body has a Content-Encoding: send it without one")
+        raise RequestRefused(error, {"Accept-Encoding": "identity"})  # RFC 9110, section 12.5.3
 
 
 def _access_request(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:

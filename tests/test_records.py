@@ -121,7 +121,7 @@ def test_first_skips_from_group_to_group(records: Records) -> None:
 def test_keys_are_told_of_what_cannot_be_read_as_well(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records_module, "_BATCH", 2)
+    monkeypatch.setattr(records_module, "BATCH", 2)
     for number in range(5):
         records.put(f"tag a {number}", b"value")
     records.put("tag ab 1", b"value")

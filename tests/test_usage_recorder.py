@@ -239,7 +239,7 @@ async def test_memory_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_many_uses_take_several_transactions(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SLICE", 2)
+    monkeypatch.setattr(module, "BATCH", 2)
     for number in range(4):
         rig.served(image(), f"tag{number}")
     await rig.flush()
@@ -280,7 +280,7 @@ async def test_what_cannot_be_recorded_waits(rig: Rig, monkeypatch: pytest.Monke
 async def test_a_failure_in_the_middle_counts_nothing_twice(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SLICE", 2)
+    monkeypatch.setattr(module, "BATCH", 2)
     record, calls = rig.usage.record, []
 
     def second_fails(*arguments: Any) -> None:

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import islice
 
 from proxy.admin.reports import Purged
-from storage.disk.records import Batch
+from storage.disk.records import Batch, batches
 from storage.errors import RegistryError
 from storage.graph import Walk, contents
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
@@ -29,7 +28,6 @@ from storage.oci import Digest, Reference, Tag
 from storage.store import Store
 from storage.values import Pointer, StoredManifest
 
-BATCH = 500  # records in a transaction, which blocks all other writers
 KINDS = (TAG, MANIFEST, LINK, LISTING)  # the records that a repository has
 
 
@@ -216,8 +214,7 @@ class Purge:
 
     def _delete(self, keys: list[str]) -> None:
         # In their order: after an interruption no tag points at a deleted manifest.
-        rest = iter(keys)
-        while batch := list(islice(rest, BATCH)):
+        for batch in batches(keys):
             self._records.transaction(_deletion(batch))
 
     def _sweep(self, links: set[tuple[str, Digest]], dry_run: bool) -> tuple[int, int]:

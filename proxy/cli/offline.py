@@ -26,7 +26,7 @@ from storage.names import written
 Row = TypeVar("Row", WarmRow, ReadyRow)
 
 IMAGES = "images"  # the part of the progress that counts all images
-JOBS = 4
+DEFAULT_JOBS = 4  # images at once; a schedule has its own: proxy.admin.warm
 MOST_JOBS = 64
 PAGE = 500  # references in one request
 
@@ -43,7 +43,7 @@ _NO_REFERRERS = click.option(
 _JOBS = click.option(
     "--jobs",
     type=click.IntRange(1, MOST_JOBS),
-    default=JOBS,
+    default=DEFAULT_JOBS,
     show_default=True,
     help="How many images to fetch at once.",
 )

@@ -22,6 +22,7 @@ from proxy.telemetry.exchange import UNKNOWN, Exchange
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread
 from storage.disk.blobs import TOUCH
+from storage.disk.records import BATCH
 from storage.errors import StorageFailed
 from storage.graph import walk
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
@@ -30,7 +31,6 @@ from storage.store import Store
 
 EVERY = 10.0  # seconds between recordings
 MOST = 50_000  # references, and moves, that wait to be recorded; more only count for their namespace
-SLICE = 500  # uses in a transaction, which keeps all other processes from writing
 
 
 @dataclass(slots=True)
@@ -153,7 +153,7 @@ class UsageRecorder:
             self._touch()
         with suppress(StorageFailed):
             while self._uses or self._moves or self._counts:
-                uses = dict(islice(self._uses.items(), SLICE))
+                uses = dict(islice(self._uses.items(), BATCH))
                 self._usage.record(uses, self._moves, self._counts)
                 self._moves, self._counts = [], {}
                 for key in uses:

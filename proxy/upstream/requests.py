@@ -28,7 +28,7 @@ from proxy.upstream.credentials import Credentials
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
 from proxy.upstream.tokens import TokenCache, TokenResponse
-from proxy.upstream.transport import Connect, Transport
+from proxy.upstream.transport import READING, Connect, Transport
 from storage.concurrency import RateLimit
 from storage.errors import (
     OriginDenied,
@@ -40,8 +40,6 @@ from storage.errors import (
 from storage.oci import MANIFEST_LIMIT
 
 log = structlog.get_logger()
-
-_READING = ("GET", "HEAD")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class UpstreamRequest:
 
     def scope(self, pushed_to: bool) -> str:
         """The scope of its token: token specification, "Requesting a Token", with Distribution's actions."""
-        actions = "pull" if self.method in _READING and not pushed_to else "pull,push"
+        actions = "pull" if self.method in READING and not pushed_to else "pull,push"
         # An upload is cancelled with the token that it was started with; Distribution then demands another.
         if self.method == "DELETE" and self.kind != "upload":
             actions = "delete"
@@ -259,7 +257,7 @@ class RequestSender:
         self, response: aiohttp.ClientResponse, request: UpstreamRequest, home: bool
     ) -> RegistryError:
         content = b""
-        if request.method not in _READING:
+        if request.method not in READING:
             with suppress(RegistryError):  # then only its status is used
                 content = await self.content(response, ERROR_LIMIT)
         error = error_from_response(self.name, response, request.repository, request.kind, content)
@@ -282,7 +280,7 @@ class RequestSender:
 
     async def _foreign(self, request: UpstreamRequest, url: URL) -> str | None:
         """The Authorization for a URL that is not on the upstream's own host."""
-        return await self._elsewhere.authorization(url) if request.method in _READING else None
+        return await self._elsewhere.authorization(url) if request.method in READING else None
 
     async def _renewed(
         self,
@@ -297,7 +295,7 @@ class RequestSender:
         try:
             if tokens is not None:
                 return await tokens.renew(scope, challenges, used)
-            if request.method in _READING:
+            if request.method in READING:
                 return await self._elsewhere.renew(response.url, challenges, used)
             return None
         except BaseException:

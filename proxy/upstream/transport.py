@@ -37,10 +37,10 @@ HEADER_LIMIT = 64 << 10  # bytes of one header: signed URLs in Location are long
 READ = 1 << 20  # bytes buffered of a body before its socket is paused
 RETRIES = 2  # of a request that reads
 BACKOFF = 0.1  # seconds at most before the first retry, doubling
+READING = ("GET", "HEAD")
 HOSTS = 100  # hosts whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
 _DOWN = frozenset((502, 503, 504))  # a 500 concerns one request only
-_READING = ("GET", "HEAD")
 RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
 
 
@@ -201,7 +201,7 @@ class Transport:
     async def _bounded(self, method: str, body: RequestBody) -> AsyncIterator[None]:
         """Limit the time until the request is sent and answered."""
         connect, loop = self._connect, asyncio.get_running_loop()
-        writes = method not in _READING and not isinstance(body, Mapping)
+        writes = method not in READING and not isinstance(body, Mapping)
         async with asyncio.timeout(connect.write_timeout if writes else connect.header_timeout) as bound:
             if not isinstance(body, StreamedBody):
                 yield
@@ -220,8 +220,8 @@ class Transport:
     ) -> aiohttp.ClientResponse:
         session = self._home_session if url.origin() == self._home else self._redirect_session
         connect = self._connect
-        retries = RETRIES if method in _READING else 0  # RFC 9110 §9.2.1
-        wait = connect.progress_timeout if method in _READING else connect.write_timeout
+        retries = RETRIES if method in READING else 0  # RFC 9110 §9.2.1
+        wait = connect.progress_timeout if method in READING else connect.write_timeout
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect.connect_timeout, sock_read=wait)
         for attempt in range(retries + 1):
             try:

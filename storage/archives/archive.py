@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from storage.archives.tar import BLOCK, TarMember, is_tar, members
+from storage.disk.uploads import CHUNK
 from storage.errors import ArchiveInvalid
 from storage.oci import Digest
 
-CHUNK = 1 << 20  # bytes read at a time
+GZIP = b"\x1f\x8b"  # how a gzip file begins: RFC 1952 §2.3.1
 DOCUMENT_LIMIT = 16 << 20  # bytes of a document that is read as a whole
 INFLATION_LIMIT = 200  # times the compressed size; layers are compressed already, or tar archives of programs
 INFLATION_FREE = 64 << 20  # inflated bytes before that limit applies
 
-_GZIP = b"\x1f\x8b"
 _COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 
 
@@ -214,7 +214,7 @@ def open_spooled(file: IO[bytes], what: str, spool: Path, tick: Callable[[], Non
     try:
         file.seek(0)
         begun = os.pread(file.fileno(), BLOCK, 0)
-        if begun.startswith(_GZIP):
+        if begun.startswith(GZIP):
             plain = _inflated(file, what, spool, tick)
             file.close()
             file = plain

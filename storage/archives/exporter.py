@@ -24,10 +24,9 @@ from storage.archives.bundle import blob_name
 from storage.archives.export_plan import ContentSource, ExportPlan
 from storage.archives.tar import END, header, padding
 from storage.disk.modes import DIRECTORY_MODE, FILE_MODE, make_directory
+from storage.disk.uploads import CHUNK
 from storage.errors import BlobUnknown
 from storage.oci import Digest
-
-CHUNK = 1 << 20  # bytes
 
 Tick = Callable[[int], None]  # called with the bytes written so far; may raise to cancel the export
 

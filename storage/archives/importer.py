@@ -7,15 +7,14 @@ what is stored, and resumes a blob that was written in part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from storage.archives.layout import Layout
 from storage.concurrency import run_in_thread
-from storage.disk.records import Batch, Records
+from storage.disk.records import Batch, Records, batches
 from storage.disk.uploads import CHUNK, FileUpload
 from storage.errors import (
     ArchiveInvalid,
@@ -28,8 +27,6 @@ from storage.errors import (
 from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag
 from storage.store import Store
 
-T = TypeVar("T")
-BATCH = 500  # records in a transaction: nobody else can write while it lasts
 Tick = Callable[[int], None]  # called with the bytes imported so far
 
 
@@ -162,14 +159,14 @@ class Importer:
     def _publish(self) -> list[ImportedTag]:
         for planned in self.repositories:
             repository, store = planned.target.repository, planned.target.store
-            for links in _batches(planned.blobs.items()):
+            for links in batches(planned.blobs.items()):
                 store.records.transaction(_linking(store, repository, links))
-            for manifests in _batches(planned.manifests.values()):
+            for manifests in batches(planned.manifests.values()):
                 found = [self._read(planned, each) for each in manifests]
                 store.records.transaction(_storing(store, repository, found))
         moved = []
         for planned in self.repositories:
-            for tags in _batches(planned.tags.items()):
+            for tags in batches(planned.tags.items()):
                 moved += planned.target.store.records.transaction(_binding(planned.target, tags))
         return moved
 
@@ -235,9 +232,3 @@ def _binding(
         return moved
 
     return work
-
-
-def _batches(found: Iterable[T]) -> Iterator[Sequence[T]]:
-    rest = iter(found)
-    while batch := list(islice(rest, BATCH)):
-        yield batch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from storage.archives.archive import Archive, ArchivePart, digest_of, inflated, read
+from storage.archives.archive import GZIP, Archive, ArchivePart, digest_of, inflated, read
 from storage.archives.bundle import (
     IMAGE_NAME,
     INDEX,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 SAVED = "manifest.json"
 CONFIG, LAYER = "application/vnd.oci.image.config.v1+json", "application/vnd.oci.image.layer.v1.tar"
-_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +207,7 @@ def _layer(archive: Archive, diff_id: str, name: str) -> Descriptor:
     except DigestInvalid as error:
         raise ArchiveInvalid(f"{archive.what}: a layer's diff_id: {error}") from None
     with archive.opened(name) as part:
-        if part.at(0, len(_GZIP)) != _GZIP:
+        if part.at(0, len(GZIP)) != GZIP:
             return Descriptor(LAYER, unpacked, part.size)
         found = digest_of(inflated(part, f"{archive.what}: {name}"), unpacked.algorithm)
         if found != unpacked:

@@ -18,7 +18,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -40,12 +40,12 @@ KIND = "records"  # the kind of these files in DiskHealth
 KEPT = 2  # damaged databases that are not removed
 AGAIN = 10.0  # seconds between two rebuilds, so that a failing disk does not keep the process busy with them
 AT_START = 0.5  # seconds that opening waits for a rebuild
+BATCH = 500  # records written in one transaction, which blocks all other writers
 POLL = 0.02  # seconds between two attempts to get a lock
 _INLINE = 1 << 30  # bytes; diskcache puts larger values into files, whose loss SQLite does not notice
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
 _HOLDS = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
-_BATCH = 500
 # Result codes caused by the disk or a lock; every other one means that the database is damaged.
 _OF_THE_DISK = {
     sqlite3.SQLITE_FULL,
@@ -209,7 +209,7 @@ class Records:
     def scan(self, prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
         """The records whose keys start with `prefix` and are greater than `prefix + after`, in order."""
         last = prefix + after
-        while rows := self._rows("SELECT key, value", last, prefix + "\U0010ffff", _BATCH):
+        while rows := self._rows("SELECT key, value", last, prefix + "\U0010ffff", BATCH):
             for key, stored in rows:
                 if (value := checked(key, stored)) is not None:
                     yield key, value
@@ -218,7 +218,7 @@ class Records:
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys that start with `prefix`, in order; also those of records that can no longer be read."""
         last = prefix
-        while rows := self._rows("SELECT key, NULL", last, prefix + "\U0010ffff", _BATCH):
+        while rows := self._rows("SELECT key, NULL", last, prefix + "\U0010ffff", BATCH):
             yield from (key for key, _ in rows)
             last = rows[-1][0]
 
@@ -354,11 +354,18 @@ class Records:
         """Create a database of all intact records; returns how many there are."""
         records = (record for record in readable_records(self._file) if not self._closing.is_set())
         with closing(_Database(fresh, self._durable)) as cache:
-            while batch := list(islice(records, _BATCH)):
+            for batch in batches(records):
                 with cache.transact():
                     for key, stored in batch:
                         cache.set(key, stored)
             return len(cache)
+
+
+def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
+    """The items in lists of at most `size`, each for a transaction of its own."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def _origin(error: Exception) -> Exception:

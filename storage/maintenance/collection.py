@@ -30,7 +30,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 import structlog
 
-from storage.disk.records import Batch
+from storage.disk.records import BATCH, Batch, batches
 from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.leases import Leases
 from storage.maintenance.pace import DutyCycle
@@ -44,7 +44,6 @@ log = structlog.get_logger()
 T = TypeVar("T")
 Pause: TypeAlias = Callable[[], None]
 
-BATCH = 500  # records removed in one transaction
 TRIES = 3  # attempts to mark a repository without blocking pushes
 ROWS = 1000  # in a report
 REMEDY = "push it again, or delete it"
@@ -230,7 +229,7 @@ class _CollectionRun:
                     else:
                         unnamed.append(key)
                 pause()
-            return [unnamed[start : start + BATCH] for start in range(0, len(unnamed), BATCH)]
+            return list(batches(unnamed, BATCH))
 
         def remove(keys: list[str], batch: Batch) -> bool:
             keys[:] = [key for key in keys if not self._link_young(key)]

@@ -11,11 +11,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 
 import structlog
 
-from storage.disk.records import Batch
+from storage.disk.records import Batch, batches
 from storage.disk.tree import StoredBlob
 from storage.keys import LINK
 from storage.maintenance.blob_tree import BlobTree, oldest
@@ -25,8 +24,6 @@ from storage.maintenance.pins import PinnedContent
 from storage.store import Store
 
 log = structlog.get_logger()
-
-BATCH = 500  # records removed in one transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +233,7 @@ class EvictionRun:
         self.remove(links)
 
     def remove(self, keys: Iterable[str]) -> None:
-        left = iter(keys)
-        while batch := list(islice(left, BATCH)):
+        for batch in batches(keys):
             if not self._dry_run:
                 self._remove_records(batch)
             self.pause()

@@ -10,11 +10,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from itertools import islice
 
 import structlog
 
-from storage.disk.records import Batch
+from storage.disk.records import Batch, batches
 from storage.disk.tree import directories, read_directory
 from storage.keys import LINK
 from storage.maintenance.reachability import prefix_of
@@ -48,9 +47,7 @@ class Unlinked:
 
     def found(self, but: Collection[str] = ()) -> Iterator[list[Found]]:
         """The unlinked blobs in batches; links whose keys are in `but` are ignored."""
-        each = self._each(but)
-        while pack := list(islice(each, PACK)):
-            yield pack
+        return batches(self._each(but), PACK)
 
     def _each(self, but: Collection[str]) -> Iterator[Found]:
         linked = self._linked(but)

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TypeAlias
 
 from storage.concurrency import Cancelled
-from storage.disk.records import Batch
+from storage.disk.records import Batch, batches
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameInvalid, TagInvalid
 from storage.keys import MANIFEST
 from storage.migration.adoption import Adoption
@@ -35,7 +34,6 @@ from storage.oci import (
 from storage.store import Store
 
 MANIFEST_BATCH = 64  # manifests stored in one transaction, after their blobs are synced
-TAG_BATCH = 500  # tags set in one transaction
 WORKERS = 4  # threads that read and hash
 
 _ParsedManifest: TypeAlias = tuple[Manifest, ManifestContent]
@@ -146,8 +144,7 @@ class Migration:
                 else:
                     yield manifest, content
 
-        groups = decided()
-        while group := list(islice(groups, MANIFEST_BATCH)):
+        for group in batches(decided(), MANIFEST_BATCH):
             self._put(repository, group, pool)
         return later
 
@@ -229,8 +226,7 @@ class Migration:
         return _BlobResult(Descriptor(OCTETS, digest, size), new=True)
 
     def _tags(self, repository: _RepositoryMigration) -> None:
-        tags = self._moved(repository)
-        while group := dict(islice(tags, TAG_BATCH)):
+        for group in map(dict, batches(self._moved(repository))):
             if not self._dry_run:
                 self._store.records.transaction(partial(repository.point, tags=group))
             self.report.tags += len(group)

@@ -461,6 +461,7 @@ async def test_the_log_is_json_in_a_pipe(tmp_path: Path, upstream: Upstream, ima
         "status": 200,
         "result": "miss",
         "detail": "",
+        "reason": "",
         "upstream_requests": 1,
         "bytes": len(image.content),
         "received": 0,

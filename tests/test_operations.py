@@ -643,6 +643,7 @@ def upstream(**keys: Any) -> UpstreamState:
         "ratelimit_remaining": None,
         "limited_until": None,
         "limits": [],
+        "refused": [],
     }
     return UpstreamState(**{**told, **keys})
 

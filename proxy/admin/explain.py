@@ -6,11 +6,11 @@ considered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from proxy.admin.inventory import Inventory, Measured, finite
 from proxy.admin.processes import UpstreamState
-from proxy.admin.reports import HostRow, Verdict, Why
+from proxy.admin.reports import HostRow, RefusalRow, Verdict, Why
 from proxy.config.schema import Config
 from proxy.namespaces.references import ImageReference
 from storage.maintenance.pins import Pins
@@ -146,6 +146,7 @@ def worst(states: Sequence[UpstreamState]) -> list[HostRow]:
         known = found.setdefault((each.url, each.host), each)
         if _badness(each) > _badness(known):
             found[each.url, each.host] = each
+    refused = {where: refusals(each for each in states if (each.url, each.host) == where) for where in found}
     return [
         HostRow(
             url=each.url,
@@ -156,8 +157,25 @@ def worst(states: Sequence[UpstreamState]) -> list[HostRow]:
             ratelimit_limit=each.ratelimit_limit,
             ratelimit_remaining=each.ratelimit_remaining,
             limited_until=each.limited_until,
+            refused=refused.get((each.url, each.host), []),
         )
         for each in found.values()
+    ]
+
+
+def refusals(states: Iterable[UpstreamState]) -> list[RefusalRow]:
+    """The latest refusal of each credential by each host."""
+    rows = sorted((row for each in states for row in each.refused), key=lambda row: row.at)
+    return list({(row.credential, row.host): row for row in rows}.values())
+
+
+def refusal_notes(states: Sequence[UpstreamState]) -> list[str]:
+    """A sentence for each credential that is refused."""
+    names = dict.fromkeys(each.namespace for each in states)
+    return [
+        f"{name}: {row.host} refused credential {row.credential} with status {row.status}"
+        for name in names
+        for row in refusals(each for each in states if each.namespace == name)
     ]
 
 

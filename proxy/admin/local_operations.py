@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 
+import msgspec
 import structlog
 
 from proxy.admin.drills import DrillControl
-from proxy.admin.explain import Explainer
+from proxy.admin.explain import Explainer, refusal_notes
 from proxy.admin.fill_speeds import FillSpeeds
 from proxy.admin.inventory import Inventory, merged
 from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, WebhookRow
@@ -96,14 +97,18 @@ class LocalOperations:
     async def repositories(self, match: str = "*") -> Listed:
         parsed = self._reader.pattern("match", match)
         found = [await run_in_thread(each.repositories, parsed) for each in self._inventories]
-        return Listed(repositories=sorted(chain(*found), key=lambda row: row.repository))
+        rows = sorted(chain(*found), key=lambda row: row.repository)
+        return Listed(repositories=rows, notes=await self._notes())
 
     async def images(self, match: str = "*", limit: int = PAGE, last: str = "") -> Listed:
         parsed = self._reader.pattern("match", match)
         if last:
             read_pattern("last", last)
         pages = [await run_in_thread(each.images, parsed, limit, last) for each in self._inventories]
-        return merged(pages, limit)
+        return msgspec.structs.replace(merged(pages, limit), notes=await self._notes())
+
+    async def _notes(self) -> list[str]:
+        return refusal_notes([each for state in await self._processes.states() for each in state.upstreams])
 
     async def show(self, ref: str) -> ImageTree:
         image = self._reader.reference("ref", ref)

@@ -67,12 +67,14 @@ class ImageRow(Model, frozen=True):
 class Listed(Model, frozen=True):
     """A list of repositories, or one page of images.
 
-    `next` is the `last` of the request for the next page, None on the last page.
+    `next` is the `last` of the request for the next page, None on the last page.  `notes` are sentences about
+    the caches, such as that an upstream refuses credentials.
     """
 
     repositories: list[RepositoryRow] = []
     images: list[ImageRow] = []
     next: str | None = None
+    notes: list[str] = []
 
 
 class ImageNode(Model, frozen=True):

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import msgspec
 import structlog
 
+from proxy.admin.reports import RefusalRow
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fill, Fills
@@ -47,7 +48,8 @@ class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
     While `open`, requests to it are paused because it failed with `error`, `until` the next attempt.
     `limits` are those of each credential at the first host; the `ratelimit_` fields are their sums, None if
     the host sends none.  If all credentials are blocked, `limited_until` is when the first is free again.
-    Times are in seconds since the epoch.
+    `refused` are the credentials that it or its token server refuses, at the first host.  Times are in
+    seconds since the epoch.
     """
 
     namespace: str
@@ -60,6 +62,7 @@ class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
     ratelimit_remaining: int | None
     limited_until: float | None
     limits: list[LimitState]
+    refused: list[RefusalRow]
 
 
 class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,6 +162,10 @@ def _upstream(namespace: str, state: HostState, now: float) -> UpstreamState:
         ratelimit_remaining=_sum(each.remaining for each in state.limits),
         limited_until=now + min(blocked) if blocked and all(blocked) else None,
         limits=state.limits,
+        refused=[
+            RefusalRow(credential=each.credential, host=each.host, status=each.status, at=now - each.age)
+            for each in state.refused
+        ],
     )
 
 

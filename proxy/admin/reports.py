@@ -142,6 +142,18 @@ class Scrubbing(Model, frozen=True):
 # Explanation
 
 
+class RefusalRow(Model, frozen=True):
+    """A host refused a credential, and has granted it nothing since.
+
+    `credential` is its number in the configuration, `at` is in seconds since the epoch.
+    """
+
+    credential: int
+    host: str
+    status: int
+    at: float
+
+
 class HostRow(Model, frozen=True):
     """A host of an upstream, as reported by the process in which it fares worst.
 
@@ -156,6 +168,7 @@ class HostRow(Model, frozen=True):
     ratelimit_limit: int | None
     ratelimit_remaining: int | None
     limited_until: float | None
+    refused: list[RefusalRow]
 
 
 class Why(Model, frozen=True):

@@ -32,14 +32,16 @@ def ls(call: CommandContext, pattern: str, tags: bool) -> None:
         found = await operations.images(pattern, PAGE)
         while found.next is not None:
             more = await operations.images(pattern, PAGE, found.next)
-            found = models.Listed(images=found.images + more.images, next=more.next)
+            found = models.Listed(images=found.images + more.images, next=more.next, notes=more.notes)
         return found
 
     call.ask(question, listing_tables)
 
 
 def listing_tables(found: models.Listed, now: float) -> Sequence[Table]:
-    return [_images(found.images, now) if found.images else _repositories(found.repositories)]
+    table = _images(found.images, now) if found.images else _repositories(found.repositories)
+    table.notes += found.notes
+    return [table]
 
 
 def _repositories(rows: Sequence[models.RepositoryRow]) -> Table:

@@ -204,6 +204,9 @@ def _upstream(host: reports.HostRow, now: float) -> str:
         said.append(f"{host.ratelimit_remaining} of {host.ratelimit_limit} requests left")
     if host.limited_until is not None:
         said.append(f"rate limited until {format_time(host.limited_until, now)}")
+    for each in host.refused:
+        when = format_time(each.at, now)
+        said.append(f"{each.host} refused credential {each.credential} with status {each.status} {when}")
     return ", ".join(said)
 
 

@@ -14,6 +14,7 @@ from aiohttp import web
 from yarl import URL
 
 from proxy.admin.drills import DrillControl, resume
+from proxy.admin.explain import refusal_notes
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import state_of
 from proxy.config.schema import TLS, Config
@@ -217,9 +218,11 @@ class ServerProcess:
         left = self.composition.drill.left
         drill = {"drill": f"upstreams are cut off for {left:.0f} s more"} if left else {}
         states = await self._processes.states()
+        notes = refusal_notes([each for state in states for each in state.upstreams])
+        refused = {"credentials": "; ".join(notes)} if notes else {}
         if troubles := dict.fromkeys(trouble for each in states for trouble in each.troubles):
-            return {"status": "degraded", "store": "; ".join(troubles), **drill}
-        return {"status": "ready", **drill}
+            return {"status": "degraded", "store": "; ".join(troubles), **drill, **refused}
+        return {"status": "ready", **drill, **refused}
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -25,6 +25,7 @@ class Exchange:
     shared: whether the response may be stored in caches that others use
     age: seconds since the origin last confirmed the content
     ttl: seconds for which the content stays fresh; None for content that never expires
+    reason: the message of the error that the client was given
     digest: the digest of the content, once it is known
     content: describes the content that is pulled
     client: the address of the connection
@@ -46,6 +47,7 @@ class Exchange:
     age: float | None = None
     ttl: float | None = None
     detail: str = ""
+    reason: str = ""
     digest: str = ""
     content: Descriptor | None = None
     client: str = ""

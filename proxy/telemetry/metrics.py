@@ -85,6 +85,12 @@ class Metrics:
         buckets=_SECONDS,
     )
     tokens = _Row(Counter, "entrepot_token_fetches_total", "Token requests.", "namespace result")
+    refused = _Row(
+        Counter,
+        "entrepot_upstream_refused_total",
+        "Answers 401 and 403 to configured credentials.",
+        "namespace host credential",
+    )
     retries = _Row(
         Counter,
         "entrepot_upstream_retries_total",

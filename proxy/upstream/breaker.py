@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from proxy.upstream.ratelimit import LimitState, time_left
+from proxy.upstream.refusals import Refusal
 from storage.errors import RegistryError
 
 FAILURES = 3  # in a row that open a breaker, if one alone is not final
@@ -19,6 +20,7 @@ class HostState:
 
     open: it gets no requests for `seconds` more; then one request probes it
     limits: the rate limits of the upstream's credentials
+    refused: where credentials of the upstream are refused
     """
 
     url: str
@@ -27,6 +29,7 @@ class HostState:
     seconds: float
     error: str | None
     limits: list[LimitState]
+    refused: list[Refusal]
 
 
 class Breaker:
@@ -55,11 +58,13 @@ class Breaker:
         """Whether it is half-open and no probe is under way."""
         return self._error is not None and not self._probing and not self._left()
 
-    def state(self, url: str, host: str, limits: list[LimitState]) -> HostState:
+    def state(
+        self, url: str, host: str, limits: Sequence[LimitState] = (), refused: Sequence[Refusal] = ()
+    ) -> HostState:
         error = self._error
-        if error is None:
-            return HostState(url, host, False, 0.0, None, limits)
-        return HostState(url, host, True, self._left(), str(error), limits)
+        said = None if error is None else str(error)
+        seconds = 0.0 if error is None else self._left()
+        return HostState(url, host, error is not None, seconds, said, list(limits), list(refused))
 
     def _left(self) -> float:
         return time_left(self._since, self._seconds, self._clock())

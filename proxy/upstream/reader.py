@@ -20,13 +20,9 @@ from proxy.config.quantities import parse_number
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
+from proxy.upstream.encoding import encoding_of
 from proxy.upstream.pages import pages
-from proxy.upstream.requests import (
-    RequestSender,
-    UpstreamRequest,
-    UpstreamSettings,
-    encoding_of,
-)
+from proxy.upstream.requests import RequestSender, UpstreamRequest, UpstreamSettings
 from proxy.upstream.transport import Transport
 from storage.errors import (
     ManifestInvalid,

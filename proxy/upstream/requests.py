@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
@@ -25,14 +24,15 @@ from proxy.upstream.anonymous import AnonymousTokens
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
+from proxy.upstream.encoding import decoded
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
+from proxy.upstream.refusals import Refusals
 from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import READING, Connect, Transport
 from storage.concurrency import RateLimit
 from storage.errors import (
     OriginDenied,
-    OriginFailed,
     RegistryError,
     TooManyRequests,
     Unavailable,
@@ -135,6 +135,7 @@ class RequestSender:
         self._elsewhere = AnonymousTokens(
             self._fetch, plain_http=settings.connect.plain_http, clock=clock, on_fetch=self._count_token
         )
+        self._refusals = Refusals(name, metrics, clock)
         self._use(credentials)
 
     def _count_token(self, result: str) -> None:
@@ -151,9 +152,14 @@ class RequestSender:
                 plain_http=self._settings.connect.plain_http,
                 clock=self._clock,
                 on_fetch=self._count_token,
+                on_login=partial(self._answered, number),
             )
-            for each in credentials
+            for number, each in enumerate(credentials)
         ]
+
+    def _answered(self, credential: int, host: str, status: int) -> None:
+        if not self._caller:
+            self._refusals.answered(credential, host, status)
 
     def as_caller(self, credentials: Credentials) -> RequestSender:
         """A sender with a client's credentials, over the same connections.  Close it before this one."""
@@ -185,7 +191,9 @@ class RequestSender:
     def state(self) -> list[HostState]:
         """The state of each host: the upstream itself first, then those it has redirected to."""
         return [
-            each.state(self._url, host, self.budgets.state() if each is self._health else [])
+            each.state(self._url, host, self.budgets.state(), self._refusals.state())
+            if each is self._health
+            else each.state(self._url, host)
             for host, each in self.transport.breakers()
         ]
 
@@ -232,7 +240,7 @@ class RequestSender:
             if response.status not in (401, 403) or not request.repeatable:
                 break
             origin = response.url.origin()
-            used = response.request_info.headers.get("Authorization")
+            used = _authorized(response)
             # One renewal of refused credentials; the first challenge does not count.
             left = tries.setdefault(origin, 1 if used or authorization else 2)
             if not left:
@@ -249,6 +257,9 @@ class RequestSender:
         home = ours and response.url.origin() == url.origin()
         if home and self.budgets[number].read(response.headers) and not self._caller:
             self._record_limit(number)
+        # A list of all repositories is refused to almost everybody.
+        if home and tokens.logged_in and _authorized(response) and request.kind != "catalog":
+            self._answered(number, self.host, response.status)
         if response.status in request.granted:
             return response
         raise await self._refused(response, request, home)
@@ -335,18 +346,7 @@ class RequestSender:
 
     def _decoded(self, response: aiohttp.ClientResponse, content: bytes, limit: int) -> bytes:
         self._traffic.count_received(len(content))
-        encoding = encoding_of(response)
-        if not encoding:
-            return content
-        if encoding in ("gzip", "x-gzip", "deflate"):
-            try:
-                decoder = zlib.decompressobj(wbits=47 if "gzip" in encoding else zlib.MAX_WBITS)
-                decoded = decoder.decompress(content, limit + 1)
-            except zlib.error:
-                raise OriginFailed(f"{self.name} sent a body that is not {encoding}") from None
-            if len(decoded) <= limit and decoder.eof:
-                return decoded
-        raise OriginFailed(f"{self.name} sent a body encoded as {encoding}, although identity was requested")
+        return decoded(self.name, response, content, limit)
 
     async def _fetch(
         self, method: str, url: URL, *, headers: Any, form: Any = None
@@ -366,7 +366,6 @@ class RequestSender:
             await self.transport.close()
 
 
-def encoding_of(response: aiohttp.ClientResponse) -> str:
-    """The content coding; "" for identity."""
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    return "" if encoding == "identity" else encoding
+def _authorized(response: aiohttp.ClientResponse) -> str | None:
+    """The Authorization of the last request that led to a response."""
+    return response.request_info.headers.get("Authorization")

@@ -120,7 +120,8 @@ class TokenCache:
     """Authorization values for one upstream at `host` (with its port, if it has one), cached by scope.
 
     `allowed_realms` and `plain_http` are as in realm_allowed().  `on_fetch` is called with the result of each
-    token request: "ok", "denied" or "failed".  Who gives `flights` also closes them.
+    token request: "ok", "denied" or "failed".  `on_login` is called with the host of a realm and the status
+    of its answer, if credentials were sent.  Who gives `flights` also closes them.
     """
 
     def __init__(
@@ -133,12 +134,15 @@ class TokenCache:
         plain_http: bool = False,
         clock: Callable[[], float] = time.monotonic,
         on_fetch: Callable[[str], None] | None = None,
+        on_login: Callable[[str, int], None] | None = None,
         flights: SingleFlight | None = None,
     ) -> None:
         self._host, self._credentials, self._fetch = host, credentials, fetch
         self._allowed, self._plain_http = frozenset(allowed_realms), plain_http
         self._clock = clock
         self._on_fetch = on_fetch or (lambda result: None)
+        self._on_login = on_login or (lambda host, status: None)
+        self.logged_in = False  # the values are those of credentials, not anonymous
         self._tokens: dict[str, _Token] = {}  # by scope, oldest first
         self._flights = SingleFlight() if flights is None else flights
         self._realm: _Realm | None = None  # the last one that issued a token
@@ -205,6 +209,7 @@ class TokenCache:
 
     async def _basic_value(self) -> str | None:
         credential = await self._credentials.get(self._host)
+        self.logged_in = credential is not None
         return credential.basic() if credential else None
 
     async def _renew_basic(self, used: str | None) -> str | None:
@@ -237,6 +242,7 @@ class TokenCache:
         credential = await self._credentials.get(self._host)
         if credential is not None and not realm.trusted:
             raise self._refused(str(realm.url))
+        self.logged_in = credential is not None
         return credential
 
     def _refused(self, realm: str) -> OriginDenied:
@@ -273,6 +279,8 @@ class TokenCache:
         begun = self._clock()  # the lifetime starts later than this
         try:
             response = await self._request(realm, wanted, credential)
+            if credential is not None:
+                self._on_login(realm.url.host_port_subcomponent or "", response.status)
             token, lifetime = _issued(response, realm.url, credential is None)
         except OriginDenied:
             self._on_fetch("denied")

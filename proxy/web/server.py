@@ -54,6 +54,7 @@ from storage.registry import Registry
 log = structlog.get_logger()
 
 READING = ("GET", "HEAD")
+REASON = 500  # characters of a reason that are logged
 _UNKNOWN: dict[Endpoint, type[RegistryError]] = {
     Endpoint.BLOB: BlobUnknown,
     Endpoint.MANIFEST: ManifestUnknown,
@@ -216,7 +217,7 @@ class DistributionAPI:
         if isinstance(error, OriginDenied) and not self._deny_bypass:
             unknown = _UNKNOWN.get(kind, NameUnknown)
             code, status = unknown.code, unknown.status
-        exchange.detail = code
+        exchange.detail, exchange.reason = code, str(error)
         if error.remembered:
             exchange.result = "negative"
         # no-store: caches may keep a 404 by default (RFC 9110 §15.1), though the tag is pushed meanwhile.
@@ -259,6 +260,7 @@ class DistributionAPI:
             status=status,
             result=exchange.result,
             detail=exchange.detail,
+            reason=exchange.reason[:REASON],
             upstream_requests=exchange.upstream_requests,
             bytes=exchange.bytes,
             received=exchange.received,

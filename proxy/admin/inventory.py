@@ -101,7 +101,7 @@ class Inventory:
                     row[2] += len(stored.content) if stored else 0
         return [
             RepositoryRow(repository=name, tags=tags, manifests=manifests, bytes=size)
-            for name, (tags, manifests, size) in sorted(counts.items())
+            for name, (tags, manifests, size) in counts.items()
         ]
 
     def images(self, pattern: Pin, limit: int | None = None, last: str = "") -> Listed:

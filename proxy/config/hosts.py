@@ -11,13 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from proxy.config.values import Secret, parse_secret, parse_text
+from proxy.config.values import LABEL, Secret, parse_secret, parse_text
 
 if TYPE_CHECKING:
     from yarl import URL
 
-_NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?")
-_HOST = re.compile(rf"{_NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
+NAME = re.compile(rf"{LABEL.pattern}(?::[0-9]{{1,5}})?")  # a host that is a name, with or without a port
+_HOST = re.compile(rf"{NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", re.ASCII)
 _AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
 _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
@@ -100,7 +100,7 @@ def local_url(scheme: str, address: Address) -> URL:
 def parse_name(value: object) -> str:
     """The name of a namespace: a host with an optional port, or a plain word."""
     text = parse_text(value)
-    if not _NAME.fullmatch(text):
+    if not NAME.fullmatch(text):
         raise ValueError("expected a host, with or without :port, or a plain word, all in lower case")
     return text
 

@@ -14,10 +14,10 @@ from pathlib import Path
 MAX_WORKERS = 256
 MAX_COUNT = 1_000_000
 MAX_LABEL = 63  # characters
-_LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
+LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
 _TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)
-_HELPER = re.compile(r"[A-Za-z0-9._-]+")
+HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 # Headers of a webhook's request that the server itself sets.
 _OWN_FIELDS = ("content-length", "content-type", "host", "transfer-encoding", "x-hub-signature-256")
@@ -79,7 +79,7 @@ def parse_path(value: object) -> Path:
 def parse_label(value: object) -> str:
     """A name that the operator chooses."""
     text = parse_text(value)
-    if not _LABEL.fullmatch(text) or len(text) > MAX_LABEL:
+    if not LABEL.fullmatch(text) or len(text) > MAX_LABEL:
         raise ValueError(
             f"expected a lower-case word of letters, digits, '.', '_' and '-', at most {MAX_LABEL} characters"
         )
@@ -209,7 +209,7 @@ def parse_username(value: object) -> str:
 
 def parse_helper(value: object) -> str:
     text = parse_text(value)
-    if not _HELPER.fullmatch(text):
+    if not HELPER.fullmatch(text):
         raise ValueError("expected what follows docker-credential- in a program's name, such as ecr-login")
     return text
 

@@ -16,7 +16,6 @@ import asyncio
 import base64
 import contextlib
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from typing import Generic, TypeVar
 import msgspec
 import structlog
 
+from proxy.config.values import HELPER
 from proxy.config.watched_file import WatchedFile
 from storage.errors import OriginDenied
 
@@ -40,7 +40,6 @@ HUB_HOSTS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 
 HELPER_LIFETIME = 300.0  # seconds; the output does not state how long it is valid
 HELPER_TIMEOUT = 30.0  # seconds
-_HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # docker-credential-helpers, credentials/error.go: the message for a host without credentials.
 _NOT_FOUND = b"credentials not found in native keychain"
 
@@ -139,7 +138,7 @@ class Helper(Credentials):
         timeout: float = HELPER_TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not _HELPER_NAME.fullmatch(name):
+        if not HELPER.fullmatch(name):
             raise ValueError(f"{name[:100]!r} is not the name of a credential helper")
         self._program = f"docker-credential-{name}"
         self._lifetime, self._timeout, self._clock = lifetime, timeout, clock

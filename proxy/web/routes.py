@@ -27,12 +27,12 @@ from dataclasses import dataclass
 from enum import Enum
 from urllib.parse import unquote, urlencode
 
+from proxy.config.hosts import NAME
 from storage.errors import NameInvalid, PaginationNumberInvalid, PathUnknown
 from storage.oci import NAME_LIMIT, Digest, Reference, parse_name, parse_reference
 
-_HOST = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::[0-9]{1,5})?"
-_UNDER_PREFIX = re.compile(rf"/({_HOST})(/v2(?:/.*)?)")
-_PREFIX_PING = re.compile(rf"/v2/({_HOST})/(?:v2/?)?")
+_UNDER_PREFIX = re.compile(rf"/({NAME.pattern})(/v2(?:/.*)?)")
+_PREFIX_PING = re.compile(rf"/v2/({NAME.pattern})/(?:v2/?)?")
 _PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
 _UPLOAD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~=-]{0,254}")
 

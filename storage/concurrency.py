@@ -45,28 +45,28 @@ class SingleFlight:
     """One call for all callers that ask for the same key at the same time."""
 
     def __init__(self) -> None:
-        self._flying: dict[Hashable, asyncio.Future[Any]] = {}
+        self._flights: dict[Hashable, asyncio.Future[Any]] = {}
 
     async def join(self, key: Hashable, call: Callable[[], Awaitable[T]]) -> T:
         """The result of `call()`, which is called only if no call for `key` is in progress.
 
         The call is a task of its own: a caller that is cancelled, even the first, does not affect the others.
         """
-        flight = self._flying.get(key)
+        flight = self._flights.get(key)
         if flight is None:
-            flight = self._flying[key] = asyncio.ensure_future(call())
+            flight = self._flights[key] = asyncio.ensure_future(call())
             # A callback, not a finally in the call: a task that is cancelled before its first step runs none.
             flight.add_done_callback(partial(self._forget, key))
         return cast(T, await asyncio.shield(flight))
 
     def _forget(self, key: Hashable, flight: asyncio.Future[Any]) -> None:
-        del self._flying[key]
+        del self._flights[key]
         # All callers may have been cancelled; then nothing else would retrieve the exception.
         if not flight.cancelled():
             flight.exception()
 
     async def close(self) -> None:
-        flights = list(self._flying.values())
+        flights = list(self._flights.values())
         for flight in flights:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
@@ -117,16 +117,16 @@ class RateLimit:
 
 async def for_each(work: Callable[[T], Awaitable[None]], items: Iterable[T], most: int) -> None:
     """Do `work` for each item in order, at most `most` at once.  Stops at the first error and raises it."""
-    left = iter(items)
+    remaining = iter(items)
 
-    async def one_after_the_other() -> None:
-        for item in left:
+    async def work_through_items() -> None:
+        for item in remaining:
             await work(item)
 
     try:
         async with asyncio.TaskGroup() as working:
             for _ in range(most):
-                working.create_task(one_after_the_other())
+                working.create_task(work_through_items())
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
 

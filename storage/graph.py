@@ -95,13 +95,13 @@ def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Des
     return [
         child
         for child in content.children
-        if child.platform is None or any(matches_platform(child.platform, wanted) for wanted in platforms)
+        if child.platform is None or any(matches_platform(child.platform, each) for each in platforms)
     ]
 
 
-def lacking(content: ManifestContent, platforms: Sequence[str]) -> list[str]:
+def missing_platforms(content: ManifestContent, platforms: Sequence[str]) -> list[str]:
     """The `platforms` that no child of an index is for; none if it is not an index."""
-    return [wanted for wanted in platforms if content.children and not selected(content, [wanted])]
+    return [each for each in platforms if content.children and not selected(content, [each])]
 
 
 def attestations(content: ManifestContent) -> set[Digest]:

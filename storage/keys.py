@@ -8,7 +8,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     referrers <repository> <subject> <digest>   a manifest that refers to `subject`
     listing <repository> <what>                 what an origin listed, or does not have
     pushed <repository>                         how often the repository's tags and manifests changed
-    lease <repository> <digest>                 when a push in progress was last told of a manifest
+    lease <repository> <digest>                 when a push in progress last learned that a manifest is stored
     use <repository> <reference>                how often a tag or a manifest was used
     moves <repository> <tag>                    where a tag pointed before
     stats <period> <time> <namespace>           counters of an hour or a day
@@ -21,7 +21,7 @@ and in the records of the webhooks' queue:
 
     event <webhook> <number>                    an event to deliver
     pending <webhook>                           how many events a webhook has to receive
-    webhook <webhook>                           how its last deliveries went
+    webhook <webhook>                           the state of its last deliveries
     number                                      the number that was given to an event last
 
 Names, tags and digests hold no space, and a space sorts before every character that they do hold: so a scan

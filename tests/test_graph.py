@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from storage.graph import Walk, attestations, fallback_tag, is_fallback_tag, lacking
+from storage.graph import Walk, attestations, fallback_tag, is_fallback_tag, missing_platforms
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, ManifestContent, parse_manifest
 
 GRAPH = {"a": "bc", "b": "d", "c": "d", "d": "a"}
@@ -48,7 +48,7 @@ def index(*platforms: str | None) -> ManifestContent:
 def test_the_platforms_that_an_index_is_not_for(
     platforms: Sequence[str | None], missing: Sequence[str]
 ) -> None:
-    assert lacking(index(*platforms), ["linux/amd64", "linux/arm64"]) == missing
+    assert missing_platforms(index(*platforms), ["linux/amd64", "linux/arm64"]) == missing
 
 
 def test_attestations_are_for_no_platform() -> None:

@@ -59,8 +59,8 @@ class Authenticator:
         """
         if self.tokens is not None:
             realm, service = self.service
-            given = {"realm": realm, "service": service, "scope": scope, "error": error}
-            return ("Bearer " + ",".join(f'{name}="{value}"' for name, value in given.items() if value),)
+            parameters = {"realm": realm, "service": service, "scope": scope, "error": error}
+            return ("Bearer " + ",".join(f'{name}="{value}"' for name, value in parameters.items() if value),)
         return (self.basic,) if self.passwords is not None else ()
 
     async def identify(self, request: web.BaseRequest, scope: str = "") -> Principal:
@@ -84,12 +84,12 @@ class Authenticator:
         raise self.unauthorized(f"{scheme[:20]!r} credentials are not accepted", scope)
 
     async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> str:
-        given = credential(request)
-        if given is None:
+        login = credential(request)
+        if login is None:
             raise self.unauthorized(
                 "the Authorization header is not Basic with user:password in base64", scope
             )
-        user, password = given.username, given.password
+        user, password = login.username, login.password
         if not passwords.remembers(user, password) and not await self.throttle.attempt(
             self.source_address(request), user, lambda: passwords.verify(user, password)
         ):

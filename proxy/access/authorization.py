@@ -106,32 +106,32 @@ class Authorizer:
         """Whether the repository of that full name belongs to a public cache."""
         return self._guarded.of(name) is Guard.PUBLIC
 
-    async def permit(self, request: web.BaseRequest, wanted: AccessRequest, exchange: Exchange) -> None:
+    async def permit(self, request: web.BaseRequest, access: AccessRequest, exchange: Exchange) -> None:
         """Return if the request is permitted; records in `exchange` who the client is and what it may see."""
-        guard = self._guarded.of(wanted.name)
+        guard = self._guarded.of(access.name)
         if guard is Guard.PUBLIC:
             return
         exchange.shared = False
-        if guard is not Guard.STORE and wanted.action != "pull":
+        if guard is not Guard.STORE and access.action != "pull":
             return  # a cache refuses it to everybody
         try:
             if guard is Guard.CALLER:
-                await self._permit_caller(request, wanted, exchange)
+                await self._permit_caller(request, access, exchange)
             else:
-                await self._permit_by_rules(request, wanted, exchange)
+                await self._permit_by_rules(request, access, exchange)
         except RegistryError as error:
-            self._refused(request, exchange, wanted.action, error)
+            self._refused(request, exchange, access.action, error)
             raise
 
     async def _permit_by_rules(
-        self, request: web.BaseRequest, wanted: AccessRequest, exchange: Exchange
+        self, request: web.BaseRequest, access: AccessRequest, exchange: Exchange
     ) -> None:
-        action, name = wanted.action, wanted.name
-        repository = self._rules.scope(name, wanted.written, wanted.named)
+        action, name = access.action, access.name
+        repository = self._rules.scope(name, access.written, access.named)
         scope = f"repository:{repository}:{'pull,push' if action == 'push' else action}"
         principal = await self._authenticator.identify(request, scope)
         exchange.user = principal.user
-        exchange.visible = partial(self._may_see, principal, wanted.named)
+        exchange.visible = partial(self._may_see, principal, access.named)
         if not self._rules.allow(principal, action, name, repository):
             raise self._refusal(principal, f"{action} {name}", scope)
 
@@ -156,16 +156,16 @@ class Authorizer:
         return self._rules.allow(principal, "pull", repository, scope)
 
     async def _permit_caller(
-        self, request: web.BaseRequest, wanted: AccessRequest, exchange: Exchange
+        self, request: web.BaseRequest, access: AccessRequest, exchange: Exchange
     ) -> None:
-        namespace, _, repository = wanted.name.partition("/")
+        namespace, _, repository = access.name.partition("/")
         visibility = self._guarded.visibilities[namespace]
         shown = credential(request)
         exchange.visible = nothing
 
         async def visible() -> bool:
             try:
-                await visibility.check(repository, shown, wanted.content, wanted.probe)
+                await visibility.check(repository, shown, access.content, access.probe)
             except OriginDenied:
                 return False
             return True

@@ -164,5 +164,5 @@ class Htpasswd:
 
 def _matches(password: str, value: bytes) -> bool:
     # bcrypt uses 72 bytes, and htpasswd cuts longer passwords there.
-    given = password.encode("utf-8", "surrogateescape")[:72]
-    return b"\0" not in given and bcrypt.checkpw(given, value)
+    encoded = password.encode("utf-8", "surrogateescape")[:72]
+    return b"\0" not in encoded and bcrypt.checkpw(encoded, value)

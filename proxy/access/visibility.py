@@ -115,8 +115,8 @@ class Visibility:
     async def _ask(self, who: bytes, credential: Credential | None, probe: Probe) -> None:
         caller = self._callers.pop(who, None)
         if caller is None:
-            shown = Inline(credential.username, credential.password) if credential else Credentials()
-            caller = _Caller(self._upstream.as_caller(shown))
+            source = Inline(credential.username, credential.password) if credential else Credentials()
+            caller = _Caller(self._upstream.as_caller(source))
         self._callers[who] = caller
         caller.busy += 1
         try:

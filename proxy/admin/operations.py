@@ -148,12 +148,12 @@ class Operation:
     def parameters(self) -> type[msgspec.Struct]:
         """A struct of the arguments; it decodes and checks a body."""
         hints = get_type_hints(self._function, include_extras=True)
-        _, *given = inspect.signature(self._function).parameters.values()  # without self
+        _, *arguments = inspect.signature(self._function).parameters.values()  # without self
         fields = [
             (each.name, hints[each.name])
             if each.default is each.empty
             else (each.name, hints[each.name], each.default)
-            for each in given
+            for each in arguments
         ]
         return msgspec.defstruct(self.name, fields, frozen=True, forbid_unknown_fields=True)
 

@@ -13,7 +13,7 @@ import msgspec
 from proxy.admin.reports import MissingRow, ReadyRow
 from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown
-from storage.graph import Walk, contents, lacking, referring, selected, walk
+from storage.graph import Walk, contents, missing_platforms, referring, selected, walk
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Store
 
@@ -101,19 +101,19 @@ class Readiness:
         if manifest is None:
             return row
         check = _ImageCheck(store, image.repository, manifests={manifest.digest})
-        lacks: list[str] = []
+        without_image: list[str] = []
         if (content := contents(manifest.content)) is not None:
             check.blobs(content.blobs, None)
-            lacks = lacking(content, platforms)
+            without_image = missing_platforms(content, platforms)
             for child in selected(content, platforms):
                 check.walk(child.digest, child.platform, size=child.size)
         here, known = check.check_referrers() if referrers else (0, 0)
         missing = list(check.missing.values())
         return msgspec.structs.replace(
             row,
-            state="partial" if missing or lacks else "complete",
+            state="partial" if missing or without_image else "complete",
             missing=missing,
-            lacking=lacks,
+            lacking=without_image,
             referrers=here,
             referrers_known=known,
         )

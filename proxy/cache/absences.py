@@ -16,7 +16,7 @@ _COMPANION = re.compile(r"(sha256|sha512)-([0-9a-f]+)(?:\.[a-z]+)?")
 class Absences:
     """What an origin last said it does not have: a referrers API, or a tag of the referrers of an image.
 
-    Clients look for signatures in several places, and go on to the next place only after a 404.  So that they
+    Clients look for signatures in several places, and continue with the next only after a 404.  So that they
     find what is stored while the origin cannot be asked, the last 404 is kept.  Only absences that concern
     an image that is stored are kept, which bounds their number.
     """
@@ -52,7 +52,7 @@ class Absences:
 def subject_of(reference: Reference) -> Digest | None:
     """The image whose referrers clients find by this tag; None if it is not such a tag.
 
-    Tags of sha512 digests are truncated, and do not tell the digest.
+    Tags of sha512 digests are truncated, and do not contain the whole digest.
     """
     found = _COMPANION.fullmatch(reference) if isinstance(reference, Tag) else None
     try:

@@ -1,7 +1,7 @@
 """A pull-through cache: any registry (the origin) behind a store.
 
 A digest never changes its meaning, so stored content is served without asking.  A tag does: see tags.py.
-If the store cannot be used, the pull goes on from the origin.
+If the store cannot be used, the pull continues from the origin.
 """
 
 from __future__ import annotations

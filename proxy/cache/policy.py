@@ -13,7 +13,7 @@ class Policy:
 
     `fresh_for` maps a tag to its freshness lifetime (RFC 9111 §4.2); listings have that of the tag "".
     A tag that is no longer fresh waits for the origin for `revalidate_timeout`; then it is served stale, and
-    the validation goes on.  `negative_for` is how long the origin is not asked again for what it does not
+    the validation continues.  `negative_for` is how long the origin is not asked again for what it does not
     know.  With `lazy`, a request for a byte range of a blob that is not cached does not start a fill.
     """
 

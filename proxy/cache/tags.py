@@ -103,7 +103,7 @@ class TagRevalidation:
     def _patience(self, known: _Known | None) -> float | None:
         """Seconds to wait for the origin before the known manifest is served; None means no limit.
 
-        The validation goes on after that, and the next request learns how it ended.
+        The validation continues after that, and the next request learns how it ended.
         """
         if known is None:
             return None

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 STANDARD = "-"  # as a path: standard input, or output
 
 
-def _duration(given: object) -> object:
-    parse_timeout(given)
-    return given  # as it was given: the export parses it
+def _duration(text: object) -> object:
+    parse_timeout(text)
+    return text  # unchanged: the export parses it
 
 
 def _names_in(path: Path) -> Iterator[str]:
@@ -79,7 +79,7 @@ _FILE = click.Path(path_type=Path)
     "--no-referrers",
     "referrers",
     is_flag=True,
-    callback=lambda context, parameter, given: not given,
+    callback=lambda context, parameter, value: not value,
     help="Leave out signatures, SBOMs and other referrers.",
 )
 @click.option(

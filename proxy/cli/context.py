@@ -137,11 +137,11 @@ def _check_user(config: Config) -> None:
 def option_type(parse: Callable[[object], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """A callback that parses an option as the configuration does."""
 
-    def callback(context: click.Context, parameter: click.Parameter, given: Any) -> Any:
+    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
         try:
-            if isinstance(given, tuple):
-                return tuple(map(parse, given))
-            return None if given is None else parse(given)
+            if isinstance(value, tuple):
+                return tuple(map(parse, value))
+            return None if value is None else parse(value)
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
 
@@ -207,9 +207,9 @@ def without_server(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _with_options(function: Callable[..., None], *names: str) -> Callable[..., None]:
-    def called(*rest: Any, **more: Any) -> None:
-        given = {name: more.pop(name) for name in names}
-        function(CommandContext(json=given.pop("as_json"), **given), *rest, **more)
+    def called(*rest: Any, **arguments: Any) -> None:
+        options = {name: arguments.pop(name) for name in names}
+        function(CommandContext(json=options.pop("as_json"), **options), *rest, **arguments)
 
     called.__doc__ = function.__doc__
     called.__name__ = function.__name__

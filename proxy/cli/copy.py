@@ -86,23 +86,23 @@ def copy(call: CommandContext, sources: tuple[str, ...], destination: str, **opt
     from proxy.transfer.copy_job import CopyEndpoint, CopyJob
     from proxy.transfer.copy_sources import check, parse_source
 
-    ends = {}
+    endpoints = {}
     try:
         for name in ("source", "destination"):
-            given = (options.pop(f"{name}_{key}") for key in ("plain_http", "insecure", "credentials"))
-            ends[name] = CopyEndpoint(*given)
-            if ":" not in (ends[name].credentials or ":"):
+            values = (options.pop(f"{name}_{key}") for key in ("plain_http", "insecure", "credentials"))
+            endpoints[name] = CopyEndpoint(*values)
+            if ":" not in (endpoints[name].credentials or ":"):
                 raise ValueError(f"--{name}-credentials: expected user:password")
-        places = [parse_source(each, ends["source"].plain_http) for each in sources]
-        target = parse_source(destination, ends["destination"].plain_http)
-        check(places, target, options["all_tags"])
+        copy_sources = [parse_source(each, endpoints["source"].plain_http) for each in sources]
+        target = parse_source(destination, endpoints["destination"].plain_http)
+        check(copy_sources, target, options["all_tags"])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
     async def work() -> None:
         quiet(level="error")
         with closing(SilentListener() if call.json else ProgressBars()) as listener:
-            found = await CopyJob(places, target, ends, listener, **options).run()
+            found = await CopyJob(copy_sources, target, endpoints, listener, **options).run()
         call.print(found, copy_tables)
         if failed := sum(each.outcome == "failed" for each in found.images):
             message = f"{failed} of {plural(len(found.images), 'image')} could not be copied"

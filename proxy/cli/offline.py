@@ -287,8 +287,8 @@ def ready_tables(found: Sequence[ReadyRow], places: dict[str, str], built: Seque
 # drill
 
 
-def _time(given: object) -> float:
-    return parse_timeout(given)
+def _time(text: object) -> float:
+    return parse_timeout(text)
 
 
 @click.command()

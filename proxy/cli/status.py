@@ -26,9 +26,9 @@ from proxy.config.quantities import (
 from storage.names import written
 
 
-def _period(given: object) -> object:
-    parse_timeout(given)
-    return given  # as it was given: the server parses it
+def _period(text: object) -> object:
+    parse_timeout(text)
+    return text  # unchanged: the server parses it
 
 
 @click.command()
@@ -197,17 +197,17 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
 
 
 def _upstream(host: reports.HostRow, now: float) -> str:
-    said = [host.url if host.host in host.url else f"{host.url} through {host.host}"]
+    parts = [host.url if host.host in host.url else f"{host.url} through {host.host}"]
     if host.open:
-        said.append(f"paused, next attempt {format_time(host.until, now)}: {host.error or 'it failed'}")
+        parts.append(f"paused, next attempt {format_time(host.until, now)}: {host.error or 'it failed'}")
     if host.ratelimit_limit is not None:
-        said.append(f"{host.ratelimit_remaining} of {host.ratelimit_limit} requests left")
+        parts.append(f"{host.ratelimit_remaining} of {host.ratelimit_limit} requests left")
     if host.limited_until is not None:
-        said.append(f"rate limited until {format_time(host.limited_until, now)}")
+        parts.append(f"rate limited until {format_time(host.limited_until, now)}")
     for each in host.refused:
         when = format_time(each.at, now)
-        said.append(f"{each.host} refused credential {each.credential} with status {each.status} {when}")
-    return ", ".join(said)
+        parts.append(f"{each.host} refused credential {each.credential} with status {each.status} {when}")
+    return ", ".join(parts)
 
 
 @click.command()

@@ -120,8 +120,8 @@ async def _listens(url: URL, must: bool) -> bool:
 
 
 @asynccontextmanager
-async def _directory(config: Config, asked: URL | None, make: bool) -> AsyncIterator[Operations]:
-    tried = f"nothing listens at {asked}, and " if asked else ""
+async def _directory(config: Config, url: URL | None, make: bool) -> AsyncIterator[Operations]:
+    tried = f"nothing listens at {url}, and " if url else ""
     async with composed(config, make, tried) as composition:
         from proxy.admin.local_operations import LocalOperations
         from proxy.admin.peers import ServerProcesses
@@ -147,7 +147,7 @@ async def composed(config: Config, make: bool = False, tried: str = "") -> Async
         there = any((root / kind).is_dir() for kind in ("cache", "private"))
     except OSError as error:
         raise OperationFailed(f"{root}: {error.strerror}", "DENIED") from error
-    if not there and not make:  # a mere look must not make it
+    if not there and not make:  # a command that only reads must not make it
         raise OperationFailed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
     from proxy.namespaces.composition import compose
     from proxy.namespaces.references import FieldInvalid

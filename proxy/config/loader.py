@@ -181,16 +181,16 @@ def _section(kind: type[Section], value: Any, path: str) -> Section:
             name, colon, _ = key.partition(":")
             hint = "; a colon needs a space after it" if colon else _nearest(name, fields)
             raise _Fault(_join(path, name), f"unknown key{hint}")
-    given = {
+    values = {
         fields[key].name: _build(fields[key].type, item, _join(path, key))
         for key, item in value.items()
         if item is not None
     }
     for name, field in fields.items():
-        if field.required and field.name not in given:
+        if field.required and field.name not in values:
             raise _Fault(_join(path, name), "is required")
     try:
-        return kind(**given)
+        return kind(**values)
     except ValueError as error:
         raise _Fault(path, str(error)) from None
 

@@ -32,8 +32,8 @@ from proxy.config.webhooks import WebhookConfig
 
 def default_cache_directory() -> Path:
     """The user's cache directory (XDG Base Directory), or for a user without a home the system's."""
-    if (given := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
-        return given / "entrepot"
+    if (directory := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return directory / "entrepot"
     try:
         home = Path.home()
     except RuntimeError:
@@ -163,9 +163,9 @@ class NamespaceConfig(Section, frozen=True):
         if (self.upstream is None) == (self.store is None):
             raise ValueError("needs either upstream, for a cache, or store: {}, for a private registry")
         if self.store is not None:
-            given = [each for each in _OF_CACHES if getattr(self, each) != _DEFAULTS[each]]
-            if given:
-                raise ValueError(f"{given[0]} applies only to caches, and this namespace has a store")
+            misplaced = [each for each in _OF_CACHES if getattr(self, each) != _DEFAULTS[each]]
+            if misplaced:
+                raise ValueError(f"{misplaced[0]} applies only to caches, and this namespace has a store")
 
     def fresh_for_tag(self, tag: str) -> float:
         """For how many seconds after its validation a tag is fresh; math.inf for forever."""

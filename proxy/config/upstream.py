@@ -20,12 +20,12 @@ class Login(Section, frozen=True):
     credential_helper: Annotated[str, parse_helper] | None = None
 
     def __post_init__(self) -> None:
-        given = self.sources()
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other: keep one source of the password")
-        if self.username is None and given and given[0] in ("password", "password_file"):
-            raise ValueError(f"{given[0]} needs username")
-        if self.username is not None and (not given or given[0] not in ("password", "password_file")):
+        sources = self.sources()
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)} exclude each other: keep one source of the password")
+        if self.username is None and sources and sources[0] in ("password", "password_file"):
+            raise ValueError(f"{sources[0]} needs username")
+        if self.username is not None and (not sources or sources[0] not in ("password", "password_file")):
             raise ValueError("username needs password or password_file")
 
     def sources(self) -> list[str]:
@@ -56,8 +56,8 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.credentials and (given := self.sources()):
-            raise ValueError(f"{given[0]} and credentials exclude each other: keep one of them")
+        if self.credentials and (sources := self.sources()):
+            raise ValueError(f"{sources[0]} and credentials exclude each other: keep one of them")
         for number, login in enumerate(self.credentials):
             if not login.sources():
                 raise ValueError(

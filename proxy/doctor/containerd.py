@@ -43,14 +43,14 @@ def _checks(machine: Machine) -> Iterator[Check]:
     files: dict[Path | None, list[str]] = {}
     for name in machine.site.namespaces:
         files.setdefault(find_hosts_file(machine, directories, name), []).append(name)
-    past: list[str] = []
+    bypassing: list[str] = []
     for path, names in files.items():
         if path is None:
-            past += names
+            bypassing += names
         else:
             yield from _check_file(machine, path, names)
-    if past:
-        yield machine.left_out_check(CLIENT, past, machine.setup_command(CLIENT), every=len(files) == 1)
+    if bypassing:
+        yield machine.left_out_check(CLIENT, bypassing, machine.setup_command(CLIENT), every=len(files) == 1)
 
 
 def config_path(machine: Machine) -> tuple[list[Path], Check]:
@@ -129,9 +129,9 @@ def _check_entry(
     machine: Machine, path: Path, subject: str, servers: list[HostEntry], ours: HostEntry
 ) -> Iterator[Check]:
     fault = ""
-    if lacking := [each for each in PULL if each not in ours.capabilities]:
-        what = {"pull": "the server is never asked", "resolve": "tags bypass the server"}[lacking[0]]
-        fault = f"{path}: capabilities have no {' and no '.join(lacking)}: {what}"
+    if missing := [each for each in PULL if each not in ours.capabilities]:
+        what = {"pull": "the server is never asked", "resolve": "tags bypass the server"}[missing[0]]
+        fault = f"{path}: capabilities have no {' and no '.join(missing)}: {what}"
     elif ours.override_path and not ours.url.path.startswith("/v2"):
         fault = f"{path}: with override_path, the path must begin with /v2, else the server answers 404"
     elif absent := [each for each in ours.authorities if not _beside(machine, path, each).exists()]:

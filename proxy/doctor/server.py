@@ -41,16 +41,16 @@ async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
 
 
 async def _upstreams(config: Config) -> list[Check]:
-    asked = {}
+    contacted = {}
     checks = []
     for name, (namespace, upstream) in config.cached().items():
         if config.offline or namespace.offline:
             checks.append(ok("upstream", name, "is offline, so it is never asked"))
         else:
-            asked[name] = upstream
-    found = await asyncio.gather(*(upstreams.check(name, each) for name, each in asked.items()))
+            contacted[name] = upstream
+    found = await asyncio.gather(*(upstreams.check(name, each) for name, each in contacted.items()))
     ahead = []
     for each, clocks in found:
         checks += each
         ahead += clocks
-    return [*checks, upstreams.check_clock(ahead)] if asked else checks
+    return [*checks, upstreams.check_clock(ahead)] if contacted else checks

@@ -148,12 +148,12 @@ async def _checks(probe: UpstreamProbe, subject: str, ahead: list[float]) -> Asy
 
 async def _check_name(probe: UpstreamProbe, subject: str) -> Check:
     proxy = probe.connect.proxy
-    asked = URL(proxy) if proxy else probe.url
-    host, role = asked.host or "", "its proxy" if proxy else "its host"
+    contacted = URL(proxy) if proxy else probe.url
+    host, role = contacted.host or "", "its proxy" if proxy else "its host"
     begun = time.monotonic()
     try:
         async with asyncio.timeout(probe.connect.header_timeout):
-            found = await asyncio.get_running_loop().getaddrinfo(host, asked.port)
+            found = await asyncio.get_running_loop().getaddrinfo(host, contacted.port)
     except (OSError, TimeoutError) as error:
         advice = "check the name servers of this machine (/etc/resolv.conf), and the name"
         return failed("dns", subject, f"{role}, {host}, has no address: {cause(error)}", advice)
@@ -248,11 +248,11 @@ def check_clock(ahead: list[float]) -> Check:
     if not ahead:
         message = "no upstream has sent its time"
         return warning("clock", "this machine", message, "check that the clock is synchronized by NTP")
-    by = sorted(ahead)[len(ahead) // 2]
-    message = f"is {format_duration(abs(by))} {'behind' if by > 0 else 'ahead of'} the upstreams"
+    median = sorted(ahead)[len(ahead) // 2]
+    message = f"is {format_duration(abs(median))} {'behind' if median > 0 else 'ahead of'} the upstreams"
     advice = "synchronize the clock by NTP: tokens and certificates depend on it"
-    if abs(by) > FAILED_SKEW:
+    if abs(median) > FAILED_SKEW:
         return failed("clock", "this machine", message, advice)
-    if abs(by) > MAX_SKEW:
+    if abs(median) > MAX_SKEW:
         return warning("clock", "this machine", message, advice)
     return ok("clock", "this machine", "agrees with the upstreams")

@@ -156,9 +156,9 @@ class Hosted(Registry):
     async def start_upload(
         self, repository: str, size: int | None = None, algorithm: str = "sha256"
     ) -> Upload:
-        wanted = ROOM if size is None else size
-        if self._store.files.room() < wanted:
-            await self._make_room(wanted)  # cached content is evicted before a push is refused
+        needed = ROOM if size is None else size
+        if self._store.files.room() < needed:
+            await self._make_room(needed)  # cached content is evicted before a push is refused
         return await self._store.start_upload(self._full(repository), size, algorithm)
 
     async def resume_upload(self, repository: str, id: str) -> Upload:
@@ -264,16 +264,18 @@ class Hosted(Registry):
 
 def _checked(manifest: Manifest) -> ManifestContent | None:
     """Parse a pushed manifest.  None if its type is unknown: it is not checked.  Raises ManifestInvalid."""
-    given, declared = manifest.media_type, declared_type(manifest.content)
-    if not given:
+    media_type, declared = manifest.media_type, declared_type(manifest.content)
+    if not media_type:
         raise ManifestInvalid("it was sent without a Content-Type, and has no mediaType")
-    if declared not in (None, given):
-        raise ManifestInvalid(f"its mediaType is {declared[:200]}, but its Content-Type is {given[:200]}")
-    if not _MEDIA_TYPE.fullmatch(given) or _GENERAL.fullmatch(given):
+    if declared not in (None, media_type):
         raise ManifestInvalid(
-            f"its Content-Type is {given[:200]}, which is no manifest's: send for example {OCI_MANIFEST}"
+            f"its mediaType is {declared[:200]}, but its Content-Type is {media_type[:200]}"
         )
-    known = given in (*INDEXES, *IMAGES)
+    if not _MEDIA_TYPE.fullmatch(media_type) or _GENERAL.fullmatch(media_type):
+        raise ManifestInvalid(
+            f"its Content-Type is {media_type[:200]}, which is no manifest's: send for example {OCI_MANIFEST}"
+        )
+    known = media_type in (*INDEXES, *IMAGES)
     try:
         content = parse_manifest(manifest.content)
     except ManifestInvalid:
@@ -281,8 +283,10 @@ def _checked(manifest: Manifest) -> ManifestContent | None:
             raise
         return None
     # What has the forms of an image and of an index is read differently by different clients.
-    if given in IMAGES and (content.listed or content.media_type == OCI_INDEX):
-        raise ManifestInvalid(f"it lists manifests, as an index does, but its Content-Type is {given}")
-    if given in INDEXES and (content.config or content.layers):
-        raise ManifestInvalid(f"it has a config or layers, as an image does, but its Content-Type is {given}")
+    if media_type in IMAGES and (content.listed or content.media_type == OCI_INDEX):
+        raise ManifestInvalid(f"it lists manifests, as an index does, but its Content-Type is {media_type}")
+    if media_type in INDEXES and (content.config or content.layers):
+        raise ManifestInvalid(
+            f"it has a config or layers, as an image does, but its Content-Type is {media_type}"
+        )
     return content

@@ -44,11 +44,11 @@ class ReferenceReader:
 
     def pattern(self, field: str, text: str) -> Pin:
         """Read a pattern.  One that names a single repository gets its full name."""
-        wanted = read_pattern(field, text)
-        repository = wanted.parts[0]
+        pattern = read_pattern(field, text)
+        repository = pattern.parts[0]
         if is_glob(repository):
-            return wanted
-        return read_pattern(field, self._qualify(field, repository) + wanted.pattern[len(repository) :])
+            return pattern
+        return read_pattern(field, self._qualify(field, repository) + pattern.pattern[len(repository) :])
 
     def reference(self, field: str, text: str) -> ImageReference:
         """`name`, `name:tag`, `name@digest`, `name:tag@digest`, whose tag is ignored."""

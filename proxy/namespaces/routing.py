@@ -6,7 +6,7 @@ A repository's full name is `<namespace>/<repository>`.  Clients have five ways 
 - What a client sends is a key to look up, never an address to connect to: a namespace that is not in the
   configuration is NameUnknown, even if there is a default.
 - A name without a namespace belongs to the default namespace.  `foo.example/app` has one: its first
-  component is a host.  Docker Hub could only answer with the image of somebody else.
+  component is a host.  Docker Hub could only answer with another publisher's image.
 - A plain word (`edge`) may be a namespace, or a user's name in the registry that ns, Host or a prefix has
   chosen.  So if one of these chose a namespace, only a host in the name is taken for a namespace and removed.
 """

@@ -64,11 +64,11 @@ def _guards(config: Config) -> dict[str, Guard]:
 
 
 def _rules(config: Config) -> AccessRules:
-    given = config.access.rules
+    configured = config.access.rules
     rules = (
         default_rules(list(config.hosted()))
-        if given is None
-        else [Rule(each.who, each.may, each.sources, each.where) for each in given]
+        if configured is None
+        else [Rule(each.who, each.may, each.sources, each.where) for each in configured]
     )
     named = [name for key, each in config.namespaces.items() for name in (key, *each.aliases)]
     unnamed = config.unnamed()

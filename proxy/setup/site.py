@@ -123,17 +123,17 @@ def site_of(
     bypass: bool = True,
 ) -> Site:
     """The server of a configuration, with options that override it.  Raises ValueError."""
-    where = _url(url) if url else client_url(scheme_of(config), config.listen)
-    if not where.port:
+    server_url = _url(url) if url else client_url(scheme_of(config), config.listen)
+    if not server_url.port:
         raise ValueError("listen has port 0, which stands for any free port: give --url")
-    if ca_file is not None and where.scheme == "http":
-        raise ValueError(f"--ca-file needs an https URL, and {where} has no TLS")
+    if ca_file is not None and server_url.scheme == "http":
+        raise ValueError(f"--ca-file needs an https URL, and {server_url} has no TLS")
     # No client mirrors a private registry: its images are pulled by full name.
     if stores := sorted(config.hosted().keys() & set(namespaces)):
         raise ValueError(f"--namespace {stores[0]}: is a private registry, which is used by full name")
     caches = [name for name, each in config.namespaces.items() if each.upstream is not None]
     return Site(
-        url=where,
+        url=server_url,
         namespaces=tuple(dict.fromkeys(map(_name, namespaces))) or tuple(filter(is_host, caches)),
         every=not namespaces,
         hub=config.default_namespace == DOCKER_HUB,

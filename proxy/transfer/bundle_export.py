@@ -161,9 +161,9 @@ def earlier(path: Path) -> EarlierBundle:
         raise ArchiveInvalid(f"{path}: {error.strerror or error}") from error
 
 
-def _base(given: EarlierBundle) -> tuple[BaseBundle, BundleContents]:
-    found = bundle.decode(given.content, given.what)
-    return BaseBundle(str(Digest.of(given.content)), found.created), found
+def _base(earlier_bundle: EarlierBundle) -> tuple[BaseBundle, BundleContents]:
+    found = bundle.decode(earlier_bundle.content, earlier_bundle.what)
+    return BaseBundle(str(Digest.of(earlier_bundle.content)), found.created), found
 
 
 def _signer(key: Path) -> Callable[[bytes], bytes]:

@@ -125,7 +125,7 @@ class CopyJob:
 
     async def _copy(self, number: int, item: CopyItem, source: UpstreamRegistry, copier: Copier) -> None:
         to = written(f"{self._target.host}/{item.target}", item.tags[0] if item.tags else item.reference)
-        within = item.place.url == self._target.url
+        within = item.copied_from.url == self._target.url
         route = CopyRoute(source, item.repository, item.target, within, item.listed)
         try:
             digest, new = await copier.copy(route, item.reference, item.tags)

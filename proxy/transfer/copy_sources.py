@@ -81,7 +81,7 @@ class CopyItem:
     `listed` are all tags of the repository, if they were listed.
     """
 
-    place: CopySource
+    copied_from: CopySource
     repository: str
     reference: Reference
     target: str
@@ -90,7 +90,7 @@ class CopyItem:
 
     @property
     def source(self) -> str:
-        return written(f"{self.place.host}/{self.repository}", self.reference)
+        return written(f"{self.copied_from.host}/{self.repository}", self.reference)
 
 
 def check(sources: Sequence[CopySource], destination: CopySource, all_tags: bool) -> None:
@@ -115,7 +115,7 @@ def check(sources: Sequence[CopySource], destination: CopySource, all_tags: bool
 
 
 async def items(
-    place: CopySource,
+    source: CopySource,
     registry: Registry,
     destination: CopySource,
     *,
@@ -123,28 +123,30 @@ async def items(
     referrers: bool = True,
 ) -> AsyncIterator[CopyItem]:
     """The images of a source; those of a glob are looked up in its registry.  Raises RegistryError."""
-    repositories = [place.repository]
-    if place.wild:
-        repositories = [each for each in await registry.repositories() if fnmatchcase(each, place.repository)]
+    repositories = [source.repository]
+    if source.wild:
+        repositories = [
+            each for each in await registry.repositories() if fnmatchcase(each, source.repository)
+        ]
         if not repositories:
-            raise NameUnknown(f"{place.host} lists no repository that matches {place.repository}")
+            raise NameUnknown(f"{source.host} lists no repository that matches {source.repository}")
     for repository in repositories:
         target = destination.repository
         if destination.below:
-            name = repository.removeprefix(place.base)
+            name = repository.removeprefix(source.base)
             target = f"{target}/{name}" if target else name
-        pattern = place.tag or ("*" if all_tags else "latest")
-        if place.digest is not None:
-            named = tuple(map(Tag, filter(None, [destination.tag or place.tag])))
-            yield CopyItem(place, repository, place.digest, target, named)
+        pattern = source.tag or ("*" if all_tags else "latest")
+        if source.digest is not None:
+            named = tuple(map(Tag, filter(None, [destination.tag or source.tag])))
+            yield CopyItem(source, repository, source.digest, target, named)
         elif not is_glob(pattern):
-            yield CopyItem(place, repository, Tag(pattern), target, (Tag(destination.tag or pattern),))
+            yield CopyItem(source, repository, Tag(pattern), target, (Tag(destination.tag or pattern),))
         else:
             listed = frozenset(await registry.tags(repository))
             tags = sorted(each for each in listed if fnmatchcase(each, pattern))
             for tag in tags:
                 # A fallback tag is copied with the subject whose referrers it lists.
                 if not (referrers and is_fallback_tag(tag)):
-                    yield CopyItem(place, repository, Tag(tag), target, (Tag(tag),), listed)
-            if not tags and not place.wild:
-                raise NameUnknown(f"{place.host}/{repository} has no tag that matches {pattern}")
+                    yield CopyItem(source, repository, Tag(tag), target, (Tag(tag),), listed)
+            if not tags and not source.wild:
+                raise NameUnknown(f"{source.host}/{repository} has no tag that matches {pattern}")

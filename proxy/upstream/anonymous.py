@@ -1,7 +1,7 @@
 """Anonymous tokens for the registries to which an upstream redirects its API.
 
 Vendors' gateways redirect to a registry on another domain, which then demands a token.  The token is one that
-anybody is issued: our credentials are for the upstream only.
+anyone can get: our credentials are for the upstream only.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Publisher:
 
     async def publish(self, event: Event) -> None:
         """Return when the event is in all queues that it belongs to, or is lost.  Raises nothing."""
-        if not self._wanting(event):
+        if not self._recipients(event):
             return
         self._gathered.append(event)
         if self._written is None:
@@ -82,14 +82,14 @@ class Publisher:
     def publish_later(self, event: Event) -> None:
         """Publish a pull, without waiting until it is written."""
         if len(self._gathered) >= GATHERED:
-            for name in self._wanting(event):
+            for name in self._recipients(event):
                 self._lost[name] += 1
             return
         self._gathered.append(event)
         if self._later is None and self._writing is None:
             self._later = asyncio.get_running_loop().call_later(LATER, self._write)
 
-    def _wanting(self, event: Event) -> list[str]:
+    def _recipients(self, event: Event) -> list[str]:
         return [
             each.name
             for each in self._webhooks
@@ -120,12 +120,12 @@ class Publisher:
     async def _put(self, gathered: list[Event], lost: Counter[str]) -> None:
         cause = f"{GATHERED} wait to be written"
         # In a thread, since matching many patterns takes time.
-        wanted = await run_in_thread(lambda: [(each, self._wanting(each)) for each in gathered])
-        expected = Counter(name for _, names in wanted for name in names)
+        recipients = await run_in_thread(lambda: [(each, self._recipients(each)) for each in gathered])
+        expected = Counter(name for _, names in recipients for name in names)
         queued: Counter[str] = Counter()
         if expected:
             try:
-                queued = await run_in_thread(self._queue.put, wanted, PENDING)
+                queued = await run_in_thread(self._queue.put, recipients, PENDING)
                 self._wake()
             except StorageFailed as error:
                 cause = str(error)

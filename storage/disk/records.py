@@ -234,7 +234,7 @@ class Records:
     def groups(self, prefix: str, after: str = "") -> Iterator[str]:
         """The distinct fields that follow `prefix` in keys, in order; those greater than `after`.
 
-        Each takes one look at the index, however many keys have the same field.
+        Each needs one look-up in the index, however many keys have the same field.
         """
         # '!' follows the space that ends a field: the next key has another value there.
         while (key := self.first(prefix, f"{after}!" if after else "")) is not None:

@@ -1,4 +1,4 @@
-"""Leases of what a push in progress relies on: content that its client was told is stored, and does not send.
+"""Leases keep what a push in progress relies on: stored content that its client therefore does not send.
 
     lease <repository> <digest>               when a manifest was requested by its digest, or lost a tag
 

@@ -89,7 +89,7 @@ class Unlinked:
 
         1. The file is found old  2. the same content is uploaded and committed over it, to be linked after
         this transaction  3. the new file is moved aside, recognised by its mtime, and moved back before it
-        can be linked.  A process that is killed in between loses only what no client was told is stored.
+        can be linked.  A process that is killed in between loses only content that no client relies on.
         """
         sizes = []
         for digest, _ in found:

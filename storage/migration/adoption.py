@@ -38,59 +38,59 @@ class Adoption:
 
         Raises DigestInvalid if its content does not match, OSError if it cannot be read, StorageFailed.
         """
-        given = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        original = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         partial = self._files.root / "partial" / secrets.token_urlsafe(16)
         try:
-            found = os.fstat(given)
-            if not self._linkable(found):
-                self._copy(digest, given, partial, found.st_size)
+            status = os.fstat(original)
+            if not self._linkable(status):
+                self._copy(digest, original, partial, status.st_size)
             else:
-                with open(given, "rb", closefd=False) as file:
+                with open(original, "rb", closefd=False) as file:
                     _compare(digest, hashlib.file_digest(file, digest.algorithm).hexdigest())
-                if not self._link(digest, source, given, partial):
-                    os.lseek(given, 0, os.SEEK_SET)
-                    self._copy(digest, given, partial, found.st_size)
-            return found.st_size
+                if not self._link(digest, source, original, partial):
+                    os.lseek(original, 0, os.SEEK_SET)
+                    self._copy(digest, original, partial, status.st_size)
+            return status.st_size
         finally:
-            os.close(given)
+            os.close(original)
             with suppress(FileNotFoundError):
                 partial.unlink()
 
-    def _linkable(self, found: os.stat_result) -> bool:
-        ours = os.geteuid() in (0, self._owner)
-        readable = found.st_mode & stat.S_IROTH or found.st_uid == self._owner
-        owned = found.st_uid == self._owner or os.geteuid() == 0
-        return bool(ours and readable and owned and found.st_dev == self._files.root.stat().st_dev)
+    def _linkable(self, status: os.stat_result) -> bool:
+        permitted = os.geteuid() in (0, self._owner)
+        readable = status.st_mode & stat.S_IROTH or status.st_uid == self._owner
+        owned = status.st_uid == self._owner or os.geteuid() == 0
+        return bool(permitted and readable and owned and status.st_dev == self._files.root.stat().st_dev)
 
-    def _link(self, digest: Digest, source: Path, given: int, partial: Path) -> bool:
+    def _link(self, digest: Digest, source: Path, original: int, partial: Path) -> bool:
         """Link the file; False if it must be copied."""
         try:
             os.link(source, partial)
         except OSError:
             return False  # a file system without links, a file with too many names, …
-        if not os.path.samestat(partial.stat(), os.fstat(given)):
+        if not os.path.samestat(partial.stat(), os.fstat(original)):
             partial.unlink()
             return False  # the source was replaced meanwhile
         with self._files.guard(partial):
-            if os.fstat(given).st_uid != self._owner:
-                os.chown(given, self._owner, -1)
-            self._place(digest, given, partial)
+            if os.fstat(original).st_uid != self._owner:
+                os.chown(original, self._owner, -1)
+            self._place(digest, original, partial)
         with self._lock:
             self.linked += 1
         return True
 
-    def _copy(self, digest: Digest, given: int, partial: Path, size: int) -> None:
-        found = hashlib.new(digest.algorithm)
+    def _copy(self, digest: Digest, original: int, partial: Path, size: int) -> None:
+        hashed = hashlib.new(digest.algorithm)
         with self._files.guard(partial, size):
             file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
-            while chunk := os.read(given, CHUNK):
-                found.update(chunk)
+            while chunk := os.read(original, CHUNK):
+                hashed.update(chunk)
                 with self._files.guard(partial, size):
                     view = memoryview(chunk)
                     while view:
                         view = view[os.write(file, view) :]
-            _compare(digest, found.hexdigest())
+            _compare(digest, hashed.hexdigest())
             with self._files.guard(partial, size):
                 if os.geteuid() != self._owner:
                     os.chown(file, self._owner, -1)

@@ -1,6 +1,6 @@
 """The routes of the admin API, made from the list of operations; openapi.yaml describes them.
 
-A field that is not known is refused, lest a misspelt `dry_run` purge.  app.py decides who may ask.
+An unknown field is refused: otherwise a misspelt `dry_run` would purge.  app.py decides who may ask.
 """
 
 from __future__ import annotations

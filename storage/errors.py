@@ -25,6 +25,7 @@
     ├── Throttled                  TOOMANYREQUESTS            429   too many wrong passwords
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
+    │       └── OriginForbidden    DENIED                     403   though it accepted the credentials
     ├── StorageFailed              UNKNOWN                    500   our disk, where no origin helps
     └── Unavailable                UNAVAILABLE                503   the origin cannot be asked now
         ├── TooManyRequests        TOOMANYREQUESTS            503   the origin answered 429; with Retry-After
@@ -181,6 +182,10 @@ class Denied(RegistryError):
 
 
 class OriginDenied(Denied):
+    pass
+
+
+class OriginForbidden(OriginDenied):
     pass
 
 

@@ -338,18 +338,58 @@ async def test_the_catalog_shows_what_may_be_pulled(opened: Open, users: Path, i
         {"who": ["user:bob"], "may": ["pull"], "where": ["re:local/team/.*[02468]"]},
     ]
     door = await opened({"htpasswd": str(users), "rules": rules})
-    said = await door.ask("GET", "/v2/_catalog")
-    assert (said.status, json.loads(said.body)) == (200, {"repositories": []})
+    empty = await door.ask("GET", "/v2/_catalog")
+    assert (empty.status, empty.challenge) == (401, BASIC)
     for number in range(6):
         assert (await door.push(ALICE, f"/v2/local/team/app{number}")).status == 201
     refused = await door.ask("GET", "/v2/_catalog")
-    assert (refused.status, refused.challenge) == (401, BASIC)
+    assert (refused.status, refused.challenge, refused.body) == (401, BASIC, empty.body)
     assert (await door.ask("GET", "/v2/_catalog", login("bob", "x"))).status == 401
     await door.ask("GET", f"{HUB}/manifests/latest")
     hub = "docker.io/library/alpine"
     assert (await catalog(door, {}))[0] == [hub]
     assert (await catalog(door, ALICE))[0] == [hub, *(f"local/team/app{number}" for number in range(6))]
     assert (await catalog(door, BOB))[0] == [hub, "local/team/app0", "local/team/app2", "local/team/app4"]
+
+
+@pytest.mark.parametrize("where", [[], ["local/public/*"], ["local/*"]])
+@pytest.mark.parametrize("user", [{}, BOB], ids=["anonymous", "bob"])
+async def test_the_catalog_is_the_same_with_hidden_names(
+    opened: Open, users: Path, where: list[str], user: Mapping[str, str]
+) -> None:
+    rules: list[dict[str, Any]] = [{"who": ["user:alice"], "may": ["pull", "push", "delete"]}]
+    if where:
+        rules.append({"who": ["anonymous", "user:bob"], "may": ["pull"], "where": where})
+    door = await opened({"htpasswd": str(users), "rules": rules})
+    queries = [
+        f"?{query}"
+        for last in (
+            "",
+            "local/",
+            "local/a",
+            "local/m",
+            "local/public/a",
+            "local/secret",
+            "z",
+            "\x7f",
+            "not a name",
+        )
+        for query in (f"n=1&last={last}", f"n=0&last={last}", f"n=2000&last={last}", f"last={last}")
+    ]
+
+    async def shown() -> list[Any]:
+        answers = [await door.ask("GET", f"/v2/_catalog{query}", user) for query in queries]
+        answers += [
+            await door.ask("GET", f"/v2/local/{name}/tags/list", user) for name in ("secret/app", "merger")
+        ]
+        kept = ("WWW-Authenticate", "Link", "Content-Type", "Cache-Control")
+        return [(each.status, each.body, [each.headers.get(name) for name in kept]) for each in answers]
+
+    assert (await door.push(ALICE, "/v2/local/public/app")).status == 201
+    before = await shown()
+    for name in ("secret/app", "merger"):
+        assert (await door.push(ALICE, f"/v2/local/{name}")).status == 201
+    assert (await shown() == before) == (where != ["local/*"])
 
 
 async def test_the_catalog_page_by_page(opened: Open, users: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,3 +120,37 @@ async def test_what_went_wrong_is_no_failure(throttle: LoginThrottle) -> None:
         with pytest.raises(Throttled):
             await throttle.attempt(HOME, "alice", broken)
     assert throttle.turn(HOME, "alice") == 0
+
+
+async def test_credentials_that_are_repeated_are_one_guess_of_their_address(
+    throttle: LoginThrottle, clock: Clock
+) -> None:
+    begun = clock.now
+    for _ in range(FREE + 2):
+        await throttle.attempt(HOME, "bob", wrong, b"bob's")
+    assert clock.now > begun  # bob waits
+    begun = clock.now
+    assert await throttle.attempt(HOME, "alice", right, b"alice's")
+    assert clock.now == begun
+    for guess in range(FREE + 1):
+        throttle.failed(HOME, f"user{guess}", guess)
+    with pytest.raises(Throttled):
+        for _ in range(50):
+            throttle.turn(HOME, "erin", b"erin's")
+
+
+def test_repeated_credentials_are_forgotten_and_count_again(throttle: LoginThrottle, clock: Clock) -> None:
+    for _ in range(FREE + 1):
+        throttle.failed(HOME, "bob", b"bob's")
+        clock.advance(FORGOTTEN)
+        throttle.failed(HOME, "eve", b"eve's")
+    assert throttle.turn(HOME, "alice", b"alice's") == 0
+    assert throttle.turn(AWAY, "bob", b"bob's") == 0
+
+
+def test_users_who_have_logged_in_wait_if_they_repeat_wrong_credentials(throttle: LoginThrottle) -> None:
+    throttle.succeeded(HOME, "bob")
+    for _ in range(FREE + 2):
+        throttle.failed(HOME, "bob", b"wrong")
+    assert throttle.turn(HOME, "bob", b"right") == 0
+    assert throttle.turn(HOME, "bob", b"wrong") > 0

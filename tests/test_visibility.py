@@ -358,3 +358,85 @@ async def test_who_is_asked_for_just_now_is_not_let_go_of(
     await asyncio.gather(*asking)
     assert len(visible._callers) == 1
     await visible.close()
+
+
+# Refusals that are no failed logins
+
+
+@pytest.fixture
+def impatient(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two failed logins the next attempt has to wait for long."""
+    monkeypatch.setattr(throttle, "FREE", 1)
+    monkeypatch.setattr(throttle, "FIRST", 1000.0)
+
+
+@pytest.fixture
+def refusing(upstream: Upstream) -> dict[str, int]:
+    """The status for requests of manifests with an Authorization of a scheme, as long as one is set."""
+    found: dict[str, int] = {}
+    for status in (401, 403):
+
+        def meets(request: Any, status: int = status) -> bool:
+            scheme = request.headers.get("Authorization", "").partition(" ")[0]
+            return found.get(scheme) == status and request.kind == "manifest"
+
+        upstream.next("HEAD", meets, Status(status), times=1000)
+    return found
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refusal_with_a_token_is_no_failed_login(
+    opened: Open, upstream: Upstream, image: Image, impatient: None, refusing: dict[str, int], status: int
+) -> None:
+    door = await opened()
+    refusing["Bearer"] = status
+    for _ in range(6):
+        assert await get(door, "manifests/latest", ME) == 401
+    refusing.clear()
+    assert await get(door, "manifests/latest", ME) == 200
+
+
+async def test_a_refusal_by_403_is_no_failed_login(
+    opened: Open, upstream: Upstream, image: Image, impatient: None, refusing: dict[str, int]
+) -> None:
+    upstream.auth = OWNER
+    door = await opened()
+    refusing["Basic"] = 403
+    for _ in range(6):
+        assert await get(door, "manifests/latest", ME) == 401
+    refusing.clear()
+    assert await get(door, "manifests/latest", ME) == 200
+
+
+async def test_who_was_let_in_elsewhere_has_the_right_password(
+    opened: Open, upstream: Upstream, image: Image, impatient: None, refusing: dict[str, int], clock: Clock
+) -> None:
+    upstream.auth = OWNER
+    upstream.image("team/other", "v1")
+    door = await opened({"remember": "1m"})
+    assert (await door.ask("GET", "/v2/team/other/manifests/v1", ME)).status == 200
+    clock.advance(3600)
+    refusing["Basic"] = 401
+    for _ in range(6):
+        assert await get(door, "manifests/latest", ME) == 401
+    refusing.clear()
+    assert await get(door, "manifests/latest", ME) == 200
+
+
+async def test_a_client_that_repeats_wrong_credentials_keeps_nobody_else_waiting(
+    opened: Open, upstream: Upstream, image: Image, impatient: None
+) -> None:
+    upstream.auth = OWNER
+    door = await opened()
+    stranger = login("stranger", "own")
+    for status in (401, 401, 429, 429):
+        assert await get(door, "manifests/latest", stranger) == status
+    assert await get(door, "manifests/latest", ME) == 200
+
+
+async def test_many_guesses_keep_their_address_waiting(
+    opened: Open, upstream: Upstream, image: Image, impatient: None
+) -> None:
+    door = await opened()
+    for number, status in enumerate((401, 401, 429)):
+        assert await get(door, "manifests/latest", login(f"user{number}", f"guess{number}")) == status

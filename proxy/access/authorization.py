@@ -163,23 +163,28 @@ class Authorizer:
         shown = credential(request)
         exchange.visible = nothing
 
-        async def visible() -> bool:
+        visible = True
+
+        async def right() -> bool:
+            """Whether the credentials are right: they can be, and the repository be hidden all the same."""
+            nonlocal visible
             try:
                 await visibility.check(repository, shown, access.content, access.probe)
             except OriginDenied:
-                return False
+                visible = False
+                return shown is not None and visibility.knows(shown)
             return True
 
-        if visibility.remembers(repository, shown):
-            right = True
-        elif shown is None:
-            right = await visible()
-        else:
-            user = f"{namespace}/{shown.username}"
-            right = await self._authenticator.throttle.attempt(
-                self._authenticator.source_address(request), user, visible
+        if shown is None:
+            await right()
+        elif not visibility.remembers(repository, shown):
+            await self._authenticator.throttle.attempt(
+                self._authenticator.source_address(request),
+                f"{namespace}/{shown.username}",
+                right,
+                visibility.identify(shown),
             )
-        if not right:
+        if not visible:
             whom = "anonymous clients" if shown is None else "you"
             raise Unauthorized(
                 f"{namespace} does not show {repository} to {whom}: log in with an account of {namespace}",
@@ -230,7 +235,11 @@ class Authorizer:
     async def repositories(
         self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, exchange: Exchange
     ) -> list[str]:
-        """List the repositories that the client may pull from, without those whose upstream decides."""
+        """List the repositories that the client may pull from, without those whose upstream decides.
+
+        An anonymous client that sees nothing is challenged if it could see more by logging in.  The rules
+        decide that, not what is stored: otherwise pages would reveal the names of hidden repositories.
+        """
         exchange.shared = False
         scope = f"{CATALOG}:*"
         principal = await self._authenticator.identify(request, scope)
@@ -239,18 +248,25 @@ class Authorizer:
         if self._rules.allow(principal, "pull", CATALOG):
             visible = self._listed
         found: list[str] = []
-        hidden = False
+        start = last
         while limit is None or len(found) < limit:
             names = await registry.repositories(last, None if limit is None else max(limit, PAGE))
-            seen = [name for name in names if visible(name)]
-            hidden = hidden or len(seen) < len(names)
-            found += seen
+            found += [name for name in names if visible(name)]
             if limit is None or len(names) < max(limit, PAGE):
                 break
             last = names[-1]
-        if hidden and not found and principal.anonymous and self._authenticator.accepts_credentials:
+        may_log_in = principal.anonymous and self._authenticator.accepts_credentials
+        if may_log_in and not found and not start and not self._sees_everything(principal):
             raise self._refusal(principal, "list repositories", scope)
         return found if limit is None else found[:limit]
+
+    def _sees_everything(self, principal: Principal) -> bool:
+        """Whether the rules let the client pull from every repository that is listed to anybody."""
+        guarded = (
+            name for name, guard in self._guarded.guards.items() if guard in (Guard.STORE, Guard.RULES)
+        )
+        # No repository has this name: only a rule for all of them matches it.
+        return all(self._rules.allow(principal, "pull", f"{name}/*") for name in guarded)
 
     def _listed(self, repository: str) -> bool:
         return self._guarded.of(repository) not in (Guard.CALLER, None)

@@ -1,9 +1,10 @@
 """Delays logins after failed ones, the longer the more have failed.
 
-Failures are counted by address and by user.  After some of them, the next attempt waits for its turn, and
-attempts that arrive meanwhile queue behind it, so that many at once gain nothing.  An attempt whose turn
-would be too far away is refused at once.  A user who has logged in from an address does not wait there
-because of what others try in the user's name.
+Failures are counted by address, by user, and, if they are known, by address and credentials.  The same wrong
+credentials are counted once for their address: a client that repeats them is not guessing.  After some
+failures, the next attempt waits for its turn, and attempts that arrive meanwhile queue behind it, so that
+many at once gain nothing.  An attempt whose turn would be too far away is refused at once.  A user who has
+logged in from an address does not wait there because of what others try in the user's name.
 """
 
 from __future__ import annotations
@@ -46,24 +47,31 @@ class LoginThrottle:
         self._welcome: dict[Hashable, None] = {}
 
     async def attempt(
-        self, address: IPAddress | None, user: str, check: Callable[[], Awaitable[bool]]
+        self,
+        address: IPAddress | None,
+        user: str,
+        check: Callable[[], Awaitable[bool]],
+        credentials: Hashable = None,
     ) -> bool:
-        """Call `check` when its turn comes, and return its result.
+        """Call `check` when its turn comes, and return its result: whether the credentials are right.
 
-        Raises Throttled, and what `check` raises.
+        `credentials` identifies them, without being them.  Raises Throttled, and what `check` raises.
         """
-        if seconds := self.turn(address, user):
+        if seconds := self.turn(address, user, credentials):
             await self._sleep(seconds)
         right = await check()
-        (self.succeeded if right else self.failed)(address, user)
+        if right:
+            self.succeeded(address, user)
+        else:
+            self.failed(address, user, credentials)
         return right
 
-    def turn(self, address: IPAddress | None, user: str) -> float:
+    def turn(self, address: IPAddress | None, user: str, credentials: Hashable = None) -> float:
         """Take a turn, and return how many seconds to wait for it.  Raises Throttled."""
         now = self._clock()
         waiting = [
             found
-            for key in self._keys(address, user)
+            for key in self._keys(address, user, credentials)
             if (found := self._failures.get(key)) and found.count > FREE and now - found.last < FORGOTTEN
         ]
         start = max([now, *(each.turn for each in waiting)])
@@ -73,9 +81,13 @@ class LoginThrottle:
             each.turn = start + min(FIRST * 2.0 ** (each.count - FREE - 1), LONGEST)
         return start - now
 
-    def failed(self, address: IPAddress | None, user: str) -> None:
+    def failed(self, address: IPAddress | None, user: str, credentials: Hashable = None) -> None:
         now = self._clock()
-        for key in self._keys(address, user):
+        by_address, *keys = self._keys(address, user, credentials)
+        known = self._failures.get(keys[-1]) if credentials is not None else None
+        if known is None or now - known.last >= FORGOTTEN:
+            keys.append(by_address)
+        for key in keys:
             failures = self._failures.pop(key, None)
             if failures is None or now - failures.last >= FORGOTTEN:
                 failures = _Failures()
@@ -95,11 +107,14 @@ class LoginThrottle:
         if len(self._welcome) > REMEMBERED:
             del self._welcome[next(iter(self._welcome))]
 
-    def _keys(self, address: IPAddress | None, user: str) -> list[Hashable]:
+    def _keys(self, address: IPAddress | None, user: str, credentials: Hashable) -> list[Hashable]:
         network = _network(address)
-        if (network, user) in self._welcome:
-            return [("address", network)]
-        return [("address", network), ("user", user)]
+        keys: list[Hashable] = [("address", network)]
+        if (network, user) not in self._welcome:
+            keys.append(("user", user))
+        if credentials is not None:
+            keys.append(("credentials", network, credentials))
+        return keys
 
 
 def _network(address: IPAddress | None) -> Hashable:

@@ -21,7 +21,7 @@ import structlog
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credential, Credentials, Inline
 from storage.concurrency import SingleFlight
-from storage.errors import OriginDenied, Unavailable
+from storage.errors import OriginDenied, OriginForbidden, Unavailable
 from storage.registry import Registry
 
 log = structlog.get_logger()
@@ -62,6 +62,7 @@ class Visibility:
         self._cut = cut
         self._key = secrets.token_bytes(32)
         self._seen: dict[tuple[bytes, str], float] = {}  # the last yes for a caller and a repository
+        self._right: dict[bytes, float] = {}  # when the upstream last accepted the credentials of a caller
         self._callers: dict[bytes, _Caller] = {}
         self._flights = SingleFlight()
 
@@ -71,6 +72,15 @@ class Visibility:
             0 <= self._age(who, repository) < self._remember
             for who in {self._who(credential), self._who(None)}
         )
+
+    def identify(self, credential: Credential) -> bytes:
+        """A key for the credential, from which it cannot be found out."""
+        return self._who(credential)
+
+    def knows(self, credential: Credential) -> bool:
+        """Whether the upstream has accepted the credential within the last day, for any repository."""
+        accepted = self._right.get(self._who(credential))
+        return accepted is not None and 0 <= self._clock() - accepted < STALE_FOR
 
     async def check(self, repository: str, credential: Credential | None, content: str, probe: Probe) -> None:
         """Return if the caller may see the repository; without a `credential` the caller is anonymous.
@@ -86,8 +96,10 @@ class Visibility:
             if self._cut():
                 raise Unavailable(f"{self._namespace} is cut off")
             await self._flights.join((who, repository, content), lambda: self._ask(who, credential, probe))
-        except OriginDenied:
+        except OriginDenied as error:
             self._seen.pop((who, repository), None)
+            if isinstance(error, OriginForbidden):
+                self._accepted(who)
             raise
         except Unavailable as error:
             if 0 <= self._age(who, repository) < STALE_FOR:
@@ -97,10 +109,17 @@ class Visibility:
                 f"cannot find out now whether you may see {self._namespace}/{repository}: {error}",
                 retry_after=error.retry_after,
             ) from error
+        self._accepted(who)
         self._seen.pop((who, repository), None)
         self._seen[who, repository] = self._clock()
         if len(self._seen) > REMEMBERED:
             del self._seen[next(iter(self._seen))]
+
+    def _accepted(self, who: bytes) -> None:
+        self._right.pop(who, None)
+        self._right[who] = self._clock()
+        if len(self._right) > REMEMBERED:
+            del self._right[next(iter(self._right))]
 
     def _age(self, who: bytes, repository: str) -> float:
         since = self._seen.get((who, repository))

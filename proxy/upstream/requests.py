@@ -33,6 +33,7 @@ from proxy.upstream.transport import READING, Connect, Transport
 from storage.concurrency import RateLimit
 from storage.errors import (
     OriginDenied,
+    OriginForbidden,
     RegistryError,
     TooManyRequests,
     Unavailable,
@@ -262,7 +263,11 @@ class RequestSender:
             self._answered(number, self.host, response.status)
         if response.status in request.granted:
             return response
-        raise await self._refused(response, request, home)
+        error = await self._refused(response, request, home)
+        denied = self._caller and home and type(error) is OriginDenied
+        if denied and _accepted(response.status, authorization):
+            raise OriginForbidden(str(error), public=error.public)
+        raise error
 
     async def _refused(
         self, response: aiohttp.ClientResponse, request: UpstreamRequest, home: bool
@@ -369,3 +374,12 @@ class RequestSender:
 def _authorized(response: aiohttp.ClientResponse) -> str | None:
     """The Authorization of the last request that led to a response."""
     return response.request_info.headers.get("Authorization")
+
+
+def _accepted(status: int, authorization: str | None) -> bool:
+    """Whether a refusal means that the credentials are right.
+
+    A token server has accepted them if there is a token.  A 403 says that they do not suffice (RFC 9110,
+    section 15.5.4).
+    """
+    return authorization is not None and (status == 403 or authorization.startswith("Bearer "))

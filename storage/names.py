@@ -1,12 +1,15 @@
 """Image names as text: how a repository and a reference are joined, and globs over such names.
 
-Globs are those of fnmatch: `*` and `?` match slashes too.
+Globs are those of fnmatch: `*` and `?` match slashes too.  A name may begin with an IPv6 address in brackets,
+`[::1]:5000/team/app`, which is no wildcard: such an address has two colons, which no name has elsewhere.
 """
 
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 
+_IPV6 = re.compile(r"\[(?=[^:\]]*:[^:\]]*:)[0-9a-f:.]+\](?::[0-9]{1,5})?(?=/)")
 _WILDCARD = re.compile(r"[*?[]")
 
 
@@ -16,10 +19,25 @@ def written(repository: str, reference: str) -> str:
 
 
 def is_glob(text: str) -> bool:
-    return _WILDCARD.search(text) is not None
+    return _wildcard(text) is not None
 
 
 def literal_prefix(pattern: str) -> str:
     """The part before the first wildcard, with which every match begins."""
-    found = _WILDCARD.search(pattern)
+    found = _wildcard(pattern)
     return pattern if found is None else pattern[: found.start()]
+
+
+def _wildcard(text: str) -> re.Match[str] | None:
+    host = _IPV6.match(text)
+    return _WILDCARD.search(text, host.end() if host else 0)
+
+
+def matches_glob(name: str, pattern: str) -> bool:
+    """Whether the full name of a repository matches."""
+    return fnmatchcase(name, fnmatch_pattern(pattern))
+
+
+def fnmatch_pattern(pattern: str) -> str:
+    """The pattern for fnmatch, to which a bracket is always a wildcard."""
+    return f"[[]{pattern[1:]}" if _IPV6.match(pattern) else pattern

@@ -125,6 +125,13 @@ def test_docker_that_is_not_well(root: Path, text: str | bytes, state: str, says
     assert says in said(look_docker(root, text), state)
 
 
+@pytest.mark.parametrize("network", ["[fd00::2]:5000", "fd00::/8", "fd00::2"])
+def test_docker_takes_ipv6_networks_for_insecure(root: Path, network: str) -> None:
+    keys = {"registry-mirrors": ["http://[fd00::2]:5000"], "insecure-registries": [network]}
+    found = look_docker(root, json.dumps(keys), url=URL("http://[fd00::2]:5000"))
+    assert "insecure" not in said(found, "warning")
+
+
 def test_docker_takes_networks_for_insecure(root: Path) -> None:
     keys = {"registry-mirrors": ["http://10.1.2.3:5000"], "insecure-registries": ["no net", "10.0.0.0/8"]}
     found = look_docker(root, json.dumps(keys), url=URL("http://10.1.2.3:5000"))

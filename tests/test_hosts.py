@@ -89,10 +89,36 @@ def test_several_urls_refused(urls: str, cause: str) -> None:
     assert fault(upstream(f"url: {urls}")) == f"namespaces.x.upstream.url: {cause}"
 
 
-@pytest.mark.parametrize("name", ["Docker.io", "a/b", "-a", "a:", "a b", "a:123456", "[::1]"])
+@pytest.mark.parametrize(
+    "name",
+    ["Docker.io", "a/b", "-a", "a:", "a b", "a:123456", "[::1", "[:::]:5000", "[1::2::3]", "[::1%e]"],
+)
 def test_name_refused(name: str) -> None:
     assert fault(namespace("", f"'{name}'")).startswith(f"namespaces.{name}: expected a host")
     assert fault(namespace(f"aliases: ['{name}']")).startswith("namespaces.x.aliases[0]: expected a host")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("[::1]", "[::1]"),
+        ("[::1]:5000", "[::1]:5000"),
+        ("[0:0:0:0:0:0:0:1]:5000", "[::1]:5000"),
+        ("[fd00:0:0:1:0:0:0:2]:443", "[fd00:0:0:1::2]:443"),
+        ("[::ffff:10.0.0.1]:80", "[::ffff:10.0.0.1]:80"),
+        ("[::ffff:a00:1]", "[::ffff:10.0.0.1]"),
+    ],
+)
+def test_names_and_aliases_may_be_ipv6(text: str, name: str) -> None:
+    assert list(read(namespace("", f"'{text}'")).namespaces) == [name]
+    assert read(namespace(f"aliases: ['{text}']")).namespaces["x"].aliases == (name,)
+    assert read(namespace(f"hosts: ['{text}']")).namespaces["x"].hosts == (name,)
+
+
+def test_an_ipv6_address_has_one_owner() -> None:
+    other = "{upstream: 'https://b', aliases: ['[0::1]:443']}"
+    text = f"namespaces: {{'[::1]': {{upstream: 'https://a'}}, x: {other}}}"
+    assert fault(text) == "namespaces.x.aliases: [::1]:443 already belongs to namespace [::1]"
 
 
 def test_hosts_may_be_ipv6_and_are_lower_case() -> None:

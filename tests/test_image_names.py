@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from proxy.config.hosts import Address, is_host, local_url, parse_server
 from proxy.config.image_names import ImageName, parse, split
-from storage.names import is_glob, literal_prefix, written
+from storage.names import is_glob, literal_prefix, matches_glob, written
 from storage.oci import Digest, Tag
 
 DIGEST = Digest("sha256:" + "0" * 64)
@@ -84,6 +84,18 @@ def test_globs() -> None:
         assert literal_prefix(text) == "a"
     assert not is_glob("docker.io/library/alpine:3")
     assert literal_prefix("a") == "a"
+
+
+def test_the_brackets_of_an_address_are_no_wildcard() -> None:
+    name = "[::1]:5000/team/app"
+    assert not is_glob(name)
+    assert matches_glob(name, name)
+    assert not matches_glob("::5000/team/app", name)
+    assert (is_glob("[::1]:5000/team/*"), literal_prefix("[::1]:5000/team/*")) == (True, "[::1]:5000/team/")
+    assert matches_glob(name, "[::1]:5000/team/[ab]pp")
+    assert matches_glob("[fd00::2]/app", "[fd00::2]/*")
+    assert is_glob("[ab]/app")
+    assert matches_glob("a/app", "[ab]/app")
 
 
 @pytest.mark.parametrize(

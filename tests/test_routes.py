@@ -53,6 +53,11 @@ HUB = "docker.io"
         ("/my.example:5000/v2/a/tags/list", Route(Endpoint.TAGS, "a", prefix="my.example:5000")),
         ("/v2/my.example:5000/a/tags/list", Route(Endpoint.TAGS, "my.example:5000/a")),
         ("/v2/docker.io/v2/a/manifests/latest", Route(Endpoint.MANIFEST, "docker.io/v2/a", LATEST)),
+        # an IPv6 address
+        ("/v2/[::1]:5000/a/b/tags/list", Route(Endpoint.TAGS, "[::1]:5000/a/b")),
+        ("/v2/%5Bfd00::2%5D/a/manifests/latest", Route(Endpoint.MANIFEST, "[fd00::2]/a", LATEST)),
+        ("/[::1]:5000/v2/a/tags/list", Route(Endpoint.TAGS, "a", prefix="[::1]:5000")),
+        ("/v2/[::1]:5000/", Route(Endpoint.BASE, prefix="[::1]:5000")),
         # the last keyword decides
         ("/v2/a/manifests/b/manifests/latest", Route(Endpoint.MANIFEST, "a/manifests/b", LATEST)),
         ("/v2/manifests/manifests/manifests", Route(Endpoint.MANIFEST, "manifests", Tag("manifests"))),
@@ -123,7 +128,10 @@ def test_reference_carries_its_mutability(path: str) -> None:
         ("/v2/my.example:/a/manifests/latest", NameInvalid),
         ("/v2/my.example:123456/a/manifests/latest", NameInvalid),
         ("/v2/a/b:80/c/manifests/latest", NameInvalid),
-        ("/v2/[::1]:80/a/manifests/latest", NameInvalid),
+        ("/v2/[::g]:80/a/manifests/latest", NameInvalid),
+        ("/v2/[::1]:80/manifests/latest", NameInvalid),
+        ("/v2/[::1]:123456/a/manifests/latest", NameInvalid),
+        ("/v2/a/[::1]/b/manifests/latest", NameInvalid),
         (f"/v2/{'a' * 256}/manifests/latest", NameInvalid),
         ("/v2/a/manifests/", TagInvalid),
         ("/v2/a/manifests/.INVALID_MANIFEST_NAME", TagInvalid),

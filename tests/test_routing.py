@@ -24,6 +24,7 @@ MEMBERS = (
     Member(Registry(), "my.example:5000"),
     Member(Registry(), "localhost"),
     Member(Registry(), "edge", hosts=("[::1]:5000",)),
+    Member(Registry(), "[fd00::2]:5000", ("[fd00::3]",)),
 )
 NAMESPACES = Namespaces(MEMBERS, default="docker.io")
 STRICT = Namespaces(MEMBERS)
@@ -42,6 +43,16 @@ STRICT = Namespaces(MEMBERS)
         ("alpine", {"host": "mirror.test:5000"}, "docker.io/library/alpine"),
         ("alpine", {"host": "[::2]:5000"}, "docker.io/library/alpine"),
         ("alpine", {"host": ""}, "docker.io/library/alpine"),
+        # IPv6 addresses, however they are written
+        ("app", {"ns": "[fd00::2]:5000"}, "[fd00::2]:5000/app"),
+        ("app", {"ns": "[FD00:0::2]:5000"}, "[fd00::2]:5000/app"),
+        ("app", {"ns": "[fd00::3]:443"}, "[fd00::2]:5000/app"),
+        ("app", {"prefix": "[fd00::2]:5000"}, "[fd00::2]:5000/app"),
+        ("app", {"host": "[fd00:0:0::2]:5000"}, "[fd00::2]:5000/app"),
+        ("app", {"host": "[0::1]:5000"}, "edge/app"),
+        ("[fd00::2]:5000/app", {}, "[fd00::2]:5000/app"),
+        ("[fd00::3]/a/app", {}, "[fd00::2]:5000/a/app"),
+        ("[fd00::2]:5000/app", {"ns": "[fd00::2]:5000"}, "[fd00::2]:5000/app"),
         # ns
         ("alpine", {"ns": "docker.io"}, "docker.io/library/alpine"),
         ("alpine", {"ns": "Registry-1.Docker.IO"}, "docker.io/library/alpine"),

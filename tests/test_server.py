@@ -424,3 +424,20 @@ async def anything(serve: Serve, upstream: Upstream, image: Image, caplog: pytes
     events = [json.loads(line) for line in written.getvalue().splitlines()]
     assert {each["level"] for each in events} == {"info"}
     assert not [each for each in caplog.records if each.levelname in ("ERROR", "CRITICAL")]
+
+
+async def test_a_registry_at_an_ipv6_address(serve: Serve, upstream: Upstream) -> None:
+    image = upstream.image("a/b", "latest")
+    six = {"upstream": upstream.url, "aliases": ["[fd00::2]"]}
+    site = await serve(upstream, more={"[::1]:5000": six})
+    for path in (
+        "/v2/a/b/manifests/latest?ns=[::1]:5000",
+        "/v2/a/b/manifests/latest?ns=%5B0:0::1%5D%3A5000",
+        "/v2/a/b/manifests/latest?ns=[fd00::2]",
+        "/v2/[::1]:5000/a/b/manifests/latest",
+        "/v2/%5Bfd00::2%5D/a/b/manifests/latest",
+        "/[::1]:5000/v2/a/b/manifests/latest",
+    ):
+        status, _, body = await site.get(path)
+        assert (status, body) == (200, image.content), path
+    assert upstream.log == ["GET manifest a/b:latest"]  # they are one namespace

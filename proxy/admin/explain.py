@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from proxy.admin.inventory import Inventory, Measured, finite
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import HostRow, RefusalRow, Verdict, Why
+from proxy.config.hosts import canonical_host, without_port
 from proxy.config.schema import Config
 from proxy.namespaces.references import ImageReference
 from storage.maintenance.pins import Pins
@@ -118,7 +119,8 @@ class Explainer:
         name = image.namespace
         if slash and first.lower() == name:
             return "the name begins with it"
-        if slash and first.lower().partition(":")[0] in (name, *self._config.namespaces[name].aliases):
+        names = (name, *self._config.namespaces[name].aliases)
+        if slash and without_port(canonical_host(first.lower()) or first) in map(without_port, names):
             return f"{first} is an alias of it"
         return "the name has no registry, so this is default_namespace"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import islice
 
 from proxy.admin.models import (
@@ -27,7 +26,7 @@ from storage.graph import Walk, contents
 from storage.keys import LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
-from storage.names import is_glob, literal_prefix, written
+from storage.names import is_glob, literal_prefix, matches_glob, written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Store
 from storage.values import Link, Pointer, StoredManifest
@@ -86,7 +85,7 @@ class Inventory:
                 repository, reference = kind.parse(key)
                 if repository != name:
                     name = repository
-                    row = counts.setdefault(name, [0, 0, 0]) if fnmatchcase(name, name_glob) else None
+                    row = counts.setdefault(name, [0, 0, 0]) if matches_glob(name, name_glob) else None
                 if row is None:
                     continue
                 if kind is LINK:

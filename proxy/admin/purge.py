@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from proxy.admin.reports import Purged
 from storage.disk.records import Batch, batches
@@ -23,7 +22,7 @@ from storage.errors import RegistryError
 from storage.graph import Walk, contents
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.pins import Pin, Pins
-from storage.names import is_glob, written
+from storage.names import is_glob, matches_glob, written
 from storage.oci import Digest, Reference, Tag
 from storage.store import Store
 from storage.values import Pointer, StoredManifest
@@ -114,7 +113,7 @@ class Purge:
         if not is_glob(glob):
             return [glob]
         names = {name for kind in KINDS for name in self._records.groups(kind.prefix())}
-        return sorted(name for name in names if fnmatchcase(name, glob))
+        return sorted(name for name in names if matches_glob(name, glob))
 
     # The plan
 

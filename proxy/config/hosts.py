@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from yarl import URL
 
 NAME = re.compile(rf"{LABEL.pattern}(?::[0-9]{{1,5}})?")  # a host that is a name, with or without a port
-_HOST = re.compile(rf"{NAME.pattern}|\[[0-9a-f:.]+\](?::[0-9]{{1,5}})?")
+IPV6 = re.compile(r"\[[0-9a-f:.]+\](?::[0-9]{1,5})?")  # a host that is an address, which is not checked
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", re.ASCII)
 _AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
 _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
@@ -98,18 +98,37 @@ def local_url(scheme: str, address: Address) -> URL:
 
 
 def parse_name(value: object) -> str:
-    """The name of a namespace: a host with an optional port, or a plain word."""
-    text = parse_text(value)
-    if not NAME.fullmatch(text):
-        raise ValueError("expected a host, with or without :port, or a plain word, all in lower case")
-    return text
+    """The name of a namespace: a host with an optional port, or a plain word; IPv6 addresses in brackets."""
+    return _host(value, "expected a host, with or without :port, or a plain word, all in lower case")
 
 
 def parse_host(value: object) -> str:
+    return _host(value, "expected a host, with or without :port, in lower case")
+
+
+def _host(value: object, expected: str) -> str:
     text = parse_text(value)
-    if not _HOST.fullmatch(text):
-        raise ValueError("expected a host, with or without :port, in lower case")
-    return text
+    if NAME.fullmatch(text):
+        return text
+    if not IPV6.fullmatch(text) or (host := canonical_host(text)) is None:
+        raise ValueError(expected)
+    return host
+
+
+def canonical_host(text: str) -> str | None:
+    """The host with an IPv6 address compressed, as in RFC 5952; None if the address is malformed."""
+    if not text.startswith("["):
+        return text
+    if not IPV6.fullmatch(text):
+        return None
+    host, _, port = text[1:].partition("]")
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        return None
+    # Versions of Python write mapped addresses differently, and a namespace's name is in the keys of records.
+    written = f"::ffff:{address.ipv4_mapped}" if address.ipv4_mapped else address.compressed
+    return f"[{written}]{port}"
 
 
 def parse_network(value: object) -> Network:
@@ -181,7 +200,7 @@ def parse_urls(value: object) -> tuple[str, ...]:
 def parse_realm(value: object) -> str:
     """The URL of a token server, which can be a quoted string in a header."""
     text = parse_text(value)
-    if not _REALM.fullmatch(text):
+    if not _has_authority(_REALM.fullmatch(text)):
         raise ValueError("expected the URL of a token server, such as https://auth.example/token")
     return text
 

@@ -50,7 +50,7 @@ def split_host(text: str) -> tuple[str, str]:
         return DOCKER_HUB, text
     host = host.lower()
     try:
-        parse_host(host)
+        host = parse_host(host)
     except ValueError:
         raise ValueError(f"{host!r} is not the host of a registry") from None
     return DOCKER_HUB if host in DOCKER_HUB_ALIASES else host, rest

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.names import fnmatch_pattern
+
 MAX_WORKERS = 256
 MAX_COUNT = 1_000_000
 MAX_LABEL = 63  # characters
@@ -132,7 +134,7 @@ def parse_pattern(value: object) -> re.Pattern[str]:
     """A glob, or a regular expression after `re:`; use it with fullmatch."""
     text = parse_text(value)
     try:
-        return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
+        return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(fnmatch_pattern(text)))
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a valid regular expression: {error}") from None
 

@@ -92,7 +92,9 @@ def _covers(insecure: list[str], name: str) -> bool:
     if name in insecure:
         return True
     try:
-        address = ipaddress.ip_address(name.rpartition(":")[0] or name)
+        address = ipaddress.ip_address(
+            name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        )
     except ValueError:
         return False
     for each in insecure:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from proxy.cache.refresh import Refreshable
-from proxy.config.hosts import is_host, without_port
+from proxy.config.hosts import canonical_host, is_host, without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
 from storage.registry import Blob, Registry, Upload, everything
@@ -242,6 +242,7 @@ class Namespaces(Registry):
 
     def _hosted(self, text: str) -> Member | None:
         text = text.lower()
+        text = canonical_host(text) or text
         return self._by_host.get(text) or self._by_host.get(text.rpartition(":")[0])
 
 
@@ -251,7 +252,8 @@ def _claim(table: dict[str, Member], key: str, member: Member) -> None:
 
 
 def _normal(text: str) -> str:
-    return without_port(text.lower())
+    text = text.lower()
+    return without_port(canonical_host(text) or text)
 
 
 def _without_v2(member: Member, repository: str) -> str:

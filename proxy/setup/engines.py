@@ -131,6 +131,8 @@ def registries(site: Site) -> list[Piece]:
     insecure = "insecure = true\n" if site.plain else ""
     tables = []
     for each in site.namespaces:
+        if each.startswith("["):  # an address is no component of a repository's name, and so of no mirror
+            continue
         mirror = f'location = "{site.host}/{each}"\n{insecure}'
         if site.bypass:
             tables.append(f'[[registry]]\nlocation = "{each}"\n[[registry.mirror]]\n{mirror}')

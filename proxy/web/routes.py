@@ -13,7 +13,8 @@ The end numbers are those of distribution-spec, "Endpoints".  Rules:
 
 - Every path may begin with one more component, /<prefix>/v2/...: the address of a mirror with a path.
 - The last keyword decides, since a repository may have components named v2, manifests, blobs, tags.
-- The first component of a name may be a host with a port, which the name of a repository may not contain.
+- The first component of a name may be a host with a port, or an IPv6 address in brackets, which the name of a
+  repository may not contain.
 - The namespace of a name is not decided here but in Namespaces, which knows them all; so
   /v2/docker.io/v2/library/alpine/... is the name docker.io/v2/library/alpine.  Only a ping, which has no
   name, is recognized by its form: /v2/<prefix>/ and /v2/<prefix>/v2/ are pings of a prefix.
@@ -25,15 +26,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from urllib.parse import unquote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
-from proxy.config.hosts import NAME
+from proxy.config.hosts import IPV6, NAME
 from storage.errors import NameInvalid, PaginationNumberInvalid, PathUnknown
 from storage.oci import NAME_LIMIT, Digest, Reference, parse_name, parse_reference
 
-_UNDER_PREFIX = re.compile(rf"/({NAME.pattern})(/v2(?:/.*)?)")
-_PREFIX_PING = re.compile(rf"/v2/({NAME.pattern})/(?:v2/?)?")
+_HOST = rf"{NAME.pattern}|{IPV6.pattern}"
+_UNDER_PREFIX = re.compile(rf"/({_HOST})(/v2(?:/.*)?)")
+_PREFIX_PING = re.compile(rf"/v2/({_HOST})/(?:v2/?)?")
 _PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
+_UNDER_IPV6 = re.compile(rf"{IPV6.pattern}/(.+)")
 _UPLOAD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~=-]{0,254}")
 
 
@@ -105,7 +108,12 @@ def parse(path: str) -> Route:
 
 
 def build(route: Route) -> str:
-    """Return the path of a route, which needs no quoting."""
+    """Return the path of a route, in which only the brackets of an IPv6 address need quoting."""
+    path = _build(route)
+    return quote(path, safe="/:") if "[" in path else path
+
+
+def _build(route: Route) -> str:
     start = f"/{route.prefix}/v2/" if route.prefix else "/v2/"
     match route.kind:
         case Endpoint.BASE:
@@ -163,6 +171,9 @@ def _name(text: str) -> str:
     """Check the name of a repository, which may follow a host with a port."""
     if len(text) > NAME_LIMIT:
         raise NameInvalid(f"{text[:100]!r}… is longer than the {NAME_LIMIT} characters a name may have")
+    if text.startswith("[") and (under := _UNDER_IPV6.fullmatch(text)):
+        parse_name(under[1])
+        return text
     found = _PORT.fullmatch(text) if ":" in text else None
     parse_name(found[1] + found[2] if found else text)
     return text

@@ -26,7 +26,7 @@ import msgspec
 from storage.errors import DigestInvalid, NameInvalid, TagInvalid
 from storage.graph import ManifestTree, Walk, referring, walk
 from storage.keys import MANIFEST, PIN, TAG, parse_reference_key
-from storage.names import is_glob, literal_prefix
+from storage.names import is_glob, literal_prefix, matches_glob
 from storage.oci import (
     Digest,
     Reference,
@@ -78,7 +78,7 @@ class Pin:
         named, kind, referred = self.parts
         if (kind == "@") != (":" in reference):
             return False
-        return fnmatchcase(repository, named) and fnmatchcase(reference, referred)
+        return matches_glob(repository, named) and fnmatchcase(reference, referred)
 
     @property
     def exact(self) -> tuple[str, Reference] | None:

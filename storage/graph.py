@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from storage.keys import REFERRER
-from storage.oci import Descriptor, Digest, ManifestContent, Tag, parse_manifest
+from storage.oci import Descriptor, Digest, ManifestContent, Tag, digests_in, parse_manifest
 from storage.store import Store
 
 T = TypeVar("T")
@@ -46,12 +46,14 @@ class Walk(Generic[T]):
 class ManifestTree:
     """A manifest and everything that it names, as far as it is stored.
 
-    `missing` are the manifests that are not stored, `tags` those by which clients find referrers.
+    `missing` are the manifests that are not stored, `unread` those that may name more: see unread().  `tags`
+    are those by which clients find referrers.
     """
 
     manifests: set[Digest] = field(default_factory=set)
     blobs: dict[Digest, Descriptor] = field(default_factory=dict)
     missing: set[Digest] = field(default_factory=set)
+    unread: set[Digest] = field(default_factory=set)
     tags: set[Tag] = field(default_factory=set)
 
 
@@ -65,7 +67,10 @@ def walk(store: Store, repository: str, digest: Digest, platforms: Sequence[str]
             found.missing.add(each)
             continue
         found.manifests.add(each)
-        if (content := contents(manifest.content)) is not None:
+        content = contents(manifest.content)
+        if unread(content):
+            found.unread.add(each)
+        if content is not None:
             steps.add(child.digest for child in selected(content, platforms))
             found.blobs.update((blob.digest, blob) for blob in content.blobs)
     return found
@@ -81,11 +86,29 @@ def referring(store: Store, repository: str, digest: Digest) -> Iterator[tuple[D
 
 
 def contents(manifest: bytes) -> ManifestContent | None:
-    """Parse a manifest; None if its type is unknown, since what it names cannot be read then."""
+    """Parse a manifest; None if it cannot be parsed, so that what it names is unknown."""
     try:
         return parse_manifest(manifest)
     except ManifestInvalid:
         return None
+
+
+def unread(content: ManifestContent | None) -> bool:
+    """Whether a manifest may name content that cannot be read from it, so that none can say it is complete.
+
+    Its type is unknown, or clients read its keys differently.
+    """
+    return content is None or bool(content.unread)
+
+
+def named_digests(manifest: bytes) -> tuple[set[Digest], set[Digest]]:
+    """The digests of the manifests and of the blobs that a manifest names; both include unread ones."""
+    content = contents(manifest)
+    if content is None:
+        found = set(digests_in(manifest))
+        return found, found
+    listed, blobs = ({each.digest for each in named} for named in (content.listed, content.blobs))
+    return listed | content.unread, blobs | content.unread
 
 
 def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Descriptor]:

@@ -6,9 +6,10 @@ Text from outside is parsed here and nowhere else; the rest of the code relies o
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import msgspec
@@ -32,6 +33,14 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+# Of OCI 1.1's release candidates, and of ORAS before it: their content is listed in `blobs`.
+OCI_ARTIFACT = "application/vnd.oci.artifact.manifest.v1+json"
+ORAS_ARTIFACT = "application/vnd.cncf.oras.artifact.manifest.v1+json"
+IMAGES = (OCI_MANIFEST, DOCKER_MANIFEST)
+INDEXES = (OCI_INDEX, DOCKER_LIST)
+ARTIFACTS = (OCI_ARTIFACT, ORAS_ARTIFACT)
+# The manifests whose form is known, so that everything they name can be read.
+MANIFESTS = (*IMAGES, *INDEXES, *ARTIFACTS)
 
 
 class Digest(str):
@@ -174,6 +183,7 @@ class _JSONManifest(msgspec.Struct, rename="camel"):
     config: _JSONDescriptor | None = None
     layers: list[_JSONDescriptor] | None = None
     manifests: list[_JSONDescriptor] | None = None
+    blobs: Any = None  # of any form: only artifact manifests have the field
     subject: _JSONDescriptor | None = None
     annotations: dict[str, str] | None = None
 
@@ -184,6 +194,18 @@ class _JSONType(msgspec.Struct, rename="camel"):
 
 _decode = msgspec.json.Decoder(_JSONManifest).decode
 _decode_type = msgspec.json.Decoder(_JSONType).decode
+# The members that clients read, of manifests, of their descriptors, and of the platforms of these.
+_MEMBERS = (
+    frozenset((*_JSONManifest.__struct_encode_fields__, "schemaVersion")),
+    frozenset((*_JSONDescriptor.__struct_encode_fields__, "urls", "data")),
+    frozenset(("os", "architecture", "variant", "os.version", "os.features", "features")),
+)
+_NESTED = (
+    frozenset(("config", "layers", "manifests", "blobs", "subject")),
+    frozenset(("platform",)),
+    frozenset[str](),
+)
+_FOLDED = tuple({member.casefold() for member in members} for members in _MEMBERS)
 _MANIFEST = re.compile(r".*\.(?:manifest|index)\..*\+(?:json|prettyjws)")
 _NONDISTRIBUTABLE = (
     "application/vnd.oci.image.layer.nondistributable.",
@@ -195,8 +217,10 @@ _NONDISTRIBUTABLE = (
 class ManifestContent:
     """The content of a manifest or index, as far as a registry uses it.
 
-    `media_type` is the one that is `declared` in it, or else follows from its form.  `listed` are the entries
-    of an index: `children`, which are manifests, and blobs, as in the caches of BuildKit.
+    `media_type` is the one that is `declared` in it, or else follows from its form.  `layers` are also what
+    artifact manifests list as blobs.  `listed` are the entries of an index: `children`, which are manifests,
+    and blobs, as in the caches of BuildKit.  `unread` are digests that occur elsewhere in a manifest of an
+    unknown type, which may be content that it names.
     """
 
     media_type: str
@@ -207,6 +231,7 @@ class ManifestContent:
     listed: tuple[Descriptor, ...]
     subject: Descriptor | None
     annotations: Mapping[str, str]
+    unread: frozenset[Digest] = frozenset()
 
     @property
     def children(self) -> tuple[Descriptor, ...]:
@@ -225,26 +250,78 @@ class ManifestContent:
 
 
 def parse_manifest(content: bytes) -> ManifestContent:
-    """Parse a manifest or an index.  Raises ManifestInvalid.
+    """Parse a manifest or an index.  Raises ManifestInvalid, also if clients may read it differently.
 
     image-spec, manifest.md and image-index.md; Docker's manifest v2 schema 2 has the same form.
     """
     try:
         found = _decode(content)
+        if (collision := key_collision(content)) is not None:
+            raise ManifestInvalid(
+                f"clients read its key {collision!r} differently: keys must differ in more than case"
+            )
+        media_type = _media_type(found)
+        blobs = msgspec.convert(found.blobs or [], list[_JSONDescriptor]) if media_type in ARTIFACTS else []
         config = _descriptor(found.config) if found.config else None
-        return ManifestContent(
+        parsed = ManifestContent(
             declared=found.media_type,
-            media_type=found.media_type or (OCI_INDEX if found.manifests is not None else OCI_MANIFEST),
+            media_type=media_type,
             # image-spec, manifest.md: without artifactType, the config's media type is the artifact's.
             artifact_type=found.artifact_type or (config.media_type if config else None),
             config=config,
-            layers=tuple(_descriptor(each) for each in found.layers or ()),
+            layers=tuple(_descriptor(each) for each in (*(found.layers or ()), *blobs)),
             listed=tuple(_descriptor(each) for each in found.manifests or ()),
             subject=_descriptor(found.subject) if found.subject else None,
             annotations=found.annotations or {},
         )
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, DigestInvalid) as error:
         raise ManifestInvalid(f"not a manifest: {error}") from None
+    if parsed.declared in MANIFESTS or (parsed.declared is None and (parsed.blobs or parsed.listed)):
+        return parsed
+    read = {each.digest for each in (*parsed.blobs, *parsed.listed, *filter(None, [parsed.subject]))}
+    return replace(parsed, unread=frozenset(digests_in(content)) - read)
+
+
+def media_type_of(content: bytes) -> str:
+    """The media type that a manifest declares, or that follows from its form.  Raises ManifestInvalid."""
+    try:
+        return _media_type(_decode(content))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestInvalid(f"not a manifest: {error}") from None
+
+
+def _media_type(found: _JSONManifest) -> str:
+    if found.media_type:
+        return found.media_type
+    if found.manifests is not None:
+        return OCI_INDEX
+    return OCI_ARTIFACT if found.blobs and not found.config and not found.layers else OCI_MANIFEST
+
+
+def key_collision(content: bytes) -> str | None:
+    """A key of a manifest that not all clients read alike; None if there is none, or no JSON object.
+
+    Clients in Go ignore the case of keys and use the last of several, so that `Layers` replaces `layers`.
+    The keys of annotations are not affected.
+    """
+    # Numbers are not converted: int() refuses those of many digits.
+    try:
+        found = json.loads(content, object_pairs_hook=tuple, parse_int=str, parse_float=str)
+    except (ValueError, RecursionError):
+        return None
+    pending = [(found, 0)] if isinstance(found, tuple) else []
+    while pending:
+        members, level = pending.pop()
+        seen = set()
+        for key, value in members:
+            folded = key.casefold()
+            if folded in seen or (folded in _FOLDED[level] and key not in _MEMBERS[level]):
+                return str(key)
+            seen.add(folded)
+            if key in _NESTED[level]:
+                inner = value if isinstance(value, list) else [value]
+                pending += [(each, level + 1) for each in inner if isinstance(each, tuple)]
+    return None
 
 
 def declared_type(content: bytes) -> str | None:

@@ -34,7 +34,7 @@ from storage.errors import (
     StorageFailed,
 )
 from storage.maintenance.usage import Use
-from storage.oci import Digest, Manifest, Tag
+from storage.oci import ARTIFACTS, Digest, Manifest, Tag
 from tests.conftest import Clock, configuration
 from tests.upstream import Image, Upstream
 from tests.upstream import Manifest as Made
@@ -280,6 +280,38 @@ async def test_what_is_not_whole_does_not_go(at: Opened, stock: Stock, bundle: P
     assert [(each.reference, each.lacking) for each in done.skipped] == [
         (f"{NAME}:plain", [stock.plain.layers[0]])
     ]
+
+
+@pytest.mark.parametrize("media_type", ARTIFACTS)
+async def test_artifacts_go_with_their_blobs(
+    at: Opened, upstream: Upstream, bundle: Path, media_type: str
+) -> None:
+    blob = upstream.blob("library/notes", b"an sbom")
+    listed = [{"mediaType": "application/json", "digest": blob, "size": 7}]
+    upstream.manifest("library/notes", {"mediaType": media_type, "blobs": listed}, tag="1")
+    async with at("home") as home:
+        found = (await home.manifest("docker.io/library/notes", "1")).digest
+        with pytest.raises(Incomplete, match=blob):
+            await home.export(bundle, "notes:1")
+        await home.fetch("docker.io/library/notes", "1")
+        await home.export(bundle, "notes:1")
+    assert blob in held(bundle)
+    async with at("site", offline=True) as site:
+        await site.take(bundle)
+        assert (await site.manifest("docker.io/library/notes", "1")).digest == found
+        assert await site.blob("docker.io/library/notes", blob) == b"an sbom"
+
+
+@pytest.mark.parametrize("key", ["things", "Layers"])
+async def test_what_names_content_that_cannot_be_read_stays(
+    at: Opened, upstream: Upstream, bundle: Path, key: str
+) -> None:
+    listed = [{"mediaType": "a/b", "digest": upstream.blob("library/odd", b"layer"), "size": 5}]
+    digest = upstream.manifest("library/odd", {"mediaType": "application/vnd.odd+json", key: listed}, tag="1")
+    async with at("home") as home:
+        await home.manifest("docker.io/library/odd", "1")
+        with pytest.raises(Incomplete, match=digest):
+            await home.export(bundle, "odd:1")
 
 
 async def test_attestations_go_with_what_they_are_about(at: Opened, upstream: Upstream, bundle: Path) -> None:

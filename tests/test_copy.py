@@ -15,8 +15,8 @@ from proxy.transfer.copy import Copier, CopyCounts, CopyOptions, CopyRoute
 from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import UpstreamSettings
-from storage.errors import DigestInvalid, ManifestUnknown, OriginFailed, RegistryError
-from storage.oci import Descriptor, Digest, Reference, Span, Tag
+from storage.errors import DigestInvalid, ManifestInvalid, ManifestUnknown, OriginFailed, RegistryError
+from storage.oci import ARTIFACTS, Descriptor, Digest, Reference, Span, Tag
 from storage.registry import Blob, Registry, Upload
 from tests.upstream import (
     OCI_INDEX,
@@ -223,6 +223,24 @@ async def test_an_index_of_blobs(ground: Ground) -> None:
     ground.destination.takes = Takes()
     assert await ground.copy("cache") == (digest, True)
     assert ground.held()[0] == {digest_of(each) for each in kinds}
+
+
+@pytest.mark.parametrize("media_type", ARTIFACTS)
+async def test_an_artifact_goes_with_its_blobs(ground: Ground, media_type: str) -> None:
+    listed = [{"mediaType": "text/plain", "digest": ground.source.blob("a", b"notes"), "size": 5}]
+    digest = ground.source.manifest("a", {"mediaType": media_type, "blobs": listed}, tag="1")
+    ground.destination.takes = Takes()
+    assert await ground.copy("1") == (digest, True)
+    assert ground.held() == ({digest_of(b"notes")}, {digest}, {"1": digest})
+
+
+@pytest.mark.parametrize("key", ["things", "Layers", "fsLayers"])
+async def test_what_names_content_that_cannot_be_read_stays(ground: Ground, key: str) -> None:
+    listed = [{"mediaType": "text/plain", "digest": ground.source.blob("a", b"notes"), "size": 5}]
+    ground.source.manifest("a", {"mediaType": "application/vnd.example+json", key: listed}, tag="1")
+    with pytest.raises(ManifestInvalid, match="cannot be read"):
+        await ground.copy("1")
+    assert "b" not in ground.destination.repositories
 
 
 async def test_by_digest_it_comes_without_a_tag(ground: Ground) -> None:

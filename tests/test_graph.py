@@ -7,9 +7,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from storage.graph import Walk, attestations, fallback_tag, is_fallback_tag, missing_platforms
-from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, ManifestContent, parse_manifest
+from storage.graph import Walk, attestations, fallback_tag, is_fallback_tag, missing_platforms, named_digests
+from storage.oci import (
+    ARTIFACTS,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Descriptor,
+    Digest,
+    ManifestContent,
+    parse_manifest,
+)
 
+NAMED = b'{"mediaType":"a/b", "digest":"%s", "size":1}' % Digest.of(b"1").encode()
 GRAPH = {"a": "bc", "b": "d", "c": "d", "d": "a"}
 
 
@@ -71,6 +80,24 @@ def test_attestations_are_for_no_platform() -> None:
 )
 def test_what_a_registry_is_to_hold(media_type: str, distributable: bool) -> None:
     assert Descriptor(media_type, Digest.of(b"1"), 1).distributable == distributable
+
+
+@pytest.mark.parametrize(
+    ("manifest", "manifests", "blobs"),
+    [
+        (b'{"mediaType":"%s", "blobs":[%s]}' % (ARTIFACTS[1].encode(), NAMED), 0, 1),
+        (b'{"layers":[%s]}' % NAMED, 0, 1),
+        (b'{"manifests":[%s]}' % NAMED, 1, 1),  # of no manifest's type: it is a blob as well
+        (b'{"mediaType":"a/b", "things":[%s]}' % NAMED, 1, 1),
+        (b'{"Layers":[%s]}' % NAMED, 1, 1),
+        (b"no JSON: %s" % NAMED, 1, 1),
+        (b'{"subject":%s}' % NAMED, 0, 0),
+        (b"no JSON", 0, 0),
+    ],
+)
+def test_what_a_manifest_names(manifest: bytes, manifests: int, blobs: int) -> None:
+    digest = {Digest.of(b"1")}
+    assert named_digests(manifest) == (digest if manifests else set(), digest if blobs else set())
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])

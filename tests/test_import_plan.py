@@ -17,7 +17,7 @@ from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import BundleImported
 from storage.errors import ArchiveInvalid, RegistryError
-from storage.oci import OCI_INDEX, Digest, Tag
+from storage.oci import ARTIFACTS, OCI_INDEX, Digest, Tag
 from tests import archives
 from tests.archives import IMAGE_NAME, REF_NAME, Files, Made, block, image, layout, member, saved, tar
 from tests.conftest import Clock, configuration
@@ -118,6 +118,28 @@ async def test_an_index_of_blobs(site: Site) -> None:
     cache = Made(content, OCI_INDEX, [*layers, content])
     await site.take(layout([(cache, {REF_NAME: "docker.io/team/cache:1"})]))
     await site.holds("docker.io/team/cache", "1", cache)
+
+
+@pytest.mark.parametrize("media_type", ARTIFACTS)
+async def test_an_artifact_of_blobs(site: Site, media_type: str) -> None:
+    listed = [archives.describe("text/plain", Digest.of(b"notes"), 5)]
+    content = json.dumps({"mediaType": media_type, "blobs": listed}).encode()
+    made = Made(content, media_type, [b"notes", content])
+    await site.take(layout([(made, {REF_NAME: "docker.io/team/notes:1"})]))
+    assert await site.blob("docker.io/team/notes", Digest.of(b"notes")) == b"notes"
+    lean = Made(content, media_type, [content])
+    with pytest.raises(ArchiveInvalid, match="does not contain 1 of the blobs"):
+        await site.take(layout([(lean, {REF_NAME: "ghcr.io/team/notes:1"})]))
+
+
+@pytest.mark.parametrize("key", ["things", "blobs"])
+async def test_what_names_content_that_cannot_be_read(site: Site, key: str) -> None:
+    kind = "application/vnd.example.thing+json"
+    listed = [archives.describe("text/plain", Digest.of(b"notes"), 5)]
+    content = json.dumps({"mediaType": kind, key: listed}).encode()
+    with pytest.raises(ArchiveInvalid, match="what it names cannot be read"):
+        await site.take(layout([(Made(content, kind, [b"notes", content]), {REF_NAME: "a:1"})]))
+    assert site.empty
 
 
 async def test_a_name_is_given_to_what_has_none(site: Site) -> None:
@@ -375,6 +397,14 @@ def described(**members: Any) -> Files:
         (
             rewritten(MADE, lambda document: document["layers"].append({"digest": 1})),
             "is not a valid application/vnd.oci.image.manifest.v1+json",
+        ),
+        (
+            rewritten(MADE, lambda document: document.update(Layers=document["layers"][:1])),
+            "clients read its key 'Layers' differently",
+        ),
+        (
+            described(mediaType="application/vnd.example.thing+json"),
+            "has the type application/vnd.oci.image.manifest.v1+json, but is listed as application",
         ),
         ({"index.json": GOOD["index.json"], "entrepot.json": b"{}"}, "entrepot.json cannot be read"),
         ({**GOOD, "entrepot.json": b'{"bundle":9,"created":1,"index":""}'}, "is a bundle of format 9"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
 from storage.oci import (
+    ARTIFACTS,
     DOCKER_LIST,
     DOCKER_MANIFEST,
     NAME_LIMIT,
@@ -23,6 +24,8 @@ from storage.oci import (
     Digest,
     Manifest,
     Tag,
+    key_collision,
+    media_type_of,
     parse_manifest,
     parse_name,
     parse_reference,
@@ -391,3 +394,110 @@ def test_an_index_may_list_blobs(media_type: str, is_blob: bool) -> None:
     content = parse_manifest(json.dumps({"schemaVersion": 2, "manifests": [listed]}).encode())
     assert [each.digest for each in content.listed] == [listed["digest"]]
     assert (content.blobs, content.children) == ((content.listed, ()) if is_blob else ((), content.listed))
+
+
+@pytest.mark.parametrize("media_type", [*ARTIFACTS, None])
+def test_the_blobs_of_an_artifact_manifest(media_type: str | None) -> None:
+    body = {
+        "artifactType": "application/vnd.example.sbom",
+        "blobs": [described("application/json", b"1"), described(OCI_MANIFEST, b"2")],
+        "subject": described(OCI_MANIFEST, b"subject"),
+        **({"mediaType": media_type} if media_type else {}),
+    }
+    found = parse_manifest(json.dumps(body).encode())
+    assert found.media_type == (media_type or ARTIFACTS[0])
+    assert [each.digest for each in found.blobs] == [Digest.of(b"1"), Digest.of(b"2")]
+    assert (found.children, found.unread) == ((), frozenset())
+    assert found.subject is not None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"mediaType": ARTIFACTS[1], "blobs": [{"digest": SHA256}]},
+        {"mediaType": ARTIFACTS[0], "blobs": 7},
+    ],
+)
+def test_blobs_that_are_no_descriptors(body: Any) -> None:
+    with pytest.raises(ManifestInvalid):
+        parse_manifest(json.dumps(body).encode())
+
+
+def test_images_have_no_field_for_further_blobs() -> None:
+    for more in ({"mediaType": OCI_MANIFEST}, {}):
+        body = {"schemaVersion": 2, "config": described(CONFIG_TYPE, b"{}"), "blobs": ["mine"], **more}
+        assert [each.digest for each in parse_manifest(json.dumps(body).encode()).blobs] == [Digest.of(b"{}")]
+
+
+@pytest.mark.parametrize(
+    ("body", "unread"),
+    [
+        ({"schemaVersion": 1, "fsLayers": [{"blobSum": SHA256}]}, {SHA256}),
+        ({"mediaType": "application/vnd.example.thing+json", "things": [SHA256]}, {SHA256}),
+        (
+            {"mediaType": "application/vnd.example.thing+json", "blobs": [described("a/b", b"1")]},
+            {Digest.of(b"1")},
+        ),
+        ({"mediaType": "application/vnd.example.thing+json", "layers": [described("a/b", b"1")]}, set()),
+        ({"mediaType": "application/vnd.example.thing+json", "subject": described("a/b", b"1")}, set()),
+        ({"mediaType": OCI_MANIFEST, "annotations": {"base": SHA256}}, set()),
+    ],
+)
+def test_what_else_a_manifest_of_an_unknown_type_may_name(body: Any, unread: set[str]) -> None:
+    assert parse_manifest(json.dumps(body).encode()).unread == unread
+
+
+def filled(content: str) -> bytes:
+    """With a layer for <layer>, and for <layer one that goes on."""
+    layer = json.dumps(described(LAYER_TYPE, b"1"))
+    return content.replace("<layer>", layer).replace("<layer", layer[:-1]).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ('{"layers":[], "Layers":[<layer>]}', "Layers"),
+        ('{"LAYERS":[<layer>]}', "LAYERS"),  # alone, some clients read it and others do not
+        ('{"layers":[], "layers":[<layer>]}', "layers"),
+        ('{"layers":[], "layer\\u017f":[<layer>]}', "layerſ"),  # Go folds it to s
+        ('{"mediaType":"a/b", "mediatype":"c/d"}', "mediatype"),
+        ('{"manifests":[], "\\u004danifests":[]}', "Manifests"),
+        ('{"layers":[<layer, "Size":2}]}', "Size"),
+        ('{"config":<layer, "size":2}}', "size"),
+        ('{"blobs":[<layer, "Digest":"x"}]}', "Digest"),
+        ('{"manifests":[<layer, "platform":{"os":"a", "OS":"b"}}]}', "OS"),
+        ('{"subject":<layer, "MEDIATYPE":"c/d"}}', "MEDIATYPE"),
+        ('{"mine":1, "Mine":2}', "Mine"),
+        ('{"annotations":{}, "annotationS":{}}', "annotationS"),
+    ],
+)
+def test_keys_that_clients_read_differently(content: str, key: str) -> None:
+    assert key_collision(filled(content)) == key
+    with pytest.raises(ManifestInvalid, match=key):
+        parse_manifest(filled(content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"annotations":{"a":"1", "A":"2", "layers":"", "Layers":""}}',
+        '{"layers":[<layer, "annotations":{"digest":"1", "Digest":"2"}}]}',
+        '{"Mine":{"a":1, "A":2}, "count":%s}' % ("9" * 5000),
+        '{"layers":[<layer>,<layer>]}',
+        '{"schemaVersion":2, "config":<layer, "data":"", "urls":[]}}',
+    ],
+)
+def test_keys_that_all_clients_read_alike(content: str) -> None:
+    assert key_collision(filled(content)) is None
+    parse_manifest(filled(content))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"7", b'{"a":', b'["Layers"]', b"[" * 100_000])
+def test_what_is_no_object_has_no_keys(content: bytes) -> None:
+    assert key_collision(content) is None
+
+
+def test_the_media_type_of_a_manifest_whose_keys_collide() -> None:
+    assert media_type_of(b'{"mediaType":"a/b", "Layers":[]}') == "a/b"
+    with pytest.raises(ManifestInvalid):
+        media_type_of(b"<html>")

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 from multidict import CIMultiDictProxy
 
-from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST, Digest
+from storage.oci import (
+    ARTIFACTS,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    MANIFEST_LIMIT,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Digest,
+)
 from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
 from tests.processes import Place, Worker, place  # noqa: F401  a fixture
@@ -450,6 +458,35 @@ async def test_an_index_of_blobs(client: Client) -> None:
     assert (await client.manifest("cache", content, OCI_INDEX)).code == "MANIFEST_BLOB_UNKNOWN"
     await client.blob(b"another")
     assert (await client.manifest("cache", content, OCI_INDEX)).status == 201
+
+
+@pytest.mark.parametrize("kind", ARTIFACTS)
+@pytest.mark.parametrize("declared", [True, False])
+async def test_an_artifact_of_blobs(client: Client, kind: str, declared: bool) -> None:
+    blob = {"mediaType": "text/plain", "digest": Digest.of(b"notes"), "size": 5}
+    body = {"blobs": [blob], **({"mediaType": kind} if declared else {})}
+    content = json.dumps(body).encode()
+    assert (await client.manifest("v1", content, kind)).code == "MANIFEST_BLOB_UNKNOWN"
+    await client.blob(b"notes")
+    assert (await client.manifest("v1", content, kind)).status == 201
+
+
+@pytest.mark.parametrize("kind", [OCI_MANIFEST, OCI_INDEX, "application/vnd.example.thing"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        b'"layers": [], "Layers": [{"mediaType": "a/b", "digest": "%s", "size": 1}]',
+        b'"LAYERS": [{"mediaType": "a/b", "digest": "%s", "size": 1}]',
+        b'"manifests": [], "manifests": [{"mediaType": "a/b", "digest": "%s", "size": 1}]',
+        b'"subject": {"mediaType": "a/b", "digest": "%s", "size": 1, "Digest": "none"}',
+    ],
+)
+async def test_keys_that_clients_read_differently_are_refused(client: Client, kind: str, more: bytes) -> None:
+    digest = await client.blob(b"{}")
+    content = b'{"schemaVersion": 2, %s}' % (more % digest.encode())
+    answer = await client.manifest("v1", content, kind)
+    assert (answer.status, answer.code) == (400, "MANIFEST_INVALID")
+    assert (await client.ask("GET", f"{APP}/manifests/v1")).status == 404
 
 
 async def test_an_index_of_manifests_of_another_type(client: Client) -> None:

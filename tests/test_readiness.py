@@ -10,7 +10,7 @@ from proxy.admin.reports import MissingRow, ReadyRow
 from proxy.config.schema import Hosting
 from proxy.namespaces.references import FieldInvalid
 from storage.graph import fallback_tag
-from storage.oci import Digest, Tag
+from storage.oci import ARTIFACTS, Digest, Tag
 from tests.test_operations import ALPINE, Site, describe, on, settings, site
 
 __all__ = ["settings", "site"]  # fixtures
@@ -148,6 +148,37 @@ async def test_an_index_of_blobs_is_complete_when_they_are_stored(site: Site) ->
     lost = lose(site, b"a layer")
     row = await judge(site, "alpine:cache")
     assert (row.state, [(each.digest, each.kind) for each in row.missing]) == ("partial", [(lost, "blob")])
+
+
+async def test_an_artifact_is_complete_when_its_blobs_are_stored(site: Site) -> None:
+    blob = await site.blob(ALPINE, b"an sbom")
+    await site.manifest(ALPINE, {"mediaType": ARTIFACTS[1], "blobs": [blob]}, "sbom")
+    assert (await judge(site, "alpine:sbom")).state == "complete"
+    lost = lose(site, b"an sbom")
+    row = await judge(site, "alpine:sbom")
+    assert (row.state, [(each.digest, each.kind) for each in row.missing]) == ("partial", [(lost, "blob")])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"schemaVersion": 1, "fsLayers": [{"blobSum": str(Digest.of(b"1"))}]},
+        {"mediaType": "application/vnd.example.thing+json", "things": [str(Digest.of(b"1"))]},
+        {"Layers": [describe(Digest.of(b"1"), 1)]},
+    ],
+)
+async def test_what_may_name_more_is_not_complete(site: Site, body: dict[str, Any]) -> None:
+    digest = (await site.manifest(ALPINE, body, "odd"))["digest"]
+    row = await judge(site, "alpine:odd")
+    assert (row.state, [(each.digest, each.kind) for each in row.missing]) == (
+        "partial",
+        [(digest, "unreadable")],
+    )
+    await site.manifest(ALPINE, {"manifests": [on("linux/amd64", {"digest": digest, "size": 1})]}, "index")
+    row = await judge(site, "alpine:index")
+    assert (row.state, [each.kind for each in row.missing]) == ("partial", ["unreadable"])
+    (listed,) = (await site.operations.images(f"{ALPINE}:odd")).images
+    assert not listed.complete
 
 
 async def test_what_cannot_be_read_is_told_beside_the_others(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
 from storage.errors import (
     BlobUnknown,
+    ManifestInvalid,
     ManifestUnknown,
     NameUnknown,
     OriginFailed,
@@ -35,7 +37,7 @@ from storage.errors import (
 )
 from storage.graph import fallback_tag, walk
 from storage.maintenance.pins import Pin, Pins
-from storage.oci import OCI_INDEX, Digest, Tag
+from storage.oci import ARTIFACTS, OCI_INDEX, OCI_MANIFEST, Digest, Tag
 from storage.store import Store
 from tests.conftest import Clock
 from tests.upstream import Hold, Image, Manifest, Refuse, RetryAfter, Status, Upstream, digest_of
@@ -432,6 +434,39 @@ async def test_the_blobs_that_an_index_lists_are_fetched(rig: Rig, upstream: Ups
     assert (found.manifests, found.blobs, found.fetched) == (1, 1, 1)
     assert rig.holds(layer) == [True]
     assert await freshener.due() == []
+
+
+@pytest.mark.parametrize("media_type", ARTIFACTS)
+async def test_the_blobs_of_an_artifact_are_fetched(rig: Rig, upstream: Upstream, media_type: str) -> None:
+    blob = upstream.blob("a/b", b"an sbom")
+    listed = [{"mediaType": "application/json", "digest": blob, "size": 7}]
+    upstream.manifest("a/b", {"mediaType": media_type, "blobs": listed}, tag="latest")
+    found = await rig.refresh()
+    assert (found.manifests, found.blobs, found.fetched) == (1, 1, 1)
+    assert rig.holds(blob) == [True]
+    upstream.delete_blob("a/b", blob)
+    rig.store.files.path(Digest(blob)).unlink()
+    with pytest.raises(BlobUnknown):
+        await rig.refresh()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"schemaVersion": 1, "fsLayers": [{"blobSum": digest_of(b"a layer")}]},
+        {"mediaType": "application/vnd.example.thing+json", "things": [digest_of(b"a layer")]},
+        {"layers": [], "Layers": [{"mediaType": "a/b", "digest": digest_of(b"a layer"), "size": 7}]},
+    ],
+)
+async def test_what_names_content_that_cannot_be_read_is_told(
+    rig: Rig, upstream: Upstream, body: dict[str, object]
+) -> None:
+    upstream.blob("a/b", b"a layer")
+    upstream.manifest("a/b", json.dumps(body).encode(), str(body.get("mediaType", OCI_MANIFEST)), "latest")
+    with pytest.raises(ManifestInvalid, match="cannot be read"):
+        await rig.refresh()
+    assert rig.holds(digest_of(b"a layer")) == [False]
+    assert (await rig.namespaces.get_manifest(NAME, TAG)).content  # clients get it all the same
 
 
 @pytest.mark.errors("fill.failed")

@@ -22,7 +22,7 @@ from proxy.admin.models import (
 )
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
-from storage.graph import Walk, contents
+from storage.graph import Walk, contents, unread
 from storage.keys import LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
@@ -49,6 +49,7 @@ class Measured:
     media_type: str | None
     parts: dict[Digest, StoredPart]
     platforms: list[PlatformRow] = field(default_factory=list)
+    unread: bool = False  # there may be more parts
 
     @property
     def held(self) -> int:
@@ -60,7 +61,7 @@ class Measured:
 
     @property
     def complete(self) -> bool:
-        return all(each.held for each in self.parts.values())
+        return not self.unread and all(each.held for each in self.parts.values())
 
 
 class Inventory:
@@ -176,7 +177,7 @@ class Inventory:
         parts = {digest: StoredPart(len(manifest.content), True)}
         content = contents(manifest.content)
         if content is None:
-            return Measured(manifest.media_type, parts)
+            return Measured(manifest.media_type, parts, unread=True)
         for blob in content.blobs:
             self._add_blob(repository, blob, parts)
         platforms = []
@@ -191,12 +192,12 @@ class Inventory:
                     bytes_whole=found.whole,
                 )
             )
-        return Measured(manifest.media_type, parts, platforms)
+        return Measured(manifest.media_type, parts, platforms, unread(content))
 
     def _parts(self, repository: str, top: Descriptor) -> Measured:
         """A manifest and everything below it.  No recursion: indexes may be nested to any depth."""
         parts: dict[Digest, StoredPart] = {}
-        media_type, steps = None, Walk([top])
+        media_type, steps, incomplete = None, Walk([top]), False
         for named in steps:
             if named.digest in parts:
                 continue
@@ -207,11 +208,13 @@ class Inventory:
             if named is top:
                 media_type = manifest.media_type
             parts[named.digest] = StoredPart(len(manifest.content), True)
-            if (content := contents(manifest.content)) is not None:
+            content = contents(manifest.content)
+            incomplete |= unread(content)
+            if content is not None:
                 steps.add(content.children)
                 for blob in content.blobs:
                     self._add_blob(repository, blob, parts)
-        return Measured(media_type, parts)
+        return Measured(media_type, parts, unread=incomplete)
 
     def _add_blob(self, repository: str, blob: Descriptor, parts: dict[Digest, StoredPart]) -> None:
         if blob.digest not in parts and blob.distributable:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from proxy.admin.reports import Purged
 from storage.disk.records import Batch, batches
 from storage.errors import RegistryError
-from storage.graph import Walk, contents
+from storage.graph import Walk, named_digests
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.pins import Pin, Pins
 from storage.names import is_glob, matches_glob, written
@@ -162,8 +162,7 @@ class Purge:
     def _manifest_graph(self, repository: str) -> ManifestGraph:
         children: dict[Digest, list[Digest]] = {}
         for digest, content in self._manifests(repository):
-            found = contents(content)
-            children[digest] = [each.digest for each in found.listed] if found else []
+            children[digest] = list(named_digests(content)[0])
         referrers: dict[Digest, list[Digest]] = defaultdict(list)
         for key, _ in self._records.scan(REFERRER.prefix(repository)):
             _, subject, referrer = REFERRER.parse(key)
@@ -205,8 +204,7 @@ class Purge:
         named: set[Digest] = set()
         kept: set[Digest] = set()
         for digest, content in self._manifests(repository):
-            if (found := contents(content)) is not None:
-                (named if digest in purged else kept).update(each.digest for each in found.blobs)
+            (named if digest in purged else kept).update(named_digests(content)[1])
         return named, kept
 
     # The deletion

@@ -13,7 +13,7 @@ import msgspec
 from proxy.admin.reports import MissingRow, ReadyRow
 from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown
-from storage.graph import Walk, contents, missing_platforms, referring, selected, walk
+from storage.graph import Walk, contents, missing_platforms, referring, selected, unread, walk
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Store
 
@@ -32,21 +32,24 @@ class _ImageCheck:
     ) -> set[Digest]:
         """Check a manifest, of `size` bytes, and everything that it names; returns the stored manifests.
 
-        Missing content is reported with `kind`, by default as manifest or blob.
+        Missing content is reported with `kind`, by default as manifest or blob, and a manifest of an unknown
+        form as unreadable.
         """
         found = walk(self.store, self.repository, digest)
         self.manifests |= found.manifests
         for each in found.missing:
-            self._report(each, kind or "manifest", size if each == digest else -1, platform)
+            self.report(each, kind or "manifest", size if each == digest else -1, platform)
+        for each in found.unread:
+            self.report(each, kind or "unreadable", -1, platform)
         self.blobs(found.blobs.values(), platform, kind)
         return found.manifests
 
     def blobs(self, blobs: Iterable[Descriptor], platform: str | None, kind: str | None = None) -> None:
         for each in blobs:
             if each.distributable and self.store.linked(self.repository, each.digest) is None:
-                self._report(each.digest, kind or "blob", each.size, platform)
+                self.report(each.digest, kind or "blob", each.size, platform)
 
-    def _report(self, digest: Digest, kind: str, size: int, platform: str | None) -> None:
+    def report(self, digest: Digest, kind: str, size: int, platform: str | None) -> None:
         known = self.missing.get(digest)
         if known is None:
             known = MissingRow(digest=str(digest), kind=kind, size=size, platforms=[])
@@ -102,7 +105,10 @@ class Readiness:
             return row
         check = _ImageCheck(store, image.repository, manifests={manifest.digest})
         without_image: list[str] = []
-        if (content := contents(manifest.content)) is not None:
+        content = contents(manifest.content)
+        if unread(content):
+            check.report(manifest.digest, "unreadable", len(manifest.content), None)
+        if content is not None:
             check.blobs(content.blobs, None)
             without_image = missing_platforms(content, platforms)
             for child in selected(content, platforms):

@@ -233,7 +233,8 @@ class WarmRow(Model, frozen=True):
 class MissingRow(Model, frozen=True):
     """Content that is not stored.
 
-    `kind` is manifest, blob or referrer; `size` is -1 if unknown.  `platforms` are those of the images that
+    `kind` is manifest, blob or referrer, or unreadable for a stored manifest of an unknown form, which may
+    name content that is not stored.  `size` is -1 if unknown; `platforms` are those of the images that
     need it.
     """
 

@@ -15,11 +15,21 @@ import structlog
 
 from storage.errors import (
     BlobUnknown,
+    ManifestInvalid,
     ManifestUnknown,
     NameUnknown,
     RegistryError,
 )
-from storage.graph import UNLISTED, Walk, attestations, contents, fallback_tag, selected, signature_tags
+from storage.graph import (
+    UNLISTED,
+    Walk,
+    attestations,
+    contents,
+    fallback_tag,
+    selected,
+    signature_tags,
+    unread,
+)
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 
 log = structlog.get_logger()
@@ -97,7 +107,9 @@ async def refresh(
 
 @dataclass(slots=True)
 class _ImageFetch:
-    """An image that is being fetched; `unknown` are the errors for content that the origin does not have."""
+    """An image that is being fetched; `unknown` are the errors for content that the origin does not have, and
+    for manifests whose content is unknown.
+    """
 
     registry: Refreshable
     repository: str
@@ -120,7 +132,14 @@ class _ImageFetch:
                 self.unknown.append(error)
                 continue
             self.manifests.add(digest)
-            if (content := contents(found.content)) is not None:
+            content = contents(found.content)
+            if unread(content):
+                self.unknown.append(
+                    ManifestInvalid(
+                        f"{digest} is a {found.media_type}: what it names cannot be read, nor fetched"
+                    )
+                )
+            if content is not None:
                 self.blobs.update((each.digest, each) for each in content.blobs)
                 self.attestations |= attestations(content)
                 children = (each.digest for each in selected(content, platforms))

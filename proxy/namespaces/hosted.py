@@ -23,8 +23,10 @@ from storage.graph import fallback_tag
 from storage.keys import LINK, MANIFEST, TAG
 from storage.maintenance.leases import Leases
 from storage.oci import (
-    DOCKER_LIST,
-    DOCKER_MANIFEST,
+    ARTIFACTS,
+    IMAGES,
+    INDEXES,
+    MANIFESTS,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
@@ -35,14 +37,13 @@ from storage.oci import (
     Span,
     Tag,
     declared_type,
+    key_collision,
     parse_manifest,
 )
 from storage.registry import Blob, Moved, Registry, Upload, everything
 from storage.store import Store
 from storage.values import Pointer
 
-INDEXES = (OCI_INDEX, DOCKER_LIST)
-IMAGES = (OCI_MANIFEST, DOCKER_MANIFEST)
 ROOM = 1 << 30  # bytes that are made free for an upload of unknown size
 # RFC 6838, section 4.2.
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
@@ -263,7 +264,7 @@ class Hosted(Registry):
 
 
 def _checked(manifest: Manifest) -> ManifestContent | None:
-    """Parse a pushed manifest.  None if its type is unknown: it is not checked.  Raises ManifestInvalid."""
+    """Parse a pushed manifest.  None if its type and its form are unknown.  Raises ManifestInvalid."""
     media_type, declared = manifest.media_type, declared_type(manifest.content)
     if not media_type:
         raise ManifestInvalid("it was sent without a Content-Type, and has no mediaType")
@@ -275,11 +276,11 @@ def _checked(manifest: Manifest) -> ManifestContent | None:
         raise ManifestInvalid(
             f"its Content-Type is {media_type[:200]}, which is no manifest's: send for example {OCI_MANIFEST}"
         )
-    known = media_type in (*INDEXES, *IMAGES)
+    known = media_type in MANIFESTS
     try:
         content = parse_manifest(manifest.content)
     except ManifestInvalid:
-        if known:
+        if known or key_collision(manifest.content) is not None:
             raise
         return None
     # What has the forms of an image and of an index is read differently by different clients.
@@ -289,4 +290,6 @@ def _checked(manifest: Manifest) -> ManifestContent | None:
         raise ManifestInvalid(
             f"it has a config or layers, as an image does, but its Content-Type is {media_type}"
         )
+    if media_type in ARTIFACTS and content.media_type not in ARTIFACTS and (content.blobs or content.listed):
+        raise ManifestInvalid(f"it has the form of an image or index, but its Content-Type is {media_type}")
     return content

@@ -18,12 +18,13 @@ from proxy.transfer.blob_copy import BlobCopy, ProgressListener, RetryPolicy
 from storage.errors import (
     BlobUnknown,
     Denied,
+    ManifestInvalid,
     ManifestUnknown,
     NameUnknown,
     OriginFailed,
     Unsupported,
 )
-from storage.graph import UNLISTED, attestations, contents, fallback_tag, selected, signature_tags
+from storage.graph import UNLISTED, attestations, contents, fallback_tag, selected, signature_tags, unread
 from storage.oci import OCI_INDEX, Descriptor, Digest, Manifest, ManifestContent, Reference, Tag
 from storage.registry import Registry
 
@@ -161,6 +162,10 @@ class Copier:
         holder, repository = (route.source, route.repository) if new else (destination, target)
         manifest = await self.ask(lambda: holder.get_manifest(repository, digest))
         content = contents(manifest.content)
+        if new and unread(content):
+            raise ManifestInvalid(
+                f"{digest} is a {manifest.media_type}: what it names cannot be read, nor copied"
+            )
         parts = [] if content is None else self._parts(route, content, blobs=new)
         changed = await _all(parts) or new
         if new:

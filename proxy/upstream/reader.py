@@ -47,7 +47,7 @@ from storage.oci import (
     Reference,
     Span,
     Tag,
-    parse_manifest,
+    media_type_of,
 )
 from storage.registry import Blob, Registry
 
@@ -181,7 +181,7 @@ class UpstreamReader(Registry):
             media_type = _media_type(response)
             if media_type in _VAGUE:
                 try:
-                    media_type = parse_manifest(content).media_type
+                    media_type = media_type_of(content)
                 except ManifestInvalid:
                     raise OriginFailed(
                         f"{self._name} answered for {reference} of {repository} with no manifest"

@@ -17,7 +17,7 @@ from storage.errors import ManifestUnknown
 from storage.graph import Walk, contents, selected
 from storage.keys import REFERRER, TAG
 from storage.names import written
-from storage.oci import DOCKER_SCHEMA1, Descriptor, Digest, ManifestContent, Reference, Tag
+from storage.oci import Descriptor, Digest, ManifestContent, Reference, Tag
 from storage.store import Store
 
 DEPTH_LIMIT = 50  # levels of indexes within indexes
@@ -90,7 +90,7 @@ class ExportTreeReader:
             manifests={digest: manifest.descriptor},
         )
         content = contents(manifest.content)
-        if depth > DEPTH_LIMIT or manifest.media_type == DOCKER_SCHEMA1 or content is None:
+        if depth > DEPTH_LIMIT or content is None or content.unread:
             tree.missing.add(digest)  # what it names cannot be read
             return tree
         self._add_blobs(tree, content)

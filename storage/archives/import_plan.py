@@ -16,21 +16,18 @@ from typing import NamedTuple
 
 from storage.archives.importer import Importer, ImportTarget, RepositoryImport, manifest_of, renew_if_stored
 from storage.archives.layout import Layout, Root
-from storage.errors import ArchiveInvalid
+from storage.errors import ArchiveInvalid, ManifestInvalid
 from storage.graph import Walk, contents
 from storage.keys import LINK
 from storage.names import written
 from storage.oci import (
-    DOCKER_LIST,
-    DOCKER_MANIFEST,
     DOCKER_SCHEMA1,
-    OCI_INDEX,
-    OCI_MANIFEST,
     Descriptor,
     Digest,
     ManifestContent,
     Reference,
     Tag,
+    parse_manifest,
 )
 from storage.store import Store
 
@@ -111,8 +108,6 @@ class ImportPlanner:
                 continue
             planned.manifests[named.digest] = named
             found = self._parsed(named, content)
-            if found is None:
-                continue
             for blob in found.blobs:
                 self._add_blob(planned, blob, needed=blob.distributable)
             steps.add(found.children)
@@ -121,14 +116,17 @@ class ImportPlanner:
             ):
                 raise ArchiveInvalid(f"{self._layout.what} contains no child of the index {named.digest}")
 
-    def _parsed(self, named: Descriptor, content: bytes) -> ManifestContent | None:
+    def _parsed(self, named: Descriptor, content: bytes) -> ManifestContent:
         what = f"{self._layout.what}: {named.digest}"
-        found = contents(content)
-        if found is None and named.media_type in (OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST):
-            raise ArchiveInvalid(f"{what} is not a valid {named.media_type}")
         if named.media_type == DOCKER_SCHEMA1:
             raise ArchiveInvalid(f"{what} has Docker's schema 1, which is not supported")
-        if found is not None and found.declared not in (None, named.media_type):
+        try:
+            found = parse_manifest(content)
+        except ManifestInvalid as error:
+            raise ArchiveInvalid(f"{what} is not a valid {named.media_type}: {error}") from None
+        if found.unread:
+            raise ArchiveInvalid(f"{what} is a {named.media_type}: what it names cannot be read")
+        if found.declared not in (None, named.media_type):
             raise ArchiveInvalid(f"{what} has the type {found.declared}, but is listed as {named.media_type}")
         return found
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from storage.disk.tree import StoredBlob
-from storage.graph import Walk, contents
+from storage.graph import Walk, named_digests
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.blob_tree import BlobTree
 from storage.maintenance.pins import PinnedContent
@@ -138,8 +138,7 @@ class Expiry:
                 kept.append(digest)
         steps = Walk(kept)
         for digest in steps:
-            if (named := contents(stored.get(digest, b""))) is not None:
-                steps.add(child.digest for child in named.listed)
+            steps.add(named_digests(stored.get(digest, b""))[0])
         return stored.keys() - steps.reached
 
     def _last_use(self, repository: str, reference: str, stored_at: float) -> float:

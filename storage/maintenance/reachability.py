@@ -23,10 +23,8 @@ from storage.graph import Walk
 from storage.keys import CHANGES, LEASE, MANIFEST, REFERRER, TAG, RecordKind
 from storage.maintenance.leases import Leases
 from storage.oci import (
-    DOCKER_LIST,
-    DOCKER_MANIFEST,
-    OCI_INDEX,
-    OCI_MANIFEST,
+    IMAGES,
+    INDEXES,
     Digest,
     Manifest,
     Tag,
@@ -34,8 +32,6 @@ from storage.oci import (
     parse_manifest,
 )
 from storage.store import Store
-
-_KNOWN = {OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST}
 
 
 class Damaged(Exception):
@@ -105,7 +101,7 @@ def node(manifest: Manifest) -> ManifestNode:
         found |= listed | {
             str(each.digest) for each in content.blobs
         }  # JSON can write a character as \\u003a
-        if manifest.media_type in _KNOWN:
+        if manifest.media_type in (*IMAGES, *INDEXES):
             children = listed
         elif content.subject is not None:
             children = found - {str(content.subject.digest)}

@@ -173,7 +173,7 @@ async def test_401_and_403_uncached_are_denied_where_bypassing_is(
 async def test_a_token_that_is_refused_is_404(serve: Serve, upstream: Upstream) -> None:
     image = upstream.image("a/b", "latest")
     upstream.auth = Bearer(realm="https://evil.example/token")
-    site = await serve(upstream)
+    site = await serve(upstream, options={"username": "ci", "password": "secret"})
     for operation in EVERYTHING:
         assert (await refusal(site, operation, image))[:2] == (404, UNKNOWN[operation])
 

@@ -42,6 +42,8 @@ ARTIFACTS = (OCI_ARTIFACT, ORAS_ARTIFACT)
 # The manifests whose form is known, so that everything they name can be read.
 MANIFESTS = (*IMAGES, *INDEXES, *ARTIFACTS)
 
+Hash: TypeAlias = "hashlib._Hash"
+
 
 class Digest(str):
     """A content digest, `algorithm:encoded`: equal digests mean equal content."""
@@ -57,7 +59,12 @@ class Digest(str):
 
     @classmethod
     def of(cls, content: bytes, algorithm: str = "sha256") -> Digest:
-        return cls(f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}")
+        return cls.of_hash(hashlib.new(algorithm, content))
+
+    @classmethod
+    def of_hash(cls, hash: Hash) -> Digest:
+        """The digest of the bytes that were hashed."""
+        return cls(f"{hash.name}:{hash.hexdigest()}")
 
     @property
     def algorithm(self) -> str:

@@ -12,17 +12,8 @@ from typing import Protocol
 from proxy.telemetry.metrics import Metrics
 from storage.disk.uploads import CHUNK, FileBlob
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed
-from storage.oci import Descriptor, Span
+from storage.oci import Descriptor, Digest, Hash, Span
 from storage.registry import Blob, Registry
-
-
-class Hash(Protocol):
-    """A hash object of hashlib."""
-
-    @property
-    def name(self) -> str: ...
-    def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +148,7 @@ async def verified(
         position += len(chunk)
         yield last + chunk[:-1]
         last = chunk[-1:]
-    found = f"{hashed.name}:{hashed.hexdigest()}"
+    found = Digest.of_hash(hashed)
     if descriptor.size in (-1, position) and found != descriptor.digest:
         raise DigestInvalid(f"content is {found}, not {descriptor.digest}")
     yield last

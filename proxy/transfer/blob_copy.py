@@ -98,7 +98,7 @@ class BlobCopy:
         upload = self._upload
         if upload.offset < self._blob.size or upload.offset == 0:
             await self._stream(upload, listener)
-        if (found := f"{digest.algorithm}:{self._hash.hexdigest()}") != digest:
+        if (found := Digest.of_hash(self._hash)) != digest:
             raise DigestInvalid(f"the source sends content with digest {found} for {digest}")
         try:
             await upload.commit(digest)

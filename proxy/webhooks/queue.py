@@ -20,7 +20,7 @@ from itertools import islice
 import msgspec
 
 from proxy.webhooks.event import Event, decode, encode
-from storage.disk.records import Batch, Records
+from storage.disk.records import BATCH, Batch, Records
 from storage.keys import EVENT, NUMBER, PENDING, WEBHOOK
 
 _DIGITS = 20
@@ -134,7 +134,7 @@ class Queue:
 
     def _drop(self, webhook: str) -> int:
         count = 0
-        while events := self.read(webhook, "", 500):
+        while events := self.read(webhook, "", BATCH):
             self.remove(webhook, [each.key for each in events])
             count += len(events)
         for kind in (PENDING, WEBHOOK):

@@ -278,7 +278,7 @@ def digest_of(chunks: Iterable[bytes], algorithm: str = "sha256") -> Digest:
     found = hashlib.new(algorithm)
     for chunk in chunks:
         found.update(chunk)
-    return Digest(f"{algorithm}:{found.hexdigest()}")
+    return Digest.of_hash(found)
 
 
 def _beside(name: str, link: str) -> str:

@@ -138,7 +138,7 @@ def _chunks(digest: Digest, source: ContentSource, hasher: ThreadPoolExecutor) -
             at += len(chunk)
     finally:
         os.close(file)
-    if chunk or at < source.size or found.hexdigest() != digest.encoded:
+    if chunk or at < source.size or Digest.of_hash(found) != digest:
         raise BlobUnknown(
             f"{digest} is damaged in {path}: run entrepot scrub to set it aside, then fetch it again"
         )

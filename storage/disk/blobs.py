@@ -30,9 +30,9 @@ from storage.concurrency import run_in_thread
 from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
 from storage.disk.modes import FILE_MODE, make_directory, restrict
-from storage.disk.uploads import HASH, FileBlob, FileUpload
+from storage.disk.uploads import FileBlob, FileUpload
 from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
-from storage.oci import OCTETS, Descriptor, Digest
+from storage.oci import OCTETS, Descriptor, Digest, Hash
 
 log = structlog.get_logger()
 
@@ -64,7 +64,7 @@ class BlobFiles:
         self._partial = root / "partial"
         self._locks = root / "locks"
         self.growing: set[FileUpload] = set()  # uploads of a known size
-        self._hashes: dict[str, tuple[HASH, int]] = {}
+        self._hashes: dict[str, tuple[Hash, int]] = {}
         with translated(root):
             self._make()
         restrict(root)  # a former version created directories that others could read
@@ -160,10 +160,10 @@ class BlobFiles:
         with translated(path):
             try:
                 with path.open("rb") as file:
-                    found = hashlib.file_digest(file, digest.algorithm).hexdigest()
+                    found = Digest.of_hash(hashlib.file_digest(file, digest.algorithm))
             except FileNotFoundError:
                 raise BlobUnknown(f"{digest} is not stored here") from None
-            if found != digest.encoded:
+            if found != digest:
                 path.unlink(missing_ok=True)
                 raise BlobUnknown(f"{digest} was damaged: its content is {found}")
 
@@ -230,7 +230,7 @@ class BlobFiles:
             await asyncio.sleep(POLL)
         raise Unavailable(f"upload {path.name!r} is being written by another request", retry_after=1.0)
 
-    def remember(self, id: str, hash: HASH, hashed: int) -> None:
+    def remember(self, id: str, hash: Hash, hashed: int) -> None:
         """Keep the hash of a suspended upload, so that reopen() need not read the bytes again."""
         self._hashes[id] = hash, hashed
         if len(self._hashes) > HASHES:

@@ -105,7 +105,7 @@ class BlobHasher:
     @property
     def found(self) -> str:
         """The digest of the content, or the error that kept it from being read."""
-        return self.error or f"{self._digest.algorithm}:{self._hash.hexdigest()}"
+        return self.error or Digest.of_hash(self._hash)
 
     def close(self) -> None:
         if self._file >= 0:

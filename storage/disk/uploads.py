@@ -19,16 +19,14 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from storage.concurrency import run_in_thread
 from storage.disk.health import sync, translated
 from storage.disk.locks import POLL, leads_to, try_lock, unlock
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailable
-from storage.oci import OCTETS, Descriptor, Digest
+from storage.oci import OCTETS, Descriptor, Digest, Hash
 from storage.registry import Blob, Upload
-
-HASH: TypeAlias = "hashlib._Hash"
 
 CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to wait
@@ -57,7 +55,7 @@ class UploadDirectory(Protocol):
     def place(self, partial: Path, file: int, path: Path) -> list[Path]:
         """Move a partial file, open as `file`, to `path`; returns the directories to sync then."""
 
-    def remember(self, id: str, hash: HASH, hashed: int) -> None:
+    def remember(self, id: str, hash: Hash, hashed: int) -> None:
         """Keep the hash of a suspended upload, so that its bytes need not be read again."""
 
 
@@ -190,7 +188,7 @@ class FileUpload(Upload):
 
     def matches(self, digest: Digest) -> bool:
         """Whether the bytes so far are the whole blob.  No write may be pending."""
-        return digest == f"{self._hash.name}:{self._hash.hexdigest()}"
+        return digest == Digest.of_hash(self._hash)
 
     def fits(self, size: int) -> bool:
         """Whether the disk has room for a blob of `size` bytes."""
@@ -261,7 +259,7 @@ class FileUpload(Upload):
             with translated(self._path):
                 await run_in_thread(self._catch_up)
         if not self.matches(digest):
-            error = DigestInvalid(f"content is {self._hash.name}:{self._hash.hexdigest()}, not {digest}")
+            error = DigestInvalid(f"content is {Digest.of_hash(self._hash)}, not {digest}")
             await self.cancel(error)
             raise error
         # Readers get the last byte now; making the file durable may take its time.
@@ -302,7 +300,7 @@ class FileUpload(Upload):
         if failed is not None and error is None:
             raise failed
 
-    def adopt(self, hash: HASH, hashed: int) -> None:
+    def adopt(self, hash: Hash, hashed: int) -> None:
         """Continue with the hash of the first `hashed` bytes."""
         self._hash, self._hashed = hash, hashed
 

@@ -20,7 +20,7 @@ from storage.disk.health import sync
 from storage.disk.modes import FILE_MODE
 from storage.disk.uploads import CHUNK
 from storage.errors import DigestInvalid
-from storage.oci import Digest
+from storage.oci import Digest, Hash
 
 
 class Adoption:
@@ -46,7 +46,7 @@ class Adoption:
                 self._copy(digest, original, partial, status.st_size)
             else:
                 with open(original, "rb", closefd=False) as file:
-                    _compare(digest, hashlib.file_digest(file, digest.algorithm).hexdigest())
+                    _compare(digest, hashlib.file_digest(file, digest.algorithm))
                 if not self._link(digest, source, original, partial):
                     os.lseek(original, 0, os.SEEK_SET)
                     self._copy(digest, original, partial, status.st_size)
@@ -90,7 +90,7 @@ class Adoption:
                     view = memoryview(chunk)
                     while view:
                         view = view[os.write(file, view) :]
-            _compare(digest, hashed.hexdigest())
+            _compare(digest, hashed)
             with self._files.guard(partial, size):
                 if os.geteuid() != self._owner:
                     os.chown(file, self._owner, -1)
@@ -115,6 +115,6 @@ class Adoption:
                 sync(directory)
 
 
-def _compare(digest: Digest, found: str) -> None:
-    if found != digest.encoded:
-        raise DigestInvalid(f"it is damaged: its content is {digest.algorithm}:{found}")
+def _compare(digest: Digest, hashed: Hash) -> None:
+    if (found := Digest.of_hash(hashed)) != digest:
+        raise DigestInvalid(f"it is damaged: its content is {found}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from proxy.cache import absences
 from proxy.cache.absences import subject_of
 from proxy.upstream.transport import RETRIES
 from storage.oci import Digest, Tag
@@ -137,6 +138,40 @@ async def test_nothing_is_kept_of_an_image_that_is_not_stored(
     clock.advance(FRESH + 1)
     for path in paths:
         assert (await pull(site, path))[0] == 502
+
+
+async def test_referrers_of_referrers_are_known_to_be_none(
+    serve: Serve, registry: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = registry.image("a/b", "latest")
+    made = [registry.artifact("a/b", image, f"application/x-{name}") for name in ("one", "two")]
+    registry.index("a/b", tag_of(image), made)
+    site = await serve(registry)
+    monkeypatch.setattr(absences, "MOST", 3)
+    # What a client does that shows a tree: the manifests of the referrers are not pulled.
+    paths = [referrers_of(each.digest) for each in made] + [
+        manifest_of(each.digest.replace(":", "-")) for each in made
+    ]
+    for path in (TAG, referrers_of(image), manifest_of(tag_of(image)), *paths):
+        await pull(site, path)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert await listed(site, image) == sorted(each.digest for each in made)
+    assert [(await pull(site, path))[0] for path in paths] == [404] * 4
+
+
+async def test_absences_of_what_is_not_stored_are_bounded(
+    serve: Serve, registry: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.image("a/b", "latest")
+    monkeypatch.setattr(absences, "MOST", 3)
+    site = await serve(registry)
+    paths = [manifest_of(f"sha256-{number:064x}.sig") for number in range(5)]
+    for path in (TAG, *paths):
+        await pull(site, path)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert [(await pull(site, path))[0] for path in paths] == [404] * 3 + [502] * 2
 
 
 @pytest.mark.parametrize("suffix", ["", ".sig", ".att", ".sbom"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 
 from storage.errors import DigestInvalid, ManifestUnknown, StorageFailed
 from storage.graph import fallback_tag, signature_tags
+from storage.keys import LISTING, MANIFEST
 from storage.oci import Digest, Reference, Tag
 from storage.store import Store
 
+MOST = 1000  # absences in a repository, beyond those of stored images
 REFERRERS_API = "referrers"
 _COMPANION = re.compile(r"(sha256|sha512)-([0-9a-f]+)(?:\.[a-z]+)?")
 
@@ -17,8 +20,9 @@ class Absences:
     """What an origin last said it does not have: a referrers API, or a tag of the referrers of an image.
 
     Clients look for signatures in several places, and continue with the next only after a 404.  So that they
-    find what is stored while the origin cannot be asked, the last 404 is kept.  Only absences that concern
-    an image that is stored are kept, which bounds their number.
+    find what is stored while the origin cannot be asked, the last 404 is kept.  All absences that concern a
+    stored image are kept.  Clients also look for referrers of referrers, which are listed and not stored;
+    of those `MOST` are kept for each repository with a stored image.
     """
 
     def __init__(self, store: Store) -> None:
@@ -33,7 +37,7 @@ class Absences:
 
     async def add(self, repository: str, what: str, subject: Digest | None) -> None:
         """Keep that there is no `what` for `subject`.  Raises StorageFailed."""
-        if subject is not None and self._stored(repository, subject):
+        if subject is not None and (self._stored(repository, subject) or self._room(repository)):
             await self._store.listings.put(repository, _key(what), None)
 
     async def discard(self, repository: str, what: str) -> None:
@@ -47,6 +51,12 @@ class Absences:
         except ManifestUnknown:
             return False
         return True
+
+    def _room(self, repository: str) -> bool:
+        records = self._store.records
+        held = records.first(MANIFEST.prefix(repository)) is not None
+        kept = islice(records.keys(LISTING.prefix(repository) + _key("")), MOST)
+        return held and sum(1 for _ in kept) < MOST
 
 
 def subject_of(reference: Reference) -> Digest | None:

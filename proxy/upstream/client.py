@@ -1,26 +1,244 @@
-"""A remote registry, as a Registry.
+"""A remote registry, as a Registry: its responses become values and errors.
 
-reader.py has the pull half; here are pushing and deleting.  They are never retried here: the caller knows
-what is worth another attempt.
+Upstreams' mistakes are corrected or refused here: a missing digest or length, a Content-Type that is useless
+or has parameters, a compressed manifest although identity was requested, a 200 in answer to a Range, content
+that does not match its digest.
+
+Pushes are never retried here: the caller knows what is worth another attempt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from copy import copy
+from typing import Any, NoReturn, Self
 from urllib.parse import quote
 
-from proxy.upstream.reader import UpstreamReader, stated_digest
-from proxy.upstream.requests import UpstreamRequest
+import aiohttp
+import structlog
+
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.breaker import HostState
+from proxy.upstream.credentials import Credentials
+from proxy.upstream.encoding import encoding_of
+from proxy.upstream.pages import pages
+from proxy.upstream.requests import RequestSender, UpstreamRequest, UpstreamSettings
+from proxy.upstream.responses import Download, stated_digest, stated_extent, stated_length, stated_media_type
 from proxy.upstream.upload import WRITTEN, UploadSession, UpstreamUpload
-from storage.errors import BlobUnknown, OriginFailed
-from storage.oci import DOCKER_SCHEMA1, Descriptor, Digest, Manifest, Reference, Tag
-from storage.registry import Upload, everything
+from storage.errors import (
+    BlobUnknown,
+    ManifestInvalid,
+    ManifestUnknown,
+    NameUnknown,
+    OriginFailed,
+    TooManyRequests,
+    Unsupported,
+)
+from storage.oci import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    DOCKER_SCHEMA1,
+    MANIFEST_LIMIT,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    OCTETS,
+    Descriptor,
+    Digest,
+    Manifest,
+    Reference,
+    Span,
+    Tag,
+    media_type_of,
+)
+from storage.registry import Blob, Registry, Upload, everything
+
+log = structlog.get_logger()
+
+ACCEPT = ", ".join(
+    (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, f"{DOCKER_SCHEMA1};q=0.5", "*/*;q=0.1")
+)
+# Types without meaning: some upstreams serve manifests as these.
+_VAGUE = frozenset(("", "application/json", "text/plain", "text/html", OCTETS))
 
 
-class UpstreamRegistry(UpstreamReader):
-    """A remote registry that can be pulled from and pushed to."""
+class UpstreamRegistry(Registry):
+    """A remote registry that can be pulled from and pushed to.
 
-    # Blobs
+    It is made inside a running event loop, with at least one of `credentials`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: UpstreamSettings,
+        credentials: Sequence[Credentials],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._sender = RequestSender(name, settings, credentials, metrics, clock)
+        self.host = self._sender.host
+
+    def as_caller(self, credentials: Credentials) -> Self:
+        """This registry with a client's credentials, over the same connections.  Close it before this one."""
+        caller = copy(self)
+        caller._sender = self._sender.as_caller(credentials)
+        return caller
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers, as far as is known."""
+        return self._sender.healthy
+
+    @property
+    def probe_due(self) -> bool:
+        """Whether it has failed and it is time to probe it."""
+        return self._sender.probe_due
+
+    @property
+    def spares(self) -> bool:
+        """Whether its rate limit allows more requests than are reserved."""
+        return self._sender.budgets.spares(self._sender.reserve)
+
+    def state(self) -> list[HostState]:
+        """The state of each host: the upstream itself first, then those it has redirected to."""
+        return self._sender.state()
+
+    async def probe(self) -> None:
+        """Send one request, which updates `healthy`."""
+        await self._sender.probe()
+
+    async def _send(
+        self, method: str, repository: str, path: str, kind: str, headers: dict[str, str]
+    ) -> aiohttp.ClientResponse:
+        url = self._sender.url(f"{repository}/{path}")
+        return await self._sender.send(UpstreamRequest(method, url, kind, repository, headers))
+
+    def _pages(self, path: str, kind: str, repository: str = "", also: str = "") -> AsyncIterator[Any]:
+        request = UpstreamRequest("GET", self._sender.url(path), kind, repository, also=also)
+        return pages(self._sender, request)
+
+    # Pulling blobs
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        headers = {}
+        if span is not None:
+            headers["Range"] = f"bytes={span.start}-{'' if span.stop is None else span.stop - 1}"
+        response = await self._send("GET", repository, f"blobs/{digest}", "blob", headers)
+        try:
+            start, size = stated_extent(self._name, response, span)
+            if encoding_of(response):
+                raise OriginFailed(f"{self._name} sent {digest} encoded, although identity was requested")
+            if size < 0:
+                # Clients want a length, and progress reports need one.
+                size = (await self.resolve_blob(repository, digest)).size
+            descriptor = Descriptor(OCTETS, digest, size)
+            return Download(self._sender.transport, response, descriptor, start, self._sender.received)
+        except BaseException:
+            response.close()
+            raise
+
+    async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
+        path = f"blobs/{digest}"
+        try:
+            response = await self._send("HEAD", repository, path, "blob", {})
+        except Unsupported:  # it does not support HEAD: request the content, and drop it
+            response = await self._send("GET", repository, path, "blob", {})
+        response.close()
+        return Descriptor(OCTETS, digest, stated_length(self._name, response))
+
+    # Pulling manifests
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        headers = {"Accept": ACCEPT}
+        async with await self._send(
+            "GET", repository, f"manifests/{reference}", "manifest", headers
+        ) as response:
+            content = await self._sender.content(response, MANIFEST_LIMIT)
+            media_type = stated_media_type(response)
+            if media_type in _VAGUE:
+                try:
+                    media_type = media_type_of(content)
+                except ManifestInvalid:
+                    raise OriginFailed(
+                        f"{self._name} answered for {reference} of {repository} with no manifest"
+                    ) from None
+            stated = stated_digest(response)
+        if isinstance(reference, Digest):
+            manifest = Manifest.of(media_type, content, reference.algorithm)
+            if manifest.digest != reference:
+                self._wrong(repository, reference, manifest.digest)
+            return manifest
+        manifest = Manifest.of(media_type, content, stated.algorithm if stated else "sha256")
+        # The digest of a schema 1 manifest does not cover its signatures.
+        if stated not in (None, manifest.digest) and media_type != DOCKER_SCHEMA1:
+            self._wrong(repository, reference, manifest.digest)
+        return manifest
+
+    async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
+        """Raises TooManyRequests for a Tag, which its caller knows, if only reserved requests are left."""
+        if isinstance(reference, Tag) and not self.spares:
+            raise TooManyRequests(
+                f"the remaining requests that {self._name} grants are reserved for content that is not cached"
+            )
+        headers = {"Accept": ACCEPT}
+        path = f"manifests/{reference}"
+        try:
+            async with await self._send("HEAD", repository, path, "manifest", headers) as response:
+                digest, size, media_type = (
+                    stated_digest(response),
+                    stated_length(self._name, response),
+                    stated_media_type(response),
+                )
+            matches = isinstance(reference, Tag) or digest == reference
+            if digest is not None and matches and size >= 0 and media_type not in _VAGUE:
+                return Descriptor(media_type, digest, size)
+        except Unsupported:
+            pass
+        # Some registries send too few headers on HEAD, or do not support it.
+        return (await self.get_manifest(repository, reference)).descriptor
+
+    # Listings
+
+    async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
+        found: set[str] = set()
+        async for page in self._pages(f"{repository}/tags/list", "tags", repository):
+            tags = page.get("tags") if isinstance(page, dict) else ""
+            if not isinstance(tags, list | None):  # Distribution sends null for none
+                raise OriginFailed(f"{self._name} answered for the tags of {repository} with no list")
+            found.update(tag for tag in tags or () if isinstance(tag, str) and tag > last)
+        return sorted(found)[:limit]
+
+    async def referrers(
+        self, repository: str, digest: Digest, artifact_type: str | None = None
+    ) -> list[Descriptor]:
+        found = []
+        try:
+            async for page in self._pages(f"{repository}/referrers/{digest}", "referrers", repository):
+                manifests = page.get("manifests") if isinstance(page, dict) else None
+                if not isinstance(manifests, list):
+                    raise ManifestUnknown("no index")
+                found += [Descriptor.from_json(each) for each in manifests]
+        except (ManifestUnknown, NameUnknown, ManifestInvalid):
+            # Clients then try the fallback tag; on NAME_UNKNOWN they would give up.
+            raise ManifestUnknown(
+                f"{self._name} lists no referrers of {digest}; see the tag {digest.replace(':', '-')}"
+            ) from None
+        return [each for each in found if artifact_type in (None, each.artifact_type)]
+
+    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+        """Raises Unsupported if the registry does not list them."""
+        found: set[str] = set()
+        # Distribution, "Listing Repositories"; and the scope of its token servers for that.
+        async for page in self._pages("_catalog", "catalog", also="registry:catalog:*"):
+            names = page.get("repositories") if isinstance(page, dict) else ""
+            if not isinstance(names, list | None):
+                raise OriginFailed(f"{self._name} answered for its repositories with no list")
+            found.update(name for name in names or () if isinstance(name, str) and name > last)
+        return sorted(found)[:limit]
+
+    # Pushing and deleting blobs
 
     async def start_upload(
         self, repository: str, size: int | None = None, algorithm: str = "sha256"
@@ -55,7 +273,7 @@ class UpstreamRegistry(UpstreamReader):
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         await self._delete(repository, f"blobs/{digest}", "blob")
 
-    # Manifests
+    # Pushing and deleting manifests
 
     async def push_manifest(
         self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
@@ -100,3 +318,16 @@ class UpstreamRegistry(UpstreamReader):
             "DELETE", self._sender.url(f"{repository}/{path}"), kind, repository, granted=WRITTEN
         )
         (await self._sender.send(request)).release()
+
+    def _wrong(self, repository: str, reference: Reference, found: Digest) -> NoReturn:
+        log.error(
+            "upstream.wrong_digest",
+            namespace=self._name,
+            repository=repository,
+            reference=reference,
+            found=found,
+        )
+        raise OriginFailed(f"{self._name} sent content with digest {found} for {reference} of {repository}")
+
+    async def close(self) -> None:
+        await self._sender.close()

@@ -1,6 +1,6 @@
 """Requests to one remote registry: credentials, rate limits, metrics, and errors made from responses.
 
-This module knows no endpoints; they are in reader.py, client.py and upload.py.
+This module knows no endpoints; they are in client.py and upload.py.
 """
 
 from __future__ import annotations

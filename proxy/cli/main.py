@@ -111,7 +111,7 @@ def _work() -> None:
         loop.add_reader(sys.stdin.fileno(), ended.set)  # end of file: the supervisor has exited
         try:
             await app.start()
-        except StartError as error:
+        except (StartError, OSError) as error:
             assignment.report(str(error))
             return 1
         assignment.report("ready")
@@ -152,7 +152,16 @@ async def _serve(parent: Supervisor, config: Config) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # until run() handles them
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    await parent.start()
+    starting = asyncio.ensure_future(parent.start())
+    ending = asyncio.ensure_future(ended.wait())
+    await asyncio.wait((starting, ending), return_when=asyncio.FIRST_COMPLETED)
+    ending.cancel()
+    if not starting.done():
+        log.info("server.stopping", drain=config.drain)
+        starting.cancel()  # it stops what it has started
+        await asyncio.wait((starting,))
+        return
+    starting.result()
     click.echo(banner(*parent.addresses(), config))
     if not ended.is_set():
         await parent.run()

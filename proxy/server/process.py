@@ -24,9 +24,9 @@ from proxy.server.access import authorizer, needed
 from proxy.server.housekeeping import Housekeeper
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
-from proxy.web.sockets import BACKLOG, bind_all
+from proxy.web.sockets import bind_all
 from proxy.web.tls import Certificates
-from proxy.web.tls_listener import TLSSite
+from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.errors import StorageFailed
@@ -201,7 +201,7 @@ class ServerProcess:
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
         for each in sockets:
-            site: web.BaseSite = web.SockSite(runner, each, backlog=BACKLOG)
+            site = PlainSite(runner, each)
             if certificates is not None:
                 times = {"handshake": limits.request_timeout, "goodbye": limits.client_timeout}
                 site = TLSSite(runner, each, certificates, **times)

@@ -6,6 +6,8 @@ sockets, the disk and the directory of the metrics.  Rules:
 
 - A process that ends by itself is replaced: at once if it had run for `LIVED`, otherwise after a delay that
   doubles each time.
+- While the server starts, the same is true of a process that a signal killed.  One that says why it cannot
+  start, or ends with a status, ends the start; so does one that is killed again and again while none serves.
 - On SIGHUP the configuration is read again.  If it is valid, new processes start with it, and the old ones
   drain as soon as the new ones serve.  If it is not, everything stays as it was.
 - A process whose supervisor has ended drains and ends: it reads the end of its standard input.
@@ -42,7 +44,9 @@ log = structlog.get_logger()
 
 LIVED = 60.0  # seconds that a process must have run to be replaced without a delay
 WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds: the first and the longest delay of a replacement
+TRIES = 3  # how often a process is started before the server starts without it, or not at all
 GRACE = 10.0  # seconds beyond `drain` after which a process is killed
+SOCKET_PATH = 107  # bytes, the longest path of a unix socket: unix(7)
 _RUN = "entrepot-run-"
 
 
@@ -77,11 +81,19 @@ class Assignment:
         os.close(self.ready)
 
 
+class _Killed(StartError):
+    """A signal ended a process before it served."""
+
+
 @dataclass
 class Generation:
-    """The processes of one configuration, each with the task that runs and replaces it."""
+    """The processes of one configuration, each with the task that runs and replaces it.
+
+    `serving` is whether any of them has served.
+    """
 
     config: Config
+    serving: bool = False
     retired: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -102,6 +114,7 @@ class Supervisor:
         self._reloading = asyncio.Lock()
         self._generation: Generation | None = None
         self._draining: Generation | None = None  # the one before it
+        self._starting: dict[asyncio.subprocess.Process, Config] = {}  # do not serve yet
 
     def addresses(self) -> tuple[tuple[str, int], tuple[str, int] | None]:
         """The addresses for clients and for administrators."""
@@ -199,30 +212,33 @@ class Supervisor:
         try:
             await asyncio.gather(*first)
         except BaseException:
-            await asyncio.gather(*first, return_exceptions=True)
             await self._retire(generation)
             raise
         return generation
 
     async def _supervise(self, generation: Generation, role: str, serving: asyncio.Future[None]) -> None:
         """Run one process of `role`, and replace it when it ends, until the generation is retired."""
-        wait, pid = 0.0, None
+        wait, pid, tries = 0.0, None, 0
         while not generation.retired.is_set():
             begun = time.monotonic()
             status: int | str
             try:
                 process = await self._spawn(generation.config, role)
             except StartError as error:
-                if not serving.done():
-                    serving.set_exception(error)
+                if generation.retired.is_set():
                     return
-                status, pid = str(error), None
+                status, pid, tries = str(error), None, tries + 1
+                if not serving.done() and (not isinstance(error, _Killed) or tries == TRIES):
+                    if not (isinstance(error, _Killed) and generation.serving):
+                        serving.set_exception(error)
+                        return
+                    serving.set_result(None)  # the others serve without it
             else:
+                if tries or serving.done():
+                    log.info(f"{role}.replaced", pid=process.pid)
                 if not serving.done():
                     serving.set_result(None)
-                else:
-                    log.info(f"{role}.replaced", pid=process.pid)
-                pid = process.pid
+                pid, tries, generation.serving = process.pid, 0, True
                 status = await self._watch(process, generation)
                 if generation.retired.is_set():
                     return
@@ -253,11 +269,17 @@ class Supervisor:
         with contextlib.suppress(ConnectionError):  # it has ended already; its message says why
             process.stdin.write(pickle.dumps(Assignment(config, listen, admin, self._run, theirs)))
             await process.stdin.drain()
-        message = await _read(ours)
+        self._starting[process] = config
+        try:
+            message = await _read(ours)
+        finally:
+            del self._starting[process]
         if message == "ready":
             return process
-        await process.wait()
-        raise StartError(message or f"a {role} ended with status {process.returncode} before it served")
+        status = await process.wait()
+        if status < 0 and not message:
+            raise _Killed(f"a {role} was killed by signal {-status} before it served")
+        raise StartError(message or f"a {role} ended with status {status} before it served")
 
     async def _watch(self, process: asyncio.subprocess.Process, generation: Generation) -> int:
         """Wait until it ends; stop it when its generation is retired.  Returns its exit status."""
@@ -277,6 +299,9 @@ class Supervisor:
 
     async def _retire(self, generation: Generation) -> None:
         generation.retired.set()
+        for process, config in self._starting.items():
+            if config is generation.config:
+                process.send_signal(signal.SIGTERM)  # it may never serve; _watch() ends those that do
         await asyncio.gather(*generation.tasks, return_exceptions=True)
 
 
@@ -287,17 +312,36 @@ def _addresses(config: Config) -> tuple[tuple[str, Address | None], ...]:
 def _run_directory() -> tuple[Path, int]:
     """Make a new directory, and lock it.  Also remove those that killed supervisors left behind.
 
+    Raises StartError.
+
     The processes inherit the lock, so that it is free when the last of them has ended.
     """
-    temporary = Path(tempfile.gettempdir())
+    temporary = _temporary()
     for path in temporary.glob(f"{_RUN}*"):
         with contextlib.suppress(OSError):  # another user's, or in use
             os.close(_locked(path))
             shutil.rmtree(path, ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=f".{_RUN}"))
-    lock = _locked(path)
-    # Only now: a supervisor that starts at the same time removes what has this name and no lock.
-    return path.rename(path.with_name(path.name[1:])), lock
+    try:
+        path = Path(tempfile.mkdtemp(prefix=f".{_RUN}", dir=temporary))
+        lock = _locked(path)
+        # Only now: a supervisor that starts at the same time removes what has this name and no lock.
+        return path.rename(path.with_name(path.name[1:])), lock
+    except OSError as error:
+        raise StartError(
+            f"cannot create a directory for sockets in {temporary}: {error.strerror}: set TMPDIR to another"
+        ) from error
+
+
+def _temporary() -> Path:
+    """The directory for temporary files; another one if its path is too long for unix sockets."""
+    try:
+        found = Path(tempfile.gettempdir())
+    except OSError as error:
+        raise StartError(f"{error.strerror}; set TMPDIR to a directory that can be written") from error
+    for each in (found, Path("/tmp")):
+        if len(os.fsencode(each)) <= SOCKET_PATH - len(f"/{_RUN}12345678/4194304.sock"):
+            return each
+    raise StartError(f"{found} is too long a path for unix sockets: set TMPDIR to a shorter one")
 
 
 def _locked(directory: Path) -> int:

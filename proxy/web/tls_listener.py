@@ -1,7 +1,8 @@
-"""Accepting connections with TLS: they are counted first, then they make their handshake.
+"""Accepting connections, with TLS or without.  With TLS they are counted before their handshake.
 
 asyncio's own servers keep one TLS context forever, and report a connection only after its handshake: no limit
-would apply to connections that never complete it.
+would apply to connections that never complete it.  Without free descriptors they log a traceback for each
+place in their backlog.
 """
 
 from __future__ import annotations
@@ -21,32 +22,21 @@ HANDSHAKE = b"\x16"  # RFC 8446 §5.1: the content type with which every connect
 PAUSE = 1.0  # seconds before accepting again after it failed, for lack of descriptors for example
 
 
-class TLSSite(web.BaseSite):
-    """Serves a listening socket with TLS.
+class PlainSite(web.BaseSite):
+    """Serves a listening socket without TLS."""
 
-    handshake, goodbye: seconds that the handshake and the closing of a connection may take
-    """
+    _scheme = "http"
 
-    def __init__(
-        self,
-        runner: web.BaseRunner,
-        listening: socket.socket,
-        certificates: Certificates,
-        *,
-        handshake: float,
-        goodbye: float,
-    ) -> None:
+    def __init__(self, runner: web.BaseRunner, listening: socket.socket) -> None:
         super().__init__(runner)
+        listening.setblocking(False)
         self._listening = listening
-        self._certificates = certificates
-        self._handshake = handshake
-        self._goodbye = goodbye
         self._handshakes: set[asyncio.Task[None]] = set()
 
     @property
     def name(self) -> str:
         host, port = self._listening.getsockname()[:2]
-        return f"https://{host}:{port}"
+        return f"{self._scheme}://{host}:{port}"
 
     async def start(self) -> None:
         await super().start()
@@ -78,6 +68,40 @@ class TLSSite(web.BaseSite):
             self._handshakes.add(task)
             task.add_done_callback(self._handshakes.discard)
             await asyncio.sleep(0)  # sock_accept() does not yield while more connections are queued
+
+    async def _receive(self, client: socket.socket, peer: object) -> None:
+        """Serve a client, or close the connection."""
+        assert self._runner.server is not None
+        connection = self._runner.server()
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, client)
+        except BaseException as error:
+            client.close()
+            if not isinstance(error, OSError):
+                raise
+
+
+class TLSSite(PlainSite):
+    """Serves a listening socket with TLS.
+
+    handshake, goodbye: seconds that the handshake and the closing of a connection may take
+    """
+
+    _scheme = "https"
+
+    def __init__(
+        self,
+        runner: web.BaseRunner,
+        listening: socket.socket,
+        certificates: Certificates,
+        *,
+        handshake: float,
+        goodbye: float,
+    ) -> None:
+        super().__init__(runner, listening)
+        self._certificates = certificates
+        self._handshake = handshake
+        self._goodbye = goodbye
 
     async def _receive(self, client: socket.socket, peer: object) -> None:
         """Make the handshake with a client and serve it, or close the connection."""

@@ -1,0 +1,174 @@
+"""What happens while a server starts: processes that are killed, signals, directories that do not do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from structlog.testing import LogCapture
+
+from proxy.cli import main
+from proxy.config.errors import StartError
+from proxy.server import supervisor
+from proxy.web.tls_listener import PlainSite
+from tests.events import Ear
+from tests.test_supervisor import CONFIG, Site
+
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.fixture
+async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    monkeypatch.setattr(supervisor, "WAIT", 0.01)
+    monkeypatch.setattr(supervisor, "LONGEST_WAIT", 0.02)
+    site = Site(tmp_path)
+    yield site
+    for parent in site.parents:
+        await parent.stop()
+
+
+@pytest.mark.clients
+@pytest.mark.errors("worker.died")
+async def test_one_that_is_killed_at_start_is_replaced(
+    site: Site, events: LogCapture, tmp_path: Path
+) -> None:
+    mark = str(tmp_path / "first")
+    parent = site.parent(begin=f"if not os.path.exists({mark!r}): open({mark!r}, 'w'); {DIE}")
+    await parent.start()
+    assert await site.level(parent) == "info"
+    [died] = [each for each in events.entries if each["event"] == "worker.died"]
+    assert "killed by signal 9" in died["status"]
+    assert [each["event"] for each in events.entries].count("worker.replaced") == 1
+
+
+@pytest.mark.clients
+@pytest.mark.errors("worker.died", "keeper.died")
+async def test_one_that_is_always_killed_ends_the_start_if_no_other_serves(site: Site) -> None:
+    parent = site.parent(begin=DIE)
+    spawn = parent._spawn
+
+    async def without_housekeeping(config: Any, role: str) -> asyncio.subprocess.Process:
+        return await spawn(config, "worker")
+
+    parent._spawn = without_housekeeping  # type: ignore[method-assign]
+    with pytest.raises(StartError, match="killed"):
+        await parent.start()
+
+
+@pytest.mark.clients
+@pytest.mark.errors("worker.died")
+async def test_one_that_is_always_killed_does_not_keep_the_others_from_serving(
+    site: Site, events: LogCapture
+) -> None:
+    first = str(site.journal.with_name("first"))
+    # Whoever creates the file serves, and no other.
+    begin = f"""
+    try:
+        open({first!r}, 'x')
+    except FileExistsError:
+        {DIE}
+"""
+    parent = site.parent(begin=begin.strip("\n").removeprefix("    "))
+    await parent.start()
+    assert await site.level(parent) == "info"
+
+
+@pytest.mark.clients
+@pytest.mark.errors("worker.died")
+async def test_sigterm_during_the_start_ends_it(site: Site, events: LogCapture) -> None:
+    parent = site.parent(begin="os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
+    spawn, begun = parent._spawn, []
+
+    async def noted(config: Any, role: str) -> asyncio.subprocess.Process:
+        begun.append(role)
+        return await spawn(config, role)
+
+    parent._spawn = noted  # type: ignore[method-assign]
+    await asyncio.wait_for(main._serve(parent, CONFIG), 30)
+    assert begun.count("worker") == 2  # none is started again
+    assert [each["event"] for each in events.entries] == ["server.stopping"]
+
+
+# Directories
+
+
+def test_a_temporary_directory_with_a_long_path_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    path, lock = supervisor._run_directory()
+    os.close(lock)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path / "4194304.sock"))
+    (path / "4194304.sock").unlink()
+    path.rmdir()
+    assert path.parent == Path("/tmp")
+
+
+@pytest.mark.parametrize("length", range(60, 75))
+def test_every_length_of_the_path_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: int) -> None:
+    found = Path("/tmp") / ("x" * length)
+    found.mkdir()
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(found))
+        path, lock = supervisor._run_directory()
+        os.close(lock)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path / "4194304.sock"))
+        (path / "4194304.sock").unlink()
+        path.rmdir()
+    finally:
+        found.rmdir()
+
+
+def test_a_temporary_directory_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null")
+    with pytest.raises(StartError, match=r"/dev/null: Not a directory: set TMPDIR"):
+        supervisor._run_directory()
+
+
+# Descriptors
+
+
+@pytest.mark.errors("accept.failed")
+@pytest.mark.parametrize("number", [23, 24, 105])
+async def test_without_descriptors_one_event_is_logged_for_each_attempt(
+    events: LogCapture, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    async def handle(request: web.BaseRequest) -> web.Response:
+        return web.Response(body=b"{}")
+
+    runner = web.ServerRunner(web.Server(handle))
+    await runner.setup()
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    accept, failing = socket.socket.accept, True
+
+    def failed(listening: socket.socket) -> Any:
+        if failing:
+            raise OSError(number, os.strerror(number))
+        return accept(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", failed)
+    monkeypatch.setattr("proxy.web.tls_listener.PAUSE", 0.0)
+    ear = Ear()
+    site = PlainSite(runner, listening)
+    await site.start()
+    reader, writer = await asyncio.open_connection(*listening.getsockname())
+    assert (await ear.heard("accept.failed"))["error"] == os.strerror(number)
+    failing = False
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+    await writer.wait_closed()
+    await runner.cleanup()
+    listening.close()
+    assert {each["event"] for each in events.entries} == {"accept.failed"}

@@ -170,11 +170,11 @@ class Store(Registry):
         visible: Callable[[str], bool] = everything,
     ) -> Descriptor:
         if source is None:
-            source = await asyncio.to_thread(self._showing, digest, visible)
+            source = await asyncio.to_thread(self._repository_with, digest, visible)
         await self.resolve_blob(source, digest)
         return await self.link(repository, digest)
 
-    def _showing(self, digest: Digest, visible: Callable[[str], bool]) -> str:
+    def _repository_with(self, digest: Digest, visible: Callable[[str], bool]) -> str:
         for repository in self.records.groups(LINK.prefix()):
             if self.records.get(LINK.key(repository, digest)) is not None and visible(repository):
                 return repository

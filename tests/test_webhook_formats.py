@@ -159,7 +159,7 @@ def test_a_source_is_a_uri_reference_whatever_the_machine_is_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "a machine/ü")
-    source = EventSource.here(5000, "x")
+    source = EventSource.of_this_process(5000, "x")
     found = json.loads(render(PUSH, "cloudevents", source)[1])["source"]
     assert re.fullmatch(r"//[A-Za-z0-9%._:-]+/local", found)
 

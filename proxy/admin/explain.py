@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from proxy.admin.inventory import Inventory, Measured, finite
+from proxy.admin.inventory import Inventory, Measured, finite_or_none
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import HostRow, RefusalRow, Verdict, Why
 from proxy.config.hosts import canonical_host, without_port
@@ -52,7 +52,7 @@ class Explainer:
         use = self._usage.use(repository, reference)
         pin = self._pins.of(repository, reference)
         offline = config.offline or namespace.offline
-        hosts = worst([each for each in upstreams if each.namespace == image.namespace])
+        hosts = host_rows([each for each in upstreams if each.namespace == image.namespace])
         verdict, because = self._verdict(image, pointer, measured, offline, hosts)
         return Why(
             asked=image.text,
@@ -61,9 +61,9 @@ class Explainer:
             reference=str(reference),
             qualified=self._qualified(image),
             fresh_rule=self._fresh_rule(image.namespace, tag) if cached and tag is not None else None,
-            fresh_for=finite(namespace.fresh_for_tag(tag)) if cached and tag is not None else None,
+            fresh_for=finite_or_none(namespace.fresh_for_tag(tag)) if cached and tag is not None else None,
             keep_rule=self._keep_rule(repository),
-            keep_for=finite(config.keep_for(repository)) if cached else None,
+            keep_for=finite_or_none(config.keep_for(repository)) if cached else None,
             pin=pin.pattern if pin else None,
             digest=None if digest is None or (tag is None and measured.media_type is None) else str(digest),
             stored=measured.media_type is not None,
@@ -141,7 +141,7 @@ class Explainer:
         return "disk.keep_for" if namespace.keep_for is None else f"namespaces.{name}.keep_for"
 
 
-def worst(states: Sequence[UpstreamState]) -> list[HostRow]:
+def host_rows(states: Sequence[UpstreamState]) -> list[HostRow]:
     """One row for each host, as seen by the process that pauses it for the longest time."""
     found: dict[tuple[str, str], UpstreamState] = {}
     for each in states:

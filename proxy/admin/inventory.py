@@ -165,7 +165,7 @@ class Inventory:
             return 0.0  # it is stale
         if self._config.offline or namespace.offline or namespace.store is not None:
             return None
-        return finite(pointer.validated_at + namespace.fresh_for_tag(reference))
+        return finite_or_none(pointer.validated_at + namespace.fresh_for_tag(reference))
 
     # One image
 
@@ -311,6 +311,6 @@ def _name(row: ImageRow) -> tuple[str, str, str]:
     return (row.repository, ":", row.tag) if row.tag is not None else (row.repository, "@", row.digest)
 
 
-def finite(number: float) -> float | None:
+def finite_or_none(number: float) -> float | None:
     """The number, or None for infinity, which JSON cannot express."""
     return None if number == float("inf") else number

@@ -113,14 +113,14 @@ class Readiness:
             without_image = missing_platforms(content, platforms)
             for child in selected(content, platforms):
                 check.walk(child.digest, child.platform, size=child.size)
-        here, known = check.check_referrers() if referrers else (0, 0)
+        stored, known = check.check_referrers() if referrers else (0, 0)
         missing = list(check.missing.values())
         return msgspec.structs.replace(
             row,
             state="partial" if missing or without_image else "complete",
             missing=missing,
             lacking=without_image,
-            referrers=here,
+            referrers=stored,
             referrers_known=known,
         )
 

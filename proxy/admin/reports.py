@@ -155,7 +155,7 @@ class RefusalRow(Model, frozen=True):
 
 
 class HostRow(Model, frozen=True):
-    """A host of an upstream, as reported by the process in which it fares worst.
+    """A host of an upstream, as reported by the process in which its state is the worst.
 
     See proxy.admin.processes.UpstreamState.
     """

@@ -59,16 +59,16 @@ class Warmer:
 
 
 def _row(found: ReadyRow, done: RefreshResult | None, error: RegistryError | None) -> WarmRow:
-    here = found.state == "complete" and not isinstance(error, Unsupported)
+    complete = found.state == "complete" and not isinstance(error, Unsupported)
     reason, code = (None, None) if error is None else (str(error) or error.code, error.code)
-    if error is None and not here:
+    if error is None and not complete:
         reason, code = incomplete(found), "INCOMPLETE"
     return WarmRow(
         asked=found.asked,
         repository=found.repository,
         reference=found.reference,
         digest=found.digest,
-        here=here,
+        here=complete,
         manifests=done.manifests if done else 0,
         referrers=done.referrers if done else 0,
         blobs=done.blobs if done else 0,

@@ -81,7 +81,7 @@ class Freshener:
 
     def _planned(self) -> list[tuple[float, str, Reference, Pin]]:
         """All images that are kept fresh, and when each is due."""
-        wanted: dict[tuple[str, Reference], Pin] = {}
+        pinned: dict[tuple[str, Reference], Pin] = {}
         for pin in self._pins.list():
             if pin.keep_fresh is None:
                 continue
@@ -89,13 +89,13 @@ class Freshener:
             with suppress(NameInvalid, TagInvalid, DigestInvalid):  # such a pin matches nothing
                 found |= {pin.exact} if pin.exact else set()
             for each in found:
-                wanted[each] = _both(wanted[each], pin) if each in wanted else pin
-        for unpinned in self._failed.keys() - wanted.keys():
+                pinned[each] = _both(pinned[each], pin) if each in pinned else pin
+        for unpinned in self._failed.keys() - pinned.keys():
             self._failed.pop(unpinned, None)
         return sorted(
             (
                 (self._due_at(repository, reference, pin), repository, reference, pin)
-                for (repository, reference), pin in wanted.items()
+                for (repository, reference), pin in pinned.items()
             ),
             key=lambda planned: planned[:3],
         )

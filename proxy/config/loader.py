@@ -207,14 +207,14 @@ def _namespaces(value: Any, path: str) -> dict[str, NamespaceConfig]:
         raise _Fault(path, "is empty; leave the key out to use the well-known registries")
     namespaces = {}
     for name, item in items:
-        here = _join(path, name)
+        item_path = _join(path, name)
         if name == DOCKER_HUB and isinstance(item, dict) and item.get("library") is None:
             item = {**item, "library": True}
-        namespace = _build(NamespaceConfig, item, here)
+        namespace = _build(NamespaceConfig, item, item_path)
         if name == DOCKER_HUB:
             aliases = tuple(dict.fromkeys((*namespace.aliases, *DOCKER_HUB_ALIASES)))
             namespace = msgspec.structs.replace(namespace, aliases=aliases)
-        namespaces[_build(Annotated[str, parse_name], name, here)] = namespace
+        namespaces[_build(Annotated[str, parse_name], name, item_path)] = namespace
     return namespaces
 
 

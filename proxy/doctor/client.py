@@ -37,9 +37,9 @@ async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]
     """All checks of the clients below `root`, which should use the server `site`."""
     machine = Machine(site, root)
     found = {name: check(machine) for name, check in CLIENTS.items()}
-    here = [name for name, checks in found.items() if checks]
+    installed = [name for name, checks in found.items() if checks]
     client_checks = [each for checks in found.values() for each in checks]
-    if not here:
+    if not installed:
         message = "no dockerd, containerd, podman or related program is installed"
         advice = "give the root directory of the clients with --root"
         client_checks = [warning("client", str(root), message, advice)]
@@ -49,16 +49,18 @@ async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]
         checks = [await _check_server(session, site)]
         checks += client_checks
         if checks[0].state != "failed":
-            for client in here or [podman.CLIENT]:
+            for client in installed or [podman.CLIENT]:
                 checks.append(await canary.check(session, machine, client, options.canary))
         if options.pull:
-            pulled = [await canary.pull(session, machine, each, options.pull, options.admin) for each in here]
+            pulled = [
+                await canary.pull(session, machine, each, options.pull, options.admin) for each in installed
+            ]
             checks += [each for each in pulled if each is not None]
     return checks
 
 
 def _trust(machine: Machine) -> ssl.SSLContext:
-    """The system's authorities, the given one, and those that clients here have for the server."""
+    """The system's authorities, the given one, and those that installed clients have for the server."""
     context = ssl.create_default_context()
     if machine.site.ca:
         context.load_verify_locations(cadata=machine.site.ca)

@@ -134,7 +134,7 @@ def _check_entry(
         fault = f"{path}: capabilities have no {' and no '.join(missing)}: {what}"
     elif ours.override_path and not ours.url.path.startswith("/v2"):
         fault = f"{path}: with override_path, the path must begin with /v2, else the server answers 404"
-    elif absent := [each for each in ours.authorities if not _beside(machine, path, each).exists()]:
+    elif absent := [each for each in ours.authorities if not _resolve(machine, path, each).exists()]:
         fault = f"{path}: {absent[0]}, which its ca names, does not exist"
     if fault:
         yield failed("configuration", subject, fault, f"{machine.setup_command(CLIENT)} --force")
@@ -145,7 +145,7 @@ def _check_entry(
         yield ok("configuration", subject, f"{path} names the server first, for tags too")
 
 
-def _beside(machine: Machine, path: Path, name: str) -> Path:
+def _resolve(machine: Machine, path: Path, name: str) -> Path:
     return machine.path(name) if name.startswith("/") else path.parent / name
 
 

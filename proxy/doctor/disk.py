@@ -126,20 +126,20 @@ def file_system(path: Path, mounts: Path = MOUNTS) -> str:
 
 def _check_room(disk: DiskConfig, free: int, whole: int) -> Check:
     path, kept = str(disk.path), disk.min_free.of(whole)
-    said = f"{format_size(free)} of {format_size(whole)} are free"
+    room = f"{format_size(free)} of {format_size(whole)} are free"
     if free <= SPARE:
         return failed(
-            "room", path, f"{said}: pulls are not cached", "free space with entrepot evict --to SIZE"
+            "room", path, f"{room}: pulls are not cached", "free space with entrepot evict --to SIZE"
         )
     if free < kept:
-        message = f"{said}, less than disk.min_free ({format_size(kept)})"
+        message = f"{room}, less than disk.min_free ({format_size(kept)})"
         return warning("room", path, message, "a running server evicts to reach it; else remove other files")
     if disk.cache_limit is not None and disk.cache_limit > whole:
-        message = f"{said}, and disk.cache_limit is {format_size(disk.cache_limit)}"
+        message = f"{room}, and disk.cache_limit is {format_size(disk.cache_limit)}"
         return warning(
             "room", path, message, "set it below the size of the disk; now only min_free has an effect"
         )
-    return ok("room", path, f"{said}; disk.min_free keeps {format_size(kept)} free")
+    return ok("room", path, f"{room}; disk.min_free keeps {format_size(kept)} free")
 
 
 def _check_inodes(path: str, free: int, whole: int) -> Check:

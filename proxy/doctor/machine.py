@@ -27,8 +27,8 @@ class Machine:
 
     def has(self, program: str, directory: str) -> bool:
         """Whether a client is installed: its program or its configuration directory exists."""
-        here = self.root == Path("/") and shutil.which(program) is not None
-        return here or self.path(directory).is_dir()
+        in_path = self.root == Path("/") and shutil.which(program) is not None
+        return in_path or self.path(directory).is_dir()
 
     def path(self, path: str) -> Path:
         return self.root / path.lstrip("/")

@@ -18,8 +18,8 @@ Tables = dict[str, Mapping[str, Any]]  # [[registry]] by prefix
 
 def check(machine: Machine) -> list[Check]:
     """All checks; none if none of these clients is installed."""
-    here = any(machine.has(each, CONTAINERS) for each in ("podman", "skopeo", "buildah", "crio"))
-    return list(_checks(machine)) if here else []
+    installed = any(machine.has(each, CONTAINERS) for each in ("podman", "skopeo", "buildah", "crio"))
+    return list(_checks(machine)) if installed else []
 
 
 def _checks(machine: Machine) -> Iterator[Check]:
@@ -28,29 +28,29 @@ def _checks(machine: Machine) -> Iterator[Check]:
     except InvalidFile as error:
         yield failed("configuration", CLIENT, f"{error}: no pull works with it", "fix it by hand")
         return
-    direct, bypassed, right = [], [], []
+    direct, bypassed, mirrored = [], [], []
     for name in machine.site.namespaces:
         table = tables.get(name)
-        place = None if table is None else _find_server(machine, name, table)
-        if table is None or place is None:
+        server = None if table is None else _find_server(machine, name, table)
+        if table is None or server is None:
             direct.append(name)
-        elif fault := _find_fault(machine, name, table, place):
+        elif fault := _find_fault(machine, name, table, server):
             yield failed("configuration", f"{CLIENT}, {name}", fault, machine.setup_command(CLIENT))
         else:
-            right.append(name)
-            if place is not table:
+            mirrored.append(name)
+            if server is not table:
                 bypassed.append(name)
-            yield from _check_scope(machine, name, table, place)
-    if right:
-        yield ok("configuration", CLIENT, f"{', '.join(right)}: pulled through the server")
+            yield from _check_scope(machine, name, table, server)
+    if mirrored:
+        yield ok("configuration", CLIENT, f"{', '.join(mirrored)}: pulled through the server")
     if bypassed:
         yield machine.bypass_check(CLIENT, f"if the server fails, podman asks {', '.join(bypassed)} directly")
     if direct:
         every = len(direct) == len(machine.site.namespaces)
         yield machine.left_out_check(CLIENT, direct, machine.setup_command(CLIENT), every)
     yield from _check_prefixes(machine, tables)
-    if beside := [each for each in searched if each not in machine.site.namespaces]:
-        message = f"a name without a registry is searched in {', '.join(beside)}, without the server"
+    if unmirrored := [each for each in searched if each not in machine.site.namespaces]:
+        message = f"a name without a registry is searched in {', '.join(unmirrored)}, without the server"
         advice = "keep only mirrored registries in unqualified-search-registries of registries.conf"
         yield warning("unqualified", CLIENT, message, advice)
 
@@ -71,8 +71,8 @@ def read(machine: Machine) -> tuple[Tables, list[str]]:
             raise InvalidFile(f"{path}: registry is not an array of tables")
         # A later file replaces the table of an earlier one with the same prefix.
         tables |= {str(each.get("prefix") or each.get("location", "")): each for each in found}
-        if isinstance(given := tree.get("unqualified-search-registries"), list):
-            searched = [str(each) for each in given]
+        if isinstance(names := tree.get("unqualified-search-registries"), list):
+            searched = [str(each) for each in names]
     return tables, searched
 
 
@@ -100,13 +100,13 @@ def _find_server(machine: Machine, name: str, table: Mapping[str, Any]) -> Mappi
     return None
 
 
-def _find_fault(machine: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]) -> str:
+def _find_fault(machine: Machine, name: str, table: Mapping[str, Any], server: Mapping[str, Any]) -> str:
     """Why podman cannot pull through the server, or ""."""
-    path = str(place.get("location", "")).partition("/")[2]
+    path = str(server.get("location", "")).partition("/")[2]
     bare = name == DOCKER_HUB and machine.site.hub
     if path != name and not (bare and not path):
         return f"its location ends in /{path}, but the path at the server is /{name}"
-    if machine.site.plain and place.get("insecure") is not True:
+    if machine.site.plain and server.get("insecure") is not True:
         return "has no insecure = true, so podman uses https, but the server has no TLS"
     if table.get("blocked") is True:
         return "is blocked, so podman asks neither the registry nor its mirrors"
@@ -114,18 +114,18 @@ def _find_fault(machine: Machine, name: str, table: Mapping[str, Any], place: Ma
 
 
 def _check_scope(
-    machine: Machine, name: str, table: Mapping[str, Any], place: Mapping[str, Any]
+    machine: Machine, name: str, table: Mapping[str, Any], server: Mapping[str, Any]
 ) -> Iterator[Check]:
     mirrors = table.get("mirror", [])
     first = mirrors[0] if isinstance(mirrors, list) and mirrors else table
     subject = f"{CLIENT}, {name}"
-    if table.get("mirror-by-digest-only") is True or place.get("pull-from-mirror") == "digest-only":
+    if table.get("mirror-by-digest-only") is True or server.get("pull-from-mirror") == "digest-only":
         message = "only digests are asked of the server, tags bypass it"
         advice = "remove mirror-by-digest-only and pull-from-mirror"
         yield warning("configuration", subject, message, advice)
-    elif place.get("pull-from-mirror") == "tag-only":
+    elif server.get("pull-from-mirror") == "tag-only":
         yield warning("configuration", subject, "digests bypass the server", "remove pull-from-mirror")
-    elif first is not place:
+    elif first is not server:
         message = (
             f"{first.get('location') if isinstance(first, Mapping) else first} is asked before the server"
         )

@@ -114,7 +114,7 @@ async def _check_listener(session: aiohttp.ClientSession, config: Config, runs: 
     url = local_url("https" if config.tls else "http", config.listen)
     try:
         async with session.get(url / "v2/") as response:
-            theirs, status = response.headers.get("Server", ""), response.status
+            program, status = response.headers.get("Server", ""), response.status
     except aiohttp.ClientConnectorError as error:
         if runs:
             advice = "if listen: was changed, restart the server; or give its file with --config"
@@ -123,9 +123,9 @@ async def _check_listener(session: aiohttp.ClientSession, config: Config, runs: 
     except (aiohttp.ClientError, TimeoutError) as error:
         advice = "check what listens there: ss -ltnp"
         return failed("listen", subject, f"the answer is not HTTP: {cause(error)}", advice)
-    if theirs != "entrepot":
+    if program != "entrepot":
         advice = "check what listens there (ss -ltnp); stop it, or choose another port for listen"
-        return failed("listen", subject, f"another program answers: {theirs or status}", advice)
+        return failed("listen", subject, f"another program answers: {program or status}", advice)
     if config.listen.loopback:
         return ok("listen", subject, f"answers {status}; only this machine can connect")
     return ok("listen", subject, f"answers {status}")

@@ -216,7 +216,7 @@ class Hosted(Registry):
             for tag in tags:
                 if (pointer := Pointer.parse(batch.get(TAG.key(name, tag)))) is not None:
                     self._check_mutable(repository, tag)
-                    self._leases.left(batch, name, pointer.digest)
+                    self._leases.untagged(batch, name, pointer.digest)
             if isinstance(reference, Digest):
                 self._leases.drop(batch, name, reference)
 
@@ -255,7 +255,7 @@ class Hosted(Registry):
         """check_tag() for a transaction that moves the tag: the digest that it had gets a lease."""
         former = self.check_tag(batch, repository, tag, digest)
         if former is not None:
-            self._leases.left(batch, self._full(repository), former)
+            self._leases.untagged(batch, self._full(repository), former)
         return former
 
     def _check_mutable(self, repository: str, tag: Tag) -> None:

@@ -137,13 +137,13 @@ def _merged(piece: Piece, before: str | None) -> str:
     if not isinstance(tree, dict):
         raise Refused("it is not a JSON object, so no keys can be added")
     merged = dict(tree)
-    for key, wanted in json.loads(piece.content).items():
+    for key, values in json.loads(piece.content).items():
         there = tree.get(key, [])
         if not isinstance(there, list):
             raise Refused(f"its {key} is not a list")
         # Clients try the first entry first.
-        if not set(wanted) <= set(map(str, there)):
-            merged[key] = [*wanted, *(each for each in there if each not in wanted)]
+        if not set(values) <= set(map(str, there)):
+            merged[key] = [*values, *(each for each in there if each not in values)]
     if merged == tree:
         return before
     found = _INDENT.match(before)

@@ -93,7 +93,7 @@ class BundleImport:
         whole = await run_in_thread(importer.required)
         moved: list[ImportedTag] = []
         if not options.dry_run:
-            moved = await importer.run(lambda taken: tick(taken, whole))
+            moved = await importer.run(lambda imported: tick(imported, whole))
             await self._settle(moved, options)
         return _imported(layout, importer, moved, options, whole if options.dry_run else importer.bytes)
 
@@ -174,7 +174,7 @@ def _check(archive: Archive, key: Path | None, content: bytes | None, signature:
 
 
 def _imported(
-    layout: Layout, importer: Importer, moved: Sequence[ImportedTag], options: ImportOptions, taken: int
+    layout: Layout, importer: Importer, moved: Sequence[ImportedTag], options: ImportOptions, imported: int
 ) -> BundleImported:
     before = {(each.target.repository, each.tag): each.before for each in moved}
     rows = []
@@ -198,7 +198,7 @@ def _imported(
         references=rows,
         manifests=sum(len(planned.manifests) for planned in importer.repositories),
         blobs=importer.blobs,
-        bytes=taken,
+        bytes=imported,
         verified=options.key is not None,
         dry_run=options.dry_run,
     )

@@ -117,7 +117,7 @@ class Copier:
 
         return await self._retries.persist(attempt)
 
-    async def _there(self, call: Callable[[], Awaitable[Descriptor]]) -> Descriptor | None:
+    async def _existing(self, call: Callable[[], Awaitable[Descriptor]]) -> Descriptor | None:
         try:
             return await self.ask(call)
         except _ABSENT:
@@ -158,7 +158,7 @@ class Copier:
 
     async def _take(self, route: CopyRoute, digest: Digest, signed: bool) -> bool:
         destination, target = self._destination, route.target
-        new = await self._there(lambda: destination.resolve_manifest(target, digest)) is None
+        new = await self._existing(lambda: destination.resolve_manifest(target, digest)) is None
         holder, repository = (route.source, route.repository) if new else (destination, target)
         manifest = await self.ask(lambda: holder.get_manifest(repository, digest))
         content = contents(manifest.content)
@@ -192,7 +192,7 @@ class Copier:
 
     async def _tag(self, route: CopyRoute, digest: Digest, tag: Tag) -> bool:
         destination, target = self._destination, route.target
-        found = await self._there(lambda: destination.resolve_manifest(target, tag))
+        found = await self._existing(lambda: destination.resolve_manifest(target, tag))
         if found is not None and found.digest == digest:
             return False
         if not self._rules.dry_run:
@@ -209,7 +209,7 @@ class Copier:
         async with self._blob_locks.setdefault(blob.digest, asyncio.Lock()):
             if key in self._blobs_present:
                 return False
-            new = await self._there(lambda: self._destination.resolve_blob(*key)) is None
+            new = await self._existing(lambda: self._destination.resolve_blob(*key)) is None
             if not new:
                 self.done.present += 1
             elif await self._mounted(route, blob.digest):
@@ -262,7 +262,7 @@ class Copier:
         for tag in signature_tags(digest):
             if len(tag) > TAG_LIMIT or (route.tags is not None and tag not in route.tags):
                 continue
-            found = await self._there(partial(route.source.resolve_manifest, route.repository, tag))
+            found = await self._existing(partial(route.source.resolve_manifest, route.repository, tag))
             if found is not None:
                 changed |= await self._manifest(route, found.digest, signed=False)
                 changed |= await self._tag(route, found.digest, tag)
@@ -296,7 +296,7 @@ class Copier:
         except UNLISTED:
             pass
         index: dict[str, Any] = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
-        if await self._there(lambda: destination.resolve_manifest(target, tag)) is not None:
+        if await self._existing(lambda: destination.resolve_manifest(target, tag)) is not None:
             found = await self.ask(lambda: destination.get_manifest(target, tag))
             index = msgspec.json.decode(found.content)
             if found.media_type != OCI_INDEX or not isinstance(index.get("manifests"), list):

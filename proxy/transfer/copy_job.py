@@ -91,16 +91,16 @@ class CopyJob:
         )
 
     def _open(self, place: CopySource, end: str, leaving: AsyncExitStack) -> UpstreamRegistry:
-        given = self._endpoints[end]
+        endpoint = self._endpoints[end]
         connect = Connect(
             plain_http=place.plain_http,
-            insecure_skip_verify=given.insecure,
+            insecure_skip_verify=endpoint.insecure,
             # The caller of a command may reach private addresses anyway, unlike the clients of a server.
             private_redirects=True,
         )
         credentials = Credentials()
-        if given.credentials is not None:
-            username, _, password = given.credentials.partition(":")
+        if endpoint.credentials is not None:
+            username, _, password = endpoint.credentials.partition(":")
             credentials = Inline(username, password)
         elif self._auth_file is not None:
             credentials = DockerConfig(self._auth_file)
@@ -150,8 +150,8 @@ def find_auth_file(environ: Mapping[str, str]) -> Path | None:
     """The file in which `podman login` or `docker login` stores credentials, or None if there is none."""
     home = Path(environ.get("HOME", "/"))
     candidates = []
-    if given := environ.get("REGISTRY_AUTH_FILE"):
-        candidates.append(Path(given))
+    if configured := environ.get("REGISTRY_AUTH_FILE"):
+        candidates.append(Path(configured))
     if runtime := environ.get("XDG_RUNTIME_DIR"):
         candidates.append(Path(runtime, "containers", "auth.json"))
     candidates.append(home / ".config" / "containers" / "auth.json")

@@ -62,9 +62,9 @@ class Breaker:
         self, url: str, host: str, limits: Sequence[LimitState] = (), refused: Sequence[Refusal] = ()
     ) -> HostState:
         error = self._error
-        said = None if error is None else str(error)
+        message = None if error is None else str(error)
         seconds = 0.0 if error is None else self._left()
-        return HostState(url, host, error is not None, seconds, said, list(limits), list(refused))
+        return HostState(url, host, error is not None, seconds, message, list(limits), list(refused))
 
     def _left(self) -> float:
         return time_left(self._since, self._seconds, self._clock())

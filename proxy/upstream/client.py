@@ -283,13 +283,13 @@ class UpstreamRegistry(Registry):
         if not tags and (isinstance(reference, Digest) or manifest.digest.algorithm == "sha256"):
             await self._push(repository, str(reference), manifest)
             return manifest.descriptor
-        wanted = dict.fromkeys((reference, *tags) if isinstance(reference, Tag) else tags)
+        all_tags = dict.fromkeys((reference, *tags) if isinstance(reference, Tag) else tags)
         digest = manifest.digest if isinstance(reference, Tag) else reference
         # distribution-spec, end-7b: tags may follow a digest.
-        query = "&".join(f"tag={tag}" for tag in wanted)
-        taken = await self._push(repository, f"{digest}?{query}", manifest)
-        for tag in wanted:
-            if tag not in taken:
+        query = "&".join(f"tag={tag}" for tag in all_tags)
+        confirmed = await self._push(repository, f"{digest}?{query}", manifest)
+        for tag in all_tags:
+            if tag not in confirmed:
                 await self._push(repository, tag, manifest)
         return manifest.descriptor
 
@@ -307,8 +307,8 @@ class UpstreamRegistry(Registry):
         same = stated is None or stated.algorithm != manifest.digest.algorithm or stated == manifest.digest
         if not same and manifest.media_type != DOCKER_SCHEMA1:
             raise OriginFailed(f"{self._name} stored {manifest.digest} of {repository} as {stated}")
-        taken = response.headers.getall("OCI-Tag", ())
-        return {tag.strip() for value in taken for tag in value.split(",")}
+        values = response.headers.getall("OCI-Tag", ())
+        return {tag.strip() for value in values for tag in value.split(",")}
 
     async def delete_manifest(self, repository: str, reference: Reference) -> None:
         await self._delete(repository, f"manifests/{reference}", "manifest")

@@ -257,9 +257,9 @@ class Transport:
 
         `elsewhere` returns the Authorization for a URL at another origin, in place of that in `headers`.
         """
-        given = dict(headers)
+        sent = dict(headers)
         for _ in range(REDIRECTS + 1):
-            response = await self.send(method, url, given, body)
+            response = await self.send(method, url, sent, body)
             location = response.headers.get("Location")
             if response.status not in _MOVED or location is None:
                 return response
@@ -270,9 +270,9 @@ class Transport:
             target = self.target(url, location)
             # The port is compared too: origin() accepts one that is out of range.
             if (target.origin(), target.port) != (url.origin(), url.port):
-                given.pop("Authorization", None)
+                sent.pop("Authorization", None)
                 if elsewhere is not None and (value := await elsewhere(target)):
-                    given["Authorization"] = value
+                    sent["Authorization"] = value
             url = target
         raise OriginFailed(f"{self._name} redirected more than {REDIRECTS} times")
 

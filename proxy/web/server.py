@@ -109,19 +109,19 @@ class DistributionAPI:
 
     def _table(self, pull: Pull, push: Push) -> dict[Endpoint, dict[str, EndpointHandler]]:
         return {
-            Endpoint.BASE: _reading(self._base),
+            Endpoint.BASE: _get_and_head(self._base),
             Endpoint.MANIFEST: {
-                **_reading(pull.manifest),
+                **_get_and_head(pull.manifest),
                 "PUT": push.push_manifest,
                 "DELETE": push.delete_manifest,
             },
-            Endpoint.BLOB: {**_reading(pull.blob), "DELETE": push.delete_blob},
-            Endpoint.TAGS: _reading(pull.tags),
-            Endpoint.REFERRERS: _reading(pull.referrers),
-            Endpoint.CATALOG: _reading(pull.catalog),
+            Endpoint.BLOB: {**_get_and_head(pull.blob), "DELETE": push.delete_blob},
+            Endpoint.TAGS: _get_and_head(pull.tags),
+            Endpoint.REFERRERS: _get_and_head(pull.referrers),
+            Endpoint.CATALOG: _get_and_head(pull.catalog),
             Endpoint.UPLOADS: {"POST": push.start},
             Endpoint.UPLOAD: {
-                **_reading(push.status),
+                **_get_and_head(push.status),
                 "PATCH": push.append,
                 "PUT": push.finish,
                 "DELETE": push.cancel,
@@ -269,7 +269,7 @@ class DistributionAPI:
         )
 
 
-def _reading(handler: EndpointHandler) -> dict[str, EndpointHandler]:
+def _get_and_head(handler: EndpointHandler) -> dict[str, EndpointHandler]:
     return dict.fromkeys(READING, handler)
 
 

@@ -84,7 +84,7 @@ class Dispatcher:
     ) -> None:
         self._queue = queue
         self._run_directory = run_directory
-        source = EventSource.here(port, secrets.token_hex(8))
+        source = EventSource.of_this_process(port, secrets.token_hex(8))
         self._deliveries = []
         for number, each in enumerate(webhooks):
             try:

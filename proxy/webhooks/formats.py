@@ -35,7 +35,7 @@ class EventSource:
     instance: str
 
     @classmethod
-    def here(cls, port: int, instance: str) -> EventSource:
+    def of_this_process(cls, port: int, instance: str) -> EventSource:
         return cls(f"{socket.gethostname()}:{port}", instance)
 
 

@@ -147,7 +147,7 @@ class TarArchive:
         """Find a member, through at most one link: `docker save` links to layers that it wrote before."""
         found = self._members.get(name)
         if found is not None and found.link is not None:
-            found = self._members.get(_beside(name, found.link))
+            found = self._members.get(_resolve_link(name, found.link))
         return None if found is None or found.link is not None else found
 
     def size(self, name: str) -> int | None:
@@ -281,7 +281,7 @@ def digest_of(chunks: Iterable[bytes], algorithm: str = "sha256") -> Digest:
     return Digest.of_hash(found)
 
 
-def _beside(name: str, link: str) -> str:
+def _resolve_link(name: str, link: str) -> str:
     """Resolve the target of the link `name`; an empty string if it is outside of the archive."""
     found = name.split("/")[:-1]
     for each in link.split("/"):

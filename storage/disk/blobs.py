@@ -134,8 +134,8 @@ class BlobFiles:
         if not self.private:
             path.unlink(missing_ok=True)
         elif (aside := self.set_aside(digest, found)) is not None:
-            told = f"{found.st_size} of {size} bytes"
-            log.error("blob.damaged", digest=str(digest), found=told, path=str(aside), action="set aside")
+            sizes = f"{found.st_size} of {size} bytes"
+            log.error("blob.damaged", digest=str(digest), found=sizes, path=str(aside), action="set aside")
 
     def touch(self, digest: Digest, at: float) -> None:
         """Record a use of a blob that was not opened; does nothing if the blob is not stored."""

@@ -113,8 +113,8 @@ class DiskHealth:
         if known is None:
             log.error("disk.failed", path=str(path), cause=cause, action="pulls go on uncached")
         # An error without a number may have a path in its text.
-        told = cause if not isinstance(error, OSError) or error.strerror else ""
-        return StorageFailed(f"{path}: {cause}", cause=told)
+        public_cause = cause if not isinstance(error, OSError) or error.strerror else ""
+        return StorageFailed(f"{path}: {cause}", cause=public_cause)
 
     def _cause(self, error: Exception) -> str:
         """The cause in words that are the same for files and for SQLite."""

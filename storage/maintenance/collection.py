@@ -282,7 +282,7 @@ class _CollectionRun:
 
     def _collect_files(self) -> None:
         unlinked = Unlinked(self._store, self._young, self._collection.clock(), self._pause)
-        for pack in unlinked.found(self._removable):
+        for pack in unlinked.batches(self._removable):
             if self._dry_run:
                 sizes = [size for digest, size in pack]
             else:

@@ -70,7 +70,7 @@ class Leases:
 
         self._store.records.transaction(work)
 
-    def left(self, batch: Batch, repository: str, digest: str) -> None:
+    def untagged(self, batch: Batch, repository: str, digest: str) -> None:
         """Lease a manifest that loses a tag: it counts as untagged from now on, not since its push."""
         self._take(batch, repository, digest)
 

@@ -292,7 +292,7 @@ class _ScrubRun:
         # This reads all links, which is slow, but only happens if there is damage.
         repositories: list[str] = []
         with suppress(StorageFailed):  # the next request for it fetches it
-            repositories += self._linking(digest)
+            repositories += self._linking_repositories(digest)
         log.error(
             "blob.damaged",
             digest=str(digest),
@@ -306,7 +306,7 @@ class _ScrubRun:
             remove_damaged(path, self._scrub.kept)
         return repositories if moved else []
 
-    def _linking(self, digest: Digest) -> Iterator[str]:
+    def _linking_repositories(self, digest: Digest) -> Iterator[str]:
         for key, _ in self._records.scan(LINK.prefix()):
             repository, linked = LINK.parse(key)
             if linked == digest:
@@ -356,11 +356,11 @@ class _ScrubRun:
             if self._records.get(key) is None:
                 # Unless it was deleted since it was listed.
                 lost += [(f"{kind.name}.unreadable", key)] * self._records.holds(key)
-            elif kind is LINK and self._missing(key):
+            elif kind is LINK and self._names_missing_blob(key):
                 lost.append(("blob.missing", key))
         return lost
 
-    def _missing(self, key: str) -> bool:
+    def _names_missing_blob(self, key: str) -> bool:
         digest = Digest(LINK.parse(key)[1])
         if digest in self._aside or self._files.holds(digest):
             return False

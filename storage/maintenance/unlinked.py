@@ -45,7 +45,7 @@ class Unlinked:
         self._begun = begun
         self._pause = pause
 
-    def found(self, but: Collection[str] = ()) -> Iterator[list[Found]]:
+    def batches(self, but: Collection[str] = ()) -> Iterator[list[Found]]:
         """The unlinked blobs in batches; links whose keys are in `but` are ignored."""
         return batches(self._each(but), PACK)
 

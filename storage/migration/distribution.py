@@ -110,7 +110,7 @@ class DistributionTree:
 
     def manifest(self, repository: str, digest: Digest) -> Manifest:
         """Read and verify a manifest.  Raises Absent."""
-        path = self._shown(repository, Path("_manifests", "revisions"), digest)
+        path = self._linked_file(repository, Path("_manifests", "revisions"), digest)
         with suppress(OSError):
             if path.stat().st_size > MANIFEST_LIMIT:
                 raise Absent(f"it has {path.stat().st_size} bytes, more than a manifest may have")
@@ -124,9 +124,9 @@ class DistributionTree:
 
     def blob(self, repository: str, digest: Digest) -> Path:
         """The path of the file with its content, which is not verified.  Raises Absent."""
-        return self._shown(repository, Path("_layers"), digest)
+        return self._linked_file(repository, Path("_layers"), digest)
 
-    def _shown(self, repository: str, kind: Path, digest: Digest) -> Path:
+    def _linked_file(self, repository: str, kind: Path, digest: Digest) -> Path:
         link = self._of(repository) / kind / digest.algorithm / digest.encoded / "link"
         target = _linked(link)
         data = self.root / "blobs" / target.algorithm / target.encoded[:2] / target.encoded / "data"

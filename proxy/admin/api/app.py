@@ -112,9 +112,9 @@ class Summaries(MemoryCache):
 def check(request: web.Request, token: str | None, loopback: bool) -> None:
     """Raise HTTPException for a request that may not use the API."""
     if token is not None:
-        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        kind, _, credential = request.headers.get("Authorization", "").partition(" ")
         # As bytes: compare_digest accepts only ASCII text.
-        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
+        same = hmac.compare_digest(credential.strip().encode("utf-8", "replace"), token.encode())
         if kind.lower() != "bearer" or not same:
             headers = {"WWW-Authenticate": 'Bearer realm="entrepot"'}
             raise web.HTTPUnauthorized(reason="the admin API needs the token: admin_token", headers=headers)

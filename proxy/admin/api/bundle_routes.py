@@ -73,7 +73,7 @@ class BundleRoutes:
 
     async def import_(self, request: web.Request) -> web.StreamResponse:
         fields = query(request, name="", pin="false", dry_run="false")
-        given = ImportOptions(fields["name"] or None, _flag(fields, "pin"), None, _flag(fields, "dry_run"))
+        options = ImportOptions(fields["name"] or None, _flag(fields, "pin"), None, _flag(fields, "dry_run"))
         if request.content_type not in (TAR, GZIP):
             raise web.HTTPUnsupportedMediaType(reason=f"expected Content-Type: {TAR}, or {GZIP}")
         if "Content-Encoding" in request.headers:
@@ -81,7 +81,7 @@ class BundleRoutes:
             raise web.HTTPUnsupportedMediaType(reason="expected the archive without Content-Encoding")
         spooled = await self._spooled(request)
         try:
-            return in_json(await self._imports.import_spooled(spooled, "the archive", given))
+            return in_json(await self._imports.import_spooled(spooled, "the archive", options))
         finally:
             self._changed()  # also after a failure half-way
 

@@ -84,11 +84,11 @@ class AdminClient:
 
     async def send(self, operation: Operation, parameters: msgspec.Struct) -> Any:
         """The answer to one operation."""
-        given = msgspec.structs.asdict(parameters)
+        arguments = msgspec.structs.asdict(parameters)
         if operation.method == "GET":
-            query = {name: str(value) for name, value in given.items()}
+            query = {name: str(value) for name, value in arguments.items()}
             return await self._request(operation.result, "GET", operation.path, query)
-        body = msgspec.json.encode(given)
+        body = msgspec.json.encode(arguments)
         return await self._request(operation.result, operation.method, operation.path, {}, body)
 
     async def import_(

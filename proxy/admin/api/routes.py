@@ -44,9 +44,9 @@ class Api:
     def _handler(self, operation: Operation) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             read = read_query if operation.method == "GET" else read_body
-            given = msgspec.structs.asdict(await read(request, operation.parameters))
+            arguments = msgspec.structs.asdict(await read(request, operation.parameters))
             try:
-                found = await getattr(self._operations, operation.name)(**given)
+                found = await getattr(self._operations, operation.name)(**arguments)
             finally:
                 if operation.changes:
                     self._changed()  # also after a failure half-way
@@ -90,9 +90,9 @@ def query(request: web.Request, **known: str | None) -> dict[str, str]:
 async def read_query(request: web.Request, form: type[T]) -> T:
     """The query as a struct.  Raises FieldInvalid."""
     fields = msgspec.structs.fields(form)
-    given = query(request, **{each.name: None if each.required else str(each.default) for each in fields})
+    arguments = query(request, **{each.name: None if each.required else str(each.default) for each in fields})
     try:
-        return msgspec.convert(given, form, strict=False)
+        return msgspec.convert(arguments, form, strict=False)
     except msgspec.ValidationError as error:
         raise _field_invalid(error) from None
 

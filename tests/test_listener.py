@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from proxy.web import backlog, listener
 from tests.conftest import Serve, Site
+from tests.distribution import code
 from tests.events import Ear
 from tests.upstream import Upstream
 from tests.wire import connect
@@ -108,6 +110,103 @@ async def test_slow_clients_that_take_something_are_not_cut_off(serve: Serve, up
         await wire.send(f"GET /v2/alpine/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert (await wire.head())[0] == 200
         assert await wire.read(len(content)) == content
+
+
+STORE = {"local": {"store": {}}}
+LARGE = "/v2/local/app/manifests/large"
+
+
+async def push(site: Site, content: bytes, path: str = LARGE) -> None:
+    headers = {"Content-Type": "application/vnd.example.large"}
+    async with site.request("PUT", path, data=content, headers=headers) as response:
+        assert response.status == 201
+
+
+@pytest.mark.parametrize("size", [300_000, 4_000_000])
+async def test_a_client_that_takes_nothing_of_a_manifest_is_cut_off(
+    serve: Serve, upstream: Upstream, size: int
+) -> None:
+    site = await serve(upstream, more=STORE, top={"limits": {"client_timeout": "200ms"}})
+    await push(site, content := os.urandom(size))
+    ear = Ear()
+    async with connect(site.url, buffer=4 << 10) as wire:
+        await wire.send(f"GET {LARGE} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (await ear.heard("client.cut_off"))["reason"] == "it took nothing"
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+    assert (await site.get(LARGE))[2] == content
+
+
+async def test_a_client_that_takes_nothing_of_a_list_is_cut_off(serve: Serve, upstream: Upstream) -> None:
+    names = [f"{number:0100}" for number in range(10_000)]
+    for name in names:
+        upstream.image("library/alpine", name)
+    site = await serve(upstream, top={"limits": {"client_timeout": "200ms"}})
+    path = "/v2/library/alpine/tags/list"
+    assert (await site.get(path))[0] == 200
+    ear = Ear()
+    async with connect(site.url, buffer=4 << 10) as wire:
+        await wire.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await ear.heard("client.cut_off")
+        with pytest.raises(ConnectionResetError):
+            await wire.rest()
+
+
+async def test_a_client_that_takes_nothing_of_many_small_responses_is_cut_off(
+    serve: Serve, upstream: Upstream
+) -> None:
+    site = await serve(upstream, top={"limits": {"client_timeout": "200ms"}})
+    ear = Ear()
+    async with connect(site.url, buffer=4 << 10) as wire:
+        asking = asyncio.create_task(wire.send(PING * 100_000))
+        await ear.heard("client.cut_off")
+        with pytest.raises(ConnectionError):
+            await wire.rest()
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+async def test_a_slow_client_gets_all_of_a_large_body(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream, more=STORE, top={"limits": {"client_timeout": "2s"}})
+    contents = [os.urandom(size) for size in ((64 << 10) - 1, 64 << 10, (64 << 10) + 1, 3_000_000)]
+    for number, content in enumerate(contents):
+        await push(site, content, f"{LARGE}{number}")
+    async with connect(site.url, buffer=16 << 10) as wire:
+        for number, content in enumerate(contents):
+            reply = await wire.ask("HEAD", f"{LARGE}{number}")
+            assert reply.headers["Content-Length"] == str(len(content))
+            reply = await wire.ask("GET", f"{LARGE}{number}")
+            assert (reply.status, reply.body) == (200, content)
+            assert "Docker-Content-Digest" in reply.headers
+            assert "X-Request-Id" in reply.headers
+        reply = await wire.ask("GET", f"{LARGE}3", "Connection: close")
+        assert (reply.status, reply.body) == (200, contents[3])
+        assert await wire.rest() == b""
+
+
+async def test_what_waits_for_slow_clients_is_bounded(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "MOST_WAITING", 9_000_000)
+    monkeypatch.setattr(backlog, "PATIENT", 0.0)
+    site = await serve(upstream, more=STORE)
+    await push(site, content := os.urandom(4_000_000))
+    asked = f"GET {LARGE} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    ear = Ear()
+    async with AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(connect(site.url, buffer=4 << 10)) for _ in range(2)]
+        for wire in wires:
+            await wire.send(asked)
+            await ear.heard("request.served")
+            assert (await wire.head())[0] == 200
+        assert (await site.get(LARGE))[2] == content
+        assert (await ear.heard("client.cut_off"))["reason"] == "too much waits for slow clients"
+        monkeypatch.setattr(backlog, "PATIENT", 1000.0)
+        third = await stack.enter_async_context(connect(site.url, buffer=4 << 10))
+        await third.send(asked)
+        assert (await third.head())[0] == 200
+        status, headers, body = await site.get(LARGE)
+        assert (status, headers["Retry-After"], code(body)) == (503, "1", "UNAVAILABLE")
+        assert (await ear.heard("client.postponed"))["waiting"] == 8_000_000
 
 
 async def test_oversized_and_endless_heads_are_refused(serve: Serve, upstream: Upstream) -> None:

@@ -178,7 +178,10 @@ class ServerProcess:
             self._closing.push_async_callback(await serve_state(self._state, path))
             resume(parts.drill, self._run)
         connections = ConnectionLimits(
-            limits.connections_per_address, limits.request_timeout, limits.idle_timeout
+            limits.connections_per_address,
+            limits.request_timeout,
+            limits.idle_timeout,
+            limits.client_timeout,
         )
         # aiohttp takes 0 for no limit.
         runner = web.ServerRunner(

@@ -1,13 +1,15 @@
 """Connections of clients, with limits on their number and on their time.
 
 A connection that has begun a request must complete the request's head in time; a new connection counts as
-having begun one.  Between requests it may idle for a while.  aiohttp limits the size of the head.  Malformed
-HTTP is answered with an error in JSON, without any of its bytes: they may be a password.
+having begun one.  Between requests it may idle for a while.  A client that takes nothing of a response is cut
+off: by send_blob() while it sends a blob, by the Listener in other cases.  aiohttp limits the size of the
+head.  Malformed HTTP is answered with an error in JSON, without any of its bytes: they may be a password.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -20,12 +22,16 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 
+from proxy.web.backlog import Backlog, ClientProgress
 from proxy.web.responses import error_response
+from proxy.web.send import reset
 
 log = structlog.get_logger()
 
 LONGEST_HEADER = 64 << 10  # bytes of a header's line: clients request thousands of ranges at once
 LONGEST_HEAD = 256 << 10  # bytes of the head of a request
+PIECE = 64 << 10  # bytes of a large body that are handed to the transport at once
+MOST_WAITING = 64 << 20  # bytes of large bodies that may wait for slow clients
 LINGER = 2.0  # seconds in which the rest of a refused request may arrive
 ON_ITS_WAY = 1.0  # seconds in which the head of a request must arrive after the server began to stop
 
@@ -39,12 +45,13 @@ class ConnectionLimits:
     connections_per_address: int = 1000
     request_timeout: float = 30.0
     idle_timeout: float = 75.0
+    client_timeout: float = math.inf  # for taking nothing of a response
 
 
 class Connection(web.RequestHandler):
     """A connection of a client, which a Listener serves."""
 
-    __slots__ = ("_head", "_lost", "_malformed", "address", "begun")
+    __slots__ = ("_head", "_lost", "_malformed", "_progress", "address", "begun")
 
     def __init__(self, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -54,6 +61,7 @@ class Connection(web.RequestHandler):
         self._head = 0  # bytes of a request's head that have arrived; 0 when the head is complete
         self._malformed = False
         self._lost = asyncio.Event()
+        self._progress = ClientProgress()
 
     def enter(self, peer: object) -> bool:
         """Count the connection, and return whether it is admitted.
@@ -102,6 +110,19 @@ class Connection(web.RequestHandler):
         if transport is not None and transport.get_extra_info("sslcontext") is not None:
             transport.abort()
 
+    def stuck(self, now: float, patience: float) -> bool:
+        """Whether the client has taken nothing of a response for so long, except while a handler runs."""
+        if self.transport is None:
+            return False
+        idle = self._progress.idle(self.transport.get_extra_info("socket"), now)
+        return idle > patience and self._current_request is None
+
+    def cut_off(self, reason: str) -> None:
+        """Reset the connection, so that the client does not take a part of a response for all of it."""
+        log.info("client.cut_off", client=self.address, reason=reason)
+        if self.transport is not None:
+            reset(self.transport, self.transport.get_extra_info("socket"))
+
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         # aiohttp waits for the handler twice, `timeout` each time, before it cancels it.
         await super().shutdown(None if timeout is None else timeout / 2)
@@ -131,6 +152,11 @@ class Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
+        body = resp.body if isinstance(resp, web.Response) else None
+        large = isinstance(body, bytes) and len(body) > PIECE and request.method != "HEAD"
+        body = None  # _finish_large() alone holds it
+        if large and self.transport is not None:
+            return await self._finish_large(request, cast(web.Response, resp), start_time)
         result = await super().finish_response(request, resp, start_time)
         if self._malformed and self.transport is not None and self.transport.can_write_eof():
             # Closing with unread bytes would reset the connection, and the client could lose the response.
@@ -139,6 +165,34 @@ class Connection(web.RequestHandler):
                 async with asyncio.timeout(LINGER):
                     await self._lost.wait()
         return result
+
+    async def _finish_large(
+        self, request: web.BaseRequest, response: web.Response, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send a large body piece by piece: of all at once, the transport would hold a copy."""
+        backlog = cast(Listener, self._manager).backlog
+        connection = cast(asyncio.Transport, self.transport).get_extra_info("socket")
+        reason = "too much waits for slow clients"
+        body = backlog.add(cast(bytes, response.body), connection, lambda: self.cut_off(reason))
+        response.body = None
+        if body is None:
+            log.info("client.postponed", client=self.address, waiting=backlog.size)
+            refusal = error_response("UNAVAILABLE", "too many clients are slow", 503, {"Retry-After": "1"})
+            refusal.force_close()
+            return await super().finish_response(request, refusal, start_time)
+        streamed = web.StreamResponse(status=response.status, headers=response.headers)
+        streamed.content_length = size = len(body.content)
+        if not response.keep_alive and response.keep_alive is not None:
+            streamed.force_close()
+        try:
+            await streamed.prepare(request)
+            for start in range(0, size, PIECE):
+                await streamed.write(body.content[start : start + PIECE])
+            return await super().finish_response(request, streamed, start_time)
+        except ConnectionError:
+            return streamed, True
+        finally:
+            backlog.remove(body)
 
     def log_exception(self, *args: Any, exc_info: Any = None, **kwargs: Any) -> None:
         """Log an exception that aiohttp has caught: without a traceback if a client caused it."""
@@ -170,6 +224,7 @@ class Listener(web.Server):
         self._encrypted = encrypted
         self._limits = limits
         self._addresses: Counter[str] = Counter()
+        self.backlog = Backlog(MOST_WAITING, self._loop.time)
         self._closing = False
         self._settled = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -209,12 +264,14 @@ class Listener(web.Server):
 
     def _sweep(self) -> None:
         """Close overdue connections, periodically: a timer for each request would cost too much."""
-        limit = self._limits.request_timeout
+        limit, patience = self._limits.request_timeout, self._limits.client_timeout
         now = self._loop.time()
         for connection in cast(list[Connection], self.connections):
             if connection.begun is not None and now - connection.begun > limit:
                 connection.dismiss()
-        self._sweeper = self._loop.call_later(limit / 4, self._sweep)
+            elif connection.stuck(now, patience):
+                connection.cut_off("it took nothing")
+        self._sweeper = self._loop.call_later(min(limit, patience) / 4, self._sweep)
 
     # Shutdown
 

@@ -22,6 +22,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from proxy.telemetry.exchange import Exchange
+from proxy.web.backlog import taken as _taken
 from storage.errors import RegistryError, StorageFailed
 from storage.oci import Span
 from storage.registry import Blob, OnDisk
@@ -143,7 +144,7 @@ class _Sender:
                 continue
             await self._put(writer, bytes(batch))
             batch = bytearray()
-            await self._write(writer, span)
+            await self._send(writer, span)
         await self._put(writer, bytes(batch) + closing)
         self._exchange.bytes += content
 
@@ -301,13 +302,6 @@ async def _ready(blob: OnDisk, position: int, stop: int) -> int:
 async def _written(writer: AbstractStreamWriter, chunk: bytes) -> None:
     await writer.write(chunk)
     await writer.drain()
-
-
-def _taken(connection: Any) -> int:
-    """Return how many bytes the client has acknowledged: tcpi_bytes_acked of struct tcp_info, tcp(7)."""
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-    (number,) = struct.unpack_from("=Q", info, 120)
-    return int(number)
 
 
 def _sendfile(client: int, file: int, position: int, stop: int) -> int:

@@ -124,11 +124,11 @@ class Registry:
         self, repository: str, size: int | None = None, algorithm: str = "sha256"
     ) -> Upload:
         """Start an upload of `size` bytes, if that is known; `algorithm` is that of its digest."""
-        raise Unsupported("this registry takes no pushes")
+        raise Unsupported("this registry does not accept pushes")
 
     async def resume_upload(self, repository: str, id: str) -> Upload:
         """Resume an upload that any process suspended.  Raises BlobUploadUnknown."""
-        raise Unsupported("this registry takes no pushes")
+        raise Unsupported("this registry does not accept pushes")
 
     async def mount_blob(
         self,
@@ -142,7 +142,7 @@ class Registry:
         Without `source`, any repository will do that is `visible` to the client: knowing a digest is not a
         permission.  Raises BlobUnknown, NameUnknown.
         """
-        raise Unsupported("this registry takes no pushes")
+        raise Unsupported("this registry does not accept pushes")
 
     async def push_manifest(
         self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
@@ -151,15 +151,15 @@ class Registry:
 
         Raises ManifestInvalid, ManifestBlobUnknown, DigestInvalid.
         """
-        raise Unsupported("this registry takes no pushes")
+        raise Unsupported("this registry does not accept pushes")
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         """Remove a blob from the repository.  Raises NameUnknown, BlobUnknown."""
-        raise Unsupported("this registry deletes nothing")
+        raise Unsupported("this registry does not delete content")
 
     async def delete_manifest(self, repository: str, reference: Reference) -> None:
         """Delete a manifest, or only the tag if a tag is given.  Raises NameUnknown, ManifestUnknown."""
-        raise Unsupported("this registry deletes nothing")
+        raise Unsupported("this registry does not delete content")
 
     async def close(self) -> None:
         """Cancel the work in progress and release all resources."""

@@ -178,7 +178,7 @@ class Store(Registry):
         for repository in self.records.groups(LINK.prefix()):
             if self.records.get(LINK.key(repository, digest)) is not None and visible(repository):
                 return repository
-        raise BlobUnknown(f"no repository shows {digest}")
+        raise BlobUnknown(f"no repository that may be read has {digest}")
 
     def changed(self, batch: Batch, repository: str) -> None:
         """Count a change of tags or manifests, in the transaction that makes the change."""

@@ -449,7 +449,7 @@ async def test_statuses_of_a_realm(
 )
 async def test_what_is_no_token(tokens: TokenCache, realm: Realm, content: bytes) -> None:
     realm.answers = [TokenResponse(200, content)]
-    with pytest.raises(OriginFailed, match="answered no token"):
+    with pytest.raises(OriginFailed, match="answered without a token"):
         await tokens.renew(SCOPE, [BEARER], None)
     assert await tokens.authorization(SCOPE) is None
 

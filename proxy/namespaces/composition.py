@@ -23,7 +23,7 @@ from proxy.cache.keep_fresh import Freshener
 from proxy.cache.policy import Policy
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
-from proxy.config.upstream import UpstreamConfig as UpstreamKeys
+from proxy.config.upstream import UpstreamConfig
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
@@ -257,7 +257,7 @@ class _Composer:
         shares = {name: share_of(upstream.max_fills, self._workers) for name, (_, upstream) in cached}
         return Slots(share_of(self._config.limits.fills, self._workers), shares)
 
-    def _upstreams(self, name: str, upstream: UpstreamKeys) -> list[UpstreamRegistry]:
+    def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
         """One for each URL.  Raises StartError if a file that they need cannot be read."""
         bandwidth = RateLimit(share_of(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
         made = []

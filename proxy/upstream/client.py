@@ -162,7 +162,7 @@ class UpstreamRegistry(Registry):
                     media_type = media_type_of(content)
                 except ManifestInvalid:
                     raise OriginFailed(
-                        f"{self._name} answered for {reference} of {repository} with no manifest"
+                        f"{self._name} sent no manifest for {reference} of {repository}"
                     ) from None
             stated = stated_digest(response)
         if isinstance(reference, Digest):
@@ -206,7 +206,7 @@ class UpstreamRegistry(Registry):
         async for page in self._pages(f"{repository}/tags/list", "tags", repository):
             tags = page.get("tags") if isinstance(page, dict) else ""
             if not isinstance(tags, list | None):  # Distribution sends null for none
-                raise OriginFailed(f"{self._name} answered for the tags of {repository} with no list")
+                raise OriginFailed(f"{self._name} sent no list for the tags of {repository}")
             found.update(tag for tag in tags or () if isinstance(tag, str) and tag > last)
         return sorted(found)[:limit]
 
@@ -234,7 +234,7 @@ class UpstreamRegistry(Registry):
         async for page in self._pages("_catalog", "catalog", also="registry:catalog:*"):
             names = page.get("repositories") if isinstance(page, dict) else ""
             if not isinstance(names, list | None):
-                raise OriginFailed(f"{self._name} answered for its repositories with no list")
+                raise OriginFailed(f"{self._name} sent no list of its repositories")
             found.update(name for name in names or () if isinstance(name, str) and name > last)
         return sorted(found)[:limit]
 

@@ -338,9 +338,9 @@ def _issued(response: TokenResponse, url: URL, anonymous: bool) -> tuple[str, fl
         # Not strict: some realms write expires_in as a string.
         found = msgspec.json.decode(response.content, type=_JSONToken, strict=False)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise OriginFailed(f"{realm} answered no token: {error}") from None
+        raise OriginFailed(f"{realm} answered without a token: {error}") from None
     token = found.token or found.access_token or ""
     if not (token.isascii() and token.isprintable() and token):
-        raise OriginFailed(f"{realm} answered no token")
+        raise OriginFailed(f"{realm} answered without a token")
     lifetime = found.expires_in
     return token, lifetime if lifetime and lifetime > 0 else LIFETIME

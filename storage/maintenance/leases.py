@@ -51,7 +51,7 @@ class Leases:
     def _blob(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:
             if batch.get(LINK.key(repository, digest)) is None:
-                raise BlobUnknown(f"{repository} holds no blob {digest}")
+                raise BlobUnknown(f"{repository} has no blob {digest}")
             self._store.files.renew(digest)
 
         self._store.records.transaction(work)
@@ -65,7 +65,7 @@ class Leases:
     def _manifest(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:
             if batch.get(MANIFEST.key(repository, digest)) is None:
-                raise ManifestUnknown(f"{repository} holds no manifest {digest}")
+                raise ManifestUnknown(f"{repository} has no manifest {digest}")
             self._take(batch, repository, digest)
 
         self._store.records.transaction(work)

@@ -323,7 +323,7 @@ class _RepositoryMigration:
                 self._store.put_link(batch, self.full, blob)
             for child in content.children:
                 if not sparse and batch.get(MANIFEST.key(self.full, child.digest)) is None:
-                    raise ManifestUnknown(f"{self.full} holds {child.digest} no more: migrate it again")
+                    raise ManifestUnknown(f"{self.full} no longer has {child.digest}: migrate it again")
             self._store.put_manifest(batch, self.full, manifest)
         self._store.changed(batch, self.full)
 

@@ -807,6 +807,37 @@ async def test_what_nobody_went_on_with_is_reaped(files: BlobFiles, clock: Clock
     assert files.reap(100) == 2
 
 
+async def test_what_is_being_written_is_not_reaped_when_the_clock_jumps(
+    files: BlobFiles, clock: Clock
+) -> None:
+    fill, push = await files.resume(DIGEST), files.create("a/b")
+    await fill.write(CONTENT[:10])
+    await push.write(CONTENT[:10])
+    async with files.exclusive("a tag"):
+        for path in (*(files.root / "partial").iterdir(), *(files.root / "locks").iterdir()):
+            os.utime(path, (clock.now, clock.now))
+        clock.advance(10 * 86400)
+        assert files.reap(86400) == 0
+        assert BlobFiles(files.root, clock).reap(86400) == 0  # of another process
+        assert len(list((files.root / "locks").iterdir())) == 1
+    await push.suspend()
+    os.utime(files.root / "partial" / push.id, (0, 0))
+    assert files.reap(86400) == 1  # nobody writes it now
+    await fill.write(CONTENT[10:])
+    await fill.commit(DIGEST)
+    assert await read(files.open(DIGEST)) == CONTENT
+
+
+async def test_a_strange_file_is_reaped_unopened(files: BlobFiles, clock: Clock, tmp_path: Path) -> None:
+    (files.root / "partial" / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "target").write_bytes(b"kept")
+    os.utime(tmp_path / "target", (0, 0))
+    os.mkfifo(files.root / "partial" / "pipe")
+    os.utime(files.root / "partial" / "pipe", (0, 0))
+    assert files.reap(100) == 2
+    assert (tmp_path / "target").read_bytes() == b"kept"
+
+
 async def test_check_leaves_nothing(files: BlobFiles) -> None:
     files.check()
     assert partial_files(files) == []

@@ -369,6 +369,20 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, by
     return (directory / "cache.db").read_bytes(), values
 
 
+def test_the_page_cache_of_each_thread_is_bounded(directory: Path) -> None:
+    with closing(Records(directory)) as records:
+        pragma = "PRAGMA cache_size"
+        assert records._do(lambda cache: list(cache._sql(pragma))) == [(-2048,)]
+        for durable in (True, False):  # what is stored in the database does not decide
+            with closing(Records(directory, durable=durable)) as other:
+                assert other._do(lambda cache: list(cache._sql(pragma))) == [(-2048,)]
+    former = sqlite3.connect(directory / "cache.db")
+    with closing(former), former:
+        former.execute("UPDATE Settings SET value = 8192 WHERE key = 'sqlite_cache_size'")
+    with closing(Records(directory)) as records:
+        assert records._do(lambda cache: list(cache._sql(pragma))) == [(-2048,)]
+
+
 @pytest.mark.errors("records.damaged")
 def test_all_but_the_damaged_pages_is_salvaged(directory: Path) -> None:
     values = filled(directory, 3000)

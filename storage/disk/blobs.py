@@ -344,20 +344,41 @@ class BlobFiles:
         self.worked()
 
     def reap(self, age: float) -> int:
-        """Remove partial files and locks that were not modified for `age` seconds; returns how many."""
+        """Remove partial files and locks that were not modified for `age` seconds; returns how many.
+
+        A file that a process has locked is in use, however old the clock says that it is.
+        """
         reaped = 0
         with translated(self._partial):
             for path in (*self._partial.iterdir(), *self._locks.iterdir()):
                 with suppress(FileNotFoundError):
                     if self.clock() - path.stat().st_mtime > age:
-                        path.unlink()
-                        reaped += 1
+                        reaped += _unlink_unlocked(path)
         return reaped
 
 
 def _mark(owner: str) -> str:
     """The part of an upload's id that makes it valid for its owner only."""
     return hashlib.sha256(owner.encode()).hexdigest()[:16]
+
+
+def _unlink_unlocked(path: Path) -> bool:
+    """Remove a file unless a process has locked it; whether it was removed.  Raises OSError."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a symbolic link, or a file of another user: none that we write
+        path.unlink()
+        return True
+    try:
+        # 1. we open  2. its writer takes it up again, and renames it  3. we get the lock, of a stored blob
+        if not try_lock(file) or not leads_to(path, file):
+            return False
+        path.unlink()
+        return True
+    finally:
+        os.close(file)
 
 
 def _runs(pid: int) -> bool:

@@ -42,6 +42,7 @@ AGAIN = 10.0  # seconds between two rebuilds, so that a failing disk does not ke
 AT_START = 0.5  # seconds that opening waits for a rebuild
 BATCH = 500  # records written in one transaction, which blocks all other writers
 POLL = 0.02  # seconds between two attempts to get a lock
+CACHE_KIB = 2048  # SQLite's page cache; the kernel caches the file besides, for all processes at once
 _INLINE = 1 << 30  # bytes; diskcache puts larger values into files, whose loss SQLite does not notice
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
@@ -97,6 +98,8 @@ class _Database(diskcache.Cache):  # type: ignore[misc]
                 cull_limit=0,
                 # A page that is missing in a mapped file raises a signal that kills, not an error.
                 sqlite_mmap_size=0,
+                # KiB, of each thread's connection; diskcache's default is 32 MiB.
+                sqlite_cache_size=-CACHE_KIB,
                 # FULL waits for the disk at each commit; NORMAL may lose the last commits in a power failure.
                 sqlite_synchronous=2 if durable else 1,
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import sync
+from storage.disk.locks import try_lock
 from storage.disk.modes import FILE_MODE
 from storage.disk.uploads import CHUNK
 from storage.errors import DigestInvalid
@@ -83,6 +84,7 @@ class Adoption:
         hashed = hashlib.new(digest.algorithm)
         with self._files.guard(partial, size):
             file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+            try_lock(file)  # so that BlobFiles.reap() sees that it is in use
         try:
             while chunk := os.read(original, CHUNK):
                 hashed.update(chunk)

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
 from storage.archives import archive
 from storage.archives.archive import Archive, open_archive, open_stream, read
@@ -63,6 +64,16 @@ def test_nothing_is_left_of_what_was_decompressed(tmp_path: Path) -> None:
         assert list(spool.iterdir()) == []  # it has no name: it goes with the process
 
 
+def test_frames_of_zstd_are_one_archive(tmp_path: Path) -> None:
+    """pzstd splits what it compresses, and puts a skippable frame before each part."""
+    content = archives.tar(FILES)
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0size"
+    path = tmp_path / "images.tar.zst"
+    path.write_bytes(b"".join(skipped + zstd.compress(each) for each in (content[:900], content[900:])))
+    with closing(open_archive(path, tmp_path)) as opened:
+        assert read(opened, "index.json") == b"{}"
+
+
 def test_a_pipe_is_read(tmp_path: Path) -> None:
     stream = io.BytesIO(gzip.compress(archives.tar(FILES)))
     with closing(open_stream(stream, "standard input", tmp_path)) as opened:
@@ -107,7 +118,10 @@ def test_links_in_a_directory_lead_nowhere(tmp_path: Path) -> None:
     [
         (b"", "is neither a directory nor a tar"),
         (b"x" * 10_000, "is neither a directory nor a tar"),
-        (b"\x28\xb5\x2f\xfd" + b"x" * 1000, "is compressed with zstd"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 1000, "is damaged or truncated"),
+        (zstd.compress(b"x" * 1000), "is neither a directory nor a tar"),
+        (zstd.compress(archives.tar(FILES))[:-5], "is damaged or truncated, at byte "),
+        (zstd.compress(bz2.compress(archives.tar(FILES))), "is compressed with bzip2"),
         (lzma.compress(b"x" * 1000), "is compressed with xz"),
         (bz2.compress(b"x" * 1000), "is compressed with bzip2"),
         (gzip.compress(b"x" * 1000), "is neither a directory nor a tar"),
@@ -117,7 +131,18 @@ def test_links_in_a_directory_lead_nowhere(tmp_path: Path) -> None:
         (archives.tar(FILES)[:2000], "it is truncated"),
     ],
     ids=[
-        *("nothing", "no tar", "zstd", "xz", "bzip2", "gzip of no tar", "gzip twice"),
+        *(
+            "nothing",
+            "no tar",
+            "zstd",
+            "zstd of no tar",
+            "zstd without its end",
+            "bzip2 in zstd",
+            "xz",
+            "bzip2",
+            "gzip of no tar",
+            "gzip twice",
+        ),
         *("gzip without its end", "gzip with other bytes", "tar without its end"),
     ],
 )

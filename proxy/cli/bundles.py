@@ -240,8 +240,8 @@ def import_(
     """Load images from archives.
 
     ARCHIVE is a bundle, another OCI image layout, or the output of docker save: a directory, a tar, or a
-    tar compressed by gzip; - is a tar on standard input. The images keep their names. An archive that is
-    damaged or incomplete moves no tag.
+    tar compressed by gzip or zstd; - is a tar on standard input. The images keep their names. An archive
+    that is damaged or incomplete moves no tag.
 
     With --from-registry-dir, import the content of a Docker registry on this machine. Damaged content is
     listed and left out, with exit status 1. Run it again to import what is new.
@@ -347,6 +347,7 @@ def import_tables(found: results.BundleImported, now: float) -> Sequence[Table]:
     for each in found.references:
         before = "the same" if each.before == each.digest else each.before or ""
         table.add(written(each.repository, each.tag or each.digest), each.digest, before)
+    table.notes += found.notes
     done = "would be imported" if found.dry_run else "imported"
     table.notes.append(
         f"{done} from {found.archive}: {plural(len(found.references), 'reference')},"

@@ -22,7 +22,8 @@ from storage.archives import bundle
 from storage.archives.archive import Archive, open_archive, open_spooled
 from storage.archives.import_plan import ImportPlanner, RootBinding
 from storage.archives.importer import ImportedTag, Importer, ImportTarget
-from storage.archives.layout import Layout, Root, read_layout
+from storage.archives.layout import Layout, Root
+from storage.archives.listing import read_layout
 from storage.concurrency import run_cancellable, run_in_thread
 from storage.disk.records import Batch, Records
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
@@ -201,4 +202,5 @@ def _imported(
         bytes=imported,
         verified=options.key is not None,
         dry_run=options.dry_run,
+        notes=layout.notes,
     )

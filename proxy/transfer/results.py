@@ -72,7 +72,8 @@ class BoundRow(Result, frozen=True):
 class BundleImported(Result, frozen=True):
     """The result of an import.  `blobs` and `bytes` count what was not stored before.
 
-    `verified` means that a key has verified the signature.
+    `verified` means that a key has verified the signature.  `notes` say what of the archive was not
+    imported as it is there.
     """
 
     archive: str
@@ -82,6 +83,7 @@ class BundleImported(Result, frozen=True):
     bytes: int
     verified: bool
     dry_run: bool
+    notes: list[str]
 
 
 class DamageRow(Result, frozen=True):

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -28,12 +29,18 @@ from storage.disk.uploads import CHUNK
 from storage.errors import ArchiveInvalid
 from storage.oci import Digest
 
-GZIP = b"\x1f\x8b"  # how a gzip file begins: RFC 1952 §2.3.1
 DOCUMENT_LIMIT = 16 << 20  # bytes of a document that is read as a whole
 INFLATION_LIMIT = 200  # times the compressed size; layers are compressed already, or tar archives of programs
 INFLATION_FREE = 64 << 20  # inflated bytes before that limit applies
 
-_COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+# How compressed files begin: RFC 1952 §2.3.1; RFC 8878 §3.1, whose frames can follow skippable ones.
+_COMPRESSED = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "xz": re.compile(rb"\xfd7zXZ"),
+    "bzip2": re.compile(rb"BZh"),
+}
+_SUPPORTED = ("gzip", "zstd")
 
 
 class ArchivePart(io.RawIOBase):
@@ -214,19 +221,19 @@ def open_spooled(file: IO[bytes], what: str, spool: Path, tick: Callable[[], Non
     try:
         file.seek(0)
         begun = os.pread(file.fileno(), BLOCK, 0)
-        if begun.startswith(GZIP):
-            plain = _inflated(file, what, spool, tick)
+        if (kind := compression(begun)) in _SUPPORTED:
+            plain = _inflated(file, kind, what, spool, tick)
             file.close()
             file = plain
             begun = os.pread(file.fileno(), BLOCK, 0)
-        for magic, name in _COMPRESSED.items():
-            if begun.startswith(magic):
-                raise ArchiveInvalid(
-                    f"{what} is compressed with {name}, which is not supported: decompress it first"
-                )
+            kind = compression(begun)
         if not is_tar(begun):
+            if kind not in (None, *_SUPPORTED):
+                raise ArchiveInvalid(
+                    f"{what} is compressed with {kind}, which is not supported: decompress it first"
+                )
             raise ArchiveInvalid(
-                f"{what} is neither a directory nor a tar archive, plain or compressed with gzip"
+                f"{what} is neither a directory nor a tar archive, plain or compressed with gzip or zstd"
             )
     except BaseException:
         file.close()
@@ -234,10 +241,15 @@ def open_spooled(file: IO[bytes], what: str, spool: Path, tick: Callable[[], Non
     return TarArchive(file, what)
 
 
-def _inflated(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None]) -> IO[bytes]:
+def compression(begun: bytes) -> str | None:
+    """The name of the compression of a file that begins so; None if it is not compressed."""
+    return next((name for name, magic in _COMPRESSED.items() if magic.match(begun)), None)
+
+
+def _inflated(file: IO[bytes], kind: str, what: str, spool: Path, tick: Callable[[], None]) -> IO[bytes]:
     plain = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115
     try:
-        for chunk in inflated(file, what):
+        for chunk in inflated(file, kind, what):
             tick()
             plain.write(chunk)
         plain.flush()
@@ -247,11 +259,15 @@ def _inflated(file: IO[bytes], what: str, spool: Path, tick: Callable[[], None])
     return plain
 
 
-def inflated(file: IO[bytes] | ArchivePart, what: str) -> Iterator[bytes]:
-    """Decompress gzip, in chunks.  Raises ArchiveInvalid if it is damaged, or a decompression bomb."""
+def inflated(file: IO[bytes] | ArchivePart, kind: str, what: str) -> Iterator[bytes]:
+    """Decompress gzip or zstd, in chunks.
+
+    Raises ArchiveInvalid if it is damaged, a decompression bomb, or of another `kind`.
+    """
     count = 0
+    opened, failures = _decompressor(kind, what)
     try:
-        with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
+        with opened(file) as unpacked:
             while chunk := unpacked.read(CHUNK):
                 count += len(chunk)
                 if count > INFLATION_FREE and count > INFLATION_LIMIT * file.tell():
@@ -259,8 +275,23 @@ def inflated(file: IO[bytes] | ArchivePart, what: str) -> Iterator[bytes]:
                         f"{what}: {file.tell()} bytes of it inflate to {count}: this is no archive of images"
                     )
                 yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except failures as error:
         raise ArchiveInvalid(f"{what} is damaged or truncated, at byte {file.tell()}: {error}") from error
+
+
+def _decompressor(kind: str, what: str) -> tuple[Callable[[Any], Any], tuple[type[Exception], ...]]:
+    """A function that opens a compressed file, and the errors of damaged content."""
+    if kind == "gzip":
+        return lambda file: gzip.GzipFile(fileobj=file, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile)
+    if kind != "zstd":
+        raise ArchiveInvalid(f"{what} is compressed with {kind}, which is not supported")
+    # Imported here: few archives need it.
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    # It refuses windows of more than 128 MiB, so that memory use is bounded.
+    return lambda file: zstd.ZstdFile(file), (EOFError, zstd.ZstdError)
 
 
 def read(archive: Archive, name: str, most: int = DOCUMENT_LIMIT) -> bytes:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from storage.archives.importer import Importer, ImportTarget, RepositoryImport, manifest_of, renew_if_stored
 from storage.archives.layout import Layout, Root
+from storage.archives.saved import check_layers
 from storage.errors import ArchiveInvalid, ManifestInvalid
 from storage.graph import Walk, contents
 from storage.keys import LINK
@@ -126,6 +127,8 @@ class ImportPlanner:
             raise ArchiveInvalid(f"{what} is not a valid {named.media_type}: {error}") from None
         if found.unread:
             raise ArchiveInvalid(f"{what} is a {named.media_type}: what it names cannot be read")
+        if self._layout.contents is None:  # a bundle has what an upstream has
+            check_layers(self._layout, named.digest, found)
         if found.declared not in (None, named.media_type):
             raise ArchiveInvalid(f"{what} has the type {found.declared}, but is listed as {named.media_type}")
         return found

@@ -1,7 +1,6 @@
 """The content of an archive, by digest: bundles, OCI image layouts, and archives written by `docker save`.
 
-Recent versions of `docker save` write an OCI layout and the older manifest.json; the layout is read, since it
-says more.  The older form contains no manifests, so they are generated: see _saved().
+listing.py reads what an archive lists, saved.py the list of docker save.
 """
 
 from __future__ import annotations
@@ -9,27 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from storage.archives.archive import GZIP, Archive, ArchivePart, digest_of, inflated, read
+from storage.archives.archive import Archive, ArchivePart, read
 from storage.archives.bundle import (
-    IMAGE_NAME,
-    INDEX,
-    LAYOUT,
-    REF_NAME,
     BundleContents,
-    BundledManifest,
     blob_name,
-    read_contents,
 )
-from storage.errors import ArchiveInvalid, DigestInvalid, ManifestInvalid
-from storage.names import written
-from storage.oci import MANIFEST_LIMIT, OCI_MANIFEST, Descriptor, Digest, parse_manifest
+from storage.errors import ArchiveInvalid
+from storage.oci import MANIFEST_LIMIT, Descriptor, Digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 SAVED = "manifest.json"
 CONFIG, LAYER = "application/vnd.oci.image.config.v1+json", "application/vnd.oci.image.layer.v1.tar"
@@ -54,12 +44,14 @@ class Root:
 class Layout:
     """The content of an archive by digest.  Methods block, and raise ArchiveInvalid.
 
-    `contents` is the document entrepot.json of a bundle, None for other archives.
+    `contents` is the document entrepot.json of a bundle, None for other archives.  `notes` say what of the
+    archive is not imported as it is.
     """
 
     archive: Archive
     contents: BundleContents | None = None
     roots: list[Root] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     _generated: dict[Digest, bytes] = field(default_factory=dict)
     _parts: dict[Digest, str] = field(default_factory=dict)
 
@@ -90,135 +82,15 @@ class Layout:
             raise ArchiveInvalid(f"{self.what}: {self._part(digest)} is damaged: its content is {found}")
         return content
 
+    def place(self, digest: Digest, name: str) -> None:
+        """Note that the part `name` has the content with this digest."""
+        self._parts[digest] = name
+
+    def generate(self, media_type: str, content: bytes) -> Descriptor:
+        """Add a manifest that the archive does not contain."""
+        descriptor = Descriptor(media_type, Digest.of(content), len(content))
+        self._generated[descriptor.digest] = content
+        return descriptor
+
     def _part(self, digest: Digest) -> str:
         return self._parts.get(digest) or blob_name(digest)
-
-
-def read_layout(archive: Archive, check: Callable[[bytes | None, bytes | None], None]) -> Layout:
-    """Read what an archive lists.
-
-    `check` is called with entrepot.json and its signature, or with None if the archive is not a bundle.
-    Raises ArchiveInvalid, and what `check` raises.
-    """
-    contents = read_contents(archive, check)
-    if contents is not None:
-        return Layout(archive, contents, _roots_of_bundle(archive, contents))
-    check(None, None)
-    if archive.size(INDEX) is not None:
-        return Layout(archive, roots=_roots_of_index(archive))
-    if archive.size(SAVED) is not None:
-        return _saved(archive)
-    raise ArchiveInvalid(
-        f"{archive.what} is not an archive of images: it contains neither {INDEX} nor {SAVED}"
-    )
-
-
-def _roots_of_bundle(archive: Archive, contents: BundleContents) -> list[Root]:
-    roots = [
-        Root(_descriptor(archive, held), held.name, frozenset(held.left_out), held.validated)
-        for held in contents.references
-    ]
-    for each in contents.referrers:
-        roots.append(Root(_descriptor(archive, each), written(each.repository, each.digest), frozenset()))
-    return roots
-
-
-def _descriptor(archive: Archive, named: BundledManifest) -> Descriptor:
-    try:
-        return Descriptor(named.media_type, Digest.parse(named.digest), named.size)
-    except DigestInvalid as error:
-        raise ArchiveInvalid(f"{archive.what}: {named.repository}: {error}") from None
-
-
-def _roots_of_index(archive: Archive) -> list[Root]:
-    if archive.size(LAYOUT) is not None and b'"1.' not in read(archive, LAYOUT, MANIFEST_LIMIT):
-        raise ArchiveInvalid(f"{archive.what}: {LAYOUT} states an unsupported version")
-    try:
-        found = parse_manifest(read(archive, INDEX))
-    except ManifestInvalid as error:
-        raise ArchiveInvalid(f"{archive.what}: {INDEX}: {error}") from None
-    roots = []
-    for each in found.listed:
-        annotations = each.annotations or {}
-        roots.append(Root(each, annotations.get(IMAGE_NAME) or annotations.get(REF_NAME)))
-    return roots
-
-
-# Archives written by docker save
-
-
-class _Saved(msgspec.Struct, rename="pascal"):
-    config: str
-    repo_tags: list[str] | None = None
-    layers: list[str] = []
-
-
-class _Filesystem(msgspec.Struct):
-    diff_ids: list[str] = []
-
-
-class _Config(msgspec.Struct):
-    rootfs: _Filesystem = msgspec.field(default_factory=_Filesystem)
-
-
-def _saved(archive: Archive) -> Layout:
-    """Generate an OCI manifest for each image, always the same for the same image, with unchanged layers.
-
-    Its digest is not the one that the image was pulled with, since docker does not keep that manifest.
-    """
-    layout = Layout(archive)
-    for each in _decoded(archive, SAVED, list[_Saved]):
-        content = read(archive, each.config, MANIFEST_LIMIT)
-        config = Descriptor(CONFIG, Digest.of(content), len(content))
-        layers = _layers(layout, each)
-        layout._parts[config.digest] = each.config
-        document: dict[str, Any] = {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "config": config.to_json(),
-            "layers": [layer.to_json() for layer in layers],
-        }
-        manifest = msgspec.json.encode(document)
-        descriptor = Descriptor(OCI_MANIFEST, Digest.of(manifest), len(manifest))
-        layout._generated[descriptor.digest] = manifest
-        layout.roots += [Root(descriptor, name) for name in each.repo_tags or [None]]
-    return layout
-
-
-def _layers(layout: Layout, saved: _Saved) -> list[Descriptor]:
-    archive = layout.archive
-    diff_ids = _decoded(archive, saved.config, _Config).rootfs.diff_ids
-    if len(diff_ids) != len(saved.layers):
-        raise ArchiveInvalid(
-            f"{archive.what}: {saved.config} names {len(diff_ids)} layers, {SAVED} {len(saved.layers)}"
-        )
-    layers = []
-    for diff_id, name in zip(diff_ids, saved.layers, strict=True):
-        layer = _layer(archive, diff_id, name)
-        layout._parts[layer.digest] = name
-        layers.append(layer)
-    return layers
-
-
-def _layer(archive: Archive, diff_id: str, name: str) -> Descriptor:
-    """The descriptor of a layer.  The import verifies an uncompressed layer: its digest is its diff_id."""
-    try:
-        unpacked = Digest.parse(diff_id)
-    except DigestInvalid as error:
-        raise ArchiveInvalid(f"{archive.what}: a layer's diff_id: {error}") from None
-    with archive.opened(name) as part:
-        if part.at(0, len(GZIP)) != GZIP:
-            return Descriptor(LAYER, unpacked, part.size)
-        found = digest_of(inflated(part, f"{archive.what}: {name}"), unpacked.algorithm)
-        if found != unpacked:
-            raise ArchiveInvalid(
-                f"{archive.what}: {name} is damaged: its uncompressed digest is {found}, not {unpacked}"
-            )
-        return Descriptor(f"{LAYER}+gzip", digest_of(part.chunks()), part.size)
-
-
-def _decoded(archive: Archive, name: str, type: Any) -> Any:
-    try:
-        return msgspec.json.decode(read(archive, name, MANIFEST_LIMIT), type=type)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArchiveInvalid(f"{archive.what}: {name} cannot be read: {error}") from None

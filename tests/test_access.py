@@ -323,6 +323,37 @@ async def test_a_mount_takes_the_right_to_pull_from_there(
         assert (await door.ask("DELETE", said.headers["Location"], headers)).status == 204
 
 
+@pytest.mark.parametrize(
+    ("visibility", "headers", "status"),
+    [
+        ("public", ALICE, 201),
+        ("public", BOB, 201),
+        ("rules", ALICE, 201),
+        ("rules", BOB, 202),
+        ("caller", ALICE, 202),
+        ("caller", BOB, 202),
+    ],
+)
+async def test_a_mount_from_a_cache_takes_the_right_to_pull_from_it(
+    opened: Open, users: Path, upstream: Upstream, visibility: str, headers: dict[str, str], status: int
+) -> None:
+    digest = upstream.blob("library/alpine", BLOB)
+    rules = [
+        {"who": ["user:alice"], "may": ["pull", "push"]},
+        {"who": ["user:bob"], "may": ["pull", "push"], "where": ["local/*"]},
+    ]
+    door = await opened({"htpasswd": str(users), "rules": rules}, visibility=visibility)
+    path = f"/v2/local/app/blobs/uploads/?mount={digest}&from=docker.io/library/alpine"
+    said = await door.ask("POST", path, headers)
+    assert said.status == status
+    assert (await door.ask("HEAD", f"/v2/local/app/blobs/{digest}", headers)).status == (
+        200 if status == 201 else 404
+    )
+    if status == 202:
+        assert upstream.log == []
+        assert (await door.ask("DELETE", said.headers["Location"], headers)).status == 204
+
+
 # The catalog
 
 

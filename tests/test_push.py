@@ -26,7 +26,7 @@ from storage.oci import (
 from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
 from tests.processes import Place, Worker, place  # noqa: F401  a fixture
-from tests.upstream import Upstream
+from tests.upstream import Corrupt, Hold, Status, Upstream
 from tests.wire import connect
 
 APP = "/v2/local/team/app"
@@ -345,6 +345,72 @@ async def test_a_mount_from_wherever_it_is(client: Client) -> None:
     answer = await client.ask("POST", f"{UPLOADS}?mount={DIGEST}")
     assert answer.status == 201
     assert (await client.ask("GET", f"{APP}/blobs/{DIGEST}")).body == CONTENT
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize("size", [0, 1, 3_000_000])
+@pytest.mark.parametrize("source", ["docker.io/library/alpine", "library/alpine"])
+async def test_a_mount_from_a_cache(
+    client: Client, upstream: Upstream, source: str, size: int, warm: bool
+) -> None:
+    content = bytes(size)
+    digest = upstream.blob("library/alpine", content)
+    if warm:
+        assert (await client.ask("GET", f"/v2/library/alpine/blobs/{digest}")).body == content
+    ear = Ear()
+    answer = await client.ask("POST", f"{UPLOADS}?mount={digest}&from={source}")
+    assert (answer.status, answer.location) == (201, f"{APP}/blobs/{digest}")
+    assert answer.headers["Docker-Content-Digest"] == digest
+    assert (await ear.heard("request.served", method="POST"))["detail"] == "mounted"
+    await upstream.stop()
+    assert (await client.ask("GET", answer.location)).body == content
+    assert upstream.log == [f"GET blob library/alpine@{digest[:19]}"]
+    assert private(client.site, "partial") == []
+
+
+async def test_a_mount_from_a_store_into_a_cache(client: Client, upstream: Upstream) -> None:
+    await client.blob(CONTENT)
+    answer = await client.ask("POST", f"/v2/library/alpine/blobs/uploads/?mount={DIGEST}&from=local/team/app")
+    assert answer.status == 405
+    assert upstream.log == []
+
+
+async def test_an_image_is_copied_out_of_a_cache(client: Client, upstream: Upstream) -> None:
+    found = upstream.image("library/alpine", "latest", layers=(b"one" * 1000, b"two" * 1000))
+    for digest in (found.config, *found.layers):
+        answer = await client.ask("POST", f"{UPLOADS}?mount={digest}&from=docker.io/library/alpine")
+        assert answer.status == 201
+    assert (await client.manifest("v1", found.content)).status == 201
+
+
+@pytest.mark.errors("fill.failed")  # of the corrupt one
+@pytest.mark.parametrize("fault", [Status(500), Status(404), Status(403), Corrupt()])
+async def test_a_mount_from_a_cache_that_cannot_get_the_blob(
+    client: Client, upstream: Upstream, fault: Any
+) -> None:
+    digest = upstream.blob("library/alpine", CONTENT)
+    upstream.next("GET", digest, fault, times=100)
+    answer = await client.ask("POST", f"{UPLOADS}?mount={digest}&from=docker.io/library/alpine")
+    assert answer.status == 202
+    assert (await client.ask("GET", f"{APP}/blobs/{DIGEST}")).status == 404
+    answer = await client.ask("PUT", f"{answer.location}?digest={DIGEST}", CONTENT)
+    assert answer.status == 201
+
+
+async def test_a_copy_ends_if_the_client_leaves(client: Client, upstream: Upstream) -> None:
+    digest = upstream.blob("library/alpine", content := bytes(1_000_000))
+    gate = asyncio.Event()
+    upstream.next("GET", digest, hold := Hold(gate, after=500_000))
+    ear = Ear()
+    async with connect(client.site.url) as wire:
+        path = f"{UPLOADS}?mount={digest}&from=docker.io/library/alpine"
+        await wire.send(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+        await hold.reached.wait()
+    assert (await ear.heard("request.served", method="POST"))["status"] == 499
+    gate.set()
+    assert (await client.ask("GET", f"/v2/library/alpine/blobs/{digest}")).body == content
+    assert (await client.ask("GET", f"{APP}/blobs/{digest}")).status == 404
+    assert private(client.site, "partial") == []
 
 
 @pytest.mark.parametrize(

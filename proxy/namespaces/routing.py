@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from proxy.cache.refresh import Refreshable
 from proxy.config.hosts import canonical_host, is_host, without_port
-from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
+from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, RegistryError, Unsupported
 from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
 from storage.registry import Blob, Registry, Upload, everything
 
@@ -178,12 +178,17 @@ class Namespaces(Registry):
         source: str | None = None,
         visible: Callable[[str], bool] = everything,
     ) -> Descriptor:
-        """Mount within one namespace.  From another one it raises BlobUnknown, and the client uploads."""
+        """Mount within one namespace, or copy the blob from a cache into a store.
+
+        From any other namespace it raises BlobUnknown, and the client uploads.
+        """
         member, relative = self._split(repository)
         if source is not None:
             other, source = self._split(source)
             if other is not member:
-                raise BlobUnknown(f"{digest} cannot be mounted from another namespace, {other.name!r}")
+                if not isinstance(other.registry, Refreshable) or isinstance(member.registry, Refreshable):
+                    raise BlobUnknown(f"{digest} cannot be mounted from another namespace, {other.name!r}")
+                return await _copy(other, source, member, relative, digest)
         return await member.registry.mount_blob(
             relative, digest, source, lambda each: visible(f"{member.name}/{each}")
         )
@@ -244,6 +249,31 @@ class Namespaces(Registry):
         text = text.lower()
         text = canonical_host(text) or text
         return self._by_host.get(text) or self._by_host.get(text.rpartition(":")[0])
+
+
+async def _copy(source: Member, name: str, target: Member, repository: str, digest: Digest) -> Descriptor:
+    """Copy a blob from a cache into a store, as a client would that pulls and pushes it.
+
+    Raises BlobUnknown if that fails: the client then uploads the blob.
+    """
+    try:
+        blob = await source.registry.get_blob(name, digest)
+        try:
+            size = blob.descriptor.size
+            upload = await target.registry.start_upload(
+                repository, None if size < 0 else size, digest.algorithm
+            )
+            try:
+                async for chunk in blob.chunks():
+                    await upload.write(chunk)
+            except BaseException as error:
+                await upload.cancel(error)
+                raise
+            return await upload.commit(digest)
+        finally:
+            await blob.close()
+    except RegistryError as error:
+        raise BlobUnknown(f"{digest} cannot be mounted from {source.name}/{name}: {error}") from error
 
 
 def _claim(table: dict[str, Member], key: str, member: Member) -> None:

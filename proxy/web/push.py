@@ -85,7 +85,7 @@ class Push:
         if "mount" in request.query:
             # A blob that cannot be mounted is uploaded: clients expect no error.
             with suppress(BlobUnknown, NameUnknown, NameInvalid, DigestInvalid):
-                return await uninterrupted(self._mount(request, route, name, exchange))
+                return await self._mount(request, route, name, exchange)
         if "digest" in request.query:
             return await self._whole(request, route, name, exchange)
         algorithm = request.query.get("digest-algorithm", "sha256")
@@ -103,9 +103,27 @@ class Push:
         full = self._full_name(request, route, source) if source else None
         if full is not None and not exchange.visible(full):
             raise BlobUnknown(f"the client may not pull from {full}")
-        descriptor = await self._registry.mount_blob(name, digest, full, exchange.visible)
+        if full is not None and full.partition("/")[0] != name.partition("/")[0]:
+            # From another namespace it is a copy, which can take long: it ends if the client leaves.
+            copied = await self._registry.mount_blob(name, digest, full)
+            return await uninterrupted(self._mounted(request, route, exchange, full, copied))
+
+        async def mount() -> web.Response:
+            mounted = await self._registry.mount_blob(name, digest, full, exchange.visible)
+            return await self._mounted(request, route, exchange, full, mounted)
+
+        return await uninterrupted(mount())
+
+    async def _mounted(
+        self,
+        request: web.BaseRequest,
+        route: Route,
+        exchange: Exchange,
+        source: str | None,
+        descriptor: Descriptor,
+    ) -> web.Response:
         exchange.detail = "mounted"
-        await self._events.report("mount", "blob", request, route, exchange, descriptor, source=full)
+        await self._events.report("mount", "blob", request, route, exchange, descriptor, source=source)
         return self._created(request, route, Endpoint.BLOB, descriptor.digest, exchange)
 
     async def _whole(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from proxy.config.upstream import Login
-from proxy.config.upstream import UpstreamConfig as UpstreamKeys
+from proxy.config.upstream import Login, UpstreamConfig
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
 from proxy.upstream.transport import Connect
 
 
-def connect_of(upstream: UpstreamKeys) -> Connect:
+def connect_of(upstream: UpstreamConfig) -> Connect:
     return Connect(
         ca_file=upstream.ca_file,
         client_certificate=upstream.client_certificate,

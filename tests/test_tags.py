@@ -165,8 +165,8 @@ async def test_a_tag_that_was_deleted_is_kept_or_dropped(rig: Rig, drop: bool) -
 
 async def settled(tags: TagRevalidation) -> None:
     """Wait until no validation is under way."""
-    while tags._origin.flights._flying:
-        await asyncio.wait(tags._origin.flights._flying.values())
+    while tags._origin.flights._flights:
+        await asyncio.wait(tags._origin.flights._flights.values())
 
 
 @pytest.mark.parametrize("seconds", [RECENT, 60.0, 86400.0])

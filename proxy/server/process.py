@@ -144,7 +144,7 @@ class ServerProcess:
 
     async def _serve_administrators(self, sockets: list[socket.socket]) -> None:
         # Only one process needs these, and they are large.
-        from proxy.admin.api.app import application
+        from proxy.admin.api.app import AdminRunner, application
         from proxy.admin.local_operations import LocalOperations
 
         config, parts, housekeeper = self._config, self.composition, self.housekeeper
@@ -157,7 +157,10 @@ class ServerProcess:
             token=config.admin_token,
             loopback=config.admin is not None and config.admin.loopback,
         )
-        runner = web.AppRunner(api, access_log=None, auto_decompress=False)
+        encrypted = config.admin_tls() is not None
+        runner = AdminRunner(
+            api, self._connection_limits(), encrypted=encrypted, shutdown_timeout=self._drain
+        )
         self.admin_url = await self._serve(runner, sockets, config.admin_tls())
 
     async def _serve_clients(self, sockets: list[socket.socket]) -> None:
@@ -177,18 +180,24 @@ class ServerProcess:
             path = self._run / f"{os.getpid()}.sock"
             self._closing.push_async_callback(await serve_state(self._state, path))
             resume(parts.drill, self._run)
-        connections = ConnectionLimits(
+        runner = web.ServerRunner(
+            Listener(api.handle, self._connection_limits(), encrypted=config.tls is not None),
+            shutdown_timeout=self._drain,
+        )
+        self.url = await self._serve(runner, sockets, config.tls, clients=True)
+
+    @property
+    def _drain(self) -> float:
+        return max(self._config.drain, 0.01)  # aiohttp takes 0 for no limit
+
+    def _connection_limits(self) -> ConnectionLimits:
+        limits = self._config.limits
+        return ConnectionLimits(
             limits.connections_per_address,
             limits.request_timeout,
             limits.idle_timeout,
             limits.client_timeout,
         )
-        # aiohttp takes 0 for no limit.
-        runner = web.ServerRunner(
-            Listener(api.handle, connections, encrypted=config.tls is not None),
-            shutdown_timeout=max(config.drain, 0.01),
-        )
-        self.url = await self._serve(runner, sockets, config.tls, clients=True)
 
     async def _serve(
         self,

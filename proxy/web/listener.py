@@ -145,7 +145,7 @@ class Connection(web.RequestHandler):
         elif status >= 500:
             code, text = "UNKNOWN", "the request cannot be served"
         self._malformed = True
-        response = error_response(code, text, status)
+        response = cast(Listener, self._manager).refusal(code, text, status)
         response.force_close()
         return response
 
@@ -177,7 +177,8 @@ class Connection(web.RequestHandler):
         response.body = None
         if body is None:
             log.info("client.postponed", client=self.address, waiting=backlog.size)
-            refusal = error_response("UNAVAILABLE", "too many clients are slow", 503, {"Retry-After": "1"})
+            refusal = cast(Listener, self._manager).refusal("UNAVAILABLE", "too many clients are slow", 503)
+            refusal.headers["Retry-After"] = "1"
             refusal.force_close()
             return await super().finish_response(request, refusal, start_time)
         streamed = web.StreamResponse(status=response.status, headers=response.headers)
@@ -205,15 +206,24 @@ class Connection(web.RequestHandler):
 class Listener(web.Server):
     """A web.Server that enforces limits on its connections.
 
-    A handler is cancelled when its client leaves.  An `encrypted` listener refuses requests without TLS.
+    A handler is cancelled when its client leaves, unless `handler_cancellation` is False.  An `encrypted`
+    listener refuses requests without TLS.  `refusal` makes its errors of a code, a sentence and a status.
     """
 
     def __init__(
-        self, handler: ServerHandler, limits: ConnectionLimits, *, encrypted: bool = False, **options: Any
+        self,
+        handler: ServerHandler,
+        limits: ConnectionLimits,
+        *,
+        encrypted: bool = False,
+        refusal: Callable[[str, str, int], web.Response] = error_response,
+        handler_cancellation: bool = True,
+        **options: Any,
     ) -> None:
+        self.refusal = refusal
         super().__init__(
             self._handle,
-            handler_cancellation=True,
+            handler_cancellation=handler_cancellation,
             access_log=None,
             keepalive_timeout=limits.idle_timeout,
             max_field_size=LONGEST_HEADER,
@@ -241,7 +251,7 @@ class Listener(web.Server):
             self._settle()
         if self._encrypted and not request.secure:
             message = "this port serves https, but the request came by plain http: use https://"
-            response = error_response("UNSUPPORTED", message, 400)
+            response = self.refusal("UNSUPPORTED", message, 400)
             response.force_close()
             return response
         return await self._handler(request)

@@ -25,6 +25,8 @@ from proxy.admin.api.routes import Api, Handler, in_json
 from proxy.admin.local_operations import LocalOperations
 from proxy.namespaces.references import FieldInvalid
 from proxy.telemetry.metrics import Metrics
+from proxy.web.listener import ConnectionLimits, Listener
+from storage.concurrency import Cancelled
 from storage.errors import RegistryError
 
 log = structlog.get_logger()
@@ -33,6 +35,8 @@ OPEN = ("/metrics", "/healthz", "/readyz")
 SUMMARIES = 100  # answers that are kept
 SAFE = ("application/json", TAR, GZIP)  # media types that no page can send to another host unasked
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?")
+
+_IDENTITY = ("", "identity")
 
 State = Callable[[], Awaitable[Mapping[str, str]]]
 
@@ -74,6 +78,34 @@ def application(
         else:
             admin.router.add_route(method, path, handler)
     return admin
+
+
+class AdminRunner(web.AppRunner):
+    """Runs the application behind a Listener, with the limits of the clients' one."""
+
+    def __init__(
+        self, app: web.Application, limits: ConnectionLimits, *, encrypted: bool, shutdown_timeout: float
+    ) -> None:
+        super().__init__(app, access_log=None, shutdown_timeout=shutdown_timeout)
+        self._limits = limits
+        self._encrypted = encrypted
+
+    async def _make_server(self) -> web.Server:
+        await super()._make_server()  # starts the application; its server has no connections
+
+        # Around the application, whose middlewares do not see what it refuses before they run.
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            assert isinstance(request, web.Request)
+            return await errors_in_json(request, self.app._handle)
+
+        return Listener(
+            handle,
+            self._limits,
+            encrypted=self._encrypted,
+            refusal=lambda code, sentence, status: _error(status, sentence, code),
+            handler_cancellation=False,  # an operation goes on without its client
+            request_factory=self.app._make_request,
+        )
 
 
 def _middlewares(token: str | None, loopback: bool) -> list[Any]:
@@ -124,6 +156,8 @@ def check(request: web.Request, token: str | None, loopback: bool) -> None:
         )
     else:
         _check_page(request)
+    if request.headers.get("Content-Encoding", "").lower() not in _IDENTITY:
+        raise web.HTTPUnsupportedMediaType(reason="expected a body without Content-Encoding")
     if request.method not in ("GET", "HEAD", "OPTIONS") and request.content_type not in SAFE:
         # A page can send forms and plain text to any host unasked, but not these.
         raise web.HTTPUnsupportedMediaType(reason="expected Content-Type: application/json")
@@ -170,6 +204,8 @@ async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamRe
         if error.retry_after is not None:
             answer.headers["Retry-After"] = str(math.ceil(error.retry_after))
         return answer
+    except Cancelled:
+        return _error(503, "the server is shutting down: the operation was stopped", "UNAVAILABLE")
     except Exception as error:
         log.exception("admin.failed", method=request.method, path=request.path[:300], error=str(error))
         return _error(500, "internal error: see the log", "UNKNOWN")
@@ -182,6 +218,7 @@ _CODES = {
     405: "UNSUPPORTED",
     413: "TOO_LARGE",
     415: "UNSUPPORTED",
+    417: "UNSUPPORTED",
 }
 
 

@@ -221,6 +221,93 @@ async def test_what_is_shown_already_need_not_be_there(site: Site) -> None:
     assert site.parts.store.records.first("tag ghcr.io/") is None
 
 
+# Options that do not apply
+
+
+async def test_a_name_for_what_has_one_is_refused(site: Site) -> None:
+    made = image()
+    for files in (
+        layout([(made, {REF_NAME: "alpine:3"})]),
+        layout([(made, {REF_NAME: "3", IMAGE_NAME: "docker.io/library/alpine:3"})]),
+        saved([tar({"a": b"x"})], ["alpine:3"]),
+    ):
+        with pytest.raises(FieldInvalid, match=r"name: every image in .* has a name: --as does not apply"):
+            await site.take(files, name="alpine:4")
+        assert site.empty
+    await site.take(layout([(made, {REF_NAME: "alpine:3"}), (image(b"x"), {})]), name="alpine:4")
+    assert await site.parts.namespaces.tags(NAME) == ["3", "4"]
+
+
+async def test_a_tag_for_what_has_another_is_refused(site: Site) -> None:
+    made = image()
+    for name in ("alpine:4", "alpine:latest", f"alpine@{made.digest}"):
+        with pytest.raises(
+            ArchiveInvalid, match=r"has the tag '3' for .*: give --as docker\.io/library/alpine"
+        ):
+            await site.take(layout([(made, {REF_NAME: "3"})]), name=name)
+    assert site.empty
+    await site.take(layout([(made, {REF_NAME: "3"})]), name="alpine:3")
+    await site.holds(NAME, "3", made)
+
+
+async def test_a_pin_of_what_has_no_tag_is_refused(site: Site) -> None:
+    made = image()
+    with pytest.raises(FieldInvalid, match=r"pin: .* has no tag for a cache: --pin does not apply"):
+        await site.take(layout([(made, {REF_NAME: f"alpine@{made.digest}"})]), pin=True)
+    assert site.empty
+    other, signature = image(b"x"), image(b"signature", subject=made)
+    named = [(made, {REF_NAME: "alpine:3"}), (other, {REF_NAME: f"alpine@{other.digest}"}), (signature, {})]
+    done = await site.take(layout(named), pin=True)
+    assert done.notes == [f"{NAME}@{other.digest} is not pinned: only tags are"]
+
+
+# What is left out
+
+
+async def test_what_is_left_out_is_told(site: Site) -> None:
+    amd, arm = image(b"amd"), image(b"arm")
+    whole = archives.index({"linux/amd64": amd, "linux/arm64": arm})
+    part = Made(whole.manifest, whole.media_type, [*amd.blobs, whole.manifest])
+    done = await site.take(layout([(part, {REF_NAME: "alpine:3"})]))
+    assert done.notes == [
+        f"left out of alpine:3, since the archive does not contain it: linux/arm64 ({arm.digest})"
+    ]
+    done = await site.take(layout([(whole, {REF_NAME: "alpine:3"})]))
+    assert done.notes == []
+
+
+@pytest.mark.parametrize("which", ["attestation", "image"])
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_a_child_without_its_blobs(site: Site, which: str, lost: int) -> None:
+    """Only an attestation may be left out: docker save does so."""
+    made, attestation = image(b"amd"), image(b"statement")
+    whole = archives.index({"linux/amd64": made, "unknown/unknown": attestation})
+    missing = (attestation if which == "attestation" else made).blobs[lost]
+    part = Made(whole.manifest, whole.media_type, [each for each in whole.blobs if each != missing])
+    files = layout([(part, {REF_NAME: "alpine:3"})])
+    if which == "image":
+        with pytest.raises(ArchiveInvalid, match="does not contain 1 of the blobs"):
+            await site.take(files)
+        assert site.empty
+        return
+    done = await site.take(files)
+    assert done.notes == [
+        f"left out of alpine:3, since the archive does not contain it: unknown/unknown ({attestation.digest})"
+    ]
+    await site.holds(NAME, made.digest, made)
+    assert site.parts.store.records.get(f"manifest {NAME} {attestation.digest}") is None
+
+
+async def test_an_attestation_whose_blobs_are_stored_is_not_left_out(site: Site) -> None:
+    made, attestation = image(b"amd"), image(b"statement")
+    await site.take(layout([(attestation, {REF_NAME: "other:1"})]))
+    whole = archives.index({"linux/amd64": made, "unknown/unknown": attestation})
+    lean = [each for each in whole.blobs if each != b"statement"]
+    done = await site.take(layout([(Made(whole.manifest, whole.media_type, lean), {REF_NAME: "alpine:3"})]))
+    assert done.notes == []
+    await site.holds(NAME, attestation.digest, attestation)
+
+
 # docker save
 
 

@@ -27,6 +27,7 @@ from storage.archives.listing import read_layout
 from storage.concurrency import run_cancellable, run_in_thread
 from storage.disk.records import Batch, Records
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
+from storage.graph import contents
 from storage.maintenance.pins import Pin
 from storage.names import written
 from storage.oci import Digest, Tag
@@ -102,13 +103,41 @@ class BundleImport:
         layout = read_layout(
             archive, lambda content, signature: _check(archive, options.key, content, signature)
         )
-        planner = ImportPlanner(layout, lambda root: self._bound(archive, options, root), self._parts.clock)
-        return layout, planner.plan()
+        unnamed: list[Root] = []
+
+        def bind(root: Root) -> RootBinding:
+            if _needs_name(root):
+                unnamed.append(root)
+            return self._bound(archive, options, root)
+
+        importer = ImportPlanner(layout, bind, self._parts.clock).plan()
+        if options.name and not unnamed:
+            raise FieldInvalid("name", f"every image in {archive.what} has a name: --as does not apply")
+        if options.pin:
+            self._check_pinnable(layout, importer)
+        return layout, importer
+
+    def _check_pinnable(self, layout: Layout, importer: Importer) -> None:
+        """Note what --pin does not apply to.  Raises FieldInvalid if it applies to nothing."""
+        pinned = False
+        for planned in importer.repositories:
+            cached = planned.target.store is self._parts.store
+            pinned |= cached and bool(planned.tags)
+            for tag in () if cached else planned.tags:
+                text = written(planned.target.repository, tag)
+                layout.notes.append(f"{text} is not pinned: a store evicts nothing")
+            for digest in planned.untagged:
+                found = contents(layout.manifest(digest)) if layout.size(digest) is not None else None
+                if found is None or found.subject is None:  # else it is pinned with its subject
+                    text = written(planned.target.repository, digest)
+                    layout.notes.append(f"{text} is not pinned: only tags are")
+        if not pinned:
+            raise FieldInvalid("pin", f"{layout.what} has no tag for a cache: --pin does not apply")
 
     def _bound(self, archive: Archive, options: ImportOptions, root: Root) -> RootBinding:
         digest = root.descriptor.digest
         named = self._reader.reference("name", options.name) if options.name else None
-        only_tag = root.name is not None and not set(":/@") & set(root.name)
+        only_tag = root.name is not None and _needs_name(root)
         try:
             if root.name is not None and not only_tag:
                 image = self._reader.reference(root.name, root.name)
@@ -123,6 +152,11 @@ class BundleImport:
             else:
                 repository = named.repository
                 reference = named.reference if root.name is None else Tag.parse(root.name)
+                if reference != named.reference and _states_reference(options.name or ""):
+                    raise ArchiveInvalid(
+                        f"{archive.what} has the tag {root.name!r} for {digest}: give --as {repository},"
+                        f" without {named.reference}"
+                    )
         except (FieldInvalid, RegistryError) as error:
             if isinstance(error, ArchiveInvalid):
                 raise
@@ -158,6 +192,15 @@ class BundleImport:
                     await parts.publisher.moved(target.repository, tag, before, digest)
             if options.pin and cached:
                 await run_in_thread(parts.pins.add, Pin(written(target.repository, tag)))
+
+
+def _needs_name(root: Root) -> bool:
+    """Whether an image has no name in the archive, or only a tag."""
+    return root.name is None or not set(":/@") & set(root.name)
+
+
+def _states_reference(name: str) -> bool:
+    return bool(set(":@") & set(name.rpartition("/")[2]))
 
 
 def _check(archive: Archive, key: Path | None, content: bytes | None, signature: bytes | None) -> None:

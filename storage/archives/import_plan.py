@@ -18,7 +18,7 @@ from storage.archives.importer import Importer, ImportTarget, RepositoryImport, 
 from storage.archives.layout import Layout, Root
 from storage.archives.saved import check_layers
 from storage.errors import ArchiveInvalid, ManifestInvalid
-from storage.graph import Walk, contents
+from storage.graph import Walk, attestations, contents
 from storage.keys import LINK
 from storage.names import written
 from storage.oci import (
@@ -93,7 +93,7 @@ class ImportPlanner:
 
     def _walk(self, planned: RepositoryImport, root: Root) -> None:
         """Add everything that the root names."""
-        steps = Walk([root.descriptor])
+        steps, absent = Walk([root.descriptor]), list[Descriptor]()
         for named in steps:
             if named.digest in planned.manifests:
                 continue
@@ -106,16 +106,45 @@ class ImportPlanner:
                         f"{self._layout.what} does not contain the manifest {named.digest} of {root.name}"
                     )
                 self._check_sparse(planned.target, named.digest)
+                absent.append(named)
                 continue
             planned.manifests[named.digest] = named
             found = self._parsed(named, content)
             for blob in found.blobs:
                 self._add_blob(planned, blob, needed=blob.distributable)
-            steps.add(found.children)
+            skipped = [each for each in found.children if self._skips(planned.target, found, each)]
+            steps.add(each for each in found.children if each not in skipped)
+            absent += skipped
             if found.children and all(
                 manifest_of(self._layout, planned.target, child) is None for child in found.children
             ):
                 raise ArchiveInvalid(f"{self._layout.what} contains no child of the index {named.digest}")
+        if absent:
+            parts = ", ".join(f"{each.platform or each.media_type} ({each.digest})" for each in absent)
+            name = root.name or root.descriptor.digest
+            self._layout.notes.append(f"left out of {name}, since the archive does not contain it: {parts}")
+
+    def _skips(self, target: ImportTarget, index: ManifestContent, child: Descriptor) -> bool:
+        """Whether a child of the index is left out: an attestation whose blobs are missing.
+
+        No client needs attestations to run an image, and docker save omits their blobs.
+        """
+        content = None
+        if child.digest in attestations(index):
+            content = manifest_of(self._layout, target, child)
+        found = None if content is None else contents(content)
+        if found is None or all(self._obtainable(target, each) for each in found.distributable):
+            return False
+        self._check_sparse(target, child.digest)
+        return True
+
+    def _obtainable(self, target: ImportTarget, blob: Descriptor) -> bool:
+        """Whether the archive contains a blob, or the namespace has a link to it."""
+        if self._layout.size(blob.digest) is not None:
+            return True
+        return renew_if_stored(target.store, blob.digest, blob.size) and any(
+            each == blob.digest for each in _linked(target.store, target.namespace)
+        )
 
     def _parsed(self, named: Descriptor, content: bytes) -> ManifestContent:
         what = f"{self._layout.what}: {named.digest}"

@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp_cache import MemoryCache, cache_middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from proxy.admin.api.bundle_routes import GZIP, TAR, BundleRoutes
+from proxy.admin.api.bundle_routes import ARCHIVES, BundleRoutes
 from proxy.admin.api.routes import Api, Handler, in_json
 from proxy.admin.local_operations import LocalOperations
 from proxy.namespaces.references import FieldInvalid
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 OPEN = ("/metrics", "/healthz", "/readyz")
 SUMMARIES = 100  # answers that are kept
-SAFE = ("application/json", TAR, GZIP)  # media types that no page can send to another host unasked
+SAFE = ("application/json", *ARCHIVES)  # media types that no page can send to another host unasked
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?")
 
 _IDENTITY = ("", "identity")

@@ -31,7 +31,8 @@ from storage.oci import Digest
 
 log = structlog.get_logger()
 
-TAR, GZIP = "application/x-tar", "application/gzip"
+TAR = "application/x-tar"
+ARCHIVES = (TAR, "application/gzip", "application/zstd")
 LARGEST = 64 << 20  # bytes of the body of an export, which includes the entrepot.json of earlier bundles
 SENDING = 2  # exports at a time: each occupies a thread that waits for its client
 STALLED = 300.0  # seconds without progress of a client
@@ -74,8 +75,8 @@ class BundleRoutes:
     async def import_(self, request: web.Request) -> web.StreamResponse:
         fields = query(request, name="", pin="false", dry_run="false")
         options = ImportOptions(fields["name"] or None, _flag(fields, "pin"), None, _flag(fields, "dry_run"))
-        if request.content_type not in (TAR, GZIP):
-            raise web.HTTPUnsupportedMediaType(reason=f"expected Content-Type: {TAR}, or {GZIP}")
+        if request.content_type not in ARCHIVES:
+            raise web.HTTPUnsupportedMediaType(reason=f"expected Content-Type: {', '.join(ARCHIVES)}")
         if "Content-Encoding" in request.headers:
             # aiohttp would decode it before its expanded size can be checked.
             raise web.HTTPUnsupportedMediaType(reason="expected the archive without Content-Encoding")

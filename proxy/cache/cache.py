@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from proxy.cache.completeness import Completeness
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
 from proxy.cache.listings import Listings
@@ -54,6 +55,7 @@ class Cache(Registry):
         self._origin = Origin(namespace, origin, store, policy, clock, drill or Drill(clock))
         self._tags = TagRevalidation(self._origin, store, policy, clock, moved)
         self._listings = Listings(self._origin, store, policy, clock)
+        self._completeness = Completeness(policy.refuse_incomplete, self._origin, store, fills)
 
     # Blobs
 
@@ -123,6 +125,11 @@ class Cache(Registry):
         return (await self.get_manifest(repository, reference)).descriptor
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        manifest = await self._manifest(repository, reference)
+        await self._completeness.check(repository, manifest, current().agent)
+        return manifest
+
+    async def _manifest(self, repository: str, reference: Reference) -> Manifest:
         if isinstance(reference, Tag):
             return self._record(*await self._tags.get(repository, reference))
         name = f"{self._namespace}/{repository}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -39,6 +40,11 @@ class _Guarded(Protocol):
 
     @property
     def healthy(self) -> bool: ...
+
+    @property
+    def probe_due(self) -> bool: ...
+
+    async def probe(self) -> None: ...
 
 
 RECENT = 5.0  # seconds after a failure in which the origin is expected to fail again
@@ -117,6 +123,21 @@ class Origin:
         if isinstance(self.registry, _Guarded) and not self.registry.healthy:
             return True
         return self.failure is not None and 0 <= self._clock() - self._failed_at < RECENT
+
+    async def reachable(self) -> bool:
+        """Whether it may be asked, as far as is known.
+
+        One that was down is probed when that is due; the answer is waited for as long as for that of a tag.
+        """
+        if self.offline:
+            return False
+        if not isinstance(self.registry, _Guarded) or self.registry.healthy:
+            return True
+        if self.registry.probe_due:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._policy.revalidate_timeout):
+                    await self.flights.join("probe", self.registry.probe)
+        return self.registry.healthy
 
     def served(self) -> None:
         """Record that the origin serves again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,7 @@ class Policy:
     A tag that is no longer fresh waits for the origin for `revalidate_timeout`; then it is served stale, and
     the validation continues.  `negative_for` is how long the origin is not asked again for what it does not
     know.  With `lazy`, a request for a byte range of a blob that is not cached does not start a fill.
+    `refuse_incomplete` says which clients are refused an image whose layers cannot come.
     """
 
     fresh_for: Callable[[str], float]
@@ -23,3 +25,4 @@ class Policy:
     drop_deleted: bool = False
     offline: bool = False
     lazy: bool = False
+    refuse_incomplete: Literal["containers", "always", "never"] = "containers"

@@ -154,6 +154,7 @@ class NamespaceConfig(Section, frozen=True):
     revalidate_timeout: Timeout = 3.0
     offline: Flag = False
     lazy: Flag = False
+    refuse_incomplete: Literal["containers", "always", "never"] = "containers"
     keep_for: Keep | None = None
     repositories: tuple[RepositoryRule, ...] = ()
     cache_limit: Size | None = None
@@ -181,6 +182,7 @@ _OF_CACHES = (
     "revalidate_timeout",
     "offline",
     "lazy",
+    "refuse_incomplete",
     "keep_for",
     "repositories",
     "cache_limit",

@@ -286,6 +286,7 @@ class _Composer:
             drop_deleted=namespace.on_upstream_delete == "drop",
             offline=namespace.offline or self._config.offline,
             lazy=namespace.lazy,
+            refuse_incomplete=namespace.refuse_incomplete,
         )
 
     def _hosted(self, store: Store, publisher: Publisher | None) -> dict[str, Hosted]:

@@ -29,6 +29,7 @@ class Exchange:
     digest: the digest of the content, once it is known
     content: describes the content that is pulled
     client: the address of the connection
+    agent: the User-Agent; None outside of a request
     """
 
     id: str = ""
@@ -51,6 +52,7 @@ class Exchange:
     digest: str = ""
     content: Descriptor | None = None
     client: str = ""
+    agent: str | None = None
 
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream

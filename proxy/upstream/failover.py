@@ -103,6 +103,15 @@ class Failover(Registry):
         return any(each.healthy for each in self._upstreams)
 
     @property
+    def probe_due(self) -> bool:
+        """Whether at least one has failed and it is time to probe it."""
+        return any(each.probe_due for each in self._upstreams)
+
+    async def probe(self) -> None:
+        """Send one request to each that is due, which updates `healthy`."""
+        await asyncio.gather(*(each.probe() for each in self._upstreams if each.probe_due))
+
+    @property
     def spares(self) -> bool:
         """Whether at least one has requests left that are not reserved."""
         return any(each.spares for each in self._upstreams)

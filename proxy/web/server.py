@@ -131,7 +131,9 @@ class DistributionAPI:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request.  Raises nothing but cancellation."""
         begun = time.perf_counter()
-        exchange = Exchange(next(self._ids), client=request.remote or "")
+        exchange = Exchange(
+            next(self._ids), client=request.remote or "", agent=request.headers.get("User-Agent", "")
+        )
         current_exchange.set(exchange)
         status = 499  # as nginx says: the client left before the response
         connection = request.get_extra_info("socket")
@@ -265,7 +267,7 @@ class DistributionAPI:
             bytes=exchange.bytes,
             received=exchange.received,
             seconds=round(seconds, 6),
-            agent=request.headers.get("User-Agent", "")[:200],
+            agent=(exchange.agent or "")[:200],
         )
 
 

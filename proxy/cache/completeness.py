@@ -1,0 +1,91 @@
+"""Completeness: whether the layers of a manifest can come, if the origin is down.
+
+Clients of the containers project (podman, buildah, skopeo, CRI-O) choose a mirror by the first manifest, and
+take all blobs from there.  If one cannot come, the pull fails, although the next mirror may have it.  So they
+have to be refused at the manifest.
+"""
+
+from __future__ import annotations
+
+import re
+
+from proxy.cache.fills import Fills
+from proxy.cache.origin import Origin
+from storage.errors import ManifestUnknown, StorageFailed, Unavailable
+from storage.graph import Walk, attestations, contents
+from storage.oci import Digest, Manifest, ManifestContent
+from storage.store import Store
+
+# Each of these programs replaces the library's own name, containers, by its own.
+_CONTAINERS = re.compile(r"(?:containers|skopeo|buildah|libpod|podman|cri-o)/", re.IGNORECASE)
+
+
+class Completeness:
+    """Refuses incomplete images of a cache to clients that would not ask another mirror for their blobs."""
+
+    def __init__(self, refusing: str, origin: Origin, store: Store, fills: Fills) -> None:
+        self._refusing = refusing
+        self._origin = origin
+        self._store = store
+        self._fills = fills
+
+    async def check(self, repository: str, manifest: Manifest, agent: str | None) -> None:
+        """Raise Unavailable if content that the manifest names is not stored and cannot be fetched.
+
+        `agent` is the client's User-Agent, None if no client is to be served.
+        """
+        if not self._refuses(agent):
+            return
+        name = f"{self._origin.namespace}/{repository}"
+        try:
+            missing = self._missing(name, manifest.content)
+        except StorageFailed:
+            return  # what is stored cannot be known
+        if missing is not None and not await self._origin.reachable():
+            raise Unavailable(
+                f"{missing} of {name} is not stored, and {self._origin.namespace} cannot be asked for it"
+            )
+
+    def _refuses(self, agent: str | None) -> bool:
+        if agent is None or self._refusing == "never":
+            return False
+        return self._refusing == "always" or _CONTAINERS.match(agent) is not None
+
+    def _missing(self, name: str, manifest: bytes) -> Digest | None:
+        """Something that is missing; of an index, if there is no child that is complete.
+
+        Which child is for the client's platform is unknown.
+        """
+        content = contents(manifest)
+        if content is None:
+            return None
+        if (missing := self._missing_blob(name, content)) is not None or not content.children:
+            return missing
+        others = attestations(content)
+        images = [each.digest for each in content.children if each.digest not in others]
+        found = None
+        for child in images or others:
+            if (found := self._missing_below(name, child)) is None:
+                return None
+        return found
+
+    def _missing_below(self, name: str, top: Digest) -> Digest | None:
+        steps = Walk([top])
+        for digest in steps:
+            try:
+                content = contents(self._store.manifest(name, digest)[0].content)
+            except ManifestUnknown:
+                return digest
+            if content is None:
+                continue
+            if (missing := self._missing_blob(name, content)) is not None:
+                return missing
+            steps.add(child.digest for child in content.children)
+        return None
+
+    def _missing_blob(self, name: str, content: ManifestContent) -> Digest | None:
+        for blob in content.blobs:
+            here = self._fills.filling(blob.digest) or self._store.linked(name, blob.digest) is not None
+            if blob.distributable and not here:
+                return blob.digest
+        return None

@@ -40,6 +40,20 @@ _FULL = os.strerror(errno.ENOSPC)
 _READ_ONLY = os.strerror(errno.EROFS)
 _PASSING = {_FULL, _READ_ONLY, os.strerror(errno.EIO), os.strerror(errno.EDQUOT)}
 
+# Result codes caused by the disk or a lock; every other one means that the database is damaged.
+OF_THE_DISK = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_INTERRUPT,
+}
+
 
 def primary(error: Exception) -> int:
     """The primary SQLite result code of an error; 0 if it has none."""
@@ -120,11 +134,12 @@ class DiskHealth:
         """The cause in words that are the same for files and for SQLite."""
         if primary(error) == sqlite3.SQLITE_FULL:
             return _FULL
-        if primary(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and self._read_only():
+        if primary(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and self.is_read_only():
             return _READ_ONLY
         return _cause(error)
 
-    def _read_only(self) -> bool:
+    def is_read_only(self) -> bool:
+        """Whether the file system is mounted read-only."""
         try:
             return bool(os.statvfs(self._root).f_flag & os.ST_RDONLY)
         except OSError:
@@ -145,7 +160,7 @@ class DiskHealth:
         if key == ("disk", _FULL):
             over = self.room() >= trouble.size
         elif key == ("disk", _READ_ONLY):
-            over = not self._read_only()
+            over = not self.is_read_only()
         elif key[0] == kind:
             over = size >= trouble.size
         else:

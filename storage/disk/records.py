@@ -22,14 +22,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import diskcache
 import structlog
 
-from storage.disk.health import DiskHealth, primary
+from storage.disk.health import OF_THE_DISK, DiskHealth, primary
 from storage.disk.locks import ProcessLock
 from storage.disk.modes import FILE_MODE, make_directory
+from storage.disk.read_only import ReadOnlyDatabase
 from storage.disk.salvage import LOCKED, checked, checksum, readable_records
 from storage.errors import StorageFailed
 
@@ -47,20 +48,6 @@ _INLINE = 1 << 30  # bytes; diskcache puts larger values into files, whose loss 
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
 _HOLDS = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
-# Result codes caused by the disk or a lock; every other one means that the database is damaged.
-_OF_THE_DISK = {
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_PROTOCOL,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_INTERRUPT,
-}
-
 # diskcache reads its settings from the database without checking them, which causes the last ones.
 _FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError, TypeError, LookupError, AttributeError)
 
@@ -280,19 +267,39 @@ class Records:
 
     def _current(self, found: Identity) -> tuple[_Database, Identity]:
         """The database that has the name; opened anew if it was rebuilt or removed."""
+        if (opened := self._valid(found)) is None:
+            with self._opening, self._shared():
+                found = _identity(self._file)
+                if (opened := self._valid(found)) is None:
+                    make_directory(self._directory)
+                    opened = self._opened = self._connected(), _identity(self._file)
+        return opened
+
+    def _valid(self, found: Identity) -> tuple[_Database, Identity] | None:
+        """The open database, if it is the one that has the name."""
         opened = self._opened
         if opened is None or found is None or found != opened[1]:
-            with self._opening, self._shared():
-                found, opened = _identity(self._file), self._opened
-                if opened is None or found is None or found != opened[1]:
-                    make_directory(self._directory)
-                    cache = _Database(self._directory, self._durable)
-                    opened = self._opened = cache, _identity(self._file)
+            return None
+        if isinstance(opened[0], ReadOnlyDatabase) and not self._disk.is_read_only():
+            opened[0].close()  # before another connection is opened, which is to write
+            return None
         return opened
+
+    def _connected(self) -> _Database:
+        try:
+            return _Database(self._directory, self._durable)
+        except _FAILURES as error:
+            if not self._disk.is_read_only() or _identity(self._file) is None:
+                raise
+            self._disk.failed(KIND, self._directory, _origin(error))
+            try:
+                return cast(_Database, ReadOnlyDatabase(self._file))
+            except sqlite3.Error:
+                raise error from None
 
     def _failed(self, error: Exception, found: Identity, size: int) -> StorageFailed:
         short = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ  # a truncated log
-        if isinstance(error, OSError) or (primary(error) in _OF_THE_DISK and not short):
+        if isinstance(error, OSError) or (primary(error) in OF_THE_DISK and not short):
             return self._disk.failed(KIND, self._directory, error, size)
         self._rebuild(found)
         return StorageFailed(f"records in {self._directory} are damaged: {error}", cause="damaged records")

@@ -165,6 +165,30 @@ async def test_a_client_that_takes_nothing_of_many_small_responses_is_cut_off(
         await asyncio.gather(asking, return_exceptions=True)
 
 
+@pytest.mark.parametrize("lines", ["", "Range: bytes=0-9999,20000-40000\r\n", "Range: bytes=0-\r\n"])
+async def test_a_client_that_takes_nothing_of_many_small_blobs_is_cut_off(
+    serve: Serve, upstream: Upstream, lines: str
+) -> None:
+    digest = upstream.blob("library/alpine", bytes(60_000))
+    site = await serve(upstream, top={"limits": {"client_timeout": "100ms"}})
+    asked = f"GET /v2/library/alpine/blobs/{digest} HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode()
+    async with connect(site.url, buffer=4 << 10) as wire:
+        asking = asyncio.create_task(wire.send(asked * 1000))
+        noticed = [
+            asyncio.create_task(Ear().heard("client.cut_off")),  # by the listener
+            asyncio.create_task(
+                Ear().heard("request.served", detail="client took nothing")
+            ),  # by send_blob()
+        ]
+        (first, *_), rest = await asyncio.wait(noticed, return_when=asyncio.FIRST_COMPLETED)
+        await first
+        for each in rest:
+            each.cancel()
+        with pytest.raises(ConnectionError):
+            await wire.rest()
+        await asyncio.gather(asking, *rest, return_exceptions=True)
+
+
 async def test_a_slow_client_gets_all_of_a_large_body(serve: Serve, upstream: Upstream) -> None:
     site = await serve(upstream, more=STORE, top={"limits": {"client_timeout": "2s"}})
     contents = [os.urandom(size) for size in ((64 << 10) - 1, 64 << 10, (64 << 10) + 1, 3_000_000)]

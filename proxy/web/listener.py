@@ -111,11 +111,14 @@ class Connection(web.RequestHandler):
             transport.abort()
 
     def stuck(self, now: float, patience: float) -> bool:
-        """Whether the client has taken nothing of a response for so long, except while a handler runs."""
+        """Whether the client has taken nothing of a response for so long.
+
+        While a handler runs, send_blob() may be about to notice it, and says so in the request's log line.
+        """
         if self.transport is None:
             return False
         idle = self._progress.idle(self.transport.get_extra_info("socket"), now)
-        return idle > patience and self._current_request is None
+        return idle > (patience if self._current_request is None else 3 * patience)
 
     def cut_off(self, reason: str) -> None:
         """Reset the connection, so that the client does not take a part of a response for all of it."""

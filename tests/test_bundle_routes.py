@@ -108,6 +108,9 @@ async def test_in_by_a_name_that_is_given(far: Far) -> None:
     ("query", "headers", "status", "code"),
     [
         ("?pin=yes", {}, 400, "FIELD_INVALID"),
+        ("?name=team/app:7", {}, 400, "FIELD_INVALID"),  # the image has a name
+        ("?platforms=amd64", {}, 400, "FIELD_INVALID"),
+        ("?platforms=linux/amd64,linux/arm64", {}, 400, "FIELD_INVALID"),  # there is no index
         ("?dryrun=true", {}, 400, "FIELD_INVALID"),
         ("", {"Content_Type": "application/json"}, 415, "UNSUPPORTED"),
         ("", {"Content_Type": "text/plain"}, 415, "UNSUPPORTED"),

@@ -298,6 +298,37 @@ async def test_a_child_without_its_blobs(site: Site, which: str, lost: int) -> N
     assert site.parts.store.records.get(f"manifest {NAME} {attestation.digest}") is None
 
 
+async def test_only_some_platforms(site: Site) -> None:
+    amd, arm = image(b"amd"), image(b"arm")
+    whole = archives.index({"linux/amd64": amd, "linux/arm64": arm})
+    part = Made(whole.manifest, whole.media_type, [each for each in whole.blobs if each != b"arm"])
+    files = layout([(part, {REF_NAME: "alpine:3"})])
+    for platforms, says in (
+        ((), "does not contain 1 of the blobs"),
+        (("linux/arm64",), "does not contain 1 of the blobs"),
+        (("linux/amd64", "linux/s390x"), "has no image for linux/s390x"),
+    ):
+        with pytest.raises(ArchiveInvalid, match=says):
+            await site.take(files, platforms=platforms)
+        assert site.empty
+    done = await site.take(files, platforms=["linux/amd64"])
+    assert done.notes == [f"left out of alpine:3, which is for other platforms: linux/arm64 ({arm.digest})"]
+    await site.holds(NAME, "3", whole)
+    await site.holds(NAME, amd.digest, amd)
+    assert site.parts.store.records.get(f"manifest {NAME} {arm.digest}") is None
+
+
+async def test_a_platform_that_is_wanted_must_be_there(site: Site) -> None:
+    amd, arm = image(b"amd"), image(b"arm")
+    whole = archives.index({"linux/amd64": amd, "linux/arm64": arm})
+    part = Made(whole.manifest, whole.media_type, [*amd.blobs, whole.manifest])
+    with pytest.raises(ArchiveInvalid, match=f"does not contain the manifest {arm.digest}"):
+        await site.take(layout([(part, {REF_NAME: "alpine:3"})]), platforms=["linux/arm64"])
+    with pytest.raises(FieldInvalid, match=r"platforms: .* has no index: --platform does not apply"):
+        await site.take(layout([(amd, {REF_NAME: "alpine:3"})]), platforms=["linux/amd64"])
+    assert site.empty
+
+
 async def test_an_attestation_whose_blobs_are_stored_is_not_left_out(site: Site) -> None:
     made, attestation = image(b"amd"), image(b"statement")
     await site.take(layout([(attestation, {REF_NAME: "other:1"})]))

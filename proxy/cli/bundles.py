@@ -208,6 +208,7 @@ def _sink(bundle: str) -> Iterator[Sink]:
 @click.command("import")
 @click.argument("archives", nargs=-1, type=_FILE, metavar="[ARCHIVE]...")
 @click.option("--as", "name", metavar="REF", help="The name of an image that has none in the archive.")
+@PLATFORMS
 @click.option("--pin", is_flag=True, help="Pin the imported images, so that they are never evicted.")
 @click.option(
     "--verify-key", type=_FILE, metavar="FILE", help="Require a signature by this public Ed25519 key, in PEM."
@@ -229,6 +230,7 @@ def import_(
     call: CommandContext,
     archives: tuple[Path, ...],
     name: str | None,
+    platforms: tuple[str, ...],
     pin: bool,
     verify_key: Path | None,
     directory: Path | None,
@@ -247,7 +249,7 @@ def import_(
     listed and left out, with exit status 1. Run it again to import what is new.
     """
     if directory is not None:
-        if archives or name or pin or verify_key or call.server:
+        if archives or name or platforms or pin or verify_key or call.server:
             raise click.UsageError(
                 "--from-registry-dir can only be combined with --namespace, --match and --dry-run"
             )
@@ -258,7 +260,7 @@ def import_(
     if namespace or match:
         raise click.UsageError("--namespace and --match need --from-registry-dir DIRECTORY")
 
-    options = {"name": name, "pin": pin, "dry_run": dry_run}
+    options = {"name": name, "pin": pin, "dry_run": dry_run, "platforms": platforms}
     if call.server is None:
         call.run_here(
             lambda composition: _import_here(call, composition, archives, key=verify_key, **options),

@@ -40,13 +40,15 @@ class ImportOptions:
     """How to import an archive.
 
     `name` is for an image that has no name in the archive, or only a tag.  `pin` pins what is imported into a
-    cache.  With `key`, a file, the archive must be signed by it.
+    cache.  With `key`, a file, the archive must be signed by it.  Of an index only the children for
+    `platforms` are imported.
     """
 
     name: str | None = None
     pin: bool = False
     key: Path | None = None
     dry_run: bool = False
+    platforms: Sequence[str] = ()
 
 
 class BundleImport:
@@ -110,7 +112,10 @@ class BundleImport:
                 unnamed.append(root)
             return self._bound(archive, options, root)
 
-        importer = ImportPlanner(layout, bind, self._parts.clock).plan()
+        planner = ImportPlanner(layout, bind, self._parts.clock, options.platforms)
+        importer = planner.plan()
+        if options.platforms and not planner.selected:
+            raise FieldInvalid("platforms", f"{archive.what} has no index: --platform does not apply")
         if options.name and not unnamed:
             raise FieldInvalid("name", f"every image in {archive.what} has a name: --as does not apply")
         if options.pin:

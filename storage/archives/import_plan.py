@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from storage.archives.importer import Importer, ImportTarget, RepositoryImport, manifest_of, renew_if_stored
 from storage.archives.layout import Layout, Root
 from storage.archives.saved import check_layers
 from storage.errors import ArchiveInvalid, ManifestInvalid
-from storage.graph import Walk, attestations, contents
+from storage.graph import Walk, attestations, contents, missing_platforms, selected
 from storage.keys import LINK
 from storage.names import written
 from storage.oci import (
@@ -45,6 +45,7 @@ class ImportPlanner:
 
     `bind` returns where a root is imported to, or raises RegistryError.  It is called for the roots with a
     name, and for those without one that belong to none of these.  `clock` returns seconds since the epoch.
+    Of an index only the children for `platforms` are imported, all without any.
     """
 
     def __init__(
@@ -52,10 +53,14 @@ class ImportPlanner:
         layout: Layout,
         bind: Callable[[Root], RootBinding],
         clock: Callable[[], float] = time.time,
+        platforms: Sequence[str] = (),
     ) -> None:
         self._layout = layout
         self._bind = bind
         self._clock = clock
+        self._platforms = platforms
+        self._required: set[Digest] = set()
+        self.selected = False  # whether there was an index to select platforms of
         self._imports: dict[str, RepositoryImport] = {}
         # Blobs that the archive does not contain, and their sizes, by store and namespace.
         self._missing: dict[tuple[int, str], dict[Digest, int]] = defaultdict(dict)
@@ -93,14 +98,16 @@ class ImportPlanner:
 
     def _walk(self, planned: RepositoryImport, root: Root) -> None:
         """Add everything that the root names."""
-        steps, absent = Walk([root.descriptor]), list[Descriptor]()
+        steps, absent, excluded = Walk([root.descriptor]), list[Descriptor](), list[Descriptor]()
         for named in steps:
             if named.digest in planned.manifests:
                 continue
             content = manifest_of(self._layout, planned.target, named)
             if content is None:
-                if named is root.descriptor or (
-                    root.left_out is not None and named.digest not in root.left_out
+                if (
+                    named is root.descriptor
+                    or (root.left_out is not None and named.digest not in root.left_out)
+                    or named.digest in self._required
                 ):
                     raise ArchiveInvalid(
                         f"{self._layout.what} does not contain the manifest {named.digest} of {root.name}"
@@ -112,31 +119,54 @@ class ImportPlanner:
             found = self._parsed(named, content)
             for blob in found.blobs:
                 self._add_blob(planned, blob, needed=blob.distributable)
-            skipped = [each for each in found.children if self._skips(planned.target, found, each)]
-            steps.add(each for each in found.children if each not in skipped)
-            absent += skipped
+            unwanted = self._unwanted(planned.target, named, found)
+            incomplete = self._incomplete_attestations(planned.target, found)
+            excluded += unwanted
+            absent += incomplete
+            steps.add(each for each in found.children if each not in (*unwanted, *incomplete))
             if found.children and all(
                 manifest_of(self._layout, planned.target, child) is None for child in found.children
             ):
                 raise ArchiveInvalid(f"{self._layout.what} contains no child of the index {named.digest}")
-        if absent:
-            parts = ", ".join(f"{each.platform or each.media_type} ({each.digest})" for each in absent)
-            name = root.name or root.descriptor.digest
-            self._layout.notes.append(f"left out of {name}, since the archive does not contain it: {parts}")
+        self._note(root, "since the archive does not contain it", absent)
+        self._note(root, "which is for other platforms", excluded)
 
-    def _skips(self, target: ImportTarget, index: ManifestContent, child: Descriptor) -> bool:
-        """Whether a child of the index is left out: an attestation whose blobs are missing.
+    def _note(self, root: Root, why: str, left_out: list[Descriptor]) -> None:
+        if left_out:
+            parts = ", ".join(f"{each.platform or each.media_type} ({each.digest})" for each in left_out)
+            self._layout.notes.append(f"left out of {root.name or root.descriptor.digest}, {why}: {parts}")
+
+    def _unwanted(self, target: ImportTarget, named: Descriptor, index: ManifestContent) -> list[Descriptor]:
+        """The children of an index that are for none of the platforms.
+
+        Raises ArchiveInvalid if it has no child for one of them.
+        """
+        if not self._platforms or not index.children:
+            return []
+        if lacking := missing_platforms(index, self._platforms):
+            raise ArchiveInvalid(f"{self._layout.what}: {named.digest} has no image for {', '.join(lacking)}")
+        self.selected = True
+        wanted = {each.digest for each in selected(index, self._platforms)}
+        self._required |= wanted
+        unwanted = [each for each in index.children if each.digest not in wanted | attestations(index)]
+        for each in unwanted:
+            self._check_sparse(target, each.digest)
+        return unwanted
+
+    def _incomplete_attestations(self, target: ImportTarget, index: ManifestContent) -> list[Descriptor]:
+        """The children of an index that are attestations whose blobs are missing.
 
         No client needs attestations to run an image, and docker save omits their blobs.
         """
-        content = None
-        if child.digest in attestations(index):
-            content = manifest_of(self._layout, target, child)
-        found = None if content is None else contents(content)
-        if found is None or all(self._obtainable(target, each) for each in found.distributable):
-            return False
-        self._check_sparse(target, child.digest)
-        return True
+        incomplete = []
+        optional = attestations(index)
+        for child in index.children:
+            content = manifest_of(self._layout, target, child) if child.digest in optional else None
+            found = None if content is None else contents(content)
+            if found and not all(self._obtainable(target, each) for each in found.distributable):
+                self._check_sparse(target, child.digest)
+                incomplete.append(child)
+        return incomplete
 
     def _obtainable(self, target: ImportTarget, blob: Descriptor) -> bool:
         """Whether the archive contains a blob, or the namespace has a link to it."""

@@ -19,7 +19,7 @@ import structlog
 from aiohttp import web
 
 from proxy.admin.api.routes import ROOT, Handler, decoded, in_json, query
-from proxy.namespaces.references import FieldInvalid
+from proxy.namespaces.references import FieldInvalid, read_platforms
 from proxy.transfer.bundle_export import BundleExport, EarlierBundle, Selection
 from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import DIGEST
@@ -73,8 +73,11 @@ class BundleRoutes:
         return [("POST", f"{ROOT}import", self.import_), ("POST", f"{ROOT}export", self.export)]
 
     async def import_(self, request: web.Request) -> web.StreamResponse:
-        fields = query(request, name="", pin="false", dry_run="false")
-        options = ImportOptions(fields["name"] or None, _flag(fields, "pin"), None, _flag(fields, "dry_run"))
+        fields = query(request, name="", pin="false", dry_run="false", platforms="")
+        platforms = read_platforms("platforms", list(filter(None, fields["platforms"].split(","))))
+        options = ImportOptions(
+            fields["name"] or None, _flag(fields, "pin"), None, _flag(fields, "dry_run"), platforms
+        )
         if request.content_type not in ARCHIVES:
             raise web.HTTPUnsupportedMediaType(reason=f"expected Content-Type: {', '.join(ARCHIVES)}")
         if "Content-Encoding" in request.headers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -92,10 +92,16 @@ class AdminClient:
         return await self._request(operation.result, operation.method, operation.path, {}, body)
 
     async def import_(
-        self, archive: IO[bytes], name: str | None, pin: bool, dry_run: bool
+        self,
+        archive: IO[bytes],
+        name: str | None,
+        pin: bool,
+        dry_run: bool,
+        platforms: Sequence[str] = (),
     ) -> results.BundleImported:
-        """The archive is a tar, plain or compressed by gzip."""
+        """The archive is a tar, plain or compressed by gzip or zstd."""
         query = {"name": name or "", "pin": str(pin).lower(), "dry_run": str(dry_run).lower()}
+        query["platforms"] = ",".join(platforms)
         return await self._request(
             results.BundleImported, "POST", "import", query, archive, "application/x-tar"
         )

@@ -922,3 +922,17 @@ async def test_workers_push_one_tag_at_once(place: Place) -> None:  # noqa: F811
     for content in contents:
         assert await workers[1].get(f"{APP}/manifests/{Digest.of(content)}") == content
     await server.stop()
+
+
+@pytest.mark.parametrize("span", ["14-13", "0-0", "14-14", "0--1"])
+async def test_no_range_describes_an_empty_last_chunk(client: Client, span: str) -> None:
+    session = await client.started()
+    assert (await client.ask("PATCH", session, CONTENT)).status == 202
+    answer = await client.ask("PUT", f"{session}?digest={DIGEST}", b"", **{"Content-Range": span})
+    assert answer.status == 201
+
+
+async def test_an_empty_blob_with_a_range(client: Client) -> None:
+    session = await client.started()
+    target = f"{session}?digest={Digest.of(b'')}"
+    assert (await client.ask("PUT", target, b"", **{"Content-Range": "0-0"})).status == 201

@@ -8,6 +8,8 @@ import aiohttp
 
 from storage.errors import OriginFailed
 
+MAX_MEMBERS = 64  # of one body; each costs a copy of what follows it
+
 
 def encoding_of(response: aiohttp.ClientResponse) -> str:
     """The content coding; "" for identity."""
@@ -22,10 +24,25 @@ def decoded(name: str, response: aiohttp.ClientResponse, content: bytes, limit: 
         return content
     if encoding in ("gzip", "x-gzip", "deflate"):
         try:
-            decoder = zlib.decompressobj(wbits=47 if "gzip" in encoding else zlib.MAX_WBITS)
-            decoded = decoder.decompress(content, limit + 1)
+            inflated = _inflated(content, limit, 47 if "gzip" in encoding else zlib.MAX_WBITS)
         except zlib.error:
             raise OriginFailed(f"{name} sent a body that is not {encoding}") from None
-        if len(decoded) <= limit and decoder.eof:
-            return decoded
+        if inflated is not None:
+            return inflated
     raise OriginFailed(f"{name} sent a body encoded as {encoding}, although identity was requested")
+
+
+def _inflated(content: bytes, limit: int, wbits: int) -> bytes | None:
+    """All members of compressed content (RFC 1952, section 2.2); None if it is cut, or over `limit` bytes.
+
+    Raises zlib.error.
+    """
+    inflated = b""
+    for _ in range(MAX_MEMBERS):
+        decoder = zlib.decompressobj(wbits)
+        inflated += decoder.decompress(content, limit + 1 - len(inflated))
+        if len(inflated) > limit or not decoder.eof:
+            return None
+        if not (content := decoder.unused_data):
+            return inflated
+    return None

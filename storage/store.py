@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, takewhile
+from typing import TypeAlias
 
 import msgspec
 
@@ -46,6 +47,8 @@ from storage.oci import (
 )
 from storage.registry import Registry, Upload, everything
 from storage.values import Link, Pointer, StoredManifest
+
+DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
 
 
 class StoreUpload(Upload):
@@ -244,29 +247,42 @@ class Store(Registry):
         batch.put(TAG.key(repository, tag), Pointer(digest, validated_at).encode())
 
     async def delete_manifest(
-        self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None = None
+        self, repository: str, reference: Reference, allowed: DeletionCheck | None = None
     ) -> None:
         """Delete a tag; or a manifest, its tags, and the record that makes it a referrer.
 
-        Raises ManifestUnknown, and what `allowed` raises, which is called in the transaction.
+        Raises ManifestUnknown, and what `allowed` raises, which is called in the transaction with the tags
+        that will be deleted.
         """
         if not await asyncio.to_thread(self._delete, repository, reference, allowed):
             raise ManifestUnknown(f"{repository} has no {reference}")
 
-    def _delete(self, repository: str, reference: Reference, allowed: Callable[[Batch], None] | None) -> bool:
+    def _delete(self, repository: str, reference: Reference, allowed: DeletionCheck | None) -> bool:
+        if isinstance(reference, Tag):
+            version, tags = None, [reference]
+        else:
+            # Reading all tags may take long, so it is done before the transaction, which blocks all writers.
+            # If anything is pushed meanwhile, which the counter shows, they are read again.
+            version = self.records.get(CHANGES.key(repository))
+            tags = self.tags_of(repository, reference)
+
         def work(batch: Batch) -> bool:
+            current = tags
+            if isinstance(reference, Digest):
+                same = self._collected and batch.get(CHANGES.key(repository)) == version
+                current = tags if same else self.tags_of(repository, reference)
             if allowed is not None:
-                allowed(batch)
+                allowed(batch, current)
             self.changed(batch, repository)
             if isinstance(reference, Tag):
                 return batch.delete(TAG.key(repository, reference))
-            return self.remove_manifest(batch, repository, reference)
+            return self._remove_manifest(batch, repository, reference, current)
 
         return self.records.transaction(work)
 
-    def remove_manifest(self, batch: Batch, repository: str, digest: Digest) -> bool:
+    def _remove_manifest(self, batch: Batch, repository: str, digest: Digest, tags: Sequence[Tag]) -> bool:
         """Remove the manifest, its tags, and the record that makes it a referrer; whether it was stored."""
-        for tag in self.tags_of(repository, digest):
+        for tag in tags:
             batch.delete(TAG.key(repository, tag))
         stored = StoredManifest.parse(batch.get(MANIFEST.key(repository, digest)))
         subject = None if stored is None else _subject(stored.content)

@@ -211,8 +211,7 @@ class Hosted(Registry):
         """Raises Denied if a tag that would be deleted is immutable."""
         name = self._full(repository)
 
-        def allowed(batch: Batch) -> None:
-            tags = [reference] if isinstance(reference, Tag) else self._store.tags_of(name, reference)
+        def allowed(batch: Batch, tags: Sequence[Tag]) -> None:
             for tag in tags:
                 if (pointer := Pointer.parse(batch.get(TAG.key(name, tag)))) is not None:
                     self._check_mutable(repository, tag)

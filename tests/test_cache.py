@@ -8,6 +8,7 @@ import pytest
 
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Records
+from storage.oci import Descriptor, Digest
 from tests.conftest import Clock, Serve
 from tests.pulls import FRESH, MANY, TAG, TAGS, manifest_of, on_disk, pull, warm
 from tests.upstream import (
@@ -50,7 +51,17 @@ async def test_fifty_cold_heads_of_a_blob_are_one_request(serve: Serve, upstream
             assert response.status == 200
             return str(response.headers["Content-Length"])
 
+    cache = site.app.composition.caches["docker.io"]
+    resolve, arrived = cache.resolve_blob, asyncio.Semaphore(0)
+
+    async def arriving(repository: str, digest: Digest) -> Descriptor:
+        arrived.release()
+        return await resolve(repository, digest)
+
+    cache.resolve_blob = arriving  # type: ignore[method-assign]
     asking = [asyncio.ensure_future(head()) for _ in range(MANY)]
+    for _ in range(MANY):
+        await arrived.acquire()
     await hold.reached.wait()
     gate.set()
     assert await asyncio.gather(*asking) == ["7"] * MANY

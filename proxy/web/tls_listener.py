@@ -46,6 +46,7 @@ class PlainSite(web.BaseSite):
         """Stop accepting.  Accepted connections may complete their handshake, and are served."""
         self._accepting.cancel()
         await asyncio.wait((self._accepting,))
+        self._listening.close()  # new clients go to their next host while transfers in flight end
         if self._handshakes:
             await asyncio.wait(self._handshakes, timeout=ON_ITS_WAY)
         for task in self._handshakes:

@@ -291,7 +291,7 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstre
 
 def _role(pid: str) -> str:
     with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").rpartition("\0")[2]
+        return Path(f"/proc/{pid}/comm").read_text().strip().removeprefix("entrepot-")
     return ""
 
 

@@ -41,7 +41,7 @@ PROXY = {
     "transfer": "config telemetry upstream namespaces",
     "admin": "config telemetry upstream cache webhooks namespaces web transfer",
     "doctor": "config upstream setup web",
-    "server": "config webhooks access namespaces web admin",
+    "server": "telemetry config webhooks access namespaces web admin",
 }
 PROXY["cli"] = " ".join(PROXY)
 PROXY["__main__"] = "cli"

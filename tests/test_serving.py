@@ -53,11 +53,12 @@ def held(upstream: Upstream, name: str, after: int) -> Hold:
 # Writes down which directories are listed by whom; Python runs it before all else.
 WITNESS = """
 import os, sys, threading
-journal = os.open(os.environ["WITNESS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def heard(event, arguments):
     if event in ("os.listdir", "os.scandir"):
         main = threading.current_thread() is threading.main_thread()
+        journal = os.open(os.environ["WITNESS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(journal, f"{'start' if main else 'later'} {arguments[0]}\\n".encode())
+        os.close(journal)
 sys.addaudithook(heard)
 """
 

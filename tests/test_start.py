@@ -17,6 +17,7 @@ from structlog.testing import LogCapture
 from proxy.cli import main
 from proxy.config.errors import StartError
 from proxy.server import supervisor
+from proxy.server.fork import ForkedProcess
 from proxy.web.tls_listener import PlainSite
 from tests.events import Ear
 from tests.test_supervisor import CONFIG, Site
@@ -56,7 +57,7 @@ async def test_one_that_is_always_killed_ends_the_start_if_no_other_serves(site:
     parent = site.parent(begin=DIE)
     spawn = parent._spawn
 
-    async def without_housekeeping(config: Any, role: str) -> asyncio.subprocess.Process:
+    async def without_housekeeping(config: Any, role: str) -> ForkedProcess:
         return await spawn(config, "worker")
 
     parent._spawn = without_housekeeping  # type: ignore[method-assign]
@@ -88,7 +89,7 @@ async def test_sigterm_during_the_start_ends_it(site: Site, events: LogCapture) 
     parent = site.parent(begin="os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
     spawn, begun = parent._spawn, []
 
-    async def noted(config: Any, role: str) -> asyncio.subprocess.Process:
+    async def noted(config: Any, role: str) -> ForkedProcess:
         begun.append(role)
         return await spawn(config, role)
 

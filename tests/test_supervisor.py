@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,16 +16,15 @@ from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
 from proxy.server import supervisor
-from proxy.server.supervisor import Supervisor
+from proxy.server.fork import ForkedProcess
+from proxy.server.supervisor import Assignment, Supervisor
 
 pytestmark = pytest.mark.clients
 
 # A worker that writes one line a life, and answers every connection with its configuration's log level.
 WORKER = """
 import asyncio, os, signal, sys
-from proxy.server.supervisor import Assignment
-given = Assignment.read(sys.stdin.buffer)
-keeps = sys.argv[1] == "keeper"
+keeps = given.role == "keeper"
 journal = {journal!r}
 def write(line):
     with open(journal, "a") as file:
@@ -40,13 +38,13 @@ async def answer(reader, writer):
 async def main():
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    asyncio.get_running_loop().add_reader(0, ended.set)
+    asyncio.get_running_loop().add_reader(given.parent.fileno(), ended.set)
     if keeps:
-        given.report("ready")
+        given.parent.report("ready")
         await ended.wait()
         return
-    server = await asyncio.start_server(answer, sock=given.sockets()[0][0])
-    given.report("ready")
+    server = await asyncio.start_server(answer, sock=given.listen[0])
+    given.parent.report("ready")
     {serving}
     await ended.wait()
     write(f"ended {{os.getpid()}}")
@@ -65,7 +63,12 @@ class Site:
 
     def parent(self, begin: str = "", serving: str = "", config: Config = CONFIG) -> Supervisor:
         script = WORKER.format(journal=str(self.journal), begin=begin, serving=serving)
-        parent = Supervisor(config, self.reload, [sys.executable, "-c", script])
+
+        def work(given: Assignment) -> int:
+            exec(script, {"given": given})
+            return 0
+
+        parent = Supervisor(config, self.reload, work)
         self.parents.append(parent)
         return parent
 
@@ -111,7 +114,7 @@ async def test_auto_is_one_for_each_core(site: Site, monkeypatch: pytest.MonkeyP
 
 
 async def test_what_a_worker_says_it_cannot_start_for_is_the_parents_error(site: Site) -> None:
-    parent = site.parent(begin='given.report("no room on the disk"); sys.exit(1)')
+    parent = site.parent(begin='given.parent.report("no room on the disk"); sys.exit(1)')
     with pytest.raises(StartError, match=r"^no room on the disk$"):
         await parent.start()
 
@@ -141,7 +144,7 @@ async def test_a_dead_worker_is_replaced(
     await parent.start()
     spawn = parent._spawn
 
-    async def noticed(config: Config, role: str) -> asyncio.subprocess.Process:
+    async def noticed(config: Config, role: str) -> ForkedProcess:
         process = await spawn(config, role)
         respawned.set()
         return process
@@ -165,7 +168,7 @@ async def test_a_crash_loop_backs_off_and_says_so(
     parent = site.parent(serving="os._exit(3)", config=msgspec.structs.replace(CONFIG, workers=1))
     spawn, count = parent._spawn, 0
 
-    async def counted(config: Config, role: str) -> asyncio.subprocess.Process:
+    async def counted(config: Config, role: str) -> ForkedProcess:
         nonlocal count
         count += role == "worker"
         if count == 5:
@@ -203,7 +206,7 @@ async def test_a_bad_configuration_changes_nothing(site: Site, events: LogCaptur
 
 @pytest.mark.errors("config.refused")
 async def test_a_configuration_that_workers_cannot_start_with_changes_nothing(site: Site) -> None:
-    parent = site.parent(begin='if given.config.log.level == "debug": given.report("no"); sys.exit(1)')
+    parent = site.parent(begin='if given.config.log.level == "debug": given.parent.report("no"); sys.exit(1)')
     await parent.start()
     site.next = msgspec.structs.replace(CONFIG, log=msgspec.structs.replace(CONFIG.log, level="debug"))
     await parent._change()
@@ -236,10 +239,10 @@ async def test_a_worker_that_does_not_end_is_killed(site: Site, monkeypatch: pyt
 @pytest.mark.errors("worker.died")
 async def test_a_worker_whose_parent_is_gone_ends(site: Site) -> None:
     parent = site.parent(config=msgspec.structs.replace(CONFIG, workers=1))
-    spawned: list[asyncio.subprocess.Process] = []
+    spawned: list[ForkedProcess] = []
     spawn = parent._spawn
 
-    async def noted(config: Config, role: str) -> asyncio.subprocess.Process:
+    async def noted(config: Config, role: str) -> ForkedProcess:
         process = await spawn(config, role)
         if role == "worker":
             spawned.append(process)
@@ -247,7 +250,6 @@ async def test_a_worker_whose_parent_is_gone_ends(site: Site) -> None:
 
     parent._spawn = noted  # type: ignore[method-assign]
     await parent.start()
-    assert spawned[0].stdin is not None
-    spawned[0].stdin.close()  # what the kernel does for a parent that was killed
+    spawned[0].leave()  # what the kernel does for a parent that was killed
     assert await asyncio.wait_for(spawned[0].wait(), 20) == 0
     assert f"ended {spawned[0].pid}" in site.lines()

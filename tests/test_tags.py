@@ -32,8 +32,10 @@ ONE, TWO = (Manifest.of(OCI_MANIFEST, b'{"schemaVersion": 2, "n": %d}' % number)
 class FakeOrigin(Registry):
     """It has one tag, `now`, or raises `error`, and notes how it is asked.
 
-    Its answer to a HEAD waits for `gate`, once it has `reached` it.
+    Its answer to a HEAD waits for `gate`, once it has `reached` it.  Its circuit is open unless it is `healthy`.
     """
+
+    probe_due = False
 
     def __init__(self) -> None:
         self.now = ONE
@@ -42,6 +44,9 @@ class FakeOrigin(Registry):
         self.healthy = True
         self.gate: asyncio.Event | None = None
         self.reached = asyncio.Event()
+
+    async def probe(self) -> None:
+        raise AssertionError("a probe that is not due")
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         self.asked.append("GET")

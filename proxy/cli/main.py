@@ -1,14 +1,12 @@
 """The command line: the group of all commands, and those that start or check a server.
 
-This module starts the supervisor, which has to stay small: large imports (aiohttp, rich, the cache) are
-made where they are needed.
+Most commands are small: large imports (aiohttp, rich, the cache) are made where they are needed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import resource
+import gc
 import signal
 import sys
 from dataclasses import replace
@@ -27,14 +25,13 @@ from proxy.config.hosts import Address
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.server.supervisor import Assignment, Supervisor
+from proxy.server.supervisor import Supervisor
 from proxy.setup.renderers import RENDERERS
 from proxy.setup.site import client_url, scheme_of, site_of
 from proxy.telemetry import logs
 
 log = structlog.get_logger()
 
-NICE = 10  # see nice(2)
 SHOWN = ("docker", "containerd", "podman")  # in the banner
 
 _CONFIG = click.option(
@@ -70,57 +67,15 @@ def serve(path: Path | None) -> None:
 
     Without FILE it caches the well-known public registries, and listens on 127.0.0.1:5000.
     """
+    from proxy.server.process import run
+
     config = _load(path)
     logs.configure(config.log.format, config.log.level)
+    gc.freeze()  # the processes share this memory as long as nothing writes to it
     try:
-        asyncio.run(_serve(Supervisor(config, lambda: load(path)), config))
+        asyncio.run(_serve(Supervisor(config, lambda: load(path), run), config))
     except StartError as error:
         _fail(str(error), 1)
-
-
-@main.command(hidden=True)
-def worker() -> None:
-    """Run a server process; the supervisor calls this."""
-    _work()
-
-
-@main.command(hidden=True)
-def keeper() -> None:
-    """Run the housekeeping process; the supervisor calls this."""
-    os.nice(NICE)  # the processes that serve clients come first
-    _work()
-
-
-def _work() -> None:
-    # Here, since the supervisor needs none of it and stays small.
-    from proxy.server.process import ServerProcess
-
-    assignment = Assignment.read(sys.stdin.buffer)
-    config = assignment.config
-    logs.configure(config.log.format, config.log.level)
-    # A follower needs three descriptors; the soft limit is made for programs that use select().
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-    async def work() -> int:
-        app = ServerProcess(config, sockets=assignment.sockets(), run=assignment.run)
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ended.set)
-        loop.add_reader(sys.stdin.fileno(), ended.set)  # end of file: the supervisor has exited
-        try:
-            await app.start()
-        except (StartError, OSError) as error:
-            assignment.report(str(error))
-            return 1
-        assignment.report("ready")
-        await ended.wait()
-        loop.remove_reader(sys.stdin.fileno())
-        await app.stop()
-        return 0
-
-    sys.exit(asyncio.run(work()))
 
 
 @main.command()

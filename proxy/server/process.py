@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -17,11 +19,15 @@ from proxy.admin.drills import DrillControl, resume
 from proxy.admin.explain import refusal_notes
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import state_of
+from proxy.config.errors import StartError
 from proxy.config.schema import TLS, Config
 from proxy.namespaces.composition import Hooks, compose
 from proxy.server import make_room
 from proxy.server.access import authorizer, needed
 from proxy.server.housekeeping import Housekeeper
+from proxy.server.supervisor import Assignment
+from proxy.telemetry import logs
+from proxy.telemetry.metrics import share_metrics
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
 from proxy.web.sockets import bind_all
@@ -31,6 +37,7 @@ from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.errors import StorageFailed
 
+NICE = 10  # of the process that does the housekeeping: those that serve clients come first; nice(2)
 HOUSEKEEPING = "keeper"  # the socket of the process that does the housekeeping
 
 
@@ -235,6 +242,41 @@ class ServerProcess:
         if troubles := dict.fromkeys(trouble for each in states for trouble in each.troubles):
             return {"status": "degraded", "store": "; ".join(troubles), **drill, **refused}
         return {"status": "ready", **drill, **refused}
+
+
+def run(assignment: Assignment) -> int:
+    """Be a process of a supervisor, until a signal or the end of the supervisor.  Returns the exit status."""
+    config = assignment.config
+    with suppress(OSError):  # not on each system; for ps and top
+        Path("/proc/self/comm").write_text(f"entrepot-{assignment.role}")
+    if assignment.role == "keeper":
+        os.nice(NICE)
+    logs.configure(config.log.format, config.log.level)
+    share_metrics(assignment.run)
+    # A follower needs three descriptors; the soft limit is made for programs that use select().
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return asyncio.run(_run(assignment))
+
+
+async def _run(assignment: Assignment) -> int:
+    process = ServerProcess(
+        assignment.config, sockets=(assignment.listen, assignment.admin), run=assignment.run
+    )
+    ended, loop, parent = asyncio.Event(), asyncio.get_running_loop(), assignment.parent
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    loop.add_reader(parent.fileno(), ended.set)
+    try:
+        await process.start()
+    except (StartError, OSError) as error:
+        parent.report(str(error))
+        return 1
+    parent.report("ready")
+    await ended.wait()
+    loop.remove_reader(parent.fileno())
+    await process.stop()
+    return 0
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -1,8 +1,8 @@
 """The parent of the server's processes: workers, which serve clients, and one for the housekeeping.
 
 The supervisor binds the listening sockets, and starts, watches and stops the processes.  It serves no
-requests, so that only a bug of its own can end it.  Each process has a fresh interpreter; they share the
-sockets, the disk and the directory of the metrics.  Rules:
+requests, so that only a bug of its own can end it.  The processes are forked from it: they start at once,
+and share the memory of what it has imported, the sockets, the disk and the directory of the metrics.  Rules:
 
 - A process that ends by itself is replaced: at once if it had run for `LIVED`, otherwise after a delay that
   doubles each time.
@@ -10,7 +10,7 @@ sockets, the disk and the directory of the metrics.  Rules:
   start, or ends with a status, ends the start; so does one that is killed again and again while none serves.
 - On SIGHUP the configuration is read again.  If it is valid, new processes start with it, and the old ones
   drain as soon as the new ones serve.  If it is not, everything stays as it was.
-- A process whose supervisor has ended drains and ends: it reads the end of its standard input.
+- A process whose supervisor has ended drains and ends: their connection is closed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import pickle
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import structlog
 from prometheus_client import multiprocess
@@ -37,6 +34,7 @@ from prometheus_client import multiprocess
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
+from proxy.server.fork import ForkedProcess, Parent, fork
 from proxy.web.sockets import bind
 from proxy.web.tls import Certificates
 
@@ -52,33 +50,19 @@ _RUN = "entrepot-run-"
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a process receives on its standard input: its configuration, and the descriptors it inherits.
+    """What a process is to do.
 
+    listen, admin: the sockets that it serves, for clients and for administrators
     run: the directory in which the processes of this server find each other
-    ready: a pipe; the process writes "ready" or an error message into it, and closes it
+    parent: the process reports "ready" or an error message to it
     """
 
+    role: str
     config: Config
-    listen: tuple[int, ...]
-    admin: tuple[int, ...]
+    listen: list[socket.socket]
+    admin: list[socket.socket]
     run: Path
-    ready: int
-
-    @classmethod
-    def read(cls, stream: BinaryIO) -> Assignment:
-        """Unpickle one from the supervisor's pipe, into which only the supervisor can write."""
-        found = pickle.load(stream)
-        assert isinstance(found, cls)
-        return found
-
-    def sockets(self) -> tuple[list[socket.socket], list[socket.socket]]:
-        return [socket.socket(fileno=fd) for fd in self.listen], [
-            socket.socket(fileno=fd) for fd in self.admin
-        ]
-
-    def report(self, message: str) -> None:
-        os.write(self.ready, message.encode())
-        os.close(self.ready)
+    parent: Parent
 
 
 class _Killed(StartError):
@@ -99,14 +83,18 @@ class Generation:
 
 
 class Supervisor:
-    """Starts, watches, replaces and stops processes.  `reload` reads the configuration again."""
+    """Starts, watches, replaces and stops processes.
+
+    reload: reads the configuration again
+    work: what a process does; its result is the exit status
+    """
 
     def __init__(
-        self, config: Config, reload: Callable[[], Config], command: list[str] | None = None
+        self, config: Config, reload: Callable[[], Config], work: Callable[[Assignment], int]
     ) -> None:
         self._config = config
         self._reload = reload
-        self._command = command or [sys.executable, "-P", "-m", "proxy"]
+        self._work = work
         self._sockets: dict[tuple[str, Address | None], list[socket.socket]] = {}
         self._run, self._run_lock = _run_directory()
         self._changes: set[asyncio.Task[None]] = set()
@@ -114,7 +102,7 @@ class Supervisor:
         self._reloading = asyncio.Lock()
         self._generation: Generation | None = None
         self._draining: Generation | None = None  # the one before it
-        self._starting: dict[asyncio.subprocess.Process, Config] = {}  # do not serve yet
+        self._starting: dict[ForkedProcess, Config] = {}  # do not serve yet
 
     def addresses(self) -> tuple[tuple[str, int], tuple[str, int] | None]:
         """The addresses for clients and for administrators."""
@@ -247,31 +235,22 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(generation.retired.wait(), wait)
 
-    async def _spawn(self, config: Config, role: str) -> asyncio.subprocess.Process:
+    async def _spawn(self, config: Config, role: str) -> ForkedProcess:
         """Start a process, and wait until it serves.  Raises StartError."""
-        clients, administrator = (tuple(each.fileno() for each in sockets) for sockets in self._bound(config))
-        listen, admin = (clients, ()) if role == "worker" else ((), administrator)
-        ours, theirs = os.pipe()
+        clients, administrator = self._bound(config)
+        listen, admin = (clients, []) if role == "worker" else ([], administrator)
+
+        def work(parent: Parent) -> int:
+            return self._work(Assignment(role, config, listen, admin, self._run, parent))
+
+        keep = [each.fileno() for each in (*listen, *admin)] + [self._run_lock]
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                role,
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=(*listen, *admin, theirs, self._run_lock),
-                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._run)},
-            )
+            process = fork(work, keep)
         except OSError as error:
-            os.close(ours)
             raise StartError(f"cannot start a {role}: {error.strerror}") from error
-        finally:
-            os.close(theirs)
-        assert process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it has ended already; its message says why
-            process.stdin.write(pickle.dumps(Assignment(config, listen, admin, self._run, theirs)))
-            await process.stdin.drain()
         self._starting[process] = config
         try:
-            message = await _read(ours)
+            message = await process.message()
         finally:
             del self._starting[process]
         if message == "ready":
@@ -281,7 +260,7 @@ class Supervisor:
             raise _Killed(f"a {role} was killed by signal {-status} before it served")
         raise StartError(message or f"a {role} ended with status {status} before it served")
 
-    async def _watch(self, process: asyncio.subprocess.Process, generation: Generation) -> int:
+    async def _watch(self, process: ForkedProcess, generation: Generation) -> int:
         """Wait until it ends; stop it when its generation is retired.  Returns its exit status."""
         ended = asyncio.ensure_future(process.wait())
         retired = asyncio.ensure_future(generation.retired.wait())
@@ -291,7 +270,7 @@ class Supervisor:
             await asyncio.wait((ended,), timeout=generation.config.drain + GRACE)
             if not ended.done():
                 log.error("worker.killed", pid=process.pid)
-                process.kill()
+                process.send_signal(signal.SIGKILL)
         retired.cancel()
         status = await ended
         multiprocess.mark_process_dead(process.pid, str(self._run))  # type: ignore[no-untyped-call]
@@ -352,16 +331,3 @@ def _locked(directory: Path) -> int:
         os.close(file)
         raise
     return file
-
-
-async def _read(file: int) -> str:
-    """Read a pipe until it is closed."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(file, "rb", 0)
-    )
-    try:
-        return (await reader.read()).decode()
-    finally:
-        transport.close()

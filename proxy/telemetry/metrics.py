@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from prometheus_client import (
@@ -17,6 +18,7 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -24,6 +26,13 @@ from proxy.telemetry.exchange import current
 
 M = TypeVar("M", Counter, Gauge, Histogram)
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
+
+
+def share_metrics(directory: Path) -> None:
+    """Count together with all processes that share `directory`.  Call it before the first Metrics()."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+    # prometheus_client decides this by the environment when it is imported, and that was before the fork.
+    values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
 
 
 class Traffic:

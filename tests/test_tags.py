@@ -32,7 +32,8 @@ ONE, TWO = (Manifest.of(OCI_MANIFEST, b'{"schemaVersion": 2, "n": %d}' % number)
 class FakeOrigin(Registry):
     """It has one tag, `now`, or raises `error`, and notes how it is asked.
 
-    Its answer to a HEAD waits for `gate`, once it has `reached` it.  Its circuit is open unless it is `healthy`.
+    Its answer to a HEAD waits for `gate`, once it has `reached` it.  Its circuit is open unless
+    it is `healthy`.
     """
 
     probe_due = False

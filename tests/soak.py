@@ -60,7 +60,8 @@ class Storm:
 class Load:
     """`done` counts what was done by its kind and outcome; `wrong` are faults of the server, to be none."""
 
-    def __init__(self, url: str, upstream: Upstream, random: Random) -> None:
+    def __init__(self, url: str, upstream: Upstream, random: Random, keep_alive: bool = True) -> None:
+        self._keep_alive = keep_alive
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.contents: dict[str, bytes] = {}
@@ -104,7 +105,8 @@ class Load:
             self._head,
             self._nothing,
         ]
-        async with aiohttp.ClientSession(auto_decompress=False) as session:
+        connector = aiohttp.TCPConnector(force_close=not self._keep_alive)
+        async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
             while going_on():
                 operation = self._random.choice(operations)
                 try:

@@ -293,7 +293,11 @@ def test_what_is_stored_is_known_from_what_changed(
     for number, size in changes:
         path = place.store.files.path(Digest.of(bytes([number])))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x" * size) if size else path.unlink(missing_ok=True)
+        if size:
+            (place.store.files.root / "new").write_bytes(b"x" * size)
+            (place.store.files.root / "new").rename(path)  # as a blob is committed
+        else:
+            path.unlink(missing_ok=True)
         blobs = (place.store.files.root / "blobs").glob("*/*/*")
         assert eviction.stored() == sum(each.stat().st_size for each in blobs)
 

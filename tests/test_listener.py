@@ -76,7 +76,7 @@ async def test_a_drop_at_a_time_does_not_put_off_the_end(serve: Serve, upstream:
 
 
 async def test_between_requests_a_client_may_idle_but_not_for_ever(serve: Serve, upstream: Upstream) -> None:
-    site = await serve(upstream, top={"limits": {"request_timeout": "50ms", "idle_timeout": "1s"}})
+    site = await serve(upstream, top={"limits": {"request_timeout": "500ms", "idle_timeout": "1s"}})
     async with connect(site.url) as wire:
         for _ in range(2):
             assert (await wire.ask("GET", "/v2/")).status == 200

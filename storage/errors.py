@@ -26,7 +26,7 @@
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
     │       └── OriginForbidden    DENIED                     403   though it accepted the credentials
-    ├── StorageFailed              UNKNOWN                    500   our disk, where no origin helps
+    ├── StorageFailed              UNKNOWN                    500   our disk, where no origin helps; see below
     └── Unavailable                UNAVAILABLE                503   the origin cannot be asked now
         ├── TooManyRequests        TOOMANYREQUESTS            503   the origin answered 429; with Retry-After
         ├── OriginFailed           UNAVAILABLE                502   connection refused or cut, 5xx, nonsense
@@ -36,12 +36,15 @@ The statuses are those of the answers to our own clients.  A 429 of the origin b
 a request five times without delay after a 429, and tries its next host at once after a 503.  The HTTP server
 answers a 404 for a 401 or 403 of the origin, unless bypassing the cache is to be denied: a 401 would make the
 client send its credentials to us, and after a 404 it asks the origin with its own credentials.
+A disk that is full is answered 507 (RFC 4918 §11.5), and one that is read-only 503.
 
 Codes: distribution-spec, "Error Codes"; codes that it does not list are those of Distribution.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from typing import Self
 
@@ -69,7 +72,7 @@ class RegistryError(Exception):
         """A copy without a traceback."""
         copy = type(self)(str(self), retry_after=self.retry_after)
         copy.remembered = remembered
-        copy.public = self.public
+        copy.public, copy.status = self.public, self.status
         return copy
 
 
@@ -189,6 +192,13 @@ class OriginForbidden(OriginDenied):
     pass
 
 
+_STATUSES = {
+    os.strerror(errno.ENOSPC): 507,
+    os.strerror(errno.EDQUOT): 507,
+    os.strerror(errno.EROFS): 503,
+}
+
+
 class StorageFailed(RegistryError):
     """The disk failed.  `cause` is what clients may know of it: no path."""
 
@@ -199,6 +209,7 @@ class StorageFailed(RegistryError):
             else "the storage of this registry failed"
         )
         super().__init__(message, retry_after=retry_after, public=public)
+        self.status = _STATUSES.get(cause, self.status)
 
 
 class Unavailable(RegistryError):

@@ -352,7 +352,7 @@ async def test_what_cannot_be_pushed_for_lack_of_room(
 
     for body in (content, stream()):
         async with site.request("POST", f"{UPLOADS}?digest={Digest.of(content)}", data=body) as response:
-            assert response.status == 500
+            assert response.status == 507
             (error,) = (await response.json())["errors"]
             assert error["code"] == "UNKNOWN" and FULL in error["message"]
     assert site.partial == [] and list((disk / "private" / "partial").iterdir()) == []

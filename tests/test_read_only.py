@@ -1,13 +1,17 @@
-"""A disk that is read-only when the server starts: what can be read is served."""
+"""A disk that is read-only or full when the server starts: what can be read is served."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from structlog.testing import LogCapture
 
 from storage.disk.health import DiskHealth
 from storage.disk.read_only import ReadOnlyDatabase
@@ -15,7 +19,7 @@ from storage.disk.records import Records
 from storage.errors import StorageFailed
 from storage.oci import Digest
 from tests.conftest import Serve
-from tests.test_disk import disk, mount, read_only  # noqa: F401  a fixture
+from tests.test_disk import FULL, disk, leave, mount, read_only, ready, said, unmount  # noqa: F401  a fixture
 from tests.upstream import Upstream
 
 CONTENT = b"a layer"
@@ -45,7 +49,7 @@ async def test_what_was_pushed_and_pulled_is_served_by_the_next_server(
         assert (await site.get(f"/v2/library/alpine/blobs/{image.layers[0]}"))[2] == b"cached"
         assert upstream.log == []
         async with site.request("POST", UPLOAD, data=CONTENT) as response:
-            assert response.status == 500
+            assert response.status == 503
             assert str(disk) not in await response.text()
         await site.app.stop()
 
@@ -82,9 +86,120 @@ def test_a_read_only_database_does_not_write(tmp_path: Path) -> None:
     with closing(Records(tmp_path / "records")) as records:
         records.put("a", b"b")
     before = sorted(each.name for each in (tmp_path / "records").iterdir())
-    found = ReadOnlyDatabase(tmp_path / "records" / "cache.db")
+    reason = OSError(30, os.strerror(30))
+    found = ReadOnlyDatabase(tmp_path / "records" / "cache.db", reason)
     assert len(found._sql("SELECT value FROM Cache WHERE key = ?", ("a",))) == 1
     for refused in (found.set, found.delete, found.transact):
         with pytest.raises(OSError, match=os.strerror(30)):
             refused("a", b"c")
     assert sorted(each.name for each in (tmp_path / "records").iterdir()) == before
+
+
+def fill_inodes(path: Path) -> None:
+    """Make empty files until there is no room for another one."""
+    for number in range(10_000):
+        try:
+            (path / f"filler-{number}").touch()
+        except OSError:
+            return
+    raise AssertionError("the disk has room for any number of files")
+
+
+@pytest.fixture
+def few_inodes(tmp_path: Path) -> Iterator[Path]:
+    """A file system for two hundred files."""
+    path = tmp_path / "few"
+    path.mkdir()
+    mount("-t", "tmpfs", "-o", "size=40m,nr_inodes=200", "tmpfs", str(path))
+    yield path
+    unmount(path)
+
+
+@pytest.mark.errors("disk.failed")
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed"])
+@pytest.mark.parametrize("of", ["bytes", "inodes"])
+async def test_what_was_pushed_is_served_from_a_full_disk(
+    serve: Serve,
+    upstream: Upstream,
+    disk: Path,  # noqa: F811
+    few_inodes: Path,
+    events: LogCapture,
+    of: str,
+    killed: bool,
+) -> None:
+    home = disk if of == "bytes" else few_inodes
+    site = await serve(upstream, more={"local": {"store": {}}}, directory=home / "d")
+    async with site.request("POST", UPLOAD, data=CONTENT) as response:
+        assert response.status == 201
+    if killed:
+        shutil.copytree(home / "d", home / "copy")
+    await site.app.stop()
+    if killed:
+        shutil.rmtree(home / "d")
+        (home / "copy").rename(home / "d")
+    if of == "bytes":
+        leave(home, 0)
+    else:
+        fill_inodes(home)
+    site = await serve(upstream, more={"local": {"store": {}}}, directory=home / "d")
+    for _ in range(2):
+        assert (await site.get(BLOB))[2] == CONTENT
+        async with site.request("POST", UPLOAD, data=CONTENT) as response:
+            assert response.status == 507
+            assert FULL in await response.text()
+    found = await ready(site)
+    assert found["status"] == "degraded" and FULL in found["store"]
+    for filler in home.glob("filler*"):
+        filler.unlink()
+    assert await ready(site) == {"status": "ready"}
+    async with site.request("POST", UPLOAD, data=CONTENT) as response:
+        assert response.status == 201
+    assert {cause for _, cause in said(events, "disk.failed")} == {FULL}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from storage.disk.records import Records
+records = Records(Path(sys.argv[1]))
+for line in sys.stdin:
+    key, value = line.split()
+    if value == "close":
+        records.close()
+    records.put(key, value.encode() * 5000) if value != "close" else None
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("logged", [False, True], ids=["closed", "open"])
+def test_a_read_only_database_shows_what_another_process_writes(tmp_path: Path, logged: bool) -> None:
+    """With a log, and without one, in which case nothing locks the file that is read."""
+    directory = tmp_path / "records"
+    with closing(Records(directory)) as records:
+        for number in range(200):
+            records.put(f"tag {number}", b"old")
+    command = [sys.executable, "-c", WRITER, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdin is not None and writer.stdout is not None
+
+        def write(key: str, value: str) -> None:
+            assert writer.stdin is not None and writer.stdout is not None
+            print(key, value, file=writer.stdin, flush=True)
+            assert writer.stdout.readline() == "done\n"
+
+        if logged:
+            write("first", "x")
+        found = ReadOnlyDatabase(directory / "cache.db", OSError())
+        with closing(found):
+
+            def values(key: str) -> list[bytes]:
+                return [row[0][4:] for row in found.execute("SELECT value FROM Cache WHERE key = ?", (key,))]
+
+            assert (values("tag 1"), values("new")) == ([b"old"], [])
+            write("new", "n")
+            write("tag/1", "t")
+            assert (values("new"), values("tag/1")) == ([b"n" * 5000], [b"t" * 5000])
+            write("-", "close")  # which moves the log into the database
+            assert (values("new"), values("tag 1")) == ([b"n" * 5000], [b"old"])
+            assert found.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -232,8 +232,9 @@ class ServerProcess:
     async def _health(self) -> Mapping[str, str]:
         if self._draining:
             return {"status": "draining"}
-        with suppress(StorageFailed):  # a failure is among the troubles then
-            self.composition.store.files.check()
+        for store in self.composition.stores:
+            with suppress(StorageFailed):  # a failure is among the troubles then
+                store.files.check()
         left = self.composition.drill.left
         drill = {"drill": f"upstreams are cut off for {left:.0f} s more"} if left else {}
         states = await self._processes.states()

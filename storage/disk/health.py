@@ -35,13 +35,13 @@ from storage.oci import Digest
 log = structlog.get_logger()
 
 SPARE = 1 << 20  # bytes that blobs leave free for records
+_INDEX_BYTES = 1 << 15  # of SQLite's index, at least
 FORGOTTEN = 600.0  # seconds without a failure after which any successful write ends a cause
 _FULL = os.strerror(errno.ENOSPC)
 _READ_ONLY = os.strerror(errno.EROFS)
 _PASSING = {_FULL, _READ_ONLY, os.strerror(errno.EIO), os.strerror(errno.EDQUOT)}
 
-# Result codes caused by the disk or a lock; every other one means that the database is damaged.
-OF_THE_DISK = {
+_OF_THE_DISK = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_IOERR,
@@ -55,7 +55,13 @@ OF_THE_DISK = {
 }
 
 
-def primary(error: Exception) -> int:
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether the disk or a lock has caused an error of SQLite; otherwise the database is damaged."""
+    short = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ  # a truncated log
+    return isinstance(error, OSError) or (_primary(error) in _OF_THE_DISK and not short)
+
+
+def _primary(error: Exception) -> int:
     """The primary SQLite result code of an error; 0 if it has none."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
@@ -132,9 +138,12 @@ class DiskHealth:
 
     def _cause(self, error: Exception) -> str:
         """The cause in words that are the same for files and for SQLite."""
-        if primary(error) == sqlite3.SQLITE_FULL:
+        if _primary(error) == sqlite3.SQLITE_FULL:
             return _FULL
-        if primary(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and self.is_read_only():
+        # SQLite has no room for its index.
+        if _primary(error) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and self._is_full():
+            return _FULL
+        if _primary(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and self.is_read_only():
             return _READ_ONLY
         return _cause(error)
 
@@ -144,6 +153,9 @@ class DiskHealth:
             return bool(os.statvfs(self._root).f_flag & os.ST_RDONLY)
         except OSError:
             return False
+
+    def _is_full(self) -> bool:
+        return self.room() + SPARE < _INDEX_BYTES
 
     def worked(self, kind: str, size: int = 0) -> None:
         """Report a successful write of `size` bytes."""

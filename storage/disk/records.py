@@ -27,7 +27,7 @@ from typing import Any, TypeVar, cast
 import diskcache
 import structlog
 
-from storage.disk.health import OF_THE_DISK, DiskHealth, primary
+from storage.disk.health import DiskHealth, is_of_the_disk
 from storage.disk.locks import ProcessLock
 from storage.disk.modes import FILE_MODE, make_directory
 from storage.disk.read_only import ReadOnlyDatabase
@@ -168,12 +168,12 @@ class Records:
 
     def put(self, key: str, value: bytes) -> None:
         with self._writing(len(value)):
-            self._do(lambda cache: Batch(cache).put(key, value), len(value))
+            self._do(lambda cache: Batch(cache).put(key, value), len(value), write=True)
 
     def delete(self, key: str) -> bool:
         """Whether it was there."""
         with self._writing(0):
-            return self._do(lambda cache: Batch(cache).delete(key))
+            return self._do(lambda cache: Batch(cache).delete(key), write=True)
 
     def transaction(self, work: Callable[[Batch], T]) -> T:
         """Run `work` in a transaction and return its result: no other process writes in the meantime.
@@ -191,7 +191,7 @@ class Records:
 
         with self._writing(0):
             try:
-                return self._do(run)
+                return self._do(run, write=True)
             except _WorkFailed as error:
                 assert error.__cause__ is not None
                 raise error.__cause__ from None
@@ -247,11 +247,13 @@ class Records:
 
     # Opening
 
-    def _do(self, work: Callable[[_Database], T], size: int = 0, again: bool = True) -> T:
+    def _do(
+        self, work: Callable[[_Database], T], size: int = 0, again: bool = True, write: bool = False
+    ) -> T:
         found = _identity(self._file)
         cache: _Database | None = None
         try:
-            cache, found = self._current(found)
+            cache, found = self._current(found, write)
             former: Any = getattr(self._local, "cache", cache)
             self._local.cache = cache
             if former is not cache:
@@ -262,25 +264,28 @@ class Records:
                 with suppress(sqlite3.Error):
                     cache.close()  # of this thread: it may be in a transaction, or the disk was read-only
             if again and cache is not None and _identity(self._file) != found:
-                return self._do(work, size, again=False)  # it was replaced in the meantime
+                return self._do(work, size, again=False, write=write)  # it was replaced in the meantime
             raise self._failed(_origin(error), found, size) from _origin(error)
 
-    def _current(self, found: Identity) -> tuple[_Database, Identity]:
-        """The database that has the name; opened anew if it was rebuilt or removed."""
-        if (opened := self._valid(found)) is None:
+    def _current(self, found: Identity, write: bool) -> tuple[_Database, Identity]:
+        """The database that has the name.
+
+        It is opened anew if it was rebuilt or removed; or to `write`, if it can only be read so far.
+        """
+        if (opened := self._valid(found, write)) is None:
             with self._opening, self._shared():
                 found = _identity(self._file)
-                if (opened := self._valid(found)) is None:
+                if (opened := self._valid(found, write)) is None:
                     make_directory(self._directory)
                     opened = self._opened = self._connected(), _identity(self._file)
         return opened
 
-    def _valid(self, found: Identity) -> tuple[_Database, Identity] | None:
-        """The open database, if it is the one that has the name."""
+    def _valid(self, found: Identity, write: bool) -> tuple[_Database, Identity] | None:
+        """The open database, if it is the one that has the name, and not read-only if it is to `write`."""
         opened = self._opened
         if opened is None or found is None or found != opened[1]:
             return None
-        if isinstance(opened[0], ReadOnlyDatabase) and not self._disk.is_read_only():
+        if write and isinstance(opened[0], ReadOnlyDatabase):
             opened[0].close()  # before another connection is opened, which is to write
             return None
         return opened
@@ -289,17 +294,17 @@ class Records:
         try:
             return _Database(self._directory, self._durable)
         except _FAILURES as error:
-            if not self._disk.is_read_only() or _identity(self._file) is None:
+            origin = _origin(error)
+            if not is_of_the_disk(origin) or _identity(self._file) is None:
                 raise
-            self._disk.failed(KIND, self._directory, _origin(error))
+            self._disk.failed(KIND, self._directory, origin)
             try:
-                return cast(_Database, ReadOnlyDatabase(self._file))
+                return cast(_Database, ReadOnlyDatabase(self._file, origin))
             except sqlite3.Error:
                 raise error from None
 
     def _failed(self, error: Exception, found: Identity, size: int) -> StorageFailed:
-        short = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ  # a truncated log
-        if isinstance(error, OSError) or (primary(error) in OF_THE_DISK and not short):
+        if is_of_the_disk(error):
             return self._disk.failed(KIND, self._directory, error, size)
         self._rebuild(found)
         return StorageFailed(f"records in {self._directory} are damaged: {error}", cause="damaged records")

@@ -55,9 +55,9 @@ class ReadOnlyDatabase:
         if self._connection is None:
             found = self._state()
             # SQLite needs an index in shared memory for a database with a log.  If it may only read the
-            # index, it makes one of its own in memory, unless another process has one.  Without a log, nothing
-            # is missing in the database; it is read without locks, and again if another process has changed
-            # it meanwhile.
+            # index, it makes one of its own in memory, unless another process has one.  Without a log,
+            # nothing is missing in the database; it is read without locks, and again if another process has
+            # changed it meanwhile.
             if found[0]:
                 with suppress(OSError):  # the index exists, or the disk is read-only
                     os.close(os.open(self._index, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 import msgspec
@@ -175,7 +176,7 @@ class Manifest:
         return Descriptor(self.media_type, self.digest, len(self.content))
 
 
-class _JSONDescriptor(msgspec.Struct, rename="camel"):
+class _JSONDescriptor(msgspec.Struct, rename="camel", omit_defaults=True):
     media_type: str
     digest: str
     size: int
@@ -184,7 +185,8 @@ class _JSONDescriptor(msgspec.Struct, rename="camel"):
     platform: Any = None  # of any form: a strange platform does not make a manifest invalid
 
 
-class _JSONManifest(msgspec.Struct, rename="camel"):
+class _JSONManifest(msgspec.Struct, rename="camel", omit_defaults=True):
+    schema_version: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # never looked at
     media_type: str | None = None
     artifact_type: str | None = None
     config: _JSONDescriptor | None = None
@@ -200,10 +202,11 @@ class _JSONType(msgspec.Struct, rename="camel"):
 
 
 _decode = msgspec.json.Decoder(_JSONManifest).decode
+_encode = msgspec.json.Encoder().encode
 _decode_type = msgspec.json.Decoder(_JSONType).decode
 # The members that clients read, of manifests, of their descriptors, and of the platforms of these.
 _MEMBERS = (
-    frozenset((*_JSONManifest.__struct_encode_fields__, "schemaVersion")),
+    frozenset(_JSONManifest.__struct_encode_fields__),
     frozenset((*_JSONDescriptor.__struct_encode_fields__, "urls", "data")),
     frozenset(("os", "architecture", "variant", "os.version", "os.features", "features")),
 )
@@ -263,7 +266,7 @@ def parse_manifest(content: bytes) -> ManifestContent:
     """
     try:
         found = _decode(content)
-        if (collision := key_collision(content)) is not None:
+        if not _keys_differ(content, found) and (collision := key_collision(content)) is not None:
             raise ManifestInvalid(
                 f"clients read its key {collision!r} differently: keys must differ in more than case"
             )
@@ -303,6 +306,22 @@ def _media_type(found: _JSONManifest) -> str:
     if found.manifests is not None:
         return OCI_INDEX
     return OCI_ARTIFACT if found.blobs and not found.config and not found.layers else OCI_MANIFEST
+
+
+def _keys_differ(content: bytes, found: _JSONManifest) -> bool:
+    """Whether no keys can collide; False if only key_collision() can tell, which reads all of it again.
+
+    None can if what was `found`, written as JSON, has as many colons: one follows each key, and without
+    escapes those in the values that were read stand in both.  So there is no further key, none twice, and
+    none in another case.
+    """
+    if b"\\" in content or found.blobs is not None:
+        return False
+    for each in chain(found.layers or (), found.manifests or (), (found.config, found.subject)):
+        platform = each.platform if each is not None else None
+        if platform is not None and not (isinstance(platform, dict) and platform.keys() <= _MEMBERS[2]):
+            return False
+    return content.count(b":") == _encode(found).count(b":")
 
 
 def key_collision(content: bytes) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage import oci
 from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
 from storage.oci import (
     ARTIFACTS,
@@ -469,6 +471,14 @@ def filled(content: str) -> bytes:
         ('{"subject":<layer, "MEDIATYPE":"c/d"}}', "MEDIATYPE"),
         ('{"mine":1, "Mine":2}', "Mine"),
         ('{"annotations":{}, "annotationS":{}}', "annotationS"),
+        ('{"Layers" \n:[]}', "Layers"),
+        ('{"size":1, "mediaType":"a:b:c", "Size" :":"}', "Size"),
+        ('{"annotations":{"a":"\\u003a\\u003a"}, "Config":{}, "LAYERS":[]}', "Config"),
+        ('{"layers":[<layer, "platform":{"os":"a", "Os":"b"}}]}', "Os"),
+        ('{"config":<layer, "platform":[{"os":"a", "oS":"b"}]}}', "oS"),
+        ('{"subject":<layer, "platform":{"Architecture":""}}}', "Architecture"),
+        ('{"annotations":{"a":"1"}, "annotations":{"b":":"}}', "annotations"),
+        ('{"schemaVersion":2, "SchemaVersion":2}', "SchemaVersion"),
     ],
 )
 def test_keys_that_clients_read_differently(content: str, key: str) -> None:
@@ -490,6 +500,72 @@ def test_keys_that_clients_read_differently(content: str, key: str) -> None:
 def test_keys_that_all_clients_read_alike(content: str) -> None:
     assert key_collision(filled(content)) is None
     parse_manifest(filled(content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"schemaVersion":2, "mediaType":"a/b", "config":<layer>, "layers":[<layer>], "subject":<layer>}',
+        '{"manifests":[<layer, "platform":{"os":"a", "os.version":"1:2", "features":[":"]}}],'
+        ' "annotations":{":":":"}}',
+        '{ "schemaVersion"\n: {"a": [1, "\u00e9:"]} , "layers" : [] , "artifactType":"c:d" }',
+    ],
+)
+def test_what_manifests_have_as_a_rule_is_not_read_twice(
+    content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closer(content: bytes) -> str | None:
+        raise AssertionError("the keys were read again")
+
+    monkeypatch.setattr(oci, "key_collision", closer)
+    parse_manifest(filled(content))
+    with pytest.raises(AssertionError):
+        parse_manifest(filled('{"layers":[<layer, "urls":[]}]}'))
+
+
+def test_collisions_are_found_however_a_manifest_is_written() -> None:
+    chosen = random.Random(12)
+    names = [
+        "layers",
+        "Layers",
+        "config",
+        "subject",
+        "size",
+        "Size",
+        "platform",
+        "os",
+        "OS",
+        "annotations",
+        "a:b",
+    ]
+
+    def value(depth: int) -> str:
+        kind = chosen.randrange(4 if depth else 2)
+        if kind < 2:
+            return chosen.choice(['"x"', '":"', '"\\u003a"', "1", "null"])
+        if kind == 2:
+            return "[" + ",".join(value(depth - 1) for _ in range(chosen.randrange(3))) + "]"
+        return members(depth - 1)
+
+    def members(depth: int) -> str:
+        gap = chosen.choice(["", " ", "\n"])
+        found = [f'"{chosen.choice(names)}"{gap}:{value(depth)}' for _ in range(chosen.randrange(4))]
+        if chosen.random() < 0.7:
+            found += [f'"mediaType":"a/b","digest":"{SHA256}","size":{len(found)}']
+        chosen.shuffle(found)
+        return "{" + ",".join(found) + "}"
+
+    refused = passed = 0
+    for _ in range(4000):
+        content = members(4).encode()
+        try:
+            parse_manifest(content)
+        except ManifestInvalid as error:
+            refused += "differently" in str(error)
+        else:
+            passed += 1
+            assert key_collision(content) is None, content
+    assert refused > 100 and passed > 100
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"7", b'{"a":', b'["Layers"]', b"[" * 100_000])

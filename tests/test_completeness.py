@@ -163,6 +163,21 @@ async def test_what_is_being_transferred_is_not_missing(serve: Serve, upstream: 
     assert (await transfer)[0] == 200
 
 
+async def test_a_transfer_for_another_repository_does_not_help(serve: Serve, upstream: Upstream) -> None:
+    site, image = await warm(serve, upstream)
+    upstream.image("c/d", "latest")
+    assert (await site.get("/v2/c/d/manifests/latest"))[0] == 200
+    assert (await site.get(f"/v2/c/d/blobs/{image.config}"))[0] == 200
+    hold = Hold(asyncio.Event(), after=1)
+    upstream.next("GET", image.layers[0], hold)
+    transfer = asyncio.create_task(site.get(blob_of(image.layers[0])))
+    await hold.reached.wait()
+    site.app.composition.drill.begin(DrillOrder(begun=site.clock(), seconds=60))
+    assert (await ask(site, "/v2/c/d/manifests/latest"))[0] == 503
+    hold.gate.set()
+    assert (await transfer)[0] == 200
+
+
 @pytest.mark.parametrize(
     "layer_type",
     [

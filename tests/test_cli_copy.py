@@ -85,7 +85,7 @@ async def test_what_people_see(upstream: Upstream, destination: Upstream) -> Non
     assert "would be copied" in result.stdout
     result = await call("copy", source, target)
     header, row, summary = result.stdout.splitlines()
-    assert header.split() == ["SOURCE", "DESTINATION", "DIGEST", "RESULT"]
+    assert header.split() == ["SOURCE", "DESTINATION", "DIGEST", "RESULT", "ERROR"]
     assert row.split()[:2] == [source, f"{target}:1"]
     assert row.endswith("  copied")
     assert re.fullmatch(

@@ -111,7 +111,7 @@ async def over(site: Site) -> None:
 
 async def test_ls_lists_repositories(shop: Shop) -> None:
     heads, row = await shop.lines("ls")
-    assert heads.split() == ["REPOSITORY", "TAGS", "MANIFESTS", "STORED"]
+    assert heads.split() == ["REPOSITORY", "TAGS", "MANIFESTS", "STORED", "LAST", "USED"]
     assert row.split()[:3] == [NAME, "1", "2"]
     (found,) = msgspec.convert(await shop.told("ls"), models.Listed).repositories
     assert (found.repository, found.tags, found.manifests) == (NAME, 1, 2)
@@ -134,6 +134,35 @@ async def test_ls_takes_a_pattern(shop: Shop) -> None:
     assert len(await shop.lines("ls", "*alp*")) == 2
     assert await shop.lines("ls", "ghcr.io/*") == ["nothing that is stored matches"]
     assert len(await shop.lines("ls", "--tags", "alpine:*")) == 2
+
+
+@pytest.mark.parametrize("name", ["docker.io", "docker.io/", "Index.docker.io"])
+async def test_ls_takes_a_namespace(shop: Shop, name: str) -> None:
+    assert NAME in (await shop.lines("ls", name))[1]
+    (found,) = msgspec.convert(await shop.told("ls", "--tags", name), models.Listed).images
+    assert found.repository == NAME
+    assert await shop.lines("ls", "ghcr.io") == ["nothing that is stored matches"]
+
+
+async def test_ls_sorts(served: Shop) -> None:
+    served.upstream.image("library/bear", "1", [LAYER * 10])
+    served.upstream.image("library/zoo", "1", [b"a small one"])
+    await served.run("warm", "bear:1", "zoo:1")
+    served.site.clock.advance(100)
+    await served.site.get("/v2/library/zoo/manifests/1")
+    await served.site.app.composition.recorder.flush()
+    for order, expected in (
+        ("name", "alpine bear zoo"),
+        ("size", "bear alpine zoo"),
+        ("used", "zoo alpine bear"),
+    ):
+        for options in ([], ["--tags"]):
+            _, *rows, total = await served.lines("ls", "docker.io", "--sort", order, *options)
+            assert [re.split("[/: ]", row)[2] for row in rows] == expected.split()
+            assert total.startswith("3 ")
+    listed = msgspec.convert(await served.told("ls"), models.Listed).repositories
+    now = served.site.clock()
+    assert [each.last_used for each in listed] == [now - 100, None, now]
 
 
 async def test_ls_gets_all_pages(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +350,8 @@ async def test_why_asks_nobody(shop: Shop) -> None:
     found = msgspec.convert(await shop.told("why", "alpine:3"), reports.Why)
     assert (found.repository, found.reference, found.digest) == (NAME, "3", shop.index.digest)
     lines = await shop.lines("why", "alpine:3")
-    assert lines[0].split() == ["FIELD", f"{NAME}:3"]
-    assert lines[1].startswith(f"verdict         {found.verdict}: ")
+    assert lines[:2] == [f"{NAME}:3", "FIELD           VALUE"]
+    assert lines[2].startswith(f"verdict         {found.verdict}: ")
     assert (await shop.told("why", "alpine:4"))["verdict"] == "miss"
     assert shop.asked() == before
 
@@ -486,7 +515,7 @@ def test_every_command_has_the_common_options() -> None:
         *maintenance.COMMANDS,
     ):
         names = {each.name for each in command.params if isinstance(each, click.Option)}
-        assert {"path", "server", "token", "ca_file", "as_json"} <= names
+        assert {"path", "server", "token", "ca_file", "as_json", "wide"} <= names
         assert command.help
 
 

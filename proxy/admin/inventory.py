@@ -99,8 +99,11 @@ class Inventory:
                     row[number] += 1
                     stored = StoredManifest.parse(value) if kind is MANIFEST else None
                     row[2] += len(stored.content) if stored else 0
+        used = self._usage.last_uses(start)
         return [
-            RepositoryRow(repository=name, tags=tags, manifests=manifests, bytes=size)
+            RepositoryRow(
+                repository=name, tags=tags, manifests=manifests, bytes=size, last_used=used.get(name)
+            )
             for name, (tags, manifests, size) in counts.items()
         ]
 

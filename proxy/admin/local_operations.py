@@ -95,13 +95,13 @@ class LocalOperations:
     # Content
 
     async def repositories(self, match: str = "*") -> Listed:
-        parsed = self._reader.pattern("match", match)
+        parsed = self._reader.listing("match", match)
         found = [await run_in_thread(each.repositories, parsed) for each in self._inventories]
         rows = sorted(chain(*found), key=lambda row: row.repository)
         return Listed(repositories=rows, notes=await self._notes())
 
     async def images(self, match: str = "*", limit: int = PAGE, last: str = "") -> Listed:
-        parsed = self._reader.pattern("match", match)
+        parsed = self._reader.listing("match", match)
         if last:
             read_pattern("last", last)
         pages = [await run_in_thread(each.images, parsed, limit, last) for each in self._inventories]

@@ -22,12 +22,14 @@ class RepositoryRow(Model, frozen=True):
     """One repository of a list.
 
     `bytes` is the size of the stored content that it may show, which it may share with others.
+    `last_used` is None if none of its images was used.
     """
 
     repository: str
     tags: int
     manifests: int
     bytes: int
+    last_used: float | None
 
 
 class PlatformRow(Model, frozen=True):

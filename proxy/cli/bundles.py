@@ -18,8 +18,9 @@ import click
 import msgspec
 
 from proxy.admin.api.client import AdminClient, OperationFailed
-from proxy.cli.console import Column, ProgressDisplay, Table
+from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, parse_timeout, plural
 from proxy.transfer import results
 from storage.names import written
@@ -323,7 +324,9 @@ def _opened(archive: Path) -> Iterator[IO[bytes]]:
 
 
 def export_tables(found: results.Exported, now: float) -> Sequence[Table]:
-    table = Table((Column("REFERENCE", whole=True), Column("DIGEST", digests=True), Column("PLATFORMS")))
+    table = Table(
+        (Column("REFERENCE", whole=True), Column("DIGEST", digests=True, drop=2), Column("PLATFORMS", drop=1))
+    )
     for each in found.references:
         some = f"{', '.join(each.platforms)} ({plural(len(each.left_out), 'other')} left out)"
         table.add(each.reference, each.digest, some if each.left_out else "all")
@@ -342,8 +345,8 @@ def import_tables(found: results.BundleImported, now: float) -> Sequence[Table]:
     table = Table(
         (
             Column("REFERENCE", whole=True),
-            Column("DIGEST", digests=True),
-            Column("PREVIOUS DIGEST", digests=True),
+            Column("DIGEST", digests=True, drop=1),
+            Column("PREVIOUS DIGEST", digests=True, drop=2),
         )
     )
     for each in found.references:

@@ -1,17 +1,19 @@
 """Output for people: tables, progress bars, and phrases that several commands use.
 
-On a terminal rich draws the tables and fits them to its width.  Elsewhere, as in a pipe or a file, they are
-plain columns at full width and without colors.  Text from elsewhere (media types, errors of upstreams) may
-hold anything, so control characters are replaced.
+On a terminal tables fit its width, and are colored unless NO_COLOR is set.  Elsewhere, as in a pipe or a
+file, they are plain columns at full width and without colors.  Text from elsewhere (media types, errors of
+upstreams) may hold anything, so control characters are replaced.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
 
+import click
+
+from proxy.cli.tables import Table, clean, fitted, plain, shortened_digest, wrapped
 from proxy.config.quantities import format_duration
 
 if TYPE_CHECKING:
@@ -19,53 +21,39 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-SHORT = 12  # characters of a digest on a terminal
 
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of a table.
-
-    `right` aligns numbers.  On a terminal `digests` are shortened, and a `whole` cell is never wrapped.
-    """
-
-    title: str
-    right: bool = False
-    digests: bool = False
-    whole: bool = False
-
-
-@dataclass(slots=True)
-class Table:
-    """A table, with lines below it, `notes`.  Without rows the sentence `empty` is printed instead."""
-
-    columns: Sequence[Column]
-    empty: str = ""
-    title: str = ""
-    rows: list[Sequence[str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, *cells: str) -> None:
-        self.rows.append([clean(each) for each in cells])
-
-
-def write(*tables: Table, file: IO[str] | None = None) -> None:
-    """Write tables to `file`, by default standard output."""
+def write(*tables: Table, file: IO[str] | None = None, wide: bool = False) -> None:
+    """Write tables to `file`, by default standard output; `wide` ones as if that were no terminal."""
     file = file or sys.stdout
-    console = terminal(file)
+    console = None if wide else terminal(file)
     for number, table in enumerate(tables):
         if number:
             file.write("\n")
         if table.title:
             file.write(f"{table.title}\n")
-        if not table.rows:
-            file.write(f"{table.empty}\n" if table.empty else "")
-        elif console:
-            _draw(console, table)
-        else:
-            file.write(plain(table))
-        for note in table.notes:
-            file.write(f"{clean(note)}\n")
+        if console is None:
+            if table.rows:
+                file.write(plain(table))
+            for note in _below(table):
+                file.write(f"{note}\n")
+            continue
+        lines = fitted(table, console.width) if table.rows else []
+        for note in _below(table):
+            lines += wrapped(note, console.width)
+        for line in lines:
+            # Each line fits: rich must not wrap it again.
+            console.print(line, soft_wrap=True)
+
+
+def _below(table: Table) -> list[str]:
+    """The lines below the rows of a table, or in their place."""
+    return [*([table.empty] if table.empty and not table.rows else []), *map(clean, table.notes)]
+
+
+def complain(message: str) -> None:
+    """Say on standard error why a command fails."""
+    colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    click.echo(f"{click.style('entrepot:', fg='red') if colored else 'entrepot:'} {message}", err=True)
 
 
 def terminal(file: IO[str]) -> Console | None:
@@ -76,40 +64,6 @@ def terminal(file: IO[str]) -> Console | None:
     from rich.console import Console
 
     return Console(file=file, highlight=False, markup=False, emoji=False)
-
-
-def plain(table: Table) -> str:
-    """The table as columns with two spaces between, and no space at the end of a line."""
-    lines = [[column.title for column in table.columns], *table.rows]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        cells = [
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(line, widths, table.columns, strict=True)
-        ]
-        text.append("  ".join(cells).rstrip() + "\n")
-    return "".join(text)
-
-
-def _draw(console: Console, table: Table) -> None:
-    from rich import box
-    from rich import table as rich
-    from rich.text import Text
-
-    drawn = rich.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for column in table.columns:
-        drawn.add_column(
-            Text(column.title),
-            justify="right" if column.right else "left",
-            no_wrap=column.right or column.digests or column.whole,
-            overflow="fold",
-        )
-    for row in table.rows:
-        cells = zip(row, table.columns, strict=True)
-        # As Text, since rich parses markup in a str.
-        drawn.add_row(*(Text(shortened_digest(cell) if column.digests else cell) for cell, column in cells))
-    console.print(drawn)
 
 
 class ProgressDisplay:
@@ -178,16 +132,6 @@ def _bars(console: Console) -> Bars:
         console=console,
         transient=True,
     )
-
-
-def clean(text: str) -> str:
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
-
-
-def shortened_digest(text: str) -> str:
-    """The text with a digest at its end cut to its beginning."""
-    before, colon, encoded = text.rpartition(":")
-    return f"{before}:{encoded[:SHORT]}" if colon and len(encoded) >= 32 else text
 
 
 def freshness(until: float | None, now: float) -> str:

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import click
+import msgspec
 
 from proxy.admin import models
 from proxy.admin.operations import LARGEST_PAGE, Operations
-from proxy.cli.console import Column, Table, freshness
+from proxy.cli.console import freshness
 from proxy.cli.context import CommandContext, common
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, format_time, plural
 from storage.names import written
 
 PAGE = LARGEST_PAGE
+Listing: TypeAlias = models.RepositoryRow | models.ImageRow
+
+_ORDERS: dict[str, Callable[[Listing], float]] = {
+    "name": lambda row: 0,
+    "size": lambda row: -(row.bytes if isinstance(row, models.RepositoryRow) else row.bytes_held),
+    "used": lambda row: -(row.last_used or 0),
+}
 
 
 @click.command()
 @click.argument("pattern", default="*")
 @click.option("--tags", is_flag=True, help="List tags instead of repositories.")
+@click.option(
+    "--sort",
+    "order",
+    type=click.Choice(list(_ORDERS)),
+    default="name",
+    show_default=True,
+    help="List the largest, or what was used last, first.",
+)
 @common
-def ls(call: CommandContext, pattern: str, tags: bool) -> None:
+def ls(call: CommandContext, pattern: str, tags: bool, order: str) -> None:
     """List stored repositories or tags.
 
-    PATTERN is a glob over full names. With @ in it, --tags lists manifests by digest.
+    PATTERN is a glob over full names, or a namespace for all in it. With @ in it, --tags lists manifests by
+    digest.
     """
 
     async def question(operations: Operations) -> models.Listed:
@@ -35,39 +54,62 @@ def ls(call: CommandContext, pattern: str, tags: bool) -> None:
             found = models.Listed(images=found.images + more.images, next=more.next, notes=more.notes)
         return found
 
-    call.ask(question, listing_tables)
+    async def work(operations: Operations) -> None:
+        call.print(_sorted(await question(operations), _ORDERS[order]), listing_tables)
+
+    call.run(work)
+
+
+def _sorted(found: models.Listed, key: Callable[[Listing], float]) -> models.Listed:
+    """The list in another order; what has the same key stays in the order of names."""
+    return msgspec.structs.replace(
+        found, repositories=sorted(found.repositories, key=key), images=sorted(found.images, key=key)
+    )
 
 
 def listing_tables(found: models.Listed, now: float) -> Sequence[Table]:
-    table = _images(found.images, now) if found.images else _repositories(found.repositories)
+    table = _images(found.images, now) if found.images else _repositories(found.repositories, now)
     table.notes += found.notes
     return [table]
 
 
-def _repositories(rows: Sequence[models.RepositoryRow]) -> Table:
+def _repositories(rows: Sequence[models.RepositoryRow], now: float) -> Table:
     columns = (
         Column("REPOSITORY", whole=True),
-        Column("TAGS", right=True),
-        Column("MANIFESTS", right=True),
+        Column("TAGS", right=True, drop=1),
+        Column("MANIFESTS", right=True, drop=3),
         Column("STORED", right=True),
+        Column("LAST USED", drop=2),
     )
     table = Table(columns, empty="nothing that is stored matches")
     for each in rows:
-        table.add(each.repository, str(each.tags), str(each.manifests), format_size(each.bytes))
+        used = format_time(each.last_used, now)
+        table.add(each.repository, str(each.tags), str(each.manifests), format_size(each.bytes), used)
+    if len(rows) > 1:
+        counts = (
+            plural(len(rows), "repository", "repositories"),
+            plural(sum(each.tags for each in rows), "tag"),
+            plural(sum(each.manifests for each in rows), "manifest"),
+        )
+        table.notes.append(f"{', '.join(counts)}, {_sum(each.bytes for each in rows)}")
     return table
+
+
+def _sum(sizes: Iterable[int]) -> str:
+    return f"{format_size(sum(sizes))}; what several share counts for each of them"
 
 
 def _images(rows: Sequence[models.ImageRow], now: float) -> Table:
     columns = (
         Column("REFERENCE", whole=True),
-        Column("DIGEST", digests=True),
+        Column("DIGEST", digests=True, drop=6),
         Column("STORED", right=True),
-        Column("TOTAL SIZE", right=True),
-        Column("PLATFORMS"),
-        Column("LAST USED"),
-        Column("USES", right=True),
-        Column("FRESH"),
-        Column("PINNED"),
+        Column("TOTAL SIZE", right=True, drop=4),
+        Column("PLATFORMS", drop=3),
+        Column("LAST USED", drop=1),
+        Column("USES", right=True, drop=5),
+        Column("FRESH", drop=2),
+        Column("PINNED", drop=7),
     )
     table = Table(columns)
     for each in rows:
@@ -82,6 +124,8 @@ def _images(rows: Sequence[models.ImageRow], now: float) -> Table:
             freshness(each.fresh_until, now),
             "pinned" if each.pinned else "",
         )
+    if len(rows) > 1:
+        table.notes.append(f"{plural(len(rows), 'image')}, {_sum(each.bytes_held for each in rows)}")
     return table
 
 
@@ -107,12 +151,12 @@ def show(call: CommandContext, reference: str) -> None:
 
 def tree_tables(found: models.ImageTree, now: float) -> Sequence[Table]:
     columns = (
-        Column("DIGEST", digests=True, whole=True),
-        Column("ROLE"),
+        Column("DIGEST", digests=True),
+        Column("ROLE", drop=2),
         Column("SIZE", right=True),
-        Column("STORED"),
-        Column("PLATFORM"),
-        Column("TYPE"),
+        Column("STORED", drop=1),
+        Column("PLATFORM", drop=3),
+        Column("TYPE", drop=4),
     )
     table = Table(columns, title=written(found.repository, found.reference))
     for top in (found.node, *found.referrers):

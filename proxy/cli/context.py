@@ -21,7 +21,8 @@ import structlog
 
 from proxy.admin.api.client import AdminClient, OperationFailed
 from proxy.admin.operations import Operations
-from proxy.cli.console import Table, write
+from proxy.cli.console import complain, write
+from proxy.cli.tables import Table
 from proxy.cli.target import composed, connected, reach
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
@@ -47,6 +48,7 @@ class CommandContext:
     token: str | None = None
     ca_file: Path | None = None
     json: bool = False
+    wide: bool = False
 
     def run(self, work: Callable[[Operations], Awaitable[None]], *, make: bool = False) -> None:
         """Do the work on a server or directory; end the program if it fails.  `make` a missing directory."""
@@ -110,13 +112,13 @@ class CommandContext:
         if self.json:
             click.echo(msgspec.json.encode(found))
         else:
-            write(*view(found, time.time()))
+            write(*view(found, time.time()), wide=self.wide)
 
     def _fail(self, failed: OperationFailed) -> None:
         if self.json:
             click.echo(msgspec.json.encode({"error": str(failed), "code": failed.code}), err=True)
         else:
-            click.echo(f"entrepot: {failed}", err=True)
+            complain(str(failed))
         sys.exit(failed.status)
 
 
@@ -176,6 +178,9 @@ _OPTIONS = {
     "as_json": click.option(
         "--json", "as_json", is_flag=True, help="Print JSON, as the admin API answers it."
     ),
+    "wide": click.option(
+        "--wide", is_flag=True, help="Print all columns and whole values, however wide the terminal is."
+    ),
 }
 
 
@@ -203,7 +208,7 @@ def common(function: Callable[Concatenate[CommandContext, P], None]) -> Callable
 
 def without_server(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options of a command that needs neither a server nor its directory."""
-    return _with_options(function, "as_json")
+    return _with_options(function, "as_json", "wide")
 
 
 def _with_options(function: Callable[..., None], *names: str) -> Callable[..., None]:

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from proxy.admin.api.client import OperationFailed
-from proxy.cli.console import Column, ProgressDisplay, Table
+from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import CommandContext, option_type, quiet, without_server
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, plural
 from proxy.config.values import parse_count, parse_platform
 from proxy.transfer import results
@@ -115,13 +116,14 @@ def copy_tables(found: results.Copied, now: float) -> list[Table]:
     columns = (
         Column("SOURCE", whole=True),
         Column("DESTINATION", whole=True),
-        Column("DIGEST", digests=True),
-        Column("RESULT"),
+        Column("DIGEST", digests=True, drop=1),
+        Column("RESULT", state=True),
+        Column("ERROR", fault=True),
     )
     table = Table(columns, empty="nothing matches")
     for each in found.images:
         outcome = "would be copied" if found.dry_run and each.outcome == "copied" else each.outcome
-        table.add(each.source, each.destination, each.digest or "", each.error or outcome)
+        table.add(each.source, each.destination, each.digest or "", outcome, each.error or "")
     would = "would be copied" if found.dry_run else "copied"
     table.notes.append(
         f"{plural(found.manifests, 'manifest')} and {plural(found.blobs, 'blob')}"

@@ -13,7 +13,8 @@ import msgspec
 import structlog
 from yarl import URL
 
-from proxy.cli.console import Column, Table, write
+from proxy.cli.console import write
+from proxy.cli.tables import Column, Table
 from proxy.config.errors import ConfigError
 from proxy.config.hosts import parse_server
 from proxy.config.image_names import parse
@@ -68,6 +69,7 @@ from proxy.telemetry import logs
     help="With --client: the root directory of the clients.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--wide", is_flag=True, help="Print whole values, however wide the terminal is.")
 def doctor(
     path: Path | None,
     server: str | None,
@@ -79,6 +81,7 @@ def doctor(
     pull: str | None,
     root: Path,
     as_json: bool,
+    wide: bool,
 ) -> None:
     """Check an installation.
 
@@ -91,7 +94,7 @@ def doctor(
         # Here, since the start of the server needs none of it.
         from proxy.doctor import server as server_checks
 
-        _run(lambda: server_checks.examine(path, admin), as_json)
+        _run(lambda: server_checks.examine(path, admin), as_json, wide)
         return
     from proxy.doctor import client as client_checks
 
@@ -103,7 +106,7 @@ def doctor(
         )
     except (ConfigError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-    _run(lambda: client_checks.examine(site, root, options), as_json)
+    _run(lambda: client_checks.examine(site, root, options), as_json, wide)
 
 
 def _check_unused(**options: object) -> None:
@@ -119,7 +122,7 @@ def _admin(server: str | None) -> URL | None:
         raise click.UsageError(str(error)) from None
 
 
-def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool) -> None:
+def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool, wide: bool) -> None:
     if not structlog.is_configured():
         logs.configure("auto", "critical")  # the checks report all errors
 
@@ -130,13 +133,18 @@ def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(found))
     else:
-        write(*check_tables(found, time.time()))
+        write(*check_tables(found, time.time()), wide=wide)
     sys.exit(1 if found.failed else 0)
 
 
 def check_tables(found: Diagnosis, now: float) -> Sequence[Table]:
     table = Table(
-        (Column("CHECK", whole=True), Column("SUBJECT"), Column("STATE", whole=True), Column("FINDING"))
+        (
+            Column("CHECK", whole=True),
+            Column("SUBJECT", whole=True),
+            Column("STATE", state=True),
+            Column("FINDING"),
+        )
     )
     for each in found.checks:
         table.add(each.name, each.subject, each.state, "; ".join(filter(None, (each.message, each.advice))))

@@ -18,6 +18,7 @@ import structlog
 from yarl import URL
 
 from proxy.cli import bundles, content, copy, maintenance, offline, pins, removal, status
+from proxy.cli.console import complain
 from proxy.cli.doctor import doctor
 from proxy.cli.setup import setup
 from proxy.config.errors import ConfigError, StartError
@@ -99,7 +100,7 @@ def _load(path: Path | None) -> Config:
 
 
 def _fail(message: str, status: int) -> None:
-    click.echo(f"entrepot: {message}", err=True)
+    complain(message)
     sys.exit(status)
 
 

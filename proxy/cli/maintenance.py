@@ -12,9 +12,10 @@ import click
 from proxy.admin import reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
-from proxy.cli.console import Column, ProgressDisplay, Table
+from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common
 from proxy.cli.status import show_fills
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_share, format_size, format_time, plural
 from storage.names import written
 
@@ -91,14 +92,14 @@ def _show(found: reports.ScrubRow, progress: ProgressDisplay) -> None:
 
 def scrub_tables(found: reports.Scrubbing, now: float) -> Sequence[Table]:
     columns = (
-        Column("SCRUB"),
-        Column("STARTED"),
+        Column("SCRUB", whole=True),
+        Column("STARTED", drop=2),
         Column("DONE", right=True),
-        Column("CHECKED", right=True),
-        Column("BYTES READ", right=True),
+        Column("CHECKED", right=True, drop=4),
+        Column("BYTES READ", right=True, drop=5),
         Column("DAMAGED", right=True),
-        Column("REPAIRED", right=True),
-        Column("UNKNOWN FILES", right=True),
+        Column("REPAIRED", right=True, drop=1),
+        Column("UNKNOWN FILES", right=True, drop=3),
     )
     table = Table(columns, empty="no scrub has started yet")
     for name, each in (("requested", found.asked), ("background", found.background)):

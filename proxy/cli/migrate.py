@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from proxy.admin.api.client import OperationFailed
-from proxy.cli.console import Column, ProgressDisplay, Table
+from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import quiet
+from proxy.cli.tables import Column, Table
 from proxy.config.loader import load
 from proxy.config.quantities import format_size, plural
 from proxy.config.schema import Config

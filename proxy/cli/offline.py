@@ -16,9 +16,10 @@ from proxy.admin.api.client import OperationFailed
 from proxy.admin.image_files import ImageMentions, Unreadable, find_images
 from proxy.admin.operations import Operations
 from proxy.admin.reports import Drilling, ReadyRow, WarmRow
-from proxy.cli.console import Column, ProgressDisplay, Table
+from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_type
 from proxy.cli.status import show_fills
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout, plural
 from storage.concurrency import for_each
 from storage.names import written
@@ -157,13 +158,13 @@ def _show_count(progress: ProgressDisplay, found: Iterable[WarmRow], total: int)
 def warm_tables(found: Sequence[WarmRow], now: float) -> Sequence[Table]:
     columns = (
         Column("REFERENCE", whole=True),
-        Column("COMPLETE"),
-        Column("MANIFESTS", right=True),
-        Column("REFERRERS", right=True),
-        Column("BLOBS", right=True),
-        Column("BLOBS FETCHED", right=True),
-        Column("BYTES FETCHED", right=True),
-        Column("ERROR"),
+        Column("COMPLETE", state=True),
+        Column("MANIFESTS", right=True, drop=4),
+        Column("REFERRERS", right=True, drop=5),
+        Column("BLOBS", right=True, drop=3),
+        Column("BLOBS FETCHED", right=True, drop=2),
+        Column("BYTES FETCHED", right=True, drop=1),
+        Column("ERROR", fault=True),
     )
     table = Table(columns)
     for each in found:
@@ -250,20 +251,20 @@ def ready_tables(found: Sequence[ReadyRow], places: dict[str, str], built: Seque
     """The state of each image, and what is missing of those that are not complete."""
     columns = (
         Column("REFERENCE", whole=True),
-        Column("STATE"),
-        Column("REFERRERS", right=True),
-        Column("MISSING", right=True),
-        Column("NAMED IN"),
-        Column("PROBLEM"),
+        Column("STATE", state=True),
+        Column("REFERRERS", right=True, drop=3),
+        Column("MISSING", right=True, drop=1),
+        Column("NAMED IN", drop=2),
+        Column("PROBLEM", fault=True),
     )
     table = Table(columns)
     missing = Table(
         (
             Column("REFERENCE", whole=True),
-            Column("MISSING DIGEST", digests=True, whole=True),
-            Column("KIND"),
+            Column("MISSING DIGEST", digests=True),
+            Column("KIND", drop=1),
             Column("SIZE", right=True),
-            Column("PLATFORMS"),
+            Column("PLATFORMS", drop=2),
         )
     )
     for each in found:
@@ -339,10 +340,10 @@ def _show_drill(found: Drilling, progress: ProgressDisplay) -> None:
 def drill_tables(found: Drilling, now: float) -> Sequence[Table]:
     columns = (
         Column("MISSING", whole=True),
-        Column("KIND"),
-        Column("CLIENT"),
+        Column("KIND", drop=2),
+        Column("CLIENT", drop=1),
         Column("REQUESTS", right=True),
-        Column("LAST REQUEST", right=True),
+        Column("LAST REQUEST", right=True, drop=3),
     )
     table = Table(columns, empty="no request failed")
     for each in found.missed:
@@ -353,6 +354,8 @@ def drill_tables(found: Drilling, now: float) -> Sequence[Table]:
             str(each.count),
             format_time(each.last, now),
         )
+    if len(found.missed) > 1:
+        table.notes.append(f"{plural(sum(each.count for each in found.missed), 'request')} failed")
     if found.untold:
         table.notes.append(f"and {plural(found.untold, 'request')} more")
     return [table]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import click
 
 from proxy.admin import models, reports
-from proxy.cli.console import Column, Table
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout
 
 
@@ -54,12 +54,12 @@ def pins(call: CommandContext) -> None:
 def pin_tables(found: Sequence[models.PinRow], now: float) -> Sequence[Table]:
     columns = (
         Column("PATTERN", whole=True),
-        Column("REFRESHED"),
-        Column("PLATFORMS"),
-        Column("ADDED"),
-        Column("REFERENCES", right=True),
-        Column("MANIFESTS", right=True),
-        Column("BLOBS", right=True),
+        Column("REFRESHED", drop=2),
+        Column("PLATFORMS", drop=4),
+        Column("ADDED", drop=3),
+        Column("REFERENCES", right=True, drop=1),
+        Column("MANIFESTS", right=True, drop=5),
+        Column("BLOBS", right=True, drop=6),
         Column("STORED", right=True),
     )
     table = Table(columns, empty="nothing is pinned")

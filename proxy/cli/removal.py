@@ -11,8 +11,9 @@ import click
 from proxy.admin import reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
-from proxy.cli.console import Column, Table, write
+from proxy.cli.console import write
 from proxy.cli.context import CommandContext, common, option_type
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, format_time, parse_size, plural
 from storage.names import is_glob
 
@@ -137,8 +138,8 @@ def collection_tables(found: reports.Collected, now: float) -> Sequence[Table]:
         Column("REPOSITORY", whole=True),
         Column("TAGS", right=True),
         Column("MANIFESTS", right=True),
-        Column("LINKS", right=True),
-        Column("TOO RECENT", right=True),
+        Column("LINKS", right=True, drop=2),
+        Column("TOO RECENT", right=True, drop=1),
     )
     table = Table(columns)
     for each in found.rows:

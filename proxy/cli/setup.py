@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from proxy.cli.console import complain
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.setup.install import Change, InstallPlan, install, plan_install
@@ -82,7 +83,7 @@ def setup(
         click.echo(line)
     if planned.refused:
         for path, _, cause in planned.refused:
-            click.echo(f"entrepot: {path}: {cause}; nothing was written", err=True)
+            complain(f"{path}: {cause}; nothing was written")
         sys.exit(1)
 
 
@@ -124,5 +125,5 @@ def _indented(content: str) -> Iterator[str]:
 
 
 def _fail(message: str, status: int) -> None:
-    click.echo(f"entrepot: {message}", err=True)
+    complain(message)
     sys.exit(status)

@@ -13,8 +13,9 @@ import msgspec
 from proxy.admin import models, reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
-from proxy.cli.console import Column, ProgressDisplay, Table, freshness
+from proxy.cli.console import ProgressDisplay, freshness
 from proxy.cli.context import PAUSE, CommandContext, common, option_type
+from proxy.cli.tables import Column, Table
 from proxy.config.quantities import (
     format_duration,
     format_share,
@@ -49,16 +50,16 @@ def stats(call: CommandContext, period: str) -> None:
 def stats_tables(found: models.Stats, now: float) -> Sequence[Table]:
     columns = (
         Column("NAMESPACE", whole=True),
-        Column("REQUESTS", right=True),
+        Column("REQUESTS", right=True, drop=1),
         Column("HIT RATIO", right=True),
-        Column("BYTE HIT RATIO", right=True),
-        Column("SENT", right=True),
-        Column("RECEIVED", right=True),
+        Column("BYTE HIT RATIO", right=True, drop=2),
+        Column("SENT", right=True, drop=5),
+        Column("RECEIVED", right=True, drop=6),
         Column("BYTES SAVED", right=True),
-        Column("UPSTREAM REQUESTS", right=True),
+        Column("UPSTREAM REQUESTS", right=True, drop=7),
         Column("REQUESTS SAVED", right=True),
-        Column("STALE", right=True),
-        Column("ERRORS", right=True),
+        Column("STALE", right=True, drop=4),
+        Column("ERRORS", right=True, drop=3),
     )
     table = Table(columns)
     total = [] if len(found.namespaces) == 1 else [found.total]
@@ -135,13 +136,13 @@ def _part(fill: models.FillRow) -> str:
 def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
     columns = (
         Column("REPOSITORY", whole=True),
-        Column("DIGEST", digests=True),
-        Column("RECEIVED", right=True),
-        Column("SIZE", right=True),
+        Column("DIGEST", digests=True, drop=6),
+        Column("RECEIVED", right=True, drop=4),
+        Column("SIZE", right=True, drop=2),
         Column("DONE", right=True),
-        Column("SPEED", right=True),
-        Column("TIME LEFT", right=True),
-        Column("CLIENTS", right=True),
+        Column("SPEED", right=True, drop=1),
+        Column("TIME LEFT", right=True, drop=3),
+        Column("CLIENTS", right=True, drop=5),
     )
     table = Table(columns, empty="nothing is being transferred")
     for each in found:
@@ -155,6 +156,12 @@ def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
             "?" if each.eta is None else format_duration(each.eta),
             str(each.followers),
         )
+    if len(found) > 1:
+        received, speed = (
+            format_size(sum(numbers))
+            for numbers in zip(*((each.bytes, each.speed) for each in found), strict=True)
+        )
+        table.notes.append(f"{plural(len(found), 'transfer')}, {received} received, {speed}/s")
     return [table]
 
 
@@ -170,7 +177,9 @@ def why(call: CommandContext, reference: str) -> None:
 
 
 def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
-    table = Table((Column("FIELD"), Column(written(found.repository, found.reference))))
+    table = Table(
+        (Column("FIELD", whole=True), Column("VALUE")), title=written(found.repository, found.reference)
+    )
     fresh_for, keep_for = (
         "without limit" if each is None else format_duration(each)
         for each in (found.fresh_for, found.keep_for)
@@ -220,13 +229,13 @@ def webhooks(call: CommandContext) -> None:
 def webhook_tables(found: Sequence[models.WebhookRow], now: float) -> Sequence[Table]:
     columns = (
         Column("WEBHOOK", whole=True),
-        Column("URL"),
-        Column("FORMAT"),
-        Column("ACTIONS"),
+        Column("URL", drop=2),
+        Column("FORMAT", drop=5),
+        Column("ACTIONS", drop=4),
         Column("PENDING", right=True),
-        Column("OLDEST PENDING"),
-        Column("LAST DELIVERY"),
-        Column("ERROR"),
+        Column("OLDEST PENDING", drop=3),
+        Column("LAST DELIVERY", drop=1),
+        Column("ERROR", fault=True),
     )
     table = Table(columns, empty="no webhook is configured")
     for each in found:
@@ -245,6 +254,9 @@ def webhook_tables(found: Sequence[models.WebhookRow], now: float) -> Sequence[T
             format_time(each.delivered_at, now, "never"),
             failing,
         )
+    if len(found) > 1:
+        counts = f"{plural(sum(each.pending for each in found), 'event')} pending"
+        table.notes.append(f"{plural(len(found), 'webhook')}, {counts}")
     return [table]
 
 

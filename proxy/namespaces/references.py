@@ -50,6 +50,11 @@ class ReferenceReader:
             return pattern
         return read_pattern(field, self._qualify(field, repository) + pattern.pattern[len(repository) :])
 
+    def listing(self, field: str, text: str) -> Pin:
+        """Read a pattern of what to list: the name of a namespace stands for all that is in it."""
+        name = self._namespaces.chosen(ns=text.removesuffix("/"))
+        return self.pattern(field, text if name is None else f"{name}/*")
+
     def reference(self, field: str, text: str) -> ImageReference:
         """`name`, `name:tag`, `name@digest`, `name:tag@digest`, whose tag is ignored."""
         name, tag, digest = split(text)

@@ -114,6 +114,15 @@ class Usage:
         """`reference` is a tag, or a manifest's digest."""
         return _use(self._records.get(USE.key(repository, reference)))
 
+    def last_uses(self, prefix: str) -> dict[str, float]:
+        """When something of each repository was last used; `prefix` is that of their names."""
+        found: dict[str, float] = {}
+        for key, value in self._records.scan(USE.prefix() + prefix):
+            if use := _use(value):
+                repository = USE.parse(key)[0]
+                found[repository] = max(use.last, found.get(repository, 0.0))
+        return found
+
     def moves(self, repository: str, tag: str) -> list[Move]:
         """Oldest first."""
         return _moves(self._records.get(MOVES.key(repository, tag)))

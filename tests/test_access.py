@@ -123,8 +123,10 @@ Open = Callable[..., Any]
 def opened(serve: Serve, upstream: Upstream) -> Open:
     """A server with a cache, docker.io, and a store, local; `access` as in the configuration."""
 
-    async def open(access: dict[str, Any] | None, hosts: Any = (), top: Any = None, **hub: Any) -> Door:
-        local = {"store": {}, "hosts": list(hosts)}
+    async def open(
+        access: dict[str, Any] | None, hosts: Any = (), top: Any = None, local: Any = None, **hub: Any
+    ) -> Door:
+        local = local or {"store": {}, "hosts": list(hosts)}
         mirror = {"upstream": upstream.url, "hosts": ["hub.mirror.example"]}
         more = {"local": local, "mirror.example": mirror}
         return Door(await serve(upstream, more=more, top={"access": access, **(top or {})}, **hub))
@@ -492,6 +494,42 @@ async def test_a_ping_that_says_what_it_is_about(
     door = await opened({"htpasswd": str(users)})
     said = await door.ask("GET", path)
     assert (said.status, said.challenge) == (status, challenge)
+
+
+@pytest.mark.parametrize(
+    ("rules", "headers", "status"),
+    [
+        (None, {}, 401),
+        (None, ALICE, 200),
+        (None, login("alice", "x"), 401),
+        ([{"who": ["anonymous"], "may": ["pull"]}], {}, 200),
+        ([{"who": ["anonymous"], "may": ["pull"], "where": ["local/*"]}], {}, 401),
+    ],
+)
+async def test_a_ping_of_a_server_that_has_no_cache(
+    serve: Serve, users: Path, rules: list[Any] | None, headers: dict[str, str], status: int
+) -> None:
+    access = {"htpasswd": str(users), "rules": rules}
+    namespaces = {"local": {"store": {}}, "edge": {"store": {}}}
+    door = Door(await serve("http://127.0.0.1:9", top={"access": access, "namespaces": namespaces}))
+    said = await door.ask("GET", "/v2/", headers)
+    assert (said.status, said.challenge) == (status, None if headers == ALICE else BASIC)
+
+
+@pytest.mark.parametrize("default", ["docker.io", "local", None])
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", None])
+async def test_a_mirror_never_asks_for_the_passwords_of_what_it_mirrors(
+    opened: Open, users: Path, default: str | None, listen: str | None
+) -> None:
+    local = {"store": {}, "hosts": ["local.example"], "listen": listen}
+    door = await opened({"htpasswd": str(users)}, top={"default_namespace": default}, local=local)
+    pings = ["/mirror.example/v2/", "/v2/mirror.example/", "/v2/?ns=mirror.example", "/docker.io/v2/"]
+    if default != "local":
+        pings.append("/v2/")
+    for path in pings:
+        for headers in ({}, ALICE, login("hub-user", "its-password")):
+            if path != "/v2/" or headers in ({}, ALICE):
+                assert (await door.ask("GET", path, headers)).status == 200
 
 
 async def test_a_ping_where_a_store_is_the_default(opened: Open, users: Path) -> None:

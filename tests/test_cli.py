@@ -218,6 +218,35 @@ async def test_the_banner_speaks_only_of_what_is_configured(tmp_path: Path, upst
     assert registry["location"] == "edge.example"
 
 
+async def test_where_docker_can_log_in_is_said_at_the_start_and_by_check(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    users = tmp_path / "htpasswd"
+    users.touch()
+    edge = f"127.0.0.1:{free_port()}"
+    config, url = site(
+        tmp_path,
+        upstream,
+        access={"htpasswd": str(users)},
+        namespaces={
+            "docker.io": {"upstream": upstream.url},
+            "local": {"store": {}},
+            "edge": {"store": {}, "listen": edge},
+        },
+    )
+    async with running(tmp_path, "serve", "--config", str(config)) as program:
+        said = await banner(program)
+        program.send(signal.SIGTERM)
+        await program.end()
+    address = url.removeprefix("http://")
+    cause = f"warning: namespaces.local: docker cannot log in at {address} to push: give it a listener of its"
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert [line.startswith(cause) for line in warnings] == [True]
+    assert f"private registry edge: docker login {edge}; docker push {edge}/team/app:1" in said
+    status, out, _ = await run(tmp_path, "check", "--config", str(config))
+    assert (status, out.splitlines()[1:]) == (0, warnings)
+
+
 async def test_without_a_configuration(tmp_path: Path) -> None:
     for port in (5000, 5001):
         try:

@@ -170,9 +170,27 @@ async def test_an_address_that_is_none_of_ours(examine: Examine, upstream: Upstr
 
 async def test_something_else_listens(examine: Examine, upstream: Upstream) -> None:
     address = upstream.url.removeprefix("http://")
-    found = await examine(upstream.url, {"listen": address, "admin": address})
-    assert found.failed == ["server", "listen"]
+    found = await examine(upstream.url, {"admin": address})
+    assert "not that of entrepot" in found.one("server").message
+    found = await examine(upstream.url, {"listen": address})
+    assert found.failed == ["listen"]
     assert "another program answers" in found.one("listen").message
+
+
+async def test_the_listener_of_a_store_is_checked_too(examine: Examine, upstream: Upstream) -> None:
+    for address, state in ((upstream.url.removeprefix("http://"), "failed"), ("127.0.0.1:0", "warning")):
+        store = {"namespaces": {"local": {"store": {}, "listen": address}}}
+        main, own = (await examine(upstream.url, store)).all("listen")
+        assert (main.state, own.state, own.subject) == ("ok", state, address)
+
+
+async def test_where_docker_cannot_log_in(examine: Examine, upstream: Upstream, tmp_path: Path) -> None:
+    namespaces = {"docker.io": {"upstream": upstream.url}, "local": {"store": {}}}
+    found = await examine(upstream.url, {"namespaces": namespaces, "access": {"htpasswd": "/etc/htpasswd"}})
+    _, login = found.all("configuration")
+    assert (login.state, login.subject) == ("warning", "namespaces.local")
+    assert "docker cannot log in" in login.message
+    assert "a listener of its own" in login.advice
 
 
 async def test_something_mute_listens(

@@ -64,6 +64,64 @@ def test_docker_hub_keeps_its_built_in_aliases_beside_given_ones() -> None:
     assert not read(namespace("library: false", "docker.io")).namespaces["docker.io"].library
 
 
+@pytest.mark.parametrize(
+    ("listen", "admin"),
+    [
+        ("'127.0.0.1:5000'", "127.0.0.1:5001"),
+        ("'127.0.0.1:5001'", "127.0.0.1:5002"),
+        ("'0.0.0.0:5001'", "127.0.0.1:5002"),
+        ("':5001'", "127.0.0.1:5002"),
+        ("localhost:5001", "127.0.0.1:5002"),
+        ("'[::]:5001'", "127.0.0.1:5001"),
+        ("'10.0.0.1:5001'", "127.0.0.1:5001"),
+    ],
+)
+def test_the_default_of_admin_is_a_port_that_no_other_listener_has(listen: str, admin: str) -> None:
+    assert str(read(f"listen: {listen}").admin) == admin
+    more = "" if "5000" in listen else f"\nnamespaces: {{x: {{store: {{}}, listen: {listen}}}}}"
+    assert str(read(f"listen: '10.0.0.9:5002'{more}").admin) == (admin if more else "127.0.0.1:5001")
+    if more:
+        assert str(read(f"listen: ':5002'{more}").admin) == admin.replace("5002", "5003")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("127.0.0.1:5001", "127.0.0.1:5001"),
+        ("0.0.0.0:5001", "127.0.0.1:5001"),
+        (":5001", "127.0.0.1:5001"),
+        (":5001", "[::1]:5001"),
+        ("[::]:5001", "[::1]:5001"),
+        ("localhost:5001", "[::1]:5001"),
+        ("0.0.0.0:5001", "cache.example:5001"),
+    ],
+)
+def test_a_port_has_one_listener(first: str, second: str) -> None:
+    for one, other in ((first, second), (second, first)):
+        text = f"admin: off\nnamespaces: {{x: {{store: {{}}, listen: '{one}'}}}}\nlisten: '{other}'"
+        cause = f"listen listens on {other} already: choose another port"
+        assert fault(text) == f"namespaces.x.listen: {cause}"
+        text = f"admin: '{one}'\nlisten: '{other}'"
+        assert fault(text) == f"admin: {cause}"
+
+
+def test_listeners_with_one_port_at_different_addresses() -> None:
+    for one, other in (
+        ("127.0.0.1:1", "127.0.0.1:2"),
+        ("127.0.0.1:1", "127.0.0.2:1"),
+        ("0.0.0.0:1", "[::]:1"),
+        (":0", ":0"),
+    ):
+        config = read(f"admin: '{one}'\nlisten: '{other}'")
+        assert (str(config.admin), str(config.listen)) == (one, other)
+
+
+def test_only_a_store_has_a_listener_of_its_own() -> None:
+    assert fault(namespace("listen: ':1'")).startswith(
+        "namespaces.x: listen applies only to private registries"
+    )
+
+
 def test_default_namespace() -> None:
     assert read("default_namespace: null").default_namespace is None
     assert read("default_namespace: ghcr.io").default_namespace == "ghcr.io"

@@ -272,6 +272,71 @@ def test_a_node_has_a_loopback_of_its_own(client: str) -> None:
     assert "give --url" not in notes(made(client, PLAIN))
 
 
+# Private registries with listeners of their own
+
+
+STORES = {"local": "cache.example:5001", "edge": "127.0.0.1:5003"}
+
+
+def test_all_clients_know_the_listeners_of_private_registries() -> None:
+    known = {
+        "docker": lambda made: content(made, "/etc/docker/daemon.json")["insecure-registries"],
+        "containerd": lambda made: [content(made, f"{CERTS}/{each}/hosts.toml") for each in STORES.values()],
+        "podman": lambda made: content(made, "/etc/containers/registries.conf.d/entrepot.conf")["registry"],
+        "buildkit": lambda made: content(made, "/etc/buildkit/buildkitd.toml")["registry"],
+        "kaniko": lambda made: made.pieces[0].content.splitlines(),
+        "k3s": lambda made: content(made, "/etc/rancher/k3s/registries.yaml")["mirrors"],
+        "talos": lambda made: content(made, "/etc/entrepot/clients/talos/registries.yaml"),
+    }
+    expected: dict[str, Any] = {
+        "docker": ["cache.example:5001", "cache.example:5000"],  # dockerd trusts loopback addresses by itself
+        "containerd": [{"server": f"http://{each}", "host": {}} for each in STORES.values()],
+        "podman": [{"location": each, "insecure": True} for each in STORES.values()],
+        "buildkit": {each: {"http": True} for each in STORES.values()},
+        "kaniko": [f"--insecure-registry={each}" for each in STORES.values()],
+        "k3s": {each: {"endpoint": [f"http://{each}"]} for each in STORES.values()},
+    }
+    for client, found in known.items():
+        said = found(made(client, PLAIN, stores=STORES))
+        if client == "talos":
+            mirrors = said["machine"]["registries"]["mirrors"]
+            assert mirrors["cache.example:5001"] == {"endpoints": ["http://cache.example:5001"]}
+        elif client in ("docker", "containerd"):
+            assert said == expected[client]
+        elif isinstance(said, list):
+            assert all(each in said for each in expected[client])
+        else:
+            assert expected[client].items() <= said.items()
+
+
+def test_all_clients_trust_the_authority_at_the_listeners_of_private_registries() -> None:
+    setup = {client: made(client, SECURE, stores={"local": "cache.example:5001"}) for client in RENDERERS}
+    for client, path in {
+        "docker": "/etc/docker/certs.d",
+        "containerd": CERTS,
+        "podman": "/etc/containers/certs.d",
+    }.items():
+        assert content(setup[client], f"{path}/cache.example:5001/ca.crt") == PEM
+    buildkit = content(setup["buildkit"], "/etc/buildkit/buildkitd.toml")
+    assert "ca" in buildkit["registry"]["cache.example:5001"]
+    k3s = content(setup["k3s"], "/etc/rancher/k3s/registries.yaml")
+    assert "ca_file" in k3s["configs"]["cache.example:5001"]["tls"]
+
+
+@pytest.mark.parametrize(
+    ("listen", "url", "host"),
+    [
+        ("0.0.0.0:5001", "http://cache.example:5000", "cache.example:5001"),
+        (":443", "https://cache.example", "cache.example"),
+        ("10.1.2.3:5001", "http://cache.example:5000", "10.1.2.3:5001"),
+        ("[fd00::1]:5001", "http://cache.example:5000", "[fd00::1]:5001"),
+    ],
+)
+def test_the_host_of_a_private_registry(tmp_path: Path, listen: str, url: str, host: str) -> None:
+    config = configuration(tmp_path, {"namespaces": {"local": {"store": {}, "listen": listen}}})
+    assert site_of(config, url=url).stores == {"local": host}
+
+
 # What is printed
 
 

@@ -14,7 +14,7 @@ from structlog.testing import LogCapture
 
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
-from proxy.config.schema import Config
+from proxy.config.schema import Config, Hosting, NamespaceConfig
 from proxy.server import supervisor
 from proxy.server.fork import ForkedProcess
 from proxy.server.supervisor import Assignment, Supervisor
@@ -43,7 +43,7 @@ async def main():
         given.parent.report("ready")
         await ended.wait()
         return
-    server = await asyncio.start_server(answer, sock=given.listen[0])
+    server = await asyncio.start_server(answer, sock=given.sockets.listen[0])
     given.parent.report("ready")
     {serving}
     await ended.wait()
@@ -81,7 +81,7 @@ class Site:
         return self.journal.read_text().splitlines() if self.journal.exists() else []
 
     async def level(self, parent: Supervisor) -> str:
-        (host, port), _ = parent.addresses()
+        (host, port), *_ = parent.addresses()
         reader, writer = await asyncio.open_connection(host, port)
         text = (await reader.read()).decode()
         writer.close()
@@ -128,7 +128,7 @@ async def test_a_worker_that_ends_before_it_serves_is_told_by_its_status(site: S
 async def test_a_port_in_use_is_named(site: Site) -> None:
     first = site.parent()
     await first.start()
-    (host, port), _ = first.addresses()
+    (host, port), *_ = first.addresses()
     second = site.parent(config=msgspec.structs.replace(CONFIG, listen=Address(host, port)))
     with pytest.raises(StartError, match=f"cannot listen on {host}:{port}.*in use"):
         await second.start()
@@ -216,12 +216,36 @@ async def test_a_configuration_that_workers_cannot_start_with_changes_nothing(si
 async def test_another_address_is_listened_on_after_a_reload_and_the_old_one_no_more(site: Site) -> None:
     parent = site.parent()
     await parent.start()
-    (_, before), _ = parent.addresses()
+    (_, before), *_ = parent.addresses()
     site.next = msgspec.structs.replace(CONFIG, listen=Address("localhost", 0))
     await parent._change()
     assert await site.level(parent) == "info"
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", before)
+
+
+async def test_a_listener_of_a_store_comes_and_goes_with_a_reload(site: Site) -> None:
+    serves_the_store = """
+    if given.sockets.stores:
+        store = await asyncio.start_server(answer, sock=given.sockets.stores["local"][0])
+"""
+    parent = site.parent(serving=serves_the_store.strip("\n").replace("    if", "if", 1))
+    await parent.start()
+    assert parent.addresses().stores == {}
+    local = NamespaceConfig(store=Hosting(), listen=Address("127.0.0.1", 0))
+    site.next = msgspec.structs.replace(CONFIG, namespaces={"local": local})
+    main = parent.addresses().listen
+    await parent._change()
+    assert parent.addresses().listen == main
+    host, port = parent.addresses().stores["local"]
+    reader, writer = await asyncio.open_connection(host, port)
+    assert await reader.read() == b"info"
+    writer.close()
+    site.next = CONFIG
+    await parent._change()
+    assert parent.addresses().stores == {}
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(host, port)
 
 
 @pytest.mark.errors("worker.killed")

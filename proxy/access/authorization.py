@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Literal, Protocol
@@ -53,16 +53,27 @@ class GuardedNamespaces:
     guards: by namespace
     visibilities: what callers may see of the namespaces whose guard is CALLER
     chosen: finds the namespace of a request without a repository; `default` is used if it finds none
+    alone: the only namespace that the listener serves, whose name clients leave out; "" if it serves all
     """
 
     guards: Mapping[str, Guard]
     visibilities: Mapping[str, Visibility]
     chosen: ChooseNamespace
     default: str | None
+    alone: str = ""
 
     def of(self, repository: str) -> Guard | None:
         """The guard of the namespace of a repository; None if the namespace is no longer configured."""
         return self.guards.get(repository.partition("/")[0])
+
+    @property
+    def of_none(self) -> Guard:
+        """The guard of a request that means no namespace.
+
+        It is public on a server that has a public cache: a mirror that asks for a login is sent the passwords
+        that clients have for the registry that it mirrors.
+        """
+        return Guard.PUBLIC if Guard.PUBLIC in self.guards.values() else Guard.STORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +112,11 @@ class Authorizer:
         self._rules = rules
         self._authenticator = authenticator
         self._ping = ping
+
+    def alone(self, namespace: str) -> Authorizer:
+        """The Authorizer of a listener that serves this namespace alone."""
+        guarded = replace(self._guarded, alone=namespace)
+        return Authorizer(guarded, self._rules, self._authenticator, self._ping)
 
     def is_public(self, name: str) -> bool:
         """Whether the repository of that full name belongs to a public cache."""
@@ -196,11 +212,11 @@ class Authorizer:
 
     async def ping(self, request: web.BaseRequest, prefix: str, exchange: Exchange) -> tuple[str, ...]:
         """Return challenges to be sent with a response of 200."""
-        chosen = self._guarded.chosen(
+        chosen = self._guarded.alone or self._guarded.chosen(
             ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
         )
         namespace = chosen or self._guarded.default
-        guard = self._guarded.guards.get(namespace or "", Guard.PUBLIC)
+        guard = self._guarded.guards[namespace] if namespace else self._guarded.of_none
         if chosen and guard is Guard.PUBLIC:
             return ()
         if guard is Guard.CALLER:
@@ -224,13 +240,19 @@ class Authorizer:
         return (self._authenticator.basic,) if self._authenticator.tokens is None else ()
 
     def _is_open(self, namespace: str | None) -> bool:
-        """Whether pings of a guarded namespace are not challenged: if everybody may pull all of it.
+        """Whether pings of a guarded namespace, or of all, go well: if everybody may pull all of it.
 
         docker sends credentials only if the ping was challenged, and pulls nothing after a Basic challenge
         that it cannot meet.  With a token server the challenge is harmless: every client can get a token.
         """
+        if self._authenticator.tokens is not None:
+            return False
         # No repository has this name: only a rule for all of them matches it.
-        return self._authenticator.tokens is None and self._rules.allow(Principal(), "pull", f"{namespace}/*")
+        return (
+            self._sees_everything(Principal())
+            if namespace is None
+            else self._rules.allow(Principal(), "pull", f"{namespace}/*")
+        )
 
     async def repositories(
         self, request: web.BaseRequest, registry: Registry, last: str, limit: int | None, exchange: Exchange
@@ -249,6 +271,8 @@ class Authorizer:
             visible = self._listed
         found: list[str] = []
         start = last
+        prefix = f"{self._guarded.alone}/" if self._guarded.alone else ""
+        last = prefix + last
         while limit is None or len(found) < limit:
             names = await registry.repositories(last, None if limit is None else max(limit, PAGE))
             found += [name for name in names if visible(name)]
@@ -258,7 +282,7 @@ class Authorizer:
         may_log_in = principal.anonymous and self._authenticator.accepts_credentials
         if may_log_in and not found and not start and not self._sees_everything(principal):
             raise self._refusal(principal, "list repositories", scope)
-        return found if limit is None else found[:limit]
+        return [each.removeprefix(prefix) for each in found[:limit]]
 
     def _sees_everything(self, principal: Principal) -> bool:
         """Whether the rules let the client pull from every repository that is listed to anybody."""

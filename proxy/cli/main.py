@@ -21,13 +21,14 @@ from proxy.cli import bundles, content, copy, maintenance, offline, pins, remova
 from proxy.cli.console import complain
 from proxy.cli.doctor import doctor
 from proxy.cli.setup import setup
+from proxy.config.advice import advise
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.server.supervisor import Supervisor
-from proxy.setup.renderers import RENDERERS
+from proxy.server.supervisor import BoundAddresses, Supervisor
+from proxy.setup.renderers import RENDERERS, store_lines
 from proxy.setup.site import client_url, scheme_of, site_of
 from proxy.telemetry import logs
 
@@ -89,6 +90,8 @@ def check(path: Path | None) -> None:
     config = _load(path)
     names = ", ".join(config.namespaces) or "none"
     click.echo(f"{path or 'the built-in configuration'} is valid; namespaces: {names}")
+    for each in advise(config):
+        click.echo(f"warning: {each}")
 
 
 def _load(path: Path | None) -> Config:
@@ -118,21 +121,26 @@ async def _serve(parent: Supervisor, config: Config) -> None:
         await asyncio.wait((starting,))
         return
     starting.result()
-    click.echo(banner(*parent.addresses(), config))
+    click.echo(banner(parent.addresses(), config))
     if not ended.is_set():
         await parent.run()
     log.info("server.stopping", drain=config.drain)
     await parent.stop()
 
 
-def banner(listen: tuple[str, int], admin: tuple[str, int] | None, config: Config) -> str:
-    """The addresses, the storage directory, and the configuration of the most common clients."""
+def banner(bound: BoundAddresses, config: Config) -> str:
+    """The addresses, the storage directory, warnings, and the configuration of the most common clients."""
+    encrypted, admin = config.tls is not None, bound.admin
     lines = [
-        f"entrepot {version('entrepot')} listening on {_url(config.tls is not None, *listen)}"
+        f"entrepot {version('entrepot')} listening on {_url(encrypted, *bound.listen)}"
         + (f", admin on {_url(config.admin_tls() is not None, *admin)}" if admin else ""),
         f"storing in {config.disk.path}",
+        *(f"warning: {each}" for each in advise(config)),
     ]
-    site = site_of(config, url=str(client_url(scheme_of(config), Address(*listen))))
+    site = site_of(config, url=str(client_url(scheme_of(config), Address(*bound.listen))))
+    urls = {name: client_url(scheme_of(config), Address(*each)) for name, each in bound.stores.items()}
+    stores = {name: each.host_port_subcomponent or "" for name, each in urls.items()}
+    lines += store_lines(replace(site, stores=stores))
     if site.namespaces:
         # One registry is enough for clients that name each; setup prints all.
         name = DOCKER_HUB if DOCKER_HUB in site.namespaces else site.namespaces[0]

@@ -15,7 +15,7 @@ from proxy.cli.console import complain
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.setup.install import Change, InstallPlan, install, plan_install
-from proxy.setup.renderers import RENDERERS, lines_of
+from proxy.setup.renderers import RENDERERS, lines_of, store_lines
 from proxy.setup.site import Setup, site_of
 
 
@@ -74,7 +74,7 @@ def setup(
         raise
     made = RENDERERS[client](site)
     if not (write or dry_run):
-        click.echo("\n".join(lines_of(made)))
+        click.echo("\n".join([*(f"# {each}" for each in store_lines(site)), *lines_of(made)]))
         return
     if all(each.kind == "flags" for each in made.pieces):
         _fail(f"{client} is configured by flags, not by a file: see entrepot setup {client}", 2)

@@ -64,3 +64,19 @@ class AccessConfig(Section, frozen=True):
     rules: tuple[AccessRule, ...] | None = None
     ping: Literal["auto", "challenge", "open"] = "auto"
     remember: Timeout = 300.0
+
+    @property
+    def has_users(self) -> bool:
+        """Whether clients can log in."""
+        return self.htpasswd is not None or self.token is not None
+
+    def opens(self, namespace: str) -> bool:
+        """Whether a rule lets everybody pull all of a namespace from everywhere."""
+        return any(
+            "pull" in rule.may
+            and not rule.sources
+            and any(who.kind == "anonymous" for who in rule.who)
+            # No repository has this name: only a pattern for all of them matches it.
+            and (not rule.where or any(each.fullmatch(f"{namespace}/*") for each in rule.where))
+            for rule in self.rules or ()
+        )

@@ -26,6 +26,8 @@ _REALM = re.compile(rf"https?://{_AUTHORITY}(?:/[^\s\"\\#]*)?", re.ASCII)
 _TARGET = re.compile(rf"https?://{_AUTHORITY}(?:[/?][!-~]*)?")
 # Hosts that stand for every address of the machine, and where to connect from this machine.
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+_WILDCARDS = {"0.0.0.0", "::"}
+_HOSTS = {"": ("0.0.0.0", "::"), "localhost": ("127.0.0.1", "::1")}  # that stand for several addresses
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -51,6 +53,16 @@ class Address:
     def local_host(self) -> str:
         """The host to connect to from this machine."""
         return _EVERYWHERE.get(self.host, self.host)
+
+    def overlaps(self, other: Address) -> bool:
+        """Whether one socket cannot listen on this address while another listens on the other one."""
+        if not self.port or self.port != other.port:
+            return False
+        return any(
+            mine == theirs or ((":" in mine) == (":" in theirs) and {mine, theirs} & _WILDCARDS)
+            for mine in _HOSTS.get(self.host, (self.host,))
+            for theirs in _HOSTS.get(other.host, (other.host,))
+        )
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -23,7 +23,7 @@ import yaml
 
 from proxy.config.errors import ConfigError
 from proxy.config.fields import Section
-from proxy.config.hosts import parse_name, without_port
+from proxy.config.hosts import Address, parse_name, without_port
 from proxy.config.schema import Config, NamespaceConfig, PinRule
 from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import kind_of
@@ -43,6 +43,9 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         if tree.get("namespaces") is None:
             tree["namespaces"] = {name: {"upstream": url} for name, url in WELL_KNOWN.items()}
         config: Config = _build(Config, tree, "")
+        if tree.get("admin") is None:
+            config = msgspec.structs.replace(config, admin=_default_admin(config))
+        _check_listeners(config)
         _check_owners(config.namespaces)
         _check_webhooks(config.webhooks)
         if "default_namespace" not in tree and DOCKER_HUB in config.namespaces:
@@ -229,6 +232,25 @@ def _check_owners(namespaces: Mapping[str, NamespaceConfig]) -> None:
             for each in getattr(namespace, key):
                 if (owner := owners.setdefault(without_port(each), name)) != name:
                     raise _Fault(f"namespaces.{name}.{key}", f"{each} already belongs to namespace {owner}")
+
+
+def _default_admin(config: Config) -> Address:
+    """The default of `admin`, at the first port from 5001 on that no other listener has."""
+    default = Config().admin
+    assert default is not None
+    used = [address for key, address in config.listeners().items() if key != "admin"]
+    while any(default.overlaps(each) for each in used):
+        default = Address(default.host, default.port + 1)
+    return default
+
+
+def _check_listeners(config: Config) -> None:
+    """Raises _Fault if two listeners have one port."""
+    found = list(config.listeners().items())
+    for number, (key, address) in enumerate(found):
+        for other, taken in found[:number]:
+            if address.overlaps(taken):
+                raise _Fault(key, f"{other} listens on {taken} already: choose another port")
 
 
 def _check_webhooks(webhooks: tuple[WebhookConfig, ...]) -> None:

@@ -139,11 +139,13 @@ class Hosting(Section, frozen=True):
 class NamespaceConfig(Section, frozen=True):
     """A cache of an `upstream`, or a private registry, which has a `store`.
 
-    If `keep_for` is None, that of the disk applies.
+    A private registry may have a listener of its own, at `listen`.  If `keep_for` is None, that of the disk
+    applies.
     """
 
     upstream: UpstreamConfig | None = None
     store: Hosting | None = None
+    listen: Annotated[Address | None, parse_address] = None
     aliases: tuple[Annotated[str, parse_name], ...] = ()
     hosts: tuple[Host, ...] = ()
     library: Flag = False
@@ -167,6 +169,8 @@ class NamespaceConfig(Section, frozen=True):
             misplaced = [each for each in _OF_CACHES if getattr(self, each) != _DEFAULTS[each]]
             if misplaced:
                 raise ValueError(f"{misplaced[0]} applies only to caches, and this namespace has a store")
+        elif self.listen is not None:
+            raise ValueError("listen applies only to private registries (store), and this is a cache")
 
     def fresh_for_tag(self, tag: str) -> float:
         """For how many seconds after its validation a tag is fresh; math.inf for forever."""
@@ -253,8 +257,17 @@ class Config(Section, frozen=True):
             name
             for name, each in self.namespaces.items()
             if (each.store is not None or each.visibility == "rules")
-            and (each.hosts or name == self.default_namespace)
+            and (each.hosts or each.listen or name == self.default_namespace)
         ]
+
+    def listeners(self) -> dict[str, Address]:
+        """The addresses of all listeners, by the path of their key."""
+        stores = {f"namespaces.{name}.listen": address for name, address in self.store_listeners().items()}
+        return {"listen": self.listen, **({"admin": self.admin} if self.admin else {}), **stores}
+
+    def store_listeners(self) -> dict[str, Address]:
+        """The addresses of the listeners of single private registries, by namespace."""
+        return {name: each.listen for name, each in self.namespaces.items() if each.listen is not None}
 
     def keep_for(self, repository: str) -> float:
         """For how many seconds unused content of a repository is kept; math.inf for forever.

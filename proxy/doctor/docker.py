@@ -36,8 +36,8 @@ def _checks(machine: Machine) -> Iterator[Check]:
             "if the server fails, dockerd asks Docker Hub itself",
             "no setting of dockerd prevents that: block registry-1.docker.io in the network",
         )
-    if machine.site.plain and not machine.site.loopback and not _covers(insecure, machine.site.host):
-        message = f"{machine.site.host} is not in insecure-registries: pulls by full name use https"
+    if missing := [each for each in machine.site.insecure if not _covers(insecure, each)]:
+        message = f"{', '.join(missing)} is not in insecure-registries: pulls by full name use https"
         yield warning("configuration", CLIENT, message, machine.setup_command(CLIENT))
     others = [each for each in machine.site.namespaces if each != DOCKER_HUB]
     if others:

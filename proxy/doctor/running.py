@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from proxy.config.errors import StartError
-from proxy.config.hosts import local_url
+from proxy.config.hosts import Address, local_url
 from proxy.config.schema import Config
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
@@ -51,9 +51,9 @@ async def check(config: Config, admin: URL | None = None) -> list[Check]:
         if url is None:
             advice = "set admin: in the configuration to see the state of the server"
             found = [warning("server", "-", "the admin listener is off, so its state is unknown", advice)]
-            return [*found, await _check_listener(session, config, None)]
+            return [*found, *await _check_listeners(session, config, None)]
         found, runs = await _check_admin(session, url)
-        return [*found, await _check_listener(session, config, runs)]
+        return [*found, *await _check_listeners(session, config, runs)]
 
 
 async def _check_admin(session: aiohttp.ClientSession, url: URL) -> tuple[list[Check], bool]:
@@ -104,14 +104,24 @@ def _check_breakers(samples: list[Sample]) -> list[Check]:
     return found
 
 
-async def _check_listener(session: aiohttp.ClientSession, config: Config, runs: bool | None) -> Check:
-    """Whether the listener answers; `runs` is whether the server runs, None if that is unknown."""
-    subject = str(config.listen)
-    if not config.listen.port:
+async def _check_listeners(session: aiohttp.ClientSession, config: Config, runs: bool | None) -> list[Check]:
+    """Whether the listeners for clients answer.
+
+    `runs` is whether the server runs, None if that is unknown.
+    """
+    addresses = [config.listen, *config.store_listeners().values()]
+    return [await _check_listener(session, config, each, runs) for each in addresses]
+
+
+async def _check_listener(
+    session: aiohttp.ClientSession, config: Config, address: Address, runs: bool | None
+) -> Check:
+    subject = str(address)
+    if not address.port:
         return warning("listen", subject, "is any free port, unknown to clients", "give listen: a port")
     if runs and config.tls and config.tls.client_certificate == "required":
         return ok("listen", subject, "was not checked: it answers only clients with certificates")
-    url = local_url("https" if config.tls else "http", config.listen)
+    url = local_url("https" if config.tls else "http", address)
     try:
         async with session.get(url / "v2/") as response:
             program, status = response.headers.get("Server", ""), response.status
@@ -119,22 +129,22 @@ async def _check_listener(session: aiohttp.ClientSession, config: Config, runs: 
         if runs:
             advice = "if listen: was changed, restart the server; or give its file with --config"
             return failed("listen", subject, f"does not answer, but the server runs: {cause(error)}", advice)
-        return _check_address(config)
+        return _check_address(address)
     except (aiohttp.ClientError, TimeoutError) as error:
         advice = "check what listens there: ss -ltnp"
         return failed("listen", subject, f"the answer is not HTTP: {cause(error)}", advice)
     if program != "entrepot":
         advice = "check what listens there (ss -ltnp); stop it, or choose another port for listen"
         return failed("listen", subject, f"another program answers: {program or status}", advice)
-    if config.listen.loopback:
+    if address.loopback:
         return ok("listen", subject, f"answers {status}; only this machine can connect")
     return ok("listen", subject, f"answers {status}")
 
 
-def _check_address(config: Config) -> Check:
-    subject = str(config.listen)
+def _check_address(address: Address) -> Check:
+    subject = str(address)
     try:
-        for each in bind(config.listen, "listen"):
+        for each in bind(address, "listen"):
             each.close()
     except StartError as error:
         return failed("listen", subject, str(error), "choose an address of this machine and a free port")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from yarl import URL
 
+from proxy.config.advice import advise
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.doctor import disk, running, upstreams
-from proxy.doctor.checks import Check, failed, ok
+from proxy.doctor.checks import Check, failed, ok, warning
 
 
 async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
@@ -30,6 +31,7 @@ async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
             )
         ]
     checks = [ok("configuration", subject, "is valid")]
+    checks += [warning("configuration", each.path, each.surprise, each.remedy) for each in advise(config)]
     local = await asyncio.gather(
         asyncio.to_thread(disk.check, config.disk),
         asyncio.to_thread(running.check_certificate, config),

@@ -45,16 +45,23 @@ class Namespaces(Registry):
     """The registries of all namespaces as one.  Its methods take full names only: see qualify()."""
 
     def __init__(
-        self, members: Iterable[Member], default: str | None = None, catalogs: Sequence[Registry] = ()
+        self,
+        members: Iterable[Member],
+        default: str | None = None,
+        catalogs: Sequence[Registry] = (),
+        *,
+        hosts_named: bool = True,
     ) -> None:
         """Raises ValueError if two members claim one name or host, or if no member has the name `default`.
 
         catalogs: registries that list full names, instead of the members; close() does not close them
+        hosts_named: whether a first component that is a host is always taken for the name of a namespace
         """
         self._members: dict[str, Member] = {}
         self._by_name: dict[str, Member] = {}
         self._by_host: dict[str, Member] = {}
         self._catalogs = catalogs
+        self._hosts_named = hosts_named
         for member in members:
             _claim(self._members, member.name, member)
             for name in (member.name, *member.aliases):
@@ -93,7 +100,7 @@ class Namespaces(Registry):
             return _full(named, _without_v2(named, rest))
         elif prefix:
             member = self._named(prefix) or _refuse(prefix)
-        elif rest and is_host(first):
+        elif rest and is_host(first) and self._hosts_named:
             _refuse(first)
         elif self._default:
             return _full(self._default, name)
@@ -105,6 +112,10 @@ class Namespaces(Registry):
         if named is member and is_host(first):
             name = _without_v2(member, rest)
         return _full(member, name)
+
+    def alone(self, name: str) -> Namespaces:
+        """The namespace of that name without the others, as the default one."""
+        return Namespaces([self._members[name]], name, hosts_named=False)
 
     def chosen(self, *, ns: str | None = None, host: str | None = None, prefix: str = "") -> str | None:
         """The namespace that a request without a repository chooses, by the rules of qualify()."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from aiohttp import web
 from yarl import URL
 
+from proxy.access.authorization import Authorizer
 from proxy.admin.drills import DrillControl, resume
 from proxy.admin.explain import refusal_notes
 from proxy.admin.peers import ServerProcesses, serve_state
@@ -22,6 +23,7 @@ from proxy.admin.processes import state_of
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS, Config
 from proxy.namespaces.composition import Hooks, compose
+from proxy.namespaces.routing import Namespaces
 from proxy.server import make_room
 from proxy.server.access import authorizer, needed
 from proxy.server.housekeeping import Housekeeper
@@ -30,7 +32,7 @@ from proxy.telemetry import logs
 from proxy.telemetry.metrics import share_metrics
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
-from proxy.web.sockets import bind_all
+from proxy.web.sockets import Sockets, bind_all
 from proxy.web.tls import Certificates
 from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
@@ -45,16 +47,15 @@ class ServerProcess:
     """One process of a server.  start() and stop() are called in one event loop.
 
     A process without `sockets` binds its own, and is the whole server.  Otherwise `sockets` are those that
-    the supervisor bound, for clients and for administrators: a process with sockets for clients serves
-    clients, and a process without them does the housekeeping.  `run` is the directory in which the processes
-    of one server find each other.
+    the supervisor bound: a process with sockets for clients serves clients, and a process without them does
+    the housekeeping.  `run` is the directory in which the processes of one server find each other.
     """
 
     def __init__(
         self,
         config: Config,
         clock: Callable[[], float] = time.time,
-        sockets: tuple[list[socket.socket], list[socket.socket]] | None = None,
+        sockets: Sockets | None = None,
         run: Path | None = None,
     ) -> None:
         self._config = config
@@ -65,6 +66,7 @@ class ServerProcess:
         self._closing = AsyncExitStack()
         self.url = URL()
         self.admin_url: URL | None = None
+        self.store_urls: dict[str, URL] = {}
 
     async def start(self) -> None:
         """Start all parts, or none of them.  Raises StartError."""
@@ -83,17 +85,17 @@ class ServerProcess:
         await self._closing.aclose()
 
     async def _start(self) -> None:
-        listen, admin = self._sockets or bind_all(self._config)
-        for each in (*listen, *admin):
+        sockets = self._sockets or bind_all(self._config)
+        for each in sockets:
             self._closing.callback(each.close)
-        housekeeps = not listen or self._sockets is None
+        housekeeps = not sockets.listen or self._sockets is None
         self._compose(self._housekeeping_hooks() if housekeeps else self._worker_hooks())
         if housekeeps:
             await self._prepare_housekeeping()
-            if admin:
-                await self._serve_administrators(admin)
-        if listen:
-            await self._serve_clients(listen)
+            if sockets.admin:
+                await self._serve_administrators(sockets.admin)
+        if sockets.listen:
+            await self._serve_clients(sockets)
         if housekeeps:  # last: nothing is read through before the server listens
             self._run_in_background(self.housekeeper.run())
             self._closing.callback(self.housekeeper.close)
@@ -170,28 +172,38 @@ class ServerProcess:
         )
         self.admin_url = await self._serve(runner, sockets, config.admin_tls())
 
-    async def _serve_clients(self, sockets: list[socket.socket]) -> None:
-        config, parts, limits = self._config, self.composition, self._config.limits
-        api = DistributionAPI(
-            parts.namespaces,
-            parts.namespaces.qualify,
-            parts.metrics,
-            deny_bypass=config.fallback == "deny",
-            client_timeout=limits.client_timeout,
-            served=parts.recorder.served,
-            reporter=parts.publisher,
-            clock=self._clock,
-            authorizer=authorizer(parts, self._closing) if needed(config) else None,
-        )
+    async def _serve_clients(self, sockets: Sockets) -> None:
+        config, parts = self._config, self.composition
+        permits = authorizer(parts, self._closing) if needed(config) else None
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"
             self._closing.push_async_callback(await serve_state(self._state, path))
             resume(parts.drill, self._run)
+        for name, each in sockets.stores.items():
+            alone = permits and permits.alone(name)
+            self.store_urls[name] = await self._serve_api(each, parts.namespaces.alone(name), alone)
+        self.url = await self._serve_api(sockets.listen, parts.namespaces, permits)
+
+    async def _serve_api(
+        self, sockets: list[socket.socket], namespaces: Namespaces, permits: Authorizer | None
+    ) -> URL:
+        config, parts = self._config, self.composition
+        api = DistributionAPI(
+            namespaces,
+            namespaces.qualify,
+            parts.metrics,
+            deny_bypass=config.fallback == "deny",
+            client_timeout=config.limits.client_timeout,
+            served=parts.recorder.served,
+            reporter=parts.publisher,
+            clock=self._clock,
+            authorizer=permits,
+        )
         runner = web.ServerRunner(
             Listener(api.handle, self._connection_limits(), encrypted=config.tls is not None),
             shutdown_timeout=self._drain,
         )
-        self.url = await self._serve(runner, sockets, config.tls, clients=True)
+        return await self._serve(runner, sockets, config.tls, clients=True)
 
     @property
     def _drain(self) -> float:
@@ -261,9 +273,7 @@ def run(assignment: Assignment) -> int:
 
 
 async def _run(assignment: Assignment) -> int:
-    process = ServerProcess(
-        assignment.config, sockets=(assignment.listen, assignment.admin), run=assignment.run
-    )
+    process = ServerProcess(assignment.config, sockets=assignment.sockets, run=assignment.run)
     ended, loop, parent = asyncio.Event(), asyncio.get_running_loop(), assignment.parent
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)

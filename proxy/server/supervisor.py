@@ -25,8 +25,9 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from prometheus_client import multiprocess
@@ -35,7 +36,7 @@ from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
 from proxy.server.fork import ForkedProcess, Parent, fork
-from proxy.web.sockets import bind
+from proxy.web.sockets import Sockets, bind, sockets_of
 from proxy.web.tls import Certificates
 
 log = structlog.get_logger()
@@ -52,17 +53,24 @@ _RUN = "entrepot-run-"
 class Assignment:
     """What a process is to do.
 
-    listen, admin: the sockets that it serves, for clients and for administrators
+    sockets: the sockets that it serves
     run: the directory in which the processes of this server find each other
     parent: the process reports "ready" or an error message to it
     """
 
     role: str
     config: Config
-    listen: list[socket.socket]
-    admin: list[socket.socket]
+    sockets: Sockets
     run: Path
     parent: Parent
+
+
+class BoundAddresses(NamedTuple):
+    """The addresses for clients, for administrators, and for clients of a single store, by its namespace."""
+
+    listen: tuple[str, int]
+    admin: tuple[str, int] | None
+    stores: dict[str, tuple[str, int]]
 
 
 class _Killed(StartError):
@@ -95,7 +103,7 @@ class Supervisor:
         self._config = config
         self._reload = reload
         self._work = work
-        self._sockets: dict[tuple[str, Address | None], list[socket.socket]] = {}
+        self._sockets: dict[tuple[str, Address], list[socket.socket]] = {}
         self._run, self._run_lock = _run_directory()
         self._changes: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -104,10 +112,14 @@ class Supervisor:
         self._draining: Generation | None = None  # the one before it
         self._starting: dict[ForkedProcess, Config] = {}  # do not serve yet
 
-    def addresses(self) -> tuple[tuple[str, int], tuple[str, int] | None]:
-        """The addresses for clients and for administrators."""
-        (listen, *_), admin = self._bound(self._config)
-        return listen.getsockname()[:2], admin[0].getsockname()[:2] if admin else None
+    def addresses(self) -> BoundAddresses:
+        """Where the server listens."""
+        bound = self._bound(self._config)
+        return BoundAddresses(
+            _address(bound.listen),
+            _address(bound.admin) if bound.admin else None,
+            {name: _address(each) for name, each in bound.stores.items()},
+        )
 
     async def start(self) -> None:
         """Start all processes, or none of them.  Raises StartError."""
@@ -173,17 +185,17 @@ class Supervisor:
         self._bind(config)
 
     def _bind(self, config: Config) -> None:
-        for key, address in _addresses(config):
-            if address is not None and (key, address) not in self._sockets:
+        for key, address in config.listeners().items():
+            if (key, address) not in self._sockets:
                 self._sockets[key, address] = bind(address, key)
 
-    def _bound(self, config: Config) -> list[list[socket.socket]]:
-        """The sockets for clients and for administrators."""
-        return [self._sockets.get(each, []) for each in _addresses(config)]
+    def _bound(self, config: Config) -> Sockets:
+        found = config.listeners().items()
+        return sockets_of(config, {key: self._sockets[key, address] for key, address in found})
 
     def _unbind(self, config: Config | None = None) -> None:
         """Close all sockets except those of `config`."""
-        for address in self._sockets.keys() - (_addresses(config) if config else ()):
+        for address in self._sockets.keys() - (config.listeners().items() if config else set()):
             for each in self._sockets.pop(address):
                 each.close()
 
@@ -237,13 +249,13 @@ class Supervisor:
 
     async def _spawn(self, config: Config, role: str) -> ForkedProcess:
         """Start a process, and wait until it serves.  Raises StartError."""
-        clients, administrator = self._bound(config)
-        listen, admin = (clients, []) if role == "worker" else ([], administrator)
+        bound = self._bound(config)
+        sockets = Sockets(admin=bound.admin) if role == "keeper" else replace(bound, admin=[])
 
         def work(parent: Parent) -> int:
-            return self._work(Assignment(role, config, listen, admin, self._run, parent))
+            return self._work(Assignment(role, config, sockets, self._run, parent))
 
-        keep = [each.fileno() for each in (*listen, *admin)] + [self._run_lock]
+        keep = [each.fileno() for each in sockets] + [self._run_lock]
         try:
             process = fork(work, keep)
         except OSError as error:
@@ -284,8 +296,9 @@ class Supervisor:
         await asyncio.gather(*generation.tasks, return_exceptions=True)
 
 
-def _addresses(config: Config) -> tuple[tuple[str, Address | None], ...]:
-    return ("listen", config.listen), ("admin", config.admin)
+def _address(sockets: list[socket.socket]) -> tuple[str, int]:
+    host, port = sockets[0].getsockname()[:2]
+    return host, port
 
 
 def _run_directory() -> tuple[Path, int]:

@@ -20,9 +20,9 @@ def buildkit(site: Site) -> Setup:
     authority = f"{BUILDKIT}/entrepot.crt"
     pieces = []
     if site.plain:
-        tables.append(f'[registry."{site.host}"]\n  http = true\n')
+        tables += [f'[registry."{each}"]\n  http = true\n' for each in site.hosts]
     elif site.ca:
-        tables.append(f'[registry."{site.host}"]\n  ca = {quoted(authority)}\n')
+        tables += [f'[registry."{each}"]\n  ca = {quoted(authority)}\n' for each in site.hosts]
         pieces.append(Piece(authority, site.ca))
     notes = ["the docker driver of buildx does not read this file: use entrepot setup docker for it"]
     if not site.bypass:
@@ -40,9 +40,9 @@ def kaniko(site: Site) -> Setup:
         "paths in --registry-map need kaniko 1.23; KANIKO_REGISTRY_MAP takes the same maps, separated by ;"
     ]
     if site.plain:
-        flags.append(f"--insecure-registry={site.host}")
+        flags += [f"--insecure-registry={each}" for each in site.hosts]
     elif site.ca:
-        flags.append(f"--registry-certificate={site.host}={KANIKO}/entrepot.crt")
+        flags += [f"--registry-certificate={each}={KANIKO}/entrepot.crt" for each in site.hosts]
         notes.append(f"put the server's authority into the container as {KANIKO}/entrepot.crt")
     if not site.bypass:
         flags.append("--skip-default-registry-fallback")

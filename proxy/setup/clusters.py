@@ -20,10 +20,10 @@ EVERY = "*"
 
 def k3s(site: Site) -> Setup:
     authority = f"{K3S}/entrepot.crt"
-    tree: dict[str, Any] = {"mirrors": {each: {"endpoint": [site.base]} for each in _names(site)}}
+    tree: dict[str, Any] = {"mirrors": {name: {"endpoint": [url]} for name, url in _endpoints(site).items()}}
     pieces = []
     if site.ca:
-        tree["configs"] = {site.host: {"tls": {"ca_file": authority}}}
+        tree["configs"] = {each: {"tls": {"ca_file": authority}} for each in site.hosts}
         pieces.append(Piece(authority, site.ca))
     pieces.insert(0, Piece(f"{K3S}/registries.yaml", _dump(tree)))
     if not site.bypass:
@@ -63,12 +63,12 @@ def kind(site: Site) -> Setup:
 
 
 def talos(site: Site) -> Setup:
-    mirror: dict[str, Any] = {"endpoints": [site.base]}
-    if not site.bypass:
-        mirror["skipFallback"] = True
-    registries: dict[str, Any] = {"mirrors": dict.fromkeys(_names(site), mirror)}
+    more = {} if site.bypass else {"skipFallback": True}
+    mirrors = {name: {"endpoints": [url], **more} for name, url in _endpoints(site).items()}
+    registries: dict[str, Any] = {"mirrors": mirrors}
     if site.ca:
-        registries["config"] = {site.host: {"tls": {"ca": base64.b64encode(site.ca.encode()).decode()}}}
+        ca = base64.b64encode(site.ca.encode()).decode()
+        registries["config"] = {each: {"tls": {"ca": ca}} for each in site.hosts}
     path = f"{OURS}/talos/registries.yaml"
     pieces = [Piece(path, _dump({"machine": {"registries": registries}}))]
     notes = ["Talos 1.12 and later prefer RegistryMirrorConfig documents, but still accept this form"]
@@ -76,8 +76,10 @@ def talos(site: Site) -> Setup:
     return Setup("talos", pieces, after, [*notes, *_away(site)])
 
 
-def _names(site: Site) -> tuple[str, ...]:
-    return (EVERY,) if site.every else site.namespaces
+def _endpoints(site: Site) -> dict[str, str]:
+    """The URL to use for each registry: the server's, and for its private registries their own."""
+    names = (EVERY,) if site.every else site.namespaces
+    return {host: site.url_of(host) for host in site.stores.values()} | dict.fromkeys(names, site.base)
 
 
 def _away(site: Site) -> list[str]:

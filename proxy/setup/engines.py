@@ -36,8 +36,8 @@ def docker(site: Site) -> Setup:
             )
     else:
         notes.append("docker.io is not among the namespaces, and Docker before 29 mirrors no other registry")
-    if site.plain and not site.loopback:  # dockerd allows plain http on loopback addresses by default
-        keys["insecure-registries"] = [site.host]
+    if site.insecure:
+        keys["insecure-registries"] = site.insecure
     others = [each for each in site.namespaces if each != DOCKER_HUB] or ["ghcr.io"]
     notes += [
         f"registry-mirrors work for Docker Hub only: pull images of other registries"
@@ -52,7 +52,7 @@ def docker(site: Site) -> Setup:
         )
     pieces = [Piece(f"{DOCKER}/daemon.json", in_json(keys), "keys")] if keys else []
     pieces += _hosts(site, f"{DOCKER}/certs.d")
-    pieces += _authority(site, f"{DOCKER}/certs.d/{site.host}")
+    pieces += _authorities(site, f"{DOCKER}/certs.d")
     return Setup("docker", pieces, "systemctl reload docker", notes)
 
 
@@ -80,13 +80,16 @@ def config_path(plugin: str) -> str:
 
 
 def hosts(site: Site, directory: str) -> list[Piece]:
-    """The files below config_path: for all registries or for each one, and for the server's own name."""
-    own = f"{directory}/{site.host}"  # for pulls by full name, and for pushes
-    return [*_hosts(site, directory), Piece(f"{own}/hosts.toml", _server(site)), *_authority(site, own)]
+    """The files below config_path: for all registries or for each one, and for the server's own names."""
+    pieces = _hosts(site, directory)
+    for each in site.hosts:  # for pulls by full name, and for pushes
+        own = f"{directory}/{each}"
+        pieces += [Piece(f"{own}/hosts.toml", _server(site.url_of(each), site)), *_authority(site, own)]
+    return pieces
 
 
 def _hosts(site: Site, directory: str) -> list[Piece]:
-    content = _mirror(site) if site.bypass else _server(site, *PULL)
+    content = _mirror(site) if site.bypass else _server(site.base, site, *PULL)
     pieces = []
     for each in ["_default"] if site.every else site.namespaces:
         pieces.append(Piece(f"{directory}/{each}/hosts.toml", content))
@@ -99,14 +102,18 @@ def _authority(site: Site, directory: str) -> list[Piece]:
     return [Piece(f"{directory}/{CA}", site.ca)] if site.ca else []
 
 
+def _authorities(site: Site, directory: str) -> list[Piece]:
+    return [piece for each in site.hosts for piece in _authority(site, f"{directory}/{each}")]
+
+
 def _mirror(site: Site) -> str:
     ca = f'  ca = "{CA}"\n' if site.ca else ""
     return f'[host."{site.base}"]\n  capabilities = {quoted(*PULL)}\n{ca}'
 
 
-def _server(site: Site, *capabilities: str) -> str:
+def _server(url: str, site: Site, *capabilities: str) -> str:
     """A hosts.toml with the server alone, without a fallback to the registry."""
-    lines = [f'server = "{site.base}"']
+    lines = [f'server = "{url}"']
     lines += [f"capabilities = {quoted(*capabilities)}"] if capabilities else []
     lines += [f'ca = "{CA}"'] if site.ca else []
     return "\n".join([*lines, "[host]", ""])
@@ -139,6 +146,6 @@ def registries(site: Site) -> list[Piece]:
         else:  # the server takes the place of the registry, so there is no fallback
             tables.append(f'[[registry]]\nprefix = "{each}"\n{mirror}')
     if site.plain:  # for pulls by full name
-        tables.append(f'[[registry]]\nlocation = "{site.host}"\n{insecure}')
+        tables += [f'[[registry]]\nlocation = "{each}"\n{insecure}' for each in site.hosts]
     path = f"{CONTAINERS}/registries.conf.d/entrepot.conf"
-    return [Piece(path, "\n".join(tables)), *_authority(site, f"{CONTAINERS}/certs.d/{site.host}")]
+    return [Piece(path, "\n".join(tables)), *_authorities(site, f"{CONTAINERS}/certs.d")]

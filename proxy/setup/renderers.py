@@ -27,6 +27,12 @@ def with_mark(piece: Piece) -> str:
     return f"{MARK}, which replaces it when it runs again.\n{piece.content}"
 
 
+def store_lines(site: Site) -> Iterator[str]:
+    """A line for each private registry that has a listener of its own."""
+    for name, host in site.stores.items():
+        yield f"private registry {name}: docker login {host}; docker push {host}/team/app:1"
+
+
 def lines_of(setup: Setup) -> Iterator[str]:
     """The lines of each piece below its path, then the next step and the notes as comments."""
     for piece in setup.pieces:

@@ -30,7 +30,8 @@ class Site:
     `namespaces` are the registries that it caches, by host.  With `every`, clients that are able to use it
     for all registries do so; otherwise they use it for `namespaces` only.  `hub` is whether a name without a
     namespace is on Docker Hub.  `ca` holds the certificates of a private authority, in PEM.  Without
-    `bypass`, clients must not contact the registries themselves.
+    `bypass`, clients must not contact the registries themselves.  `stores` are the hosts of the listeners
+    that each serve one private registry, by its namespace.
     """
 
     url: URL
@@ -39,6 +40,12 @@ class Site:
     hub: bool = True
     ca: str | None = None
     bypass: bool = True
+    stores: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts of all listeners, those of private registries first."""
+        return (*self.stores.values(), self.host)
 
     @property
     def base(self) -> str:
@@ -58,6 +65,15 @@ class Site:
     @property
     def loopback(self) -> bool:
         return is_loopback(self.url.host or "")
+
+    @property
+    def insecure(self) -> list[str]:
+        """The hosts that clients must be told to use plain http for: all without TLS on other machines."""
+        return [each for each in self.hosts if self.plain and not is_loopback(URL(f"//{each}").host or "")]
+
+    def url_of(self, host: str) -> str:
+        """The URL of one of `hosts`."""
+        return f"{self.url.scheme}://{host}"
 
 
 Kind = Literal["file", "keys", "part", "flags"]
@@ -139,7 +155,16 @@ def site_of(
         hub=config.default_namespace == DOCKER_HUB,
         ca=_authority(ca_file) if ca_file else None,
         bypass=bypass,
+        stores={
+            name: _host(server_url, each) for name, each in config.store_listeners().items() if each.port
+        },
     )
+
+
+def _host(url: URL, address: Address) -> str:
+    """The host and port of a listener, on the machine that is at `url`."""
+    host = url.host if address.everywhere else address.host
+    return URL.build(scheme=url.scheme, host=host or "", port=address.port).host_port_subcomponent or ""
 
 
 def _url(text: str) -> URL:

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from proxy.config.errors import StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
 
 BACKLOG = 1024  # connections that may wait to be accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """The sockets of a process.
+
+    listen, admin: those for clients and for administrators
+    stores: those for clients of a single private registry, by its namespace
+    """
+
+    listen: list[socket.socket] = field(default_factory=list)
+    admin: list[socket.socket] = field(default_factory=list)
+    stores: dict[str, list[socket.socket]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[socket.socket]:
+        for each in (self.listen, self.admin, *self.stores.values()):
+            yield from each
 
 
 def bind(address: Address, key: str) -> list[socket.socket]:
@@ -36,12 +55,21 @@ def bind(address: Address, key: str) -> list[socket.socket]:
     return sockets
 
 
-def bind_all(config: Config) -> tuple[list[socket.socket], list[socket.socket]]:
-    """Bind the sockets for clients and those for administrators.  Raises StartError."""
-    listen = bind(config.listen, "listen")
+def bind_all(config: Config) -> Sockets:
+    """Bind the sockets of a server that is one process.  Raises StartError."""
+    bound: dict[str, list[socket.socket]] = {}
     try:
-        return listen, bind(config.admin, "admin") if config.admin else []
+        for key, address in config.listeners().items():
+            bound[key] = bind(address, key)
     except StartError:
-        for each in listen:
-            each.close()
+        for each in bound.values():
+            for one in each:
+                one.close()
         raise
+    return sockets_of(config, bound)
+
+
+def sockets_of(config: Config, bound: dict[str, list[socket.socket]]) -> Sockets:
+    """The sockets of a configuration, of those that are `bound` by the path of their key."""
+    stores = {name: bound[f"namespaces.{name}.listen"] for name in config.store_listeners()}
+    return Sockets(bound["listen"], bound.get("admin", []), stores)

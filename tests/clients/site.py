@@ -70,10 +70,10 @@ class Gone:
 class Site:
     """Entrepôt at `address` (host:port), a namespace for each of `upstreams`; the first is the default.
 
-    What is pushed goes to the namespace `local`, which is also meant by the host `localhost`.  `config` is
-    its configuration, `admin` the URL of its admin listener, if it is to have one.  With `tls` it is at
-    another address than 127.0.0.1, where docker takes any certificate; `ca` is who has issued its own.
-    `offline` as there.
+    What is pushed goes to the namespace `local`, which is also meant by the host `localhost`, and alone at
+    the address `store`.  `config` is its configuration, `admin` the URL of its admin listener, if it is to
+    have one.  With `tls` it is at another address than 127.0.0.1, where docker takes any certificate; `ca`
+    is who has issued its own.  `offline` as there.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Site:
         self.ca = ca
         self.port = free_port()
         self.address = f"{own_address() if tls else '127.0.0.1'}:{self.port}"
+        self.store = f"{self.address.partition(':')[0]}:{free_port()}"
         self.url = f"{'https' if tls else 'http'}://{self.address}"
         where = f"127.0.0.1:{free_port()}" if admin else "off"
         self.admin = f"http://{where}"
@@ -108,7 +109,7 @@ class Site:
                         namespace: {"upstream": {"url": upstream.url}, "fresh_for": "10m"}
                         for namespace, upstream in upstreams.items()
                     }
-                    | {"local": {"store": {}, "hosts": ["localhost"]}},
+                    | {"local": {"store": {}, "hosts": ["localhost"], "listen": self.store}},
                 }
             )
         )

@@ -242,3 +242,21 @@ def test_a_store_with_a_host_of_its_own(
     _, source = names(site, app)
     pulls_pushes_and_pulls(address, client, f"{address}/{app}:1", source)
     assert all(f"local/{app}" not in unquote(each) for each in tokens.asked)
+
+
+def test_a_store_with_a_listener_of_its_own(start: Start, client: Client, app: str) -> None:
+    site = start()
+    _, source = names(site, app)
+    pulls_pushes_and_pulls(site.store, client, f"{site.store}/{app}:1", source)
+
+
+@pytest.mark.parametrize("client", ["docker"], indirect=True)
+def test_a_login_at_the_listener_of_a_store_is_not_shown_to_the_mirror_beside_it(
+    start: Start, client: Any, app: str
+) -> None:
+    site = start()
+    name, source = names(site, app)
+    assert client.login(site.store, PASSWORD)
+    assert client.pull(source)
+    assert not client.push(source, name)  # by the mirror, which has not asked who it is
+    assert client.push(source, f"{site.store}/{app}:1")

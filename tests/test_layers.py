@@ -47,7 +47,7 @@ PROXY["cli"] = " ".join(PROXY)
 PROXY["__main__"] = "cli"
 
 # Libraries that only some may name, by the start of their modules' names.
-OWNERS = {"diskcache": "storage.disk.records", "aiohttp": "proxy."}
+OWNERS = {"diskcache": "storage.disk.database", "aiohttp": "proxy."}
 
 ALLOWED = {
     **{
@@ -160,8 +160,8 @@ def test_packages_hold_only_a_docstring() -> None:
         ("proxy.server.process", "import proxy", "which has no row"),
         ("proxy.server.process", "from proxy.elsewhere import x", "which has no row"),
         ("proxy.stray", "from proxy.config import schema", "proxy.config, which it may not"),
-        ("storage.store", "import diskcache", "diskcache, which only storage.disk.records may"),
-        ("proxy.cache.cache", "from diskcache.core import Disk", "which only storage.disk.records may"),
+        ("storage.store", "import diskcache", "diskcache, which only storage.disk.database may"),
+        ("proxy.cache.cache", "from diskcache.core import Disk", "which only storage.disk.database may"),
         ("storage.disk.blobs", "import aiohttp.web", "aiohttp, which only proxy. may"),
     ],
 )
@@ -174,7 +174,7 @@ def test_what_may_not_be_imported_is_found(module: str, source: str, says: str) 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("storage.disk.records", "import diskcache\nfrom storage.errors import StorageFailed"),
+        ("storage.disk.database", "import diskcache\nfrom storage.errors import StorageFailed"),
         ("proxy.upstream.tokens", "from proxy.upstream.credentials import Credentials"),
         ("proxy.upstream.tokens", "from ...storage import concurrency\nfrom storage.oci import Digest"),
         ("proxy.cli.main", "from proxy.telemetry import logs\nimport proxy.server.process"),

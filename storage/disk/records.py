@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import math
-import os
 import shutil
 import sqlite3
 import threading
@@ -24,14 +23,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import diskcache
 import structlog
 
+from storage.disk.database import FAILURES, FILE, Database
 from storage.disk.health import DiskHealth, is_of_the_disk
 from storage.disk.locks import ProcessLock
-from storage.disk.modes import FILE_MODE, make_directory
+from storage.disk.modes import make_directory
 from storage.disk.read_only import ReadOnlyDatabase
-from storage.disk.salvage import LOCKED, checked, checksum, readable_records
+from storage.disk.salvage import checked, checksum, readable_records
 from storage.errors import StorageFailed
 
 log = structlog.get_logger()
@@ -43,56 +42,11 @@ AGAIN = 10.0  # seconds between two rebuilds, so that a failing disk does not ke
 AT_START = 0.5  # seconds that opening waits for a rebuild
 BATCH = 500  # records written in one transaction, which blocks all other writers
 POLL = 0.02  # seconds between two attempts to get a lock
-CACHE_KIB = 2048  # SQLite's page cache; the kernel caches the file besides, for all processes at once
-_INLINE = 1 << 30  # bytes; diskcache puts larger values into files, whose loss SQLite does not notice
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
 _HOLDS = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
-# diskcache reads its settings from the database without checking them, which causes the last ones.
-_FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError, TypeError, LookupError, AttributeError)
 
 Identity = tuple[int, int] | None  # device and inode of a file; None if it does not exist
-
-
-class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
-    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        # Never unpickle: anyone who can write the file could run code (CVE-2025-69872).
-        if mode == diskcache.core.MODE_PICKLE:
-            raise StorageFailed("a pickled record was refused: another program wrote to the records")
-        return value  # never the content of a file: no record names one
-
-    def remove(self, file_path: str) -> None:
-        """Does nothing: there are no such files, and a damaged record may name any file."""
-
-
-class _Database(diskcache.Cache):  # type: ignore[misc]
-    """A diskcache that stores only bytes and evicts nothing.  Raises _FAILURES."""
-
-    def __init__(self, directory: Path, durable: bool) -> None:
-        make_directory(directory)
-        with suppress(FileExistsError):  # SQLite gives its other files the mode of this one
-            os.close(
-                os.open(directory / diskcache.core.DBNAME, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-            )
-        try:
-            super().__init__(
-                str(directory),
-                timeout=LOCKED,
-                disk=_BytesOnly,
-                disk_min_file_size=_INLINE,
-                # Culling may remove the value just stored, and an LRU read is a write: hence neither.
-                eviction_policy="none",
-                cull_limit=0,
-                # A page that is missing in a mapped file raises a signal that kills, not an error.
-                sqlite_mmap_size=0,
-                # KiB, of each thread's connection; diskcache's default is 32 MiB.
-                sqlite_cache_size=-CACHE_KIB,
-                # FULL waits for the disk at each commit; NORMAL may lose the last commits in a power failure.
-                sqlite_synchronous=2 if durable else 1,
-            )
-        except BaseException:
-            self.close()
-            raise
 
 
 class _WorkFailed(Exception):
@@ -102,7 +56,7 @@ class _WorkFailed(Exception):
 class Batch:
     """The records as a transaction sees and changes them."""
 
-    def __init__(self, cache: _Database) -> None:
+    def __init__(self, cache: Database) -> None:
         self._cache = cache
 
     def get(self, key: str) -> bytes | None:
@@ -142,14 +96,14 @@ class Records:
     ) -> None:
         self._directory = directory
         self._durable = durable
-        self._file = directory / diskcache.core.DBNAME
+        self._file = directory / FILE
         self._lock = directory.with_name(f"{directory.name}.lock")
         self._clock = clock
         self._disk = disk or DiskHealth(directory.parent, clock)
         self._opening = threading.Lock()
         self._turn = threading.Lock()
         self._local = threading.local()
-        self._opened: tuple[_Database, Identity] | None = None
+        self._opened: tuple[Database, Identity] | None = None
         self._rebuilding: threading.Thread | None = None
         self._rebuilt_at = -math.inf
         self._closing = threading.Event()
@@ -182,7 +136,7 @@ class Records:
         nothing but its batch.
         """
 
-        def run(cache: _Database) -> T:
+        def run(cache: Database) -> T:
             with cache.transact():
                 try:
                     return work(Batch(cache))
@@ -247,11 +201,9 @@ class Records:
 
     # Opening
 
-    def _do(
-        self, work: Callable[[_Database], T], size: int = 0, again: bool = True, write: bool = False
-    ) -> T:
+    def _do(self, work: Callable[[Database], T], size: int = 0, again: bool = True, write: bool = False) -> T:
         found = _identity(self._file)
-        cache: _Database | None = None
+        cache: Database | None = None
         try:
             cache, found = self._current(found, write)
             former: Any = getattr(self._local, "cache", cache)
@@ -259,7 +211,7 @@ class Records:
             if former is not cache:
                 former.close()  # this thread's connection to the database that was replaced
             return work(cache)
-        except _FAILURES as error:
+        except FAILURES as error:
             if cache is not None:
                 with suppress(sqlite3.Error):
                     cache.close()  # of this thread: it may be in a transaction, or the disk was read-only
@@ -267,7 +219,7 @@ class Records:
                 return self._do(work, size, again=False, write=write)  # it was replaced in the meantime
             raise self._failed(_origin(error), found, size) from _origin(error)
 
-    def _current(self, found: Identity, write: bool) -> tuple[_Database, Identity]:
+    def _current(self, found: Identity, write: bool) -> tuple[Database, Identity]:
         """The database that has the name.
 
         It is opened anew if it was rebuilt or removed; or to `write`, if it can only be read so far.
@@ -280,7 +232,7 @@ class Records:
                     opened = self._opened = self._connected(), _identity(self._file)
         return opened
 
-    def _valid(self, found: Identity, write: bool) -> tuple[_Database, Identity] | None:
+    def _valid(self, found: Identity, write: bool) -> tuple[Database, Identity] | None:
         """The open database, if it is the one that has the name, and not read-only if it is to `write`."""
         opened = self._opened
         if opened is None or found is None or found != opened[1]:
@@ -290,16 +242,16 @@ class Records:
             return None
         return opened
 
-    def _connected(self) -> _Database:
+    def _connected(self) -> Database:
         try:
-            return _Database(self._directory, self._durable)
-        except _FAILURES as error:
+            return Database(self._directory, self._durable)
+        except FAILURES as error:
             origin = _origin(error)
             if not is_of_the_disk(origin) or _identity(self._file) is None:
                 raise
             self._disk.failed(KIND, self._directory, origin)
             try:
-                return cast(_Database, ReadOnlyDatabase(self._file, origin))
+                return cast(Database, ReadOnlyDatabase(self._file, origin))
             except sqlite3.Error:
                 raise error from None
 
@@ -361,14 +313,14 @@ class Records:
                 kept = sorted(aside.parent.glob(f"{self._directory.name}.damaged-*"))
                 for each in kept[:-KEPT]:
                     shutil.rmtree(each, ignore_errors=True)
-        except _FAILURES as error:
+        except FAILURES as error:
             shutil.rmtree(fresh, ignore_errors=True)
             self._disk.failed(KIND, fresh, _origin(error))
 
     def _salvage(self, fresh: Path) -> int:
         """Create a database of all intact records; returns how many there are."""
         records = (record for record in readable_records(self._file) if not self._closing.is_set())
-        with closing(_Database(fresh, self._durable)) as cache:
+        with closing(Database(fresh, self._durable)) as cache:
             for batch in batches(records):
                 with cache.transact():
                     for key, stored in batch:

@@ -1,0 +1,64 @@
+"""The SQLite database of records: what is stored in it and how, and the memory that it may take."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import diskcache
+
+from storage.disk.modes import FILE_MODE, make_directory
+from storage.disk.salvage import LOCKED
+from storage.errors import StorageFailed
+
+FILE = diskcache.core.DBNAME  # its name in the directory of the database
+# diskcache reads its settings from the database without checking them, which causes the last ones.
+FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError, TypeError, LookupError, AttributeError)
+# SQLite's page caches: of each connection, and of all in the process together.  Each thread has a connection
+# to each database, which may be a hundred: with 2 MiB each they would hold 200 MiB.  Beyond the sum, SQLite
+# reuses the pages that it has.  The kernel caches the files besides, once for all processes: a page that
+# SQLite does not hold costs microseconds.
+CACHE_KIB, CACHES_KIB = 2048, 16 << 10
+_INLINE = 1 << 30  # bytes; diskcache puts larger values into files, whose loss SQLite does not notice
+
+
+class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        # Never unpickle: anyone who can write the file could run code (CVE-2025-69872).
+        if mode == diskcache.core.MODE_PICKLE:
+            raise StorageFailed("a pickled record was refused: another program wrote to the records")
+        return value  # never the content of a file: no record names one
+
+    def remove(self, file_path: str) -> None:
+        """Does nothing: there are no such files, and a damaged record may name any file."""
+
+
+class Database(diskcache.Cache):  # type: ignore[misc]
+    """A diskcache that stores only bytes and evicts nothing.  Raises FAILURES."""
+
+    def __init__(self, directory: Path, durable: bool) -> None:
+        make_directory(directory)
+        with suppress(FileExistsError):  # SQLite gives its other files the mode of this one
+            os.close(os.open(directory / FILE, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+        try:
+            super().__init__(
+                str(directory),
+                timeout=LOCKED,
+                disk=_BytesOnly,
+                disk_min_file_size=_INLINE,
+                # Culling may remove the value just stored, and an LRU read is a write: hence neither.
+                eviction_policy="none",
+                cull_limit=0,
+                # A page that is missing in a mapped file raises a signal that kills, not an error.
+                sqlite_mmap_size=0,
+                sqlite_cache_size=-CACHE_KIB,  # negative for KiB; diskcache's default is 32 MiB
+                sqlite_soft_heap_limit=CACHES_KIB << 10,  # bytes, of all that SQLite allocates
+                # FULL waits for the disk at each commit; NORMAL may lose the last commits in a power failure.
+                sqlite_synchronous=2 if durable else 1,
+            )
+        except BaseException:
+            self.close()
+            raise

@@ -157,4 +157,6 @@ async def run_cancellable(work: Callable[..., T], *arguments: object) -> T:
     except asyncio.CancelledError:
         end.set()
         await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # mark it as retrieved
         raise

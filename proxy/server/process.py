@@ -167,9 +167,7 @@ class ServerProcess:
             loopback=config.admin is not None and config.admin.loopback,
         )
         encrypted = config.admin_tls() is not None
-        runner = AdminRunner(
-            api, self._connection_limits(), encrypted=encrypted, shutdown_timeout=self._drain
-        )
+        runner = AdminRunner(api, self._connection_limits(), encrypted=encrypted, drain=self._drain)
         self.admin_url = await self._serve(runner, sockets, config.admin_tls())
 
     async def _serve_clients(self, sockets: Sockets) -> None:

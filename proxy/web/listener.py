@@ -33,6 +33,7 @@ LONGEST_HEAD = 256 << 10  # bytes of the head of a request
 PIECE = 64 << 10  # bytes of a large body that are handed to the transport at once
 MOST_WAITING = 64 << 20  # bytes of large bodies that may wait for slow clients
 LINGER = 2.0  # seconds in which the rest of a refused request may arrive
+ENDED = 0.2  # seconds before the end of a shutdown in which requests that are still answered are ended
 ON_ITS_WAY = 1.0  # seconds in which the head of a request must arrive after the server began to stop
 
 ServerHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -127,7 +128,12 @@ class Connection(web.RequestHandler):
             reset(self.transport, self.transport.get_extra_info("socket"))
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
-        # aiohttp waits for the handler twice, `timeout` each time, before it cancels it.
+        # aiohttp waits for the handler, ends the body that the handler reads, and waits as long again.
+        if timeout is not None and self.answering:
+            whole, timeout = timeout, min(timeout, ENDED)
+            self._handler_waiter = self._loop.create_future()
+            await asyncio.wait((self._handler_waiter,), timeout=whole - timeout)
+            self._handler_waiter = None
         await super().shutdown(None if timeout is None else timeout / 2)
 
     def handle_error(

@@ -7,6 +7,7 @@ send requests too, so without a token all that a foreign page can send is refuse
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import math
@@ -32,6 +33,7 @@ from storage.errors import RegistryError
 log = structlog.get_logger()
 
 OPEN = ("/metrics", "/healthz", "/readyz")
+ANSWERED = 1.0  # seconds in which an operation that is cancelled must end and be answered
 SUMMARIES = 100  # answers that are kept
 SAFE = ("application/json", *ARCHIVES)  # media types that no page can send to another host unasked
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?")
@@ -81,14 +83,22 @@ def application(
 
 
 class AdminRunner(web.AppRunner):
-    """Runs the application behind a Listener, with the limits of the clients' one."""
+    """Runs the application behind a Listener, with the limits of the clients' one.
+
+    Operations that still run `drain` seconds after the shutdown has begun are cancelled; their clients are
+    answered 503.
+    """
 
     def __init__(
-        self, app: web.Application, limits: ConnectionLimits, *, encrypted: bool, shutdown_timeout: float
+        self, app: web.Application, limits: ConnectionLimits, *, encrypted: bool, drain: float
     ) -> None:
-        super().__init__(app, access_log=None, shutdown_timeout=shutdown_timeout)
+        super().__init__(app, access_log=None, shutdown_timeout=drain + ANSWERED)
         self._limits = limits
         self._encrypted = encrypted
+        self._drain = drain
+        self._running: set[asyncio.Task[Any]] = set()
+        self._stopping: asyncio.TimerHandle | None = None
+        self._stopped = False
 
     async def _make_server(self) -> web.Server:
         await super()._make_server()  # starts the application; its server has no connections
@@ -96,7 +106,7 @@ class AdminRunner(web.AppRunner):
         # Around the application, whose middlewares do not see what it refuses before they run.
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
             assert isinstance(request, web.Request)
-            return await errors_in_json(request, self.app._handle)
+            return await self._handled(request)
 
         return Listener(
             handle,
@@ -106,6 +116,34 @@ class AdminRunner(web.AppRunner):
             handler_cancellation=False,  # an operation goes on without its client
             request_factory=self.app._make_request,
         )
+
+    async def _handled(self, request: web.Request) -> web.StreamResponse:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            return await errors_in_json(request, self.app._handle)
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+            task.uncancel()
+            return _error(503, "the server is shutting down: the operation was stopped", "UNAVAILABLE")
+        finally:
+            self._running.discard(task)
+
+    async def shutdown(self) -> None:
+        await super().shutdown()
+        self._stopping = asyncio.get_running_loop().call_later(self._drain, self._stop_operations)
+
+    def _stop_operations(self) -> None:
+        self._stopped = True
+        for task in self._running:
+            task.cancel()
+
+    async def cleanup(self) -> None:
+        await super().cleanup()
+        if self._stopping is not None:
+            self._stopping.cancel()
 
 
 def _middlewares(token: str | None, loopback: bool) -> list[Any]:

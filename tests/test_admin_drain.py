@@ -1,4 +1,4 @@
-"""SIGTERM during an operation of the admin listener: it ends in time and is answered; nothing is half done."""
+"""SIGTERM during an operation of the admin API: it ends in time, is answered, and nothing is half done."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 
 from storage.archives.exporter import named, placed
 from storage.disk.blobs import BlobFiles
-from storage.disk.modes import make_directory
+from storage.disk.modes import create_file, make_directory
 from storage.disk.records import Records
 from storage.errors import OriginDenied, RegistryError, StorageFailed
 from storage.oci import OCI_MANIFEST, Digest
@@ -104,6 +104,25 @@ def test_missing_parents_are_as_closed(tmp_path: Path) -> None:
     make_directory(tmp_path / "a" / "b" / "c")
     make_directory(tmp_path / "a" / "b" / "c")
     assert readable(tmp_path / "a") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes owners")
+@pytest.mark.parametrize("how", ["symbolic", "hard"])
+def test_root_gives_away_no_file_that_a_link_leads_to(tmp_path: Path, how: str) -> None:
+    secret, directory = tmp_path / "secret", tmp_path / "directory"
+    secret.write_bytes(b"of root")
+    directory.mkdir()
+    os.chown(directory, 65534, 65534)
+    if how == "symbolic":
+        (directory / "a.lock").symlink_to(secret)
+        with pytest.raises(OSError, match="symbolic links"):
+            create_file(directory / "a.lock", os.O_RDWR)
+    else:
+        (directory / "a.lock").hardlink_to(secret)
+        os.close(create_file(directory / "a.lock", os.O_RDWR))
+    assert secret.stat().st_uid == 0
+    os.close(create_file(directory / "b.lock", os.O_RDWR))
+    assert (directory / "b.lock").stat().st_uid == 65534
 
 
 @pytest.mark.parametrize("name", ["bundle.tar", "bundle"])

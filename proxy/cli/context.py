@@ -6,11 +6,9 @@ Exit status: 0 for success, 1 for a failure or something that does not exist, 2 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias
@@ -89,7 +87,6 @@ class CommandContext:
 
         async def run() -> None:
             config = self._configured()
-            _check_user(config)
             async with composed(config, make) as composition:
                 await work(composition)
 
@@ -120,20 +117,6 @@ class CommandContext:
         else:
             complain(str(failed))
         sys.exit(failed.status)
-
-
-def _check_user(config: Config) -> None:
-    """Refuse to run as root on the directory of another user, who could not use new files.  Raises
-    OperationFailed.
-    """
-    with suppress(FileNotFoundError):
-        owner = config.disk.path.stat().st_uid
-        if os.geteuid() == 0 and owner != 0:
-            raise OperationFailed(
-                f"{config.disk.path} belongs to user {owner}: run the command as that user,"
-                f" for example with setpriv --reuid={owner} --clear-groups",
-                "DENIED",
-            )
 
 
 def option_type(parse: Callable[[object], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:

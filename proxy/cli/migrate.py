@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -45,7 +44,6 @@ async def migrate(
         source = DistributionTree(directory)
         names = [each for each in source.repositories() if fnmatchcase(each, match)]
         store = private_store(config)
-        _hand_over(config)
     except (ValueError, OSError, StorageFailed) as error:
         raise OperationFailed(str(error), "UNKNOWN") from error
     try:
@@ -57,7 +55,6 @@ async def migrate(
         ) from error
     finally:
         await store.close()
-        _hand_over(config)
     return _migrated(migration.report, name, time.monotonic() - begun, dry_run)
 
 
@@ -76,16 +73,6 @@ def _migrated(report: MigrationReport, namespace: str, seconds: float, dry_run: 
         seconds=seconds,
         dry_run=dry_run,
     )
-
-
-def _hand_over(config: Config) -> None:
-    """Give what root makes to the user of the server, which is the owner of disk.path."""
-    root = config.disk.path / "private"
-    owner = config.disk.path.stat().st_uid
-    if os.geteuid() == 0 and owner != 0:
-        for path in (root, *root.iterdir(), *(root / "records").iterdir()):
-            if path.stat().st_uid == 0:
-                os.chown(path, owner, -1)
 
 
 def _chosen(config: Config, namespace: str | None) -> str:

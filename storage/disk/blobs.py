@@ -29,7 +29,7 @@ import structlog
 from storage.concurrency import run_in_thread
 from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
-from storage.disk.modes import FILE_MODE, make_directory, restrict
+from storage.disk.modes import create_file, make_directory, restrict
 from storage.disk.uploads import FileBlob, FileUpload
 from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest, Hash
@@ -74,12 +74,12 @@ class BlobFiles:
             make_directory(directory)
 
     def _create(self, path: Path, flags: int = 0) -> int:
-        flags |= os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        flags |= os.O_RDWR
         try:
-            return os.open(path, flags, FILE_MODE)
+            return create_file(path, flags)
         except FileNotFoundError:
             self._make()
-            return os.open(path, flags, FILE_MODE)
+            return create_file(path, flags)
 
     def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
         """Report the failure of a write: see DiskHealth.guard()."""

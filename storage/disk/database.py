@@ -10,7 +10,7 @@ from typing import Any
 
 import diskcache
 
-from storage.disk.modes import FILE_MODE, make_directory
+from storage.disk.modes import create_file, make_directory
 from storage.disk.salvage import LOCKED
 from storage.errors import StorageFailed
 
@@ -42,7 +42,7 @@ class Database(diskcache.Cache):  # type: ignore[misc]
     def __init__(self, directory: Path, durable: bool) -> None:
         make_directory(directory)
         with suppress(FileExistsError):  # SQLite gives its other files the mode of this one
-            os.close(os.open(directory / FILE, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+            os.close(create_file(directory / FILE, os.O_EXCL))
         try:
             super().__init__(
                 str(directory),

@@ -11,7 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from storage.disk.modes import FILE_MODE, make_directory
+from storage.disk.modes import create_file, make_directory
 
 POLL = 0.02  # seconds between two looks at a file that another process has locked
 
@@ -43,12 +43,11 @@ class ProcessLock:
     """A lock file, shared or exclusive, between processes and between threads."""
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
         try:
-            self._file = os.open(path, flags, FILE_MODE)
+            self._file = create_file(path, os.O_RDONLY)
         except FileNotFoundError:
             make_directory(path.parent)
-            self._file = os.open(path, flags, FILE_MODE)
+            self._file = create_file(path, os.O_RDONLY)
 
     def take(self, how: int) -> bool:
         """Take the lock if it is free; `how` is fcntl.LOCK_SH or fcntl.LOCK_EX."""

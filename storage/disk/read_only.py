@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from storage.disk.modes import FILE_MODE
+from storage.disk.modes import create_file
 
 
 class ReadOnlyDatabase:
@@ -60,7 +60,7 @@ class ReadOnlyDatabase:
             # changed it meanwhile.
             if found[0]:
                 with suppress(OSError):  # the index exists, or the disk is read-only
-                    os.close(os.open(self._index, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+                    os.close(create_file(self._index, os.O_EXCL))
                 options, self._valid = "readonly_shm=1", lambda: True
             else:
                 options, self._valid = "immutable=1", lambda: self._state() == found

@@ -30,7 +30,7 @@ STORAGE = (
 # All may import storage; the commands may import everything.
 PROXY = {
     "config": "",
-    "telemetry": "",
+    "telemetry": "config",
     "upstream": "config telemetry",
     "cache": "telemetry",
     "webhooks": "config telemetry",

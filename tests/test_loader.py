@@ -122,6 +122,12 @@ def test_only_a_store_has_a_listener_of_its_own() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["all", "errors", "off"])
+def test_which_requests_are_logged(name: str) -> None:
+    assert read(f"log: {{access: {name}}}").log.access == name
+    assert fault("log: {access: some}") == "log.access: expected one of all, errors, off"
+
+
 def test_default_namespace() -> None:
     assert read("default_namespace: null").default_namespace is None
     assert read("default_namespace: ghcr.io").default_namespace == "ghcr.io"
@@ -133,7 +139,7 @@ def test_default_namespace() -> None:
     [
         ("lisen: 1", "lisen: unknown key; did you mean listen?"),
         ("lisen:", "lisen: unknown key; did you mean listen?"),
-        ("log: {qqq: 1}", "log.qqq: unknown key; known are format, level"),
+        ("log: {qqq: 1}", "log.qqq: unknown key; known are format, level, access"),
         (at("usrname: u"), "namespaces.x.upstream.usrname: unknown key; did you mean username?"),
         (upstream("username: u"), "namespaces.x.upstream.url: is required"),
         (

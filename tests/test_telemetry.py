@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -337,10 +338,59 @@ def test_json_is_one_line_an_event() -> None:
 
 def test_console_is_for_people() -> None:
     stream = written("console")
-    structlog.get_logger().info("request.served", repository="library/alpine")
-    assert "request.served" in stream.getvalue()
-    assert "repository=library/alpine" in stream.getvalue()
-    assert "{" not in stream.getvalue()
+    structlog.get_logger().info("pin.added", pattern="library/alpine", platforms=[])
+    assert stream.getvalue().endswith(" pin.added pattern=library/alpine\n")
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+@pytest.mark.parametrize(
+    ("access", "logged"), [("all", [200, 404, 499, 502]), ("errors", [404, 499, 502]), ("off", [])]
+)
+def test_which_requests_are_logged(format: str, access: str, logged: list[int]) -> None:
+    logs.configure(format, "info", stream := io.StringIO(), access)
+    log = structlog.get_logger()
+    for status in (200, 404, 499, 502):
+        log.info("request.served", **REQUEST | {"status": status})
+    log.warning("upstream.limited")
+    *lines, last = stream.getvalue().splitlines()
+    assert [
+        re.search(r" (\d{3}) |\"status\":(\d{3})", line)[1 if format == "console" else 2] for line in lines
+    ] == [str(each) for each in logged]
+    assert "upstream.limited" in last
+
+
+@pytest.mark.parametrize(
+    ("format", "access", "statuses"),
+    [("json", "all", [200, 401, 404]), ("json", "errors", [404]), ("console", "all", [404])],
+)
+def test_health_checks_are_quiet_for_people(format: str, access: str, statuses: list[int]) -> None:
+    logs.configure(format, "info", stream := io.StringIO(), access)
+    log = structlog.get_logger()
+    for status in (200, 401, 404):
+        log.info("request.served", **REQUEST | {"kind": "base", "status": status})
+    assert len(stream.getvalue().splitlines()) == len(statuses)
+    assert str(statuses[-1]) in stream.getvalue()
+
+
+REQUEST = {
+    "id": "1",
+    "client": "10.0.0.7",
+    "method": "GET",
+    "kind": "manifest",
+    "user": "",
+    "namespace": "docker.io",
+    "repository": "library/nginx",
+    "reference": "1.27",
+    "status": 200,
+    "result": "hit",
+    "detail": "",
+    "reason": "",
+    "upstream_requests": 0,
+    "bytes": 1500,
+    "received": 0,
+    "seconds": 0.0123,
+    "agent": "test",
+}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def serve(path: Path | None) -> None:
     from proxy.server.process import run
 
     config = _load(path)
-    logs.configure(config.log.format, config.log.level)
+    logs.configure(config.log.format, config.log.level, access=config.log.access)
     gc.freeze()  # the processes share this memory as long as nothing writes to it
     try:
         asyncio.run(_serve(Supervisor(config, lambda: load(path), run), config))

@@ -17,6 +17,7 @@ from proxy.config.quantities import Share, parse_every, parse_grace, parse_perce
 from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
     Secret,
+    parse_access,
     parse_count,
     parse_glob,
     parse_pattern,
@@ -62,10 +63,11 @@ class DiskConfig(Section, frozen=True):
 
 
 class Log(Section, frozen=True):
-    """The format and the level of the log."""
+    """The format and the level of the log, and which requests are logged."""
 
     format: Literal["auto", "console", "json"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
+    access: Annotated[str, parse_access] = "all"
 
 
 class Limits(Section, frozen=True):

@@ -65,6 +65,14 @@ def parse_flag(value: object) -> bool:
     return value
 
 
+def parse_access(value: object) -> str:
+    """Which requests are logged; YAML reads `off` as false."""
+    name = "off" if value is False else value
+    if name not in ("all", "errors", "off"):
+        raise ValueError("expected one of all, errors, off")
+    return str(name)
+
+
 def parse_count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
         raise ValueError(f"expected a number from 1 to {MAX_COUNT}")

@@ -262,7 +262,7 @@ def run(assignment: Assignment) -> int:
         Path("/proc/self/comm").write_text(f"entrepot-{assignment.role}")
     if assignment.role == "keeper":
         os.nice(NICE)
-    logs.configure(config.log.format, config.log.level)
+    logs.configure(config.log.format, config.log.level, access=config.log.access)
     share_metrics(assignment.run)
     # A follower needs three descriptors; the soft limit is made for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

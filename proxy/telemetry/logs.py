@@ -4,33 +4,53 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import msgspec
 import structlog
 
+from proxy.telemetry.console_lines import ConsoleLines, is_ping
 
-def configure(format: str = "auto", level: str = "info", stream: TextIO = sys.stderr) -> None:
-    """Write events to `stream`: readable on a terminal, otherwise as one JSON object per line."""
+
+def configure(
+    format: str = "auto", level: str = "info", stream: TextIO = sys.stderr, access: str = "all"
+) -> None:
+    """Write events to `stream`: readable on a terminal, otherwise as one JSON object per line.
+
+    Of the requests, `access` of them are logged: all, errors, or off for none.
+    """
     console = stream.isatty() if format == "auto" else format == "console"
-    processors: list[Any] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+    processors: list[Any] = [] if access == "all" else [_RequestFilter(access == "errors")]
+    processors.append(structlog.processors.add_log_level)
     if console:
-        # With rich installed, the default formatter shows the values of variables, tokens among them.
-        plain = structlog.dev.plain_traceback
-        processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain))
+        last: Any = ConsoleLines(stream.isatty() and not os.environ.get("NO_COLOR"))
     else:
-        processors.append(structlog.processors.format_exc_info)
-        processors.append(structlog.processors.JSONRenderer(serializer=_to_json))
+        processors.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
+        last = structlog.processors.JSONRenderer(serializer=_to_json)
+    processors += [structlog.processors.format_exc_info, last]
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
+
+
+class _RequestFilter:
+    """Drops the lines of requests, or keeps `errors` among them."""
+
+    def __init__(self, errors: bool) -> None:
+        self._errors = errors
+
+    def __call__(self, logger: object, method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        if event["event"] == "request.served" and not (
+            self._errors and event["status"] >= 400 and not is_ping(event)
+        ):
+            raise structlog.DropEvent
+        return event
 
 
 def _to_json(event: dict[str, Any], **_: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,13 +167,79 @@ async def test_a_store_without_rules(
             assert said.code == "UNAUTHORIZED"
 
 
-async def test_a_store_that_nobody_can_log_in_to(opened: Open) -> None:
-    door = await opened(None)
+EVERYWHERE = {"listen": "0.0.0.0:0"}
+
+
+@pytest.mark.parametrize(
+    ("access", "top", "local"),
+    [
+        ({"realm": "mine"}, None, None),
+        (None, EVERYWHERE, None),
+        (None, None, {"store": {}, **EVERYWHERE}),
+    ],
+)
+async def test_a_store_that_nobody_can_log_in_to(
+    opened: Open, access: dict[str, Any] | None, top: dict[str, Any] | None, local: dict[str, Any] | None
+) -> None:
+    door = await opened(access, top=top, local=local)
     assert (await door.act("pull", {})).status == 404  # it is allowed, and there is none
     for headers in ({}, ALICE, {"Authorization": "Bearer x"}):
         said = await door.push(headers)
         assert (said.status, said.code, said.challenge) == (403, "DENIED", None)
     assert (await door.act("pull", STRANGER)).status == 403
+
+
+async def test_this_machine_may_push_where_nobody_else_can_connect(opened: Open) -> None:
+    door = await opened(None)
+    port = door.site.app.url.port
+    for headers in ({}, ALICE, {"Authorization": "Bearer x"}, {"Host": f"localhost:{port}"}):
+        assert (await door.push(headers)).status == 201
+        assert (await door.act("pull", headers)).status == 200
+        assert (await door.act("delete", headers)).status == 202
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        STRANGER,
+        {"Forwarded": "for=127.0.0.1"},
+        {"Via": "1.1 proxy"},
+        {"X-Forwarded-Proto": "https"},
+        {"Host": "registry.example"},
+        {"Host": "127.0.0.1.example"},
+        {"Host": "localhost.example:5000"},
+        {"Host": "192.0.2.1:5000"},
+        {"Origin": "https://page.example"},
+        {"Origin": "null"},
+    ],
+)
+async def test_what_comes_through_a_proxy_or_from_a_page_may_not_push(
+    opened: Open, headers: dict[str, str]
+) -> None:
+    door = await opened(None)
+    said = await door.push(headers)
+    assert (said.status, said.code) == (403, "DENIED")
+    assert (await door.act("delete", headers)).status == 403
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.1", 202), ("1.0", 403)])
+async def test_a_proxy_that_speaks_as_nginx_does_may_not_push(
+    opened: Open, version: str, status: int
+) -> None:
+    door = await opened(None)
+    url = door.site.app.url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = (
+        f"POST {LOCAL}/blobs/uploads/ HTTP/{version}\r\nHost: {url.host}:{url.port}\r\nConnection: close\r\n"
+    )
+    writer.write(f"{head}Content-Length: 0\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    assert answer.split()[1] == str(status).encode()
+    if status == 202:
+        location = re.search(r"Location: (\S+)", answer.decode())
+        assert location
+        assert (await door.ask("DELETE", location[1])).status == 204
 
 
 @pytest.mark.parametrize("access", [None, "htpasswd"])

@@ -41,7 +41,6 @@ def test_docker_that_cannot_log_in(users: str) -> None:
         (f"{USERS}, {PULL[:-3]}], where: ['edge/*']}}]", "store: {}, hosts: [r.example]", HUB, ""),
         (f"{TOKEN}, {PULL}", "store: {}, hosts: [registry.example]", HUB, ""),
         ("", "store: {}", HUB, ""),
-        (PULL, "store: {}", HUB, ""),
     ],
 )
 def test_docker_that_can_log_in_or_has_no_reason_to(access: str, store: str, more: str, top: str) -> None:
@@ -59,3 +58,30 @@ def test_docker_that_is_not_asked_since_everybody_may_pull(store: str, where: st
 def test_docker_that_is_never_asked() -> None:
     (line,) = said(f"{USERS}, ping: open", "store: {}, listen: '127.0.0.1:7000'")
     assert line == "namespaces.local: docker cannot log in to push: set access.ping: auto"
+
+
+@pytest.mark.parametrize(
+    ("access", "top"),
+    [
+        ("", "listen: ':5000'"),
+        (PULL, ""),
+        (PULL, "listen: ':5000'"),
+        ("realm: mine", ""),
+    ],
+)
+def test_a_store_that_nobody_may_push_to(access: str, top: str) -> None:
+    (line,) = said(access, top=top)
+    assert line.startswith("namespaces.local: nobody may push: add users (access.htpasswd)")
+
+
+@pytest.mark.parametrize(
+    ("access", "top"),
+    [
+        ("", "listen: '[::1]:5000'"),
+        ("", "listen: localhost:5000"),
+        (PULL.replace("[pull]", "[pull, push]"), "listen: ':5000'"),
+        ("", "listen: ':5000'\ntls: {certificate: /c.pem, client_ca: /ca.pem}"),
+    ],
+)
+def test_a_store_that_somebody_may_push_to(access: str, top: str) -> None:
+    assert said(access, top=top) == []

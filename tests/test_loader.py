@@ -128,6 +128,20 @@ def test_which_requests_are_logged(name: str) -> None:
     assert fault("log: {access: some}") == "log.access: expected one of all, errors, off"
 
 
+def test_stores_besides_those_of_the_file(tmp_path: Path) -> None:
+    config = load(None, {}, ["local", "edge"])
+    assert [*config.namespaces] == [*WELL_KNOWN, "local", "edge"]
+    assert [*config.hosted()] == ["local", "edge"]
+    path = tmp_path / "entrepot.yml"
+    path.write_text("namespaces: {x: {upstream: https://x.example}, local: {store: {sparse: true}}}")
+    assert [*load(path, {}, ["local", "edge"]).namespaces] == ["x", "local", "edge"]
+    assert load(path, {}, ["local"]).hosted()["local"].sparse
+    with pytest.raises(ConfigError, match=r"--store: namespace x is a cache: choose another name"):
+        load(path, {}, ["x"])
+    with pytest.raises(ConfigError, match=r"namespaces.A b: expected a host"):
+        load(None, {}, ["A b"])
+
+
 def test_default_namespace() -> None:
     assert read("default_namespace: null").default_namespace is None
     assert read("default_namespace: ghcr.io").default_namespace == "ghcr.io"

@@ -75,7 +75,8 @@ class Authenticator:
         if not scheme:
             principal = _certified(request)
             groups = principal.groups | self.groups.get(principal.user, frozenset())
-            return replace(principal, groups=groups, address=address)
+            local = self.addresses.is_local(request)
+            return replace(principal, groups=groups, address=address, local=local)
         if scheme == "basic" and self.passwords is not None:
             user = await self._by_password(request, self.passwords, scope)
             return Principal(user, "password", self.groups.get(user, frozenset()), address=address)

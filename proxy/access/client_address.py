@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from aiohttp import HttpVersion11, web
 from multidict import CIMultiDictProxy
 
 from proxy.access.rules import IPAddress
@@ -45,6 +46,23 @@ class ClientAddresses:
             if address is None or not self._is_trusted(address):
                 return address
         return address  # all are proxies: the first one is the client
+
+    def is_local(self, request: web.BaseRequest) -> bool:
+        """Whether a program on this machine sent the request, without a proxy.
+
+        Most proxies show themselves by a header, by the Host that they pass on, or by HTTP/1.0.  A page in a
+        browser has an Origin; its Host is not a loopback one, whatever the page's name resolves to.
+        """
+        address = self.of(request.remote, request.headers)
+        host = request.headers.get("Host", "")
+        named = parse(host)
+        return (
+            address is not None
+            and address.is_loopback
+            and (named.is_loopback if named else host.partition(":")[0] == "localhost")
+            and request.version >= HttpVersion11
+            and "Origin" not in request.headers
+        )
 
     def _is_trusted(self, address: IPAddress) -> bool:
         return any(address in each for each in self._trusted)

@@ -1,7 +1,8 @@
 """Principals, and the rules that decide what they may do.  Nothing is verified here, and nothing is read.
 
 Rules add up, and what no rule grants is refused.  Without configured rules, these hold for stores: clients on
-this machine may pull, and authenticated users may pull, push and delete.
+this machine may pull, and authenticated users may pull, push and delete.  On a server for this machine alone,
+its programs may do all without a login.
 
 A token is not a user: it may have been given away for one purpose.  It gets what its scope, rules with
 `claim:` and rules for everybody grant, but not what rules grant to the user whom it was issued to.
@@ -42,6 +43,7 @@ class Principal:
     user: "" for an anonymous client
     scheme: how the client authenticated itself
     address: None if it is unknown
+    local: whether it is a program on this machine that connects without a proxy
     """
 
     user: str = ""
@@ -50,6 +52,7 @@ class Principal:
     claims: Mapping[str, Any] = field(default_factory=dict)
     grants: tuple[Grant, ...] = ()
     address: IPAddress | None = None
+    local: bool = False
 
     @property
     def anonymous(self) -> bool:
@@ -79,13 +82,14 @@ class Principal:
 class Rule:
     """Grants `who` the actions `may`, from networks `sources`, on repositories that match `where`.
 
-    Empty `sources` and `where` match everything.
+    Empty `sources` and `where` match everything.  A `local` rule is for programs on this machine.
     """
 
     who: tuple[ClientMatcher, ...]
     may: tuple[Action, ...]
     sources: tuple[Network, ...] = ()
     where: tuple[re.Pattern[str], ...] = ()
+    local: bool = False
 
     def grants(self, principal: Principal, action: Action, repository: str) -> bool:
         return (
@@ -93,10 +97,11 @@ class Rule:
             and any(principal.matches(who) for who in self.who)
             and (not self.where or any(each.fullmatch(repository) for each in self.where))
             and (not self.sources or _within(principal.address, self.sources))
+            and (not self.local or principal.local)
         )
 
 
-def default_rules(stores: Collection[str]) -> list[Rule]:
+def default_rules(stores: Collection[str], trusts_this_machine: bool = False) -> list[Rule]:
     """The rules that hold if none are configured."""
     if not stores:
         return []
@@ -104,6 +109,11 @@ def default_rules(stores: Collection[str]) -> list[Rule]:
     return [
         Rule((ClientMatcher("anonymous"),), ("pull",), LOOPBACK, where),
         Rule((ClientMatcher("authenticated"),), ACTIONS, (), where),
+        *(
+            [Rule((ClientMatcher("anonymous"),), ACTIONS, LOOPBACK, where, True)]
+            if trusts_this_machine
+            else []
+        ),
     ]
 
 

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -64,18 +65,25 @@ for each in (
 
 @main.command()
 @_CONFIG
-def serve(path: Path | None) -> None:
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    metavar="NAME",
+    help="Also be a private registry, in the namespace NAME. Can be repeated.",
+)
+def serve(path: Path | None, stores: tuple[str, ...]) -> None:
     """Run the server.
 
     Without FILE it caches the well-known public registries, and listens on 127.0.0.1:5000.
     """
     from proxy.server.process import run
 
-    config = _load(path)
+    config = _load(path, stores)
     logs.configure(config.log.format, config.log.level, access=config.log.access)
     gc.freeze()  # the processes share this memory as long as nothing writes to it
     try:
-        asyncio.run(_serve(Supervisor(config, lambda: load(path), run), config))
+        asyncio.run(_serve(Supervisor(config, lambda: load(path, stores=stores), run), config))
     except StartError as error:
         _fail(str(error), 1)
 
@@ -94,9 +102,9 @@ def check(path: Path | None) -> None:
         click.echo(f"warning: {each}")
 
 
-def _load(path: Path | None) -> Config:
+def _load(path: Path | None, stores: Iterable[str] = ()) -> Config:
     try:
-        return load(path)
+        return load(path, stores=stores)
     except ConfigError as error:
         _fail(str(error), 2)
         raise
@@ -141,6 +149,9 @@ def banner(bound: BoundAddresses, config: Config) -> str:
     urls = {name: client_url(scheme_of(config), Address(*each)) for name, each in bound.stores.items()}
     stores = {name: each.host_port_subcomponent or "" for name, each in urls.items()}
     lines += store_lines(replace(site, stores=stores))
+    if config.trusts_this_machine():
+        named = config.hosted().keys() - stores.keys()
+        lines += [f"private registry {name}: docker push {site.host}/{name}/team/app:1" for name in named]
     if site.namespaces:
         # One registry is enough for clients that name each; setup prints all.
         name = DOCKER_HUB if DOCKER_HUB in site.namespaces else site.namespaces[0]

@@ -23,7 +23,18 @@ class Advice:
 
 def advise(config: Config) -> list[Advice]:
     """All that is worth saying about a configuration."""
-    return list(_logins(config))
+    return [*_pushes(config), *_logins(config)]
+
+
+def _pushes(config: Config) -> Iterator[Advice]:
+    """The stores that nobody may push to."""
+    certified = config.tls is not None and config.tls.client_ca is not None
+    if config.trusts_this_machine() or config.access.has_users or certified:
+        return
+    for name in config.hosted():
+        if not any("push" in rule.may for rule in config.access.rules or ()):
+            remedy = "add users (access.htpasswd) or a rule (access.rules)"
+            yield Advice(f"namespaces.{name}", "nobody may push", remedy)
 
 
 def _logins(config: Config) -> Iterator[Advice]:

@@ -35,14 +35,23 @@ _VARIABLE = re.compile(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|(\$\{)")
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration in the file at `path`, or the defaults without a path.  Raises ConfigError."""
+def load(path: Path | None, environ: Mapping[str, str] = os.environ, stores: Iterable[str] = ()) -> Config:
+    """The configuration in the file at `path`, or the defaults without a path.  Raises ConfigError.
+
+    `stores` are private registries besides those of the file.
+    """
     tree = {} if path is None else _read(path)
     try:
         tree = _interpolate(tree, "", environ)
         if tree.get("namespaces") is None:
             tree["namespaces"] = {name: {"upstream": url} for name, url in WELL_KNOWN.items()}
+        if isinstance(tree["namespaces"], dict):
+            tree["namespaces"].update(
+                (name, {"store": {}}) for name in stores if name not in tree["namespaces"]
+            )
         config: Config = _build(Config, tree, "")
+        if caches := [name for name in stores if name not in config.hosted()]:
+            raise _Fault("--store", f"namespace {caches[0]} is a cache: choose another name")
         if tree.get("admin") is None:
             config = msgspec.structs.replace(config, admin=_default_admin(config))
         _check_listeners(config)

@@ -253,6 +253,11 @@ class Config(Section, frozen=True):
         """The namespaces that are private registries."""
         return {name: each.store for name, each in self.namespaces.items() if each.store is not None}
 
+    def trusts_this_machine(self) -> bool:
+        """Whether programs on this machine may push without a login: nobody else can connect."""
+        listeners = (self.listen, *self.store_listeners().values())
+        return self.access == AccessConfig() and all(each.loopback for each in listeners)
+
     def unnamed(self) -> list[str]:
         """The namespaces under access control that a client can reach without naming them."""
         return [

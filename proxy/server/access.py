@@ -66,7 +66,7 @@ def _guards(config: Config) -> dict[str, Guard]:
 def _rules(config: Config) -> AccessRules:
     configured = config.access.rules
     rules = (
-        default_rules(list(config.hosted()))
+        default_rules(list(config.hosted()), config.trusts_this_machine())
         if configured is None
         else [Rule(each.who, each.may, each.sources, each.where) for each in configured]
     )

@@ -140,7 +140,7 @@ class Docker(Client):
         super().__init__(home)
         directory = home / "dockerd"
         directory.mkdir()
-        socket = f"unix://{directory}/docker.sock"
+        socket = self.host = f"unix://{directory}/docker.sock"
         (directory / "daemon.json").write_text("{}")
         daemon = [
             *("unshare", "--mount"),  # its mounts end with it

@@ -258,25 +258,14 @@ class Store(Registry):
             raise ManifestUnknown(f"{repository} has no {reference}")
 
     def _delete(self, repository: str, reference: Reference, allowed: DeletionCheck | None) -> bool:
-        if isinstance(reference, Tag):
-            version, tags = None, [reference]
-        else:
-            # Reading all tags may take long, so it is done before the transaction, which blocks all writers.
-            # If anything is pushed meanwhile, which the counter shows, they are read again.
-            version = self.records.get(CHANGES.key(repository))
-            tags = self.tags_of(repository, reference)
-
         def work(batch: Batch) -> bool:
-            current = tags
-            if isinstance(reference, Digest):
-                same = self._collected and batch.get(CHANGES.key(repository)) == version
-                current = tags if same else self.tags_of(repository, reference)
+            tags = [reference] if isinstance(reference, Tag) else self.tags_of(batch, repository, reference)
             if allowed is not None:
-                allowed(batch, current)
+                allowed(batch, tags)
             self.changed(batch, repository)
             if isinstance(reference, Tag):
                 return batch.delete(TAG.key(repository, reference))
-            return self._remove_manifest(batch, repository, reference, current)
+            return self._remove_manifest(batch, repository, reference, tags)
 
         return self.records.transaction(work)
 
@@ -290,10 +279,9 @@ class Store(Registry):
             batch.delete(REFERRER.key(repository, subject.digest, digest))
         return batch.delete(MANIFEST.key(repository, digest))
 
-    def tags_of(self, repository: str, digest: Digest) -> list[Tag]:
+    def tags_of(self, batch: Batch, repository: str, digest: Digest) -> list[Tag]:
         """The tags that point to the manifest."""
-        found = self.records.scan(TAG.prefix(repository))
-        return [Tag(TAG.parse(key)[1]) for key, value in found if value.startswith(digest.encode())]
+        return [Tag(TAG.parse(key)[1]) for key in batch.tags_at(repository, digest)]
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         if not await asyncio.to_thread(self.records.delete, LINK.key(repository, digest)):

@@ -64,6 +64,15 @@ async def test_what_was_pushed_is_served(site: Site) -> None:
         assert (await site.get(f"/v2/local/team/app/blobs/{layer['digest']}"))[2] == b"app layer" * 80
 
 
+async def test_a_manifest_is_deleted_with_its_tags(site: Site) -> None:
+    """The former build kept no index of the tags by their target."""
+    async with site.request("DELETE", f"/v2/local/team/app/manifests/{APP}") as response:
+        assert response.status == 202
+    for reference in ("1", APP):
+        assert (await site.get(f"/v2/local/team/app/manifests/{reference}"))[0] == 404
+    assert json.loads((await site.get("/v2/local/team/app/tags/list"))[2])["tags"] == ["2"]
+
+
 async def test_an_upload_goes_on(site: Site) -> None:
     whole = b"half of a blob"
     async with site.request("GET", UPLOAD) as response:

@@ -30,8 +30,9 @@ from storage.disk.health import DiskHealth, is_of_the_disk
 from storage.disk.locks import ProcessLock
 from storage.disk.modes import make_directory
 from storage.disk.read_only import ReadOnlyDatabase
-from storage.disk.salvage import checked, checksum, readable_records
+from storage.disk.salvage import CHECKSUM_BYTES, checked, checksum, readable_records
 from storage.errors import StorageFailed
+from storage.keys import TAG
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -45,6 +46,16 @@ POLL = 0.02  # seconds between two attempts to get a lock
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
 _HOLDS = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
+# SQLite itself keeps an index of the tags by their target, the first field of their records: so it is right
+# whatever writes a tag, also a former version, and after a crash.  The first one that needs it makes it.
+_TAGS = f"key >= '{TAG.prefix()}' AND key < '{TAG.name}!'"
+_TARGET = f"substr(value, {CHECKSUM_BYTES + 1}, instr(substr(value, {CHECKSUM_BYTES + 1}), x'20') - 1)"
+_INDEX = f"CREATE INDEX IF NOT EXISTS Tags_by_target ON Cache ({_TARGET}, key) WHERE {_TAGS}"
+# Of several bounds of the key, SQLite searches between the first two; _TAGS lets it use the index.
+_POINTING = (
+    f"SELECT key, value FROM Cache WHERE key > ? AND key < ? AND {_TARGET} = ? AND {_TAGS} AND raw = 1"
+    " ORDER BY key"
+)
 
 Identity = tuple[int, int] | None  # device and inode of a file; None if it does not exist
 
@@ -75,6 +86,17 @@ class Batch:
         """How many keys start with `prefix`; it takes 50 ms for a million of them."""
         row = self._cache._con.execute(_COUNT, (prefix, prefix + "\U0010ffff")).fetchone()
         return int(row[0])
+
+    def tags_at(self, repository: str, target: str) -> list[str]:
+        """The keys of the repository's tags that point to `target`, in order.
+
+        It takes as long as there are such tags, once the index is made; that takes a second for a million
+        records.
+        """
+        self._cache._con.execute(_INDEX)
+        prefix = TAG.prefix(repository)
+        rows = self._cache._con.execute(_POINTING, (prefix, prefix + "\U0010ffff", target.encode()))
+        return [key for key, stored in rows if checked(key, stored) is not None]
 
 
 class Records:

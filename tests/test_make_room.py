@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from proxy.server import make_room as module
 from storage.disk import health
+from tests.events import Ear
+from tests.test_start import fail_to_accept
 
 
 @pytest.fixture
@@ -84,3 +87,21 @@ async def test_who_comes_later_takes_over_and_who_goes_leaves_it_to_him(socket: 
     await module.ask(socket)(1)
     await second()
     assert asked == ["first", "second"]
+
+
+@pytest.mark.errors("accept.failed")
+async def test_without_descriptors_who_asks_waits(socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def make_room(coming: int) -> None:
+        made.append(coming)
+
+    made: list[int] = []
+    ear = Ear()
+    allow = fail_to_accept(monkeypatch, 24)
+    close = await module.serve(socket, make_room)
+    asking = asyncio.create_task(module.ask(socket)(7))
+    assert (await ear.heard("accept.failed"))["error"] == os.strerror(24)
+    assert made == []
+    allow.set()
+    await asking
+    assert made == [7]
+    await close()

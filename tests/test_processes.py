@@ -39,6 +39,8 @@ from storage.oci import Digest, Tag
 from storage.registry import Blob, Registry
 from storage.store import Store
 from tests.conftest import Clock
+from tests.events import Ear
+from tests.test_start import fail_to_accept
 from tests.upstream import Hold, RetryAfter, Status, Upstream
 
 BODY = random.Random(1).randbytes(300_000)
@@ -331,6 +333,20 @@ async def test_a_file_that_was_left_is_replaced_and_one_that_is_anothers_stays(
 async def test_a_path_that_is_too_long_is_an_error(start: Start, run: Path) -> None:
     with pytest.raises(OSError, match="too long"):
         await serve_state(start().live, run / ("x" * 120))
+
+
+@pytest.mark.errors("accept.failed")
+async def test_without_descriptors_it_answers_later(
+    start: Start, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ear = Ear()
+    allow = fail_to_accept(monkeypatch, 24)
+    close = await serve_state(start(pid=3).live, run / "3.sock")
+    asking = asyncio.create_task(ServerProcesses(None, run).states())
+    assert (await ear.heard("accept.failed"))["error"] == os.strerror(24)
+    allow.set()
+    assert [each.pid for each in await asking] == [3]
+    await close()
 
 
 @pytest.mark.parametrize(

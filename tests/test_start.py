@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def test_a_temporary_directory_that_cannot_be_written_is_named(monkeypatch: pyte
 # Descriptors
 
 
+def fail_to_accept(monkeypatch: pytest.MonkeyPatch, number: int) -> threading.Event:
+    """Let accept() fail with this error until the event is set."""
+    accept, allowed = socket.socket.accept, threading.Event()
+
+    def failed(listening: socket.socket) -> Any:
+        if not allowed.is_set():
+            raise OSError(number, os.strerror(number))
+        return accept(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", failed)
+    monkeypatch.setattr("proxy.web.sockets.PAUSE", 0.0)
+    return allowed
+
+
 @pytest.mark.errors("accept.failed")
 @pytest.mark.parametrize("number", [23, 24, 105])
 async def test_without_descriptors_one_event_is_logged_for_each_attempt(
@@ -153,21 +168,13 @@ async def test_without_descriptors_one_event_is_logged_for_each_attempt(
     runner = web.ServerRunner(web.Server(handle))
     await runner.setup()
     listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    accept, failing = socket.socket.accept, True
-
-    def failed(listening: socket.socket) -> Any:
-        if failing:
-            raise OSError(number, os.strerror(number))
-        return accept(listening)
-
-    monkeypatch.setattr(socket.socket, "accept", failed)
-    monkeypatch.setattr("proxy.web.tls_listener.PAUSE", 0.0)
     ear = Ear()
+    allow = fail_to_accept(monkeypatch, number)
     site = PlainSite(runner, listening)
     await site.start()
     reader, writer = await asyncio.open_connection(*listening.getsockname())
     assert (await ear.heard("accept.failed"))["error"] == os.strerror(number)
-    failing = False
+    allow.set()
     writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert (await reader.read()).startswith(b"HTTP/1.1 200")
     writer.close()

@@ -531,7 +531,7 @@ async def test_who_never_shakes_hands_holds_up_the_end_but_for_a_moment(
 async def test_what_cannot_be_accepted_now_is_accepted_later(
     authority: Authority, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.web.tls_listener.PAUSE", 0.0)
+    monkeypatch.setattr("proxy.web.sockets.PAUSE", 0.0)
     gate = await opened(settings(authority.issue("server")))
     failures = [OSError(24, "Too many open files"), ConnectionAbortedError(103, "aborted")]
 

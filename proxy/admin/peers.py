@@ -12,7 +12,6 @@ ServerProcesses asks all of them.  A process that does not answer in time is lef
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +24,8 @@ from aiohttp import web
 
 from proxy.admin.processes import FillState, ForgetRequest, ProcessReport, ProcessState
 from proxy.cache.drill import DrillOrder, DrillState
+from proxy.web.sockets import bind_unix
+from proxy.web.tls_listener import PlainSite
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -59,14 +60,13 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
     drills = [web.route(method, "/drill", drill) for method in ("GET", "POST", "DELETE")]
     application.add_routes([web.get("/state", state), web.post("/forget", forget), *drills])
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
-    listening = _listening(path)
+    listening = bind_unix(path)
     inode = path.stat().st_ino
     await runner.setup()
-    await web.SockSite(runner, listening).start()
+    await PlainSite(runner, listening).start()
 
     async def close() -> None:
         await runner.cleanup()
-        listening.close()
         with suppress(FileNotFoundError):
             if path.stat().st_ino == inode:  # else another process has replaced it
                 path.unlink()
@@ -83,19 +83,6 @@ async def decoded_body(request: web.Request, form: type[T]) -> T:
         return msgspec.json.decode(await request.read(), type=form)
     except msgspec.DecodeError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
-
-
-def _listening(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)  # left by a process that had our id and was killed
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listening.bind(str(path))
-        path.chmod(0o600)  # before it listens, and a connection is possible
-        listening.setblocking(False)
-    except BaseException:
-        listening.close()
-        raise
-    return listening
 
 
 class ServerProcesses:

@@ -6,22 +6,24 @@ A request is one line with the number of bytes to come.  The answer is an empty 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 
+from proxy.web.sockets import accept, bind_unix
 from storage.disk.health import MakeRoom
 
 PATIENCE = 10.0  # seconds that a fill waits for room; after that it continues uncached
 
 
-def ask(socket: Path) -> MakeRoom:
-    """A function that asks the process at `socket`.  It does nothing if no process serves that."""
+def ask(path: Path) -> MakeRoom:
+    """A function that asks the process at the socket `path`.  It does nothing if no process serves that."""
 
     async def make_room(coming: int) -> None:
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(PATIENCE):
-                reader, writer = await asyncio.open_unix_connection(str(socket))
+                reader, writer = await asyncio.open_unix_connection(str(path))
                 try:
                     writer.write(b"%d\n" % coming)
                     await reader.readline()
@@ -31,11 +33,26 @@ def ask(socket: Path) -> MakeRoom:
     return make_room
 
 
-async def serve(socket: Path, make_room: MakeRoom) -> Callable[[], Awaitable[None]]:
-    """Serve requests at `socket`.  Returns a function that ends this."""
-    serving: set[asyncio.Task[None]] = set()
+async def serve(path: Path, make_room: MakeRoom) -> Callable[[], Awaitable[None]]:
+    """Serve requests at the socket `path`.  Returns a function that ends this."""
+    # Under another name first: a former process that drains still serves the old socket.
+    fresh = path.with_name(f"{path.name}.new")
+    listening = bind_unix(fresh)
+    ours = fresh.stat().st_ino
+    fresh.replace(path)
+    tasks: set[asyncio.Task[None]] = set()
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def begin(work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def accept_all() -> None:
+        async for client, _ in accept(listening):
+            begin(answer(client))
+
+    async def answer(client: socket.socket) -> None:
+        reader, writer = await asyncio.open_unix_connection(sock=client)
         try:
             with suppress(OSError, ValueError):
                 await make_room(int(await reader.readline()))
@@ -43,25 +60,15 @@ async def serve(socket: Path, make_room: MakeRoom) -> Callable[[], Awaitable[Non
         finally:
             writer.close()
 
-    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(answer(reader, writer))
-        serving.add(task)
-        task.add_done_callback(serving.discard)
-
-    # Under another name first: a former process that drains still serves the old socket.
-    fresh = socket.with_name(f"{socket.name}.new")
-    fresh.unlink(missing_ok=True)
-    server = await asyncio.start_unix_server(connected, str(fresh))
-    ours = fresh.stat().st_ino
-    fresh.replace(socket)
+    begin(accept_all())
 
     async def close() -> None:
-        server.close()
-        for task in serving:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        listening.close()
         with suppress(FileNotFoundError):
-            if socket.stat().st_ino == ours:
-                socket.unlink()
+            if path.stat().st_ino == ours:
+                path.unlink()
 
     return close

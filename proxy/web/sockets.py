@@ -1,17 +1,28 @@
-"""Listening sockets, which the first process of a server binds and its other processes share."""
+"""Listening sockets, and accepting connections on them.
+
+The first process of a server binds those for clients and administrators, and its other processes share them.
+Each process binds unix sockets of its own, for the others.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
 
 from proxy.config.errors import StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
 
+log = structlog.get_logger()
+
 BACKLOG = 1024  # connections that may wait to be accepted
+PAUSE = 1.0  # seconds before accepting again after it failed, for lack of descriptors for example
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +84,40 @@ def sockets_of(config: Config, bound: dict[str, list[socket.socket]]) -> Sockets
     """The sockets of a configuration, of those that are `bound` by the path of their key."""
     stores = {name: bound[f"namespaces.{name}.listen"] for name in config.store_listeners()}
     return Sockets(bound["listen"], bound.get("admin", []), stores)
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """Listen on a unix socket to which only our user can connect.
+
+    Raises OSError, also if the path is too long for a socket, at about 100 bytes.
+    """
+    path.unlink(missing_ok=True)  # left by a process that had our id and was killed
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(str(path))
+        path.chmod(0o600)  # before it listens, and a connection is possible
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+async def accept(listening: socket.socket) -> AsyncIterator[tuple[socket.socket, object]]:
+    """Yield each connection as it comes, and the address of its client; failures are logged.
+
+    Without free descriptors, asyncio's own servers log a traceback for each place in their backlog.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            found = await loop.sock_accept(listening)
+        except ConnectionError:
+            continue  # the client has left already
+        except OSError as error:
+            log.error("accept.failed", error=error.strerror)
+            await asyncio.sleep(PAUSE)
+            continue
+        yield found
+        await asyncio.sleep(0)  # sock_accept() does not yield while more connections are queued

@@ -1,8 +1,7 @@
 """Accepting connections, with TLS or without.  With TLS they are counted before their handshake.
 
 asyncio's own servers keep one TLS context forever, and report a connection only after its handshake: no limit
-would apply to connections that never complete it.  Without free descriptors they log a traceback for each
-place in their backlog.
+would apply to connections that never complete it.
 """
 
 from __future__ import annotations
@@ -10,16 +9,13 @@ from __future__ import annotations
 import asyncio
 import socket
 
-import structlog
 from aiohttp import web
 
 from proxy.web.listener import ON_ITS_WAY, Connection
+from proxy.web.sockets import accept
 from proxy.web.tls import Certificates, client_address
 
-log = structlog.get_logger()
-
 HANDSHAKE = b"\x16"  # RFC 8446 §5.1: the content type with which every connection begins
-PAUSE = 1.0  # seconds before accepting again after it failed, for lack of descriptors for example
 
 
 class PlainSite(web.BaseSite):
@@ -35,8 +31,10 @@ class PlainSite(web.BaseSite):
 
     @property
     def name(self) -> str:
-        host, port = self._listening.getsockname()[:2]
-        return f"{self._scheme}://{host}:{port}"
+        address = self._listening.getsockname()  # of a unix socket a path
+        return f"{self._scheme}://" + (
+            address if isinstance(address, str) else ":".join(map(str, address[:2]))
+        )
 
     async def start(self) -> None:
         await super().start()
@@ -55,20 +53,10 @@ class PlainSite(web.BaseSite):
         await super().stop()
 
     async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                client, peer = await loop.sock_accept(self._listening)
-            except ConnectionError:
-                continue  # the client has left already
-            except OSError as error:
-                log.error("accept.failed", error=error.strerror)
-                await asyncio.sleep(PAUSE)
-                continue
+        async for client, peer in accept(self._listening):
             task = asyncio.create_task(self._receive(client, peer))
             self._handshakes.add(task)
             task.add_done_callback(self._handshakes.discard)
-            await asyncio.sleep(0)  # sock_accept() does not yield while more connections are queued
 
     async def _receive(self, client: socket.socket, peer: object) -> None:
         """Serve a client, or close the connection."""

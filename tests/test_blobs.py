@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ WHOLE = Descriptor(OCTETS, DIGEST, len(CONTENT))
 
 @pytest.fixture
 def files(tmp_path: Path, clock: Clock) -> BlobFiles:
-    return BlobFiles(tmp_path, clock)
+    return BlobFiles(tmp_path, clock, ticks=clock)
 
 
 @pytest.fixture
@@ -821,11 +822,86 @@ async def test_what_is_being_written_is_not_reaped_when_the_clock_jumps(
         assert BlobFiles(files.root, clock).reap(86400) == 0  # of another process
         assert len(list((files.root / "locks").iterdir())) == 1
     await push.suspend()
-    os.utime(files.root / "partial" / push.id, (0, 0))
+    assert files.reap(86400) == 0
+    clock.advance(86401)
     assert files.reap(86400) == 1  # nobody writes it now
     await fill.write(CONTENT[10:])
     await fill.commit(DIGEST)
     assert await read(files.open(DIGEST)) == CONTENT
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["seen before", "written since the last look"])
+@pytest.mark.parametrize("days", [1, 400])
+async def test_an_upload_is_resumed_after_the_clock_jumped(tmp_path: Path, days: int, looked: bool) -> None:
+    wall, ticks = Clock(time.time()), Clock(7.0)
+    files = BlobFiles(tmp_path, wall, ticks=ticks)
+    assert files.reap(86400) == 0
+    upload = files.create("a/b")
+    await upload.write(CONTENT[:10])
+    await upload.suspend()
+    if looked:
+        assert files.reap(86400) == 0
+    wall.advance(days * 86400 + 1)
+    ticks.advance(300)
+    assert files.reap(86400) == 0
+    upload = await files.reopen(upload.id, "a/b")
+    await upload.write(CONTENT[10:15])
+    await upload.suspend()
+    wall.advance(days * 86400 + 1)
+    ticks.advance(86399)
+    assert files.reap(86400) == 0
+    upload = await files.reopen(upload.id, "a/b")
+    await upload.write(CONTENT[15:])
+    await upload.commit(DIGEST)
+    assert await read(files.open(DIGEST)) == CONTENT
+
+
+@pytest.mark.parametrize("jump", [0, -86400, -400 * 86400, 86400], ids=str)
+async def test_an_abandoned_upload_is_reaped_whatever_the_clock_says(tmp_path: Path, jump: float) -> None:
+    wall, ticks = Clock(time.time()), Clock(7.0)
+    files = BlobFiles(tmp_path, wall, ticks=ticks)
+    upload = files.create()
+    await upload.write(CONTENT)
+    await upload.suspend()
+    assert files.reap(86400) == 0
+    wall.advance(jump)
+    ticks.advance(86400)
+    assert files.reap(86400) == 0
+    ticks.advance(1)
+    assert files.reap(86400) == 1
+    assert partial_files(files) == []
+
+
+async def test_a_lock_counts_as_progress(tmp_path: Path) -> None:
+    wall, ticks = Clock(time.time()), Clock(7.0)
+    files = BlobFiles(tmp_path, wall, ticks=ticks)
+    fill = await files.resume(DIGEST)
+    await fill.write(CONTENT[:10])
+    for _ in range(3):
+        ticks.advance(86401)
+        assert files.reap(86400) == 0
+    await fill.suspend()
+    assert files.reap(86400) == 0
+    ticks.advance(86400)
+    assert files.reap(86400) == 0
+    ticks.advance(1)
+    assert files.reap(86400) == 1
+
+
+async def test_what_was_there_at_the_start_is_as_old_as_the_clock_says(tmp_path: Path) -> None:
+    wall = Clock(time.time())
+    upload = BlobFiles(tmp_path, wall).create()
+    await upload.write(CONTENT)
+    await upload.suspend()
+    wall.advance(86000)
+    ticks = Clock(7.0)
+    files = BlobFiles(tmp_path, wall, ticks=ticks)
+    assert files.reap(86400) == 0
+    wall.advance(86400)
+    ticks.advance(390)
+    assert files.reap(86400) == 0
+    ticks.advance(100)
+    assert files.reap(86400) == 1
 
 
 async def test_a_strange_file_is_reaped_unopened(files: BlobFiles, clock: Clock, tmp_path: Path) -> None:

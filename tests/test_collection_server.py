@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from structlog.testing import LogCapture
 
 from proxy.cli.main import main
 from proxy.server import housekeeping
+from storage.disk.blobs import BlobFiles
+from storage.disk.reaper import Reaper
 from storage.oci import OCI_INDEX, Digest, Tag
-from tests.conftest import Clock, Serve
+from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.test_admin import conforms
 from tests.test_push import APP, Client, image, index
@@ -163,18 +166,40 @@ async def test_the_keeper_does_it_by_itself(
     assert (await ear.heard("collect.done"))["repositories"] == 0
 
 
+async def reaped(site: Site, files: BlobFiles) -> int:
+    """How many files the next round of the housekeeper removes from the directory."""
+    done = asyncio.get_running_loop().create_future()
+    real, files.reap = files.reap, lambda age: told(real(age))  # type: ignore[method-assign]
+
+    def told(count: int) -> int:
+        done.get_loop().call_soon_threadsafe(done.set_result, count)
+        return count
+
+    work = asyncio.create_task(site.app.housekeeper._round())
+    try:
+        return int(await done)
+    finally:
+        files.reap = real  # type: ignore[method-assign]
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+
 async def test_the_keeper_reaps_abandoned_uploads(client: Client, clock: Clock) -> None:
     location = await client.started()
     assert (await client.ask("PATCH", location, b"begun")).status == 202
     (partial,) = (client.site.directory / "private" / "partial").iterdir()
     private = client.site.app.composition.private
     assert private is not None
-    private.files.clock = lambda: partial.stat().st_mtime + DAY + 1
-    reaping = asyncio.create_task(client.site.app.housekeeper._round())
-    while partial.exists():  # noqa: ASYNC110  a thread's work, which tells nobody
-        await asyncio.sleep(0)
-    reaping.cancel()
-    await asyncio.gather(reaping, return_exceptions=True)
+    wall, ticks = Clock(time.time()), Clock(7.0)
+    private.files._reaper = Reaper(wall, ticks)
+    assert await reaped(client.site, private.files) == 0
+    wall.advance(DAY + 1)  # a jump
+    assert await reaped(client.site, private.files) == 0
+    assert (await client.ask("PATCH", location, b" and more")).status == 202
+    assert await reaped(client.site, private.files) == 0
+    ticks.advance(DAY + 1)
+    assert await reaped(client.site, private.files) == 1
+    assert not partial.exists()
     assert (await client.ask("GET", location)).status == 404
 
 

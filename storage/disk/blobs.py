@@ -30,6 +30,7 @@ from storage.concurrency import run_in_thread
 from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
 from storage.disk.modes import create_file, make_directory, restrict
+from storage.disk.reaper import Reaper, uptime
 from storage.disk.uploads import FileBlob, FileUpload
 from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest, Hash
@@ -47,7 +48,8 @@ class BlobFiles:
     """The files of blobs and uploads below one directory; missing directories are created.
 
     The blobs of a `private` store cannot be fetched again: a damaged one is logged and set aside, and only
-    renew() updates the time of last use.  `clock` returns seconds since the epoch.
+    renew() updates the time of last use.  `clock` returns seconds since the epoch, `ticks` seconds of a clock
+    that nobody sets.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class BlobFiles:
         clock: Callable[[], float] = time.time,
         disk: DiskHealth | None = None,
         private: bool = False,
+        ticks: Callable[[], float] = uptime,
     ) -> None:
         self.root = root
         self.private = private
@@ -63,6 +66,7 @@ class BlobFiles:
         self.clock = clock
         self._partial = root / "partial"
         self._locks = root / "locks"
+        self._reaper = Reaper(clock, ticks)
         self.growing: set[FileUpload] = set()  # uploads of a known size
         self._hashes: dict[str, tuple[Hash, int]] = {}
         with translated(root):
@@ -344,41 +348,14 @@ class BlobFiles:
         self.worked()
 
     def reap(self, age: float) -> int:
-        """Remove partial files and locks that were not modified for `age` seconds; returns how many.
-
-        A file that a process has locked is in use, however old the clock says that it is.
-        """
-        reaped = 0
+        """Remove partial files and locks that nobody went on with for `age` seconds; returns how many."""
         with translated(self._partial):
-            for path in (*self._partial.iterdir(), *self._locks.iterdir()):
-                with suppress(FileNotFoundError):
-                    if self.clock() - path.stat().st_mtime > age:
-                        reaped += _unlink_unlocked(path)
-        return reaped
+            return self._reaper.reap((*self._partial.iterdir(), *self._locks.iterdir()), age)
 
 
 def _mark(owner: str) -> str:
     """The part of an upload's id that makes it valid for its owner only."""
     return hashlib.sha256(owner.encode()).hexdigest()[:16]
-
-
-def _unlink_unlocked(path: Path) -> bool:
-    """Remove a file unless a process has locked it; whether it was removed.  Raises OSError."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a symbolic link, or a file of another user: none that we write
-        path.unlink()
-        return True
-    try:
-        # 1. we open  2. its writer takes it up again, and renames it  3. we get the lock, of a stored blob
-        if not try_lock(file) or not leads_to(path, file):
-            return False
-        path.unlink()
-        return True
-    finally:
-        os.close(file)
 
 
 def _runs(pid: int) -> bool:

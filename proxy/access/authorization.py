@@ -212,11 +212,7 @@ class Authorizer:
 
     async def ping(self, request: web.BaseRequest, prefix: str, exchange: Exchange) -> tuple[str, ...]:
         """Return challenges to be sent with a response of 200."""
-        chosen = self._guarded.alone or self._guarded.chosen(
-            ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
-        )
-        namespace = chosen or self._guarded.default
-        guard = self._guarded.guards[namespace] if namespace else self._guarded.of_none
+        chosen, namespace, guard = self._meant(request, prefix)
         if chosen and guard is Guard.PUBLIC:
             return ()
         if guard is Guard.CALLER:
@@ -233,11 +229,30 @@ class Authorizer:
         exchange.user = principal.user
         if not principal.anonymous or self._ping == "open":
             return ()
-        if self._ping == "challenge" or (guard is not Guard.PUBLIC and not self._is_open(namespace)):
+        if self.asks(request, prefix):
             raise Unauthorized("authentication is required", challenges=self._authenticator.challenges())
         # podman and its relatives also take a challenge from a response of 200, and log in by it.  Not for
         # tokens: they would fetch one for every pull, and would not pull without one.
         return (self._authenticator.basic,) if self._authenticator.tokens is None else ()
+
+    def asks(self, request: web.BaseRequest, prefix: str = "") -> bool:
+        """Whether a ping without credentials is challenged at this address, so that docker can log in."""
+        chosen, namespace, guard = self._meant(request, prefix)
+        if self._ping == "open" or (chosen and guard is Guard.PUBLIC):
+            return False
+        if guard is Guard.CALLER:
+            return True
+        open_to_all = guard is Guard.PUBLIC or self._is_open(namespace)
+        return self._authenticator.accepts_credentials and (self._ping == "challenge" or not open_to_all)
+
+    def _meant(self, request: web.BaseRequest, prefix: str) -> tuple[bool, str | None, Guard]:
+        """Whether a request without a repository names a namespace, which one it means, and its guard."""
+        chosen = self._guarded.alone or self._guarded.chosen(
+            ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
+        )
+        namespace = chosen or self._guarded.default
+        guard = self._guarded.guards[namespace] if namespace else self._guarded.of_none
+        return bool(chosen), namespace, guard
 
     def _is_open(self, namespace: str | None) -> bool:
         """Whether pings of a guarded namespace, or of all, go well: if everybody may pull all of it.

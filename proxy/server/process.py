@@ -30,6 +30,7 @@ from proxy.server.housekeeping import Housekeeper
 from proxy.server.supervisor import Assignment
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import share_metrics
+from proxy.web.directions import Directions
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
 from proxy.web.sockets import Sockets, bind_all
@@ -196,6 +197,7 @@ class ServerProcess:
             reporter=parts.publisher,
             clock=self._clock,
             authorizer=permits,
+            directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
         runner = web.ServerRunner(
             Listener(api.handle, self._connection_limits(), encrypted=config.tls is not None),

@@ -23,6 +23,7 @@ from proxy.access.visibility import Probe
 from proxy.config.access import Action
 from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.telemetry.metrics import Metrics
+from proxy.web.directions import LONGEST, Directions
 from proxy.web.events import EventReporter, RequestEvents
 from proxy.web.pull import Pull
 from proxy.web.push import Push
@@ -79,6 +80,7 @@ class DistributionAPI:
     served: is called with each request that has ended, and its status
     reporter: receives the events of what requests do to content
     authorizer: decides what clients may do; without one everything is permitted
+    directions: says in errors where clients push and log in instead
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class DistributionAPI:
         reporter: EventReporter | None = None,
         clock: Callable[[], float] = time.time,
         authorizer: Authorizer | None = None,
+        directions: Directions | None = None,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
@@ -101,6 +104,7 @@ class DistributionAPI:
         self._served = served
         self._events = RequestEvents(reporter, clock)
         self._authorizer = authorizer
+        self._directions = directions
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
         pull = Pull(registry, authorizer, client_timeout)
@@ -171,18 +175,15 @@ class DistributionAPI:
                 )
                 raise RequestRefused(unsupported, {"Allow": ", ".join(handlers)})
             if route.name:
-                exchange.reference = str(route.reference or route.upload)
-                name = self._full_name(request, route, route.name)
-                exchange.namespace, _, exchange.repository = name.partition("/")
-                exchange.ns = request.query.get("ns")
-                if self._authorizer is not None and not self._authorizer.is_public(name):
-                    await self._authorizer.permit(request, _access_request(request, route, name), exchange)
+                name = await self._permitted_name(request, route, exchange)
             if request.method in ("POST", "PUT", "PATCH"):
                 _check_coding(request)
             response = await handler(request, route, name, exchange)
             if self._events.pulls and request.method in READING:
                 self._events.report_pull(request, route, exchange, response.status)
             return response
+        except Unauthorized as error:
+            return self._error(kind, self._directed(request, error, exchange.namespace), exchange)
         except RegistryError as error:
             return self._error(kind, error, exchange)
         except RequestRefused as refused:
@@ -191,11 +192,53 @@ class DistributionAPI:
             log.exception("request.failed", method=request.method, path=request.path[:300])
             return self._error(kind, RegistryError(type(error).__name__), exchange)
 
+    async def _permitted_name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
+        """The full name of the repository, if the client may do there what it wants."""
+        exchange.reference = str(route.reference or route.upload)
+        name = self._directed_name(request, route)
+        exchange.namespace, _, exchange.repository = name.partition("/")
+        exchange.ns = request.query.get("ns")
+        if self._authorizer is not None and not self._authorizer.is_public(name):
+            await self._authorizer.permit(request, _access_request(request, route, name), exchange)
+        if request.method not in READING:
+            self._check_action(request, route, exchange.namespace)
+        return name
+
     def _full_name(self, request: web.BaseRequest, route: Route, name: str) -> str:
         """The full name of what the client calls `name`.  Raises NameUnknown, NameInvalid."""
         return self._qualify(
             name, ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=route.prefix
         )
+
+    # Directions
+
+    def _directed_name(self, request: web.BaseRequest, route: Route) -> str:
+        """The full name of the repository.  Raises NameUnknown; for a push it says what takes it."""
+        try:
+            return self._full_name(request, route, route.name)
+        except NameUnknown as error:
+            if self._directions is None or _action(route, request.method) != "push":
+                raise
+            cause, _, _ = str(error).partition(": ")
+            where = self._directions.push(_host(request), route.name)
+            raise NameUnknown(f"{cause}: {where}") from None
+
+    def _check_action(self, request: web.BaseRequest, route: Route, namespace: str) -> None:
+        """Raise Unsupported if the namespace is a cache, which clients only pull from."""
+        if self._directions is None or namespace in self._directions.stores:
+            return
+        if _action(route, request.method) == "delete":
+            raise Unsupported(f"{namespace} is a cache: an operator deletes from it, by entrepot purge")
+        where = self._directions.push(_host(request), route.name)
+        raise Unsupported(f"{route.name} belongs to {namespace}, a cache, which takes no pushes: {where}")
+
+    def _directed(self, request: web.BaseRequest, error: Unauthorized, namespace: str) -> Unauthorized:
+        """The error with how docker logs in."""
+        if self._directions is None or self._authorizer is None:
+            return error
+        asks = self._authorizer.asks(request)
+        how = self._directions.login(_host(request), namespace, asks)
+        return Unauthorized(f"{error}: {how}", challenges=error.challenges)
 
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -281,6 +324,11 @@ def _check_coding(request: web.BaseRequest) -> None:
     if any(each.strip().lower() not in ("", "identity") for each in codings):
         error = CodingUnsupported("the body has a Content-Encoding: send it without one")
         raise RequestRefused(error, {"Accept-Encoding": "identity"})  # RFC 9110, section 12.5.3
+
+
+def _host(request: web.BaseRequest) -> str:
+    """The server as the client calls it."""
+    return request.headers.get("Host", "this server")[:LONGEST]
 
 
 def _access_request(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:

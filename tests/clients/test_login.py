@@ -71,6 +71,7 @@ class Client:
     def __init__(self, home: Path, **more: str) -> None:
         self._home = home
         self._environment = environment(home, **more)
+        self.said = ""
 
     def run(self, *words: str | Path) -> bool:
         """Whether it goes well."""
@@ -82,7 +83,8 @@ class Client:
             timeout=PATIENCE,
             stdin=subprocess.DEVNULL,
         )
-        print(*words, done.returncode, done.stdout, done.stderr, sep="\n")
+        self.said = done.stdout + done.stderr
+        print(*words, done.returncode, self.said, sep="\n")
         return done.returncode == 0
 
 
@@ -260,3 +262,18 @@ def test_a_login_at_the_listener_of_a_store_is_not_shown_to_the_mirror_beside_it
     assert client.pull(source)
     assert not client.push(source, name)  # by the mirror, which has not asked who it is
     assert client.push(source, f"{site.store}/{app}:1")
+
+
+@pytest.mark.parametrize("client", ["docker"], indirect=True)
+def test_docker_shows_where_to_push_instead(start: Start, client: Any, app: str) -> None:
+    site = start()
+    _, source = names(site, app)
+    assert client.pull(source)
+    for name, cause in (
+        (f"{site.address}/{app}:1", f"{app} belongs to docker.io, a cache, which takes no pushes"),
+        (f"{site.address}/quay.example/{app}:1", f"quay.example/{app} belongs to quay.example, a cache"),
+        (f"{site.address}/gone.example/{app}:1", "'gone.example' is not a configured namespace"),
+    ):
+        assert not client.push(source, name)
+        assert cause in client.said
+        assert f"push to {site.store}/{app}" in client.said

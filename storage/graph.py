@@ -46,14 +46,16 @@ class Walk(Generic[T]):
 class ManifestTree:
     """A manifest and everything that it names, as far as it is stored.
 
-    `missing` are the manifests that are not stored, `unread` those that may name more: see unread().  `tags`
-    are those by which clients find referrers.
+    `missing` are the manifests that are not stored, `unread` those that may name more: see unread().  `named`
+    are the digests in the text of these, whatever they are of.  `tags` are those by which clients find
+    referrers.
     """
 
     manifests: set[Digest] = field(default_factory=set)
     blobs: dict[Digest, Descriptor] = field(default_factory=dict)
     missing: set[Digest] = field(default_factory=set)
     unread: set[Digest] = field(default_factory=set)
+    named: set[Digest] = field(default_factory=set)
     tags: set[Tag] = field(default_factory=set)
 
 
@@ -70,6 +72,7 @@ def walk(store: Store, repository: str, digest: Digest, platforms: Sequence[str]
         content = contents(manifest.content)
         if unread(content):
             found.unread.add(each)
+            found.named.update(digests_in(manifest.content) if content is None else content.unread)
         if content is not None:
             steps.add(child.digest for child in selected(content, platforms))
             found.blobs.update((blob.digest, blob) for blob in content.blobs)

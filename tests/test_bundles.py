@@ -33,6 +33,7 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
+from storage.keys import MANIFEST
 from storage.maintenance.usage import Use
 from storage.oci import ARTIFACTS, Digest, Manifest, Tag
 from tests.conftest import Clock, configuration
@@ -280,6 +281,28 @@ async def test_what_is_not_whole_does_not_go(at: Opened, stock: Stock, bundle: P
     assert [(each.reference, each.lacking) for each in done.skipped] == [
         (f"{NAME}:plain", [stock.plain.layers[0]])
     ]
+
+
+@pytest.mark.parametrize("lost", ["manifest", "blob of a tag", "both"])
+async def test_referrers_that_are_left_out_are_named(
+    at: Opened, stock: Stock, bundle: Path, upstream: Upstream, lost: str
+) -> None:
+    sbom = upstream.artifact("library/alpine", subject=stock.plain, artifact_type="application/x.sbom")
+    tag = f"{stock.plain.digest.replace(':', '-')}.sig"
+    signature = upstream.image("library/alpine", tag, [b"a signature"])
+    expected = {}
+    async with at("home") as home:
+        await home.fetch(NAME, "plain")
+        if lost != "blob of a tag":
+            home.parts.store.records.delete(MANIFEST.key(NAME, Digest(sbom.digest)))
+            expected[f"{NAME}@{sbom.digest}"] = [sbom.digest]
+        if lost != "manifest":
+            home.parts.store.files.path(Digest(signature.layers[0])).unlink()
+            expected[f"{NAME}:{tag}"] = [signature.layers[0]]
+        done = await home.export(bundle, "alpine:plain")
+    assert {each.reference: each.lacking for each in done.skipped} == expected
+    assert done.referrers == (lost == "blob of a tag")
+    assert len(done.references) == 1 + (lost == "manifest")
 
 
 @pytest.mark.parametrize("media_type", ARTIFACTS)

@@ -275,6 +275,28 @@ async def test_a_manifest_of_unknown_type_is_kept(store: Store) -> None:
     assert kept(store, Pin(ALPINE)).digests == {found.digest}
 
 
+def strange(key: str, *named: Digest) -> Manifest:
+    """A manifest of a type that only its makers know; or one that clients read differently, as Layers is."""
+    layers = [{"mediaType": LAYER, "digest": each, "size": 1} for each in named]
+    body = {"schemaVersion": 2, "mediaType": "application/vnd.strange", "layers": [], key: layers}
+    return Manifest.of(OCI_MANIFEST, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("key", ["parts", "Layers", "a list of lists"])
+async def test_what_a_manifest_of_unknown_type_names_is_kept(store: Store, key: str) -> None:
+    blob, base, signed = Digest.of(b"blob"), image("base", b"layer"), image("signed", b"layer 2")
+    signature = image("signature", b"sign", subject=signed)
+    other = image("other", b"other")
+    found = strange(key, blob, base.digest, signed.digest)
+    await put(store, ALPINE, "odd", base, signed, signature, other, found)
+    pinned = kept(store, Pin(f"{ALPINE}:odd", platforms=("linux/amd64",)))
+    made = (found, base, signed, signature)
+    assert {each.digest for each in made} | {blob} <= pinned.digests
+    assert pinned.digests >= blobs(base) | blobs(signed) | blobs(signature)
+    assert {(ALPINE, each.digest) for each in made} <= pinned.references
+    assert not pinned.digests & {other.digest, Digest.of(b"other")}
+
+
 async def test_what_refers_to_what_is_kept_is_kept(store: Store) -> None:
     child = image("child", b"base")
     top = await put(store, ALPINE, "3", child, index((child, "linux/amd64")))

@@ -169,9 +169,23 @@ async def test_an_image_saved_by_digest(site: Site, listed: list[Any] | None) ->
 async def test_several_images_saved_by_digest(site: Site) -> None:
     one, two = built(LAYERS[:1]), built(LAYERS[1:])
     for listed in (None, [one.descriptor()]):
-        with pytest.raises(ArchiveInvalid, match="two images named"):
-            await site.take(save([entry(one), entry(two)], listed, one, two), name="alpine:3")
+        files = save([entry(one), entry(two)], listed, one, two)
+        with pytest.raises(ArchiveInvalid, match=r"two images named .*: give --as"):
+            await site.take(files, name="alpine:3")
+        with pytest.raises(ArchiveInvalid, match="has no name for"):
+            await site.take(files)
         assert site.empty
+    done = await site.take(files, name="alpine")
+    assert [each.tag for each in done.references] == [None, None]
+    for each, layers in zip(done.references, (LAYERS[:1], LAYERS[1:]), strict=True):
+        assert each.repository == NAME
+        assert await layers_of(site, each.digest) == [digest_of(layer) for layer in layers]
+
+
+async def test_one_image_that_is_saved_twice_by_digest_has_the_tag(site: Site) -> None:
+    made = built(LAYERS)
+    done = await site.take(save([entry(made), entry(made)], None, made), name="alpine")
+    assert {each.tag for each in done.references} == {"latest"}
 
 
 async def test_an_image_saved_by_digest_beside_one_with_a_tag(site: Site) -> None:

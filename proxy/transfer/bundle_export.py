@@ -102,7 +102,7 @@ class BundleExport:
     def _plan(
         self, stopped: Callable[[], None], selection: Selection
     ) -> tuple[ExportPlan, dict[str, set[Digest]]]:
-        """The plan, and the missing digests of the images that are left out."""
+        """The plan, and the missing digests of the images and referrers that are left out."""
         planner = ExportPlanner(read_platforms("platforms", selection.platforms), selection.referrers)
         base = dict(map(_base, selection.since))
         for image in self._selected(selection, planner):
@@ -113,7 +113,7 @@ class BundleExport:
         plan = planner.plan(self._parts.clock(), base)
         if not plan.contents.references:
             raise NameUnknown("no image that was asked for is stored completely")
-        return plan, planner.incomplete
+        return plan, planner.incomplete | planner.incomplete_referrers
 
     def _selected(self, selection: Selection, planner: ExportPlanner) -> Iterator[ExportReference]:
         since = None

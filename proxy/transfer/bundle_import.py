@@ -39,7 +39,8 @@ T = TypeVar("T")
 class ImportOptions:
     """How to import an archive.
 
-    `name` is for an image that has no name in the archive, or only a tag.  `pin` pins what is imported into a
+    `name` is for an image that has no name in the archive, or only a tag; several images without a name are
+    imported by digest.  `pin` pins what is imported into a
     cache.  With `key`, a file, the archive must be signed by it.  Of an index only the children for
     `platforms` are imported.
     """
@@ -107,10 +108,10 @@ class BundleImport:
         )
         unnamed: list[Root] = []
 
-        def bind(root: Root) -> RootBinding:
+        def bind(root: Root, several: bool) -> RootBinding:
             if _needs_name(root):
                 unnamed.append(root)
-            return self._bound(archive, options, root)
+            return self._bound(archive, options, root, several)
 
         planner = ImportPlanner(layout, bind, self._parts.clock, options.platforms)
         importer = planner.plan()
@@ -139,7 +140,7 @@ class BundleImport:
         if not pinned:
             raise FieldInvalid("pin", f"{layout.what} has no tag for a cache: --pin does not apply")
 
-    def _bound(self, archive: Archive, options: ImportOptions, root: Root) -> RootBinding:
+    def _bound(self, archive: Archive, options: ImportOptions, root: Root, several: bool) -> RootBinding:
         digest = root.descriptor.digest
         named = self._reader.reference("name", options.name) if options.name else None
         only_tag = root.name is not None and _needs_name(root)
@@ -157,7 +158,15 @@ class BundleImport:
             else:
                 repository = named.repository
                 reference = named.reference if root.name is None else Tag.parse(root.name)
-                if reference != named.reference and _states_reference(options.name or ""):
+                states = _states_reference(options.name or "")
+                if several and root.name is None:
+                    if states:
+                        raise ArchiveInvalid(
+                            f"{archive.what} has two images named {written(repository, reference)}: give"
+                            f" --as {repository}, and each is imported by its digest"
+                        )
+                    reference = digest
+                elif reference != named.reference and states:
                     raise ArchiveInvalid(
                         f"{archive.what} has the tag {root.name!r} for {digest}: give --as {repository},"
                         f" without {named.reference}"

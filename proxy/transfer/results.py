@@ -43,7 +43,8 @@ class Exported(Result, frozen=True):
     """The result of an export.  `digest` is that of entrepot.json, by which later bundles refer to this one.
 
     `blobs` and `bytes` count what is in the bundle; `spared` counts blobs that are left out since earlier
-    bundles contain them.  The `skipped` images are not stored completely, and not in the bundle.
+    bundles contain them.  The `skipped` images and referrers are not stored completely, and
+    not in the bundle.
     """
 
     bundle: str

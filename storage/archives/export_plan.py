@@ -140,7 +140,9 @@ class ExportPlanner:
         self._content: dict[str, dict[Digest, ContentSource]] = defaultdict(dict)
         self._manifests: set[Digest] = set()
         self._planned: set[tuple[str, Digest]] = set()
-        self.incomplete: dict[str, set[Digest]] = {}  # references not added, and what is missing of them
+        # What was not added, and what is missing of it: references, and referrers of what was added.
+        self.incomplete: dict[str, set[Digest]] = {}
+        self.incomplete_referrers: dict[str, set[Digest]] = {}
 
     def add(self, wanted: ExportReference) -> bool:
         """Add a reference unless it is incomplete; whether it was added.  See `incomplete`.
@@ -182,7 +184,10 @@ class ExportPlanner:
             for key, _ in store.records.scan(REFERRER.prefix(repository, subject)):
                 digest = Digest(REFERRER.parse(key)[2])
                 tree = reader.tree(digest)
-                if tree.missing or (repository, digest) in self._referrers:
+                if tree.missing:
+                    self.incomplete_referrers[written(repository, digest)] = tree.missing
+                    continue
+                if (repository, digest) in self._referrers:
                     continue
                 top = tree.manifests[digest]
                 self._referrers[repository, digest] = BundledReferrer(
@@ -202,9 +207,11 @@ class ExportPlanner:
                     wanted = ExportReference(store, repository, tag)
                     digest, validated = self._digest(wanted)
                     tree = reader.tree(digest)
-                    if not tree.missing:
-                        self._add_reference(wanted, digest, validated, tree)
-                        subjects.add(tree.manifests)
+                    if tree.missing:
+                        self.incomplete_referrers[wanted.name] = tree.missing
+                        continue
+                    self._add_reference(wanted, digest, validated, tree)
+                    subjects.add(tree.manifests)
 
     def _add_reference(
         self, wanted: ExportReference, digest: Digest, validated: float | None, tree: ExportTree

@@ -44,14 +44,15 @@ class ImportPlanner:
     """Checks what an archive contains, and makes the plan of its import.
 
     `bind` returns where a root is imported to, or raises RegistryError.  It is called for the roots with a
-    name, and for those without one that belong to none of these.  `clock` returns seconds since the epoch.
-    Of an index only the children for `platforms` are imported, all without any.
+    name, and for those without one that belong to none of these, with whether there are several of them.
+    `clock` returns seconds since the epoch.  Of an index only the children for `platforms` are imported, all
+    without any.
     """
 
     def __init__(
         self,
         layout: Layout,
-        bind: Callable[[Root], RootBinding],
+        bind: Callable[[Root, bool], RootBinding],
         clock: Callable[[], float] = time.time,
         platforms: Sequence[str] = (),
     ) -> None:
@@ -80,8 +81,8 @@ class ImportPlanner:
                 planned.target.allowed(planned.target.store.records, tag, digest)
         return Importer(self._layout, list(self._imports.values()))
 
-    def _add_root(self, root: Root) -> None:
-        target, reference = self._bind(root)
+    def _add_root(self, root: Root, several: bool = False) -> None:
+        target, reference = self._bind(root, several)
         planned = self._imports.setdefault(target.repository, RepositoryImport(target))
         self._stores[id(target.store)] = target.store
         self._walk(planned, root)
@@ -219,8 +220,9 @@ class ImportPlanner:
             if len(left) == len(roots):
                 # `bind` decides, first for those without a subject.
                 tops = [root for root in left if self._subject(root) is None] or left
+                several = len({root.descriptor.digest for root in tops}) > 1
                 for root in tops:
-                    self._add_root(root)
+                    self._add_root(root, several)
                 left = [root for root in left if root not in tops]
             roots = left
 

@@ -7,7 +7,8 @@ Pins are configured, or set by command, and then they are records:
     pin <pattern>                             JSON: keep_fresh, platforms, since
 
 A pinned reference keeps its manifest, everything that the manifest names, and the referrers of these
-(signatures, SBOMs), as far as they are stored.  With `platforms`, only those children of an index are kept
+(signatures, SBOMs), as far as they are stored.  Of a manifest that cannot be read, all digests in its text
+are kept.  With `platforms`, only those children of an index are kept
 that are for one of them or state no platform, since these may be for any.  BuildKit's attestations state
 unknown/unknown, which is none of them.
 """
@@ -179,7 +180,7 @@ class Pins:
                 seen.add((repository, digest, pin.platforms))
                 found = self._kept(repository, digest, pin.platforms)
                 references.update((repository, each) for each in (*found.manifests, *found.tags))
-                digests |= found.manifests | set(found.blobs)
+                digests |= found.manifests | set(found.blobs) | found.named
         return PinnedContent(frozenset(references), frozenset(digests))
 
     def _digest(self, repository: str, reference: Reference) -> Digest | None:
@@ -191,15 +192,19 @@ class Pins:
     def _kept(self, repository: str, digest: Digest, platforms: Sequence[str]) -> ManifestTree:
         """The manifest, its referrers, the referrers of these, and everything that they name."""
         found = walk(self._store, repository, digest, platforms)
-        subjects = Walk(found.manifests)
+        subjects = Walk(found.manifests | found.named)
         for subject in subjects:
+            wanted = [subject]
             for referrer, tag in referring(self._store, repository, subject):
                 found.tags |= set() if tag is None else {tag}
-                if referrer not in found.manifests:
-                    # A referrer is for no platform: all of it is kept.
-                    more = walk(self._store, repository, referrer)
-                    subjects.add(more.manifests)
+                wanted.append(referrer)
+            for each in wanted:
+                if each not in found.manifests:
+                    # A referrer is for no platform, what cannot be read may be for any: all of it is kept.
+                    more = walk(self._store, repository, each)
+                    subjects.add(more.manifests | more.named)
                     found.manifests |= more.manifests
+                    found.named |= more.named
                     found.blobs.update(more.blobs)
         return found
 

@@ -359,6 +359,14 @@ def declared_type(content: bytes) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
+def platform_of(config: bytes) -> str | None:
+    """The platform that the config of an image states, as os/architecture[/variant]; None without one."""
+    try:
+        return _platform(msgspec.json.decode(config))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _platform(found: Any) -> str | None:
     if not isinstance(found, dict):
         return None

@@ -283,6 +283,47 @@ async def test_what_is_not_whole_does_not_go(at: Opened, stock: Stock, bundle: P
     ]
 
 
+@pytest.mark.parametrize(
+    ("platform", "wanted", "fits"),
+    [
+        ("linux/amd64", "linux/amd64", True),
+        ("linux/amd64", "linux/amd64/v1", True),
+        ("linux/arm/v7", "linux/arm", True),
+        ("linux/amd64", "linux/arm64", False),
+        ("linux/arm/v6", "linux/arm/v7", False),
+        ("windows/amd64", "linux/amd64", False),
+    ],
+)
+async def test_the_platform_of_an_image_is_that_of_its_config(
+    at: Opened, upstream: Upstream, bundle: Path, platform: str, wanted: str, fits: bool
+) -> None:
+    image = upstream.image("library/alpine", "single", [b"single"], platform=platform)
+    child = upstream.image("library/alpine", None, [b"child"], platform=wanted)
+    upstream.index("library/alpine", "3", [child])
+    async with at("home") as home:
+        await home.fetch(NAME, "single")
+        await home.fetch(NAME, "3")
+        if fits:
+            done = await home.export(bundle, "alpine:single", platforms=[wanted])
+        else:
+            with pytest.raises(FieldInvalid, match=f"{NAME}:single is an image for {platform}"):
+                await home.export(bundle, "alpine:single", platforms=[wanted])
+            names = ["alpine:single", "alpine:3"]
+            done = await home.export(bundle, *names, platforms=[wanted], skip_incomplete=True)
+            assert [(each.reference, each.platform) for each in done.skipped] == [
+                (f"{NAME}:single", platform)
+            ]
+    assert (image.digest in held(bundle)) == fits
+
+
+async def test_an_artifact_is_for_any_platform(at: Opened, stock: Stock, bundle: Path) -> None:
+    sbom = stock.upstream.artifact("library/alpine", subject=stock.plain, artifact_type="application/x.sbom")
+    async with at("home") as home:
+        await home.fetch(NAME, sbom.digest)
+        done = await home.export(bundle, f"alpine@{sbom.digest}", platforms=["linux/arm64"])
+    assert (len(done.references), done.skipped) == (1, [])
+
+
 @pytest.mark.parametrize("lost", ["manifest", "blob of a tag", "both"])
 async def test_referrers_that_are_left_out_are_named(
     at: Opened, stock: Stock, bundle: Path, upstream: Upstream, lost: str

@@ -331,7 +331,9 @@ def export_tables(found: results.Exported, now: float) -> Sequence[Table]:
         some = f"{', '.join(each.platforms)} ({plural(len(each.left_out), 'other')} left out)"
         table.add(each.reference, each.digest, some if each.left_out else "all")
     for skipped in found.skipped:
-        table.notes.append(f"left out {skipped.reference}: not stored are {', '.join(skipped.lacking)}")
+        cause = f"it is for {skipped.platform}" if skipped.platform else ""
+        cause = cause or f"not stored are {', '.join(skipped.lacking)}"
+        table.notes.append(f"left out {skipped.reference}: {cause}")
     spared = f"; {plural(found.spared, 'blob')} of earlier bundles left out" if found.spared else ""
     table.notes.append(
         f"{found.bundle}: {plural(len(found.references), 'reference')}, {plural(found.referrers, 'referrer')}"

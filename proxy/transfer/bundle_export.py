@@ -79,7 +79,7 @@ class BundleExport:
         key: Path | None,
         tick: Tick,
     ) -> Exported:
-        plan, incomplete = self._plan(stopped, selection)
+        plan, skipped = self._plan(stopped, selection)
         whole = plan.bytes
 
         def done(count: int) -> None:
@@ -91,18 +91,18 @@ class BundleExport:
                 digest = write(plan, sink, None if key is None else _signer(key), done)
         except OSError as error:
             raise StorageFailed(f"{error.filename or name}: {error.strerror or error}") from error
-        return _exported(name, digest, plan, incomplete, signed=key is not None)
+        return _exported(name, digest, plan, skipped, signed=key is not None)
 
     async def planned(self, selection: Selection, bundle: str) -> Exported:
         """What export() would write."""
-        plan, incomplete = await run_cancellable(self._plan, selection)
+        plan, skipped = await run_cancellable(self._plan, selection)
         digest = Digest.of(encode(plan.contents))
-        return _exported(bundle, digest, plan, incomplete, signed=False)
+        return _exported(bundle, digest, plan, skipped, signed=False)
 
     def _plan(
         self, stopped: Callable[[], None], selection: Selection
-    ) -> tuple[ExportPlan, dict[str, set[Digest]]]:
-        """The plan, and the missing digests of the images and referrers that are left out."""
+    ) -> tuple[ExportPlan, list[IncompleteRow]]:
+        """The plan, and the images and referrers that are left out."""
         planner = ExportPlanner(read_platforms("platforms", selection.platforms), selection.referrers)
         base = dict(map(_base, selection.since))
         for image in self._selected(selection, planner):
@@ -110,10 +110,17 @@ class BundleExport:
             planner.add(image)
         if planner.incomplete and not selection.skip_incomplete:
             raise Incomplete(_lacking(planner.incomplete))
+        if planner.other_platforms and not selection.skip_incomplete:
+            name, platform = next(iter(planner.other_platforms.items()))
+            raise FieldInvalid(
+                "platforms",
+                f"{name} is an image for {platform}, not an index: leave out --platform, or give"
+                " --skip-incomplete",
+            )
         plan = planner.plan(self._parts.clock(), base)
         if not plan.contents.references:
             raise NameUnknown("no image that was asked for is stored completely")
-        return plan, planner.incomplete | planner.incomplete_referrers
+        return plan, _skipped(planner)
 
     def _selected(self, selection: Selection, planner: ExportPlanner) -> Iterator[ExportReference]:
         since = None
@@ -187,8 +194,16 @@ def _lacking(incomplete: dict[str, set[Digest]]) -> str:
     )
 
 
+def _skipped(planner: ExportPlanner) -> list[IncompleteRow]:
+    incomplete = planner.incomplete | planner.incomplete_referrers
+    rows = [IncompleteRow(reference=each, lacking=sorted(map(str, incomplete[each]))) for each in incomplete]
+    for reference, platform in planner.other_platforms.items():
+        rows.append(IncompleteRow(reference=reference, lacking=[], platform=platform))
+    return sorted(rows, key=lambda row: row.reference)
+
+
 def _exported(
-    name: str, digest: Digest, plan: ExportPlan, incomplete: dict[str, set[Digest]], signed: bool
+    name: str, digest: Digest, plan: ExportPlan, skipped: list[IncompleteRow], signed: bool
 ) -> Exported:
     contents = plan.contents
     return Exported(
@@ -204,10 +219,7 @@ def _exported(
             )
             for each in contents.references
         ],
-        skipped=[
-            IncompleteRow(reference=reference, lacking=sorted(map(str, lacking)))
-            for reference, lacking in sorted(incomplete.items())
-        ],
+        skipped=skipped,
         referrers=len(contents.referrers),
         blobs=len(plan.sources),
         bytes=plan.bytes,

@@ -33,10 +33,14 @@ class CarriedRow(Result, frozen=True):
 
 
 class IncompleteRow(Result, frozen=True):
-    """An image that was left out; `lacking` are the digests that are not stored."""
+    """An image or a referrer that was left out; `lacking` are the digests that are not stored.
+
+    `platform` is that of an image for none of the platforms that were asked for, else None.
+    """
 
     reference: str
     lacking: list[str]
+    platform: str | None = None
 
 
 class Exported(Result, frozen=True):

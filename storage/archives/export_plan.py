@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 from storage.archives import bundle
 from storage.archives.bundle import BaseBundle, BundleContents, BundledReference, BundledReferrer
+from storage.disk.health import translated
 from storage.errors import ManifestUnknown
-from storage.graph import Walk, contents, selected
+from storage.graph import Walk, contents, matches_platform, selected
 from storage.keys import REFERRER, TAG
 from storage.names import written
-from storage.oci import Descriptor, Digest, ManifestContent, Reference, Tag
+from storage.oci import MANIFEST_LIMIT, Descriptor, Digest, ManifestContent, Reference, Tag, platform_of
 from storage.store import Store
 
 DEPTH_LIMIT = 50  # levels of indexes within indexes
@@ -47,11 +48,15 @@ class ContentSource(NamedTuple):
 
 @dataclass(slots=True)
 class ExportTree:
-    """A manifest with the stored content that it needs, and what is `missing` to make it complete."""
+    """A manifest with the stored content that it needs, and what is `missing` to make it complete.
+
+    `config` is that of an image, which is no index.
+    """
 
     content: dict[Digest, ContentSource] = field(default_factory=dict)
     manifests: dict[Digest, Descriptor] = field(default_factory=dict)
     platforms: list[str] = field(default_factory=list)
+    config: Descriptor | None = None
     left_out: set[Digest] = field(default_factory=set)
     missing: set[Digest] = field(default_factory=set)
 
@@ -96,6 +101,8 @@ class ExportTreeReader:
         self._add_blobs(tree, content)
         if content.children:
             self._add_children(tree, content, depth)
+        else:
+            tree.config = content.config
         return tree
 
     def _add_blobs(self, tree: ExportTree, content: ManifestContent) -> None:
@@ -143,9 +150,10 @@ class ExportPlanner:
         # What was not added, and what is missing of it: references, and referrers of what was added.
         self.incomplete: dict[str, set[Digest]] = {}
         self.incomplete_referrers: dict[str, set[Digest]] = {}
+        self.other_platforms: dict[str, str] = {}  # images not added, since they are for this platform only
 
     def add(self, wanted: ExportReference) -> bool:
-        """Add a reference unless it is incomplete; whether it was added.  See `incomplete`.
+        """Add a reference unless it is incomplete, or an image for another platform; whether it was added.
 
         Raises ManifestUnknown if it is a tag that is not stored.
         """
@@ -155,10 +163,22 @@ class ExportPlanner:
         if tree.missing:
             self.incomplete[wanted.name] = tree.missing
             return False
+        platform = self._platform(store, tree)
+        if platform is not None and not any(matches_platform(platform, each) for each in self._platforms):
+            self.other_platforms[wanted.name] = platform
+            return False
         self._add_reference(wanted, digest, validated, tree)
         if self._with_referrers:
             self._add_referrers(store, repository, Walk(tree.manifests))
         return True
+
+    def _platform(self, store: Store, tree: ExportTree) -> str | None:
+        """The platform of an image that is no index, if that matters and the image states it."""
+        if not self._platforms or tree.config is None or tree.config.size > MANIFEST_LIMIT:
+            return None
+        path = store.files.path(tree.config.digest)
+        with translated(path):
+            return platform_of(path.read_bytes())
 
     def contains(self, repository: str, digest: Digest) -> bool:
         """Whether the manifest was added, by itself or as part of another one."""

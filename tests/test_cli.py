@@ -154,7 +154,8 @@ async def test_banner(tmp_path: Path, upstream: Upstream) -> None:
         said = await banner(program)
         program.send(signal.SIGTERM)
         assert (await program.end())[:2] == (0, "")
-    first, second, third, *_ = said.splitlines()
+    first, source, second, third, *_ = said.splitlines()
+    assert source == f"configured by {config}"
     assert first == f"entrepot {version('entrepot')} listening on {url}, admin on http://127.0.0.1:{admin}"
     assert second == f"storing in {tmp_path}/disk"
     assert third == "point clients at it:"

@@ -17,6 +17,7 @@ from proxy.config.loader import load
 from proxy.config.schema import (
     Config,
 )
+from proxy.config.settings import Setting
 from proxy.config.wellknown import WELL_KNOWN
 from tests.configuring import (
     HOOK,
@@ -129,17 +130,23 @@ def test_which_requests_are_logged(name: str) -> None:
 
 
 def test_stores_besides_those_of_the_file(tmp_path: Path) -> None:
-    config = load(None, {}, ["local", "edge"])
+    local, edge, cache, bad = (
+        Setting("--store", ("namespaces", name, "store"), {}, default=True)
+        for name in ("local", "edge", "x", "A b")
+    )
+    config = load(None, {}, [local, edge])
     assert [*config.namespaces] == [*WELL_KNOWN, "local", "edge"]
     assert [*config.hosted()] == ["local", "edge"]
     path = tmp_path / "entrepot.yml"
     path.write_text("namespaces: {x: {upstream: https://x.example}, local: {store: {sparse: true}}}")
-    assert [*load(path, {}, ["local", "edge"]).namespaces] == ["x", "local", "edge"]
-    assert load(path, {}, ["local"]).hosted()["local"].sparse
-    with pytest.raises(ConfigError, match=r"--store: namespace x is a cache: choose another name"):
-        load(path, {}, ["x"])
-    with pytest.raises(ConfigError, match=r"namespaces.A b: expected a host"):
-        load(None, {}, ["A b"])
+    assert [*load(path, {}, [local, edge]).namespaces] == ["x", "local", "edge"]
+    assert load(path, {}, [local]).hosted()["local"].sparse
+    with pytest.raises(
+        ConfigError, match=r"^--store: namespaces.x: has both upstream, for a cache, and store"
+    ):
+        load(path, {}, [cache])
+    with pytest.raises(ConfigError, match=r"^--store: namespaces.A b: expected a host"):
+        load(None, {}, [bad])
 
 
 def test_default_namespace() -> None:
@@ -158,11 +165,11 @@ def test_default_namespace() -> None:
         (upstream("username: u"), "namespaces.x.upstream.url: is required"),
         (
             "namespaces: {docker.io: {}}",
-            "namespaces.docker.io: needs either upstream, for a cache, or store: {}, for a private registry",
+            "namespaces.docker.io: needs upstream, for a cache, or store: {}, for a private registry",
         ),
         (
             "namespaces: {x: {upstream: 'https://x.example', store: {}}}",
-            "namespaces.x: needs either upstream, for a cache, or store: {}, for a private registry",
+            "namespaces.x: has both upstream, for a cache, and store, for a private registry: keep one",
         ),
         (
             "namespaces: {x: {store: {}, fresh_for: 1m}}",
@@ -470,7 +477,7 @@ def test_any_text_loads_or_is_refused_in_one_line(tmp_path: Path, text: str) -> 
     try:
         config = load(path, {})
     except ConfigError as error:
-        assert len(str(error).splitlines()) == 1
+        assert all(line.startswith(str(path)) for line in str(error).splitlines())
         assert str(error).startswith(str(path))
     else:
         assert isinstance(config, Config)

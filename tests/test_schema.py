@@ -185,8 +185,8 @@ warm:
     ("rule", "says"),
     [
         ("every: 6h", "warm[0]: needs images or list"),
-        ("images: [a]", "warm[0]: needs either every, such as 6h, or at, such as '03:30'"),
-        ("images: [a], every: 1h, at: '03:30'", "warm[0]: needs either every"),
+        ("images: [a]", "warm[0]: needs every, such as 6h, or at, such as '03:30'"),
+        ("images: [a], every: 1h, at: '03:30'", "warm[0]: has both every and at: keep one"),
         ("images: [a b], every: 1h", "warm[0].images[0]: expected a reference such as alpine:3"),
         ("images: a, every: 1h", "warm[0].images: expected a list"),
         ("images: [a], every: 0", "warm[0].every: must be more than 0"),

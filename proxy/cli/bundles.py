@@ -20,6 +20,7 @@ import msgspec
 from proxy.admin.api.client import AdminClient, OperationFailed
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
+from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, parse_timeout, plural
 from proxy.transfer import results
@@ -63,7 +64,7 @@ def _progress(call: CommandContext, name: str) -> Iterator[Tick]:
 _FILE = click.Path(path_type=Path)
 
 
-@click.command()
+@command()
 @click.argument("bundle", type=click.Path())
 @click.argument("names", nargs=-1, metavar="[REF|GLOB]...")
 @click.option(
@@ -206,7 +207,7 @@ def _sink(bundle: str) -> Iterator[Sink]:
     stream.end()
 
 
-@click.command("import")
+@command("import")
 @click.argument("archives", nargs=-1, type=_FILE, metavar="[ARCHIVE]...")
 @click.option("--as", "name", metavar="REF", help="The name of an image that has none in the archive.")
 @PLATFORMS
@@ -295,7 +296,9 @@ def _migrate(call: CommandContext, directory: Path, namespace: str | None, match
     async def work() -> None:
         from proxy.cli.migrate import migrate, migration_tables
 
-        found = await migrate(call.path, directory, namespace, match, dry_run=dry_run, quietly=call.json)
+        found = await migrate(
+            call.path, call.settings, directory, namespace, match, dry_run=dry_run, quietly=call.json
+        )
         call.print(found, migration_tables)
         if found.damaged:
             raise OperationFailed(

@@ -52,8 +52,11 @@ def _below(table: Table) -> list[str]:
 
 def complain(message: str) -> None:
     """Say on standard error why a command fails."""
+    # A start that fails may have several reasons, one in each line.
     colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    click.echo(f"{click.style('entrepot:', fg='red') if colored else 'entrepot:'} {message}", err=True)
+    start = click.style("entrepot:", fg="red") if colored else "entrepot:"
+    for line in message.splitlines():
+        click.echo(f"{start} {line}", err=True)
 
 
 def terminal(file: IO[str]) -> Console | None:

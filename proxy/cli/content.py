@@ -12,6 +12,7 @@ from proxy.admin import models
 from proxy.admin.operations import LARGEST_PAGE, Operations
 from proxy.cli.console import freshness
 from proxy.cli.context import CommandContext, common
+from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, format_time, plural
 from storage.names import written
@@ -26,7 +27,7 @@ _ORDERS: dict[str, Callable[[Listing], float]] = {
 }
 
 
-@click.command()
+@command()
 @click.argument("pattern", default="*")
 @click.option("--tags", is_flag=True, help="List tags instead of repositories.")
 @click.option(
@@ -138,7 +139,7 @@ def _platforms(image: models.ImageRow) -> str:
     return " ".join(names)
 
 
-@click.command()
+@command()
 @click.argument("reference", metavar="REF")
 @common
 def show(call: CommandContext, reference: str) -> None:

@@ -19,12 +19,14 @@ import structlog
 
 from proxy.admin.api.client import AdminClient, OperationFailed
 from proxy.admin.operations import Operations
+from proxy.cli.configured import CONFIG, SET
 from proxy.cli.console import complain, write
 from proxy.cli.tables import Table
 from proxy.cli.target import composed, connected, reach
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
+from proxy.config.settings import Setting
 from proxy.config.values import parse_platform
 from proxy.telemetry import logs
 
@@ -42,6 +44,7 @@ class CommandContext:
     """The common options of a command, and what it does with them."""
 
     path: Path | None = None
+    settings: Sequence[Setting] = ()
     server: str | None = None
     token: str | None = None
     ca_file: Path | None = None
@@ -93,7 +96,7 @@ class CommandContext:
         self.alone(run)
 
     def _configured(self) -> Config:
-        config = load(self.path)
+        config = load(self.path, settings=self.settings)
         quiet(config.log.format)
         return config
 
@@ -134,13 +137,8 @@ def option_type(parse: Callable[[object], Any]) -> Callable[[click.Context, clic
 
 
 _OPTIONS = {
-    "path": click.option(
-        "--config",
-        "path",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="The configuration of the server, in YAML.",
-    ),
+    "path": CONFIG,
+    "settings": SET,
     "server": click.option(
         "--server",
         metavar="URL",

@@ -13,6 +13,7 @@ import click
 from proxy.admin.api.client import OperationFailed
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import CommandContext, option_type, quiet, without_server
+from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, plural
 from proxy.config.values import parse_count, parse_platform
@@ -46,7 +47,7 @@ def _endpoint_options(name: str) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
-@click.command()
+@command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.argument("destination")
 @click.option("--all-tags", is_flag=True, help="Copy all tags of each SOURCE that names none.")

@@ -13,25 +13,22 @@ import msgspec
 import structlog
 from yarl import URL
 
+from proxy.cli.configured import config_options
 from proxy.cli.console import write
+from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.errors import ConfigError
 from proxy.config.hosts import parse_server
 from proxy.config.image_names import parse
 from proxy.config.loader import load
+from proxy.config.settings import Setting
 from proxy.doctor.checks import Check, Diagnosis
 from proxy.setup.site import site_of
 from proxy.telemetry import logs
 
 
-@click.command()
-@click.option(
-    "--config",
-    "path",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The configuration of the server.",
-)
+@command()
+@config_options
 @click.option(
     "--server", metavar="URL", help="The admin address of the server. By default that of the configuration."
 )
@@ -72,6 +69,7 @@ from proxy.telemetry import logs
 @click.option("--wide", is_flag=True, help="Print whole values, however wide the terminal is.")
 def doctor(
     path: Path | None,
+    settings: tuple[Setting, ...],
     server: str | None,
     url: str | None,
     namespaces: tuple[str, ...],
@@ -94,12 +92,12 @@ def doctor(
         # Here, since the start of the server needs none of it.
         from proxy.doctor import server as server_checks
 
-        _run(lambda: server_checks.examine(path, admin), as_json, wide)
+        _run(lambda: server_checks.examine(path, admin, settings), as_json, wide)
         return
     from proxy.doctor import client as client_checks
 
     try:
-        config = load(path)
+        config = load(path, settings=settings)
         site = site_of(config, url=url or None, namespaces=namespaces, ca_file=ca_file, bypass=not no_bypass)
         options = client_checks.ClientOptions(
             parse(canary or pull or client_checks.CANARY), parse(pull) if pull else None, admin

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,14 +20,17 @@ import structlog
 from yarl import URL
 
 from proxy.cli import bundles, content, copy, maintenance, offline, pins, removal, status
+from proxy.cli.configured import BUILT_IN, chosen, config_argument, used
 from proxy.cli.console import complain
 from proxy.cli.doctor import doctor
+from proxy.cli.help import ExplainedCommand, GroupedCommands
 from proxy.cli.setup import setup
 from proxy.config.advice import advise
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.loader import load
 from proxy.config.schema import Config
+from proxy.config.settings import Setting, environment
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.server.supervisor import BoundAddresses, Supervisor
 from proxy.setup.renderers import RENDERERS, store_lines
@@ -37,12 +41,8 @@ log = structlog.get_logger()
 
 SHOWN = ("docker", "containerd", "podman")  # in the banner
 
-_CONFIG = click.option(
-    "--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="The configuration, in YAML."
-)
 
-
-@click.group()
+@click.group(cls=GroupedCommands)
 @click.version_option(version("entrepot"), prog_name="entrepot")
 def main() -> None:
     """A pull-through cache for OCI registries, and a private registry."""
@@ -63,8 +63,10 @@ for each in (
     main.add_command(each)
 
 
-@main.command()
-@_CONFIG
+@main.command(cls=ExplainedCommand)
+@config_argument
+@click.option("--listen", metavar="ADDRESS", help="Where to listen, such as 0.0.0.0:5000.")
+@click.option("--disk", metavar="DIRECTORY", help="Where to store.")
 @click.option(
     "--store",
     "stores",
@@ -72,39 +74,73 @@ for each in (
     metavar="NAME",
     help="Also be a private registry, in the namespace NAME. Can be repeated.",
 )
-def serve(path: Path | None, stores: tuple[str, ...]) -> None:
+@click.option(
+    "--upstream",
+    "upstreams",
+    multiple=True,
+    metavar="[NAME=]URL",
+    help="Also cache this registry, in the namespace NAME or that of its host. Can be repeated.",
+)
+def serve(
+    file: Path | None,
+    path: Path | None,
+    settings: tuple[Setting, ...],
+    listen: str | None,
+    disk: str | None,
+    stores: tuple[str, ...],
+    upstreams: tuple[str, ...],
+) -> None:
     """Run the server.
 
-    Without FILE it caches the well-known public registries, and listens on 127.0.0.1:5000.
+    Without a configuration it caches the well-known public registries, and listens on 127.0.0.1:5000. The
+    options replace what the configuration says.
     """
     from proxy.server.process import run
 
-    config = _load(path, stores)
+    path = chosen(file, path)
+    given = [
+        *settings,
+        *([] if listen is None else [Setting("--listen", ("listen",), listen)]),
+        *([] if disk is None else [Setting("--disk", ("disk", "path"), disk)]),
+        *(Setting("--store", ("namespaces", name, "store"), {}, default=True) for name in stores),
+        *map(_upstream, upstreams),
+    ]
+    config = _load(path, given)
     logs.configure(config.log.format, config.log.level, access=config.log.access)
     gc.freeze()  # the processes share this memory as long as nothing writes to it
+    source = used(path, [*environment(os.environ), *given])
     try:
-        asyncio.run(_serve(Supervisor(config, lambda: load(path, stores=stores), run), config))
+        parent = Supervisor(config, lambda: load(path, settings=given), run)
+        asyncio.run(_serve(parent, config, source))
     except StartError as error:
         _fail(str(error), 1)
 
 
-@main.command()
-@_CONFIG
-def check(path: Path | None) -> None:
+def _upstream(text: str) -> Setting:
+    name, sign, url = text.rpartition("=")
+    if not sign or "/" in name:  # a sign in the URL
+        name, url = URL(text).authority, text
+    return Setting("--upstream", ("namespaces", name, "upstream"), url)
+
+
+@main.command(cls=ExplainedCommand)
+@config_argument
+def check(file: Path | None, path: Path | None, settings: tuple[Setting, ...]) -> None:
     """Validate the configuration.
 
     Starts nothing and makes no network request.
     """
-    config = _load(path)
+    path = chosen(file, path)
+    config = _load(path, settings)
     names = ", ".join(config.namespaces) or "none"
-    click.echo(f"{path or 'the built-in configuration'} is valid; namespaces: {names}")
+    click.echo(f"{path or BUILT_IN} is valid; namespaces: {names}")
     for each in advise(config):
         click.echo(f"warning: {each}")
 
 
-def _load(path: Path | None, stores: Iterable[str] = ()) -> Config:
+def _load(path: Path | None, settings: Sequence[Setting]) -> Config:
     try:
-        return load(path, stores=stores)
+        return load(path, settings=settings)
     except ConfigError as error:
         _fail(str(error), 2)
         raise
@@ -115,7 +151,7 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-async def _serve(parent: Supervisor, config: Config) -> None:
+async def _serve(parent: Supervisor, config: Config, source: str) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # until run() handles them
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -129,19 +165,20 @@ async def _serve(parent: Supervisor, config: Config) -> None:
         await asyncio.wait((starting,))
         return
     starting.result()
-    click.echo(banner(parent.addresses(), config))
+    click.echo(banner(parent.addresses(), config, source))
     if not ended.is_set():
         await parent.run()
     log.info("server.stopping", drain=config.drain)
     await parent.stop()
 
 
-def banner(bound: BoundAddresses, config: Config) -> str:
-    """The addresses, the storage directory, warnings, and the configuration of the most common clients."""
+def banner(bound: BoundAddresses, config: Config, source: str) -> str:
+    """The addresses, the configuration, the storage directory, warnings, and what common clients need."""
     encrypted, admin = config.tls is not None, bound.admin
     lines = [
         f"entrepot {version('entrepot')} listening on {_url(encrypted, *bound.listen)}"
         + (f", admin on {_url(config.admin_tls() is not None, *admin)}" if admin else ""),
+        f"configured by {source}",
         f"storing in {config.disk.path}",
         *(f"warning: {each}" for each in advise(config)),
     ]

@@ -14,13 +14,14 @@ from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common
+from proxy.cli.help import command
 from proxy.cli.status import show_fills
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_share, format_size, format_time, plural
 from storage.names import written
 
 
-@click.command()
+@command()
 @click.argument("reference", metavar="REF")
 @PLATFORMS
 @common
@@ -53,7 +54,7 @@ def refresh_tables(found: reports.Refreshed, now: float) -> Sequence[Table]:
     return [Table((), notes=notes)]
 
 
-@click.command()
+@command()
 @click.option("--wait", is_flag=True, help="Wait until the scrub ends. Without a server this is always so.")
 @common
 def scrub(call: CommandContext, wait: bool) -> None:

@@ -18,6 +18,7 @@ from proxy.cli.tables import Column, Table
 from proxy.config.loader import load
 from proxy.config.quantities import format_size, plural
 from proxy.config.schema import Config
+from proxy.config.settings import Setting
 from proxy.namespaces.composition import private_store
 from proxy.transfer.results import DamageRow, Migrated
 from storage.concurrency import Cancelled
@@ -31,12 +32,19 @@ SHOWN = 100  # rows of damage in a table
 
 
 async def migrate(
-    path: Path | None, directory: Path, namespace: str | None, match: str, *, dry_run: bool, quietly: bool
+    path: Path | None,
+    settings: Sequence[Setting],
+    directory: Path,
+    namespace: str | None,
+    match: str,
+    *,
+    dry_run: bool,
+    quietly: bool,
 ) -> Migrated:
     """Import the repositories that `match` from a directory of Distribution.  Raises OperationFailed,
     ConfigError.
     """
-    config = load(path)
+    config = load(path, settings=settings)
     quiet(config.log.format)
     name = _chosen(config, namespace)
     begun = time.monotonic()

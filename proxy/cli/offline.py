@@ -18,6 +18,7 @@ from proxy.admin.operations import Operations
 from proxy.admin.reports import Drilling, ReadyRow, WarmRow
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_type
+from proxy.cli.help import command
 from proxy.cli.status import show_fills
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout, plural
@@ -60,7 +61,7 @@ def _mentions(files: Sequence[str], registries: Sequence[str], *, plain: bool = 
 # warm
 
 
-@click.command()
+@command()
 @click.argument("references", nargs=-1, metavar="REF...")
 @click.option(
     "--list",
@@ -192,7 +193,7 @@ def _name(row: WarmRow | ReadyRow) -> str:
 # ready
 
 
-@click.command()
+@command()
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
 @PLATFORMS
 @_NO_REFERRERS
@@ -292,7 +293,7 @@ def _time(text: object) -> float:
     return parse_timeout(text)
 
 
-@click.command()
+@command()
 @click.argument("time", callback=option_type(_time), metavar="DURATION")
 @click.option(
     "--namespace",

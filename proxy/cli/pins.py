@@ -8,11 +8,12 @@ import click
 
 from proxy.admin import models, reports
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
+from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout
 
 
-@click.command()
+@command()
 @click.argument("pattern")
 @click.option(
     "--keep-fresh",
@@ -30,7 +31,7 @@ def pin(call: CommandContext, pattern: str, keep_fresh: float | None, platforms:
     call.ask(lambda operations: operations.pin(pattern, keep_fresh, platforms), pin_tables)
 
 
-@click.command()
+@command()
 @click.argument("pattern")
 @common
 def unpin(call: CommandContext, pattern: str) -> None:
@@ -41,7 +42,7 @@ def unpin(call: CommandContext, pattern: str) -> None:
     call.ask(lambda operations: operations.unpin(pattern), unpinned_tables)
 
 
-@click.command()
+@command()
 @common
 def pins(call: CommandContext) -> None:
     """List pins.

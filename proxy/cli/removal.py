@@ -13,6 +13,7 @@ from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import write
 from proxy.cli.context import CommandContext, common, option_type
+from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, format_time, parse_size, plural
 from storage.names import is_glob
@@ -20,7 +21,7 @@ from storage.names import is_glob
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
 
 
-@click.command()
+@command()
 @click.argument("pattern", metavar="REF|GLOB")
 @_DRY_RUN
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation of a glob.")
@@ -79,7 +80,7 @@ def _dry_run(dry_run: bool) -> str:
     return "; nothing was deleted" if dry_run else ""
 
 
-@click.command()
+@command()
 @click.option(
     "--to",
     callback=option_type(parse_size),
@@ -113,7 +114,7 @@ def _counts(found: reports.Evicted | reports.Collected) -> str:
     )
 
 
-@click.command()
+@command()
 @_DRY_RUN
 @click.option("--last", is_flag=True, help="Show the result of the last collection, and start none.")
 @common

@@ -11,23 +11,20 @@ from pathlib import Path
 
 import click
 
+from proxy.cli.configured import config_options
 from proxy.cli.console import complain
+from proxy.cli.help import command
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
+from proxy.config.settings import Setting
 from proxy.setup.install import Change, InstallPlan, install, plan_install
 from proxy.setup.renderers import RENDERERS, lines_of, store_lines
 from proxy.setup.site import Setup, site_of
 
 
-@click.command()
+@command()
 @click.argument("client", type=click.Choice(list(RENDERERS)))
-@click.option(
-    "--config",
-    "path",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The configuration of the server.",
-)
+@config_options
 @click.option("--url", metavar="URL", help="The address of the server for clients. By default from listen.")
 @click.option(
     "--namespace", "namespaces", multiple=True, metavar="NAME", help="Only this registry. Can be repeated."
@@ -54,6 +51,7 @@ from proxy.setup.site import Setup, site_of
 def setup(
     client: str,
     path: Path | None,
+    settings: tuple[Setting, ...],
     url: str | None,
     namespaces: tuple[str, ...],
     ca_file: Path | None,
@@ -63,12 +61,19 @@ def setup(
     force: bool,
     root: Path,
 ) -> None:
+    # long: its parameters are the options of the command, its docstring the help.
     """Configure a client to use this server.
 
     Prints each file that CLIENT needs, below its path. With --write, installs the files.
     """
     try:
-        site = site_of(load(path), url=url, namespaces=namespaces, ca_file=ca_file, bypass=not no_bypass)
+        site = site_of(
+            load(path, settings=settings),
+            url=url,
+            namespaces=namespaces,
+            ca_file=ca_file,
+            bypass=not no_bypass,
+        )
     except (ConfigError, ValueError) as error:
         _fail(str(error), 2)
         raise

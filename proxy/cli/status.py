@@ -15,6 +15,7 @@ from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import ProgressDisplay, freshness
 from proxy.cli.context import PAUSE, CommandContext, common, option_type
+from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import (
     format_duration,
@@ -32,7 +33,7 @@ def _period(text: object) -> object:
     return text  # unchanged: the server parses it
 
 
-@click.command()
+@command()
 @click.option(
     "--period",
     default="24h",
@@ -84,7 +85,7 @@ def stats_tables(found: models.Stats, now: float) -> Sequence[Table]:
     return [table]
 
 
-@click.command()
+@command()
 @click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
 @common
 def fills(call: CommandContext, watch: bool) -> None:
@@ -165,7 +166,7 @@ def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
     return [table]
 
 
-@click.command()
+@command()
 @click.argument("reference", metavar="REF")
 @common
 def why(call: CommandContext, reference: str) -> None:
@@ -219,7 +220,7 @@ def _upstream(host: reports.HostRow, now: float) -> str:
     return ", ".join(parts)
 
 
-@click.command()
+@command()
 @common
 def webhooks(call: CommandContext) -> None:
     """List webhooks and their deliveries."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ConfigError(Exception):
-    """The configuration is invalid.  The message is one line, and names the file and the key."""
+    """The configuration is invalid.  The message has one line for each error, with the file and the key."""
 
 
 class StartError(Exception):

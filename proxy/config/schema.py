@@ -115,8 +115,10 @@ class WarmRule(Section, frozen=True):
     def __post_init__(self) -> None:
         if not self.images and self.list is None:
             raise ValueError("needs images or list")
-        if (self.every is None) == (self.at is None):
-            raise ValueError("needs either every, such as 6h, or at, such as '03:30'")
+        if self.every is not None and self.at is not None:
+            raise ValueError("has both every and at: keep one")
+        if self.every is None and self.at is None:
+            raise ValueError("needs every, such as 6h, or at, such as '03:30'")
 
 
 class KeepRule(Section, frozen=True):
@@ -165,8 +167,10 @@ class NamespaceConfig(Section, frozen=True):
     visibility: Literal["public", "rules", "caller"] = "public"
 
     def __post_init__(self) -> None:
-        if (self.upstream is None) == (self.store is None):
-            raise ValueError("needs either upstream, for a cache, or store: {}, for a private registry")
+        if self.upstream is not None and self.store is not None:
+            raise ValueError("has both upstream, for a cache, and store, for a private registry: keep one")
+        if self.upstream is None and self.store is None:
+            raise ValueError("needs upstream, for a cache, or store: {}, for a private registry")
         if self.store is not None:
             misplaced = [each for each in _OF_CACHES if getattr(self, each) != _DEFAULTS[each]]
             if misplaced:

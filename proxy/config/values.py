@@ -16,6 +16,8 @@ from storage.names import fnmatch_pattern
 MAX_WORKERS = 256
 MAX_COUNT = 1_000_000
 MAX_LABEL = 63  # characters
+# Line breaks would end an error's one line or an HTTP header; lone surrogates cannot be encoded.
+UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
 _TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)

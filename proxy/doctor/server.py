@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from yarl import URL
@@ -11,15 +12,18 @@ from proxy.config.advice import advise
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
+from proxy.config.settings import Setting
 from proxy.doctor import disk, running, upstreams
 from proxy.doctor.checks import Check, failed, ok, warning
 
 
-async def examine(path: Path | None, admin: URL | None = None) -> list[Check]:
+async def examine(
+    path: Path | None, admin: URL | None = None, settings: Sequence[Setting] = ()
+) -> list[Check]:
     """All checks, with the configuration at `path`.  `admin` replaces its admin address."""
     subject = str(path or "built-in")
     try:
-        config = load(path)
+        config = load(path, settings=settings)
     except ConfigError as error:
         # All other checks need it.
         return [

@@ -1,0 +1,109 @@
+"""The help: commands in groups, and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import click
+
+GROUPS = {
+    "Run a server": ("serve", "check", "doctor", "user"),
+    "Configure clients": ("setup",),
+    "See what is stored and saved": ("ls", "show", "stats", "fills", "why", "webhooks"),
+    "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
+    "Keep a private registry": ("tag", "delete", "collect"),
+    "Move images": ("copy", "export", "import"),
+    "Prepare for an outage": ("ready", "drill"),
+}
+OTHER = "Other commands"
+
+# Of each command what to type, and what that does.
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "": (
+        ("entrepot serve", "cache the public registries at 127.0.0.1:5000"),
+        ("entrepot serve --store local", "the same, and a private registry"),
+        ("entrepot setup docker --write", "have dockerd pull through it"),
+        ("entrepot stats", "see what it has saved"),
+    ),
+    "serve": (
+        ("entrepot serve /etc/entrepot.yml", ""),
+        ("entrepot serve --listen 0.0.0.0:5000 --disk /data --store local", ""),
+        ("entrepot serve --upstream registry.example=https://registry.example", ""),
+        ("entrepot serve --set disk.cache_limit=500GiB", ""),
+    ),
+    "check": (("entrepot check entrepot.yml", ""),),
+    "doctor": (
+        ("entrepot doctor", "on the server"),
+        ("entrepot doctor --client http://cache.example:5000", "on a client"),
+    ),
+    "setup": (
+        ("entrepot setup containerd --url http://cache.example:5000", "print the files"),
+        ("entrepot setup docker --write", "install them"),
+    ),
+    "ls": (
+        ("entrepot ls ghcr.io --sort size", "the repositories of a namespace"),
+        ("entrepot ls --tags 'alpine:3*'", "the tags that match"),
+    ),
+    "show": (("entrepot show alpine:3", ""),),
+    "stats": (("entrepot stats --period 7d", ""),),
+    "fills": (("entrepot fills --watch", ""),),
+    "why": (("entrepot why ghcr.io/team/app:1.2", ""),),
+    "webhooks": (("entrepot webhooks", ""),),
+    "warm": (
+        ("entrepot warm postgres:17 --platform linux/amd64", ""),
+        ("entrepot warm --from compose.yml", ""),
+    ),
+    "refresh": (("entrepot refresh alpine:3", ""),),
+    "pin": (("entrepot pin 'alpine:3*' --keep-fresh 1h", ""),),
+    "unpin": (("entrepot unpin 'docker.io/library/alpine:3*'", ""),),
+    "pins": (("entrepot pins", ""),),
+    "purge": (("entrepot purge 'ghcr.io/team/*' --dry-run", ""),),
+    "evict": (("entrepot evict --to 200GiB --dry-run", ""),),
+    "scrub": (("entrepot scrub --wait", ""),),
+    "collect": (("entrepot collect --dry-run", ""),),
+    "copy": (("entrepot copy old.example/team/app:1.0 localhost:5000/local/team/app", ""),),
+    "export": (("entrepot export images.tar 'docker.io/*' --used-within 30d", ""),),
+    "import": (("entrepot import images.tar", ""),),
+    "ready": (("entrepot ready compose.yml", ""),),
+    "drill": (("entrepot drill 10m --namespace docker.io", ""),),
+}
+
+
+class ExplainedCommand(click.Command):
+    """A command whose help ends with examples."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(self.name or "", formatter)
+
+
+class GroupedCommands(click.Group):
+    """The group of all commands, whose help lists them by what they are for."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rest = set(self.commands) - {name for names in GROUPS.values() for name in names}
+        width = max(map(len, self.commands))
+        for title, names in {**GROUPS, OTHER: tuple(sorted(rest))}.items():
+            rows = [(name, self.commands[name]) for name in names if name in self.commands]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(
+                        [(name.ljust(width), command.get_short_help_str(80)) for name, command in rows]
+                    )
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples("", formatter)
+
+
+def _write_examples(name: str, formatter: click.HelpFormatter) -> None:
+    if examples := EXAMPLES.get(name):
+        with formatter.section("Examples"):
+            width = max(len(line) for line, _ in examples)
+            for line, purpose in examples:
+                space = " " * formatter.current_indent
+                formatter.write(f"{space}{line.ljust(width)}  {purpose}".rstrip() + "\n")
+
+
+command: Callable[..., Callable[[Callable[..., object]], click.Command]] = partial(
+    click.command, cls=ExplainedCommand
+)

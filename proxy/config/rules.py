@@ -1,0 +1,78 @@
+"""Rules of the configuration that concern several keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from proxy.config.faults import Fault, nearest
+from proxy.config.hosts import Address, without_port
+from proxy.config.schema import Config, NamespaceConfig
+from proxy.config.webhooks import WebhookConfig
+
+
+def violations(config: Config) -> Iterator[Fault]:
+    """All that is wrong with a configuration whose keys are right each."""
+    yield from _check_listeners(config)
+    yield from _check_owners(config.namespaces)
+    yield from _check_webhooks(config.webhooks)
+    if config.default_namespace not in (None, *config.namespaces):
+        hint = nearest(str(config.default_namespace), config.namespaces)
+        yield Fault("default_namespace", f"no namespace has that name{hint}")
+    yield from _check_access(config)
+
+
+def _check_owners(namespaces: Mapping[str, NamespaceConfig]) -> Iterator[Fault]:
+    """A fault if a name, alias or Host header belongs to two namespaces."""
+    owners: dict[str, str] = {}
+    for name in namespaces:
+        if (owner := owners.setdefault(without_port(name), name)) != name:
+            yield Fault(f"namespaces.{name}", f"is the same name as namespace {owner}")
+    for name, namespace in namespaces.items():
+        for key in ("aliases", "hosts"):
+            for each in getattr(namespace, key):
+                if (owner := owners.setdefault(without_port(each), name)) != name:
+                    yield Fault(f"namespaces.{name}.{key}", f"{each} already belongs to namespace {owner}")
+
+
+def default_admin(config: Config) -> Address:
+    """The default of `admin`, at the first port from 5001 on that no other listener has."""
+    default = Config().admin
+    assert default is not None
+    used = [address for key, address in config.listeners().items() if key != "admin"]
+    while any(default.overlaps(each) for each in used):
+        default = Address(default.host, default.port + 1)
+    return default
+
+
+def _check_listeners(config: Config) -> Iterator[Fault]:
+    """A fault if two listeners have one port."""
+    found = list(config.listeners().items())
+    for number, (key, address) in enumerate(found):
+        for other, taken in found[:number]:
+            if address.overlaps(taken):
+                yield Fault(key, f"{other} listens on {taken} already: choose another port")
+
+
+def _check_webhooks(webhooks: tuple[WebhookConfig, ...]) -> Iterator[Fault]:
+    """A fault if two have one name, by which the events that wait for a webhook are found."""
+    names: set[str] = set()
+    for number, each in enumerate(webhooks):
+        if each.name in names:
+            yield Fault(f"webhooks[{number}].name", f"another webhook has the name {each.name}")
+        names.add(each.name)
+
+
+def _check_access(config: Config) -> Iterator[Fault]:
+    """A fault if access rules are missing, or the scope of a token would be ambiguous."""
+    ruled = [name for name, each in config.namespaces.items() if each.visibility == "rules"]
+    if ruled and config.access.rules is None and config.access.token is None:
+        yield Fault(
+            f"namespaces.{ruled[0]}.visibility", "no rule grants access: set access.rules or access.token"
+        )
+    short = config.unnamed()
+    if config.access.token is not None and len(short) > 1:
+        yield Fault(
+            "access.token",
+            f"the namespaces {' and '.join(short)} can be reached without their name, by hosts or as"
+            " default_namespace, and the scope of a token cannot tell them apart: keep one of these settings",
+        )

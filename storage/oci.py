@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -20,6 +20,7 @@ from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInval
 # image-spec, descriptor.md, "Registered algorithms"; other algorithms cannot be verified.
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _DIGEST_BYTES = re.compile(_DIGEST.pattern.encode())
+_ANY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 # distribution-spec, "Pulling manifests": <name> and <reference> as a tag.
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
@@ -95,6 +96,7 @@ class Tag(str):
 
 
 Reference: TypeAlias = Digest | Tag
+NameGrammar: TypeAlias = Literal["specification", "any"]
 
 
 def parse_reference(text: str) -> Reference:
@@ -102,9 +104,14 @@ def parse_reference(text: str) -> Reference:
     return Digest.parse(text) if ":" in text else Tag.parse(text)
 
 
-def parse_name(text: str) -> str:
-    """Check the name of a repository and return it.  Raises NameInvalid."""
-    if len(text) > NAME_LIMIT or not _NAME.fullmatch(text):
+def parse_name(text: str, grammar: NameGrammar = "specification") -> str:
+    """Check the name of a repository and return it.  Raises NameInvalid.
+
+    The grammar `any` also has upper case, which registries of models use: components of letters, digits, ".",
+    "_" and "-" that begin with a letter or digit.
+    """
+    valid = _NAME if grammar == "specification" else _ANY_NAME
+    if len(text) > NAME_LIMIT or not valid.fullmatch(text):
         raise NameInvalid(f"{text[:100]!r} is not a repository name")
     return text
 

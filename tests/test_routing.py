@@ -159,7 +159,8 @@ def test_without_a_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/", "A", "a//b", "edge/", "edge//a", "edge/../a", "edge/A", "edge/a:1/b"]
+    "name",
+    ["", "/", "A", "a//b", "edge/", "edge//a", "edge/../a", "edge/A", "edge/a:1/b", "my.example:5000/A"],
 )
 def test_what_remains_must_be_a_repository(name: str) -> None:
     with pytest.raises(NameInvalid):

@@ -64,7 +64,7 @@ def parse(text: str, *, globs: bool = False) -> ImageName:
         if host == DOCKER_HUB and "/" not in repository:
             repository = f"library/{repository}"
         if not (globs and is_glob(repository)):
-            parse_name(repository)
+            parse_name(repository, "specification" if host == DOCKER_HUB else "any")
         if tag is not None and not (globs and is_glob(tag)):
             Tag.parse(tag)
         return ImageName(host, repository, tag, None if digest is None else Digest.parse(digest))

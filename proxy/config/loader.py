@@ -28,7 +28,7 @@ from proxy.config.rules import default_admin, violations
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.settings import SHORTHANDS, Setting, apply, environment
 from proxy.config.values import UNFIT, kind_of
-from proxy.config.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
+from proxy.config.wellknown import ALIASES, DEFAULTS, DOCKER_HUB, DOCKER_HUB_ALIASES, WELL_KNOWN
 from proxy.config.yaml_text import read_file
 
 _VARIABLE = re.compile(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|(\$\{)")
@@ -47,7 +47,9 @@ def load(
     try:
         tree = _interpolate(tree, "", environ)
         if tree.get("namespaces") is None:
-            tree["namespaces"] = {name: {"upstream": url} for name, url in WELL_KNOWN.items()}
+            tree["namespaces"] = {
+                name: {"upstream": url, "aliases": ALIASES.get(name, [])} for name, url in WELL_KNOWN.items()
+            }
         sources = apply(tree, [*environment(environ), *settings])
         return _complete(tree)
     except Faults as error:
@@ -180,8 +182,9 @@ def _namespaces(value: Any, path: str) -> dict[str, NamespaceConfig]:
 
 
 def _namespace(name: str, value: Any, path: str) -> tuple[str, NamespaceConfig]:
-    if name == DOCKER_HUB and isinstance(value, dict) and value.get("library") is None:
-        value = {**value, "library": True}
+    if isinstance(value, dict):
+        wanted = DEFAULTS.get(name, {})
+        value = {**value, **{key: each for key, each in wanted.items() if value.get(key) is None}}
     namespace = _build(NamespaceConfig, value, path)
     if name == DOCKER_HUB:
         aliases = tuple(dict.fromkeys((*namespace.aliases, *DOCKER_HUB_ALIASES)))

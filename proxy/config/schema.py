@@ -29,6 +29,7 @@ from proxy.config.values import (
     parse_workers,
 )
 from proxy.config.webhooks import WebhookConfig
+from storage.oci import NameGrammar
 
 
 def default_cache_directory() -> Path:
@@ -153,6 +154,7 @@ class NamespaceConfig(Section, frozen=True):
     aliases: tuple[Annotated[str, parse_name], ...] = ()
     hosts: tuple[Host, ...] = ()
     library: Flag = False
+    names: NameGrammar = "specification"
     fresh_for: Freshness = 600.0
     tags: tuple[TagRule, ...] = ()
     on_upstream_delete: Literal["keep", "drop"] = "keep"

@@ -304,7 +304,7 @@ class _Composer:
 
     def _namespaces(self, registries: Mapping[str, Registry], catalogs: list[Store]) -> Namespaces:
         members = [
-            Member(registries[name], name, each.aliases, each.hosts, each.library)
+            Member(registries[name], name, each.aliases, each.hosts, each.library, each.names)
             for name, each in self._config.namespaces.items()
         ]
         return Namespaces(members, self._config.default_namespace, catalogs)

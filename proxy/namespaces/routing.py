@@ -21,7 +21,17 @@ from typing import NoReturn
 from proxy.cache.refresh import Refreshable
 from proxy.config.hosts import canonical_host, is_host, without_port
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, RegistryError, Unsupported
-from storage.oci import NAME_LIMIT, Descriptor, Digest, Manifest, Reference, Span, Tag, parse_name
+from storage.oci import (
+    NAME_LIMIT,
+    Descriptor,
+    Digest,
+    Manifest,
+    NameGrammar,
+    Reference,
+    Span,
+    Tag,
+    parse_name,
+)
 from storage.registry import Blob, Registry, Upload, everything
 
 
@@ -32,6 +42,7 @@ class Member:
     aliases: further names of it
     hosts: Host headers that choose it
     library: a repository of one component is an official image of Docker Hub: alpine is library/alpine
+    names: the grammar of its repositories' names
     """
 
     registry: Registry
@@ -39,6 +50,7 @@ class Member:
     aliases: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     library: bool = False
+    names: NameGrammar = "specification"
 
 
 class Namespaces(Registry):
@@ -311,7 +323,7 @@ def _full(member: Member, repository: str) -> str:
     if len(full) > NAME_LIMIT:
         raise NameInvalid(f"{full[:80]!r}… is longer than the {NAME_LIMIT} characters a name may have")
     try:
-        parse_name(repository)
+        parse_name(repository, member.names)
     except NameInvalid:
         raise NameInvalid(f"{repository[:80]!r} is not a repository name") from None
     return full

@@ -79,11 +79,13 @@ class UpstreamRegistry(Registry):
         self._name = name
         self._sender = RequestSender(name, settings, credentials, metrics, clock)
         self.host = self._sender.host
+        self._unread: dict[tuple[str, Digest], Manifest] = {}  # at most one
 
     def as_caller(self, credentials: Credentials) -> Self:
         """This registry with a client's credentials, over the same connections.  Close it before this one."""
         caller = copy(self)
         caller._sender = self._sender.as_caller(credentials)
+        caller._unread = {}
         return caller
 
     @property
@@ -151,6 +153,8 @@ class UpstreamRegistry(Registry):
     # Pulling manifests
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        if isinstance(reference, Digest) and (unread := self._unread.pop((repository, reference), None)):
+            return unread
         headers = {"Accept": ACCEPT}
         async with await self._send(
             "GET", repository, f"manifests/{reference}", "manifest", headers
@@ -196,8 +200,10 @@ class UpstreamRegistry(Registry):
                 return Descriptor(media_type, digest, size)
         except Unsupported:
             pass
-        # Some registries send too few headers on HEAD, or do not support it.
-        return (await self.get_manifest(repository, reference)).descriptor
+        # Some registries send too few headers on HEAD, or do not support it.  Some of these know no digests.
+        manifest = await self.get_manifest(repository, reference)
+        self._unread = {(repository, manifest.digest): manifest}
+        return manifest.descriptor
 
     # Listings
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from aiohttp import web
 
 from proxy.telemetry.exchange import Exchange
+from proxy.web.responses import absolute
 from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
 from proxy.webhooks.event import ContentKind, Event, EventAction, EventRequest
@@ -112,10 +113,8 @@ class RequestEvents:
 
 def _url(request: web.BaseRequest, route: Route, kind: ContentKind, digest: Digest, ns: str | None) -> str:
     """The URL of content, as this client reaches the server."""
-    secure = request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
     endpoint = Endpoint.BLOB if kind == "blob" else Endpoint.MANIFEST
-    path = build_location(Route(endpoint, route.name, digest, route.prefix), ns)
-    return f"{'https' if secure else 'http'}://{_text(request.host)}{path}"
+    return absolute(request, build_location(Route(endpoint, route.name, digest, route.prefix), ns))
 
 
 def _text(value: str) -> str:

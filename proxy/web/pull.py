@@ -10,7 +10,7 @@ from aiohttp import web
 
 from proxy.access.authorization import Authorizer
 from proxy.telemetry.exchange import Exchange
-from proxy.web.ranges import parse_ranges, satisfy
+from proxy.web.ranges import Range, parse_ranges, satisfy
 from proxy.web.responses import (
     COMMON,
     JSON,
@@ -21,7 +21,7 @@ from proxy.web.responses import (
     freshness,
     immutable,
 )
-from proxy.web.routes import Route, build_next, parse_limit
+from proxy.web.routes import Route, build_location, build_next, parse_limit
 from proxy.web.send import send_blob
 from storage.errors import RangeInvalid
 from storage.oci import OCI_INDEX, OCTETS, Descriptor, Digest
@@ -67,19 +67,18 @@ class Pull:
             if size >= 0:
                 headers["Content-Length"] = str(size)
             return empty(200, headers)
-        if_range = request.headers.get("If-Range", f'"{digest}"')
-        ranges = parse_ranges(request.headers.get("Range") if if_range == f'"{digest}"' else None)
-        span = ranges[0].span if len(ranges) == 1 else None
-        blob = await self._registry.get_blob(name, digest, span)
+        ranges = _ranges(request, digest)
+        blob = await self._registry.get_blob(name, digest, ranges[0].span if len(ranges) == 1 else None)
         try:
-            exchange.content = blob.descriptor
-            size = blob.descriptor.size
+            exchange.content, size = blob.descriptor, blob.descriptor.size
             # Without a size no Content-Range can be given; RFC 9110 §14.2 lets a server send everything.
             try:
                 spans = satisfy(ranges, size) if size >= 0 else []
             except RangeInvalid as error:
                 raise RequestRefused(error, {"Content-Range": f"bytes */{size}"}) from None
             headers.update(cache_headers(exchange))
+            if not spans:  # Ollama asks for ranges there: it expects a redirect
+                headers["Location"] = build_location(route, exchange.ns)
             return await send_blob(request, blob, spans, headers, exchange, self._client_timeout)
         finally:
             await blob.close()
@@ -182,6 +181,12 @@ def _matches(request: web.BaseRequest, digest: Digest) -> bool:
         for line in request.headers.getall("If-None-Match", ())
         for each in line.split(",")
     )
+
+
+def _ranges(request: web.BaseRequest, digest: Digest) -> list[Range]:
+    """The ranges that a client asks for; none if it has another version: RFC 9110 §13.1.5."""
+    if_range = request.headers.get("If-Range", f'"{digest}"')
+    return parse_ranges(request.headers.get("Range") if if_range == f'"{digest}"' else None)
 
 
 def _referrers_page(

@@ -19,7 +19,7 @@ from aiohttp import web
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.web.events import RequestEvents
-from proxy.web.responses import COMMON, RequestRefused, cache_headers, empty
+from proxy.web.responses import COMMON, RequestRefused, absolute, cache_headers, empty
 from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
 from storage.concurrency import uninterrupted
@@ -86,9 +86,16 @@ class Push:
             # A blob that cannot be mounted is uploaded: clients expect no error.
             with suppress(BlobUnknown, NameUnknown, NameInvalid, DigestInvalid):
                 return await self._mount(request, route, name, exchange)
-        if "digest" in request.query:
-            return await self._whole(request, route, name, exchange)
         algorithm = request.query.get("digest-algorithm", "sha256")
+        if "digest" in request.query:
+            digest = Digest.parse(request.query["digest"])
+            if request.content_length != 0 or digest == Digest.of(b"", digest.algorithm):
+                return await self._whole(request, route, name, exchange, digest)
+            # Ollama asks so whether the blob is stored; Distribution begins an upload if it is not.
+            with suppress(BlobUnknown, NameUnknown):
+                await self._registry.resolve_blob(name, digest)
+                return self._created(request, route, Endpoint.BLOB, digest, exchange)
+            algorithm = digest.algorithm
         if algorithm not in ALGORITHMS:
             raise DigestInvalid(f"digest-algorithm is {algorithm[:50]!r}, but must be sha256 or sha512")
         upload = await self._registry.start_upload(name, None, algorithm)
@@ -127,9 +134,8 @@ class Push:
         return self._created(request, route, Endpoint.BLOB, descriptor.digest, exchange)
 
     async def _whole(
-        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange, digest: Digest
     ) -> web.Response:
-        digest = Digest.parse(request.query["digest"])
         upload = await self._registry.start_upload(name, request.content_length, digest.algorithm)
         try:
             await self._receive(request, exchange, upload.write)
@@ -323,10 +329,13 @@ class Push:
         self, request: web.BaseRequest, route: Route, upload: Upload, exchange: Exchange
     ) -> dict[str, str]:
         session = Route(Endpoint.UPLOAD, route.name, None, route.prefix, upload.id)
+        location = build_location(session, exchange.ns)
         return {
             **COMMON,
             **cache_headers(exchange),
-            "Location": build_location(session, exchange.ns),
+            "Location": location,
+            # Ollama takes this one first, and does not resolve it.
+            "Docker-Upload-Location": absolute(request, location),
             # Also for an empty upload: the header cannot express an empty range, and clients expect this one.
             "Range": f"0-{max(0, upload.offset - 1)}",
             "Docker-Upload-UUID": upload.id,

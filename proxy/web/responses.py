@@ -53,6 +53,13 @@ def empty(status: int, headers: Mapping[str, str]) -> web.Response:
     return web.Response(status=status, headers=headers)
 
 
+def absolute(request: web.BaseRequest, path: str) -> str:
+    """The URL of `path`, as this client reaches the server, behind a proxy too."""
+    secure = request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
+    host = request.host.encode("ascii", "replace").decode()
+    return f"{'https' if secure else 'http'}://{host}{path}"
+
+
 def immutable(exchange: Exchange) -> str:
     """Cache-Control for content that never changes."""
     return _IMMUTABLE[_whose(exchange)]

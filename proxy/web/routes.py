@@ -168,14 +168,17 @@ def _decode(path: str) -> str:
 
 
 def _name(text: str) -> str:
-    """Check the name of a repository, which may follow a host with a port."""
+    """Check the name of a repository, which may follow a host with a port.
+
+    Its namespace decides which grammar it needs.
+    """
     if len(text) > NAME_LIMIT:
         raise NameInvalid(f"{text[:100]!r}… is longer than the {NAME_LIMIT} characters a name may have")
     if text.startswith("[") and (under := _UNDER_IPV6.fullmatch(text)):
-        parse_name(under[1])
+        parse_name(under[1], "any")
         return text
     found = _PORT.fullmatch(text) if ":" in text else None
-    parse_name(found[1] + found[2] if found else text)
+    parse_name(found[1] + found[2] if found else text, "any")
     return text
 
 

@@ -91,7 +91,7 @@ class Pin:
         if is_glob(repository + reference):
             return None
         # The namespace is not part of the name, and may contain a port.
-        parse_name(repository.partition("/")[2])
+        parse_name(repository.partition("/")[2], "any")
         return repository, Digest.parse(reference) if kind == "@" else Tag.parse(reference)
 
     @property

@@ -122,6 +122,19 @@ class OneWorker(Entrepot):
     workers = 1
 
 
+class Former(Entrepot):
+    """Another build, whose command `entrepot` is named by ENTREPOT_FORMER."""
+
+    name = "former"
+
+    def configure(self, directory: Path, upstream: str) -> list[str]:
+        former = os.environ.get("ENTREPOT_FORMER")
+        if former is None:
+            raise BenchError("ENTREPOT_FORMER is not set: it names the former build's entrepot command")
+        configured = super().configure(directory, upstream)
+        return [former, *configured[configured.index("serve") :]]
+
+
 class DockerRegistry(Peer):
     """With its descriptor cache in memory and its request log off: at its fastest."""
 

@@ -1,4 +1,4 @@
-"""Tasks and threads: work that is not interrupted, one call for many callers, and limits.
+"""Tasks and threads: work that is not interrupted, and one call for many callers.
 
 A thread cannot be cancelled, and some tasks must not stop halfway.  `run_in_thread` and `uninterrupted`
 return, or raise CancelledError, only after the work is done: so the files that it uses stay open.  A
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -72,49 +71,6 @@ class SingleFlight:
         await asyncio.gather(*flights, return_exceptions=True)
 
 
-BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep after each chunk
-
-
-class Slots:
-    """A limit of work in progress, in total and for each namespace; first come, first served.
-
-    `shares` is the limit of each namespace; the limit of a namespace that is not in it is `total`.
-    """
-
-    def __init__(self, total: int, shares: dict[str, int] | None = None) -> None:
-        self._all = asyncio.Semaphore(total)
-        self._each = {name: asyncio.Semaphore(number) for name, number in (shares or {}).items()}
-
-    @asynccontextmanager
-    async def turn(self, namespace: str) -> AsyncIterator[None]:
-        """Wait for a slot, and hold it."""
-        # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
-        each = self._each.get(namespace)
-        if each is None:
-            async with self._all:
-                yield
-            return
-        async with each, self._all:
-            yield
-
-
-class RateLimit:
-    """A limit in bytes per second for all transfers together; None is no limit."""
-
-    def __init__(self, rate: float | None = None) -> None:
-        self._rate = rate
-        self._paid_until = 0.0  # on the clock of the loop: when the bytes so far are within the rate
-
-    async def take(self, number: int) -> None:
-        """Wait until `number` more bytes are within the rate."""
-        if self._rate is None:
-            return
-        now = asyncio.get_running_loop().time()
-        self._paid_until = max(now, self._paid_until) + number / self._rate
-        if (ahead := self._paid_until - now) > BURST:
-            await asyncio.sleep(ahead)
-
-
 async def for_each(work: Callable[[T], Awaitable[None]], items: Iterable[T], most: int) -> None:
     """Do `work` for each item in order, at most `most` at once.  Stops at the first error and raises it."""
     remaining = iter(items)
@@ -129,11 +85,6 @@ async def for_each(work: Callable[[T], Awaitable[None]], items: Iterable[T], mos
                 working.create_task(work_through_items())
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
-
-
-def share_of(total: int, workers: int) -> int:
-    """The share of one of the `workers` in `total`, at least 1."""
-    return max(1, -(-total // workers))
 
 
 class Cancelled(Exception):

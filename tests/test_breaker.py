@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 from multidict import CIMultiDict
 
 from proxy.config.quantities import MAX_RETRY_AFTER, seconds_until
+from proxy.server.fork import Parent
 from proxy.upstream.breaker import FAILURES, LAST, Breaker
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budget, Budgets
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
+from storage.shared import SharedState, SharedTable
 from tests.conftest import Clock
+from tests.forks import forking
 
 CUT = OriginFailed("cut")
 SLOW = OriginTimeout("slow")
@@ -159,6 +163,63 @@ def test_an_answer_closes_it_whenever_it_was_asked_for(host: Host) -> None:
     host.succeed()
 
 
+# Several processes
+
+
+def test_processes_share_a_circuit(clock: Clock) -> None:
+    shared = SharedState()
+    told: list[RegistryError | None] = []
+    one, two, other = [Breaker(clock, told.append, shared, name) for name in ("a", "a", "b")]
+    for _ in range(FAILURES - 1):
+        one.cut(CUT)
+    two.cut(CUT)
+    assert (one.closed, two.closed, other.closed) == (False, False, True)
+    assert two.state("", "").error == one.state("", "").error == "cut"
+    clock.advance(1)
+    with one.call() as probe:
+        assert not two.due
+        with pytest.raises(OriginFailed, match="cut; the next attempt is not due yet"), two.call():
+            pytest.fail("the call went out")
+        probe.succeeded()
+    assert two.closed
+    assert told == [CUT, None]
+
+
+async def test_a_probe_of_a_process_that_is_killed_is_none(clock: Clock) -> None:
+    async with forking() as forks:
+        breaker = Breaker(clock, shared=forks.shared, name="a")
+        breaker.failed(SLOW, 0, final=True)
+        clock.advance(1)
+
+        async def probe(parent: Parent) -> int:
+            with breaker.call():
+                parent.report("ready")
+                await asyncio.Event().wait()
+            return 0
+
+        process = await forks.start(probe)
+        assert not breaker.due
+        await forks.kill(process)
+        assert breaker.due
+        with breaker.call() as attempt:
+            attempt.succeeded()
+        assert breaker.closed
+
+
+def test_processes_share_what_is_told_of_an_account(clock: Clock) -> None:
+    table = SharedTable()
+    one, two = [Budgets(["alice", "bob"], clock, table) for _ in range(2)]
+    after = Budgets(["carol", "bob"], clock, table)  # as after a reload
+    one[0].read(told("5;w=600"))
+    one[1].refused(100)
+    assert two.state() == one.state()
+    assert (two[0].remaining, two[1].blocked_for) == (5, 100)
+    assert (after[0].remaining, after[1].blocked_for) == (None, 100)
+    assert not two[0].spares(keep(10))
+    clock.advance(50)
+    assert two[1].refused(10) == 50
+
+
 # The rate limit
 
 
@@ -278,11 +339,11 @@ def used(budgets: Budgets, times: int) -> list[int]:
 
 
 def test_credentials_are_used_in_turn(clock: Clock) -> None:
-    assert used(Budgets(3, clock), 5) == [0, 1, 2, 0, 1]
+    assert used(Budgets(range(3), clock), 5) == [0, 1, 2, 0, 1]
 
 
 def test_that_with_the_most_remaining_comes_first_and_the_untold_count_as_much(clock: Clock) -> None:
-    budgets = Budgets(3, clock)
+    budgets = Budgets(range(3), clock)
     budgets[0].read(told("5;w=600"))
     budgets[1].read(told("50;w=600"))
     assert budgets.take_turn() == [2, 1, 0]
@@ -293,7 +354,7 @@ def test_that_with_the_most_remaining_comes_first_and_the_untold_count_as_much(c
 
 
 def test_a_blocked_one_is_not_used(clock: Clock) -> None:
-    budgets = Budgets(2, clock)
+    budgets = Budgets(range(2), clock)
     budgets[0].refused(10)
     assert used(budgets, 3) == [1, 1, 1]
     assert budgets.blocked_for == 10
@@ -303,7 +364,7 @@ def test_a_blocked_one_is_not_used(clock: Clock) -> None:
 
 
 def test_when_all_are_blocked_it_says_when_the_first_is_not(clock: Clock) -> None:
-    budgets = Budgets(2, clock)
+    budgets = Budgets(range(2), clock)
     budgets[0].refused(30)
     budgets[1].refused(20)
     assert budgets.take_turn() == []
@@ -311,7 +372,7 @@ def test_when_all_are_blocked_it_says_when_the_first_is_not(clock: Clock) -> Non
 
 
 def test_the_reserve_counts_for_the_one_whose_turn_it_is(clock: Clock) -> None:
-    budgets = Budgets(2, clock)
+    budgets = Budgets(range(2), clock)
     budgets[1].read(told("3;w=600", "100;w=600"))
     clock.advance(6)
     budgets[0].read(told("5;w=600", "100;w=600"))

@@ -1,4 +1,4 @@
-"""Single flight, slots, bandwidth, and waiting for threads; and that fills keep to the bounds."""
+"""Single flight, work in order, and waiting for threads."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from storage.concurrency import RateLimit, SingleFlight, Slots, for_each, share_of
+from storage.concurrency import SingleFlight, for_each
 from tests.conftest import Serve
-from tests.upstream import Hold, Upstream
+from tests.upstream import Upstream
 
 
 class Tower:
@@ -134,88 +134,6 @@ async def test_a_call_that_was_closed_before_its_first_step_is_not_remembered() 
     assert await join() == "here"
 
 
-async def test_turns_bound_the_total_and_each_share() -> None:
-    turns = Slots(3, {"a": 2})
-    inside: list[str] = []
-    gate = asyncio.Event()
-
-    async def go(name: str) -> None:
-        async with turns.turn(name):
-            inside.append(name)
-            await gate.wait()
-
-    tasks = [asyncio.create_task(go(name)) for name in ("a", "a", "a", "b", "b")]
-    for _ in range(5):
-        await asyncio.sleep(0)
-    # The third a waits for its share, and does not keep b from the turn that is free.
-    assert inside == ["a", "a", "b"]
-    gate.set()
-    await asyncio.gather(*tasks)
-    assert sorted(inside) == ["a", "a", "a", "b", "b"]
-
-
-async def test_a_turn_is_given_back_when_it_fails_or_is_cancelled() -> None:
-    turns = Slots(1, {"a": 1})
-    with pytest.raises(ValueError, match="x"):
-        async with turns.turn("a"):
-            raise ValueError("x")
-    async with turns.turn("a"):
-        waiting = asyncio.create_task(turns.turn("b").__aenter__())
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-    async with turns.turn("b"):
-        pass
-
-
-async def test_bandwidth_makes_whoever_is_ahead_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, slept = [0.0], []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        now[0] += seconds
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now[0])
-    bandwidth = RateLimit(1000)
-    for _ in range(10):
-        await bandwidth.take(500)
-    assert sum(slept) == pytest.approx(5, abs=0.2)
-    now[0] = 100.0  # what was not taken meanwhile is not had afterwards
-    slept.clear()
-    await bandwidth.take(1000)
-    assert slept == [1.0]
-    slept.clear()
-    await RateLimit(None).take(1 << 40)
-    assert slept == []
-
-
-@pytest.mark.parametrize(("total", "workers", "each"), [(64, 1, 64), (64, 2, 32), (5, 2, 3), (1, 8, 1)])
-def test_each_worker_has_its_part(total: int, workers: int, each: int) -> None:
-    assert share_of(total, workers) == each
-
-
-async def test_so_many_fills_at_once(serve: Serve, upstream: Upstream) -> None:
-    digests = [upstream.blob("library/alpine", os.urandom(100_000)) for _ in range(3)]
-    holds = [Hold(asyncio.Event(), after=10) for _ in digests]
-    for digest, hold in zip(digests, holds, strict=True):
-        upstream.next("GET", digest, hold)
-    site = await serve(upstream, options={"max_fills": 2, "progress_timeout": "60s"})
-    pulls = [asyncio.create_task(site.get(f"/v2/alpine/blobs/{digest}")) for digest in digests]
-    await asyncio.gather(holds[0].reached.wait(), holds[1].reached.wait())
-    assert len(upstream.log) == 2
-    assert not holds[2].reached.is_set()
-    # What needs no transfer is not held up.
-    image = upstream.image("library/other", "latest")
-    assert (await site.get("/v2/other/manifests/latest"))[2] == image.content
-    holds[0].gate.set()
-    await holds[2].reached.wait()
-    holds[1].gate.set()
-    holds[2].gate.set()
-    for status, _, body in await asyncio.gather(*pulls):
-        assert (status, len(body)) == (200, 100_000)
-
-
 async def test_lazy_passes_a_range_through_and_fetches_no_more(serve: Serve, upstream: Upstream) -> None:
     content = os.urandom(300_000)
     digest = upstream.blob("library/alpine", content)
@@ -231,15 +149,6 @@ async def test_lazy_passes_a_range_through_and_fetches_no_more(serve: Serve, ups
     upstream.clear()
     assert (await site.get(f"/v2/alpine/blobs/{digest}", Range="bytes=5-9"))[2] == content[5:10]
     assert upstream.log == []
-
-
-async def test_the_blobs_of_an_upstream_keep_to_its_bandwidth(serve: Serve, upstream: Upstream) -> None:
-    content = os.urandom(1_000_000)
-    digest = upstream.blob("library/alpine", content)
-    site = await serve(upstream, options={"bandwidth": "2MB"})
-    begun = asyncio.get_running_loop().time()
-    assert (await site.get(f"/v2/alpine/blobs/{digest}"))[2] == content
-    assert asyncio.get_running_loop().time() - begun > 0.3
 
 
 async def test_several_at_once_in_their_order() -> None:

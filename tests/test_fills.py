@@ -671,6 +671,10 @@ async def test_who_waits_for_headers_when_it_closes_is_told(rig: Rig, upstream: 
     await rig.fills.close()
     with pytest.raises(Unavailable):  # not BlobUnknown: that would be remembered
         await waiting
+    # Another process that follows goes on with the file, though it is empty.
+    (left,) = rig.partial.iterdir()
+    assert left.stat().st_size == 0
+    left.unlink()
 
 
 async def test_descriptor_tells_only_who_may_know(rig: Rig, upstream: Upstream) -> None:

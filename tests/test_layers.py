@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 # Modules and packages of storage, from the ground up.  Those of one line do not know each other.
 STORAGE = (
-    "errors concurrency names",
-    "oci",
+    "errors concurrency names shared",
+    "oci limits",
     "registry keys values",
     "disk",
     "listings",

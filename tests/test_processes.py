@@ -30,11 +30,11 @@ from proxy.upstream.breaker import FAILURES
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover
 from proxy.upstream.transport import Connect
-from storage.concurrency import Slots
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth
 from storage.disk.records import Records
 from storage.errors import ManifestUnknown, TooManyRequests, Unavailable
+from storage.limits import Slots
 from storage.oci import Digest, Tag
 from storage.registry import Blob, Registry
 from storage.store import Store

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import aiohttp
@@ -73,6 +74,43 @@ async def test_a_fill_whose_worker_ends_is_taken_over(sites: list[Site], upstrea
     assert log[:2] == ["GET blob it", "HEAD blob it"]
     assert log[2].startswith("GET blob it bytes=1048")
     assert upstream.bytes_sent <= 1.05 * len(LAYER)
+
+
+async def test_a_fill_that_waits_for_its_turn_is_taken_over_as_well(
+    serve: Serve, upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"progress_timeout": "60s", "max_fills": 1}
+    one, other = [
+        await serve(upstream, directory=tmp_path / "shared", options=options, top={"drain": "0s"})
+        for _ in range(2)
+    ]
+    first, second = upstream.blob(REPOSITORY, LAYER), upstream.blob(REPOSITORY, LAYER[:-1])
+    hold = Hold(asyncio.Event(), after=1 << 20)
+    upstream.next("GET", first, hold)
+    pulls = [asyncio.create_task(pull(one, first))]
+    await hold.reached.wait()
+    slots, queued = one.app.composition.fills._slots, asyncio.Event()
+    turn = slots.turn
+
+    def noted(namespace: str) -> AbstractAsyncContextManager[None]:
+        queued.set()
+        return turn(namespace)
+
+    monkeypatch.setattr(slots, "turn", noted)
+    pulls.append(asyncio.create_task(pull(one, second)))
+    await queued.wait()
+    ear = Ear()
+    async with other.request("GET", f"/v2/{REPOSITORY}/blobs/{second}") as response:
+        assert response.status == 200  # it follows; there is nothing to follow yet
+        assert upstream.bytes_sent < len(LAYER)
+        await one.app.stop()
+        assert await response.read() == LAYER[:-1]
+    assert (await ear.heard("fill.committed"))["digest"] == second
+    assert [each.split()[0] for each in requests(upstream, second) if "it" in each] == ["HEAD", "GET"]
+    lost = await asyncio.gather(*pulls, return_exceptions=True)
+    assert all(isinstance(each, aiohttp.ClientError) for each in lost)
+    for each in one.partial:
+        (one.directory / "cache" / "partial" / each).unlink()
 
 
 @pytest.mark.errors("fill.failed")

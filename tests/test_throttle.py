@@ -6,21 +6,27 @@ import ipaddress
 
 import pytest
 
-from proxy.access import throttle as module
 from proxy.access.throttle import FORGOTTEN, FREE, LONGEST, LoginThrottle
 from storage.errors import Throttled
+from storage.shared import SharedTable
 from tests.conftest import Clock
 
 HOME = ipaddress.ip_address("192.0.2.1")
 AWAY = ipaddress.ip_address("198.51.100.1")
+ENTRIES = 64
 
 
 @pytest.fixture
-def throttle(clock: Clock) -> LoginThrottle:
+def table() -> SharedTable:
+    return SharedTable(records=ENTRIES)
+
+
+@pytest.fixture
+def throttle(clock: Clock, table: SharedTable) -> LoginThrottle:
     async def sleep(seconds: float) -> None:
         clock.advance(seconds)
 
-    return LoginThrottle(clock, sleep)
+    return LoginThrottle(clock, sleep, table)
 
 
 async def wrong() -> bool:
@@ -103,13 +109,25 @@ async def test_a_right_password_does_not_buy_further_tries(throttle: LoginThrott
     assert throttle.turn(HOME, "mallory") > 0
 
 
-async def test_memory_is_bounded(throttle: LoginThrottle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REMEMBERED", 10)
+def test_memory_is_bounded_and_the_last_failures_are_remembered(
+    throttle: LoginThrottle, table: SharedTable
+) -> None:
     for number in range(100):
-        await throttle.attempt(HOME, f"user-{number}", wrong)
-        await throttle.attempt(HOME, f"user-{number}", right)
-    assert len(throttle._failures) == 10
-    assert len(throttle._welcome) == 10
+        fail(throttle, FREE + 1, AWAY + number, f"user-{number}")
+        throttle.succeeded(HOME, f"user-{number}")
+    assert len(list(table)) <= ENTRIES
+    assert throttle.turn(AWAY + 99, "nobody") == 1
+    assert throttle.turn(HOME + 99, "user-99") == 1
+    assert throttle.turn(AWAY, "nobody") == 0
+
+
+def test_processes_count_together(throttle: LoginThrottle, table: SharedTable, clock: Clock) -> None:
+    others = [LoginThrottle(clock, table=table) for _ in range(FREE)]
+    for each in (throttle, *others):
+        fail(each, 1)
+    assert [each.turn(HOME, "alice") for each in others] == [1, 2, 3], "they queue behind each other"
+    others[0].succeeded(AWAY, "alice")
+    assert throttle.turn(AWAY, "alice") == 0
 
 
 async def test_what_went_wrong_is_no_failure(throttle: LoginThrottle) -> None:

@@ -15,6 +15,7 @@ from proxy.cli.content import listing_tables
 from proxy.cli.status import why_tables
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.refusals import SILENCE, Refusal, Refusals
+from storage.shared import SharedTable
 from tests.conftest import Clock, Serve, Site
 from tests.outages import metric
 from tests.upstream import Basic, Bearer, Status, Upstream
@@ -161,3 +162,18 @@ def test_what_ends_a_refusal(clock: Clock, status: int, stands: bool) -> None:
     assert len(refusals.state()) == 1
     refusals.answered(0, "a", status)
     assert bool(refusals.state()) is stands
+
+
+def test_processes_share_what_is_refused(clock: Clock, events: LogCapture) -> None:
+    table = SharedTable()
+    one, two = [Refusals("up", Metrics(), clock, table, ["ci"]) for _ in range(2)]
+    one.answered(0, "a", 401)
+    two.answered(0, "a", 403)
+    assert len(refused(events)) == 1
+    assert one.state() == two.state() == [Refusal(0, "a", 403, 0)]
+    two.answered(0, "a", 200)
+    assert one.state() == two.state() == []
+    one.answered(0, "a", 401)
+    assert len(refused(events)) == 1, "the hour is not over"
+    Refusals("up", Metrics(), clock, table, ["other"]).answered(0, "a", 401)
+    assert len(refused(events)) == 2

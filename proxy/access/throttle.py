@@ -14,37 +14,42 @@ import ipaddress
 import math
 import time
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
+
+import msgspec
 
 from proxy.access.rules import IPAddress
 from storage.errors import Throttled
+from storage.shared import SharedTable
 
 FREE = 3  # failures without a delay: everybody mistypes
 FIRST = 1.0  # seconds to wait after the next failure; doubled by each further one
 LONGEST = 30.0  # seconds between two attempts, and in the queue
 FORGOTTEN = 900.0  # seconds after the last failure until failures are forgotten
-REMEMBERED = 10_000  # entries of each kind; the oldest are dropped
 
 
-@dataclass(slots=True)
-class _Failures:
+class _Failures(msgspec.Struct, array_like=True):
+    """`turn` is when the next attempt may be made."""
+
     count: int = 0
     last: float = -math.inf
-    turn: float = -math.inf  # when the next attempt may be made
+    turn: float = -math.inf
 
 
 class LoginThrottle:
-    """Makes attempts to log in wait for their turn."""
+    """Makes attempts to log in wait for their turn.
+
+    All processes count in `table`.  If it is full, the oldest entries are dropped.
+    """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        table: SharedTable | None = None,
     ) -> None:
         self._clock = clock
         self._sleep = sleep
-        self._failures: dict[Hashable, _Failures] = {}
-        self._welcome: dict[Hashable, None] = {}
+        self._table = table or SharedTable()
 
     async def attempt(
         self,
@@ -69,51 +74,51 @@ class LoginThrottle:
     def turn(self, address: IPAddress | None, user: str, credentials: Hashable = None) -> float:
         """Take a turn, and return how many seconds to wait for it.  Raises Throttled."""
         now = self._clock()
-        waiting = [
-            found
-            for key in self._keys(address, user, credentials)
-            if (found := self._failures.get(key)) and found.count > FREE and now - found.last < FORGOTTEN
-        ]
-        start = max([now, *(each.turn for each in waiting)])
-        if start - now > LONGEST:
-            raise Throttled("too many wrong passwords: try again later", retry_after=start - now)
-        for each in waiting:
-            each.turn = start + min(FIRST * 2.0 ** (each.count - FREE - 1), LONGEST)
+        with self._table.lock:
+            waiting = {
+                key: found
+                for key in self._keys(address, user, credentials)
+                if (found := self._failures(key, now)).count > FREE
+            }
+            start = max([now, *(each.turn for each in waiting.values())])
+            if start - now > LONGEST:
+                raise Throttled("too many wrong passwords: try again later", retry_after=start - now)
+            for key, each in waiting.items():
+                each.turn = start + min(FIRST * 2.0 ** (each.count - FREE - 1), LONGEST)
+                self._table.put(key, each)
         return start - now
 
     def failed(self, address: IPAddress | None, user: str, credentials: Hashable = None) -> None:
         now = self._clock()
-        by_address, *keys = self._keys(address, user, credentials)
-        known = self._failures.get(keys[-1]) if credentials is not None else None
-        if known is None or now - known.last >= FORGOTTEN:
-            keys.append(by_address)
-        for key in keys:
-            failures = self._failures.pop(key, None)
-            if failures is None or now - failures.last >= FORGOTTEN:
-                failures = _Failures()
-            failures.count += 1
-            failures.last = now
-            if failures.count == FREE + 1:
-                failures.turn = now + FIRST
-            self._failures[key] = failures
-            if len(self._failures) > REMEMBERED:
-                del self._failures[next(iter(self._failures))]
+        with self._table.lock:
+            by_address, *keys = self._keys(address, user, credentials)
+            if credentials is None or not self._failures(keys[-1], now).count:
+                keys.append(by_address)
+            for key in keys:
+                failures = self._failures(key, now)
+                failures.count += 1
+                failures.last = now
+                if failures.count == FREE + 1:
+                    failures.turn = now + FIRST
+                self._table.put(key, failures)
 
     def succeeded(self, address: IPAddress | None, user: str) -> None:
         # Earlier failures stay counted: otherwise an attacker with one password could try others without end.
-        key = _network(address), user
-        self._welcome.pop(key, None)
-        self._welcome[key] = None
-        if len(self._welcome) > REMEMBERED:
-            del self._welcome[next(iter(self._welcome))]
+        self._table.put(self._table.key("welcome", _network(address), user), True)
 
-    def _keys(self, address: IPAddress | None, user: str, credentials: Hashable) -> list[Hashable]:
+    def _failures(self, key: int, now: float) -> _Failures:
+        """The failures that are not forgotten."""
+        found = self._table.get(key, _Failures)
+        return found if found is not None and now - found.last < FORGOTTEN else _Failures()
+
+    def _keys(self, address: IPAddress | None, user: str, credentials: Hashable) -> list[int]:
+        """By address, by user, by address and credentials, as far as they count."""
         network = _network(address)
-        keys: list[Hashable] = [("address", network)]
-        if (network, user) not in self._welcome:
-            keys.append(("user", user))
+        keys = [self._table.key("address", network)]
+        if self._table.get(self._table.key("welcome", network, user), bool) is None:
+            keys.append(self._table.key("user", user))
         if credentials is not None:
-            keys.append(("credentials", network, credentials))
+            keys.append(self._table.key("credentials", network, credentials))
         return keys
 
 

@@ -44,6 +44,7 @@ class Visibility:
 
     upstream: the upstream that is asked
     cut: whether the upstream is cut off now, and must not be asked
+    secret: the key of identify(); with the same one, other processes identify credentials alike
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class Visibility:
         clock: Callable[[], float] = time.time,
         *,
         cut: Callable[[], bool] = lambda: False,
+        secret: bytes = b"",
     ) -> None:
         self._namespace = namespace
         self._upstream = upstream
         self._remember = remember
         self._clock = clock
         self._cut = cut
-        self._key = secrets.token_bytes(32)
+        self._key = secret or secrets.token_bytes(32)
         self._seen: dict[tuple[bytes, str], float] = {}  # the last yes for a caller and a repository
         self._right: dict[bytes, float] = {}  # when the upstream last accepted the credentials of a caller
         self._callers: dict[bytes, _Caller] = {}

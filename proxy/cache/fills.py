@@ -19,7 +19,7 @@ import structlog
 from proxy.cache.answered import Answered
 from proxy.cache.readers import BlobSource, FollowedBlob
 from proxy.telemetry.metrics import Metrics
-from storage.concurrency import SingleFlight, Slots
+from storage.concurrency import SingleFlight
 from storage.disk.health import MakeRoom, make_no_room
 from storage.disk.uploads import FileUpload
 from storage.errors import (
@@ -31,6 +31,7 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
+from storage.limits import Slots
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob
 from storage.store import Store
@@ -70,7 +71,7 @@ class Fill:
 class Fills:
     """The fills of one store, which all caches over it share.
 
-    slots: how many fills run at once
+    slots: how many fills transfer at once; those that follow another process need none
     make_room: evicts, as far as possible, so that a number of bytes can be stored
     """
 
@@ -209,7 +210,7 @@ class Fills:
             _log(fill).info(f"fill.{result}", bytes=descriptor.size, seconds=seconds)
         except asyncio.CancelledError:
             result = "suspended"
-            await self._end(fill, Unavailable("the server is shutting down"))
+            await self._end(fill, Unavailable("the server is shutting down"), keep_empty=True)
             _log(fill).info("fill.suspended", bytes=fill.upload.offset if fill.upload else 0)
             raise
         except Exception as error:
@@ -233,9 +234,7 @@ class Fills:
         """Get the blob into the store; return how, committed, followed or linked, and its descriptor."""
         resolve = fill.source.origin.resolve_blob
         while not self._store.holds(fill.digest):
-            async with self._slots.turn(fill.source.namespace):
-                stored = await self._fetch(fill)
-            if stored is not None:
+            if (stored := await self._fetch(fill)) is not None:
                 return stored
         # HEAD is the permission; the bytes came for another repository.
         descriptor = await resolve(fill.source.name, fill.digest)
@@ -263,7 +262,9 @@ class Fills:
         if self._store.holds(fill.digest):
             await upload.cancel()
             return None
-        upload = await self._transfer(fill, upload)
+        # The other processes, which follow the upload already, wait with us.
+        async with self._slots.turn(fill.source.namespace):
+            upload = await self._transfer(fill, upload)
         fill.received = True
         try:
             return "committed", await upload.commit(fill.digest)
@@ -333,7 +334,7 @@ class Fills:
         self._making_room.add(task)
         task.add_done_callback(self._making_room.discard)
 
-    async def _end(self, fill: Fill, error: Exception) -> None:
+    async def _end(self, fill: Fill, error: Exception, *, keep_empty: bool = False) -> None:
         """Pass the error to all clients that wait or follow."""
         fill.error = error
         if fill.upload is not None:
@@ -342,7 +343,7 @@ class Fills:
             if isinstance(error, StorageFailed | RangeInvalid):
                 await fill.upload.cancel(error)
             else:
-                await fill.upload.suspend(error)
+                await fill.upload.suspend(error, keep_empty=keep_empty)
         if not fill.started.done():
             fill.started.set_result(None)
 

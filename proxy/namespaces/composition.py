@@ -34,11 +34,11 @@ from proxy.upstream.failover import Failover
 from proxy.upstream.requests import UpstreamSettings
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
-from storage.concurrency import RateLimit, Slots, share_of
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import Records
 from storage.errors import StorageFailed
+from storage.limits import RateLimit, Slots
 from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.eviction import Eviction, EvictionRules
 from storage.maintenance.leases import Leases
@@ -48,6 +48,7 @@ from storage.maintenance.scrub import Scrub
 from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
 from storage.registry import Moved, Registry
+from storage.shared import SharedState
 from storage.store import Store
 
 
@@ -90,6 +91,7 @@ class Composition:
 
     store, private: the store of all caches, and the one of all hosted namespaces
     disks: the state of each directory that the parts write to
+    shared: what all processes of the server know
     tag_moved: records and publishes that a tag of a cache moved
     upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final
     """
@@ -97,6 +99,7 @@ class Composition:
     config: Config
     clock: Callable[[], float]
     metrics: Metrics
+    shared: SharedState
     store: Store
     private: Store | None
     disks: list[DiskHealth]
@@ -131,15 +134,15 @@ def compose(
     config: Config,
     clock: Callable[[], float] = time.time,
     metrics: Metrics | None = None,
-    workers: int = 1,
+    shared: SharedState | None = None,
     hooks: Hooks = Hooks(),
 ) -> Composition:
     """Make all parts of `config`.  Raises StartError.
 
-    Limits for the whole server, such as `limits.fills`, are divided by `workers`.
+    Limits for the whole server, such as `limits.fills`, hold for all processes with the same `shared`.
     """
     try:
-        return _Composer(config, clock, metrics or Metrics(), workers, hooks).compose()
+        return _Composer(config, clock, metrics or Metrics(), shared or SharedState(), hooks).compose()
     except StorageFailed as error:
         raise StartError(f"cannot store in {config.disk.path} (disk.path): {error}") from error
 
@@ -159,12 +162,17 @@ class _Composer:
     """Makes the parts of one composition.  A part that is made later is closed earlier."""
 
     def __init__(
-        self, config: Config, clock: Callable[[], float], metrics: Metrics, workers: int, hooks: Hooks
+        self,
+        config: Config,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        shared: SharedState,
+        hooks: Hooks,
     ) -> None:
         self._config = config
         self._clock = clock
         self._metrics = metrics
-        self._workers = workers
+        self._shared = shared
         self._hooks = hooks
         self._closing = AsyncExitStack()
         self._disks: list[DiskHealth] = []
@@ -192,6 +200,7 @@ class _Composer:
             config=config,
             clock=clock,
             metrics=self._metrics,
+            shared=self._shared,
             store=store,
             private=private,
             disks=self._disks,
@@ -253,20 +262,21 @@ class _Composer:
     # Registries
 
     def _slots(self) -> Slots:
-        cached = self._config.cached().items()
-        shares = {name: share_of(upstream.max_fills, self._workers) for name, (_, upstream) in cached}
-        return Slots(share_of(self._config.limits.fills, self._workers), shares)
+        each = {name: upstream.max_fills for name, (_, upstream) in self._config.cached().items()}
+        return Slots(self._config.limits.fills, each, self._shared)
 
     def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
         """One for each URL.  Raises StartError if a file that they need cannot be read."""
-        bandwidth = RateLimit(share_of(upstream.bandwidth, self._workers) if upstream.bandwidth else None)
+        bandwidth = RateLimit(upstream.bandwidth, self._shared.upstreams, name)
         made = []
         try:
             connect = connect_of(upstream)
             credentials = [credentials_of(login) for login in upstream.logins()]
             for url in upstream.url:
                 reach = replace(connect, plain_http=upstream.allows_http(url))
-                settings = UpstreamSettings(url, reach, upstream.token_realms, upstream.reserve.of, bandwidth)
+                settings = UpstreamSettings(
+                    url, reach, upstream.token_realms, upstream.reserve.of, bandwidth, shared=self._shared
+                )
                 made.append(UpstreamRegistry(name, settings, credentials, self._metrics, self._clock))
         except OSError as error:
             needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)

@@ -13,6 +13,7 @@ from proxy.access.authentication import Authenticator
 from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
 from proxy.access.client_address import ClientAddresses
 from proxy.access.rules import AccessRules, Rule, default_rules
+from proxy.access.throttle import LoginThrottle
 from proxy.access.visibility import Visibility
 from proxy.config.access import AccessConfig, TokenService
 from proxy.config.errors import StartError
@@ -43,11 +44,13 @@ def authorizer(composition: Composition, closing: AsyncExitStack) -> Authorizer:
                 keys.remember,
                 composition.clock,
                 cut=partial(_is_cut_off, composition, name),
+                secret=composition.shared.secret,
             )
             closing.push_async_callback(visibilities[name].close)
     names = composition.namespaces
     guarded = GuardedNamespaces(_guards(config), visibilities, names.chosen, config.default_namespace)
-    authenticator = _authenticator(config, composition.clock, closing)
+    throttle = LoginThrottle(table=composition.shared.logins)
+    authenticator = _authenticator(config, composition.clock, throttle, closing)
     return Authorizer(guarded, _rules(config), authenticator, keys.ping)
 
 
@@ -75,7 +78,9 @@ def _rules(config: Config) -> AccessRules:
     return AccessRules(rules, named, unnamed[0] if len(unnamed) == 1 else None)
 
 
-def _authenticator(config: Config, clock: Callable[[], float], closing: AsyncExitStack) -> Authenticator:
+def _authenticator(
+    config: Config, clock: Callable[[], float], throttle: LoginThrottle, closing: AsyncExitStack
+) -> Authenticator:
     keys = config.access
     groups: defaultdict[str, set[str]] = defaultdict(set)
     for group, users in keys.groups.items():
@@ -89,6 +94,7 @@ def _authenticator(config: Config, clock: Callable[[], float], closing: AsyncExi
         keys.realm,
         {user: frozenset(each) for user, each in groups.items()},
         ClientAddresses(keys.trusted_proxies),
+        throttle,
     )
 
 

@@ -39,6 +39,7 @@ from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.errors import StorageFailed
+from storage.shared import SharedState
 
 NICE = 10  # of the process that does the housekeeping: those that serve clients come first; nice(2)
 HOUSEKEEPING = "keeper"  # the socket of the process that does the housekeeping
@@ -49,7 +50,8 @@ class ServerProcess:
 
     A process without `sockets` binds its own, and is the whole server.  Otherwise `sockets` are those that
     the supervisor bound: a process with sockets for clients serves clients, and a process without them does
-    the housekeeping.  `run` is the directory in which the processes of one server find each other.
+    the housekeeping.  `run` is the directory in which the processes of one server find each other, and
+    `shared` is what all of them know.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class ServerProcess:
         clock: Callable[[], float] = time.time,
         sockets: Sockets | None = None,
         run: Path | None = None,
+        shared: SharedState | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
         self._sockets = sockets
         self._run = run
+        self._shared = shared
         self._draining = False
         self._closing = AsyncExitStack()
         self.url = URL()
@@ -104,8 +108,7 @@ class ServerProcess:
     # Parts
 
     def _compose(self, hooks: Hooks) -> None:
-        workers = 1 if self._sockets is None else self._config.processes()
-        self.composition = compose(self._config, self._clock, None, workers, hooks)
+        self.composition = compose(self._config, self._clock, None, self._shared, hooks)
         self._closing.push_async_callback(self.composition.close)
         self._state = state_of(self.composition)
         self._run_in_background(self.composition.recorder.run())
@@ -200,7 +203,12 @@ class ServerProcess:
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
         runner = web.ServerRunner(
-            Listener(api.handle, self._connection_limits(), encrypted=config.tls is not None),
+            Listener(
+                api.handle,
+                self._connection_limits(),
+                encrypted=config.tls is not None,
+                connections=parts.shared.connections,
+            ),
             shutdown_timeout=self._drain,
         )
         return await self._serve(runner, sockets, config.tls, clients=True)
@@ -273,7 +281,9 @@ def run(assignment: Assignment) -> int:
 
 
 async def _run(assignment: Assignment) -> int:
-    process = ServerProcess(assignment.config, sockets=assignment.sockets, run=assignment.run)
+    process = ServerProcess(
+        assignment.config, sockets=assignment.sockets, run=assignment.run, shared=assignment.shared
+    )
     ended, loop, parent = asyncio.Event(), asyncio.get_running_loop(), assignment.parent
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)

@@ -2,7 +2,8 @@
 
 The supervisor binds the listening sockets, and starts, watches and stops the processes.  It serves no
 requests, so that only a bug of its own can end it.  The processes are forked from it: they start at once,
-and share the memory of what it has imported, the sockets, the disk and the directory of the metrics.  Rules:
+and share the memory of what it has imported, the sockets, the disk, the directory of the metrics, and a
+SharedState, for the limits of the server.  Rules:
 
 - A process that ends by itself is replaced: at once if it had run for `LIVED`, otherwise after a delay that
   doubles each time.
@@ -38,6 +39,7 @@ from proxy.config.schema import Config
 from proxy.server.fork import ForkedProcess, Parent, fork
 from proxy.web.sockets import Sockets, bind, sockets_of
 from proxy.web.tls import Certificates
+from storage.shared import SharedState
 
 log = structlog.get_logger()
 
@@ -55,6 +57,7 @@ class Assignment:
 
     sockets: the sockets that it serves
     run: the directory in which the processes of this server find each other
+    shared: what all processes of this server know
     parent: the process reports "ready" or an error message to it
     """
 
@@ -62,6 +65,7 @@ class Assignment:
     config: Config
     sockets: Sockets
     run: Path
+    shared: SharedState
     parent: Parent
 
 
@@ -105,6 +109,7 @@ class Supervisor:
         self._work = work
         self._sockets: dict[tuple[str, Address], list[socket.socket]] = {}
         self._run, self._run_lock = _run_directory()
+        self._shared = SharedState(forks=True)
         self._changes: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -152,6 +157,7 @@ class Supervisor:
         if self._run_lock >= 0:
             os.close(self._run_lock)
             self._run_lock = -1
+        self._shared.close()
 
     # Configuration
 
@@ -253,9 +259,9 @@ class Supervisor:
         sockets = Sockets(admin=bound.admin) if role == "keeper" else replace(bound, admin=[])
 
         def work(parent: Parent) -> int:
-            return self._work(Assignment(role, config, sockets, self._run, parent))
+            return self._work(Assignment(role, config, sockets, self._run, self._shared, parent))
 
-        keep = [each.fileno() for each in sockets] + [self._run_lock]
+        keep = [each.fileno() for each in sockets] + [self._run_lock, *self._shared.descriptors()]
         try:
             process = fork(work, keep)
         except OSError as error:
@@ -267,14 +273,14 @@ class Supervisor:
             del self._starting[process]
         if message == "ready":
             return process
-        status = await process.wait()
+        status = await self._end(process)
         if status < 0 and not message:
             raise _Killed(f"a {role} was killed by signal {-status} before it served")
         raise StartError(message or f"a {role} ended with status {status} before it served")
 
     async def _watch(self, process: ForkedProcess, generation: Generation) -> int:
         """Wait until it ends; stop it when its generation is retired.  Returns its exit status."""
-        ended = asyncio.ensure_future(process.wait())
+        ended = asyncio.ensure_future(self._end(process))
         retired = asyncio.ensure_future(generation.retired.wait())
         await asyncio.wait((ended, retired), return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
@@ -286,6 +292,12 @@ class Supervisor:
         retired.cancel()
         status = await ended
         multiprocess.mark_process_dead(process.pid, str(self._run))  # type: ignore[no-untyped-call]
+        return status
+
+    async def _end(self, process: ForkedProcess) -> int:
+        """Wait until it ends, and free what it held.  Returns its exit status."""
+        status = await process.wait()
+        self._shared.forget(process.pid)
         return status
 
     async def _retire(self, generation: Generation) -> None:

@@ -109,7 +109,7 @@ class Metrics:
     open = _gauge(
         "entrepot_upstream_open",
         "1 while requests to the host are paused after failures.",
-        "livemax",
+        "livemostrecent",  # another process may close what one has opened
         "namespace host",
     )
     ratelimit_limit = _gauge(

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from proxy.upstream.ratelimit import LimitState, time_left
 from proxy.upstream.refusals import Refusal
-from storage.errors import RegistryError
+from storage.errors import OriginFailed, OriginTimeout, RegistryError
+from storage.shared import SharedState
 
 FAILURES = 3  # in a row that open a breaker, if one alone is not final
+LONGEST = 200  # characters of an error's message that all processes are told
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
 
 
@@ -32,42 +36,67 @@ class HostState:
     refused: list[Refusal]
 
 
+class _Circuit(msgspec.Struct, array_like=True):
+    """What all processes know of a host.
+
+    failures: in a row, while it is closed
+    error: the message of what opened it, OriginTimeout or OriginFailed; None: it is closed
+    since, seconds: when it opened last, and for how long
+    """
+
+    failures: int = 0
+    error: str | None = None
+    timeout: bool = False
+    since: float = 0.0
+    seconds: float = 0.0
+    openings: int = 0
+
+
 class Breaker:
     """A circuit breaker.  Closed: requests are sent.  Open: none is.  Then half-open: one is, the probe.
 
-    `changed` is called with the error that opened it, and with None when it has closed.
+    All processes of a server that have a breaker of the same `name` share its state.  `changed` is called, in
+    one of them, with the error that opened it, and with None when it has closed.
     """
 
     def __init__(
-        self, clock: Callable[[], float], changed: Callable[[RegistryError | None], None] = lambda error: None
+        self,
+        clock: Callable[[], float],
+        changed: Callable[[RegistryError | None], None] = lambda error: None,
+        shared: SharedState | None = None,
+        name: object = "",
     ) -> None:
+        shared = shared or SharedState()
         self._clock = clock
         self._changed = changed
-        self._failures = 0  # in a row, while closed
-        self._error: RegistryError | None = None  # what opened it; None: closed
-        self._since = self._seconds = 0.0  # when it opened last, and for how long
-        self._openings = 0
-        self._probing = False
+        self._table = shared.upstreams
+        self._key = self._table.key("circuit", name)
+        self._probes = shared.slots
+        self._probe = self._probes.key("probe", name)
+
+    def _circuit(self) -> _Circuit:
+        return self._table.get(self._key, _Circuit) or _Circuit()
 
     @property
     def closed(self) -> bool:
-        return self._error is None
+        return self._circuit().error is None
 
     @property
     def due(self) -> bool:
         """Whether it is half-open and no probe is under way."""
-        return self._error is not None and not self._probing and not self._left()
+        circuit = self._circuit()
+        return circuit.error is not None and not self._left(circuit) and not self._probes.held(self._probe)
 
     def state(
         self, url: str, host: str, limits: Sequence[LimitState] = (), refused: Sequence[Refusal] = ()
     ) -> HostState:
-        error = self._error
-        message = None if error is None else str(error)
-        seconds = 0.0 if error is None else self._left()
-        return HostState(url, host, error is not None, seconds, message, list(limits), list(refused))
+        circuit = self._circuit()
+        is_open = circuit.error is not None
+        seconds = self._left(circuit) if is_open else 0.0
+        return HostState(url, host, is_open, seconds, circuit.error, list(limits), list(refused))
 
-    def _left(self) -> float:
-        return time_left(self._since, self._seconds, self._clock())
+    def _left(self, circuit: _Circuit) -> float:
+        return time_left(circuit.since, circuit.seconds, self._clock())
 
     @contextmanager
     def call(self) -> Iterator[Attempt]:
@@ -75,43 +104,52 @@ class Breaker:
 
         Raises the error that opened it, OriginFailed or OriginTimeout, while no request may be sent.
         """
-        error, probe = self._error, False
-        if error is not None:
-            seconds = self._left()
-            if seconds or self._probing:
-                raise type(error)(f"{error}; the next attempt is not due yet", retry_after=seconds or FIRST)
-            self._probing = probe = True
+        with self._table.lock:
+            circuit = self._circuit()
+            probe = circuit.error is not None
+            if probe and ((seconds := self._left(circuit)) or not self._probes.take(self._probe, 1)):
+                kind = OriginTimeout if circuit.timeout else OriginFailed
+                message = f"{circuit.error}; the next attempt is not due yet"
+                raise kind(message, retry_after=seconds or FIRST)
         try:
-            yield Attempt(self, self._openings)
+            yield Attempt(self, circuit.openings)
         finally:
             if probe:
-                self._probing = False
+                self._probes.release(self._probe)
 
     def succeeded(self) -> None:
         """Record a response, whenever its request was sent: the host is alive."""
-        self._failures = 0
-        if self._error is not None:
-            self._error = None
+        with self._table.lock:
+            circuit = self._circuit()
+            was_open = circuit.error is not None
+            if was_open or circuit.failures:
+                self._table.put(self._key, _Circuit(openings=circuit.openings))
+        if was_open:
             self._changed(None)
 
     def failed(self, error: RegistryError, opening: int, *, final: bool) -> None:
-        # 1. many requests are sent  2. one times out and opens it  3. so do the others: that is no news.
-        if opening != self._openings:
-            return
-        self._failures += 1
-        if self._error is None and not final and self._failures < FAILURES:
-            return
-        was, self._error = self._error, error
-        self._seconds = min(LAST, self._seconds * 2) if was is not None else FIRST
-        self._since = self._clock()
-        self._openings += 1
-        if was is None:
+        with self._table.lock:
+            circuit = self._circuit()
+            # 1. many requests are sent  2. one times out and opens it  3. so do the others: that is no news.
+            if opening != circuit.openings:
+                return
+            circuit.failures += 1
+            was_open = circuit.error is not None
+            opens = was_open or final or circuit.failures >= FAILURES
+            if opens:
+                circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
+                circuit.seconds = min(LAST, circuit.seconds * 2) if was_open else FIRST
+                circuit.since = self._clock()
+                circuit.openings += 1
+            self._table.put(self._key, circuit)
+        if opens and not was_open:
             self._changed(error)
 
     def cut(self, error: RegistryError) -> None:
         """Record a body that ended early, long after the headers of its response."""
-        if self._error is None:
-            self.failed(error, self._openings, final=False)
+        circuit = self._circuit()
+        if circuit.error is None:
+            self.failed(error, circuit.openings, final=False)
 
 
 class Attempt:

@@ -60,7 +60,12 @@ class Credential:
 
 
 class Credentials:
-    """No credentials, for any host."""
+    """No credentials, for any host.
+
+    `account` tells their account from others at the same place of the configuration, without a secret.
+    """
+
+    account = ""
 
     async def get(self, host: str) -> Credential | None:
         """The credential for `host` (with its port, if it has one), or None for anonymous requests.
@@ -78,6 +83,7 @@ class Inline(Credentials):
 
     def __init__(self, username: str, password: str) -> None:
         self._credential = Credential(username, password)
+        self.account = username
 
     async def get(self, host: str) -> Credential | None:
         return self._credential
@@ -94,6 +100,7 @@ class PasswordFile(Credentials):
             return Credential(username, password)
 
         self._file = _CredentialFile("password file", path, parse)
+        self.account = username
 
     async def get(self, host: str) -> Credential | None:
         return self._file.current()
@@ -140,7 +147,7 @@ class Helper(Credentials):
     ) -> None:
         if not HELPER.fullmatch(name):
             raise ValueError(f"{name[:100]!r} is not the name of a credential helper")
-        self._program = f"docker-credential-{name}"
+        self._program = self.account = f"docker-credential-{name}"
         self._lifetime, self._timeout, self._clock = lifetime, timeout, clock
         self._lock = asyncio.Lock()
         self._answers: dict[str, _HelperOutput] = {}
@@ -233,6 +240,7 @@ class DockerConfig(Credentials):
     def __init__(self, path: Path, *, helper: Callable[[str], Credentials] = Helper) -> None:
         self._helpers: dict[str, Credentials] = {}
         self._file = _CredentialFile("Docker configuration", path, self._parse)
+        self.account = str(path)
         self._new_helper = helper
 
     async def get(self, host: str) -> Credential | None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from proxy.config.quantities import MAX_RETRY_AFTER
+from storage.shared import SharedTable
 
 DEFAULT_BLOCK = 60.0  # seconds without a request after a 429 without Retry-After
 
@@ -30,19 +33,38 @@ class LimitState:
     blocked_for: float
 
 
-class Budget:
-    """The rate limit of one credential, read from response headers; a number is None until it is known.
+class _Told(msgspec.Struct, array_like=True):
+    """What the upstream has told, to any process; a number is None until it is known.  Times in seconds.
 
-    Docker Hub: `ratelimit-limit: 100;w=21600` is 100 requests in any 21600 seconds.
+    begun: when the window began
+    blocked_at, blocked_for: since when, and for how long, nothing is to be sent
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    limit: int | None = None
+    remaining: int | None = None
+    window: float = DEFAULT_BLOCK
+    begun: float = -math.inf
+    read_at: float = -math.inf
+    blocked_at: float = 0.0
+    blocked_for: float = 0.0
+
+
+class Budget:
+    """The rate limit of one credential, read from response headers.
+
+    Docker Hub: `ratelimit-limit: 100;w=21600` is 100 requests in any 21600 seconds.  Budgets of the same
+    `name` in `table` are one.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], table: SharedTable | None = None, name: object = ""
+    ) -> None:
         self._clock = clock
-        self.limit: int | None = None
-        self._remaining: int | None = None
-        self._window = DEFAULT_BLOCK  # seconds
-        self._begun = self._read_at = -math.inf
-        self._blocked = 0.0, 0.0  # since when, for how many seconds
+        self._table = table or SharedTable()
+        self._key = self._table.key("budget", name)
+
+    def _told(self) -> _Told:
+        return self._table.get(self._key, _Told) or _Told()
 
     def read(self, headers: Mapping[str, str]) -> bool:
         """Read the limit from response headers; return whether they contain it."""
@@ -51,32 +73,44 @@ class Budget:
         if remaining is None:
             return False
         window = remaining[2] or (limit[2] if limit else None)
-        if limit:
-            self.limit = int(limit[1])
-        self._remaining, self._read_at = int(remaining[1]), self._clock()
-        self._window = min(MAX_RETRY_AFTER, float(window)) if window else DEFAULT_BLOCK
-        if not time_left(self._begun, self._window, self._read_at):
-            self._begun = self._read_at
+        with self._table.lock:
+            told = self._told()
+            if limit:
+                told.limit = int(limit[1])
+            told.remaining, told.read_at = int(remaining[1]), self._clock()
+            told.window = min(MAX_RETRY_AFTER, float(window)) if window else DEFAULT_BLOCK
+            if not time_left(told.begun, told.window, told.read_at):
+                told.begun = told.read_at
+            self._table.put(self._key, told)
         return True
 
     def refused(self, retry_after: float | None) -> float:
         """Record a 429; return for how many seconds nothing is to be sent."""
         now = self._clock()
-        if retry_after is None:
-            retry_after = time_left(self._begun, self._window, now) or DEFAULT_BLOCK
-        seconds = min(MAX_RETRY_AFTER, max(1.0, self.blocked_for, retry_after))
-        self._blocked = now, seconds
+        with self._table.lock:
+            told = self._told()
+            if retry_after is None:
+                retry_after = time_left(told.begun, told.window, now) or DEFAULT_BLOCK
+            seconds = min(MAX_RETRY_AFTER, max(1.0, self.blocked_for, retry_after))
+            told.blocked_at, told.blocked_for = now, seconds
+            self._table.put(self._key, told)
         return seconds
 
     @property
     def blocked_for(self) -> float:
         """Seconds; 0 means that the credential may be used."""
-        return time_left(*self._blocked, self._clock())
+        told = self._told()
+        return time_left(told.blocked_at, told.blocked_for, self._clock())
+
+    @property
+    def limit(self) -> int | None:
+        return self._told().limit
 
     @property
     def remaining(self) -> int | None:
         """None also if it was read so long ago that all requests are available again."""
-        return self._remaining if time_left(self._read_at, self._window, self._clock()) else None
+        told = self._told()
+        return told.remaining if time_left(told.read_at, told.window, self._clock()) else None
 
     def spares(self, reserve: Callable[[int], float]) -> bool:
         """Whether requests are left beyond `reserve`, which maps the limit to the number to be reserved.
@@ -84,9 +118,10 @@ class Budget:
         The last number read counts until one more request has become available; spending that one may show
         that more have.
         """
-        if (remaining := self.remaining) is None or remaining >= reserve(self.limit or 0):
+        told, limit = self._told(), self.limit or 0
+        if (remaining := self.remaining) is None or remaining >= reserve(limit):
             return True
-        return not time_left(self._read_at, self._window / max(1, self.limit or 0), self._clock())
+        return not time_left(told.read_at, told.window / max(1, limit), self._clock())
 
 
 def time_left(since: float, seconds: float, now: float) -> float:
@@ -95,10 +130,13 @@ def time_left(since: float, seconds: float, now: float) -> float:
 
 
 class Budgets:
-    """The budgets of several credentials, by number."""
+    """The budgets of several credentials, by number; `names` name the accounts, for Budget."""
 
-    def __init__(self, count: int, clock: Callable[[], float]) -> None:
-        self._budgets = [Budget(clock) for _ in range(count)]
+    def __init__(
+        self, names: Sequence[object], clock: Callable[[], float], table: SharedTable | None = None
+    ) -> None:
+        table = table or SharedTable()
+        self._budgets = [Budget(clock, table, (number, name)) for number, name in enumerate(names)]
         self._turn = 0
 
     def __getitem__(self, number: int) -> Budget:

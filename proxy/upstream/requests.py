@@ -30,7 +30,6 @@ from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
 from proxy.upstream.refusals import Refusals
 from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import READING, Connect, Transport
-from storage.concurrency import RateLimit
 from storage.errors import (
     OriginDenied,
     OriginForbidden,
@@ -38,7 +37,9 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
+from storage.limits import RateLimit
 from storage.oci import MANIFEST_LIMIT
+from storage.shared import SharedState
 
 log = structlog.get_logger()
 
@@ -53,6 +54,7 @@ class UpstreamSettings:
     bandwidth: limits the transfer of blobs; several upstreams may share it
     pushed_to: requests that read use the token for pushing.  That saves a token, and some registries show
         a repository that does not exist yet only to clients that may push.
+    shared: where all processes of a server find what is known of the upstream
     """
 
     url: str
@@ -61,6 +63,7 @@ class UpstreamSettings:
     reserve: Callable[[int], float] = lambda limit: 0
     bandwidth: RateLimit = field(default_factory=RateLimit)
     pushed_to: bool = False
+    shared: SharedState = field(default_factory=SharedState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,21 +132,25 @@ class RequestSender:
             changed=self._changed,
             retried=metrics.retries.labels(name).inc,
             clock=clock,
+            shared=settings.shared,
         )
-        metrics.open.labels(name, self.host).set(0)
         self._health = self.transport.breaker(home)
+        metrics.open.labels(name, self.host).set(not self._health.closed)
         self._caller = False
         self._elsewhere = AnonymousTokens(
             self._fetch, plain_http=settings.connect.plain_http, clock=clock, on_fetch=self._count_token
         )
-        self._refusals = Refusals(name, metrics, clock)
+        accounts = [each.account for each in credentials]
+        self._refusals = Refusals(name, metrics, clock, settings.shared.upstreams, accounts)
         self._use(credentials)
 
     def _count_token(self, result: str) -> None:
         self._metrics.tokens.labels(self.name, result).inc()
 
     def _use(self, credentials: Sequence[Credentials]) -> None:
-        self.budgets = Budgets(len(credentials), self._clock)
+        table = None if self._caller else self._settings.shared.upstreams
+        accounts = [(self.name, self._url, each.account) for each in credentials]
+        self.budgets = Budgets(accounts, self._clock, table)
         self._tokens = [
             TokenCache(
                 self.host,

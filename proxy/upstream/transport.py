@@ -31,6 +31,7 @@ from yarl import URL
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
+from storage.shared import SharedState
 
 REDIRECTS = 5
 HEADER_LIMIT = 64 << 10  # bytes of one header: signed URLs in Location are long
@@ -85,7 +86,8 @@ class Transport:
     """HTTP to one upstream and to the hosts it redirects to.  It is made inside a running event loop.
 
     `name` names the upstream in errors, `home` is its URL.  `changed` is called with a host and the error
-    that opened its breaker, or None when the breaker has closed; `retried` is called at each retry.
+    that opened its breaker, or None when the breaker has closed; `retried` is called at each retry.  All
+    processes with the same `shared` share the breakers.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Transport:
         retried: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
+        shared: SharedState | None = None,
     ) -> None:
         self._name = name
         self._connect = connect
@@ -106,6 +109,7 @@ class Transport:
         self._retried = retried
         self._clock = clock
         self._jitter = jitter
+        self._shared = shared or SharedState()
         self._breakers: dict[URL, Breaker] = {}
         self.breaker(home)  # the first, and so never dropped
         self._private = connect.private_redirects or is_private(home.host or "")
@@ -154,7 +158,9 @@ class Transport:
         origin = url.origin()
         if (found := self._breakers.get(origin)) is None:
             changed = partial(self._changed, origin.host_port_subcomponent or "")
-            found = self._breakers[origin] = Breaker(self._clock, changed)
+            # After a reload, processes with former options of the connection have states of their own.
+            called = self._name, str(self._home), self._connect, str(origin)
+            found = self._breakers[origin] = Breaker(self._clock, changed, self._shared, called)
             if len(self._breakers) > HOSTS:
                 del self._breakers[list(self._breakers)[1]]
         return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from aiohttp.web_protocol import _ErrInfo
 from proxy.web.backlog import Backlog, ClientProgress
 from proxy.web.responses import error_response
 from proxy.web.send import reset
+from storage.shared import Holdings
 
 log = structlog.get_logger()
 
@@ -217,6 +217,7 @@ class Listener(web.Server):
 
     A handler is cancelled when its client leaves, unless `handler_cancellation` is False.  An `encrypted`
     listener refuses requests without TLS.  `refusal` makes its errors of a code, a sentence and a status.
+    All listeners with the same `connections`, those of other processes too, count together.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ class Listener(web.Server):
         encrypted: bool = False,
         refusal: Callable[[str, str, int], web.Response] = error_response,
         handler_cancellation: bool = True,
+        connections: Holdings | None = None,
         **options: Any,
     ) -> None:
         self.refusal = refusal
@@ -242,7 +244,7 @@ class Listener(web.Server):
         self._handler = handler
         self._encrypted = encrypted
         self._limits = limits
-        self._addresses: Counter[str] = Counter()
+        self._open = connections or Holdings()
         self.backlog = Backlog(MOST_WAITING, self._loop.time)
         self._closing = False
         self._settled = asyncio.Event()
@@ -268,16 +270,13 @@ class Listener(web.Server):
     def admit(self, address: str) -> bool:
         """Count a connection from `address`, and return whether it may stay."""
         most = self._limits.connections_per_address
-        self._addresses[address] += 1
-        if self._addresses[address] == most + 1:
+        number = self._open.add(self._open.key(address))
+        if number == most + 1:
             log.warning("client.refused", client=address, connections=most)
-        return self._addresses[address] <= most
+        return number <= most
 
     def leave(self, connection: Connection) -> None:
-        address = connection.address or ""
-        self._addresses[address] -= 1
-        if not self._addresses[address]:
-            del self._addresses[address]
+        self._open.release(self._open.key(connection.address or ""))
         connection.begun = None
         self._settle()
 

@@ -283,10 +283,11 @@ class FileUpload(Upload):
         self._discard()
         self.close()
 
-    async def suspend(self, error: BaseException | None = None) -> None:
+    async def suspend(self, error: BaseException | None = None, *, keep_empty: bool = False) -> None:
         """Stop, but keep the bytes for the next upload of this digest, or for a resumption of this one.
 
-        Without `error` all accepted bytes are kept; raises StorageFailed if they cannot be written.
+        Without `error` all accepted bytes are kept; raises StorageFailed if they cannot be written.  With
+        `keep_empty` the file stays even without bytes, and a process that follows it takes over.
         """
         if error is None:
             await self._flushed()
@@ -294,7 +295,7 @@ class FileUpload(Upload):
         await self._end(error)
         if not self._resumable:
             self._directory.remember(self.id, self._hash, self._hashed)
-        elif not self._written:
+        elif not self._written and not keep_empty:
             self._discard()
         self.close()
         if failed is not None and error is None:

@@ -1,0 +1,79 @@
+"""Limits that hold for all processes of a server together: work in progress, and bytes per second."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from storage.shared import SharedState, SharedTable
+
+BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep after each chunk
+
+
+class Slots:
+    """A limit of work in progress, in total and for each namespace.
+
+    `each` is the limit of each namespace; that of a namespace that is not in it is `total`.  Within a
+    process, who comes first is served first.
+    """
+
+    def __init__(
+        self, total: int, each: dict[str, int] | None = None, shared: SharedState | None = None
+    ) -> None:
+        shared = shared or SharedState()
+        self._total = total
+        self._each = each or {}
+        self._held = shared.slots
+        self._bell = shared.bell
+        self._queues: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    @asynccontextmanager
+    async def turn(self, namespace: str) -> AsyncIterator[None]:
+        """Wait for a slot, and hold it."""
+        async with AsyncExitStack() as slots:
+            # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
+            if namespace in self._each:
+                key = self._held.key("namespace", namespace)
+                await slots.enter_async_context(self._slot(key, self._each[namespace]))
+            await slots.enter_async_context(self._slot(self._held.key("all"), self._total))
+            yield
+
+    @asynccontextmanager
+    async def _slot(self, key: int, most: int) -> AsyncIterator[None]:
+        async with self._queues[key]:
+            if not self._held.take(key, most):
+                with self._bell.listen() as rung:
+                    while not self._held.take(key, most):
+                        await rung.wait()
+                        rung.clear()
+        try:
+            yield
+        finally:
+            self._held.release(key)
+            self._bell.ring()
+
+
+class RateLimit:
+    """A limit in bytes per second for all transfers together; None is no limit.
+
+    Limits of the same `name` in `table` are one.
+    """
+
+    def __init__(self, rate: float | None = None, table: SharedTable | None = None, name: str = "") -> None:
+        self._rate = rate
+        self._table = table or SharedTable()
+        self._key = self._table.key("bandwidth", name)
+
+    async def take(self, number: int) -> None:
+        """Wait until `number` more bytes are within the rate."""
+        if self._rate is None:
+            return
+        now = asyncio.get_running_loop().time()  # it is the same in all processes: CLOCK_MONOTONIC
+        with self._table.lock:
+            # When the bytes so far are within the rate.
+            paid_until = max(now, self._table.get(self._key, float) or 0.0) + number / self._rate
+            self._table.put(self._key, paid_until)
+        if (ahead := paid_until - now) > BURST:
+            await asyncio.sleep(ahead)

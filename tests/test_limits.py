@@ -1,0 +1,272 @@
+"""Slots and bandwidth: of one process, of several, and of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+from proxy.server.fork import Parent
+from storage.limits import RateLimit, Slots
+from storage.shared import SharedTable
+from tests.conftest import Serve
+from tests.forks import Forks, forking
+from tests.upstream import Hold, Upstream
+
+
+@pytest.fixture
+async def forks() -> AsyncIterator[Forks]:
+    async with forking() as forks:
+        yield forks
+
+
+async def test_turns_bound_the_total_and_each_share() -> None:
+    turns = Slots(3, {"a": 2})
+    inside: list[str] = []
+    gate = asyncio.Event()
+
+    async def go(name: str) -> None:
+        async with turns.turn(name):
+            inside.append(name)
+            await gate.wait()
+
+    tasks = [asyncio.create_task(go(name)) for name in ("a", "a", "a", "b", "b")]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    # The third a waits for its share, and does not keep b from the turn that is free.
+    assert inside == ["a", "a", "b"]
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert sorted(inside) == ["a", "a", "a", "b", "b"]
+
+
+async def test_a_turn_is_given_back_when_it_fails_or_is_cancelled() -> None:
+    turns = Slots(1, {"a": 1})
+    with pytest.raises(ValueError, match="x"):
+        async with turns.turn("a"):
+            raise ValueError("x")
+    async with turns.turn("a"):
+        waiting = asyncio.create_task(turns.turn("b").__aenter__())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    async with turns.turn("b"):
+        pass
+
+
+async def test_bandwidth_makes_whoever_is_ahead_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [0.0], []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now[0])
+    bandwidth = RateLimit(1000)
+    for _ in range(10):
+        await bandwidth.take(500)
+    assert sum(slept) == pytest.approx(5, abs=0.2)
+    now[0] = 100.0  # what was not taken meanwhile is not had afterwards
+    slept.clear()
+    await bandwidth.take(1000)
+    assert slept == [1.0]
+    slept.clear()
+    await RateLimit(None).take(1 << 40)
+    assert slept == []
+
+
+async def test_so_many_fills_at_once(serve: Serve, upstream: Upstream) -> None:
+    digests = [upstream.blob("library/alpine", os.urandom(100_000)) for _ in range(3)]
+    holds = [Hold(asyncio.Event(), after=10) for _ in digests]
+    for digest, hold in zip(digests, holds, strict=True):
+        upstream.next("GET", digest, hold)
+    site = await serve(upstream, options={"max_fills": 2, "progress_timeout": "60s"})
+    pulls = [asyncio.create_task(site.get(f"/v2/alpine/blobs/{digest}")) for digest in digests]
+    await asyncio.gather(holds[0].reached.wait(), holds[1].reached.wait())
+    assert len(upstream.log) == 2
+    assert not holds[2].reached.is_set()
+    # What needs no transfer is not held up.
+    image = upstream.image("library/other", "latest")
+    assert (await site.get("/v2/other/manifests/latest"))[2] == image.content
+    holds[0].gate.set()
+    await holds[2].reached.wait()
+    holds[1].gate.set()
+    holds[2].gate.set()
+    for status, _, body in await asyncio.gather(*pulls):
+        assert (status, len(body)) == (200, 100_000)
+
+
+async def test_the_blobs_of_an_upstream_keep_to_its_bandwidth(serve: Serve, upstream: Upstream) -> None:
+    content = os.urandom(1_000_000)
+    digest = upstream.blob("library/alpine", content)
+    site = await serve(upstream, options={"bandwidth": "2MB"})
+    begun = asyncio.get_running_loop().time()
+    assert (await site.get(f"/v2/alpine/blobs/{digest}"))[2] == content
+    assert asyncio.get_running_loop().time() - begun > 0.3
+
+
+# Of several processes
+
+
+async def some_turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_a_slot_is_waited_for_until_another_process_leaves_it(forks: Forks) -> None:
+    slots = Slots(5, {"a": 1}, forks.shared)
+
+    async def wait(parent: Parent) -> int:
+        async def take() -> None:
+            async with slots.turn("a"):
+                pass
+
+        waiting = asyncio.create_task(take())
+        await some_turns()
+        if waiting.done():
+            return 1
+        parent.report("ready")
+        await waiting
+        return 0
+
+    async with slots.turn("a"):
+        processes = [await forks.start(wait) for _ in range(2)]
+        async with slots.turn("b"):
+            pass
+    assert [await each.wait() for each in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("each", [{"a": 2}, {}])
+async def test_the_slots_of_a_process_that_is_killed_are_free(forks: Forks, each: dict[str, int]) -> None:
+    slots = Slots(2, each, forks.shared)
+
+    async def hold(parent: Parent) -> int:
+        async with slots.turn("a"), slots.turn("a"):
+            parent.report("ready")
+            await asyncio.Event().wait()
+        return 0
+
+    async def take() -> None:
+        async with slots.turn("a"):
+            pass
+
+    process = await forks.start(hold)
+    waiting = [asyncio.create_task(take()) for _ in range(3)]
+    await some_turns()
+    assert not any(each.done() for each in waiting)
+    await forks.kill(process)
+    await asyncio.gather(*waiting)
+    async with slots.turn("a"), slots.turn("a"):
+        pass
+
+
+async def test_a_process_that_is_killed_while_it_waits_keeps_nobody_waiting(forks: Forks) -> None:
+    slots = Slots(1, {}, forks.shared)
+
+    async def wait(parent: Parent) -> int:
+        waiting = asyncio.create_task(slots.turn("a").__aenter__())
+        await some_turns()
+        parent.report("ready")
+        await waiting
+        return 0
+
+    async with slots.turn("a"):
+        process = await forks.start(wait)
+        await forks.kill(process)
+    async with slots.turn("a"):
+        pass
+
+
+async def test_many_processes_share_slots_and_all_get_their_turns(forks: Forks) -> None:
+    slots = Slots(3, {"a": 2}, forks.shared)
+    inside = forks.shared.connections
+
+    async def work(parent: Parent) -> int:
+        most = {"a": 0, "b": 0}
+
+        async def take(name: str) -> None:
+            async with slots.turn(name):
+                most[name] = max(most[name], inside.add(inside.key(name)))
+                await asyncio.sleep(0)
+                inside.release(inside.key(name))
+
+        await asyncio.gather(*[take(name) for name in ("a", "b", "a") * 10])
+        return most["a"] * 10 + most["b"]
+
+    statuses = await forks.run(work, 3)
+    assert all(1 <= each // 10 <= 2 and 1 <= each % 10 <= 3 for each in statuses), statuses
+
+
+async def test_processes_of_former_limits_are_counted(forks: Forks) -> None:
+    """As those are that drain after a reload."""
+    before, after = Slots(9, {"a": 4}, forks.shared), Slots(9, {"a": 2}, forks.shared)
+
+    async def take() -> None:
+        async with after.turn("a"):
+            pass
+
+    first, second = before.turn("a"), before.turn("a")
+    await first.__aenter__()
+    async with second:
+        waiting = asyncio.create_task(take())
+        await some_turns()
+        assert not waiting.done()
+    await waiting
+    await first.__aexit__(None, None, None)
+
+
+class Sleeper:
+    """Time that passes only by sleep."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+        monkeypatch.setattr(asyncio, "sleep", self._sleep)
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self.now)
+
+    async def _sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+async def test_one_process_alone_has_all_of_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = SharedTable()
+    one, *_ = [RateLimit(1000, table, "a") for _ in range(8)]
+    time = Sleeper(monkeypatch)
+    for _ in range(100):
+        await one.take(50)
+    assert time.now == pytest.approx(5, abs=0.11)
+    await RateLimit(1000, table, "b").take(100)
+    assert time.now == pytest.approx(5, abs=0.11), "another upstream has its own"
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+async def test_all_processes_have_no_more_than_the_bandwidth(
+    monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    table = SharedTable()
+    limits = [RateLimit(1000, table, "a") for _ in range(processes)]
+    time = Sleeper(monkeypatch)
+    for number in range(160):
+        await limits[number % processes].take(50)
+    assert time.now == pytest.approx(8, abs=0.11)
+
+
+async def test_what_another_process_has_received_counts(
+    forks: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = forks.shared.upstreams
+
+    async def receive(parent: Parent) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            time = Sleeper(patch)
+            await RateLimit(1000, table, "a").take(7000)
+            return int(time.now)
+
+    assert await forks.run(receive) == [7]
+    time = Sleeper(monkeypatch)
+    await RateLimit(1000, table, "a").take(500)
+    assert time.slept == [7.5]

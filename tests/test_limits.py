@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
+from proxy.namespaces.composition import Hooks, compose
 from proxy.server.fork import Parent
 from storage.limits import RateLimit, Slots
-from storage.shared import SharedTable
-from tests.conftest import Serve
+from storage.shared import SharedState, SharedTable
+from tests.conftest import Serve, configuration
 from tests.forks import Forks, forking
 from tests.upstream import Hold, Upstream
 
@@ -216,6 +219,26 @@ async def test_processes_of_former_limits_are_counted(forks: Forks) -> None:
         assert not waiting.done()
     await waiting
     await first.__aexit__(None, None, None)
+
+
+async def test_the_housekeeping_leaves_half_of_the_slots_to_clients(tmp_path: Path) -> None:
+    upstream = {"url": "http://localhost:1", "max_fills": 5}
+    tree = {"disk": {"path": str(tmp_path / "disk")}, "namespaces": {"a": {"upstream": upstream}}}
+    config, shared = configuration(tmp_path, tree), SharedState()
+    clients = compose(config, shared=shared)
+    housekeeping = compose(config, shared=shared, hooks=Hooks(background=True))
+    async with AsyncExitStack() as held:
+        for _ in range(2):
+            await held.enter_async_context(housekeeping.fills._slots.turn("a"))
+        waiting = asyncio.create_task(housekeeping.fills._slots.turn("a").__aenter__())
+        await some_turns()
+        assert not waiting.done()
+        for _ in range(3):
+            await held.enter_async_context(clients.fills._slots.turn("a"))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    await clients.close()
+    await housekeeping.close()
 
 
 class Sleeper:

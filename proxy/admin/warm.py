@@ -2,7 +2,7 @@
 
 Stored content is not fetched again, so warming continues after an interruption.  Clients come first: the
 reserve of an upstream's rate limit is theirs, and few images are fetched at once, in the housekeeping
-process, whose slots for transfers are not those of the clients.
+process, which leaves them half of the slots for transfers.
 """
 
 from __future__ import annotations

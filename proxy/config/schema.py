@@ -72,7 +72,7 @@ class Log(Section, frozen=True):
 
 
 class Limits(Section, frozen=True):
-    """Limits on clients in each worker, and on fills over all workers, which share them."""
+    """Limits on clients and on fills, over all workers."""
 
     connections_per_address: Annotated[int, parse_count] = 1000
     request_timeout: Timeout = 30.0

@@ -58,18 +58,20 @@ def nothing() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
-    """Functions of a process that the parts of its composition call.
+    """Functions of a process that the parts of its composition call, and what kind of process it is.
 
     make_room: makes room on the disk before a blob or an upload is written
     wake: is called after events were put into the queues of the webhooks
     pause: blocks for a number of seconds between two pieces of maintenance; may raise Cancelled
     drill_begun: is called when a drill begins
+    background: whether half of the slots for transfers are left to other processes
     """
 
     make_room: MakeRoom = make_no_room
     wake: Callable[[], None] = nothing
     pause: Callable[[float], None] = time.sleep
     drill_begun: Callable[[], None] = nothing
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +264,10 @@ class _Composer:
     # Registries
 
     def _slots(self) -> Slots:
-        each = {name: upstream.max_fills for name, (_, upstream) in self._config.cached().items()}
-        return Slots(self._config.limits.fills, each, self._shared)
+        part = 2 if self._hooks.background else 1
+        cached = self._config.cached().items()
+        each = {name: max(1, upstream.max_fills // part) for name, (_, upstream) in cached}
+        return Slots(max(1, self._config.limits.fills // part), each, self._shared)
 
     def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
         """One for each URL.  Raises StartError if a file that they need cannot be read."""

@@ -130,6 +130,7 @@ class ServerProcess:
             wake=wake,
             pause=lambda seconds: self.housekeeper.pause(seconds),
             drill_begun=lambda: self.housekeeper.postpone_fetches(),
+            background=self._sockets is not None,
         )
 
     async def _prepare_housekeeping(self) -> None:

@@ -13,20 +13,20 @@ from proxy.upstream.transport import RETRIES
 from storage.oci import Digest, Tag
 from tests.conftest import Clock, Serve, Site
 from tests.pulls import FRESH, TAG, code_of, manifest_of, pull
-from tests.upstream import Fault, Image, RetryAfter, Status, Upstream
+from tests.upstream import Fault, Manifest, RetryAfter, Status, Upstream
 
 DIGEST = "sha256:" + "1" * 64
 
 
-def referrers_of(image: Image | str) -> str:
+def referrers_of(image: Manifest | str) -> str:
     return f"/v2/a/b/referrers/{image if isinstance(image, str) else image.digest}"
 
 
-def tag_of(image: Image, suffix: str = "") -> str:
+def tag_of(image: Manifest, suffix: str = "") -> str:
     return image.digest.replace(":", "-") + suffix
 
 
-async def listed(site: Site, image: Image, query: str = "") -> list[str]:
+async def listed(site: Site, image: Manifest, query: str = "") -> list[str]:
     status, _, body = await site.get(referrers_of(image) + query)
     assert status == 200, body
     return [each["digest"] for each in json.loads(body)["manifests"]]
@@ -157,7 +157,41 @@ async def test_referrers_of_referrers_are_known_to_be_none(
     await registry.stop()
     clock.advance(FRESH + 1)
     assert await listed(site, image) == sorted(each.digest for each in made)
-    assert [(await pull(site, path))[0] for path in paths] == [404] * 4
+    for each in made:  # a 404 would end what began with a list: oras discover
+        assert await listed(site, each) == []
+        assert (await pull(site, manifest_of(tag_of(each))))[0] == 404
+    await site.app.stop()
+    site = await serve(registry, offline=True)
+    assert await listed(site, image) == sorted(each.digest for each in made)
+    assert [await listed(site, each) for each in made] == [[], []]
+
+
+async def test_without_the_api_an_unsigned_image_has_an_empty_list(
+    serve: Serve, registry: Upstream, clock: Clock
+) -> None:
+    image = registry.image("a/b", "latest")
+    site = await serve(registry)
+    for path in (TAG, referrers_of(image), manifest_of(tag_of(image))):
+        await pull(site, path)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    status, _, came = await pull(site, referrers_of(image))
+    assert (status, came) == (200, "entrepot; fwd=stale; ttl=0; detail=UNAVAILABLE")
+    assert await listed(site, image, "?artifactType=application/x-one") == []
+
+
+async def test_offline_a_stored_referrer_has_an_empty_list(serve: Serve, upstream: Upstream) -> None:
+    """Of an upstream with the API that was never asked for it; of what is not stored nothing is known."""
+    image = upstream.image("a/b", "latest")
+    made = [upstream.artifact("a/b", image, f"application/x-{name}") for name in ("one", "two")]
+    site = await serve(upstream)
+    for path in (TAG, referrers_of(image), manifest_of(made[0].digest)):
+        await pull(site, path)
+    await site.app.stop()
+    site = await serve(upstream, offline=True)
+    assert await listed(site, image) == sorted(each.digest for each in made)
+    assert await listed(site, made[0]) == []
+    assert (await pull(site, referrers_of(made[1].digest)))[0] == 404
 
 
 async def test_absences_of_what_is_not_stored_are_bounded(

@@ -33,15 +33,23 @@ class Listings:
 
     async def tags(self, repository: str, last: str, limit: int | None) -> Answered[list[str]]:
         """Raises NameUnknown."""
+
+        async def stored(name: str) -> list[str] | None:
+            return await self._store.tags(name) or None
+
         key = NameUnknown, f"{self._origin.namespace}/{repository}", "tags"
-        answered = await self._get(key, lambda: self._origin.registry.tags(repository), self._store.tags)
+        answered = await self._get(key, lambda: self._origin.registry.tags(repository), stored)
         start = bisect_right(answered.value, last) if last else 0
         return answered.with_value(answered.value[start : None if limit is None else start + limit])
 
     async def referrers(
         self, repository: str, digest: Digest, artifact_type: str | None
     ) -> Answered[list[Descriptor]]:
-        """Raises ManifestUnknown: clients then look for the fallback tag."""
+        """Raises ManifestUnknown: clients then look for the fallback tag.
+
+        Some clients (oras-go) take one list of a repository as proof that all can be had, and fail at a 404
+        for another.  So it is not raised where nothing refers to the subject, as far as is known.
+        """
         name = f"{self._origin.namespace}/{repository}"
         absences = self._origin.absences
 
@@ -54,12 +62,8 @@ class Listings:
             await self._origin.keep(absences.discard(name, REFERRERS_API))
             return [each.to_json() for each in found]
 
-        async def stored(name: str) -> list[dict[str, Any]]:
-            fallback = self._fallback(name, digest)
-            return _merged(
-                fallback.value if fallback else [],
-                [each.to_json() for each in await self._store.referrers(name, digest)],
-            )
+        async def stored(name: str) -> list[dict[str, Any]] | None:
+            return await self._stored_referrers(name, digest)
 
         try:
             answered = await self._get((ManifestUnknown, name, f"referrers {digest}"), ask, stored)
@@ -76,9 +80,9 @@ class Listings:
         self,
         key: RequestKey,
         ask: Callable[[], Awaitable[list[T]]],
-        stored: Callable[[str], Awaitable[list[T]]],
+        stored: Callable[[str], Awaitable[list[T] | None]],
     ) -> Answered[list[T]]:
-        """What the origin lists; offline, with what `stored` finds of the repository."""
+        """What it lists; offline, with what `stored` finds of the repository (None: nothing is known)."""
         _, name, what = key
         try:
             known = self._store.listings.get(name, what)
@@ -88,10 +92,10 @@ class Listings:
         fresh_for = self._policy.fresh_for("")
         if self._origin.offline:
             # Images imported or warmed since the origin was asked can be pulled, so they are listed.
-            found = _merged(known.value if known else [], await self._stored(stored, name))
-            if known is None and not found:
+            found = await self._stored(stored, name)
+            if known is None and found is None:
                 self._origin.check(key)
-            return Answered(found, "hit", age)
+            return Answered(_merged(known.value if known else [], found or []), "hit", age)
         if known and 0 <= age < fresh_for:
             return Answered.of(known.value, "hit", age, fresh_for)
         error = self._origin.paused(key)
@@ -106,12 +110,29 @@ class Listings:
             raise error.copy()
         return Answered.of(known.value, "stale", age, fresh_for, error.code)
 
-    def _fallback(self, name: str, digest: Digest) -> Answered[list[dict[str, Any]]] | None:
-        """The referrers that the stored fallback tag lists: distribution-spec, "Referrers Tag Schema"."""
-        try:
-            pointer = self._store.pointer(name, fallback_tag(digest))
-            if pointer is None:
+    async def _stored_referrers(self, name: str, digest: Digest) -> list[dict[str, Any]] | None:
+        """None if nothing is known.  Raises ManifestUnknown if that is because the subject is not stored."""
+        fallback = self._fallback(name, digest)
+        stored = [each.to_json() for each in await self._store.referrers(name, digest)]
+        found = _merged(fallback.value if fallback else [], stored)
+        if not found and fallback is None:
+            if not self._policy.offline:
                 return None
+            self._store.manifest(name, digest)
+        return found
+
+    def _fallback(self, name: str, digest: Digest) -> Answered[list[dict[str, Any]]] | None:
+        """The referrers that the stored fallback tag lists: distribution-spec, "Referrers Tag Schema".
+
+        An empty list if the origin had neither that tag nor a referrers API when it was last asked; None if
+        nothing is known.
+        """
+        tag, absences = fallback_tag(digest), self._origin.absences
+        try:
+            pointer = self._store.pointer(name, tag)
+            if pointer is None:
+                absent = absences.contains(name, REFERRERS_API) and absences.contains(name, tag)
+                return Answered([], "stale", ttl=0.0) if absent else None
             manifest = self._store.manifest(name, pointer.digest)[0]
         except (ManifestUnknown, StorageFailed):
             return None
@@ -122,11 +143,11 @@ class Listings:
         age = self._clock() - pointer.validated_at
         return Answered.of(listed, "stale", age, self._policy.fresh_for(""))
 
-    async def _stored(self, stored: Callable[[str], Awaitable[list[T]]], name: str) -> list[T]:
+    async def _stored(self, stored: Callable[[str], Awaitable[list[T] | None]], name: str) -> list[T] | None:
         try:
             return await stored(name)
-        except (NameUnknown, StorageFailed):
-            return []
+        except (ManifestUnknown, NameUnknown, StorageFailed):
+            return None
 
     async def _list(self, key: RequestKey, ask: Callable[[], Awaitable[list[T]]]) -> list[T]:
         try:

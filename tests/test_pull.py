@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from email import message_from_bytes
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -202,6 +203,31 @@ async def test_small_and_large_ranges_in_the_order_of_the_request(serve: Serve, 
         for _ in ("cold", "warm"):
             reply = await wire.ask("GET", f"{ALPINE}/blobs/{digest}", f"Range: bytes={header}")
             check_ranges(reply, content, spans)
+
+
+async def test_a_partial_pull_costs_what_it_costs_elsewhere(serve: Serve, upstream: Upstream) -> None:
+    """podman asks for the half of 3,000 files that it lacks, in one request; Go's servers are the measure."""
+    numbers = random.Random(7)
+    edges = [0, *accumulate(numbers.randrange(200, 900) for _ in range(3000))]
+    spans = list(pairwise(edges))[::2]
+    while len(spans) > 1023:  # the nearest are joined, with what is between them
+        near = min(range(len(spans) - 1), key=lambda n: spans[n + 1][0] - spans[n][1])
+        spans[near : near + 2] = [(spans[near][0], spans[near + 1][1])]
+    content = numbers.randbytes(edges[-1])
+    digest = upstream.blob("library/alpine", content)
+    site = await serve(upstream)
+    header = ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+    go = sum(
+        len(f"\r\n--{'b' * 60}\r\nContent-Range: bytes {start}-{stop - 1}/{len(content)}\r\n")
+        + len("Content-Type: application/octet-stream\r\n\r\n")
+        + (stop - start)
+        for start, stop in spans
+    )
+    async with connect(site.url) as wire:
+        for _ in ("cold", "warm"):
+            reply = await wire.ask("GET", f"{ALPINE}/blobs/{digest}", f"Range: bytes={header}")
+            check_ranges(reply, content, spans)
+            assert len(reply.body) <= 1.05 * go
 
 
 async def test_ranges_that_are_there_are_sent_before_the_others(serve: Serve, upstream: Upstream) -> None:

@@ -17,6 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,24 +132,32 @@ def artifact() -> Image:
     return Image(manifest, (config, blob))
 
 
-def push(base: str, repository: str, tag: str, image: Image) -> None:
+def push(base: str, repository: str, tag: str, image: Image, authorization: str = "") -> None:
     """Push to the registry at `base` (http://host:port): blobs, children by digest, then the tag.
 
-    distribution-spec, "Pushing a blob monolithically" (POST then PUT) and "Pushing Manifests".
+    `authorization` is the header of that name.  distribution-spec, "Pushing a blob monolithically" (POST then
+    PUT) and "Pushing Manifests".
     """
+    send = partial(_send, authorization)
     for blob in image.blobs:
-        with _send("POST", f"{base}/v2/{repository}/blobs/uploads/") as answer:
+        with send("POST", f"{base}/v2/{repository}/blobs/uploads/") as answer:
             location = urllib.parse.urljoin(base, answer.headers["Location"])
         separator = "&" if "?" in location else "?"
-        _send("PUT", f"{location}{separator}digest={blob.digest}", blob.data).close()
+        send("PUT", f"{location}{separator}digest={blob.digest}", blob.data).close()
     for child in image.children:
-        push(base, repository, child.digest, child)
+        push(base, repository, child.digest, child, authorization)
     url = f"{base}/v2/{repository}/manifests/{tag}"
-    _send("PUT", url, image.manifest.data, image.manifest.media_type).close()
+    send("PUT", url, image.manifest.data, image.manifest.media_type).close()
 
 
-def _send(method: str, url: str, data: bytes = b"", content_type: str = "application/octet-stream") -> Any:
-    headers = {"Content-Type": content_type}
+def _send(
+    authorization: str,
+    method: str,
+    url: str,
+    data: bytes = b"",
+    content_type: str = "application/octet-stream",
+) -> Any:
+    headers = {"Content-Type": content_type} | ({"Authorization": authorization} if authorization else {})
     request = urllib.request.Request(url, data=data, method=method, headers=headers)
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
 

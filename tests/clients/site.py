@@ -73,7 +73,7 @@ class Site:
     What is pushed goes to the namespace `local`, which is also meant by the host `localhost`, and alone at
     the address `store`.  `config` is its configuration, `admin` the URL of its admin listener, if it is to
     have one.  With `tls` it is at another address than 127.0.0.1, where docker takes any certificate; `ca`
-    is who has issued its own.  `offline` as there.
+    is who has issued its own.  `offline` and `fresh_for` as there.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Site:
         tls: Mapping[str, str] | None = None,
         ca: Path | None = None,
         offline: bool = False,
+        fresh_for: str = "10m",
     ):
         self.upstreams = upstreams
         self.ca = ca
@@ -106,7 +107,7 @@ class Site:
                     "offline": offline,
                     "default_namespace": next(iter(upstreams)),
                     "namespaces": {
-                        namespace: {"upstream": {"url": upstream.url}, "fresh_for": "10m"}
+                        namespace: {"upstream": {"url": upstream.url}, "fresh_for": fresh_for}
                         for namespace, upstream in upstreams.items()
                     }
                     | {"local": {"store": {}, "hosts": ["localhost"], "listen": self.store}},

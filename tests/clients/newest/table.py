@@ -1,0 +1,284 @@
+"""The clients of the laboratory: where each comes from, and its commands.
+
+Commands are for `sh -eu`, in an empty directory that is also HOME.  They find in the environment:
+
+    IMAGE      what to pull, push, sign or verify, as host:port/namespace/library/app:0.1.0
+    SOURCE     what to push, in the cache
+    MIRRORED   the same image by its name at its registry, for clients that `entrepot setup` has configured
+    REGISTRY   host:port of the server
+    LOGIN      the user, PASSWORD the user's, right or wrong
+    SHARED     a directory that is kept from `setup` to the end
+    PROGRAMS   the directory of the sources of programs
+    TOOLS      the directory of what was installed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.clients.newest.sources import Go, Installed, Maven, PyPI, Source
+
+DOCKER_CONFIG = """
+mkdir -p .docker
+auth=$(printf %s "$LOGIN:$PASSWORD" | base64)
+printf '{"auths":{"%s":{"auth":"%s"}}}' "$REGISTRY" "$auth" >.docker/config.json
+"""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Commands are empty for what the client does not do.
+
+    `daemon` runs during each of the others, from its line with `ready` on.  `mirror` is a client of
+    `entrepot setup`, which configures it.  With `makes`, `push` makes what it pushes, and upstreams are
+    filled by it.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    setup: str = ""
+    daemon: str = ""
+    ready: str = ""
+    mirror: str = ""
+    makes: bool = False
+    pull: str = ""
+    login: str = ""
+    push: str = ""
+    sign: str = ""
+    verify: str = ""
+
+
+CRANE = Client(
+    "crane",
+    (Go("github.com/google/go-containerregistry/cmd/crane"),),
+    pull='crane pull "$IMAGE" app.tar',
+    login='crane auth login "$REGISTRY" -u "$LOGIN" -p "$PASSWORD"',
+    push='crane copy "$SOURCE" "$IMAGE"',
+)
+
+REGCTL = Client(
+    "regctl",
+    (Go("github.com/regclient/regclient/cmd/regctl"),),
+    pull='regctl registry set --tls=disabled "$REGISTRY"; regctl image copy "$IMAGE" ocidir://app',
+    login="""
+regctl registry set --tls=disabled "$REGISTRY"
+regctl registry login "$REGISTRY" -u "$LOGIN" -p "$PASSWORD"
+""",
+    push='regctl image copy "$SOURCE" "$IMAGE"',
+)
+
+# Its library is that of podman, buildah and CRI-O too.
+CONTAINERS_IMAGE = Client(
+    "containers/image (skopeo, podman)",
+    (
+        Go(
+            "go.podman.io/image/v5",
+            source="imagecopy.go",
+            tags="containers_image_openpgp,exclude_graphdriver_btrfs",
+        ),
+    ),
+    mirror="podman",
+    pull='imagecopy "docker://$IMAGE" oci:app:1; imagecopy "docker://$MIRRORED" oci:mirrored:1',
+    login=DOCKER_CONFIG,
+    push='imagecopy "docker://$SOURCE" "docker://$IMAGE"',
+)
+
+PODMAN = Client(
+    "podman",
+    (Installed("podman"),),
+    mirror="podman",
+    pull='podman --root=root --runroot=run --storage-driver=vfs pull "$MIRRORED"',
+    login='podman login --tls-verify=false -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
+    push="""
+podman --root=root --runroot=run --storage-driver=vfs pull --tls-verify=false "$SOURCE"
+podman --root=root --runroot=run --storage-driver=vfs push --tls-verify=false "$SOURCE" "$IMAGE"
+""",
+)
+
+CONTAINERD = Client(
+    "containerd (ctr)",
+    (
+        Go("github.com/containerd/containerd/v2/cmd/containerd"),
+        Go("github.com/containerd/containerd/v2/cmd/ctr"),
+    ),
+    mirror="containerd",
+    daemon="""
+cat >config.toml <<END
+version = 3
+root = "$HOME/root"
+state = "$HOME/state"
+disabled_plugins = ["io.containerd.internal.v1.opt"]
+[grpc]
+address = "$HOME/containerd.sock"
+END
+exec containerd --config config.toml
+""",
+    ready="containerd successfully booted",
+    pull='ctr -a "$HOME/containerd.sock" images pull --hosts-dir etc/containerd/certs.d "$MIRRORED"',
+    push="""
+ctr -a "$HOME/containerd.sock" images pull --hosts-dir etc/containerd/certs.d "$MIRRORED"
+ctr -a "$HOME/containerd.sock" images push --plain-http --user "$LOGIN:$PASSWORD" "$IMAGE" "$MIRRORED"
+""",
+)
+
+NERDCTL = Client(
+    "nerdctl",
+    (
+        Go("github.com/containerd/nerdctl/v2/cmd/nerdctl"),
+        Go("github.com/containerd/containerd/v2/cmd/containerd"),
+    ),
+    mirror="containerd",
+    daemon=CONTAINERD.daemon,
+    ready=CONTAINERD.ready,
+    pull="""
+nerdctl() { command nerdctl -a "$HOME/containerd.sock" --data-root "$HOME/data" --hosts-dir etc/containerd/certs.d "$@"; }
+nerdctl pull "$MIRRORED"
+""",
+    login='nerdctl login --insecure-registry -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
+    push="""
+nerdctl() { command nerdctl -a "$HOME/containerd.sock" --data-root "$HOME/data" --hosts-dir etc/containerd/certs.d "$@"; }
+nerdctl pull "$MIRRORED"
+nerdctl tag "$MIRRORED" "$IMAGE"
+nerdctl push --insecure-registry "$IMAGE"
+""",
+)
+
+BUILDKIT = Client(
+    "BuildKit",
+    (Go("github.com/moby/buildkit/cmd/buildkitd"), Go("github.com/moby/buildkit/cmd/buildctl")),
+    mirror="buildkit",
+    daemon="""
+exec buildkitd --root root --addr "unix://$HOME/buildkitd.sock" --config etc/buildkit/buildkitd.toml \\
+    --containerd-worker=false --oci-worker-snapshotter=native --oci-worker-net=host
+""",
+    ready="running server on",
+    pull="""
+printf 'FROM %s\\nCOPY Dockerfile /added\\n' "$MIRRORED" >Dockerfile
+buildctl --addr "unix://$HOME/buildkitd.sock" build --frontend dockerfile.v0 --local context=. --local dockerfile=. \\
+    --output type=oci,dest=app.tar
+""",
+    login=DOCKER_CONFIG,
+    push="""
+printf 'FROM %s\\nCOPY Dockerfile /added\\n' "$MIRRORED" >Dockerfile
+buildctl --addr "unix://$HOME/buildkitd.sock" build --frontend dockerfile.v0 --local context=. --local dockerfile=. \\
+    --output "type=image,name=$IMAGE,push=true,registry.insecure=true"
+""",
+)
+
+DOCKERD = Client(
+    "dockerd (containerd image store)",
+    (
+        Go("github.com/moby/moby/v2/cmd/dockerd"),
+        Go("github.com/containerd/containerd/v2/cmd/containerd"),
+        PyPI("docker"),
+    ),
+    mirror="docker",
+    daemon="""
+mkdir -p /etc/docker
+exec unshare --mount sh -euc 'mount --bind etc/docker /etc/docker; exec "$@"' sh \\
+    dockerd --config-file "$HOME/etc/docker/daemon.json" --host "unix://$HOME/docker.sock" \\
+    --data-root "$HOME/data" --exec-root "$HOME/run" --pidfile "$HOME/dockerd.pid" \\
+    --bridge=none --iptables=false --ip6tables=false --feature containerd-snapshotter=true
+""",
+    ready="API listen on",
+    pull='python "$PROGRAMS/engine.py" pull "$MIRRORED"',
+    login='python "$PROGRAMS/engine.py" login "$REGISTRY"',
+    push='python "$PROGRAMS/engine.py" push "$MIRRORED" "$IMAGE"',
+)
+
+ORAS = Client(
+    "oras",
+    (Go("oras.land/oras/cmd/oras"),),
+    pull='oras copy --from-plain-http "$IMAGE" --to-oci-layout app:1',
+    login='oras login --plain-http -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
+    push='oras copy --from-plain-http "$SOURCE" --to-plain-http "$IMAGE"',
+    sign="""
+echo parts >parts.txt
+oras attach --plain-http --artifact-type application/x-parts "$IMAGE" parts.txt
+""",
+    verify='oras discover --plain-http --format json "$IMAGE" | grep application/x-parts',
+)
+
+COSIGN = Client(
+    "cosign",
+    (Go("github.com/sigstore/cosign/v3/cmd/cosign"),),
+    setup='cd "$SHARED"; COSIGN_PASSWORD="" cosign generate-key-pair',
+    pull='cosign save --dir app "$IMAGE"',
+    login='cosign login -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
+    push='cosign copy "$SOURCE" "$IMAGE"',
+    sign="""
+COSIGN_PASSWORD="" cosign sign --yes --key "$SHARED/cosign.key" --use-signing-config=false \\
+    --tlog-upload=false "$IMAGE"
+""",
+    verify='cosign verify --key "$SHARED/cosign.pub" --insecure-ignore-tlog "$IMAGE"',
+)
+
+NOTATION = Client(
+    "notation-go (notation)",
+    (Go("github.com/notaryproject/notation-go", source="notary.go"),),
+    setup='notary keys "$SHARED"',
+    sign='notary sign "$SHARED" "$IMAGE"',
+    verify='notary verify "$SHARED" "$IMAGE"',
+)
+
+HELM = Client(
+    "helm",
+    (Go("helm.sh/helm/v4/cmd/helm"),),
+    makes=True,
+    pull='helm pull --plain-http "oci://${IMAGE%:*}" --version "${IMAGE##*:}"',
+    login='helm registry login --plain-http -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
+    push="""
+helm create app
+helm package app --version 0.1.0
+helm push --plain-http app-0.1.0.tgz "oci://${IMAGE%/app:*}"
+""",
+)
+
+FLUX = Client(
+    "flux",
+    (Go("github.com/fluxcd/flux2/v2/cmd/flux"),),
+    makes=True,
+    pull='flux pull artifact "oci://$IMAGE" --insecure-registry --output .',
+    login=DOCKER_CONFIG,
+    push="""
+mkdir -p files; echo some >files/some.yaml
+flux push artifact "oci://$IMAGE" --insecure-registry --path files --source none --revision 1
+""",
+)
+
+TRIVY = Client(
+    "trivy",
+    (Go("github.com/aquasecurity/trivy/cmd/trivy"),),
+    pull='trivy image --insecure --image-src remote --format cyclonedx --output app.json "$IMAGE"',
+    login='trivy registry login --insecure -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
+)
+
+JIB = Client(
+    "Jib",
+    (Maven("com.google.cloud.tools", "jib-core"),),
+    pull='java -cp "$TOOLS/maven/*" "$PROGRAMS/Jib.java" "$IMAGE" tar:app.tar',
+    push='java -DsendCredentialsOverHttp=true -cp "$TOOLS/maven/*" "$PROGRAMS/Jib.java" "$SOURCE" "$IMAGE"',
+)
+
+ORAS_PY = Client(
+    "oras-py",
+    (PyPI("oras"),),
+    makes=True,
+    pull='python "$PROGRAMS/oras_py.py" pull "$IMAGE"',
+    push='python "$PROGRAMS/oras_py.py" push "$IMAGE"',
+)
+
+DXF = Client(  # it sends passwords by https only, so it pushes nothing here
+    "python-dxf",
+    (PyPI("python-dxf"),),
+    pull="""
+path=${IMAGE#*/}; export DXF_INSECURE=1 DXF_HOST="$REGISTRY"
+dxf pull-blob "${path%:*}" @"${path##*:}" >layers
+test -s layers
+""",
+)
+
+CLIENTS = (
+    *(CRANE, REGCTL, CONTAINERS_IMAGE, PODMAN, CONTAINERD, NERDCTL, BUILDKIT, DOCKERD, ORAS, COSIGN),
+    *(NOTATION, HELM, FLUX, TRIVY, JIB, ORAS_PY, DXF),
+)

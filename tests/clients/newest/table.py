@@ -109,18 +109,22 @@ root = "$HOME/root"
 state = "$HOME/state"
 disabled_plugins = ["io.containerd.internal.v1.opt"]
 [grpc]
-address = "$HOME/containerd.sock"
+address = "$HOME/sock"
 END
 exec containerd --config config.toml
 """,
     ready="containerd successfully booted",
-    pull='ctr -a "$HOME/containerd.sock" images pull --hosts-dir etc/containerd/certs.d "$MIRRORED"',
+    pull='ctr -a "$HOME/sock" images pull --hosts-dir etc/containerd/certs.d "$MIRRORED"',
     push="""
-ctr -a "$HOME/containerd.sock" images pull --hosts-dir etc/containerd/certs.d "$MIRRORED"
-ctr -a "$HOME/containerd.sock" images push --plain-http --user "$LOGIN:$PASSWORD" "$IMAGE" "$MIRRORED"
+ctr -a "$HOME/sock" images pull --hosts-dir etc/containerd/certs.d "$MIRRORED"
+ctr -a "$HOME/sock" images push --plain-http --user "$LOGIN:$PASSWORD" "$IMAGE" "$MIRRORED"
 """,
 )
 
+NERDCTL_ARGUMENTS = """
+nerdctl() {
+    command nerdctl -a "$HOME/sock" --data-root "$HOME/data" --hosts-dir etc/containerd/certs.d "$@"
+}"""
 NERDCTL = Client(
     "nerdctl",
     (
@@ -130,13 +134,10 @@ NERDCTL = Client(
     mirror="containerd",
     daemon=CONTAINERD.daemon,
     ready=CONTAINERD.ready,
-    pull="""
-nerdctl() { command nerdctl -a "$HOME/containerd.sock" --data-root "$HOME/data" --hosts-dir etc/containerd/certs.d "$@"; }
-nerdctl pull "$MIRRORED"
-""",
+    pull=f'{NERDCTL_ARGUMENTS}; nerdctl pull "$MIRRORED"',
     login='nerdctl login --insecure-registry -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
-    push="""
-nerdctl() { command nerdctl -a "$HOME/containerd.sock" --data-root "$HOME/data" --hosts-dir etc/containerd/certs.d "$@"; }
+    push=f"""
+{NERDCTL_ARGUMENTS}
 nerdctl pull "$MIRRORED"
 nerdctl tag "$MIRRORED" "$IMAGE"
 nerdctl push --insecure-registry "$IMAGE"
@@ -148,20 +149,20 @@ BUILDKIT = Client(
     (Go("github.com/moby/buildkit/cmd/buildkitd"), Go("github.com/moby/buildkit/cmd/buildctl")),
     mirror="buildkit",
     daemon="""
-exec buildkitd --root root --addr "unix://$HOME/buildkitd.sock" --config etc/buildkit/buildkitd.toml \\
+exec buildkitd --root root --addr "unix://$HOME/sock" --config etc/buildkit/buildkitd.toml \\
     --containerd-worker=false --oci-worker-snapshotter=native --oci-worker-net=host
 """,
     ready="running server on",
     pull="""
 printf 'FROM %s\\nCOPY Dockerfile /added\\n' "$MIRRORED" >Dockerfile
-buildctl --addr "unix://$HOME/buildkitd.sock" build --frontend dockerfile.v0 --local context=. --local dockerfile=. \\
-    --output type=oci,dest=app.tar
+buildctl --addr "unix://$HOME/sock" build --frontend dockerfile.v0 \\
+    --local context=. --local dockerfile=. --output type=oci,dest=app.tar
 """,
     login=DOCKER_CONFIG,
     push="""
 printf 'FROM %s\\nCOPY Dockerfile /added\\n' "$MIRRORED" >Dockerfile
-buildctl --addr "unix://$HOME/buildkitd.sock" build --frontend dockerfile.v0 --local context=. --local dockerfile=. \\
-    --output "type=image,name=$IMAGE,push=true,registry.insecure=true"
+buildctl --addr "unix://$HOME/sock" build --frontend dockerfile.v0 \\
+    --local context=. --local dockerfile=. --output "type=image,name=$IMAGE,push=true,registry.insecure=true"
 """,
 )
 

@@ -705,8 +705,9 @@ async def test_a_token_by_its_claims(opened: Open, keys: Path, server: Server) -
         ("/v2/team/app", "other", "team/app", False),
         ("/v2/team/app", "other", "other/team/app", True),
         ("/v2/other/team/app", "", "team/app", False),
-        # It is the full name of a repository in another namespace.
-        ("/v2/other/app", "local.example", "other/app", False),
+        # It is the full name of a repository in another namespace, by any host.
+        ("/v2/other/app", "local.example", "other/app", True),
+        ("/v2/other/app", "local.example", "local/other/app", False),
     ],
 )
 async def test_a_scope_names_no_namespace(

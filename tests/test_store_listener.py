@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import OPEN, Serve, Site
-from tests.test_access import ALICE, BASIC, BLOB, Door, login
+from tests.conftest import OPEN, Clock, Serve, Site
+from tests.test_access import ALICE, BASIC, BLOB, Door, granting, login, token
+from tests.test_bearer import PRIVATE, Server, pem
 from tests.test_htpasswd import line
 from tests.upstream import Image, Upstream
 
@@ -42,6 +43,18 @@ class Entrance(Door):
 def users(tmp_path: Path) -> Path:
     path = tmp_path / "htpasswd"
     path.write_text(line("alice", "wonderland"))
+    return path
+
+
+@pytest.fixture
+def server(clock: Clock) -> Server:
+    return Server(clock)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "token.pem"
+    path.write_bytes(pem(PRIVATE["EC"]))
     return path
 
 
@@ -90,6 +103,17 @@ async def test_caches_are_not_there(serve: Serve, upstream: Upstream, image: Ima
         assert said.status == 404
     assert not upstream.requests
     assert (await Door(door.site).ask("GET", "/v2/library/alpine/manifests/latest")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("scope", "right"), [("local/edge/app", True), ("edge/app", False), ("local/app", False)]
+)
+async def test_a_token_for_another_namespace_is_none_for_what_has_its_name_there(
+    serve: Serve, upstream: Upstream, keys: Path, server: Server, scope: str, right: bool
+) -> None:
+    door = await entrance(serve, upstream, token(keys))
+    said = await door.push_blob(granting(server, scope, "push"), "/v2/edge/app")
+    assert said.status == (201 if right else 401)
 
 
 async def test_the_catalog_lists_names_as_they_are_used_there(

@@ -7,8 +7,10 @@ A repository's full name is `<namespace>/<repository>`.  Clients have five ways 
   configuration is NameUnknown, even if there is a default.
 - A name without a namespace belongs to the default namespace.  `foo.example/app` has one: its first
   component is a host.  Docker Hub could only answer with another publisher's image.
-- A plain word (`edge`) may be a namespace, or a user's name in the registry that ns, Host or a prefix has
-  chosen.  So if one of these chose a namespace, only a host in the name is taken for a namespace and removed.
+- A plain word (`edge`) may be a namespace, or a user's name in the registry that the client takes this server
+  for: by ns, by a Host that is the registry's name, or by a prefix.  So if one of these chose a namespace,
+  only a host in the name is taken for a namespace and removed.  At every other address of this server, such
+  as one of `hosts`, `edge/app` is the same repository.
 """
 
 from __future__ import annotations
@@ -89,13 +91,14 @@ class Namespaces(Registry):
         """The full name of what a client calls `name`.  The first of these that applies decides:
 
         1. `ns`, from the query (containerd);
-        2. `host`, the Host header, if it is one of a namespace's;
+        2. `host`, the Host header, if it is a namespace's name;
         3. the first component of `name`, if it is a namespace's name and more follows;
            beside a prefix only if it is also a host;
-        4. `prefix`, the component before /v2 in the path;
-        5. the default namespace.
+        4. `host`, if it is one of a namespace's `hosts`;
+        5. `prefix`, the component before /v2 in the path;
+        6. the default namespace.
 
-        Under 1, 2 and 4 a first component that is a host of the chosen namespace is removed: a mirror
+        Under 1, 2 and 5 a first component that is a host of the chosen namespace is removed: a mirror
         configured by path (override_path) receives the namespace twice.  `<host>/v2/<repository>`, which
         containerd makes of a mirror's path without override_path, is `<host>/<repository>`; a repository
         whose name begins with v2/ is reached by ns, Host or prefix, without the host in front.
@@ -104,12 +107,15 @@ class Namespaces(Registry):
         """
         first, _, rest = name.partition("/")
         named = self._named(first) if rest else None
+        hosted = self._hosted(host) if host else None
         if ns is not None:
             member = self._named(ns) or _refuse(ns)
-        elif host and (found := self._hosted(host)):
-            member = found
+        elif host and hosted and self._is_name(host):
+            member = hosted
         elif named and (not prefix or is_host(first)):
             return _full(named, _without_v2(named, rest))
+        elif hosted:
+            member = hosted
         elif prefix:
             member = self._named(prefix) or _refuse(prefix)
         elif rest and is_host(first) and self._hosts_named:
@@ -117,10 +123,7 @@ class Namespaces(Registry):
         elif self._default:
             return _full(self._default, name)
         else:
-            raise NameUnknown(
-                f"{name[:80]!r} names no namespace and there is no default: write <namespace>/<repository>,"
-                " or set default_namespace: in the configuration"
-            )
+            _refuse_without_namespace(name)
         if named is member and is_host(first):
             name = _without_v2(member, rest)
         return _full(member, name)
@@ -268,6 +271,10 @@ class Namespaces(Registry):
         # One look-up in the common case: a name as it is configured.
         return self._by_name.get(text) or self._by_name.get(_normal(text))
 
+    def _is_name(self, host: str) -> bool:
+        """Whether a Host header is a namespace's name: the client takes this server for that registry."""
+        return self._named(host) is not None or self._named(host.rpartition(":")[0]) is not None
+
     def _hosted(self, text: str) -> Member | None:
         text = text.lower()
         text = canonical_host(text) or text
@@ -327,6 +334,13 @@ def _full(member: Member, repository: str) -> str:
     except NameInvalid:
         raise NameInvalid(f"{repository[:80]!r} is not a repository name") from None
     return full
+
+
+def _refuse_without_namespace(name: str) -> NoReturn:
+    raise NameUnknown(
+        f"{name[:80]!r} names no namespace and there is no default: write <namespace>/<repository>,"
+        " or set default_namespace: in the configuration"
+    )
 
 
 def _refuse(namespace: str) -> NoReturn:

@@ -20,11 +20,13 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from proxy.admin import models, reports
+from proxy.admin import models, reports, rows
 from proxy.cli import content, maintenance, pins, removal, status
 from proxy.cli.main import main
 from proxy.cli.target import reach
 from proxy.config.loader import load
+from proxy.config.quantities import format_size
+from storage.maintenance.usage import Counters
 from tests.authority import Authority
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
@@ -204,8 +206,40 @@ async def test_stats_count(shop: Shop) -> None:
         (row,) = msgspec.convert(found, models.Stats).namespaces
         assert (row.namespace, row.requests, row.misses) == ("docker.io", 5, 5)
     lines = await shop.lines("stats", "--period", "7d")
-    assert lines[0].startswith("NAMESPACE")
-    assert lines[-1].startswith("in the last 7 d; stored ")
+    assert lines[0] == (
+        "saved 0 B and 0 Hub requests this week"
+        if shop.running
+        else "nothing was pulled through a cache this week"
+    )
+    stored = [line for line in lines if line.startswith("this week; ")]
+    assert [line.partition("; ")[2] for line in stored] == [
+        f"{format_size(found['stored_bytes'])} stored in caches"
+    ]
+    assert ("" in lines) == shop.running  # a trend follows
+
+
+def test_the_sentence_about_what_was_saved() -> None:
+    def row(name: str, **numbers: int) -> models.StatsRow:
+        return rows.stats_row(name, Counters(**numbers))
+
+    def sentence(period: float, total: models.StatsRow, *namespaces: models.StatsRow) -> str:
+        found = models.Stats(
+            period=period,
+            since=0.0,
+            namespaces=list(namespaces),
+            stores=[],
+            total=total,
+            days=[],
+            stored_bytes=0,
+            limit=None,
+        )
+        return status.stats_tables(found, 0.0)[0].title
+
+    hub = row("docker.io", requests=4000, upstream_requests=900, sent_bytes=20 << 30, received_bytes=8 << 30)
+    other = row("ghcr.io", requests=2, upstream_requests=1)
+    assert sentence(7 * 86400, hub, hub, other) == "saved 12.0 GiB and 3,100 Hub requests this week"
+    assert sentence(86400, other, other) == "saved 0 B and 1 upstream request in the last 1 d"
+    assert sentence(3600, row("")) == "nothing was pulled through a cache in the last 1 h"
 
 
 async def test_fills_without_a_server(shop: Shop) -> None:

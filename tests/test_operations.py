@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -585,6 +586,8 @@ async def test_stats(site: Site, clock: Clock) -> None:
     assert (other.namespace, other.hit_ratio, other.byte_hit_ratio) == ("ghcr.io", None, None)
     assert (found.total.requests, found.total.hits) == (11, 6)
     assert found.stored_bytes == 5
+    (day,) = found.days
+    assert (day.requests, day.sent_bytes, day.bytes_saved, day.requests_saved) == (11, 400, 300, 7)
     with pytest.raises(FieldInvalid, match="period: expected a duration"):
         await site.operations.stats("yesterday")
 
@@ -812,6 +815,27 @@ async def test_ls_has_what_was_pushed_among_what_is_cached(both: Site) -> None:
     assert [(row.tag, row.complete, row.fresh_until) for row in listed.images] == [
         ("1", True, None),
         ("2", True, None),
+    ]
+
+
+async def test_stats_of_stores_are_apart_and_save_nothing(both: Site, clock: Clock) -> None:
+    pulled = Counters(requests=5, hits=5, hit_bytes=500, sent_bytes=500, pushed_bytes=70)
+    day = 86400
+    now = int(clock())
+    both.composition.usage.record(
+        {},
+        [],
+        {(at, name): pulled for at in (now, now - day, now - 13 * day) for name in ("local", "ghcr.io")},
+    )
+    both.composition.usage.record({}, [], {(now - 14 * day, "ghcr.io"): pulled})
+    found = await both.operations.stats("24h")
+    (store,) = found.stores
+    assert (store.namespace, store.requests, store.pushed_bytes) == ("local", 10, 140)
+    assert (store.bytes_saved, store.requests_saved) == (0, 0)
+    assert [each.namespace for each in found.namespaces] == ["ghcr.io"]
+    assert (found.total.requests, found.total.bytes_saved) == (10, 1000)
+    assert [(each.day, each.bytes_saved) for each in found.days] == [
+        (time.strftime("%Y-%m-%d", time.gmtime(now - ago * day)), 500) for ago in (13, 1, 0)
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from proxy.telemetry import usage_recorder as module
-from proxy.telemetry.exchange import Exchange
+from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from storage.disk.blobs import TOUCH, BlobFiles
@@ -161,6 +161,26 @@ async def test_requests_are_counted_by_result(rig: Rig) -> None:
     }
 
 
+async def test_what_no_client_asked_for_is_counted_apart(rig: Rig) -> None:
+    traffic = rig.metrics.traffic(HUB)
+    exchange = Exchange("", HUB, NAME, received=7)
+
+    async def serve() -> None:
+        current_exchange.set(exchange)
+        traffic.count_request()
+        traffic.count_received(100)
+
+    await asyncio.create_task(serve())
+    traffic.count_request()
+    traffic.count_received(10)
+    rig.recorder.served(exchange, 200)
+    await rig.flush()
+    assert exchange.upstream_requests == 1
+    assert rig.usage.stats(rig.clock())[HUB] == Counters(
+        requests=1, received_bytes=110, upstream_requests=2, pushed_bytes=7, ahead_bytes=10, ahead_requests=1
+    )
+
+
 async def test_what_goes_on_with_upstreams_is_counted_once(rig: Rig) -> None:
     traffic = rig.metrics.traffic(HUB)
     traffic.count_request()
@@ -169,7 +189,8 @@ async def test_what_goes_on_with_upstreams_is_counted_once(rig: Rig) -> None:
     await rig.flush()
     rig.metrics.traffic(HUB).count_received(11)  # of a fill whose request has been written down long ago
     await rig.flush()
-    assert rig.usage.stats(rig.clock()) == {HUB: Counters(received_bytes=111, upstream_requests=1)}
+    counted = Counters(received_bytes=111, upstream_requests=1, ahead_bytes=111, ahead_requests=1)
+    assert rig.usage.stats(rig.clock()) == {HUB: counted}
     assert b'entrepot_received_bytes_total{namespace="docker.io"} 111.0' in rig.metrics.exposition()
 
 

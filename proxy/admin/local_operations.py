@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
 
@@ -33,7 +33,7 @@ from proxy.admin.reports import (
     WarmRow,
     Why,
 )
-from proxy.admin.rows import collected, drilling, evicted, stats_row, webhook_row
+from proxy.admin.rows import collected, day_row, drilling, evicted, stats_row, webhook_row
 from proxy.admin.scrub_control import ScrubControl
 from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
@@ -56,6 +56,8 @@ from storage.maintenance.usage import Counters
 from storage.names import is_glob
 
 log = structlog.get_logger()
+
+TREND = 14  # days
 
 
 class LocalOperations:
@@ -124,15 +126,24 @@ class LocalOperations:
         seconds = read_seconds("period", period)
         parts = self._composition
         since = parts.clock() - seconds
-        counted = await run_in_thread(parts.usage.stats, since)
+        counted = sorted((await run_in_thread(parts.usage.stats, since)).items())
+        caches = [(name, each) for name, each in counted if name not in parts.hosted]
+        stores = [(name, each) for name, each in counted if name in parts.hosted]
+        days = await run_in_thread(parts.usage.days, TREND)
         return Stats(
             period=seconds,
             since=since,
-            namespaces=[stats_row(name, each) for name, each in sorted(counted.items())],
-            total=stats_row("", sum(counted.values(), Counters())),
+            namespaces=[stats_row(name, each) for name, each in caches],
+            stores=[stats_row(name, each, store=True) for name, each in stores],
+            total=stats_row("", sum((each for _, each in caches), Counters())),
+            days=[day_row(day, self._of_caches(found)) for day, found in days.items()],
             stored_bytes=await run_in_thread(parts.maintenance.eviction.stored),
             limit=parts.config.disk.cache_limit,
         )
+
+    def _of_caches(self, counted: Mapping[str, Counters]) -> Counters:
+        hosted = self._composition.hosted
+        return sum((each for name, each in counted.items() if name not in hosted), Counters())
 
     async def fills(self) -> list[FillRow]:
         return self._speeds.rows(await self._processes.fills(), self._composition.clock())

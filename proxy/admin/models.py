@@ -169,7 +169,8 @@ class FillRow(Model, frozen=True):
 class StatsRow(Model, frozen=True):
     """The counters of a namespace, or of all: see storage.maintenance.usage.Counters.
 
-    A ratio is a fraction, None without any request to count.
+    A ratio is a fraction, None without any request to count.  Of what upstreams sent, `ahead_bytes` were
+    fetched before a client asked: by warming, pins and refreshes.  A store saves nothing.
     """
 
     namespace: str
@@ -188,18 +189,37 @@ class StatsRow(Model, frozen=True):
     byte_hit_ratio: float | None
     bytes_saved: int
     requests_saved: int
+    pushed_bytes: int
+    ahead_bytes: int
+    ahead_requests: int
+
+
+class DayRow(Model, frozen=True):
+    """The traffic of all caches on a day, `YYYY-MM-DD` in UTC."""
+
+    day: str
+    requests: int
+    sent_bytes: int
+    received_bytes: int
+    ahead_bytes: int
+    bytes_saved: int
+    requests_saved: int
 
 
 class Stats(Model, frozen=True):
-    """The counters of the last `period` seconds.
+    """The counters of the last `period` seconds: of `namespaces`, which are caches, and of `stores`.
 
-    `limit` is disk.cache_limit, None without limit.
+    `total` is that of all caches.  `days` are the last fourteen, without those before the first traffic.
+    `limit` is disk.cache_limit, None
+    without limit.
     """
 
     period: float
     since: float
     namespaces: list[StatsRow]
+    stores: list[StatsRow]
     total: StatsRow
+    days: list[DayRow]
     stored_bytes: int
     limit: int | None
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from yarl import URL
 
-from proxy.admin.models import StatsRow, WebhookRow
+from proxy.admin.models import DayRow, StatsRow, WebhookRow
 from proxy.admin.reports import Collected, CollectedRow, Drilling, Evicted, MissedRow, ScrubRow
 from proxy.cache.drill import DrillState
 from proxy.config.webhooks import WebhookConfig
@@ -19,7 +19,7 @@ from storage.maintenance.scrub import Scrub
 from storage.maintenance.usage import Counters
 
 
-def stats_row(namespace: str, counted: Counters) -> StatsRow:
+def stats_row(namespace: str, counted: Counters, *, store: bool = False) -> StatsRow:
     counters: dict[str, Any] = {name: getattr(counted, name) for name in counted.__struct_fields__}
     served = counted.hits + counted.revalidated + counted.stale + counted.misses
     return StatsRow(
@@ -27,6 +27,18 @@ def stats_row(namespace: str, counted: Counters) -> StatsRow:
         **counters,
         hit_ratio=counted.hit_ratio if served else None,
         byte_hit_ratio=counted.byte_hit_ratio if counted.sent_bytes else None,
+        bytes_saved=0 if store else counted.bytes_saved,
+        requests_saved=0 if store else counted.requests_saved,
+    )
+
+
+def day_row(day: str, counted: Counters) -> DayRow:
+    return DayRow(
+        day=f"{day[:4]}-{day[4:6]}-{day[6:]}",
+        requests=counted.requests,
+        sent_bytes=counted.sent_bytes,
+        received_bytes=counted.received_bytes,
+        ahead_bytes=counted.ahead_bytes,
         bytes_saved=counted.bytes_saved,
         requests_saved=counted.requests_saved,
     )

@@ -61,6 +61,11 @@ current_exchange: ContextVar[Exchange] = ContextVar("exchange")
 _SCRATCH = Exchange()
 
 
+def in_exchange() -> bool:
+    """Whether a client's request caused what happens here, and not the server itself or a command."""
+    return current_exchange.get(None) is not None
+
+
 def current() -> Exchange:
     """The exchange of this context; outside of one (at start, in tests) a scratch value."""
     return current_exchange.get(_SCRATCH)

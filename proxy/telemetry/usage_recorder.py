@@ -68,9 +68,8 @@ class UsageRecorder:
         self._clock = clock
         self._window = Window()
         self._flushing = asyncio.Lock()
-        self._traffic: dict[
-            str, tuple[int, int]
-        ] = {}  # requests and bytes of each namespace that are counted here already
+        # Of each namespace the numbers of Traffic that are counted here already.
+        self._traffic: dict[str, tuple[int, int, int, int]] = {}
         # Only flush() uses the attributes below, in its thread.
         self._counts: dict[tuple[int, str], Counters] = {}
         self._uses: dict[tuple[str, str], Use] = {}
@@ -89,6 +88,7 @@ class UsageRecorder:
         counters = window.counters(namespace, now)
         counters.requests += 1
         counters.sent_bytes += exchange.bytes
+        counters.pushed_bytes += exchange.received
         match exchange.result:
             case "hit":
                 counters.hits += 1
@@ -139,12 +139,14 @@ class UsageRecorder:
 
     def _count_traffic(self, window: Window) -> None:
         for namespace, traffic in self._metrics.upstreams.items():
-            total = traffic.requests, traffic.received
-            known = self._traffic.get(namespace, (0, 0))
+            total = traffic.requests, traffic.received, traffic.ahead_requests, traffic.ahead_received
+            known = self._traffic.get(namespace, (0, 0, 0, 0))
             if total != known:
                 counters = window.counters(namespace, self._clock())
                 counters.upstream_requests += total[0] - known[0]
                 counters.received_bytes += total[1] - known[1]
+                counters.ahead_requests += total[2] - known[2]
+                counters.ahead_bytes += total[3] - known[3]
                 self._traffic[namespace] = total
 
     def _record(self, window: Window) -> None:

@@ -58,7 +58,8 @@ class Move:
 class Counters(msgspec.Struct, omit_defaults=True):
     """The traffic of one namespace.  `received_bytes` and `upstream_requests` count traffic with upstreams.
 
-    The others count traffic with clients: `hits` to `errors` are requests by result (what an origin has just
+    Of these, `ahead_bytes` and `ahead_requests` are what no client's request caused, such as warming.  The
+    others count traffic with clients: `hits` to `errors` are requests by result (what an origin has just
     reported as unknown is an error), `sent_bytes` the bodies of all responses, and `hit_bytes` the bodies of
     those from the cache.
     """
@@ -74,6 +75,9 @@ class Counters(msgspec.Struct, omit_defaults=True):
     sent_bytes: int = 0
     received_bytes: int = 0
     upstream_requests: int = 0
+    pushed_bytes: int = 0
+    ahead_bytes: int = 0
+    ahead_requests: int = 0
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, name) + getattr(other, name) for name in self.__struct_fields__))
@@ -142,6 +146,15 @@ class Usage:
             if at > last:
                 break
             found[namespace] = found.get(namespace, Counters()) + _counters(value)
+        return found
+
+    def days(self, number: int) -> dict[str, dict[str, Counters]]:
+        """The traffic by day, as YYYYMMDD in UTC, and namespace, in the last `number` days that had any."""
+        first = _written("%Y%m%d", self._clock() - (number - 1) * DAY)
+        found: dict[str, dict[str, Counters]] = {}
+        for key, value in self._records.scan(STATISTICS.prefix("day"), first):
+            _, day, namespace = STATISTICS.parse(key)
+            found.setdefault(day, {})[namespace] = _counters(value)
         return found
 
     def record(self, uses: Uses, moves: Moves, counts: Counts) -> None:

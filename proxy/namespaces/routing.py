@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NoReturn
 
 from proxy.cache.refresh import Refreshable
@@ -86,6 +87,7 @@ class Namespaces(Registry):
         if default is not None and default not in self._members:
             raise ValueError(f"the default namespace {default!r} is not configured")
         self._default = None if default is None else self._members[default]
+        self._remembered = lru_cache(maxsize=4096)(self._qualify)
 
     def qualify(self, name: str, *, ns: str | None = None, host: str | None = None, prefix: str = "") -> str:
         """The full name of what a client calls `name`.  The first of these that applies decides:
@@ -105,6 +107,10 @@ class Namespaces(Registry):
 
         Raises NameUnknown, NameInvalid.
         """
+        # Clients send the same names again and again.
+        return self._remembered(name, ns, host, prefix)
+
+    def _qualify(self, name: str, ns: str | None, host: str | None, prefix: str) -> str:
         first, _, rest = name.partition("/")
         named = self._named(first) if rest else None
         hosted = self._hosted(host) if host else None

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -73,7 +73,8 @@ class _Row(Generic[M]):
         self._attribute = attribute
 
     def __get__(self, metrics: Metrics, owner: type) -> M:
-        return cast(M, metrics.made[self._attribute])
+        # Only for the type: each Metrics has an attribute of this name, which Python finds first.
+        raise AttributeError(self._attribute)
 
     def make(self, registry: CollectorRegistry | None) -> M:
         return self._make(registry=registry)
@@ -167,7 +168,7 @@ class Metrics:
         # Metrics in a registry would only cover this process.
         registry = None if common else self._registry
         rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
-        self.made = {name: row.make(registry) for name, row in rows.items()}
+        vars(self).update((name, row.make(registry)) for name, row in rows.items())
         self.upstreams: dict[str, Traffic] = {}
 
     def traffic(self, namespace: str) -> Traffic:

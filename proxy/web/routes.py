@@ -26,6 +26,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from urllib.parse import quote, unquote, urlencode
 
 from proxy.config.hosts import IPV6, NAME
@@ -38,6 +39,7 @@ _PREFIX_PING = re.compile(rf"/v2/({_HOST})/(?:v2/?)?")
 _PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
 _UNDER_IPV6 = re.compile(rf"{IPV6.pattern}/(.+)")
 _UPLOAD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~=-]{0,254}")
+REMEMBERED = 512  # characters of a path that is worth the memory
 
 
 class Endpoint(Enum):
@@ -70,6 +72,11 @@ class Route:
 
 
 def parse(path: str) -> Route:
+    """Parse the path of a request target, as parse_path() does, and remember the route."""
+    return _remembered(path) if len(path) <= REMEMBERED else parse_path(path)
+
+
+def parse_path(path: str) -> Route:
     """Parse the path of a request target, still percent-encoded and without the query.
 
     Escapes are decoded once: clients do write sha256%3A…, and %2F for a slash.
@@ -105,6 +112,9 @@ def parse(path: str) -> Route:
         if keyword == "uploads" and name.endswith("/blobs"):
             return _upload(path, name.removesuffix("/blobs"), prefix, last)
     return _without_name(path, prefix)
+
+
+_remembered = lru_cache(maxsize=4096)(parse_path)
 
 
 def build(route: Route) -> str:

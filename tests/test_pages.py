@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.upstream import pages
+from proxy.upstream import listing_memory, pages
 from proxy.upstream.pages import next_target
 from proxy.upstream.transport import HEADER_LIMIT
 from storage.errors import ManifestUnknown, OriginFailed, OriginTimeout
@@ -179,6 +179,40 @@ async def test_all_pages_are_bounded_together(
     with pytest.raises(OriginFailed, match="more than 2 MiB"):
         await ask(upstream.url).tags("a/b")
     assert len(upstream.requests) == 3
+
+
+async def test_all_listings_are_bounded_together(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing_memory.ListingMemory.__init__, "__defaults__", (2 << 20,))
+    tags = [f"{number:0100}" for number in range(8000)]  # of 0.8 MB
+    gate = asyncio.Event()
+    holds = [Hold(gate) for _ in range(2)]
+    for name, hold in zip("ab", holds, strict=True):
+        upstream.image(f"team/{name}", "x")
+        upstream.next(
+            "GET",
+            is_(f"/v2/team/{name}/tags/list"),
+            Page(tags, f"</v2/team/{name}/tags/list?last=x>; rel=next"),
+        )
+        upstream.next("GET", is_(f"/v2/team/{name}/tags/list?last=x"), hold)
+    upstream.image("team/c", "x")
+    upstream.image("team/d", "small")
+    upstream.next("GET", is_("/v2/team/c/tags/list"), Page(tags))
+    site = await serve(upstream)
+    reading = [asyncio.create_task(pull(site, f"/v2/team/{name}/tags/list")) for name in "ab"]
+    for hold in holds:
+        await hold.reached.wait()
+    status, headers, body = await site.get("/v2/team/c/tags/list")
+    assert (status, headers["Retry-After"]) == (503, "1")
+    assert b"the lists that upstreams are sending now have over 2 MiB" in body
+    assert (await pull(site, "/v2/team/d/tags/list"))[0] == 200
+    gate.set()
+    assert [status for status, *_ in await asyncio.gather(*reading)] == [200, 200]
+    site.clock.advance(11)
+    upstream.next("GET", is_("/v2/team/c/tags/list"), Page(tags))
+    status, body, _ = await pull(site, "/v2/team/c/tags/list")
+    assert (status, len(json.loads(body)["tags"])) == (200, 8000)
 
 
 async def test_all_pages_are_bounded_in_time(

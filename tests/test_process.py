@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from proxy.config.errors import StartError
+from proxy.namespaces.composition import compose
 from proxy.server.process import ServerProcess
 from tests.clients.processes import free_port
 from tests.conftest import Clock, Serve, Site, configuration
@@ -175,6 +176,30 @@ async def test_partial_files_that_nobody_went_on_with_are_removed(
     assert (await ear.heard("partial.reaped"))["files"] == 1
     assert list(partial.iterdir()) == [young]
     young.unlink()
+
+
+@pytest.mark.parametrize("fault", ["upstream", "webhooks"])
+async def test_nothing_stays_open_if_a_part_cannot_be_made(tmp_path: Path, fault: str) -> None:
+    bad = {"url": "https://b.example", "ca_file": str(tmp_path / "none")}
+    good = {"url": "https://c.example"}
+    tree = {
+        "disk": {"path": str(tmp_path / "disk")},
+        "webhooks": [{"name": "w", "url": "https://w.example", "actions": ["push"]}],
+        "namespaces": {
+            "a.example": {"upstream": good},
+            "local": {"store": {}},
+            "b.example": {"upstream": bad if fault == "upstream" else good},
+        },
+    }
+    if fault == "webhooks":
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / "events").write_bytes(b"not a directory")
+    with pytest.raises(StartError) as raised:
+        compose(configuration(tmp_path, tree))
+    assert str(tmp_path) in str(raised.value)
+    # The error still has the frames, and with them all objects.
+    opened = [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
+    assert [each for each in opened if each.startswith(str(tmp_path))] == []
 
 
 # Ready, degraded, draining

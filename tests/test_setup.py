@@ -50,6 +50,17 @@ def notes(setup: Setup) -> str:
     return "\n".join(setup.notes)
 
 
+@pytest.mark.parametrize("client", ["podman", "crio"])
+def test_a_mirror_of_an_ipv6_address_is_not_possible(client: str) -> None:
+    names = ("docker.io", "[fd00::1]:5000", "[::1]")
+    setup = made(client, PLAIN, namespaces=names)
+    tables = content(setup, "/etc/containers/registries.conf.d/entrepot.conf")["registry"]
+    assert [each["location"] for each in tables] == ["docker.io", "cache.example:5000"]
+    assert "[fd00::1]:5000, [::1]: no mirror is possible" in notes(setup)
+    assert "cache.example:5000/<alias>/" in notes(setup)
+    assert "no mirror" not in notes(made(client, PLAIN))
+
+
 # docker
 
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream import pages
+from proxy.upstream.client import UpstreamRegistry
+from proxy.upstream.requests import UpstreamSettings
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -46,6 +49,11 @@ from tests.upstream import (
 from tests.upstream_client import BODY, LATEST, Ask, read
 
 # What is asked, and how
+
+
+async def test_it_takes_at_least_one_credential() -> None:
+    with pytest.raises(ValueError, match=r"docker\.io: credentials is empty"):
+        UpstreamRegistry("docker.io", UpstreamSettings("https://registry-1.docker.io"), [], Metrics())
 
 
 async def test_every_request_says_what_it_takes(ask: Ask, upstream: Upstream) -> None:

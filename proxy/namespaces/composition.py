@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,6 +31,7 @@ from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
+from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.requests import UpstreamSettings
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
@@ -144,7 +145,11 @@ def compose(
     Limits for the whole server, such as `limits.fills`, hold for all processes with the same `shared`.
     """
     try:
-        return _Composer(config, clock, metrics or Metrics(), shared or SharedState(), hooks).compose()
+        with ExitStack() as failed:
+            parts = _Composer(config, clock, metrics or Metrics(), shared or SharedState(), hooks, failed)
+            made = parts.compose()
+            failed.pop_all()
+            return made
     except StorageFailed as error:
         raise StartError(f"cannot store in {config.disk.path} (disk.path): {error}") from error
 
@@ -161,7 +166,10 @@ def private_store(config: Config, clock: Callable[[], float] = time.time) -> Sto
 
 
 class _Composer:
-    """Makes the parts of one composition.  A part that is made later is closed earlier."""
+    """Makes the parts of one composition.  A part that is made later is closed earlier.
+
+    `failed` closes what is open if a part cannot be made.
+    """
 
     def __init__(
         self,
@@ -170,14 +178,17 @@ class _Composer:
         metrics: Metrics,
         shared: SharedState,
         hooks: Hooks,
+        failed: ExitStack,
     ) -> None:
         self._config = config
         self._clock = clock
         self._metrics = metrics
         self._shared = shared
         self._hooks = hooks
+        self._failed = failed
         self._closing = AsyncExitStack()
         self._disks: list[DiskHealth] = []
+        self._listings = ListingMemory()
 
     def compose(self) -> Composition:
         # long: each part takes a line
@@ -241,6 +252,7 @@ class _Composer:
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)
         self._disks.append(store.files.disk)
+        self._failed.callback(store.records.close)
         return store
 
     def _usage(self, store: Store) -> tuple[Usage, UsageRecorder]:
@@ -257,6 +269,7 @@ class _Composer:
         self._disks.append(disk)
         queue = Queue(Records(root / "records", self._clock, disk, durable=True), self._clock)
         self._closing.callback(queue.close)
+        self._failed.callback(queue.close)
         publisher = Publisher(queue, webhooks, self._metrics, self._clock, self._hooks.wake)
         self._closing.push_async_callback(publisher.close)
         return queue, publisher
@@ -279,8 +292,9 @@ class _Composer:
             for url in upstream.url:
                 reach = replace(connect, plain_http=upstream.allows_http(url))
                 settings = UpstreamSettings(
-                    url, reach, upstream.token_realms, upstream.reserve.of, bandwidth, shared=self._shared
-                )
+                    url, reach, upstream.token_realms, upstream.reserve.of, bandwidth,
+                    shared=self._shared, listings=self._listings,
+                )  # fmt: skip
                 made.append(UpstreamRegistry(name, settings, credentials, self._metrics, self._clock))
         except OSError as error:
             needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)

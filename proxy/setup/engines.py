@@ -124,13 +124,28 @@ def podman(site: Site) -> Setup:
         "registries without a table of their own are contacted directly",
         "a name without a registry is searched in unqualified-search-registries of registries.conf",
     ]
+    notes += _left_out(site)
     after = "nothing else: podman, buildah and skopeo read the files at each pull"
     return Setup("podman", registries(site), after, notes)
 
 
 def crio(site: Site) -> Setup:
-    notes = ["registries without a table of their own are contacted directly"]
+    notes = ["registries without a table of their own are contacted directly", *_left_out(site)]
     return Setup("crio", registries(site), "systemctl reload crio", notes)
+
+
+def _left_out(site: Site) -> list[str]:
+    if not (addresses := [each for each in site.namespaces if _is_address(each)]):
+        return []
+    return [
+        f"{', '.join(addresses)}: no mirror is possible, since registries.conf takes no IPv6 address in a"
+        f" path; give the namespace a name as an alias, and pull {site.host}/<alias>/…"
+    ]
+
+
+def _is_address(namespace: str) -> bool:
+    """Whether it is an IPv6 address, which is no component of a repository's name, and so of no mirror."""
+    return namespace.startswith("[")
 
 
 def registries(site: Site) -> list[Piece]:
@@ -138,7 +153,7 @@ def registries(site: Site) -> list[Piece]:
     insecure = "insecure = true\n" if site.plain else ""
     tables = []
     for each in site.namespaces:
-        if each.startswith("["):  # an address is no component of a repository's name, and so of no mirror
+        if _is_address(each):
             continue
         mirror = f'location = "{site.host}/{each}"\n{insecure}'
         if site.bypass:

@@ -65,7 +65,7 @@ _VAGUE = frozenset(("", "application/json", "text/plain", "text/html", OCTETS))
 class UpstreamRegistry(Registry):
     """A remote registry that can be pulled from and pushed to.
 
-    It is made inside a running event loop, with at least one of `credentials`.
+    It is made inside a running event loop.  Raises ValueError if `credentials` is empty.
     """
 
     def __init__(
@@ -76,8 +76,13 @@ class UpstreamRegistry(Registry):
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not credentials:
+            raise ValueError(
+                f"{name}: credentials is empty: give at least one, such as Credentials() for none"
+            )
         self._name = name
         self._sender = RequestSender(name, settings, credentials, metrics, clock)
+        self._listings = settings.listings
         self.host = self._sender.host
         self._unread: dict[tuple[str, Digest], Manifest] = {}  # at most one
 
@@ -119,7 +124,7 @@ class UpstreamRegistry(Registry):
 
     def _pages(self, path: str, kind: str, repository: str = "", also: str = "") -> AsyncIterator[Any]:
         request = UpstreamRequest("GET", self._sender.url(path), kind, repository, also=also)
-        return pages(self._sender, request)
+        return pages(self._sender, request, self._listings)
 
     # Pulling blobs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.requests import RequestSender, UpstreamRequest
 from storage.errors import ManifestUnknown, NameUnknown, OriginFailed, OriginTimeout, Unsupported
 
@@ -30,8 +31,16 @@ _END = re.compile(r"[ \t]*(?:,|$)")
 _URI = re.compile(r"[!-~]*")  # RFC 3986 §2: a URI is ASCII without spaces
 
 
-async def pages(sender: RequestSender, request: UpstreamRequest) -> AsyncIterator[Any]:
+async def pages(sender: RequestSender, request: UpstreamRequest, memory: ListingMemory) -> AsyncIterator[Any]:
     """The pages as JSON values.  Raises an error rather than end before the last page."""
+    with memory.share() as take:
+        async for page in _pages(sender, request, take):
+            yield page
+
+
+async def _pages(
+    sender: RequestSender, request: UpstreamRequest, take: Callable[[int], None]
+) -> AsyncIterator[Any]:
     deadline = asyncio.get_running_loop().time() + LISTING_SECONDS
     name, path, size = sender.name, request.url.path, 0
     page: UpstreamRequest | None = request
@@ -40,7 +49,9 @@ async def pages(sender: RequestSender, request: UpstreamRequest) -> AsyncIterato
             return
         try:
             async with asyncio.timeout_at(deadline), await sender.send(page) as response:
-                content = await sender.content(response, LISTING_LIMIT)
+                raw = await sender.transport.read(response, LISTING_LIMIT, take)
+                content = sender.decoded(response, raw, LISTING_LIMIT)
+                take(max(0, len(content) - len(raw)))
         except TimeoutError:
             raise OriginTimeout(f"{name} took over {LISTING_SECONDS:.0f} s to list {path}") from None
         except (ManifestUnknown, NameUnknown, Unsupported) as error:

@@ -26,6 +26,7 @@ from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import decoded
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response
+from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
 from proxy.upstream.refusals import Refusals
 from proxy.upstream.tokens import TokenCache, TokenResponse
@@ -52,6 +53,7 @@ class UpstreamSettings:
     token_realms: hosts that may issue tokens, besides the upstream's own
     reserve: returns how many requests of a rate limit are reserved for content that is not cached yet
     bandwidth: limits the transfer of blobs; several upstreams may share it
+    listings: limits the memory for listings; several upstreams may share it
     pushed_to: requests that read use the token for pushing.  That saves a token, and some registries show
         a repository that does not exist yet only to clients that may push.
     shared: where all processes of a server find what is known of the upstream
@@ -64,6 +66,7 @@ class UpstreamSettings:
     bandwidth: RateLimit = field(default_factory=RateLimit)
     pushed_to: bool = False
     shared: SharedState = field(default_factory=SharedState)
+    listings: ListingMemory = field(default_factory=ListingMemory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,9 +357,10 @@ class RequestSender:
 
     async def content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """The decoded body of a small document.  Raises OriginFailed, OriginTimeout."""
-        return self._decoded(response, await self.transport.read(response, limit), limit)
+        return self.decoded(response, await self.transport.read(response, limit), limit)
 
-    def _decoded(self, response: aiohttp.ClientResponse, content: bytes, limit: int) -> bytes:
+    def decoded(self, response: aiohttp.ClientResponse, content: bytes, limit: int) -> bytes:
+        """The `content` that was read, without its Content-Encoding.  Raises OriginFailed."""
         self._traffic.count_received(len(content))
         return decoded(self.name, response, content, limit)
 
@@ -368,7 +372,7 @@ class RequestSender:
         seconds = seconds_until(response.headers, time.time)
         if response.status == 429 and seconds is None:
             seconds = DEFAULT_BLOCK  # the window of the registry's limit does not apply to the realm's
-        return TokenResponse(response.status, self._decoded(response, content, MANIFEST_LIMIT), seconds)
+        return TokenResponse(response.status, self.decoded(response, content, MANIFEST_LIMIT), seconds)
 
     async def close(self) -> None:
         for each in self._tokens:

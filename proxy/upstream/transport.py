@@ -30,6 +30,7 @@ from yarl import URL
 
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
+from proxy.upstream.listing_memory import ignore
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState
 
@@ -113,20 +114,22 @@ class Transport:
         self._breakers: dict[URL, Breaker] = {}
         self.breaker(home)  # the first, and so never dropped
         self._private = connect.private_redirects or is_private(home.host or "")
-        context = connect.ssl_context()
+        self._ssl = connect.ssl_context()
         # Two pools: a connection made for the upstream itself is never used for a redirect.
-        self._home_session = self._open(context, self._home_socket)
-        self._redirect_session = self._open(context, self._redirect_socket)
-        for each in (self._home_session, self._redirect_session):
-            each._retry_connection = False  # its own silent retry would double each of ours
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
-    def _open(
-        self, context: ssl.SSLContext | bool, new_socket: Callable[[Any], socket.socket]
-    ) -> aiohttp.ClientSession:
+    def _session(self, home: bool) -> aiohttp.ClientSession:
+        """The pool of connections to the upstream itself, or that for redirects; opened when it is needed."""
+        if home not in self._sessions:
+            session = self._sessions[home] = self._open(self._home_socket if home else self._redirect_socket)
+            session._retry_connection = False  # its own silent retry would double each of ours
+        return self._sessions[home]
+
+    def _open(self, new_socket: Callable[[Any], socket.socket]) -> aiohttp.ClientSession:
         connect = self._connect
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                ssl=context,
+                ssl=self._ssl,
                 limit=0,
                 ttl_dns_cache=30,
                 socket_factory=None if connect.proxy else new_socket,
@@ -224,7 +227,7 @@ class Transport:
     async def _persist(
         self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody
     ) -> aiohttp.ClientResponse:
-        session = self._home_session if url.origin() == self._home else self._redirect_session
+        session = self._session(url.origin() == self._home)
         connect = self._connect
         retries = RETRIES if method in READING else 0  # RFC 9110 §9.2.1
         wait = connect.progress_timeout if method in READING else connect.write_timeout
@@ -303,21 +306,27 @@ class Transport:
         if self._connect.proxy and not self._private and is_private(url.host or ""):
             raise OriginFailed(f"{self._name} redirected to a private address; private_redirects allows it")
 
-    async def read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+    async def read(
+        self, response: aiohttp.ClientResponse, limit: int, take: Callable[[int], None] = ignore
+    ) -> bytes:
         """The body of a small document, all of which must come within `progress_timeout`.
 
+        `take` is called with the size of each piece of it.
         Raises OriginTimeout, and OriginFailed if it has more than `limit` bytes or ends early.
         """
         try:
             async with asyncio.timeout(self._connect.progress_timeout):
-                return await self._body(response, limit)
+                return await self._body(response, limit, take)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self.broken(response, error) from error
 
-    async def _body(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+    async def _body(
+        self, response: aiohttp.ClientResponse, limit: int, take: Callable[[int], None] = ignore
+    ) -> bytes:
         content = bytearray()
         try:
             async for chunk in response.content.iter_any():
+                take(len(chunk))
                 content += chunk
                 if len(content) > limit:
                     raise OriginFailed(f"{self._name} sent more than {limit} bytes, the most that is allowed")
@@ -349,8 +358,8 @@ class Transport:
         return OriginFailed(f"{self._name} cannot be reached: {detail}")
 
     async def close(self) -> None:
-        await self._home_session.close()
-        await self._redirect_session.close()
+        for session in self._sessions.values():
+            await session.close()
 
 
 def is_private(host: str) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from storage.keys import REFERRER
-from storage.oci import Descriptor, Digest, ManifestContent, Tag, digests_in, parse_manifest
+from storage.oci import Descriptor, Digest, Manifest, ManifestContent, Tag, digests_in, parse_manifest
 from storage.store import Store
 
 T = TypeVar("T")
@@ -86,6 +88,24 @@ def referring(store: Store, repository: str, digest: Digest) -> Iterator[tuple[D
     for tag in (fallback_tag(digest), *signature_tags(digest)):
         if (pointer := store.pointer(repository, tag)) is not None:
             yield pointer.digest, tag
+
+
+class IndexEntries:
+    """The entries of indexes, in the order of their digests.
+
+    Those of the last index are kept: clients ask for one page of its entries after the other.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Digest, list[Descriptor]] | None = None
+
+    def after(self, index: Manifest, last: str = "") -> list[Descriptor]:
+        """The entries after the digest `last`.  Raises ManifestInvalid."""
+        if self._last is None or self._last[0] != index.digest:
+            listed = parse_manifest(index.content).listed
+            self._last = index.digest, sorted(listed, key=attrgetter("digest"))
+        found = self._last[1]
+        return found[bisect_right(found, last, key=attrgetter("digest")) :]
 
 
 def contents(manifest: bytes) -> ManifestContent | None:

@@ -7,7 +7,10 @@ for pulls.  Any method may raise Denied or Unavailable (storage/errors.py) besid
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import heapq
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from storage.errors import Unsupported
@@ -20,6 +23,18 @@ Moved: TypeAlias = Callable[[str, Tag, Digest, Digest], Awaitable[None]]
 def everything(repository: str) -> bool:
     """A filter that accepts all repositories."""
     return True
+
+
+def referrers_page(
+    sources: Iterable[Iterable[Descriptor]], artifact_type: str | None, limit: int | None
+) -> list[Descriptor]:
+    """What referrers() returns, from sources that are each in the order of the digests.
+
+    No more of them is read than is returned.  Of descriptors of the same digest the first one counts.
+    """
+    by_digest = attrgetter("digest")
+    known = (next(same) for _, same in groupby(heapq.merge(*sources, key=by_digest), by_digest))
+    return list(islice((each for each in known if artifact_type in (None, each.artifact_type)), limit))
 
 
 class Blob:
@@ -106,10 +121,16 @@ class Registry:
         raise Unsupported("this registry lists no tags")
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None = None
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
     ) -> list[Descriptor]:
         """The manifests whose subject is `digest`; only those of `artifact_type`, if it is given.
 
+        They come in the order of their digests: those after `last`, at most `limit`.
         Raises ManifestUnknown if the registry has no referrers API.
         """
         raise Unsupported("this registry lists no referrers")

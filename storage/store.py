@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, takewhile
 from typing import TypeAlias
@@ -45,7 +45,7 @@ from storage.oci import (
     Tag,
     parse_manifest,
 )
-from storage.registry import Registry, Upload, everything
+from storage.registry import Registry, Upload, everything, referrers_page
 from storage.values import Link, Pointer, StoredManifest
 
 DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
@@ -133,11 +133,20 @@ class Store(Registry):
         return tags
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None = None
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
     ) -> list[Descriptor]:
-        records = self.records.scan(REFERRER.prefix(repository, digest))
-        found = [each for _, value in records if (each := _descriptor(value)) is not None]
-        return [each for each in found if artifact_type in (None, each.artifact_type)]
+        return referrers_page([self.referrers_after(repository, digest, last)], artifact_type, limit)
+
+    def referrers_after(self, repository: str, digest: Digest, last: str = "") -> Iterator[Descriptor]:
+        """The referrers after the digest `last`, in order; each is read when it is asked for."""
+        for _, value in self.records.scan(REFERRER.prefix(repository, digest), last):
+            if (each := _descriptor(value)) is not None:
+                yield each
 
     async def repositories(
         self, last: str = "", limit: int | None = None, within: str | None = None

@@ -287,6 +287,23 @@ class PullContract:
         assert await subject.registry.referrers(name, signature.digest) == []
         assert await subject.registry.referrers(name, manifest(9).digest) == []
 
+    async def test_pages_of_referrers(self, subject: Subject) -> None:
+        image, name = manifest(1), subject.name("a")
+        await subject.content.manifest("a", image)
+        made = [manifest(2 + n, artifactType=f"a/{n % 3}", **refers_to(image)) for n in range(7)]
+        for each in made:
+            await subject.content.manifest("a", each)
+        ask = subject.registry.referrers
+        for artifact_type in (None, "a/0", "a/1", "a/9"):
+            wanted = [each for n, each in enumerate(made) if artifact_type in (None, f"a/{n % 3}")]
+            digests = sorted(each.digest for each in wanted)
+            assert [each.digest for each in await ask(name, image.digest, artifact_type)] == digests
+            for last in ("", *digests, "sha256:8", "sha512:", "a"):
+                after = [each for each in digests if each > last]
+                for limit in (None, 1, 3, 7, 50):
+                    found = await ask(name, image.digest, artifact_type, last, limit)
+                    assert [each.digest for each in found] == after[:limit], (artifact_type, last, limit)
+
     async def test_repositories(self, subject: Subject) -> None:
         if "repositories" in subject.unsupported:
             await refused(subject.registry.repositories(), Unsupported)

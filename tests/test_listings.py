@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proxy.upstream.transport import RETRIES
-from tests.conftest import Clock, Serve
+from storage.listings import ListedReferrers
+from storage.oci import Descriptor, Digest
+from tests.conftest import Clock, Serve, Site
 from tests.pulls import FRESH, TAG, TAGS, code_of, manifest_of, pull
 from tests.upstream import (
     OCI_INDEX,
@@ -82,6 +86,81 @@ async def test_referrers_are_kept_and_filtered_here(serve: Serve, upstream: Upst
     assert len(upstream.log) == 1
 
 
+async def pages_of(site: Site, path: str) -> list[list[str]]:
+    """The digests on each page of a list of referrers."""
+    pages = []
+    while path:
+        status, headers, body = await site.get(path)
+        assert status == 200
+        pages.append([each["digest"] for each in json.loads(body)["manifests"]])
+        path = headers.get("Link", "<>").partition("<")[2].partition(">")[0]
+    return pages
+
+
+@pytest.mark.parametrize("state", ["fresh", "stale", "offline"])
+async def test_a_page_of_referrers_decodes_what_it_shows(
+    serve: Serve, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    image = upstream.image("a/b")
+    made = [upstream.artifact("a/b", image, f"application/x-{n % 2}", {"n": str(n)}) for n in range(30)]
+    site = await serve(upstream)
+    path = f"/v2/a/b/referrers/{image.digest}"
+    await site.get(path)
+    if state == "offline":
+        await site.app.stop()
+        site = await serve(upstream, offline=True)
+    elif state == "stale":
+        clock.advance(FRESH + 1)
+        upstream.next("GET", "referrers", Status(503), times=1 + RETRIES)
+        await site.get(path)
+    upstream.clear()
+    digests = sorted(each.digest for each in made)
+    decoded, real = [0], Descriptor.from_json
+
+    def counted(value: Any) -> Descriptor:
+        decoded[0] += 1
+        return real(value)
+
+    monkeypatch.setattr(Descriptor, "from_json", counted)
+    assert await pages_of(site, f"{path}?n=7") == [digests[start : start + 7] for start in range(0, 30, 7)]
+    # One more for each page tells whether it is the last; offline, another one whether there are any.
+    assert decoded[0] <= 30 + 2 * 5
+    odd = sorted(each.digest for each in made[1::2])
+    assert await pages_of(site, f"{path}?n=4&artifactType=application/x-1") == [
+        odd[start : start + 4] for start in range(0, 15, 4)
+    ]
+    assert upstream.log == []
+
+
+async def test_a_page_that_is_read_in_parts(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.web.pull.AT_ONCE", 2)
+    image = upstream.image("a/b")
+    digests = sorted(upstream.artifact("a/b", image, f"application/x-{n}").digest for n in range(5))
+    site = await serve(upstream)
+    path = f"/v2/a/b/referrers/{image.digest}"
+    status, body, came = await pull(site, path)
+    assert [each["digest"] for each in json.loads(body)["manifests"]] == digests
+    assert (status, came) == (200, "entrepot; fwd=miss")
+    assert await pages_of(site, f"{path}?n=3") == [digests[:3], digests[3:]]
+    assert await pages_of(site, f"{path}?n=0") == [[each] for each in digests]
+    assert await pages_of(site, f"{path}?last={digests[1]}") == [digests[2:]]
+
+
+async def test_a_list_of_referrers_that_a_former_version_kept(
+    serve: Serve, upstream: Upstream, tmp_path: Path
+) -> None:
+    image = upstream.image("a/b")
+    site = await serve(upstream, offline=True)
+    listed = [{"mediaType": "a/b", "digest": str(Digest.of(b"%d" % n)), "size": n} for n in range(5)]
+    store = site.app.composition.store
+    await store.listings.put("docker.io/a/b", f"referrers {image.digest}", listed)
+    digests = sorted(each["digest"] for each in listed)
+    path = f"/v2/a/b/referrers/{image.digest}"
+    assert await pages_of(site, f"{path}?n=2") == [digests[:2], digests[2:4], digests[4:]]
+
+
 @pytest.mark.parametrize("kind", ["tags", "referrers"])
 @pytest.mark.parametrize("fault", [Status(500), Status(429), Refuse()], ids=str)
 async def test_a_stale_listing(
@@ -142,3 +221,22 @@ async def test_no_digest_header_at_all(serve: Serve, upstream: Upstream) -> None
     upstream.next("GET", "latest", NoDigest())
     status, headers, body = await site.get(TAG)
     assert (status, body, headers["Docker-Content-Digest"]) == (200, image.content, image.digest)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 30])
+def test_listed_referrers_are_what_was_listed(count: int) -> None:
+    made = [
+        Descriptor(
+            "a/b", Digest.of(b"%d" % n), n, f"t/{n}", {"new\nline": ",\n", "a": "é"} if n % 2 else None
+        )
+        for n in range(count)
+    ]
+    listed = ListedReferrers.of(made)
+    ordered = sorted(made, key=lambda each: each.digest)
+    for each in (listed, ListedReferrers.parse(listed.encode())):
+        found = list(each.after())
+        assert found == ordered
+        assert [each.annotations for each in found] == [each.annotations for each in ordered]
+        for number, last in enumerate(ordered):
+            assert list(each.after(last.digest)) == ordered[number + 1 :]
+    assert isinstance(json.loads(listed.encode()), list)

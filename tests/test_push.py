@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from multidict import CIMultiDictProxy
 
+from storage import graph
 from storage.oci import (
     ARTIFACTS,
     DOCKER_LIST,
@@ -22,6 +23,7 @@ from storage.oci import (
     OCI_INDEX,
     OCI_MANIFEST,
     Digest,
+    ManifestContent,
 )
 from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
@@ -794,6 +796,35 @@ async def test_referrers_that_a_client_listed_under_a_tag(client: Client) -> Non
     await client.ask("DELETE", f"{APP}/manifests/{Digest.of(lost)}")
     found = await client.ask("GET", f"{APP}/referrers/{Digest.of(subject)}")
     assert [each["digest"] for each in json.loads(found.body)["manifests"]] == [Digest.of(listed)]
+
+
+async def test_pages_of_referrers_by_record_and_by_tag(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some clients list referrers under the fallback tag, others push them with a subject."""
+    await client.blob(b"{}")
+    subject = {"mediaType": OCI_MANIFEST, "digest": DIGEST, "size": 5}
+    recorded = [image(artifactType="a/recorded", subject=subject, n=n) for n in range(5)]
+    listed = [image(artifactType="a/listed", n=n) for n in range(5, 10)]
+    for each in (*recorded, *listed):
+        await client.manifest(Digest.of(each), each)
+    both = [*listed, recorded[2]]
+    assert (await client.manifest(DIGEST.replace(":", "-"), index(*both), OCI_INDEX)).status == 201
+    parsed, real = [0], graph.parse_manifest
+
+    def counted(content: bytes) -> ManifestContent:
+        parsed[0] += 1
+        return real(content)
+
+    monkeypatch.setattr(graph, "parse_manifest", counted)
+    digests = sorted(map(Digest.of, (*recorded, *listed)))
+    last, pages = "", []
+    for _ in range(4):
+        found = await client.ask("GET", f"{APP}/referrers/{DIGEST}?n=3&last={last}")
+        pages.append([each["digest"] for each in json.loads(found.body)["manifests"]])
+        last = pages[-1][-1]
+    assert pages == [digests[start : start + 3] for start in (0, 3, 6, 9)]
+    assert parsed == [1]
 
 
 async def test_referrers_page_by_page(client: Client) -> None:

@@ -302,6 +302,24 @@ async def test_referrers_are_described_as_the_specification_says(home: Home) -> 
     assert [each.digest for each in only] == [named.digest]
 
 
+async def test_a_page_of_referrers_reads_what_it_shows(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = described(b"subject")
+    made = [image(n, subject=subject, artifactType=f"a/{n % 2}") for n in range(40)]
+    for manifest in made:
+        await home.store.push_manifest("a", manifest.digest, manifest)
+    digests = sorted(each.digest for each in made)
+    read, real = [], Descriptor.from_json
+    monkeypatch.setattr(Descriptor, "from_json", lambda value: read.append(value) or real(value))
+    for start in (0, 13, 35):
+        last = digests[start - 1] if start else ""
+        found = await home.store.referrers("a", Digest.of(b"subject"), None, last, 5)
+        assert [each.digest for each in found] == digests[start : start + 5]
+        assert len(read) == 5
+        read.clear()
+    [first] = await home.store.referrers("a", Digest.of(b"subject"), "a/1", "", 1)
+    assert len(read) == digests.index(first.digest) + 1
+
+
 @pytest.mark.parametrize("content", [b"", b"no JSON", b'{"subject":7}', b'{"a":' * 100_000])
 async def test_a_manifest_of_no_known_form_is_stored_as_it_is(home: Home, content: bytes) -> None:
     manifest = Manifest.of("application/vnd.example", content)

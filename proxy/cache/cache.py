@@ -154,9 +154,17 @@ class Cache(Registry):
         return self._record(*await self._listings.tags(repository, last, limit))
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None = None
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
     ) -> list[Descriptor]:
-        return self._record(*await self._listings.referrers(repository, digest, artifact_type))
+        answered = await self._listings.referrers(repository, digest, artifact_type, last, limit)
+        if last and current().result:
+            return answered.value  # more for the same page: the first call tells how it was answered
+        return self._record(*answered)
 
     # What the exchange records
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from proxy.cache.absences import REFERRERS_API
@@ -11,9 +12,11 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
-from storage.errors import ManifestUnknown, NameUnknown, StorageFailed, Unavailable
-from storage.graph import contents, fallback_tag
+from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, StorageFailed, Unavailable
+from storage.graph import IndexEntries, fallback_tag
+from storage.listings import ListedReferrers, Listing
 from storage.oci import OCI_INDEX, Descriptor, Digest
+from storage.registry import referrers_page
 from storage.store import Store
 
 T = TypeVar("T")
@@ -30,20 +33,27 @@ class Listings:
         self._store = store
         self._policy = policy
         self._clock = clock
+        self._indexes = IndexEntries()
 
     async def tags(self, repository: str, last: str, limit: int | None) -> Answered[list[str]]:
         """Raises NameUnknown."""
-
-        async def stored(name: str) -> list[str] | None:
-            return await self._store.tags(name) or None
-
-        key = NameUnknown, f"{self._origin.namespace}/{repository}", "tags"
-        answered = await self._get(key, lambda: self._origin.registry.tags(repository), stored)
+        name = f"{self._origin.namespace}/{repository}"
+        key, read = (NameUnknown, name, "tags"), self._store.listings.get
+        if self._origin.offline:
+            known = self._known(key, read)
+            stored: list[str] = []
+            with suppress(NameUnknown, StorageFailed):
+                stored = await self._store.tags(name)
+            found = sorted({*known.value, *stored}) if known else stored
+            self._check_known(key, known is not None or bool(found))
+            answered = self._hit(known, found)
+        else:
+            answered = await self._get(key, lambda: self._origin.registry.tags(repository), read)
         start = bisect_right(answered.value, last) if last else 0
         return answered.with_value(answered.value[start : None if limit is None else start + limit])
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None
+        self, repository: str, digest: Digest, artifact_type: str | None, last: str, limit: int | None
     ) -> Answered[list[Descriptor]]:
         """Raises ManifestUnknown: clients then look for the fallback tag.
 
@@ -51,51 +61,83 @@ class Listings:
         for another.  So it is not raised where nothing refers to the subject, as far as is known.
         """
         name = f"{self._origin.namespace}/{repository}"
+        key = ManifestUnknown, name, f"referrers {digest}"
         absences = self._origin.absences
 
-        async def ask() -> list[dict[str, Any]]:
+        async def ask() -> ListedReferrers:
             try:
                 found = await self._origin.registry.referrers(repository, digest)
             except ManifestUnknown:
                 await self._origin.keep(absences.add(name, REFERRERS_API, digest))
                 raise
             await self._origin.keep(absences.discard(name, REFERRERS_API))
-            return [each.to_json() for each in found]
-
-        async def stored(name: str) -> list[dict[str, Any]] | None:
-            return await self._stored_referrers(name, digest)
+            return ListedReferrers.of(found)
 
         try:
-            answered = await self._get((ManifestUnknown, name, f"referrers {digest}"), ask, stored)
+            if self._origin.offline:
+                return self._offline_referrers(key, digest, artifact_type, last, limit)
+            answered = await self._get(key, ask, self._store.listings.referrers)
+            return answered.with_value(referrers_page([answered.value.after(last)], artifact_type, limit))
         except Unavailable as error:
-            if (fallback := self._fallback(name, digest)) is None:
+            if (fallback := self._fallback(name, digest, last)) is None:
                 if absences.contains(name, REFERRERS_API):
                     raise self._origin.still_unknown(f"list of referrers of {digest}") from error
                 raise
-            answered = fallback._replace(detail=error.code)
-        found = [Descriptor.from_json(each) for each in answered.value]
-        return answered.with_value([each for each in found if artifact_type in (None, each.artifact_type)])
+            found = referrers_page([fallback.value], artifact_type, limit)
+            return fallback.with_value(found)._replace(detail=error.code)
+
+    def _offline_referrers(
+        self, key: RequestKey, digest: Digest, artifact_type: str | None, last: str, limit: int | None
+    ) -> Answered[list[Descriptor]]:
+        name = key[1]
+        known = self._known(key, self._store.listings.referrers)
+        self._check_known(key, known is not None or self._knows_referrers(name, digest))
+        listed = known.value.after(last) if known else ()
+        fallback = self._fallback(name, digest, last)
+        stored = _readable(self._store.referrers_after(name, digest, last))
+        sources = [listed, fallback.value if fallback else (), stored]
+        return self._hit(known, referrers_page(sources, artifact_type, limit))
+
+    def _knows_referrers(self, name: str, digest: Digest) -> bool:
+        """Whether the store says what refers to the manifest; also that nothing does, if it is stored."""
+        with suppress(ManifestUnknown, StorageFailed):
+            if self._fallback(name, digest) is not None:
+                return True
+            if next(self._store.referrers_after(name, digest), None) is not None:
+                return True
+            if self._policy.offline:
+                self._store.manifest(name, digest)
+                return True
+        return False
+
+    def _known(self, key: RequestKey, read: Callable[[str, str], Listing[T] | None]) -> Listing[T] | None:
+        """What the origin listed last."""
+        try:
+            return read(key[1], key[2])
+        except StorageFailed:
+            return None
+
+    def _age(self, known: Listing[Any] | None) -> float:
+        return self._clock() - known.validated_at if known else 0.0
+
+    def _hit(self, known: Listing[Any] | None, found: list[T]) -> Answered[list[T]]:
+        """Offline, images imported or warmed since the origin was asked can be pulled, so they are listed."""
+        return Answered(found, "hit", self._age(known))
+
+    def _check_known(self, key: RequestKey, known: bool) -> None:
+        """Raise the error of an origin that must not be asked, unless something is known without it."""
+        if not known:
+            self._origin.check(key)
 
     async def _get(
         self,
         key: RequestKey,
-        ask: Callable[[], Awaitable[list[T]]],
-        stored: Callable[[str], Awaitable[list[T] | None]],
-    ) -> Answered[list[T]]:
-        """What it lists; offline, with what `stored` finds of the repository (None: nothing is known)."""
-        _, name, what = key
-        try:
-            known = self._store.listings.get(name, what)
-        except StorageFailed:
-            known = None
-        age = self._clock() - known.validated_at if known else 0.0
-        fresh_for = self._policy.fresh_for("")
-        if self._origin.offline:
-            # Images imported or warmed since the origin was asked can be pulled, so they are listed.
-            found = await self._stored(stored, name)
-            if known is None and found is None:
-                self._origin.check(key)
-            return Answered(_merged(known.value if known else [], found or []), "hit", age)
+        ask: Callable[[], Awaitable[T]],
+        read: Callable[[str, str], Listing[T] | None],
+    ) -> Answered[T]:
+        """What the origin lists; `read` reads what it listed last."""
+        known = self._known(key, read)
+        age, fresh_for = self._age(known), self._policy.fresh_for("")
         if known and 0 <= age < fresh_for:
             return Answered.of(known.value, "hit", age, fresh_for)
         error = self._origin.paused(key)
@@ -110,18 +152,7 @@ class Listings:
             raise error.copy()
         return Answered.of(known.value, "stale", age, fresh_for, error.code)
 
-    async def _stored_referrers(self, name: str, digest: Digest) -> list[dict[str, Any]] | None:
-        """None if nothing is known.  Raises ManifestUnknown if that is because the subject is not stored."""
-        fallback = self._fallback(name, digest)
-        stored = [each.to_json() for each in await self._store.referrers(name, digest)]
-        found = _merged(fallback.value if fallback else [], stored)
-        if not found and fallback is None:
-            if not self._policy.offline:
-                return None
-            self._store.manifest(name, digest)
-        return found
-
-    def _fallback(self, name: str, digest: Digest) -> Answered[list[dict[str, Any]]] | None:
+    def _fallback(self, name: str, digest: Digest, last: str = "") -> Answered[list[Descriptor]] | None:
         """The referrers that the stored fallback tag lists: distribution-spec, "Referrers Tag Schema".
 
         An empty list if the origin had neither that tag nor a referrers API when it was last asked; None if
@@ -134,22 +165,15 @@ class Listings:
                 absent = absences.contains(name, REFERRERS_API) and absences.contains(name, tag)
                 return Answered([], "stale", ttl=0.0) if absent else None
             manifest = self._store.manifest(name, pointer.digest)[0]
-        except (ManifestUnknown, StorageFailed):
+            if manifest.media_type != OCI_INDEX:
+                return None
+            listed = self._indexes.after(manifest, last)
+        except (ManifestUnknown, ManifestInvalid, StorageFailed):
             return None
-        content = contents(manifest.content) if manifest.media_type == OCI_INDEX else None
-        if content is None:
-            return None
-        listed = [each.to_json() for each in content.listed]
         age = self._clock() - pointer.validated_at
         return Answered.of(listed, "stale", age, self._policy.fresh_for(""))
 
-    async def _stored(self, stored: Callable[[str], Awaitable[list[T] | None]], name: str) -> list[T] | None:
-        try:
-            return await stored(name)
-        except (ManifestUnknown, NameUnknown, StorageFailed):
-            return None
-
-    async def _list(self, key: RequestKey, ask: Callable[[], Awaitable[list[T]]]) -> list[T]:
+    async def _list(self, key: RequestKey, ask: Callable[[], Awaitable[T]]) -> T:
         try:
             listed = await ask()
         except (ManifestUnknown, NameUnknown) as error:
@@ -159,12 +183,6 @@ class Listings:
         return listed
 
 
-def _merged(listed: list[T], stored: list[T]) -> list[T]:
-    """Both lists as one: tags in their order, or descriptors as JSON, which their digests identify."""
-
-    def identity(each: Any) -> str:
-        return str(each["digest"] if isinstance(each, dict) else each)
-
-    names = {identity(each) for each in listed}
-    more = [each for each in stored if identity(each) not in names]
-    return sorted([*listed, *more], key=identity) if more else listed
+def _readable(found: Iterator[T]) -> Iterator[T]:
+    with suppress(StorageFailed):
+        yield from found

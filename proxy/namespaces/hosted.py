@@ -19,7 +19,7 @@ from storage.errors import (
     ManifestInvalid,
     ManifestUnknown,
 )
-from storage.graph import fallback_tag
+from storage.graph import IndexEntries, fallback_tag
 from storage.keys import LINK, MANIFEST, TAG
 from storage.maintenance.leases import Leases
 from storage.oci import (
@@ -40,7 +40,7 @@ from storage.oci import (
     key_collision,
     parse_manifest,
 )
-from storage.registry import Blob, Moved, Registry, Upload, everything
+from storage.registry import Blob, Moved, Registry, Upload, everything, referrers_page
 from storage.store import Store
 from storage.values import Pointer
 
@@ -93,6 +93,7 @@ class Hosted(Registry):
         self._rules = rules
         self._make_room = make_room
         self._moved = moved
+        self._indexes = IndexEntries()
 
     def _full(self, repository: str) -> str:
         return f"{self._namespace}/{repository}"
@@ -128,21 +129,24 @@ class Hosted(Registry):
         return await self._store.tags(self._full(repository), last, limit)
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None = None
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
     ) -> list[Descriptor]:
         name = self._full(repository)
-        found = {each.digest: each for each in await self._store.referrers(name, digest)}
-        for each in self._fallback(name, digest):
-            found.setdefault(each.digest, each)
-        return [each for each in found.values() if artifact_type in (None, each.artifact_type)]
+        recorded = self._store.referrers_after(name, digest, last)
+        return referrers_page([recorded, self._fallback(name, digest, last)], artifact_type, limit)
 
-    def _fallback(self, name: str, digest: Digest) -> Iterator[Descriptor]:
+    def _fallback(self, name: str, digest: Digest, last: str) -> Iterator[Descriptor]:
         """Referrers that clients listed under a tag, as for registries without the referrers API.
 
         distribution-spec, "Referrers Tag Schema" and "Enabling the Referrers API".
         """
         with suppress(ManifestUnknown, ManifestInvalid):
-            for each in parse_manifest(self._store.manifest(name, fallback_tag(digest))[0].content).children:
+            for each in self._indexes.after(self._store.manifest(name, fallback_tag(digest))[0], last):
                 with suppress(ManifestUnknown):
                     self._store.manifest(name, each.digest)
                     yield each

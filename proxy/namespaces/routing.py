@@ -168,10 +168,15 @@ class Namespaces(Registry):
         return await member.registry.tags(relative, last, limit)
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None = None
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
     ) -> list[Descriptor]:
         member, relative = self._split(repository)
-        return await member.registry.referrers(relative, digest, artifact_type)
+        return await member.registry.referrers(relative, digest, artifact_type, last, limit)
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
         """Full names.  Without catalogs, members that cannot list repositories are left out."""

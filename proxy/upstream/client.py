@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from copy import copy
+from operator import attrgetter
 from typing import Any, NoReturn, Self
 from urllib.parse import quote
 
@@ -51,7 +52,7 @@ from storage.oci import (
     Tag,
     media_type_of,
 )
-from storage.registry import Blob, Registry, Upload, everything
+from storage.registry import Blob, Registry, Upload, everything, referrers_page
 
 log = structlog.get_logger()
 
@@ -222,7 +223,12 @@ class UpstreamRegistry(Registry):
         return sorted(found)[:limit]
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None = None
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
     ) -> list[Descriptor]:
         found = []
         try:
@@ -236,7 +242,8 @@ class UpstreamRegistry(Registry):
             raise ManifestUnknown(
                 f"{self._name} lists no referrers of {digest}; see the tag {digest.replace(':', '-')}"
             ) from None
-        return [each for each in found if artifact_type in (None, each.artifact_type)]
+        ordered = sorted((each for each in found if each.digest > last), key=attrgetter("digest"))
+        return referrers_page([ordered], artifact_type, limit)
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
         """Raises Unsupported if the registry does not list them."""

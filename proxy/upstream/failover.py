@@ -69,9 +69,15 @@ class Failover(Registry):
         return (await self._first(lambda each: each.tags(repository, last, limit)))[1]
 
     async def referrers(
-        self, repository: str, digest: Digest, artifact_type: str | None = None
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
     ) -> list[Descriptor]:
-        return (await self._first(lambda each: each.referrers(repository, digest, artifact_type)))[1]
+        wanted = digest, artifact_type, last, limit
+        return (await self._first(lambda each: each.referrers(repository, *wanted)))[1]
 
     async def _first(self, ask: Callable[[UpstreamRegistry], Awaitable[T]], start: int = 0) -> tuple[int, T]:
         """The number of the upstream that served, and the result; `start` comes first if all are healthy."""

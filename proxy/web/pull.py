@@ -24,10 +24,11 @@ from proxy.web.responses import (
 from proxy.web.routes import Route, build_location, build_next, parse_limit
 from proxy.web.send import send_blob
 from storage.errors import RangeInvalid
-from storage.oci import OCI_INDEX, OCTETS, Descriptor, Digest
+from storage.oci import OCI_INDEX, OCTETS, Digest
 from storage.registry import Registry
 
 MOST_LISTED = 1 << 31  # entries in a page
+AT_ONCE = 1000  # referrers that are read at a time for a page
 LARGEST_LISTING = 4_000_000  # bytes of referrers in a page: clients accept no larger index
 
 
@@ -155,8 +156,7 @@ class Pull:
         assert isinstance(route.reference, Digest)
         artifact_type = request.query.get("artifactType") or None
         last, limit = _page(request)
-        found = await self._registry.referrers(name, route.reference, artifact_type)
-        shown, more = _referrers_page(found, last, limit)
+        shown, more = await self._referrers(name, route.reference, artifact_type, last, limit)
         # oras and go-containerregistry require exactly this type; otherwise they ignore the response.
         headers = {
             "Content-Type": OCI_INDEX,
@@ -171,6 +171,29 @@ class Pull:
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": shown}
         exchange.bytes = len(body := msgspec.json.encode(index))
         return content(body, headers)
+
+    async def _referrers(
+        self, name: str, digest: Digest, artifact_type: str | None, last: str, limit: int | None
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """A page of the referrers after the digest `last`, and whether there are more.
+
+        A page is no larger than clients accept.  With a `limit` of 0 it has one entry, as a page must lead to
+        the next.
+        """
+        shown: list[dict[str, Any]] = []
+        size = 0
+        wanted = AT_ONCE if limit is None else min(max(limit, 1) + 1, AT_ONCE)
+        while found := await self._registry.referrers(name, digest, artifact_type, last, wanted):
+            for each in found:
+                row = each.to_json()
+                size += len(msgspec.json.encode(row)) + 1
+                if shown and (size > LARGEST_LISTING or (limit is not None and len(shown) >= limit)):
+                    return shown, True
+                shown.append(row)
+            if len(found) < wanted:
+                break
+            last = found[-1].digest
+        return shown, False
 
 
 def _matches(request: web.BaseRequest, digest: Digest) -> bool:
@@ -187,27 +210,6 @@ def _ranges(request: web.BaseRequest, digest: Digest) -> list[Range]:
     """The ranges that a client asks for; none if it has another version: RFC 9110 §13.1.5."""
     if_range = request.headers.get("If-Range", f'"{digest}"')
     return parse_ranges(request.headers.get("Range") if if_range == f'"{digest}"' else None)
-
-
-def _referrers_page(
-    found: Sequence[Descriptor], last: str, limit: int | None
-) -> tuple[list[dict[str, Any]], bool]:
-    """A page of the referrers after the digest `last`, and whether there are more.
-
-    A page is no larger than clients accept.  With a `limit` of 0 it has one entry, as a page must lead to the
-    next.
-    """
-    shown: list[dict[str, Any]] = []
-    size = 0
-    for each in sorted(found, key=lambda each: each.digest):
-        if each.digest <= last:
-            continue
-        row = each.to_json()
-        size += len(msgspec.json.encode(row)) + 1
-        if shown and (size > LARGEST_LISTING or (limit is not None and len(shown) >= limit)):
-            return shown, True
-        shown.append(row)
-    return shown, False
 
 
 def _page(request: web.BaseRequest) -> tuple[str, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -115,6 +116,18 @@ class PyPI:
         run([python, "-m", "pip", "install", "--quiet", "--upgrade", self.package], BUILD_TIMEOUT)
         code = f"import importlib.metadata as m; print(m.version({self.package!r}))"
         return run([python, "-c", code], BUILD_TIMEOUT).strip()
+
+
+@dataclass(frozen=True)
+class Npm:
+    """A Node.js package, in `npm`."""
+
+    package: str
+
+    def install(self, directory: Path) -> str:
+        run(["npm", "install", "--prefix", directory / "npm", f"{self.package}@latest"], BUILD_TIMEOUT)
+        found = directory / "npm" / "node_modules" / self.package / "package.json"
+        return str(json.loads(found.read_text())["version"])
 
 
 @dataclass(frozen=True)

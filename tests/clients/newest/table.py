@@ -14,9 +14,9 @@ Commands are for `sh -eu`, in an empty directory that is also HOME.  They find i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tests.clients.newest.sources import Go, Installed, Maven, PyPI, Source
+from tests.clients.newest.sources import Go, Installed, Maven, Npm, PyPI, Source
 
 DOCKER_CONFIG = """
 mkdir -p .docker
@@ -121,48 +121,46 @@ ctr -a "$HOME/sock" images push --plain-http --user "$LOGIN:$PASSWORD" "$IMAGE" 
 """,
 )
 
-NERDCTL_ARGUMENTS = """
-nerdctl() {
-    command nerdctl -a "$HOME/sock" --data-root "$HOME/data" --hosts-dir etc/containerd/certs.d "$@"
-}"""
-NERDCTL = Client(
-    "nerdctl",
-    (
-        Go("github.com/containerd/nerdctl/v2/cmd/nerdctl"),
-        Go("github.com/containerd/containerd/v2/cmd/containerd"),
-    ),
-    mirror="containerd",
-    daemon=CONTAINERD.daemon,
-    ready=CONTAINERD.ready,
-    pull=f'{NERDCTL_ARGUMENTS}; nerdctl pull "$MIRRORED"',
-    login='nerdctl login --insecure-registry -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
-    push=f"""
-{NERDCTL_ARGUMENTS}
-nerdctl pull "$MIRRORED"
-nerdctl tag "$MIRRORED" "$IMAGE"
-nerdctl push --insecure-registry "$IMAGE"
-""",
-)
+BUILDKITD = """
+exec buildkitd --root root --addr "unix://$HOME/sock" --config etc/buildkit/buildkitd.toml \\
+    --containerd-worker=false --oci-worker-net=host --oci-worker-snapshotter=SNAPSHOTTER
+"""
+BUILD = """
+buildctl --addr "unix://$HOME/sock" build --frontend dockerfile.v0 --local context=. --local dockerfile=. \\
+    --output"""
 
 BUILDKIT = Client(
     "BuildKit",
     (Go("github.com/moby/buildkit/cmd/buildkitd"), Go("github.com/moby/buildkit/cmd/buildctl")),
     mirror="buildkit",
-    daemon="""
-exec buildkitd --root root --addr "unix://$HOME/sock" --config etc/buildkit/buildkitd.toml \\
-    --containerd-worker=false --oci-worker-snapshotter=native --oci-worker-net=host
-""",
+    daemon=BUILDKITD.replace("SNAPSHOTTER", "native"),
     ready="running server on",
-    pull="""
+    pull=f"""
 printf 'FROM %s\\nCOPY Dockerfile /added\\n' "$MIRRORED" >Dockerfile
-buildctl --addr "unix://$HOME/sock" build --frontend dockerfile.v0 \\
-    --local context=. --local dockerfile=. --output type=oci,dest=app.tar
+{BUILD} type=oci,dest=app.tar
 """,
     login=DOCKER_CONFIG,
-    push="""
+    push=f"""
 printf 'FROM %s\\nCOPY Dockerfile /added\\n' "$MIRRORED" >Dockerfile
-buildctl --addr "unix://$HOME/sock" build --frontend dockerfile.v0 \\
-    --local context=. --local dockerfile=. --output "type=image,name=$IMAGE,push=true,registry.insecure=true"
+{BUILD} "type=image,name=$IMAGE,push=true,registry.insecure=true"
+""",
+)
+
+# It reads one file of a layer, which stargz-snapshotter fetches by ranges.
+STARGZ = replace(
+    BUILDKIT,
+    name="stargz-snapshotter (in BuildKit)",
+    daemon=BUILDKITD.replace("SNAPSHOTTER", "stargz"),
+    makes=True,
+    pull=f"""
+printf 'FROM %s AS lazy\\nFROM scratch\\nCOPY --from=lazy /1 /\\n' "$MIRRORED" >Dockerfile
+{BUILD} type=local,dest=out
+seq 1000 | cmp - out/1
+""",
+    push=f"""
+for each in $(seq 20); do seq $((1000 * each)) >$each; done
+printf 'FROM scratch\\nCOPY [0-9]* /\\n' >Dockerfile
+{BUILD} "type=image,name=$IMAGE,push=true,registry.insecure=true,compression=estargz,oci-mediatypes=true"
 """,
 )
 
@@ -279,7 +277,14 @@ test -s layers
 """,
 )
 
+SNYK = Client(
+    "Snyk's registry client",
+    (Npm("@snyk/docker-registry-v2-client"),),
+    login=":",  # credentials are parameters of each call
+    pull='NODE_PATH="$TOOLS/npm/node_modules" node "$PROGRAMS/snyk.js" "$IMAGE"',
+)
+
 CLIENTS = (
-    *(CRANE, REGCTL, CONTAINERS_IMAGE, PODMAN, CONTAINERD, NERDCTL, BUILDKIT, DOCKERD, ORAS, COSIGN),
-    *(NOTATION, HELM, FLUX, TRIVY, JIB, ORAS_PY, DXF),
+    *(CRANE, REGCTL, CONTAINERS_IMAGE, PODMAN, CONTAINERD, BUILDKIT, STARGZ, DOCKERD, ORAS, COSIGN),
+    *(NOTATION, HELM, FLUX, TRIVY, JIB, ORAS_PY, DXF, SNYK),
 )

@@ -11,6 +11,7 @@ SharedState, for the limits of the server.  Rules:
   start, or ends with a status, ends the start; so does one that is killed again and again while none serves.
 - On SIGHUP the configuration is read again.  If it is valid, new processes start with it, and the old ones
   drain as soon as the new ones serve.  If it is not, everything stays as it was.
+- systemd hears when the server serves, reloads and stops.
 - A process whose supervisor has ended drains and ends: their connection is closed.
 """
 
@@ -36,6 +37,7 @@ from prometheus_client import multiprocess
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config
+from proxy.server import notify
 from proxy.server.fork import ForkedProcess, Parent, fork
 from proxy.web.sockets import Sockets, bind, sockets_of
 from proxy.web.tls import Certificates
@@ -136,6 +138,7 @@ class Supervisor:
         except BaseException:
             await self.stop()
             raise
+        notify.ready()
 
     async def run(self) -> None:
         """Return at SIGTERM or SIGINT."""
@@ -145,6 +148,7 @@ class Supervisor:
         await self._stopping.wait()
 
     async def stop(self) -> None:
+        notify.stopping()
         for task in self._changes:
             task.cancel()
         await asyncio.gather(*self._changes, return_exceptions=True)
@@ -162,6 +166,8 @@ class Supervisor:
     # Configuration
 
     def _on_hangup(self) -> None:
+        log.info("config.reloading")
+        notify.reloading()
         task = asyncio.get_running_loop().create_task(self._change())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
@@ -175,10 +181,12 @@ class Supervisor:
             except (ConfigError, StartError) as error:
                 log.error("config.refused", error=str(error))
                 self._unbind(self._config)
+                notify.ready()  # with what it had
                 return
             self._draining, self._generation, self._config = self._generation, generation, config
             self._unbind(config)
             log.info("config.reloaded", workers=config.processes())
+            notify.ready()
             if self._draining is not None:
                 # shield: stop() may cancel this task, and then waits for the same processes.
                 await asyncio.shield(self._retire(self._draining))

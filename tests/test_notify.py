@@ -1,0 +1,127 @@
+"""What systemd hears from the server, and the unit for it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from structlog.testing import LogCapture
+
+from proxy.config.errors import ConfigError, StartError
+from proxy.server import notify
+from tests.clients.processes import require
+from tests.test_supervisor import CONFIG, Site, site
+
+__all__ = ["site"]  # the fixture
+
+UNIT = Path(__file__).parent.parent / "deploy" / "entrepot.service"
+
+Hear = Callable[[], list[str]]
+
+
+@pytest.fixture(params=["path", "abstract"])
+def hear(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
+    """All datagrams that have come since the last call."""
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.setblocking(False)
+        if request.param == "path":
+            systemd.bind(name)
+        else:
+            systemd.bind("")  # the kernel chooses: autobind in unix(7)
+            name = "@" + systemd.getsockname()[1:].decode()
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+
+        def heard() -> list[str]:
+            found = []
+            while True:
+                try:
+                    found.append(systemd.recv(4096).decode())
+                except BlockingIOError:
+                    return found
+
+        yield heard
+
+
+@pytest.mark.clients
+async def test_systemd_hears_that_the_server_serves_and_that_it_stops(site: Site, hear: Hear) -> None:
+    parent = site.parent()
+    await parent.start()
+    assert hear() == ["READY=1"]
+    await parent.stop()
+    assert hear() == ["STOPPING=1"]
+
+
+@pytest.mark.clients
+async def test_a_server_that_cannot_start_is_never_ready(site: Site, hear: Hear) -> None:
+    parent = site.parent(begin='given.parent.report("the disk is full"); sys.exit(1)')
+    with pytest.raises(StartError):
+        await parent.start()
+    assert hear() == ["STOPPING=1"]
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("valid", [True, False])
+@pytest.mark.errors("config.refused")
+async def test_a_reload_is_told_when_it_begins_and_when_it_has_ended(
+    site: Site, hear: Hear, events: LogCapture, valid: bool
+) -> None:
+    parent = site.parent()
+    await parent.start()
+    site.next = msgspec.structs.replace(CONFIG, log=msgspec.structs.replace(CONFIG.log, level="debug"))
+    site.bad = None if valid else ConfigError("entrepot.yml: listen: no such address")
+    before = time.monotonic_ns() // 1000
+    hear()
+    parent._on_hangup()
+    await asyncio.gather(*parent._changes)
+    begun, ended = hear()
+    state, stamp = begun.splitlines()
+    assert (state, ended) == ("RELOADING=1", "READY=1")
+    assert before <= int(stamp.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
+    assert [each["event"] for each in events.entries] == [
+        "config.reloading",
+        "config.reloaded" if valid else "config.refused",
+    ]
+
+
+def test_without_systemd_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, events: LogCapture) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.setattr(socket, "socket", None)
+    notify.ready()
+    assert not events.entries
+
+
+def test_a_socket_that_nobody_reads_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, events: LogCapture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    notify.stopping()
+    (entry,) = events.entries
+    assert (entry["event"], entry["socket"]) == ("systemd.unreachable", str(tmp_path / "gone"))
+    assert entry["reason"] == "No such file or directory"
+
+
+@pytest.mark.clients
+def test_the_unit_is_confined() -> None:
+    require("systemd-analyze", root=False)
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNIT)]
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    found = re.search(r"Overall exposure level for entrepot.service: ([\d.]+)", output)
+    assert found and float(found[1]) < 3, output
+
+
+def test_the_unit_reloads_by_sighup_and_may_listen_on_low_ports() -> None:
+    lines = UNIT.read_text().splitlines()
+    assert {
+        "Type=notify",
+        "ExecReload=/bin/kill -HUP $MAINPID",
+        "AmbientCapabilities=CAP_NET_BIND_SERVICE",
+        "UMask=0077",
+    } <= set(lines)

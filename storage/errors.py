@@ -9,7 +9,7 @@
     ├── ManifestUnknown            MANIFEST_UNKNOWN           404
     ├── ManifestInvalid            MANIFEST_INVALID           400
     │   └── ManifestTooLarge       MANIFEST_INVALID           413
-    ├── ManifestBlobUnknown        MANIFEST_BLOB_UNKNOWN      400   it names content that the repository lacks
+    ├── ManifestBlobUnknown        MANIFEST_BLOB_UNKNOWN      400   it names content that is not stored
     ├── BlobUnknown                BLOB_UNKNOWN               404
     ├── BlobUploadUnknown          BLOB_UPLOAD_UNKNOWN        404
     ├── BlobUploadInvalid          BLOB_UPLOAD_INVALID        400
@@ -109,7 +109,7 @@ class ManifestTooLarge(ManifestInvalid):
 
 
 class ManifestBlobUnknown(RegistryError):
-    """A manifest names content that its repository lacks; `missing` are the digests."""
+    """A manifest names content that is not in its repository; `missing` are the digests."""
 
     code, status = "MANIFEST_BLOB_UNKNOWN", 400
 

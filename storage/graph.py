@@ -11,14 +11,23 @@ from typing import Generic, TypeVar
 
 from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from storage.keys import REFERRER
-from storage.oci import Descriptor, Digest, Manifest, ManifestContent, Tag, digests_in, parse_manifest
+from storage.oci import (
+    ALGORITHMS,
+    Descriptor,
+    Digest,
+    Manifest,
+    ManifestContent,
+    Tag,
+    digests_in,
+    parse_manifest,
+)
 from storage.store import Store
 
 T = TypeVar("T")
 
 # Errors of a registry that has no referrers API.
 UNLISTED = (ManifestUnknown, NameUnknown, Unsupported)
-_FALLBACK_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
+_FALLBACK_TAG = re.compile(rf"(?:{'|'.join(ALGORITHMS)})-[0-9a-f]{{64}}")
 # containerd, platforms/database.go: the variant that an architecture without one stands for.
 _PLAIN = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 

@@ -18,11 +18,14 @@ import msgspec
 from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
 
 # image-spec, descriptor.md, "Registered algorithms"; other algorithms cannot be verified.
+# image-spec, descriptor.md, "Digests"; no other algorithm is registered whose digests can be verified.
+ALGORITHMS = ("sha256", "sha512")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _DIGEST_BYTES = re.compile(_DIGEST.pattern.encode())
 _ANY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 # distribution-spec, "Pulling manifests": <name> and <reference> as a tag.
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")  # os/architecture[/variant]
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 
 NAME_LIMIT = 255  # characters of "host/name": recommended by the specification, and enforced by clients

@@ -122,7 +122,7 @@ class ProcessState:
         )
 
     async def forget(self, repository: str) -> None:
-        """Forget that upstream lacked content of the repository, or did not answer."""
+        """Forget that the upstream did not have content of the repository, or did not answer."""
         namespace, _, name = repository.partition("/")
         if cache := self._caches.get(namespace):
             cache.forget(name)

@@ -8,12 +8,12 @@ from itertools import islice
 from storage.errors import DigestInvalid, ManifestUnknown, StorageFailed
 from storage.graph import fallback_tag, signature_tags
 from storage.keys import LISTING, MANIFEST
-from storage.oci import Digest, Reference, Tag
+from storage.oci import ALGORITHMS, Digest, Reference, Tag
 from storage.store import Store
 
 MOST = 1000  # absences in a repository, beyond those of stored images
 REFERRERS_API = "referrers"
-_COMPANION = re.compile(r"(sha256|sha512)-([0-9a-f]+)(?:\.[a-z]+)?")
+_COMPANION = re.compile(rf"({'|'.join(ALGORITHMS)})-([0-9a-f]+)(?:\.[a-z]+)?")
 
 
 class Absences:

@@ -62,11 +62,6 @@ class RefreshResult:
     referrers: int = 0
 
     @property
-    def here(self) -> int:
-        """How many blobs were stored already."""
-        return self.blobs - self.fetched
-
-    @property
     def changed(self) -> bool:
         return self.new or self.moved is not None or self.fetched > 0
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.names import fnmatch_pattern
+from storage.oci import PLATFORM
 
 MAX_WORKERS = 256
 MAX_COUNT = 1_000_000
@@ -19,7 +20,6 @@ MAX_LABEL = 63  # characters
 # Line breaks would end an error's one line or an HTTP header; lone surrogates cannot be encoded.
 UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LABEL = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
-_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?")
 _TIME = re.compile(r"([0-9]{2}):([0-9]{2})", re.ASCII)
 HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
@@ -162,7 +162,7 @@ def parse_reference(value: object) -> str:
 
 def parse_platform(value: object) -> str:
     text = parse_text(value)
-    if not _PLATFORM.fullmatch(text):
+    if not PLATFORM.fullmatch(text):
         raise ValueError("expected os/architecture or os/architecture/variant, such as linux/arm64/v8")
     return text
 

@@ -17,6 +17,7 @@ from yarl import URL
 
 from proxy.config.quantities import format_duration
 from proxy.config.upstream import Login, UpstreamConfig
+from proxy.config.wellknown import DOCKER_HUB_ALIASES
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, cause, failed, ok, warning
 from proxy.upstream.configured import connect_of, credentials_of
@@ -26,7 +27,7 @@ from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import Connect, Transport
 from storage.errors import OriginDenied, RegistryError
 
-HUB = frozenset(("registry-1.docker.io", "index.docker.io"))
+HUB = frozenset(DOCKER_HUB_ALIASES)
 # Docker's image for this purpose: a HEAD shows the limit, and is not counted.  docs.docker.com, "Pull limits"
 PREVIEW = "ratelimitpreview/test"
 SLOW = 2.0  # seconds for an answer without content

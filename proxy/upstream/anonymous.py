@@ -1,7 +1,7 @@
 """Anonymous tokens for the registries to which an upstream redirects its API.
 
-Vendors' gateways redirect to a registry on another domain, which then demands a token.  The token is one that
-anyone can get: our credentials are for the upstream only.
+Gateways of vendors redirect to a registry on another domain, which then demands a token.  The token is one
+that anyone can get: our credentials are for the upstream only.
 """
 
 from __future__ import annotations

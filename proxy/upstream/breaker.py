@@ -14,7 +14,7 @@ from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState
 
 FAILURES = 3  # in a row that open a breaker, if one alone is not final
-LONGEST = 200  # characters of an error's message that all processes are told
+LONGEST = 200  # characters of an error's message that all processes can read
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
 
 

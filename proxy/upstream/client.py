@@ -1,8 +1,8 @@
 """A remote registry, as a Registry: its responses become values and errors.
 
-Upstreams' mistakes are corrected or refused here: a missing digest or length, a Content-Type that is useless
-or has parameters, a compressed manifest although identity was requested, a 200 in answer to a Range, content
-that does not match its digest.
+Mistakes of upstreams are corrected or refused here: a missing digest or length, a useless Content-Type or
+one with parameters, a compressed manifest although identity was requested, a 200 in answer to a Range, or
+content that does not match its digest.
 
 Pushes are never retried here: the caller knows what is worth another attempt.
 """

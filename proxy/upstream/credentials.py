@@ -28,6 +28,7 @@ import structlog
 
 from proxy.config.values import HELPER
 from proxy.config.watched_file import WatchedFile
+from proxy.config.wellknown import DOCKER_HUB, DOCKER_HUB_ALIASES
 from storage.errors import OriginDenied
 
 log = structlog.get_logger()
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 # Docker Hub has several names, and Docker keeps its credentials under the address of its former API.
 HUB_KEY = "https://index.docker.io/v1/"
-HUB_HOSTS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
+HUB_HOSTS = frozenset((DOCKER_HUB, *DOCKER_HUB_ALIASES))
 
 HELPER_LIFETIME = 300.0  # seconds; the output does not state how long it is valid
 HELPER_TIMEOUT = 30.0  # seconds

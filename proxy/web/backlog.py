@@ -78,7 +78,7 @@ class Backlog:
         return sum(len(each.content) for each in self._bodies)
 
     def add(self, content: bytes, connection: Any, cut_off: Callable[[], None]) -> Body | None:
-        """Hold a body.  For lack of room the slowest clients are cut off; None if that is not enough."""
+        """Hold a body.  If there is no room, the slowest clients are cut off; None if that is not enough."""
         now = self._clock()
         while self._bodies and self.size + len(content) > self._limit:
             slow = [each for each in self._bodies if now - each.since >= PATIENT]

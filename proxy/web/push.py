@@ -36,6 +36,7 @@ from storage.errors import (
     UploadStalled,
 )
 from storage.oci import (
+    ALGORITHMS,
     MANIFEST_LIMIT,
     OCTETS,
     Descriptor,
@@ -47,7 +48,6 @@ from storage.oci import (
 )
 from storage.registry import Registry, Upload
 
-ALGORITHMS = ("sha256", "sha512")
 _CONTENT_RANGE = re.compile(r"(?:bytes )?([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]+|\*))?")
 
 Write = Callable[[bytes], Awaitable[None]]

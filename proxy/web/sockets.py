@@ -22,7 +22,7 @@ from proxy.config.schema import Config
 log = structlog.get_logger()
 
 BACKLOG = 1024  # connections that may wait to be accepted
-PAUSE = 1.0  # seconds before accepting again after it failed, for lack of descriptors for example
+PAUSE = 1.0  # seconds before accepting again after it failed, for example because no descriptor is free
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,8 +144,8 @@ class ImportPlanner:
         """
         if not self._platforms or not index.children:
             return []
-        if lacking := missing_platforms(index, self._platforms):
-            raise ArchiveInvalid(f"{self._layout.what}: {named.digest} has no image for {', '.join(lacking)}")
+        if missing := missing_platforms(index, self._platforms):
+            raise ArchiveInvalid(f"{self._layout.what}: {named.digest} has no image for {', '.join(missing)}")
         self.selected = True
         wanted = {each.digest for each in selected(index, self._platforms)}
         self._required |= wanted

@@ -79,7 +79,7 @@ class Importer:
         self.blobs = 0  # imported so far
 
     def required(self) -> int:
-        """How many bytes are to be imported.  Blocks.  Raises StorageFailed if the disk lacks space."""
+        """How many bytes are to be imported.  Blocks.  Raises StorageFailed if the disk is too full."""
         total = 0
         for store, blobs in self._blobs():
             required = sum(size for digest, size in blobs.items() if not renew_if_stored(store, digest, size))

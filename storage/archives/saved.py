@@ -20,13 +20,13 @@ from storage.archives.bundle import INDEX
 from storage.archives.layout import Layout, Root
 from storage.errors import ArchiveInvalid, DigestInvalid
 from storage.graph import Walk, contents
-from storage.oci import MANIFEST_LIMIT, OCI_MANIFEST, Descriptor, Digest, ManifestContent
+from storage.oci import ALGORITHMS, MANIFEST_LIMIT, OCI_MANIFEST, Descriptor, Digest, ManifestContent
 
 SAVED = "manifest.json"
 CONFIG, LAYER = "application/vnd.oci.image.config.v1+json", "application/vnd.oci.image.layer.v1.tar"
 _CONFIGS = (CONFIG, "application/vnd.docker.container.image.v1+json")
 _LAYERS = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
-_BLOB = re.compile(r"blobs/(sha256|sha512)/([0-9a-f]+)")
+_BLOB = re.compile(rf"blobs/({'|'.join(ALGORITHMS)})/([0-9a-f]+)")
 # The prefixes that docker leaves out of names.
 _DEFAULT = ("docker.io/library/", "docker.io/")
 

@@ -1,8 +1,8 @@
-"""Removing files that nobody goes on with.
+"""Removing files that no process continues to write.
 
-How long nobody has is measured by a clock that does not jump, from when a file was first seen as it is: else
-an upload that waits for its client's next request is lost when the wall clock is set a day forward.  Only how
-old a file was at the first look is what the wall clock says.
+The time without a change is measured by a clock that does not jump, from when a file was first seen in its
+present state: otherwise an upload that waits for the next request of its client would be lost when the wall
+clock is set a day forward.  The wall clock only says how old a file was at the first look.
 """
 
 from __future__ import annotations

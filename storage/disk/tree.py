@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 from storage.disk.uploads import CHUNK
 from storage.errors import DigestInvalid
-from storage.oci import Digest
+from storage.oci import ALGORITHMS, Digest
 
 ASIDE_BYTES = 1 << 30  # the most that damaged files which are kept may have together, without the newest
-_ALGORITHMS = ("sha256", "sha512")  # see oci.Digest
 _FAN_OUT = {f"{number:02x}" for number in range(256)}
 # Errors of one file; any other may be an error of this process or of the whole disk.
 _FILE_ERRORS = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.EACCES}
@@ -117,7 +116,7 @@ def directories(root: Path) -> tuple[list[str], list[Path]]:
     """List the fan-out directories, as `<algorithm>/<ab>`, and the foreign paths beside them."""
     names, foreign = [], []
     for algorithm in _entries(root):
-        if algorithm.name not in _ALGORITHMS or not algorithm.is_dir(follow_symlinks=False):
+        if algorithm.name not in ALGORITHMS or not algorithm.is_dir(follow_symlinks=False):
             foreign.append(Path(algorithm.path))
             continue
         for entry in _entries(Path(algorithm.path)):
@@ -166,7 +165,7 @@ def remove_damaged(newest: Path, kept: int) -> None:
     Fewer stay if those that are older than `newest` have more than ASIDE_BYTES together.
     """
     found = []
-    for algorithm in _ALGORITHMS:
+    for algorithm in ALGORITHMS:
         for path in newest.parent.glob(f"{algorithm}-*"):
             with suppress(OSError):
                 status = path.lstat()

@@ -29,14 +29,13 @@ from storage.graph import ManifestTree, Walk, referring, walk
 from storage.keys import MANIFEST, PIN, TAG, parse_reference_key
 from storage.names import is_glob, literal_prefix, matches_glob
 from storage.oci import (
+    PLATFORM,
     Digest,
     Reference,
     Tag,
     parse_name,
 )
 from storage.store import Store
-
-_PLATFORM = re.compile(r"[^/\s]+/[^/\s]+(?:/[^/\s]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class Pin:
         if self.keep_fresh is not None and not 0 < self.keep_fresh < math.inf:
             raise ValueError(f"keep_fresh of {self.pattern} must be more than 0 seconds, and finite")
         for platform in self.platforms:
-            if not _PLATFORM.fullmatch(platform):
+            if not PLATFORM.fullmatch(platform):
                 raise ValueError(f"{platform!r} is not a platform such as linux/amd64 or linux/arm64/v8")
 
     @property

@@ -113,7 +113,7 @@ class AdminRunner(web.AppRunner):
             self._limits,
             encrypted=self._encrypted,
             refusal=lambda code, sentence, status: _error(status, sentence, code),
-            handler_cancellation=False,  # an operation goes on without its client
+            handler_cancellation=False,  # an operation continues without its client
             request_factory=self.app._make_request,
         )
 

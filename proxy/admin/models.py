@@ -210,8 +210,7 @@ class Stats(Model, frozen=True):
     """The counters of the last `period` seconds: of `namespaces`, which are caches, and of `stores`.
 
     `total` is that of all caches.  `days` are the last fourteen, without those before the first traffic.
-    `limit` is disk.cache_limit, None
-    without limit.
+    `limit` is disk.cache_limit, None without limit.
     """
 
     period: float

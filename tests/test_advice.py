@@ -25,7 +25,7 @@ def test_docker_that_cannot_log_in(users: str) -> None:
         " such as listen: 127.0.0.1:5002"
     )
     # The port is one that is free.
-    (line,) = said(users, top="listen: ':7000'\nadmin: '127.0.0.1:7001'")
+    line, _ = said(users, top="listen: ':7000'\nadmin: '127.0.0.1:7001'")
     assert line.endswith("such as listen: :7002")
 
 
@@ -85,3 +85,76 @@ def test_a_store_that_nobody_may_push_to(access: str, top: str) -> None:
 )
 def test_a_store_that_somebody_may_push_to(access: str, top: str) -> None:
     assert said(access, top=top) == []
+
+
+# What is unwise
+
+
+@pytest.mark.parametrize(
+    ("listen", "access", "start"),
+    [
+        ("8.8.8.8:5000", "", "listen: speaks plain HTTP at 8.8.8.8:5000: set tls"),
+        ("[2a00:1450::1]:5000", "", "listen: speaks plain HTTP at [2a00:1450::1]:5000: set tls"),
+        ("8.8.8.8:5000", USERS, "listen: passwords cross the network in plain text at 8.8.8.8:5000: set tls"),
+        (":5000", USERS, "listen: passwords cross the network in plain text at :5000: set tls"),
+        ("0.0.0.0:5000", USERS, "listen: passwords cross the network in plain text at 0.0.0.0:5000"),
+        (":5000", "", None),
+        ("10.0.0.7:5000", USERS, None),
+        ("cache.example:5000", USERS, None),
+        ("127.0.0.1:5000", USERS, None),
+        (":5000", f"{USERS}, trusted_proxies: [10.0.0.0/8]", None),
+    ],
+)
+def test_plain_http(listen: str, access: str, start: str | None) -> None:
+    text = f"listen: '{listen}'\nadmin: off\naccess: {{{access}}}\nnamespaces: {{{HUB}}}"
+    found = [str(each) for each in advise(read(text))]
+    assert [line.startswith(start or "") for line in found] == ([True] if start else [])
+    assert advise(read(f"{text}\ntls: {{certificate: /c.pem}}")) == []
+
+
+def test_an_admin_listener_that_answers_nobody() -> None:
+    (line,) = map(str, advise(read("admin: '0.0.0.0:7001'")))
+    assert line.startswith("admin: without a token 0.0.0.0:7001 refuses all other machines: set admin_token")
+    assert advise(read("admin: '0.0.0.0:7001'\nadmin_token: t")) == []
+    assert advise(read("admin: off")) == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "place", "cause"),
+    [
+        (["library/*"], 0, "no tag has a / in it"),
+        (["alpine:3*"], 0, "no tag has a : in it"),
+        (["1.*", "sha256@*"], 1, "no tag has a @ in it"),
+        (["re:v1/.*"], 0, "no tag has a / in it"),
+        (["1.*", "1.*"], 1, "tags[0] comes first"),
+        (["latest", "*", "v*"], 2, "tags[1] comes first"),
+        (["re:.*", "v*"], 1, "tags[0] comes first"),
+    ],
+)
+def test_a_rule_that_never_applies(patterns: list[str], place: int, cause: str) -> None:
+    tags = ", ".join(f"{{match: '{each}', fresh_for: 1h}}" for each in patterns)
+    (line,) = map(str, advise(read(f"namespaces: {{x: {{upstream: https://x.example, tags: [{tags}]}}}}")))
+    assert line.startswith(f"namespaces.x.tags[{place}].match: never ")
+    assert cause in line
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [["1.*", "*"], ["v[0-9]*", "re:a|b/c"], ["re:a/?b"], ["re:(?:a/)?b"], ["[!/]*"], ["re:v\\d+", "re:v.*"]],
+)
+def test_a_rule_that_applies(patterns: list[str]) -> None:
+    tags = ", ".join(f"{{match: '{each}', fresh_for: 1h}}" for each in patterns)
+    assert advise(read(f"namespaces: {{x: {{upstream: https://x.example, tags: [{tags}]}}}}")) == []
+
+
+def test_rules_of_stores_and_repositories() -> None:
+    text = """\
+namespaces:
+  x:
+    upstream: https://x.example
+    repositories: [{match: team/*, keep_for: 1d}, {match: '*', keep_for: 2d}, {match: a, keep_for: 3d}]
+  y: {store: {keep_tags: [{match: 'team/*', last: 3}]}}
+"""
+    repositories, kept = map(str, advise(read(text)))
+    assert repositories.startswith("namespaces.x.repositories[2].match: never applies, since repositories[1]")
+    assert kept.startswith("namespaces.y.store.keep_tags[0].match: never matches")

@@ -38,12 +38,70 @@ def test_durations_round_trip(numbers: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["10", "1.5", "-1s", "1m1h", "1s1s", "10 m", "'10'", "true", "false", "1y", "s", "[]"]
+    "text",
+    [
+        "10",
+        "1.5",
+        "-1s",
+        "1m1h",
+        "1s1s",
+        "10 x",
+        "10  m",
+        "' 1s'",
+        "'1s '",
+        "' '",
+        "1h 2",
+        "'10'",
+        "true",
+        "false",
+        "1y",
+        "s",
+        "[]",
+    ],
 )
 def test_duration_refused(text: str) -> None:
     line = fault(f"drain: {text}")
     assert line.startswith("drain: ")
     assert "ms, s, m, h, d, w" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("10 min", 600),
+        ("10min", 600),
+        ("10 m", 600),
+        ("1 h 30 min", 5400),
+        ("1 hour 1 second", 3601),
+        ("2 days", 172800),
+        ("1 week", 604800),
+        ("90 sec", 90),
+        ("5 ms", 0.005),
+    ],
+)
+def test_units_may_be_words(text: str, seconds: float) -> None:
+    assert read(f"drain: {text}").drain == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("500G", 500 * 1000**3),
+        ("500 GB", 500 * 1000**3),
+        ("500Gi", 500 << 30),
+        ("500 GiB", 500 << 30),
+        ("500gb", 500 * 1000**3),
+        ("7 B", 7),
+        ("64k", 64000),
+    ],
+)
+def test_sizes_may_leave_out_the_byte(text: str, size: int) -> None:
+    assert read(f"disk: {{cache_limit: {text}}}").disk.cache_limit == size
+
+
+@pytest.mark.parametrize("text", ["500", "500i", "500 iB", "5  G", "G", "0 G", "1.5G", "500GG", "5 Gbit"])
+def test_sizes_refused(text: str) -> None:
+    assert fault(f"disk: {{cache_limit: {text}}}").startswith("disk.cache_limit: expected a size")
 
 
 def test_zero_is_a_duration_but_no_timeout() -> None:

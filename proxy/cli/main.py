@@ -22,6 +22,7 @@ from yarl import URL
 from proxy.cli import bundles, content, copy, maintenance, offline, pins, removal, status, users
 from proxy.cli.configured import BUILT_IN, chosen, config_argument, used
 from proxy.cli.console import complain
+from proxy.cli.context import quiet
 from proxy.cli.doctor import doctor
 from proxy.cli.help import ExplainedCommand, GroupedCommands
 from proxy.cli.setup import setup
@@ -126,17 +127,29 @@ def _upstream(text: str) -> Setting:
 
 @main.command(cls=ExplainedCommand)
 @config_argument
-def check(file: Path | None, path: Path | None, settings: tuple[Setting, ...]) -> None:
+@click.option(
+    "--no-files",
+    is_flag=True,
+    help="Look at the configuration alone: not at files, ports and the disk of this machine.",
+)
+def check(file: Path | None, path: Path | None, settings: tuple[Setting, ...], no_files: bool) -> None:
     """Validate the configuration.
 
-    Starts nothing and makes no network request.
+    Finds what serve would refuse on this machine, and warns of what is unwise. Run it as the user of the
+    server. Starts nothing and makes no network request.
     """
+    from proxy.cli.preflight import Preflight, inspect
+
+    quiet(level="critical")  # what it finds is all that it prints
     path = chosen(file, path)
     config = _load(path, settings)
+    found = Preflight() if no_files else inspect(config)
+    for each in (*map(str, advise(config)), *found.warnings):
+        click.echo(f"warning: {each}", err=bool(found.errors))
+    if found.errors:
+        _fail("\n".join(found.errors), 1)
     names = ", ".join(config.namespaces) or "none"
     click.echo(f"{path or BUILT_IN} is valid; namespaces: {names}")
-    for each in advise(config):
-        click.echo(f"warning: {each}")
 
 
 def _load(path: Path | None, settings: Sequence[Setting]) -> Config:

@@ -45,6 +45,14 @@ class Address:
         return is_loopback(self.host)
 
     @property
+    def public(self) -> bool:
+        """Whether it is an address outside of private networks."""
+        try:
+            return ipaddress.ip_address(self.host).is_global
+        except ValueError:
+            return False
+
+    @property
     def everywhere(self) -> bool:
         """Whether the host stands for every address of the machine."""
         return self.host in _EVERYWHERE

@@ -15,10 +15,18 @@ from email.utils import parsedate_to_datetime
 
 MIN_GRACE = 3600.0  # seconds
 MAX_RETRY_AFTER = 86400.0  # seconds; a longer Retry-After is cut to this
-_DURATION_UNITS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION = re.compile("".join(f"(?:([0-9]{{1,9}}){unit})?" for unit in _DURATION_UNITS))
-_SIZE = re.compile(r"([0-9]{1,9})(?:([KMGT])(i)?)?B", re.ASCII)
-_PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
+# The units of durations from the largest on, each as it is written, and in seconds.
+_DURATION_UNITS = {
+    "w|weeks?": 604800.0,
+    "d|days?": 86400.0,
+    "h|hours?": 3600.0,
+    "m|min|minutes?": 60.0,
+    "s|sec|seconds?": 1.0,
+    "ms": 0.001,
+}
+_DURATION = re.compile(" ?".join(f"(?:([0-9]{{1,9}}) ?(?:{unit}))?" for unit in _DURATION_UNITS))
+_SIZE = re.compile(r"([0-9]{1,9}) ?(?:([KMGT])(i)?B?|B)", re.ASCII | re.IGNORECASE)
+_PERCENT = re.compile(r"([0-9]{1,3}) ?%", re.ASCII)
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _FORMAT_UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -50,10 +58,11 @@ class Share:
 
 
 def parse_duration(value: object) -> float:
-    """Seconds, from `500ms`, `10s`, `1h30m` or `2w`; larger units come first."""
+    """Seconds, from `500ms`, `10s`, `10 min`, `1h30m` or `2w`; larger units come first."""
     if isinstance(value, int) and not isinstance(value, bool) and value == 0:
         return 0.0
-    found = _DURATION.fullmatch(value) if isinstance(value, str) and value else None
+    text = value if isinstance(value, str) and value == value.strip() else ""
+    found = _DURATION.fullmatch(text) if text else None
     if not found:
         raise ValueError(
             "expected a duration: a number and its unit, one of ms, s, m, h, d, w, such as 1h30m"
@@ -132,13 +141,13 @@ def _date(text: str) -> float | None:
 
 
 def parse_size(value: object) -> int:
-    """Bytes, from `512KiB`, `100MB` or `500GiB`.  KiB and the like are powers of 1024, KB of 1000."""
+    """Bytes, from `512KiB`, `100 MB` or `500G`.  KiB and Ki are 1024, KB and K are 1000, and so on."""
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not found or not int(found[1]):
         raise ValueError(
             "expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
         )
-    power: int = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+    power: int = (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper())
     return int(found[1]) * power
 
 

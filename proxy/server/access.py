@@ -86,10 +86,10 @@ def _authenticator(
     for group, users in keys.groups.items():
         for user in users:
             groups[user].add(group)
-    passwords = _passwords(keys.htpasswd, closing) if keys.htpasswd else None
+    passwords = password_file(keys.htpasswd, closing) if keys.htpasswd else None
     return Authenticator(
         passwords,
-        _token_verifier(keys.token, clock) if keys.token else None,
+        token_verifier(keys.token, clock) if keys.token else None,
         (keys.token.realm, keys.token.service) if keys.token else ("", ""),
         keys.realm,
         {user: frozenset(each) for user, each in groups.items()},
@@ -98,7 +98,8 @@ def _authenticator(
     )
 
 
-def _passwords(path: Path, closing: AsyncExitStack) -> Htpasswd:
+def password_file(path: Path, closing: AsyncExitStack) -> Htpasswd:
+    """The users of a file, closed by `closing`.  Raises StartError."""
     from proxy.access.htpasswd import Htpasswd  # here: its library is needed for nothing else
 
     try:
@@ -109,7 +110,8 @@ def _passwords(path: Path, closing: AsyncExitStack) -> Htpasswd:
     return passwords
 
 
-def _token_verifier(service: TokenService, clock: Callable[[], float]) -> TokenVerifier:
+def token_verifier(service: TokenService, clock: Callable[[], float]) -> TokenVerifier:
+    """The verifier of a token server's tokens.  Raises StartError."""
     from proxy.access.bearer import TokenVerifier
 
     try:

@@ -1,0 +1,148 @@
+"""What would keep a server from starting, or from working once it has started.
+
+Looks at files, ports and the disk as the server does, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ssl
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from yarl import URL
+
+from proxy.config.errors import StartError
+from proxy.config.schema import Config
+from proxy.config.upstream import UpstreamConfig
+from proxy.doctor import disk
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What is wrong, a line each: `errors` keep the server from starting, `warnings` do not."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def inspect(config: Config) -> Preflight:
+    """Look at all that the configuration names on this machine."""
+    found = Preflight()
+    for look in (_tls, _access, _upstreams, _webhooks, _ports, _disk, _lists):
+        look(config, found)
+    return found
+
+
+def _tls(config: Config, found: Preflight) -> None:
+    from proxy.web.tls import Certificates
+
+    if config.tls is not None:
+        try:
+            Certificates(config.tls)
+        except StartError as error:
+            found.errors.append(str(error))
+
+
+def _access(config: Config, found: Preflight) -> None:
+    from proxy.server.access import password_file, token_verifier
+
+    async def open_users(path: Path) -> None:
+        async with AsyncExitStack() as closing:
+            password_file(path, closing)
+
+    access = config.access
+    try:
+        if access.htpasswd is not None:
+            asyncio.run(open_users(access.htpasswd))
+    except StartError as error:
+        found.errors.append(str(error))
+    try:
+        if access.token is not None:
+            token_verifier(access.token, float)
+    except StartError as error:
+        found.errors.append(str(error))
+
+
+def _upstreams(config: Config, found: Preflight) -> None:
+    from proxy.upstream.configured import connect_of, credentials_of
+    from storage.errors import OriginDenied
+
+    for name, (_, upstream) in config.cached().items():
+        path = f"namespaces.{name}.upstream"
+        unreadable = [f"{path}.{each}" for each in _unreadable(upstream)]
+        found.errors.extend(unreadable)
+        if not unreadable:
+            try:
+                connect_of(upstream).ssl_context()
+            except OSError as error:
+                files = ", ".join(str(file) for _, file in _files(upstream))
+                found.errors.append(f"{path}: {files}: {_cause(error)}")
+        for login in upstream.logins():
+            if login.credential_helper is None:  # a program, which the server runs when it needs it
+                try:
+                    asyncio.run(credentials_of(login).get(URL(upstream.url[0]).authority))
+                except OriginDenied as error:
+                    found.warnings.append(f"{path}: {error}")
+
+
+def _files(upstream: UpstreamConfig) -> Iterator[tuple[str, Path]]:
+    for key in ("ca_file", "client_certificate", "client_key"):
+        file = getattr(upstream, key)
+        if file is not None:
+            yield key, file
+
+
+def _unreadable(upstream: UpstreamConfig) -> Iterator[str]:
+    for key, file in _files(upstream):
+        try:
+            file.read_bytes()
+        except OSError as error:
+            yield f"{key}: {file}: {_cause(error)}"
+
+
+def _webhooks(config: Config, found: Preflight) -> None:
+    for number, each in enumerate(config.webhooks):
+        try:
+            ssl.create_default_context(cafile=each.ca_file)
+        except OSError as error:
+            found.errors.append(f"webhooks[{number}].ca_file: {each.ca_file}: {_cause(error)}")
+
+
+def _ports(config: Config, found: Preflight) -> None:
+    from proxy.web.sockets import bind
+
+    for key, address in config.listeners().items():
+        try:
+            for each in bind(address, key):
+                each.close()
+        except StartError as error:
+            if getattr(error.__cause__, "errno", None) == errno.EADDRINUSE:
+                hint = "if it is not this server, choose another port"
+                found.warnings.append(f"{key}: something listens at {address} already: {hint}")
+            else:
+                found.errors.append(str(error))
+
+
+def _disk(config: Config, found: Preflight) -> None:
+    for each in disk.check(config.disk):
+        if each.state == "failed":
+            found.errors.append(f"disk.path: {each.subject} {each.message}: {each.advice}")
+
+
+def _lists(config: Config, found: Preflight) -> None:
+    for number, rule in enumerate(config.warm):
+        if rule.list is not None:
+            try:
+                rule.list.read_bytes()
+            except OSError as error:
+                found.warnings.append(f"warm[{number}].list: {rule.list}: {_cause(error)}")
+
+
+def _cause(error: OSError) -> str:
+    """The reason of an error, without the names that OpenSSL and Python add."""
+    reason = getattr(error, "reason", None)
+    return reason.lower().replace("_", " ") if reason else error.strerror or str(error)

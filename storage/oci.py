@@ -17,7 +17,6 @@ import msgspec
 
 from storage.errors import DigestInvalid, ManifestInvalid, NameInvalid, TagInvalid
 
-# image-spec, descriptor.md, "Registered algorithms"; other algorithms cannot be verified.
 # image-spec, descriptor.md, "Digests"; no other algorithm is registered whose digests can be verified.
 ALGORITHMS = ("sha256", "sha512")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
@@ -121,10 +120,14 @@ def parse_name(text: str, grammar: NameGrammar = "specification") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The bytes [start, stop) of some content; `stop` None is its end."""
+    """The bytes [start, stop) of some content; `stop` None is its end.  A negative `start` counts from it."""
 
     start: int
     stop: int | None = None
+
+    def of(self, size: int) -> Span:
+        """These bytes of content of `size` bytes, with a start from its beginning."""
+        return self if self.start >= 0 else Span(max(0, size + self.start), size)
 
 
 @dataclass(frozen=True, slots=True)

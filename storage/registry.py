@@ -41,6 +41,7 @@ class Blob:
     """A blob that is open for reading, and stays readable when it is evicted or deleted.  Close it."""
 
     descriptor: Descriptor
+    position = 0  # of the first byte that an origin sends: 0 if it ignores the requested span
 
     def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         """The bytes of [start, stop) in order; waits for bytes that are still in transfer.
@@ -98,7 +99,9 @@ class Registry:
     # Pull
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        """Open a blob, of which the caller reads only `span`; its descriptor is that of the whole blob.
+        """Open a blob, of which the caller reads only parts, `span` first; None means all of it.
+
+        Its descriptor is that of the whole blob.
 
         Raises NameUnknown, BlobUnknown.
         """

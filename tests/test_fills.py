@@ -482,13 +482,75 @@ async def test_a_range_far_ahead_passes_through_while_the_fill_goes_on(
     ]
 
 
-async def test_a_range_far_ahead_of_unknown_size_gets_all(serve: Serve, upstream: Upstream) -> None:
-    content = content_of(18 << 20)
+@pytest.mark.parametrize("status", [403, 404, 500])
+async def test_a_range_that_the_origin_refuses_beside_the_fill_waits_for_the_fill(
+    serve: Serve, upstream: Upstream, status: int
+) -> None:
+    content = content_of(17 << 20)
     digest = upstream.blob("a/b", content)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    upstream.next("GET", digest, Status(status), times=99)
+    assert (await site.get(path_of(digest), Range="bytes=0-9"))[2] == content[:10]
+    async with site.request("GET", path_of(digest), headers={"Range": "bytes=-7"}) as response:
+        gate.set()
+        assert (response.status, await response.read()) == (206, content[-7:])
+
+
+async def test_an_origin_without_ranges_is_asked_for_one_only(serve: Serve, upstream: Upstream) -> None:
+    content = content_of(20 << 20)
+    digest = upstream.blob("a/b", content)
+    upstream.ranges = False
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    starts = [0, *range(17 << 20, 18 << 20, 1 << 18)]
+    asked = [{"Range": f"bytes={start}-{start + 99}"} for start in starts]
+    responses = await asyncio.gather(*(site.request("GET", path_of(digest), headers=each) for each in asked))
+    gate.set()
+    bodies = await asyncio.gather(*(response.read() for response in responses))
+    assert bodies == [content[start : start + 100] for start in starts]
+    assert len(upstream.log) == 2
+
+
+@pytest.mark.parametrize("asked", ["bytes=200000-", "bytes=5-9", "bytes=-7", "bytes=-7,0-9"])
+async def test_a_range_waits_until_the_size_is_known(serve: Serve, upstream: Upstream, asked: str) -> None:
+    digest = upstream.blob("a/b", BODY)
     upstream.content_length = False
     site = await serve(upstream)
-    status, _, body = await site.get(path_of(digest), Range=f"bytes={17 << 20}-")
-    assert (status, body) == (200, content)
+    for _ in ("miss", "hit"):
+        status, headers, body = await site.get(path_of(digest), Range=asked)
+        assert status == 206
+        for each in asked.removeprefix("bytes=").split(","):
+            first, _, last = each.partition("-")
+            expected = BODY[int(first) : int(last or len(BODY)) + 1] if first else BODY[-int(last) :]
+            assert body == expected or (expected in body and "," in asked)
+            assert f"/{len(BODY)}" in headers.get("Content-Range", body.decode("latin-1"))
+    assert [request.method for request in upstream.requests] == ["GET", "HEAD"]
+
+
+async def test_all_of_a_blob_of_unknown_size_does_not_wait(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.content_length = False
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=100_000))
+    async with site.request("GET", path_of(digest), headers={"Range": "bytes=0-"}) as response:
+        assert (response.status, response.headers["Accept-Ranges"]) == (200, "none")
+        assert await response.content.readexactly(99_999) == BODY[:99_999]
+        gate.set()
+        assert await response.content.read() == BODY[99_999:]
+
+
+async def test_an_unsatisfiable_range_of_unknown_size_is_answered_416(
+    serve: Serve, upstream: Upstream
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.content_length = False
+    site = await serve(upstream)
+    status, headers, _ = await site.get(path_of(digest), Range=f"bytes={len(BODY)}-")
+    assert (status, headers["Content-Range"]) == (416, f"bytes */{len(BODY)}")
 
 
 @pytest.mark.parametrize("hung", [True, False], ids=["client waits", "client left"])

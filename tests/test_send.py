@@ -132,7 +132,7 @@ def test_satisfy(ranges: list[Range], size: int) -> None:
 
 @pytest.mark.parametrize(
     ("each", "span"),
-    [(Range(3), Span(3)), (Range(3, 5), Span(3, 6)), (Range(0, 0), Span(0, 1)), (Range(suffix=4), None)],
+    [(Range(3), Span(3)), (Range(3, 5), Span(3, 6)), (Range(0, 0), Span(0, 1)), (Range(suffix=4), Span(-4))],
 )
 def test_what_is_known_of_a_range_before_the_size(each: Range, span: Span | None) -> None:
     assert each.span == span
@@ -302,6 +302,9 @@ async def test_wrong_bytes_are_cut_never_ended(
     async with connect(site.url) as wire:
         await wire.send(request_text % path_of(digest).encode())
         status, _ = await wire.head()
+        if b"Range" in request_text and not length:
+            assert status == 502  # its headers wait for the size, and with it for the digest
+            return
         assert status in (200, 206)
         # A reset, not an end: to who was told no length an end would be the end.
         with pytest.raises(ConnectionResetError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from proxy.cache.completeness import Completeness
@@ -21,7 +22,7 @@ from proxy.cache.readers import BlobSource, UncachedBlob
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import current
 from storage.disk.uploads import FileBlob
-from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed, Unavailable
+from storage.errors import BlobUnknown, ManifestUnknown, RangeInvalid, StorageFailed, Unavailable
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.registry import Blob, Moved, Registry
 from storage.store import Store
@@ -70,15 +71,39 @@ class Cache(Registry):
         self._miss(key)
         registry = self._origin.registry
         source = BlobSource(self._namespace, registry, repository, lambda e: self._origin.remember(key, e))
+        # containerd begins a pull of the whole blob with `bytes=0-`.
+        part = None if span == Span(0) else span
         try:
-            if not failed and not (span and self._policy.lazy and not self._fills.filling(digest)):
-                return self._record(*await self._fills.join(source, digest, span))
+            lazy = self._policy.lazy and not failed and not self._fills.filling(digest)
+            if lazy and part and (passed := await self._pass_through(source, digest, part)) is not None:
+                return passed
+            if not failed:
+                return self._record(*await self._fills.join(source, digest, part))
         except StorageFailed:
             pass
         except BlobUnknown as error:
             self._origin.remember(key, error)
             raise
-        return UncachedBlob(await registry.get_blob(repository, digest, span), source)
+        if part is not None and part.start < 0:
+            return UncachedBlob(await registry.resolve_blob(repository, digest), source)
+        opened = await registry.get_blob(repository, digest, part)
+        return UncachedBlob(opened.descriptor, source, opened, part)
+
+    async def _pass_through(self, source: BlobSource, digest: Digest, span: Span) -> Blob | None:
+        """The blob, to be read from the origin; None if the origin does not serve parts of it."""
+        blob = None
+        if span.start >= 0:
+            with suppress(RangeInvalid):  # there may be more ranges, and a HEAD tells the size
+                blob = await source.origin.get_blob(source.name, digest, span)
+        if blob is None:
+            descriptor = await source.origin.resolve_blob(source.name, digest)
+        else:
+            descriptor = blob.descriptor
+        if descriptor.size >= 0 and (blob is None or blob.position == span.start):
+            return UncachedBlob(descriptor, source, blob, span)
+        if blob is not None:
+            await blob.close()
+        return None
 
     async def fill_blob(self, repository: str, digest: Digest) -> int:
         """Fetch the blob into the store unless it is there; return the number of bytes that were fetched.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from proxy.cache.answered import Answered
-from proxy.cache.readers import BlobSource, FollowedBlob
+from proxy.cache.readers import BlobSource, FollowedBlob, UncachedBlob
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight
 from storage.disk.health import MakeRoom, make_no_room
@@ -53,6 +53,7 @@ class Fill:
     begun: in seconds since the epoch
     repositories: those whose origin has confirmed that they have the blob
     received: the origin has sent everything
+    ranges: whether the origin sends ranges, None if that is not known
     """
 
     digest: Digest
@@ -65,6 +66,8 @@ class Fill:
     size: int = -1  # bytes, once it is stored
     task: asyncio.Task[None] | None = None
     received: bool = False
+    ranges: bool | None = None
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for the first range
     error: Exception | None = None
 
 
@@ -112,6 +115,11 @@ class Fills:
             started = await asyncio.shield(fill.started)
             result = "hit" if started and started[0].complete else "miss"
             blob = await self._follow(fill, source, *started, span) if started else None
+            if blob is not None and blob.descriptor.size < 0 and span is not None and fill.task is not None:
+                # The position of a range in the blob can be stated only when the size is known.
+                await blob.close()
+                blob = None
+                await asyncio.wait([fill.task])
             if blob is None and source.repository in fill.repositories:
                 blob = await self._stored(source, fill)
             if blob is not None:
@@ -124,10 +132,11 @@ class Fills:
         self, fill: Fill, source: BlobSource, upload: FileUpload, descriptor: Descriptor, span: Span | None
     ) -> Blob | None:
         """A reader of the upload, or of the origin for a range far ahead; None if the upload has ended."""
-        if span is not None and upload.offset + FAR_AHEAD < span.start < descriptor.size:
-            # If the origin is unavailable, following takes longer, but succeeds.
-            with suppress(Unavailable):
-                return await source.origin.get_blob(source.name, descriptor.digest, span)
+        if span is not None:
+            span = span.of(descriptor.size)
+            far = upload.offset + FAR_AHEAD < span.start < descriptor.size
+            if far and (ahead := await self._get_ahead(fill, source, span)) is not None:
+                return ahead
         try:
             blob = upload.follow(descriptor)
         except BlobUnknown:
@@ -143,6 +152,20 @@ class Fills:
                 await blob.close()
                 raise
         return FollowedBlob(blob, source, self._metrics, fill)
+
+    async def _get_ahead(self, fill: Fill, source: BlobSource, span: Span) -> Blob | None:
+        """A range from the origin; None if it sends none: following takes longer, but succeeds."""
+        async with fill.asking if fill.ranges is None else nullcontext():
+            if fill.ranges is False:
+                return None
+            # It may refuse a second transfer, with any status, while it goes on with the first.
+            with suppress(RegistryError):
+                blob = await source.origin.get_blob(source.name, fill.digest, span)
+                fill.ranges = blob.position == span.start
+                if fill.ranges:
+                    return UncachedBlob(blob.descriptor, source, blob, span)
+                await blob.close()
+        return None
 
     async def _stored(self, source: BlobSource, fill: Fill) -> Blob | None:
         """The blob of a fill that has ended; None if it failed, or the blob was damaged since."""

@@ -108,18 +108,26 @@ class FollowedBlob(Blob):
 
 
 class UncachedBlob(Blob):
-    """A blob read from the origin without storing it."""
+    """A blob read from the origin without storing it; `blob` is open for `span`, None for all of it."""
 
-    def __init__(self, blob: Blob, source: BlobSource) -> None:
-        self.descriptor = blob.descriptor
-        self._blob: Blob | None = blob
+    def __init__(
+        self, descriptor: Descriptor, source: BlobSource, blob: Blob | None = None, span: Span | None = None
+    ) -> None:
+        self.descriptor = descriptor
         self._source = source
+        self._blob = blob
+        self._span = span or Span(0)
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         digest = self.descriptor.digest
         blob, self._blob = self._blob, None
-        if blob is None:  # a transfer can be read once, and this is not the first of several ranges
-            blob = await self._source.origin.get_blob(self._source.name, digest, Span(start, stop))
+        last = self._span.stop
+        if blob is not None and (start < self._span.start or (last and (stop is None or stop > last))):
+            await blob.close()
+            blob = None
+        if blob is None:  # a transfer can be read once, and this may not be the first of several ranges
+            span = Span(start, stop) if start or stop else None
+            blob = await self._source.origin.get_blob(self._source.name, digest, span)
         try:
             content = blob.chunks(start, stop)
             if start == 0:

@@ -139,6 +139,7 @@ class _Transfer(Blob):
 
     def __init__(self, blob: Blob, ended: Callable[[], None]) -> None:
         self.descriptor = blob.descriptor
+        self.position = blob.position
         self._blob = blob
         self._ended = ended
 

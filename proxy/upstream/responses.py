@@ -72,7 +72,7 @@ class Download(Blob):
         self._received = received
         self._transport = transport
         self._response = response
-        self._position = start
+        self.position = self._position = start
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         if start < self._position:

@@ -24,7 +24,7 @@ from proxy.web.responses import (
 from proxy.web.routes import Route, build_location, build_next, parse_limit
 from proxy.web.send import send_blob
 from storage.errors import RangeInvalid
-from storage.oci import OCI_INDEX, OCTETS, Digest
+from storage.oci import OCI_INDEX, OCTETS, Digest, Span
 from storage.registry import Registry
 
 MOST_LISTED = 1 << 31  # entries in a page
@@ -69,14 +69,12 @@ class Pull:
                 headers["Content-Length"] = str(size)
             return empty(200, headers)
         ranges = _ranges(request, digest)
-        blob = await self._registry.get_blob(name, digest, ranges[0].span if len(ranges) == 1 else None)
+        blob = await self._registry.get_blob(name, digest, ranges[0].span if ranges else None)
         try:
             exchange.content, size = blob.descriptor, blob.descriptor.size
-            # Without a size no Content-Range can be given; RFC 9110 §14.2 lets a server send everything.
-            try:
-                spans = satisfy(ranges, size) if size >= 0 else []
-            except RangeInvalid as error:
-                raise RequestRefused(error, {"Content-Range": f"bytes */{size}"}) from None
+            if size < 0 and ranges:  # clients that take the beginning of a 200 for their range look at it
+                headers["Accept-Ranges"] = "none"
+            spans = _spans(ranges, size)
             headers.update(cache_headers(exchange))
             if not spans:  # Ollama asks for ranges there: it expects a redirect
                 headers["Location"] = build_location(route, exchange.ns)
@@ -194,6 +192,15 @@ class Pull:
                 break
             last = found[-1].digest
         return shown, False
+
+
+def _spans(ranges: Sequence[Range], size: int) -> list[Span]:
+    """What to send; [] is everything.  Raises RequestRefused if the blob has none of the ranges."""
+    try:
+        # Without a size no Content-Range can be given; RFC 9110 §14.2 lets a server send everything.
+        return satisfy(ranges, size) if size >= 0 else []
+    except RangeInvalid as error:
+        raise RequestRefused(error, {"Content-Range": f"bytes */{size}"}) from None
 
 
 def _matches(request: web.BaseRequest, digest: Digest) -> bool:

@@ -27,8 +27,10 @@ class Range:
 
     @property
     def span(self) -> Span | None:
-        """The requested bytes; None if they depend on the content's size."""
-        if self.first is None or self.backwards:
+        """The requested bytes; None if there are none."""
+        if self.first is None:
+            return Span(-self.suffix) if self.suffix else None
+        if self.backwards:
             return None
         return Span(self.first, None if self.last is None else self.last + 1)
 

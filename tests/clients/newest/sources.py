@@ -94,7 +94,8 @@ class Go:
 
     def _go(self, directory: Path, inside: Path, *words: str) -> str:
         path = f"{os.environ['PATH']}:{directory}/python/bin"
-        environment = {**os.environ, "PATH": path, "CGO_ENABLED": "0"}
+        # Modules that need a newer Go get it as a module.
+        environment = {"GOTOOLCHAIN": "auto", **os.environ, "PATH": path, "CGO_ENABLED": "0"}
         return run(["go", *words], BUILD_TIMEOUT, env=environment, cwd=inside)
 
     def _version(self, built: str) -> str:

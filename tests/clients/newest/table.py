@@ -234,15 +234,12 @@ helm push --plain-http app-0.1.0.tgz "oci://${IMAGE%/app:*}"
 )
 
 FLUX = Client(
-    "flux",
-    (Go("github.com/fluxcd/flux2/v2/cmd/flux"),),
+    "fluxcd/pkg/oci (flux)",
+    (Go("github.com/fluxcd/pkg/oci", source="fluxoci.go"),),
     makes=True,
-    pull='flux pull artifact "oci://$IMAGE" --insecure-registry --output .',
+    pull='fluxoci pull "$IMAGE"; test -s pulled/some.yaml',
     login=DOCKER_CONFIG,
-    push="""
-mkdir -p files; echo some >files/some.yaml
-flux push artifact "oci://$IMAGE" --insecure-registry --path files --source none --revision 1
-""",
+    push='mkdir files; echo some >files/some.yaml; fluxoci push "$IMAGE"',
 )
 
 TRIVY = Client(

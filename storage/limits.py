@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from storage.errors import StorageFailed
 from storage.shared import SharedState, SharedTable
 
 BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep after each chunk
@@ -31,7 +32,7 @@ class Slots:
 
     @asynccontextmanager
     async def turn(self, namespace: str) -> AsyncIterator[None]:
-        """Wait for a slot, and hold it."""
+        """Wait for a slot, and hold it.  Raises StorageFailed if waiting is impossible."""
         async with AsyncExitStack() as slots:
             # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
             if namespace in self._each:
@@ -44,15 +45,21 @@ class Slots:
     async def _slot(self, key: int, most: int) -> AsyncIterator[None]:
         async with self._queues[key]:
             if not self._held.take(key, most):
-                with self._bell.listen() as rung:
-                    while not self._held.take(key, most):
-                        await rung.wait()
-                        rung.clear()
+                await self._wait(key, most)
         try:
             yield
         finally:
             self._held.release(key)
             self._bell.ring()
+
+    async def _wait(self, key: int, most: int) -> None:
+        try:
+            with self._bell.listen() as rung:
+                while not self._held.take(key, most):
+                    await rung.wait()
+                    rung.clear()
+        except OSError as error:  # no descriptors are left
+            raise StorageFailed(f"cannot wait for other transfers: {error.strerror}") from error
 
 
 class RateLimit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from proxy.access import throttle
 from proxy.access.authentication import Authenticator
 from proxy.config.errors import StartError
 from proxy.server.access import needed
+from storage.errors import Throttled
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site
 from tests.receiver import Receiver, receiver  # noqa: F401  a fixture
@@ -761,6 +763,10 @@ async def test_who_tries_too_often_has_to_wait(
     assert (await door.act("pull", BOB)).status == 429
     assert (await door.act("pull", ALICE)).status == 200  # who is known is not kept waiting
     assert (await door.act("pull", {})).status == 200
+    # Other workers know it as well.
+    elsewhere = throttle.LoginThrottle(table=door.site.app.composition.shared.logins)
+    with pytest.raises(Throttled):
+        elsewhere.turn(ipaddress.ip_address("127.0.0.1"), "bob")
 
 
 # Certificates

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import select
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from proxy.namespaces.composition import Hooks, compose
 from proxy.server.fork import Parent
+from storage.errors import StorageFailed
 from storage.limits import RateLimit, Slots
 from storage.shared import SharedState, SharedTable
 from tests.conftest import Serve, configuration
@@ -201,6 +204,20 @@ async def test_many_processes_share_slots_and_all_get_their_turns(forks: Forks) 
 
     statuses = await forks.run(work, 3)
     assert all(1 <= each // 10 <= 2 and 1 <= each % 10 <= 3 for each in statuses), statuses
+
+
+async def test_without_descriptors_there_is_no_waiting(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(1, {}, forks.shared)
+
+    def exhausted(size: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(select, "epoll", exhausted)
+    async with slots.turn("a"):
+        with pytest.raises(StorageFailed, match="other transfers: Too many open files"):
+            await slots.turn("a").__aenter__()
+    async with slots.turn("a"):
+        pass
 
 
 async def test_processes_of_former_limits_are_counted(forks: Forks) -> None:

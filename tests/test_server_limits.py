@@ -74,6 +74,32 @@ async def test_so_many_transfers_and_a_killed_workers_slot_is_free(three: Place,
     assert len(held.result()) == len(waiting.result()) == 100_000
 
 
+async def test_transfers_of_workers_that_drain_after_a_reload_are_counted(
+    place: Place, upstream: Upstream
+) -> None:
+    place.tree["workers"] = 1
+    place.namespace["upstream"]["max_fills"] = 1
+    image = upstream.image(REPOSITORY)
+    names, holds = zip(*blobs(upstream, 2), strict=True)
+    server = await place.start()
+    (old,) = await server.workers()
+    async with asyncio.TaskGroup() as pulls:
+        pulls.create_task(old.get(f"{PATH}/blobs/{names[0]}"))
+        await holds[0].reached.wait()
+        server.send(signal.SIGHUP)
+        await server.heard("config.reloaded")
+        (pid,) = set(server.pids()) - {old.pid}
+        new, again = await server.worker(pid), await server.worker(pid)
+        pulls.create_task(new.get(f"{PATH}/blobs/{names[1]}"))
+        await asyncio.sleep(0)  # it is asked
+        assert await again.get(f"{PATH}/manifests/{image.digest}") == image.content
+        assert transfers(upstream) == 1
+        for each in holds:
+            each.gate.set()
+        await holds[1].reached.wait()
+    await server.heard("fill.committed", nth=2)
+
+
 async def failing(worker: Worker, path: str) -> bool:
     try:
         await worker.get(path)
@@ -122,8 +148,9 @@ async def test_a_failing_upstream_is_found_out_once(three: Place, upstream: Upst
     await upstream.stop()
     for worker in workers:
         await worker.get(f"{PATH}/manifests/latest", 502)
-    assert len(server.said("upstream.opened")) == 1
+    await server.heard("upstream.opened")
     assert await server.metric("entrepot_upstream_open") == 1
+    assert len(server.said("upstream.opened")) == 1
 
 
 async def test_a_limited_upstream_is_left_alone_by_all(three: Place, upstream: Upstream) -> None:
@@ -143,4 +170,6 @@ async def test_refused_credentials_are_told_once(three: Place, upstream: Upstrea
     for worker in await server.workers():
         async with worker.ask(f"{PATH}/manifests/latest") as response:
             assert response.status == 404
+    await server.heard("upstream.refused")
+    assert await server.metric("entrepot_upstream_refused_total") == 3
     assert len(server.said("upstream.refused")) == 1

@@ -296,6 +296,16 @@ def visibility(told: Told, clock: Clock) -> Visibility:
     return Visibility("docker.io", told, 300, clock)  # type: ignore[arg-type]
 
 
+def test_processes_with_one_secret_identify_credentials_alike(clock: Clock) -> None:
+    one, two, other = [
+        Visibility("docker.io", Told(), 300, clock, secret=secret)  # type: ignore[arg-type]
+        for secret in (b"a", b"a", b"b")
+    ]
+    alice = Credential("alice", "password")
+    assert one.identify(alice) == two.identify(alice) != other.identify(alice)
+    assert one.identify(alice) != one.identify(Credential("alice", "passwork"))
+
+
 async def test_many_at_once_are_one_question(clock: Clock) -> None:
     told = Told()
     told.gate.clear()

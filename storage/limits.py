@@ -11,6 +11,7 @@ from storage.errors import StorageFailed
 from storage.shared import SharedState, SharedTable
 
 BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does not sleep after each chunk
+STEP = 0.4  # seconds after which a transfer knows of another rate
 
 
 class Slots:
@@ -65,22 +66,51 @@ class Slots:
 class RateLimit:
     """A limit in bytes per second for all transfers together; None is no limit.
 
-    Limits of the same `name` in `table` are one.
+    Limits of the same `name` in `table` are one, and a change of one is a change of all.
     """
 
     def __init__(self, rate: float | None = None, table: SharedTable | None = None, name: str = "") -> None:
         self._rate = rate
         self._table = table or SharedTable()
         self._key = self._table.key("bandwidth", name)
+        self._changed = self._table.key("changed bandwidth", name)
+        self._read_again = 0.0
 
     async def take(self, number: int) -> None:
         """Wait until `number` more bytes are within the rate."""
-        if self._rate is None:
-            return
         now = asyncio.get_running_loop().time()  # it is the same in all processes: CLOCK_MONOTONIC
+        if (rate := self._current(now)) is None:
+            return
         with self._table.lock:
             # When the bytes so far are within the rate.
-            paid_until = max(now, self._table.get(self._key, float) or 0.0) + number / self._rate
+            paid_until = max(now, self._paid_until()) + number / rate
             self._table.put(self._key, paid_until)
-        if (ahead := paid_until - now) > BURST:
-            await asyncio.sleep(ahead)
+        while (ahead := paid_until - now) > BURST:
+            await asyncio.sleep(min(ahead, STEP))
+            now = asyncio.get_running_loop().time()
+            if (new := self._current(now)) is None:
+                return
+            if new != rate:
+                paid_until, rate = now + (paid_until - now) * rate / new, new
+
+    def change(self, rate: float | None) -> None:
+        """Have another rate, also for the transfers that wait now."""
+        now = asyncio.get_running_loop().time()
+        with self._table.lock:
+            before = self._current(now)
+            self._table.put(self._changed, rate or 0.0)
+            if rate is None or before is None:
+                self._table.discard(self._key)
+            elif (ahead := self._paid_until() - now) > 0:
+                self._table.put(self._key, now + ahead * before / rate)
+
+    def _paid_until(self) -> float:
+        return self._table.get(self._key, float) or 0.0
+
+    def _current(self, now: float) -> float | None:
+        if now >= self._read_again:  # not for each chunk: another process may hold the lock of the table
+            self._read_again = now + STEP
+            changed = self._table.get(self._changed, float)
+            if changed is not None:
+                self._rate = changed or None
+        return self._rate

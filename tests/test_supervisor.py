@@ -11,13 +11,16 @@ from pathlib import Path
 import msgspec
 import pytest
 from structlog.testing import LogCapture
+from yarl import URL
 
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config, Hosting, NamespaceConfig
+from proxy.config.upstream import UpstreamConfig
 from proxy.server import supervisor
 from proxy.server.fork import ForkedProcess
 from proxy.server.supervisor import Assignment, Supervisor
+from storage.limits import RateLimit
 
 pytestmark = pytest.mark.clients
 
@@ -191,6 +194,22 @@ async def test_a_reload_starts_new_workers_before_it_ends_the_old(site: Site, ev
     assert {line.split()[1] for line in site.lines()[:2]} == {line.split()[1] for line in site.lines()[4:]}
     assert await site.level(parent) == "debug"
     assert [each["event"] for each in events.entries] == ["config.reloaded"]
+
+
+async def test_a_reload_changes_the_bandwidth_of_transfers_that_go_on(
+    site: Site,
+) -> None:
+    def limited(bandwidth: float | None) -> Config:
+        upstream = UpstreamConfig(url=(URL("http://127.0.0.1:9"),), bandwidth=bandwidth)
+        return msgspec.structs.replace(CONFIG, namespaces={"a": NamespaceConfig(upstream=upstream)})
+
+    parent = site.parent(config=limited(1))
+    await parent.start()
+    transfer = RateLimit(1, parent._shared.upstreams, "a")  # as a worker that drains has it
+    waiting = asyncio.create_task(transfer.take(1_000_000))
+    site.next = limited(None)
+    await parent._change()
+    await asyncio.wait_for(waiting, 20)
 
 
 @pytest.mark.errors("config.refused")

@@ -41,6 +41,7 @@ from proxy.server import notify
 from proxy.server.fork import ForkedProcess, Parent, fork
 from proxy.web.sockets import Sockets, bind, sockets_of
 from proxy.web.tls import Certificates
+from storage.limits import RateLimit
 from storage.shared import SharedState
 
 log = structlog.get_logger()
@@ -185,12 +186,20 @@ class Supervisor:
                 return
             self._draining, self._generation, self._config = self._generation, generation, config
             self._unbind(config)
+            self._change_bandwidths(self._draining.config if self._draining else config, config)
             log.info("config.reloaded", workers=config.processes())
             notify.ready()
             if self._draining is not None:
                 # shield: stop() may cancel this task, and then waits for the same processes.
                 await asyncio.shield(self._retire(self._draining))
                 self._draining = None
+
+    def _change_bandwidths(self, old: Config, new: Config) -> None:
+        """Those of transfers that go on; the new processes have theirs."""
+        cached = new.cached()
+        for name, (_, before) in old.cached().items():
+            if name in cached and before.bandwidth != cached[name][1].bandwidth:
+                RateLimit(before.bandwidth, self._shared.upstreams, name).change(cached[name][1].bandwidth)
 
     def _prepare(self, config: Config) -> None:
         """Check and bind what can be checked and bound before a process starts.  Raises StartError."""

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 WINDOW = 32  # records, one after the other, in which a key may be
 LENGTH = 2  # bytes before each value: how many it has
+DISKS, DISK_BYTES = 64, 12 << 10  # a failure has two paths, of 4 KiB at most
 HOLDERS = 4096  # bytes of a record with a number for each of about 500 processes
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -232,6 +233,7 @@ class SharedState:
 
     upstreams: what is known of upstreams
     logins: failed logins
+    disks: failures of disks; it has a lock of its own, since threads use it
     slots, connections: what the processes hold of what is limited; `bell` rings when a slot becomes free
     secret: random bytes, for hashes that are the same in all processes
     """
@@ -239,15 +241,18 @@ class SharedState:
     def __init__(self, *, forks: bool = False) -> None:
         self._files: list[int] = []
         lock: AbstractContextManager[None] | None = None
+        disks: AbstractContextManager[None] | None = None
         bell: int | None = None
         if forks:
             lock = held = MemoryLock()
+            disks = threads = MemoryLock()
             bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._files = [held.fileno(), bell]
+            self._files = [held.fileno(), threads.fileno(), bell]
         self.upstreams = SharedTable(lock, 4096)
         self.logins = SharedTable(lock, 32768, 64)
         self.slots = Holdings(SharedTable(lock, 1024, HOLDERS))
         self.connections = Holdings(SharedTable(lock, 8192, HOLDERS))
+        self.disks = SharedTable(disks, DISKS, DISK_BYTES)
         self.bell = Bell(bell)
         self.secret = os.urandom(32)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import aiohttp
 import pytest
 from structlog.testing import LogCapture
 
@@ -19,8 +20,11 @@ from storage.disk.records import Records
 from storage.errors import StorageFailed
 from storage.oci import Digest
 from tests.conftest import Serve
+from tests.processes import Place, place
 from tests.test_disk import FULL, disk, leave, mount, read_only, ready, said, unmount  # noqa: F401  a fixture
 from tests.upstream import Upstream
+
+__all__ = ["place"]  # a fixture
 
 CONTENT = b"a layer"
 DIGEST = Digest.of(CONTENT)
@@ -154,7 +158,36 @@ async def test_what_was_pushed_is_served_from_a_full_disk(
     assert await ready(site) == {"status": "ready"}
     async with site.request("POST", UPLOAD, data=CONTENT) as response:
         assert response.status == 201
-    assert {cause for _, cause in said(events, "disk.failed")} == {FULL}
+    assert said(events, "disk.failed", "disk.recovered") == [("disk.failed", FULL), ("disk.recovered", FULL)]
+
+
+@pytest.mark.clients
+@pytest.mark.errors("disk.failed")
+async def test_a_server_of_several_processes_says_once_that_its_disk_is_full(
+    disk: Path,  # noqa: F811
+    place: Place,
+) -> None:
+    place.tree["disk"]["path"] = str(disk / "d")
+    place.tree["namespaces"]["local"] = {"store": {}}
+    first = await place.start()
+    async with aiohttp.ClientSession() as session:
+        async with session.post(first.url + UPLOAD, data=CONTENT) as response:
+            assert response.status == 201
+        await first.stop()
+        filler = leave(disk, 0)
+        server = await place.start()
+        for worker in await server.workers():
+            assert await worker.get(BLOB) == CONTENT
+            async with worker.ask(UPLOAD, "POST", CONTENT) as response:
+                assert response.status == 507
+        async with session.get(f"{server.admin_url}/readyz") as response:
+            assert FULL in (await response.json())["store"]
+        filler.unlink()
+        async with session.get(f"{server.admin_url}/readyz") as response:
+            assert await response.json() == {"status": "ready"}
+        await server.heard("disk.recovered")
+        await server.stop()
+    assert len(server.said("disk.failed")) == len(server.said("disk.recovered")) == 1
 
 
 WRITER = """

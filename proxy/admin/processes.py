@@ -118,7 +118,7 @@ class ProcessState:
                 if isinstance(cache.origin, _Upstream)
                 for host in cache.origin.state()
             ],
-            troubles=[trouble for disk in self._disks for trouble in disk.troubles()],
+            troubles=list(dict.fromkeys(each for disk in self._disks for each in disk.troubles())),
         )
 
     async def forget(self, repository: str) -> None:

@@ -38,6 +38,7 @@ from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import Records
+from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
 from storage.limits import RateLimit, Slots
 from storage.maintenance.collection import Collection, CollectionReport
@@ -154,22 +155,18 @@ def compose(
         raise StartError(f"cannot store in {config.disk.path} (disk.path): {error}") from error
 
 
-def private_store(config: Config, clock: Callable[[], float] = time.time) -> Store:
-    """Open the store of everything that clients push.  Only unreachable content is ever removed from it.
-
-    Raises StorageFailed.
-    """
+def private_store(
+    config: Config, clock: Callable[[], float] = time.time, troubles: Troubles | None = None
+) -> Store:
+    """Open the store of what clients push; only unreachable content is removed.  Raises StorageFailed."""
     root = config.disk.path / "private"
-    files = BlobFiles(root, clock, private=True)
+    files = BlobFiles(root, clock, DiskHealth(root, clock, troubles), private=True)
     records = Records(root / "records", clock, files.disk, durable=True)
     return Store(files, records, clock, collected=True)
 
 
 class _Composer:
-    """Makes the parts of one composition.  A part that is made later is closed earlier.
-
-    `failed` closes what is open if a part cannot be made.
-    """
+    """Makes the parts of one composition, the last closed first.  `failed` closes them after an error."""
 
     def __init__(
         self,
@@ -188,6 +185,7 @@ class _Composer:
         self._failed = failed
         self._closing = AsyncExitStack()
         self._disks: list[DiskHealth] = []
+        self._troubles = Troubles(shared.disks)
         self._listings = ListingMemory()
 
     def compose(self) -> Composition:
@@ -237,7 +235,7 @@ class _Composer:
 
     def _store(self) -> Store:
         root = self._config.disk.path / "cache"
-        disk = DiskHealth(root, self._clock)
+        disk = DiskHealth(root, self._clock, self._troubles)
         files = BlobFiles(root, self._clock, disk)
         try:
             files.check()
@@ -247,7 +245,9 @@ class _Composer:
         return self._opened(Store(files, Records(root / "records", self._clock, disk), self._clock))
 
     def _private(self) -> Store | None:
-        return self._opened(private_store(self._config, self._clock)) if self._config.hosted() else None
+        if not self._config.hosted():
+            return None
+        return self._opened(private_store(self._config, self._clock, self._troubles))
 
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)
@@ -265,7 +265,7 @@ class _Composer:
         webhooks, root = self._config.webhooks, self._config.disk.path / "events"
         if not webhooks:
             return None, None
-        disk = DiskHealth(root, self._clock)
+        disk = DiskHealth(root, self._clock, self._troubles)
         self._disks.append(disk)
         queue = Queue(Records(root / "records", self._clock, disk, durable=True), self._clock)
         self._closing.callback(queue.close)

@@ -1,7 +1,8 @@
 """The state of the disk below a store: its failures, each logged once, and its free space.
 
 Code that meets a failure reports it here, and gets the StorageFailed to raise.  The first failure with a
-cause logs the event `disk.failed`; later ones log nothing.  The cause is over when
+cause, in any process of a server, logs the event `disk.failed`; later ones log nothing.  The cause is over
+when, in any process,
 
 - the disk was full: there is room for the largest write that failed;
 - the disk was read-only: it no longer is, and a write succeeds;
@@ -19,16 +20,15 @@ import errno
 import os
 import sqlite3
 import sys
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from storage.disk.troubles import DISK, Trouble, Troubles
 from storage.errors import StorageFailed
 from storage.oci import Digest
 
@@ -94,21 +94,18 @@ def sync(directory: Path) -> None:
         os.close(file)
 
 
-@dataclass(slots=True)
-class _Trouble:
-    path: str
-    size: int
-    failed_at: float
-
-
 class DiskHealth:
-    """The state of the disk that holds `root`.  Thread-safe.  `clock` returns seconds."""
+    """The state of the disk that holds `root`.  Thread-safe.
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+    `clock` returns seconds.  Several disks, in several processes, may share `troubles`.
+    """
+
+    def __init__(
+        self, root: Path, clock: Callable[[], float] = time.time, troubles: Troubles | None = None
+    ) -> None:
         self._root = root
         self._clock = clock
-        self._troubles: dict[tuple[str, str], _Trouble] = {}
-        self._lock = threading.Lock()
+        self._troubles = Troubles() if troubles is None else troubles
 
     @contextmanager
     def guard(self, kind: str, path: Path, size: int = 0) -> Iterator[None]:
@@ -125,12 +122,9 @@ class DiskHealth:
         """
         cause = self._cause(error)
         # A full or read-only disk affects blobs and records alike; any other failure affects one kind.
-        key = ("disk" if cause in (_FULL, _READ_ONLY) else kind), cause
-        with self._lock:
-            known = self._troubles.get(key)
-            size = max(size, known.size if known else 0)
-            self._troubles[key] = _Trouble(known.path if known else str(path), size, self._clock())
-        if known is None:
+        kind = DISK if cause in (_FULL, _READ_ONLY) else kind
+        trouble = Trouble(kind, self._device(), str(self._root), str(path), cause, size, self._clock())
+        if self._troubles.add(trouble):
             log.error("disk.failed", path=str(path), cause=cause, action="pulls go on uncached")
         # An error without a number may have a path in its text.
         public_cause = cause if not isinstance(error, OSError) or error.strerror else ""
@@ -161,23 +155,32 @@ class DiskHealth:
         """Report a successful write of `size` bytes."""
         if not self._troubles:
             return
-        with self._lock:
-            over = [key for key in self._troubles if self._is_over(key, kind, size)]
-            troubles = [(cause, self._troubles.pop((of, cause))) for of, cause in over]
-        for cause, trouble in troubles:
-            log.info("disk.recovered", path=trouble.path, cause=cause)
+        for trouble in self._troubles.remove(lambda each: self._is_over(each, kind, size)):
+            log.info("disk.recovered", path=trouble.path, cause=trouble.cause)
 
-    def _is_over(self, key: tuple[str, str], kind: str, size: int) -> bool:
-        trouble = self._troubles[key]
-        if key == ("disk", _FULL):
-            over = self.room() >= trouble.size
-        elif key == ("disk", _READ_ONLY):
-            over = not self.is_read_only()
-        elif key[0] == kind:
+    def _is_over(self, trouble: Trouble, kind: str, size: int) -> bool:
+        if not self._has(trouble):
+            return False
+        if trouble.kind == DISK:
+            disk = DiskHealth(Path(trouble.root), self._clock, self._troubles)
+            over = disk.room() >= trouble.size if trouble.cause == _FULL else not disk.is_read_only()
+        elif trouble.kind == kind:
             over = size >= trouble.size
         else:
             return False
         return over or not 0 <= self._clock() - trouble.failed_at < FORGOTTEN
+
+    def _has(self, trouble: Trouble) -> bool:
+        """Whether a trouble is one of this disk."""
+        if trouble.kind == DISK:
+            return trouble.device == self._device()
+        return trouble.root == str(self._root)
+
+    def _device(self) -> int:
+        try:
+            return self._root.stat().st_dev
+        except OSError:
+            return 0
 
     def room(self) -> int:
         """Bytes that are free for blobs."""
@@ -191,8 +194,7 @@ class DiskHealth:
 
     def troubles(self) -> list[str]:
         """A sentence for each cause that is not over."""
-        with self._lock:
-            return [f"{trouble.path}: {cause}" for (_, cause), trouble in self._troubles.items()]
+        return [f"{each.path}: {each.cause}" for each in self._troubles if self._has(each)]
 
 
 MakeRoom = Callable[[int], Coroutine[Any, Any, None]]

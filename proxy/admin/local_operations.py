@@ -23,18 +23,21 @@ from proxy.admin.purge import Purge
 from proxy.admin.readiness import Readiness
 from proxy.admin.reports import (
     Collected,
+    Deleted,
     Drilling,
     Evicted,
     Purged,
     ReadyRow,
     Refreshed,
     Scrubbing,
+    Tagged,
     Unpinned,
     WarmRow,
     Why,
 )
 from proxy.admin.rows import collected, day_row, drilling, evicted, stats_row, webhook_row
 from proxy.admin.scrub_control import ScrubControl
+from proxy.admin.store_control import StoreControl
 from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition
@@ -86,6 +89,7 @@ class LocalOperations:
         self._inventories = [Inventory(parts.config, each, parts.usage, parts.pins) for each in stores]
         self._pins = PinControl(parts.pins, parts.store, self._inventories[0], self._reader)
         self._purge = Purge(parts.store, parts.pins)
+        self._stores = StoreControl(parts)
         self._explainer = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._speeds = FillSpeeds()
         self._scrub = ScrubControl(parts.maintenance.scrubs, heal, parts.clock)
@@ -164,6 +168,7 @@ class LocalOperations:
 
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> Purged:
         parsed = self._reader.pattern("pattern", pattern)
+        self._stores.refuse_store(parsed)
         purged = await run_in_thread(self._purge.purge, parsed, dry_run, force)
         if not dry_run:
             repositories = {Pin(each).parts[0] for each in purged.references}
@@ -181,6 +186,20 @@ class LocalOperations:
                 bytes=purged.bytes,
             )
         return purged
+
+    async def delete(
+        self,
+        pattern: str,
+        *,
+        older_than: float | None = None,
+        keep: int | None = None,
+        dry_run: bool = False,
+    ) -> Deleted:
+        return await self._stores.delete(self._reader.pattern("pattern", pattern), older_than, keep, dry_run)
+
+    async def tag(self, source: str, target: str) -> Tagged:
+        found = self._reader.reference("source", source)
+        return await self._stores.tag(found, self._reader.reference("target", target))
 
     async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> Refreshed:
         image = self._reader.reference("reference", reference)

@@ -60,6 +60,21 @@ class Operations(Protocol):
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
 
+    async def delete(
+        self,
+        pattern: str,
+        *,
+        older_than: float | None = None,
+        keep: Annotated[int, msgspec.Meta(ge=0)] | None = None,
+        dry_run: bool = False,
+    ) -> reports.Deleted:
+        """Delete what matches from private registries.  `older_than` is in seconds since the push of a tag,
+        `keep` the number of matching tags that stay in each repository, the last pushed ones.
+        """
+
+    async def tag(self, source: str, target: str) -> reports.Tagged:
+        """Give an image a tag in a private registry."""
+
     async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> reports.Refreshed:
         """Resolve the reference upstream, and fetch what is missing of it."""
 
@@ -172,6 +187,8 @@ OPERATIONS = {
         Operation(Operations.fills, "GET", "fills"),
         Operation(Operations.why, "GET", "why"),
         Operation(Operations.purge, "POST", "purge", changes=True),
+        Operation(Operations.delete, "POST", "delete", changes=True),
+        Operation(Operations.tag, "POST", "tag", changes=True),
         Operation(Operations.refresh, "POST", "refresh", changes=True),
         Operation(Operations.pins, "GET", "pins"),
         Operation(Operations.pin, "POST", "pins", changes=True),

@@ -34,6 +34,41 @@ class Purged(Model, frozen=True):
     dry_run: bool
 
 
+class KeptRow(Model, frozen=True):
+    """A tag or manifest that matches and was kept; `reason` says why."""
+
+    reference: str
+    reason: str
+
+
+class Deleted(Model, frozen=True):
+    """The result of a deletion from private registries.
+
+    `references` are the tags and manifests that were deleted, `manifests` is the number of all manifests
+    that were deleted with them.  The next collection can remove so many `blobs` because of it, with `bytes`.
+    """
+
+    references: list[str]
+    kept: list[KeptRow]
+    manifests: int
+    blobs: int
+    bytes: int
+    dry_run: bool
+
+
+class Tagged(Model, frozen=True):
+    """A tag that was set.  `former` is the digest that it had before, None if it is new or unchanged.
+
+    `copied` is how many manifests and blobs were copied to another repository for it.
+    """
+
+    repository: str
+    tag: str
+    digest: str
+    former: str | None
+    copied: int
+
+
 class Unpinned(Model, frozen=True):
     """The pattern of the pin that was removed."""
 

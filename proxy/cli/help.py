@@ -61,6 +61,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "purge": (("entrepot purge 'ghcr.io/team/*' --dry-run", ""),),
     "evict": (("entrepot evict --to 200GiB --dry-run", ""),),
     "scrub": (("entrepot scrub --wait", ""),),
+    "tag": (("entrepot tag local/team/app:1.2 local/team/app:stable", ""),),
+    "delete": (
+        ("entrepot delete local/team/app:1.2", ""),
+        ("entrepot delete 'local/*:ci-*' --older-than 30d --keep 10 --dry-run", ""),
+    ),
     "collect": (("entrepot collect --dry-run", ""),),
     "copy": (("entrepot copy old.example/team/app:1.0 localhost:5000/local/team/app", ""),),
     "export": (("entrepot export images.tar 'docker.io/*' --used-within 30d", ""),),

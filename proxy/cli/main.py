@@ -19,7 +19,7 @@ import click
 import structlog
 from yarl import URL
 
-from proxy.cli import bundles, content, copy, maintenance, offline, pins, removal, status, users
+from proxy.cli import bundles, content, copy, maintenance, offline, pins, removal, status, stores, users
 from proxy.cli.configured import BUILT_IN, chosen, config_argument, used
 from proxy.cli.console import complain
 from proxy.cli.context import quiet
@@ -58,6 +58,7 @@ for each in (
     *offline.COMMANDS,
     *copy.COMMANDS,
     *bundles.COMMANDS,
+    *stores.COMMANDS,
     *users.COMMANDS,
     setup,
     doctor,

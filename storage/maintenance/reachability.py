@@ -202,6 +202,21 @@ class Reachability:
         spared = len(too_many) - len(tags) + len(live - lasting)
         return self._groups(tags, released & dead, dead), spared
 
+    def deletable(self, tags: Collection[str], digests: Collection[str]) -> list[RemovalGroup]:
+        """What goes if these tags and manifests are deleted: them, and what nothing else keeps.
+
+        Of `digests`, those stay that another tag or manifest keeps.
+        """
+        untagged = self._reach(self._only_held_by(tags))
+        released = untagged | self._reach(digests)
+        live = self._reach({*self._held_except_by(tags), *(self.manifests.keys() - released)})
+        dead = released - live
+        return self._groups([*tags], untagged & dead, dead)
+
+    def kept_by(self, tags: Collection[str]) -> set[str]:
+        """The manifests that these tags keep."""
+        return self._reach({self.tags[tag].digest for tag in tags})
+
     def _used_at(self, digest: str) -> float:
         return self._used.get(digest, math.inf)
 
@@ -280,15 +295,19 @@ class Reachability:
         self._used |= {digest: self._used_last(digest) for digest in digests}
         if any(self._leases.young(self._used[digest]) for digest in digests):
             return False
+        self.discard(groups, batch)
+        return True
+
+    def discard(self, groups: Collection[RemovalGroup], batch: Batch) -> None:
+        """Remove the groups, however young they are."""
         for tag in (tag for group in groups for tag in group.tags):
             batch.delete(TAG.key(self.repository, tag))
-        for digest in digests:
+        for digest in (digest for group in groups for digest in group.manifests):
             for subject in self._subjects.get(digest, ()):
                 batch.delete(REFERRER.key(self.repository, subject, digest))
             self._leases.drop(batch, self.repository, digest)
             batch.delete(MANIFEST.key(self.repository, digest))
         self._store.changed(batch, self.repository)
-        return True
 
     def _used_last(self, digest: str) -> float:
         """When the manifest was last pushed or leased, as recorded now."""

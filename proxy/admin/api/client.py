@@ -66,6 +66,8 @@ class AdminClient:
     fills = _sent(Operations.fills)
     why = _sent(Operations.why)
     purge = _sent(Operations.purge)
+    delete = _sent(Operations.delete)
+    tag = _sent(Operations.tag)
     refresh = _sent(Operations.refresh)
     pins = _sent(Operations.pins)
     pin = _sent(Operations.pin)

@@ -212,6 +212,34 @@ async def test_a_reload_changes_the_bandwidth_of_transfers_that_go_on(
     await asyncio.wait_for(waiting, 20)
 
 
+async def test_a_namespace_that_comes_back_has_the_bandwidth_of_its_configuration(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(**bandwidths: float) -> Config:
+        namespaces = {
+            name: NamespaceConfig(upstream=UpstreamConfig(url=(URL("http://127.0.0.1:9"),), bandwidth=each))
+            for name, each in bandwidths.items()
+        }
+        return msgspec.structs.replace(CONFIG, namespaces=namespaces)
+
+    parent = site.parent(config=limited(a=1, b=1))
+    await parent.start()
+    for site.next in (limited(a=2, b=1), limited(b=1), limited(a=1000, b=1)):
+        await parent._change()
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + sum(slept))
+
+    now = asyncio.get_running_loop().time()
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "sleep", sleep)
+        await RateLimit(1000, parent._shared.upstreams, "a").take(2000)
+    monkeypatch.undo()
+    assert sum(slept) == pytest.approx(2, abs=0.1)
+
+
 @pytest.mark.errors("config.refused")
 async def test_a_bad_configuration_changes_nothing(site: Site, events: LogCapture) -> None:
     parent = site.parent()

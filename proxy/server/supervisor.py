@@ -195,11 +195,13 @@ class Supervisor:
                 self._draining = None
 
     def _change_bandwidths(self, old: Config, new: Config) -> None:
-        """Those of transfers that go on; the new processes have theirs."""
-        cached = new.cached()
-        for name, (_, before) in old.cached().items():
-            if name in cached and before.bandwidth != cached[name][1].bandwidth:
-                RateLimit(before.bandwidth, self._shared.upstreams, name).change(cached[name][1].bandwidth)
+        """Those of transfers that go on.  A namespace that is new may have existed before, with another."""
+        known = old.cached()
+        for name, (_, upstream) in new.cached().items():
+            rate = upstream.bandwidth
+            before = known[name][1].bandwidth if name in known else rate
+            if before != rate or name not in known:
+                RateLimit(before, self._shared.upstreams, name).change(rate)
 
     def _prepare(self, config: Config) -> None:
         """Check and bind what can be checked and bound before a process starts.  Raises StartError."""

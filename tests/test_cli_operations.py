@@ -397,7 +397,16 @@ async def test_what_is_asked_wrongly_is_status_2(shop: Shop) -> None:
     assert "such as 1h30m" in await shop.fails("stats", "--period", "soon", status=2)
     assert "expected a size" in await shop.fails("evict", "--to", "much", status=2)
     assert "os/architecture" in await shop.fails("refresh", "alpine", "--platform", "arm", status=2)
-    assert "ref: " in await shop.fails("show", "UPPER:3", status=2)
+    assert (await shop.fails("show", "UPPER:3", status=2)).startswith("entrepot: REF: ")
+    for words, name in (
+        (["ls", "UPPER"], "PATTERN"),
+        (["purge", "UPPER"], "REF|GLOB"),
+        (["pin", "UPPER:1"], "PATTERN"),
+        (["refresh", "UPPER"], "REF"),
+    ):
+        assert (await shop.fails(*words, status=2)).startswith(f"entrepot: {name}: ")
+    (row,) = json.loads((await shop.run("warm", "UPPER:3", "--json")).stdout)
+    assert row["error"].startswith("'library/UPPER' is not")
     assert json.loads(await shop.fails("why", "UPPER:3", "--json", status=2))["code"] == "FIELD_INVALID"
     assert "nowhere.example" in await shop.fails("show", "nowhere.example/x:1", status=2)
 

@@ -515,3 +515,40 @@ def test_an_intermediate_authority_of_our_own(issuer: Issuer, tmp_path: Path) ->
     child.private_key_and_cert_chain_pem.write_to_path(str(pair))
     (check,) = running.check_certificate(listening(pair))
     assert "40 days" in check.message
+
+
+# Checks that fail themselves
+
+
+@pytest.mark.parametrize(
+    "part", ["disk.check", "running.check_certificate", "running.check_limits", "upstreams.check"]
+)
+async def test_a_check_that_fails_itself_is_a_failed_check(
+    examine: Examine, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise UnicodeError("label too long")
+
+    monkeypatch.setattr(f"proxy.doctor.{part}", fail)
+    result = await examine(upstream.url)
+    found = [each for each in result.diagnosis.checks if "could not be checked" in each.message]
+    assert [(each.message, each.state) for each in found] == [
+        ("could not be checked: label too long", "failed")
+    ]
+    assert result.status == 1
+
+
+async def test_a_host_that_is_no_name(examine: Examine) -> None:
+    result = await examine(f"https://{'a' * 64}.example")
+    assert result.status == 1
+    assert "failed" in [each.state for each in result.diagnosis.checks if each.subject == "docker.io"]
+
+
+async def test_clients_that_cannot_be_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no sense")
+
+    monkeypatch.setattr("proxy.doctor.client.CLIENTS", {"docker": fail})
+    result = await invoke("--client", "http://127.0.0.1:1", "--root", str(tmp_path), "--json")
+    (found,) = [each for each in json.loads(result.stdout)["checks"] if each["subject"] == "docker"]
+    assert found["message"] == "could not be checked: no sense"

@@ -103,6 +103,8 @@ def test_a_directory_of_a_former_version_is_closed_to_others(tmp_path: Path) -> 
 def test_missing_parents_are_as_closed(tmp_path: Path) -> None:
     make_directory(tmp_path / "a" / "b" / "c")
     make_directory(tmp_path / "a" / "b" / "c")
+    with pytest.raises(FileNotFoundError, match=r"/proc/absent\b"):  # where nobody can create one
+        make_directory(Path("/proc/absent/a/b"))
     assert readable(tmp_path / "a") == []
 
 

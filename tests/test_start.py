@@ -17,8 +17,10 @@ from structlog.testing import LogCapture
 
 from proxy.cli import main
 from proxy.config.errors import StartError
+from proxy.config.loader import load
 from proxy.server import supervisor
 from proxy.server.fork import ForkedProcess
+from proxy.server.process import ServerProcess, run
 from proxy.web.tls_listener import PlainSite
 from tests.events import Ear
 from tests.test_supervisor import CONFIG, Site
@@ -95,7 +97,7 @@ async def test_sigterm_during_the_start_ends_it(site: Site, events: LogCapture) 
         return await spawn(config, role)
 
     parent._spawn = noted  # type: ignore[method-assign]
-    await asyncio.wait_for(main._serve(parent, CONFIG), 30)
+    await asyncio.wait_for(main._serve(parent, CONFIG, "a file"), 30)
     assert begun.count("worker") == 2  # none is started again
     assert [each["event"] for each in events.entries] == ["server.stopping"]
 
@@ -182,3 +184,19 @@ async def test_without_descriptors_one_event_is_logged_for_each_attempt(
     await runner.cleanup()
     listening.close()
     assert {each["event"] for each in events.entries} == {"accept.failed"}
+
+
+@pytest.mark.clients
+async def test_an_unexpected_error_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def start(self: ServerProcess) -> None:
+        raise ValueError("no sense")
+
+    monkeypatch.setattr(ServerProcess, "start", start)
+    path = tmp_path / "entrepot.yml"
+    path.write_text(f"listen: 127.0.0.1:0\nadmin: off\nworkers: 3\ndisk: {{path: {tmp_path / 'disk'}}}\n")
+    config = load(path, {})
+    with pytest.raises(StartError, match=r"^an unexpected error: no sense \(set log\.level to debug"):
+        await supervisor.Supervisor(config, lambda: config, run).start()
+    assert capfd.readouterr() == ("", "")

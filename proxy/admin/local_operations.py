@@ -282,7 +282,7 @@ class LocalOperations:
             image = self._reader.reference("references", text)
         except FieldInvalid as error:
             return ReadyRow(
-                asked=text, repository="", reference="", digest=None, state="absent", error=str(error)
+                asked=text, repository="", reference="", digest=None, state="absent", error=error.cause
             )
         return self._readiness.judge(image, platforms, referrers)
 

@@ -41,7 +41,7 @@ class Warmer:
             image = self._reader.reference("reference", text)
         except FieldInvalid as bad:
             return WarmRow(
-                asked=text, repository="", reference="", digest=None, here=False, error=str(bad),
+                asked=text, repository="", reference="", digest=None, here=False, error=bad.cause,
                 code="FIELD_INVALID",
             )  # fmt: skip
         await self._forget(image.repository)

@@ -6,6 +6,7 @@ Exit status: 0 for success, 1 for a failure or something that does not exist, 2 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from proxy.namespaces.composition import Composition
 
 P = ParamSpec("P")
+
+# The parameters of the API whose names differ from those of the commands' parameters.
+_PARAMETERS = {"ref": "reference", "match": "pattern", "seconds": "time"}
 
 PAUSE = 1.0  # seconds between two requests for the progress
 View: TypeAlias = "Callable[[Any, float], Sequence[Table]]"
@@ -115,11 +119,22 @@ class CommandContext:
             write(*view(found, time.time()), wide=self.wide)
 
     def _fail(self, failed: OperationFailed) -> None:
+        message = _as_typed(str(failed)) if failed.code == "FIELD_INVALID" else str(failed)
         if self.json:
-            click.echo(msgspec.json.encode({"error": str(failed), "code": failed.code}), err=True)
+            click.echo(msgspec.json.encode({"error": message, "code": failed.code}), err=True)
         else:
-            complain(str(failed))
+            complain(message)
         sys.exit(failed.status)
+
+
+def _as_typed(message: str) -> str:
+    """A message about a parameter of the API, with the option or argument of the command for its name."""
+    field, _, cause = message.partition(": ")
+    for each in click.get_current_context().command.params:
+        if each.name == _PARAMETERS.get(field, field):
+            metavar = re.sub(r"[^A-Z|]", "", each.metavar or each.human_readable_name.upper())
+            return f"{max(each.opts, key=len) if isinstance(each, click.Option) else metavar}: {cause}"
+    return message
 
 
 def option_type(parse: Callable[[object], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:

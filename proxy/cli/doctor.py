@@ -22,7 +22,7 @@ from proxy.config.hosts import parse_server
 from proxy.config.image_names import parse
 from proxy.config.loader import load
 from proxy.config.settings import Setting
-from proxy.doctor.checks import Check, Diagnosis
+from proxy.doctor.checks import Check, Diagnosis, guarded
 from proxy.setup.site import site_of
 from proxy.telemetry import logs
 
@@ -124,8 +124,8 @@ def _run(examine: Callable[[], Awaitable[list[Check]]], as_json: bool, wide: boo
     if not structlog.is_configured():
         logs.configure("auto", "critical")  # the checks report all errors
 
-    async def run() -> list[Check]:
-        return await examine()
+    async def run() -> Sequence[Check]:
+        return await guarded("doctor", "-", examine())
 
     found = Diagnosis.of(asyncio.run(run()))
     if as_json:

@@ -6,7 +6,7 @@ A Check is ok, a warning, or failed.  It says what was found and, unless it is o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -49,6 +49,15 @@ def warning(name: str, subject: str, message: str, advice: str) -> Check:
 
 def failed(name: str, subject: str, message: str, advice: str) -> Check:
     return Check(name, subject, "failed", message, advice)
+
+
+async def guarded(name: str, subject: str, checks: Awaitable[Sequence[Check]]) -> Sequence[Check]:
+    """The results of checks; if one of them fails itself, that is the only result."""
+    try:
+        return await checks
+    except Exception as error:
+        advice = "look at what it is about in the configuration; if that is right, report this as a fault"
+        return [failed(name, subject, f"could not be checked: {cause(error)}", advice)]
 
 
 def cause(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from yarl import URL
 from proxy.config.image_names import ImageName
 from proxy.doctor import canary, containerd, docker, podman
 from proxy.doctor.certificates import describe_error
-from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.doctor.checks import Check, cause, failed, guarded, ok, warning
 from proxy.doctor.machine import Machine
 from proxy.setup.site import CA, Site
 
@@ -36,7 +38,10 @@ class ClientOptions:
 async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]:
     """All checks of the clients below `root`, which should use the server `site`."""
     machine = Machine(site, root)
-    found = {name: check(machine) for name, check in CLIENTS.items()}
+    found = {
+        name: await guarded("configuration", name, asyncio.to_thread(check, machine))
+        for name, check in CLIENTS.items()
+    }
     installed = [name for name, checks in found.items() if checks]
     client_checks = [each for checks in found.values() for each in checks]
     if not installed:
@@ -46,17 +51,22 @@ async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     connector = aiohttp.TCPConnector(ssl=_trust(machine))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        checks = [await _check_server(session, site)]
+        checks = [*await guarded("server", str(site.url), _listed(_check_server(session, site)))]
         checks += client_checks
         if checks[0].state != "failed":
             for client in installed or [podman.CLIENT]:
-                checks.append(await canary.check(session, machine, client, options.canary))
+                pull = canary.check(session, machine, client, options.canary)
+                checks += await guarded("canary", client, _listed(pull))
         if options.pull:
-            pulled = [
-                await canary.pull(session, machine, each, options.pull, options.admin) for each in installed
-            ]
-            checks += [each for each in pulled if each is not None]
+            for client in installed:
+                pulled = canary.pull(session, machine, client, options.pull, options.admin)
+                checks += await guarded("pull", client, _listed(pulled))
     return checks
+
+
+async def _listed(check: Awaitable[Check | None]) -> list[Check]:
+    found = await check
+    return [] if found is None else [found]
 
 
 def _trust(machine: Machine) -> ssl.SSLContext:

@@ -13,8 +13,9 @@ from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
+from proxy.config.upstream import UpstreamConfig
 from proxy.doctor import disk, running, upstreams
-from proxy.doctor.checks import Check, failed, ok, warning
+from proxy.doctor.checks import Check, failed, guarded, ok, warning
 
 
 async def examine(
@@ -37,10 +38,10 @@ async def examine(
     checks = [ok("configuration", subject, "is valid")]
     checks += [warning("configuration", each.path, each.surprise, each.remedy) for each in advise(config)]
     local = await asyncio.gather(
-        asyncio.to_thread(disk.check, config.disk),
-        asyncio.to_thread(running.check_certificate, config),
-        asyncio.to_thread(running.check_limits, config),
-        running.check(config, admin),
+        guarded("disk", str(config.disk.path), asyncio.to_thread(disk.check, config.disk)),
+        guarded("tls", str(config.listen), asyncio.to_thread(running.check_certificate, config)),
+        guarded("workers", "-", asyncio.to_thread(running.check_limits, config)),
+        guarded("server", str(config.listen), running.check(config, admin)),
     )
     checks += [each for found in local for each in found]
     return checks + await _upstreams(config)
@@ -48,15 +49,20 @@ async def examine(
 
 async def _upstreams(config: Config) -> list[Check]:
     contacted = {}
-    checks = []
+    checks: list[Check] = []
     for name, (namespace, upstream) in config.cached().items():
         if config.offline or namespace.offline:
             checks.append(ok("upstream", name, "is offline, so it is never asked"))
         else:
             contacted[name] = upstream
-    found = await asyncio.gather(*(upstreams.check(name, each) for name, each in contacted.items()))
-    ahead = []
-    for each, clocks in found:
+    ahead: list[float] = []
+
+    async def ask(name: str, upstream: UpstreamConfig) -> list[Check]:
+        answered, clocks = await upstreams.check(name, upstream)
+        ahead.extend(clocks)
+        return answered
+
+    asked = (guarded("upstream", name, ask(name, each)) for name, each in contacted.items())
+    for each in await asyncio.gather(*asked):
         checks += each
-        ahead += clocks
     return [*checks, upstreams.check_clock(ahead)] if contacted else checks

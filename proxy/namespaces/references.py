@@ -21,6 +21,7 @@ class FieldInvalid(ValueError):
     def __init__(self, field: str, cause: object) -> None:
         super().__init__(f"{field}: {cause}")
         self.field = field
+        self.cause = str(cause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
+import structlog
 from aiohttp import web
 from yarl import URL
 
@@ -40,6 +41,8 @@ from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.errors import StorageFailed
 from storage.shared import SharedState
+
+log = structlog.get_logger()
 
 NICE = 10  # of the process that does the housekeeping: those that serve clients come first; nice(2)
 HOUSEKEEPING = "keeper"  # the socket of the process that does the housekeeping
@@ -291,14 +294,24 @@ async def _run(assignment: Assignment) -> int:
     loop.add_reader(parent.fileno(), ended.set)
     try:
         await process.start()
-    except (StartError, OSError) as error:
+    except StartError as error:
         parent.report(str(error))
+        return 1
+    except Exception as error:  # of all processes, one report is shown
+        log.debug("start.failed", exc_info=True)
+        parent.report(f"{_cause(error)} (set log.level to debug to see where)")
         return 1
     parent.report("ready")
     await ended.wait()
     loop.remove_reader(parent.fileno())
     await process.stop()
     return 0
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
+    return f"an unexpected error: {error or type(error).__name__}"
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -127,7 +127,9 @@ class BundleExport:
         if selection.used_within is not None:
             since = self._parts.clock() - read_seconds("used_within", selection.used_within)
         elif not selection.names:
-            raise FieldInvalid("names", "name what to export: references, globs, or used_within")
+            raise FieldInvalid(
+                "names", "name what to export: references or globs, or a time within which it was used"
+            )
         for text in selection.names or EVERYTHING:
             found = False
             for image in self._named(text):

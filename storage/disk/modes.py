@@ -19,10 +19,15 @@ _OTHERS = 0o077
 def make_directory(path: Path) -> None:
     """Create a directory and its missing parents, for our user only.  Raises OSError."""
     try:
-        path.mkdir(DIRECTORY_MODE)
+        _make(path)
     except FileNotFoundError:
         make_directory(path.parent)  # mkdir(parents=True) would not give them this mode
-        make_directory(path)
+        _make(path)  # fails again where no directory can be created, as in /proc
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(DIRECTORY_MODE)
     except FileExistsError:
         if not path.is_dir():
             raise

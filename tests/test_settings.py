@@ -240,6 +240,7 @@ def test_what_a_configuration_comes_from() -> None:
 
 def test_every_command_is_in_a_group_and_has_an_example() -> None:
     assert set(main.commands) <= {name for names in GROUPS.values() for name in names}
+    assert set(main.commands) <= set(EXAMPLES)
     lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
     for name, command in main.commands.items():
         assert any(line.split()[:1] == [name] and command.get_short_help_str(80) in line for line in lines)

@@ -18,7 +18,19 @@ from rich.cells import cell_len
 
 import proxy.cli
 from proxy.admin import models, reports
-from proxy.cli import bundles, content, copy, doctor, maintenance, migrate, offline, pins, removal, status
+from proxy.cli import (
+    bundles,
+    content,
+    copy,
+    doctor,
+    maintenance,
+    migrate,
+    offline,
+    pins,
+    removal,
+    status,
+    stores,
+)
 from proxy.cli.console import write
 from proxy.cli.tables import Column, Table, _widths, clean, fitted, plain, shortened, shortened_digest
 from proxy.doctor.checks import Diagnosis
@@ -105,6 +117,8 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "pins": (list[models.PinRow], pins.pin_tables),
     "unpin": (reports.Unpinned, pins.unpinned_tables),
     "purge": (reports.Purged, removal.purge_tables),
+    "delete": (reports.Deleted, stores.deleted_tables),
+    "tag": (reports.Tagged, stores.tagged_tables),
     "evict": (reports.Evicted, removal.evict_tables),
     "collect": (reports.Collected, removal.collection_tables),
     "refresh": (reports.Refreshed, maintenance.refresh_tables),

@@ -126,7 +126,7 @@ class LocalOperations:
 
     # Activity
 
-    async def stats(self, period: str = "24h") -> Stats:
+    async def stats(self, period: str = "7d") -> Stats:
         seconds = read_seconds("period", period)
         parts = self._composition
         since = parts.clock() - seconds

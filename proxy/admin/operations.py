@@ -48,7 +48,7 @@ class Operations(Protocol):
     async def show(self, ref: str) -> models.ImageTree:
         """The tree of manifests and blobs of one image."""
 
-    async def stats(self, period: str = "24h") -> models.Stats:
+    async def stats(self, period: str = "7d") -> models.Stats:
         """How much traffic the cache has saved in the last `period`, a duration."""
 
     async def fills(self) -> list[models.FillRow]:

@@ -32,6 +32,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("entrepot serve --upstream registry.example=https://registry.example", ""),
         ("entrepot serve --set disk.cache_limit=500GiB", ""),
     ),
+    "user": (
+        ("entrepot user add ann --file /etc/entrepot/users", "asks for the password"),
+        ("entrepot user ls", "those of access.htpasswd"),
+    ),
     "check": (("entrepot check entrepot.yml", ""),),
     "doctor": (
         ("entrepot doctor", "on the server"),
@@ -77,6 +81,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 
 class ExplainedCommand(click.Command):
     """A command whose help ends with examples."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(self.name or "", formatter)
+
+
+class ExplainedGroup(click.Group):
+    """A group of commands whose help ends with examples."""
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self.name or "", formatter)

@@ -14,12 +14,13 @@ import msgspec
 
 from proxy.cli.configured import BUILT_IN, config_options
 from proxy.cli.console import complain
+from proxy.cli.help import ExplainedGroup
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.settings import Setting
 
 
-@click.group()
+@click.group(cls=ExplainedGroup)
 def user() -> None:
     """Manage the users of private registries.
 

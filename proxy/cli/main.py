@@ -145,12 +145,13 @@ def check(file: Path | None, path: Path | None, settings: tuple[Setting, ...], n
     path = chosen(file, path)
     config = _load(path, settings)
     found = Preflight() if no_files else inspect(config)
+    if not found.errors:
+        names = ", ".join(config.namespaces) or "none"
+        click.echo(f"{path or BUILT_IN} is valid; namespaces: {names}")
     for each in (*map(str, advise(config)), *found.warnings):
         click.echo(f"warning: {each}", err=bool(found.errors))
     if found.errors:
         _fail("\n".join(found.errors), 1)
-    names = ", ".join(config.namespaces) or "none"
-    click.echo(f"{path or BUILT_IN} is valid; namespaces: {names}")
 
 
 def _load(path: Path | None, settings: Sequence[Setting]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_a_certificate_and_its_key(tmp_path: Path, tree: dict[str, Any]) -> None
     assert check(tmp_path, tree).exit_code == 0
     tree["tls"] = {**one, "key": other["key"]}
     assert "is not the key of the first certificate" in check(tmp_path, tree).stderr
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_from_which_is_only_read(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", fail)
+    place = tmp_path / "disk"
+    place.mkdir()
+    cause = f"disk.path: {place} cannot be written: {os.strerror(number)}"
+    result = check(tmp_path, tree)  # nothing is stored that could be served
+    assert (result.exit_code, cause in result.stderr) == (1, True)
+    (place / "cache").mkdir()
+    result = check(tmp_path, tree)
+    assert (result.exit_code, f"warning: {cause}" in result.stdout) == (0, True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import ssl
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -128,9 +129,13 @@ def _ports(config: Config, found: Preflight) -> None:
 
 
 def _disk(config: Config, found: Preflight) -> None:
+    # A server whose disk is full or read-only still serves what is stored there.
+    stored = any((config.disk.path / kind).is_dir() for kind in ("cache", "private"))
+    mild = [os.strerror(each) for each in (errno.EROFS, errno.ENOSPC, errno.EDQUOT)] if stored else []
     for each in disk.check(config.disk):
         if each.state == "failed":
-            found.errors.append(f"disk.path: {each.subject} {each.message}: {each.advice}")
+            lines = found.warnings if any(cause in each.message for cause in mild) else found.errors
+            lines.append(f"disk.path: {each.subject} {each.message}: {each.advice}")
 
 
 def _lists(config: Config, found: Preflight) -> None:

@@ -17,7 +17,6 @@ from click.testing import CliRunner, Result
 
 from proxy.cli import migrate
 from proxy.cli.main import main
-from proxy.transfer.copy_job import find_auth_file
 from storage.errors import StorageFailed
 from storage.migration.migration import Migration
 from tests.conftest import Serve
@@ -212,29 +211,37 @@ async def test_a_refusal_shows_no_secret(upstream: Upstream, destination: Upstre
     assert "wr0ng" not in result.output
 
 
-def test_where_logins_are_looked_for(tmp_path: Path) -> None:
-    places = {
-        "REGISTRY_AUTH_FILE": tmp_path / "given.json",
-        "XDG_RUNTIME_DIR": tmp_path / "run" / "containers" / "auth.json",
-        "HOME": tmp_path / "home" / ".config" / "containers" / "auth.json",
-        "DOCKER_CONFIG": tmp_path / "docker" / "config.json",
-    }
-    environment = {
-        "REGISTRY_AUTH_FILE": str(places["REGISTRY_AUTH_FILE"]),
-        "XDG_RUNTIME_DIR": str(tmp_path / "run"),
-        "HOME": str(tmp_path / "home"),
-        "DOCKER_CONFIG": str(tmp_path / "docker"),
-    }
-    assert find_auth_file(environment) is None
-    for path in reversed(places.values()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-        assert find_auth_file(environment) == path
-    docker = tmp_path / "home" / ".docker" / "config.json"
-    docker.parent.mkdir()
-    docker.write_text("{}")
-    places["HOME"].unlink()
-    assert find_auth_file({"HOME": str(tmp_path / "home")}) == docker
+async def test_each_file_of_logins_is_looked_into_until_one_has_the_login(
+    upstream: Upstream, destination: Upstream, tmp_path: Path
+) -> None:
+    upstream.image("a", "1")
+    who = Basic("who", "sec:ret")
+    destination.auth = Bearer(who, anonymous=False)
+    login = {"auth": who.header.removeprefix("Basic ")}
+    podman, docker = tmp_path / "run" / "containers" / "auth.json", tmp_path / "docker" / "config.json"
+    for path, auths in ((podman, {"elsewhere.example": login}), (docker, {address(destination): login})):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"auths": auths}))
+    places = {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "DOCKER_CONFIG": str(docker.parent)}
+    found = await told("copy", f"{address(upstream)}/a:1", f"{address(destination)}/b", **places)
+    assert found["images"][0]["outcome"] == "copied"
+
+
+async def test_each_repository_has_the_login_of_the_key_that_fits_best(
+    upstream: Upstream, destination: Upstream, tmp_path: Path
+) -> None:
+    for name in ("team/app", "team/deep/app", "teams/app"):
+        upstream.image(name, "1")
+    upstream.auth = Bearer(Basic("who", "secret"), anonymous=False)
+    host = address(upstream)
+    wrong = {"auth": Basic("who", "wrong").header.removeprefix("Basic ")}
+    right = {"auth": Basic("who", "secret").header.removeprefix("Basic ")}
+    file = tmp_path / "auth.json"
+    file.write_text(json.dumps({"auths": {host: wrong, f"{host}/team": right, f"{host}/team/deep": wrong}}))
+    names = [f"{host}/{each}:1" for each in ("team/app", "team/deep/app", "teams/app")]
+    result = await call("copy", *names, f"{address(destination)}/x/", "--auth-file", str(file), "--json")
+    outcomes = {each["source"]: each["outcome"] for each in json.loads(result.stdout)["images"]}
+    assert outcomes == dict(zip(names, ("copied", "failed", "failed"), strict=True))
 
 
 # Our own server at either end

@@ -18,7 +18,9 @@ from proxy.upstream.credentials import (
     DockerConfig,
     Helper,
     Inline,
+    LoginFiles,
     PasswordFile,
+    _login_files,
 )
 from storage.errors import OriginDenied
 from tests.conftest import Clock
@@ -126,6 +128,8 @@ async def test_a_password_file_that_comes_back(tmp_path: Path) -> None:
 
 # Docker's config.json
 
+NOBODY = 4_000_000_000  # no such user has a directory in /run/containers
+
 
 class Known(Credentials):
     """A helper that knows `name` and its password for every host but those it `lacks`."""
@@ -133,7 +137,7 @@ class Known(Credentials):
     def __init__(self, name: str) -> None:
         self.name, self.asked, self.forgotten = name, list[str](), 0
 
-    async def get(self, host: str) -> Credential | None:
+    async def get(self, host: str, repository: str = "") -> Credential | None:
         self.asked.append(host)
         return None if host == "lacking.example" else Credential(self.name, "helped")
 
@@ -186,6 +190,99 @@ async def test_keys_of_other_hosts(tmp_path: Path, key: str, host: str) -> None:
 async def test_the_exact_key_wins(tmp_path: Path, loose: str, exact: str, host: str) -> None:
     auths = {loose: {"auth": encoded("wrong:x")}, exact: {"auth": encoded("right:x")}}
     assert await docker_config(tmp_path, {"auths": auths}).get(host) == Credential("right", "x")
+
+
+@pytest.mark.parametrize(
+    ("repository", "user"),
+    [
+        ("team/app", "team"),
+        ("team", "team"),
+        ("team/deep/app", "deep"),
+        ("team/deeper/app", "team"),
+        ("teams/app", "host"),
+        ("other", "host"),
+        ("", "host"),
+    ],
+)
+async def test_the_longest_path_that_fits_wins(tmp_path: Path, repository: str, user: str) -> None:
+    keys = {"team/deep": "deep", "team": "team", "team/deep/app/x": "x"}
+    auths = {f"quay.io/{path}": {"auth": encoded(f"{name}:x")} for path, name in keys.items()}
+    auths["quay.io"] = {"auth": encoded("host:x")}
+    assert await docker_config(tmp_path, {"auths": auths}).get("quay.io", repository) == Credential(user, "x")
+
+
+async def test_a_login_for_a_part_of_a_registry_is_for_no_other_part(tmp_path: Path) -> None:
+    source = docker_config(tmp_path, {"auths": {"docker.io/team": {"auth": encoded("ci:x")}}})
+    assert await source.get(HUB, "team/app") == Credential("ci", "x")
+    assert await source.get(HUB, "library/alpine") is None
+    assert await source.get(HUB) == Credential("ci", "x")
+
+
+async def test_a_login_for_a_part_comes_before_a_helper_for_the_registry(tmp_path: Path) -> None:
+    auths = {
+        "quay.io/team": {"auth": encoded("ci:x")},
+        "quay.io/empty": {},
+        "quay.io": {"auth": encoded("no:x")},
+    }
+    for helpers in ({"credsStore": "store"}, {"credHelpers": {"quay.io": "store"}}):
+        source = docker_config(tmp_path, {"auths": auths, **helpers})
+        assert await source.get("quay.io", "team/app") == Credential("ci", "x")
+        assert await source.get("quay.io", "empty/app") == Credential("store", "helped")
+        assert await source.get("quay.io", "other/app") == Credential("store", "helped")
+
+
+def test_where_logins_are_looked_for(tmp_path: Path) -> None:
+    places = [
+        tmp_path / "given.json",
+        tmp_path / "run" / "containers" / "auth.json",
+        tmp_path / "config" / "containers" / "auth.json",
+        tmp_path / "docker" / "config.json",
+    ]
+    environment = {
+        "REGISTRY_AUTH_FILE": str(places[0]),
+        "XDG_RUNTIME_DIR": str(tmp_path / "run"),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "DOCKER_CONFIG": str(tmp_path / "docker"),
+        "HOME": str(tmp_path / "home"),
+    }
+    assert LoginFiles(environment, NOBODY).paths == []
+    for path in places:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert LoginFiles(environment, NOBODY).paths == places
+    at_home = [
+        tmp_path / "home" / ".config" / "containers" / "auth.json",
+        tmp_path / "home" / ".docker" / "config.json",
+    ]
+    for path in at_home:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    assert LoginFiles({"HOME": str(tmp_path / "home")}, NOBODY).paths == at_home
+
+
+def test_podmans_file_without_a_session_is_that_of_the_user() -> None:
+    found = list(_login_files({"XDG_RUNTIME_DIR": "/run/user/1234", "HOME": "/home/u"}, 1234))
+    assert [str(each) for each in found] == [
+        "/run/user/1234/containers/auth.json",
+        "/run/containers/1234/auth.json",
+        "/home/u/.config/containers/auth.json",
+        "/home/u/.docker/config.json",
+    ]
+
+
+async def test_the_first_file_that_has_a_login_wins(tmp_path: Path) -> None:
+    logins = {
+        tmp_path / "containers" / "auth.json": {"a.example": "podman"},
+        tmp_path / ".docker" / "config.json": {"a.example": "docker", "b.example": "docker"},
+    }
+    for path, auths in logins.items():
+        path.parent.mkdir()
+        entries = {host: {"auth": encoded(f"{user}:x")} for host, user in auths.items()}
+        path.write_text(json.dumps({"auths": entries}))
+    source = LoginFiles({"HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}, NOBODY)
+    assert await source.get("a.example", "x") == Credential("podman", "x")
+    assert await source.get("b.example", "x") == Credential("docker", "x")
+    assert await source.get("c.example", "x") is None
 
 
 async def test_forms_of_an_entry(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ class Rotating(Credentials):
     def __init__(self, last: int = 1) -> None:
         self.last, self.count = last, 0
 
-    async def get(self, host: str) -> Credential | None:
+    async def get(self, host: str, repository: str = "") -> Credential | None:
         return Credential("ci", f"p{min(self.count, self.last)}")
 
     def forget(self) -> None:
@@ -232,7 +232,7 @@ async def test_a_token_with_credentials(realm: Realm) -> None:
 
 async def test_a_token_for_an_identity_token(realm: Realm) -> None:
     class Identity(Credentials):
-        async def get(self, host: str) -> Credential | None:
+        async def get(self, host: str, repository: str = "") -> Credential | None:
             return Credential("", identity_token="refresh")
 
     tokens = TokenCache(HUB, Identity(), realm)
@@ -405,7 +405,7 @@ async def test_the_same_credentials_are_not_tried_twice(
 
 async def test_credentials_that_cannot_be_read(realm: Realm) -> None:
     class Broken(Credentials):
-        async def get(self, host: str) -> Credential | None:
+        async def get(self, host: str, repository: str = "") -> Credential | None:
             raise OriginDenied("password file /run/secret: it is empty")
 
     tokens = TokenCache(HUB, Broken(), realm)
@@ -597,7 +597,7 @@ async def test_a_realm_that_issued_anonymous_tokens_gets_no_credentials_later(re
     class Late(Credentials):
         found: Credential | None = None
 
-        async def get(self, host: str) -> Credential | None:
+        async def get(self, host: str, repository: str = "") -> Credential | None:
             return self.found
 
     late = Late()

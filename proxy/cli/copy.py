@@ -72,7 +72,7 @@ def _endpoint_options(name: str) -> Callable[[Callable[..., None]], Callable[...
     "--auth-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Docker's config.json or podman's auth.json. By default the file that these programs use.",
+    help="Docker's config.json or podman's auth.json. By default all files that these programs use.",
 )
 @_endpoint_options("destination")
 @_endpoint_options("source")

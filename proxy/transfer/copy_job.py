@@ -17,7 +17,7 @@ from proxy.transfer.copy import Copier, CopyOptions, CopyRoute
 from proxy.transfer.copy_sources import CopyItem, CopySource, items
 from proxy.transfer.results import Copied, CopyRow, Outcome
 from proxy.upstream.client import UpstreamRegistry
-from proxy.upstream.credentials import Credentials, DockerConfig, Inline
+from proxy.upstream.credentials import Credentials, DockerConfig, Inline, LoginFiles
 from proxy.upstream.requests import UpstreamSettings
 from proxy.upstream.transport import Connect
 from storage.errors import RegistryError
@@ -60,7 +60,9 @@ class CopyJob:
         self._endpoints = endpoints
         self._all_tags = all_tags
         self._rules = CopyOptions(platforms, not no_referrers, dry_run, transfers)
-        self._auth_file = auth_file or find_auth_file(os.environ)
+        self._logins: Credentials = (
+            DockerConfig(auth_file) if auth_file else LoginFiles(os.environ, os.getuid())
+        )
         self._listener = listener
         self._rows: dict[int, CopyRow] = {}  # by the order in which the copies began
         self._numbers = itertools.count()
@@ -98,12 +100,10 @@ class CopyJob:
             # The caller of a command may reach private addresses anyway, unlike the clients of a server.
             private_redirects=True,
         )
-        credentials = Credentials()
+        credentials = self._logins
         if endpoint.credentials is not None:
             username, _, password = endpoint.credentials.partition(":")
             credentials = Inline(username, password)
-        elif self._auth_file is not None:
-            credentials = DockerConfig(self._auth_file)
         settings = UpstreamSettings(place.url, connect, pushed_to=end == "destination")
         registry = UpstreamRegistry(place.host, settings, [credentials], self._metrics)
         leaving.push_async_callback(registry.close)
@@ -144,16 +144,3 @@ class CopyJob:
         row = CopyRow(source=source, destination=to, digest=None, outcome="failed", error=cause)
         self._rows[number] = row
         self._listener.note(f"{source}: {cause}")
-
-
-def find_auth_file(environ: Mapping[str, str]) -> Path | None:
-    """The file in which `podman login` or `docker login` stores credentials, or None if there is none."""
-    home = Path(environ.get("HOME", "/"))
-    candidates = []
-    if configured := environ.get("REGISTRY_AUTH_FILE"):
-        candidates.append(Path(configured))
-    if runtime := environ.get("XDG_RUNTIME_DIR"):
-        candidates.append(Path(runtime, "containers", "auth.json"))
-    candidates.append(home / ".config" / "containers" / "auth.json")
-    candidates.append(Path(environ.get("DOCKER_CONFIG") or home / ".docker") / "config.json")
-    return next((each for each in candidates if each.is_file()), None)

@@ -4,6 +4,7 @@
     Inline          the configuration
     PasswordFile    a file that holds the password
     DockerConfig    Docker's config.json: auths, credHelpers, credsStore
+    LoginFiles      all such files in which docker and podman look for logins
     Helper          a program docker-credential-<name>
 
 Secrets rotate: a file is read again when it has changed, a program is run again after some minutes and after
@@ -18,7 +19,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -68,10 +69,11 @@ class Credentials:
 
     account = ""
 
-    async def get(self, host: str) -> Credential | None:
+    async def get(self, host: str, repository: str = "") -> Credential | None:
         """The credential for `host` (with its port, if it has one), or None for anonymous requests.
 
-        Raises OriginDenied if the source cannot be read.
+        `repository` is the one that it is for; empty if it is for none, or for any.  Raises OriginDenied if
+        the source cannot be read.
         """
         return None
 
@@ -86,7 +88,7 @@ class Inline(Credentials):
         self._credential = Credential(username, password)
         self.account = username
 
-    async def get(self, host: str) -> Credential | None:
+    async def get(self, host: str, repository: str = "") -> Credential | None:
         return self._credential
 
 
@@ -103,7 +105,7 @@ class PasswordFile(Credentials):
         self._file = _CredentialFile("password file", path, parse)
         self.account = username
 
-    async def get(self, host: str) -> Credential | None:
+    async def get(self, host: str, repository: str = "") -> Credential | None:
         return self._file.current()
 
 
@@ -153,7 +155,7 @@ class Helper(Credentials):
         self._lock = asyncio.Lock()
         self._answers: dict[str, _HelperOutput] = {}
 
-    async def get(self, host: str) -> Credential | None:
+    async def get(self, host: str, repository: str = "") -> Credential | None:
         before = self._answers.get(host)
         async with self._lock:
             answer = self._answers.get(host)
@@ -234,8 +236,9 @@ async def _run(command: list[str], stdin: bytes) -> tuple[int, bytes]:
 class DockerConfig(Credentials):
     """Docker's config.json, or another tool's file of the same form, such as podman's auth.json.
 
-    As in Docker, a host's own helper comes before `credsStore`, and both before `auths`.  `helper` makes the
-    Credentials for the name of a helper.
+    As in Docker, a host's own helper comes before `credsStore`, and both before `auths`.  As in podman, a key
+    may have a path: the longest one that fits wins, containers-auth.json(5).  `helper` makes the Credentials
+    for the name of a helper.
     """
 
     def __init__(self, path: Path, *, helper: Callable[[str], Credentials] = Helper) -> None:
@@ -244,16 +247,19 @@ class DockerConfig(Credentials):
         self.account = str(path)
         self._new_helper = helper
 
-    async def get(self, host: str) -> Credential | None:
+    async def get(self, host: str, repository: str = "") -> Credential | None:
         config = self._file.current()
-        helper = self._helpers.get(_find(config.cred_helpers, host) or config.creds_store)
-        if helper and (found := await helper.get(host)):
+        wide, name = _find(config.cred_helpers, host, repository) or (0, config.creds_store)
+        length, auth = _find(config.auths, host, repository) or (0, _JSONAuth())
+        helper = self._helpers.get(name, Credentials())
+        if length <= wide and (found := await helper.get(host)):
             return found
-        auth = _find(config.auths, host)
         try:
-            return auth.credential() if auth else None
+            login = auth.credential()
         except ValueError as error:
-            raise _unusable(f"{self._file.source}, auths of {host}", str(error), self._file.kind) from None
+            where = f"{host}/{repository}".rstrip("/")
+            raise _unusable(f"{self._file.source}, auths of {where}", str(error), self._file.kind) from None
+        return login or (await helper.get(host) if length > wide else None)
 
     def forget(self) -> None:
         for helper in self._helpers.values():
@@ -297,13 +303,62 @@ class _JSONConfig(msgspec.Struct, rename="camel"):
     cred_helpers: dict[str, str] = {}
 
 
-def _find(entries: Mapping[str, T], host: str) -> T | None:
-    """The entry for `host`: Docker writes host, scheme://host, scheme://host/v1/, podman also host/path."""
-    hosts = HUB_HOSTS if host in HUB_HOSTS else {host}
-    for key in (HUB_KEY, *sorted(HUB_HOSTS)) if host in HUB_HOSTS else (host,):
-        if key in entries:
-            return entries[key]
+def _find(entries: Mapping[str, T], host: str, repository: str) -> tuple[int, T] | None:
+    """The entry that fits best, and the length of the path in its key.
+
+    Docker writes host, scheme://host and scheme://host/v1/, podman also host/path.
+    """
+    hub = host in HUB_HOSTS
+    exact = (HUB_KEY, *sorted(HUB_HOSTS)) if hub else (host,)
+    found: list[tuple[int, int, T]] = []
     for key, entry in entries.items():
-        if (key.partition("://")[2] or key).partition("/")[0] in hosts:
-            return entry
-    return None
+        scheme, _, address = key.rpartition("://")
+        server, _, path = address.partition("/")
+        path = "" if scheme else path.strip("/")
+        if server not in (HUB_HOSTS if hub else {host}):
+            continue
+        if path and repository and not f"{repository}/".startswith(f"{path}/"):
+            continue
+        # Without a repository, a login for a part of the registry is better than none.
+        length = len(path) if repository else -bool(path)
+        found.append((length, -exact.index(key) if key in exact else -len(exact), entry))
+    if not found:
+        return None
+    length, _, entry = max(found, key=lambda each: each[:2])
+    return length, entry
+
+
+class LoginFiles(Credentials):
+    """The files in which docker, podman, buildah and skopeo look for logins, as far as they exist.
+
+    The first that has a login wins, as containers-auth.json(5) says.
+    """
+
+    def __init__(self, environ: Mapping[str, str], user: int) -> None:
+        self.paths = [path for path in _login_files(environ, user) if _is_readable(path)]
+        self._files = [DockerConfig(path) for path in self.paths]
+
+    async def get(self, host: str, repository: str = "") -> Credential | None:
+        for each in self._files:
+            if found := await each.get(host, repository):
+                return found
+        return None
+
+    def forget(self) -> None:
+        for each in self._files:
+            each.forget()
+
+
+def _login_files(environ: Mapping[str, str], user: int) -> Iterator[Path]:
+    home = Path(environ.get("HOME") or "/")
+    if configured := environ.get("REGISTRY_AUTH_FILE"):
+        yield Path(configured)
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        yield Path(runtime, "containers", "auth.json")
+    yield Path(f"/run/containers/{user}/auth.json")
+    yield Path(environ.get("XDG_CONFIG_HOME") or home / ".config", "containers", "auth.json")
+    yield Path(environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
+
+
+def _is_readable(path: Path) -> bool:
+    return os.access(path, os.R_OK) and path.is_file()

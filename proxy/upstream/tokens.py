@@ -156,7 +156,7 @@ class TokenCache:
         if token := self._fresh(scope):
             return token
         if self._basic:
-            return await self._basic_value()
+            return await self._basic_value(scope)
         if (realm := self._realm) is None:
             return None
         try:
@@ -192,13 +192,13 @@ class TokenCache:
                 return await self._token(scope, self._realm, scope)
         if bearer:
             try:
-                realm = await self._accept(bearer)
+                realm = await self._accept(bearer, scope)
             except OriginDenied:
-                if basic and (value := await self._renew_basic(used)):
+                if basic and (value := await self._renew_basic(scope, used)):
                     return value
                 raise
             return await self._token(scope, realm, _wanted_scope(bearer, scope))
-        return await self._renew_basic(used) if basic else None
+        return await self._renew_basic(scope, used) if basic else None
 
     async def close(self) -> None:
         await self._flights.close()
@@ -207,22 +207,22 @@ class TokenCache:
         token = self._tokens.get(scope)
         return token.authorization if token and self._clock() < token.until else None
 
-    async def _basic_value(self) -> str | None:
-        credential = await self._credentials.get(self._host)
+    async def _basic_value(self, scope: str) -> str | None:
+        credential = await self._credentials.get(self._host, _repository(scope))
         self.logged_in = credential is not None
         return credential.basic() if credential else None
 
-    async def _renew_basic(self, used: str | None) -> str | None:
-        value = await self._basic_value()
+    async def _renew_basic(self, scope: str, used: str | None) -> str | None:
+        value = await self._basic_value(scope)
         if value is not None and value == used:
             self._credentials.forget()
-            value = await self._basic_value()
+            value = await self._basic_value(scope)
         if value is None or value == used:
             return None
         self._basic = True
         return value
 
-    async def _accept(self, challenge: Challenge) -> _Realm:
+    async def _accept(self, challenge: Challenge, scope: str) -> _Realm:
         """Raises OriginDenied."""
         text = challenge.parameters.get("realm", "")
         try:
@@ -234,12 +234,12 @@ class TokenCache:
         if not allowed:
             raise self._refused(text)
         realm = _Realm(url, challenge.parameters.get("service"), trusted)
-        await self._credential(realm)
+        await self._credential(realm, scope)
         return realm
 
-    async def _credential(self, realm: _Realm) -> Credential | None:
+    async def _credential(self, realm: _Realm, scope: str) -> Credential | None:
         """The credential for a realm.  Raises OriginDenied if there is one that the realm must not get."""
-        credential = await self._credentials.get(self._host)
+        credential = await self._credentials.get(self._host, _repository(scope))
         if credential is not None and not realm.trusted:
             raise self._refused(str(realm.url))
         self.logged_in = credential is not None
@@ -258,12 +258,12 @@ class TokenCache:
         return await self._flights.join(key, lambda: self._issue(scope, realm, wanted))
 
     async def _issue(self, scope: str, realm: _Realm, wanted: str) -> str:
-        credential = await self._credential(realm)
+        credential = await self._credential(realm, scope)
         try:
             token = await self._request_token(realm, wanted, credential)
         except OriginDenied:
             self._credentials.forget()
-            again = await self._credential(realm)
+            again = await self._credential(realm, scope)
             if again == credential:
                 raise
             token = await self._request_token(realm, wanted, again)
@@ -305,6 +305,12 @@ class TokenCache:
             headers["Authorization"] = basic
             query.append(("account", credential.username))
         return await self._fetch("GET", realm.url.extend_query(query), headers=headers)
+
+
+def _repository(scope: str) -> str:
+    """The first one that a scope names: `a/b` in "repository:a/b:pull"; empty if it names none."""
+    kind, _, rest = scope.partition(" ")[0].partition(":")
+    return rest.rpartition(":")[0] if kind == "repository" else ""
 
 
 def _wanted_scope(challenge: Challenge, scope: str) -> str:

@@ -27,7 +27,7 @@ DIGEST = Digest("sha256:" + "0" * 64)
         ),
         ("index.docker.io/a/b", CopySource("docker.io", "a/b"), "https://registry-1.docker.io"),
         ("team/app:*", CopySource("docker.io", "team/app", "*"), "https://registry-1.docker.io"),
-        ("ghcr.io/Owner/app:1", None, ""),
+        ("ghcr.io/-owner/app:1", None, ""),
         ("GHCR.io/owner/app:1", CopySource("ghcr.io", "owner/app", "1"), "https://ghcr.io"),
         ("docker://ghcr.io/owner/app:1", CopySource("ghcr.io", "owner/app", "1"), "https://ghcr.io"),
         (f"ghcr.io/a@{DIGEST}", CopySource("ghcr.io", "a", None, DIGEST), "https://ghcr.io"),

@@ -271,7 +271,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "get_manifest": (Tag("latest"),),
     "resolve_manifest": (DIGEST,),
     "tags": ("a", 3),
-    "referrers": (DIGEST, "application/x"),
+    "referrers": (DIGEST, "application/x", "", None),
     "start_upload": (7, "sha512"),
     "resume_upload": ("id",),
     "push_manifest": (Tag("latest"), MANIFEST, (Tag("v1"),)),

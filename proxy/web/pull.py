@@ -67,6 +67,7 @@ class Pull:
                 return empty(304, headers)
             if size >= 0:
                 headers["Content-Length"] = str(size)
+            headers["Location"] = build_location(route, exchange.ns)
             return empty(200, headers)
         ranges = _ranges(request, digest)
         blob = await self._registry.get_blob(name, digest, ranges[0].span if ranges else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 
 import msgspec
@@ -15,7 +16,8 @@ from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import collection as module
 from storage.maintenance import pace
 from storage.maintenance.collection import CollectionRow
-from storage.maintenance.reachability import KeepTags, RetentionRules, node, prefix_of
+from storage.maintenance.nodes import node, prefix_of
+from storage.maintenance.reachability import KeepTags, Reachability, RetentionRules
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from tests.collecting import APP, DAY, GONE, GRACE, Interruption, Place, counts, descriptor, place
 
@@ -149,6 +151,28 @@ def test_names_are_told_by_64_bits() -> None:
     found = node(Manifest.of("text/plain", " ".join(digests).encode()))
     assert set(found.names) == set(map(prefix_of, digests))
     assert found.names.itemsize == 8
+
+
+def test_the_graph_takes_little_memory(place: Place) -> None:
+    count = 1000
+
+    def push(batch: Batch) -> None:
+        for number in range(count):
+            layers = [descriptor(Digest.of(b"%d %d" % (number, layer))) for layer in range(4)]
+            manifest = Manifest.of(OCI_MANIFEST, json.dumps({"layers": layers}).encode())
+            place.store.put_manifest(batch, APP, manifest)
+            place.store.put_tags(batch, APP, {Tag(f"v{number}"): manifest.digest})
+
+    place.records.transaction(push)
+    marks = Reachability(place.store, place.leases, APP)
+    tracemalloc.start()
+    try:
+        marks.refresh()
+        assert marks.removable(RetentionRules(), 0.0, 500) == ([], 0)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 500 * count  # bytes
 
 
 # By rule

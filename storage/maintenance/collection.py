@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -33,8 +33,9 @@ import structlog
 from storage.disk.records import BATCH, Batch, batches
 from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.leases import Leases
+from storage.maintenance.nodes import prefix_of
 from storage.maintenance.pace import DutyCycle
-from storage.maintenance.reachability import Damaged, Reachability, RemovalGroup, RetentionRules, prefix_of
+from storage.maintenance.reachability import Damaged, Reachability, Removal, RetentionRules
 from storage.maintenance.unlinked import Unlinked
 from storage.oci import Digest
 from storage.store import Store
@@ -207,40 +208,47 @@ class _CollectionRun:
     def _remove_manifests(self, marks: Reachability, row: CollectionRow) -> None:
         rules = self._collection.rules(marks.repository)
 
-        def choose(pause: Pause) -> list[list[RemovalGroup]]:
-            groups, row.young = marks.removable(rules, self._collection.clock())
-            return _packs(groups)
+        def choose(pause: Pause) -> list[Removal]:
+            removals, row.young = marks.removable(rules, self._collection.clock(), BATCH)
+            return removals
 
-        for groups in self._remove_each(marks, choose, marks.remove):
-            marks.forget(groups)
-            row.tags += sum(len(each.tags) for each in groups)
-            row.manifests += sum(len(each.manifests) for each in groups)
+        for removal in self._remove_each(marks, choose, marks.remove):
+            marks.forget([removal])
+            row.tags += len(removal.tags)
+            row.manifests += len(removal.manifests)
 
     def _remove_links(self, marks: Reachability, row: CollectionRow) -> None:
-        young = 0
+        repository, young, removed = marks.repository, 0, list[str]()
 
-        def choose(pause: Pause) -> list[list[str]]:
+        def unnamed(pause: Pause) -> Iterator[str]:
+            """The digests of the old links that no manifest names."""
             nonlocal young
-            named, unnamed, young = marks.names(), [], 0
-            for key in self._records.keys(LINK.prefix(marks.repository)):
-                if prefix_of(LINK.parse(key)[1]) not in named:
+            named, young = marks.names(), 0
+            for key in self._records.keys(LINK.prefix(repository)):
+                digest = LINK.parse(key)[1]
+                if prefix_of(digest) not in named:
                     if self._link_young(key):
                         young += 1
                     else:
-                        unnamed.append(key)
+                        yield digest
                 pause()
-            return list(batches(unnamed, BATCH))
 
-        def remove(keys: list[str], batch: Batch) -> bool:
-            keys[:] = [key for key in keys if not self._link_young(key)]
-            for key in keys:
+        def choose(pause: Pause) -> list[str]:
+            return [" ".join(some) for some in batches(unnamed(pause), BATCH)]  # half of the memory of keys
+
+        def keys(digests: str) -> list[str]:
+            return [LINK.key(repository, digest) for digest in digests.split()]
+
+        def remove(digests: str, batch: Batch) -> bool:
+            removed[:] = [key for key in keys(digests) if not self._link_young(key)]
+            for key in removed:
                 batch.delete(key)
             return True
 
-        for keys in self._remove_each(marks, choose, remove):
-            row.links += len(keys)
+        for digests in self._remove_each(marks, choose, remove):
+            row.links += len(keys(digests) if self._dry_run else removed)
             if self._dry_run:
-                self._removable.update(keys)
+                self._removable.update(keys(digests))
         row.young += young
 
     def _link_young(self, key: str) -> bool:
@@ -295,16 +303,3 @@ class _CollectionRun:
 
 def _no_pause() -> None:
     """Not within a transaction: others wait for it."""
-
-
-def _packs(groups: Sequence[RemovalGroup]) -> list[list[RemovalGroup]]:
-    """The groups in their order, in packs of about as many records as one transaction removes."""
-    packs: list[list[RemovalGroup]] = []
-    size = BATCH
-    for each in groups:
-        if size >= BATCH:
-            packs.append([])
-            size = 0
-        packs[-1].append(each)
-        size += len(each.tags) + len(each.manifests)
-    return packs

@@ -18,8 +18,9 @@ from storage.errors import ManifestUnknown, StorageFailed
 from storage.graph import named_digests
 from storage.keys import LINK, MANIFEST, TAG
 from storage.maintenance.leases import Leases
+from storage.maintenance.nodes import prefix_of
 from storage.maintenance.pins import Pin
-from storage.maintenance.reachability import Damaged, Reachability, RemovalGroup, prefix_of
+from storage.maintenance.reachability import Damaged, Reachability, Removal, TagTarget
 from storage.names import is_glob, matches_glob, written
 from storage.oci import Digest
 from storage.store import Store
@@ -67,7 +68,7 @@ class DeletionReport:
 class _Choice:
     """What is still to be deleted of a repository; `digests` are those that were named themselves."""
 
-    groups: list[RemovalGroup]
+    groups: list[Removal]
     digests: set[str]
     kept: dict[str, str]
 
@@ -117,7 +118,7 @@ class Deletion:
         choice, tries = self._choose(marks, request), 0
         named: set[Digest] = set()
 
-        def work(batch: Batch) -> list[RemovalGroup]:
+        def work(batch: Batch) -> list[Removal]:
             nonlocal choice
             if tries >= TRIES:
                 marks.refresh()
@@ -125,7 +126,7 @@ class Deletion:
             if marks.outdated(batch):
                 return []
             groups = choice.groups[:GROUPS]
-            named.update(self._blobs(repository, groups))
+            named.update(self._blobs(marks, groups))
             marks.discard(groups, batch)
             marks.settle(batch)
             return groups
@@ -133,12 +134,12 @@ class Deletion:
         while choice.groups:
             if dry_run:
                 removed = choice.groups
-                named.update(self._blobs(repository, removed))
+                named.update(self._blobs(marks, removed))
             else:
                 removed = self._records.transaction(work)
             marks.forget(removed)
             choice.groups = choice.groups[len(removed) :]
-            self._report(repository, removed, choice.digests, report)
+            self._report(marks, removed, choice.digests, report)
             if not removed and choice.groups:
                 tries += 1
                 marks.refresh()
@@ -148,47 +149,47 @@ class Deletion:
         return {(repository, each) for each in named if prefix_of(each) not in left}
 
     def _report(
-        self, repository: str, removed: list[RemovalGroup], named: set[str], report: DeletionReport
+        self, marks: Reachability, removed: list[Removal], named: set[str], report: DeletionReport
     ) -> None:
         """Add the tags, and the manifests that were named or that no tag and no deleted manifest kept."""
-        for tags, manifests in removed:
+        for tags, manifests in map(marks.named, removed):
             shown = [*tags, *(each for each in manifests if each in named)]
-            report.references += [written(repository, each) for each in shown or manifests[:1]]
+            report.references += [written(marks.repository, each) for each in shown or manifests[:1]]
             report.manifests += len(manifests)
 
     def _choose(self, marks: Reachability, request: DeletionRequest) -> _Choice:
         repository, pattern = marks.repository, request.pattern
-        immutable = self._immutable(repository)
-        fixed = {tag for tag in marks.tags if any(each.fullmatch(tag) for each in immutable)}
-        matching = {tag for tag in marks.tags if request.whole or pattern.matches(repository, tag)}
+        immutable, targets, stored = self._immutable(repository), marks.tags(), marks.manifests()
+        fixed = {tag for tag in targets if any(each.fullmatch(tag) for each in immutable)}
+        matching = {tag for tag in targets if request.whole or pattern.matches(repository, tag)}
         kept = dict.fromkeys(sorted(matching & fixed), "immutable")
-        tags = self._old(marks, matching - fixed, request)
+        tags = self._old(targets, matching - fixed, request)
         held = marks.kept_by(fixed)
-        named = {each for each in marks.manifests if pattern.matches(repository, each)}
-        digests = (marks.manifests.keys() if request.whole else named) - held
+        named = {each for each in stored if pattern.matches(repository, each)}
+        digests = (stored if request.whole else named) - held
         kept |= dict.fromkeys(sorted(named & held), "part of an image whose tag is immutable")
-        tags |= {tag for tag, each in marks.tags.items() if each.digest in digests} - fixed
+        tags |= {tag for tag, each in targets.items() if each.digest in digests} - fixed
         groups = marks.deletable(sorted(tags), digests)
-        gone = {digest for group in groups for digest in group.manifests}
+        gone = {digest for group in groups for digest in marks.named(group)[1]}
         kept |= dict.fromkeys(sorted(named - held - gone), "part of another image")
         return _Choice(groups, named, kept)
 
-    def _old(self, marks: Reachability, tags: set[str], request: DeletionRequest) -> set[str]:
+    def _old(self, targets: dict[str, TagTarget], tags: set[str], request: DeletionRequest) -> set[str]:
         """The tags that the request does not spare because of their age."""
-        newest_first = sorted(tags, key=lambda tag: (marks.tags[tag].at, tag), reverse=True)
+        newest_first = sorted(tags, key=lambda tag: (targets[tag].at, tag), reverse=True)
         now, age = self._clock(), request.older_than
         return {
-            tag for tag in newest_first[request.keep or 0 :] if age is None or now - marks.tags[tag].at > age
+            tag for tag in newest_first[request.keep or 0 :] if age is None or now - targets[tag].at > age
         }
 
     # What it frees
 
-    def _blobs(self, repository: str, groups: list[RemovalGroup]) -> set[Digest]:
+    def _blobs(self, marks: Reachability, groups: list[Removal]) -> set[Digest]:
         """The blobs that the manifests of these groups name."""
         found: set[Digest] = set()
-        for digest in (digest for group in groups for digest in group.manifests):
+        for digest in (digest for group in groups for digest in marks.named(group)[1]):
             with suppress(ManifestUnknown):  # deleted meanwhile
-                manifest, _ = self._store.manifest(repository, Digest(digest))
+                manifest, _ = self._store.manifest(marks.repository, digest)
                 found |= named_digests(manifest.content)[1]
         return found
 

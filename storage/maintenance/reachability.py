@@ -13,25 +13,26 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
+from operator import and_
 from typing import NamedTuple
 
 from storage.disk.records import Batch
-from storage.errors import DigestInvalid, ManifestInvalid, ManifestUnknown
-from storage.graph import Walk
+from storage.errors import DigestInvalid, ManifestUnknown
 from storage.keys import CHANGES, LEASE, MANIFEST, REFERRER, TAG, RecordKind
 from storage.maintenance.leases import Leases
+from storage.maintenance.nodes import node
+from storage.maintenance.numbering import DigestNumbers, Edges, Prefixes, both, members, without
 from storage.oci import (
-    IMAGES,
-    INDEXES,
     Digest,
-    Manifest,
     Tag,
-    digests_in,
-    parse_manifest,
 )
 from storage.store import Store
+
+GONE = -1  # the target of a tag that was removed
 
 
 class Damaged(Exception):
@@ -66,61 +67,42 @@ class RetentionRules:
 class TagTarget(NamedTuple):
     """The digest that a tag points to, and when it was pushed."""
 
-    digest: str
+    digest: Digest
     at: float
 
 
-class ManifestNode(NamedTuple):
-    """A manifest in the graph; `names` are the prefix_of() the digests that it names."""
+class Removal(NamedTuple):
+    """What one transaction removes: numbers of tags and manifests in the graph.
 
-    children: tuple[str, ...]
-    names: array[int]
+    After each of them nothing that is left names what was removed.
+    """
 
-
-class RemovalGroup(NamedTuple):
-    """What must be removed together, so that nothing that is left names what was removed."""
-
-    tags: tuple[str, ...]
-    manifests: tuple[str, ...]
-
-
-def prefix_of(digest: str) -> int:
-    """The first 64 bits of a digest.  If two digests share them, one blob more than necessary is kept."""
-    return int(digest.partition(":")[2][:16], 16)
-
-
-def node(manifest: Manifest) -> ManifestNode:
-    found: set[str] = set(digests_in(manifest.content))
-    children = found
-    try:
-        content = parse_manifest(manifest.content)
-    except ManifestInvalid:
-        pass
-    else:
-        listed = {str(each.digest) for each in content.listed}
-        found |= listed | {
-            str(each.digest) for each in content.blobs
-        }  # JSON can write a character as \\u003a
-        if manifest.media_type in (*IMAGES, *INDEXES):
-            children = listed
-        elif content.subject is not None:
-            children = found - {str(content.subject.digest)}
-    return ManifestNode(tuple(children), array("Q", sorted(map(prefix_of, found))))
+    tags: array[int]
+    manifests: array[int]
 
 
 class Reachability:
-    """The graph of one repository's tags and manifests.  Methods block, and may raise StorageFailed."""
+    """The graph of one repository's tags and manifests.  Methods block, and may raise StorageFailed.
+
+    Tags and digests are numbers here, so that a hundred thousand images take a few tens of MiB.
+    """
 
     def __init__(self, store: Store, leases: Leases, repository: str) -> None:
         self.repository = repository
-        self.tags: dict[str, TagTarget] = {}
-        self.manifests: dict[str, ManifestNode] = {}
         self._store = store
         self._records = store.records
         self._leases = leases
-        self._used: dict[str, float] = {}
-        self._subjects: dict[str, list[str]] = {}  # of a referrer
-        self._referrers: dict[str, list[str]] = {}  # of a subject
+        self._tags: list[str] = []
+        self._targets = array("i")  # of the tags: the number of the digest, or GONE
+        self._pushed_at = array("d")  # of the tags
+        self._digests = DigestNumbers()
+        self._stored = bytearray()  # the manifests
+        self._read = bytearray()  # those whose children and names are known
+        self._used = array("d")  # when a digest was pushed or leased last, as far as is known
+        self._children = Edges()
+        self._names = array("Q")
+        self._names_of = array("I")  # where the names of each begin in `_names`, and how many they are
+        self._subjects, self._referrers = Edges(), Edges()
         self._version: bytes | None = None
 
     # Reading
@@ -131,17 +113,20 @@ class Reachability:
         `pause` is called in between.  Raises Damaged.
         """
         self._version = self._records.get(self._counter)
-        self.tags = {tag: found for (tag,) in self._listed(TAG, pause) if (found := self._target(tag))}
-        known, self.manifests = self.manifests, {}
+        self._refresh_tags(pause)
+        self._stored = bytearray(len(self._digests))
         for (digest,) in self._listed(MANIFEST, pause):
-            if (each := known.get(digest) or self._node(digest)) is not None:
-                self.manifests[digest] = each
+            self._refresh_manifest(digest)
         for (digest,) in self._listed(LEASE, pause):
-            self._used[digest] = max(self._leases.of(self.repository, digest), self._used.get(digest, 0.0))
-        self._subjects, self._referrers = {}, {}
+            with suppress(DigestInvalid):
+                number = self._number(digest)
+                self._used[number] = max(self._leases.of(self.repository, digest), self._used[number])
+        self._subjects, self._referrers = Edges(), Edges()
         for subject, referrer in self._listed(REFERRER, pause):
-            self._subjects.setdefault(referrer, []).append(subject)
-            self._referrers.setdefault(subject, []).append(referrer)
+            with suppress(DigestInvalid):
+                numbers = self._number(subject), self._number(referrer)
+                self._referrers.add(*numbers)
+                self._subjects.add(*numbers[::-1])
 
     @property
     def _counter(self) -> str:
@@ -152,21 +137,45 @@ class Reachability:
             yield kind.parse(key)[1:]
             pause()
 
-    def _target(self, tag: str) -> TagTarget | None:
-        found = self._store.pointer(self.repository, Tag(tag))
-        if found is None:
-            self._check_gone(TAG.key(self.repository, tag))
-            return None
-        return TagTarget(str(found.digest), found.validated_at)
+    def _number(self, digest: str) -> int:
+        """The number of a digest.  Raises DigestInvalid."""
+        number = self._digests.number(digest)
+        if number == len(self._stored):  # it is new
+            self._stored.append(0)
+            self._read.append(0)
+            self._used.append(0.0)
+            self._names_of.extend((0, 0))
+        return number
 
-    def _node(self, digest: str) -> ManifestNode | None:
+    def _refresh_tags(self, pause: Callable[[], None]) -> None:
+        self._tags, self._targets, self._pushed_at = [], array("i"), array("d")
+        for (tag,) in self._listed(TAG, pause):
+            found = self._store.pointer(self.repository, Tag(tag))
+            if found is None:
+                self._check_gone(TAG.key(self.repository, tag))
+            else:
+                self._tags.append(tag)
+                self._targets.append(self._number(found.digest))
+                self._pushed_at.append(found.validated_at)
+
+    def _refresh_manifest(self, digest: str) -> None:
         try:
-            manifest, stored_at = self._store.manifest(self.repository, Digest.parse(digest))
+            number = self._number(digest)
+            if not self._read[number]:
+                self._read_manifest(number)
+            self._stored[number] = 1
         except (ManifestUnknown, DigestInvalid):
             self._check_gone(MANIFEST.key(self.repository, digest))
-            return None
-        self._used[digest] = max(stored_at, self._used.get(digest, 0.0))
-        return node(manifest)
+
+    def _read_manifest(self, number: int) -> None:
+        manifest, stored_at = self._store.manifest(self.repository, self._digests.digest(number))
+        self._used[number] = max(stored_at, self._used[number])
+        found = node(manifest)
+        for child in found.children:
+            self._children.add(number, self._number(child))
+        self._names_of[2 * number : 2 * number + 2] = array("I", (len(self._names), len(found.names)))
+        self._names.extend(found.names)
+        self._read[number] = 1
 
     def _check_gone(self, key: str) -> None:
         """Raise Damaged unless the record, which was listed but cannot be read, was deleted meanwhile."""
@@ -177,143 +186,194 @@ class Reachability:
         """Whether anything was pushed or deleted since the last refresh."""
         return batch.get(self._counter) != self._version
 
-    def names(self) -> set[int]:
+    def tags(self) -> dict[str, TagTarget]:
+        """The tags, in the order of their names."""
+        return {
+            tag: TagTarget(self._digests.digest(target), pushed_at)
+            for tag, target, pushed_at in zip(self._tags, self._targets, self._pushed_at, strict=True)
+            if target != GONE
+        }
+
+    def manifests(self) -> set[str]:
+        """The digests of the stored manifests."""
+        return {self._digests.digest(number) for number in members(self._stored)}
+
+    def named(self, removal: Removal) -> tuple[list[str], list[Digest]]:
+        """The tags and the digests of what is removed."""
+        return [self._tags[tag] for tag in removal.tags], [*map(self._digests.digest, removal.manifests)]
+
+    def names(self) -> Prefixes:
         """The prefix_of() each digest that a manifest names."""
-        return {prefix for each in self.manifests.values() for prefix in each.names}
+        found = Prefixes()
+        for number in members(self._stored):
+            start, count = self._names_of[2 * number : 2 * number + 2]
+            found.update(self._names[start : start + count])
+        return found
 
     # Choosing
 
-    def removable(self, rules: RetentionRules, now: float) -> tuple[list[RemovalGroup], int]:
+    def removable(self, rules: RetentionRules, now: float, size: int) -> tuple[list[Removal], int]:
         """What the rules remove, in this order, and how much is kept only because it is young.
 
-        What only the removed tags have kept is removed with them, whatever `keep_untagged_for` says.
+        What only the removed tags have kept is removed with them, whatever `keep_untagged_for` says.  A
+        removal has about `size` records, as what belongs together is not divided.
         """
         too_many = self._too_many(rules)
-        tags = [tag for tag in too_many if not self._leases.young(self.tags[tag].at)]
-        released = self._reach(self._only_held_by(tags))
-        young = {each for each in self.manifests if self._leases.young(self._used_at(each))}
-        ruled = {each for each in self.manifests if now - self._used_at(each) <= rules.keep_untagged_for}
-        lasting = self._reach({*self._held_except_by(tags), *(ruled - released)})
+        tags = [tag for tag in too_many if not self._leases.young(self._pushed_at[tag])]
+        released = self._reach(members(without(self._targets_of(tags), self._held_except_by(tags))))
+        young = self._where(self._leases.young)
+        ruled = without(self._where(lambda used_at: now - used_at <= rules.keep_untagged_for), released)
+        lasting = self._reach(members(self._held_except_by(tags)), members(ruled))
         # A tag is kept with young content of it, which would otherwise be untagged while it is young.
-        holding = self._holding(young & released - lasting)
-        tags = [tag for tag in tags if self.tags[tag].digest not in holding]
-        live = self._reach({*self._held_except_by(tags), *(ruled - released), *young})
-        dead = self.manifests.keys() - live
-        spared = len(too_many) - len(tags) + len(live - lasting)
-        return self._groups(tags, released & dead, dead), spared
+        holding = self._holding(without(both(young, released), lasting))
+        tags = [tag for tag in tags if not holding[self._targets[tag]]]
+        live = self._reach(members(self._held_except_by(tags)), members(ruled), members(young))
+        dead = without(self._stored, live)
+        spared = len(too_many) - len(tags) + without(live, lasting).count(1)
+        return self._removals(tags, both(released, dead), dead, size), spared
 
-    def deletable(self, tags: Collection[str], digests: Collection[str]) -> list[RemovalGroup]:
+    def deletable(self, tags: Iterable[str], digests: Iterable[str]) -> list[Removal]:
         """What goes if these tags and manifests are deleted: them, and what nothing else keeps.
 
         Of `digests`, those stay that another tag or manifest keeps.
         """
-        untagged = self._reach(self._only_held_by(tags))
-        released = untagged | self._reach(digests)
-        live = self._reach({*self._held_except_by(tags), *(self.manifests.keys() - released)})
-        dead = released - live
-        return self._groups([*tags], untagged & dead, dead)
+        chosen = self._numbers_of(tags)
+        held = self._held_except_by(chosen)
+        untagged = self._reach(members(without(self._targets_of(chosen), held)))
+        released = bytearray(untagged)
+        self._walk(array("i", map(self._number, digests)), released)
+        dead = without(released, self._reach(members(held), members(without(self._stored, released))))
+        return self._removals(chosen, both(untagged, dead), dead, 1)
 
-    def kept_by(self, tags: Collection[str]) -> set[str]:
+    def kept_by(self, tags: Iterable[str]) -> set[str]:
         """The manifests that these tags keep."""
-        return self._reach({self.tags[tag].digest for tag in tags})
+        found = self._reach(members(self._targets_of(self._numbers_of(tags))))
+        return {self._digests.digest(number) for number in members(found)}
 
-    def _used_at(self, digest: str) -> float:
-        return self._used.get(digest, math.inf)
+    def _numbers_of(self, tags: Iterable[str]) -> list[int]:
+        numbers = {tag: number for number, tag in enumerate(self._tags) if self._targets[number] != GONE}
+        return [numbers[tag] for tag in tags]
 
-    def _too_many(self, rules: RetentionRules) -> list[str]:
+    def _where(self, holds: Callable[[float], bool]) -> bytearray:
+        """The manifests for whose last use this holds."""
+        return bytearray(map(int, map(and_, self._stored, map(holds, self._used))))
+
+    def _too_many(self, rules: RetentionRules) -> list[int]:
         """The tags that a rule removes; for each rule, the newest last."""
-        found: dict[KeepTags, list[str]] = {}
-        for tag in self.tags:
-            if not any(each.fullmatch(tag) for each in rules.immutable):
+        found: dict[KeepTags, list[int]] = {}
+        for number, tag in enumerate(self._tags):
+            if self._targets[number] != GONE and not any(each.fullmatch(tag) for each in rules.immutable):
                 rule = next((each for each in rules.keep_tags if each.match.fullmatch(tag)), None)
                 if rule is not None:
-                    found.setdefault(rule, []).append(tag)
-        too_many: list[str] = []
+                    found.setdefault(rule, []).append(number)
+        too_many: list[int] = []
         for rule, tags in found.items():
-            tags.sort(key=lambda tag: (self.tags[tag].at, tag))
+            tags.sort(key=self._pushed_at.__getitem__)  # of the same time, in the order of their names
             too_many += tags[: -rule.last]
         return too_many
 
-    def _held_except_by(self, tags: Collection[str]) -> set[str]:
-        """The digests that all other tags point to."""
-        excluded = set(tags)
-        return {each.digest for tag, each in self.tags.items() if tag not in excluded}
-
-    def _only_held_by(self, tags: Collection[str]) -> set[str]:
-        return {self.tags[tag].digest for tag in tags} - self._held_except_by(tags)
-
-    def _reach(self, roots: Iterable[str]) -> set[str]:
-        """The manifests that `roots` keep, including themselves."""
-        found: set[str] = set()
-        self._walk(roots, found)
+    def _targets_of(self, tags: Iterable[int]) -> bytearray:
+        """The digests that these tags point to."""
+        found = bytearray(len(self._digests))
+        for tag in tags:
+            if self._targets[tag] != GONE:
+                found[self._targets[tag]] = 1
         return found
 
-    def _walk(self, roots: Iterable[str], found: set[str]) -> list[str]:
-        """Add what `roots` keep to `found`; the manifests that are new there."""
-        new, steps = [], Walk(roots)
-        for digest in steps:
-            if digest not in found and (each := self.manifests.get(digest)) is not None:
-                found.add(digest)
-                new.append(digest)
-                steps.add((*each.children, *self._referrers.get(digest, ())))
+    def _held_except_by(self, tags: Iterable[int]) -> bytearray:
+        """The digests that all other tags point to."""
+        others = bytearray(b"\1") * len(self._tags)
+        for tag in tags:
+            others[tag] = 0
+        return self._targets_of(members(others))
+
+    def _reach(self, *roots: Iterable[int]) -> bytearray:
+        """The manifests that `roots` keep, including themselves."""
+        found = bytearray(len(self._digests))
+        self._walk(array("i", chain(*roots)), found)
+        return found
+
+    def _walk(self, steps: array[int], found: bytearray) -> array[int]:
+        """Add what the manifests in `steps` keep to `found`; the manifests that are new there."""
+        new = array("i")
+        while steps:
+            number = steps.pop()
+            if self._stored[number] and not found[number]:
+                found[number] = 1
+                new.append(number)
+                steps.extend(self._children.of(number))
+                steps.extend(self._referrers.of(number))
         return new
 
-    def _holding(self, kept: set[str]) -> set[str]:
+    def _holding(self, kept: bytearray) -> bytearray:
         """The manifests that keep these, including themselves."""
-        if not kept:
+        if not any(kept):
             return kept
-        parents: dict[str, list[str]] = {}
-        for digest, each in self.manifests.items():
-            for below in (*each.children, *self._referrers.get(digest, ())):
-                parents.setdefault(below, []).append(digest)
-        steps = Walk(kept)
-        for digest in steps:
-            steps.add(parents.get(digest, ()))
-        return steps.reached
+        parents = Edges()
+        for number in members(self._stored):
+            for below in chain(self._children.of(number), self._referrers.of(number)):
+                parents.add(below, number)
+        found, steps = bytearray(len(kept)), list(members(kept))
+        while steps:
+            if not found[number := steps.pop()]:
+                found[number] = 1
+                steps += parents.of(number)
+        return found
 
-    def _groups(self, tags: list[str], released: set[str], dead: set[str]) -> list[RemovalGroup]:
-        """Parents before their children; what several of them keep belongs to the last one's group."""
-        tags_of: dict[str, list[str]] = {}
+    def _removals(self, tags: list[int], released: bytearray, dead: bytearray, size: int) -> list[Removal]:
+        """Parents before their children; what several of them keep goes with the last one."""
+        tags_of, roots = Edges(), array("i")
         for tag in tags:
-            tags_of.setdefault(self.tags[tag].digest, []).append(tag)
-        roots = [*tags_of, *sorted(dead - released)]
-        # Backwards, so that what was passed before belongs to a later group.
-        passed = self.manifests.keys() - dead
-        groups = []
+            target = self._targets[tag]
+            if next(tags_of.of(target), None) is None:
+                roots.append(target)
+            tags_of.add(target, tag)
+        roots.extend(sorted(members(without(dead, released)), key=self._digests.digest))
+        # Backwards, so that what was passed before goes later.
+        passed = without(self._stored, dead)
+        removals, held = list[Removal](), size
         for root in reversed(roots):
-            group = RemovalGroup(tuple(tags_of.get(root, ())), tuple(self._walk([root], passed)))
-            if group.tags or group.manifests:
-                groups.append(group)
-        return groups[::-1]
+            manifests, its_tags = self._walk(array("i", (root,)), passed), array("i", tags_of.of(root))[::-1]
+            if not manifests and not its_tags:
+                continue
+            if held >= size:
+                removals.append(Removal(array("i"), array("i")))
+                held = 0
+            removals[-1].tags.extend(its_tags)
+            removals[-1].manifests.extend(manifests)
+            held += len(its_tags) + len(manifests)
+        return removals[::-1]
 
     # Removing
 
-    def remove(self, groups: Collection[RemovalGroup], batch: Batch) -> bool:
-        """Remove the groups, or nothing if something in them is young by now; whether they were removed."""
-        digests = [digest for group in groups for digest in group.manifests]
+    def remove(self, removal: Removal, batch: Batch) -> bool:
+        """Remove it, or nothing if something in it is young by now; whether it was removed."""
+        digests = [self._digests.digest(number) for number in removal.manifests]
         # What was pushed again is not read again by refresh(), so the last use is read here.
-        self._used |= {digest: self._used_last(digest) for digest in digests}
-        if any(self._leases.young(self._used[digest]) for digest in digests):
+        for number, digest in zip(removal.manifests, digests, strict=True):
+            self._used[number] = self._used_last(digest)
+        if any(self._leases.young(self._used[number]) for number in removal.manifests):
             return False
-        self.discard(groups, batch)
+        self.discard([removal], batch)
         return True
 
-    def discard(self, groups: Collection[RemovalGroup], batch: Batch) -> None:
-        """Remove the groups, however young they are."""
-        for tag in (tag for group in groups for tag in group.tags):
-            batch.delete(TAG.key(self.repository, tag))
-        for digest in (digest for group in groups for digest in group.manifests):
-            for subject in self._subjects.get(digest, ()):
-                batch.delete(REFERRER.key(self.repository, subject, digest))
-            self._leases.drop(batch, self.repository, digest)
-            batch.delete(MANIFEST.key(self.repository, digest))
+    def discard(self, removals: Iterable[Removal], batch: Batch) -> None:
+        """Remove them, however young they are."""
+        for tags, manifests in map(self.named, removals):
+            for tag in tags:
+                batch.delete(TAG.key(self.repository, tag))
+            for digest in manifests:
+                for subject in self._subjects.of(self._number(digest)):
+                    batch.delete(REFERRER.key(self.repository, self._digests.digest(subject), digest))
+                self._leases.drop(batch, self.repository, digest)
+                batch.delete(MANIFEST.key(self.repository, digest))
         self._store.changed(batch, self.repository)
 
-    def _used_last(self, digest: str) -> float:
+    def _used_last(self, digest: Digest) -> float:
         """When the manifest was last pushed or leased, as recorded now."""
         leased_at = self._leases.of(self.repository, digest)
         try:
-            return max(leased_at, self._store.manifest(self.repository, Digest(digest))[1])
+            return max(leased_at, self._store.manifest(self.repository, digest)[1])
         except ManifestUnknown:
             return leased_at
 
@@ -321,10 +381,10 @@ class Reachability:
         """Take the last recorded change as our own."""
         self._version = batch.get(self._counter)
 
-    def forget(self, groups: Iterable[RemovalGroup]) -> None:
-        """Drop removed groups from the graph."""
-        for group in groups:
-            for tag in group.tags:
-                self.tags.pop(tag, None)
-            for digest in group.manifests:
-                self.manifests.pop(digest, None)
+    def forget(self, removals: Iterable[Removal]) -> None:
+        """Drop what was removed from the graph."""
+        for tags, manifests in removals:
+            for tag in tags:
+                self._targets[tag] = GONE
+            for number in manifests:
+                self._stored[number] = 0

@@ -16,7 +16,7 @@ import structlog
 from storage.disk.records import Batch, batches
 from storage.disk.tree import directories, read_directory
 from storage.keys import LINK
-from storage.maintenance.reachability import prefix_of
+from storage.maintenance.nodes import prefix_of
 from storage.oci import Digest
 from storage.store import Store
 

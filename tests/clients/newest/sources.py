@@ -15,7 +15,9 @@ from typing import Protocol
 
 PROGRAMS = Path(__file__).parent / "programs"
 BUILD_TIMEOUT = 1800.0  # seconds for one program
-_ERROR = re.compile(r"error|fatal|denied|unauthorized|refused|cannot|can't|unexpected|no such", re.IGNORECASE)
+_ERROR = re.compile(
+    r"\b(?:error|fatal|denied|unauthorized|refused|cannot|can't|unexpected|no such)\b", re.IGNORECASE
+)
 _DECORATION = re.compile(r"\x1b\[[\d;]*m|^time=\S+ |^\[\w+\] ")
 
 
@@ -64,12 +66,13 @@ class Go:
     """A command of a Go module, built without cgo.
 
     `source` is a file of `programs`, and `package` then the module whose version counts: for clients whose
-    commands are not offered, but the libraries that they are made of.
+    commands are not offered, but the libraries that they are made of.  `experiment` is GOEXPERIMENT.
     """
 
     package: str
     source: str = ""
     tags: str = ""
+    experiment: str = ""
 
     def install(self, directory: Path) -> str:
         if not shutil.which("go"):
@@ -96,12 +99,38 @@ class Go:
         path = f"{os.environ['PATH']}:{directory}/python/bin"
         # Modules that need a newer Go get it as a module.
         environment = {"GOTOOLCHAIN": "auto", **os.environ, "PATH": path, "CGO_ENABLED": "0"}
+        environment["GOEXPERIMENT"] = self.experiment
         return run(["go", *words], BUILD_TIMEOUT, env=environment, cwd=inside)
 
     def _version(self, built: str) -> str:
         modules = re.findall(r"^\t(?:mod|dep)\t(\S+)\t(\S+)", built, re.MULTILINE)
         _, version = max(each for each in modules if f"{self.package}/".startswith(f"{each[0]}/"))
         return version.removeprefix("v").removesuffix("+incompatible")
+
+
+@dataclass(frozen=True)
+class Crate:
+    """A Rust library with `feature` for its default ones, used by `source`, a file of `programs`."""
+
+    package: str
+    source: str
+    feature: str
+
+    def install(self, directory: Path) -> str:
+        module = directory / "modules" / Path(self.source).stem
+        module.mkdir(parents=True, exist_ok=True)
+        (module / "Cargo.toml").write_text(
+            f'[package]\nname = "{module.name}"\nversion = "0.0.0"\nedition = "2021"\n'
+            f'[[bin]]\nname = "{module.name}"\npath = "{PROGRAMS / self.source}"\n'
+            f'[dependencies]\n{self.package} = {{ version = "*", default-features = false, '
+            f'features = ["{self.feature}"] }}\n'
+            'tokio = { version = "*", features = ["macros", "rt"] }\n'
+        )
+        run(["cargo", "update"], BUILD_TIMEOUT, cwd=module)
+        run(["cargo", "build", "--release"], BUILD_TIMEOUT, cwd=module)
+        shutil.copy(module / "target" / "release" / module.name, directory / "bin")
+        name = run(["cargo", "pkgid", self.package], BUILD_TIMEOUT, cwd=module)
+        return name.strip().rpartition("@")[2].rpartition("#")[2]
 
 
 @dataclass(frozen=True)

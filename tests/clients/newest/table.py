@@ -4,6 +4,7 @@ Commands are for `sh -eu`, in an empty directory that is also HOME.  They find i
 
     IMAGE      what to pull, push, sign or verify, as host:port/namespace/library/app:0.1.0
     SOURCE     what to push, in the cache
+    PRIVATE    where to push it at the address that only the private namespace has
     MIRRORED   the same image by its name at its registry, for clients that `entrepot setup` has configured
     REGISTRY   host:port of the server
     LOGIN      the user, PASSWORD the user's, right or wrong
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tests.clients.newest.sources import Go, Installed, Maven, Npm, PyPI, Source
+from tests.clients.newest.sources import Crate, Go, Installed, Maven, Npm, PyPI, Source
 
 DOCKER_CONFIG = """
 mkdir -p .docker
@@ -244,7 +245,7 @@ FLUX = Client(
 
 TRIVY = Client(
     "trivy",
-    (Go("github.com/aquasecurity/trivy/cmd/trivy"),),
+    (Go("github.com/aquasecurity/trivy/cmd/trivy", experiment="jsonv2"),),
     pull='trivy image --insecure --image-src remote --format cyclonedx --output app.json "$IMAGE"',
     login='trivy registry login --insecure -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
 )
@@ -281,7 +282,14 @@ SNYK = Client(
     pull='NODE_PATH="$TOOLS/npm/node_modules" node "$PROGRAMS/snyk.js" "$IMAGE"',
 )
 
+OCI_CLIENT = Client(  # it uses a password only where GET /v2/ demands one
+    "oci-client (Rust)",
+    (Crate("oci-client", "ociclient.rs", feature="rustls-tls"),),
+    pull='ociclient "$IMAGE"',
+    push='ociclient "$SOURCE" "$PRIVATE"',
+)
+
 CLIENTS = (
     *(CRANE, REGCTL, CONTAINERS_IMAGE, PODMAN, CONTAINERD, BUILDKIT, STARGZ, DOCKERD, ORAS, COSIGN),
-    *(NOTATION, HELM, FLUX, TRIVY, JIB, ORAS_PY, DXF, SNYK),
+    *(NOTATION, HELM, FLUX, TRIVY, JIB, ORAS_PY, DXF, SNYK, OCI_CLIENT),
 )

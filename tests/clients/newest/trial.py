@@ -158,6 +158,7 @@ class Trial:
             home,
             IMAGE=f"{place}/{NAME}:{TAG}",
             SOURCE=f"{self._site.address}/docker.io/{NAME}:{TAG}",
+            PRIVATE=f"{self._site.store}/{NAME}:{TAG}",
             MIRRORED=f"docker.io/{NAME}:{TAG}",
             REGISTRY=self._site.address,
             LOGIN=LOGIN,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -37,6 +38,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Everybody may do all: for tests of what is done.
 OPEN: dict[str, Any] = {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]}
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than cores, for --numprocesses=auto: tests wait for other processes, too."""
+    return (os.cpu_count() or 1) + 1
+
 
 Serve = Callable[..., Awaitable["Site"]]
 

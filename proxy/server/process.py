@@ -28,6 +28,7 @@ from proxy.namespaces.routing import Namespaces
 from proxy.server import make_room
 from proxy.server.access import authorizer, needed
 from proxy.server.housekeeping import Housekeeper
+from proxy.server.process_name import show_as
 from proxy.server.supervisor import Assignment
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import share_metrics
@@ -272,8 +273,7 @@ class ServerProcess:
 def run(assignment: Assignment) -> int:
     """Be a process of a supervisor, until a signal or the end of the supervisor.  Returns the exit status."""
     config = assignment.config
-    with suppress(OSError):  # not on each system; for ps and top
-        Path("/proc/self/comm").write_text(f"entrepot-{assignment.role}")
+    show_as("entrepot", assignment.role)
     if assignment.role == "keeper":
         os.nice(NICE)
     logs.configure(config.log.format, config.log.level, access=config.log.access)

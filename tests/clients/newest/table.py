@@ -247,7 +247,7 @@ TRIVY = Client(
     "trivy",
     (Go("github.com/aquasecurity/trivy/cmd/trivy", experiment="jsonv2"),),
     pull='trivy image --insecure --image-src remote --format cyclonedx --output app.json "$IMAGE"',
-    login='trivy registry login --insecure -u "$LOGIN" -p "$PASSWORD" "$REGISTRY"',
+    login='trivy registry login --insecure --username "$LOGIN" --password "$PASSWORD" "$REGISTRY"',
 )
 
 JIB = Client(

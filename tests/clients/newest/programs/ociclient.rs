@@ -15,7 +15,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let image = client.pull(&names[0], &RegistryAuth::Anonymous, accepted).await?;
     if let Some(target) = names.get(1) {
         let login = RegistryAuth::Basic(env::var("LOGIN")?, env::var("PASSWORD")?);
-        client.push(target, &image.layers, image.config, &login, image.manifest).await?;
+        // Not with the manifest that was pulled: the layers are in the order in which they came.
+        client.push(target, &image.layers, image.config, &login, None).await?;
     }
     Ok(())
 }

@@ -166,12 +166,14 @@ class Server:
         """Inside, that worker accepts all connections: the others are stopped."""
         others = [each for each in self.pids() if each != pid]
         for other in others:
-            os.kill(other, signal.SIGSTOP)
+            with suppress(ProcessLookupError):  # it drained, and has ended meanwhile
+                os.kill(other, signal.SIGSTOP)
         try:
             yield
         finally:
             for other in others:
-                os.kill(other, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGCONT)
 
     async def workers(self) -> list[Worker]:
         """A connection to each."""

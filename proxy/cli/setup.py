@@ -17,7 +17,7 @@ from proxy.cli.help import command
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.settings import Setting
-from proxy.setup.install import Change, InstallPlan, install, plan_install
+from proxy.setup.install import BY_HAND, Change, InstallPlan, install, plan_install
 from proxy.setup.renderers import RENDERERS, lines_of, store_lines
 from proxy.setup.site import Setup, site_of
 
@@ -81,7 +81,7 @@ def setup(
     if not (write or dry_run):
         click.echo("\n".join([*(f"# {each}" for each in store_lines(site)), *lines_of(made)]))
         return
-    if all(each.kind == "flags" for each in made.pieces):
+    if all(each.kind in BY_HAND for each in made.pieces):
         _fail(f"{client} is configured by flags, not by a file: see entrepot setup {client}", 2)
     planned = plan_install(made, root, force=force)
     for line in _report(made, planned, dry_run):
@@ -107,7 +107,8 @@ def _report(setup: Setup, planned: InstallPlan, dry_run: bool) -> Iterator[str]:
     else:
         yield from _placed(planned.changes)
     for piece in planned.parts:
-        yield f"add by hand to {piece.path}{f' ({piece.about})' if piece.about else ''}:"
+        what = "give these flags" if piece.kind == "flags" else f"add by hand to {piece.path}"
+        yield f"{what}{f' ({piece.about})' if piece.about else ''}:"
         yield from _indented(piece.content)
     if planned.changes or planned.parts:
         yield f"then: {setup.after}"

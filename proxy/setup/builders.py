@@ -6,7 +6,8 @@ Neither has a setting for all registries at once.  Both put a mirror's path afte
 from __future__ import annotations
 
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.setup.site import Piece, Setup, Site, quoted
+from proxy.setup.formats import quoted
+from proxy.setup.site import Piece, Setup, Site
 
 BUILDKIT = "/etc/buildkit"
 KANIKO = "/kaniko"

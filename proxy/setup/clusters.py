@@ -1,41 +1,69 @@
-"""Configuration of Kubernetes distributions that configure containerd themselves: k3s, kind, Talos.
+"""Configuration of Kubernetes distributions that configure their own containerd.
 
-On a node that is a container or another machine, a loopback address (127.0.0.1) is the node itself.
+k3s, RKE2 and k3d read a registries.yaml.  kind, minikube, k0s and MicroK8s have a directory of hosts.toml
+files, in a place of their own.
 """
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
-import yaml
-
-from proxy.setup.engines import CONTAINERD, CRI, config_path, hosts
-from proxy.setup.site import Piece, Setup, Site
+from proxy.config.wellknown import DOCKER_HUB
+from proxy.setup.engines import (
+    CONTAINERD,
+    CONTAINERS,
+    CRI,
+    DOCKER,
+    authorities,
+    config_path,
+    hosts,
+    registries,
+)
+from proxy.setup.formats import in_yaml
+from proxy.setup.site import CA, OURS, Piece, Setup, Site, loopback_notes
 
 K3S = "/etc/rancher/k3s"
-OURS = "/etc/entrepot/clients"  # for files that have no place of their own
+RKE2 = "/etc/rancher/rke2"
 EVERY = "*"
+NEVER = "disable-default-registry-endpoint"
+MINIKUBE = "~/.minikube/files"  # minikube copies what is below it into the node
+K0S = "/etc/k0s/containerd.d"
+MICROK8S = "/var/snap/microk8s/current/args/certs.d"
 
 
 def k3s(site: Site) -> Setup:
-    authority = f"{K3S}/entrepot.crt"
-    tree: dict[str, Any] = {"mirrors": {name: {"endpoint": [url]} for name, url in _endpoints(site).items()}}
-    pieces = []
+    return _rancher("k3s", K3S, "systemctl restart k3s (on agents: k3s-agent)", site)
+
+
+def rke2(site: Site) -> Setup:
+    return _rancher("rke2", RKE2, "systemctl restart rke2-server (on agents: rke2-agent)", site)
+
+
+def _rancher(client: str, directory: str, after: str, site: Site) -> Setup:
+    authority = f"{directory}/entrepot.crt"
+    pieces = [Piece(f"{directory}/registries.yaml", registries_yaml(site, authority))]
+    notes = ["each node needs these files"]
     if site.ca:
-        tree["configs"] = {each: {"tls": {"ca_file": authority}} for each in site.hosts}
         pieces.append(Piece(authority, site.ca))
-    pieces.insert(0, Piece(f"{K3S}/registries.yaml", _dump(tree)))
     if not site.bypass:
-        pieces.append(
-            Piece(f"{K3S}/config.yaml.d/entrepot.yaml", _dump({"disable-default-registry-endpoint": True}))
-        )
-    notes = ["each node needs these files; RKE2 has them in /etc/rancher/rke2"]
+        pieces.append(Piece(f"{directory}/config.yaml.d/entrepot.yaml", in_yaml({NEVER: True})))
+        notes.append(f"{NEVER} needs a release of January 2024 or later (1.29.1, 1.26.13)")
+    return Setup(client, pieces, after, [*notes, *loopback_notes(site)])
+
+
+def k3d(site: Site) -> Setup:
+    config, mounted = f"{OURS}/k3d/registries.yaml", f"{K3S}/entrepot.crt"
+    flags, nodes = [f"--registry-config={config}"], "@server:*;agent:*"
+    pieces = [Piece(config, registries_yaml(site, mounted))]
+    if site.ca:
+        pieces.append(Piece(f"{OURS}/k3d/entrepot.crt", site.ca))
+        flags.append(f"--volume='{OURS}/k3d/entrepot.crt:{mounted}{nodes}'")
     if not site.bypass:
-        notes.append(
-            "disable-default-registry-endpoint needs a release of January 2024 or later (1.29.1, 1.26.13)"
-        )
-    return Setup("k3s", pieces, "systemctl restart k3s (on agents: k3s-agent)", [*notes, *_away(site)])
+        flags.append(f"--k3s-arg='--{NEVER}{nodes}'")
+    pieces.append(Piece("", "".join(f"{each}\n" for each in flags), "flags"))
+    notes = ["a cluster keeps the registries with which it was created"]
+    after = "k3d cluster create with these flags"
+    return Setup("k3d", pieces, after, [*notes, *loopback_notes(site, "host.k3d.internal")], undo=RECREATE)
 
 
 def kind(site: Site) -> Setup:
@@ -58,50 +86,75 @@ def kind(site: Site) -> Setup:
         "only nodes before kind 0.27 need the patch; later ones use the directory anyway",
         "every additional node needs the same extraMounts",
     ]
-    pieces = [Piece(config, _dump(tree)), *hosts(site, directory)]
-    return Setup("kind", pieces, f"kind create cluster --config {config}", [*notes, *_away(site)])
+    pieces = [Piece(config, in_yaml(tree)), *hosts(site, directory)]
+    after = f"kind create cluster --config {config}"
+    return Setup("kind", pieces, after, [*notes, *loopback_notes(site)], undo=RECREATE)
 
 
-def talos(site: Site) -> Setup:
-    more = {} if site.bypass else {"skipFallback": True}
-    mirrors = {name: {"endpoints": [url], **more} for name, url in _endpoints(site).items()}
-    registries: dict[str, Any] = {"mirrors": mirrors}
+def minikube(site: Site) -> Setup:
+    flags = [f"--registry-mirror={site.hub_url}"] if DOCKER_HUB in site.namespaces else []
+    flags += [f"--insecure-registry={each}" for each in site.insecure]
+    pieces = [
+        *hosts(site, f"{MINIKUBE}{CONTAINERD}/certs.d"),
+        *registries(site, f"{MINIKUBE}{CONTAINERS}"),
+        *authorities(site, f"{MINIKUBE}{DOCKER}/certs.d"),
+    ]
+    if flags:
+        pieces.append(Piece("", "".join(f"{each}\n" for each in flags), "flags", "for dockerd"))
+    notes = [
+        "the hosts.toml files are for --container-runtime=containerd, entrepot.conf for cri-o, the flags for"
+        " docker, which mirrors Docker Hub only",
+        "minikube copies the files at each start, but takes the flags only when it creates a cluster",
+        *loopback_notes(site, "host.minikube.internal"),
+    ]
+    return Setup("minikube", pieces, "minikube start, with the flags for a new cluster", notes, undo=RECREATE)
+
+
+def k0s(site: Site) -> Setup:
+    directory = f"{K0S}/certs.d"
+    drop_in = f"version = 3\n\n{config_path(CRI['2'], directory)}"
+    pieces = [Piece(f"{K0S}/entrepot.toml", drop_in), *hosts(site, directory)]
+    notes = [
+        "each worker needs these files",
+        f"before k0s 1.36 (containerd 1.7), entrepot.toml must have version = 2 and {CRI['1']} instead",
+        "k0s reads the directory only while /etc/k0s/containerd.toml begins with # k0s_managed=true",
+    ]
+    after = "nothing else: k0s reloads containerd when a file in containerd.d changes"
+    return Setup("k0s", pieces, after, [*notes, *loopback_notes(site)])
+
+
+def microk8s(site: Site) -> Setup:
+    pieces = hosts(site, MICROK8S)
+    notes = ["each node needs these files", *loopback_notes(site)]
+    if site.every and DOCKER_HUB in site.namespaces:
+        default = f"{MICROK8S}/_default/"
+        pieces += [
+            Piece(f"{MICROK8S}/{DOCKER_HUB}/{name}", each.content)
+            for each in pieces
+            for name in ("hosts.toml", CA)
+            if each.path == default + name
+        ]
+    if DOCKER_HUB in site.namespaces:
+        notes.append(
+            f"MicroK8s has a {DOCKER_HUB}/hosts.toml of its own, which goes before _default: give --force"
+            " once to replace it"
+        )
+    after = "nothing else: containerd reads the files at each pull"
+    return Setup("microk8s", pieces, after, notes)
+
+
+def registries_yaml(site: Site, authority: str) -> str:
+    """The registries.yaml of k3s, with the server's authority at the path `authority`."""
+    tree: dict[str, Any] = {"mirrors": {name: {"endpoint": [url]} for name, url in endpoints(site).items()}}
     if site.ca:
-        ca = base64.b64encode(site.ca.encode()).decode()
-        registries["config"] = {each: {"tls": {"ca": ca}} for each in site.hosts}
-    path = f"{OURS}/talos/registries.yaml"
-    pieces = [Piece(path, _dump({"machine": {"registries": registries}}))]
-    notes = ["Talos 1.12 and later prefer RegistryMirrorConfig documents, but still accept this form"]
-    after = f"talosctl patch machineconfig --nodes NODE --patch @{path}"
-    return Setup("talos", pieces, after, [*notes, *_away(site)])
+        tree["configs"] = {each: {"tls": {"ca_file": authority}} for each in site.hosts}
+    return in_yaml(tree)
 
 
-def _endpoints(site: Site) -> dict[str, str]:
+def endpoints(site: Site) -> dict[str, str]:
     """The URL to use for each registry: the server's, and for its private registries their own."""
     names = (EVERY,) if site.every else site.namespaces
     return {host: site.url_of(host) for host in site.stores.values()} | dict.fromkeys(names, site.base)
 
 
-def _away(site: Site) -> list[str]:
-    if not site.loopback:
-        return []
-    return [f"{site.host} is the node itself: give --url with an address that the nodes can reach"]
-
-
-class _Dumper(yaml.SafeDumper):
-    """A dumper that writes multi-line text as a block, and no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def _dump(tree: dict[str, Any]) -> str:
-    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=1000)
-    return text
+RECREATE = "create the cluster again, without them"

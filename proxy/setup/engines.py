@@ -15,7 +15,8 @@ Traps that are avoided here:
 from __future__ import annotations
 
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.setup.site import CA, Piece, Setup, Site, in_json, quoted
+from proxy.setup.formats import in_json, quoted
+from proxy.setup.site import CA, Piece, Setup, Site
 
 DOCKER = "/etc/docker"
 CONTAINERD = "/etc/containerd"
@@ -26,34 +27,46 @@ CRI = {"1": "io.containerd.grpc.v1.cri", "2": "io.containerd.cri.v1.images"}
 
 
 def docker(site: Site) -> Setup:
+    keys = daemon_keys(site)
+    notes = daemon_notes(site)
+    notes += [
+        "only Docker 29 and later with the containerd image store reads the hosts.toml files, which work for"
+        " every registry",
+    ]
+    pieces = [Piece(f"{DOCKER}/daemon.json", in_json(keys), "keys")] if keys else []
+    pieces += mirrors(site, f"{DOCKER}/certs.d")
+    pieces += authorities(site, f"{DOCKER}/certs.d")
+    return Setup("docker", pieces, "systemctl reload docker", notes)
+
+
+def daemon_keys(site: Site) -> dict[str, list[str]]:
+    """The keys of daemon.json."""
     keys: dict[str, list[str]] = {}
-    notes = []
     if DOCKER_HUB in site.namespaces:
-        keys["registry-mirrors"] = [site.base if site.hub else f"{site.base}/{DOCKER_HUB}"]
-        if not site.hub:
-            notes.append(
-                "default_namespace is not docker.io, so the mirror has a path, which needs Docker 24"
-            )
-    else:
-        notes.append("docker.io is not among the namespaces, and Docker before 29 mirrors no other registry")
+        keys["registry-mirrors"] = [site.hub_url]
     if site.insecure:
         keys["insecure-registries"] = site.insecure
+    return keys
+
+
+def daemon_notes(site: Site) -> list[str]:
+    """The limits of every dockerd."""
+    notes = []
+    if DOCKER_HUB not in site.namespaces:
+        notes.append("docker.io is not among the namespaces, and Docker before 29 mirrors no other registry")
+    elif not site.hub:
+        notes.append("default_namespace is not docker.io, so the mirror has a path, which needs Docker 24")
     others = [each for each in site.namespaces if each != DOCKER_HUB] or ["ghcr.io"]
     notes += [
         f"registry-mirrors work for Docker Hub only: pull images of other registries"
-        f" ({', '.join(others[:3])}, …) by full name, {site.host}/{others[0]}/owner/image",
-        "only Docker 29 and later with the containerd image store reads the hosts.toml files, which work for"
-        " every registry",
+        f" ({', '.join(others[:3])}, …) by full name, {site.host}/{others[0]}/owner/image"
     ]
     if not site.bypass:
         notes.append(
             "without the containerd image store, dockerd contacts Docker Hub itself when a mirror fails, and"
             " no setting prevents that: block registry-1.docker.io in the network"
         )
-    pieces = [Piece(f"{DOCKER}/daemon.json", in_json(keys), "keys")] if keys else []
-    pieces += _hosts(site, f"{DOCKER}/certs.d")
-    pieces += _authorities(site, f"{DOCKER}/certs.d")
-    return Setup("docker", pieces, "systemctl reload docker", notes)
+    return notes
 
 
 def containerd(site: Site) -> Setup:
@@ -75,20 +88,21 @@ def containerd(site: Site) -> Setup:
     return Setup("containerd", pieces, after, notes)
 
 
-def config_path(plugin: str) -> str:
-    return f'[plugins."{plugin}".registry]\n  config_path = "{CONTAINERD}/certs.d"\n'
+def config_path(plugin: str, directory: str = f"{CONTAINERD}/certs.d") -> str:
+    return f'[plugins."{plugin}".registry]\n  config_path = "{directory}"\n'
 
 
 def hosts(site: Site, directory: str) -> list[Piece]:
     """The files below config_path: for all registries or for each one, and for the server's own names."""
-    pieces = _hosts(site, directory)
+    pieces = mirrors(site, directory)
     for each in site.hosts:  # for pulls by full name, and for pushes
         own = f"{directory}/{each}"
         pieces += [Piece(f"{own}/hosts.toml", _server(site.url_of(each), site)), *_authority(site, own)]
     return pieces
 
 
-def _hosts(site: Site, directory: str) -> list[Piece]:
+def mirrors(site: Site, directory: str) -> list[Piece]:
+    """The files below config_path for all registries, or for each one."""
     content = _mirror(site) if site.bypass else _server(site.base, site, *PULL)
     pieces = []
     for each in ["_default"] if site.every else site.namespaces:
@@ -102,7 +116,7 @@ def _authority(site: Site, directory: str) -> list[Piece]:
     return [Piece(f"{directory}/{CA}", site.ca)] if site.ca else []
 
 
-def _authorities(site: Site, directory: str) -> list[Piece]:
+def authorities(site: Site, directory: str) -> list[Piece]:
     return [piece for each in site.hosts for piece in _authority(site, f"{directory}/{each}")]
 
 
@@ -124,18 +138,18 @@ def podman(site: Site) -> Setup:
         "registries without a table of their own are contacted directly",
         "a name without a registry is searched in unqualified-search-registries of registries.conf",
     ]
-    notes += _left_out(site)
+    notes += left_out(site)
     after = "nothing else: podman, buildah and skopeo read the files at each pull"
     return Setup("podman", registries(site), after, notes)
 
 
 def crio(site: Site) -> Setup:
-    notes = ["registries without a table of their own are contacted directly", *_left_out(site)]
+    notes = ["registries without a table of their own are contacted directly", *left_out(site)]
     return Setup("crio", registries(site), "systemctl reload crio", notes)
 
 
-def _left_out(site: Site) -> list[str]:
-    if not (addresses := [each for each in site.namespaces if _is_address(each)]):
+def left_out(site: Site) -> list[str]:
+    if not (addresses := [each for each in site.namespaces if is_address(each)]):
         return []
     return [
         f"{', '.join(addresses)}: no mirror is possible, since registries.conf takes no IPv6 address in a"
@@ -143,17 +157,17 @@ def _left_out(site: Site) -> list[str]:
     ]
 
 
-def _is_address(namespace: str) -> bool:
+def is_address(namespace: str) -> bool:
     """Whether it is an IPv6 address, which is no component of a repository's name, and so of no mirror."""
     return namespace.startswith("[")
 
 
-def registries(site: Site) -> list[Piece]:
+def registries(site: Site, directory: str = CONTAINERS) -> list[Piece]:
     """The files for all that read registries.conf: podman, buildah, skopeo, CRI-O."""
     insecure = "insecure = true\n" if site.plain else ""
     tables = []
     for each in site.namespaces:
-        if _is_address(each):
+        if is_address(each):
             continue
         mirror = f'location = "{site.host}/{each}"\n{insecure}'
         if site.bypass:
@@ -162,5 +176,5 @@ def registries(site: Site) -> list[Piece]:
             tables.append(f'[[registry]]\nprefix = "{each}"\n{mirror}')
     if site.plain:  # for pulls by full name
         tables += [f'[[registry]]\nlocation = "{each}"\n{insecure}' for each in site.hosts]
-    path = f"{CONTAINERS}/registries.conf.d/entrepot.conf"
-    return [Piece(path, "\n".join(tables)), *_authorities(site, f"{CONTAINERS}/certs.d")]
+    path = f"{directory}/registries.conf.d/entrepot.conf"
+    return [Piece(path, "\n".join(tables)), *authorities(site, f"{directory}/certs.d")]

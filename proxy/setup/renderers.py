@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from proxy.setup import builders, clusters, engines
+from proxy.setup import builders, clusters, engines, platforms
 from proxy.setup.site import Piece, Setup, Site
 
 RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
@@ -13,12 +13,25 @@ RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
     "podman": engines.podman,
     "crio": engines.crio,
     "buildkit": builders.buildkit,
-    "k3s": clusters.k3s,
-    "kind": clusters.kind,
     "kaniko": builders.kaniko,
-    "talos": clusters.talos,
+    "k3s": clusters.k3s,
+    "rke2": clusters.rke2,
+    "k3d": clusters.k3d,
+    "kind": clusters.kind,
+    "minikube": clusters.minikube,
+    "k0s": clusters.k0s,
+    "microk8s": clusters.microk8s,
+    "openshift": platforms.openshift,
+    "talos": platforms.talos,
+    "bottlerocket": platforms.bottlerocket,
 }
-WHAT = {"keys": ", merge these keys", "part": ", add this part", "file": "", "flags": ""}
+WHAT = {
+    "keys": ", merge these keys",
+    "part": ", add this part",
+    "file": "",
+    "flags": "",
+    "example": ", for example",
+}
 MARK = "# Written by entrepot setup"  # the start of every file that setup writes
 
 

@@ -6,13 +6,12 @@ renderer makes a Setup from a Site; it neither reads nor writes files.
 
 from __future__ import annotations
 
-import json
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from yarl import URL
 
@@ -21,6 +20,7 @@ from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
 
 CA = "ca.crt"  # the file name by which dockerd, podman and containerd recognize an authority
+OURS = "/etc/entrepot/clients"  # for files that have no place of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,11 @@ class Site:
         return self.url.host_port_subcomponent or ""
 
     @property
+    def hub_url(self) -> str:
+        """The URL of a mirror of Docker Hub, for clients that name no registry."""
+        return self.base if self.hub else f"{self.base}/{DOCKER_HUB}"
+
+    @property
     def plain(self) -> bool:
         """Whether the server has no TLS."""
         return self.url.scheme == "http"
@@ -76,7 +81,7 @@ class Site:
         return f"{self.url.scheme}://{host}"
 
 
-Kind = Literal["file", "keys", "part", "flags"]
+Kind = Literal["file", "keys", "part", "flags", "example"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +89,9 @@ class Piece:
     """A file of a client's configuration, or a part of one.
 
     `content` is by `kind` the whole file at `path`; `keys` to merge into the JSON there; a `part` of a file
-    that others write; or `flags` of a command line, without a path.  `about` says for which versions of the
-    client it is, if not for all.
+    that others write; `flags` of a command line, without a path; or an `example`, whose `path` is its title.
+    `about` says for which versions of the client it is, if not for all.  A `path` that begins with ~/ is in
+    the home directory of the user.
     """
 
     path: str
@@ -98,25 +104,28 @@ class Piece:
 class Setup:
     """The configuration of one kind of client.
 
-    `after` is the step that follows once the files are in place.  `notes` name limits and surprises of the
-    client.
+    `after` is the step that follows once the files are in place, and `undo` the one once they are gone, if it
+    is another.  `notes` name limits and surprises of the client.  `trust` is how it gets a private authority,
+    if no file of `pieces` does that.
     """
 
     client: str
     pieces: Sequence[Piece]
     after: str
     notes: Sequence[str] = field(default_factory=list)
+    undo: str = ""
+    trust: str = ""
 
 
-def in_json(keys: Mapping[str, Any]) -> str:
-    """A JSON object with one line per key."""
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in keys.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+def loopback_notes(site: Site, name: str = "") -> list[str]:
+    """What to say of a loopback address where the client is not on this machine.
 
-
-def quoted(*texts: str) -> str:
-    """A list of strings in TOML."""
-    return f"[{', '.join(json.dumps(each) for each in texts)}]"
+    `name` is that of this machine there.
+    """
+    if not site.loopback:
+        return []
+    such = f", such as {site.url.with_host(name).origin()} for this machine" if name else ""
+    return [f"{site.host} is the client's own machine: give --url with an address that it can reach{such}"]
 
 
 def client_url(scheme: str, address: Address) -> URL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from storage.errors import StorageFailed
@@ -17,16 +17,21 @@ STEP = 0.4  # seconds after which a transfer knows of another rate
 class Slots:
     """A limit of work in progress, in total and for each namespace.
 
-    `each` is the limit of each namespace; that of a namespace that is not in it is `total`.  Within a
-    process, who comes first is served first.
+    `each` is the limit of each namespace; that of a namespace that is not in it is `total`.  Namespaces with
+    the same `key_of` have one limit together.  Within a process, who comes first is served first.
     """
 
     def __init__(
-        self, total: int, each: dict[str, int] | None = None, shared: SharedState | None = None
+        self,
+        total: int,
+        each: dict[str, int] | None = None,
+        shared: SharedState | None = None,
+        key_of: Callable[[str], str] = str,
     ) -> None:
         shared = shared or SharedState()
         self._total = total
         self._each = each or {}
+        self._key_of = key_of
         self._held = shared.slots
         self._bell = shared.bell
         self._queues: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -36,9 +41,9 @@ class Slots:
         """Wait for a slot, and hold it.  Raises StorageFailed if waiting is impossible."""
         async with AsyncExitStack() as slots:
             # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
-            if namespace in self._each:
-                key = self._held.key("namespace", namespace)
-                await slots.enter_async_context(self._slot(key, self._each[namespace]))
+            if (limited := self._key_of(namespace)) in self._each:
+                key = self._held.key("namespace", limited)
+                await slots.enter_async_context(self._slot(key, self._each[limited]))
             await slots.enter_async_context(self._slot(self._held.key("all"), self._total))
             yield
 

@@ -48,6 +48,23 @@ async def test_turns_bound_the_total_and_each_share() -> None:
     assert sorted(inside) == ["a", "a", "a", "b", "b"]
 
 
+async def test_namespaces_with_one_key_share_a_limit() -> None:
+    turns = Slots(9, {"*": 1}, key_of=lambda name: name if name == "own" else "*")
+    inside: list[str] = []
+
+    async def go(name: str) -> None:
+        async with turns.turn(name):
+            inside.append(name)
+
+    async with turns.turn("a"):
+        waiting = [asyncio.create_task(go(name)) for name in ("b", "a", "own")]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert inside == ["own"]
+    await asyncio.gather(*waiting)
+    assert inside == ["own", "b", "a"]
+
+
 async def test_a_turn_is_given_back_when_it_fails_or_is_cancelled() -> None:
     turns = Slots(1, {"a": 1})
     with pytest.raises(ValueError, match="x"):

@@ -290,7 +290,7 @@ def test_access_that_is_wrong(members: str, cause: str) -> None:
 
 def uncommented() -> str:
     """The example with every "#key: value" taken for a setting."""
-    return re.sub(r"(?m)^( *)#(?=[a-z0-9-])", r"\1", EXAMPLE.read_text(encoding="utf-8"))
+    return re.sub(r"""(?m)^( *)#(?=[a-z0-9"-])""", r"\1", EXAMPLE.read_text(encoding="utf-8"))
 
 
 def keys(tree: Any) -> set[str]:

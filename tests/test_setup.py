@@ -462,3 +462,18 @@ def test_any_port_cannot_be_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give --url"):
         site_of(config)
     assert site_of(config, url="cache.example:5000").base == "http://cache.example:5000"
+
+
+def test_a_list_of_registries(tmp_path: Path) -> None:
+    """Those that it names in full are known; for the others, a client needs to be told, or asks for all."""
+    path = tmp_path / "entrepot.yml"
+    hosts = ["ghcr.io", "*.example.com", "registry.lan:5000"]
+    namespaces = {"quay.io": {"upstream": "https://quay.io"}, "*": {"upstream": {"hosts": hosts}}}
+    path.write_text(json.dumps({"namespaces": namespaces}))
+    site = site_of(load(path), url="http://cache.example:5000")
+    assert site.namespaces == ("quay.io", "ghcr.io", "registry.lan:5000")
+    assert site.patterns == ("*.example.com",)
+    assert RENDERERS["containerd"](site).pieces[0].path.endswith("/_default/hosts.toml")
+    assert any("*.example.com" in each for each in RENDERERS["podman"](site).notes)
+    given = site_of(load(path), url="http://cache.example:5000", namespaces=["a.example.com"])
+    assert (given.namespaces, given.patterns) == (("a.example.com",), ())

@@ -236,7 +236,7 @@ async def test_a_request_does_no_io(clock: Clock) -> None:
             raise AssertionError(f"{name} was asked for")
 
     store: Any = Untouchable()
-    recorder = UsageRecorder(store, store, store, clock)
+    recorder = UsageRecorder(store, store, Metrics(), clock)
     exchange = Exchange("", HUB, NAME, LATEST, "manifest", "hit", digest=Digest.of(b""))
     recorder.served(exchange, 200)
     recorder.moved(ALPINE, LATEST, Digest.of(b""), Digest.of(b"new"))

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -50,21 +50,23 @@ class Guard(Enum):
 class GuardedNamespaces:
     """How each namespace is guarded.
 
-    guards: by namespace
-    visibilities: what callers may see of the namespaces whose guard is CALLER
+    guards: by the key of a namespace
+    visibility: finds what callers may see of a namespace whose guard is CALLER
     chosen: finds the namespace of a request without a repository; `default` is used if it finds none
     alone: the only namespace that the listener serves, whose name clients leave out; "" if it serves all
+    key_of: finds the key of a namespace: its name, or another one that stands for several
     """
 
     guards: Mapping[str, Guard]
-    visibilities: Mapping[str, Visibility]
+    visibility: Callable[[str], Awaitable[Visibility]]
     chosen: ChooseNamespace
     default: str | None
     alone: str = ""
+    key_of: Callable[[str], str] = str
 
     def of(self, repository: str) -> Guard | None:
         """The guard of the namespace of a repository; None if the namespace is no longer configured."""
-        return self.guards.get(repository.partition("/")[0])
+        return self.guards.get(self.key_of(repository.partition("/")[0]))
 
     @property
     def of_none(self) -> Guard:
@@ -175,7 +177,7 @@ class Authorizer:
         self, request: web.BaseRequest, access: AccessRequest, exchange: Exchange
     ) -> None:
         namespace, _, repository = access.name.partition("/")
-        visibility = self._guarded.visibilities[namespace]
+        visibility = await self._guarded.visibility(namespace)
         shown = credential(request)
         exchange.visible = nothing
 
@@ -251,8 +253,8 @@ class Authorizer:
             ns=request.query.get("ns"), host=request.headers.get("Host"), prefix=prefix
         )
         namespace = chosen or self._guarded.default
-        guard = self._guarded.guards[namespace] if namespace else self._guarded.of_none
-        return bool(chosen), namespace, guard
+        guard = self._guarded.of(namespace) if namespace else None
+        return bool(chosen), namespace, guard or self._guarded.of_none
 
     def _is_open(self, namespace: str | None) -> bool:
         """Whether pings of a guarded namespace, or of all, go well: if everybody may pull all of it.

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from proxy.admin.inventory import Inventory, Measured, finite_or_none
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import HostRow, RefusalRow, Verdict, Why
-from proxy.config.hosts import canonical_host, without_port
-from proxy.config.schema import Config
+from proxy.config.hosts import normal_host
+from proxy.config.schema import Config, NamespaceConfig
 from proxy.namespaces.references import ImageReference
 from storage.maintenance.pins import Pins
 from storage.maintenance.usage import Usage
@@ -42,7 +42,7 @@ class Explainer:
 
     def why(self, image: ImageReference, upstreams: Sequence[UpstreamState]) -> Why:
         config, repository, reference = self._config, image.repository, image.reference
-        namespace = config.namespaces[image.namespace]
+        namespace = self._namespace(image.namespace)
         tag = reference if isinstance(reference, Tag) else None
         inventory = self._inventory_of(image.namespace)
         cached = namespace.store is None
@@ -88,7 +88,7 @@ class Explainer:
     ) -> tuple[Verdict, str]:
         tag = image.reference if isinstance(image.reference, Tag) else None
         stored = measured.media_type is not None
-        if self._config.namespaces[image.namespace].store is not None:
+        if self._namespace(image.namespace).store is not None:
             if stored:
                 return "hit", f"{image.namespace} is a store, and the image was pushed to it"
             return "refused", f"{image.namespace} is a store, and the image was not pushed to it"
@@ -112,33 +112,40 @@ class Explainer:
     def _fresh(self, namespace: str, tag: Tag, pointer: Pointer) -> bool:
         # A clock that was set back must not keep a tag fresh forever.
         age = self._clock() - pointer.validated_at
-        return 0 <= age < self._config.namespaces[namespace].fresh_for_tag(tag)
+        return 0 <= age < self._namespace(namespace).fresh_for_tag(tag)
 
     def _qualified(self, image: ImageReference) -> str:
         first, slash, _ = image.text.partition("/")
         name = image.namespace
         if slash and first.lower() == name:
             return "the name begins with it"
-        names = (name, *self._config.namespaces[name].aliases)
-        if slash and without_port(canonical_host(first.lower()) or first) in map(without_port, names):
+        names = (name, *self._namespace(name).aliases)
+        if slash and normal_host(first) in map(normal_host, names):
             return f"{first} is an alias of it"
         return "the name has no registry, so this is default_namespace"
 
     def _fresh_rule(self, name: str, tag: Tag) -> str:
-        for number, rule in enumerate(self._config.namespaces[name].tags):
+        key = self._config.key_of(name)
+        for number, rule in enumerate(self._namespace(name).tags):
             if rule.match.fullmatch(tag):
-                return f"namespaces.{name}.tags[{number}]"
-        return f"namespaces.{name}.fresh_for"
+                return f"namespaces.{key}.tags[{number}]"
+        return f"namespaces.{key}.fresh_for"
 
     def _keep_rule(self, repository: str) -> str:
         name, _, relative = repository.partition("/")
-        namespace = self._config.namespaces[name]
+        key, namespace = self._config.key_of(name), self._namespace(name)
         if namespace.store is not None:
-            return f"namespaces.{name}.store"
+            return f"namespaces.{key}.store"
         for number, rule in enumerate(namespace.repositories):
             if rule.match.fullmatch(relative):
-                return f"namespaces.{name}.repositories[{number}]"
-        return "disk.keep_for" if namespace.keep_for is None else f"namespaces.{name}.keep_for"
+                return f"namespaces.{key}.repositories[{number}]"
+        return "disk.keep_for" if namespace.keep_for is None else f"namespaces.{key}.keep_for"
+
+    def _namespace(self, name: str) -> NamespaceConfig:
+        """The settings of the namespace of an image, which has one."""
+        found = self._config.namespace(name)
+        assert found is not None
+        return found
 
 
 def host_rows(states: Sequence[UpstreamState]) -> list[HostRow]:

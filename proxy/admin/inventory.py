@@ -162,7 +162,7 @@ class Inventory:
         if isinstance(reference, Digest):
             return None
         name = repository.partition("/")[0]
-        namespace = self._config.namespaces.get(name)
+        namespace = self._config.namespace(name)
         pointer = self._store.pointer(repository, reference)
         if namespace is None or pointer is None:
             return 0.0  # it is stale

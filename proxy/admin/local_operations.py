@@ -290,7 +290,7 @@ class LocalOperations:
         if not 0 < seconds < math.inf:
             raise FieldInvalid("seconds", "must be more than 0")
         for each in namespaces:
-            if each not in self._composition.caches:
+            if not self._composition.is_cache(each):
                 raise FieldInvalid("namespaces", f"{each} is not a configured cache")
         return drilling(await self._drill_control().begin(seconds, namespaces))
 

@@ -40,7 +40,7 @@ class StoreControl:
 
     def _store(self, namespace: str, command: str) -> Store:
         """The private store.  Raises Unsupported if the namespace is a cache, or if there is no store."""
-        if namespace in self._parts.caches:
+        if self._parts.is_cache(namespace):
             raise Unsupported(f"{namespace} is a cache, and not a private registry{command}")
         if self._parts.private is None:
             raise Unsupported("no namespace in the configuration has a store")
@@ -160,7 +160,7 @@ class StoreControl:
     async def _mount(
         self, store: Store, source: ImageReference, target: ImageReference, digest: Digest
     ) -> None:
-        if source.namespace in self._parts.caches:
+        if self._parts.is_cache(source.namespace):
             await self._parts.namespaces.mount_blob(target.repository, digest, source.repository)
         else:  # all private registries have one store
             await store.mount_blob(target.repository, digest, source.repository)

@@ -57,14 +57,18 @@ class DrillState(msgspec.Struct, frozen=True, kw_only=True):
 class Drill:
     """The drill of this process, current or last; the state of the last one is kept until the next begins.
 
-    `begun` is called when a drill begins.
+    `begun` is called when a drill begins.  An order for a `key_of` a namespace is one for the namespace.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.time, begun: Callable[[], None] = lambda: None
+        self,
+        clock: Callable[[], float] = time.time,
+        begun: Callable[[], None] = lambda: None,
+        key_of: Callable[[str], str] = str,
     ) -> None:
         self._clock = clock
         self._begun = begun
+        self._key_of = key_of
         self._order: DrillOrder | None = None
         self._ended = False
         self._missed: dict[tuple[str, ...], list[float]] = {}
@@ -94,7 +98,8 @@ class Drill:
         """Whether the upstream of `namespace` must not get requests now."""
         if self._order is None:  # the usual case
             return False
-        return self.left > 0 and (not self._order.namespaces or namespace in self._order.namespaces)
+        ordered = self._order.namespaces
+        return self.left > 0 and (not ordered or not {namespace, self._key_of(namespace)}.isdisjoint(ordered))
 
     def missed(self) -> None:
         """Record that the current request of a client would have needed an upstream."""

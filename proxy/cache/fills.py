@@ -251,7 +251,7 @@ class Fills:
         finally:
             del self._fills[fill.digest]
             self._metrics.filling.dec()
-            self._metrics.fills.labels(fill.source.namespace, result).inc()
+            self._metrics.fills.labels(self._metrics.label(fill.source.namespace), result).inc()
 
     async def _store_blob(self, fill: Fill) -> tuple[str, Descriptor]:
         """Get the blob into the store; return how, committed, followed or linked, and its descriptor."""

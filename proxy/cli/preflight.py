@@ -85,9 +85,14 @@ def _upstreams(config: Config, found: Preflight) -> None:
         for login in upstream.logins():
             if login.credential_helper is None:  # a program, which the server runs when it needs it
                 try:
-                    asyncio.run(credentials_of(login).get(URL(upstream.url[0]).authority))
+                    asyncio.run(credentials_of(login).get(_authority(upstream)))
                 except OriginDenied as error:
                     found.warnings.append(f"{path}: {error}")
+
+
+def _authority(upstream: UpstreamConfig) -> str:
+    """The host for which the credentials of an upstream are; of those of `*`, one of them."""
+    return URL(upstream.url[0]).authority if upstream.url else upstream.hosts[0].text
 
 
 def _files(upstream: UpstreamConfig) -> Iterator[tuple[str, Path]]:

@@ -174,6 +174,29 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_private(host: str) -> bool:
+    """Whether it is an address that is not globally reachable: private, loopback, link-local and the like.
+
+    A name is not an address.
+    """
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    return not address.is_global
+
+
+def normal_host(text: str) -> str:
+    """A host as a client may write it, for comparisons: in upper case, with a dot at its end, with a port."""
+    text = text.lower()
+    host, colon, port = text.partition(":")
+    if host.endswith("."):  # the root of the domain name system
+        text = host[:-1] + colon + port
+    return without_port(canonical_host(text) or text)
+
+
 def without_port(name: str) -> str:
     """The host without a port that is the default of http or https, for comparisons."""
     host, _, port = name.rpartition(":")

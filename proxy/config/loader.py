@@ -24,6 +24,7 @@ from proxy.config.errors import ConfigError
 from proxy.config.faults import Fault, Faults, gather, join, nearest, refuse
 from proxy.config.fields import Section
 from proxy.config.hosts import parse_name
+from proxy.config.registry_hosts import EVERY
 from proxy.config.rules import default_admin, violations
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.settings import SHORTHANDS, Setting, apply, environment
@@ -189,4 +190,4 @@ def _namespace(name: str, value: Any, path: str) -> tuple[str, NamespaceConfig]:
     if name == DOCKER_HUB:
         aliases = tuple(dict.fromkeys((*namespace.aliases, *DOCKER_HUB_ALIASES)))
         namespace = msgspec.structs.replace(namespace, aliases=aliases)
-    return _build(Annotated[str, parse_name], name, path), namespace
+    return EVERY if name == EVERY else _build(Annotated[str, parse_name], name, path), namespace

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from proxy.config.faults import Fault, nearest
 from proxy.config.hosts import Address, without_port
+from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.webhooks import WebhookConfig
 
@@ -14,9 +15,11 @@ def violations(config: Config) -> Iterator[Fault]:
     """All that is wrong with a configuration whose keys are right each."""
     yield from _check_listeners(config)
     yield from _check_owners(config.namespaces)
+    yield from _check_every(config)
     yield from _check_webhooks(config.webhooks)
-    if config.default_namespace not in (None, *config.namespaces):
-        hint = nearest(str(config.default_namespace), config.namespaces)
+    named = [each for each in config.namespaces if each != EVERY]
+    if config.default_namespace not in (None, *named):
+        hint = nearest(str(config.default_namespace), named)
         yield Fault("default_namespace", f"no namespace has that name{hint}")
     yield from _check_access(config)
 
@@ -32,6 +35,21 @@ def _check_owners(namespaces: Mapping[str, NamespaceConfig]) -> Iterator[Fault]:
             for each in getattr(namespace, key):
                 if (owner := owners.setdefault(without_port(each), name)) != name:
                     yield Fault(f"namespaces.{name}.{key}", f"{each} already belongs to namespace {owner}")
+
+
+def _check_every(config: Config) -> Iterator[Fault]:
+    """A fault if `*` is more than settings of hosts, or another namespace has a list of hosts."""
+    for name, namespace in config.namespaces.items():
+        path, upstream = f"namespaces.{name}", namespace.upstream
+        if name != EVERY:
+            if upstream is not None and upstream.hosts:
+                yield Fault(f"{path}.upstream.hosts", "is for the namespace '*' only: give a url")
+            continue
+        if upstream is None or not upstream.hosts:
+            yield Fault(path, "needs upstream.hosts, the registries that clients may ask for")
+        for key in ("aliases", "hosts"):
+            if getattr(namespace, key):
+                yield Fault(f"{path}.{key}", "is for a namespace with a name of its own")
 
 
 def default_admin(config: Config) -> Address:

@@ -14,6 +14,7 @@ from proxy.config.access import AccessConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
 from proxy.config.quantities import Share, parse_every, parse_grace, parse_percentage, parse_rate, parse_share
+from proxy.config.registry_hosts import EVERY
 from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
     Secret,
@@ -29,6 +30,7 @@ from proxy.config.values import (
     parse_workers,
 )
 from proxy.config.webhooks import WebhookConfig
+from proxy.config.wellknown import DEFAULTS, WELL_KNOWN
 from storage.oci import NameGrammar
 
 
@@ -145,7 +147,7 @@ class NamespaceConfig(Section, frozen=True):
     """A cache of an `upstream`, or a private registry, which has a `store`.
 
     A private registry may have a listener of its own, at `listen`.  If `keep_for` is None, that of the disk
-    applies.
+    applies.  The namespace `*` has the settings of the caches of all hosts that its upstream lists.
     """
 
     upstream: UpstreamConfig | None = None
@@ -249,8 +251,28 @@ class Config(Section, frozen=True):
         """The TLS of the admin listener: none on a loopback address, where no token leaves the machine."""
         return None if self.admin is None or self.admin.loopback else self.tls
 
+    def key_of(self, namespace: str) -> str:
+        """The key below `namespaces` of the settings of a namespace: its name, or `*` for a host of that."""
+        if namespace in self.namespaces or (others := self.others) is None:
+            return namespace
+        return EVERY if others.of_host(namespace, None) else namespace
+
+    def namespace(self, name: str) -> NamespaceConfig | None:
+        """The settings of a namespace, for a host of the namespace `*` with what well-known hosts need."""
+        found = self.namespaces.get(key := self.key_of(name))
+        if found is None or found.upstream is None or key == name:
+            return found
+        wanted = {each: value for each, value in DEFAULTS.get(name, {}).items() if not getattr(found, each)}
+        upstream = found.upstream.of_host(name, WELL_KNOWN.get(name))
+        return msgspec.structs.replace(found, upstream=upstream, **wanted)
+
+    @property
+    def others(self) -> UpstreamConfig | None:
+        """The upstream of the namespace `*`, if there is one."""
+        return self.namespaces[EVERY].upstream if EVERY in self.namespaces else None
+
     def cached(self) -> dict[str, tuple[NamespaceConfig, UpstreamConfig]]:
-        """The namespaces that are caches, each with its upstream."""
+        """The namespaces that are caches, each with its upstream; `*` is one of them."""
         return {
             name: (each, each.upstream) for name, each in self.namespaces.items() if each.upstream is not None
         }
@@ -288,7 +310,7 @@ class Config(Section, frozen=True):
         `repository` is a full name.
         """
         name, _, relative = repository.partition("/")
-        namespace = self.namespaces.get(name)
+        namespace = self.namespaces.get(self.key_of(name))
         if namespace is None:
             return self.disk.keep_for
         for rule in namespace.repositories:

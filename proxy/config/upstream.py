@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
+
 from proxy.config.fields import File, Flag, Host, Section, Size, Timeout
 from proxy.config.hosts import parse_proxy, parse_urls
 from proxy.config.quantities import Reserve, parse_reserve
+from proxy.config.registry_hosts import HostPattern, find_pattern, parse_pattern_of_hosts
 from proxy.config.values import Secret, parse_count, parse_helper, parse_secret, parse_username
 
 
@@ -35,9 +38,15 @@ class Login(Section, frozen=True):
 
 
 class UpstreamConfig(Login, frozen=True, kw_only=True):
-    """How to reach a registry.  `url` holds at least one URL; all other keys apply to each of them."""
+    """How to reach a registry.  All other keys apply to each `url`.
 
-    url: Annotated[tuple[str, ...], parse_urls]
+    In the namespace `*`, in place of URLs: `hosts`, of registries that clients may ask for, and `max_hosts`,
+    the number of those in use at a time.
+    """
+
+    url: Annotated[tuple[str, ...], parse_urls] = ()
+    hosts: tuple[Annotated[HostPattern, parse_pattern_of_hosts], ...] = ()
+    max_hosts: Annotated[int, parse_count] = 100
     credentials: tuple[Login, ...] = ()
     reserve: Annotated[Reserve, parse_reserve] = Reserve(percent=10)
     token_realms: tuple[Host, ...] = ()
@@ -56,6 +65,16 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.url and not self.hosts:
+            raise ValueError("needs url, such as https://registry.example")
+        if self.url and self.hosts:
+            raise ValueError("has both url and hosts: keep one")
+        patterns = [each.text for each in self.hosts if not each.literal]
+        if patterns and any(login.username is not None for login in self.logins()):
+            raise ValueError(
+                f"would send its password to every host that matches {patterns[0]}: list full names, or use"
+                " docker_config or credential_helper, which have a password for each host"
+            )
         if self.credentials and (sources := self.sources()):
             raise ValueError(f"{sources[0]} and credentials exclude each other: keep one of them")
         for number, login in enumerate(self.credentials):
@@ -69,6 +88,18 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
     def allows_http(self, url: str) -> bool:
         """Whether the upstream at `url`, one of `self.url`, may redirect to plain http."""
         return self.plain_http or url.startswith("http://")
+
+    def of_host(self, host: str, url: str | None) -> UpstreamConfig | None:
+        """How to reach a host of `hosts`, at its well-known `url` if it has one; None if it is not listed."""
+        pattern = find_pattern(self.hosts, host)
+        if pattern is None:
+            return None
+        return msgspec.structs.replace(self, url=(url or pattern.url(host),), hosts=())
+
+    def may_be_private(self, host: str) -> bool:
+        """Whether the registry may have a private address: if it is not one of `hosts` by a pattern only."""
+        pattern = find_pattern(self.hosts, host)
+        return pattern is None or pattern.literal
 
     def logins(self) -> tuple[Login, ...]:
         """The accounts to use, at least one."""

@@ -11,7 +11,8 @@ from yarl import URL
 from proxy.config.advice import advise
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
-from proxy.config.schema import Config
+from proxy.config.registry_hosts import EVERY
+from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.settings import Setting
 from proxy.config.upstream import UpstreamConfig
 from proxy.doctor import disk, running, upstreams
@@ -50,7 +51,7 @@ async def examine(
 async def _upstreams(config: Config) -> list[Check]:
     contacted = {}
     checks: list[Check] = []
-    for name, (namespace, upstream) in config.cached().items():
+    for name, (namespace, upstream) in asked_of(config).items():
         if config.offline or namespace.offline:
             checks.append(ok("upstream", name, "is offline, so it is never asked"))
         else:
@@ -66,3 +67,11 @@ async def _upstreams(config: Config) -> list[Check]:
     for each in await asyncio.gather(*asked):
         checks += each
     return [*checks, upstreams.check_clock(ahead)] if contacted else checks
+
+
+def asked_of(config: Config) -> dict[str, tuple[NamespaceConfig, UpstreamConfig]]:
+    """The caches whose upstreams are known: of the namespace `*`, the hosts that it lists by full names."""
+    named = [each for each in config.cached() if each != EVERY]
+    listed = [each.text for each in (config.others.hosts if config.others else ()) if each.literal]
+    found = {name: config.namespace(name) for name in [*named, *listed]}
+    return {name: (each, each.upstream) for name, each in found.items() if each and each.upstream}

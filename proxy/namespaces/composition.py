@@ -13,26 +13,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
 from proxy.cache.keep_fresh import Freshener
-from proxy.cache.policy import Policy
 from proxy.config.errors import StartError
+from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
-from proxy.config.upstream import UpstreamConfig
+from proxy.namespaces.caches import CacheFactory, Caches, HostCaches
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
-from proxy.upstream.configured import connect_of, credentials_of
-from proxy.upstream.failover import Failover
 from proxy.upstream.listing_memory import ListingMemory
-from proxy.upstream.requests import UpstreamSettings
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
@@ -40,7 +37,7 @@ from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import Records
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
-from storage.limits import RateLimit, Slots
+from storage.limits import Slots
 from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.eviction import Eviction, EvictionRules
 from storage.maintenance.leases import Leases
@@ -97,7 +94,8 @@ class Composition:
     disks: the state of each directory that the parts write to
     shared: what all processes of the server know
     tag_moved: records and publishes that a tag of a cache moved
-    upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final
+    upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final.  Those of a
+        host of the namespace `*` are there once a client has asked for it.
     """
 
     config: Config
@@ -125,6 +123,10 @@ class Composition:
     @property
     def stores(self) -> list[Store]:
         return [self.store] if self.private is None else [self.store, self.private]
+
+    def is_cache(self, namespace: str) -> bool:
+        """Whether it is the name of a cache, which may still have to be made."""
+        return namespace not in self.hosted and self.config.namespace(namespace) is not None
 
     def store_of(self, namespace: str) -> Store:
         """The store that holds the content of a namespace."""
@@ -194,18 +196,26 @@ class _Composer:
         store, private = self._store(), self._private()
         usage, recorder = self._usage(store)
         queue, publisher = self._webhooks()
-        drill = Drill(clock, self._hooks.drill_begun)
+        drill = Drill(clock, self._hooks.drill_begun, config.key_of)
         fills = Fills(store, self._metrics, self._slots(), make_room=self._hooks.make_room, clock=clock)
         tag_moved = _tag_moved(recorder, publisher)
-        upstreams = {name: self._upstreams(name, each) for name, (_, each) in config.cached().items()}
-        caches = {
-            name: Cache(name, self._origin(each), store, fills, self._policy(name), clock, tag_moved, drill)
-            for name, each in upstreams.items()
-        }
-        for close in (*(each.close for each in caches.values()), fills.close):
-            self._closing.push_async_callback(close)  # the fills are closed before what they read from
+        factory = CacheFactory(
+            config=config,
+            clock=clock,
+            metrics=self._metrics,
+            shared=self._shared,
+            store=store,
+            fills=fills,
+            tag_moved=tag_moved,
+            drill=drill,
+            listings=self._listings,
+        )
+        made = Caches(factory)
+        self._closing.push_async_callback(made.close)
+        self._closing.push_async_callback(fills.close)  # before what they read from
         hosted = self._hosted(private, publisher) if private else {}
-        namespaces = self._namespaces({**caches, **hosted}, [store, private] if private else [store])
+        stores = [store, private] if private else [store]
+        namespaces = self._namespaces({**made.caches, **hosted}, stores, made.others)
         pins = Pins(store, [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins], clock)
         return Composition(
             config=config,
@@ -222,8 +232,8 @@ class _Composer:
             tag_moved=tag_moved,
             drill=drill,
             fills=fills,
-            upstreams={name: each[-1] for name, each in upstreams.items()},
-            caches=caches,
+            upstreams=made.upstreams,
+            caches=made.caches,
             hosted=hosted,
             namespaces=namespaces,
             pins=pins,
@@ -280,42 +290,7 @@ class _Composer:
         part = 2 if self._hooks.background else 1
         cached = self._config.cached().items()
         each = {name: max(1, upstream.max_fills // part) for name, (_, upstream) in cached}
-        return Slots(max(1, self._config.limits.fills // part), each, self._shared)
-
-    def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
-        """One for each URL.  Raises StartError if a file that they need cannot be read."""
-        bandwidth = RateLimit(upstream.bandwidth, self._shared.upstreams, name)
-        made = []
-        try:
-            connect = connect_of(upstream)
-            credentials = [credentials_of(login) for login in upstream.logins()]
-            for url in upstream.url:
-                reach = replace(connect, plain_http=upstream.allows_http(url))
-                settings = UpstreamSettings(
-                    url, reach, upstream.token_realms, upstream.reserve.of, bandwidth,
-                    shared=self._shared, listings=self._listings,
-                )  # fmt: skip
-                made.append(UpstreamRegistry(name, settings, credentials, self._metrics, self._clock))
-        except OSError as error:
-            needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
-            files = ", ".join(str(each) for each in needed if each is not None)
-            raise StartError(f"namespaces.{name}.upstream: {files}: {error.strerror or error}") from error
-        return made
-
-    def _origin(self, upstreams: list[UpstreamRegistry]) -> Registry:
-        return upstreams[0] if len(upstreams) == 1 else Failover(upstreams, self._clock)
-
-    def _policy(self, name: str) -> Policy:
-        namespace = self._config.namespaces[name]
-        return Policy(
-            fresh_for=namespace.fresh_for_tag,
-            negative_for=namespace.negative_for,
-            revalidate_timeout=namespace.revalidate_timeout,
-            drop_deleted=namespace.on_upstream_delete == "drop",
-            offline=namespace.offline or self._config.offline,
-            lazy=namespace.lazy,
-            refuse_incomplete=namespace.refuse_incomplete,
-        )
+        return Slots(max(1, self._config.limits.fills // part), each, self._shared, self._config.key_of)
 
     def _hosted(self, store: Store, publisher: Publisher | None) -> dict[str, Hosted]:
         return {
@@ -330,12 +305,15 @@ class _Composer:
             for name, each in self._config.hosted().items()
         }
 
-    def _namespaces(self, registries: Mapping[str, Registry], catalogs: list[Store]) -> Namespaces:
+    def _namespaces(
+        self, registries: Mapping[str, Registry], catalogs: list[Store], others: HostCaches | None
+    ) -> Namespaces:
         members = [
             Member(registries[name], name, each.aliases, each.hosts, each.library, each.names)
             for name, each in self._config.namespaces.items()
+            if name != EVERY
         ]
-        return Namespaces(members, self._config.default_namespace, catalogs)
+        return Namespaces(members, self._config.default_namespace, catalogs, others=others)
 
     # Maintenance
 
@@ -387,6 +365,8 @@ def _eviction_rules(config: Config) -> EvictionRules:
         min_free=disk.min_free.of,
         limits={name: each.cache_limit for name, each in namespaces if each.cache_limit is not None},
         kept=frozenset(name for name, each in namespaces if config.offline or each.offline),
+        key_of=config.key_of,
+        shared=frozenset((EVERY,)),
     )
 
 

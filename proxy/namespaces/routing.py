@@ -19,10 +19,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from proxy.cache.refresh import Refreshable
-from proxy.config.hosts import canonical_host, is_host, without_port
+from proxy.config.hosts import canonical_host, is_host, normal_host
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, RegistryError, Unsupported
 from storage.oci import (
     NAME_LIMIT,
@@ -36,6 +36,19 @@ from storage.oci import (
     parse_name,
 )
 from storage.registry import Blob, Registry, Upload, everything
+
+
+class MemberSettings(Protocol):
+    """How names in a namespace are read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def library(self) -> bool: ...
+
+    @property
+    def names(self) -> NameGrammar: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,16 @@ class Member:
     names: NameGrammar = "specification"
 
 
+class OtherNamespaces(Protocol):
+    """Namespaces that are made when a client asks for them."""
+
+    def settings(self, host: str) -> MemberSettings | None:
+        """Those of the namespace for a host as a client writes it; None if it has none.  Nothing is made."""
+
+    def member(self, name: str) -> Member | None:
+        """The namespace of that name; None if there is none.  Raises Unavailable if there are too many."""
+
+
 class Namespaces(Registry):
     """The registries of all namespaces as one.  Its methods take full names only: see qualify()."""
 
@@ -66,22 +89,25 @@ class Namespaces(Registry):
         catalogs: Sequence[Registry] = (),
         *,
         hosts_named: bool = True,
+        others: OtherNamespaces | None = None,
     ) -> None:
         """Raises ValueError if two members claim one name or host, or if no member has the name `default`.
 
         catalogs: registries that list full names, instead of the members; close() does not close them
         hosts_named: whether a first component that is a host is always taken for the name of a namespace
+        others: namespaces besides the members, which a Host header does not choose
         """
         self._members: dict[str, Member] = {}
         self._by_name: dict[str, Member] = {}
         self._by_host: dict[str, Member] = {}
         self._catalogs = catalogs
         self._hosts_named = hosts_named
+        self._others = others
         for member in members:
             _claim(self._members, member.name, member)
             for name in (member.name, *member.aliases):
-                _claim(self._by_name, _normal(name), member)
-                _claim(self._by_host, _normal(name), member)
+                _claim(self._by_name, normal_host(name), member)
+                _claim(self._by_host, normal_host(name), member)
             for host in member.hosts:
                 _claim(self._by_host, host.lower(), member)
         if default is not None and default not in self._members:
@@ -112,10 +138,11 @@ class Namespaces(Registry):
 
     def _qualify(self, name: str, ns: str | None, host: str | None, prefix: str) -> str:
         first, _, rest = name.partition("/")
-        named = self._named(first) if rest else None
+        named = self._found(first, host) if rest else None
         hosted = self._hosted(host) if host else None
+        member: MemberSettings
         if ns is not None:
-            member = self._named(ns) or _refuse(ns)
+            member = self._found(ns, host) or _refuse(ns)
         elif host and hosted and self._is_name(host):
             member = hosted
         elif named and (not prefix or is_host(first)):
@@ -123,14 +150,14 @@ class Namespaces(Registry):
         elif hosted:
             member = hosted
         elif prefix:
-            member = self._named(prefix) or _refuse(prefix)
+            member = self._found(prefix, host) or _refuse(prefix)
         elif rest and is_host(first) and self._hosts_named:
             _refuse(first)
         elif self._default:
             return _full(self._default, name)
         else:
             _refuse_without_namespace(name)
-        if named is member and is_host(first):
+        if named and named.name == member.name and is_host(first):
             name = _without_v2(member, rest)
         return _full(member, name)
 
@@ -141,9 +168,9 @@ class Namespaces(Registry):
     def chosen(self, *, ns: str | None = None, host: str | None = None, prefix: str = "") -> str | None:
         """The namespace that a request without a repository chooses, by the rules of qualify()."""
         member = (
-            (self._named(ns) if ns is not None else None)
+            (self._found(ns, host) if ns is not None else None)
             or (self._hosted(host) if host else None)
-            or (self._named(prefix) if prefix else None)
+            or (self._found(prefix, host) if prefix else None)
         )
         return member.name if member else None
 
@@ -254,6 +281,10 @@ class Namespaces(Registry):
         cache, relative = self._cache(repository)
         return await cache.fill_blob(relative, digest)
 
+    def prepare(self, namespace: str) -> None:
+        """Make the namespace now if it is made when it is asked for.  Raises NameUnknown, Unavailable."""
+        self._split(namespace)
+
     def spare(self, repository: str, reference: Reference) -> None:
         """See Cache.spare().  Raises Unsupported if the namespace is not a cache."""
         cache, relative = self._cache(repository)
@@ -276,11 +307,21 @@ class Namespaces(Registry):
 
     def _split(self, repository: str) -> tuple[Member, str]:
         namespace, _, relative = repository.partition("/")
-        return self._members.get(namespace) or _refuse(namespace), relative
+        member = self._members.get(namespace)
+        if member is None and self._others is not None:
+            member = self._others.member(namespace)
+        return member or _refuse(namespace), relative
+
+    def _found(self, text: str, host: str | None) -> MemberSettings | None:
+        """The namespace that a client names.  Its own name for this server is none of the others."""
+        found = self._named(text)
+        if found is None and self._others is not None and normal_host(text) != normal_host(host or ""):
+            return self._others.settings(text)
+        return found
 
     def _named(self, text: str) -> Member | None:
         # One look-up in the common case: a name as it is configured.
-        return self._by_name.get(text) or self._by_name.get(_normal(text))
+        return self._by_name.get(text) or self._by_name.get(normal_host(text))
 
     def _is_name(self, host: str) -> bool:
         """Whether a Host header is a namespace's name: the client takes this server for that registry."""
@@ -322,19 +363,14 @@ def _claim(table: dict[str, Member], key: str, member: Member) -> None:
         raise ValueError(f"{key!r} is claimed by the namespaces {table[key].name!r} and {member.name!r}")
 
 
-def _normal(text: str) -> str:
-    text = text.lower()
-    return without_port(canonical_host(text) or text)
-
-
-def _without_v2(member: Member, repository: str) -> str:
+def _without_v2(member: MemberSettings, repository: str) -> str:
     # In a namespace named by a plain word, most likely a private one, v2/ is as good a name as any.
     if repository.startswith("v2/") and is_host(member.name):
         return repository[3:]
     return repository
 
 
-def _full(member: Member, repository: str) -> str:
+def _full(member: MemberSettings, repository: str) -> str:
     if member.library and "/" not in repository:
         repository = f"library/{repository}"
     full = f"{member.name}/{repository}"

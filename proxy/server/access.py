@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,28 +35,59 @@ def authorizer(composition: Composition, closing: AsyncExitStack) -> Authorizer:
     """Make the Authorizer; `closing` closes its parts.  Raises StartError for a file that cannot be used."""
     config = composition.config
     keys = config.access
-    visibilities = {}
-    for name, namespace in config.namespaces.items():
-        if namespace.visibility == "caller":
-            visibilities[name] = Visibility(
-                name,
-                composition.upstreams[name],
-                keys.remember,
-                composition.clock,
-                cut=partial(_is_cut_off, composition, name),
-                secret=composition.shared.secret,
-            )
-            closing.push_async_callback(visibilities[name].close)
-    names = composition.namespaces
-    guarded = GuardedNamespaces(_guards(config), visibilities, names.chosen, config.default_namespace)
+    visibilities = _Visibilities(composition)
+    closing.push_async_callback(visibilities.close)
+    guarded = GuardedNamespaces(
+        _guards(config),
+        visibilities.of,
+        composition.namespaces.chosen,
+        config.default_namespace,
+        key_of=lru_cache(maxsize=4096)(config.key_of),
+    )
     throttle = LoginThrottle(table=composition.shared.logins)
     authenticator = _authenticator(config, composition.clock, throttle, closing)
     return Authorizer(guarded, _rules(config), authenticator, keys.ping)
 
 
+class _Visibilities:
+    """What callers may see of each namespace, made when the first one asks."""
+
+    def __init__(self, composition: Composition) -> None:
+        self._composition = composition
+        self._made: dict[str, tuple[object, Visibility]] = {}  # with the upstream that is asked
+
+    async def of(self, namespace: str) -> Visibility:
+        parts = self._composition
+        if namespace not in parts.upstreams:  # a host of the namespace `*`
+            parts.namespaces.prepare(namespace)
+        upstream = parts.upstreams[namespace]
+        former, found = self._made.get(namespace, (None, None))
+        if found is not None and former is upstream:
+            return found
+        made = Visibility(
+            namespace,
+            upstream,
+            parts.config.access.remember,
+            parts.clock,
+            cut=partial(_is_cut_off, parts, namespace),
+            secret=parts.shared.secret,
+        )
+        self._made[namespace] = upstream, made
+        for name in self._made.keys() - parts.upstreams.keys():
+            await self._made.pop(name)[1].close()
+        if found is not None:
+            await found.close()
+        return made
+
+    async def close(self) -> None:
+        for _, each in self._made.values():
+            await each.close()
+
+
 def _is_cut_off(composition: Composition, name: str) -> bool:
     config = composition.config
-    return config.offline or config.namespaces[name].offline or composition.drill.cuts(name)
+    namespace = config.namespaces[config.key_of(name)]
+    return config.offline or namespace.offline or composition.drill.cuts(name)
 
 
 def _guards(config: Config) -> dict[str, Guard]:

@@ -149,11 +149,17 @@ def crio(site: Site) -> Setup:
 
 
 def left_out(site: Site) -> list[str]:
+    notes = [
+        f"{', '.join(site.patterns)}: no table can stand for several registries: give each that you use by"
+        " --namespace, with those above, or pull by full name"
+    ]
+    notes = notes if site.patterns else []
     if not (addresses := [each for each in site.namespaces if is_address(each)]):
-        return []
+        return notes
     return [
+        *notes,
         f"{', '.join(addresses)}: no mirror is possible, since registries.conf takes no IPv6 address in a"
-        f" path; give the namespace a name as an alias, and pull {site.host}/<alias>/…"
+        f" path; give the namespace a name as an alias, and pull {site.host}/<alias>/…",
     ]
 
 

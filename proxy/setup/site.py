@@ -31,7 +31,7 @@ class Site:
     for all registries do so; otherwise they use it for `namespaces` only.  `hub` is whether a name without a
     namespace is on Docker Hub.  `ca` holds the certificates of a private authority, in PEM.  Without
     `bypass`, clients must not contact the registries themselves.  `stores` are the hosts of the listeners
-    that each serve one private registry, by its namespace.
+    that each serve one private registry, by its namespace.  `patterns` are of further hosts that it caches.
     """
 
     url: URL
@@ -41,6 +41,7 @@ class Site:
     ca: str | None = None
     bypass: bool = True
     stores: Mapping[str, str] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ()
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -156,10 +157,12 @@ def site_of(
     # No client mirrors a private registry: its images are pulled by full name.
     if stores := sorted(config.hosted().keys() & set(namespaces)):
         raise ValueError(f"--namespace {stores[0]}: is a private registry, which is used by full name")
-    caches = [name for name, each in config.namespaces.items() if each.upstream is not None]
+    listed = config.others.hosts if config.others else ()
+    caches = [*config.cached(), *(each.text for each in listed if each.literal)]
     return Site(
         url=server_url,
-        namespaces=tuple(dict.fromkeys(map(_name, namespaces))) or tuple(filter(is_host, caches)),
+        namespaces=tuple(dict.fromkeys(map(_name, namespaces or filter(is_host, caches)))),
+        patterns=() if namespaces else tuple(each.text for each in listed if not each.literal),
         every=not namespaces,
         hub=config.default_namespace == DOCKER_HUB,
         ca=_authority(ca_file) if ca_file else None,

@@ -25,6 +25,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from proxy.telemetry.exchange import current, in_exchange
 
 M = TypeVar("M", Counter, Gauge, Histogram)
+NAMESPACES = 1000  # that have metrics of their own
+OTHERS = "*"
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
 
@@ -170,8 +172,19 @@ class Metrics:
         rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
         vars(self).update((name, row.make(registry)) for name, row in rows.items())
         self.upstreams: dict[str, Traffic] = {}
+        self._labels: set[str] = set()
+
+    def label(self, namespace: str) -> str:
+        """The namespace as a label; `*` beyond the first ones, since clients may have made them up."""
+        if namespace in self._labels:
+            return namespace
+        if len(self._labels) >= NAMESPACES:
+            return OTHERS
+        self._labels.add(namespace)
+        return namespace
 
     def traffic(self, namespace: str) -> Traffic:
+        """Of a namespace by its label()."""
         found = self.upstreams.get(namespace)
         if found is None:
             found = self.upstreams[namespace] = Traffic(self.received.labels(namespace))

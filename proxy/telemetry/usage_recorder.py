@@ -85,7 +85,7 @@ class UsageRecorder:
         if namespace == UNKNOWN:
             return
         now, window = self._clock(), self._window
-        counters = window.counters(namespace, now)
+        counters = window.counters(self._metrics.label(namespace), now)
         counters.requests += 1
         counters.sent_bytes += exchange.bytes
         counters.pushed_bytes += exchange.received

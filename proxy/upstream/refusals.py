@@ -88,7 +88,9 @@ class Refusals:
             self._table.put(self._key(credential, host), standing)
         if refused:
             self._met.add((credential, host))
-            self._metrics.refused.labels(self._namespace, host, str(credential)).inc()
+            label = self._metrics.label(self._namespace)
+            host_label = host if label == self._namespace else label
+            self._metrics.refused.labels(label, host_label, str(credential)).inc()
         if news:
             log.warning(
                 "upstream.refused",

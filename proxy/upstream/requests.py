@@ -127,18 +127,19 @@ class RequestSender:
         self._clock = clock
         self._bandwidth = settings.bandwidth
         self._pushed_to = settings.pushed_to
-        self._traffic = metrics.traffic(name)
+        self._label = label = metrics.label(name)
+        self._traffic = metrics.traffic(label)
         self.transport = Transport(
             name,
             settings.connect,
             home,
             changed=self._changed,
-            retried=metrics.retries.labels(name).inc,
+            retried=metrics.retries.labels(label).inc,
             clock=clock,
             shared=settings.shared,
         )
         self._health = self.transport.breaker(home)
-        metrics.open.labels(name, self.host).set(not self._health.closed)
+        metrics.open.labels(label, self._host_label(self.host)).set(not self._health.closed)
         self._caller = False
         self._elsewhere = AnonymousTokens(
             self._fetch, plain_http=settings.connect.plain_http, clock=clock, on_fetch=self._count_token
@@ -147,8 +148,11 @@ class RequestSender:
         self._refusals = Refusals(name, metrics, clock, settings.shared.upstreams, accounts)
         self._use(credentials)
 
+    def _host_label(self, host: str) -> str:
+        return host if self._label == self.name else self._label
+
     def _count_token(self, result: str) -> None:
-        self._metrics.tokens.labels(self.name, result).inc()
+        self._metrics.tokens.labels(self._label, result).inc()
 
     def _use(self, credentials: Sequence[Credentials]) -> None:
         table = None if self._caller else self._settings.shared.upstreams
@@ -183,7 +187,7 @@ class RequestSender:
     # Health
 
     def _changed(self, host: str, error: RegistryError | None) -> None:
-        self._metrics.open.labels(self.name, host).set(error is not None)
+        self._metrics.open.labels(self._label, self._host_label(host)).set(error is not None)
         if error is not None:
             log.warning("upstream.opened", namespace=self.name, host=host, error=str(error))
         else:
@@ -297,7 +301,7 @@ class RequestSender:
         return error
 
     def _record_limit(self, number: int) -> None:
-        labels = self.name, self.host, str(number)
+        labels = self._label, self._host_label(self.host), str(number)
         budget = self.budgets[number]
         if budget.remaining is not None:
             self._metrics.ratelimit_remaining.labels(*labels).set(budget.remaining)
@@ -342,7 +346,7 @@ class RequestSender:
             return response
         finally:
             seconds = time.monotonic() - begun
-            self._metrics.upstream.labels(self.name, request.kind, str(status)).observe(seconds)
+            self._metrics.upstream.labels(self._label, request.kind, str(status)).observe(seconds)
             log.debug(
                 "upstream.asked", namespace=self.name, method=request.method, path=request.url.path,
                 status=status, seconds=round(seconds, 4),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import random
 import socket
 import ssl
@@ -28,6 +27,7 @@ import aiohttp
 from aiohttp.http_exceptions import LineTooLong
 from yarl import URL
 
+from proxy.config.hosts import is_private
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.listing_memory import ignore
@@ -53,7 +53,7 @@ class Connect:
     `header_timeout` covers connecting and waiting for the response's headers, `progress_timeout` each wait
     for more of the response's body, or for a chunk of the request's body to be sent.  `write_timeout` covers
     the wait for the response to a request that writes, once its body is sent: registries hash and move
-    content before they answer.
+    content before they answer.  Without `private_home` the upstream itself must not have a private address.
     """
 
     ca_file: Path | None = None
@@ -62,6 +62,7 @@ class Connect:
     proxy: str | None = None
     plain_http: bool = False
     private_redirects: bool = False
+    private_home: bool = True
     insecure_skip_verify: bool = False
     connect_timeout: float = 3.0
     header_timeout: float = 10.0
@@ -147,6 +148,8 @@ class Transport:
 
     def _home_socket(self, address: Any) -> socket.socket:
         family, kind, protocol, _, (host, *_) = address
+        if not self._connect.private_home and is_private(host):
+            raise OSError(errno.EACCES, "it has a private address; upstream.hosts allows it by its full name")
         self._private = self._connect.private_redirects or is_private(host)
         return socket.socket(family, kind, protocol)
 
@@ -360,17 +363,3 @@ class Transport:
     async def close(self) -> None:
         for session in self._sessions.values():
             await session.close()
-
-
-def is_private(host: str) -> bool:
-    """Whether it is an address that is not globally reachable: private, loopback, link-local and the like.
-
-    A name is not an address.
-    """
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
-    return not address.is_global

@@ -287,9 +287,10 @@ class DistributionAPI:
         return response
 
     def _log(self, request: web.BaseRequest, exchange: Exchange, status: int, seconds: float) -> None:
-        self._metrics.requests.labels(exchange.namespace, exchange.kind, exchange.result or "none").inc()
+        label = self._metrics.label(exchange.namespace)
+        self._metrics.requests.labels(label, exchange.kind, exchange.result or "none").inc()
         if exchange.bytes:
-            self._metrics.sent.labels(exchange.namespace).inc(exchange.bytes)
+            self._metrics.sent.labels(label).inc(exchange.bytes)
         if self._served is not None:
             self._served(exchange, status)
         log.info(

@@ -34,6 +34,8 @@ class EvictionRules:
     its last use; `default_keep_for` applies to blobs that no repository links.  `limit`, and `limits` by
     namespace, are in bytes; eviction continues until `evict_to` of them is left.  `min_free` maps the size of
     the disk to the bytes of it that must be free.  Content of the namespaces in `kept` is never evicted.
+    `limits` and `kept` have a namespace by its `key_of`; only `shared` keys are those of several namespaces,
+    which then have one limit together.
     """
 
     keep_for: Callable[[str], float]
@@ -43,6 +45,12 @@ class EvictionRules:
     min_free: Callable[[int], int] = lambda size: 0
     limits: Mapping[str, int] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    key_of: Callable[[str], str] = str
+    shared: frozenset[str] = frozenset()
+
+    def covers(self, key: str, repository: str) -> bool:
+        """Whether a key of `limits` or `kept` is that of the namespace of a repository."""
+        return self.key_of(repository.partition("/")[0]) == key
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +162,16 @@ class Eviction:
         for key, _ in self._store.records.scan(LINK.prefix()):
             repository, digest = LINK.parse(key)
             if digest in chosen:
-                if repository.startswith(f"{name}/"):
+                if self._rules.covers(name, repository):
                     run.links.add(key)
                 else:
                     elsewhere.add(digest)
         run.evict(each for digest, each in chosen.items() if digest not in elsewhere)
 
     def _linked_in(self, name: str) -> dict[str, StoredBlob]:
-        """The blobs that repositories of the namespace link."""
+        """The blobs that repositories of the namespace, or of those with this key, link."""
         linked: dict[str, StoredBlob] = {}
-        for key, _ in self._store.records.scan(LINK.within(name)):
-            digest = LINK.parse(key)[1]
+        for digest in self._links_in(name):
             if digest not in linked and (found := self._blobs.find(digest)) is not None:
                 linked[digest] = found
         return linked
@@ -173,8 +180,15 @@ class Eviction:
         """Digests of blobs that are kept however little space there is."""
         kept: set[str] = set(self._pinned().digests)
         for name in self._rules.kept:
-            kept.update(LINK.parse(key)[1] for key, _ in self._store.records.scan(LINK.within(name)))
+            kept.update(self._links_in(name))
         return kept
+
+    def _links_in(self, name: str) -> Iterator[str]:
+        alone = name not in self._rules.shared
+        for key, _ in self._store.records.scan(LINK.within(name) if alone else LINK.prefix()):
+            repository, digest = LINK.parse(key)
+            if alone or self._rules.covers(name, repository):
+                yield digest
 
     # By age
 
@@ -196,7 +210,7 @@ class Eviction:
             run.pause()
 
     def _keep_for(self, repository: str) -> float:
-        if repository.partition("/")[0] in self._rules.kept:
+        if self._rules.key_of(repository.partition("/")[0]) in self._rules.kept:
             return math.inf
         return self._rules.keep_for(repository)
 

@@ -74,6 +74,7 @@ class Site:
     the address `store`.  `config` is its configuration, `admin` the URL of its admin listener, if it is to
     have one.  With `tls` it is at another address than 127.0.0.1, where docker takes any certificate; `ca`
     is who has issued its own.  `offline` and `fresh_for` as there.
+    With `listed`, its only cache is the namespace `*` with that upstream.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Site:
         ca: Path | None = None,
         offline: bool = False,
         fresh_for: str = "10m",
+        listed: Mapping[str, Any] | None = None,
     ):
         self.upstreams = upstreams
         self.ca = ca
@@ -96,6 +98,7 @@ class Site:
         where = f"127.0.0.1:{free_port()}" if admin else "off"
         self.admin = f"http://{where}"
         self.config = directory / "entrepot.yml"
+        caches = {"*": listed} if listed else {name: {"url": each.url} for name, each in upstreams.items()}
         self.config.write_text(
             json.dumps(
                 {
@@ -105,10 +108,10 @@ class Site:
                     "disk": {"path": str(directory / "cache")},
                     "access": access,
                     "offline": offline,
-                    "default_namespace": next(iter(upstreams)),
+                    "default_namespace": None if listed else next(iter(upstreams)),
                     "namespaces": {
-                        namespace: {"upstream": {"url": upstream.url}, "fresh_for": fresh_for}
-                        for namespace, upstream in upstreams.items()
+                        namespace: {"upstream": upstream, "fresh_for": fresh_for}
+                        for namespace, upstream in caches.items()
                     }
                     | {"local": {"store": {}, "hosts": ["localhost"], "listen": self.store}},
                 }

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import Images
+from tests.clients.conftest import Filled, Images
 from tests.clients.images import Image
 from tests.clients.processes import Process, environment, require, run
 from tests.clients.setup import write
-from tests.clients.site import Site, pull_cold_warm_offline
+from tests.clients.site import DockerRegistry, Site, pull_cold_warm_offline
 
 _CONFIG = """
 version = 2
@@ -123,6 +123,29 @@ def test_pull_as_setup_is_asked(site: Site, home: Path, pushed: Images, words: t
     containerd.configure(*words)
     names = {"docker.io/library/schema2:1": pushed.schema2, "quay.example/team/app:1": pushed.app}
     pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=HOW), held(names))
+
+
+def test_pull_from_registries_of_a_list(filled: Filled, tmp_path: Path, home: Path, pushed: Images) -> None:
+    """No registry has an entry at the server, and the client none but `_default`."""
+    hub, quay = (DockerRegistry(root, tmp_path) for root in filled.roots.values())
+    try:
+        first, second = hub.url.removeprefix("http://"), quay.url.removeprefix("http://127.0.0.1:")
+        listed = {"hosts": [hub.url, f"http://localhost:{second}", "*.example.com"]}
+        site = Site({"hub": hub, "quay": quay}, tmp_path, listed=listed)
+        try:
+            containerd = Containerd(site, home)
+            containerd.configure()
+            names = {
+                f"{first}/library/schema2:1": pushed.schema2,
+                f"{first}/library/platforms:1": pushed.platforms,
+                f"localhost:{second}/team/app:1": pushed.app,
+            }
+            pull_cold_warm_offline(site, lambda: containerd.pull(*names, how=HOW), held(names))
+        finally:
+            site.stop()
+    finally:
+        hub.stop()
+        quay.stop()
 
 
 def test_pull_by_full_name(site: Site, containerd: Containerd, pushed: Images) -> None:

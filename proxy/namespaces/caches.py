@@ -1,0 +1,225 @@
+"""The caches of a configuration: how each is made of its settings, and those of the namespace `*`.
+
+The namespace `*` stands for the hosts that its upstream lists.  The cache of such a host is made when a
+client first asks for it, by each process for itself: what is stored belongs to the host's name, so that it
+is found again by other processes, and after a restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import structlog
+
+from proxy.cache.cache import Cache
+from proxy.cache.drill import Drill
+from proxy.cache.fills import Fills
+from proxy.cache.policy import Policy
+from proxy.config.errors import StartError
+from proxy.config.registry_hosts import EVERY, registry_host
+from proxy.config.schema import Config, NamespaceConfig
+from proxy.config.upstream import UpstreamConfig
+from proxy.namespaces.routing import Member
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.client import UpstreamRegistry
+from proxy.upstream.configured import connect_of, credentials_of
+from proxy.upstream.failover import Failover
+from proxy.upstream.listing_memory import ListingMemory
+from proxy.upstream.requests import UpstreamSettings
+from storage.errors import Unavailable
+from storage.limits import RateLimit
+from storage.oci import NameGrammar
+from storage.registry import Moved
+from storage.shared import SharedState
+from storage.store import Store
+
+log = structlog.get_logger()
+
+IDLE = 300.0  # seconds after its last request until the cache of a host may make place for another
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFactory:
+    """Makes caches over one store."""
+
+    config: Config
+    clock: Callable[[], float]
+    metrics: Metrics
+    shared: SharedState
+    store: Store
+    fills: Fills
+    tag_moved: Moved
+    drill: Drill
+    listings: ListingMemory
+
+    def make(self, name: str, settings: NamespaceConfig) -> tuple[Cache, UpstreamRegistry]:
+        """The cache of a namespace, and the last of its upstreams.  Raises StartError."""
+        assert settings.upstream is not None
+        upstreams = self._upstreams(name, settings.upstream)
+        origin = upstreams[0] if len(upstreams) == 1 else Failover(upstreams, self.clock)
+        policy = self._policy(settings)
+        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill)
+        return cache, upstreams[-1]
+
+    def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
+        """One for each URL.  Raises StartError if a file that they need cannot be read."""
+        key = self.config.key_of(name)
+        bandwidth = RateLimit(upstream.bandwidth, self.shared.upstreams, key)
+        private = self.config.others is None or key == name or self.config.others.may_be_private(name)
+        made = []
+        with _start_errors(key, upstream):
+            connect = replace(connect_of(upstream), private_home=private)
+            credentials = [credentials_of(login) for login in upstream.logins()]
+            for url in upstream.url:
+                reach = replace(connect, plain_http=upstream.allows_http(url))
+                settings = UpstreamSettings(
+                    url, reach, upstream.token_realms, upstream.reserve.of, bandwidth,
+                    shared=self.shared, listings=self.listings,
+                )  # fmt: skip
+                made.append(UpstreamRegistry(name, settings, credentials, self.metrics, self.clock))
+        return made
+
+    def check(self, name: str, upstream: UpstreamConfig) -> None:
+        """Read the files that an upstream needs.  Raises StartError."""
+        with _start_errors(name, upstream):
+            connect_of(upstream).ssl_context()
+
+    def _policy(self, namespace: NamespaceConfig) -> Policy:
+        return Policy(
+            fresh_for=namespace.fresh_for_tag,
+            negative_for=namespace.negative_for,
+            revalidate_timeout=namespace.revalidate_timeout,
+            drop_deleted=namespace.on_upstream_delete == "drop",
+            offline=namespace.offline or self.config.offline,
+            lazy=namespace.lazy,
+            refuse_incomplete=namespace.refuse_incomplete,
+        )
+
+
+@contextmanager
+def _start_errors(key: str, upstream: UpstreamConfig) -> Iterator[None]:
+    """Name the files of an upstream in the error if one of them cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        needed = (upstream.ca_file, upstream.client_certificate, upstream.client_key)
+        files = ", ".join(str(each) for each in needed if each is not None)
+        raise StartError(f"namespaces.{key}.upstream: {files}: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """How names in the namespace of a host are read: see Member."""
+
+    name: str
+    library: bool
+    names: NameGrammar
+
+
+class HostCaches:
+    """The caches of the namespace `*`, by host; they are also in `caches` and `upstreams`, of all namespaces.
+
+    There are at most `most` at a time.  One more takes the place of the one that was asked for the longest
+    ago; while all are in use, it is refused.
+    """
+
+    def __init__(
+        self,
+        factory: CacheFactory,
+        caches: dict[str, Cache],
+        upstreams: dict[str, UpstreamRegistry],
+        most: int,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._factory = factory
+        self._caches = caches
+        self._upstreams = upstreams
+        self._most = most
+        self._monotonic = monotonic
+        self._members: dict[str, Member] = {}  # what was asked for last at its end
+        self._asked: dict[str, float] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def settings(self, host: str) -> HostSettings | None:
+        name = registry_host(host)
+        config = self._factory.config
+        if name is None or config.key_of(name) != EVERY or (found := config.namespace(name)) is None:
+            return None
+        return HostSettings(name, found.library, found.names)
+
+    def member(self, name: str) -> Member | None:
+        member = self._members.pop(name, None) or self._make(name)
+        if member is not None:
+            self._members[name] = member
+            self._asked[name] = self._monotonic()
+        return member
+
+    def _make(self, name: str) -> Member | None:
+        config = self._factory.config
+        if registry_host(name) != name or config.key_of(name) != EVERY:
+            return None
+        found = config.namespace(name)
+        assert found is not None
+        if len(self._members) >= self._most:
+            self._drop(next(self._idle(), None), name)
+        try:
+            cache, upstream = self._factory.make(name, found)
+        except StartError as error:  # a file was there when the server started
+            raise Unavailable(str(error)) from error
+        self._caches[name], self._upstreams[name] = cache, upstream
+        log.info("namespace.made", namespace=name)
+        return Member(cache, name, library=found.library, names=found.names)
+
+    def _idle(self) -> Iterator[str]:
+        """Those that no request uses now, as far as can be told."""
+        busy = {each.source.namespace for each in self._factory.fills.in_flight()}
+        now = self._monotonic()
+        return (each for each in self._members if each not in busy and now - self._asked[each] >= IDLE)
+
+    def _drop(self, name: str | None, wanted: str) -> None:
+        """Raises Unavailable without a name."""
+        if name is None:
+            raise Unavailable(
+                f"{wanted} must wait: {self._most} other registries are in use, and"
+                " namespaces.*.upstream.max_hosts allows no more",
+                retry_after=IDLE,
+            )
+        member = self._members.pop(name)
+        for table in (self._asked, self._caches, self._upstreams):
+            del table[name]
+        closing = asyncio.get_running_loop().create_task(member.registry.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Wait until the caches that were dropped are closed.  The others are closed by who has `caches`."""
+        await asyncio.gather(*self._closing)
+
+
+class Caches:
+    """All caches of a configuration, and the last upstream of each, by namespace.  Raises StartError.
+
+    `others` makes those of the namespace `*`, if there is one.
+    """
+
+    def __init__(self, factory: CacheFactory) -> None:
+        self.caches: dict[str, Cache] = {}
+        self.upstreams: dict[str, UpstreamRegistry] = {}
+        self.others: HostCaches | None = None
+        for name, (namespace, upstream) in factory.config.cached().items():
+            if name == EVERY:
+                factory.check(name, upstream)
+                self.others = HostCaches(factory, self.caches, self.upstreams, upstream.max_hosts)
+            else:
+                self.caches[name], self.upstreams[name] = factory.make(name, namespace)
+
+    async def close(self) -> None:
+        async with AsyncExitStack() as closing:
+            for each in self.caches.values():
+                closing.push_async_callback(each.close)
+            if self.others is not None:
+                closing.push_async_callback(self.others.close)

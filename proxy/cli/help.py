@@ -44,6 +44,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "setup": (
         ("entrepot setup containerd --url http://cache.example:5000", "print the files"),
         ("entrepot setup docker --write", "install them"),
+        ("entrepot setup docker --remove", "take them out again"),
     ),
     "ls": (
         ("entrepot ls ghcr.io --sort size", "the repositories of a namespace"),

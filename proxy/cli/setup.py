@@ -18,6 +18,7 @@ from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.settings import Setting
 from proxy.setup.install import BY_HAND, Change, InstallPlan, install, plan_install
+from proxy.setup.removal import former, plan_removal
 from proxy.setup.renderers import RENDERERS, lines_of, store_lines
 from proxy.setup.site import Setup, site_of
 
@@ -39,7 +40,8 @@ from proxy.setup.site import Setup, site_of
 @click.option(
     "--write", is_flag=True, help="Install the configuration. A backup of each replaced file is kept."
 )
-@click.option("--dry-run", is_flag=True, help="Show what --write would change.")
+@click.option("--remove", is_flag=True, help="Take out what --write has installed.")
+@click.option("--dry-run", is_flag=True, help="Show what --write or --remove would change.")
 @click.option("--force", is_flag=True, help="With --write: replace files that entrepot has not written.")
 @click.option(
     "--root",
@@ -57,6 +59,7 @@ def setup(
     ca_file: Path | None,
     no_bypass: bool,
     write: bool,
+    remove: bool,
     dry_run: bool,
     force: bool,
     root: Path,
@@ -66,6 +69,8 @@ def setup(
 
     Prints each file that CLIENT needs, below its path. With --write, installs the files.
     """
+    if write and remove:
+        raise click.UsageError("give --write or --remove, not both")
     try:
         site = site_of(
             load(path, settings=settings),
@@ -78,17 +83,17 @@ def setup(
         _fail(str(error), 2)
         raise
     made = RENDERERS[client](site)
-    if not (write or dry_run):
+    if not (write or remove or dry_run):
         click.echo("\n".join([*(f"# {each}" for each in store_lines(site)), *lines_of(made)]))
         return
-    if all(each.kind in BY_HAND for each in made.pieces):
+    if not remove and all(each.kind in BY_HAND for each in made.pieces):
         _fail(f"{client} is configured by flags, not by a file: see entrepot setup {client}", 2)
-    planned = plan_install(made, root, force=force)
-    for line in _report(made, planned, dry_run):
+    planned = plan_removal(made, site, root) if remove else plan_install(made, root, force=force)
+    for line in _report_removal(made, planned, dry_run) if remove else _report(made, planned, dry_run):
         click.echo(line)
     if planned.refused:
         for path, _, cause in planned.refused:
-            complain(f"{path}: {cause}; nothing was written")
+            complain(f"{path}: {cause}; nothing was {'removed' if remove else 'written'}")
         sys.exit(1)
 
 
@@ -101,11 +106,7 @@ def _report(setup: Setup, planned: InstallPlan, dry_run: bool) -> Iterator[str]:
         yield from _indented(piece.content)
     if planned.refused:
         return
-    if dry_run:
-        for change in planned.changes:
-            yield from change.diff()
-    else:
-        yield from _placed(planned.changes)
+    yield from _placed(planned.changes, dry_run)
     for piece in planned.parts:
         what = "give these flags" if piece.kind == "flags" else f"add by hand to {piece.path}"
         yield f"{what}{f' ({piece.about})' if piece.about else ''}:"
@@ -114,14 +115,39 @@ def _report(setup: Setup, planned: InstallPlan, dry_run: bool) -> Iterator[str]:
         yield f"then: {setup.after}"
 
 
-def _placed(changes: list[Change]) -> Iterator[str]:
+def _report_removal(setup: Setup, planned: InstallPlan, dry_run: bool) -> Iterator[str]:
+    """Remove what is planned, and yield a line for each step."""
+    if planned.refused:
+        return
+    for path in planned.right:
+        yield f"left as it is: {path}, which has nothing of entrepot setup"
+    yield from _placed(planned.changes, dry_run)
+    for path in (each.path for each in planned.changes if each.after is None):
+        if before := former(path):
+            yield f"the file that it replaced is {before}: rename it to have it again"
+    for piece in planned.parts:
+        what = {"flags": "give these flags no more", "example": f"undo by hand, {piece.path}"}
+        yield f"{what.get(piece.kind, f'take out of {piece.path} by hand')}:"
+        yield from _indented(piece.content)
+    if planned.changes or planned.parts:
+        yield f"then: {setup.undo or setup.after}"
+    else:
+        yield f"nothing to remove for {setup.client}"
+
+
+def _placed(changes: list[Change], dry_run: bool) -> Iterator[str]:
+    """Write and delete the files, unless it is a dry run."""
+    if dry_run:
+        for change in changes:
+            yield from change.diff()
+        return
     try:
         kept = install(changes)
     except OSError as error:
         _fail(f"{error.filename or ''}: {error.strerror or error}", 1)
         raise
     for change in changes:
-        yield f"written: {change.path}"
+        yield f"{'removed' if change.after is None else 'written'}: {change.path}"
     for path in kept:
         yield f"backup: {path}"
 

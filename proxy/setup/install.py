@@ -176,7 +176,9 @@ def _joined(theirs: Any, ours: Any, key: str) -> Any:
     if theirs is None:
         return ours
     if type(theirs) is not type(ours):
-        raise Refused(f"its {key} is not {KINDS[type(ours)]}")
+        raise Refused(f"its {key} is not {KINDS.get(type(ours), 'a text')}")
+    if not isinstance(ours, list | dict):
+        return ours
     if isinstance(ours, dict):
         return {**theirs, **{name: _joined(theirs.get(name), each, name) for name, each in ours.items()}}
     # Clients try the first entry first.
@@ -205,7 +207,7 @@ def _covers(whole: Any, part: Any) -> bool:
 
 def install(changes: Sequence[Change], now: datetime | None = None) -> list[Path]:
     """Write or delete the files, and return the paths of the backups.  Raises OSError."""
-    moment = f"{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    moment = f"{now or datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
     kept = []
     for change in changes:
         change.path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,10 +216,21 @@ def install(changes: Sequence[Change], now: datetime | None = None) -> list[Path
             _write(backup, change.before, like=change.path)
             kept.append(backup)
         if change.after is None:
-            change.path.unlink()
+            _delete(change.path)
         else:
             _write(change.path, change.after, like=change.path)
     return kept
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, and its directory in certs.d if nothing else is there.
+
+    A directory that is empty goes before _default too.
+    """
+    path.unlink()
+    if path.parent.parent.name == "certs.d":
+        with suppress(OSError):
+            path.parent.rmdir()
 
 
 def _write(path: Path, text: str, like: Path) -> None:

@@ -62,8 +62,11 @@ class OnDisk(Protocol):
 
     def fileno(self) -> int: ...
 
-    async def readable(self, offset: int) -> int:
-        """Wait for bytes past `offset`; return where they end for now.  Raises the errors of chunks()."""
+    async def readable(self, offset: int, stop: int | None = None) -> int:
+        """Wait for bytes past `offset`; return where they end for now.  Raises the errors of chunks().
+
+        `stop` is where those end that the reader wants; None is the end of the blob.
+        """
         ...
 
 

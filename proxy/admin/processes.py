@@ -13,7 +13,8 @@ import structlog
 from proxy.admin.reports import RefusalRow
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
-from proxy.cache.fills import Fill, Fills
+from proxy.cache.fetcher import Fill
+from proxy.cache.fills import Fills
 from proxy.namespaces.composition import Composition
 from proxy.upstream.breaker import HostState
 from proxy.upstream.ratelimit import LimitState

@@ -11,17 +11,17 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import structlog
 
 from proxy.cache.answered import Answered
+from proxy.cache.fetcher import Fetcher, Fill
 from proxy.cache.readers import BlobSource, FollowedBlob, UncachedBlob
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight
 from storage.disk.health import MakeRoom, make_no_room
-from storage.disk.uploads import FileUpload
+from storage.disk.sparse import SparseUpload
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -38,37 +38,8 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
-LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not state: a body must end some time
-LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
-RETRIES = 4  # in a row without progress
 BACKOFF = 0.2  # seconds before the first retry without progress, doubling
 FAR_AHEAD = 16 << 20  # bytes; a range that starts so far ahead of the fill is read from the origin
-
-
-@dataclass(slots=True)
-class Fill:
-    """One transfer of a blob into the store.
-
-    started: the upload to follow, or None if there is none: the store has the blob, or there is an `error`
-    begun: in seconds since the epoch
-    repositories: those whose origin has confirmed that they have the blob
-    received: the origin has sent everything
-    ranges: whether the origin sends ranges, None if that is not known
-    """
-
-    digest: Digest
-    source: BlobSource
-    started: asyncio.Future[tuple[FileUpload, Descriptor] | None]
-    begun: float
-    followers: int = 0
-    repositories: set[str] = field(default_factory=set)
-    upload: FileUpload | None = None
-    size: int = -1  # bytes, once it is stored
-    task: asyncio.Task[None] | None = None
-    received: bool = False
-    ranges: bool | None = None
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for the first range
-    error: Exception | None = None
 
 
 class Fills:
@@ -129,12 +100,13 @@ class Fills:
                 raise fill.error
 
     async def _follow(
-        self, fill: Fill, source: BlobSource, upload: FileUpload, descriptor: Descriptor, span: Span | None
+        self, fill: Fill, source: BlobSource, upload: SparseUpload, descriptor: Descriptor, span: Span | None
     ) -> Blob | None:
         """A reader of the upload, or of the origin for a range far ahead; None if the upload has ended."""
         if span is not None:
             span = span.of(descriptor.size)
-            far = upload.offset + FAR_AHEAD < span.start < descriptor.size
+            here = upload.ours or upload.extents.end(span.start) > span.start
+            far = not here and upload.extents.end(0) + FAR_AHEAD < span.start < descriptor.size
             if far and (ahead := await self._get_ahead(fill, source, span)) is not None:
                 return ahead
         try:
@@ -230,11 +202,11 @@ class Fills:
             if not fill.started.done():
                 fill.started.set_result(None)
             seconds = round(time.monotonic() - begun, 3)
-            _log(fill).info(f"fill.{result}", bytes=descriptor.size, seconds=seconds)
+            fill.log.info(f"fill.{result}", bytes=descriptor.size, seconds=seconds)
         except asyncio.CancelledError:
             result = "suspended"
             await self._end(fill, Unavailable("the server is shutting down"), keep_empty=True)
-            _log(fill).info("fill.suspended", bytes=fill.upload.offset if fill.upload else 0)
+            fill.log.info("fill.suspended", bytes=fill.upload.offset if fill.upload else 0)
             raise
         except Exception as error:
             # Before the transfer has started, each client gets the error: log only those that are our fault.
@@ -245,9 +217,9 @@ class Fills:
             await self._end(fill, error)
             if isinstance(error, StorageFailed):  # it is logged, and clients read on from the origin
                 result = "uncached"
-                _log(fill).info("fill.uncached", error=str(error))
+                fill.log.info("fill.uncached", error=str(error))
             elif not answered:
-                _log(fill).error("fill.failed", error=str(error) or type(error).__name__)
+                fill.log.error("fill.failed", error=str(error) or type(error).__name__)
         finally:
             del self._fills[fill.digest]
             self._metrics.filling.dec()
@@ -286,66 +258,17 @@ class Fills:
             await upload.cancel()
             return None
         # The other processes, which follow the upload already, wait with us.
+        again = partial(self._store.files.resume, fill.digest)
+        fill.fetcher = Fetcher(fill, upload, again, self._ensure_room, self._backoff)
         async with self._slots.turn(fill.source.namespace):
-            upload = await self._transfer(fill, upload)
+            await fill.fetcher.run()
         fill.received = True
         try:
-            return "committed", await upload.commit(fill.digest)
+            return "committed", await fill.fetcher.upload.commit(fill.digest)
         except DigestInvalid as error:  # its status would blame the client
             raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
 
-    async def _transfer(self, fill: Fill, upload: FileUpload) -> FileUpload:
-        """The upload with all bytes, not committed yet."""
-        if upload.offset and upload.matches(fill.digest):
-            # A former fill had received all of it, and was killed before it committed.
-            await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
-            fill.repositories.add(fill.source.repository)
-            return upload
-        failures, wait = 0, 0.0
-        while True:
-            before = upload.offset
-            try:
-                await self._receive(fill, upload)
-                return upload
-            except RangeInvalid as error:
-                if fill.started.done():
-                    raise
-                # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
-                await upload.cancel(error)
-                upload = fill.upload = await self._store.files.resume(fill.digest)
-            except Unavailable as error:
-                failures = 0 if upload.offset > before else failures + 1
-                if not fill.started.done() or failures > RETRIES:
-                    raise
-                _log(fill).warning("fill.interrupted", offset=upload.offset, error=str(error))
-                wait = min(error.retry_after or 0.0, LONGEST_WAIT)
-            if failures:
-                await asyncio.sleep(max(wait, self._backoff * 2 ** (failures - 1)))
-
-    async def _receive(self, fill: Fill, upload: FileUpload) -> None:
-        source = fill.source
-        span = Span(upload.offset) if upload.offset else None
-        blob = await source.origin.get_blob(source.name, fill.digest, span)
-        try:
-            fill.repositories.add(source.repository)
-            size = blob.descriptor.size
-            await self._ensure_room(upload, size)
-            upload.expect(size)
-            if not fill.started.done():
-                fill.started.set_result((upload, blob.descriptor))
-            elif (started := fill.started.result()) and 0 <= started[1].size != size:
-                # Followers were promised the first size, and would take that many bytes for the whole blob.
-                raise OriginFailed(f"{source.namespace} first stated {started[1].size} bytes, now {size}")
-            async for chunk in blob.chunks(upload.offset):
-                if (size if size >= 0 else LARGEST_UNSIZED) < upload.offset + len(chunk):
-                    raise OriginFailed(f"{source.namespace} sent more than the {size} bytes it announced")
-                await upload.write(chunk)
-            if upload.offset < size:
-                raise OriginFailed(f"{source.namespace} ended at byte {upload.offset} of {size}")
-        finally:
-            await blob.close()
-
-    async def _ensure_room(self, upload: FileUpload, size: int) -> None:
+    async def _ensure_room(self, upload: SparseUpload, size: int) -> None:
         if upload.fits(size):
             self._make_room_later(max(size, 0))
         else:
@@ -383,8 +306,3 @@ class Fills:
             task.cancel()
         await asyncio.gather(*self._making_room, return_exceptions=True)
         await self._permissions.close()
-
-
-def _log(fill: Fill) -> Any:
-    source = fill.source
-    return log.bind(namespace=source.namespace, repository=source.name, digest=fill.digest)

@@ -15,6 +15,8 @@ from storage.errors import BlobUnknown, DigestInvalid, StorageFailed
 from storage.oci import Descriptor, Digest, Hash, Span
 from storage.registry import Blob, Registry
 
+LOOK = 1.0  # seconds after which a reader that still waits says so again
+
 
 @dataclass(frozen=True, slots=True)
 class BlobSource:
@@ -33,10 +35,13 @@ class BlobSource:
         return f"{self.namespace}/{self.name}"
 
 
-class HasFollowers(Protocol):
-    """Counts its readers."""
+class Followed(Protocol):
+    """A transfer that counts its readers, and learns what they wait for."""
 
     followers: int
+
+    def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
+        """A reader waits for [offset, stop); it says so now and then."""
 
 
 class FollowedBlob(Blob):
@@ -45,7 +50,7 @@ class FollowedBlob(Blob):
     If the disk fails, the rest is read from the origin.  `followed.followers` counts it until it is closed.
     """
 
-    def __init__(self, blob: FileBlob, source: BlobSource, metrics: Metrics, followed: HasFollowers) -> None:
+    def __init__(self, blob: FileBlob, source: BlobSource, metrics: Metrics, followed: Followed) -> None:
         self.descriptor = blob.descriptor
         self._blob = blob
         self._source = source
@@ -57,8 +62,21 @@ class FollowedBlob(Blob):
     def fileno(self) -> int:
         return self._blob.fileno()
 
-    async def readable(self, offset: int) -> int:
-        return await self._blob.readable(offset)
+    async def readable(self, offset: int, stop: int | None = None) -> int:
+        while True:
+            self._followed.want(self._source, offset, stop)
+            try:
+                async with asyncio.timeout(LOOK):
+                    return await self._blob.readable(offset)
+            except TimeoutError:
+                pass
+
+    async def _end_of_next(self, position: int, stop: int | None) -> int:
+        """Wait for bytes past `position`; where to read up to, `position` at the end."""
+        if position == stop:
+            return position
+        end = await self.readable(position, stop)
+        return end if stop is None else min(end, stop)
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         position = start
@@ -66,9 +84,10 @@ class FollowedBlob(Blob):
         hashed: Hash | None = None
         if self.fileno() >= 0:
             try:
-                async for chunk in self._blob.chunks(start, stop):
-                    position += len(chunk)
-                    yield chunk
+                while (end := await self._end_of_next(position, stop)) > position:
+                    async for chunk in self._blob.chunks(position, end):
+                        position += len(chunk)
+                        yield chunk
                 return
             except StorageFailed:
                 hashed = await asyncio.to_thread(self._hash, digest.algorithm, position)

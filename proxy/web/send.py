@@ -198,7 +198,7 @@ class _Sender:
         client = -1 if connection is None else os.dup(connection.fileno())
         try:
             while position < stop:
-                end = min(await blob.readable(position), stop)
+                end = min(await blob.readable(position, stop), stop)
                 if connection is None:
                     await self._encrypt(writer, blob.fileno(), Span(position, end))
                 else:
@@ -293,7 +293,7 @@ async def _ready(blob: OnDisk, position: int, stop: int) -> int:
     """Wait for the bytes up to `stop`; return where those end that can be read, or 0 if the disk failed."""
     try:
         while position < stop:
-            position = await blob.readable(position)
+            position = await blob.readable(position, stop)
         return position
     except StorageFailed:
         return 0

@@ -127,6 +127,7 @@ class Importer:
             upload = await store.files.resume(digest)
             try:
                 if upload.ours or not await upload.watch(digest):
+                    await run_in_thread(upload.keep_beginning)
                     return upload
                 return None
             except Unavailable:  # the other process gave up

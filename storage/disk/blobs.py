@@ -2,6 +2,7 @@
 
     <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
     <root>/partial/<algorithm>-<encoded>        a fill in progress, locked by its writer
+    <root>/partial/<fill>.<inode>.extents       which bytes of a fill with holes are there
     <root>/partial/<id>                         any other upload, locked while it is written
     <root>/locks/<hash of the name>             held by a process while it does what only one may do
     <root>/damaged/<algorithm>-<encoded>        content that does not match its digest, kept for inspection
@@ -27,10 +28,12 @@ from pathlib import Path
 import structlog
 
 from storage.concurrency import run_in_thread
+from storage.disk.extents import lists_a_file
 from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
 from storage.disk.modes import create_file, make_directory, restrict
 from storage.disk.reaper import Reaper, uptime
+from storage.disk.sparse import SparseUpload
 from storage.disk.uploads import FileBlob, FileUpload
 from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest, Hash
@@ -240,14 +243,14 @@ class BlobFiles:
         if len(self._hashes) > HASHES:
             del self._hashes[next(iter(self._hashes))]
 
-    async def resume(self, digest: Digest) -> FileUpload:
+    async def resume(self, digest: Digest) -> SparseUpload:
         """Start or resume the upload of this digest.
 
         If another process writes it, the upload is not `ours`: see FileUpload.watch().
         """
         path = self._partial / f"{digest.algorithm}-{digest.encoded}"
         file, locked = self._open_locked(path)
-        upload = FileUpload(self, path, file, digest.algorithm, resumable=True, ours=locked)
+        upload = SparseUpload(self, path, file, digest.algorithm, resumable=True, ours=locked)
         if locked:
             try:
                 with translated(path):
@@ -350,7 +353,8 @@ class BlobFiles:
     def reap(self, age: float) -> int:
         """Remove partial files and locks that nobody went on with for `age` seconds; returns how many."""
         with translated(self._partial):
-            return self._reaper.reap((*self._partial.iterdir(), *self._locks.iterdir()), age)
+            files = (*self._partial.iterdir(), *self._locks.iterdir())
+            return self._reaper.reap((path for path in files if not lists_a_file(path)), age)
 
 
 def _mark(owner: str) -> str:

@@ -76,7 +76,7 @@ class FileBlob(Blob):
     def fileno(self) -> int:
         return self._file
 
-    async def readable(self, offset: int) -> int:
+    async def readable(self, offset: int, stop: int | None = None) -> int:
         """Wait for bytes past `offset`; return where they end for now.  Raises the error of the upload."""
         if self._upload is None:
             return self.descriptor.size
@@ -127,7 +127,7 @@ class FileUpload(Upload):
         self._hash = hashlib.new(algorithm)
         self._hashed = 0  # bytes from the start that are hashed
         self._resumable = resumable
-        self._waiting: list[bytes] = []  # accepted, but not yet written
+        self._waiting: list[tuple[int, bytes]] = []  # accepted, but not yet written; with their positions
         self._written = 0
         self._size = 0  # of the whole blob, if it is known
         self._readable = 0
@@ -147,8 +147,8 @@ class FileUpload(Upload):
         self.offset = self._written = os.lseek(self._file, 0, os.SEEK_END)
         self._readable = max(self._readable, self.offset - 1)
 
-    def _catch_up(self) -> None:
-        while chunk := os.pread(self._file, CHUNK, self._hashed):
+    def _catch_up(self, stop: int = sys.maxsize) -> None:
+        while chunk := os.pread(self._file, min(CHUNK, stop - self._hashed), self._hashed):
             self._hash.update(chunk)
             self._hashed += len(chunk)
 
@@ -176,10 +176,14 @@ class FileUpload(Upload):
                     self.ours = True
                     await run_in_thread(self.rehash)
                     return False
-                self.offset = os.fstat(self._file).st_size
-            if self.offset - 1 > self._readable:
-                self._move(self.offset - 1)
+                self._look()
             await asyncio.sleep(POLL)  # neither flock nor an append can be waited for
+
+    def _look(self) -> None:
+        """See how far the process is that writes it."""
+        self.offset = os.fstat(self._file).st_size
+        if self.offset - 1 > self._readable:
+            self._move(self.offset - 1)
 
     @property
     def complete(self) -> bool:
@@ -208,9 +212,12 @@ class FileUpload(Upload):
         return max(0, self._size - self._written)
 
     async def write(self, chunk: bytes) -> None:
+        await self._accept(self.offset, chunk)
+
+    async def _accept(self, position: int, chunk: bytes) -> None:
         if self._error is not None:
             raise self._error
-        self._waiting.append(chunk)
+        self._waiting.append((position, chunk))
         self.offset += len(chunk)
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush())
@@ -223,26 +230,33 @@ class FileUpload(Upload):
         try:
             while self._waiting and self._error is None:
                 batch, self._waiting = self._waiting, []
-                end = self._written + sum(map(len, batch))
+                end = self._written + sum(len(chunk) for _, chunk in batch)
                 with self._directory.guard(self._path, max(end, self._size)):
                     await asyncio.to_thread(self._append, batch)
                 self._written = end
-                self._move(max(self._readable, self._written - 1))
+                self._advance(batch)
         except StorageFailed as error:
             self._fail(error)
         finally:
             self._flusher = None
 
-    def _append(self, batch: list[bytes]) -> None:
-        end = self._written
-        for chunk in batch:
-            view = memoryview(chunk)
+    def _append(self, batch: list[tuple[int, bytes]]) -> None:
+        for position, chunk in batch:
+            view, end = memoryview(chunk), position
             while view:
-                view = view[os.write(self._file, view) :]
-            if self._hashed == end:
+                written = os.pwrite(self._file, view, end)
+                view, end = view[written:], end + written
+            if self._hashed == position:
                 self._hash.update(chunk)
-                self._hashed += len(chunk)
-            end += len(chunk)
+                self._hashed = end
+
+    def _advance(self, batch: list[tuple[int, bytes]]) -> None:
+        """Let readers have what was written."""
+        self._move(max(self._readable, self._written - 1))
+
+    def _end_of(self, offset: int) -> int:
+        """Where the bytes end that can be read from `offset` on, before all are verified."""
+        return self._readable
 
     async def _flushed(self) -> None:
         # shield: the caller may be cancelled, but the file must not be closed while a thread writes it.
@@ -325,15 +339,16 @@ class FileUpload(Upload):
         The last of `size` bytes is withheld, too: the expectation may be wrong.
         """
         withheld = size - 1 if size >= 0 else sys.maxsize
-        while min(self._readable, withheld) <= offset and self._error is None and not self._complete:
+        while min(self._end_of(offset), withheld) <= offset and self._error is None and not self._complete:
             await self._moved.wait()
         if self._complete:
             if size not in (-1, self.offset):
                 raise Unavailable(f"{size} bytes were promised, but there are {self.offset}")
             return self._readable
-        if min(self._readable, withheld) <= offset and self._error is not None:
+        end = min(self._end_of(offset), withheld)
+        if end <= offset and self._error is not None:
             raise self._error
-        return min(self._readable, withheld)
+        return end
 
     def _move(self, readable: int) -> None:
         self._readable = readable

@@ -148,7 +148,7 @@ class FileUpload(Upload):
         self._readable = max(self._readable, self.offset - 1)
 
     def _catch_up(self, stop: int = sys.maxsize) -> None:
-        while chunk := os.pread(self._file, min(CHUNK, stop - self._hashed), self._hashed):
+        while chunk := os.pread(self._file, max(0, min(CHUNK, stop - self._hashed)), self._hashed):
             self._hash.update(chunk)
             self._hashed += len(chunk)
 

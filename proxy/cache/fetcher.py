@@ -1,0 +1,317 @@
+"""The transfers of one blob from its origin into the store: from the beginning on, and what clients wait for.
+
+What clients ask for beyond the reach of the transfer under way is fetched by a transfer of its own.  Each
+byte comes from one of them: a transfer ends where another one has begun, and the rest is fetched after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from proxy.cache.readers import BlobSource
+from storage.disk.extents import Extents
+from storage.disk.sparse import SparseUpload
+from storage.errors import OriginFailed, RangeInvalid, RegistryError, Unavailable
+from storage.oci import Descriptor, Digest, Span
+from storage.registry import Blob
+
+log = structlog.get_logger()
+
+LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not state: a body must end some time
+LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
+RETRIES = 4  # in a row without progress
+SOON = 1.0  # seconds; bytes that come later are fetched by a transfer of their own
+ASSUMED = 16 << 20  # bytes per second of a transfer whose pace is not known
+MEASURED = 0.25  # seconds after which the pace of a transfer is known
+MOST = 16  # transfers beside the one from the beginning on
+REST = 10.0  # seconds without further transfers after the origin has refused one
+
+
+@dataclass(slots=True)
+class Fill:
+    """One transfer of a blob into the store.
+
+    started: the upload to follow, or None if there is none: the store has the blob, or there is an `error`
+    begun: in seconds since the epoch
+    repositories: those whose origin has confirmed that they have the blob
+    received: the origin has sent everything
+    ranges: whether the origin sends ranges, None if that is not known
+    """
+
+    digest: Digest
+    source: BlobSource
+    started: asyncio.Future[tuple[SparseUpload, Descriptor] | None]
+    begun: float
+    followers: int = 0
+    repositories: set[str] = field(default_factory=set)
+    upload: SparseUpload | None = None
+    fetcher: Fetcher | None = None
+    size: int = -1  # bytes, once it is stored
+    task: asyncio.Task[None] | None = None
+    received: bool = False
+    ranges: bool | None = None
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for the first range
+    error: Exception | None = None
+
+    def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
+        """A client waits for [offset, stop)."""
+        if self.fetcher is not None:
+            self.fetcher.want(source, offset, stop)
+
+    @property
+    def log(self) -> Any:
+        source = self.source
+        return log.bind(namespace=source.namespace, repository=source.name, digest=self.digest)
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """One transfer: of [position, stop), as far as it has not come.
+
+    granted: the origin sends it
+    since, base: a time in the last two seconds, and the position at that time
+    """
+
+    position: int
+    stop: int
+    granted: bool
+    since: float
+    base: int
+    later: tuple[float, int]  # the next `since` and `base`
+
+    def advance(self, number: int, now: float) -> None:
+        self.position += number
+        if now - self.later[0] > SOON:
+            self.since, self.base = self.later
+            self.later = now, self.position
+
+    def seconds_to(self, offset: int, now: float) -> float:
+        """How long it takes until the byte at `offset` comes, at the present pace."""
+        ahead, elapsed = offset - self.position, now - self.since
+        pace = (self.position - self.base) / elapsed if elapsed >= MEASURED else ASSUMED
+        return 0.0 if ahead <= 0 else ahead / pace if pace else float("inf")
+
+
+class Fetcher:
+    """The transfers of one fill, which write to `upload`.
+
+    again: makes a new upload, after the bytes of a former one turned out not to be of this blob
+    ensure_room: makes room for an upload of a size
+    """
+
+    def __init__(
+        self,
+        fill: Fill,
+        upload: SparseUpload,
+        again: Callable[[], Awaitable[SparseUpload]],
+        ensure_room: Callable[[SparseUpload, int], Awaitable[None]],
+        backoff: float,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.upload = upload
+        self._fill = fill
+        self._again = again
+        self._ensure_room = ensure_room
+        self._backoff = backoff
+        self._ticks = ticks
+        self._size = -1
+        self._taken = Extents(upload.extents)  # what is there or is being transferred
+        self._parts: list[Part] = []
+        self._changed = asyncio.Event()
+        self._most = asyncio.Semaphore(MOST)
+        self._refused_until = -float("inf")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Fetch all that is missing; `upload` has all bytes then, and is not committed."""
+        source, digest = self._fill.source, self._fill.digest
+        whole = self.upload.listed_size == self.upload.offset or self.upload.matches(digest)
+        if self.upload.offset and whole:
+            # A former fill had received all of it, and was killed before it committed.
+            await source.origin.resolve_blob(source.name, digest)
+            self._fill.repositories.add(source.repository)
+            return
+        try:
+            await self._persist()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _persist(self) -> None:
+        failures, wait = 0, 0.0
+        while True:
+            before = self.upload.offset
+            try:
+                await self._fetch_rest()
+                return
+            except RangeInvalid as error:
+                if self._fill.started.done():
+                    raise
+                # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
+                await self.upload.cancel(error)
+                self.upload = self._fill.upload = await self._again()
+                self._taken = Extents(self.upload.extents)
+            except Unavailable as error:
+                failures = 0 if self.upload.offset > before else failures + 1
+                if not self._fill.started.done() or failures > RETRIES:
+                    raise
+                self._fill.log.warning("fill.interrupted", offset=self.upload.offset, error=str(error))
+                wait = min(error.retry_after or 0.0, LONGEST_WAIT)
+            if failures:
+                await asyncio.sleep(max(wait, self._backoff * 2 ** (failures - 1)))
+
+    async def _fetch_rest(self) -> None:
+        """Close the gaps in order.  Those that other transfers close are waited for."""
+        while True:
+            self._changed.clear()
+            known = self._size if self._size >= 0 else self.upload.listed_size
+            end = known if known >= 0 else LARGEST_UNSIZED
+            start, stop = self._taken.gap(0, end)
+            if start < stop:
+                await self._fetch_gap(Part(start, stop, True, *self._now(start)), end)
+                if self._size < 0:
+                    return
+            elif self.upload.offset >= end:
+                return
+            else:
+                await self._changed.wait()
+
+    async def _fetch_gap(self, part: Part, end: int) -> None:
+        source, span = self._fill.source, None
+        if part.position or part.stop < end:
+            span = Span(part.position, part.stop if part.stop < end else None)
+        self._take(part)
+        try:
+            blob = await source.origin.get_blob(source.name, self._fill.digest, span)
+            try:
+                await self._begin(source, blob.descriptor, part)
+                await self._stream(blob, part)
+            finally:
+                await blob.close()
+        finally:
+            self._release(part)
+
+    async def _begin(self, source: BlobSource, descriptor: Descriptor, part: Part) -> None:
+        fill, size = self._fill, descriptor.size
+        fill.repositories.add(source.repository)
+        started = fill.started.result() if fill.started.done() else None
+        if started and 0 <= started[1].size != size:
+            # Followers were promised the first size, and would take that many bytes for the whole blob.
+            raise OriginFailed(f"{source.namespace} first stated {started[1].size} bytes, now {size}")
+        if self.upload.listed_size not in (-1, size):
+            raise RangeInvalid(f"the bytes of a former transfer are of {self.upload.listed_size}")
+        await self._ensure_room(self.upload, size)
+        self.upload.expect(size)
+        self._size = size
+        if 0 <= size < part.stop:
+            self._taken.remove(max(size, part.position), part.stop)
+            part.stop = size
+        if not fill.started.done():
+            fill.started.set_result((self.upload, descriptor))
+
+    async def _stream(self, blob: Blob, part: Part) -> None:
+        """Write what comes, up to the end of the part, which may move while it comes."""
+        end = self._size if self._size >= 0 else LARGEST_UNSIZED
+        name = self._fill.source.namespace
+        async for chunk in blob.chunks(part.position, None if part.stop == end else part.stop):
+            rest = part.stop - part.position
+            if rest < len(chunk) and part.stop == end:
+                raise OriginFailed(f"{name} sent more than the {self._size} bytes it announced")
+            position = part.position
+            part.advance(min(rest, len(chunk)), self._ticks())
+            await self.upload.write_at(position, chunk[:rest])
+            if part.position == part.stop < end:
+                return
+        if part.position < part.stop and self._size >= 0:
+            raise OriginFailed(f"{name} ended at byte {part.position} of {self._size}")
+
+    def _take(self, part: Part) -> None:
+        self._taken.add(part.position, part.stop)
+        self._parts.append(part)
+
+    def _release(self, part: Part) -> None:
+        """What a part did not bring is missing again."""
+        if part.granted:
+            self._taken.remove(part.position, part.stop)
+        self._parts.remove(part)
+        self._changed.set()
+
+    def _now(self, position: int) -> tuple[float, int, tuple[float, int]]:
+        now = self._ticks()
+        return now, position, (now, position)
+
+    # What clients wait for
+
+    def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
+        """Fetch [offset, stop), or its beginning, unless it comes soon; who waits calls this now and then."""
+        now = self._ticks()
+        stop = self._size if stop is None else min(stop, self._size)
+        there = self.upload.extents.end(offset) > offset
+        if offset >= stop or there or self._fill.ranges is False or now < self._refused_until:
+            return
+        coming = [part for part in self._parts if part.position <= offset < part.stop]
+        if any(part.seconds_to(offset, now) <= SOON for part in coming):
+            return
+        if not coming and self._taken.end(offset) > offset:
+            return  # it waits for the disk
+        stop = min([stop, *(each.position for each in self._parts if each.position > offset)])
+        part = Part(
+            offset, self._taken.gap(offset, stop)[1] if not coming else stop, False, *self._now(offset)
+        )
+        self._parts.append(part)
+        task = asyncio.create_task(self._fetch_part(source, part))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch_part(self, source: BlobSource, part: Part) -> None:
+        try:
+            async with self._most:
+                # The first answer tells whether the origin sends ranges.
+                async with self._fill.asking if self._fill.ranges is None else nullcontext():
+                    blob = await self._open(source, part)
+                if blob is not None:
+                    try:
+                        await self._stream(blob, part)
+                    finally:
+                        await blob.close()
+        except RegistryError as error:
+            # It may refuse a second transfer, with any status, while it goes on with the first.
+            self._refused_until = self._ticks() + REST
+            self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
+        finally:
+            self._release(part)
+
+    async def _open(self, source: BlobSource, part: Part) -> Blob | None:
+        """The transfer of a part; None if its bytes have come meanwhile, or the origin does not send it."""
+        if self._fill.ranges is False or self._ticks() < self._refused_until:
+            return None
+        span = Span(part.position, part.stop)
+        blob = await source.origin.get_blob(source.name, self._fill.digest, span)
+        self._fill.ranges = blob.position == part.position
+        if self._fill.ranges and blob.descriptor.size == self._size and self._grant(part):
+            return blob
+        await blob.close()
+        return None
+
+    def _grant(self, part: Part) -> bool:
+        """Take the bytes of `part` from the transfer that would bring them; False if they have come."""
+        for other in self._parts:
+            if other.granted and other.position < part.position < other.stop:
+                self._taken.remove(part.position, other.stop)
+                other.stop = part.position
+        start, stop = self._taken.gap(part.position, part.stop)
+        if start > part.position or start == stop:
+            return False
+        part.stop = stop
+        part.granted = True
+        self._taken.add(start, stop)
+        self._changed.set()
+        return True

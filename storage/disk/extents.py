@@ -1,0 +1,175 @@
+"""Which bytes of a sparse file are there: as a value, and as a list in a file beside it.
+
+A file that has no list is one extent from its beginning.  A list exists before the file gets its first hole,
+and names bytes only after they are written; so what it names can be read, whenever its writer is killed.  The
+machine may fail as well: then what was written last may be missing, and only what was synchronized counts.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from storage.disk.health import sync
+from storage.disk.modes import create_file
+
+SUFFIX = ".extents"
+_HEAD = "extents 1"  # the format
+_SYNCED = "synced"
+
+
+class Extents:
+    """A set of bytes, as spans that neither overlap nor touch each other."""
+
+    def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        self.total = 0  # bytes
+        for start, stop in spans:
+            self.add(start, stop)
+
+    def __iter__(self) -> zip[tuple[int, int]]:
+        return zip(self._starts, self._stops, strict=True)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add [start, stop)."""
+        first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
+        if start < stop:
+            starts, stops = self._starts[first:last] or [start], self._stops[first:last] or [stop]
+            self._replace(first, last, [(min(start, starts[0]), max(stop, stops[-1]))])
+
+    def remove(self, start: int, stop: int) -> None:
+        """Remove [start, stop)."""
+        first, last = bisect_right(self._stops, start), bisect_left(self._starts, stop)
+        if start < stop and first < last:
+            self._replace(first, last, [(self._starts[first], start), (stop, self._stops[last - 1])])
+
+    def _replace(self, first: int, last: int, spans: list[tuple[int, int]]) -> None:
+        """Replace the spans with these numbers."""
+        spans = [(start, stop) for start, stop in spans if start < stop]
+        self.total += sum(stop - start for start, stop in spans)
+        self.total -= sum(self._stops[first:last]) - sum(self._starts[first:last])
+        self._starts[first:last] = [start for start, _ in spans]
+        self._stops[first:last] = [stop for _, stop in spans]
+
+    def end(self, offset: int) -> int:
+        """Where the bytes from `offset` on end; `offset` if it is not in the set."""
+        at = bisect_right(self._starts, offset) - 1
+        return max(offset, self._stops[at]) if at >= 0 else offset
+
+    def gap(self, offset: int, stop: int) -> tuple[int, int]:
+        """The first bytes of [offset, stop) that are not in the set; an empty span if all are."""
+        start = min(self.end(offset), stop)
+        at = bisect_right(self._starts, start)
+        return start, min(stop, self._starts[at]) if at < len(self._starts) else stop
+
+
+class ExtentList:
+    """The list of the extents of a file with `size` bytes; one process writes it, others may read it."""
+
+    def __init__(self, path: Path, file: int) -> None:
+        self.size = -1
+        self._path = path
+        self._file = file
+        self._position = 0  # up to where it is read
+        self._boot = ""
+        self._lasting: list[tuple[int, int]] = []  # what was synchronized
+
+    @staticmethod
+    def path(of: Path, file: int) -> Path:
+        """Where the list of a file is: other files may have, or get, the same name, but not its number."""
+        return of.with_name(f"{of.name}.{os.fstat(file).st_ino}{SUFFIX}")
+
+    @classmethod
+    def create(cls, path: Path, size: int, extents: Extents) -> ExtentList:
+        """Create or replace it.  It is on the disk when this returns, if the file is.  Raises OSError."""
+        new = path.with_name(path.name + ".new")
+        created = cls(path, create_file(new, os.O_RDWR | os.O_TRUNC | os.O_APPEND))
+        try:
+            created.size = size
+            os.write(created._file, f"{_HEAD} {size} {_boot()}\n".encode())
+            created.append(extents)
+            os.fsync(created._file)
+            new.replace(path)
+            sync(path.parent)
+        except BaseException:
+            created.close()
+            raise
+        return created
+
+    @classmethod
+    def find(cls, path: Path) -> ExtentList | None:
+        """Open it for reading, if it exists.  Raises OSError."""
+        try:
+            return cls(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+
+    def append(self, extents: Iterable[tuple[int, int]]) -> None:
+        if lines := "".join(f"{start} {stop}\n" for start, stop in extents):
+            os.write(self._file, lines.encode())
+
+    def sync(self) -> None:
+        """What is in the list so far is on the disk; the caller has synchronized the file."""
+        os.write(self._file, f"{_SYNCED}\n".encode())
+        os.fdatasync(self._file)
+
+    def read(self, extents: Extents) -> None:
+        """Add what was appended since it was last read, up to a line that is incomplete or malformed."""
+        for line in self._lines():
+            if self._boot == "":
+                head, _, rest = line.partition(_HEAD + " ")
+                size, _, self._boot = rest.partition(" ")
+                if head or not size.isdecimal() or not self._boot:
+                    return
+                self.size = int(size)
+            elif line != _SYNCED:
+                start, _, stop = line.partition(" ")
+                if not (start.isdecimal() and stop.isdecimal()):
+                    return
+                extents.add(int(start), min(int(stop), self.size))
+            elif self._boot != _boot():
+                self._lasting = list(extents)
+
+    def load(self) -> Extents:
+        """All that counts, for the next writer."""
+        extents = Extents()
+        self.read(extents)
+        return extents if self._boot == _boot() else Extents(self._lasting)
+
+    def _lines(self) -> Iterable[str]:
+        content = bytearray()
+        while chunk := os.pread(self._file, 1 << 20, self._position + len(content)):
+            content += chunk
+        end = content.rfind(b"\n") + 1
+        self._position += end
+        return content[:end].decode("ascii", "replace").splitlines()
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def lists_a_file(path: Path) -> bool:
+    """Whether this is the list of a file that exists."""
+    name, _, number = path.name.removesuffix(".new").removesuffix(SUFFIX).rpartition(".")
+    if SUFFIX not in path.name:
+        return False
+    try:
+        return path.with_name(name).stat().st_ino == int(number)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+@cache
+def _boot() -> str:
+    """What no other start of the machine has."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"

@@ -1,0 +1,140 @@
+"""The upload of a blob of known digest, which can be written in any order, by several transfers.
+
+As long as it is written from the beginning on, its file is an upload's like any other.  Before the first
+write elsewhere it gets a list of its extents (storage/disk/extents.py), by which other processes follow it,
+and the next one resumes it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+from storage.concurrency import run_in_thread
+from storage.disk.extents import ExtentList, Extents
+from storage.disk.uploads import BACKLOG, FileUpload
+
+SYNC = 256 << 20  # bytes written after which they are synchronized, so that they outlast a power failure
+
+
+class SparseUpload(FileUpload):
+    """An upload with one writer, which can write in any order once expect() has told the size.
+
+    `extents` are the bytes that are written; `offset` is the number of those that are written or accepted.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.extents = Extents()
+        self._list: ExtentList | None = None
+        self._unsynced = 0  # bytes
+
+    @property
+    def listed_size(self) -> int:
+        """The size of the blob as a former writer knew it; -1 if it wrote from the beginning on."""
+        return self._list.size if self._list is not None else -1
+
+    async def write_at(self, position: int, chunk: bytes) -> None:
+        """Write bytes that are not there.  The rest is as in write()."""
+        await self._accept(position, chunk)
+
+    def rehash(self) -> None:
+        self._load()
+        if self._list is None:
+            self._catch_up()  # else commit() does it
+        self.ours = True
+        self.offset = self._written = self.extents.total
+
+    def _load(self) -> None:
+        path = ExtentList.path(self._path, self._file)
+        size = os.fstat(self._file).st_size
+        found = ExtentList.find(path) if size else None
+        if self._list is not None:
+            self._list.close()
+            self._list = None
+        if found is None:
+            path.unlink(missing_ok=True)  # of a former file with the same number
+            self.extents = Extents([(0, size)])
+            return
+        self.extents = found.load()
+        if found.size < 0:  # it is damaged: nothing counts
+            os.ftruncate(self._file, 0)
+            found.remove()
+            found.close()
+            return
+        try:
+            self.extents.remove(size, max(size, found.size))
+            self._list = ExtentList.create(path, found.size, self.extents)
+        finally:
+            found.close()
+
+    def keep_beginning(self) -> None:
+        """Drop what follows the first gap, for a writer that writes from the beginning on.  Blocks."""
+        if self._list is not None:
+            os.ftruncate(self._file, self.extents.end(0))
+            self._list.remove()
+            self._list.close()
+            self._list = None
+            self.rehash()
+
+    def _look(self) -> None:
+        # The size first: 1. the list is created  2. bytes are written beyond a hole
+        size = os.fstat(self._file).st_size
+        if self._list is None:
+            self._list = ExtentList.find(ExtentList.path(self._path, self._file))
+        if self._list is not None:
+            self._list.read(self.extents)
+        elif size:
+            self.extents.add(0, size)
+        if self.extents.total > self.offset:
+            self.offset = self.extents.total
+            self._move(self._readable)
+
+    def _append(self, batch: list[tuple[int, bytes]]) -> None:
+        written = Extents((position, position + len(chunk)) for position, chunk in batch)
+        if self._list is None and any(start > self.extents.end(0) for start, _ in written):
+            path = ExtentList.path(self._path, self._file)
+            self._list = ExtentList.create(path, self._size, self.extents)
+        super()._append(batch)
+        if self._list is None:
+            return
+        self._list.append(written)
+        self._unsynced += written.total
+        if self._unsynced >= SYNC:
+            self._sync()
+        # Gaps are closed before what is already there: hash that, while it may be in memory.
+        self._catch_up(min(self.extents.end(0), self._hashed + 2 * BACKLOG))
+
+    def _sync(self) -> None:
+        if self._list is not None and self._unsynced:
+            os.fdatasync(self._file)
+            self._list.sync()
+            self._unsynced = 0
+
+    def _advance(self, batch: list[tuple[int, bytes]]) -> None:
+        for position, chunk in batch:
+            self.extents.add(position, position + len(chunk))
+        self._move(self._readable)
+
+    def _end_of(self, offset: int) -> int:
+        end, size = self.extents.end(offset), max(self._size, self.listed_size)
+        return min(end, size - 1) if size > 0 else end - 1
+
+    async def suspend(self, error: BaseException | None = None, *, keep_empty: bool = False) -> None:
+        if self.ours and self._file >= 0:
+            await self._flushed()
+            with suppress(OSError):  # less is kept if the machine fails
+                await run_in_thread(self._sync)
+        await super().suspend(error, keep_empty=keep_empty)
+
+    def _discard(self) -> None:
+        super()._discard()
+        if self.ours and self._list is not None:
+            with suppress(OSError):
+                self._list.remove()
+
+    def close(self) -> None:
+        if self._list is not None and self._file >= 0:
+            self._list.close()
+        super().close()

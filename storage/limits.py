@@ -18,7 +18,8 @@ class Slots:
     """A limit of work in progress, in total and for each namespace.
 
     `each` is the limit of each namespace; that of a namespace that is not in it is `total`.  Namespaces with
-    the same `key_of` have one limit together.  Within a process, who comes first is served first.
+    the same `key_of` have one limit together.  Within a process, who comes first is served first.  Limits of
+    different `kind` are independent.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Slots:
         each: dict[str, int] | None = None,
         shared: SharedState | None = None,
         key_of: Callable[[str], str] = str,
+        kind: str = "",
     ) -> None:
         shared = shared or SharedState()
         self._total = total
         self._each = each or {}
         self._key_of = key_of
+        self._kind = (kind,) if kind else ()
         self._held = shared.slots
         self._bell = shared.bell
         self._queues: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -42,9 +45,9 @@ class Slots:
         async with AsyncExitStack() as slots:
             # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
             if (limited := self._key_of(namespace)) in self._each:
-                key = self._held.key("namespace", limited)
+                key = self._held.key(*self._kind, "namespace", limited)
                 await slots.enter_async_context(self._slot(key, self._each[limited]))
-            await slots.enter_async_context(self._slot(self._held.key("all"), self._total))
+            await slots.enter_async_context(self._slot(self._held.key(*self._kind, "all"), self._total))
             yield
 
     @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from proxy.cache import tags
+from proxy.cache import fetcher, tags
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
@@ -105,6 +106,7 @@ def clock() -> Clock:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a machine is quick or slow decides no test: one about it says for how long to wait."""
     monkeypatch.setattr(tags, "PATIENCE", None)
+    monkeypatch.setattr(fetcher, "MEASURED", math.inf)
 
 
 BACKOFF = transport.BACKOFF  # as it is where nobody is in a hurry

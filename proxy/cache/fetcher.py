@@ -7,9 +7,7 @@ byte comes from one of them: a transfer ends where another one has begun, and th
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +17,7 @@ from proxy.cache.readers import BlobSource
 from storage.disk.extents import Extents
 from storage.disk.sparse import SparseUpload
 from storage.errors import OriginFailed, RangeInvalid, RegistryError, Unavailable
+from storage.limits import Slots
 from storage.oci import Descriptor, Digest, Span
 from storage.registry import Blob
 
@@ -43,6 +42,7 @@ class Fill:
     repositories: those whose origin has confirmed that they have the blob
     received: the origin has sent everything
     ranges: whether the origin sends ranges, None if that is not known
+    queued: it waits for its turn
     """
 
     digest: Digest
@@ -58,6 +58,8 @@ class Fill:
     received: bool = False
     ranges: bool | None = None
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for the first range
+    opened: asyncio.Event = field(default_factory=asyncio.Event)  # `upload` is there, or `error`
+    queued: bool = False
     error: Exception | None = None
 
     def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
@@ -83,8 +85,11 @@ class Part:
     stop: int
     granted: bool
     since: float
-    base: int
-    later: tuple[float, int]  # the next `since` and `base`
+    base: int = field(init=False)
+    later: tuple[float, int] = field(init=False)  # the next `since` and `base`
+
+    def __post_init__(self) -> None:
+        self.base, self.later = self.position, (self.since, self.position)
 
     def advance(self, number: int, now: float) -> None:
         self.position += number
@@ -104,6 +109,8 @@ class Fetcher:
 
     again: makes a new upload, after the bytes of a former one turned out not to be of this blob
     ensure_room: makes room for an upload of a size
+    slots: how many ranges are transferred at once, of all fills
+    ticks: seconds of a clock that nobody sets
     """
 
     def __init__(
@@ -112,13 +119,15 @@ class Fetcher:
         upload: SparseUpload,
         again: Callable[[], Awaitable[SparseUpload]],
         ensure_room: Callable[[SparseUpload, int], Awaitable[None]],
+        slots: Slots,
         backoff: float,
-        ticks: Callable[[], float] = time.monotonic,
+        ticks: Callable[[], float],
     ) -> None:
         self.upload = upload
         self._fill = fill
         self._again = again
         self._ensure_room = ensure_room
+        self._slots = slots
         self._backoff = backoff
         self._ticks = ticks
         self._size = -1
@@ -126,6 +135,7 @@ class Fetcher:
         self._parts: list[Part] = []
         self._changed = asyncio.Event()
         self._most = asyncio.Semaphore(MOST)
+        self._beginning = asyncio.Lock()
         self._refused_until = -float("inf")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -138,12 +148,13 @@ class Fetcher:
             await source.origin.resolve_blob(source.name, digest)
             self._fill.repositories.add(source.repository)
             return
-        try:
-            await self._persist()
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._persist()
+
+    async def close(self) -> None:
+        """End the transfers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _persist(self) -> None:
         failures, wait = 0, 0.0
@@ -176,7 +187,7 @@ class Fetcher:
             end = known if known >= 0 else LARGEST_UNSIZED
             start, stop = self._taken.gap(0, end)
             if start < stop:
-                await self._fetch_gap(Part(start, stop, True, *self._now(start)), end)
+                await self._fetch_gap(Part(start, stop, True, self._ticks()), end)
                 if self._size < 0:
                     return
             elif self.upload.offset >= end:
@@ -244,10 +255,6 @@ class Fetcher:
         self._parts.remove(part)
         self._changed.set()
 
-    def _now(self, position: int) -> tuple[float, int, tuple[float, int]]:
-        now = self._ticks()
-        return now, position, (now, position)
-
     # What clients wait for
 
     def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
@@ -263,20 +270,33 @@ class Fetcher:
         if not coming and self._taken.end(offset) > offset:
             return  # it waits for the disk
         stop = min([stop, *(each.position for each in self._parts if each.position > offset)])
-        part = Part(
-            offset, self._taken.gap(offset, stop)[1] if not coming else stop, False, *self._now(offset)
-        )
+        if not coming:
+            stop = self._taken.gap(offset, stop)[1]
+        self._start(source, Part(offset, stop, False, now))
+
+    async def begin(self, source: BlobSource, span: Span) -> None:
+        """Start the fill by a range, while it waits for its turn, if the origin sends ranges."""
+        async with self._beginning:
+            if self._fill.started.done() or self._fill.ranges is False:
+                return
+            if span.start < 0:
+                span = span.of((await source.origin.resolve_blob(source.name, self._fill.digest)).size)
+            stop = LARGEST_UNSIZED if span.stop is None else span.stop
+            first = self._start(source, Part(span.start, stop, False, self._ticks()))
+            waited: set[asyncio.Future[Any]] = {first, self._fill.started}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+
+    def _start(self, source: BlobSource, part: Part) -> asyncio.Task[None]:
         self._parts.append(part)
         task = asyncio.create_task(self._fetch_part(source, part))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _fetch_part(self, source: BlobSource, part: Part) -> None:
         try:
-            async with self._most:
-                # The first answer tells whether the origin sends ranges.
-                async with self._fill.asking if self._fill.ranges is None else nullcontext():
-                    blob = await self._open(source, part)
+            async with self._most, self._slots.turn(source.namespace):
+                blob = await self._open(source, part)
                 if blob is not None:
                     try:
                         await self._stream(blob, part)
@@ -291,13 +311,29 @@ class Fetcher:
 
     async def _open(self, source: BlobSource, part: Part) -> Blob | None:
         """The transfer of a part; None if its bytes have come meanwhile, or the origin does not send it."""
+        if self._fill.ranges is None:
+            async with self._fill.asking:  # the first answer tells whether the origin sends ranges
+                if self._fill.ranges is None:
+                    return await self._request(source, part)
+        return await self._request(source, part)
+
+    async def _request(self, source: BlobSource, part: Part) -> Blob | None:
         if self._fill.ranges is False or self._ticks() < self._refused_until:
             return None
-        span = Span(part.position, part.stop)
+        span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
         blob = await source.origin.get_blob(source.name, self._fill.digest, span)
-        self._fill.ranges = blob.position == part.position
-        if self._fill.ranges and blob.descriptor.size == self._size and self._grant(part):
-            return blob
+        size = blob.descriptor.size
+        try:
+            self._fill.ranges = blob.position == part.position
+            if self._fill.ranges and self._size < 0 <= size:
+                await self._begin(source, blob.descriptor, part)
+            elif self._fill.ranges and size != self._size:
+                raise OriginFailed(f"{source.namespace} first stated {self._size} bytes, now {size}")
+            if self._fill.ranges and self._grant(part):
+                return blob
+        except BaseException:
+            await blob.close()
+            raise
         await blob.close()
         return None
 

@@ -46,6 +46,7 @@ class Fills:
     """The fills of one store, which all caches over it share.
 
     slots: how many fills transfer at once; those that follow another process need none
+    range_slots: how many ranges are transferred at once beside them
     make_room: evicts, as far as possible, so that a number of bytes can be stored
     """
 
@@ -54,13 +55,17 @@ class Fills:
         store: Store,
         metrics: Metrics,
         slots: Slots | None = None,
+        range_slots: Slots | None = None,
         backoff: float = BACKOFF,
         make_room: MakeRoom = make_no_room,
         clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._slots = slots or Slots(1000)
+        self._range_slots = range_slots or Slots(1000)
+        self._ticks = ticks
         self._backoff = backoff
         self._make_room = make_room
         self._clock = clock
@@ -82,6 +87,8 @@ class Fills:
                 continue
             elif source.repository not in (fill.source.repository, *fill.repositories):
                 await self._permit(fill, source)
+            if span is not None:
+                await self._start_by_range(fill, source, span)
             # shield: a client that disconnects must not cancel what others wait for.
             started = await asyncio.shield(fill.started)
             result = "hit" if started and started[0].complete else "miss"
@@ -98,6 +105,12 @@ class Fills:
             # An error for another repository says nothing about ours: then a new fill is started.
             if fill.error is not None and fill.source.repository == source.repository:
                 raise fill.error
+
+    async def _start_by_range(self, fill: Fill, source: BlobSource, span: Span) -> None:
+        """If it is not the turn of the fill, start it by the range, which can come at once."""
+        await fill.opened.wait()
+        if fill.queued and fill.fetcher is not None:
+            await fill.fetcher.begin(source, span)
 
     async def _follow(
         self, fill: Fill, source: BlobSource, upload: SparseUpload, descriptor: Descriptor, span: Span | None
@@ -221,6 +234,7 @@ class Fills:
             elif not answered:
                 fill.log.error("fill.failed", error=str(error) or type(error).__name__)
         finally:
+            fill.opened.set()
             del self._fills[fill.digest]
             self._metrics.filling.dec()
             self._metrics.fills.labels(self._metrics.label(fill.source.namespace), result).inc()
@@ -243,6 +257,7 @@ class Fills:
         """Transfer the blob, or follow another process that does; None if it was stored meanwhile."""
         upload = fill.upload = await self._store.files.resume(fill.digest)
         if not upload.ours:
+            fill.opened.set()
             # Another process transfers it.  A HEAD says whether our repository has it, and its size.
             descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
             fill.repositories.add(fill.source.repository)
@@ -259,12 +274,20 @@ class Fills:
             return None
         # The other processes, which follow the upload already, wait with us.
         again = partial(self._store.files.resume, fill.digest)
-        fill.fetcher = Fetcher(fill, upload, again, self._ensure_room, self._backoff)
-        async with self._slots.turn(fill.source.namespace):
-            await fill.fetcher.run()
+        fetcher = fill.fetcher = Fetcher(
+            fill, upload, again, self._ensure_room, self._range_slots, self._backoff, self._ticks
+        )
+        try:
+            fill.queued = True
+            fill.opened.set()
+            async with self._slots.turn(fill.source.namespace):
+                fill.queued = False
+                await fetcher.run()
+        finally:
+            await fetcher.close()
         fill.received = True
         try:
-            return "committed", await fill.fetcher.upload.commit(fill.digest)
+            return "committed", await fetcher.upload.commit(fill.digest)
         except DigestInvalid as error:  # its status would blame the client
             raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
 

@@ -197,7 +197,8 @@ class _Composer:
         usage, recorder = self._usage(store)
         queue, publisher = self._webhooks()
         drill = Drill(clock, self._hooks.drill_begun, config.key_of)
-        fills = Fills(store, self._metrics, self._slots(), make_room=self._hooks.make_room, clock=clock)
+        slots = self._slots(), self._slots("ranges")
+        fills = Fills(store, self._metrics, *slots, make_room=self._hooks.make_room, clock=clock)
         tag_moved = _tag_moved(recorder, publisher)
         factory = CacheFactory(
             config=config,
@@ -286,11 +287,12 @@ class _Composer:
 
     # Registries
 
-    def _slots(self) -> Slots:
+    def _slots(self, kind: str = "") -> Slots:
         part = 2 if self._hooks.background else 1
         cached = self._config.cached().items()
         each = {name: max(1, upstream.max_fills // part) for name, (_, upstream) in cached}
-        return Slots(max(1, self._config.limits.fills // part), each, self._shared, self._config.key_of)
+        total, key_of = max(1, self._config.limits.fills // part), self._config.key_of
+        return Slots(total, each, self._shared, key_of, kind)
 
     def _hosted(self, store: Store, publisher: Publisher | None) -> dict[str, Hosted]:
         return {

@@ -385,7 +385,7 @@ class Failing(FileBlob):
     at = 2 * MiB
     rest: bytes | None = None
 
-    async def readable(self, offset: int) -> int:
+    async def readable(self, offset: int, stop: int | None = None) -> int:
         if offset >= self.at:
             raise StorageFailed("the disk failed")
         return self.at

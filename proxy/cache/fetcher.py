@@ -136,6 +136,7 @@ class Fetcher:
         self._changed = asyncio.Event()
         self._most = asyncio.Semaphore(MOST)
         self._beginning = asyncio.Lock()
+        self._first: asyncio.Task[None] | None = None  # of begin()
         self._refused_until = -float("inf")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -148,6 +149,8 @@ class Fetcher:
             await source.origin.resolve_blob(source.name, digest)
             self._fill.repositories.add(source.repository)
             return
+        if self._first is not None:
+            await self._begun(self._first)
         await self._persist()
 
     async def close(self) -> None:
@@ -270,8 +273,8 @@ class Fetcher:
         if not coming and self._taken.end(offset) > offset:
             return  # it waits for the disk
         stop = min([stop, *(each.position for each in self._parts if each.position > offset)])
-        if not coming:
-            stop = self._taken.gap(offset, stop)[1]
+        taken = [part.stop for part in coming if part.granted] or [self._taken.gap(offset, stop)[1]]
+        stop = min(stop, *taken)
         self._start(source, Part(offset, stop, False, now))
 
     async def begin(self, source: BlobSource, span: Span) -> None:
@@ -282,9 +285,14 @@ class Fetcher:
             if span.start < 0:
                 span = span.of((await source.origin.resolve_blob(source.name, self._fill.digest)).size)
             stop = LARGEST_UNSIZED if span.stop is None else span.stop
-            first = self._start(source, Part(span.start, stop, False, self._ticks()))
-            waited: set[asyncio.Future[Any]] = {first, self._fill.started}
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if self._first is None or self._first.done():
+                self._first = self._start(source, Part(span.start, stop, False, self._ticks()))
+            await self._begun(self._first)
+
+    async def _begun(self, first: asyncio.Task[None]) -> None:
+        """Wait until it is known whether the range starts the fill."""
+        waited: set[asyncio.Future[Any]] = {first, self._fill.started}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
 
     def _start(self, source: BlobSource, part: Part) -> asyncio.Task[None]:
         self._parts.append(part)

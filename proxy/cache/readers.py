@@ -90,7 +90,8 @@ class FollowedBlob(Blob):
                         yield chunk
                 return
             except StorageFailed:
-                hashed = await asyncio.to_thread(self._hash, digest.algorithm, position)
+                if start == 0:  # else there may be gaps before it
+                    hashed = await asyncio.to_thread(self._hash, digest.algorithm, position)
             # The space of its file is needed now, not when the slowest client has read it.
             await self._blob.close()
         elif start == 0:

@@ -1,0 +1,258 @@
+"""Which bytes of a file with holes are there: as a value, as a list on the disk, and of an upload."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.disk import extents as module
+from storage.disk.blobs import BlobFiles
+from storage.disk.extents import ExtentList, Extents
+from storage.disk.sparse import SparseUpload
+from storage.errors import DigestInvalid, OriginFailed
+from storage.oci import OCTETS, Descriptor, Digest
+from tests.conftest import Clock
+
+CONTENT = os.urandom(300_000)
+DIGEST = Digest.of(CONTENT)
+WHOLE = Descriptor(OCTETS, DIGEST, len(CONTENT))
+PARTIAL = f"sha256-{DIGEST.encoded}"
+
+SPANS = st.tuples(st.integers(0, 30), st.integers(0, 30))
+
+
+@given(st.lists(st.tuples(st.booleans(), SPANS), max_size=20), SPANS)
+def test_a_set_of_bytes(changes: list[tuple[bool, tuple[int, int]]], asked: tuple[int, int]) -> None:
+    extents, expected = Extents(), set[int]()
+    for added, (start, stop) in changes:
+        if added:
+            extents.add(start, stop)
+            expected |= set(range(start, stop))
+        else:
+            extents.remove(start, stop)
+            expected -= set(range(start, stop))
+    assert [at for start, stop in extents for at in range(start, stop)] == sorted(expected)
+    assert extents.total == len(expected)
+    assert all(start < stop for start, stop in extents)
+    offset, stop = asked
+    assert extents.end(offset) == next(at for at in range(offset, 32) if at not in expected)
+    first, last = extents.gap(offset, max(offset, stop))
+    missing = [at for at in range(offset, stop) if at not in expected]
+    assert list(range(first, last)) == missing[: last - first]
+    assert (first < last) == bool(missing)
+    assert last == stop or last in expected or not missing
+
+
+def loaded(path: Path) -> tuple[int, list[tuple[int, int]]]:
+    found = ExtentList.find(path)
+    assert found is not None
+    extents = found.load()
+    found.close()
+    return found.size, list(extents)
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A list of [0, 10) and [20, 30), of which only the first is synchronized."""
+    path = tmp_path / "x.1.extents"
+    made = ExtentList.create(path, 100, Extents([(0, 5)]))
+    made.append([(5, 10)])
+    made.sync()
+    made.append([(20, 30)])
+    made.close()
+    return path
+
+
+def test_what_is_listed_is_read(listed: Path) -> None:
+    assert loaded(listed) == (100, [(0, 10), (20, 30)])
+    assert list(listed.parent.iterdir()) == [listed]
+
+
+def test_after_a_failure_of_the_machine_only_what_was_synchronized_counts(
+    listed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_boot", lambda: "another")
+    assert loaded(listed) == (100, [(0, 10)])
+
+
+@pytest.mark.parametrize("more", [b"40 50", b"x y\n40 50\n", b"\0\0\0\n40 50\n", b"4 0 50\n", b"-4 50\n"])
+def test_what_is_no_line_ends_the_list(listed: Path, more: bytes) -> None:
+    with listed.open("ab") as file:
+        file.write(more)
+    assert loaded(listed) == (100, [(0, 10), (20, 30)])
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"\n", b"extents 2 100 x\n", b"extents 1 many x\n", b"extents 1 100\n"]
+)
+def test_without_its_first_line_nothing_counts(listed: Path, head: bytes) -> None:
+    listed.write_bytes(head + b"0 10\nsynced\n")
+    assert loaded(listed)[1] == []
+
+
+def test_a_reader_sees_what_is_appended(listed: Path) -> None:
+    reader, extents = ExtentList.find(listed), Extents()
+    assert reader is not None
+    reader.read(extents)
+    with listed.open("ab", buffering=0) as writer:
+        writer.write(b"50 60\n70")
+        reader.read(extents)
+        assert list(extents)[-1] == (50, 60)
+        writer.write(b" 80\nsynced\n")
+        reader.read(extents)
+    assert list(extents)[-1] == (70, 80)
+    reader.close()
+
+
+# An upload with holes
+
+
+@pytest.fixture
+def files(tmp_path: Path, clock: Clock) -> BlobFiles:
+    return BlobFiles(tmp_path, clock, ticks=clock)
+
+
+def partial_files(files: BlobFiles) -> list[str]:
+    return sorted(path.name for path in (files.root / "partial").iterdir())
+
+
+async def put(upload: SparseUpload, *spans: tuple[int, int], content: bytes = CONTENT) -> None:
+    upload.expect(len(content))
+    for start, stop in spans:
+        await upload.write_at(start, content[start:stop])
+    await upload._flushed()
+
+
+@given(st.permutations(range(10)), st.integers(0, 10), st.booleans())
+async def test_any_order_and_a_break(order: list[int], killed: int, kindly: bool) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as root:
+        files = BlobFiles(Path(root))
+        upload = await files.resume(DIGEST)
+        parts = [(each * 30_000, (each + 1) * 30_000) for each in order]
+        await put(upload, *parts[:killed])
+        if kindly:
+            await upload.suspend(OriginFailed("cut"))
+        else:
+            upload.close()  # as the kernel does
+        upload = await files.resume(DIGEST)
+        assert sorted(upload.extents) == sorted(Extents(parts[:killed]))
+        assert upload.offset == 30_000 * killed
+        await put(upload, *parts[killed:])
+        assert await upload.commit(DIGEST) == WHOLE
+        assert files.path(DIGEST).read_bytes() == CONTENT
+        assert partial_files(files) == []
+
+
+async def test_what_is_there_is_read_and_the_last_byte_withheld(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (200_000, 300_000), (50, 60))
+    blob = upload.follow(WHOLE)
+    assert await blob.readable(50) == 60
+    assert await blob.readable(250_000) == 299_999
+    await put(upload, (0, 50), (60, 200_000))
+    assert await blob.readable(0) == 299_999
+    await upload.commit(DIGEST)
+    assert await blob.readable(0) == 300_000
+    await blob.close()
+
+
+async def test_wrong_bytes_in_the_middle_leave_nothing(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (100_000, 300_000))
+    await put(upload, (0, 100_000), content=bytes(300_000))
+    with pytest.raises(DigestInvalid):
+        await upload.commit(DIGEST)
+    assert partial_files(files) == []
+
+
+async def test_without_holes_there_is_no_list(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 100), (100, 5000))
+    assert partial_files(files) == [PARTIAL]
+    await upload.cancel()
+
+
+@pytest.mark.parametrize("damage", ["shorter file", "lost head"])
+async def test_what_the_file_does_not_hold_does_not_count(files: BlobFiles, damage: str) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 1000), (5000, 9000))
+    await upload.suspend(OriginFailed("cut"))
+    name = next(each for each in partial_files(files) if each != PARTIAL)
+    if damage == "shorter file":
+        os.truncate(files.root / "partial" / PARTIAL, 6000)
+    else:
+        (files.root / "partial" / name).write_bytes(b"\0" * 50)
+    upload = await files.resume(DIGEST)
+    assert list(upload.extents) == ([(0, 1000), (5000, 6000)] if damage == "shorter file" else [])
+    missing = [(1000, 5000), (6000, 300_000)] if damage == "shorter file" else [(0, 300_000)]
+    await put(upload, *missing)
+    assert await upload.commit(DIGEST) == WHOLE
+    assert partial_files(files) == []
+
+
+async def test_a_list_that_a_former_file_left_is_not_of_this_one(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (5000, 9000))
+    name = next(each for each in partial_files(files) if each != PARTIAL)
+    left = (files.root / "partial" / name).read_bytes()
+    await upload.cancel()
+    upload = await files.resume(DIGEST)
+    number = (files.root / "partial" / PARTIAL).stat().st_ino
+    upload.close()
+    (files.root / "partial" / f"{PARTIAL}.{number}.extents").write_bytes(left)
+    upload = await files.resume(DIGEST)
+    assert list(upload.extents) == []
+    await upload.cancel()
+    assert partial_files(files) == []
+
+
+async def test_a_writer_from_the_beginning_on_keeps_the_beginning(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 1000), (5000, 9000))
+    await upload.suspend(OriginFailed("cut"))
+    upload = await files.resume(DIGEST)
+    upload.keep_beginning()
+    assert upload.offset == 1000
+    await upload.write(CONTENT[1000:])
+    assert await upload.commit(DIGEST) == WHOLE
+    assert partial_files(files) == []
+
+
+async def test_an_upload_with_holes_is_followed_and_taken_over(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 1000))
+    following = await files.resume(DIGEST)
+    assert not following.ours
+    following._look()
+    assert list(following.extents) == [(0, 1000)]
+    await put(upload, (5000, 9000))
+    following._look()
+    assert list(following.extents) == [(0, 1000), (5000, 9000)]
+    assert (following.listed_size, following.offset) == (300_000, 5000)
+    upload.close()
+    assert await following.watch(DIGEST) is False
+    await put(following, (1000, 5000), (9000, 300_000))
+    await following.commit(DIGEST)
+    assert files.path(DIGEST).read_bytes() == CONTENT
+    assert partial_files(files) == []
+
+
+async def test_a_list_is_reaped_with_its_file(files: BlobFiles, clock: Clock) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (5000, 9000))
+    await upload.suspend(OriginFailed("cut"))
+    now = clock.now
+    for name in partial_files(files):
+        os.utime(files.root / "partial" / name, (now - 500, now - (0 if name == PARTIAL else 500)))
+    assert files.reap(100) == 0
+    clock.advance(200)
+    assert files.reap(100) == 1
+    clock.advance(200)
+    assert files.reap(100) == 1
+    assert partial_files(files) == []

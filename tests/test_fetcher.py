@@ -1,0 +1,370 @@
+"""The ranges that clients of big blobs ask for, as each kind of client does: every byte comes once."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxy.cache import fetcher
+from proxy.cache.fetcher import Part
+from proxy.cache.fills import Fills
+from proxy.cache.readers import BlobSource
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream import client, requests
+from proxy.upstream.credentials import Credentials
+from proxy.upstream.transport import Connect
+from storage.disk.blobs import BlobFiles
+from storage.disk.records import Records
+from storage.disk.sparse import SparseUpload
+from storage.errors import RegistryError
+from storage.limits import Slots
+from storage.oci import Digest, Span
+from storage.store import Store
+from tests.conftest import Clock, Serve, Site
+from tests.test_fills import blobs, content_of, heard, path_of
+from tests.upstream import Corrupt, Hold, Status, Upstream, WrongLength
+
+SIZE = 1_600_000
+BODY = content_of(SIZE, 7)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is not next is far ahead."""
+    monkeypatch.setattr(fetcher, "ASSUMED", 1)
+
+
+def asked(upstream: Upstream) -> list[tuple[int, int]]:
+    """The ranges that upstream was asked for, in order; [0, 0) is the whole blob."""
+    found = []
+    for each in upstream.requests:
+        if each.method == "GET" and each.kind == "blob":
+            first, last = re.fullmatch(r"(?:bytes=(\d+)-(\d*))?", each.range or "").groups()  # type: ignore[union-attr]
+            found.append((int(first or 0), int(last or SIZE - 1) + 1 if first else 0))
+    return sorted(found)
+
+
+async def part(site: Site, digest: str, asked: str) -> bytes:
+    status, headers, body = await site.get(path_of(digest), Range=asked)
+    assert status == 206
+    if "," not in asked:
+        assert headers["Content-Range"].endswith(f"/{SIZE}")
+    return body
+
+
+# As clients do
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+async def test_sixteen_ranges_at_once(
+    serve: Serve, upstream: Upstream, impatient: None, clients: int
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    begun, never, step = asyncio.Event(), asyncio.Event(), SIZE // 16
+    upstream.next("GET", digest, Hold(begun, after=1000), Hold(never, after=step))
+    committed = heard("fill.committed")
+    starts = [start for _ in range(clients) for start in range(0, SIZE, step)]
+    ranges = [f"bytes={start}-{start + step - 1}" for start in starts]
+    pulls = [asyncio.create_task(part(site, digest, each)) for each in ranges]
+    between = (0, SIZE - step)  # the last byte needs all
+    await asyncio.gather(*(pull for pull, at in zip(pulls, starts, strict=True) if at not in between))
+    begun.set()
+    assert await asyncio.gather(*pulls) == [BODY[start : start + step] for start in starts]
+    await committed.wait()
+    never.set()
+    assert blobs(site) == [BODY]
+    assert asked(upstream) == [(0, 0), *((start, start + step) for start in range(step, SIZE, step))]
+    assert upstream.bytes_sent == SIZE
+
+
+async def test_open_ranges_that_are_dropped(serve: Serve, upstream: Upstream, impatient: None) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    begun, never = asyncio.Event(), asyncio.Event()
+    upstream.next("GET", digest, Hold(begun, after=1000), Hold(never, after=400_000))
+    committed = heard("fill.committed")
+    for start in (1_200_000, 400_000, 1_300_000):
+        header = {"Range": f"bytes={start}-"}
+        async with site.request("GET", path_of(digest), headers=header) as response:
+            assert await response.content.readexactly(1000) == BODY[start : start + 1000]
+            response.close()
+    begun.set()
+    await committed.wait()
+    never.set()
+    assert blobs(site) == [BODY]
+    assert asked(upstream) == [(0, 0), (400_000, 1_200_000), (1_200_000, SIZE)]
+    assert upstream.bytes_sent == SIZE
+
+
+async def test_steps_of_50_000_bytes_several_in_a_header(
+    serve: Serve, upstream: Upstream, impatient: None
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    begun, never = asyncio.Event(), asyncio.Event()
+    upstream.next("GET", digest, Hold(begun, after=2), Hold(never, after=200_000))
+    committed = heard("fill.committed")
+    assert await part(site, digest, "bytes=0-1") == BODY[:2]
+    spans = [(200_000, 250_000), (400_000, 500_000), (1_550_000, SIZE)]
+    for _ in range(2):
+        header = ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+        pull = asyncio.create_task(part(site, digest, f"bytes={header}"))
+        begun.set()  # the last byte needs all
+        body = await pull
+        assert all(BODY[start:stop] in body for start, stop in spans)
+    await committed.wait()
+    never.set()
+    assert blobs(site) == [BODY]
+
+
+async def test_the_last_bytes_wait_for_the_digest(serve: Serve, upstream: Upstream, impatient: None) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    async with site.request("GET", path_of(digest), headers={"Range": "bytes=-51"}) as response:
+        assert response.status == 206
+        assert await response.content.readexactly(50) == BODY[-51:-1]
+        assert blobs(site) == []
+        gate.set()
+        assert await response.content.read() == BODY[-1:]
+
+
+@pytest.mark.errors("fill.failed")
+async def test_a_wrong_range_spoils_all(serve: Serve, upstream: Upstream, impatient: None) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate, failed = asyncio.Event(), heard("fill.failed")
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    upstream.next("GET", digest, Corrupt(at=800_000))
+    assert await part(site, digest, "bytes=700000-899999") != BODY[700_000:900_000]
+    response = await site.request("GET", path_of(digest))
+    gate.set()
+    with pytest.raises(Exception, match="payload"):
+        await response.read()
+    await failed.wait()
+    assert (blobs(site), site.partial) == ([], [])
+    assert (await site.get(path_of(digest)))[2] == BODY
+
+
+@pytest.mark.parametrize("fault", [Status(403), Status(404), Status(500), WrongLength(5)], ids=str)
+async def test_a_range_that_fails_is_brought_by_the_fill(
+    serve: Serve, upstream: Upstream, impatient: None, fault: Any
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate, refused = asyncio.Event(), heard("fill.range_refused")
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    upstream.next("GET", digest, fault, times=2)
+    pull = asyncio.create_task(part(site, digest, "bytes=700000-899999"))
+    if not isinstance(fault, WrongLength):
+        await refused.wait()
+    gate.set()
+    assert await pull == BODY[700_000:900_000]
+    assert (await site.get(path_of(digest)))[2] == BODY
+
+
+# Without a server
+
+
+class Rig:
+    """Fills over a store; `turns` is held by the test as long as no fill is to transfer."""
+
+    def __init__(self, root: Path, upstream: Upstream, clock: Clock) -> None:
+        connect = Connect(plain_http=True, header_timeout=9, progress_timeout=9)
+        settings = requests.UpstreamSettings(upstream.url, connect)
+        metrics = Metrics()
+        self.origin = client.UpstreamRegistry("up", settings, [Credentials()], metrics)
+        self.store = Store(BlobFiles(root, clock), Records(root / "records"), clock)
+        self.turns = Slots(1)
+        self.fills = Fills(self.store, metrics, self.turns, backoff=0, ticks=clock)
+        self.source = BlobSource("up", self.origin, "a/b")
+        self.partial = root / "partial"
+
+    async def read(self, digest: Digest, start: int, stop: int) -> bytes:
+        blob = (await self.fills.join(self.source, digest, Span(start, stop))).value
+        try:
+            return b"".join([chunk async for chunk in blob.chunks(start, stop)])
+        finally:
+            await blob.close()
+
+    async def close(self) -> None:
+        await self.fills.close()
+        await self.origin.close()
+        await self.store.close()
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[Rig]:
+    rig = Rig(tmp_path, upstream, clock)
+    yield rig
+    await rig.close()
+
+
+async def test_what_a_slow_transfer_would_bring_late_is_fetched(
+    rig: Rig, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetcher, "MEASURED", 0.25)
+    digest = Digest(upstream.blob("a/b", BODY))
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=100_000))
+    assert await rig.read(digest, 0, 99_999) == BODY[:99_999]
+    clock.advance(0.2)  # nothing is known of its pace
+    waiting = asyncio.create_task(rig.read(digest, 200_000, 200_100))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert asked(upstream) == [(0, 0)]
+    clock.advance(4)  # 25 kB a second
+    assert await rig.read(digest, 300_000, 300_100) == BODY[300_000:300_100]
+    assert asked(upstream) == [(0, 0), (300_000, 300_100)]
+    gate.set()
+    assert await waiting == BODY[200_000:200_100]
+    await rig.fills.ended(digest)
+
+
+def test_the_pace_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "MEASURED", 0.25)
+    one = Part(1000, 10_000, True, since=50.0)
+    assert one.seconds_to(1000, 60.0) == 0
+    assert one.seconds_to(1001, 60.0) == math.inf
+    assert one.seconds_to(1001, 50.1) < 1
+    for second in range(1, 5):
+        one.advance(1000, 50.0 + 2 * second)
+    assert one.position == 5000
+    assert one.seconds_to(6000, 58.0) == pytest.approx(2)
+    assert one.seconds_to(6000, 158.0) > 50  # it has stopped
+
+
+async def test_a_fill_that_waits_for_its_turn_begins_with_the_range(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    async with rig.turns.turn("up"):
+        found = await asyncio.gather(*(rig.read(digest, 500, 900) for _ in range(3)))
+        assert found == [BODY[500:900]] * 3
+        assert await rig.read(digest, 100_000, 100_010) == BODY[100_000:100_010]
+        assert asked(upstream) == [(500, 900), (100_000, 100_010)]
+    await rig.fills.ended(digest)
+    assert asked(upstream) == [(0, 500), (500, 900), (900, 100_000), (100_000, 100_010), (100_010, SIZE)]
+    assert upstream.bytes_sent == SIZE
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("length", [True, False])
+async def test_a_fill_waits_for_its_turn_where_the_origin_sends_no_range(
+    rig: Rig, upstream: Upstream, ranges: bool, length: bool
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.ranges, upstream.content_length = ranges, length
+    answered = Hold(asyncio.Event(), after=None)
+    upstream.next("GET", digest, answered)
+    async with rig.turns.turn("up"):
+        pull = asyncio.create_task(rig.read(digest, 500, 900))
+        await answered.reached.wait()
+        answered.gate.set()
+    assert await pull == BODY[500:900]
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+async def test_what_came_before_a_stop_is_not_asked_again(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    async with rig.turns.turn("up"):
+        await rig.read(digest, 500, 900)
+        await rig.read(digest, 5000, 9000)
+        await rig.fills.close()
+    assert len(list(rig.partial.iterdir())) == 2
+    upstream.clear()
+    assert await rig.read(digest, 600, 700) == BODY[600:700]
+    await rig.fills.ended(digest)
+    assert asked(upstream) == [(0, 500), (900, 5000), (9000, SIZE)]
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+async def test_the_extents_of_other_content_are_dropped(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.repositories["a/b"].blobs[digest] = BODY + b"more"
+    async with rig.turns.turn("up"):
+        await rig.read(digest, 5000, 9000)
+        await rig.fills.close()
+    upstream.repositories["a/b"].blobs[digest] = BODY
+    upstream.clear()
+    assert await rig.read(digest, 0, SIZE) == BODY
+    await rig.fills.ended(digest)
+    assert asked(upstream) == [(0, 0), (0, 5000)]
+
+
+@pytest.mark.errors("disk.failed")
+async def test_a_disk_that_fails_under_a_range(
+    rig: Rig, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+
+    def fail(self: SparseUpload, batch: object) -> None:
+        raise OSError(5, "broken")
+
+    async with rig.turns.turn("up"):
+        await rig.read(digest, 500, 900)
+        monkeypatch.setattr(SparseUpload, "_append", fail)
+        assert await rig.read(digest, 5000, 9000) == BODY[5000:9000]
+    with suppress(RegistryError):
+        await rig.fills.ended(digest)
+    assert list(rig.partial.iterdir()) == []
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 3000), st.booleans()), max_size=12),
+    pace=st.sampled_from([1, 16 << 20]),
+    turn=st.integers(0, 12),
+)
+async def test_whatever_is_read_and_dropped(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    spans: list[tuple[int, int, bool]],
+    pace: int,
+    turn: int,
+) -> None:
+    content, written = BODY[:10_000], 0
+    accept = SparseUpload.write_at
+
+    async def counted(self: SparseUpload, position: int, chunk: bytes) -> None:
+        nonlocal written
+        written += len(chunk)
+        await accept(self, position, chunk)
+
+    async with Upstream() as upstream:
+        digest = Digest(upstream.blob("a/b", content))
+        rig = Rig(tmp_path_factory.mktemp("rig"), upstream, Clock())
+        with monkeypatch.context() as patch:
+            patch.setattr(fetcher, "ASSUMED", pace)
+            patch.setattr(SparseUpload, "write_at", counted)
+            pulls = []
+            async with rig.turns.turn("up"):
+                for number, (start, length, dropped) in enumerate(spans):
+                    pulls.append(asyncio.create_task(rig.read(digest, start, start + length)))
+                    await asyncio.sleep(0)
+                    if dropped:
+                        pulls[number].cancel()
+                    if number == turn:
+                        await asyncio.sleep(0.001)
+            assert await rig.read(digest, 0, 10_000) == content
+            found = await asyncio.gather(*pulls, return_exceptions=True)
+            with suppress(KeyError):
+                await rig.fills.ended(digest)
+        for (start, length, _), body in zip(spans, found, strict=True):
+            assert isinstance(body, asyncio.CancelledError) or body == content[start : start + length]
+        assert rig.store.files.path(digest).read_bytes() == content
+        assert written == len(content)
+        if pace > 1:
+            assert upstream.bytes_sent == len(content)
+        assert list(rig.partial.iterdir()) == []
+        await rig.close()

@@ -35,6 +35,7 @@ from pathlib import Path
 from proxy.server.process import ServerProcess
 from proxy.config.loader import load
 from proxy.telemetry import metrics
+from proxy.cache import fetcher
 from proxy.web import push
 from storage.disk import blobs, records
 from proxy.telemetry import logs
@@ -51,7 +52,9 @@ def stop(place, name, when):
     setattr(place, name, stopped)
 
 step = sys.argv[2]
-if step == "before the data is safe":
+if step == "with holes":
+    fetcher.ASSUMED = 1
+elif step == "before the data is safe":
     stop(blobs.os, "fdatasync", lambda file: True)
 elif step == "before the name":
     stop(Path, "replace", lambda path, target: "blobs" in str(target))
@@ -159,6 +162,33 @@ async def test_killed_at_half_of_a_fill(ground: Ground) -> None:
     assert ground.upstream.bytes_sent <= 1.05 * len(LAYER)
     assert await pulled(site, f"blobs/{digest}") == LAYER
     assert len(ground.upstream.log) == 2
+
+
+async def test_killed_with_holes(ground: Ground) -> None:
+    digest = ground.upstream.blob(REPOSITORY, LAYER)
+    hold = Hold(asyncio.Event(), after=100_000)
+    ground.upstream.next("GET", digest, hold)
+    doomed = await ground.doomed("with holes")
+    url = f"{doomed.url}/v2/{REPOSITORY}/blobs/{digest}"
+    async with ground.session.get(url) as response:
+        await response.content.readexactly(100_000)
+        spans = [(1_000_000, 1_500_000), (3_000_000, 3_000_001), (2_000_000, 2_500_000)]
+        for start, stop in spans:
+            async with ground.session.get(url, headers={"Range": f"bytes={start}-{stop - 1}"}) as part:
+                assert await part.read() == LAYER[start:stop]
+        await doomed.killed()
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    ground.upstream.clear()
+    site = await ground.heir()
+    assert await pulled(site, f"blobs/{digest}") == LAYER
+    # No byte of what was there is transferred again.
+    assert [each.range for each in ground.upstream.requests] == [
+        "bytes=100000-999999",
+        "bytes=1500000-1999999",
+        "bytes=2500000-2999999",
+        "bytes=3000001-",
+    ]
 
 
 @pytest.mark.parametrize("step", ["before the data is safe", "before the name", "before the link"])

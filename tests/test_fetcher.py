@@ -234,7 +234,7 @@ async def test_what_a_slow_transfer_would_bring_late_is_fetched(
 
 def test_the_pace_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetcher, "MEASURED", 0.25)
-    one = Part(1000, 10_000, True, since=50.0)
+    one = Part(1000, 10_000, since=50.0)
     assert one.seconds_to(1000, 60.0) == 0
     assert one.seconds_to(1001, 60.0) == math.inf
     assert one.seconds_to(1001, 50.1) < 1

@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from proxy.cache import fetcher, fills
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.test_faults import FRESH, LATER, SCENARIOS, Held, Switch, verify_store
@@ -74,6 +75,33 @@ async def test_a_fill_whose_worker_ends_is_taken_over(sites: list[Site], upstrea
     assert log[:2] == ["GET blob it", "HEAD blob it"]
     assert log[2].startswith("GET blob it bytes=1048")
     assert upstream.bytes_sent <= 1.05 * len(LAYER)
+
+
+async def test_ranges_of_a_fill_of_another_worker(
+    sites: list[Site], upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetcher, "ASSUMED", 1)
+    monkeypatch.setattr(fills, "FAR_AHEAD", 1000)
+    digest = upstream.blob(REPOSITORY, LAYER)
+    path = f"/v2/{REPOSITORY}/blobs/{digest}"
+    hold = Hold(asyncio.Event(), after=100_000)
+    upstream.next("GET", digest, hold)
+    for start in (1_000_000, 2_000_000):
+        assert (await sites[0].get(path, Range=f"bytes={start}-{start + 99}"))[2] == LAYER[start:][:100]
+    before = len(upstream.log)
+    # What is there is read by all, and the rest asked for by each.
+    for start, more in ((1_000_000, 1), (2_000_000, 1), (3_000_000, 2)):
+        assert (await sites[1].get(path, Range=f"bytes={start}-{start + 99}"))[2] == LAYER[start:][:100]
+        assert len(upstream.log) == before + more
+    async with sites[1].request("GET", path) as response:
+        await response.content.readexactly(99_000)
+        await sites[0].app.stop()
+        assert await response.read() == LAYER[99_000:]
+    assert [each.split()[-1] for each in upstream.log[before + 2 :]] == [
+        "bytes=100000-999999",
+        "bytes=1000100-1999999",
+        "bytes=2000100-",
+    ]
 
 
 async def test_a_fill_that_waits_for_its_turn_is_taken_over_as_well(

@@ -77,14 +77,16 @@ class Fill:
 class Part:
     """One transfer: of [position, stop), as far as it has not come.
 
-    granted: the origin sends it
+    requested: the origin is asked for it
+    granted: no other transfer brings these bytes
     since, base: a time in the last two seconds, and the position at that time
     """
 
     position: int
     stop: int
-    granted: bool
     since: float
+    requested: bool = False
+    granted: bool = False
     base: int = field(init=False)
     later: tuple[float, int] = field(init=False)  # the next `since` and `base`
 
@@ -188,15 +190,23 @@ class Fetcher:
             self._changed.clear()
             known = self._size if self._size >= 0 else self.upload.listed_size
             end = known if known >= 0 else LARGEST_UNSIZED
-            start, stop = self._taken.gap(0, end)
+            start, stop = self._gap(end)
             if start < stop:
-                await self._fetch_gap(Part(start, stop, True, self._ticks()), end)
+                await self._fetch_gap(Part(start, stop, self._ticks(), True, True), end)
                 if self._size < 0:
                     return
             elif self.upload.offset >= end:
                 return
             else:
                 await self._changed.wait()
+
+    def _gap(self, end: int) -> tuple[int, int]:
+        """The first bytes that neither are there nor are asked for."""
+        taken = Extents(self._taken)
+        for part in self._parts:
+            if part.requested:
+                taken.add(part.position, part.stop)
+        return taken.gap(0, end)
 
     async def _fetch_gap(self, part: Part, end: int) -> None:
         source, span = self._fill.source, None
@@ -268,14 +278,9 @@ class Fetcher:
         if offset >= stop or there or self._fill.ranges is False or now < self._refused_until:
             return
         coming = [part for part in self._parts if part.position <= offset < part.stop]
-        if any(part.seconds_to(offset, now) <= SOON for part in coming):
-            return
-        if not coming and self._taken.end(offset) > offset:
-            return  # it waits for the disk
-        stop = min([stop, *(each.position for each in self._parts if each.position > offset)])
-        taken = [part.stop for part in coming if part.granted] or [self._taken.gap(offset, stop)[1]]
-        stop = min(stop, *taken)
-        self._start(source, Part(offset, stop, False, now))
+        if not any(part.seconds_to(offset, now) <= SOON for part in coming):
+            stop = min([stop, *(each.position for each in self._parts if each.position > offset)])
+            self._start(source, Part(offset, stop, now))
 
     async def begin(self, source: BlobSource, span: Span) -> None:
         """Start the fill by a range, while it waits for its turn, if the origin sends ranges."""
@@ -286,7 +291,7 @@ class Fetcher:
                 span = span.of((await source.origin.resolve_blob(source.name, self._fill.digest)).size)
             stop = LARGEST_UNSIZED if span.stop is None else span.stop
             if self._first is None or self._first.done():
-                self._first = self._start(source, Part(span.start, stop, False, self._ticks()))
+                self._first = self._start(source, Part(span.start, stop, self._ticks()))
             await self._begun(self._first)
 
     async def _begun(self, first: asyncio.Task[None]) -> None:
@@ -326,8 +331,9 @@ class Fetcher:
         return await self._request(source, part)
 
     async def _request(self, source: BlobSource, part: Part) -> Blob | None:
-        if self._fill.ranges is False or self._ticks() < self._refused_until:
+        if self._fill.ranges is False or self._ticks() < self._refused_until or not self._clip(part):
             return None
+        part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
         blob = await source.origin.get_blob(source.name, self._fill.digest, span)
         size = blob.descriptor.size
@@ -344,6 +350,16 @@ class Fetcher:
             raise
         await blob.close()
         return None
+
+    def _clip(self, part: Part) -> bool:
+        """Shorten `part` by what others bring; False if they bring its beginning, and soon."""
+        now, start = self._ticks(), part.position
+        for other in self._parts:
+            if other.requested and other.position <= start < other.stop:
+                part.stop = min(part.stop, other.stop)
+                return other.seconds_to(start, now) > SOON
+        missing, part.stop = self._taken.gap(start, part.stop)
+        return missing == start < part.stop
 
     def _grant(self, part: Part) -> bool:
         """Take the bytes of `part` from the transfer that would bring them; False if they have come."""

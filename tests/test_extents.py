@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from storage.disk import extents as module
 from storage.disk.blobs import BlobFiles
 from storage.disk.extents import ExtentList, Extents
+from storage.disk.locks import leads_to
 from storage.disk.sparse import SparseUpload
-from storage.errors import DigestInvalid, OriginFailed
+from storage.errors import DigestInvalid, OriginFailed, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest
 from tests.conftest import Clock
 
@@ -39,6 +41,10 @@ def test_a_set_of_bytes(changes: list[tuple[bool, tuple[int, int]]], asked: tupl
     assert extents.total == len(expected)
     assert all(start < stop for start, stop in extents)
     offset, stop = asked
+    assert [at for start, stop in extents.gaps(25) for at in range(start, stop)] == [
+        at for at in range(25) if at not in expected
+    ]
+    assert extents.has([asked]) == (expected >= set(range(*asked)))
     assert extents.end(offset) == next(at for at in range(offset, 32) if at not in expected)
     first, last = extents.gap(offset, max(offset, stop))
     missing = [at for at in range(offset, stop) if at not in expected]
@@ -179,7 +185,7 @@ async def test_without_holes_there_is_no_list(files: BlobFiles) -> None:
 
 
 @pytest.mark.parametrize("damage", ["shorter file", "lost head"])
-async def test_what_the_file_does_not_hold_does_not_count(files: BlobFiles, damage: str) -> None:
+async def test_a_file_that_is_not_as_listed_is_begun_again(files: BlobFiles, damage: str) -> None:
     upload = await files.resume(DIGEST)
     await put(upload, (0, 1000), (5000, 9000))
     await upload.suspend(OriginFailed("cut"))
@@ -188,10 +194,12 @@ async def test_what_the_file_does_not_hold_does_not_count(files: BlobFiles, dama
         os.truncate(files.root / "partial" / PARTIAL, 6000)
     else:
         (files.root / "partial" / name).write_bytes(b"\0" * 50)
+    former = os.open(files.root / "partial" / PARTIAL, os.O_RDONLY)  # so that its number is not used again
     upload = await files.resume(DIGEST)
-    assert list(upload.extents) == ([(0, 1000), (5000, 6000)] if damage == "shorter file" else [])
-    missing = [(1000, 5000), (6000, 300_000)] if damage == "shorter file" else [(0, 300_000)]
-    await put(upload, *missing)
+    assert list(upload.extents) == []
+    assert not leads_to(files.root / "partial" / PARTIAL, former)
+    os.close(former)
+    await put(upload, (0, 300_000))
     assert await upload.commit(DIGEST) == WHOLE
     assert partial_files(files) == []
 
@@ -209,18 +217,6 @@ async def test_a_list_that_a_former_file_left_is_not_of_this_one(files: BlobFile
     upload = await files.resume(DIGEST)
     assert list(upload.extents) == []
     await upload.cancel()
-    assert partial_files(files) == []
-
-
-async def test_a_writer_from_the_beginning_on_keeps_the_beginning(files: BlobFiles) -> None:
-    upload = await files.resume(DIGEST)
-    await put(upload, (0, 1000), (5000, 9000))
-    await upload.suspend(OriginFailed("cut"))
-    upload = await files.resume(DIGEST)
-    upload.keep_beginning()
-    assert upload.offset == 1000
-    await upload.write(CONTENT[1000:])
-    assert await upload.commit(DIGEST) == WHOLE
     assert partial_files(files) == []
 
 
@@ -252,7 +248,101 @@ async def test_a_list_is_reaped_with_its_file(files: BlobFiles, clock: Clock) ->
         os.utime(files.root / "partial" / name, (now - 500, now - (0 if name == PARTIAL else 500)))
     assert files.reap(100) == 0
     clock.advance(200)
-    assert files.reap(100) == 1
-    clock.advance(200)
-    assert files.reap(100) == 1
+    assert files.reap(100) == 2
     assert partial_files(files) == []
+
+
+# Followers
+
+
+class Follower:
+    """Another process that follows an upload, and has read some bytes."""
+
+    def __init__(self, files: BlobFiles) -> None:
+        self.files = files
+
+    async def begin(self, offset: int, end: int) -> None:
+        self.upload = await self.files.resume(DIGEST)
+        assert not self.upload.ours
+        self.watching = asyncio.create_task(self.upload.watch(DIGEST))
+        self.blob = self.upload.follow(WHOLE)
+        assert await self.blob.readable(offset) == end
+
+    async def end(self, outcome: bool | str) -> None:
+        if isinstance(outcome, bool):
+            assert await self.watching is outcome
+            return
+        with pytest.raises(Unavailable, match=outcome):
+            await self.watching
+        await self.upload.cancel(StorageFailed("gave up"))
+        with pytest.raises(StorageFailed):
+            await self.blob.readable(299_000)
+
+
+async def test_who_follows_sees_what_the_next_but_one_writer_writes(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 1000), (5000, 9000))
+    one, two = Follower(files), Follower(files)
+    await one.begin(5000, 9000)
+    await two.begin(5000, 9000)
+    upload.close()
+    done, _ = await asyncio.wait((one.watching, two.watching), return_when=asyncio.FIRST_COMPLETED)
+    if two.watching in done:
+        one, two = two, one
+    await one.end(False)
+    await put(one.upload, (1000, 5000), (9000, 200_000))
+    assert await two.blob.readable(9000) == 200_000
+    await put(one.upload, (200_000, 300_000))
+    await one.upload.commit(DIGEST)
+    await two.end(True)
+    assert await two.blob.readable(200_000) == 300_000
+    await one.blob.close()
+    await two.blob.close()
+
+
+async def test_who_has_read_what_is_thrown_away_gets_no_more(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (5000, 9000), content=bytes(300_000))
+    follower = Follower(files)
+    await follower.begin(5000, 9000)
+    await upload.cancel(OriginFailed("other content"))
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 300_000))
+    await upload.commit(DIGEST)
+    await follower.end("gave up")
+    await follower.blob.close()
+
+
+@pytest.mark.parametrize("here", [False, True])
+async def test_a_writer_on_another_machine_spoils_what_was_read(
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 1000), (5000, 9000))
+    follower = Follower(files)
+    await follower.begin(5000, 9000)
+    monkeypatch.setattr(module, "_boot", lambda: "another")
+    if here:  # it takes over, and does not know whether the bytes are on the disk
+        upload.close()
+        await follower.end("damaged")
+    else:
+        assert upload._list is not None
+        ExtentList.create(upload._list._path, 300_000, Extents()).close()
+        await follower.end("another machine")
+        upload.close()
+    await follower.blob.close()
+    upload = await files.resume(DIGEST)
+    assert list(upload.extents) == []
+    await upload.cancel()
+
+
+async def test_a_list_that_was_removed_makes_no_hole_readable(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    following = await files.resume(DIGEST)
+    await put(upload, (5000, 9000))
+    for path in (files.root / "partial").iterdir():  # 1. its writer removes both  2. it releases the lock
+        path.unlink()
+    following._look()
+    assert list(following.extents) == []
+    following.close()
+    upload.close()

@@ -90,7 +90,8 @@ class FollowedBlob(Blob):
                         yield chunk
                 return
             except StorageFailed:
-                if start == 0:  # else there may be gaps before it
+                # What went before may have been sent from the file to the same client.
+                if start == 0 or self._blob.has_beginning(position):
                     hashed = await asyncio.to_thread(self._hash, digest.algorithm, position)
             # The space of its file is needed now, not when the slowest client has read it.
             await self._blob.close()

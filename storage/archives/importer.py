@@ -15,7 +15,8 @@ from typing import NamedTuple
 from storage.archives.layout import Layout
 from storage.concurrency import run_in_thread
 from storage.disk.records import Batch, Records, batches
-from storage.disk.uploads import CHUNK, FileUpload
+from storage.disk.sparse import SparseUpload
+from storage.disk.uploads import CHUNK
 from storage.errors import (
     ArchiveInvalid,
     BlobUnknown,
@@ -121,13 +122,12 @@ class Importer:
         if upload is not None:
             await upload.cancel()
 
-    async def _started(self, store: Store, digest: Digest) -> FileUpload | None:
+    async def _started(self, store: Store, digest: Digest) -> SparseUpload | None:
         """Start or resume the blob's upload; None if another process has completed it meanwhile."""
         while True:
             upload = await store.files.resume(digest)
             try:
                 if upload.ours or not await upload.watch(digest):
-                    await run_in_thread(upload.keep_beginning)
                     return upload
                 return None
             except Unavailable:  # the other process gave up
@@ -136,16 +136,18 @@ class Importer:
                 await upload.suspend(error)
                 raise
 
-    async def _copy(self, upload: FileUpload, digest: Digest, tick: Tick) -> None:
+    async def _copy(self, upload: SparseUpload, digest: Digest, tick: Tick) -> None:
         try:
             with self._layout.opened(digest) as part:
-                if upload.offset <= part.size:
+                if upload.offset <= part.size and upload.listed_size in (-1, part.size):
                     upload.expect(part.size)
                     self.bytes += upload.offset
-                    while chunk := await run_in_thread(part.at, upload.offset, CHUNK):
-                        await upload.write(chunk)
-                        self.bytes += len(chunk)
-                        tick(self.bytes)
+                    for start, stop in upload.extents.gaps(part.size):
+                        for position in range(start, stop, CHUNK):
+                            chunk = await run_in_thread(part.at, position, min(CHUNK, stop - position))
+                            await upload.write_at(position, chunk)
+                            self.bytes += len(chunk)
+                            tick(self.bytes)
                 await upload.commit(digest)
                 self.blobs += 1
         except DigestInvalid:

@@ -28,7 +28,7 @@ from pathlib import Path
 import structlog
 
 from storage.concurrency import run_in_thread
-from storage.disk.extents import lists_a_file
+from storage.disk.extents import is_list, lists_a_file
 from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
 from storage.disk.modes import create_file, make_directory, restrict
@@ -249,16 +249,20 @@ class BlobFiles:
         If another process writes it, the upload is not `ours`: see FileUpload.watch().
         """
         path = self._partial / f"{digest.algorithm}-{digest.encoded}"
-        file, locked = self._open_locked(path)
-        upload = SparseUpload(self, path, file, digest.algorithm, resumable=True, ours=locked)
-        if locked:
+        while True:
+            file, locked = self._open_locked(path)
+            upload = SparseUpload(self, path, file, digest.algorithm, resumable=True, ours=locked)
+            if not locked:
+                return upload
             try:
                 with translated(path):
                     await run_in_thread(upload.rehash)
+                return upload
+            except Unavailable:  # it has removed its file
+                upload.close()
             except (RegistryError, asyncio.CancelledError):
                 await upload.suspend()
                 raise
-        return upload
 
     def _open_locked(self, path: Path) -> tuple[int, bool]:
         """Open the file, which is created if necessary; also returns whether we got its lock."""
@@ -353,7 +357,7 @@ class BlobFiles:
     def reap(self, age: float) -> int:
         """Remove partial files and locks that nobody went on with for `age` seconds; returns how many."""
         with translated(self._partial):
-            files = (*self._partial.iterdir(), *self._locks.iterdir())
+            files = sorted((*self._partial.iterdir(), *self._locks.iterdir()), key=is_list)
             return self._reaper.reap((path for path in files if not lists_a_file(path)), age)
 
 

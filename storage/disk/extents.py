@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from storage.disk.health import sync
+from storage.disk.locks import leads_to
 from storage.disk.modes import create_file
 
 SUFFIX = ".extents"
@@ -55,6 +56,10 @@ class Extents:
         self._starts[first:last] = [start for start, _ in spans]
         self._stops[first:last] = [stop for _, stop in spans]
 
+    def has(self, others: Iterable[tuple[int, int]]) -> bool:
+        """Whether all these bytes are in the set."""
+        return all(self.end(start) >= stop for start, stop in others)
+
     def end(self, offset: int) -> int:
         """Where the bytes from `offset` on end; `offset` if it is not in the set."""
         at = bisect_right(self._starts, offset) - 1
@@ -66,6 +71,11 @@ class Extents:
         at = bisect_right(self._starts, start)
         return start, min(stop, self._starts[at]) if at < len(self._starts) else stop
 
+    def gaps(self, stop: int) -> list[tuple[int, int]]:
+        """What of [0, stop) is not in the set."""
+        bounds = zip([0, *self._stops], [*self._starts, stop], strict=True)
+        return [(start, min(end, stop)) for start, end in bounds if start < min(end, stop)]
+
 
 class ExtentList:
     """The list of the extents of a file with `size` bytes; one process writes it, others may read it."""
@@ -75,7 +85,7 @@ class ExtentList:
         self._path = path
         self._file = file
         self._position = 0  # up to where it is read
-        self._boot = ""
+        self.boot = ""  # of the machine on which it was written
         self._lasting: list[tuple[int, int]] = []  # what was synchronized
 
     @staticmethod
@@ -108,6 +118,11 @@ class ExtentList:
         except FileNotFoundError:
             return None
 
+    @property
+    def current(self) -> bool:
+        """Whether no other list has replaced it."""
+        return leads_to(self._path, self._file)
+
     def append(self, extents: Iterable[tuple[int, int]]) -> None:
         if lines := "".join(f"{start} {stop}\n" for start, stop in extents):
             os.write(self._file, lines.encode())
@@ -120,10 +135,10 @@ class ExtentList:
     def read(self, extents: Extents) -> None:
         """Add what was appended since it was last read, up to a line that is incomplete or malformed."""
         for line in self._lines():
-            if self._boot == "":
+            if self.boot == "":
                 head, _, rest = line.partition(_HEAD + " ")
-                size, _, self._boot = rest.partition(" ")
-                if head or not size.isdecimal() or not self._boot:
+                size, _, self.boot = rest.partition(" ")
+                if head or not size.isdecimal() or not self.boot:
                     return
                 self.size = int(size)
             elif line != _SYNCED:
@@ -131,14 +146,14 @@ class ExtentList:
                 if not (start.isdecimal() and stop.isdecimal()):
                     return
                 extents.add(int(start), min(int(stop), self.size))
-            elif self._boot != _boot():
+            elif self.boot != _boot():
                 self._lasting = list(extents)
 
     def load(self) -> Extents:
         """All that counts, for the next writer."""
         extents = Extents()
         self.read(extents)
-        return extents if self._boot == _boot() else Extents(self._lasting)
+        return extents if self.boot == _boot() else Extents(self._lasting)
 
     def _lines(self) -> Iterable[str]:
         content = bytearray()
@@ -155,10 +170,14 @@ class ExtentList:
         os.close(self._file)
 
 
+def is_list(path: Path) -> bool:
+    return SUFFIX in path.name
+
+
 def lists_a_file(path: Path) -> bool:
     """Whether this is the list of a file that exists."""
     name, _, number = path.name.removesuffix(".new").removesuffix(SUFFIX).rpartition(".")
-    if SUFFIX not in path.name:
+    if not is_list(path):
         return False
     try:
         return path.with_name(name).stat().st_ino == int(number)

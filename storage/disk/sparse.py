@@ -8,12 +8,15 @@ and the next one resumes it.
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from typing import Any
 
 from storage.concurrency import run_in_thread
 from storage.disk.extents import ExtentList, Extents
+from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, FileUpload
+from storage.errors import Unavailable
 
 SYNC = 256 << 20  # bytes written after which they are synchronized, so that they outlast a power failure
 
@@ -29,6 +32,7 @@ class SparseUpload(FileUpload):
         self.extents = Extents()
         self._list: ExtentList | None = None
         self._unsynced = 0  # bytes
+        self._boot = ""  # of the list, while another process writes it
 
     @property
     def listed_size(self) -> int:
@@ -40,13 +44,22 @@ class SparseUpload(FileUpload):
         await self._accept(position, chunk)
 
     def rehash(self) -> None:
-        self._load()
+        """Continue after the writes of a former writer.  Blocks.  Call it before any write.
+
+        Raises Unavailable if it is not known what is there.  The file is removed then: who has read from it
+        must not get the rest from another one.
+        """
+        self.ours = True
+        if not self._load():
+            self._path.unlink(missing_ok=True)
+            ExtentList.path(self._path, self._file).unlink(missing_ok=True)
+            raise Unavailable(f"{self._path.name}: the list of its bytes is damaged")
         if self._list is None:
             self._catch_up()  # else commit() does it
-        self.ours = True
         self.offset = self._written = self.extents.total
 
-    def _load(self) -> None:
+    def _load(self) -> bool:
+        """Read the list, and continue it; False if it does not have what could be read, or is damaged."""
         path = ExtentList.path(self._path, self._file)
         size = os.fstat(self._file).st_size
         found = ExtentList.find(path) if size else None
@@ -55,37 +68,32 @@ class SparseUpload(FileUpload):
             self._list = None
         if found is None:
             path.unlink(missing_ok=True)  # of a former file with the same number
-            self.extents = Extents([(0, size)])
-            return
-        self.extents = found.load()
-        if found.size < 0:  # it is damaged: nothing counts
-            os.ftruncate(self._file, 0)
-            found.remove()
+            extents = Extents([(0, size)])
+        else:
+            extents = found.load()
             found.close()
-            return
-        try:
-            self.extents.remove(size, max(size, found.size))
-            self._list = ExtentList.create(path, found.size, self.extents)
-        finally:
-            found.close()
-
-    def keep_beginning(self) -> None:
-        """Drop what follows the first gap, for a writer that writes from the beginning on.  Blocks."""
-        if self._list is not None:
-            os.ftruncate(self._file, self.extents.end(0))
-            self._list.remove()
-            self._list.close()
-            self._list = None
-            self.rehash()
+            if found.size < 0 or extents.gap(size, sys.maxsize) != (size, sys.maxsize):
+                return False
+        if not extents.has(self.extents):
+            return False
+        self.extents = extents
+        if found is not None:
+            self._list = ExtentList.create(path, found.size, extents)
+        return True
 
     def _look(self) -> None:
         # The size first: 1. the list is created  2. bytes are written beyond a hole
         size = os.fstat(self._file).st_size
-        if self._list is None:
-            self._list = ExtentList.find(ExtentList.path(self._path, self._file))
+        if self._list is None or not self._list.current:
+            former, self._list = self._list, ExtentList.find(ExtentList.path(self._path, self._file))
+            if former is not None:
+                former.close()
         if self._list is not None:
             self._list.read(self.extents)
-        elif size:
+            self._boot = self._boot or self._list.boot
+            if self._list.boot != self._boot:  # not all that could be read is there any more
+                raise Unavailable(f"{self._path.name}: another machine has begun again")
+        elif size and leads_to(self._path, self._file):  # else the list was removed after the name
             self.extents.add(0, size)
         if self.extents.total > self.offset:
             self.offset = self.extents.total

@@ -82,6 +82,10 @@ class FileBlob(Blob):
             return self.descriptor.size
         return await self._upload.wait_past(offset, self.descriptor.size)
 
+    def has_beginning(self, stop: int) -> bool:
+        """Whether all bytes before `stop` were readable."""
+        return self._upload is None or self._upload.has_beginning(stop)
+
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         while stop is None or start < stop:
             end = await self.readable(start)
@@ -257,6 +261,10 @@ class FileUpload(Upload):
     def _end_of(self, offset: int) -> int:
         """Where the bytes end that can be read from `offset` on, before all are verified."""
         return self._readable
+
+    def has_beginning(self, stop: int) -> bool:
+        """Whether all bytes before `stop` were readable, ever."""
+        return self._complete or self._end_of(0) >= stop
 
     async def _flushed(self) -> None:
         # shield: the caller may be cancelled, but the file must not be closed while a thread writes it.

@@ -23,6 +23,7 @@ from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import current
 from storage.disk.uploads import FileBlob
 from storage.errors import BlobUnknown, ManifestUnknown, RangeInvalid, StorageFailed, Unavailable
+from storage.keys import MANIFEST
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.registry import Blob, Moved, Registry
 from storage.store import Store
@@ -164,8 +165,19 @@ class Cache(Registry):
             pass
         key = ManifestUnknown, name, reference
         self._miss(key)
-        fetch = self._origin.fetch_manifest
-        return await self._origin.flights.join(key, lambda: fetch(repository, reference))
+        return await self._origin.flights.join(key, lambda: self._fetch(repository, reference))
+
+    async def _fetch(self, repository: str, digest: Digest) -> Manifest:
+        """Ask the origin, or wait for another process that does.
+
+        As an outage ends the breaker lets one request through, and refuses those of other processes.
+        """
+        name = f"{self._namespace}/{repository}"
+        async with self._store.files.exclusive(MANIFEST.key(name, digest)) as waited:
+            if waited:
+                with suppress(ManifestUnknown, StorageFailed):
+                    return self._store.manifest(name, digest)[0]
+            return await self._origin.fetch_manifest(repository, digest)
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
         return await self._tags.revalidate(repository, tag)

@@ -1,0 +1,102 @@
+"""Who waits for a manifest as an outage ends: all of them get what the first one gets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from proxy.namespaces.composition import Composition, compose
+from storage.disk.locks import POLL
+from storage.errors import ManifestUnknown, OriginFailed
+from storage.oci import Digest, Reference, Tag
+from storage.shared import SharedState
+from tests.conftest import Clock, configuration
+from tests.outages import silence
+from tests.upstream import Image, Upstream
+
+NAME = "docker.io/a/b"
+
+
+@pytest.fixture
+async def workers(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator[list[Composition]]:
+    """Two workers of a server: one disk, and what is known of upstreams in common."""
+    tree = {
+        "disk": {"path": str(tmp_path / "disk")},
+        "namespaces": {"docker.io": {"upstream": upstream.url}},
+    }
+    config, shared = configuration(tmp_path, tree), SharedState()
+    made = [compose(config, clock, shared=shared) for _ in range(2)]
+    yield made
+    for each in made:
+        await each.close()
+
+
+@pytest.fixture
+def image(upstream: Upstream) -> Image:
+    return upstream.image("a/b", "latest")
+
+
+async def outage(workers: list[Composition], upstream: Upstream, clock: Clock) -> None:
+    """The upstream was away, is back, and no request has been sent to it since."""
+    await upstream.stop()
+    for each in workers:
+        with pytest.raises(OriginFailed):
+            await each.namespaces.get_manifest(NAME, Tag("absent"))
+    await upstream.start()
+    clock.advance(1)
+
+
+References = Callable[[Image], Reference]
+
+
+@pytest.mark.parametrize("reference", [lambda image: Tag("latest"), lambda image: Digest.parse(image.digest)])
+async def test_waiters_of_several_workers_get_the_answer_of_the_first(
+    workers: list[Composition], upstream: Upstream, clock: Clock, image: Image, reference: References
+) -> None:
+    asked = reference(image)
+    await outage(workers, upstream, clock)
+    held = silence()
+    upstream.next("GET", str(asked), held)
+    first = asyncio.create_task(workers[0].namespaces.get_manifest(NAME, asked))
+    await held.reached.wait()
+    later = [asyncio.create_task(each.namespaces.get_manifest(NAME, asked)) for each in workers * 3]
+    # They have come as far as they get without an answer: who is refused has ended by now.
+    done, _ = await asyncio.wait(later, timeout=3 * POLL)
+    assert not done, [each.exception() for each in done]
+    held.gate.set()
+    assert [each.content for each in await asyncio.gather(first, *later)] == [image.content] * 7
+    assert len(upstream.log) == 1
+
+
+async def test_if_the_first_fails_so_do_the_others(
+    workers: list[Composition], upstream: Upstream, clock: Clock, image: Image
+) -> None:
+    asked = Digest.parse(image.digest)
+    await outage(workers, upstream, clock)
+    held = silence()
+    upstream.next("GET", asked, held)
+    first = asyncio.create_task(workers[0].namespaces.get_manifest(NAME, asked))
+    await held.reached.wait()
+    later = [asyncio.create_task(each.namespaces.get_manifest(NAME, asked)) for each in workers]
+    await upstream.stop()
+    found = await asyncio.gather(first, *later, return_exceptions=True)
+    assert [type(each) for each in found] == [OriginFailed] * 3
+    assert len(upstream.log) == 1
+
+
+async def test_a_manifest_that_is_not_there(
+    workers: list[Composition], upstream: Upstream, clock: Clock, image: Image
+) -> None:
+    absent = Digest.of(b"absent")
+    await outage(workers, upstream, clock)
+    held = silence()
+    upstream.next("GET", absent, held)
+    first = asyncio.create_task(workers[0].namespaces.get_manifest(NAME, absent))
+    await held.reached.wait()
+    later = [asyncio.create_task(each.namespaces.get_manifest(NAME, absent)) for each in workers]
+    held.gate.set()
+    found = await asyncio.gather(first, *later, return_exceptions=True)
+    assert [type(each) for each in found] == [ManifestUnknown] * 3

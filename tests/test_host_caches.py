@@ -117,6 +117,37 @@ async def test_a_name_that_resolves_to_a_private_address(
     await pull(site, image, f"{name}/")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "127.0.0.1",
+        "localhost",
+        "LocalHost.",
+        "127.1",
+        "0.0.0.0",
+        "0",
+        "0x7f000001",
+        "2130706433",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "10.0.0.1",
+        "169.254.169.254",
+        "user@127.0.0.1",
+    ],
+)
+async def test_a_pattern_for_all_reaches_no_private_address(
+    serve: Serve, upstream: Upstream, name: str
+) -> None:
+    port = upstream.url.rpartition(":")[2]
+    site = await serve("http://127.0.0.1:9", more=every("*", f"http://*:{port}"))
+    async with site.session.get(f"{site.url}{PATH}", params={"ns": f"{name}:{port}"}) as response:
+        assert response.status in (404, 502)
+    for text in (name, name.lower(), name.removesuffix(".")):
+        for path in (f"/v2/{text}:{port}/team/app/manifests/1", f"/{text}:{port}{PATH}"):
+            assert (await site.get(path))[0] in (400, 404, 502)
+    assert upstream.requests == []
+
+
 async def test_a_name_in_the_list_may_be_private(
     serve: Serve, upstream: Upstream, image: Image, resolved: dict[str, str]
 ) -> None:

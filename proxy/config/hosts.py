@@ -189,11 +189,8 @@ def is_private(host: str) -> bool:
 
 
 def normal_host(text: str) -> str:
-    """A host as a client may write it, for comparisons: in upper case, with a dot at its end, with a port."""
+    """A host as a client may write it, for comparisons: in lower case, without the default port."""
     text = text.lower()
-    host, colon, port = text.partition(":")
-    if host.endswith("."):  # the root of the domain name system
-        text = host[:-1] + colon + port
     return without_port(canonical_host(text) or text)
 
 

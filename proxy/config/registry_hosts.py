@@ -59,7 +59,8 @@ def registry_host(text: str) -> str | None:
 
     In lower case, without a dot at its end, without the default port, and for Docker Hub by one name.
     """
-    host = normal_host(text)
+    host, colon, port = text.partition(":")
+    host = normal_host(host.removesuffix(".") + colon + port)
     found = _NAME.fullmatch(host) or _IPV6.fullmatch(host)
     if found is None or not is_host(host) or int(found[found.re.groups] or 1) > 65535:
         return None

@@ -60,7 +60,7 @@ def test_all_is_gone_whatever_it_was_installed_with(root: Path, tmp_path: Path, 
     result = run(root, client, "--remove", url=SECURE)
     left = [each for each in root.rglob("*") if each.is_file() and each not in backups(root)]
     assert left == ([others] if others else [])
-    assert "then: " in result.stdout
+    assert ("then: " in result.stdout) == (client != "colima")  # which has only a part, for hands
     again = run(root, client, "--remove", url=SECURE)
     assert "removed: " not in again.stdout and "backup: " not in again.stdout
 
@@ -119,7 +119,15 @@ def test_parts_and_flags_are_for_hands(root: Path) -> None:
     result = run(root, "containerd", "--remove")
     assert "take out of /etc/containerd/config.toml by hand:" in result.stdout
     assert "grpc.v1.cri" not in result.stdout
+    # Whatever it was made with.
+    put(root, "home/ann/.colima/default/colima.yaml", "\n".join(_printed(root, "colima", "--no-bypass")))
+    assert "server = " in run(root, "colima", "--remove").stdout
     assert "    --registry-map=" in run(root, "kaniko", "--remove").stdout
+
+
+def _printed(root: Path, *words: str) -> list[str]:
+    """The content that is printed, without comments."""
+    return [each for each in run(root, *words).stdout.splitlines() if not each.startswith("# ")]
 
 
 def test_what_must_not_be_changed_is_refused_and_all_else_stays(root: Path) -> None:

@@ -1,17 +1,20 @@
-"""Configuration of image builders: BuildKit and kaniko.
+"""Configuration of image builders: BuildKit, kaniko and Jib.
 
-Neither has a setting for all registries at once.  Both put a mirror's path after /v2.
+None has a setting for all registries at once.  BuildKit and kaniko put a mirror's path after /v2, Jib before
+it.
 """
 
 from __future__ import annotations
 
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.setup.formats import quoted
+from proxy.setup.formats import in_json, quoted
 from proxy.setup.site import Piece, Setup, Site
 
 BUILDKIT = "/etc/buildkit"
 KANIKO = "/kaniko"
 INDEX = "index.docker.io"  # the name of Docker Hub in kaniko
+JIB = "google-cloud-tools-java/jib/config.json"
+_JIB = {DOCKER_HUB: "registry-1.docker.io"}  # the name of Docker Hub in Jib
 
 
 def buildkit(site: Site) -> Setup:
@@ -49,6 +52,23 @@ def kaniko(site: Site) -> Setup:
         flags.append("--skip-default-registry-fallback")
     content = "".join(f"{each}\n" for each in flags)
     return Setup("kaniko", [Piece("", content, "flags")], "pass them to the executor", notes)
+
+
+def jib(site: Site) -> Setup:
+    mirrors = [
+        {"registry": _JIB.get(each, each), "mirrors": [f"{site.host}/{each}"]} for each in site.namespaces
+    ]
+    pieces = [Piece(f"~/.config/{JIB}", in_json({"registryMirrors": mirrors}), "keys")]
+    notes = [
+        "Jib has mirrors for base images; it sends them no credentials, and contacts the registry itself if"
+        " all fail",
+        "on macOS the file is ~/Library/Preferences/Google/Jib/config.json, on Windows"
+        " %LOCALAPPDATA%\\Google\\Jib\\Config\\config.json",
+    ]
+    if site.plain:
+        notes.append("without TLS on the server, Jib needs -Djib.allowInsecureRegistries=true")
+    trust = "as root, keytool -importcert -noprompt -cacerts -alias entrepot -file FILE"
+    return Setup("jib", pieces, "nothing else: Jib reads the file at each build", notes, trust=trust)
 
 
 def _called(namespace: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,10 @@ def plan_removal(setup: Setup, site: Site, root: Path) -> InstallPlan:
             found.right.append(path)
         else:
             found.changes.append(change)
-    for piece in setup.pieces:
-        if piece.kind in BY_HAND or (piece.kind == "part" and _is_there(piece, root)):
-            found.parts.append(piece)
+    found.parts += [
+        *_parts(setup.client, site, root),
+        *(each for each in setup.pieces if each.kind in BY_HAND),
+    ]
     return found
 
 
@@ -62,6 +63,16 @@ def _installed(client: str, site: Site, root: Path) -> Mapping[Path, Sequence[Pi
                 for path in root.glob(str(pattern)):
                     found.setdefault(path, []).append(piece)
     return found
+
+
+def _parts(client: str, site: Site, root: Path) -> Iterable[Piece]:
+    """What is in the files of others, once for each file."""
+    found: dict[str, Piece] = {}
+    for each in _variants(site):
+        for piece in RENDERERS[client](each).pieces:
+            if piece.kind == "part" and piece.path not in found and _is_there(piece, root):
+                found[piece.path] = piece
+    return found.values()
 
 
 def _variants(site: Site) -> Iterator[Site]:

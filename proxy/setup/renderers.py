@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from proxy.setup import builders, clusters, engines, platforms
+from proxy.setup import builders, clusters, desktops, engines, platforms, runners
 from proxy.setup.site import Piece, Setup, Site
 
 RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
@@ -12,8 +12,12 @@ RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
     "containerd": engines.containerd,
     "podman": engines.podman,
     "crio": engines.crio,
+    "docker-desktop": desktops.docker_desktop,
+    "rancher-desktop": desktops.rancher_desktop,
+    "colima": desktops.colima,
     "buildkit": builders.buildkit,
     "kaniko": builders.kaniko,
+    "jib": builders.jib,
     "k3s": clusters.k3s,
     "rke2": clusters.rke2,
     "k3d": clusters.k3d,
@@ -24,6 +28,9 @@ RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
     "openshift": platforms.openshift,
     "talos": platforms.talos,
     "bottlerocket": platforms.bottlerocket,
+    "gitlab-runner": runners.gitlab_runner,
+    "arc": runners.arc,
+    "nomad": runners.nomad,
 }
 WHAT = {
     "keys": ", merge these keys",

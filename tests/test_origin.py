@@ -268,7 +268,7 @@ async def test_a_limit_holds_as_long_as_the_origin_says(
     serve: Serve, upstream: Upstream, clock: Clock, path: str
 ) -> None:
     image = upstream.image("a/b", "latest")
-    site = await serve(upstream)
+    site = await serve(upstream, top={"fallback": "deny"})
     path = "/v2/a/b/" + path.format(layer=image.layers[0])
     upstream.next("GET", lambda request: True, RetryAfter(60))
     for seconds in (0, 59):

@@ -201,19 +201,27 @@ async def test_401_and_403_follow_on_upstream_delete(
 
 
 @pytest.mark.parametrize(("limited", "seconds"), [(RetryAfter(7), "7"), (Status(429), None)], ids=str)
+@pytest.mark.parametrize("fallback", ["allow", "deny"])
 @operations
 @methods
 async def test_429_uncached_is_503_with_retry_after(
-    serve: Serve, upstream: Upstream, operation: str, method: str, limited: Fault, seconds: str | None
+    serve: Serve,
+    upstream: Upstream,
+    operation: str,
+    method: str,
+    fallback: str,
+    limited: Fault,
+    seconds: str | None,
 ) -> None:
+    """Who may ask another host is not kept from it for long."""
     image = upstream.image("a/b", "latest")
-    site = await serve(upstream)
+    site = await serve(upstream, top={"fallback": fallback})
     all_fail(upstream, limited)
     for _ in range(2):  # as remembered as well
         status, code, headers = await refusal(site, operation, image, method)
         assert (status, code) == (503, "" if method == "HEAD" else "TOOMANYREQUESTS")
         assert int(headers["Retry-After"]) >= 1
-        assert seconds in (None, headers["Retry-After"])
+        assert ("1" if fallback == "allow" else seconds) in (None, headers["Retry-After"])
     assert len(upstream.log) == 1
 
 

@@ -22,6 +22,10 @@ TAG = "/v2/a/b/manifests/latest"
 WINDOW = 21600
 
 
+# Clients, which have no other host to ask, are told how long it takes.
+EXACT = {"fallback": "deny"}
+
+
 def anything(request: Request) -> bool:
     return True
 
@@ -51,7 +55,7 @@ async def gauges(site: Site) -> dict[str, float]:
 
 async def warm(serve: Serve, upstream: Upstream, tags: int = 1, **keys: Any) -> Site:
     """A site that has pulled a/b:latest and more, all of which are due."""
-    site = await serve(upstream, **keys)
+    site = await serve(upstream, top=EXACT, **keys)
     for tag in ["latest", *map(str, range(1, tags))]:
         upstream.image("a/b", tag, [tag.encode()])
         assert (await site.get(manifest_of(tag)))[0] == 200
@@ -194,7 +198,7 @@ async def test_nor_for_a_minute_where_no_window_is_known(
     serve: Serve, upstream: Upstream, clock: Clock
 ) -> None:
     upstream.image("a/b", "latest")
-    site = await serve(upstream)
+    site = await serve(upstream, top=EXACT)
     upstream.next("GET", "latest", Status(429))
     assert await refusal(site, TAG) == 60
     clock.advance(60)
@@ -202,7 +206,7 @@ async def test_nor_for_a_minute_where_no_window_is_known(
 
 
 async def test_retry_after_may_be_a_date(serve: Serve, upstream: Upstream) -> None:
-    site = await serve(upstream)
+    site = await serve(upstream, top=EXACT)
     upstream.next("GET", "latest", RetryAfter(formatdate(time.time() + 3000, usegmt=True)))
     assert 2000 < await refusal(site, TAG) <= 3000
 
@@ -210,7 +214,7 @@ async def test_retry_after_may_be_a_date(serve: Serve, upstream: Upstream) -> No
 async def test_a_token_server_that_limits_us(serve: Serve, upstream: Upstream, clock: Clock) -> None:
     upstream.auth = Bearer()
     upstream.image("a/b", "latest")
-    site = await serve(upstream)
+    site = await serve(upstream, top=EXACT)
     upstream.next("GET", "token", Status(429))
     assert await refusal(site, TAG) == 60
     asked = len(upstream.log)
@@ -297,14 +301,14 @@ def two(upstream: Upstream) -> Upstream:
 
 
 async def test_credentials_are_used_in_turn(serve: Serve, two: Upstream) -> None:
-    site = await serve(two, options=BOTH)
+    site = await serve(two, options=BOTH, top=EXACT)
     for number in range(4):
         assert (await pull(site, manifest_of(str(number))))[0] == 200
     assert users(two) == ["alice", "bob", "alice", "bob"]
 
 
 async def test_those_with_more_left_come_first(serve: Serve, two: Upstream) -> None:
-    site = await serve(two, options=BOTH)
+    site = await serve(two, options=BOTH, top=EXACT)
     two.next("GET", "manifest", Limits({ALICE.header: 30, BOB.header: 60}), times=100)
     for number in range(6):
         assert (await pull(site, manifest_of(str(number))))[0] == 200
@@ -315,7 +319,7 @@ async def test_those_with_more_left_come_first(serve: Serve, two: Upstream) -> N
 async def test_a_429_blocks_one_of_them_and_the_request_is_repeated_with_another(
     serve: Serve, two: Upstream, clock: Clock
 ) -> None:
-    site = await serve(two, options=BOTH)
+    site = await serve(two, options=BOTH, top=EXACT)
     two.next("GET", by(ALICE), RetryAfter(100))
     for number in range(3):
         assert (await pull(site, manifest_of(str(number))))[0] == 200
@@ -330,7 +334,7 @@ async def test_a_429_blocks_one_of_them_and_the_request_is_repeated_with_another
 async def test_when_all_are_blocked_nothing_is_sent_until_the_first_is_not(
     serve: Serve, two: Upstream, clock: Clock
 ) -> None:
-    site = await serve(two, options=BOTH)
+    site = await serve(two, options=BOTH, top=EXACT)
     two.next("GET", by(ALICE), RetryAfter(100))
     two.next("GET", by(BOB), RetryAfter(40))
     assert await refusal(site, manifest_of("0")) == 40
@@ -345,7 +349,7 @@ async def test_when_all_are_blocked_nothing_is_sent_until_the_first_is_not(
 
 
 async def test_the_reserve_is_that_of_the_best(serve: Serve, two: Upstream, clock: Clock) -> None:
-    site = await serve(two, options=BOTH)
+    site = await serve(two, options=BOTH, top=EXACT)
     two.next("GET", "manifest", Limits({ALICE.header: 2, BOB.header: 60}), times=100)
     for number in range(3):
         await pull(site, manifest_of(str(number)))
@@ -368,7 +372,7 @@ async def test_one_that_is_refused_is_passed_over(serve: Serve, two: Upstream) -
 async def test_where_one_is_refused_and_the_other_blocked_it_is_not_a_refusal(
     serve: Serve, two: Upstream, clock: Clock
 ) -> None:
-    site = await serve(two, options=BOTH)
+    site = await serve(two, options=BOTH, top=EXACT)
     for number in range(2):
         assert (await pull(site, manifest_of(str(number))))[0] == 200
     clock.advance(FRESH + 1)
@@ -381,7 +385,7 @@ async def test_where_one_is_refused_and_the_other_blocked_it_is_not_a_refusal(
 
 
 async def test_neither_metrics_nor_events_tell_who(serve: Serve, two: Upstream, events: LogCapture) -> None:
-    site = await serve(two, options=BOTH)
+    site = await serve(two, options=BOTH, top=EXACT)
     two.next("GET", by(ALICE), RetryAfter(100))
     await pull(site, manifest_of("0"))
     told = await site.metrics() + str(events.entries)

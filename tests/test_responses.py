@@ -343,22 +343,25 @@ async def test_a_refusal_is_shown_so_that_nobody_sends_us_a_password(
     ],
     ids=str,
 )
+@pytest.mark.parametrize("fallback", ["allow", "deny"])
 async def test_failures_of_an_upstream(
     serve: Serve,
     upstream: Upstream,
     image: Image,
+    fallback: str,
     fault: Fault,
     status: int,
     expected: str,
     retry_after: str | None,
 ) -> None:
-    site = await serve(upstream)
+    site = await serve(upstream, top={"fallback": fallback})
+    expected_retry = "1" if retry_after and fallback == "allow" else retry_after
     for kind, path, _ in parts(image)[:4]:
         upstream.next("GET", kind, fault, times=10)
         site.clock.advance(61)  # it may be let alone for so long
         found, headers, body = await site.get(f"{ALPINE}/{path}")
         assert (found, code(body)) == (status, expected), path
-        assert headers.get("Retry-After") == retry_after
+        assert headers.get("Retry-After") == expected_retry
         assert headers["Content-Type"] == JSON
 
 

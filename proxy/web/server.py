@@ -47,6 +47,7 @@ from storage.errors import (
     TagInvalid,
     TooManyRequests,
     Unauthorized,
+    Unavailable,
     Unsupported,
 )
 from storage.oci import Digest
@@ -56,6 +57,7 @@ log = structlog.get_logger()
 
 READING = ("GET", "HEAD")
 REASON = 500  # characters of a reason that are logged
+SOON = 1  # second after which clients are asked to repeat what another host may answer at once
 _UNKNOWN: dict[Endpoint, type[RegistryError]] = {
     Endpoint.BLOB: BlobUnknown,
     Endpoint.MANIFEST: ManifestUnknown,
@@ -75,7 +77,8 @@ class Qualify(Protocol):
 class DistributionAPI:
     """The distribution API of a registry, as a handler for web.Server.
 
-    deny_bypass: answer 403 if the origin refuses this server, so that clients do not ask the origin directly
+    deny_bypass: answer 403 if the origin refuses this server, so that clients do not ask the origin directly,
+        and ask them to wait as long as it takes
     client_timeout: seconds after which a client is cut off that takes nothing of a blob, or sends nothing
     served: is called with each request that has ended, and its status
     reporter: receives the events of what requests do to content
@@ -275,7 +278,7 @@ class DistributionAPI:
         if not error.remembered:
             exchange.result = "error"
         if error.retry_after is not None or isinstance(error, TooManyRequests):
-            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 0)))
+            headers["Retry-After"] = str(self._retry_after(error))
         if status == Unsupported.status:
             headers.setdefault("Allow", ", ".join(READING))
         missing = error.missing if isinstance(error, ManifestBlobUnknown) else ()
@@ -285,6 +288,13 @@ class DistributionAPI:
             for challenge in error.challenges:
                 response.headers.add("WWW-Authenticate", challenge)
         return response
+
+    def _retry_after(self, error: RegistryError) -> int:
+        seconds = max(1, math.ceil(error.retry_after or 0))
+        # stargz and SOCI repeat a request several times, each after up to twice this time, before they ask
+        # the next host, which may be the upstream.
+        may_ask_elsewhere = isinstance(error, Unavailable) and not self._deny_bypass
+        return min(seconds, SOON) if may_ask_elsewhere else seconds
 
     def _log(self, request: web.BaseRequest, exchange: Exchange, status: int, seconds: float) -> None:
         label = self._metrics.label(exchange.namespace)

@@ -505,7 +505,7 @@ async def test_the_admin_address_of_the_configuration_is_tried_first(served: Sho
     url = served.site.app.admin_url
     assert url
     text = served.config.read_text()
-    served.config.write_text(text.replace("admin: 127.0.0.1:0", f"admin: 127.0.0.1:{url.port}"))
+    served.config.write_text(text.replace('"admin": "127.0.0.1:0"', f'"admin": "127.0.0.1:{url.port}"'))
     assert (await served.run("fills", server=False)).stdout == "nothing is being transferred\n"
     await served.site.app.stop()
     assert "no server is running" in await served.fails("fills", server=False)
@@ -519,7 +519,8 @@ async def test_an_admin_address_by_https(serve: Serve, upstream: Upstream, tmp_p
     shop = await stocked(serve, upstream, tmp_path, running=True, **top)
     assert shop.site.app.admin_url
     port = shop.site.app.admin_url.port
-    shop.config.write_text(shop.config.read_text().replace("admin: 0.0.0.0:0", f"admin: 0.0.0.0:{port}"))
+    text = shop.config.read_text()
+    shop.config.write_text(text.replace('"admin": "0.0.0.0:0"', f'"admin": "0.0.0.0:{port}"'))
     assert (await shop.run("fills", server=False)).stdout == "nothing is being transferred\n"
 
     words = ["fills", "--server", f"https://localhost:{port}", "--ca-file", str(authority.ca)]

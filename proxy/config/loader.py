@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import ItemsView, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,7 +145,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
 
 
 def _section(kind: type[Section], value: Any, path: str) -> Section:
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    fields = _fields(kind)
     given = {key: item for key, item in _mapping(value, path) if item is not None or key not in fields}
     required = [key for key, field in fields.items() if field.required and key not in given]
     calls = [partial(_member, fields, key, item, path) for key, item in given.items()]
@@ -154,6 +154,12 @@ def _section(kind: type[Section], value: Any, path: str) -> Section:
         return kind(**dict(values))
     except ValueError as error:
         raise refuse(path, str(error)) from None
+
+
+@cache
+def _fields(kind: type[Section]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    """The fields by the names of their keys.  To resolve their types takes long."""
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
 def _member(fields: Mapping[str, Any], key: str, item: Any, path: str) -> tuple[str, Any]:

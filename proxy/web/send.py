@@ -126,20 +126,22 @@ class _Sender:
         self, writer: AbstractStreamWriter, parts: Sequence[tuple[bytes, Span]], closing: bytes
     ) -> None:
         """Send parts with their heads; small parts are sent together, as there may be thousands."""
-        blob, batch, content = self._blob, bytearray(), 0
+        # Asked once: the answer takes 50 µs.
+        on_disk = self._blob if isinstance(self._blob, OnDisk) else None
+        batch, content = bytearray(), 0
         ready = 0  # where the bytes that need no waiting end
         for head, span in parts:
             start, stop = span.start, span.stop or 0
-            small = isinstance(blob, OnDisk) and stop - start <= SMALL
+            small = on_disk is not None and stop - start <= SMALL
             if batch and not (small and stop <= ready and len(batch) <= SMALL):
                 await self._put(writer, bytes(batch))
                 self._exchange.bytes += content
                 batch, content = bytearray(), 0
             batch += head
-            if isinstance(blob, OnDisk) and small and stop > ready:
-                ready = await _ready(blob, start, stop)
-            if isinstance(blob, OnDisk) and small and stop <= ready and blob.fileno() >= 0:
-                batch += self._read(blob.fileno(), span)
+            if on_disk and small and stop > ready:
+                ready = await _ready(on_disk, start, stop)
+            if on_disk and small and stop <= ready and on_disk.fileno() >= 0:
+                batch += self._read(on_disk.fileno(), span)
                 content += stop - start
                 continue
             await self._put(writer, bytes(batch))

@@ -162,7 +162,7 @@ def test_default_namespace() -> None:
         ("lisen:", "lisen: unknown key; did you mean listen?"),
         ("log: {qqq: 1}", "log.qqq: unknown key; known are format, level, access"),
         (at("usrname: u"), "namespaces.x.upstream.usrname: unknown key; did you mean username?"),
-        (upstream("username: u"), "namespaces.x.upstream.url: is required"),
+        (upstream("username: u"), "namespaces.x.upstream: needs url, such as https://registry.example"),
         (
             "namespaces: {docker.io: {}}",
             "namespaces.docker.io: needs upstream, for a cache, or store: {}, for a private registry",

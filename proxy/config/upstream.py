@@ -64,9 +64,9 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
     bandwidth: Size | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.url and not self.hosts:
             raise ValueError("needs url, such as https://registry.example")
+        super().__post_init__()
         if self.url and self.hosts:
             raise ValueError("has both url and hosts: keep one")
         patterns = [each.text for each in self.hosts if not each.literal]

@@ -94,6 +94,8 @@ RANGES: list[tuple[str, list[tuple[int, int]] | None]] = [
     ("bytes=4990-99999", [(4990, SIZE)]),
     ("bytes=-10", [(SIZE - 10, SIZE)]),
     ("bytes=-99999", [(0, SIZE)]),
+    ("bytes=4990-" + "9" * 30, [(4990, SIZE)]),
+    ("bytes=-" + "9" * 30, [(0, SIZE)]),
     ("Bytes=1-2", [(1, 3)]),
     ("bytes=0-1,4-5", [(0, 2), (4, 6)]),
     ("bytes= 4-5 , 0-1", [(4, 6), (0, 2)]),
@@ -108,6 +110,7 @@ RANGES: list[tuple[str, list[tuple[int, int]] | None]] = [
     ("bytes=5000-", []),
     ("bytes=5000-6000,7000-", []),
     ("bytes=-0", []),
+    ("bytes=" + "9" * 30 + "-", []),
     ("bytes=0-,0-,0-", None),  # more than there is
     ("bytes=" + ",".join(["0-0"] * 300), [(0, 1)] * 300),
     (

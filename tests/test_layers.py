@@ -30,17 +30,18 @@ STORAGE = (
 # All may import storage; the commands may import everything.
 PROXY = {
     "config": "",
+    "connections": "",
     "telemetry": "config",
-    "upstream": "config telemetry",
+    "upstream": "config connections telemetry",
     "cache": "telemetry",
-    "webhooks": "config telemetry",
+    "webhooks": "config connections telemetry",
     "setup": "config",
     "access": "config telemetry upstream",
     "namespaces": "config telemetry upstream cache webhooks",
-    "web": "config telemetry webhooks access",
+    "web": "config connections telemetry webhooks access",
     "transfer": "config telemetry upstream namespaces",
-    "admin": "config telemetry upstream cache webhooks namespaces web transfer",
-    "doctor": "config upstream setup web",
+    "admin": "config connections telemetry upstream cache webhooks namespaces web transfer",
+    "doctor": "config connections upstream setup web",
     "server": "telemetry config webhooks access namespaces web admin",
 }
 PROXY["cli"] = " ".join(PROXY)

@@ -65,7 +65,7 @@ def test_all_that_is_wrong_comes_at_once(tmp_path: Path, tree: dict[str, Any]) -
         f"{keys}: ",
         f"namespaces.x.upstream.ca_file: {absent}: No such file or directory",
         f"namespaces.x.upstream.client_certificate: {absent}: No such file or directory",
-        f"namespaces.y.upstream: {file}: no certificate or crl found",
+        f"namespaces.y.upstream: {file}: it has no certificate, or no key, in PEM format",
         f"webhooks[0].ca_file: {absent}: No such file or directory",
         f"disk.path: {file} is not a directory: set disk.path to a directory",
     ]

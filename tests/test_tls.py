@@ -362,7 +362,10 @@ async def test_who_shows_none_where_one_is_required(authority: Authority, opened
     with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):  # it is told why, not just cut off
         await asks(gate, authority.client())
     event = await ear.heard("handshake.failed")
-    assert (event["client"], event["error"]) == ("127.0.0.1", "peer did not return a certificate")
+    assert (event["client"], event["error"]) == (
+        "127.0.0.1",
+        "the client has no certificate, and tls.client_certificate requires one",
+    )
     assert await asks(gate, authority.client(authority.issue("client", "ci@example.com"))) == b"{}"
     assert len(gate.peers) == 1
 
@@ -377,7 +380,8 @@ async def test_who_shows_one_of_somebody_elses(
     ear = Ear()
     with pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):
         await asks(gate, authority.client(own))
-    assert (await ear.heard("handshake.failed"))["error"].startswith("unable to get")
+    told = (await ear.heard("handshake.failed"))["error"]
+    assert told == "the client's certificate is from an authority that is not trusted here, in tls.client_ca"
     assert gate.peers == []
 
 
@@ -446,7 +450,7 @@ async def test_a_client_that_does_not_trust_us_is_told_of(authority: Authority, 
             context.wrap_socket(client, server_hostname=url.host)
 
     await asyncio.to_thread(distrust)
-    assert "unknown ca" in (await ear.heard("handshake.failed"))["error"]
+    assert "does not trust the server's certificate" in (await ear.heard("handshake.failed"))["error"]
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"])
@@ -546,6 +550,28 @@ async def test_what_cannot_be_accepted_now_is_accepted_later(
     ear = Ear()
     assert await asks(gate, authority.client()) == b"{}"
     assert (await ear.heard("accept.failed"))["error"] == "Too many open files"
+
+
+async def test_who_shakes_hands_at_a_port_without_tls_is_told_of_once(
+    serve: Serve, upstream: Upstream, events: LogCapture
+) -> None:
+    site = await serve(upstream)
+    url = site.url.replace("http://", "https://")
+    for _ in range(3):
+        with pytest.raises(ssl.SSLError, match=r"WRONG_VERSION_NUMBER|RECORD_LAYER"):  # an answer of HTTP
+            async with connect(url, tls=anybody()):
+                pass
+    cause = "this port serves plain http, but the client speaks TLS: use http://, or set tls: here"
+    failed = [each for each in events.entries if each["event"] == "handshake.failed"]
+    assert [(each["client"], each["error"]) for each in failed] == [("127.0.0.1", cause)]
+    hello = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        anybody().wrap_bio(ssl.MemoryBIO(), hello).do_handshake()
+    async with connect(site.url) as wire:
+        await wire.send(hello.read())
+        reply = await wire.reply()
+        assert (reply.status, json.loads(reply.body)["errors"][0]["message"]) == (400, cause)
+        assert await wire.rest() == b""
 
 
 # The whole server

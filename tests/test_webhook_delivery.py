@@ -182,7 +182,7 @@ async def test_a_receiver_that_is_down_for_an_hour_loses_nothing(rig: Rig, event
     assert rig.queue.pending("a") == 0
     told = [each for each in events.entries if each["event"].startswith("webhook.")]
     assert [each["event"] for each in told] == ["webhook.failing", "webhook.recovered"]
-    assert "Cannot connect to host localhost" in told[0]["error"]
+    assert "nothing listens there (connection refused)" in told[0]["error"]
     assert told[1]["seconds"] >= HOUR
     assert "hidden" not in str(told)
 
@@ -461,7 +461,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_not_spoken_to(rig: Rig, 
     rig.meanwhile = meanwhile
     rig.start()
     event = await ear.heard("webhook.failing")
-    assert "certificate verify failed" in event["error"]
+    assert "its certificate is from an authority that is not trusted here" in event["error"]
     await tried.wait()
     assert rig.receiver.asked == 0
     assert rig.queue.pending("a") == 1

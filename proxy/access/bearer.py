@@ -116,7 +116,7 @@ class TokenVerifier:
             try:
                 keys = each.current()
             except OSError as error:
-                reason = error.strerror or type(error).__name__
+                reason = error.strerror or "it cannot be read"
             except ValueError as error:
                 reason = str(error)
             if reason and reason != self._reasons.get(each.path):

@@ -136,7 +136,7 @@ class Htpasswd:
             users, reason = self._file.current(), ""
             reason = "; ".join(users.bad[:_SHOWN])
         except OSError as error:
-            users, reason = NO_USERS, error.strerror or type(error).__name__
+            users, reason = NO_USERS, error.strerror or "it cannot be read"
         if reason and reason != self._reason:
             log.error("htpasswd.failed", path=str(self._file.path), reason=reason)
         self._reason = reason

@@ -24,6 +24,7 @@ from aiohttp import web
 
 from proxy.admin.processes import FillState, ForgetRequest, ProcessReport, ProcessState
 from proxy.cache.drill import DrillOrder, DrillState
+from proxy.connections.failures import reason
 from proxy.web.sockets import bind_unix
 from proxy.web.tls_listener import PlainSite
 
@@ -158,7 +159,7 @@ async def _answer(path: Path, method: str, target: str, body: bytes | None) -> b
         ):
             return await response.read()
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        log.debug("live.unanswered", path=str(path), error=str(error) or type(error).__name__)
+        log.debug("live.unanswered", path=str(path), error=reason(error))
         return None
 
 

@@ -9,6 +9,7 @@ import structlog
 
 from proxy.admin.reports import Scrubbing
 from proxy.admin.rows import scrub_row
+from proxy.connections.failures import reason
 from storage.errors import RegistryError
 from storage.maintenance.scrub import Heal, Scrub
 
@@ -47,7 +48,7 @@ class ScrubControl:
             self._error = str(error)
         except Exception as error:
             log.exception("scrub.failed", error=str(error))
-            self._error = f"{type(error).__name__}: {error}"
+            self._error = f"an unexpected fault ({reason(error)}); the log of the server has more"
         finally:
             for each in self._scrubs:
                 each.end()

@@ -38,6 +38,7 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
+UNEXPECTED = "an unexpected fault"
 BACKOFF = 0.2  # seconds before the first retry without progress, doubling
 FAR_AHEAD = 16 << 20  # bytes; a range that starts so far ahead of the fill is read from the origin
 
@@ -232,7 +233,8 @@ class Fills:
                 result = "uncached"
                 fill.log.info("fill.uncached", error=str(error))
             elif not answered:
-                fill.log.error("fill.failed", error=str(error) or type(error).__name__)
+                unexpected = not isinstance(error, RegistryError)
+                fill.log.error("fill.failed", error=str(error) or UNEXPECTED, exc_info=unexpected)
         finally:
             fill.opened.set()
             del self._fills[fill.digest]

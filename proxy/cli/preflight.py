@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import ssl
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from yarl import URL
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.config.upstream import UpstreamConfig
+from proxy.connections.failures import file_fault
+from proxy.connections.trust import client_context
 from proxy.doctor import disk
 
 
@@ -81,7 +82,7 @@ def _upstreams(config: Config, found: Preflight) -> None:
                 connect_of(upstream).ssl_context()
             except OSError as error:
                 files = ", ".join(str(file) for _, file in _files(upstream))
-                found.errors.append(f"{path}: {files}: {_cause(error)}")
+                found.errors.append(f"{path}: {files}: {file_fault(error)}")
         for login in upstream.logins():
             if login.credential_helper is None:  # a program, which the server runs when it needs it
                 try:
@@ -107,15 +108,15 @@ def _unreadable(upstream: UpstreamConfig) -> Iterator[str]:
         try:
             file.read_bytes()
         except OSError as error:
-            yield f"{key}: {file}: {_cause(error)}"
+            yield f"{key}: {file}: {file_fault(error)}"
 
 
 def _webhooks(config: Config, found: Preflight) -> None:
     for number, each in enumerate(config.webhooks):
         try:
-            ssl.create_default_context(cafile=each.ca_file)
+            client_context(each.ca_file)
         except OSError as error:
-            found.errors.append(f"webhooks[{number}].ca_file: {each.ca_file}: {_cause(error)}")
+            found.errors.append(f"webhooks[{number}].ca_file: {each.ca_file}: {file_fault(error)}")
 
 
 def _ports(config: Config, found: Preflight) -> None:
@@ -149,10 +150,4 @@ def _lists(config: Config, found: Preflight) -> None:
             try:
                 rule.list.read_bytes()
             except OSError as error:
-                found.warnings.append(f"warm[{number}].list: {rule.list}: {_cause(error)}")
-
-
-def _cause(error: OSError) -> str:
-    """The reason of an error, without the names that OpenSSL and Python add."""
-    reason = getattr(error, "reason", None)
-    return reason.lower().replace("_", " ") if reason else error.strerror or str(error)
+                found.warnings.append(f"warm[{number}].list: {rule.list}: {file_fault(error)}")

@@ -17,6 +17,8 @@ from proxy.admin.operations import Operations
 from proxy.config.errors import StartError
 from proxy.config.hosts import local_url, parse_server
 from proxy.config.schema import Config
+from proxy.connections.failures import explain, file_fault
+from proxy.connections.trust import client_context
 from proxy.web.tls import pinned
 
 if TYPE_CHECKING:
@@ -90,18 +92,17 @@ def _configured(config: Config) -> URL | None:
     return local_url("https" if config.admin_tls() else "http", config.admin)
 
 
-def _trusted(config: Config, server: str | None, ca_file: Path | None) -> ssl.SSLContext | bool:
+def _trusted(config: Config, server: str | None, ca_file: Path | None) -> ssl.SSLContext:
     """Raises OperationFailed."""
     tls = config.admin_tls()
     try:
-        if ca_file is not None:
-            return ssl.create_default_context(cafile=ca_file)
-        return True if server or tls is None else pinned(tls.certificate)
+        if ca_file is not None or server or tls is None:
+            return client_context(ca_file)
+        return pinned(tls.certificate)
     except StartError as error:
         raise OperationFailed(str(error), "DENIED") from error
-    except (OSError, ValueError) as error:  # ssl raises either for a file without a certificate
-        cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise OperationFailed(f"--ca-file {ca_file}: {cause}", usage=True) from error
+    except OSError as error:
+        raise OperationFailed(f"--ca-file {ca_file}: {file_fault(error)}", usage=True) from error
 
 
 async def _listens(url: URL, must: bool) -> bool:
@@ -112,9 +113,7 @@ async def _listens(url: URL, must: bool) -> bool:
     except OSError as error:
         if isinstance(error, ConnectionRefusedError) and not must:
             return False
-        raise OperationFailed(
-            f"no server at {url}: {error.strerror or 'no answer'}", "UNREACHABLE"
-        ) from error
+        raise OperationFailed(f"no server at {url}: {explain(error, url)}", "UNREACHABLE") from error
     connection.close()
     return True
 

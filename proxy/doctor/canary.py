@@ -19,7 +19,8 @@ from yarl import URL
 from proxy.config.image_names import ImageName
 from proxy.config.quantities import plural
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.connections.failures import reason
+from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.doctor.machine import Machine
 from proxy.doctor.running import REQUESTS, metrics
 from proxy.setup.engines import CONTAINERD
@@ -47,7 +48,7 @@ async def check(session: aiohttp.ClientSession, machine: Machine, client: str, n
         advice = f"run entrepot why {name} on the server, or name another image with --canary"
         return failed("canary", client, str(error), advice)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        message = f"{name}: {cause(error)}"
+        message = f"{name}: {reason(error)}"
         return failed("canary", client, message, "check that no firewall blocks this machine from the server")
     return ok("canary", client, f"{name} is served: {summary}")
 

@@ -33,10 +33,3 @@ def check_expiry(name: str, subject: str, end: float, advice: str, now: float | 
     days = int((end - (time.time() if now is None else now)) / DAY)
     message = f"the certificate is valid for {plural(days, 'day')} more"
     return ok(name, subject, message) if days >= MIN_DAYS else warning(name, subject, message, advice)
-
-
-def describe_error(error: ssl.SSLError) -> str:
-    """Why TLS could not be established, in half a sentence."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate is not accepted: {error.verify_message.rstrip('.')}"
-    return f"no TLS: {error.reason or 'the answer is none'}".replace("_", " ").lower().replace("tls", "TLS")

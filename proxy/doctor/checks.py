@@ -5,11 +5,12 @@ A Check is ok, a warning, or failed.  It says what was found and, unless it is o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
+
+from proxy.connections.failures import reason
 
 State: TypeAlias = Literal["ok", "warning", "failed"]
 
@@ -57,15 +58,4 @@ async def guarded(name: str, subject: str, checks: Awaitable[Sequence[Check]]) -
         return await checks
     except Exception as error:
         advice = "look at what it is about in the configuration; if that is right, report this as a fault"
-        return [failed(name, subject, f"could not be checked: {cause(error)}", advice)]
-
-
-def cause(error: BaseException) -> str:
-    """The reason of an error, without addresses that the caller names anyway."""
-    error = getattr(error, "os_error", error)  # aiohttp wraps it, and repeats the address in its text
-    number = getattr(error, "errno", None)
-    if isinstance(number, int) and number > 0:
-        return os.strerror(number)
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return [failed(name, subject, f"could not be checked: {reason(error)}", advice)]

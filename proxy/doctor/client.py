@@ -12,9 +12,10 @@ import aiohttp
 from yarl import URL
 
 from proxy.config.image_names import ImageName
+from proxy.connections.failures import explain
+from proxy.connections.trust import client_context
 from proxy.doctor import canary, containerd, docker, podman
-from proxy.doctor.certificates import describe_error
-from proxy.doctor.checks import Check, cause, failed, guarded, ok, warning
+from proxy.doctor.checks import Check, failed, guarded, ok, warning
 from proxy.doctor.machine import Machine
 from proxy.setup.site import CA, Site
 
@@ -71,7 +72,7 @@ async def _listed(check: Awaitable[Check | None]) -> list[Check]:
 
 def _trust(machine: Machine) -> ssl.SSLContext:
     """The system's authorities, the given one, and those that installed clients have for the server."""
-    context = ssl.create_default_context()
+    context = client_context()
     if machine.site.ca:
         context.load_verify_locations(cadata=machine.site.ca)
     for directory in ("/etc/docker/certs.d", "/etc/containers/certs.d", "/etc/containerd/certs.d"):
@@ -87,14 +88,10 @@ async def _check_server(session: aiohttp.ClientSession, site: Site) -> Check:
     try:
         async with session.get(url, allow_redirects=False) as response:
             server, status = response.headers.get("Server", ""), response.status
-    except aiohttp.ClientConnectorCertificateError as error:
-        why = error.certificate_error
-        message = describe_error(why) if isinstance(why, ssl.SSLError) else str(why)
-        advice = "install its authority with entrepot setup CLIENT --ca-file FILE"
-        return failed("server", site.base, message, advice)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        failure = explain(error, URL(url), "--ca-file of entrepot setup CLIENT")
         advice = "check that the server runs (entrepot doctor there) and that no firewall blocks this machine"
-        return failed("server", site.base, f"{url}: {cause(error)}", advice)
+        return failed("server", site.base, f"{url}: {failure.cause}", failure.advice or advice)
     if server != "entrepot":
         message = f"{url} answers {status}, but the server is {server or 'unknown'}, not entrepot"
         advice = "give the address that listen: names; a proxy in between may also have answered"

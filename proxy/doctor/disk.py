@@ -11,7 +11,8 @@ from pathlib import Path
 
 from proxy.config.quantities import format_share, format_size
 from proxy.config.schema import DiskConfig
-from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.connections.failures import reason
+from proxy.doctor.checks import Check, failed, ok, warning
 from storage.disk.health import SPARE
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -36,7 +37,7 @@ def check(disk: DiskConfig, mounts: Path = MOUNTS) -> list[Check]:
         status = os.statvfs(disk.path)
     except OSError as error:
         advice = "give the user of the server read permission"
-        return [*found, failed("room", path, cause(error), advice)]
+        return [*found, failed("room", path, reason(error), advice)]
     free, whole = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
     found.append(_check_room(disk, free, whole))
     if status.f_files:  # some file systems have no fixed number of inodes
@@ -71,14 +72,14 @@ def _check_files(path: Path) -> Iterator[Check]:
         advice = (
             f"make the user of the server its owner, and run doctor as that user, not as user {os.geteuid()}"
         )
-        yield failed("disk", subject, f"cannot be written: {cause(error)}", advice)
+        yield failed("disk", subject, f"cannot be written: {reason(error)}", advice)
 
 
 def _check_locks(subject: str, descriptor: int) -> Check:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        message = f"files cannot be locked: {cause(error)}"
+        message = f"files cannot be locked: {reason(error)}"
         return failed("locks", subject, message, "put disk.path on a local file system, such as ext4 or xfs")
     return ok("locks", subject, "files can be locked")
 
@@ -87,7 +88,7 @@ def _check_links(subject: str, file: Path) -> Check:
     try:
         file.with_name("link").hardlink_to(file)
     except OSError as error:
-        message = f"hard links do not work: {cause(error)}"
+        message = f"hard links do not work: {reason(error)}"
         return warning(
             "links", subject, message, "imports copy files instead of linking them; use a local file system"
         )

@@ -10,7 +10,8 @@ from typing import Any
 
 from yarl import URL
 
-from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.connections.failures import reason
+from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.setup.site import Site
 
 
@@ -42,7 +43,7 @@ class Machine:
         except UnicodeDecodeError:
             raise InvalidFile("it is not UTF-8") from None
         except OSError as error:
-            raise InvalidFile(f"it cannot be read: {cause(error)}") from None
+            raise InvalidFile(f"it cannot be read: {reason(error)}") from None
 
     def toml(self, path: Path) -> dict[str, Any] | None:
         """The content, or None if the file does not exist.  Raises InvalidFile."""

@@ -15,8 +15,9 @@ from yarl import URL
 from proxy.config.errors import StartError
 from proxy.config.hosts import Address, local_url
 from proxy.config.schema import Config
+from proxy.connections.failures import reason
 from proxy.doctor import certificates
-from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.web.sockets import bind
 from proxy.web.tls import Certificates
 
@@ -64,10 +65,10 @@ async def _check_admin(session: aiohttp.ClientSession, url: URL) -> tuple[list[C
             state = msgspec.json.decode(await response.read(), type=_State)
         samples = await metrics(session, url)
     except aiohttp.ClientConnectorError as error:
-        message = f"does not answer: {cause(error)}"
+        message = f"does not answer: {reason(error)}"
         return [warning("server", subject, message, "start it: entrepot serve")], False
     except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        message = f"its answer is not that of entrepot: {cause(error)}"
+        message = f"its answer is not that of entrepot: {reason(error)}"
         return [failed("server", subject, message, "check what listens there, and admin:")], True
     if state.status == "degraded":
         found = [failed("server", subject, state.store, "check the disk: until then, pulls are not cached")]
@@ -128,11 +129,11 @@ async def _check_listener(
     except aiohttp.ClientConnectorError as error:
         if runs:
             advice = "if listen: was changed, restart the server; or give its file with --config"
-            return failed("listen", subject, f"does not answer, but the server runs: {cause(error)}", advice)
+            return failed("listen", subject, f"does not answer, but the server runs: {reason(error)}", advice)
         return _check_address(address)
     except (aiohttp.ClientError, TimeoutError) as error:
         advice = "check what listens there: ss -ltnp"
-        return failed("listen", subject, f"the answer is not HTTP: {cause(error)}", advice)
+        return failed("listen", subject, f"the answer is not HTTP: {reason(error)}", advice)
     if program != "entrepot":
         advice = "check what listens there (ss -ltnp); stop it, or choose another port for listen"
         return failed("listen", subject, f"another program answers: {program or status}", advice)

@@ -18,8 +18,9 @@ from yarl import URL
 from proxy.config.quantities import format_duration
 from proxy.config.upstream import Login, UpstreamConfig
 from proxy.config.wellknown import DOCKER_HUB_ALIASES
+from proxy.connections.failures import explain, file_fault, reason
 from proxy.doctor import certificates
-from proxy.doctor.checks import Check, cause, failed, ok, warning
+from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.ratelimit import Budget
@@ -112,7 +113,8 @@ async def check(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[floa
             probe = UpstreamProbe(name, url, keys)
         except OSError as error:
             advice = f"check ca_file, client_certificate and client_key of namespaces.{name}.upstream"
-            checks.append(failed("tls", subject, f"its certificates cannot be read: {cause(error)}", advice))
+            message = f"its certificates cannot be used: {file_fault(error)}"
+            checks.append(failed("tls", subject, message, advice))
             continue
         try:
             checks += [each async for each in _checks(probe, subject, ahead)]
@@ -157,7 +159,7 @@ async def _check_name(probe: UpstreamProbe, subject: str) -> Check:
             found = await asyncio.get_running_loop().getaddrinfo(host, contacted.port)
     except (OSError, TimeoutError) as error:
         advice = "check the name servers of this machine (/etc/resolv.conf), and the name"
-        return failed("dns", subject, f"{role}, {host}, has no address: {cause(error)}", advice)
+        return failed("dns", subject, f"{role}, {host}, has no address: {reason(error)}", advice)
     seconds = time.monotonic() - begun
     if seconds > SLOW:
         message = f"{host} takes {seconds:.1f} s to resolve"
@@ -173,21 +175,15 @@ async def _check_certificate(probe: UpstreamProbe, subject: str) -> Check:
     if connect.insecure_skip_verify:
         message = "any certificate is accepted (insecure_skip_verify)"
         return warning("tls", subject, message, f"set namespaces.{probe.name}.upstream.ca_file instead")
-    context = connect.ssl_context()
-    if not isinstance(context, ssl.SSLContext):
-        context = ssl.create_default_context()
+    context, host, port = connect.ssl_context(), probe.url.host or "", probe.url.port or 443
     try:
-        end = await certificates.expiry_of(
-            probe.url.host or "", probe.url.port or 443, context, connect.header_timeout
-        )
-    except ssl.SSLError as error:
-        advice = (
-            "have it renewed, or set ca_file for a private authority; also check the clock of this machine"
-        )
-        return failed("tls", subject, certificates.describe_error(error), advice)
+        end = await certificates.expiry_of(host, port, context, connect.header_timeout)
     except (OSError, TimeoutError) as error:
-        advice = f"check whether a firewall or proxy blocks this machine from {probe.url.origin()}"
-        return failed("reach", subject, f"{probe.url.origin()} cannot be reached: {cause(error)}", advice)
+        failure = explain(error, probe.url, f"namespaces.{probe.name}.upstream.ca_file")
+        if isinstance(error, ssl.SSLError):
+            return failed("tls", subject, failure.cause, failure.advice or "ask its operator")
+        message = f"{probe.url.origin()} cannot be reached: {failure.cause}"
+        return failed("reach", subject, message, failure.advice or "check the firewalls on the way")
     return certificates.check_expiry("tls", subject, end, "ask its operator to renew it")
 
 

@@ -311,7 +311,7 @@ async def _run(assignment: Assignment) -> int:
 def _cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
-    return f"an unexpected error: {error or type(error).__name__}"
+    return f"an unexpected error: {error or 'nothing more is known'}"
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

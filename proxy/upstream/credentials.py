@@ -119,7 +119,7 @@ class _CredentialFile(Generic[T]):
         try:
             return self._file.current()
         except OSError as error:
-            raise _unusable(self.source, error.strerror or type(error).__name__, self.kind) from None
+            raise _unusable(self.source, error.strerror or "it cannot be read", self.kind) from None
         except UnicodeDecodeError:  # its message would quote the content
             raise _unusable(self.source, "it is not UTF-8", self.kind) from None
         except ValueError as error:
@@ -186,7 +186,7 @@ class Helper(Credentials):
         except TimeoutError:
             raise _unusable(source, f"no answer within {self._timeout:g} s") from None
         except OSError as error:
-            raise _unusable(source, error.strerror or type(error).__name__) from None
+            raise _unusable(source, error.strerror or "it cannot be run") from None
         if status != 0:
             if _NOT_FOUND in output:
                 return None

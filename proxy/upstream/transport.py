@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import aiohttp
-from aiohttp.http_exceptions import LineTooLong
 from yarl import URL
 
 from proxy.config.hosts import is_private
+from proxy.connections.failures import explain
+from proxy.connections.trust import client_context, public_context
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.listing_memory import ignore
@@ -69,13 +70,11 @@ class Connect:
     progress_timeout: float = 60.0
     write_timeout: float = 300.0
 
-    def ssl_context(self) -> ssl.SSLContext | bool:
+    def ssl_context(self) -> ssl.SSLContext:
         """Raises OSError if a file cannot be read, ssl.SSLError if it is invalid."""
         if not (self.ca_file or self.client_certificate or self.insecure_skip_verify):
-            return True  # aiohttp's own, shared by all upstreams: loading the authorities takes time
-        context = ssl.create_default_context(cafile=self.ca_file)
-        if self.ca_file is not None:
-            context.load_default_certs()  # CDNs and token servers may have certificates of public authorities
+            return public_context()
+        context = client_context(self.ca_file)
         if self.insecure_skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -200,7 +199,7 @@ class Transport:
                     response = await self._persist(method, url, headers, body)
                     content = b"" if limit is None else await self._body(response, limit)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                failure = self.failed(error)
+                failure = self.failed(error, url)
                 attempt.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
                 raise failure from error
             if response.status in _DOWN:
@@ -344,21 +343,17 @@ class Transport:
         self.breaker(response.url).cut(failure)
         return failure
 
-    def failed(self, error: BaseException) -> RegistryError:
-        """The error for a request that failed on the network."""
-        if isinstance(error, TimeoutError):
+    def failed(self, error: BaseException, url: URL | None = None) -> RegistryError:
+        """The error for a request to `url` that failed on the network, or for a body without `url`."""
+        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
             return OriginTimeout(f"{self._name} did not answer in time")
-        # Not the message of a ClientResponseError or InvalidURL: it contains the URL, which may be signed.
-        detail = type(error).__name__
-        if isinstance(error, aiohttp.ClientResponseError):
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, LineTooLong):
-                cause = cause.__cause__
-            what = f"a header longer than {HEADER_LIMIT >> 10} KiB" if cause else "malformed HTTP"
-            return OriginFailed(f"{self._name} sent {what}")
-        if isinstance(error, aiohttp.ClientConnectorError):
-            detail = error.os_error.strerror or type(error.os_error).__name__
-        return OriginFailed(f"{self._name} cannot be reached: {detail}")
+        failure = explain(error, url)
+        if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
+            return OriginFailed(f"{self._name}: {failure}")
+        elsewhere = url is not None and url.origin() != self._home
+        where = f" at {url.host_port_subcomponent}" if url is not None and elsewhere else ""
+        kind = OriginTimeout if isinstance(error, TimeoutError) else OriginFailed
+        return kind(f"{self._name} cannot be reached{where}: {failure}")
 
     async def close(self) -> None:
         for session in self._sessions.values():

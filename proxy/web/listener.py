@@ -36,6 +36,9 @@ LINGER = 2.0  # seconds in which the rest of a refused request may arrive
 ENDED = 0.2  # seconds before the end of a shutdown in which requests that are still answered are ended
 ON_ITS_WAY = 1.0  # seconds in which the head of a request must arrive after the server began to stop
 
+TOLD = 1000  # addresses whose mistakes are remembered, to be logged once
+_HELLO = "HTTPS traffic on an HTTP port"  # in the error of aiohttp for a TLS handshake
+
 ServerHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -145,14 +148,17 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionResetError("part of a response was sent already")
-        # Only the error's class is logged: its text has bytes of the request.
-        log.debug("request.malformed", client=request.remote, status=status, error=type(exc).__name__)
         code, text = "UNSUPPORTED", "the request is not HTTP/1.1 as RFC 9112 defines it"
         if isinstance(exc, LineTooLong):
             text = f"the request's head, or a line of it, is longer than {exc.args[1]} bytes"
             status = 431 if exc.args[1] >= LONGEST_HEADER else status  # not if the target is too long
         elif status >= 500:
             code, text = "UNKNOWN", "the request cannot be served"
+        elif _HELLO in str(exc):
+            text = "this port serves plain http, but the client speaks TLS: use http://, or set tls: here"
+            cast(Listener, self._manager).note_tls(self.address or "", text)
+        # Not the error's text, which has bytes of the request.
+        log.debug("request.malformed", client=request.remote, status=status, error=text)
         self._malformed = True
         response = cast(Listener, self._manager).refusal(code, text, status)
         response.force_close()
@@ -207,7 +213,7 @@ class Connection(web.RequestHandler):
     def log_exception(self, *args: Any, exc_info: Any = None, **kwargs: Any) -> None:
         """Log an exception that aiohttp has caught: without a traceback if a client caused it."""
         if isinstance(exc_info, HttpProcessingError | web.RequestPayloadError):
-            log.debug("request.malformed", error=type(exc_info).__name__)
+            log.debug("request.malformed", error="its body is malformed, or ended early")
         else:
             log.error("request.failed", exc_info=exc_info)
 
@@ -246,6 +252,7 @@ class Listener(web.Server):
         self._limits = limits
         self._open = connections or Holdings()
         self.backlog = Backlog(MOST_WAITING, self._loop.time)
+        self._told: set[str] = set()
         self._closing = False
         self._settled = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -274,6 +281,12 @@ class Listener(web.Server):
         if number == most + 1:
             log.warning("client.refused", client=address, connections=most)
         return number <= most
+
+    def note_tls(self, address: str, cause: str) -> None:
+        """Log, once for each address, that a client speaks TLS to a port without."""
+        if not self._encrypted and address not in self._told and len(self._told) < TOLD:
+            self._told.add(address)
+            log.info("handshake.failed", client=address, error=cause)
 
     def leave(self, connection: Connection) -> None:
         self._open.release(self._open.key(connection.address or ""))

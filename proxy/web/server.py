@@ -56,6 +56,7 @@ from storage.registry import Registry
 log = structlog.get_logger()
 
 READING = ("GET", "HEAD")
+UNEXPECTED = "the server has failed; its log says how, at request.failed with the id"
 REASON = 500  # characters of a reason that are logged
 SOON = 1  # second after which clients are asked to repeat what another host may answer at once
 _UNKNOWN: dict[Endpoint, type[RegistryError]] = {
@@ -191,9 +192,9 @@ class DistributionAPI:
             return self._error(kind, error, exchange)
         except RequestRefused as refused:
             return self._error(kind, refused.error, exchange, refused.headers)
-        except Exception as error:
-            log.exception("request.failed", method=request.method, path=request.path[:300])
-            return self._error(kind, RegistryError(type(error).__name__), exchange)
+        except Exception:
+            log.exception("request.failed", id=exchange.id, method=request.method, path=request.path[:300])
+            return self._error(kind, RegistryError(f"{UNEXPECTED} {exchange.id}"), exchange)
 
     async def _permitted_name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
         """The full name of the repository, if the client may do there what it wants."""

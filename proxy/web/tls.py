@@ -22,6 +22,8 @@ import structlog
 
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS
+from proxy.connections.failures import explain_client, file_fault
+from proxy.connections.trust import refused
 
 log = structlog.get_logger()
 
@@ -112,8 +114,8 @@ class Certificates:
             _read("client_ca", settings.client_ca)
             try:
                 context.load_verify_locations(settings.client_ca)
-            except (OSError, ValueError) as error:
-                raise _fault("client_ca", settings.client_ca, _cause(error)) from error
+            except OSError as error:
+                raise _fault("client_ca", settings.client_ca, file_fault(error)) from error
             required = settings.client_certificate == "required"
             context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
         return context, expires
@@ -130,7 +132,7 @@ class Certificates:
             if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
                 cause = f"it is not the key of the first certificate in {certificate} (tls.certificate)"
                 raise _fault(name, key, cause) from error
-            raise _fault(name, key, f"with {certificate} (tls.certificate): {_cause(error)}") from error
+            raise _fault(name, key, f"with {certificate} (tls.certificate): {file_fault(error)}") from error
 
 
 class AlertingSSLObject(ssl.SSLObject):
@@ -151,7 +153,8 @@ class AlertingSSLObject(ssl.SSLObject):
             raise
         except ssl.SSLError as error:
             self.failure = error
-            log.info("handshake.failed", client=client_address.get(), error=_cause(error))
+            cause = explain_client(refused(self, error))
+            log.info("handshake.failed", client=client_address.get(), error=cause)
             raise ssl.SSLWantReadError from error
 
 
@@ -221,17 +224,11 @@ def _read(name: str, file: Path) -> str:
     try:
         return file.read_text("ascii", "replace")
     except OSError as error:
-        raise _fault(name, file, error.strerror or str(error)) from error
+        raise _fault(name, file, file_fault(error)) from error
 
 
 def _fault(name: str, file: Path, cause: str) -> StartError:
     return StartError(f"tls.{name}: {file}: {cause}")
-
-
-def _cause(error: Exception) -> str:
-    # verify_message is the problem with a client's certificate.
-    found = (getattr(error, name, None) for name in ("verify_message", "reason", "strerror"))
-    return str(next(filter(None, found), error)).lower().replace("_", " ")
 
 
 def _formatted(when: float) -> str:

@@ -33,6 +33,8 @@ from yarl import URL
 from proxy.config.errors import StartError
 from proxy.config.quantities import seconds_until
 from proxy.config.webhooks import WebhookConfig
+from proxy.connections.failures import explain, file_fault
+from proxy.connections.trust import client_context
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import wakeup
 from proxy.webhooks.event import Event
@@ -88,10 +90,10 @@ class Dispatcher:
         self._deliveries = []
         for number, each in enumerate(webhooks):
             try:
-                context = ssl.create_default_context(cafile=each.ca_file)
+                context = client_context(each.ca_file)
             except OSError as error:
                 where = f"webhooks[{number}].ca_file: {each.ca_file}"
-                raise StartError(f"{where}: {error.strerror or error}") from error
+                raise StartError(f"{where}: {file_fault(error)}") from error
             self._deliveries.append(Delivery(each, queue, source, context, metrics, clock, wait))
 
     def wake(self) -> None:
@@ -221,7 +223,7 @@ class Delivery:
         except TimeoutError:
             raise DeliveryFailed(f"no answer within {webhook.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise DeliveryFailed(_describe(error)) from None
+            raise DeliveryFailed(str(explain(error, url, f"ca_file of the webhook {self.name}"))) from None
         if not 200 <= status < 300:
             hint = ": redirects are not followed" if 300 <= status < 400 else ""
             raise DeliveryFailed(f"answered {status}{hint}", status, after)
@@ -280,12 +282,3 @@ class Delivery:
         dropped, self._dropped = self._dropped, Counter()
         for cause, events in dropped.items():
             log.error("webhook.dropped", webhook=self.name, events=events, cause=cause)
-
-
-def _describe(error: Exception) -> str:
-    """Describe an error without the URL, which may hold a secret."""
-    if isinstance(error, aiohttp.ClientResponseError):
-        return error.message or "the response is not HTTP"
-    if isinstance(error, aiohttp.InvalidURL):
-        return "the url is not valid"
-    return str(error) or type(error).__name__

@@ -12,6 +12,7 @@ import msgspec
 from yarl import URL
 
 from proxy.admin.operations import OPERATIONS, Operation, Operations
+from proxy.connections.failures import explain
 from proxy.transfer import results
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class AdminClient:
                     raise _error_of(self._url, response.status, await response.read())
                 yield response
         except (ClientError, ConnectionError, TimeoutError) as error:
-            raise OperationFailed(f"{self._url}: {error or 'no answer'}", "UNREACHABLE") from error
+            failure = explain(error, self._url, "--ca-file")
+            raise OperationFailed(f"{self._url}: {failure}", "UNREACHABLE") from error
 
 
 def _export_body(selection: Selection, dry_run: bool = False) -> bytes:

@@ -1,0 +1,60 @@
+"""TLS contexts for connections to other servers."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Certificate: TypeAlias = Mapping[str, Any]  # as SSLSocket.getpeercert() returns it
+
+
+class CertificateRefused(ssl.SSLCertVerificationError):
+    """A refused certificate of a server, with `chain`: all that the server has sent, its own first."""
+
+    def __init__(self, error: ssl.SSLCertVerificationError, chain: Sequence[Certificate]) -> None:
+        super().__init__(*error.args)
+        self.reason, self.library = error.reason, error.library
+        self.verify_code, self.verify_message = error.verify_code, error.verify_message
+        self.chain = tuple(chain)
+
+
+class ClientSSLObject(ssl.SSLObject):
+    """An SSLObject that raises CertificateRefused: the error of OpenSSL does not say what was refused."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            raise refused(self, error) from error
+
+
+def refused(handshake: ssl.SSLObject, error: ssl.SSLError) -> ssl.SSLError:
+    """The error of a handshake; if it refuses a certificate, with what the peer has sent."""
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return error
+    # The public method of Python 3.13 returns DER, which the standard library does not decode.
+    sent = handshake._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
+    return CertificateRefused(error, [each.get_info() for each in sent or ()])
+
+
+def client_context(ca_file: Path | None = None) -> ssl.SSLContext:
+    """A new context.  It accepts certificates of the system's authorities and, if given, those of `ca_file`.
+
+    A certificate in the file need not be an authority's: a server's own is accepted too.
+    Raises OSError if the file cannot be read, ssl.SSLError if it has no certificate.
+    """
+    context = ssl.create_default_context(cafile=ca_file)
+    if ca_file is not None:
+        context.load_default_certs()  # CDNs and token servers may have certificates of public authorities
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.sslobject_class = ClientSSLObject
+    return context
+
+
+@cache
+def public_context() -> ssl.SSLContext:
+    """The context with the system's authorities, shared by all: loading the authorities takes time."""
+    return client_context()

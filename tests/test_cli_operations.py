@@ -532,13 +532,15 @@ async def test_an_admin_address_by_https(serve: Serve, upstream: Upstream, tmp_p
     assert (await shop.run(*words, server=False)).stdout == "nothing is being transferred\n"
     told = await shop.fails(*words[:3], server=False)
     assert "its certificate is from an authority that is not trusted here (ca)" in told
-    assert "it has no certificate, or no key, in pem format" in (
-        await shop.fails(*words[:4], str(shop.config), server=False, status=2)
-    ).lower().replace("_", " ")
+    assert (
+        "it has no certificate, or no key, in pem format"
+        in (await shop.fails(*words[:4], str(shop.config), server=False, status=2)).lower()
+    )
     # What another one shows at that address is not what the configuration names.
     other = authority.issue("other")["certificate"]
     shop.config.write_text(shop.config.read_text().replace(tls["certificate"], other))
-    assert "certificate verify failed" in (await shop.fails("fills", server=False))
+    told = await shop.fails("fills", server=False)
+    assert "its certificate is from an authority that is not trusted here (ca)" in told
 
 
 async def test_where_there_is_nothing_nothing_is_made(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import structlog
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS
 from proxy.connections.failures import explain_client, file_fault
-from proxy.connections.trust import refused
+from proxy.connections.trust import ClientSSLObject, refused
 
 log = structlog.get_logger()
 
@@ -168,6 +168,7 @@ def pinned(certificate: Path) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cadata=_first(certificate))
+    context.sslobject_class = ClientSSLObject
     return context
 
 

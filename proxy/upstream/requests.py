@@ -28,16 +28,11 @@ from proxy.upstream.encoding import decoded
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
+from proxy.upstream.redirects import RedirectMemory
 from proxy.upstream.refusals import Refusals
 from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import READING, Connect, Transport
-from storage.errors import (
-    OriginDenied,
-    OriginForbidden,
-    RegistryError,
-    TooManyRequests,
-    Unavailable,
-)
+from storage.errors import OriginDenied, OriginForbidden, RegistryError, TooManyRequests, Unavailable
 from storage.limits import RateLimit
 from storage.oci import MANIFEST_LIMIT
 from storage.shared import SharedState
@@ -157,6 +152,7 @@ class RequestSender:
     def _use(self, credentials: Sequence[Credentials]) -> None:
         table = None if self._caller else self._settings.shared.upstreams
         accounts = [(self.name, self._url, each.account) for each in credentials]
+        self._redirects = RedirectMemory(self._clock)
         self.budgets = Budgets(accounts, self._clock, table)
         self._tokens = [
             TokenCache(
@@ -340,8 +336,9 @@ class RequestSender:
             headers["Authorization"] = authorization
         try:
             response = await self.transport.follow(
-                request.method, request.url, headers, request.body, partial(self._foreign, request)
-            )
+                request.method, request.url, headers, request.body, partial(self._foreign, request),
+                self._redirects if request.method == "GET" and request.kind == "blob" else None,
+            )  # fmt: skip
             status = response.status
             return response
         finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import random
 import socket
 import ssl
@@ -32,6 +33,7 @@ from proxy.connections.trust import client_context, public_context
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.listing_memory import ignore
+from proxy.upstream.redirects import RedirectMemory, good_for
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState
 
@@ -43,6 +45,7 @@ BACKOFF = 0.1  # seconds at most before the first retry, doubling
 READING = ("GET", "HEAD")
 HOSTS = 100  # hosts whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
+_CONTENT = frozenset((200, 206, 416))  # of answers to a request for content, or for a part of it
 _DOWN = frozenset((502, 503, 504))  # a 500 concerns one request only
 RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
 
@@ -263,17 +266,26 @@ class Transport:
         headers: Mapping[str, str],
         body: RequestBody = None,
         elsewhere: Callable[[URL], Awaitable[str | None]] | None = None,
+        redirects: RedirectMemory | None = None,
     ) -> aiohttp.ClientResponse:
         """Send a request and follow redirects; the last response.  Raises OriginFailed, OriginTimeout.
 
         `elsewhere` returns the Authorization for a URL at another origin, in place of that in `headers`.
+        With `redirects`, the request goes at once to where the last one for this URL has led.
         """
-        sent = dict(headers)
+        sent, first, seconds = dict(headers), url, math.inf
+        if redirects is not None and (known := redirects.get(url)) is not None:
+            if (answered := await self._revisit(method, known, headers, elsewhere)) is not None:
+                return answered
+            redirects.drop(url)
         for _ in range(REDIRECTS + 1):
             response = await self.send(method, url, sent, body)
             location = response.headers.get("Location")
             if response.status not in _MOVED or location is None:
+                if redirects is not None and url.origin() != first.origin() and response.status in _CONTENT:
+                    redirects.put(first, url, seconds)
                 return response
+            seconds = min(seconds, good_for(response.headers))
             if isinstance(body, StreamedBody):
                 response.close()
                 raise OriginFailed(f"{self._name} redirected an upload while its body was sent")
@@ -286,6 +298,25 @@ class Transport:
                     sent["Authorization"] = value
             url = target
         raise OriginFailed(f"{self._name} redirected more than {REDIRECTS} times")
+
+    async def _revisit(
+        self,
+        method: str,
+        target: URL,
+        headers: Mapping[str, str],
+        elsewhere: Callable[[URL], Awaitable[str | None]] | None,
+    ) -> aiohttp.ClientResponse | None:
+        """The response from where a redirect has led before; None if that does not serve any more."""
+        sent = {name: value for name, value in headers.items() if name != "Authorization"}
+        with suppress(RegistryError):
+            if elsewhere is not None and (value := await elsewhere(target)):
+                sent["Authorization"] = value
+            response = await self.send(method, target, sent)
+            if response.status in _CONTENT:
+                return response
+            # Stores answer 403, and some 400, once a signature has lapsed.
+            response.release()
+        return None
 
     def target(self, url: URL, location: str) -> URL:
         """The URL to which a response from `url` redirects.  Raises OriginFailed if that is not allowed."""

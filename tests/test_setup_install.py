@@ -250,7 +250,8 @@ def test_a_broken_config_of_containerd_is_told(root: Path) -> None:
 
 
 def test_flags_have_no_file(root: Path) -> None:
-    assert "is configured by flags" in setup(root, "kaniko", "--write", status=2).stderr
+    for client in ("kaniko", "ollama", "flux"):
+        assert "is configured by flags" in setup(root, client, "--write", status=2).stderr
 
 
 def test_what_cannot_be_written_is_told(root: Path) -> None:

@@ -87,7 +87,8 @@ def setup(
         click.echo("\n".join([*(f"# {each}" for each in store_lines(site)), *lines_of(made)]))
         return
     if not remove and all(each.kind in BY_HAND for each in made.pieces):
-        _fail(f"{client} is configured by flags, not by a file: see entrepot setup {client}", 2)
+        cause = "is configured by flags or names, not by a file" if made.pieces else "has nothing to install"
+        _fail(f"{client} {cause}: see entrepot setup {client}", 2)
     planned = plan_removal(made, site, root) if remove else plan_install(made, root, force=force)
     for line in _report_removal(made, planned, dry_run) if remove else _report(made, planned, dry_run):
         click.echo(line)

@@ -183,4 +183,5 @@ def registries(site: Site, directory: str = CONTAINERS) -> list[Piece]:
     if site.plain:  # for pulls by full name
         tables += [f'[[registry]]\nlocation = "{each}"\n{insecure}' for each in site.hosts]
     path = f"{directory}/registries.conf.d/entrepot.conf"
-    return [Piece(path, "\n".join(tables)), *authorities(site, f"{directory}/certs.d")]
+    pieces = [Piece(path, "\n".join(tables))] if tables else []
+    return [*pieces, *authorities(site, f"{directory}/certs.d")]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from proxy.setup import builders, clusters, desktops, engines, platforms, runners
+from proxy.setup import (
+    builders,
+    clusters,
+    desktops,
+    engines,
+    models,
+    platforms,
+    runners,
+    snapshotters,
+    tools,
+)
 from proxy.setup.site import Piece, Setup, Site
 
 RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
@@ -31,6 +41,14 @@ RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
     "gitlab-runner": runners.gitlab_runner,
     "arc": runners.arc,
     "nomad": runners.nomad,
+    "stargz": snapshotters.stargz,
+    "nydus": snapshotters.nydus,
+    "soci": snapshotters.soci,
+    "ollama": models.ollama,
+    "model-runner": models.model_runner,
+    "renovate": tools.renovate,
+    "trivy": tools.trivy,
+    "flux": tools.flux,
 }
 WHAT = {
     "keys": ", merge these keys",

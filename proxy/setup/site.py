@@ -20,6 +20,7 @@ from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
 
 CA = "ca.crt"  # the file name by which dockerd, podman and containerd recognize an authority
+SYSTEM = "copy FILE to /usr/local/share/ca-certificates/entrepot.crt, and run update-ca-certificates"
 OURS = "/etc/entrepot/clients"  # for files that have no place of their own
 
 
@@ -41,6 +42,8 @@ class Site:
     ca: str | None = None
     bypass: bool = True
     stores: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     patterns: tuple[str, ...] = ()
 
     @property
@@ -170,13 +173,38 @@ def site_of(
         stores={
             name: _host(server_url, each) for name, each in config.store_listeners().items() if each.port
         },
+        named=_hosts_of_caches(config, server_url),
+        aliases=_aliases(config),
     )
+
+
+def _hosts_of_caches(config: Config, url: URL) -> dict[str, str]:
+    return {
+        name: _named(url, each.hosts[0])
+        for name, each in config.namespaces.items()
+        if each.upstream is not None and each.hosts
+    }
+
+
+def _aliases(config: Config) -> dict[str, str]:
+    """The first alias of each namespace that is no host."""
+    found = {
+        name: next((alias for alias in each.aliases if not is_host(alias)), "")
+        for name, each in config.namespaces.items()
+    }
+    return {name: alias for name, alias in found.items() if alias}
 
 
 def _host(url: URL, address: Address) -> str:
     """The host and port of a listener, on the machine that is at `url`."""
     host = url.host if address.everywhere else address.host
     return URL.build(scheme=url.scheme, host=host or "", port=address.port).host_port_subcomponent or ""
+
+
+def _named(url: URL, host: str) -> str:
+    """The host of a namespace, with the port of `url` if it names none."""
+    given = URL.build(scheme=url.scheme, authority=host)
+    return host if given.explicit_port else url.with_host(given.host or "").host_port_subcomponent or ""
 
 
 def _url(text: str) -> URL:

@@ -1,0 +1,88 @@
+"""Configuration of tools that read registries: Renovate, trivy, Flux."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxy.config.wellknown import DOCKER_HUB
+from proxy.setup.builders import INDEX
+from proxy.setup.engines import is_address
+from proxy.setup.formats import in_json, in_yaml
+from proxy.setup.site import CA, OURS, SYSTEM, Piece, Setup, Site, loopback_notes
+
+GHCR = "ghcr.io"
+TRIVY = "mirror.gcr.io"  # where trivy looks for its databases first
+
+
+def renovate(site: Site) -> Setup:
+    tree: dict[str, Any] = {}
+    if DOCKER_HUB in site.namespaces:
+        tree["packageRules"] = [{"matchDatasources": ["docker"], "registryUrls": [site.hub_url]}]
+    tree["registryAliases"] = {each: f"{site.host}/{each}" for each in site.namespaces}
+    if site.plain:
+        rule = {"hostType": "docker", "insecureRegistry": True}
+        # Renovate compares it with the URL that it has before it looks for insecureRegistry.
+        tree["hostRules"] = [{**rule, "matchHost": f"https://{each}"} for each in site.hosts]
+    path = f"{OURS}/renovate/config.json"
+    notes = [
+        "registryUrls are for names without a registry, registryAliases for the others",
+        "a 5xx of a registry ends Renovate's run for the repository: the server answers from its cache while"
+        " an upstream is down, but it has no list of tags that was never asked for",
+        *loopback_notes(site),
+    ]
+    after = f"RENOVATE_ADDITIONAL_CONFIG_FILE={path} renovate, or add the keys to your configuration"
+    trust = "NODE_EXTRA_CA_CERTS=FILE in the environment of Renovate"
+    return Setup("renovate", [Piece(path, in_json(tree), "keys")], after, notes, trust=trust)
+
+
+def trivy(site: Site) -> Setup:
+    names = [each for each in site.namespaces if not is_address(each)]
+    mirrors = {INDEX if each == DOCKER_HUB else each: [f"{site.host}/{each}"] for each in names}
+    tree: dict[str, Any] = {"registry": {"mirrors": mirrors}}
+    notes = ["trivy asks the registry itself if the server fails, and no setting prevents that"]
+    if GHCR in names and TRIVY not in names:
+        tree["db"] = {
+            "repository": [f"{GHCR}/aquasecurity/trivy-db:2"],
+            "java-repository": [f"{GHCR}/aquasecurity/trivy-java-db:1"],
+        }
+        notes.append(f"the databases come from {GHCR}, since {TRIVY} is no namespace of the server")
+    if site.plain and not site.loopback:
+        tree["insecure"] = True
+        notes.append("without TLS on the server, insecure is needed, and then trivy verifies no certificate")
+    notes.append(
+        "do not name the server in --db-repository: trivy goes on to the next repository after some answers,"
+        " but not if the server is down"
+    )
+    path = f"{OURS}/trivy/trivy.yaml"
+    after = f"trivy --config {path} image IMAGE, or TRIVY_CONFIG={path} in the environment"
+    return Setup("trivy", [Piece(path, in_yaml(tree))], after, notes, undo="drop --config", trust=SYSTEM)
+
+
+def flux(site: Site) -> Setup:
+    name = GHCR if GHCR in site.namespaces else next(iter(site.namespaces), DOCKER_HUB)
+    more: dict[str, Any] = {"insecure": True} if site.plain else {}
+    if site.ca:
+        more["certSecretRef"] = {"name": "entrepot"}
+    url = f"oci://{site.host}/{name}/owner"
+    trees = [
+        _source("OCIRepository", {"url": f"{url}/app", "ref": {"tag": "1.0.0"}, **more}),
+        _source("HelmRepository", {"type": "oci", "url": f"{url}/charts", **more}),
+    ]
+    after = "nothing else: each URL says which server is asked"
+    pieces = [Piece("sources", in_yaml(*trees), "example")]
+    if site.ca:
+        pieces.append(Piece(f"{OURS}/flux/{CA}", site.ca))
+        file = f"--from-file={OURS}/flux/{CA}"
+        after = f"kubectl create secret generic entrepot --namespace flux-system {file}"
+    notes = [
+        "Flux has no setting for a mirror: URLs name the server, and so does image of an ImageRepository",
+        "semver lists all tags at each interval; a tag alone is one HEAD request",
+        "the images of pods are pulled by the nodes",
+    ]
+    return Setup("flux", pieces, after, [*notes, *loopback_notes(site)], undo="name the registry in each URL")
+
+
+def _source(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    metadata = {"name": "app", "namespace": "flux-system"}
+    version = "source.toolkit.fluxcd.io/v1"
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": {"interval": "10m", **spec}}

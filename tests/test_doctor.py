@@ -248,6 +248,13 @@ async def test_a_store_has_no_upstream(examine: Examine, upstream: Upstream) -> 
     assert (found.failed, found.all("reach")) == ([], [])
 
 
+async def test_of_a_list_the_full_names_are_looked_at(examine: Examine, upstream: Upstream) -> None:
+    hosts = [upstream.url, "*.example.com"]
+    found = await examine(upstream.url, {"namespaces": {"*": {"upstream": {"hosts": hosts}}}})
+    assert [each.subject for each in found.all("reach")] == [upstream.url.removeprefix("http://")]
+    assert (found.failed, found.status) == ([], 0)
+
+
 async def test_a_name_that_does_not_resolve(examine: Examine) -> None:
     found = await examine("https://no-such-host.invalid")
     assert found.failed == ["dns"]

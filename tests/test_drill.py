@@ -62,6 +62,15 @@ def test_it_cuts_what_it_is_told_to_until_its_time_is_up(clock: Clock) -> None:
     assert (drill.cuts("a"), drill.left) == (False, 0)
 
 
+def test_namespaces_with_one_key_are_cut_off_by_it(clock: Clock) -> None:
+    drill = Drill(clock, key_of=lambda name: name if name == "own" else "*")
+    drill.begin(DrillOrder(begun=clock(), seconds=60.0, namespaces=("*",)))
+    assert [drill.cuts(each) for each in ("a", "b", "own")] == [True, True, False]
+    drill.end()
+    drill.begin(DrillOrder(begun=clock() + 0.0, seconds=50.0, namespaces=("a", "own")))
+    assert [drill.cuts(each) for each in ("a", "b", "own")] == [True, False, True]
+
+
 def test_what_failed_is_kept_until_the_next(clock: Clock, client: Callable[..., None]) -> None:
     drill = Drill(clock)
     order = DrillOrder(begun=clock(), seconds=60.0)

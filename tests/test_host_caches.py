@@ -17,8 +17,9 @@ from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import state_of
 from proxy.namespaces import caches
 from proxy.namespaces.composition import compose
+from proxy.namespaces.references import FieldInvalid
 from proxy.telemetry import metrics
-from storage.errors import NameUnknown, Unavailable
+from storage.errors import NameUnknown, Unavailable, Unsupported
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.processes import Place, place
@@ -79,6 +80,8 @@ async def test_by_path_and_by_ns(serve: Serve, upstream: Upstream, other: Upstre
     await pull(site, image, f"{host(upstream)}/")
     await pull(site, second, query=f"?ns={host(other, 'LOCALHOST')}")
     await pull(site, second, f"{host(other, 'LocalHost')}/")
+    await pull(site, second, query=f"?ns={host(other, 'localhost.')}")
+    assert site.app.composition.caches.keys() - {"docker.io"} == {host(upstream), host(other, "localhost")}
     for each in (upstream, other):
         each.clear()
     await pull(site, image, query=f"?ns={host(upstream)}")
@@ -355,6 +358,11 @@ async def test_operators_name_such_a_registry(tmp_path: Path, upstream: Upstream
         assert [each.url for each in why.upstreams] == [upstream.url]
         listed = await operations.images(host(upstream))
         assert [(each.repository, each.tag, each.complete) for each in listed.images] == [(name, "1", True)]
+        assert parts.is_cache(host(upstream)) and parts.is_cache("*") and not parts.is_cache("a.test")
+        with pytest.raises(Unsupported, match="is a cache"):
+            await operations.delete(f"{name}:1")
+        with pytest.raises(FieldInvalid, match="not a configured cache"):
+            await operations.begin_drill(9, ["a.test"])
         purged = await operations.purge(f"{name}:1")
         assert purged.manifests == 1
     finally:

@@ -139,3 +139,17 @@ def test_rights(tmp_path: Path, tree: dict[str, Any]) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     tree["disk"]["path"] = str(tmp_path / "locked" / "disk")
     assert "does not exist, and cannot be created" in check(tmp_path, tree).stderr
+
+
+@pytest.mark.errors("credentials.failed")
+def test_a_list_of_registries(tmp_path: Path, tree: dict[str, Any]) -> None:
+    absent = tmp_path / "absent.pem"
+    hosts = {"hosts": ["*.example.com"], "docker_config": str(tmp_path / "config.json")}
+    tree["namespaces"]["*"] = {"upstream": hosts}
+    result = check(tmp_path, tree)
+    assert (result.exit_code, "namespaces: *, x" in result.stdout) == (0, True)
+    assert "warning: namespaces.*.upstream: " in result.stdout
+    hosts["ca_file"] = str(absent)
+    result = check(tmp_path, tree)
+    assert result.exit_code == 1
+    assert f"namespaces.*.upstream.ca_file: {absent}: No such file or directory" in result.stderr

@@ -121,7 +121,7 @@ def test_any_other_is_not(tmp_path: Path, written: str) -> None:
 @given(st.text(st.sampled_from("a1.-_:x[]*%@/\u00e4n"), max_size=30))
 def test_whatever_matches_is_the_host_of_a_url(text: str) -> None:
     host = registry_host(text)
-    if host is not None and find_pattern([HostPattern("*"), HostPattern("*:1")], host):
+    if host is not None and find_pattern((HostPattern("*"), HostPattern("*:1")), host):
         url = URL(HostPattern("*").url(host))
         assert f"{url.host}" == host.partition(":")[0]
         assert registry_host(host) == host
@@ -129,7 +129,7 @@ def test_whatever_matches_is_the_host_of_a_url(text: str) -> None:
 
 
 def test_a_full_name_comes_before_a_pattern() -> None:
-    patterns = list(map(parse_pattern_of_hosts, ["*", "http://plain.lan:5000", "*:5000"]))
+    patterns = tuple(map(parse_pattern_of_hosts, ["*", "http://plain.lan:5000", "*:5000"]))
     found = find_pattern(patterns, "plain.lan:5000")
     assert found is not None and (found.literal, found.plain_http) == (True, True)
     found = find_pattern(patterns, "other.lan:5000")
@@ -204,6 +204,15 @@ def test_a_namespace_of_its_own_comes_first(tmp_path: Path) -> None:
     assert made.key_of("ghcr.io") == "ghcr.io"
     found = made.namespace("ghcr.io")
     assert found is not None and found.upstream is not None and found.upstream.url == ("https://mirror.test",)
+
+
+@pytest.mark.parametrize("name", ["local", "*", "GHCR.io", "ghcr.io.", "index.docker.io", "a..b", ""])
+def test_every_host_is_not_every_name(tmp_path: Path, name: str) -> None:
+    """Such as the name of a private registry that was removed, or a host as no namespace is called."""
+    made = config(tmp_path, ["*"])
+    assert made.key_of(name) == name
+    assert made.namespace(name) is (made.namespaces["*"] if name == "*" else None)
+    assert made.key_of("ghcr.io") == "*"
 
 
 def test_how_long_content_is_kept_is_as_for_all_of_them(tmp_path: Path) -> None:

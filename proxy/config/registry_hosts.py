@@ -11,9 +11,8 @@ What a `*` stands for is never a private address.  A host that is listed by its 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from proxy.config.hosts import is_host, is_private, normal_host, without_port
 from proxy.config.values import MAX_LABEL, parse_text
@@ -86,8 +85,11 @@ def _is_address(text: str) -> bool:
     )
 
 
-def find_pattern(patterns: Iterable[HostPattern], host: str) -> HostPattern | None:
-    """The pattern for a host: the one that is its full name, else the first that matches."""
+@lru_cache(maxsize=4096)
+def find_pattern(patterns: tuple[HostPattern, ...], host: str) -> HostPattern | None:
+    """The pattern for a host, as registry_host() returns it: its full name, else the first that matches."""
+    if registry_host(host) != host:
+        return None
     found = [each for each in patterns if each.matches(host)]
     return next((each for each in found if each.literal), found[0] if found else None)
 

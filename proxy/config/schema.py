@@ -14,7 +14,7 @@ from proxy.config.access import AccessConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
 from proxy.config.quantities import Share, parse_every, parse_grace, parse_percentage, parse_rate, parse_share
-from proxy.config.registry_hosts import EVERY
+from proxy.config.registry_hosts import EVERY, find_pattern
 from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
     Secret,
@@ -255,7 +255,7 @@ class Config(Section, frozen=True):
         """The key below `namespaces` of the settings of a namespace: its name, or `*` for a host of that."""
         if namespace in self.namespaces or (others := self.others) is None:
             return namespace
-        return EVERY if others.of_host(namespace, None) else namespace
+        return EVERY if find_pattern(others.hosts, namespace) else namespace
 
     def namespace(self, name: str) -> NamespaceConfig | None:
         """The settings of a namespace, for a host of the namespace `*` with what well-known hosts need."""

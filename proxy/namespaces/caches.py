@@ -160,10 +160,8 @@ class HostCaches:
 
     def _make(self, name: str) -> Member | None:
         config = self._factory.config
-        if registry_host(name) != name or config.key_of(name) != EVERY:
+        if config.key_of(name) != EVERY or (found := config.namespace(name)) is None:
             return None
-        found = config.namespace(name)
-        assert found is not None
         if len(self._members) >= self._most:
             self._drop(next(self._idle(), None), name)
         try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
+from storage.errors import DigestInvalid, ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from storage.keys import REFERRER
 from storage.oci import (
     ALGORITHMS,
@@ -177,6 +178,13 @@ def is_fallback_tag(tag: str) -> bool:
 def signature_tags(digest: Digest) -> list[Tag]:
     """The tags under which cosign stores signatures, attestations and SBOMs, even with a referrers API."""
     return [Tag(f"{digest.algorithm}-{digest.encoded}.{kind}") for kind in ("sig", "att", "sbom")]
+
+
+def signed_by(tag: str) -> Digest | None:
+    """The digest for which fallback_tag() or signature_tags() gives this tag, if it can be told from it."""
+    with suppress(DigestInvalid):
+        return Digest.parse(tag.partition(".")[0].replace("-", ":", 1))
+    return None
 
 
 def matches_platform(platform: str, wanted: str) -> bool:

@@ -9,6 +9,8 @@ A key is the name of its kind and then its fields, with a space between two of t
     listing <repository> <what>                 what an origin listed, or does not have
     pushed <repository>                         how often the repository's tags and manifests changed
     lease <repository> <digest>                 when a push in progress last learned that a manifest is stored
+    pulled <repository> <tag>                   when a tag of a private registry was last pulled
+    watched                                     when a private registry was watched, for its retention rules
     use <repository> <reference>                how often a tag or a manifest was used
     moves <repository> <tag>                    where a tag pointed before
     stats <period> <time> <namespace>           counters of an hour or a day
@@ -71,6 +73,8 @@ REFERRER = RecordKind("referrers", 3)
 LISTING = RecordKind("listing")
 CHANGES = RecordKind("pushed", 1)
 LEASE = RecordKind("lease")
+PULLED = RecordKind("pulled")
+WATCHED = RecordKind("watched", 0)
 USE = RecordKind("use")
 MOVES = RecordKind("moves")
 STATISTICS = RecordKind("stats", 3)

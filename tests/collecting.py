@@ -14,7 +14,7 @@ from storage.disk.records import Batch, Records
 from storage.maintenance import collection as module
 from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.leases import Leases
-from storage.maintenance.reachability import RetentionRules
+from storage.maintenance.retention import RetentionRules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock

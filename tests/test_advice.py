@@ -158,3 +158,31 @@ namespaces:
     repositories, kept = map(str, advise(read(text)))
     assert repositories.startswith("namespaces.x.repositories[2].match: never applies, since repositories[1]")
     assert kept.startswith("namespaces.y.store.keep_tags[0].match: never matches")
+
+
+@pytest.mark.parametrize(
+    ("rules", "lines"),
+    [
+        (
+            "{tags: [v*, 'app:1'], last: 1}",
+            ["keep_tags[0].tags[1]: never matches, since no tag has a : in it"],
+        ),
+        ("{match: 'a/b', pulled_within: 1d}", ["keep_tags[0].match: never matches"]),
+        (
+            "{repositories: ['y/team/*'], last: 1}",
+            ["keep_tags[0].repositories[0]: matches only repositories of y/y"],
+        ),
+        ("{last: 1}, {tags: [v*], last: 2}", ["keep_tags[1]: never applies, since keep_tags[0] comes first"]),
+        ("{tags: [a, v*], last: 1}, {match: v*, last: 2}", ["keep_tags[1]: never applies"]),
+        ("{last: 1}, {tags: [v*], last: 2, pulled_within: 1d}", []),
+        ("{pushed_within: 1d}, {tags: [v*], last: 2}", []),
+        ("{repositories: [a], last: 1}, {tags: [v*], last: 2}", []),
+        ("{tags: [v*], last: 1}, {last: 2}, {tags: [x*], pushed_within: 3d}", []),
+        ("{repositories: ['team/*', 'yy/*'], last: 1}, {repositories: [b], last: 1}", []),
+    ],
+)
+def test_rules_for_tags_of_stores(rules: str, lines: list[str]) -> None:
+    found = [*map(str, advise(read(f"namespaces: {{y: {{store: {{keep_tags: [{rules}]}}}}}}")))]
+    assert len(found) == len(lines)
+    for text, line in zip(found, lines, strict=True):
+        assert text.startswith(f"namespaces.y.store.{line}")

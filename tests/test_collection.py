@@ -17,7 +17,9 @@ from storage.maintenance import collection as module
 from storage.maintenance import pace
 from storage.maintenance.collection import CollectionRow
 from storage.maintenance.nodes import node, prefix_of
-from storage.maintenance.reachability import KeepTags, Reachability, RetentionRules
+from storage.maintenance.reachability import Reachability
+from storage.maintenance.retention import KeepTags, RetentionRules
+from storage.maintenance.watched_time import WatchedTime
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from tests.collecting import APP, DAY, GONE, GRACE, Interruption, Place, counts, descriptor, place
 
@@ -168,7 +170,7 @@ def test_the_graph_takes_little_memory(place: Place) -> None:
     tracemalloc.start()
     try:
         marks.refresh()
-        assert marks.removable(RetentionRules(), 0.0, 500) == ([], 0)
+        assert marks.removable(RetentionRules(), WatchedTime(0.0), 500) == ([], 0)
         held = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -214,7 +216,7 @@ async def tagged(place: Place, *tags: str) -> list[Digest]:
 
 def rules(*kept: tuple[str, int], immutable: str = "", **keys: float) -> RetentionRules:
     return RetentionRules(
-        keep_tags=tuple(KeepTags(re.compile(pattern), last) for pattern, last in kept),
+        keep_tags=tuple(KeepTags((re.compile(pattern),), last) for pattern, last in kept),
         immutable=(re.compile(immutable),) if immutable else (),
         **keys,
     )

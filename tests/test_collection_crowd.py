@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from proxy.namespaces.hosted import Hosted
 from storage.disk.records import Batch, Records
 from storage.errors import BlobUnknown, ManifestBlobUnknown, ManifestUnknown
-from storage.maintenance.reachability import KeepTags, RetentionRules
+from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from tests.collecting import APP, DAY, GONE, GRACE, Place, descriptor, place
 from tests.conftest import Clock
@@ -215,7 +215,7 @@ import asyncio, json, random, re, sys, threading, time
 from pathlib import Path
 from proxy.telemetry import metrics
 from proxy.namespaces.hosted import Hosted
-from storage.maintenance import collection, reachability
+from storage.maintenance import collection, reachability, retention
 from storage.maintenance.collection import Collection
 from storage.errors import BlobUnknown, ManifestBlobUnknown
 from storage.disk.blobs import BlobFiles
@@ -240,7 +240,7 @@ def collect():
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     collection.BATCH = 2
     now = lambda: time.time() + later
-    rules = reachability.RetentionRules(keep_untagged_for=float(grace))
+    rules = retention.RetentionRules(keep_untagged_for=float(grace))
     leases = Leases(store, float(grace), now)
     collector = Collection(store, lambda repository: rules, leases, now, lambda seconds: None)
     meanwhile = 0
@@ -309,8 +309,8 @@ async def stopped(step):
         stop(Path, "rename", lambda path, to: "blobs" in str(path))
     elif step == "before a file is removed":
         stop(Path, "unlink", lambda path, *_: "collected-" in path.name)
-    keep = reachability.KeepTags(re.compile("ci-.*"), 1)
-    rules = reachability.RetentionRules(keep_untagged_for=1.0, keep_tags=(keep,))
+    keep = retention.KeepTags((re.compile("ci-.*"),), 1)
+    rules = retention.RetentionRules(keep_untagged_for=1.0, keep_tags=(keep,))
     Collection(store, lambda repository: rules, leases, pause=lambda seconds: None).run()
 
 if role == "collector":
@@ -395,7 +395,7 @@ async def test_a_collection_that_is_killed_loses_nothing(place: Place, step: str
                 await (await place.store.get_blob(APP, Digest(each["digest"]))).close()
 
     await check("v1", "ci-2")
-    place.rules = RetentionRules(keep_untagged_for=1.0, keep_tags=(KeepTags(re.compile("ci-.*"), 1),))
+    place.rules = RetentionRules(keep_untagged_for=1.0, keep_tags=(KeepTags((re.compile("ci-.*"),), 1),))
     place.clock.advance(GONE)
     place.collect()
     await check("v1", "ci-2")

@@ -12,7 +12,7 @@ import pytest
 from storage.disk.records import Batch, Records
 from storage.maintenance import collection as module
 from storage.maintenance import unlinked
-from storage.maintenance.reachability import RetentionRules
+from storage.maintenance.retention import RetentionRules
 from tests.collecting import APP, DAY, GONE, Interruption, Place, counts, descriptor, place, push_now
 
 __all__ = ["place"]  # the fixture

@@ -86,12 +86,21 @@ async def test_what_the_rules_let_go_of_goes_by_the_api(
     assert [found[name] for name in ("tags", "manifests", "links", "blobs", "bytes")] == [2, 2, 2, 2, 8]
     assert {**dry, "dry_run": False, "seconds": 0} == {**found, "seconds": 0}
     row = {"repository": NAME, "tags": 2, "manifests": 2, "links": 2, "young": 0, "refused": ""}
-    assert found["rows"] == [row]
+    (reported,) = found["rows"]
+    expired = reported.pop("expired")
+    assert reported == row
+    assert [(each["tag"], each["reason"]) for each in expired] == [
+        ("ci-1", "not one of the last 1 pushed"),
+        ("ci-2", "not one of the last 1 pushed"),
+    ]
+    assert [clock.now - each["pushed_at"] for each in expired] == [2 * DAY + 120, 2 * DAY + 60]
+    reported["expired"] = expired
     assert await admin(client, "GET") == found
     assert files(client) == {Digest.of(each) for each in (b"{}", b"shared", b"of 0", b"of 3")}
     (event,) = [each for each in events.entries if each["event"] == "collect.done"]
     assert (event["blobs"], event["bytes"], event["repositories"]) == (2, 8, 1)
     metrics = await client.site.metrics()
+    assert "entrepot_collected_tags_total 2.0" in metrics
     assert "entrepot_collected_blobs_total 2.0" in metrics
     assert "entrepot_collected_bytes_total 8.0" in metrics
     (at,) = re.findall(r"^entrepot_collected_timestamp_seconds (\S+)$", metrics, re.MULTILINE)
@@ -232,6 +241,29 @@ async def test_what_was_pushed_to_a_namespace_that_was_taken_out_stays(
     assert (await store.resolve_manifest(NAME, Tag("ci-1"))).digest == digest
 
 
+async def test_rules_by_pull_and_repository_of_a_server(
+    serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock, events: LogCapture
+) -> None:
+    rules = [{"repositories": ["team/*"], "tags": ["ci-*"], "pulled_within": "3d"}]
+    top = {"disk": {"path": str(tmp_path / "disk"), "min_free": 0, "scrub": "off", "collect_every": "off"}}
+    client = Client(await serve(upstream, top=top, more={"local": {"store": {"keep_tags": rules}}}))
+    for tag in ("ci-1", "ci-2", "ci-3", "v1"):
+        await pushed(client, tag, tag.encode())
+    for _ in range(5):
+        clock.advance(DAY)
+        assert (await client.ask("GET", f"{APP}/manifests/ci-1")).status == 200
+        assert (await client.ask("HEAD", f"{APP}/manifests/ci-2")).status == 200
+        await client.site.app.housekeeper._round()
+    (row,) = (await admin(client, "POST", {}))["rows"]
+    assert [(each["tag"], each["reason"]) for each in row["expired"]] == [("ci-3", "not pulled within 3d")]
+    (event,) = [each for each in events.entries if each["event"] == "tag.expired"]
+    assert (event["repository"], event["tag"], event["reason"]) == (NAME, "ci-3", "not pulled within 3d")
+    assert (await client.ask("DELETE", f"{APP}/manifests/ci-1")).status == 202
+    private = client.site.app.composition.private
+    assert private is not None
+    assert [*private.records.keys("pulled ")] == [f"pulled {NAME} ci-2"]
+
+
 # What was damaged
 
 
@@ -310,6 +342,10 @@ async def test_collection(shop: tuple[Client, list[str]]) -> None:
     result = await run("--dry-run", *words)
     assert result.exit_code == 0, result.output
     assert "would be collected: 1 tag, 1 manifest, 1 link, 1 blob, 3 B; nothing was deleted" in result.stdout
+    heads, row = result.stdout.splitlines()[:2]
+    assert heads.split() == ["TAG", "PUSHED", "PULLED", "WHY"]
+    assert row.startswith(f"{NAME}:ci-")
+    assert row.endswith("not one of the last 1 pushed")
     assert Digest.of(b"one") in files(client)
     result = await run(*words)
     assert result.exit_code == 0, result.output

@@ -176,8 +176,17 @@ def test_default_namespace() -> None:
             "namespaces.x: fresh_for applies only to caches, and this namespace has a store",
         ),
         (
+            "namespaces: {x: {store: {keep_tags: [{match: a, tags: [b], last: 1}]}}}",
+            "namespaces.x.store.keep_tags[0]: has both match and tags: keep one",
+        ),
+        (
+            "namespaces: {x: {store: {keep_tags: [{tags: [b], pushed_within: 0s}]}}}",
+            "namespaces.x.store.keep_tags[0].pushed_within: must be more than 0",
+        ),
+        (
             "namespaces: {x: {store: {keep_tags: [{match: 'ci-*'}]}}}",
-            "namespaces.x.store.keep_tags[0].last: is required",
+            "namespaces.x.store.keep_tags[0]: needs last, such as 10, or pushed_within or pulled_within,"
+            " such as 90d",
         ),
         (
             "namespaces: {docker.io: }",

@@ -11,7 +11,7 @@ import pytest
 from storage.errors import StorageFailed
 from storage.maintenance.deletion import Deletion, DeletionReport, DeletionRequest
 from storage.maintenance.pins import Pin
-from storage.maintenance.reachability import RetentionRules
+from storage.maintenance.retention import RetentionRules
 from storage.oci import Digest, Tag
 from tests.collecting import APP, DAY, GONE, Interruption, Place, place, push_now
 

@@ -379,3 +379,27 @@ async def test_what_was_acknowledged_is_told_by_the_next_server(
     heir = await place.start()
     assert brief(await receiver.took(3)) == expected
     await heir.stop()
+
+
+async def test_what_a_retention_rule_removes(
+    serve: Serve,
+    upstream: Upstream,
+    receiver: Receiver,  # noqa: F811
+    clock: Clock,
+) -> None:
+    store = {"store": {"keep_tags": [{"last": 1}]}}
+    top = {"webhooks": [hook(receiver, actions=["delete"])]}
+    client = Client(await serve(upstream, top=top, more={"local": store}))
+    for tag in ("v1", "v2", "v3"):
+        clock.advance(60)
+        content = image(await client.blob(tag.encode()), config=await client.blob(b"{}"))
+        assert (await client.manifest(tag, content)).status == 201
+    clock.advance(3 * 86400.0)
+    url = client.site.app.admin_url
+    assert url is not None
+    async with client.site.session.post(url.with_path("/api/v1/collect"), json={}) as response:
+        assert (await response.json())["tags"] == 2
+    assert sorted(brief(await receiver.took(2))) == [
+        ("delete", "local/team/app", "v1"),
+        ("delete", "local/team/app", "v2"),
+    ]

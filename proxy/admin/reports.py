@@ -88,11 +88,21 @@ class Evicted(Model, frozen=True):
     dry_run: bool
 
 
+class ExpiredRow(Model, frozen=True):
+    """A tag that the retention rules delete; `pulled_at` is 0 if no pull is known."""
+
+    tag: str
+    digest: str
+    pushed_at: float
+    pulled_at: float
+    reason: str
+
+
 class CollectedRow(Model, frozen=True):
     """What a collection deleted of one repository.
 
     `young` content is unreachable but too recent.  `refused` says why nothing could be collected, or is
-    empty.
+    empty.  `expired` are the tags, of all rows together at most a thousand.
     """
 
     repository: str
@@ -101,6 +111,7 @@ class CollectedRow(Model, frozen=True):
     links: int
     young: int
     refused: str
+    expired: list[ExpiredRow]
 
 
 class Collected(Model, frozen=True):

@@ -9,7 +9,7 @@ import msgspec
 from yarl import URL
 
 from proxy.admin.models import DayRow, StatsRow, WebhookRow
-from proxy.admin.reports import Collected, CollectedRow, Drilling, Evicted, MissedRow, ScrubRow
+from proxy.admin.reports import Collected, CollectedRow, Drilling, Evicted, ExpiredRow, MissedRow, ScrubRow
 from proxy.cache.drill import DrillState
 from proxy.config.webhooks import WebhookConfig
 from proxy.webhooks.queue import Queue
@@ -90,7 +90,15 @@ def scrub_row(scrubs: Sequence[Scrub]) -> ScrubRow:
 
 
 def collected(report: collection.CollectionReport) -> Collected:
-    rows = [CollectedRow(**msgspec.structs.asdict(each)) for each in report.rows]
+    rows = [
+        CollectedRow(
+            **{
+                **msgspec.structs.asdict(each),
+                "expired": [ExpiredRow(**msgspec.structs.asdict(tag)) for tag in each.expired],
+            }
+        )
+        for each in report.rows
+    ]
     return Collected(**{**msgspec.structs.asdict(report), "rows": rows})
 
 

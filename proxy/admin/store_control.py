@@ -81,16 +81,8 @@ class StoreControl:
             tag = ""
             if not digest:
                 repository, _, tag = each.rpartition(":")
-            event = Event(
-                id=str(uuid.uuid4()),
-                at=self._parts.clock(),
-                action="delete",
-                kind="tag" if tag else "manifest",
-                repository=repository,
-                digest=digest,
-                tag=tag,
-            )
-            await self._publish(event)
+            if self._parts.publisher is not None:
+                await self._parts.publisher.deleted(repository, tag, digest)
 
     async def _publish(self, event: Event) -> None:
         if self._parts.publisher is not None:

@@ -156,7 +156,26 @@ def collection_tables(found: reports.Collected, now: float) -> Sequence[Table]:
         f"examined {plural(found.repositories, 'repository', 'repositories')};"
         f" {found.young} too recent to be collected"
     )
-    return [table]
+    return [*_expired_tables(found, now), table] if found.dry_run else [table]
+
+
+def _expired_tables(found: reports.Collected, now: float) -> Sequence[Table]:
+    table = Table(
+        (
+            Column("TAG", whole=True),
+            Column("PUSHED", drop=1),
+            Column("PULLED"),
+            Column("WHY"),
+        )
+    )
+    for row in found.rows:
+        for each in row.expired:
+            pushed, pulled = format_time(each.pushed_at, now), format_time(each.pulled_at or None, now)
+            table.add(f"{row.repository}:{each.tag}", pushed, pulled, each.reason)
+    shown = sum(len(row.expired) for row in found.rows)
+    if shown < found.tags:
+        table.notes.append(f"and {found.tags - shown} more tags")
+    return [table] if shown else []
 
 
 COMMANDS = (purge, evict, collect)

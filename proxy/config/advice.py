@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from proxy.config.hosts import Address
-from proxy.config.schema import Config
-
-# The patterns that match everything, as a glob and as regular expressions.
-_EVERYTHING = (fnmatch.translate("*"), ".*", ".+")
+from proxy.config.schema import EVERYTHING, Config, Hosting
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +78,54 @@ def _admin(config: Config) -> Iterator[Advice]:
 def _rules(config: Config) -> Iterator[Advice]:
     """The rules that never apply: no tag can match them, or an earlier one matches all that they do."""
     for name, namespace in config.namespaces.items():
-        lists = {
-            "tags": [rule.match for rule in namespace.tags],
-            "repositories": [rule.match for rule in namespace.repositories],
-            "store.keep_tags": [rule.match for rule in namespace.store.keep_tags] if namespace.store else [],
-        }
-        for key, patterns in lists.items():
-            for number, pattern in enumerate(patterns):
-                place = f"namespaces.{name}.{key}[{number}].match"
-                sign = "" if key == "repositories" else _impossible(pattern.pattern)
-                if sign:
-                    surprise = f"never matches, since no tag has a {sign} in it"
-                    yield Advice(place, surprise, "give a pattern of the tag alone, without its repository")
-                earlier = [each.pattern for each in patterns[:number]]
-                first = next((each for each in earlier if each in (pattern.pattern, *_EVERYTHING)), None)
-                if first is not None:
-                    surprise = f"never applies, since {key}[{earlier.index(first)}] comes first"
-                    yield Advice(place, surprise, "move it up, or remove it")
+        path = f"namespaces.{name}"
+        tags = [rule.match for rule in namespace.tags]
+        for number, pattern in enumerate(tags):
+            yield from _never_a_tag(f"{path}.tags[{number}].match", pattern)
+        yield from _shadowed(f"{path}.tags", tags)
+        yield from _shadowed(f"{path}.repositories", [rule.match for rule in namespace.repositories])
+        if namespace.store is not None:
+            yield from _retention(name, namespace.store)
+
+
+def _never_a_tag(place: str, pattern: re.Pattern[str]) -> Iterator[Advice]:
+    if sign := _impossible(pattern.pattern):
+        surprise = f"never matches, since no tag has a {sign} in it"
+        yield Advice(place, surprise, "give a pattern of the tag alone, without its repository")
+
+
+def _shadowed(path: str, patterns: list[re.Pattern[str]]) -> Iterator[Advice]:
+    key = path.rpartition(".")[2]
+    for number, pattern in enumerate(patterns):
+        earlier = [each.pattern for each in patterns[:number]]
+        first = next((each for each in earlier if each in (pattern.pattern, *EVERYTHING)), None)
+        if first is not None:
+            surprise = f"never applies, since {key}[{earlier.index(first)}] comes first"
+            yield Advice(f"{path}[{number}].match", surprise, "move it up, or remove it")
+
+
+def _retention(name: str, hosting: Hosting) -> Iterator[Advice]:
+    """A tag counts for the first rule with `last` that matches; the ages of all rules apply."""
+    for number, rule in enumerate(hosting.keep_tags):
+        path = f"namespaces.{name}.store.keep_tags[{number}]"
+        for index, pattern in enumerate(rule.tag_patterns):
+            yield from _never_a_tag(f"{path}.{'match' if rule.match else f'tags[{index}]'}", pattern)
+        for index, pattern in enumerate(rule.repositories):
+            if _plain_text(pattern).startswith(f"{name}/"):
+                surprise = f"matches only repositories of {name}/{name}"
+                yield Advice(f"{path}.repositories[{index}]", surprise, f"leave out the first {name}/")
+        if rule.last is None or rule.pushed_within is not None or rule.pulled_within is not None:
+            continue
+        for earlier, other in enumerate(hosting.keep_tags[:number]):
+            if other.last is not None and other.covers(rule):
+                surprise = f"never applies, since keep_tags[{earlier}] comes first"
+                yield Advice(path, surprise, "move it up, or remove it")
+                break
+
+
+def _plain_text(pattern: re.Pattern[str]) -> str:
+    """The text of a pattern without the marks of a translated glob."""
+    return pattern.pattern.removeprefix("(?s:").replace("\\", "")
 
 
 def _impossible(pattern: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
 import re
@@ -83,6 +84,10 @@ class Limits(Section, frozen=True):
     fills: Annotated[int, parse_count] = 64
 
 
+# The patterns that match everything, as a glob and as regular expressions.
+EVERYTHING = (fnmatch.translate("*"), ".*", ".+")
+
+
 class TagRule(Section, frozen=True):
     """How long the tags that match are fresh."""
 
@@ -125,16 +130,51 @@ class WarmRule(Section, frozen=True):
 
 
 class KeepRule(Section, frozen=True):
-    """How many of the tags that match are kept."""
+    """Which tags are kept, of those that match one of `tags`, in the repositories that match.
 
-    match: Annotated[re.Pattern[str], parse_pattern]
-    last: Annotated[int, parse_count]
+    Without `repositories` or `tags` all match.  `match` is one pattern of tags.  One of the conditions is
+    enough: the tag is among the `last` pushed, or was pushed or pulled in so many seconds.
+    """
+
+    match: Annotated[re.Pattern[str] | None, parse_pattern] = None
+    repositories: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    tags: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    last: Annotated[int | None, parse_count] = None
+    pushed_within: Timeout | None = None
+    pulled_within: Timeout | None = None
+
+    def __post_init__(self) -> None:
+        if self.match is not None and self.tags:
+            raise ValueError("has both match and tags: keep one")
+        if self.last is None and self.pushed_within is None and self.pulled_within is None:
+            raise ValueError("needs last, such as 10, or pushed_within or pulled_within, such as 90d")
+
+    @property
+    def tag_patterns(self) -> tuple[re.Pattern[str], ...]:
+        return self.tags if self.match is None else (self.match,)
+
+    def applies_to(self, repository: str) -> bool:
+        """Whether a repository, given by its name within the namespace, matches."""
+        return not self.repositories or any(each.fullmatch(repository) for each in self.repositories)
+
+    def covers(self, other: KeepRule) -> bool:
+        """Whether it surely matches every tag that `other` does."""
+        return _covers(self.repositories, other.repositories) and _covers(
+            self.tag_patterns, other.tag_patterns
+        )
+
+
+def _covers(these: tuple[re.Pattern[str], ...], those: tuple[re.Pattern[str], ...]) -> bool:
+    """Whether one of `these` surely matches whatever one of `those` does; none of them match all."""
+    if not these or any(each.pattern in EVERYTHING for each in these):
+        return True
+    return bool(those) and {each.pattern for each in those} <= {each.pattern for each in these}
 
 
 class Hosting(Section, frozen=True):
     """The rules of a private registry: what may be pushed, and what is collected.
 
-    A tag belongs to the first rule of `keep_tags` that matches it; each rule keeps the tags pushed last.
+    A tag is kept if one of the rules of `keep_tags` that match it keeps it, or if none matches.
     """
 
     sparse: Flag = False

@@ -25,6 +25,7 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.namespaces.caches import CacheFactory, Caches, HostCaches
 from proxy.namespaces.hosted import Hosted, PushRules
+from proxy.namespaces.retention import deletions, eviction_rules, retention_rules
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
@@ -39,10 +40,10 @@ from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
 from storage.limits import Slots
 from storage.maintenance.collection import Collection, CollectionReport
-from storage.maintenance.eviction import Eviction, EvictionRules
+from storage.maintenance.eviction import Eviction
 from storage.maintenance.leases import Leases
 from storage.maintenance.pins import Pin, Pins
-from storage.maintenance.reachability import KeepTags, RetentionRules
+from storage.maintenance.pulls import Pulls
 from storage.maintenance.scrub import Scrub
 from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
@@ -238,7 +239,7 @@ class _Composer:
             hosted=hosted,
             namespaces=namespaces,
             pins=pins,
-            maintenance=self._maintenance(store, private, namespaces, pins),
+            maintenance=self._maintenance(store, private, namespaces, pins, publisher),
             closing=self._closing,
         )
 
@@ -295,12 +296,14 @@ class _Composer:
         return Slots(total, each, self._shared, key_of, kind)
 
     def _hosted(self, store: Store, publisher: Publisher | None) -> dict[str, Hosted]:
+        pulls = Pulls(store, self._clock)
         return {
             name: Hosted(
                 name,
                 store,
                 self._leases(store),
                 PushRules(each.sparse, each.immutable_tags),
+                pulls,
                 self._hooks.make_room,
                 moved=publisher.moved if publisher else None,
             )
@@ -320,7 +323,12 @@ class _Composer:
     # Maintenance
 
     def _maintenance(
-        self, store: Store, private: Store | None, namespaces: Namespaces, pins: Pins
+        self,
+        store: Store,
+        private: Store | None,
+        namespaces: Namespaces,
+        pins: Pins,
+        publisher: Publisher | None,
     ) -> Maintenance:
         pace, pause = self._config.disk.scrub, self._hooks.pause
         scrubs = [Scrub(store, pace, self._clock)]
@@ -328,20 +336,27 @@ class _Composer:
             scrubs.append(Scrub(private, pace, self._clock, kept=None))
         return Maintenance(
             freshener=Freshener(namespaces, store, pins, self._clock),
-            eviction=Eviction(store, _eviction_rules(self._config), pins.pinned, self._clock, pause),
+            eviction=Eviction(store, eviction_rules(self._config), pins.pinned, self._clock, pause),
             scrubs=scrubs,
-            collection=None if private is None else self._collection(private),
+            collection=None if private is None else self._collection(private, pins, publisher),
         )
 
-    def _collection(self, store: Store) -> Collection:
-        rules = partial(_retention_rules, self._config)
-        pause = self._hooks.pause
-        return Collection(store, rules, self._leases(store), self._clock, pause, self._count_collected)
+    def _collection(self, store: Store, pins: Pins, publisher: Publisher | None) -> Collection:
+        return Collection(
+            store,
+            partial(retention_rules, self._config, pins),
+            self._leases(store),
+            self._clock,
+            self._hooks.pause,
+            self._count_collected,
+            deletions(publisher),
+        )
 
     def _leases(self, store: Store) -> Leases:
         return Leases(store, self._config.disk.collect_grace, self._clock)
 
     def _count_collected(self, report: CollectionReport) -> None:
+        self._metrics.collected_tags.inc(report.tags)
         self._metrics.collected_blobs.inc(report.blobs)
         self._metrics.collected.inc(report.bytes)
         if not report.refused:
@@ -355,26 +370,3 @@ def _tag_moved(recorder: UsageRecorder, publisher: Publisher | None) -> Moved:
             await publisher.moved(repository, tag, old, new)
 
     return tag_moved
-
-
-def _eviction_rules(config: Config) -> EvictionRules:
-    disk, namespaces = config.disk, config.namespaces.items()
-    return EvictionRules(
-        keep_for=config.keep_for,
-        default_keep_for=disk.keep_for,
-        limit=disk.cache_limit,
-        evict_to=disk.evict_to,
-        min_free=disk.min_free.of,
-        limits={name: each.cache_limit for name, each in namespaces if each.cache_limit is not None},
-        kept=frozenset(name for name, each in namespaces if config.offline or each.offline),
-        key_of=config.key_of,
-        shared=frozenset((EVERY,)),
-    )
-
-
-def _retention_rules(config: Config, repository: str) -> RetentionRules:
-    hosting = config.hosted().get(repository.partition("/")[0])
-    if hosting is None:  # the namespace was removed from the configuration; its content is kept
-        return RetentionRules()
-    tags = tuple(KeepTags(each.match, each.last) for each in hosting.keep_tags)
-    return RetentionRules(hosting.keep_untagged_for, tags, hosting.immutable_tags)

@@ -20,8 +20,9 @@ from storage.errors import (
     ManifestUnknown,
 )
 from storage.graph import IndexEntries, fallback_tag
-from storage.keys import LINK, MANIFEST, TAG
+from storage.keys import LINK, MANIFEST, PULLED, TAG
 from storage.maintenance.leases import Leases
+from storage.maintenance.pulls import Pulls
 from storage.oci import (
     ARTIFACTS,
     IMAGES,
@@ -74,6 +75,7 @@ class Hosted(Registry):
 
     Its methods take names within the namespace; the store has them under `<namespace>/`.
 
+    pulls: records the pulls of tags
     make_room: is called before an upload for which the disk has no room
     moved: is called after a tag moved
     """
@@ -84,6 +86,7 @@ class Hosted(Registry):
         store: Store,
         leases: Leases,
         rules: PushRules = PushRules(),
+        pulls: Pulls | None = None,
         make_room: MakeRoom = make_no_room,
         moved: Moved | None = None,
     ) -> None:
@@ -91,6 +94,7 @@ class Hosted(Registry):
         self._store = store
         self._leases = leases
         self._rules = rules
+        self._pulls = pulls
         self._make_room = make_room
         self._moved = moved
         self._indexes = IndexEntries()
@@ -120,6 +124,8 @@ class Hosted(Registry):
         manifest, stored_at = self._store.manifest(name, reference)
         if isinstance(reference, Digest):  # otherwise the tag keeps it
             await self._leases.manifest(name, reference, stored_at)
+        elif self._pulls is not None:
+            await self._pulls.pulled(name, reference)
         return manifest
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
@@ -217,6 +223,7 @@ class Hosted(Registry):
 
         def allowed(batch: Batch, tags: Sequence[Tag]) -> None:
             for tag in tags:
+                batch.delete(PULLED.key(name, tag))
                 if (pointer := Pointer.parse(batch.get(TAG.key(name, tag)))) is not None:
                     self._check_mutable(repository, tag)
                     self._leases.untagged(batch, name, pointer.digest)

@@ -107,6 +107,8 @@ class Housekeeper:
         composition = self._composition
         await self.make_room(0)
         composition.metrics.stored.set(await run_in_thread(self._eviction.stored))
+        if self._collection is not None:
+            await run_in_thread(self._collection.watch.observe)
         if reaped := sum([await run_in_thread(each.files.reap, ABANDONED) for each in composition.stores]):
             log.info("partial.reaped", files=reaped)
         # Reading a tree of a million files takes seconds: rest in proportion.

@@ -152,6 +152,7 @@ class Metrics:
         "livemostrecent",
         "webhook",
     )
+    collected_tags = _Row(Counter, "entrepot_collected_tags_total", "Tags that retention rules deleted.")
     collected_blobs = _Row(Counter, "entrepot_collected_blobs_total", "Pushed blobs that were collected.")
     collected = _Row(Counter, "entrepot_collected_bytes_total", "Bytes of pushed blobs that were collected.")
     collected_at = _gauge(

@@ -79,6 +79,19 @@ class Publisher:
         )
         await self.publish(event)
 
+    async def deleted(self, repository: str, tag: str, digest: str) -> None:
+        """Publish that a tag was deleted, or without one a manifest; `repository` is a full name."""
+        event = Event(
+            id=str(uuid.uuid4()),
+            at=self._clock(),
+            action="delete",
+            kind="tag" if tag else "manifest",
+            repository=repository,
+            digest=digest,
+            tag=tag,
+        )
+        await self.publish(event)
+
     def publish_later(self, event: Event) -> None:
         """Publish a pull, without waiting until it is written."""
         if len(self._gathered) >= GATHERED:

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -35,8 +36,10 @@ from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.leases import Leases
 from storage.maintenance.nodes import prefix_of
 from storage.maintenance.pace import DutyCycle
-from storage.maintenance.reachability import Damaged, Reachability, Removal, RetentionRules
+from storage.maintenance.reachability import Damaged, Reachability, Removal
+from storage.maintenance.retention import ExpiredTag, RetentionRules
 from storage.maintenance.unlinked import Unlinked
+from storage.maintenance.watched_time import Watch
 from storage.oci import Digest
 from storage.store import Store
 from storage.values import Link
@@ -46,7 +49,7 @@ T = TypeVar("T")
 Pause: TypeAlias = Callable[[], None]
 
 TRIES = 3  # attempts to mark a repository without blocking pushes
-ROWS = 1000  # in a report
+ROWS = 1000  # in a report; and so many tags
 REMEDY = "push it again, or delete it"
 KINDS = (MANIFEST, TAG, LINK, REFERRER, LEASE)
 
@@ -56,7 +59,8 @@ _COUNTS = ("repositories", "tags", "manifests", "links", "blobs", "bytes", "youn
 class CollectionRow(msgspec.Struct, kw_only=True):
     """What was removed from a repository, or would be in a dry run.
 
-    `young` is how much is kept only because it is young.  `refused` is why nothing was removed.
+    `young` is how much is kept only because it is young.  `refused` is why nothing was removed.  `expired`
+    are the tags, of all rows together at most a thousand.
     """
 
     repository: str
@@ -65,6 +69,7 @@ class CollectionRow(msgspec.Struct, kw_only=True):
     links: int = 0
     young: int = 0
     refused: str = ""
+    expired: list[ExpiredTag] = []
 
 
 class CollectionReport(msgspec.Struct, kw_only=True):
@@ -93,7 +98,7 @@ class Collection:
 
     Several collections may run at once, in one or many processes.  `rules` returns the retention rules of a
     repository, given by its full name.  `pause` is called with a number of seconds to wait, `done` with every
-    report except those of dry runs.
+    report except those of dry runs, and `expired` with the tags that were just removed from a repository.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Collection:
         clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
         done: Callable[[CollectionReport], None] = lambda report: None,
+        expired: Callable[[str, Sequence[ExpiredTag]], None] = lambda repository, tags: None,
     ) -> None:
         self.store = store
         self.rules = rules
@@ -111,6 +117,8 @@ class Collection:
         self.clock = clock
         self.pause = pause
         self.done = done
+        self.expired = expired
+        self.watch = Watch(store, clock)
 
     def run(self, dry_run: bool = False) -> CollectionReport:
         return _CollectionRun(self, dry_run).run()
@@ -146,9 +154,12 @@ class _CollectionRun:
         self._pause = DutyCycle(collection.pause).pause
         self._begun = time.monotonic()
         self._removable: set[str] = set()  # keys of links, in a dry run
+        self._left = ROWS  # how many more tags the report may have
 
     def run(self) -> CollectionReport:
         report = self._report
+        if not self._dry_run:
+            self._collection.watch.observe()
         try:
             for repository in self._repositories():
                 self._collect(repository)
@@ -209,13 +220,28 @@ class _CollectionRun:
         rules = self._collection.rules(marks.repository)
 
         def choose(pause: Pause) -> list[Removal]:
-            removals, row.young = marks.removable(rules, self._collection.clock(), BATCH)
+            removals, row.young = marks.removable(rules, self._collection.watch.look(), BATCH)
             return removals
 
         for removal in self._remove_each(marks, choose, marks.remove):
+            self._tell(sorted(marks.expired(removal.tags), key=attrgetter("pushed_at", "tag")), row)
             marks.forget([removal])
             row.tags += len(removal.tags)
             row.manifests += len(removal.manifests)
+
+    def _tell(self, tags: list[ExpiredTag], row: CollectionRow) -> None:
+        row.expired += tags[: self._left]
+        self._left = max(0, self._left - len(tags))
+        if tags and not self._dry_run:
+            for each in tags:
+                log.info(
+                    "tag.expired",
+                    repository=row.repository,
+                    tag=each.tag,
+                    digest=each.digest,
+                    reason=each.reason,
+                )
+            self._collection.expired(row.repository, tags)
 
     def _remove_links(self, marks: Reachability, row: CollectionRow) -> None:
         repository, young, removed = marks.repository, 0, list[str]()

@@ -38,6 +38,11 @@ class Leases:
         """Whether content that was last used `at` this time must not be collected."""
         return self._clock() - at <= self._grace * HELD
 
+    @property
+    def renewed_after(self) -> float:
+        """The seconds for which further uses may not be recorded."""
+        return self._grace * RENEWED
+
     def of(self, repository: str, digest: str) -> float:
         """When the manifest was last leased, 0 for never."""
         return _time(self._store.records.get(LEASE.key(repository, digest)))

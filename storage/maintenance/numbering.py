@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import compress, count, repeat
+from itertools import chain, compress, count, repeat
 
 from storage.oci import Digest
 
@@ -93,3 +93,29 @@ def without(some: bytearray, others: bytearray) -> bytearray:
     """The nodes of `some` that are not in `others`, which are of the same graph."""
     common = int.from_bytes(some, "little") & int.from_bytes(others, "little")
     return bytearray((int.from_bytes(some, "little") ^ common).to_bytes(len(some), "little"))
+
+
+def below(number: int, edges: Edges) -> Iterator[int]:
+    """The nodes that are reached from one, which is the first."""
+    seen, steps = set[int](), [number]
+    while steps:
+        if (number := steps.pop()) not in seen:
+            seen.add(number)
+            yield number
+            steps.extend(edges.of(number))
+
+
+def above(kept: bytearray, nodes: Iterable[int], *edges: Edges) -> bytearray:
+    """The nodes from which one of `kept` is reached, including themselves."""
+    if not any(kept):
+        return kept
+    parents = Edges()
+    for number in nodes:
+        for target in chain.from_iterable(each.of(number) for each in edges):
+            parents.add(target, number)
+    found, steps = bytearray(len(kept)), list(members(kept))
+    while steps:
+        if not found[number := steps.pop()]:
+            found[number] = 1
+            steps += parents.of(number)
+    return found

@@ -10,26 +10,24 @@ The content of a digest never changes, so each manifest is read once, however of
 
 from __future__ import annotations
 
-import math
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain
 from operator import and_
 from typing import NamedTuple
 
 from storage.disk.records import Batch
 from storage.errors import DigestInvalid, ManifestUnknown
-from storage.keys import CHANGES, LEASE, MANIFEST, REFERRER, TAG, RecordKind
+from storage.graph import signed_by
+from storage.keys import CHANGES, LEASE, MANIFEST, PULLED, REFERRER, TAG, RecordKind
 from storage.maintenance.leases import Leases
 from storage.maintenance.nodes import node
-from storage.maintenance.numbering import DigestNumbers, Edges, Prefixes, both, members, without
-from storage.oci import (
-    Digest,
-    Tag,
-)
+from storage.maintenance.numbering import DigestNumbers, Edges, Prefixes, above, below, both, members, without
+from storage.maintenance.pulls import RENEWED, last_pull
+from storage.maintenance.retention import ExpiredTag, KeepTags, RetentionRules, TagTimes, released
+from storage.maintenance.watched_time import WatchedTime
+from storage.oci import Digest, Tag
 from storage.store import Store
 
 GONE = -1  # the target of a tag that was removed
@@ -41,27 +39,6 @@ class Damaged(Exception):
     def __init__(self, key: str) -> None:
         super().__init__(key)
         self.key = key
-
-
-@dataclass(frozen=True, slots=True)
-class KeepTags:
-    """A rule that keeps the `last` pushed of the tags that match."""
-
-    match: re.Pattern[str]
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class RetentionRules:
-    """Which tags and manifests of a repository are kept.
-
-    `keep_untagged_for` is in seconds.  The first of `keep_tags` that matches a tag applies to it.  Tags that
-    match one of `immutable` are kept, and not counted.
-    """
-
-    keep_untagged_for: float = math.inf
-    keep_tags: tuple[KeepTags, ...] = ()
-    immutable: tuple[re.Pattern[str], ...] = ()
 
 
 class TagTarget(NamedTuple):
@@ -94,7 +71,8 @@ class Reachability:
         self._leases = leases
         self._tags: list[str] = []
         self._targets = array("i")  # of the tags: the number of the digest, or GONE
-        self._pushed_at = array("d")  # of the tags
+        self._pushed_at, self._pulled_at = array("d"), array("d")  # of the tags
+        self._released: dict[int, tuple[KeepTags, ...]] = {}  # the tags that no rule keeps, with their rules
         self._digests = DigestNumbers()
         self._stored = bytearray()  # the manifests
         self._read = bytearray()  # those whose children and names are known
@@ -148,7 +126,8 @@ class Reachability:
         return number
 
     def _refresh_tags(self, pause: Callable[[], None]) -> None:
-        self._tags, self._targets, self._pushed_at = [], array("i"), array("d")
+        self._tags, self._targets = [], array("i")
+        self._pushed_at, self._pulled_at = array("d"), array("d")
         for (tag,) in self._listed(TAG, pause):
             found = self._store.pointer(self.repository, Tag(tag))
             if found is None:
@@ -157,6 +136,7 @@ class Reachability:
                 self._tags.append(tag)
                 self._targets.append(self._number(found.digest))
                 self._pushed_at.append(found.validated_at)
+                self._pulled_at.append(last_pull(self._records, self.repository, tag))
 
     def _refresh_manifest(self, digest: str) -> None:
         try:
@@ -202,6 +182,18 @@ class Reachability:
         """The tags and the digests of what is removed."""
         return [self._tags[tag] for tag in removal.tags], [*map(self._digests.digest, removal.manifests)]
 
+    def expired(self, tags: Iterable[int]) -> list[ExpiredTag]:
+        """The tags that removable() chose, and why."""
+        found = []
+        for tag in tags:
+            digest, reason = (
+                self._digests.digest(self._targets[tag]),
+                "; ".join(map(str, self._released[tag])),
+            )
+            pulled_at = max(self._pulled_at[tag], self._leases.of(self.repository, digest))
+            found.append(ExpiredTag(self._tags[tag], str(digest), self._pushed_at[tag], pulled_at, reason))
+        return found
+
     def names(self) -> Prefixes:
         """The prefix_of() each digest that a manifest names."""
         found = Prefixes()
@@ -212,20 +204,23 @@ class Reachability:
 
     # Choosing
 
-    def removable(self, rules: RetentionRules, now: float, size: int) -> tuple[list[Removal], int]:
+    def removable(self, rules: RetentionRules, time: WatchedTime, size: int) -> tuple[list[Removal], int]:
         """What the rules remove, in this order, and how much is kept only because it is young.
 
         What only the removed tags have kept is removed with them, whatever `keep_untagged_for` says.  A
         removal has about `size` records, as what belongs together is not divided.
         """
-        too_many = self._too_many(rules)
+        too_many = self._too_many(rules, time)
         tags = [tag for tag in too_many if not self._leases.young(self._pushed_at[tag])]
         released = self._reach(members(without(self._targets_of(tags), self._held_except_by(tags))))
         young = self._where(self._leases.young)
-        ruled = without(self._where(lambda used_at: now - used_at <= rules.keep_untagged_for), released)
+        ruled = without(self._where(lambda used_at: time.now - used_at <= rules.keep_untagged_for), released)
+        for number in members(self._stored) if rules.pins else ():
+            ruled[number] |= rules.pinned(self.repository, self._digests.digest(number))
         lasting = self._reach(members(self._held_except_by(tags)), members(ruled))
         # A tag is kept with young content of it, which would otherwise be untagged while it is young.
-        holding = self._holding(without(both(young, released), lasting))
+        needed = without(both(young, released), lasting)
+        holding = above(needed, members(self._stored), self._children, self._referrers)
         tags = [tag for tag in tags if not holding[self._targets[tag]]]
         live = self._reach(members(self._held_except_by(tags)), members(ruled), members(young))
         dead = without(self._stored, live)
@@ -258,19 +253,26 @@ class Reachability:
         """The manifests for whose last use this holds."""
         return bytearray(map(int, map(and_, self._stored, map(holds, self._used))))
 
-    def _too_many(self, rules: RetentionRules) -> list[int]:
-        """The tags that a rule removes; for each rule, the newest last."""
-        found: dict[KeepTags, list[int]] = {}
+    def _too_many(self, rules: RetentionRules, time: WatchedTime) -> list[int]:
+        """The tags that no rule keeps, the newest last."""
+        slack = max(RENEWED, self._leases.renewed_after)
+        times = TagTimes(self._pushed_at, self._last_use, time, slack)
+        self._released = released(rules.keep_tags, self._ruled(rules), times)
+        return [*self._released]
+
+    def _ruled(self, rules: RetentionRules) -> Iterator[tuple[int, str]]:
+        """The tags to which the rules apply.  The tag of a signature does not outlive or leave its image."""
         for number, tag in enumerate(self._tags):
-            if self._targets[number] != GONE and not any(each.fullmatch(tag) for each in rules.immutable):
-                rule = next((each for each in rules.keep_tags if each.match.fullmatch(tag)), None)
-                if rule is not None:
-                    found.setdefault(rule, []).append(number)
-        too_many: list[int] = []
-        for rule, tags in found.items():
-            tags.sort(key=self._pushed_at.__getitem__)  # of the same time, in the order of their names
-            too_many += tags[: -rule.last]
-        return too_many
+            target, signed = self._targets[number], signed_by(tag)
+            if target == GONE or (signed is not None and self._stored[self._number(signed)]):
+                continue
+            if not rules.fixed(self.repository, tag, self._digests.digest(target)):
+                yield number, tag
+
+    def _last_use(self, tag: int) -> float:
+        """When a tag, or by digest what it points to, was last pulled."""
+        images = below(self._targets[tag], self._children)
+        return max(self._pulled_at[tag], *(self._used[number] for number in images))
 
     def _targets_of(self, tags: Iterable[int]) -> bytearray:
         """The digests that these tags point to."""
@@ -305,21 +307,6 @@ class Reachability:
                 steps.extend(self._referrers.of(number))
         return new
 
-    def _holding(self, kept: bytearray) -> bytearray:
-        """The manifests that keep these, including themselves."""
-        if not any(kept):
-            return kept
-        parents = Edges()
-        for number in members(self._stored):
-            for below in chain(self._children.of(number), self._referrers.of(number)):
-                parents.add(below, number)
-        found, steps = bytearray(len(kept)), list(members(kept))
-        while steps:
-            if not found[number := steps.pop()]:
-                found[number] = 1
-                steps += parents.of(number)
-        return found
-
     def _removals(self, tags: list[int], released: bytearray, dead: bytearray, size: int) -> list[Removal]:
         """Parents before their children; what several of them keep goes with the last one."""
         tags_of, roots = Edges(), array("i")
@@ -348,6 +335,8 @@ class Reachability:
 
     def remove(self, removal: Removal, batch: Batch) -> bool:
         """Remove it, or nothing if something in it is young by now; whether it was removed."""
+        if any(map(self._used_since, removal.tags)):
+            return False
         digests = [self._digests.digest(number) for number in removal.manifests]
         # What was pushed again is not read again by refresh(), so the last use is read here.
         for number, digest in zip(removal.manifests, digests, strict=True):
@@ -357,11 +346,25 @@ class Reachability:
         self.discard([removal], batch)
         return True
 
+    def _used_since(self, tag: int) -> bool:
+        """Whether a tag that was not pulled for too long was pulled since the last refresh()."""
+        if all(rule.pulled_within is None for rule in self._released.get(tag, ())):
+            return False
+        if last_pull(self._records, self.repository, self._tags[tag]) != self._pulled_at[tag]:
+            return True
+        digests = (
+            (number, self._digests.digest(number)) for number in below(self._targets[tag], self._children)
+        )
+        return any(
+            self._leases.of(self.repository, digest) > self._used[number] for number, digest in digests
+        )
+
     def discard(self, removals: Iterable[Removal], batch: Batch) -> None:
         """Remove them, however young they are."""
         for tags, manifests in map(self.named, removals):
             for tag in tags:
                 batch.delete(TAG.key(self.repository, tag))
+                batch.delete(PULLED.key(self.repository, tag))
             for digest in manifests:
                 for subject in self._subjects.of(self._number(digest)):
                     batch.delete(REFERRER.key(self.repository, self._digests.digest(subject), digest))

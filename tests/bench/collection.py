@@ -23,7 +23,7 @@ from storage.disk.records import Batch, Records, batches
 from storage.keys import LINK
 from storage.maintenance.collection import Collection
 from storage.maintenance.leases import Leases
-from storage.maintenance.reachability import KeepTags, RetentionRules
+from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag, parse_manifest
 from storage.store import Store
 from storage.values import Link
@@ -91,7 +91,7 @@ def make(root: Path, images: int) -> None:
 def collect(root: Path, keep: int) -> None:
     """Print how many seconds of processor time it takes, and how many MiB of memory more than before."""
     store = opened(root)
-    rules = RetentionRules(keep_tags=(KeepTags(re.compile("v.*"), keep),))
+    rules = RetentionRules(keep_tags=(KeepTags((re.compile("v.*"),), keep),))
     leases = Leases(store, GRACE, lambda: NOW)
     collection = Collection(store, lambda name: rules, leases, lambda: NOW, lambda seconds: None)
     before, begun = peak(), time.process_time()

@@ -1,0 +1,61 @@
+"""What a configuration keeps: rules for eviction and retention, and the events of what these delete."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from proxy.config.registry_hosts import EVERY
+from proxy.config.schema import Config
+from proxy.webhooks.publisher import Publisher
+from storage.maintenance.eviction import EvictionRules
+from storage.maintenance.pins import Pins
+from storage.maintenance.retention import ExpiredTag, KeepTags, RetentionRules
+
+
+def eviction_rules(config: Config) -> EvictionRules:
+    """The rules for the caches."""
+    disk, namespaces = config.disk, config.namespaces.items()
+    return EvictionRules(
+        keep_for=config.keep_for,
+        default_keep_for=disk.keep_for,
+        limit=disk.cache_limit,
+        evict_to=disk.evict_to,
+        min_free=disk.min_free.of,
+        limits={name: each.cache_limit for name, each in namespaces if each.cache_limit is not None},
+        kept=frozenset(name for name, each in namespaces if config.offline or each.offline),
+        key_of=config.key_of,
+        shared=frozenset((EVERY,)),
+    )
+
+
+def retention_rules(config: Config, pins: Pins, repository: str) -> RetentionRules:
+    """The rules for a repository, given by its full name."""
+    namespace, _, relative = repository.partition("/")
+    hosting = config.hosted().get(namespace)
+    if hosting is None:  # the namespace was removed from the configuration; its content is kept
+        return RetentionRules()
+    tags = tuple(
+        KeepTags(each.tag_patterns, each.last, each.pushed_within, each.pulled_within)
+        for each in hosting.keep_tags
+        if each.applies_to(relative)
+    )
+    return RetentionRules(hosting.keep_untagged_for, tags, hosting.immutable_tags, tuple(pins.list()))
+
+
+def deletions(publisher: Publisher | None) -> Callable[[str, Sequence[ExpiredTag]], None]:
+    """A function that publishes the deletion of tags, for threads of the event loop that runs now.
+
+    It returns when the events are queued.
+    """
+    if publisher is None:
+        return lambda repository, tags: None
+    loop = asyncio.get_running_loop()
+
+    async def publish(repository: str, tags: Sequence[ExpiredTag]) -> None:
+        await asyncio.gather(*(publisher.deleted(repository, each.tag, "") for each in tags))
+
+    def deleted(repository: str, tags: Sequence[ExpiredTag]) -> None:
+        asyncio.run_coroutine_threadsafe(publish(repository, tags), loop).result()
+
+    return deleted

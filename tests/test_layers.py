@@ -35,7 +35,7 @@ PROXY = {
     "upstream": "config connections telemetry",
     "cache": "telemetry",
     "webhooks": "config connections telemetry",
-    "setup": "config",
+    "setup": "config connections",
     "access": "config telemetry upstream",
     "namespaces": "config telemetry upstream cache webhooks",
     "web": "config connections telemetry webhooks access",

@@ -21,6 +21,7 @@ from proxy.setup.install import BY_HAND, Change, InstallPlan, install, plan_inst
 from proxy.setup.removal import former, plan_removal
 from proxy.setup.renderers import RENDERERS, lines_of, store_lines
 from proxy.setup.site import Setup, site_of
+from proxy.setup.trust import trust_warnings
 
 
 @command()
@@ -72,8 +73,9 @@ def setup(
     if write and remove:
         raise click.UsageError("give --write or --remove, not both")
     try:
+        config = load(path, settings=settings)
         site = site_of(
-            load(path, settings=settings),
+            config,
             url=url,
             namespaces=namespaces,
             ca_file=ca_file,
@@ -83,8 +85,9 @@ def setup(
         _fail(str(error), 2)
         raise
     made = RENDERERS[client](site)
+    warnings = [] if remove else trust_warnings(made, site, config.tls, ca_file)
     if not (write or remove or dry_run):
-        click.echo("\n".join([*(f"# {each}" for each in store_lines(site)), *lines_of(made)]))
+        click.echo("\n".join([*(f"# {each}" for each in store_lines(site)), *lines_of(made, warnings)]))
         return
     if not remove and all(each.kind in BY_HAND for each in made.pieces):
         cause = "is configured by flags or names, not by a file" if made.pieces else "has nothing to install"
@@ -92,6 +95,8 @@ def setup(
     planned = plan_removal(made, site, root) if remove else plan_install(made, root, force=force)
     for line in _report_removal(made, planned, dry_run) if remove else _report(made, planned, dry_run):
         click.echo(line)
+    for each in warnings:
+        complain(f"warning: {each}")
     if planned.refused:
         for path, _, cause in planned.refused:
             complain(f"{path}: {cause}; nothing was {'removed' if remove else 'written'}")

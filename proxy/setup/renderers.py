@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from proxy.setup import (
     builders,
@@ -71,12 +71,13 @@ def store_lines(site: Site) -> Iterator[str]:
         yield f"private registry {name}: docker login {host}; docker push {host}/team/app:1"
 
 
-def lines_of(setup: Setup) -> Iterator[str]:
-    """The lines of each piece below its path, then the next step and the notes as comments."""
+def lines_of(setup: Setup, warnings: Sequence[str] = ()) -> Iterator[str]:
+    """The lines of each piece below its path, then the next step, warnings and notes as comments."""
     for piece in setup.pieces:
         about = f" ({piece.about})" if piece.about else ""
         yield f"# {piece.path or 'flags'}{WHAT[piece.kind]}{about}"
         yield piece.content.rstrip("\n")
         yield ""
     yield f"# then: {setup.after}"
+    yield from (f"# warning: {each}" for each in warnings)
     yield from (f"# note: {each}" for each in setup.notes)

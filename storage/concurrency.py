@@ -58,6 +58,10 @@ class SingleFlight:
             flight.add_done_callback(partial(self._forget, key))
         return cast(T, await asyncio.shield(flight))
 
+    def has(self, key: Hashable) -> bool:
+        """Whether a call for `key` is in progress."""
+        return key in self._flights
+
     def _forget(self, key: Hashable, flight: asyncio.Future[Any]) -> None:
         del self._flights[key]
         # All callers may have been cancelled; then nothing else would retrieve the exception.

@@ -13,7 +13,7 @@ from storage.disk.locks import POLL
 from storage.errors import ManifestUnknown, OriginFailed
 from storage.oci import Digest, Reference, Tag
 from storage.shared import SharedState
-from tests.conftest import Clock, configuration
+from tests.conftest import Clock, Serve, configuration
 from tests.outages import silence
 from tests.upstream import Image, Upstream
 
@@ -100,3 +100,26 @@ async def test_a_manifest_that_is_not_there(
     held.gate.set()
     found = await asyncio.gather(first, *later, return_exceptions=True)
     assert [type(each) for each in found] == [ManifestUnknown] * 3
+
+
+async def test_all_who_wait_for_a_probe_get_its_answer(
+    serve: Serve, upstream: Upstream, clock: Clock, image: Image
+) -> None:
+    """podman is served an image of which layers are missing only if they can be fetched."""
+    site = await serve(upstream, fresh_for="forever")
+    path = "/v2/a/b/manifests/latest"
+    assert (await site.get(path))[0] == 200
+    await upstream.stop()
+    assert (await site.get("/v2/a/b/manifests/absent"))[0] == 502
+    await upstream.start()
+    clock.advance(1)
+    upstream.clear()
+    held = silence()
+    upstream.next("GET", "base", held)
+    first = asyncio.create_task(site.get(path, User_Agent="containers/5.0"))
+    await held.reached.wait()
+    later = [asyncio.create_task(site.get(path, User_Agent="containers/5.0")) for _ in range(3)]
+    assert (await site.get(path))[0] == 200  # who does not mind does not wait; by now the others have come
+    held.gate.set()
+    assert [(await each)[0] for each in (first, *later)] == [200] * 4
+    assert upstream.log == ["GET base"]

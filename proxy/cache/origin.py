@@ -127,13 +127,14 @@ class Origin:
     async def reachable(self) -> bool:
         """Whether it may be asked, as far as is known.
 
-        One that was down is probed when that is due; the answer is waited for as long as for that of a tag.
+        One that was down is probed when that is due; the answer is waited for as long as for that of a tag,
+        by all who ask meanwhile.
         """
         if self.offline:
             return False
         if not isinstance(self.registry, _Guarded) or self.registry.healthy:
             return True
-        if self.registry.probe_due:
+        if self.registry.probe_due or self.flights.has("probe"):
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._policy.revalidate_timeout):
                     await self.flights.join("probe", self.registry.probe)

@@ -18,7 +18,7 @@ GROUPS = {
 }
 OTHER = "Other commands"
 
-# Of each command what to type, and what that does.
+# Of each command, after the names of its groups, what to type, and what that does.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "": (
         ("entrepot serve", "cache the public registries at 127.0.0.1:5000"),
@@ -35,6 +35,19 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "user": (
         ("entrepot user add ann --file /etc/entrepot/users", "asks for the password"),
         ("entrepot user ls", "those of access.htpasswd"),
+    ),
+    "user add": (
+        ("entrepot user add ann", "asks for the password"),
+        ("entrepot user add ci --password-stdin <password.txt", "for a script"),
+    ),
+    "user passwd": (
+        ("entrepot user passwd ann", ""),
+        ("entrepot user passwd ci --password-stdin <password.txt", ""),
+    ),
+    "user rm": (("entrepot user rm ann --file /etc/entrepot/users", ""),),
+    "user ls": (
+        ("entrepot user ls", ""),
+        ("entrepot user ls --json --file /etc/entrepot/users", ""),
     ),
     "check": (("entrepot check entrepot.yml", ""),),
     "doctor": (
@@ -84,14 +97,14 @@ class ExplainedCommand(click.Command):
     """A command whose help ends with examples."""
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_examples(self.name or "", formatter)
+        _write_examples(_path(context), formatter)
 
 
 class ExplainedGroup(click.Group):
     """A group of commands whose help ends with examples."""
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_examples(self.name or "", formatter)
+        _write_examples(_path(context), formatter)
 
 
 class GroupedCommands(click.Group):
@@ -110,6 +123,15 @@ class GroupedCommands(click.Group):
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples("", formatter)
+
+
+def _path(context: click.Context) -> str:
+    """The name of a command after those of its groups: `user add`."""
+    names: list[str] = []
+    while context.parent is not None:
+        names.insert(0, context.info_name or "")
+        context = context.parent
+    return " ".join(names)
 
 
 def _write_examples(name: str, formatter: click.HelpFormatter) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from proxy.cli.configured import BUILT_IN, config_options
 from proxy.cli.console import complain
-from proxy.cli.help import ExplainedGroup
+from proxy.cli.help import ExplainedCommand, ExplainedGroup
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.settings import Setting
@@ -75,7 +75,7 @@ _STDIN = click.option(
 )
 
 
-@user.command()
+@user.command(cls=ExplainedCommand)
 @_NAME
 @_STDIN
 @_with_file
@@ -91,7 +91,7 @@ def add(name: str, password_stdin: bool, file: Path) -> None:
     click.echo(f"added {name} to {file}")
 
 
-@user.command()
+@user.command(cls=ExplainedCommand)
 @_NAME
 @_STDIN
 @_with_file
@@ -107,7 +107,7 @@ def passwd(name: str, password_stdin: bool, file: Path) -> None:
     click.echo(f"changed the password of {name} in {file}")
 
 
-@user.command()
+@user.command(cls=ExplainedCommand)
 @_NAME
 @_with_file
 def rm(name: str, file: Path) -> None:
@@ -122,7 +122,7 @@ def rm(name: str, file: Path) -> None:
     click.echo(f"removed {name} from {file}")
 
 
-@user.command()
+@user.command(cls=ExplainedCommand)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_with_file
 def ls(as_json: bool, file: Path) -> None:

@@ -341,7 +341,8 @@ async def test_a_port_in_use_is_one_line_and_status_1(
     config, _ = site(tmp_path, upstream, **{key: f"127.0.0.1:{taken}"})
     status, out, err = await run(tmp_path, "serve", "--config", str(config))
     assert (status, out) == (1, "")
-    assert err == f"entrepot: cannot listen on 127.0.0.1:{taken} ({key}): Address already in use\n"
+    cause = "Address already in use: stop what listens there (ss -ltnp shows it), or choose another port"
+    assert err == f"entrepot: cannot listen on 127.0.0.1:{taken} ({key}): {cause}\n"
 
 
 async def test_a_directory_that_cannot_be_used_is_one_line_and_status_1(

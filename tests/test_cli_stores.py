@@ -111,7 +111,8 @@ async def test_delete(shop: Shop) -> None:
         "1 manifest; the next collection can free 1 blob, 6.8 KiB",
     ]
     result = await shop.run("delete", "local/team/app:1")
-    assert (result.exit_code, result.stderr) == (1, "entrepot: nothing of local/team/app:1 was deleted\n")
+    cause = "nothing that is stored, and may be deleted, matches local/team/app:1"
+    assert (result.exit_code, result.stderr) == (1, f"entrepot: nothing was deleted: {cause}\n")
     result = await shop.run("delete", "local/team/app")
     assert "local/team/app:2" in result.stdout
     assert "kept: local/team/app:v1: immutable" in result.stdout

@@ -103,7 +103,8 @@ def test_an_address_of_another_machine(tmp_path: Path, tree: dict[str, Any]) -> 
     assert result.exit_code == 1
     assert (
         result.stderr
-        == "entrepot: cannot listen on 192.0.2.1:5000 (listen): Cannot assign requested address\n"
+        == "entrepot: cannot listen on 192.0.2.1:5000 (listen): Cannot assign requested address: "
+        "choose an address of this machine (ip address shows them)\n"
     )
 
 

@@ -82,7 +82,8 @@ async def test_a_port_in_use(tmp_path: Path, key: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         attempt = Attempt(tmp_path, **{key: address})
-        assert await attempt.fails() == f"cannot listen on {address} ({key}): Address already in use"
+        cause = "Address already in use: stop what listens there (ss -ltnp shows it), or choose another port"
+        assert await attempt.fails() == f"cannot listen on {address} ({key}): {cause}"
 
 
 async def test_a_directory_below_a_file(tmp_path: Path) -> None:

@@ -77,3 +77,10 @@ async def test_retry_after(ask: Ask, upstream: Upstream, after: str | None) -> N
         assert 3500 < found <= 3600
     else:
         assert found == (7 if after == "7" else 60)
+
+
+async def test_a_400_by_http_may_mean_https(ask: Ask, upstream: Upstream) -> None:
+    image = upstream.image("a/b", "latest")
+    upstream.next("GET", lambda request: True, Status(400), times=9)
+    with pytest.raises(OriginFailed, match=r"answered 400 .*: if it serves https, write"):
+        await read(ask(upstream.url), image.layers[0])

@@ -24,8 +24,14 @@ from proxy.setup.site import Setup, site_of
 from proxy.setup.trust import trust_warnings
 
 
-@command()
-@click.argument("client", type=click.Choice(list(RENDERERS)))
+@command(
+    help=f"""Configure a client to use this server.
+
+    Prints each file that CLIENT needs, below its path. With --write, installs the files. CLIENT is one of
+    {", ".join(RENDERERS)}.
+    """
+)
+@click.argument("client", type=click.Choice(list(RENDERERS)), metavar="CLIENT")
 @config_options
 @click.option("--url", metavar="URL", help="The address of the server for clients. By default from listen.")
 @click.option(
@@ -65,11 +71,7 @@ def setup(
     force: bool,
     root: Path,
 ) -> None:
-    # long: its parameters are the options of the command, its docstring the help.
-    """Configure a client to use this server.
-
-    Prints each file that CLIENT needs, below its path. With --write, installs the files.
-    """
+    # long: its parameters are the options of the command.
     if write and remove:
         raise click.UsageError("give --write or --remove, not both")
     try:

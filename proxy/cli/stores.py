@@ -53,7 +53,8 @@ def delete(
         found = await operations.delete(pattern, older_than=older_than, keep=keep, dry_run=dry_run)
         call.print(found, deleted_tables)
         if not found.references:
-            raise OperationFailed(f"nothing of {pattern} was deleted", "NAME_UNKNOWN")
+            cause = f"nothing that is stored, and may be deleted, matches {pattern}"
+            raise OperationFailed(f"nothing was deleted: {cause}", "NAME_UNKNOWN")
 
     call.run(work)
 

@@ -147,7 +147,8 @@ async def composed(config: Config, make: bool = False, tried: str = "") -> Async
     except OSError as error:
         raise OperationFailed(f"{root}: {error.strerror}", "DENIED") from error
     if not there and not make:  # a command that only reads must not make it
-        raise OperationFailed(f"{tried}there is no cache in {config.disk.path} (disk.path)", "NOT_RUNNING")
+        nothing = f"{tried}there is no cache in {config.disk.path} (disk.path)"
+        raise OperationFailed(f"{nothing}: start a server (entrepot serve), or correct these", "NOT_RUNNING")
     from proxy.namespaces.composition import compose
     from proxy.namespaces.references import FieldInvalid
     from storage.errors import RegistryError

@@ -61,7 +61,7 @@ def read_file(path: Path) -> dict[Any, Any]:
         # An alias or a tag may be a password without quotes that begins with * or !, so it is not shown.
         hint = r"\1: text that begins with *, & or ! needs quotes"
         problem = re.sub(r"\b(alias|anchor|handle|tag) ['\"].*", hint, error.problem or "not YAML")
-        raise ConfigError(f"{path}{place}: {problem}") from None
+        raise ConfigError(f"{path}{place}: not YAML here: {problem}") from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")

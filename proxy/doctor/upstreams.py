@@ -191,6 +191,8 @@ def _check_answer(probe: UpstreamProbe, subject: str, greeting: Greeting) -> Che
     message = f"{probe.base} answers {greeting.status} in {1000 * greeting.seconds:.0f} ms"
     if greeting.status not in (200, 401):
         advice = "check that it is a registry, and that url does not include /v2"
+        if greeting.status == 400 and probe.url.scheme == "http":
+            advice = "if it serves https, write https:// in its URL"
         return warning("reach", subject, message, advice)
     if greeting.seconds > SLOW:
         return warning(

@@ -84,6 +84,8 @@ def error_from_response(
     message = f"{name} answered {status} for {repository}" if repository else f"{name} answered {status}"
     if errors:
         message += f": {_printable(errors[0])}"
+    if status == 400 and response.url.scheme == "http" and not errors:
+        message += ": if it serves https, write https:// in its URL"  # nginx and Go answer so
     if status in (401, 403):
         if status == 403 and not errors:
             message += ": it does not accept these credentials"

@@ -7,6 +7,7 @@ Each process binds unix sockets of its own, for the others.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +23,11 @@ from proxy.config.schema import Config
 log = structlog.get_logger()
 
 BACKLOG = 1024  # connections that may wait to be accepted
+_ADVICE = {
+    errno.EADDRINUSE: "stop what listens there (ss -ltnp shows it), or choose another port",
+    errno.EADDRNOTAVAIL: "choose an address of this machine (ip address shows them)",
+    errno.EACCES: "choose a port from 1024, or give the server CAP_NET_BIND_SERVICE",
+}
 PAUSE = 1.0  # seconds before accepting again after it failed, for example because no descriptor is free
 
 
@@ -62,7 +68,8 @@ def bind(address: Address, key: str) -> list[socket.socket]:
         # create_server repeats the address in strerror; a name that does not resolve has a negative errno.
         number = error.errno or 0
         cause = os.strerror(number) if number > 0 else error.strerror or str(error)
-        raise StartError(f"cannot listen on {address} ({key}): {cause}") from error
+        advice = f": {_ADVICE[number]}" if number in _ADVICE else ""
+        raise StartError(f"cannot listen on {address} ({key}): {cause}{advice}") from error
     return sockets
 
 

@@ -187,7 +187,8 @@ def check(request: web.Request, token: str | None, loopback: bool) -> None:
         same = hmac.compare_digest(credential.strip().encode("utf-8", "replace"), token.encode())
         if kind.lower() != "bearer" or not same:
             headers = {"WWW-Authenticate": 'Bearer realm="entrepot"'}
-            raise web.HTTPUnauthorized(reason="the admin API needs the token: admin_token", headers=headers)
+            wrong = "does not accept this token: it is not" if credential else "needs the token:"
+            raise web.HTTPUnauthorized(reason=f"the admin API {wrong} admin_token", headers=headers)
     elif not loopback:
         raise web.HTTPForbidden(
             reason="other machines reach this listener, and no token is configured: set admin_token"

@@ -189,5 +189,5 @@ def _error_of(url: URL, status: int, content: bytes) -> OperationFailed:
             f"{url} answers {status}: is that the admin address of entrepot?", "NOT_UNDERSTOOD"
         )
     if status == 401:
-        answer.error += f"; give it to {url} by --token or ENTREPOT_ADMIN_TOKEN"
+        answer.error += f"; give that of {url} by --token or ENTREPOT_ADMIN_TOKEN"
     return OperationFailed(answer.error, answer.code, usage=status == 400)

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any
 
 import msgspec
@@ -56,7 +56,7 @@ def environment(environ: Mapping[str, str]) -> list[Setting]:
     One that names neither a key nor a part of one is none: others use the prefix too, such as Kubernetes for
     a Service called entrepot.
     """
-    known = {field.encode_name for field in msgspec.structs.fields(Config)}
+    known = _top_keys()
     found = []
     for name, value in environ.items():
         if name.startswith(PREFIX):
@@ -64,6 +64,11 @@ def environment(environ: Mapping[str, str]) -> list[Setting]:
             if len(keys) > 1 or keys[0].lower() in known:
                 found.append(Setting(name, keys, value, variable=True))
     return sorted(found, key=lambda each: (len(each.keys), each.source))
+
+
+@cache
+def _top_keys() -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(Config))
 
 
 def parse_setting(text: str) -> Setting:

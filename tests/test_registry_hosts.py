@@ -191,6 +191,17 @@ def test_it_is_not_the_default(tmp_path: Path) -> None:
         load(path, {})
 
 
+def test_well_known_hosts_have_what_they_need(tmp_path: Path) -> None:
+    made = config(tmp_path, ["*"])
+    found = {each: made.namespace(each) for each in ("docker.io", "hf.co", "registry.ollama.ai", "ghcr.io")}
+    assert {name: (each.library, each.names) for name, each in found.items() if each} == {
+        "docker.io": (True, "specification"),
+        "hf.co": (False, "any"),
+        "registry.ollama.ai": (True, "any"),
+        "ghcr.io": (False, "specification"),
+    }
+
+
 def test_a_password_for_full_names_alone(tmp_path: Path) -> None:
     login = {"username": "u", "password": "p"}
     made = config(tmp_path, ["a.test", "b.test"], upstream=login)

@@ -302,7 +302,8 @@ class Config(Section, frozen=True):
         found = self.namespaces.get(key := self.key_of(name))
         if found is None or found.upstream is None or key == name:
             return found
-        wanted = {each: value for each, value in DEFAULTS.get(name, {}).items() if not getattr(found, each)}
+        needed = DEFAULTS.get(name, {}).items()
+        wanted = {each: value for each, value in needed if getattr(found, each) == _DEFAULTS[each]}
         upstream = found.upstream.of_host(name, WELL_KNOWN.get(name))
         return msgspec.structs.replace(found, upstream=upstream, **wanted)
 

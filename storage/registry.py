@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import attrgetter
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from storage.errors import Unsupported
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
@@ -70,6 +71,28 @@ class OnDisk(Protocol):
         ...
 
 
+class Validity(NamedTuple):
+    """How content is served now: `result`, `age` and `ttl` are those of an Exchange."""
+
+    result: str = ""
+    age: float | None = None
+    ttl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Content that a registry has, and may serve again without I/O but to see that it still may.
+
+    content: None for a blob that is too large to be held
+    validity: None if it is no longer served as it was, or if serving it has effects: ask the registry again.
+        It may raise RegistryError for that, too.  It changes nothing.
+    """
+
+    descriptor: Descriptor
+    content: bytes | None
+    validity: Callable[[], Validity | None]
+
+
 class Upload:
     """The bytes of a future blob, which nothing can read before commit()."""
 
@@ -121,6 +144,20 @@ class Registry:
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
         """The descriptor of a manifest.  Raises NameUnknown, ManifestUnknown."""
         raise Unsupported("this registry serves no manifests")
+
+    def hold_blob(self, repository: str, digest: Digest) -> Held | None:
+        """What get_blob() and resolve_blob() have just served; None if it cannot be held.
+
+        May raise the errors of get_blob().
+        """
+        return None
+
+    def hold_manifest(self, repository: str, reference: Reference) -> Held | None:
+        """What get_manifest() and resolve_manifest() have just served; None if it cannot be held.
+
+        May raise the errors of get_manifest().
+        """
+        return None
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         """The tags after `last` in lexical order, at most `limit`.  Raises NameUnknown."""

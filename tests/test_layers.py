@@ -22,7 +22,7 @@ STORAGE = (
     "disk",
     "listings",
     "store",
-    "graph migration",
+    "graph held migration",
     "maintenance archives",
 )
 

@@ -23,6 +23,7 @@ from structlog.testing import LogCapture
 
 from storage.disk import records as records_module
 from storage.disk.records import AGAIN, Batch, Records
+from storage.disk.remembered import Remembered
 from storage.errors import StorageFailed
 from tests.conftest import Clock
 
@@ -659,3 +660,101 @@ def test_transactions_of_several_lose_nothing(tmp_path: Path) -> None:
     assert ours.get("n") == b"40"
     ours.close()
     theirs.close()
+
+
+# Versions
+
+
+def test_a_version_holds_until_a_record_changes(records: Records, directory: Path) -> None:
+    records.put("tag a b", b"1")
+    before = records.version()
+    assert before is not None
+    assert records.get("tag a b") == b"1"
+    assert list(records.scan("tag "))
+    assert records.version() == before
+
+
+@pytest.mark.parametrize("change", ["put", "delete", "transaction", "many"])
+@pytest.mark.parametrize("by", ["itself", "a thread", "another"])
+def test_a_version_ends_with_any_change(records: Records, directory: Path, change: str, by: str) -> None:
+    records.put("tag a b", b"1")
+
+    def work(batch: Batch) -> None:
+        batch.put("tag a c", b"2")
+
+    def write(to: Records) -> None:
+        match change:
+            case "put":
+                to.put("tag a b", b"1")  # the same again may mean another time
+            case "delete":
+                to.delete("tag a b")
+            case "transaction":
+                to.transaction(work)
+            case "many":
+                for number in range(3000):  # the log is taken over into the database meanwhile
+                    to.put(f"tag a {number % 7}", b"x" * 2000)
+
+    for _ in range(2):
+        before = records.version()
+        if by == "itself":
+            write(records)
+        elif by == "a thread":
+            with ThreadPoolExecutor(1) as threads:
+                threads.submit(write, records).result()
+        else:
+            with closing(Records(directory)) as another:
+                write(another)
+        after = records.version()
+        assert after is not None
+        assert after != before
+        records.put("tag a b", b"1")
+
+
+def test_a_version_is_of_the_database_that_has_the_name(records: Records, directory: Path) -> None:
+    records.put("tag a b", b"1")
+    before = records.version()
+    assert before is not None
+    directory.rename(directory.with_name("records-aside"))
+    assert records.version() is None
+    assert records.get("tag a b") is None
+    after = records.version()
+    assert after is not None
+    assert after != before
+
+
+def test_what_is_remembered_is_read_once(records: Records, directory: Path) -> None:
+    records.put("tag a b", b"1")
+    reads = []
+
+    def read() -> bytes | None:
+        reads.append(1)
+        return records.get("tag a b")
+
+    remembered = Remembered(records, read)
+    assert [remembered() for _ in range(3)] == [b"1"] * 3
+    assert len(reads) == 1
+    with closing(Records(directory)) as another:
+        another.put("tag a b", b"2")
+        assert [remembered() for _ in range(3)] == [b"2"] * 3
+        another.put("tag a c", b"3")
+    assert [remembered() for _ in range(3)] == [b"2"] * 3
+    assert len(reads) == 3
+    directory.rename(directory.with_name("records-aside"))
+    assert remembered() is None
+
+
+def test_what_fails_to_be_read_is_read_again(records: Records) -> None:
+    answers: list[Exception | int] = [1, ValueError(), 2]
+
+    def read() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    remembered = Remembered(records, read)
+    assert remembered() == 1
+    records.put("tag a b", b"1")
+    with pytest.raises(ValueError):
+        remembered()
+    assert remembered() == 2

@@ -7,8 +7,9 @@ for this server.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -84,6 +85,17 @@ class Authenticator:
             return replace(self._by_token(self.tokens, value.strip(), scope), address=address)
         raise self.unauthorized(f"{scheme[:20]!r} credentials are not accepted", scope)
 
+    def renewal(self, request: web.BaseRequest) -> Callable[[], bool]:
+        """Whether identify() still returns what it has just returned for this request, without waiting."""
+        header = authorization(request) if self.accepts_credentials else ""
+        scheme, _, value = header.partition(" ")
+        if scheme.lower() == "basic" and self.passwords is not None:
+            login = credential(request)
+            return partial(self.passwords.remembers, login.username, login.password) if login else never
+        if scheme.lower() == "bearer" and self.tokens is not None:
+            return partial(self.tokens.remembers, value.strip())
+        return never if scheme else lambda: True  # anonymous: the address and the headers decide
+
     async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> str:
         login = credential(request)
         if login is None:
@@ -129,6 +141,10 @@ def credential(request: web.BaseRequest) -> Credential | None:
     except ValueError:  # the base class of binascii.Error and UnicodeDecodeError
         return None
     return Credential(user, password) if colon else None
+
+
+def never() -> bool:
+    return False
 
 
 def _certified(request: web.BaseRequest) -> Principal:

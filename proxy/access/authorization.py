@@ -141,6 +141,21 @@ class Authorizer:
             self._refused(request, exchange, access.action, error)
             raise
 
+    async def renewal(self, request: web.BaseRequest, name: str) -> Callable[[], bool]:
+        """Whether a request that permit() has just permitted still is, if its client sends it again.
+
+        The same bytes from the same address, without a client certificate.  What this returns neither waits
+        nor has effects, and false means that permit() has to be asked.
+        """
+        guard = self._guarded.of(name)
+        if guard is Guard.PUBLIC:
+            return always
+        if guard is not Guard.CALLER:
+            return self._authenticator.renewal(request)
+        namespace, _, repository = name.partition("/")
+        visibility = await self._guarded.visibility(namespace)
+        return partial(visibility.remembers, repository, credential(request))
+
     async def _permit_by_rules(
         self, request: web.BaseRequest, access: AccessRequest, exchange: Exchange
     ) -> None:
@@ -333,3 +348,7 @@ class Authorizer:
 
 def nothing(repository: str) -> bool:
     return False
+
+
+def always() -> bool:
+    return True

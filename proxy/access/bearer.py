@@ -95,7 +95,7 @@ class TokenVerifier:
     def verify(self, token: str) -> Principal:
         """Return who the token belongs to, without an address.  Raises BadToken."""
         keys = self._keys()
-        mark = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+        mark = _mark(token)
         known = self._known.get(mark)
         if known is None:
             known = self._verify(token, keys)
@@ -106,6 +106,12 @@ class TokenVerifier:
             self._known.pop(mark, None)
             raise BadToken("it has expired")
         return known.principal
+
+    def remembers(self, token: str) -> bool:
+        """Whether the token was verified, by the keys as they are now, and has not expired."""
+        self._keys()
+        known = self._known.get(_mark(token))
+        return known is not None and self._clock() < known.until
 
     def _keys(self) -> Sequence[VerificationKey]:
         """The keys in the files as they are now; none of a file that cannot be read."""
@@ -168,6 +174,11 @@ class TokenVerifier:
             raise BadToken(
                 "one of the claims iss, aud and exp is missing, or a claim has the wrong type"
             ) from None
+
+
+def _mark(token: str) -> bytes:
+    """What a token is remembered by."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 def _grants(access: object) -> tuple[Grant, ...]:

@@ -21,11 +21,13 @@ from proxy.cache.policy import Policy
 from proxy.cache.readers import BlobSource, UncachedBlob
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import current
+from storage.disk.blobs import TOUCH
 from storage.disk.uploads import FileBlob
 from storage.errors import BlobUnknown, ManifestUnknown, RangeInvalid, StorageFailed, Unavailable
+from storage.held import held_blob, held_manifest
 from storage.keys import MANIFEST
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
-from storage.registry import Blob, Moved, Registry
+from storage.registry import Blob, Held, Moved, Registry, Validity
 from storage.store import Store
 
 T = TypeVar("T")
@@ -145,6 +147,14 @@ class Cache(Registry):
             self._origin.remember(key, error)
             raise
 
+    def hold_blob(self, repository: str, digest: Digest) -> Held:
+        def validity(linked_at: float, used_at: float) -> Validity | None:
+            now = self._clock()
+            # Opening the blob would record that it is used.
+            return Validity("hit", now - linked_at) if 0 <= now - used_at < TOUCH else None
+
+        return held_blob(self._store, f"{self._namespace}/{repository}", digest, validity)
+
     # Manifests
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
@@ -178,6 +188,18 @@ class Cache(Registry):
                 with suppress(ManifestUnknown, StorageFailed):
                     return self._store.manifest(name, digest)[0]
             return await self._origin.fetch_manifest(repository, digest)
+
+    def hold_manifest(self, repository: str, reference: Reference) -> Held | None:
+        if self._completeness.refuses(current().agent):
+            return None
+        if isinstance(reference, Tag):
+            return self._tags.hold(repository, reference)
+        name = f"{self._namespace}/{repository}"
+        return held_manifest(
+            self._store,
+            lambda: self._store.manifest(name, reference),
+            lambda stored_at: Validity("hit", self._clock() - stored_at),
+        )
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
         return await self._tags.revalidate(repository, tag)

@@ -34,7 +34,7 @@ class Completeness:
 
         `agent` is the client's User-Agent, None if no client is to be served.
         """
-        if not self._refuses(agent):
+        if not self.refuses(agent):
             return
         name = f"{self._origin.namespace}/{repository}"
         try:
@@ -46,7 +46,8 @@ class Completeness:
                 f"{missing} of {name} is not stored, and {self._origin.namespace} cannot be asked for it"
             )
 
-    def _refuses(self, agent: str | None) -> bool:
+    def refuses(self, agent: str | None) -> bool:
+        """Whether check() looks for what is missing, for this client."""
         if agent is None or self._refusing == "never":
             return False
         return self._refusing == "always" or _CONTAINERS.match(agent) is not None

@@ -7,6 +7,7 @@ fetched, by digest, only if the tag has moved.  An origin that cannot be asked d
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,9 +26,10 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
+from storage.held import held_manifest
 from storage.keys import TAG
 from storage.oci import Digest, Manifest, Tag
-from storage.registry import Moved
+from storage.registry import Held, Moved, Validity
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -99,6 +101,27 @@ class TagRevalidation:
         if error is not None and known is not None:
             return known._replace(manifest=manifest).answered("stale", fresh_for, error)
         return _Known(manifest, 0.0).answered(result, fresh_for)
+
+    def hold(self, repository: str, tag: Tag) -> Held:
+        """The known manifest, to be served as get() does while that needs nothing but records.
+
+        Raises ManifestUnknown.
+        """
+        name = f"{self._origin.namespace}/{repository}"
+        fresh_for = self._policy.fresh_for(tag)
+
+        def read() -> tuple[Manifest, float]:
+            if (pointer := self._store.pointer(name, tag)) is None:
+                raise ManifestUnknown(f"{name} has no tag {tag}")
+            return self._store.manifest(name, pointer.digest)[0], pointer.validated_at
+
+        def validity(validated_at: float) -> Validity | None:
+            age = self._clock() - validated_at
+            if not (0 <= age < fresh_for or self._origin.offline):
+                return None
+            return Validity("hit", age, None if math.isinf(fresh_for) else fresh_for - age)
+
+        return held_manifest(self._store, read, validity)
 
     def _patience(self, known: _Known | None) -> float | None:
         """Seconds to wait for the origin before the known manifest is served; None means no limit.

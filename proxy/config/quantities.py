@@ -177,6 +177,11 @@ def parse_rate(value: object) -> int | None:
     return None if value is False or value == "off" else parse_size(value)
 
 
+def parse_memory(value: object) -> int:
+    """Bytes, from a size; 0 for `off`, which YAML reads as false."""
+    return 0 if value is False or value == "off" else parse_size(value)
+
+
 def parse_reserve(value: object) -> Reserve:
     """A number of requests, or a percentage of the limit."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:

@@ -14,7 +14,15 @@ import msgspec
 from proxy.config.access import AccessConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
-from proxy.config.quantities import Share, parse_every, parse_grace, parse_percentage, parse_rate, parse_share
+from proxy.config.quantities import (
+    Share,
+    parse_every,
+    parse_grace,
+    parse_memory,
+    parse_percentage,
+    parse_rate,
+    parse_share,
+)
 from proxy.config.registry_hosts import EVERY, find_pattern
 from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
@@ -75,13 +83,14 @@ class Log(Section, frozen=True):
 
 
 class Limits(Section, frozen=True):
-    """Limits on clients and on fills, over all workers."""
+    """Limits on clients and on fills, over all workers; `hit_memory` is in bytes, of each worker."""
 
     connections_per_address: Annotated[int, parse_count] = 1000
     request_timeout: Timeout = 30.0
     idle_timeout: Timeout = 75.0
     client_timeout: Timeout = 300.0
     fills: Annotated[int, parse_count] = 64
+    hit_memory: Annotated[int, parse_memory] = 16 << 20
 
 
 # The patterns that match everything, as a glob and as regular expressions.

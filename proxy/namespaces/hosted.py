@@ -20,6 +20,7 @@ from storage.errors import (
     ManifestUnknown,
 )
 from storage.graph import IndexEntries, fallback_tag
+from storage.held import held_blob, held_manifest
 from storage.keys import LINK, MANIFEST, PULLED, TAG
 from storage.maintenance.leases import Leases
 from storage.maintenance.pulls import Pulls
@@ -41,7 +42,7 @@ from storage.oci import (
     key_collision,
     parse_manifest,
 )
-from storage.registry import Blob, Moved, Registry, Upload, everything, referrers_page
+from storage.registry import Blob, Held, Moved, Registry, Upload, Validity, everything, referrers_page
 from storage.store import Store
 from storage.values import Pointer
 
@@ -130,6 +131,30 @@ class Hosted(Registry):
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
         return (await self.get_manifest(repository, reference)).descriptor
+
+    def hold_blob(self, repository: str, digest: Digest) -> Held:
+        def validity(linked_at: float, used_at: float) -> Validity | None:
+            return None if self._leases.due(used_at) else Validity()
+
+        return held_blob(self._store, self._full(repository), digest, validity)
+
+    def hold_manifest(self, repository: str, reference: Reference) -> Held:
+        name = self._full(repository)
+
+        def read() -> tuple[Manifest, float]:
+            manifest, stored_at = self._store.manifest(name, reference)
+            if isinstance(reference, Tag):
+                return manifest, 0.0
+            return manifest, max(stored_at, self._leases.of(name, reference))
+
+        def validity(leased_at: float) -> Validity | None:
+            if isinstance(reference, Tag):
+                due = self._pulls is not None and self._pulls.due(name, reference)
+            else:
+                due = self._leases.due(leased_at)
+            return None if due else Validity()
+
+        return held_manifest(self._store, read, validity)
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         return await self._store.tags(self._full(repository), last, limit)

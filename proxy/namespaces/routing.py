@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NoReturn, Protocol
 
 from proxy.cache.refresh import Refreshable
 from proxy.config.hosts import canonical_host, is_host, normal_host
-from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, RegistryError, Unsupported
+from proxy.namespaces.mounts import copy_blob
+from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import (
     NAME_LIMIT,
     Descriptor,
@@ -35,7 +36,7 @@ from storage.oci import (
     Tag,
     parse_name,
 )
-from storage.registry import Blob, Registry, Upload, everything
+from storage.registry import Blob, Held, Registry, Upload, Validity, everything
 
 
 class MemberSettings(Protocol):
@@ -190,6 +191,24 @@ class Namespaces(Registry):
         member, relative = self._split(repository)
         return await member.registry.resolve_manifest(relative, reference)
 
+    def hold_blob(self, repository: str, digest: Digest) -> Held | None:
+        member, relative = self._split(repository)
+        return self._of_member(member, repository, member.registry.hold_blob(relative, digest))
+
+    def hold_manifest(self, repository: str, reference: Reference) -> Held | None:
+        member, relative = self._split(repository)
+        return self._of_member(member, repository, member.registry.hold_manifest(relative, reference))
+
+    def _of_member(self, member: Member, repository: str, held: Held | None) -> Held | None:
+        """What a member holds; one of the others, as long as it is the same, and serving it uses it."""
+        if held is None or member.name in self._members:
+            return held
+
+        def validity() -> Validity | None:
+            return held.validity() if self._split(repository)[0] is member else None
+
+        return replace(held, validity=validity)
+
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
         member, relative = self._split(repository)
         return await member.registry.tags(relative, last, limit)
@@ -252,7 +271,9 @@ class Namespaces(Registry):
             if other is not member:
                 if not isinstance(other.registry, Refreshable) or isinstance(member.registry, Refreshable):
                     raise BlobUnknown(f"{digest} cannot be mounted from another namespace, {other.name!r}")
-                return await _copy(other, source, member, relative, digest)
+                return await copy_blob(
+                    other.registry, source, member.registry, relative, digest, f"{other.name}/{source}"
+                )
         return await member.registry.mount_blob(
             relative, digest, source, lambda each: visible(f"{member.name}/{each}")
         )
@@ -331,31 +352,6 @@ class Namespaces(Registry):
         text = text.lower()
         text = canonical_host(text) or text
         return self._by_host.get(text) or self._by_host.get(text.rpartition(":")[0])
-
-
-async def _copy(source: Member, name: str, target: Member, repository: str, digest: Digest) -> Descriptor:
-    """Copy a blob from a cache into a store, as a client would that pulls and pushes it.
-
-    Raises BlobUnknown if that fails: the client then uploads the blob.
-    """
-    try:
-        blob = await source.registry.get_blob(name, digest)
-        try:
-            size = blob.descriptor.size
-            upload = await target.registry.start_upload(
-                repository, None if size < 0 else size, digest.algorithm
-            )
-            try:
-                async for chunk in blob.chunks():
-                    await upload.write(chunk)
-            except BaseException as error:
-                await upload.cancel(error)
-                raise
-            return await upload.commit(digest)
-        finally:
-            await blob.close()
-    except RegistryError as error:
-        raise BlobUnknown(f"{digest} cannot be mounted from {source.name}/{name}: {error}") from error
 
 
 def _claim(table: dict[str, Member], key: str, member: Member) -> None:

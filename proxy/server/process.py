@@ -32,6 +32,7 @@ from proxy.server.process_name import show_as
 from proxy.server.supervisor import Assignment
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import share_metrics
+from proxy.telemetry.request_log import RequestLog
 from proxy.web.directions import Directions
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
@@ -65,12 +66,14 @@ class ServerProcess:
         sockets: Sockets | None = None,
         run: Path | None = None,
         shared: SharedState | None = None,
+        request_log: RequestLog | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
         self._sockets = sockets
         self._run = run
         self._shared = shared
+        self._request_log = request_log
         self._draining = False
         self._closing = AsyncExitStack()
         self.url = URL()
@@ -205,6 +208,8 @@ class ServerProcess:
             reporter=parts.publisher,
             clock=self._clock,
             authorizer=permits,
+            request_log=self._request_log,
+            hit_memory=config.limits.hit_memory,
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
         runner = web.ServerRunner(
@@ -213,6 +218,7 @@ class ServerProcess:
                 self._connection_limits(),
                 encrypted=config.tls is not None,
                 connections=parts.shared.connections,
+                hits=api.hits,
             ),
             shutdown_timeout=self._drain,
         )
@@ -276,17 +282,24 @@ def run(assignment: Assignment) -> int:
     show_as("entrepot", assignment.role)
     if assignment.role == "keeper":
         os.nice(NICE)
-    logs.configure(config.log.format, config.log.level, access=config.log.access)
+    request_log = logs.configure(config.log.format, config.log.level, access=config.log.access)
     share_metrics(assignment.run)
     # A follower needs three descriptors; the soft limit is made for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return asyncio.run(_run(assignment))
+    try:
+        return asyncio.run(_run(assignment, request_log))
+    finally:
+        request_log.flush()
 
 
-async def _run(assignment: Assignment) -> int:
+async def _run(assignment: Assignment, request_log: RequestLog) -> int:
     process = ServerProcess(
-        assignment.config, sockets=assignment.sockets, run=assignment.run, shared=assignment.shared
+        assignment.config,
+        sockets=assignment.sockets,
+        run=assignment.run,
+        shared=assignment.shared,
+        request_log=request_log,
     )
     ended, loop, parent = asyncio.Event(), asyncio.get_running_loop(), assignment.parent
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,21 +7,23 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import msgspec
 import structlog
 
 from proxy.telemetry.console_lines import ConsoleLines, is_ping
+from proxy.telemetry.request_log import BatchedLines, RequestLog
 
 
 def configure(
     format: str = "auto", level: str = "info", stream: TextIO = sys.stderr, access: str = "all"
-) -> None:
+) -> RequestLog:
     """Write events to `stream`: readable on a terminal, otherwise as one JSON object per line.
 
-    Of the requests, `access` of them are logged: all, errors, or off for none.
+    Of the requests, `access` of them are logged: all, errors, or off for none.  Returns the log of requests.
     """
+    lines = BatchedLines(stream)
     console = stream.isatty() if format == "auto" else format == "console"
     processors: list[Any] = [] if access == "all" else [_RequestFilter(access == "errors")]
     processors.append(structlog.processors.add_log_level)
@@ -34,9 +36,12 @@ def configure(
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, lines)),
         cache_logger_on_first_use=False,
     )
+    if access == "off" or level not in ("debug", "info"):
+        return RequestLog(off=True)
+    return RequestLog() if console or access != "all" else RequestLog(lines)
 
 
 class _RequestFilter:

@@ -22,6 +22,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 
 from proxy.web.backlog import Backlog, ClientProgress
+from proxy.web.hits import Hits
 from proxy.web.responses import error_response
 from proxy.web.send import reset
 from storage.shared import Holdings
@@ -55,7 +56,10 @@ class ConnectionLimits:
 class Connection(web.RequestHandler):
     """A connection of a client, which a Listener serves."""
 
-    __slots__ = ("_head", "_lost", "_malformed", "_progress", "address", "begun")
+    __slots__ = (
+        *("_alone", "_head", "_lost", "_malformed", "_ordinary", "_progress", "_whole"),
+        *("address", "begun"),
+    )
 
     def __init__(self, manager: web.Server, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -64,6 +68,9 @@ class Connection(web.RequestHandler):
         self.address: str | None = None  # None until enter()
         self._head = 0  # bytes of a request's head that have arrived; 0 when the head is complete
         self._malformed = False
+        self._ordinary = False
+        self._whole = True  # nothing of another request is in the parser
+        self._alone = b""  # the bytes of the request in progress, if it has no body and no other one came
         self._lost = asyncio.Event()
         self._progress = ClientProgress()
 
@@ -83,6 +90,7 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.begun = self._loop.time()
+        self._ordinary = cast(Listener, self._manager).is_ordinary(transport)
         if self.address is None and not self.enter(transport.get_extra_info("peername")):
             self.force_close()
 
@@ -94,14 +102,48 @@ class Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self._malformed:
             return  # the rest of a request that has been refused
+        idle = self._whole and self._waiter is not None and not self._waiter.done() and not self._messages
+        if idle and self._answered(data):
+            return
         if self.begun is None and not self.answering:
             self.begun = self._loop.time()
         expecting = self._waiter is not None  # a head, not a body
+        messages = len(self._messages)
         super().data_received(data)
+        self._whole = self._is_whole(data, messages + 1)
+        self._alone = data if idle and self._whole and data.startswith((b"GET ", b"HEAD ")) else b""
         self._head = self._head + len(data) if expecting and not self._messages else 0
         if self._head > LONGEST_HEAD and self._waiter is not None and not self._waiter.done():
             self._messages.append((_ErrInfo(431, LineTooLong(b"", LONGEST_HEAD), ""), EMPTY_PAYLOAD))
             self._waiter.set_result(None)
+
+    def _answered(self, data: bytes) -> bool:
+        """Answer a request that was seen before; return whether it was one."""
+        hits, transport = cast(Listener, self._manager).hits, self.transport
+        if (
+            hits is None
+            or transport is None
+            or not self._ordinary
+            or self._keepalive_handle is None  # the idle connection would stay open
+            or self._paused
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+            or not hits.answer(data, self.address or "", transport.write)
+        ):
+            return False
+        self.begun = None
+        self._request_count += 1
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        return True
+
+    def _is_whole(self, data: bytes, messages: int) -> bool:
+        """Whether `data` ended where the head of a request without a body does, so that `messages` wait."""
+        return (
+            data.find(b"\r\n\r\n") == len(data) - 4
+            and len(self._messages) == messages
+            and self._messages[-1][1] is EMPTY_PAYLOAD
+            and not self._upgraded
+        )
 
     @property
     def answering(self) -> bool:
@@ -172,7 +214,10 @@ class Connection(web.RequestHandler):
         body = None  # _finish_large() alone holds it
         if large and self.transport is not None:
             return await self._finish_large(request, cast(web.Response, resp), start_time)
+        alone, self._alone = self._alone, b""
         result = await super().finish_response(request, resp, start_time)
+        if alone and self._ordinary and not result[1] and not self._malformed:
+            await cast(Listener, self._manager).learn(alone, request, resp)
         if self._malformed and self.transport is not None and self.transport.can_write_eof():
             # Closing with unread bytes would reset the connection, and the client could lose the response.
             self.transport.write_eof()
@@ -223,7 +268,8 @@ class Listener(web.Server):
 
     A handler is cancelled when its client leaves, unless `handler_cancellation` is False.  An `encrypted`
     listener refuses requests without TLS.  `refusal` makes its errors of a code, a sentence and a status.
-    All listeners with the same `connections`, those of other processes too, count together.
+    All listeners with the same `connections`, those of other processes too, count together.  `hits` answers
+    requests that were seen before.
     """
 
     def __init__(
@@ -235,6 +281,7 @@ class Listener(web.Server):
         refusal: Callable[[str, str, int], web.Response] = error_response,
         handler_cancellation: bool = True,
         connections: Holdings | None = None,
+        hits: Hits | None = None,
         **options: Any,
     ) -> None:
         self.refusal = refusal
@@ -247,6 +294,7 @@ class Listener(web.Server):
             auto_decompress=False,
             **options,
         )
+        self.hits = hits
         self._handler = handler
         self._encrypted = encrypted
         self._limits = limits
@@ -273,6 +321,16 @@ class Listener(web.Server):
             response.force_close()
             return response
         return await self._handler(request)
+
+    async def learn(self, head: bytes, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Remember how a request of these bytes was answered."""
+        if self.hits is not None:
+            await self.hits.learn(head, request, response)
+
+    def is_ordinary(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether requests on the connection are served by their bytes and by the client's address alone."""
+        encrypted = transport.get_extra_info("sslcontext") is not None
+        return encrypted == self._encrypted and not transport.get_extra_info("peercert")
 
     def admit(self, address: str) -> bool:
         """Count a connection from `address`, and return whether it may stay."""
@@ -309,6 +367,7 @@ class Listener(web.Server):
     def pre_shutdown(self) -> None:
         """Close idle connections, after accepting has stopped; a request that has begun is still answered."""
         self._closing = True
+        self.hits = None  # from now on, responses say that the connection is closed
         for connection in cast(list[Connection], self.connections):
             if connection.answering:
                 connection.close()

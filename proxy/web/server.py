@@ -21,10 +21,13 @@ from aiohttp import web
 from proxy.access.authorization import AccessRequest, Authorizer
 from proxy.access.visibility import Probe
 from proxy.config.access import Action
+from proxy.telemetry.ended import EndedRequests
 from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.request_log import RequestLog
 from proxy.web.directions import LONGEST, Directions
 from proxy.web.events import EventReporter, RequestEvents
+from proxy.web.hits import Hits
 from proxy.web.pull import Pull
 from proxy.web.push import Push
 from proxy.web.responses import (
@@ -57,7 +60,6 @@ log = structlog.get_logger()
 
 READING = ("GET", "HEAD")
 UNEXPECTED = "the server has failed; its log says how, at request.failed with the id"
-REASON = 500  # characters of a reason that are logged
 SOON = 1  # second after which clients are asked to repeat what another host may answer at once
 _UNKNOWN: dict[Endpoint, type[RegistryError]] = {
     Endpoint.BLOB: BlobUnknown,
@@ -85,6 +87,7 @@ class DistributionAPI:
     reporter: receives the events of what requests do to content
     authorizer: decides what clients may do; without one everything is permitted
     directions: says in errors where clients push and log in instead
+    hit_memory: bytes that `hits` may hold; 0 for none
     """
 
     def __init__(
@@ -100,12 +103,12 @@ class DistributionAPI:
         clock: Callable[[], float] = time.time,
         authorizer: Authorizer | None = None,
         directions: Directions | None = None,
+        request_log: RequestLog | None = None,
+        hit_memory: int = 0,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
-        self._metrics = metrics
         self._deny_bypass = deny_bypass
-        self._served = served
         self._events = RequestEvents(reporter, clock)
         self._authorizer = authorizer
         self._directions = directions
@@ -114,6 +117,11 @@ class DistributionAPI:
         pull = Pull(registry, authorizer, client_timeout)
         push = Push(registry, self._full_name, metrics, client_timeout, self._events)
         self._handlers = self._table(pull, push)
+        self._ended = EndedRequests(metrics, served, request_log or RequestLog())
+        # Events of pulls need the whole request.
+        self.hits: Hits | None = None
+        if hit_memory and not self._events.pulls:
+            self.hits = Hits(registry, authorizer, self._ended, self._ids, hit_memory)
 
     def _table(self, pull: Pull, push: Push) -> dict[Endpoint, dict[str, EndpointHandler]]:
         return {
@@ -158,7 +166,7 @@ class DistributionAPI:
             exchange.detail = LEFT if connection is None or connection.fileno() < 0 else "server stopped"
             raise
         finally:
-            self._log(request, exchange, status, time.perf_counter() - begun)
+            self._ended.add(request.method, exchange, status, time.perf_counter() - begun)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         kind = Endpoint.BASE
@@ -296,34 +304,6 @@ class DistributionAPI:
         # the next host, which may be the upstream.
         may_ask_elsewhere = isinstance(error, Unavailable) and not self._deny_bypass
         return min(seconds, SOON) if may_ask_elsewhere else seconds
-
-    def _log(self, request: web.BaseRequest, exchange: Exchange, status: int, seconds: float) -> None:
-        label = self._metrics.label(exchange.namespace)
-        self._metrics.requests.labels(label, exchange.kind, exchange.result or "none").inc()
-        if exchange.bytes:
-            self._metrics.sent.labels(label).inc(exchange.bytes)
-        if self._served is not None:
-            self._served(exchange, status)
-        log.info(
-            "request.served",
-            id=exchange.id,
-            client=request.remote,
-            method=request.method,
-            kind=exchange.kind,
-            user=exchange.user,
-            namespace=exchange.namespace,
-            repository=exchange.repository,
-            reference=exchange.reference,
-            status=status,
-            result=exchange.result,
-            detail=exchange.detail,
-            reason=exchange.reason[:REASON],
-            upstream_requests=exchange.upstream_requests,
-            bytes=exchange.bytes,
-            received=exchange.received,
-            seconds=round(seconds, 6),
-            agent=(exchange.agent or "")[:200],
-        )
 
 
 def _get_and_head(handler: EndpointHandler) -> dict[str, EndpointHandler]:

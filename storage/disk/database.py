@@ -88,3 +88,12 @@ class Database(diskcache.Cache):  # type: ignore[misc]
         if self._opening and connection is not None and connection.in_transaction:
             connection.commit()
         super().close()
+
+    def version(self) -> object:
+        """What differs once any record has changed, compared with its value before in the same thread."""
+        connection = self._con
+        if getattr(self._local, "versioned", None) is not connection:
+            self._local.versioned, self._local.version = connection, connection.cursor()
+        # The number counts what other connections change, of this process too; not what this one does.
+        (number,) = self._local.version.execute("PRAGMA data_version").fetchone()
+        return connection, number, connection.total_changes

@@ -51,6 +51,9 @@ class ReadOnlyDatabase:
 
     _sql = execute
 
+    def version(self) -> object:
+        return None  # it cannot be told
+
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             found = self._state()

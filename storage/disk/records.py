@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import shutil
 import sqlite3
 import threading
@@ -119,6 +120,7 @@ class Records:
         self._directory = directory
         self._durable = durable
         self._file = directory / FILE
+        self._path = str(self._file)  # os.stat() of a Path takes twice as long
         self._lock = directory.with_name(f"{directory.name}.lock")
         self._clock = clock
         self._disk = disk or DiskHealth(directory.parent, clock)
@@ -211,6 +213,20 @@ class Records:
         # diskcache lists only all keys; but its index on (key, raw) can be used for ranges.
         statement = f"{select} FROM Cache WHERE key > ? AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
         return self._do(lambda cache: list(cache._sql(statement, (above, below, limit))))
+
+    def version(self) -> object:
+        """What differs from its value before if any process has changed a record since, or may have.
+
+        None if that cannot be told: read the records then.  Versions of different threads do not compare.
+        """
+        opened = self._opened
+        try:
+            status = os.stat(self._path)  # noqa: PTH116
+            if opened is None or (status.st_dev, status.st_ino) != opened[1]:
+                return None
+            return opened[0].version()
+        except FAILURES:
+            return None
 
     def close(self) -> None:
         """Close the database; a rebuild is abandoned, and the next process to open the database does it."""

@@ -49,7 +49,7 @@ class Leases:
 
     async def blob(self, repository: str, digest: Digest, used_at: float) -> None:
         """Lease a blob whose file has the mtime `used_at`.  Raises BlobUnknown if it is no longer stored."""
-        if self._due(used_at):
+        if self.due(used_at):
             with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
                 await run_in_thread(self._blob, repository, digest)
 
@@ -63,7 +63,7 @@ class Leases:
 
     async def manifest(self, repository: str, digest: Digest, stored_at: float) -> None:
         """Lease a manifest `stored_at` this time.  Raises ManifestUnknown if it is no longer stored."""
-        if self._due(stored_at) and self._due(self.of(repository, digest)):
+        if self.due(stored_at) and self.due(self.of(repository, digest)):
             with suppress(StorageFailed):
                 await run_in_thread(self._manifest, repository, digest)
 
@@ -85,7 +85,8 @@ class Leases:
     def drop(self, batch: Batch, repository: str, digest: str) -> None:
         batch.delete(LEASE.key(repository, digest))
 
-    def _due(self, at: float) -> bool:
+    def due(self, at: float) -> bool:
+        """Whether a lease that was taken `at` this time has to be renewed."""
         return not 0 <= self._clock() - at <= self._grace * RENEWED
 
 

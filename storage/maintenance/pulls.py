@@ -35,12 +35,16 @@ class Pulls:
     async def pulled(self, repository: str, tag: str) -> None:
         """Record a pull.  Raises ManifestUnknown if the tag was removed meanwhile."""
         key = repository, tag
-        if self._due(self._recorded.get(key, -math.inf)):
+        if self.due(repository, tag):
             with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
                 at = await run_in_thread(self._record, repository, tag)
                 if len(self._recorded) >= REMEMBERED:
                     self._recorded.clear()
                 self._recorded[key] = at
+
+    def due(self, repository: str, tag: str) -> bool:
+        """Whether pulled() has to record the pull."""
+        return self._due(self._recorded.get((repository, tag), -math.inf))
 
     def _record(self, repository: str, tag: str) -> float:
         """Record it, unless another process has just done so; the recorded time."""

@@ -36,7 +36,7 @@ def rows(scenario: Scenario, results: Results, peers: list[str]) -> list[str]:
     lines = []
     for index, measure in enumerate(scenario.measures):
         figures = {peer: [sample[index] for sample in samples] for peer, samples in results.items()}
-        size = f" ({scenario.size // MIB} MiB)" if scenario.size else ""
+        size = f" ({scenario.size // MIB} MiB)" if (scenario.size or 0) >= MIB else ""
         cells = [f"– {measure.title}" if index else f"{measure.title}{size}", measure.unit]
         cells += [_spread(figures.get(peer, [])) for peer in peers]
         for peer in _others(peers):

@@ -74,6 +74,17 @@ def manifest(reference: str, seconds: int) -> Sample:
     return sample
 
 
+def small(seconds: int) -> Sample:
+    """A blob that is as large as many configs and signatures are."""
+
+    def sample(target: Target, content: Content) -> list[float]:
+        before = target.process.cpu_seconds()
+        rate = requests_per_second(target.port, content.path, seconds)
+        return [rate, (target.process.cpu_seconds() - before) / (rate * seconds) * 1e6]
+
+    return sample
+
+
 def warm(clients: int, repeat: int) -> Sample:
     def sample(target: Target, content: Content) -> list[float]:
         streams = [Stream(target.port, content.path, content.size, repeat) for _ in range(clients)]
@@ -147,6 +158,7 @@ def all_scenarios(quick: bool) -> list[Scenario]:
     return [
         Scenario("digest", (rate("manifest by digest", 3), cpu), manifest("", seconds), None),
         Scenario("tag", (rate("manifest by tag", 30), cpu), manifest(TAG, seconds), None),
+        Scenario("small", (rate("blob of 16 KiB", 10), cpu), small(seconds), 16 << 10),
         Scenario("warm1", (speed("warm blob, 1 client"), cpu_gib), warm(1, 12), full),
         Scenario("warm8", (speed("warm blob, 8 clients"), cpu_gib), warm(8, 2), full),
         Scenario("cold1", (one, *cold_cost), cold(1), full, True),

@@ -19,7 +19,7 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from proxy.cache import fetcher, tags
+from proxy.cache import parts, tags
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
@@ -108,7 +108,7 @@ def clock() -> Clock:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a machine is quick or slow decides no test: one about it says for how long to wait."""
     monkeypatch.setattr(tags, "PATIENCE", None)
-    monkeypatch.setattr(fetcher, "MEASURED", math.inf)
+    monkeypatch.setattr(parts, "MEASURED", math.inf)
 
 
 BACKOFF = transport.BACKOFF  # as it is where nobody is in a hurry

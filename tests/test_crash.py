@@ -35,7 +35,7 @@ from pathlib import Path
 from proxy.server.process import ServerProcess
 from proxy.config.loader import load
 from proxy.telemetry import metrics
-from proxy.cache import fetcher
+from proxy.cache import parts
 from proxy.web import push
 from storage.disk import blobs, records
 from proxy.telemetry import logs
@@ -53,7 +53,7 @@ def stop(place, name, when):
 
 step = sys.argv[2]
 if step == "with holes":
-    fetcher.ASSUMED = 1
+    parts.ASSUMED = 1
 elif step == "before the data is safe":
     stop(blobs.os, "fdatasync", lambda file: True)
 elif step == "before the name":

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.disk import extents as module
+from storage.disk import wanted
 from storage.disk.blobs import BlobFiles
 from storage.disk.extents import ExtentList, Extents
 from storage.disk.locks import leads_to
@@ -346,3 +347,35 @@ async def test_a_list_that_was_removed_makes_no_hole_readable(files: BlobFiles) 
     assert list(following.extents) == []
     following.close()
     upload.close()
+
+
+# What other processes wait for
+
+
+async def test_what_is_wanted_is_heard_once_a_second(
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(wanted.time, "monotonic", clock)
+    clock.advance(10)
+    upload, other = await files.resume(DIGEST), await files.resume(DIGEST)
+    other.wanted.tell(5, 90)
+    other.wanted.tell(50, 90)
+    other.wanted.tell(95, 100)
+    assert upload.wanted.hear() == [(5, 90), (95, 100)]
+    assert upload.wanted.hear() == []
+    clock.advance(wanted.AGAIN + 0.1)
+    other.wanted.tell(50, 90)
+    assert upload.wanted.hear() == [(50, 90)]
+    await upload.cancel(OriginFailed("gone"))
+    other.wanted.tell(1, 2)
+    assert partial_files(files) == []
+    other.close()
+
+
+@pytest.mark.parametrize("content", [b"1 2", b"a b\n", b"1 2 3\n", b"\xff\xb2 1\n", b"-1 2\n"])
+async def test_a_wish_that_is_none(files: BlobFiles, content: bytes) -> None:
+    upload = await files.resume(DIGEST)
+    upload.wanted._path.write_bytes(content)
+    assert upload.wanted.hear() == []
+    await upload.cancel(OriginFailed("gone"))
+    assert partial_files(files) == []

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.cache import fetcher
-from proxy.cache.fetcher import Part
+from proxy.cache import parts
 from proxy.cache.fills import Fills
+from proxy.cache.parts import Part
 from proxy.cache.readers import BlobSource
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
@@ -40,7 +40,7 @@ BODY = content_of(SIZE, 7)
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is not next is far ahead."""
-    monkeypatch.setattr(fetcher, "ASSUMED", 1)
+    monkeypatch.setattr(parts, "ASSUMED", 1)
 
 
 def asked(upstream: Upstream) -> list[tuple[int, int]]:
@@ -214,7 +214,7 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
 async def test_what_a_slow_transfer_would_bring_late_is_fetched(
     rig: Rig, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetcher, "MEASURED", 0.25)
+    monkeypatch.setattr(parts, "MEASURED", 0.25)
     digest = Digest(upstream.blob("a/b", BODY))
     gate = asyncio.Event()
     upstream.next("GET", digest, Hold(gate, after=100_000))
@@ -233,7 +233,7 @@ async def test_what_a_slow_transfer_would_bring_late_is_fetched(
 
 
 def test_the_pace_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "MEASURED", 0.25)
+    monkeypatch.setattr(parts, "MEASURED", 0.25)
     one = Part(1000, 10_000, since=50.0)
     assert one.seconds_to(1000, 60.0) == 0
     assert one.seconds_to(1001, 60.0) == math.inf
@@ -345,7 +345,7 @@ async def test_whatever_is_read_and_dropped(
         digest = Digest(upstream.blob("a/b", content))
         rig = Rig(tmp_path_factory.mktemp("rig"), upstream, Clock())
         with monkeypatch.context() as patch:
-            patch.setattr(fetcher, "ASSUMED", pace)
+            patch.setattr(parts, "ASSUMED", pace)
             patch.setattr(SparseUpload, "write_at", counted)
             pulls = []
             async with rig.turns.turn("up"):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from proxy.cache import fetcher, fills
+from proxy.cache import parts
+from storage.errors import RegistryError
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.test_faults import FRESH, LATER, SCENARIOS, Held, Switch, verify_store
@@ -80,8 +81,7 @@ async def test_a_fill_whose_worker_ends_is_taken_over(sites: list[Site], upstrea
 async def test_ranges_of_a_fill_of_another_worker(
     sites: list[Site], upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetcher, "ASSUMED", 1)
-    monkeypatch.setattr(fills, "FAR_AHEAD", 1000)
+    monkeypatch.setattr(parts, "ASSUMED", 1)
     digest = upstream.blob(REPOSITORY, LAYER)
     path = f"/v2/{REPOSITORY}/blobs/{digest}"
     hold = Hold(asyncio.Event(), after=100_000)
@@ -89,8 +89,8 @@ async def test_ranges_of_a_fill_of_another_worker(
     for start in (1_000_000, 2_000_000):
         assert (await sites[0].get(path, Range=f"bytes={start}-{start + 99}"))[2] == LAYER[start:][:100]
     before = len(upstream.log)
-    # What is there is read by all, and the rest asked for by each.
-    for start, more in ((1_000_000, 1), (2_000_000, 1), (3_000_000, 2)):
+    # What is there is read by all, and who has the fill fetches the rest for all.
+    for start, more in ((1_000_000, 1), (2_000_000, 1), (3_000_000, 2), (3_000_000, 2)):
         assert (await sites[1].get(path, Range=f"bytes={start}-{start + 99}"))[2] == LAYER[start:][:100]
         assert len(upstream.log) == before + more
     async with sites[1].request("GET", path) as response:
@@ -100,8 +100,38 @@ async def test_ranges_of_a_fill_of_another_worker(
     assert [each.split()[-1] for each in upstream.log[before + 2 :]] == [
         "bytes=100000-999999",
         "bytes=1000100-1999999",
-        "bytes=2000100-",
+        "bytes=2000100-2999999",
+        "bytes=3000100-",
     ]
+    assert upstream.bytes_sent == len(LAYER)
+
+
+async def test_ranges_of_all_workers_at_once_come_once(
+    sites: list[Site], upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "ASSUMED", 1)
+    digest, step = upstream.blob(REPOSITORY, LAYER), len(LAYER) // 16
+    path = f"/v2/{REPOSITORY}/blobs/{digest}"
+    hold, never = Hold(gate := asyncio.Event(), after=1000), asyncio.Event()
+    upstream.next("GET", digest, hold, Hold(never, after=step))
+    whole = asyncio.create_task(pull(sites[0], digest))
+    await hold.reached.wait()
+    starts = [step * each for each in range(1, 16)]
+    ranges = [(sites[each % 2], start) for each, start in enumerate(starts * 2)]
+
+    async def ranged(site: Site, start: int) -> bytes:
+        status, _, body = await site.get(path, Range=f"bytes={start}-{start + step - 1}")
+        assert status == 206
+        return body
+
+    pulls = [asyncio.create_task(ranged(*each)) for each in ranges]
+    await asyncio.gather(*(each for each, at in zip(pulls, ranges, strict=True) if at[1] != starts[-1]))
+    gate.set()  # the last byte needs all
+    assert await asyncio.gather(*pulls) == [LAYER[start:][:step] for _, start in ranges]
+    assert await whole == LAYER
+    never.set()
+    assert upstream.bytes_sent == len(LAYER)
+    assert sum(line.startswith("HEAD") for line in upstream.log) == 1
 
 
 async def test_a_fill_that_waits_for_its_turn_is_taken_over_as_well(
@@ -248,6 +278,11 @@ async def test_fault_over_two_workers(
     clock.advance(LATER)
     for held in (cold, warm, stale):
         assert [await held.ask(site, operation) for site in (two, one)] == ["exact", "exact"]
+    for site in (one, two):
+        fills = site.app.composition.fills
+        for each in fills.in_flight():  # a range may come before the rest
+            with suppress(RegistryError):
+                await fills.ended(each.digest)
     for site in (one, two):
         await site.app.stop()
     verify_store(directory)

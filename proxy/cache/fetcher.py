@@ -7,12 +7,14 @@ byte comes from one of them: a transfer ends where another one has begun, and th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
+from proxy.cache.parts import SOON, Part
 from proxy.cache.readers import BlobSource
 from storage.disk.extents import Extents
 from storage.disk.sparse import SparseUpload
@@ -26,10 +28,8 @@ log = structlog.get_logger()
 LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not state: a body must end some time
 LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
 RETRIES = 4  # in a row without progress
-SOON = 1.0  # seconds; bytes that come later are fetched by a transfer of their own
-ASSUMED = 16 << 20  # bytes per second of a transfer whose pace is not known
-MEASURED = 0.25  # seconds after which the pace of a transfer is known
 MOST = 16  # transfers beside the one from the beginning on
+HEARING = 0.1  # seconds between two looks at what other processes want
 REST = 10.0  # seconds without further transfers after the origin has refused one
 
 
@@ -66,44 +66,13 @@ class Fill:
         """A client waits for [offset, stop)."""
         if self.fetcher is not None:
             self.fetcher.want(source, offset, stop)
+        elif self.upload is not None and self.upload.extents.end(offset) == offset:
+            self.upload.wanted.tell(offset, LARGEST_UNSIZED if stop is None else stop)
 
     @property
     def log(self) -> Any:
         source = self.source
         return log.bind(namespace=source.namespace, repository=source.name, digest=self.digest)
-
-
-@dataclass(slots=True, eq=False)
-class Part:
-    """One transfer: of [position, stop), as far as it has not come.
-
-    requested: the origin is asked for it
-    granted: no other transfer brings these bytes
-    since, base: a time in the last two seconds, and the position at that time
-    """
-
-    position: int
-    stop: int
-    since: float
-    requested: bool = False
-    granted: bool = False
-    base: int = field(init=False)
-    later: tuple[float, int] = field(init=False)  # the next `since` and `base`
-
-    def __post_init__(self) -> None:
-        self.base, self.later = self.position, (self.since, self.position)
-
-    def advance(self, number: int, now: float) -> None:
-        self.position += number
-        if now - self.later[0] > SOON:
-            self.since, self.base = self.later
-            self.later = now, self.position
-
-    def seconds_to(self, offset: int, now: float) -> float:
-        """How long it takes until the byte at `offset` comes, at the present pace."""
-        ahead, elapsed = offset - self.position, now - self.since
-        pace = (self.position - self.base) / elapsed if elapsed >= MEASURED else ASSUMED
-        return 0.0 if ahead <= 0 else ahead / pace if pace else float("inf")
 
 
 class Fetcher:
@@ -141,6 +110,7 @@ class Fetcher:
         self._first: asyncio.Task[None] | None = None  # of begin()
         self._refused_until = -float("inf")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._hear())
 
     async def run(self) -> None:
         """Fetch all that is missing; `upload` has all bytes then, and is not committed."""
@@ -282,6 +252,21 @@ class Fetcher:
             stop = min([stop, *(each.position for each in self._parts if each.position > offset)])
             self._start(source, Part(offset, stop, now))
 
+    async def _hear(self) -> None:
+        """Want what the clients of other processes wait for."""
+        source = self._fill.source
+        while True:
+            await asyncio.sleep(HEARING)  # other processes can only leave a note in a file
+            for start, stop in self.upload.wanted.hear():
+                if self._size >= 0:
+                    self.want(source, start, stop)
+                elif self._fill.queued:
+                    self._spawn(self._begin_for_others(source, Span(start, stop)))
+
+    async def _begin_for_others(self, source: BlobSource, span: Span) -> None:
+        with suppress(RegistryError):  # the fill will meet it as well
+            await self.begin(source, span)
+
     async def begin(self, source: BlobSource, span: Span) -> None:
         """Start the fill by a range, while it waits for its turn, if the origin sends ranges."""
         async with self._beginning:
@@ -301,7 +286,10 @@ class Fetcher:
 
     def _start(self, source: BlobSource, part: Part) -> asyncio.Task[None]:
         self._parts.append(part)
-        task = asyncio.create_task(self._fetch_part(source, part))
+        return self._spawn(self._fetch_part(source, part))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from functools import partial
 
 import structlog
 
 from proxy.cache.answered import Answered
 from proxy.cache.fetcher import Fetcher, Fill
-from proxy.cache.readers import BlobSource, FollowedBlob, UncachedBlob
+from proxy.cache.readers import BlobSource, FollowedBlob
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight
 from storage.disk.health import MakeRoom, make_no_room
@@ -40,7 +39,6 @@ log = structlog.get_logger()
 
 UNEXPECTED = "an unexpected fault"
 BACKOFF = 0.2  # seconds before the first retry without progress, doubling
-FAR_AHEAD = 16 << 20  # bytes; a range that starts so far ahead of the fill is read from the origin
 
 
 class Fills:
@@ -93,7 +91,7 @@ class Fills:
             # shield: a client that disconnects must not cancel what others wait for.
             started = await asyncio.shield(fill.started)
             result = "hit" if started and started[0].complete else "miss"
-            blob = await self._follow(fill, source, *started, span) if started else None
+            blob = await self._follow(fill, source, *started) if started else None
             if blob is not None and blob.descriptor.size < 0 and span is not None and fill.task is not None:
                 # The position of a range in the blob can be stated only when the size is known.
                 await blob.close()
@@ -114,15 +112,9 @@ class Fills:
             await fill.fetcher.begin(source, span)
 
     async def _follow(
-        self, fill: Fill, source: BlobSource, upload: SparseUpload, descriptor: Descriptor, span: Span | None
+        self, fill: Fill, source: BlobSource, upload: SparseUpload, descriptor: Descriptor
     ) -> Blob | None:
-        """A reader of the upload, or of the origin for a range far ahead; None if the upload has ended."""
-        if span is not None:
-            span = span.of(descriptor.size)
-            here = upload.ours or upload.extents.end(span.start) > span.start
-            far = not here and upload.extents.end(0) + FAR_AHEAD < span.start < descriptor.size
-            if far and (ahead := await self._get_ahead(fill, source, span)) is not None:
-                return ahead
+        """A reader of the upload; None if the upload has ended."""
         try:
             blob = upload.follow(descriptor)
         except BlobUnknown:
@@ -138,20 +130,6 @@ class Fills:
                 await blob.close()
                 raise
         return FollowedBlob(blob, source, self._metrics, fill)
-
-    async def _get_ahead(self, fill: Fill, source: BlobSource, span: Span) -> Blob | None:
-        """A range from the origin; None if it sends none: following takes longer, but succeeds."""
-        async with fill.asking if fill.ranges is None else nullcontext():
-            if fill.ranges is False:
-                return None
-            # It may refuse a second transfer, with any status, while it goes on with the first.
-            with suppress(RegistryError):
-                blob = await source.origin.get_blob(source.name, fill.digest, span)
-                fill.ranges = blob.position == span.start
-                if fill.ranges:
-                    return UncachedBlob(blob.descriptor, source, blob, span)
-                await blob.close()
-        return None
 
     async def _stored(self, source: BlobSource, fill: Fill) -> Blob | None:
         """The blob of a fill that has ended; None if it failed, or the blob was damaged since."""

@@ -3,6 +3,7 @@
     <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
     <root>/partial/<algorithm>-<encoded>        a fill in progress, locked by its writer
     <root>/partial/<fill>.<inode>.extents       which bytes of a fill with holes are there
+    <root>/partial/<fill>.<inode>.wanted        which bytes of it other processes wait for
     <root>/partial/<id>                         any other upload, locked while it is written
     <root>/locks/<hash of the name>             held by a process while it does what only one may do
     <root>/damaged/<algorithm>-<encoded>        content that does not match its digest, kept for inspection
@@ -28,7 +29,7 @@ from pathlib import Path
 import structlog
 
 from storage.concurrency import run_in_thread
-from storage.disk.extents import is_list, lists_a_file
+from storage.disk.extents import is_about_a_file, is_beside
 from storage.disk.health import DiskHealth, translated
 from storage.disk.locks import POLL, leads_to, try_lock
 from storage.disk.modes import create_file, make_directory, restrict
@@ -357,8 +358,8 @@ class BlobFiles:
     def reap(self, age: float) -> int:
         """Remove partial files and locks that nobody went on with for `age` seconds; returns how many."""
         with translated(self._partial):
-            files = sorted((*self._partial.iterdir(), *self._locks.iterdir()), key=is_list)
-            return self._reaper.reap((path for path in files if not lists_a_file(path)), age)
+            files = sorted((*self._partial.iterdir(), *self._locks.iterdir()), key=is_beside)
+            return self._reaper.reap((path for path in files if not is_about_a_file(path)), age)
 
 
 def _mark(owner: str) -> str:

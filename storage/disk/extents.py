@@ -8,6 +8,7 @@ machine may fail as well: then what was written last may be missing, and only wh
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from functools import cache
@@ -20,6 +21,7 @@ from storage.disk.modes import create_file
 SUFFIX = ".extents"
 _HEAD = "extents 1"  # the format
 _SYNCED = "synced"
+_BESIDE = re.compile(r"(.+)\.(\d+)\.(?:extents|extents\.new|wanted)")
 
 
 class Extents:
@@ -90,8 +92,8 @@ class ExtentList:
 
     @staticmethod
     def path(of: Path, file: int) -> Path:
-        """Where the list of a file is: other files may have, or get, the same name, but not its number."""
-        return of.with_name(f"{of.name}.{os.fstat(file).st_ino}{SUFFIX}")
+        """Where the list of a file is."""
+        return beside(of, file, SUFFIX)
 
     @classmethod
     def create(cls, path: Path, size: int, extents: Extents) -> ExtentList:
@@ -170,18 +172,22 @@ class ExtentList:
         os.close(self._file)
 
 
-def is_list(path: Path) -> bool:
-    return SUFFIX in path.name
+def beside(of: Path, file: int, suffix: str) -> Path:
+    """A file about an open file: others may have, or get, the same name, but not its number."""
+    return of.with_name(f"{of.name}.{os.fstat(file).st_ino}{suffix}")
 
 
-def lists_a_file(path: Path) -> bool:
-    """Whether this is the list of a file that exists."""
-    name, _, number = path.name.removesuffix(".new").removesuffix(SUFFIX).rpartition(".")
-    if not is_list(path):
-        return False
+def is_beside(path: Path) -> bool:
+    """Whether this is a file about another one."""
+    return _BESIDE.fullmatch(path.name) is not None
+
+
+def is_about_a_file(path: Path) -> bool:
+    """Whether this is a file about one that exists."""
+    match = _BESIDE.fullmatch(path.name)
     try:
-        return path.with_name(name).stat().st_ino == int(number)
-    except (FileNotFoundError, ValueError):
+        return match is not None and path.with_name(match[1]).stat().st_ino == int(match[2])
+    except FileNotFoundError:
         return False
 
 

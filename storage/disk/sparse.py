@@ -16,6 +16,7 @@ from storage.concurrency import run_in_thread
 from storage.disk.extents import ExtentList, Extents
 from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, FileUpload
+from storage.disk.wanted import Wanted
 from storage.errors import Unavailable
 
 SYNC = 256 << 20  # bytes written after which they are synchronized, so that they outlast a power failure
@@ -30,6 +31,7 @@ class SparseUpload(FileUpload):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.extents = Extents()
+        self.wanted = Wanted(self._path, self._file)
         self._list: ExtentList | None = None
         self._unsynced = 0  # bytes
         self._boot = ""  # of the list, while another process writes it
@@ -57,6 +59,7 @@ class SparseUpload(FileUpload):
         if self._list is None:
             self._catch_up()  # else commit() does it
         self.offset = self._written = self.extents.total
+        self.wanted.remove()  # those who still wait tell it again
 
     def _load(self) -> bool:
         """Read the list, and continue it; False if it does not have what could be read, or is damaged."""
@@ -138,6 +141,8 @@ class SparseUpload(FileUpload):
 
     def _discard(self) -> None:
         super()._discard()
+        if self.ours:
+            self.wanted.remove()
         if self.ours and self._list is not None:
             with suppress(OSError):
                 self._list.remove()

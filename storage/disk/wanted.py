@@ -1,0 +1,68 @@
+"""What readers in other processes wait for, told to the writer of a file by a file beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from storage.disk.extents import Extents, beside
+from storage.disk.locks import leads_to
+from storage.disk.modes import create_file
+
+SUFFIX = ".wanted"
+AGAIN = 1.0  # seconds after which the same bytes are told again: there may be another writer
+
+
+class Wanted:
+    """The list of the bytes of a file that readers wait for: they tell, and its writer hears."""
+
+    def __init__(self, of: Path, file: int) -> None:
+        self._of = of
+        self._file = file
+        self._path = beside(of, file, SUFFIX)
+        self._position = 0  # up to where it is heard
+        self._told = Extents()
+        self._since = 0.0
+
+    def tell(self, start: int, stop: int) -> None:
+        """A reader waits for [start, stop), which the writer may bring at once, or later."""
+        now = time.monotonic()
+        if now - self._since > AGAIN:
+            self._told, self._since = Extents(), now
+        if self._told.end(start) > start or not leads_to(self._of, self._file):
+            return
+        self._told.add(start, stop)
+        with suppress(OSError):
+            file = create_file(self._path, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(file, f"{start} {stop}\n".encode())
+            finally:
+                os.close(file)
+            # 1. we look  2. the writer ends, and removes the list  3. we create it
+            if not leads_to(self._of, self._file):
+                self.remove()
+
+    def hear(self) -> list[tuple[int, int]]:
+        """What was told since the last call."""
+        try:
+            file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return []
+        try:
+            content = os.pread(file, 1 << 16, self._position)
+        finally:
+            os.close(file)
+        lines = content[: content.rfind(b"\n") + 1]
+        self._position += len(lines)
+        spans = [line.split() for line in lines.decode("ascii", "replace").splitlines()]
+        return [(int(each[0]), int(each[1])) for each in spans if len(each) == 2 and _are_decimal(each)]
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+def _are_decimal(words: list[str]) -> bool:
+    return all(word.isascii() and word.isdecimal() for word in words)

@@ -119,8 +119,8 @@ class Fills:
             blob = upload.follow(descriptor)
         except BlobUnknown:
             return None
-        if descriptor.size == 0:
-            # There is no last byte to withhold: withhold the response.
+        if descriptor.size <= 0:
+            # There may be no last byte to withhold: withhold the response.
             try:
                 await blob.readable(0)
             except RegistryError:

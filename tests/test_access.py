@@ -803,7 +803,7 @@ async def test_a_certificate_names_a_user_and_groups() -> None:
 @pytest.mark.parametrize(
     ("access", "cause"),
     [
-        ({"htpasswd": "{}/absent"}, "{}/absent (access.htpasswd): No such file or directory"),
+        ({"htpasswd": "{}/absent"}, "{}/absent (access.htpasswd) does not exist: entrepot user add NAME"),
         ({"htpasswd": "{}/bad"}, "{}/bad (access.htpasswd): line 1 holds no bcrypt hash: use htpasswd -B"),
         ({"keys": "{}/absent"}, "{}/absent (access.token.keys): No such file or directory"),
         ({"keys": "{}/bad"}, "{}/bad: it holds no key: expected PEM, a JWK or a JWKS (access.token.keys)"),

@@ -197,8 +197,6 @@ async def test_show_of_what_is_not_cached(shop: Shop) -> None:
 
 
 async def test_stats_count(shop: Shop) -> None:
-    if shop.running:
-        await shop.site.app.composition.recorder.flush()
     found = await shop.told("stats", "--period", "7d")
     assert found["period"] == 7 * 86400
     assert found["stored_bytes"] > len(LAYER)

@@ -491,3 +491,17 @@ async def test_downloads_outlive_a_new_configuration(place: Place, upstream: Ups
         assert await digest(response, begun) == name
     assert await server.ended() == 0
     assert [request.method for request in upstream.requests] == ["GET", "HEAD"]
+
+
+async def test_what_all_workers_have_served_is_counted_at_once(place: Place, upstream: Upstream) -> None:
+    image = upstream.image(REPOSITORY, "3")
+    server = await place.start()
+    workers = await server.workers()
+    for worker in workers:
+        await worker.get(f"/v2/{REPOSITORY}/manifests/3")
+    async with aiohttp.ClientSession(server.admin_url) as session:
+        async with session.get("/api/v1/stats") as response:
+            assert (await response.json())["total"]["requests"] == len(workers) == 2
+        async with session.get("/api/v1/images") as response:
+            (row,) = (await response.json())["images"]
+    assert (row["digest"], row["uses"]) == (image.digest, 2)

@@ -102,6 +102,7 @@ class LocalOperations:
 
     async def repositories(self, match: str = "*") -> Listed:
         parsed = self._reader.listing("match", match)
+        await self._processes.record()
         found = [await run_in_thread(each.repositories, parsed) for each in self._inventories]
         rows = sorted(chain(*found), key=lambda row: row.repository)
         return Listed(repositories=rows, notes=await self._notes())
@@ -110,6 +111,7 @@ class LocalOperations:
         parsed = self._reader.listing("match", match)
         if last:
             read_pattern("last", last)
+        await self._processes.record()
         pages = [await run_in_thread(each.images, parsed, limit, last) for each in self._inventories]
         return msgspec.structs.replace(merged(pages, limit), notes=await self._notes())
 
@@ -118,6 +120,7 @@ class LocalOperations:
 
     async def show(self, ref: str) -> ImageTree:
         image = self._reader.reference("ref", ref)
+        await self._processes.record()
         inventory = self._inventory_of(image.namespace)
         return await run_in_thread(inventory.tree, image.repository, image.reference)
 
@@ -128,6 +131,7 @@ class LocalOperations:
 
     async def stats(self, period: str = "7d") -> Stats:
         seconds = read_seconds("period", period)
+        await self._processes.record()
         parts = self._composition
         since = parts.clock() - seconds
         counted = sorted((await run_in_thread(parts.usage.stats, since)).items())
@@ -161,6 +165,7 @@ class LocalOperations:
 
     async def why(self, ref: str) -> Why:
         image = self._reader.reference("ref", ref)
+        await self._processes.record()
         states = [each for state in await self._processes.states() for each in state.upstreams]
         return await run_in_thread(self._explainer.why, image, states)
 

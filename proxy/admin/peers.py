@@ -2,6 +2,7 @@
 
     GET /state      ProcessReport
     POST /forget    {"repository": "<namespace>/<repository>"}
+    POST /record
     GET /drill      DrillState
     POST /drill     DrillOrder
     DELETE /drill
@@ -48,6 +49,10 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
         await own.forget((await decoded_body(request, ForgetRequest)).repository)
         return web.Response(status=204)
 
+    async def record(request: web.Request) -> web.Response:
+        await own.record()
+        return web.Response(status=204)
+
     async def drill(request: web.Request) -> web.Response:
         if request.method == "GET":
             return _in_json(own.drill.state())
@@ -59,7 +64,8 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
 
     application = web.Application()
     drills = [web.route(method, "/drill", drill) for method in ("GET", "POST", "DELETE")]
-    application.add_routes([web.get("/state", state), web.post("/forget", forget), *drills])
+    told = [web.post("/forget", forget), web.post("/record", record)]
+    application.add_routes([web.get("/state", state), *told, *drills])
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
     listening = bind_unix(path)
     inode = path.stat().st_ino
@@ -118,6 +124,12 @@ class ServerProcesses:
         if self._own:
             await self._own.forget(repository)
         await self._ask("POST", "/forget", msgspec.json.encode(ForgetRequest(repository)))
+
+    async def record(self) -> None:
+        """See ProcessState.record()."""
+        if self._own:
+            await self._own.record()
+        await self._ask("POST", "/record")
 
     async def begin_drill(self, order: DrillOrder) -> None:
         if self._own:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import msgspec
@@ -89,7 +89,7 @@ class _Upstream(Protocol):
 
 
 class ProcessState:
-    """The state of this process.  `caches` are by namespace."""
+    """The state of this process.  `caches` are by namespace; `record` records what requests were counted."""
 
     def __init__(
         self,
@@ -99,6 +99,7 @@ class ProcessState:
         clock: Callable[[], float] = time.time,
         pid: int | None = None,
         drill: Drill | None = None,
+        record: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._fills = fills
         self._caches = caches
@@ -106,6 +107,7 @@ class ProcessState:
         self._clock = clock
         self.pid = os.getpid() if pid is None else pid
         self.drill = drill or Drill(clock)
+        self._record = record
 
     def state(self) -> ProcessReport:
         """The state as known in memory, without any request."""
@@ -122,6 +124,11 @@ class ProcessState:
             troubles=list(dict.fromkeys(each for disk in self._disks for each in disk.troubles())),
         )
 
+    async def record(self) -> None:
+        """Record what was counted of requests, which otherwise happens some seconds later."""
+        if self._record is not None:
+            await self._record()
+
     async def forget(self, repository: str) -> None:
         """Forget that the upstream did not have content of the repository, or did not answer."""
         namespace, _, name = repository.partition("/")
@@ -132,7 +139,9 @@ class ProcessState:
 def state_of(composition: Composition) -> ProcessState:
     """The state of this process, which serves a composition or does its housekeeping."""
     parts = composition
-    return ProcessState(parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill)
+    return ProcessState(
+        parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill, parts.recorder.flush
+    )
 
 
 def _fill(fill: Fill, pid: int) -> FillState:

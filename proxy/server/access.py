@@ -135,6 +135,8 @@ def password_file(path: Path, closing: AsyncExitStack) -> Htpasswd:
 
     try:
         passwords = Htpasswd(path)
+    except FileNotFoundError:
+        raise StartError(f"{path} (access.htpasswd) does not exist: entrepot user add NAME") from None
     except (OSError, ValueError) as error:
         raise StartError(f"{path} (access.htpasswd): {_cause(error)}") from None
     closing.push_async_callback(passwords.close)

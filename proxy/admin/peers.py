@@ -42,6 +42,22 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
     Raises OSError, also if the path is too long for a socket, at about 100 bytes.
     """
 
+    runner = web.AppRunner(_application(own), access_log=None, shutdown_timeout=CLOSING)
+    listening = bind_unix(path)
+    inode = path.stat().st_ino
+    await runner.setup()
+    await PlainSite(runner, listening).start()
+
+    async def close() -> None:
+        await runner.cleanup()
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == inode:  # else another process has replaced it
+                path.unlink()
+
+    return close
+
+
+def _application(own: ProcessState) -> web.Application:
     async def state(request: web.Request) -> web.Response:
         return _in_json(own.state())
 
@@ -66,19 +82,7 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
     drills = [web.route(method, "/drill", drill) for method in ("GET", "POST", "DELETE")]
     told = [web.post("/forget", forget), web.post("/record", record)]
     application.add_routes([web.get("/state", state), *told, *drills])
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
-    listening = bind_unix(path)
-    inode = path.stat().st_ino
-    await runner.setup()
-    await PlainSite(runner, listening).start()
-
-    async def close() -> None:
-        await runner.cleanup()
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == inode:  # else another process has replaced it
-                path.unlink()
-
-    return close
+    return application
 
 
 def _in_json(value: object) -> web.Response:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Generic, TypeVar
 
+from storage.concurrency import run_sized
 from storage.errors import DigestInvalid, ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from storage.keys import REFERRER
 from storage.oci import (
@@ -109,13 +110,16 @@ class IndexEntries:
     def __init__(self) -> None:
         self._last: tuple[Digest, list[Descriptor]] | None = None
 
-    def after(self, index: Manifest, last: str = "") -> list[Descriptor]:
+    async def after(self, index: Manifest, last: str = "") -> list[Descriptor]:
         """The entries after the digest `last`.  Raises ManifestInvalid."""
         if self._last is None or self._last[0] != index.digest:
-            listed = parse_manifest(index.content).listed
-            self._last = index.digest, sorted(listed, key=attrgetter("digest"))
+            self._last = index.digest, await run_sized(len(index.content), _entries, index.content)
         found = self._last[1]
         return found[bisect_right(found, last, key=attrgetter("digest")) :]
+
+
+def _entries(index: bytes) -> list[Descriptor]:
+    return sorted(parse_manifest(index).listed, key=attrgetter("digest"))
 
 
 def contents(manifest: bytes) -> ManifestContent | None:

@@ -11,6 +11,7 @@ import re
 
 from proxy.cache.fills import Fills
 from proxy.cache.origin import Origin
+from storage.concurrency import run_sized
 from storage.errors import ManifestUnknown, StorageFailed, Unavailable
 from storage.graph import Walk, attestations, contents
 from storage.oci import Digest, Manifest, ManifestContent
@@ -38,7 +39,8 @@ class Completeness:
             return
         name = f"{self._origin.namespace}/{repository}"
         try:
-            missing = self._missing(name, manifest.content)
+            content = await run_sized(len(manifest.content), contents, manifest.content)
+            missing = None if content is None else self._missing(name, content)
         except StorageFailed:
             return  # what is stored cannot be known
         if missing is not None and not await self._origin.reachable():
@@ -52,14 +54,11 @@ class Completeness:
             return False
         return self._refusing == "always" or _CONTAINERS.match(agent) is not None
 
-    def _missing(self, name: str, manifest: bytes) -> Digest | None:
+    def _missing(self, name: str, content: ManifestContent) -> Digest | None:
         """Something that is missing; of an index, if there is no child that is complete.
 
         Which child is for the client's platform is unknown.
         """
-        content = contents(manifest)
-        if content is None:
-            return None
         if (missing := self._missing_blob(name, content)) is not None or not content.children:
             return missing
         others = attestations(content)

@@ -75,33 +75,33 @@ class Listings:
 
         try:
             if self._origin.offline:
-                return self._offline_referrers(key, digest, artifact_type, last, limit)
+                return await self._offline_referrers(key, digest, artifact_type, last, limit)
             answered = await self._get(key, ask, self._store.listings.referrers)
             return answered.with_value(referrers_page([answered.value.after(last)], artifact_type, limit))
         except Unavailable as error:
-            if (fallback := self._fallback(name, digest, last)) is None:
+            if (fallback := await self._fallback(name, digest, last)) is None:
                 if absences.contains(name, REFERRERS_API):
                     raise self._origin.still_unknown(f"list of referrers of {digest}") from error
                 raise
             found = referrers_page([fallback.value], artifact_type, limit)
             return fallback.with_value(found)._replace(detail=error.code)
 
-    def _offline_referrers(
+    async def _offline_referrers(
         self, key: RequestKey, digest: Digest, artifact_type: str | None, last: str, limit: int | None
     ) -> Answered[list[Descriptor]]:
         name = key[1]
         known = self._known(key, self._store.listings.referrers)
-        self._check_known(key, known is not None or self._knows_referrers(name, digest))
+        self._check_known(key, known is not None or await self._knows_referrers(name, digest))
         listed = known.value.after(last) if known else ()
-        fallback = self._fallback(name, digest, last)
+        fallback = await self._fallback(name, digest, last)
         stored = _readable(self._store.referrers_after(name, digest, last))
         sources = [listed, fallback.value if fallback else (), stored]
         return self._hit(known, referrers_page(sources, artifact_type, limit))
 
-    def _knows_referrers(self, name: str, digest: Digest) -> bool:
+    async def _knows_referrers(self, name: str, digest: Digest) -> bool:
         """Whether the store says what refers to the manifest; also that nothing does, if it is stored."""
         with suppress(ManifestUnknown, StorageFailed):
-            if self._fallback(name, digest) is not None:
+            if await self._fallback(name, digest) is not None:
                 return True
             if next(self._store.referrers_after(name, digest), None) is not None:
                 return True
@@ -152,7 +152,7 @@ class Listings:
             raise error.copy()
         return Answered.of(known.value, "stale", age, fresh_for, error.code)
 
-    def _fallback(self, name: str, digest: Digest, last: str = "") -> Answered[list[Descriptor]] | None:
+    async def _fallback(self, name: str, digest: Digest, last: str = "") -> Answered[list[Descriptor]] | None:
         """The referrers that the stored fallback tag lists: distribution-spec, "Referrers Tag Schema".
 
         An empty list if the origin had neither that tag nor a referrers API when it was last asked; None if
@@ -167,7 +167,7 @@ class Listings:
             manifest = self._store.manifest(name, pointer.digest)[0]
             if manifest.media_type != OCI_INDEX:
                 return None
-            listed = self._indexes.after(manifest, last)
+            listed = await self._indexes.after(manifest, last)
         except (ManifestUnknown, ManifestInvalid, StorageFailed):
             return None
         age = self._clock() - pointer.validated_at

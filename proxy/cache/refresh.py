@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import structlog
 
+from storage.concurrency import run_sized
 from storage.errors import (
     BlobUnknown,
     ManifestInvalid,
@@ -127,7 +128,7 @@ class _ImageFetch:
                 self.unknown.append(error)
                 continue
             self.manifests.add(digest)
-            content = contents(found.content)
+            content = await run_sized(len(found.content), contents, found.content)
             if unread(content):
                 self.unknown.append(
                     ManifestInvalid(

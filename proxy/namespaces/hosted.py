@@ -7,10 +7,11 @@ stored, unless the namespace is sparse.  An immutable tag is neither moved nor d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from storage.concurrency import run_sized
 from storage.disk.health import MakeRoom, make_no_room
 from storage.disk.records import Batch, Records
 from storage.errors import (
@@ -169,18 +170,24 @@ class Hosted(Registry):
     ) -> list[Descriptor]:
         name = self._full(repository)
         recorded = self._store.referrers_after(name, digest, last)
-        return referrers_page([recorded, self._fallback(name, digest, last)], artifact_type, limit)
+        listed = await self._fallback(name, digest, last)
+        return referrers_page([recorded, self._stored(name, listed)], artifact_type, limit)
 
-    def _fallback(self, name: str, digest: Digest, last: str) -> Iterator[Descriptor]:
+    async def _fallback(self, name: str, digest: Digest, last: str) -> list[Descriptor]:
         """Referrers that clients listed under a tag, as for registries without the referrers API.
 
         distribution-spec, "Referrers Tag Schema" and "Enabling the Referrers API".
         """
-        with suppress(ManifestUnknown, ManifestInvalid):
-            for each in self._indexes.after(self._store.manifest(name, fallback_tag(digest))[0], last):
-                with suppress(ManifestUnknown):
-                    self._store.manifest(name, each.digest)
-                    yield each
+        try:
+            return await self._indexes.after(self._store.manifest(name, fallback_tag(digest))[0], last)
+        except (ManifestUnknown, ManifestInvalid):
+            return []
+
+    def _stored(self, name: str, listed: Iterable[Descriptor]) -> Iterator[Descriptor]:
+        for each in listed:
+            with suppress(ManifestUnknown):
+                self._store.manifest(name, each.digest)
+                yield each
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
         start = len(self._namespace) + 1
@@ -220,7 +227,7 @@ class Hosted(Registry):
     ) -> Descriptor:
         """Raises Denied if a tag is immutable and would move."""
         name = self._full(repository)
-        content = _checked(manifest)
+        content = await run_sized(len(manifest.content), _checked, manifest)
         digest = reference if isinstance(reference, Digest) else manifest.digest
         pushed = [*([reference] if isinstance(reference, Tag) else []), *tags]
         moved: dict[Tag, Digest] = {}  # from where

@@ -27,6 +27,7 @@ from proxy.upstream.pages import pages
 from proxy.upstream.requests import RequestSender, UpstreamRequest, UpstreamSettings
 from proxy.upstream.responses import Download, stated_digest, stated_extent, stated_length, stated_media_type
 from proxy.upstream.upload import WRITTEN, UploadSession, UpstreamUpload
+from storage.concurrency import run_sized
 from storage.errors import (
     BlobUnknown,
     ManifestInvalid,
@@ -169,7 +170,7 @@ class UpstreamRegistry(Registry):
             media_type = stated_media_type(response)
             if media_type in _VAGUE:
                 try:
-                    media_type = media_type_of(content)
+                    media_type = await run_sized(len(content), media_type_of, content)
                 except ManifestInvalid:
                     raise OriginFailed(
                         f"{self._name} sent no manifest for {reference} of {repository}"

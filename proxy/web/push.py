@@ -22,7 +22,7 @@ from proxy.web.events import RequestEvents
 from proxy.web.responses import COMMON, RequestRefused, absolute, cache_headers, empty
 from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
-from storage.concurrency import uninterrupted
+from storage.concurrency import run_sized, uninterrupted
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -252,12 +252,11 @@ class Push:
         tags = [Tag.parse(each) for each in dict.fromkeys(request.query.getall("tag", ()))]
         body = await self._manifest_body(request, exchange)
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
-        manifest = Manifest.of(media_type or declared_type(body) or "", body)
+        manifest = await run_sized(len(body), _manifest, media_type, body)
         exchange.digest = await uninterrupted(self._push(request, route, name, exchange, manifest, tags))
         response = self._created(request, route, Endpoint.MANIFEST, Digest(exchange.digest), exchange)
-        with suppress(ManifestInvalid):
-            if (subject := parse_manifest(body).subject) is not None:
-                response.headers["OCI-Subject"] = subject.digest
+        if (subject := await run_sized(len(body), _subject, body)) is not None:
+            response.headers["OCI-Subject"] = subject
         if tags:
             response.headers["OCI-Tag"] = ", ".join(tags)
         return response
@@ -357,3 +356,15 @@ async def _continue(request: web.BaseRequest) -> None:
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # counts the final response only
+
+
+def _manifest(media_type: str, body: bytes) -> Manifest:
+    return Manifest.of(media_type or declared_type(body) or "", body)
+
+
+def _subject(body: bytes) -> Digest | None:
+    try:
+        subject = parse_manifest(body).subject
+    except ManifestInvalid:
+        return None
+    return None if subject is None else subject.digest

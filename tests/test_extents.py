@@ -221,6 +221,25 @@ async def test_a_list_that_a_former_file_left_is_not_of_this_one(files: BlobFile
     assert partial_files(files) == []
 
 
+async def test_a_copy_of_a_file_with_holes_is_begun_again(files: BlobFiles) -> None:
+    """It has another number than the file that the list is of: a copy may have zeros for the holes."""
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 1000), (5000, 9000))
+    await upload.suspend(OriginFailed("cut"))
+    with (files.root / "partial" / PARTIAL).open("rb") as former:  # so that its number is not used again
+        content = former.read()
+        for name in partial_files(files):
+            path = files.root / "partial" / name
+            held = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content if name == PARTIAL else held)
+        upload = await files.resume(DIGEST)
+    assert list(upload.extents) == []
+    await put(upload, (0, 300_000))
+    assert await upload.commit(DIGEST) == WHOLE
+    assert partial_files(files) == []
+
+
 async def test_an_upload_with_holes_is_followed_and_taken_over(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await put(upload, (0, 1000))

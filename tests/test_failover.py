@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import Any
 
 import aiohttp
 import pytest
 
-from proxy.upstream.transport import Connect
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.client import UpstreamRegistry
+from proxy.upstream.credentials import Credentials
+from proxy.upstream.failover import Failover
+from proxy.upstream.requests import UpstreamSettings
+from storage.errors import OriginFailed
+from storage.oci import Digest, Span
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.outages import (
@@ -38,6 +45,7 @@ from tests.upstream import (
     Upstream,
     WrongLength,
 )
+from tests.upstream_client import PLAIN
 
 
 @pytest.fixture
@@ -270,31 +278,76 @@ async def test_one_that_gives_a_wrong_manifest_is_passed_by(
     assert (await pull(site, f"/v2/a/b/manifests/{image.digest}"))[:2] == (200, image.content)
 
 
-async def test_spans_of_a_blob_do_not_change_the_order(serve: Serve, mirrors: Mirrors) -> None:
-    """A client's ranges ahead of a fill are no sign that it failed."""
-    from proxy.telemetry.metrics import Metrics
-    from proxy.upstream.client import UpstreamRegistry as Client
-    from proxy.upstream.credentials import Credentials
-    from proxy.upstream.failover import Failover
-    from proxy.upstream.requests import UpstreamSettings
-    from storage.oci import Digest, Span
+class Chain:
+    """The first two upstreams, with one blob; `read` says which of them has sent it."""
 
-    first, second, _ = mirrors
-    digest = Digest(image_on(first, second).layers[0])
-    connect = Connect(plain_http=True)
-    metrics = Metrics()
-    origins = [
-        Client("up", UpstreamSettings(each.url, connect), [Credentials()], metrics)
-        for each in (first, second)
-    ]
-    failover = Failover(origins)
+    def __init__(self, first: Upstream, second: Upstream) -> None:
+        self.upstreams = {"first": first, "second": second}
+        self.content = os.urandom(900_000)
+        self.digest = Digest(first.blob("a/b", self.content))
+        second.blob("a/b", self.content)
+        settings = [UpstreamSettings(each.url, PLAIN) for each in (first, second)]
+        self.failover = Failover(
+            [UpstreamRegistry("up", each, [Credentials()], Metrics()) for each in settings]
+        )
+
+    async def read(self, span: Span | None, stop_after: int = 1 << 20) -> str:
+        """Read so many bytes at least, then stop."""
+        for each in self.upstreams.values():
+            each.clear()
+        blob, found = await self.failover.get_blob("a/b", self.digest, span), b""
+        start, stop = (span.start, span.stop) if span else (0, None)
+        try:
+            async with aclosing(blob.chunks(start, stop)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    found += chunk
+                    if len(found) >= stop_after:
+                        break
+        finally:
+            await blob.close()
+        assert self.content[start:stop].startswith(found)
+        (name,) = (name for name, each in self.upstreams.items() if each.requests)
+        return name
+
+
+@pytest.fixture
+async def chain(mirrors: Mirrors) -> AsyncIterator[Chain]:
+    chain = Chain(*mirrors[:2])
+    yield chain
+    await chain.failover.close()
+
+
+PART, REST = Span(10, 20), Span(10)
+
+
+async def test_spans_of_a_blob_do_not_change_the_order(chain: Chain) -> None:
+    """What clients want ahead of a fill is no sign that it failed."""
     for _ in range(3):
-        blob = await failover.get_blob("a/b", digest, Span(1, 3))
-        assert b"".join([chunk async for chunk in blob.chunks(1, 3)]) == b" l"
-        await blob.close()
-    await failover.close()
-    assert second.log == []
-    assert len(first.log) == 3
+        assert await chain.read(PART) == "first"
+
+
+async def test_the_spans_of_a_blob_come_from_where_the_rest_comes(chain: Chain) -> None:
+    """Else one of wrong bytes has a part in every transfer."""
+    assert [await chain.read(each) for each in (None, PART, None)] == ["first", "second", "second"]
+    blob = await chain.failover.get_blob("a/b", chain.digest)
+    assert await chain.read(PART) == "first"
+    await blob.close()
+    blob = await chain.failover.get_blob("a/b", chain.digest)
+    assert [await chain.read(PART) for _ in range(3)] == ["second"] * 3
+    await blob.close()
+
+
+async def test_a_transfer_of_which_the_rest_is_not_wanted_has_not_failed(chain: Chain) -> None:
+    """Another transfer brings it."""
+    for span in (None, REST, PART):
+        assert await chain.read(span, 5) == "first"
+
+
+async def test_a_span_that_breaks_off_goes_on_from_the_next_url(chain: Chain) -> None:
+    chain.upstreams["first"].next("GET", chain.digest, Reset(after=5))
+    with pytest.raises(OriginFailed):
+        await chain.read(PART)
+    assert [await chain.read(PART) for _ in range(3)] == ["second"] * 3
 
 
 async def test_each_url_is_shown_the_tokens_it_issued_itself(serve: Serve, mirrors: Mirrors) -> None:

@@ -31,7 +31,8 @@ from storage.oci import Digest, Span
 from storage.store import Store
 from tests.conftest import Clock, Serve, Site
 from tests.test_fills import blobs, content_of, heard, path_of
-from tests.upstream import Corrupt, Hold, Status, Upstream, WrongLength
+from tests.upstream import Corrupt, Fault, Hold, Request, Reset, Status, Upstream, WrongLength
+from tests.upstream.messages import Answer
 
 SIZE = 1_600_000
 BODY = content_of(SIZE, 7)
@@ -318,6 +319,86 @@ async def test_a_disk_that_fails_under_a_range(
     with suppress(RegistryError):
         await rig.fills.ended(digest)
     assert list(rig.partial.iterdir()) == []
+
+
+async def leave_holes(rig: Rig, digest: Digest, upstream: Upstream, *spans: tuple[int, int]) -> None:
+    """A former fill has got these."""
+    async with rig.turns.turn("up"):
+        for start, stop in spans:
+            await rig.read(digest, start, stop)
+        await rig.fills.close()
+    upstream.clear()
+
+
+HOLES = ((0, 1000), (50_000, 90_000), (400_000, 400_001), (1_000_000, 1_500_000))
+
+
+async def test_one_transfer_fills_all_holes_where_the_origin_sends_no_ranges_any_more(
+    rig: Rig, upstream: Upstream
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, *HOLES)
+    upstream.ranges = False
+    assert await rig.read(digest, 0, SIZE) == BODY
+    await rig.fills.ended(digest)
+    assert (asked(upstream), upstream.bytes_sent) == ([(1000, 50_000)], SIZE)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+async def test_a_cut_of_that_transfer(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, *HOLES)
+    upstream.ranges = False
+    upstream.next("GET", digest, Reset(after=200_000))
+    assert await rig.read(digest, 0, SIZE) == BODY
+    await rig.fills.ended(digest)
+    assert [start for start, _ in asked(upstream)] == [1000, 200_000]
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_a_blob_comes_whole_where_its_ranges_are_refused(
+    rig: Rig, upstream: Upstream, status: int
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, *HOLES)
+    upstream.next("GET", lambda request: request.range is not None, Status(status), times=100)
+    assert await rig.read(digest, 0, SIZE) == BODY
+    await rig.fills.ended(digest)
+    assert asked(upstream) == [(0, 0), (1000, 50_000)]
+
+
+class Untold(Fault):
+    """The size of the blob is missing from Content-Range."""
+
+    def strike(self, answer: Answer, request: Request) -> Answer:
+        if found := answer.headers.get("Content-Range"):
+            answer.headers["Content-Range"] = found.rpartition("/")[0] + "/*"
+        return answer
+
+
+async def test_a_range_of_a_blob_of_untold_size_begins_no_fill(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.content_length, answered = False, Hold(asyncio.Event(), after=None)
+    upstream.next("GET", digest, Untold(), answered)
+    async with rig.turns.turn("up"):
+        pull = asyncio.create_task(rig.read(digest, 5000, 9000))
+        await answered.reached.wait()
+        answered.gate.set()
+    assert await pull == BODY[5000:9000]
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+async def test_a_range_that_the_blob_has_not_holds_up_no_other(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    refused = heard("fill.range_refused")
+    async with rig.turns.turn("up"):
+        wrong = asyncio.create_task(rig.read(digest, 2 * SIZE, 3 * SIZE))
+        await refused.wait()
+        assert await rig.read(digest, 5000, 9000) == BODY[5000:9000]
+    assert await wrong == b""
+    await rig.fills.ended(digest)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -184,14 +184,23 @@ class Fetcher:
             span = Span(part.position, part.stop if part.stop < end else None)
         self._take(part)
         try:
-            blob = await source.origin.get_blob(source.name, self._fill.digest, span)
+            blob = await self._get(source, span)
             try:
                 await self._begin(source, blob.descriptor, part)
-                await self._stream(blob, part)
+                await (self._stream if blob.position == part.position else self._stream_all)(blob, part)
             finally:
                 await blob.close()
         finally:
             self._release(part)
+
+    async def _get(self, source: BlobSource, span: Span | None) -> Blob:
+        """The transfer of `span`, or of the whole blob if the origin refuses ranges."""
+        try:
+            return await source.origin.get_blob(source.name, self._fill.digest, span)
+        except RegistryError as error:
+            if span is None or isinstance(error, RangeInvalid | Unavailable):
+                raise
+        return await source.origin.get_blob(source.name, self._fill.digest)
 
     async def _begin(self, source: BlobSource, descriptor: Descriptor, part: Part) -> None:
         fill, size = self._fill, descriptor.size
@@ -226,6 +235,25 @@ class Fetcher:
                 return
         if part.position < part.stop and self._size >= 0:
             raise OriginFailed(f"{name} ended at byte {part.position} of {self._size}")
+
+    async def _stream_all(self, blob: Blob, part: Part) -> None:
+        """Write what is missing from the beginning of the part on; the origin sends the whole blob."""
+        self._fill.ranges = False
+        self._taken.remove(part.position, part.stop)
+        position = part.stop = part.position
+        end = self._size if self._size >= 0 else LARGEST_UNSIZED
+        name = self._fill.source.namespace
+        async for chunk in blob.chunks(position):
+            start, position = position, position + len(chunk)
+            if position > end:
+                raise OriginFailed(f"{name} sent more than the {self._size} bytes it announced")
+            begin, stop = self._taken.gap(start, position)
+            while begin < stop:
+                self._taken.add(begin, stop)
+                await self.upload.write_at(begin, chunk[begin - start : stop - start])
+                begin, stop = self._taken.gap(stop, position)
+        if position < self._size:
+            raise OriginFailed(f"{name} ended at byte {position} of {self._size}")
 
     def _take(self, part: Part) -> None:
         self._taken.add(part.position, part.stop)
@@ -305,7 +333,8 @@ class Fetcher:
                         await blob.close()
         except RegistryError as error:
             # It may refuse a second transfer, with any status, while it goes on with the first.
-            self._refused_until = self._ticks() + REST
+            if self._size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
+                self._refused_until = self._ticks() + REST
             self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
         finally:
             self._release(part)
@@ -326,7 +355,7 @@ class Fetcher:
         blob = await source.origin.get_blob(source.name, self._fill.digest, span)
         size = blob.descriptor.size
         try:
-            self._fill.ranges = blob.position == part.position
+            self._fill.ranges = blob.position == part.position and size >= 0
             if self._fill.ranges and self._size < 0 <= size:
                 await self._begin(source, blob.descriptor, part)
             elif self._fill.ranges and size != self._size:

@@ -8,8 +8,10 @@ comes after the healthy ones, and is probed in the background.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -38,21 +40,31 @@ class Failover(Registry):
     ) -> None:
         self._upstreams = list(upstreams)
         self._clock = clock
-        self._transfers: dict[Digest, tuple[float, int]] = {}  # until when, and the number of the upstream
+        # Until when, the number of the upstream, and whether it broke off, or has sent all there is.
+        self._transfers: dict[Digest, tuple[float, int, bool]] = {}
         self._probes: set[asyncio.Task[None]] = set()
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        """After a transfer that ended early or had wrong bytes, the next upstream is tried first."""
-        if span is not None and span.stop is not None:
-            return (await self._first(lambda each: each.get_blob(repository, digest, span)))[1]
-        until, last = self._transfers.get(digest, (0.0, 0))
-        start = last + 1 if self._clock() < until else 0
-        number, blob = await self._first(lambda each: each.get_blob(repository, digest, span), start)
-        return _Transfer(blob, lambda: self._ended(digest, number))
+        """After a transfer that broke off, or of all there is, the next upstream is tried first.
 
-    def _ended(self, digest: Digest, number: int) -> None:
+        While a transfer is under way, the other ranges of the blob come from the same upstream.
+        """
+        until, last, ended = self._transfers.get(digest, (0.0, 0, False))
+        again = ended or (span is None and until < math.inf)
+        start = last + again if self._clock() < until else 0
+        number, blob = await self._first(lambda each: each.get_blob(repository, digest, span), start)
+        part = span is not None and span.stop is not None
+        if not part:
+            self._note(digest, math.inf, number, False)
+        return _Transfer(blob, part, partial(self._ended, digest, number))
+
+    def _ended(self, digest: Digest, number: int, part: bool, ended: bool) -> None:
+        if ended or not part:
+            self._note(digest, self._clock() + AGAIN, number, ended)
+
+    def _note(self, digest: Digest, until: float, number: int, ended: bool) -> None:
         self._transfers.pop(digest, None)
-        self._transfers[digest] = self._clock() + AGAIN, number
+        self._transfers[digest] = until, number, ended
         if len(self._transfers) > REMEMBERED:
             del self._transfers[next(iter(self._transfers))]
 
@@ -135,17 +147,30 @@ class Failover(Registry):
 
 
 class _Transfer(Blob):
-    """A blob that is being transferred; it calls `ended` when it is closed."""
+    """A blob, or a `part` of it, that is being transferred; when it is closed it calls `closed`.
 
-    def __init__(self, blob: Blob, ended: Callable[[], None]) -> None:
+    `closed` gets `part`, and whether the next request is for another upstream: after an error, and after all
+    there is, for if that had been right, nobody would ask again.
+    """
+
+    def __init__(self, blob: Blob, part: bool, closed: Callable[[bool, bool], None]) -> None:
         self.descriptor = blob.descriptor
         self.position = blob.position
         self._blob = blob
-        self._ended = ended
+        self._part = part
+        self._ended = not part
+        self._closed = closed
 
-    def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
-        return self._blob.chunks(start, stop)
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        self._ended = False
+        try:
+            async for chunk in self._blob.chunks(start, stop):
+                yield chunk
+        except RegistryError:
+            self._ended = True
+            raise
+        self._ended = not self._part
 
     async def close(self) -> None:
-        self._ended()
+        self._closed(self._part, self._ended)
         await self._blob.close()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from storage.concurrency import run_in_thread
-from storage.disk.extents import ExtentList, Extents
+from storage.disk.extents import SUFFIX, ExtentList, Extents
 from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, FileUpload
 from storage.disk.wanted import Wanted
@@ -54,7 +55,7 @@ class SparseUpload(FileUpload):
         self.ours = True
         if not self._load():
             self._path.unlink(missing_ok=True)
-            ExtentList.path(self._path, self._file).unlink(missing_ok=True)
+            self._unlist()
             raise Unavailable(f"{self._path.name}: the list of its bytes is damaged")
         if self._list is None:
             self._catch_up()  # else commit() does it
@@ -69,8 +70,10 @@ class SparseUpload(FileUpload):
         if self._list is not None:
             self._list.close()
             self._list = None
+        if found is None and size and self._lists():
+            return False  # the file is a copy, and has another number than the one that is listed
         if found is None:
-            path.unlink(missing_ok=True)  # of a former file with the same number
+            self._unlist()  # former files had this name
             extents = Extents([(0, size)])
         else:
             extents = found.load()
@@ -83,6 +86,14 @@ class SparseUpload(FileUpload):
         if found is not None:
             self._list = ExtentList.create(path, found.size, extents)
         return True
+
+    def _lists(self) -> list[Path]:
+        """The lists of all files that have, or had, this name."""
+        return list(self._path.parent.glob(f"{self._path.name}.*{SUFFIX}"))
+
+    def _unlist(self) -> None:
+        for each in self._lists():
+            each.unlink(missing_ok=True)
 
     def _look(self) -> None:
         # The size first: 1. the list is created  2. bytes are written beyond a hole

@@ -174,6 +174,35 @@ async def test_the_host_header_chooses_none(serve: Serve, upstream: Upstream, im
     assert list(site.app.composition.caches) == ["docker.io"]
 
 
+@pytest.mark.parametrize(
+    "text", ["quay.test.", "Quay.test.:443", "docker.io.", "index.docker.io", "shop.test"]
+)
+async def test_no_spelling_gets_around_the_rules_of_another(
+    serve: Serve, upstream: Upstream, image: Image, text: str
+) -> None:
+    """It belongs to a namespace, whose rules let nobody in."""
+    more = every("*", "docker.io", "http://quay.test") | {"local": {"store": {}, "hosts": ["shop.test"]}}
+    top = {"access": {"rules": []}}
+    site = await serve(upstream, more=more, top=top, visibility="rules", aliases=["quay.test"])
+    for path in (f"/v2/{text}/team/app/manifests/1", f"{PATH}?ns={text}", f"/{text}{PATH}"):
+        assert (await site.get(path))[0] in (403, 404)
+    assert upstream.log == []
+    assert list(site.app.composition.caches) == ["docker.io"]
+
+
+@pytest.mark.parametrize("text", ["cache.test", "cache.test.", "CACHE.test:443"])
+async def test_a_server_is_no_registry_behind_itself(serve: Serve, upstream: Upstream, text: str) -> None:
+    site = await serve(upstream, more=every("*.test", "*"))
+    for name in ("cache.test", "Cache.test.", "cache.test:443"):
+        assert (await site.get(f"{PATH}?ns={text}", Host=name))[0] == 404
+    assert list(site.app.composition.caches) == ["docker.io"]
+
+
+async def test_a_name_that_cannot_be_read(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream, more=every("*"))
+    assert (await site.get(f"{PATH}?ns=xn--0.test"))[0] == 404
+
+
 async def test_it_has_the_settings_of_every(
     serve: Serve, upstream: Upstream, image: Image, clock: Clock
 ) -> None:

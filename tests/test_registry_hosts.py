@@ -231,3 +231,32 @@ def test_how_long_content_is_kept_is_as_for_all_of_them(tmp_path: Path) -> None:
     made = config(tmp_path, keep_for="2d", repositories=rules)
     kept = [made.keep_for(each) for each in ("ghcr.io/ci/app", "a.example.com/app", "quay.io/app")]
     assert kept == [3600.0, 2 * 86400.0, made.disk.keep_for]
+
+
+@pytest.mark.parametrize("name", ["localhost", "localhost:5000", "a.localhost", "a.localhost:5000"])
+def test_localhost_by_its_full_name_alone(tmp_path: Path, name: str) -> None:
+    assert config(tmp_path, ["*", "*:5000", "*.localhost", "*.localhost:5000"]).key_of(name) == name
+    assert config(tmp_path, ["*", f"http://{name}"]).key_of(name) == "*"
+
+
+@pytest.mark.parametrize("name", ["xn--0.test", "a.xn--a-.test", "xn--zzzzzz.test:5000", "xn--.test"])
+def test_an_international_name_that_nobody_can_read(tmp_path: Path, name: str) -> None:
+    assert registry_host(name) is None
+    assert registry_host("xn--80ak6aa92e.test:5000") == "xn--80ak6aa92e.test:5000"
+
+
+OWNED: dict[str, Any] = {
+    "hub": {"upstream": "https://hub.test", "aliases": ["docker.io", "quay.test", "[::1]:5000"]},
+    "ghcr.io:443": {"upstream": "https://ghcr.io"},
+    "local": {"store": {}, "hosts": ["registry.test", "other.test:5000"]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["docker.io", "quay.test", "[::1]:5000", "ghcr.io", "registry.test", "other.test:5000"]
+)
+def test_what_belongs_to_another_namespace(tmp_path: Path, name: str) -> None:
+    made = config(tmp_path, ["*", "*:5000", name], more=OWNED)
+    assert made.key_of(name) == name
+    assert made.namespace(name) is None
+    assert made.key_of("gcr.io") == "*"

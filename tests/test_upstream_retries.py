@@ -184,6 +184,19 @@ async def test_a_small_document_has_to_come_within_the_progress_time_out_as_a_wh
         ("::ffff:10.0.0.1", True),
         ("::ffff:8.8.8.8", False),
         ("8.8.8.8", False),
+        ("64:ff9b::7f00:1", True),  # NAT64, RFC 6052
+        ("64:ff9b::a9fe:a9fe", True),
+        ("64:ff9b::8.8.8.8", False),
+        ("64:ff9b:1::8.8.8.8", True),  # RFC 8215
+        ("2002:7f00:1::1", True),  # 6to4
+        ("::127.0.0.1", True),
+        ("::ffff:0:127.0.0.1", True),  # SIIT
+        ("fec0::1", True),
+        ("224.0.0.1", True),
+        ("ff02::1", True),
+        ("192.0.0.192", True),  # metadata of clouds
+        ("168.63.129.16", True),
+        ("fd00:ec2::254", True),
         ("2001:4860:4860::8888", False),
         ("localhost", False),  # a name: what it resolves to is looked at
         ("", False),

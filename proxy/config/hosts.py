@@ -31,6 +31,15 @@ _HOSTS = {"": ("0.0.0.0", "::"), "localhost": ("127.0.0.1", "::1")}  # that stan
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+# Translated to the IPv4 address in its last 32 bits: RFC 6052, section 2.1.
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Not global either, though not every version of Python knows: addresses of protocols and of one site, those
+# that hold an IPv4 address in another way, and that of Azure's metadata.
+_NOT_GLOBAL: list[Network] = [
+    *map(ipaddress.IPv4Network, ("192.0.0.0/24", "168.63.129.16")),
+    *map(ipaddress.IPv6Network, ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "2002::/16", "fec0::/10")),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -177,15 +186,18 @@ def is_loopback(host: str) -> bool:
 def is_private(host: str) -> bool:
     """Whether it is an address that is not globally reachable: private, loopback, link-local and the like.
 
-    A name is not an address.
+    So is one that a translator turns into such an address.  A name is not an address.
     """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return False
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
-    return not address.is_global
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in _NAT64:
+            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        else:
+            address = address.ipv4_mapped or address
+    return not address.is_global or address.is_multicast or any(address in each for each in _NOT_GLOBAL)
 
 
 def normal_host(text: str) -> str:

@@ -47,12 +47,16 @@ class HostPattern:
         """Whether a host, as registry_host() returns it, is one of these."""
         if self.literal:
             return host == self.text
-        return not is_private(host.partition(":")[0]) and self._glob.fullmatch(host) is not None
+        name = host.partition(":")[0]
+        # All names in localhost are loopback addresses: RFC 6761, section 6.3.
+        private = is_private(name) or f".{name}".endswith(".localhost")
+        return not private and self._glob.fullmatch(host) is not None
 
     def url(self, host: str) -> str:
         return f"{'http' if self.plain_http else 'https'}://{host}"
 
 
+@lru_cache(maxsize=4096)
 def registry_host(text: str) -> str | None:
     """The host of a registry as namespaces are named by it; None if it is none.
 
@@ -74,9 +78,19 @@ def _is_name(name: str) -> bool:
     return (
         len(name) <= MAX_HOST
         and all(0 < len(each) <= MAX_LABEL for each in labels)
-        and not any(each.startswith("xn--") and not each[4:] for each in labels)
+        and not (any(each.startswith("xn--") for each in labels) and not _is_international(name))
         and (_NUMBER.fullmatch(labels[-1]) is None or _is_address(name))
     )
+
+
+def _is_international(name: str) -> bool:
+    """Whether the labels that begin with xn-- can be decoded, as whoever sends requests to it does."""
+    from yarl import URL  # here: commands start faster without it
+
+    try:
+        return URL(f"https://{name}").host is not None
+    except ValueError:
+        return False
 
 
 def _is_address(text: str) -> bool:

@@ -23,7 +23,7 @@ from proxy.config.quantities import (
     parse_rate,
     parse_share,
 )
-from proxy.config.registry_hosts import EVERY, find_pattern
+from proxy.config.registry_hosts import EVERY, find_pattern, registry_host
 from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
     Secret,
@@ -301,10 +301,16 @@ class Config(Section, frozen=True):
         return None if self.admin is None or self.admin.loopback else self.tls
 
     def key_of(self, namespace: str) -> str:
-        """The key below `namespaces` of the settings of a namespace: its name, or `*` for a host of that."""
+        """The key below `namespaces` of the settings of a namespace: its name, or `*` for a host of that.
+
+        What another namespace is called, or by which hosts this server is, is none of the hosts of `*`.
+        """
         if namespace in self.namespaces or (others := self.others) is None:
             return namespace
-        return EVERY if find_pattern(others.hosts, namespace) else namespace
+        if find_pattern(others.hosts, namespace) is None:
+            return namespace
+        taken = (each for name, of in self.namespaces.items() for each in (name, *of.aliases, *of.hosts))
+        return namespace if namespace in map(registry_host, taken) else EVERY
 
     def namespace(self, name: str) -> NamespaceConfig | None:
         """The settings of a namespace, for a host of the namespace `*` with what well-known hosts need."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
@@ -24,7 +25,7 @@ def eviction_rules(config: Config) -> EvictionRules:
         min_free=disk.min_free.of,
         limits={name: each.cache_limit for name, each in namespaces if each.cache_limit is not None},
         kept=frozenset(name for name, each in namespaces if config.offline or each.offline),
-        key_of=config.key_of,
+        key_of=lru_cache(maxsize=4096)(config.key_of),  # it is asked of each link
         shared=frozenset((EVERY,)),
     )
 

@@ -23,6 +23,7 @@ from typing import NoReturn, Protocol
 
 from proxy.cache.refresh import Refreshable
 from proxy.config.hosts import canonical_host, is_host, normal_host
+from proxy.config.registry_hosts import registry_host
 from proxy.namespaces.mounts import copy_blob
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import (
@@ -335,10 +336,10 @@ class Namespaces(Registry):
 
     def _found(self, text: str, host: str | None) -> MemberSettings | None:
         """The namespace that a client names.  Its own name for this server is none of the others."""
-        found = self._named(text)
-        if found is None and self._others is not None and normal_host(text) != normal_host(host or ""):
-            return self._others.settings(text)
-        return found
+        if (found := self._named(text)) is not None or self._others is None:
+            return found
+        other = self._others.settings(text)
+        return None if other is not None and other.name == registry_host(host or "") else other
 
     def _named(self, text: str) -> Member | None:
         # One look-up in the common case: a name as it is configured.

@@ -73,10 +73,10 @@ class _Visibilities:
             secret=parts.shared.secret,
         )
         self._made[namespace] = upstream, made
-        for name in self._made.keys() - parts.upstreams.keys():
-            await self._made.pop(name)[1].close()
-        if found is not None:
-            await found.close()
+        # All are out of the table before the first is closed: others may come meanwhile.
+        gone = [self._made.pop(name)[1] for name in self._made.keys() - parts.upstreams.keys()]
+        for each in [*gone, *([] if found is None else [found])]:
+            await each.close()
         return made
 
     async def close(self) -> None:

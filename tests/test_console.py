@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from proxy.cli.main import main
 from tests.test_docs import PAGES, ROOT
@@ -134,3 +135,93 @@ def test_tables_have_the_columns_that_are_shown() -> None:
             # Two titles of numbers may have one space between them.
             assert all(title in known for title in head), f"{page.name}: {head}"
     assert seen > 10
+
+
+# Output
+
+# These need no server and no network, so their output is compared with what the page shows of it.
+ALONE = {"check", "setup", "user"}
+CONFIGURATIONS = {
+    "check": "namespaces: {docker.io: {upstream: https://registry-1.docker.io,"
+    " tags: [{match: 'a:1', fresh_for: 1h}]}, local: {store: {}}}",
+    "setup": "{listen: '0.0.0.0:5000', namespaces: {docker.io: {upstream: https://registry-1.docker.io},"
+    " local: {store: {}, listen: '0.0.0.0:5001'}}}",
+    "user": "{access: {htpasswd: /etc/entrepot/htpasswd}, namespaces: {local: {store: {}}}}",
+}
+SECRET = "correct horse battery"
+
+
+def calls(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The commands of a block, each with the lines that follow it."""
+    numbers = [number for number, line in enumerate(lines) if re.match(r"[$#] entrepot ", line)]
+    for number, end in pairwise([*numbers, len(lines)]):
+        yield lines[number][2:], lines[number + 1 : end]
+
+
+def is_alone(lines: list[str]) -> bool:
+    """Whether all commands of a block can be run anywhere, and change nothing of the machine."""
+    told = [line for line in lines if line.startswith("$ ")]
+    words = [text.split() for text, _ in calls(lines)]
+    return (
+        all(line.startswith("$ entrepot ") for line in told)
+        and bool(words)
+        and all(each[1] in ALONE and not {"--write", "--remove"} & {*each} for each in words)
+    )
+
+
+SHOWN = [
+    pytest.param(lines, id=f"{page.relative_to(ROOT)}: {lines[0]}"[:100])
+    for page in PAGES
+    for lines in blocks(page.read_text())
+    if is_alone(lines) and any(output for _, output in calls(lines))
+]
+
+
+@pytest.mark.parametrize("lines", SHOWN)
+def test_output_is_as_shown(lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "etc"
+    (place / "entrepot").mkdir(parents=True)
+
+    def here(text: str) -> str:
+        return text.replace("/etc/entrepot", f"{place}/entrepot")
+
+    configuration = here(CONFIGURATIONS[lines[0].split()[2]])
+    for path in (tmp_path / "entrepot.yml", place / "entrepot.yml"):
+        path.write_text(configuration)
+    if lines[0].split()[2] != "setup":
+        monkeypatch.setenv("ENTREPOT_CONFIG", str(place / "entrepot.yml"))
+    monkeypatch.setattr("proxy.cli.users.is_interactive", lambda: True)
+    (tmp_path / "password").write_text(f"{SECRET}\n")
+    for text, shown in calls(lines):
+        words, _, source = text.partition(" < ")
+        given = (tmp_path / source).read_text() if source else f"{SECRET}\n{SECRET}\n"
+        result = CliRunner().invoke(main, shlex.split(here(words))[1:], input=given)
+        assert result.exit_code == 0, result.output
+        found = [line.rstrip().replace(str(place), "/etc") for line in result.output.splitlines()]
+        assert matches([line for line in found if line], [line.rstrip() for line in shown if line.strip()])
+
+
+def matches(found: list[str], shown: list[str]) -> bool:
+    """Whether these are the lines that are shown, of which the last may be an ellipsis."""
+    if shown and shown[-1] == "…":
+        return found[: len(shown) - 1] == shown[:-1] and len(found) >= len(shown)
+    return found == shown
+
+
+def test_blocks_with_output_are_found() -> None:
+    assert len(SHOWN) >= 5
+
+
+@pytest.mark.parametrize(
+    ("found", "shown", "same"),
+    [
+        (["a", "b"], ["a", "b"], True),
+        (["a", "b"], ["a"], False),
+        (["a", "b"], ["a", "…"], True),
+        (["a"], ["a", "…"], False),
+        (["b", "b"], ["a", "…"], False),
+    ],
+)
+def test_an_ellipsis_stands_for_further_lines(found: list[str], shown: list[str], same: bool) -> None:
+    assert matches(found, shown) == same

@@ -15,6 +15,7 @@ import msgspec
 from proxy.cli.configured import BUILT_IN, config_options
 from proxy.cli.console import complain
 from proxy.cli.help import ExplainedCommand, ExplainedGroup
+from proxy.cli.removal import is_interactive
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.settings import Setting
@@ -149,7 +150,7 @@ def _password(from_stdin: bool) -> str:
     if from_stdin:
         text = sys.stdin.read()
         password = text.removesuffix("\n").removesuffix("\r")
-    elif sys.stdin.isatty():
+    elif is_interactive():
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
     else:
         raise click.UsageError("standard input is no terminal: give --password-stdin")

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import trustme
 import yaml
+from click.testing import CliRunner
 from yarl import URL
 
+from proxy.cli.main import main
 from proxy.config.loader import load
-from proxy.setup.renderers import RENDERERS, lines_of
+from proxy.setup.renderers import GROUPS, RENDERERS, lines_of
 from proxy.setup.site import Setup, Site, site_of
 from tests.conftest import configuration
 
@@ -381,6 +383,18 @@ def test_the_page_on_clients_says_what_is_rendered() -> None:
     assert found <= rendered(site) | rendered(replace(site, bypass=False))
     heads = _plain(" ".join(re.findall(r"^## (.*)$", page, re.MULTILINE)))
     assert not [client for client in RENDERERS if _plain(client) not in heads]
+
+
+def test_the_help_and_the_page_on_commands_list_the_clients_by_groups() -> None:
+    shown = CliRunner().invoke(main, ["setup", "--help"], env={"COLUMNS": "80"}).output
+    assert "setup [OPTIONS] CLIENT\n" in shown
+    shown = " ".join(shown.split())
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for name, group in GROUPS.items():
+        assert f"{name} {', '.join(group)}" in shown
+        assert f"| {name} | {', '.join(f'`{each}`' for each in group)} |" in page.replace(
+            " (also for buildah and skopeo)", ""
+        )
 
 
 def _plain(text: str) -> str:

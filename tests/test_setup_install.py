@@ -265,7 +265,8 @@ def test_what_cannot_be_written_is_told(root: Path) -> None:
     ("words", "says"),
     [
         (["podman", "--namespace", "edge"], "is not a host"),
-        (["rkt"], "Invalid value"),
+        (["rkt"], "'rkt' is no client that setup knows; entrepot setup --help lists all"),
+        (["doker"], "'doker' is no client that setup knows; did you mean docker"),
         (["docker", "--config", "/no/such.yml"], "cannot be read"),
     ],
 )

@@ -7,31 +7,48 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
 
 from proxy.cli.configured import config_options
 from proxy.cli.console import complain
-from proxy.cli.help import command
+from proxy.cli.help import ExplainedCommand
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.settings import Setting
 from proxy.setup.install import BY_HAND, Change, InstallPlan, install, plan_install
 from proxy.setup.removal import former, plan_removal
-from proxy.setup.renderers import RENDERERS, lines_of, store_lines
+from proxy.setup.renderers import GROUPS, RENDERERS, lines_of, store_lines
 from proxy.setup.site import Setup, site_of
 from proxy.setup.trust import trust_warnings
 
 
-@command(
-    help=f"""Configure a client to use this server.
+def _known(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    if name not in RENDERERS:
+        close = get_close_matches(name, RENDERERS)
+        advice = f"did you mean {' or '.join(close)}?" if close else "entrepot setup --help lists all"
+        raise click.BadParameter(f"{name!r} is no client that setup knows; {advice}")
+    return name
 
-    Prints each file that CLIENT needs, below its path. With --write, installs the files. CLIENT is one of
-    {", ".join(RENDERERS)}.
-    """
-)
-@click.argument("client", type=click.Choice(list(RENDERERS)), metavar="CLIENT")
+
+def _begun(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    """The completions of what was typed."""
+    return [each for each in RENDERERS if each.startswith(text)]
+
+
+class SetupCommand(ExplainedCommand):
+    """The command, whose help lists the clients by groups."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Clients"):
+            formatter.write_dl([(name, ", ".join(group)) for name, group in GROUPS.items()])
+        super().format_options(context, formatter)
+
+
+@click.command(cls=SetupCommand)
+@click.argument("client", metavar="CLIENT", callback=_known, shell_complete=_begun)
 @config_options
 @click.option("--url", metavar="URL", help="The address of the server for clients. By default from listen.")
 @click.option(
@@ -71,7 +88,11 @@ def setup(
     force: bool,
     root: Path,
 ) -> None:
-    # long: its parameters are the options of the command.
+    # long: its parameters are the options of the command, its docstring the help.
+    """Configure a client to use this server.
+
+    Prints each file that CLIENT needs, below its path. With --write, installs the files.
+    """
     if write and remove:
         raise click.UsageError("give --write or --remove, not both")
     try:

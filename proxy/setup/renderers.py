@@ -17,38 +17,58 @@ from proxy.setup import (
 )
 from proxy.setup.site import Piece, Setup, Site
 
-RENDERERS: Mapping[str, Callable[[Site], Setup]] = {
-    "docker": engines.docker,
-    "containerd": engines.containerd,
-    "podman": engines.podman,
-    "crio": engines.crio,
-    "docker-desktop": desktops.docker_desktop,
-    "rancher-desktop": desktops.rancher_desktop,
-    "colima": desktops.colima,
-    "buildkit": builders.buildkit,
-    "kaniko": builders.kaniko,
-    "jib": builders.jib,
-    "k3s": clusters.k3s,
-    "rke2": clusters.rke2,
-    "k3d": clusters.k3d,
-    "kind": clusters.kind,
-    "minikube": clusters.minikube,
-    "k0s": clusters.k0s,
-    "microk8s": clusters.microk8s,
-    "openshift": platforms.openshift,
-    "talos": platforms.talos,
-    "bottlerocket": platforms.bottlerocket,
-    "gitlab-runner": runners.gitlab_runner,
-    "arc": runners.arc,
-    "nomad": runners.nomad,
-    "stargz": snapshotters.stargz,
-    "nydus": snapshotters.nydus,
-    "soci": snapshotters.soci,
-    "ollama": models.ollama,
-    "model-runner": models.model_runner,
-    "renovate": tools.renovate,
-    "trivy": tools.trivy,
-    "flux": tools.flux,
+Renderer = Callable[[Site], Setup]
+GROUPS: Mapping[str, Mapping[str, Renderer]] = {
+    "engines": {
+        "docker": engines.docker,
+        "containerd": engines.containerd,
+        "podman": engines.podman,
+        "crio": engines.crio,
+    },
+    "desktops": {
+        "docker-desktop": desktops.docker_desktop,
+        "rancher-desktop": desktops.rancher_desktop,
+        "colima": desktops.colima,
+    },
+    "builders": {
+        "buildkit": builders.buildkit,
+        "kaniko": builders.kaniko,
+        "jib": builders.jib,
+    },
+    "clusters": {
+        "k3s": clusters.k3s,
+        "rke2": clusters.rke2,
+        "k3d": clusters.k3d,
+        "kind": clusters.kind,
+        "minikube": clusters.minikube,
+        "k0s": clusters.k0s,
+        "microk8s": clusters.microk8s,
+        "openshift": platforms.openshift,
+        "talos": platforms.talos,
+        "bottlerocket": platforms.bottlerocket,
+    },
+    "jobs": {
+        "gitlab-runner": runners.gitlab_runner,
+        "arc": runners.arc,
+        "nomad": runners.nomad,
+    },
+    "lazy pullers": {
+        "stargz": snapshotters.stargz,
+        "nydus": snapshotters.nydus,
+        "soci": snapshotters.soci,
+    },
+    "models": {
+        "ollama": models.ollama,
+        "model-runner": models.model_runner,
+    },
+    "tools": {
+        "renovate": tools.renovate,
+        "trivy": tools.trivy,
+        "flux": tools.flux,
+    },
+}
+RENDERERS: Mapping[str, Renderer] = {
+    name: renderer for group in GROUPS.values() for name, renderer in group.items()
 }
 WHAT = {
     "keys": ", merge these keys",

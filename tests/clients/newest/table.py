@@ -246,7 +246,12 @@ FLUX = Client(
 TRIVY = Client(
     "trivy",
     (Go("github.com/aquasecurity/trivy/cmd/trivy", experiment="jsonv2"),),
-    pull='trivy image --insecure --image-src remote --format cyclonedx --output app.json "$IMAGE"',
+    mirror="trivy",
+    pull="""
+trivy image --insecure --image-src remote --format cyclonedx --output app.json "$IMAGE"
+export TRIVY_CONFIG="$HOME/etc/entrepot/clients/trivy/trivy.yaml"
+trivy image --image-src remote --format cyclonedx --output mirrored.json "$MIRRORED"
+""",
     login='trivy registry login --insecure --username "$LOGIN" --password "$PASSWORD" "$REGISTRY"',
 )
 

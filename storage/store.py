@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from storage.concurrency import run_in_thread
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import Batch, Records
 from storage.disk.uploads import FileBlob, FileUpload
@@ -126,6 +127,9 @@ class Store(Registry):
         return Manifest(stored.media_type, stored.content, reference), stored.stored_at
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
+        return await run_in_thread(self._tags, repository, last, limit)
+
+    def _tags(self, repository: str, last: str, limit: int | None) -> list[str]:
         found = islice(self.records.scan(TAG.prefix(repository), last), limit)
         tags = [TAG.parse(key)[1] for key, _ in found]
         if not tags and not any(self.records.first(kind.prefix(repository)) for kind in (MANIFEST, LINK)):
@@ -140,7 +144,8 @@ class Store(Registry):
         last: str = "",
         limit: int | None = None,
     ) -> list[Descriptor]:
-        return referrers_page([self.referrers_after(repository, digest, last)], artifact_type, limit)
+        sources = [self.referrers_after(repository, digest, last)]
+        return await run_in_thread(referrers_page, sources, artifact_type, limit)
 
     def referrers_after(self, repository: str, digest: Digest, last: str = "") -> Iterator[Descriptor]:
         """The referrers after the digest `last`, in order; each is read when it is asked for."""
@@ -152,6 +157,9 @@ class Store(Registry):
         self, last: str = "", limit: int | None = None, within: str | None = None
     ) -> list[str]:
         """Full names in lexical order; only those in the namespace `within`, if it is given."""
+        return await run_in_thread(self._repositories, last, limit, within)
+
+    def _repositories(self, last: str, limit: int | None, within: str | None) -> list[str]:
         names = self.records.groups(MANIFEST.prefix(), max(last, f"{within}/") if within else last)
         if within:
             names = takewhile(lambda each: each.startswith(f"{within}/"), names)

@@ -12,6 +12,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
+from storage.concurrency import run_in_thread
 from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, StorageFailed, Unavailable
 from storage.graph import IndexEntries, fallback_tag
 from storage.listings import ListedReferrers, Listing
@@ -96,7 +97,8 @@ class Listings:
         fallback = await self._fallback(name, digest, last)
         stored = _readable(self._store.referrers_after(name, digest, last))
         sources = [listed, fallback.value if fallback else (), stored]
-        return self._hit(known, referrers_page(sources, artifact_type, limit))
+        page = await run_in_thread(referrers_page, sources, artifact_type, limit)
+        return self._hit(known, page)
 
     async def _knows_referrers(self, name: str, digest: Digest) -> bool:
         """Whether the store says what refers to the manifest; also that nothing does, if it is stored."""

@@ -80,6 +80,7 @@ class Log(Section, frozen=True):
     format: Literal["auto", "console", "json"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
     access: Annotated[str, parse_access] = "all"
+    slow_callbacks: Annotated[float | None, parse_every] = None
 
 
 class Limits(Section, frozen=True):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from storage.concurrency import run_sized
+from storage.concurrency import run_in_thread, run_sized
 from storage.disk.health import MakeRoom, make_no_room
 from storage.disk.records import Batch, Records
 from storage.errors import (
@@ -171,7 +171,8 @@ class Hosted(Registry):
         name = self._full(repository)
         recorded = self._store.referrers_after(name, digest, last)
         listed = await self._fallback(name, digest, last)
-        return referrers_page([recorded, self._stored(name, listed)], artifact_type, limit)
+        sources = [recorded, self._stored(name, listed)]
+        return await run_in_thread(referrers_page, sources, artifact_type, limit)
 
     async def _fallback(self, name: str, digest: Digest, last: str) -> list[Descriptor]:
         """Referrers that clients listed under a tag, as for registries without the referrers API.

@@ -33,6 +33,7 @@ from proxy.server.supervisor import Assignment
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import share_metrics
 from proxy.telemetry.request_log import RequestLog
+from proxy.telemetry.stalls import watched_callbacks
 from proxy.web.directions import Directions
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
@@ -288,7 +289,8 @@ def run(assignment: Assignment) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
-        return asyncio.run(_run(assignment, request_log))
+        with watched_callbacks(config.log.slow_callbacks):
+            return asyncio.run(_run(assignment, request_log))
     finally:
         request_log.flush()
 

@@ -31,13 +31,16 @@ from storage.keys import LEASE, MANIFEST, PULLED, TAG, USE
 from storage.oci import OCI_MANIFEST, Digest
 from storage.registry import Registry
 from tests.authority import Authority
-from tests.conftest import Clock, Serve, Site
+from tests.conftest import OPEN, Clock, Serve, Site
+from tests.processes import Place, place
 from tests.test_access import token
 from tests.test_bearer import PRIVATE, Server, pem
 from tests.test_htpasswd import line
 from tests.test_telemetry import fills_ended
 from tests.upstream import Basic, Bearer, Image, Upstream
 from tests.wire import Wire, connect
+
+__all__ = ["place"]  # the fixture
 
 SMALL, LARGE = b"a small layer" * 300, random.Random(5).randbytes(200_000)
 ALPINE, APP = "library/alpine", "team/app"
@@ -724,3 +727,32 @@ async def test_it_is_off_where_pulls_are_reported() -> None:
         DistributionAPI(Registry(), qualify, Metrics(), hit_memory=1 << 20, reporter=Reporter()).hits is None
     )
     assert DistributionAPI(Registry(), qualify, Metrics()).hits is None
+
+
+# Several processes
+
+
+@pytest.mark.clients
+async def test_what_another_worker_changes_takes_effect_at_once(place: Place) -> None:
+    place.tree["namespaces"]["local"] = {"store": {"sparse": True}}
+    place.tree["access"] = OPEN
+    server = await place.start()
+    one, other = await server.workers()
+    path = f"/v2/local/{APP}/manifests/1"
+    asked = 0
+    for number in range(20):
+        body = manifest(number)
+        async with other.ask(path, "PUT", body, Content_Type=OCI_MANIFEST) as response:
+            assert response.status == 201
+        for _ in range(4):
+            assert await one.get(path) == body
+            asked += 1
+    async with other.ask(path, "DELETE") as response:
+        assert response.status == 202
+    await one.get(path, status=404)
+    count = await server.metric("entrepot_requests_total", namespace="local", kind="manifest", result="none")
+    assert count == asked + 21
+    await server.stop()
+    served = server.said("request.served", method="GET", status=200, kind="manifest")
+    assert len(served) == asked
+    assert len({each["id"] for each in served}) == asked

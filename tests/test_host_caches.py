@@ -260,25 +260,25 @@ async def test_the_longest_unasked_makes_place(
 
 
 async def test_those_in_use_make_no_place(
-    serve: Serve, upstream: Upstream, other: Upstream, image: Image, no_rest: None
+    serve: Serve, upstream: Upstream, image: Image, no_rest: None
 ) -> None:
-    other.image("team/app", "1")
-    site = await serve(upstream, more=every(upstream.url, other.url, options={"max_hosts": 1}))
+    site = await serve(upstream, more=every(upstream.url, "*.test", options={"max_hosts": 1}))
     hold = Hold(asyncio.Event())
     upstream.next("GET", image.layers[0], hold)
     held = asyncio.create_task(site.get(f"/v2/{host(upstream)}/team/app/blobs/{image.layers[0]}"))
     await hold.reached.wait()
-    status, headers, content = await site.get(f"/v2/{host(other)}/team/app/manifests/1")
-    assert (status, other.log) == (503, [])
+    status, headers, content = await site.get("/v2/other.test/team/app/manifests/1")
+    assert status == 503
     assert "max_hosts" in json.loads(content)["errors"][0]["message"] and "Retry-After" in headers
     hold.gate.set()
     assert (await held)[0] == 200
     await site.app.composition.fills.ended(Digest.parse(image.layers[0]))
-    assert (await site.get(f"/v2/{host(other)}/team/app/manifests/1"))[0] == 200
+    assert (await site.get("/v2/other.test/team/app/manifests/1"))[0] == 502
+    assert site.app.composition.caches.keys() == {"docker.io", "other.test"}
 
 
 async def test_one_just_asked_for_makes_no_place(tmp_path: Path, clock: Clock) -> None:
-    more = every("a.test", "b.test", options={"max_hosts": 1})
+    more = every("a.test", "b.*", "d.test", options={"max_hosts": 1})
     config = configuration(tmp_path, {"disk": {"path": str(tmp_path / "disk")}, "namespaces": more})
     parts = compose(config, clock)
     try:
@@ -289,8 +289,24 @@ async def test_one_just_asked_for_makes_no_place(tmp_path: Path, clock: Clock) -
             parts.namespaces.prepare("c.test")
         parts.namespaces.prepare("a.test")
         assert list(parts.caches) == ["a.test"]
+        parts.namespaces.prepare("d.test")  # as the list says
+        assert list(parts.caches) == ["a.test", "d.test"]
     finally:
         await parts.close()
+
+
+async def test_names_that_are_made_up_keep_no_place(
+    serve: Serve, upstream: Upstream, other: Upstream, image: Image
+) -> None:
+    second = other.image("team/app", "1")
+    more = every(upstream.url, other.url, "*.test", options={"max_hosts": 2})
+    site = await serve(upstream, more=more)
+    await pull(site, image, f"{host(upstream)}/")
+    for name in ("a.test", "b.test", "c.test"):
+        assert (await site.get(f"{PATH}?ns={name}"))[0] == 502
+    assert site.app.composition.caches.keys() == {"docker.io", host(upstream), "c.test"}
+    await pull(site, second, f"{host(other)}/")
+    assert site.app.composition.caches.keys() == {"docker.io", host(upstream), host(other)}
 
 
 async def test_metrics_have_a_bound(

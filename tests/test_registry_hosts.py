@@ -139,7 +139,8 @@ def test_a_full_name_comes_before_a_pattern() -> None:
 def test_what_may_be_private(tmp_path: Path) -> None:
     upstream = config(tmp_path).others
     assert upstream is not None
-    assert [upstream.may_be_private(each) for each in ("10.1.2.3:5000", "a.example.com")] == [True, False]
+    assert [upstream.lists(each) for each in ("10.1.2.3:5000", "a.example.com")] == [True, False]
+    assert not upstream.lists("quay.io")
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,7 @@ from tests.outages import (
     pull,
     silence,
 )
-from tests.upstream import (
-    Fault,
-    Redirect,
-    Refuse,
-    Reset,
-    RetryAfter,
-    Status,
-    Upstream,
-)
+from tests.upstream import Fault, Hold, Redirect, Refuse, Reset, RetryAfter, Status, Upstream
 
 # Retries
 
@@ -306,3 +298,19 @@ async def test_breakers_of_many_hosts_are_bounded(reach: Reach, monkeypatch: pyt
         up.breaker(URL(f"http://cdn-{number}.example"))
     assert up.breaker(URL("http://home.example")) is home
     assert up.breaker(URL("http://cdn-0.example")) is not first
+
+
+async def test_after_it_is_closed(reach: Reach, upstream: Upstream) -> None:
+    """Its place may be wanted while a request is under way."""
+    hold = Hold(asyncio.Event(), None)
+    upstream.next("GET", "base", hold)
+    up, url = reach(), URL(f"{upstream.url}/v2/")
+    under_way = asyncio.create_task(up.send("GET", url, {}))
+    await hold.reached.wait()
+    await up.close()
+    with pytest.raises(OriginFailed, match="connections were closed"):
+        await under_way
+    with pytest.raises(OriginFailed, match="connections were closed"):
+        await up.send("GET", url, {})
+    hold.gate.set()
+    assert len(upstream.log) == 1

@@ -96,10 +96,10 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
             return None
         return msgspec.structs.replace(self, url=(url or pattern.url(host),), hosts=())
 
-    def may_be_private(self, host: str) -> bool:
-        """Whether the registry may have a private address: if it is not one of `hosts` by a pattern only."""
+    def lists(self, host: str) -> bool:
+        """Whether `hosts` has it by its full name: it may have a private address, and always has a place."""
         pattern = find_pattern(self.hosts, host)
-        return pattern is None or pattern.literal
+        return pattern is not None and pattern.literal
 
     def logins(self) -> tuple[Login, ...]:
         """The accounts to use, at least one."""

@@ -69,7 +69,8 @@ class CacheFactory:
         """One for each URL.  Raises StartError if a file that they need cannot be read."""
         key = self.config.key_of(name)
         bandwidth = RateLimit(upstream.bandwidth, self.shared.upstreams, key)
-        private = self.config.others is None or key == name or self.config.others.may_be_private(name)
+        others = self.config.others
+        private = others is None or key == name or others.lists(name)
         made = []
         with _start_errors(key, upstream):
             connect = replace(connect_of(upstream), private_home=private)
@@ -124,7 +125,7 @@ class HostCaches:
     """The caches of the namespace `*`, by host; they are also in `caches` and `upstreams`, of all namespaces.
 
     There are at most `most` at a time.  One more takes the place of the one that was asked for the longest
-    ago; while all are in use, it is refused.
+    ago; while all are in use, it is refused, unless the list has it by its full name.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class HostCaches:
         if config.key_of(name) != EVERY or (found := config.namespace(name)) is None:
             return None
         if len(self._members) >= self._most:
-            self._drop(next(self._idle(), None), name)
+            self._make_place(name)
         try:
             cache, upstream = self._factory.make(name, found)
         except StartError as error:  # a file was there when the server started
@@ -172,20 +173,29 @@ class HostCaches:
         log.info("namespace.made", namespace=name)
         return Member(cache, name, library=found.library, names=found.names)
 
-    def _idle(self) -> Iterator[str]:
-        """Those that no request uses now, as far as can be told."""
+    def _make_place(self, wanted: str) -> None:
+        """Raises Unavailable if there is none."""
         busy = {each.source.namespace for each in self._factory.fills.in_flight()}
-        now = self._monotonic()
-        return (each for each in self._members if each not in busy and now - self._asked[each] >= IDLE)
-
-    def _drop(self, name: str | None, wanted: str) -> None:
-        """Raises Unavailable without a name."""
-        if name is None:
+        for name in self._members:
+            if name not in busy and self._rests(name):
+                self._drop(name)
+                return
+        others = self._factory.config.others
+        if others is None or not others.lists(wanted):
             raise Unavailable(
                 f"{wanted} must wait: {self._most} other registries are in use, and"
                 " namespaces.*.upstream.max_hosts allows no more",
                 retry_after=IDLE,
             )
+
+    def _rests(self, name: str) -> bool:
+        """Whether no request uses it now, as far as can be told, or it does not answer.
+
+        Whoever makes up names must not take the places of all others by that.
+        """
+        return self._monotonic() - self._asked[name] >= IDLE or not self._upstreams[name].healthy
+
+    def _drop(self, name: str) -> None:
         member = self._members.pop(name)
         for table in (self._asked, self._caches, self._upstreams):
             del table[name]

@@ -120,9 +120,12 @@ class Transport:
         self._ssl = connect.ssl_context()
         # Two pools: a connection made for the upstream itself is never used for a redirect.
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._closed = False
 
     def _session(self, home: bool) -> aiohttp.ClientSession:
         """The pool of connections to the upstream itself, or that for redirects; opened when it is needed."""
+        if self._closed:
+            raise aiohttp.ClientConnectionError("all connections were closed")
         if home not in self._sessions:
             session = self._sessions[home] = self._open(self._home_socket if home else self._redirect_socket)
             session._retry_connection = False  # its own silent retry would double each of ours
@@ -232,14 +235,13 @@ class Transport:
     async def _persist(
         self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody
     ) -> aiohttp.ClientResponse:
-        session = self._session(url.origin() == self._home)
         connect = self._connect
         retries = RETRIES if method in READING else 0  # RFC 9110 §9.2.1
         wait = connect.progress_timeout if method in READING else connect.write_timeout
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect.connect_timeout, sock_read=wait)
         for attempt in range(retries + 1):
             try:
-                response = await session.request(
+                response = await self._session(url.origin() == self._home).request(
                     method,
                     url,
                     headers=headers,
@@ -387,5 +389,7 @@ class Transport:
         return kind(f"{self._name} cannot be reached{where}: {failure}")
 
     async def close(self) -> None:
+        """Requests that are under way or come later fail with OriginFailed."""
+        self._closed = True
         for session in self._sessions.values():
             await session.close()

@@ -458,9 +458,13 @@ async def test_who_does_not_finish_a_handshake_in_time_is_let_go(
     authority: Authority, opened: Open, sent: bytes
 ) -> None:
     gate = await opened(settings(authority.issue("server")), request_timeout=0.1)
+    ear = Ear()
     async with connect(gate.url.replace("https", "http")) as wire:
         await wire.send(sent)
         assert await wire.rest() == b""
+    told = await ear.heard("handshake.failed")
+    late = "the client did not complete the handshake in time (limits.request_timeout)"
+    assert (told["client"], told["error"]) == ("127.0.0.1", late)
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01"])

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import structlog
 from aiohttp import web
 
 from proxy.web.listener import ON_ITS_WAY, Connection
 from proxy.web.sockets import accept
 from proxy.web.tls import Certificates, client_address
+
+log = structlog.get_logger()
 
 HANDSHAKE = b"\x16"  # RFC 8446 §5.1: the content type with which every connection begins
 
@@ -106,6 +109,9 @@ class TLSSite(PlainSite):
             client.close()  # a transport, if there is one, has released the socket already
             if isinstance(connection, Connection):
                 connection.leave()
+            if isinstance(error, TimeoutError):
+                late = "the client did not complete the handshake in time (limits.request_timeout)"
+                log.info("handshake.failed", client=client_address.get(), error=late)
             if not isinstance(error, OSError):
                 raise
 

@@ -380,7 +380,11 @@ async def test_what_is_wanted_is_heard_once_a_second(
     other.wanted.tell(5, 90)
     other.wanted.tell(50, 90)
     other.wanted.tell(95, 100)
-    assert upload.wanted.hear() == [(5, 90), (95, 100)]
+    far, whole = 5 * wanted.STEP, 9 * wanted.STEP
+    other.wanted.tell(0, whole)
+    other.wanted.tell(far, far + 10)  # another reader, far ahead of that of all
+    other.wanted.tell(far, whole)
+    assert upload.wanted.hear() == [(5, 90), (95, 100), (0, whole), (far, far + 10), (far, whole)]
     assert upload.wanted.hear() == []
     clock.advance(wanted.AGAIN + 0.1)
     other.wanted.tell(50, 90)

@@ -7,12 +7,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from storage.disk.extents import Extents, beside
+from storage.disk.extents import beside
 from storage.disk.locks import leads_to
 from storage.disk.modes import create_file
 
 SUFFIX = ".wanted"
-AGAIN = 1.0  # seconds after which the same bytes are told again: there may be another writer
+AGAIN = 1.0  # seconds after which the same is told again: there may be another writer
+STEP = 4 << 20  # bytes; a reader that has come so much further tells it
 
 
 class Wanted:
@@ -23,17 +24,20 @@ class Wanted:
         self._file = file
         self._path = beside(of, file, SUFFIX)
         self._position = 0  # up to where it is heard
-        self._told = Extents()
+        self._told: set[tuple[int, int]] = (
+            set()
+        )  # by step and end: readers of the same bytes may be far apart
         self._since = 0.0
 
     def tell(self, start: int, stop: int) -> None:
         """A reader waits for [start, stop), which the writer may bring at once, or later."""
         now = time.monotonic()
         if now - self._since > AGAIN:
-            self._told, self._since = Extents(), now
-        if self._told.end(start) > start or not leads_to(self._of, self._file):
+            self._told, self._since = set(), now
+        key = start // STEP, stop
+        if key in self._told or not leads_to(self._of, self._file):
             return
-        self._told.add(start, stop)
+        self._told.add(key)
         with suppress(OSError):
             file = create_file(self._path, os.O_WRONLY | os.O_APPEND)
             try:

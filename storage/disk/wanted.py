@@ -12,7 +12,7 @@ from storage.disk.locks import leads_to
 from storage.disk.modes import create_file
 
 SUFFIX = ".wanted"
-AGAIN = 1.0  # seconds after which the same is told again: there may be another writer
+AGAIN = 1.0  # seconds after which a reader says the same again: there may be another writer
 STEP = 4 << 20  # bytes; a reader that has come so much further tells it
 
 

@@ -191,6 +191,11 @@ class Server:
             await self._listening  # they all hold the other end
             return await self._process.wait()
 
+    async def hear_no_more(self) -> None:
+        """Close the end of its standard error that is read."""
+        self._process._transport.get_pipe_transport(2).close()  # type: ignore[attr-defined]
+        await self._listening
+
     async def kill(self) -> None:
         """All processes at once."""
         os.killpg(self.pid, signal.SIGKILL)
@@ -203,7 +208,7 @@ class Server:
     async def clear(self) -> None:
         for worker in self._workers:
             await worker.close()
-        if not self._listening.done():
+        if self._process.returncode is None:
             await self.kill()
         await self._process.communicate()
         await asyncio.sleep(0)  # its pipes are closed in the next turn of the loop

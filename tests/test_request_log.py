@@ -146,10 +146,15 @@ async def test_a_log_that_cannot_be_written_is_no_failure() -> None:
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
+        def flush(self) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
     lines = BatchedLines(Full())
     for _ in range(100):
         lines.add("a line" * 10)
     lines.flush()
+    configured(Full(), access="errors").write(request(status=404))
+    structlog.get_logger().info("upstream.limited")
 
 
 WRITER = """

@@ -505,3 +505,33 @@ async def test_what_all_workers_have_served_is_counted_at_once(place: Place, ups
         async with session.get("/api/v1/images") as response:
             (row,) = (await response.json())["images"]
     assert (row["digest"], row["uses"]) == (image.digest, 2)
+
+
+# Its log
+
+
+@pytest.mark.parametrize("log", [{}, {"access": "errors"}, {"format": "console"}], ids=str)
+async def test_a_log_that_nobody_reads_any_more_changes_nothing(
+    place: Place, upstream: Upstream, log: dict[str, str]
+) -> None:
+    image = upstream.image(REPOSITORY, "latest", (b"a layer",))
+    place.tree["log"] = log
+    server = await place.start()
+    await server.hear_no_more()
+    for pid in server.pids():
+        worker = await server.worker(pid)
+        for _ in range(3):
+            await worker.get(f"/v2/{REPOSITORY}/manifests/latest")
+            await worker.get(f"/v2/{REPOSITORY}/manifests/absent", 404)
+        await worker.close()
+    before = server.pids()
+    server.send(signal.SIGHUP)
+    await server.gone(*before)  # others have taken over
+    pids = server.pids()
+    assert len(pids) == 2
+    for pid in pids:
+        worker = await server.worker(pid)
+        assert await worker.get(blob(image.layers[0])) == b"a layer"
+        await worker.close()
+    server.send(signal.SIGTERM)
+    await server.gone(*pids, server.pid)

@@ -80,8 +80,7 @@ def fork(work: Callable[[Parent], int], keep: Iterable[int]) -> ForkedProcess:
     keep: the descriptors that stay open in the copy, besides standard output and standard error
     """
     ours, theirs = socket.socketpair()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     try:
         with _blocked_signals():
             pid = os.fork()
@@ -134,6 +133,12 @@ def _exit(work: Callable[[Parent], int], parent: Parent) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(status)
+
+
+def _flush() -> None:
+    """Write what waits in the standard streams, unless their reader has ended or their disk is full."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()

@@ -26,7 +26,11 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 class BatchedLines:
-    """A stream of lines: those that are added wait for a moment, and those that are written do not."""
+    """A stream of lines: those that are added wait for a moment, and those that are written do not.
+
+    What cannot be written is lost, without an error: that its reader has ended, or its disk is full, neither
+    keeps a client from an answer nor the server from stopping.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -36,7 +40,7 @@ class BatchedLines:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, line: str) -> None:
-        """Add a line, without its end; called in an event loop.  What cannot be written is lost."""
+        """Add a line, without its end; called in an event loop."""
         size = 1 + (len(line) if line.isascii() else len(line.encode("utf-8", "backslashreplace")))
         with self._lock:
             if self._size + size > LARGEST:
@@ -50,12 +54,14 @@ class BatchedLines:
         """Write text that ends with the end of a line."""
         with self._lock:
             self._write_waiting()
-            self._stream.write(text)
+            with suppress(OSError):
+                self._stream.write(text)
 
     def flush(self) -> None:
         with self._lock:
             self._write_waiting()
-            self._stream.flush()
+            with suppress(OSError):
+                self._stream.flush()
 
     def _on_time(self) -> None:
         self._timer = None
@@ -67,7 +73,7 @@ class BatchedLines:
             return
         text = "\n".join([*self._waiting, ""])
         self._waiting, self._size = [], 0
-        with suppress(OSError):  # a log that cannot be written keeps nobody from an answer
+        with suppress(OSError):
             self._stream.write(text)
             self._stream.flush()
 

@@ -240,6 +240,30 @@ async def test_a_copy_of_a_file_with_holes_is_begun_again(files: BlobFiles) -> N
     assert partial_files(files) == []
 
 
+async def test_who_follows_an_empty_file_does_not_believe_the_list_of_a_former_one(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    following = await files.resume(DIGEST)
+    path = ExtentList.path(files.root / "partial" / PARTIAL, following._file)
+    ExtentList.create(path, 300_000, Extents([(5000, 9000)])).close()
+    following._look()
+    assert list(following.extents) == []
+    following.close()
+    upload.close()
+    upload = await files.resume(DIGEST)
+    assert partial_files(files) == [PARTIAL]
+    await upload.cancel()
+
+
+def test_a_list_that_cannot_be_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: int) -> None:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        ExtentList.create(tmp_path / "x.1.extents", 100, Extents([(0, 5)]))
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_an_upload_with_holes_is_followed_and_taken_over(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await put(upload, (0, 1000))

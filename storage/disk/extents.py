@@ -109,6 +109,7 @@ class ExtentList:
             sync(path.parent)
         except BaseException:
             created.close()
+            new.unlink(missing_ok=True)
             raise
         return created
 

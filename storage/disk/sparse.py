@@ -66,7 +66,7 @@ class SparseUpload(FileUpload):
         """Read the list, and continue it; False if it does not have what could be read, or is damaged."""
         path = ExtentList.path(self._path, self._file)
         size = os.fstat(self._file).st_size
-        found = ExtentList.find(path) if size else None
+        found = ExtentList.find(path)
         if self._list is not None:
             self._list.close()
             self._list = None
@@ -99,7 +99,9 @@ class SparseUpload(FileUpload):
         # The size first: 1. the list is created  2. bytes are written beyond a hole
         size = os.fstat(self._file).st_size
         if self._list is None or not self._list.current:
-            former, self._list = self._list, ExtentList.find(ExtentList.path(self._path, self._file))
+            path = ExtentList.path(self._path, self._file)
+            # An empty file may have the number, and so the list, of a former one, until its writer looks.
+            former, self._list = self._list, ExtentList.find(path) if size else None
             if former is not None:
                 former.close()
         if self._list is not None:

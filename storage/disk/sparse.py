@@ -66,7 +66,7 @@ class SparseUpload(FileUpload):
         """Read the list, and continue it; False if it does not have what could be read, or is damaged."""
         path = ExtentList.path(self._path, self._file)
         size = os.fstat(self._file).st_size
-        found = ExtentList.find(path)
+        found = ExtentList.find(path) if size else None
         if self._list is not None:
             self._list.close()
             self._list = None

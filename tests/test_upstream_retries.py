@@ -314,3 +314,22 @@ async def test_after_it_is_closed(reach: Reach, upstream: Upstream) -> None:
         await up.send("GET", url, {})
     hold.gate.set()
     assert len(upstream.log) == 1
+
+
+@pytest.mark.parametrize("host", ["xn--0.test", "xn--a-.test:5", "a..test"])
+async def test_a_host_that_is_no_name_is_the_fault_of_the_upstream(
+    serve: Serve, upstream: Upstream, host: str
+) -> None:
+    image = upstream.image("a/b", "latest")
+    site = await serve(upstream)
+    upstream.next("GET", "blob", Redirect(f"http://{host}/there"))
+    challenge = {"WWW-Authenticate": f'Bearer realm="http://{host}/token",service="x"'}
+    upstream.next("GET", "manifest", Status(401, challenge))
+    pages = Status(
+        200, {"Link": f'<http://{host}/v2/a/b/tags/list>; rel="next"'}, b'{"name":"a/b","tags":[]}'
+    )
+    upstream.next("GET", "tags", pages)
+    for path in (blob_of(image.layers[0]), "/v2/a/b/manifests/latest", "/v2/a/b/tags/list"):
+        status, _, body = await site.get(path)
+        assert (status, code_of(body)) == (502, "UNAVAILABLE")
+    assert upstream.unmet == []

@@ -93,14 +93,14 @@ def explain_client(error: ssl.SSLError) -> str:
 def _certificate(error: ssl.SSLCertVerificationError, url: URL | None, trust: str) -> Failure:
     code = error.verify_code
     if code in (_HOST, _ADDRESS):
-        host = url.host if url else ""
+        host = url.raw_host if url else ""
         named = "another name" if not (names := _names(error)) else names
         advice = f"use a name that it has, or renew it with {host}" if host else "use a name that it has"
         return Failure(f"its certificate is for {named}" + (f", not for {host}" if host else ""), advice)
     if code in _UNTRUSTED:
-        if url is None or url.host is None:
+        if url is None or url.raw_host is None:
             return Failure(f"its certificate {_refused(error)}", f"if you trust it, name it in {trust}")
-        host = f"[{url.host}]" if ":" in url.host else url.host
+        host = f"[{url.raw_host}]" if ":" in url.raw_host else url.raw_host
         fetch = f"openssl s_client -showcerts -connect {host}:{url.port} </dev/null"
         line = f"{fetch} | sed -n '/BEGIN CERT/,/END CERT/p' >ca.pem"
         return Failure(f"its certificate {_refused(error)}", f"if you trust it, name it in {trust}: {line}")
@@ -259,7 +259,7 @@ def _late(error: TimeoutError, plain: bool) -> Failure:
 
 
 def _unresolved(error: socket.gaierror, url: URL | None) -> Failure:
-    name = f"the name {url.host}" if url and url.host else "its name"
+    name = f"the name {url.raw_host}" if url and url.raw_host else "its name"
     if error.errno == socket.EAI_AGAIN:
         return Failure(f"{name} cannot be resolved: no name server answers", "check /etc/resolv.conf")
     return Failure(f"{name} is unknown to the name servers", "check the name, and /etc/resolv.conf")

@@ -85,7 +85,7 @@ def _next_url(sender: RequestSender, response: aiohttp.ClientResponse) -> URL | 
     try:
         # The escapes of a URL are part of it, unless it holds what must be escaped.
         url = response.url.join(URL(target, encoded=_URI.fullmatch(target) is not None))
-        if (url.scheme, response.url.scheme, url.host) == ("http", "https", response.url.host):
+        if (url.scheme, response.url.scheme, url.raw_host) == ("http", "https", response.url.raw_host):
             # The registry does not know that a proxy terminates TLS before it.  Keep using TLS.
             url = url.with_scheme("https").with_port(response.url.explicit_port)
         origin = url.origin(), url.port  # origin() accepts a port that is out of range
@@ -95,7 +95,7 @@ def _next_url(sender: RequestSender, response: aiohttp.ClientResponse) -> URL | 
         ) from None
     # A redirected listing continues where the redirect led.
     if origin not in [(each.origin(), each.port) for each in (response.url, sender.home)]:
-        raise OriginFailed(f"{sender.name} continues a listing at another host, {url.host}")
+        raise OriginFailed(f"{sender.name} continues a listing at another host, {url.raw_host}")
     return url
 
 

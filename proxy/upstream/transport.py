@@ -116,7 +116,7 @@ class Transport:
         self._shared = shared or SharedState()
         self._breakers: dict[URL, Breaker] = {}
         self.breaker(home)  # the first, and so never dropped
-        self._private = connect.private_redirects or is_private(home.host or "")
+        self._private = connect.private_redirects or is_private(home.raw_host or "")
         self._ssl = connect.ssl_context()
         # Two pools: a connection made for the upstream itself is never used for a redirect.
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
@@ -208,6 +208,8 @@ class Transport:
                 failure = self.failed(error, url)
                 attempt.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
                 raise failure from error
+            except UnicodeError:  # a redirect or a challenge named it
+                raise OriginFailed(f"{self._name} names the host {url.raw_host}, which is none") from None
             if response.status in _DOWN:
                 attempt.failed(OriginFailed(f"{self._name} answered {response.status}"))
             else:
@@ -338,7 +340,7 @@ class Transport:
 
     def _check_private(self, url: URL) -> None:
         """Behind a proxy no socket shows the address.  Raises OriginFailed."""
-        if self._connect.proxy and not self._private and is_private(url.host or ""):
+        if self._connect.proxy and not self._private and is_private(url.raw_host or ""):
             raise OriginFailed(f"{self._name} redirected to a private address; private_redirects allows it")
 
     async def read(

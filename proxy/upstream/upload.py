@@ -95,7 +95,7 @@ class UploadSession:
         home = self._sender.home
         with suppress(ValueError):  # target() raises it again as OriginFailed
             target = response.url.join(URL(location, encoded=True))
-            if (target.scheme, home.scheme, target.host) == ("http", "https", home.host):
+            if (target.scheme, home.scheme, target.raw_host) == ("http", "https", home.raw_host):
                 # The registry does not know that a proxy terminates TLS before it.  Keep using TLS.
                 location = str(target.with_scheme("https").with_port(home.explicit_port))
         self._url = self._sender.transport.target(response.url, location)

@@ -160,7 +160,7 @@ def test_default_namespace() -> None:
     [
         ("lisen: 1", "lisen: unknown key; did you mean listen?"),
         ("lisen:", "lisen: unknown key; did you mean listen?"),
-        ("log: {qqq: 1}", "log.qqq: unknown key; known are format, level, access"),
+        ("log: {qqq: 1}", "log.qqq: unknown key; known are format, level, access, slow_callbacks"),
         (at("usrname: u"), "namespaces.x.upstream.usrname: unknown key; did you mean username?"),
         (upstream("username: u"), "namespaces.x.upstream: needs url, such as https://registry.example"),
         (

@@ -325,7 +325,8 @@ async def test_what_upstream_never_finishes_is_cut(serve: Serve, upstream: Upstr
     digest = upstream.blob("library/alpine", BIG)
     upstream.next("GET", digest, Truncate(after=MiB))
     gate = asyncio.Event()
-    upstream.next("GET", digest, Status(404), Hold(gate, after=None))  # to who asks for the rest
+    # To who asks for the rest, and then for the whole.
+    upstream.next("GET", digest, Status(404), Hold(gate, after=None), times=2)
     site = await serve(upstream)
     async with connect(site.url) as wire:
         await wire.send(f"GET {path_of(digest)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

@@ -66,11 +66,14 @@ def held_manifest(
     Raises what `read` raises.
     """
 
-    def valid() -> Validity | None:
-        now, since = found()
-        same = now is manifest or (now.digest, now.media_type) == (manifest.digest, manifest.media_type)
-        return validity(since) if same else None
+    def unchanged() -> float | None:
+        now, since = read()
+        return since if (now.digest, now.media_type) == (manifest.digest, manifest.media_type) else None
 
-    found = Remembered(store.records, read)
-    manifest, _ = found()
+    def valid() -> Validity | None:
+        since = found()
+        return None if since is None else validity(since)
+
+    manifest, _ = read()
+    found = Remembered(store.records, unchanged)  # not the content: it is held once
     return Held(manifest.descriptor, manifest.content, valid)

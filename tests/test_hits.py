@@ -698,6 +698,31 @@ async def test_no_more_is_remembered_than_there_is_memory_for(
     assert hits[True] == 12
 
 
+async def test_who_has_access_takes_memory_too(serve: Serve, upstream: Upstream, hits: Counter[bool]) -> None:
+    rules = [{"who": ["anonymous"], "may": ["pull", "push"]}]
+    more = {"local": {"store": {"sparse": True}}}
+    limits = {"hit_memory": "8KiB"}
+    site = await serve(upstream, more=more, top={"access": {"rules": rules}, "limits": limits})
+    await pushed(site)
+    request = head("GET", f"/v2/local/{APP}/manifests/1")
+
+    async def ask(times: int, *addresses: int) -> int:
+        """How many of them were hits."""
+        before = hits[True]
+        for address in addresses:
+            local = (f"127.0.0.{address}", 0)
+            reader, writer = await asyncio.open_connection("127.0.0.1", site.app.url.port, local_addr=local)
+            with closing(writer):
+                for _ in range(times):
+                    assert await status(Wire(reader, writer), request) == 200
+        return hits[True] - before
+
+    assert await ask(3, 1) == 1
+    assert await ask(2, 2, 3, 4) == 3
+    await ask(1, *range(1, 60))
+    assert await ask(1, *range(1, 60)) < 30
+
+
 @pytest.mark.parametrize("sent", ["If-None-Match: x", "Range: bytes=0-", "Content-Length: 0", "Expect: x"])
 async def test_some_requests_are_never_remembered(
     serve: Serve, upstream: Upstream, wired: Callable[..., Any], hits: Counter[bool], sent: str

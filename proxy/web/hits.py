@@ -32,7 +32,7 @@ from storage.registry import Held, Registry, everything
 LONGEST = 8 << 10  # bytes of a head that is remembered
 SEEN = 4096  # heads that came once; only what comes again is remembered
 OVERHEAD = 4096  # bytes, about, that remembering takes besides the head and the content
-CLIENTS = 1000  # addresses for which the access of one head is remembered
+CLIENT = 200  # bytes, about, that it takes to remember that an address has access by a head
 # A request with one of them is not the same each time, or not for this server alone to decide.
 _DIFFERENT = (
     *("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range", "Range"),
@@ -49,7 +49,8 @@ class _Answer:
     headers: those of the response; the values of those that change are of a response before
     tagged: whether what is served is named by a tag
     size: bytes that this takes, about
-    open: whether everybody has access; otherwise `clients` has, by address, whether access is still granted
+    granted: whether the credentials in the head still grant access to the addresses in `clients`; None if
+        everybody has access
     """
 
     method: str
@@ -59,8 +60,8 @@ class _Answer:
     headers: list[tuple[str, str]]
     tagged: bool
     size: int
-    open: bool
-    clients: dict[str, Callable[[], bool]] = field(default_factory=dict)
+    granted: Callable[[], bool] | None
+    clients: set[str] = field(default_factory=set)
     _state: object = None  # what the two parts were made for
     _before: bytes = b""  # the part of the response's head before the id of the request
     _after: bytes = b""
@@ -124,10 +125,10 @@ class Hits:
         if (known := self._known.get(head)) is None:
             return False
         begun = time.perf_counter()
-        if not known.open:
-            if (granted := known.clients.get(client)) is None:
+        if known.granted is not None:
+            if client not in known.clients:
                 return False
-            if not granted():
+            if not known.granted():
                 self._forget(head)
                 return False
         try:
@@ -158,18 +159,30 @@ class Hits:
             return
         known = self._known.get(head)
         if known is None:
-            known = self._make(head, request, response, exchange)
+            granted = await self._granted(request, f"{exchange.namespace}/{exchange.repository}")
+            known = self._make(head, request, response, exchange, granted)
             if known is None:
                 return
             self._remember(head, known)
-        if self._authorizer is not None and not known.open:
-            name = f"{exchange.namespace}/{exchange.repository}"
-            known.clients[exchange.client] = await self._authorizer.renewal(request, name)
-            if len(known.clients) > CLIENTS:
-                del known.clients[next(iter(known.clients))]
+        remembered = self._known.get(head) is known
+        if remembered and known.granted is not None and exchange.client not in known.clients:
+            known.clients.add(exchange.client)
+            known.size += CLIENT
+            self._size += CLIENT
+            self._shrink()
+
+    async def _granted(self, request: web.BaseRequest, name: str) -> Callable[[], bool] | None:
+        if self._authorizer is None or self._authorizer.is_public(name):
+            return None
+        return await self._authorizer.renewal(request, name)
 
     def _make(
-        self, head: bytes, request: web.BaseRequest, response: web.StreamResponse, exchange: Exchange
+        self,
+        head: bytes,
+        request: web.BaseRequest,
+        response: web.StreamResponse,
+        exchange: Exchange,
+        granted: Callable[[], bool] | None,
     ) -> _Answer | None:
         route, name = parse(request.rel_url.raw_path), f"{exchange.namespace}/{exchange.repository}"
         held = self._hold(route, name)
@@ -186,7 +199,7 @@ class Hits:
             list(response.headers.items()),
             isinstance(route.reference, Tag),
             OVERHEAD + len(head) + len(held.content or b""),
-            self._authorizer is None or self._authorizer.is_public(name),
+            granted,
         )
         return known if _explains(known, response) else None
 
@@ -210,8 +223,13 @@ class Hits:
         return False
 
     def _remember(self, head: bytes, known: _Answer) -> None:
+        if head in self._known:  # another connection was as quick
+            self._forget(head)
         self._known[head] = known
         self._size += known.size
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self._size > self._memory:
             self._size -= self._known.popitem(last=False)[1].size
 

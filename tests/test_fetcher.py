@@ -128,6 +128,43 @@ async def test_steps_of_50_000_bytes_several_in_a_header(
     assert blobs(site) == [BODY]
 
 
+async def test_several_ranges_in_any_order(serve: Serve, upstream: Upstream, impatient: None) -> None:
+    """What is between two ranges that are there may be a hole."""
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    spans = [(700_000, 700_100), (1_200_000, 1_200_100), (900_000, 900_100), (400_000, 400_100)]
+    body = await part(site, digest, "bytes=" + ",".join(f"{start}-{stop - 1}" for start, stop in spans))
+    places = [body.find(BODY[start:stop]) for start, stop in spans]
+    assert 0 < places[0] < places[1] < places[2] < places[3]
+    gate.set()
+    assert (await site.get(path_of(digest)))[2] == BODY
+
+
+@pytest.mark.errors("disk.failed")
+@pytest.mark.parametrize("length", [100, 100_000])
+async def test_a_disk_that_fails_between_ranges_of_one_header(
+    serve: Serve, upstream: Upstream, impatient: None, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    gate, append = asyncio.Event(), SparseUpload._append
+    upstream.next("GET", digest, Hold(gate, after=1000))
+
+    def fail(self: SparseUpload, batch: list[tuple[int, bytes]]) -> None:
+        if any(position >= 800_000 for position, _ in batch):
+            raise OSError(28, "full")
+        append(self, batch)
+
+    spans = [(start, start + length) for start in (500_000, 900_000, 500_000)]
+    assert await part(site, digest, "bytes=500000-699999") == BODY[500_000:700_000]
+    monkeypatch.setattr(SparseUpload, "_append", fail)
+    body = await part(site, digest, "bytes=" + ",".join(f"{start}-{stop - 1}" for start, stop in spans))
+    assert [body.count(BODY[start:stop]) for start, stop in spans] == [2, 1, 2]
+    gate.set()
+
+
 async def test_the_last_bytes_wait_for_the_digest(serve: Serve, upstream: Upstream, impatient: None) -> None:
     digest = upstream.blob("a/b", BODY)
     site = await serve(upstream)

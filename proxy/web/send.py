@@ -129,17 +129,18 @@ class _Sender:
         # Asked once: the answer takes 50 µs.
         on_disk = self._blob if isinstance(self._blob, OnDisk) else None
         batch, content = bytearray(), 0
-        ready = 0  # where the bytes that need no waiting end
+        first = ready = 0  # [first, ready) needs no waiting; what was asked for later may be before it
         for head, span in parts:
             start, stop = span.start, span.stop or 0
             small = on_disk is not None and stop - start <= SMALL
-            if batch and not (small and stop <= ready and len(batch) <= SMALL):
+            here = first <= start and stop <= ready
+            if batch and not (small and here and len(batch) <= SMALL):
                 await self._put(writer, bytes(batch))
                 self._exchange.bytes += content
                 batch, content = bytearray(), 0
             batch += head
-            if on_disk and small and stop > ready:
-                ready = await _ready(on_disk, start, stop)
+            if on_disk and small and not here:
+                first, ready = start, await _ready(on_disk, start, stop)
             if on_disk and small and stop <= ready and on_disk.fileno() >= 0:
                 batch += self._read(on_disk.fileno(), span)
                 content += stop - start
@@ -159,7 +160,8 @@ class _Sender:
         transport, blob = self._request.transport, self._blob
         if transport is None:
             raise ConnectionResetError("the client has left")
-        if span.stop is None or not isinstance(blob, OnDisk):
+        # Without a file the disk has failed under a former range.
+        if span.stop is None or not isinstance(blob, OnDisk) or blob.fileno() < 0:
             await self._write(writer, span)
             return
         if span.stop - span.start <= SMALL and await _ready(blob, span.start, span.stop) >= span.stop:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from structlog.testing import LogCapture
@@ -24,6 +24,7 @@ from structlog.testing import LogCapture
 from proxy.access import throttle
 from proxy.telemetry.metrics import Metrics
 from proxy.web.hits import Hits
+from proxy.web.listener import Connection
 from proxy.web.server import DistributionAPI
 from proxy.webhooks.event import Event
 from storage.disk.records import Records
@@ -640,6 +641,45 @@ async def test_several_requests_at_once(
     assert hits[True] == 0
     assert [await status(wire, request) for _ in range(2)] == [200] * 2
     assert hits[True] == 1
+
+
+@pytest.mark.parametrize("memory", ["1MiB", "off"])
+async def test_small_responses_do_not_pile_up(
+    serve: Serve,
+    upstream: Upstream,
+    wired: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    memory: str,
+) -> None:
+    body = random.Random(7).randbytes(60_000)
+    upstream.image(ALPINE, "latest", (body,))
+    site = await serve(upstream, top={"limits": {"hit_memory": memory}})
+    sizes: list[int] = []
+    full = asyncio.Event()
+    pause, finish = Connection.pause_writing, Connection.finish_response
+
+    def pausing(self: Connection) -> None:
+        pause(self)
+        full.set()
+
+    async def finishing(self: Connection, *arguments: Any) -> Any:
+        assert self.transport is not None
+        sizes.append(cast(asyncio.Transport, self.transport).get_write_buffer_size())
+        return await finish(self, *arguments)
+
+    request = head("GET", f"/v2/{ALPINE}/blobs/{Digest.of(body)}")
+    wire = await wired(site.url)
+    for _ in range(4):
+        assert await status(wire, request) == 200
+    monkeypatch.setattr(Connection, "pause_writing", pausing)
+    monkeypatch.setattr(Connection, "finish_response", finishing)
+    await wire.send(request * 250)
+    await full.wait()
+    for _ in range(50):
+        await _read_by(site)
+    for _ in range(250):
+        assert (await wire.reply()).body == body
+    assert max(sizes) < 200_000
 
 
 async def test_an_idle_connection_is_closed_after_a_hit_too(

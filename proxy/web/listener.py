@@ -218,6 +218,9 @@ class Connection(web.RequestHandler):
         result = await super().finish_response(request, resp, start_time)
         if alone and self._ordinary and not result[1] and not self._malformed:
             await cast(Listener, self._manager).learn(alone, request, resp)
+        if self._paused and not result[1]:
+            # aiohttp waits only in large responses: many small ones, requested at once, would pile up.
+            await self._drain_helper()
         if self._malformed and self.transport is not None and self.transport.can_write_eof():
             # Closing with unread bytes would reset the connection, and the client could lose the response.
             self.transport.write_eof()

@@ -156,10 +156,10 @@ def collection_tables(found: reports.Collected, now: float) -> Sequence[Table]:
         f"examined {plural(found.repositories, 'repository', 'repositories')};"
         f" {found.young} too recent to be collected"
     )
-    return [*_expired_tables(found, now), table] if found.dry_run else [table]
+    return [*_expired_tags(found, now), table] if found.dry_run else [table]
 
 
-def _expired_tables(found: reports.Collected, now: float) -> Sequence[Table]:
+def _expired_tags(found: reports.Collected, now: float) -> Sequence[Table]:
     table = Table(
         (
             Column("TAG", whole=True),

@@ -98,6 +98,10 @@ class Filler:
         return _TEXTS.get(name, f"some {name.replace('_', ' ')}")
 
 
+def _collection(found: reports.Collected, now: float) -> Sequence[Table]:
+    return removal.collection_tables(msgspec.structs.replace(found, dry_run=True), now)
+
+
 def _repositories(listed: models.Listed, now: float) -> Sequence[Table]:
     return content.listing_tables(msgspec.structs.replace(listed, images=[]), now)
 
@@ -121,6 +125,7 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "tag": (reports.Tagged, stores.tagged_tables),
     "evict": (reports.Evicted, removal.evict_tables),
     "collect": (reports.Collected, removal.collection_tables),
+    "collect --dry-run": (reports.Collected, _collection),
     "refresh": (reports.Refreshed, maintenance.refresh_tables),
     "scrub": (reports.Scrubbing, maintenance.scrub_tables),
     "warm": (list[reports.WarmRow], offline.warm_tables),

@@ -115,6 +115,7 @@ BEFORE = {
 
 # Columns of the terminal, where a table is shown as fitted to it.
 WIDTHS = {"entrepot warm postgres:17 ghcr.io/shop/app:2.0.1": 132}
+START = "tests/clients/test_readme.py starts this server"
 CLONE = "builds or tests a clone of this repository"
 AIR_GAP = "tests/clients/test_air_gap.py does all that this page says"
 DOCKER = "tests/clients/test_login.py logs in and pushes, by docker"
@@ -122,7 +123,7 @@ OWN = "needs a client that the tests do not install"
 # Blocks that are not typed in here, and why.
 ELSEWHERE = {
     "README.md": {
-        "python3 -m venv .venv && .venv/bin/pip install . && .venv/bi": CLONE,
+        "python3 -m venv .venv && .venv/bin/pip install . && .venv/bi": START,
         "entrepot serve --store local": "tests/clients/test_readme.py does this, by docker and podman",
         "docker login cache.example:5001": DOCKER,
         "python3 -m venv .venv && .venv/bin/pip install -e '.[test]'": CLONE,
@@ -153,7 +154,7 @@ ELSEWHERE = {
         "entrepot user add alice --file /etc/entrepot/htpasswd": DOCKER,
     },
     "docs/commands.md": {
-        "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": "serves all addresses of the machine",
+        "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,
         "entrepot webhooks": "needs receivers, one of which refuses for minutes",
         "entrepot doctor": "asks Docker Hub",
         "entrepot doctor --client http://cache.example:5000 --namespa": "needs containerd with a mistake",

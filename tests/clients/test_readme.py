@@ -1,4 +1,4 @@
-"""What the README prints for a push and for a look at what is stored, done as it is printed."""
+"""What the README prints for a start, a push, and a look at what is stored, done as it is printed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from tests.clients.conftest import Filled
 from tests.clients.processes import PATIENCE, Process, environment, free_port, require
 from tests.clients.site import SERVER, DockerRegistry
 from tests.clients.test_login import Docker
+from tests.sandbox import shows
+from tests.test_console import blocks
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 
 
 @pytest.fixture
@@ -37,6 +40,35 @@ def address(filled: Filled, tmp_path: Path) -> Iterator[str]:
     yield f"localhost:{port}"
     server.stop()
     hub.stop()
+
+
+def started(home: Path, *options: str) -> list[str]:
+    """What a server prints at its start, with its addresses by the environment."""
+    at = {f"ENTREPOT_{name}": f"127.0.0.1:{free_port()}" for name in ("LISTEN", "ADMIN")}
+    command = [sys.executable, "-m", "proxy", "serve", *options]
+    server = Process(command, environment(home, **at), ready="complete instructions")
+    server.stop()
+    end = [line.startswith("complete instructions") for line in server.lines].index(True) + 1
+    return [line.replace(", with ENTREPOT_ADMIN, ENTREPOT_LISTEN", "") for line in server.lines[:end]]
+
+
+def test_a_server_prints_at_its_start_what_is_shown(home: Path) -> None:
+    (shown,) = [
+        lines[1:] for lines in blocks(README.read_text()) if lines[0].endswith(".venv/bin/entrepot serve")
+    ]
+    assert len(shown) > 5
+    printed = [line.replace(str(home), "/home/you") for line in started(home)]
+    assert shows(shown, [line for line in printed if line])
+
+
+def test_a_server_starts_by_its_options_alone(home: Path) -> None:
+    """As docs/commands.md has them; it listens elsewhere."""
+    page = (ROOT / "docs" / "commands.md").read_text()
+    (line,) = re.findall(r"^\$ entrepot serve (--listen .+)$", page, re.MULTILINE)
+    options = line.replace("0.0.0.0:5000", f"127.0.0.1:{free_port()}").replace("/data", f"{home}/data")
+    printed = started(home, *options.split())
+    assert f"storing in {home}/data" in printed
+    assert any(line.startswith("private registry local: docker push ") for line in printed)
 
 
 def commands(first: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from proxy.cli.main import main
 from tests.archives import tar
 from tests.clients.processes import environment, require
 from tests.conftest import Serve, Site
+from tests.events import Ear
 from tests.layout import Layout, digest_of
+from tests.receiver import Receiver
 from tests.upstream import Hold, Image, Upstream
 
 LAYER = b"a layer" * 100_000
 STORE = {
     "immutable_tags": ["ci-lts"],
     "keep_tags": [{"tags": ["ci-*"], "last": 10, "pulled_within": "30d"}],
+}
+HOOKS: dict[str, dict[str, Any]] = {
+    "deploy": {"format": "registry", "actions": ["push", "move"]},
+    "audit": {"format": "cloudevents", "actions": ["push", "pull", "delete"]},
 }
 # At old.example, and at the registries that `copy` reads.
 OLD = (
@@ -86,7 +93,9 @@ def shows(shown: list[str], found: list[str]) -> bool:
 class Sandbox:
     """`site` and its files, of which what is typed in speaks by the names that the pages use."""
 
-    def __init__(self, site: Site, upstream: Upstream, other: Upstream, directory: Path) -> None:
+    def __init__(
+        self, site: Site, upstream: Upstream, other: Upstream, receivers: Sequence[Receiver], directory: Path
+    ) -> None:
         self.site = site
         self.upstream = upstream
         self.directory = directory
@@ -103,8 +112,14 @@ class Sandbox:
             "/etc/entrepot.yml": str(directory / "entrepot.yml"),
             "/var/lib/registry": str(directory / "registry"),
         }
+        self.printed = {
+            f"https://{name}.example": each.url.partition("/hook")[0]
+            for name, each in zip(HOOKS, receivers, strict=True)
+        }
         self.registries = dict.fromkeys(("docker.io", "ghcr.io", "quay.io"), registry)  # of copy
         self.misses = False  # in a drill
+        self._receivers = [*receivers]
+        self._ear = Ear()
 
     async def prepare(self, lines: str) -> None:
         """Do what each line says: a command, or one of the words below."""
@@ -140,6 +155,8 @@ class Sandbox:
                     self.misses = True
                 case ["keys"]:
                     self.keys()
+                case ["told"]:
+                    await self.told()
                 case ["hold"]:
                     await self.hold()
                 case ["stop"]:
@@ -165,7 +182,7 @@ class Sandbox:
         for name, place in names.items():
             words = [word.replace(name, place) for word in words]
         output = await (self.call(words, given) if words[0] == "entrepot" else self.run(words))
-        for name, place in names.items():
+        for name, place in {**names, **self.printed}.items():
             output = output.replace(place, name)
         return [line for line in output.splitlines() if line.strip()]
 
@@ -225,6 +242,15 @@ class Sandbox:
             await self.get(f"/v2/{path}/blobs/{each['digest']}")
         going_on = self.site.app.composition.fills.in_flight()
         await asyncio.gather(*(each.task for each in going_on if each.task))
+
+    async def told(self) -> None:
+        """One receiver has taken what it is told of, and the other one begins to refuse."""
+        taking, refusing = self._receivers
+        await taking.took(1)
+        await refusing.took(1)
+        refusing.answer = 503
+        await self.pull("docker.io/library/alpine:3.20")
+        await self._ear.heard("webhook.failing")
 
     async def hold(self) -> None:
         """A client waits for a blob that is half here."""
@@ -286,12 +312,17 @@ def fill(upstream: Upstream, other: Upstream) -> None:
         other.image(repository, tag, [LAYER[6 + number :]])
 
 
-async def build(serve: Serve, upstream: Upstream, other: Upstream, directory: Path) -> Sandbox:
+async def build(
+    serve: Serve, upstream: Upstream, other: Upstream, receivers: Sequence[Receiver], directory: Path
+) -> Sandbox:
     """A server with the caches docker.io and ghcr.io and the private registry local, and a configuration."""
     fill(upstream, other)
     more = {"ghcr.io": {"upstream": upstream.url}, "local": {"store": STORE}}
+    hooks = [
+        {"name": name, "url": each.url, **HOOKS[name]} for name, each in zip(HOOKS, receivers, strict=True)
+    ]
     disk = {"path": str(directory / "disk"), "cache_limit": "500GiB", "keep_for": "30d"}
-    site = await serve(upstream, more=more, top={"disk": disk})
+    site = await serve(upstream, more=more, top={"disk": disk, "webhooks": hooks})
     path = directory / "entrepot.yml"
     tree = json.loads(path.read_text())
     assert site.app.admin_url
@@ -301,4 +332,4 @@ async def build(serve: Serve, upstream: Upstream, other: Upstream, directory: Pa
     path.write_text(json.dumps(tree))
     for name, text in FILES.items():
         (directory / name).write_text(text)
-    return Sandbox(site, upstream, other, directory)
+    return Sandbox(site, upstream, other, receivers, directory)

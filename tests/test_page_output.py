@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -17,7 +18,8 @@ from rich.console import Console
 
 from proxy.cli import console, maintenance, offline, removal
 from tests.conftest import Clock, Serve
-from tests.sandbox import Sandbox, build, shows
+from tests.receiver import Receiver
+from tests.sandbox import HOOKS, Sandbox, build, shows
 from tests.test_console import blocks, is_alone
 from tests.test_docs import PAGES, ROOT
 from tests.upstream import Takes, Upstream
@@ -104,6 +106,7 @@ BEFORE = {
         "entrepot collect": AGED,
         "entrepot copy 'old.example/team/*:1.*' localhost:5000/local/": COPIED,
         "entrepot import --config /etc/entrepot.yml --from-registry-d": "registry",
+        "entrepot webhooks": "push app:1\ntold\nstop",
         "entrepot scrub --wait": BOTH,
         "entrepot setup containerd --url http://cache.example:5000 --": "",
         "entrepot setup docker --url http://cache.example:5000 --remo": (
@@ -114,7 +117,7 @@ BEFORE = {
 }
 
 # Columns of the terminal, where a table is shown as fitted to it.
-WIDTHS = {"entrepot warm postgres:17 ghcr.io/shop/app:2.0.1": 132}
+WIDTHS = {"entrepot webhooks": 132, "entrepot warm postgres:17 ghcr.io/shop/app:2.0.1": 132}
 START = "tests/clients/test_readme.py starts this server"
 CLONE = "builds or tests a clone of this repository"
 AIR_GAP = "tests/clients/test_air_gap.py does all that this page says"
@@ -155,7 +158,6 @@ ELSEWHERE = {
     },
     "docs/commands.md": {
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,
-        "entrepot webhooks": "needs receivers, one of which refuses for minutes",
         "entrepot doctor": "asks Docker Hub",
         "entrepot doctor --client http://cache.example:5000 --namespa": "needs containerd with a mistake",
     },
@@ -201,11 +203,23 @@ async def other() -> AsyncIterator[Upstream]:
 
 
 @pytest.fixture
+async def receivers() -> AsyncIterator[list[Receiver]]:
+    """One for each webhook."""
+    async with AsyncExitStack() as stack:
+        made = [Receiver() for _ in HOOKS]
+        for each in made:
+            await each.start()
+            stack.push_async_callback(each.stop)
+        yield made
+
+
+@pytest.fixture
 async def sandbox(
     request: pytest.FixtureRequest,
     serve: Serve,
     upstream: Upstream,
     other: Upstream,
+    receivers: list[Receiver],
     tmp_path: Path,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
@@ -220,7 +234,7 @@ async def sandbox(
         monkeypatch.setattr(module, "PAUSE", 0.01)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(removal, "is_interactive", lambda: True)
-    made = await build(serve, upstream, other, tmp_path)
+    made = await build(serve, upstream, other, receivers, tmp_path)
     await made.prepare(before)
     yield made
     await made.close()

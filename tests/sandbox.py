@@ -114,7 +114,7 @@ class Sandbox:
         }
         self.printed = {
             f"https://{name}.example": each.url.partition("/hook")[0]
-            for name, each in zip(HOOKS, receivers, strict=True)
+            for name, each in zip(HOOKS, receivers, strict=False)
         }
         self.registries = dict.fromkeys(("docker.io", "ghcr.io", "quay.io"), registry)  # of copy
         self.misses = False  # in a drill
@@ -319,7 +319,7 @@ async def build(
     fill(upstream, other)
     more = {"ghcr.io": {"upstream": upstream.url}, "local": {"store": STORE}}
     hooks = [
-        {"name": name, "url": each.url, **HOOKS[name]} for name, each in zip(HOOKS, receivers, strict=True)
+        {"name": name, "url": each.url, **HOOKS[name]} for name, each in zip(HOOKS, receivers, strict=False)
     ]
     disk = {"path": str(directory / "disk"), "cache_limit": "500GiB", "keep_for": "30d"}
     site = await serve(upstream, more=more, top={"disk": disk, "webhooks": hooks})

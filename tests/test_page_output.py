@@ -106,7 +106,7 @@ BEFORE = {
         "entrepot collect": AGED,
         "entrepot copy 'old.example/team/*:1.*' localhost:5000/local/": COPIED,
         "entrepot import --config /etc/entrepot.yml --from-registry-d": "registry",
-        "entrepot webhooks": "push app:1\ntold\nstop",
+        "entrepot webhooks": "past 1\npush app:1\ntold\nnow\nstop",
         "entrepot scrub --wait": BOTH,
         "entrepot setup containerd --url http://cache.example:5000 --": "",
         "entrepot setup docker --url http://cache.example:5000 --remo": (
@@ -117,7 +117,7 @@ BEFORE = {
 }
 
 # Columns of the terminal, where a table is shown as fitted to it.
-WIDTHS = {"entrepot webhooks": 132, "entrepot warm postgres:17 ghcr.io/shop/app:2.0.1": 132}
+WIDTHS = {"entrepot warm postgres:17 ghcr.io/shop/app:2.0.1": 132}
 START = "tests/clients/test_readme.py starts this server"
 CLONE = "builds or tests a clone of this repository"
 AIR_GAP = "tests/clients/test_air_gap.py does all that this page says"
@@ -203,10 +203,11 @@ async def other() -> AsyncIterator[Upstream]:
 
 
 @pytest.fixture
-async def receivers() -> AsyncIterator[list[Receiver]]:
-    """One for each webhook."""
+async def receivers(request: pytest.FixtureRequest) -> AsyncIterator[list[Receiver]]:
+    """One for each webhook, where the block is about them."""
+    page, start = request.node.callspec.params["block"]
     async with AsyncExitStack() as stack:
-        made = [Receiver() for _ in HOOKS]
+        made = [Receiver() for _ in HOOKS if "told" in BEFORE[page][start]]
         for each in made:
             await each.start()
             stack.push_async_callback(each.stop)

@@ -113,8 +113,12 @@ class Sandbox:
             "/var/lib/registry": str(directory / "registry"),
         }
         self.printed = {
-            f"https://{name}.example": each.url.partition("/hook")[0]
-            for name, each in zip(HOOKS, receivers, strict=False)
+            "built-in": str(directory / "entrepot.yml"),
+            "/var/cache/entrepot": str(directory / "disk"),
+            **{
+                f"https://{name}.example": each.url.partition("/hook")[0]
+                for name, each in zip(HOOKS, receivers, strict=False)
+            },
         }
         self.registries = dict.fromkeys(("docker.io", "ghcr.io", "quay.io"), registry)  # of copy
         self.misses = False  # in a drill

@@ -126,7 +126,7 @@ WIDTHS = {"entrepot warm postgres:17 ghcr.io/shop/app:2.0.1": 132}
 START = "tests/clients/test_readme.py starts this server"
 CLONE = "builds or tests a clone of this repository"
 AIR_GAP = "tests/clients/test_air_gap.py does all that this page says"
-DOCKER = "tests/clients/test_login.py logs in and pushes, by docker"
+DOCKER = "tests/clients/test_readme.py logs in and pushes, by docker"
 OWN = "needs a client that the tests do not install"
 # Blocks that are not typed in here, and why.
 ELSEWHERE = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from proxy.cli.main import main
 from tests.clients.conftest import Filled
 from tests.clients.processes import PATIENCE, Process, environment, free_port, require
 from tests.clients.site import SERVER, DockerRegistry
@@ -98,6 +102,86 @@ def test_the_push_works_as_printed(address: str, home: Path) -> None:
                 timeout=PATIENCE,
             )
             assert done.returncode == 0, (said, done.stdout, done.stderr)
+    finally:
+        docker.stop()
+
+
+PASSWORD = "correct horse battery"
+
+
+@pytest.fixture
+def addresses(filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """Of a server with the user alice: that of its caches, and that of its private registry."""
+    hub = DockerRegistry(filled.roots["docker.io"], tmp_path)
+    caches, store = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    users, config = tmp_path / "htpasswd", tmp_path / "entrepot.yml"
+    monkeypatch.setattr("proxy.cli.users.is_interactive", lambda: True)
+    typed = f"{PASSWORD}\n{PASSWORD}\n"
+    added = CliRunner().invoke(main, ["user", "add", "alice", "--file", str(users)], input=typed)
+    assert added.exit_code == 0, added.output
+    tree = {
+        "listen": caches,
+        "admin": "off",
+        "disk": {"path": str(tmp_path / "disk")},
+        "access": {"htpasswd": str(users)},
+        "namespaces": {"docker.io": {"upstream": hub.url}, "local": {"store": {}, "listen": store}},
+    }
+    config.write_text(json.dumps(tree))
+    server = Process([*SERVER, config], ready="listening")
+    yield caches, store
+    server.stop()
+    hub.stop()
+
+
+def on_a_terminal(command: str, settings: dict[str, str], *answers: tuple[str, str]) -> tuple[int, str]:
+    """The exit status of a command that asks, and all that is on its terminal."""
+    here, there = pty.openpty()
+    running = subprocess.Popen(
+        command, shell=True, env=settings, stdin=there, stdout=there, stderr=there, start_new_session=True
+    )
+    os.close(there)
+    said = b""
+    try:
+        for question, answer in answers:
+            while question.encode() not in said:
+                said += os.read(here, 4096)
+            os.write(here, f"{answer}\n".encode())
+        status = running.wait(PATIENCE)
+        return status, (said + os.read(here, 4096)).decode()
+    finally:
+        running.kill()
+        running.wait()
+        os.close(here)
+
+
+def test_a_user_logs_in_and_pushes_as_printed(addresses: tuple[str, str], home: Path) -> None:
+    require("docker", "dockerd")
+    caches, store = addresses
+    docker = Docker(home)
+    settings = environment(home, DOCKER_HOST=docker.host)
+
+    def run(command: str) -> tuple[int, str]:
+        done = subprocess.run(
+            command, shell=True, env=settings, capture_output=True, text=True, timeout=PATIENCE
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    image = f"{caches}/docker.io/library/layers:1"
+    try:
+        for page in ("README.md", "docs/access.md"):
+            block = r"^\$ (docker login (\S+))\n\$ (docker push \2(/\S+))$"
+            ((login, host, push, name),) = re.findall(block, (ROOT / page).read_text(), re.MULTILINE)
+            login, push = (each.replace(host, store) for each in (login, push))
+            for command in (f"docker pull {image}", f"docker tag {image} {store}{name}"):
+                status, said = run(command)
+                assert status == 0, said
+            assert run(push)[0] == 1
+            for password, expected in (("wrong", 1), (PASSWORD, 0)):
+                status, said = on_a_terminal(login, settings, ("Username", "alice"), ("Password", password))
+                assert (status, "Login Succeeded" in said) == (expected, expected == 0), said
+            for command in (push, f"docker logout {store}"):
+                status, said = run(command)
+                assert status == 0, said
     finally:
         docker.stop()
 

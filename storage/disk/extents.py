@@ -39,6 +39,10 @@ class Extents:
 
     def add(self, start: int, stop: int) -> None:
         """Add [start, stop)."""
+        if self._stops and self._stops[-1] == start <= stop:  # most are added at the end
+            self._stops[-1] = stop
+            self.total += stop - start
+            return
         first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
         if start < stop:
             starts, stops = self._starts[first:last] or [start], self._stops[first:last] or [stop]

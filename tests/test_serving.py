@@ -534,4 +534,5 @@ async def test_a_log_that_nobody_reads_any_more_changes_nothing(
         assert await worker.get(blob(image.layers[0])) == b"a layer"
         await worker.close()
     server.send(signal.SIGTERM)
-    await server.gone(*pids, server.pid)
+    await server.gone(*pids)
+    await server.ended()

@@ -156,7 +156,7 @@ def mute(connection: socket.socket) -> None:
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake: how its server is made, and what a client is told, as regular expressions.
+    """One mistake: how its server is made, and the message to the client, as regular expressions.
 
     `keys` are the client's: whether it trusts the authority (ca_file), and whether it has a certificate.
     """

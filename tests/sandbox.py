@@ -248,7 +248,7 @@ class Sandbox:
         await asyncio.gather(*(each.task for each in going_on if each.task))
 
     async def told(self) -> None:
-        """One receiver has taken what it is told of, and the other one begins to refuse."""
+        """One receiver has accepted its events, and the other one begins to refuse."""
         taking, refusing = self._receivers
         await taking.took(1)
         await refusing.took(1)

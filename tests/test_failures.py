@@ -83,7 +83,7 @@ async def by_transport(mistake: Mistake, servers: Servers, url: str) -> str:
             await transport.send("GET", URL(f"{url}/v2/"), {})
     finally:
         await transport.close()
-    assert raised.value.public == str(raised.value)  # a client is told the same
+    assert raised.value.public == str(raised.value)  # the client gets the same message
     assert re.match("up (cannot be reached: |did not answer in time$|: )", str(raised.value))
     return str(raised.value)
 

@@ -449,13 +449,11 @@ def keys(tmp_path: Path) -> Path:
 async def test_a_token_expires(
     serve: Serve,
     upstream: Upstream,
-    tmp_path: Path,
+    keys: Path,
     clock: Clock,
     wired: Callable[..., Any],
     hits: Counter[bool],
 ) -> None:
-    keys = tmp_path / "token.pem"
-    keys.write_bytes(pem(PRIVATE["EC"]))
     access = [{"type": "repository", "name": f"local/{APP}", "actions": ["*"]}]
     bearer = f"Bearer {Server(clock).issue(access=access)}"
     more = {"local": {"store": {"sparse": True}}}
@@ -476,13 +474,11 @@ async def test_a_token_expires(
 async def test_the_key_of_a_token_is_taken_away(
     serve: Serve,
     upstream: Upstream,
-    tmp_path: Path,
+    keys: Path,
     clock: Clock,
     wired: Callable[..., Any],
     hits: Counter[bool],
 ) -> None:
-    keys = tmp_path / "token.pem"
-    keys.write_bytes(pem(PRIVATE["EC"]))
     access = [{"type": "repository", "name": f"local/{APP}", "actions": ["*"]}]
     bearer = f"Bearer {Server(clock).issue(access=access)}"
     site = await serve(upstream, more={"local": {"store": {"sparse": True}}}, top={"access": token(keys)})

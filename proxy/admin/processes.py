@@ -13,7 +13,7 @@ import structlog
 from proxy.admin.reports import RefusalRow
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
-from proxy.cache.fetcher import Fill
+from proxy.cache.fill import Fill
 from proxy.cache.fills import Fills
 from proxy.namespaces.composition import Composition
 from proxy.upstream.breaker import HostState

@@ -9,70 +9,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
-
+from proxy.cache.fill import LARGEST_UNSIZED, Fill
 from proxy.cache.parts import SOON, Part
 from proxy.cache.readers import BlobSource
 from storage.disk.extents import Extents
 from storage.disk.sparse import SparseUpload
 from storage.errors import OriginFailed, RangeInvalid, RegistryError, Unavailable
 from storage.limits import Slots
-from storage.oci import Descriptor, Digest, Span
+from storage.oci import Descriptor, Span
 from storage.registry import Blob
 
-log = structlog.get_logger()
-
-LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not state: a body must end some time
 LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
 RETRIES = 4  # in a row without progress
 MOST = 16  # transfers beside the one from the beginning on
 HEARING = 0.1  # seconds between two looks at what other processes want
 REST = 10.0  # seconds without further transfers after the origin has refused one
-
-
-@dataclass(slots=True)
-class Fill:
-    """One transfer of a blob into the store.
-
-    started: the upload to follow, or None if there is none: the store has the blob, or there is an `error`
-    begun: in seconds since the epoch
-    repositories: those whose origin has confirmed that they have the blob
-    received: the origin has sent everything
-    ranges: whether the origin sends ranges, None if that is not known
-    queued: it waits for its turn
-    """
-
-    digest: Digest
-    source: BlobSource
-    started: asyncio.Future[tuple[SparseUpload, Descriptor] | None]
-    begun: float
-    followers: int = 0
-    repositories: set[str] = field(default_factory=set)
-    upload: SparseUpload | None = None
-    fetcher: Fetcher | None = None
-    size: int = -1  # bytes, once it is stored
-    task: asyncio.Task[None] | None = None
-    received: bool = False
-    ranges: bool | None = None
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for the first range
-    opened: asyncio.Event = field(default_factory=asyncio.Event)  # `upload` is there, or `error`
-    queued: bool = False
-    error: Exception | None = None
-
-    def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
-        """A client waits for [offset, stop)."""
-        if self.fetcher is not None:
-            self.fetcher.want(source, offset, stop)
-        elif self.upload is not None and self.upload.extents.end(offset) == offset:
-            self.upload.wanted.tell(offset, LARGEST_UNSIZED if stop is None else stop)
-
-    @property
-    def log(self) -> Any:
-        source = self.source
-        return log.bind(namespace=source.namespace, repository=source.name, digest=self.digest)
 
 
 class Fetcher:

@@ -15,7 +15,8 @@ from functools import partial
 import structlog
 
 from proxy.cache.answered import Answered
-from proxy.cache.fetcher import Fetcher, Fill
+from proxy.cache.fetcher import Fetcher
+from proxy.cache.fill import Fill
 from proxy.cache.readers import BlobSource, FollowedBlob
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight

@@ -16,10 +16,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from storage.disk.records import Records
 from storage.errors import ManifestInvalid
 from storage.keys import LISTING
 from storage.oci import Descriptor
+from storage.records import Records
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ Records that change together change in one transaction: after a failure either t
 nothing of it.  The transaction that makes a link also finds the blob's file and sets its mtime to the present
 time.  So a transaction that removes files which are old and have no link never removes one that gets a link.
 
-Times are seconds since the epoch.  Reads run on the event loop, writes in a thread.  A record that cannot be
-parsed counts as absent: a cache fetches it again.
+Times are seconds since the epoch.  Writes run in a thread, and so do reads if the records are remote.  What
+cannot be parsed counts as absent: a cache fetches it again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, takewhile
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
 from storage.concurrency import run_in_thread
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Batch, Records
 from storage.disk.uploads import FileBlob, FileUpload
 from storage.errors import (
     BlobUnknown,
@@ -46,9 +45,11 @@ from storage.oci import (
     Tag,
     parse_manifest,
 )
+from storage.records import Batch, Records
 from storage.registry import Registry, Upload, everything, referrers_page
 from storage.values import Link, Pointer, StoredManifest
 
+T = TypeVar("T")
 DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
 
 
@@ -92,15 +93,24 @@ class Store(Registry):
 
     # Pull
 
+    async def read(self, work: Callable[..., T], *arguments: object) -> T:
+        """The result of `work`, which reads records."""
+        return await run_in_thread(work, *arguments) if self.records.remote else work(*arguments)
+
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> FileBlob:
-        return self.blob(repository, digest)[0]
+        link = await self.read(self._link_of, repository, digest)
+        return self.files.open(digest, link.size)
 
     def blob(self, repository: str, digest: Digest) -> tuple[FileBlob, float]:
         """Open the blob; also returns when it was linked in `repository`.  Raises BlobUnknown."""
+        link = self._link_of(repository, digest)
+        return self.files.open(digest, link.size), link.linked_at
+
+    def _link_of(self, repository: str, digest: Digest) -> Link:
         link = Link.parse(self.records.get(LINK.key(repository, digest)))
         if link is None:
             raise BlobUnknown(f"{repository} has no blob {digest}")
-        return self.files.open(digest, link.size), link.linked_at
+        return link
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         blob = await self.get_blob(repository, digest)
@@ -108,10 +118,10 @@ class Store(Registry):
         return blob.descriptor
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
-        return self.manifest(repository, reference)[0]
+        return (await self.read(self.manifest, repository, reference))[0]
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
-        return self.manifest(repository, reference)[0].descriptor
+        return (await self.get_manifest(repository, reference)).descriptor
 
     def manifest(self, repository: str, reference: Reference) -> tuple[Manifest, float]:
         """The manifest, and when it was stored.  Raises ManifestUnknown."""
@@ -243,7 +253,7 @@ class Store(Registry):
             self.put_tags(batch, repository, dict.fromkeys(tags, manifest.digest))
             self.changed(batch, repository)
 
-        self.records.transaction(work)
+        self.records.transaction(work, shared=True)
 
     def put_manifest(self, batch: Batch, repository: str, manifest: Manifest) -> None:
         """Store the manifest, and what it is a referrer of, as part of a transaction."""
@@ -284,7 +294,7 @@ class Store(Registry):
                 return batch.delete(TAG.key(repository, reference))
             return self._remove_manifest(batch, repository, reference, tags)
 
-        return self.records.transaction(work)
+        return self.records.transaction(work, shared=True)
 
     def _remove_manifest(self, batch: Batch, repository: str, digest: Digest, tags: Sequence[Tag]) -> bool:
         """Remove the manifest, its tags, and the record that makes it a referrer; whether it was stored."""
@@ -328,7 +338,7 @@ class Store(Registry):
         return blob.descriptor
 
     def _link(self, repository: str, blob: Descriptor) -> None:
-        self.records.transaction(lambda batch: self.put_link(batch, repository, blob))
+        self.records.transaction(lambda batch: self.put_link(batch, repository, blob), shared=True)
 
     def put_link(self, batch: Batch, repository: str, blob: Descriptor) -> None:
         """Link a stored blob, as part of a transaction.  Raises BlobUnknown if its file does not exist."""

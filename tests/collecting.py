@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteRecords
 from storage.maintenance import collection as module
 from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.leases import Leases
 from storage.maintenance.retention import RetentionRules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
+from storage.records import Batch
 from storage.store import Store
 from tests.conftest import Clock
 
@@ -31,7 +32,7 @@ class Place:
     def __init__(self, root: Path, clock: Clock) -> None:
         self.clock = clock
         self.files = BlobFiles(root, clock, private=True)
-        self.records = Records(root / "records", clock)
+        self.records = SQLiteRecords(root / "records", clock)
         self.store = Store(self.files, self.records, clock, collected=True)
         self.leases = Leases(self.store, GRACE, clock)
         self.rules = RetentionRules()
@@ -103,15 +104,17 @@ class Interruption:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, what: Callable[[], object]) -> None:
         self.number = number
-        transaction = Records.transaction
+        transaction = SQLiteRecords.transaction
 
-        def interrupted(records: Records, work: Callable[[Batch], object]) -> object:
+        def interrupted(
+            records: SQLiteRecords, work: Callable[[Batch], object], shared: bool = False
+        ) -> object:
             self.number -= 1
             if self.number == 0:
                 what()
-            return transaction(records, work)
+            return transaction(records, work, shared)
 
-        monkeypatch.setattr(Records, "transaction", interrupted)
+        monkeypatch.setattr(SQLiteRecords, "transaction", interrupted)
 
 
 def push_now(place: Place, tag: str | None, tree: dict[str, Any]) -> Digest:

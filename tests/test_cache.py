@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.oci import Descriptor, Digest
 from tests.conftest import Clock, Serve
 from tests.pulls import FRESH, MANY, TAG, TAGS, manifest_of, on_disk, pull, warm
@@ -122,7 +122,12 @@ async def test_a_fresh_tag_makes_no_call_that_writes(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a write")
 
-    for kind, name in ((Records, "put"), (Records, "delete"), (BlobFiles, "create"), (BlobFiles, "resume")):
+    for kind, name in (
+        (SQLiteRecords, "put"),
+        (SQLiteRecords, "delete"),
+        (BlobFiles, "create"),
+        (BlobFiles, "resume"),
+    ):
         monkeypatch.setattr(kind, name, refuse)
     assert (await pull(site))[0] == 200
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from structlog.testing import LogCapture
 
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import collection as module
 from storage.maintenance import pace
@@ -21,6 +21,7 @@ from storage.maintenance.reachability import Reachability
 from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.maintenance.watched_time import WatchedTime
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
+from storage.records import Batch
 from tests.collecting import APP, DAY, GONE, GRACE, Interruption, Place, counts, descriptor, place
 
 __all__ = ["place"]  # the fixture
@@ -283,12 +284,12 @@ async def test_what_several_tags_hold_goes_with_the_last_of_them(
     place.rules = rules(("ci-.*", 1))
     place.clock.advance(GONE)
     monkeypatch.setattr(module, "BATCH", 1)
-    transaction, steps = Records.transaction, 0
+    transaction, steps = SQLiteRecords.transaction, 0
 
-    def step(records: Records, work: Callable[[Batch], object]) -> object:
+    def step(records: SQLiteRecords, work: Callable[[Batch], object], shared: bool = False) -> object:
         nonlocal steps
         steps += 1
-        found = transaction(records, work)
+        found = transaction(records, work, shared)
         for tag in place.tags():
             pointer = place.store.pointer(APP, Tag(tag))
             assert pointer is not None
@@ -296,7 +297,7 @@ async def test_what_several_tags_hold_goes_with_the_last_of_them(
             assert set(node(index).children) <= place.manifests()
         return found
 
-    monkeypatch.setattr(Records, "transaction", step)
+    monkeypatch.setattr(SQLiteRecords, "transaction", step)
     report = place.collect()
     assert counts(report) == (4, 8, 4, 4)
     assert steps >= 4
@@ -351,11 +352,13 @@ async def test_a_lease_costs_a_write_only_when_it_is_due(
 ) -> None:
     layer, digest = await place.blob(b"layer"), await place.image(None)
     pushed_at, transactions = place.clock.now, []
-    transaction = Records.transaction
+    transaction = SQLiteRecords.transaction
     monkeypatch.setattr(
-        Records,
+        SQLiteRecords,
         "transaction",
-        lambda records, work: transactions.append(place.clock.now) or transaction(records, work),
+        lambda *arguments, **options: (
+            transactions.append(place.clock.now) or transaction(*arguments, **options)
+        ),
     )
 
     async def ask() -> int:

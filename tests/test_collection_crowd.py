@@ -20,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.namespaces.hosted import Hosted
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestBlobUnknown, ManifestUnknown
 from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
+from storage.records import Batch
 from tests.collecting import APP, DAY, GONE, GRACE, Place, descriptor, place
 from tests.conftest import Clock
 
@@ -150,16 +151,16 @@ class Client:
 
 
 class Interleaved:
-    """Records.transaction; before each of `collecting`'s, the steps of one of `slots` happen."""
+    """SQLiteRecords.transaction; before each of `collecting`'s, the steps of one of `slots` happen."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.slots: list[list[Step]] = []
         self.collecting: int | None = None
         self._loop = asyncio.get_running_loop()
-        self._transaction = Records.transaction
+        self._transaction = SQLiteRecords.transaction
 
-    def __call__(self, records: Records, work: Callable[[Batch], object]) -> object:
+    def __call__(self, records: SQLiteRecords, work: Callable[[Batch], object]) -> object:
         if threading.get_ident() == self.collecting and self.slots:
             steps = self.slots.pop(0)
             asyncio.run_coroutine_threadsafe(self._do(steps), self._loop).result()
@@ -200,7 +201,7 @@ async def play(root: Path, rounds: list[tuple[list[Step], float, list[list[Step]
     client = Client(place)
     interleaved = Interleaved(client)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Records, "transaction", lambda records, work: interleaved(records, work))
+        patch.setattr(SQLiteRecords, "transaction", lambda records, work: interleaved(records, work))
         for each in rounds:
             await interleaved.collect(*each)
             await client.check()
@@ -221,14 +222,14 @@ from storage.errors import BlobUnknown, ManifestBlobUnknown
 from storage.disk.blobs import BlobFiles
 from storage.maintenance.leases import Leases
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.store import Store
 from proxy.telemetry import logs
 
 logs.configure("json", "error")
 root, grace, role, *rest = sys.argv[1:]
 files = BlobFiles(Path(root), private=True)
-store = Store(files, Records(Path(root) / "records"), collected=True)
+store = Store(files, SQLiteRecords(Path(root) / "records"), collected=True)
 leases = Leases(store, float(grace))
 
 def say(**fields):

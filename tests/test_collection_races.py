@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteRecords
 from storage.maintenance import collection as module
 from storage.maintenance import unlinked
 from storage.maintenance.retention import RetentionRules
+from storage.records import Batch
 from tests.collecting import APP, DAY, GONE, Interruption, Place, counts, descriptor, place, push_now
 
 __all__ = ["place"]  # the fixture
@@ -102,17 +103,17 @@ async def test_a_repository_that_is_pushed_to_all_the_time_is_collected_too(
         await place.blob(b"unwanted %d" % number)
     layer = await place.blob(b"layer")
     place.clock.advance(GONE)
-    transaction, pushed = Records.transaction, 0
+    transaction, pushed = SQLiteRecords.transaction, 0
 
-    def busy(records: Records, work: Callable[[Batch], object]) -> object:
+    def busy(records: SQLiteRecords, work: Callable[[Batch], object], shared: bool = False) -> object:
         nonlocal pushed
         pushed += 1
-        monkeypatch.setattr(Records, "transaction", transaction)
+        monkeypatch.setattr(SQLiteRecords, "transaction", transaction)
         push_now(place, f"v{pushed}", {"layers": [descriptor(layer)], "annotations": {"n": str(pushed)}})
-        monkeypatch.setattr(Records, "transaction", busy)
-        return transaction(records, work)
+        monkeypatch.setattr(SQLiteRecords, "transaction", busy)
+        return transaction(records, work, shared)
 
-    monkeypatch.setattr(Records, "transaction", busy)
+    monkeypatch.setattr(SQLiteRecords, "transaction", busy)
     monkeypatch.setattr(module, "BATCH", 1)
     assert counts(place.collect()) == (0, 0, 4, 4)
     assert pushed > module.TRIES + 4

@@ -29,7 +29,7 @@ from proxy.upstream.requests import UpstreamSettings
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
 from storage.maintenance.leases import Leases
 from storage.oci import Digest, Manifest, Tag
@@ -94,7 +94,7 @@ class Running:
 
     def store(self) -> Store:
         """What it serves, opened by this process too, and emptied."""
-        records = Records(self._root / "records", durable=True)
+        records = SQLiteRecords(self._root / "records", durable=True)
         for key in list(records.keys("")):
             records.delete(key)
         return Store(BlobFiles(self._root, private=True), records, collected=True)
@@ -181,7 +181,7 @@ class Builder:
 
     def store(self, name: str) -> Store:
         directory = self._directory / name
-        store = Store(BlobFiles(directory, self._clock), Records(directory / "records"), self._clock)
+        store = Store(BlobFiles(directory, self._clock), SQLiteRecords(directory / "records"), self._clock)
         self._stack.push_async_callback(store.close)
         return store
 

@@ -59,11 +59,11 @@ elif step == "before the data is safe":
 elif step == "before the name":
     stop(Path, "replace", lambda path, target: "blobs" in str(target))
 elif step == "before the link":
-    stop(records.Batch, "put", lambda self, key, value: key.startswith("link "))
+    stop(records.SQLiteBatch, "put", lambda self, key, value: key.startswith("link "))
 elif step == "before the manifest":
-    stop(records.Batch, "put", lambda self, key, value: key.startswith("manifest "))
+    stop(records.SQLiteBatch, "put", lambda self, key, value: key.startswith("manifest "))
 elif step == "before the tag":
-    stop(records.Batch, "put", lambda self, key, value: key.startswith("tag "))
+    stop(records.SQLiteBatch, "put", lambda self, key, value: key.startswith("tag "))
 elif step == "before the answer":
     stop(push.Push, "_created", lambda self, *arguments: True)
 

@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteRecords
 from storage.disk.salvage import checksum
 from storage.errors import Denied, ManifestUnknown
 from storage.keys import TAG
 from storage.oci import OCI_INDEX, Digest, Manifest, Tag
+from storage.records import Batch
 from storage.store import Store
 from storage.values import Pointer
 
@@ -29,7 +30,7 @@ OTHER = Manifest.of(OCI_INDEX, b'{"schemaVersion": 2, "manifests": [], "annotati
 
 @pytest.fixture(params=[True, False], ids=["collected", "cache"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    store = Store(BlobFiles(tmp_path), Records(tmp_path / "records"), collected=request.param)
+    store = Store(BlobFiles(tmp_path), SQLiteRecords(tmp_path / "records"), collected=request.param)
     await store.push_manifest("a", Tag("1"), MANIFEST, [Tag("2")])
     await store.push_manifest("a", Tag("3"), OTHER)
     yield store
@@ -60,7 +61,7 @@ async def test_a_check_is_given_the_tags_of_the_transaction(store: Store) -> Non
 
 async def test_a_tag_that_another_process_pushes_or_moves_meanwhile(store: Store) -> None:
     """The other one waits for the transaction: what it pushes then is not deleted."""
-    other = Store(BlobFiles(store.files.root), Records(store.files.root / "records"))
+    other = Store(BlobFiles(store.files.root), SQLiteRecords(store.files.root / "records"))
     with ThreadPoolExecutor(1) as process:
 
         def push(batch: Batch, tags: Sequence[Tag]) -> None:
@@ -80,13 +81,13 @@ async def test_a_tag_that_another_process_pushes_or_moves_meanwhile(store: Store
 # The index
 
 
-def scanned(records: Records, repository: str, digest: Digest) -> list[str]:
+def scanned(records: SQLiteRecords, repository: str, digest: Digest) -> list[str]:
     """What the index must say."""
     found = records.scan(TAG.prefix(repository))
     return [key for key, value in found if (at := Pointer.parse(value)) and at.digest == digest]
 
 
-def asked(records: Records, repository: str, digest: Digest) -> list[str]:
+def asked(records: SQLiteRecords, repository: str, digest: Digest) -> list[str]:
     return records.transaction(lambda batch: batch.tags_at(repository, digest))
 
 
@@ -106,7 +107,9 @@ steps = st.one_of(
 @given(done=st.lists(steps, max_size=25), made=st.integers(0, 25))
 def test_the_index_has_what_a_scan_finds(tmp_path: Path, done: list[Any], made: int) -> None:
     with TemporaryDirectory(dir=tmp_path) as directory:
-        stores = [Store(BlobFiles(Path(directory)), Records(Path(directory) / "records")) for _ in range(2)]
+        stores = [
+            Store(BlobFiles(Path(directory)), SQLiteRecords(Path(directory) / "records")) for _ in range(2)
+        ]
         for number, (what, repository, *rest) in enumerate(done):
             store = stores[number % 2]  # two processes write
             if number >= made:
@@ -145,7 +148,7 @@ def act(store: Store, what: str, repository: str, *rest: Any) -> None:
 
 
 def test_what_a_former_version_wrote_is_in_the_index(tmp_path: Path) -> None:
-    with closing(Records(tmp_path / "records")) as records:
+    with closing(SQLiteRecords(tmp_path / "records")) as records:
         for number in range(3):
             records.put(TAG.key("a", f"v{number}"), Pointer(DIGESTS[number % 2], 1.0).encode())
         assert asked(records, "a", DIGESTS[0]) == [TAG.key("a", "v0"), TAG.key("a", "v2")]
@@ -158,7 +161,7 @@ def test_what_a_former_version_wrote_is_in_the_index(tmp_path: Path) -> None:
 
 
 def test_a_damaged_tag_is_not_found(tmp_path: Path) -> None:
-    with closing(Records(tmp_path / "records")) as records:
+    with closing(SQLiteRecords(tmp_path / "records")) as records:
         for tag in ("1", "2"):
             records.put(TAG.key("a", tag), Pointer(DIGESTS[0], 1.0).encode())
         with closing(sqlite3.connect(tmp_path / "records" / "cache.db")) as other, other:
@@ -184,7 +187,7 @@ def test_it_reads_only_the_tags_of_the_manifest(tmp_path: Path) -> None:
         connection.set_progress_handler(None, 1)
         return count
 
-    with closing(Records(tmp_path / "records")) as records:
+    with closing(SQLiteRecords(tmp_path / "records")) as records:
         records.put(TAG.key("a", "wanted"), Pointer(DIGESTS[0], 1.0).encode())
         few = records.transaction(steps)
         others = {TAG.key("a", f"v{number}"): Pointer(DIGESTS[1], 1.0).encode() for number in range(2000)}

@@ -24,7 +24,7 @@ from structlog.testing import LogCapture
 
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import FORGOTTEN, SPARE, DiskHealth
-from storage.disk.records import AGAIN, Records
+from storage.disk.records import AGAIN, SQLiteRecords
 from storage.errors import StorageFailed
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
@@ -363,7 +363,7 @@ async def test_what_cannot_be_pushed_for_lack_of_room(
 
 @pytest.mark.errors("disk.failed")
 def test_records_on_a_full_disk_can_be_read(disk: Path, clock: Clock, events: LogCapture) -> None:
-    records = Records(disk / "records", clock)
+    records = SQLiteRecords(disk / "records", clock)
     records.put("tag r a", b"1")
     filler = leave(disk, 0)
     for _ in range(3):
@@ -379,7 +379,7 @@ def test_records_on_a_full_disk_can_be_read(disk: Path, clock: Clock, events: Lo
 
 @pytest.mark.errors("disk.failed", "records.damaged")
 def test_damaged_records_wait_where_no_others_can_be_made(disk: Path, clock: Clock) -> None:
-    records = Records(disk / "records", clock)
+    records = SQLiteRecords(disk / "records", clock)
     records.put("tag r a", b"1")
     os.truncate(disk / "records" / "cache.db", 5000)
     os.truncate(disk / "records" / "cache.db-wal", 0)
@@ -484,7 +484,7 @@ async def test_a_blob_that_is_not_what_it_was_is_fetched_again(
     assert upstream.log == []
 
 
-# Records
+# SQLiteRecords
 
 
 def garble(file: Path, seed: int = 1) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteRecords
 from storage.disk.tree import StoredBlob
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.maintenance import blob_tree
@@ -26,6 +26,7 @@ from storage.maintenance.eviction import Eviction, EvictionReport, EvictionRules
 from storage.maintenance.pins import PinnedContent
 from storage.maintenance.usage import Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
+from storage.records import Batch
 from storage.store import Store
 from tests.conftest import Clock
 
@@ -38,7 +39,7 @@ class Place:
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self.clock = clock
-        self.store = Store(BlobFiles(root, clock), Records(root / "records", clock), clock)
+        self.store = Store(BlobFiles(root, clock), SQLiteRecords(root / "records", clock), clock)
         self.pinned = NOTHING
 
     def eviction(self, **rules: Any) -> Eviction:

@@ -10,7 +10,7 @@ import pytest
 
 from storage.archives.export_plan import ExportPlanner, ExportReference
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.oci import OCI_INDEX, Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock
@@ -20,7 +20,7 @@ CACHE = "docker.io/team/cache"
 
 @pytest.fixture
 async def store(tmp_path: Path, clock: Clock) -> AsyncIterator[Store]:
-    store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records", clock), clock)
+    store = Store(BlobFiles(tmp_path, clock), SQLiteRecords(tmp_path / "records", clock), clock)
     yield store
     await store.close()
 

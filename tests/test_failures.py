@@ -33,7 +33,7 @@ from proxy.upstream.transport import Connect, Transport
 from proxy.webhooks.delivery import Dispatcher
 from proxy.webhooks.event import Event
 from proxy.webhooks.queue import Queue
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import RegistryError
 from tests.clients.processes import require
 from tests.conftest import Serve
@@ -92,7 +92,7 @@ async def by_webhook(mistake: Mistake, servers: Servers, url: str) -> str:
     ca_file = servers.trust.ca if mistake.trusting else None
     webhook = WebhookConfig(name="a", url=Secret(f"{url}/?token=hunter2"), ca_file=ca_file, timeout=0.3)
     with TemporaryDirectory() as directory:
-        queue = Queue(Records(Path(directory) / "records"))
+        queue = Queue(SQLiteRecords(Path(directory) / "records"))
         queue.put(
             [(Event(id="1", at=time.time(), action="push", kind="manifest", repository="a/b"), ("a",))], 9
         )

@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
 from tests.upstream import (
@@ -181,7 +181,7 @@ def verify_store(directory: Path) -> None:
         algorithm = path.parent.parent.name
         assert hashlib.new(algorithm, path.read_bytes()).hexdigest() == path.name
         found.add(f"{algorithm}:{path.name}")
-    records = Records(directory / "cache" / "records")
+    records = SQLiteRecords(directory / "cache" / "records")
     for key, value in records.scan("manifest "):
         digest = Digest.parse(key.split(" ")[2])
         assert Digest.of(value.partition(b"\n")[2], digest.algorithm) == digest

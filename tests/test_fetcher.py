@@ -23,7 +23,7 @@ from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import Connect
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.disk.sparse import SparseUpload
 from storage.errors import RegistryError
 from storage.limits import Slots
@@ -223,7 +223,7 @@ class Rig:
         settings = requests.UpstreamSettings(upstream.url, connect)
         metrics = Metrics()
         self.origin = client.UpstreamRegistry("up", settings, [Credentials()], metrics)
-        self.store = Store(BlobFiles(root, clock), Records(root / "records"), clock)
+        self.store = Store(BlobFiles(root, clock), SQLiteRecords(root / "records"), clock)
         self.turns = Slots(1)
         self.fills = Fills(self.store, metrics, self.turns, backoff=0, ticks=clock)
         self.source = BlobSource("up", self.origin, "a/b")

@@ -23,7 +23,7 @@ from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import Connect
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, OriginFailed, Unavailable
 from storage.oci import Digest
 from storage.registry import Blob
@@ -651,7 +651,7 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
     origin = client.UpstreamRegistry(
         "up", requests.UpstreamSettings(upstream.url, connect), [Credentials()], metrics
     )
-    store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
+    store = Store(BlobFiles(tmp_path, clock), SQLiteRecords(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
     yield Rig(fills, store, BlobSource("up", origin, "a/b"), tmp_path / "partial")
     await fills.close()

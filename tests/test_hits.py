@@ -27,7 +27,7 @@ from proxy.web.hits import Hits
 from proxy.web.listener import Connection
 from proxy.web.server import DistributionAPI
 from proxy.webhooks.event import Event
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.keys import LEASE, MANIFEST, PULLED, TAG, USE
 from storage.oci import OCI_MANIFEST, Digest
 from storage.registry import Registry
@@ -109,9 +109,9 @@ class World:
         await self.site.app.stop()
         self.site = await self.start(directory=self.directory, **changed)
 
-    def records(self, kind: str) -> Records:
+    def records(self, kind: str) -> SQLiteRecords:
         """The records as another process has them."""
-        return Records(self.directory / kind / "records")
+        return SQLiteRecords(self.directory / kind / "records")
 
     def blob(self, content: bytes) -> Path:
         """The file of a cached blob."""

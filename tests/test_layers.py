@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 STORAGE = (
     "errors concurrency names shared",
     "oci limits",
-    "registry keys values",
+    "registry keys values records",
     "disk",
     "listings",
     "store",

@@ -12,7 +12,7 @@ import pytest
 from proxy.namespaces.hosted import Hosted
 from storage.concurrency import Cancelled
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
 from storage.maintenance.leases import Leases
 from storage.migration import adoption, distribution
@@ -34,7 +34,9 @@ def made(tmp_path: Path) -> Layout:
 @pytest.fixture
 def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
     directory = tmp_path / "private"
-    store = Store(BlobFiles(directory, clock), Records(directory / "records", clock), clock, collected=True)
+    store = Store(
+        BlobFiles(directory, clock), SQLiteRecords(directory / "records", clock), clock, collected=True
+    )
     yield store
     store.records.close()
 
@@ -292,16 +294,16 @@ def test_what_is_collected_meanwhile_is_taken_once_more(
     path.parent.mkdir(parents=True)
     path.write_bytes(b"one")
     made.image("a", "1", layers=[b"one"])
-    transaction, times = Records.transaction, 0
+    transaction, times = SQLiteRecords.transaction, 0
 
-    def collect(self: Records, work: Callable[[object], object]) -> object:
+    def collect(self: SQLiteRecords, work: Callable[[object], object], shared: bool = False) -> object:
         nonlocal times
         times += 1
         if times == 1:
             path.unlink()
-        return transaction(self, work)
+        return transaction(self, work, shared)
 
-    monkeypatch.setattr(Records, "transaction", collect)
+    monkeypatch.setattr(SQLiteRecords, "transaction", collect)
     taken = take()
     assert (taken.damaged, taken.manifests, taken.tags) == ([], 1, 1)
     assert path.read_bytes() == b"one"
@@ -420,7 +422,7 @@ def test_what_counts_on_a_blob_comes_when_the_disk_has_it(
 ) -> None:
     made.image("a", "1", layers=[b"one", b"two"])
     steps: list[str] = []
-    sync, transaction, fdatasync = adoption.sync, Records.transaction, os.fdatasync
+    sync, transaction, fdatasync = adoption.sync, SQLiteRecords.transaction, os.fdatasync
     blobs = store.files.root / "blobs"
 
     def spy(directory: Path) -> None:
@@ -430,7 +432,7 @@ def test_what_counts_on_a_blob_comes_when_the_disk_has_it(
     monkeypatch.setattr(adoption, "sync", spy)
     monkeypatch.setattr(os, "fdatasync", lambda file: (steps.append("data"), fdatasync(file)))
     monkeypatch.setattr(
-        Records, "transaction", lambda self, work: (steps.append("records"), transaction(self, work))[1]
+        SQLiteRecords, "transaction", lambda self, work: (steps.append("records"), transaction(self, work))[1]
     )
     take()
     placed = [store.files.path(Digest(digest_of(each))) for each in (b"one", b"two", b'{"of": "a"}')]
@@ -452,11 +454,11 @@ def test_what_was_placed_before_a_death_is_not_read_again(
     class Death(BaseException):
         pass
 
-    def die(self: Records, work: object) -> None:
+    def die(self: SQLiteRecords, work: object) -> None:
         raise Death
 
     with monkeypatch.context() as patch:
-        patch.setattr(Records, "transaction", die)
+        patch.setattr(SQLiteRecords, "transaction", die)
         with pytest.raises(Death):
             take()
     assert store.holds(Digest(digest_of(b"one")))

@@ -13,7 +13,7 @@ import pytest
 from storage.archives.exporter import named, placed
 from storage.disk.blobs import BlobFiles
 from storage.disk.modes import create_file, make_directory
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import OriginDenied, RegistryError, StorageFailed
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Serve
@@ -81,11 +81,11 @@ async def test_damaged_content_that_is_set_aside(tmp_path: Path) -> None:
 @pytest.mark.errors("records.damaged")
 def test_records_that_are_rebuilt(tmp_path: Path) -> None:
     directory = tmp_path / "store" / "records"
-    with closing(Records(directory)) as records:
+    with closing(SQLiteRecords(directory)) as records:
         records.put("a", b"b")
     (directory / "cache.db").write_bytes(b"nothing that SQLite knows" * 1000)
     (directory / "cache.db").chmod(0o600)
-    with closing(Records(directory)) as records:
+    with closing(SQLiteRecords(directory)) as records:
         records.put("c", b"d")
     assert len(list(directory.parent.glob("records.damaged-*"))) == 1
     assert readable(directory.parent) == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.graph import selected, walk
 from storage.maintenance.pins import Pin, PinnedContent, Pins
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag, parse_manifest
@@ -24,7 +24,7 @@ CONFIG, LAYER = "application/vnd.oci.image.config.v1+json", "application/vnd.oci
 
 @pytest.fixture
 async def store(tmp_path: Path, clock: Clock) -> AsyncIterator[Store]:
-    found = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
+    found = Store(BlobFiles(tmp_path, clock), SQLiteRecords(tmp_path / "records"), clock)
     yield found
     await found.close()
 

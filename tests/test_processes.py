@@ -32,7 +32,7 @@ from proxy.upstream.failover import Failover
 from proxy.upstream.transport import Connect
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import ManifestUnknown, TooManyRequests, Unavailable
 from storage.limits import Slots
 from storage.oci import Digest, Tag
@@ -83,7 +83,7 @@ async def start(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterat
     ) -> Process:
         metrics, connect = Metrics(), Connect(plain_http=True)
         disk = DiskHealth(tmp_path, clock)
-        store = Store(BlobFiles(tmp_path, clock, disk), Records(tmp_path / "records", clock), clock)
+        store = Store(BlobFiles(tmp_path, clock, disk), SQLiteRecords(tmp_path / "records", clock), clock)
         closing.push_async_callback(store.close)
         fills = Fills(store, metrics, turns, backoff=0, clock=clock)
         origins = [
@@ -149,7 +149,7 @@ async def test_of_a_process_that_does_nothing_there_is_little_to_tell(
 
 
 def test_by_itself_it_is_this_process(tmp_path: Path) -> None:
-    store = Store(BlobFiles(tmp_path), Records(tmp_path / "records"))
+    store = Store(BlobFiles(tmp_path), SQLiteRecords(tmp_path / "records"))
     assert ProcessState(Fills(store, Metrics()), {}, [DiskHealth(tmp_path)]).pid == os.getpid()
 
 
@@ -288,7 +288,9 @@ async def test_an_origin_that_is_not_far_away_has_no_upstream(
     tmp_path: Path, start: Start, clock: Clock
 ) -> None:
     process = start()
-    store = Store(BlobFiles(tmp_path / "other", clock), Records(tmp_path / "other" / "records", clock), clock)
+    store = Store(
+        BlobFiles(tmp_path / "other", clock), SQLiteRecords(tmp_path / "other" / "records", clock), clock
+    )
     cache = Cache("near", store, store, process.fills, Policy(lambda tag: 0.0), clock)
     assert ProcessState(process.fills, {"near": cache}, [process.disk]).state().upstreams == []
     await cache.close()

@@ -16,7 +16,7 @@ from structlog.testing import LogCapture
 
 from storage.disk.health import DiskHealth
 from storage.disk.read_only import ReadOnlyDatabase
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.oci import Digest
 from tests.conftest import Serve
@@ -62,7 +62,7 @@ async def test_what_was_pushed_and_pulled_is_served_by_the_next_server(
 @pytest.mark.parametrize("logged", [False, True], ids=["closed", "killed"])
 def test_records_can_be_read_and_written_once_the_disk_can(disk: Path, logged: bool) -> None:  # noqa: F811
     directory = disk / "store" / "records"
-    first = Records(directory)
+    first = SQLiteRecords(directory)
     first.put("tag a 1", b"x")
     if logged:  # as a killed process leaves them
         shutil.copytree(directory, disk / "copy")
@@ -72,7 +72,7 @@ def test_records_can_be_read_and_written_once_the_disk_can(disk: Path, logged: b
         (disk / "copy").rename(directory)
         assert (directory / "cache.db-wal").stat().st_size
     with read_only(disk):
-        records = Records(directory, disk=DiskHealth(disk))
+        records = SQLiteRecords(directory, disk=DiskHealth(disk))
         assert records.get("tag a 1") == b"x"
         assert list(records.scan("tag a ")) == [("tag a 1", b"x")]
         assert (records.holds("tag a 1"), records.first("tag ")) == (True, "tag a 1")
@@ -87,7 +87,7 @@ def test_records_can_be_read_and_written_once_the_disk_can(disk: Path, logged: b
 
 
 def test_a_read_only_database_does_not_write(tmp_path: Path) -> None:
-    with closing(Records(tmp_path / "records")) as records:
+    with closing(SQLiteRecords(tmp_path / "records")) as records:
         records.put("a", b"b")
     before = sorted(each.name for each in (tmp_path / "records").iterdir())
     reason = OSError(30, os.strerror(30))
@@ -193,8 +193,8 @@ async def test_a_server_of_several_processes_says_once_that_its_disk_is_full(
 WRITER = """
 import sys
 from pathlib import Path
-from storage.disk.records import Records
-records = Records(Path(sys.argv[1]))
+from storage.disk.records import SQLiteRecords
+records = SQLiteRecords(Path(sys.argv[1]))
 for line in sys.stdin:
     key, value = line.split()
     if value == "close":
@@ -209,7 +209,7 @@ for line in sys.stdin:
 def test_a_read_only_database_shows_what_another_process_writes(tmp_path: Path, logged: bool) -> None:
     """With a log, and without one, in which case nothing locks the file that is read."""
     directory = tmp_path / "records"
-    with closing(Records(directory)) as records:
+    with closing(SQLiteRecords(directory)) as records:
         for number in range(200):
             records.put(f"tag {number}", b"old")
     command = [sys.executable, "-c", WRITER, str(directory)]

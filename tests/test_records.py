@@ -1,4 +1,4 @@
-"""Records: what was put is there, in order, for all who look; what somebody else put is not trusted."""
+"""SQLiteRecords: what was put is there, in order, for all who look; what somebody else put is not trusted."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
 from storage.disk import records as records_module
-from storage.disk.records import AGAIN, Batch, Records
+from storage.disk.records import AGAIN, SQLiteRecords
 from storage.disk.remembered import Remembered
 from storage.errors import StorageFailed
+from storage.records import Batch
 from tests.conftest import Clock
 
 MANY = 1_200  # more than two batches of a scan
@@ -36,24 +37,14 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def records(directory: Path) -> Iterator[Records]:
-    found = Records(directory)
+def records(directory: Path) -> Iterator[SQLiteRecords]:
+    found = SQLiteRecords(directory)
     yield found
     found.close()
 
 
-def test_put_get_replace_delete(records: Records) -> None:
-    assert records.get("tag a b") is None
-    records.put("tag a b", b"one")
-    records.put("tag a b", b"\0\xfftwo\n")
-    assert records.get("tag a b") == b"\0\xfftwo\n"
-    assert records.delete("tag a b") is True
-    assert records.delete("tag a b") is False
-    assert records.get("tag a b") is None
-
-
 @pytest.mark.parametrize("size", [0, 1, 40_000, 5 << 20])
-def test_values_of_any_size_stand_in_the_database(records: Records, directory: Path, size: int) -> None:
+def test_values_of_any_size_stand_in_the_database(records: SQLiteRecords, directory: Path, size: int) -> None:
     """A file beside it could be lost without SQLite's notice."""
     records.put("manifest a b", b"x" * size)
     assert records.get("manifest a b") == b"x" * size
@@ -63,66 +54,8 @@ def test_values_of_any_size_stand_in_the_database(records: Records, directory: P
 # Scans
 
 
-def test_a_scan_is_in_order_and_within_its_prefix(records: Records) -> None:
-    keys = [
-        "tag a/b x",
-        "tag a b",
-        "tag a-b x",
-        "tag a B",
-        "tag a _",
-        "tag a a.b",
-        "tag a a",
-        "tagg a a",
-        "tag",
-    ]
-    for key in keys:
-        records.put(key, key.encode())
-    expected = ["tag a B", "tag a _", "tag a a", "tag a a.b", "tag a b"]
-    assert list(records.scan("tag a ")) == [(key, key.encode()) for key in expected]
-    assert [key for key, _ in records.scan("tag ")] == [*expected, "tag a-b x", "tag a/b x"]
-    assert list(records.scan("link ")) == []
-
-
-def test_a_scan_begins_after_what_need_not_be_there(records: Records) -> None:
-    for tag in ("a", "b", "c"):
-        records.put(f"tag r {tag}", b"")
-    after = {last: [key[6:] for key, _ in records.scan("tag r ", last)] for last in ("", "a", "aa", "c", "z")}
-    assert after == {"": ["a", "b", "c"], "a": ["b", "c"], "aa": ["b", "c"], "c": [], "z": []}
-
-
-def test_a_scan_over_many_batches_misses_none_and_repeats_none(records: Records) -> None:
-    keys = [f"tag r {number:05}" for number in range(MANY)]
-    # In no order, and beside neighbours.
-    for key in [*keys[::-2], *keys[::2], "tag q z", "tag s 0"]:
-        records.put(key, key.encode())
-    assert [key for key, _ in records.scan("tag r ")] == keys
-
-
-def test_a_scan_goes_on_past_what_is_put_and_deleted_meanwhile(records: Records) -> None:
-    keys = [f"tag r {number:05}" for number in range(MANY)]
-    for key in keys:
-        records.put(key, b"")
-    scan = records.scan("tag r ")
-    seen = [next(scan)[0]]
-    for key in (keys[0], keys[700]):  # behind it; ahead, in a batch not yet read
-        records.delete(key)
-    records.put("tag r 99999", b"")
-    seen += [key for key, _ in scan]
-    assert seen == [key for key in keys if key != keys[700]] + ["tag r 99999"]
-
-
-def test_first_skips_from_group_to_group(records: Records) -> None:
-    for name in ("a", "a-b", "a/b", "b"):
-        for tag in ("1", "2", "3"):
-            records.put(f"tag {name} {tag}", b"")
-    assert records.first("tag ") == "tag a 1"
-    assert records.first("tag ", "a!") == "tag a-b 1"
-    assert records.first("tag ", "a/b!") == "tag b 1"
-    assert records.first("tag ", "b!") is None
-
-
 def test_keys_are_told_of_what_cannot_be_read_as_well(
-    records: Records, monkeypatch: pytest.MonkeyPatch
+    records: SQLiteRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records_module, "BATCH", 2)
     for number in range(5):
@@ -133,29 +66,13 @@ def test_keys_are_told_of_what_cannot_be_read_as_well(
     assert list(records.keys("tag a ")) == [f"tag a {number}" for number in range(5)]
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    max_examples=30,
-    deadline=None,
-)
-@given(st.sets(st.text("Aa0./_- ", max_size=6), max_size=12), st.text("Aa0./_- ", max_size=4))
-def test_a_scan_is_what_sorting_the_keys_would_give(records: Records, keys: set[str], after: str) -> None:
-    for key, _ in list(records.scan("")):
-        records.delete(key)
-    for key in keys | {"l" + key for key in keys}:
-        records.put("k" + key, key.encode())
-    found = [key for key, _ in records.scan("k", after)]
-    assert found == sorted("k" + key for key in keys | {"l" + key for key in keys} if key > after)
-    assert records.first("k", after) == (found[0] if found else None)
-
-
 # Several who look
 
 
 def test_whether_it_waits_for_the_disk_is_up_to_whom_it_is_for(directory: Path) -> None:
     """In every thread, and again once it is there: SQLite's PRAGMA synchronous, 1 is NORMAL and 2 FULL."""
     for durable in (False, True, True, False):
-        with closing(Records(directory, durable=durable)) as found, ThreadPoolExecutor(1) as pool:
+        with closing(SQLiteRecords(directory, durable=durable)) as found, ThreadPoolExecutor(1) as pool:
             found.put("a", b"b")
             ask = found._do
             levels = {ask(_level), pool.submit(lambda ask=ask: ask(_level)).result()}
@@ -164,51 +81,6 @@ def test_whether_it_waits_for_the_disk_is_up_to_whom_it_is_for(directory: Path) 
 
 def _level(cache: Any) -> int:
     return int(cache._sql("PRAGMA synchronous").fetchone()[0])
-
-
-def test_two_on_one_directory_see_each_other(directory: Path) -> None:
-    one, other = Records(directory), Records(directory)
-    one.put("tag r a", b"1")
-    assert other.get("tag r a") == b"1"
-    other.put("tag r a", b"2")
-    other.put("tag r b", b"3")
-    assert list(one.scan("tag r ")) == [("tag r a", b"2"), ("tag r b", b"3")]
-    one.delete("tag r a")
-    one.close()
-    assert other.first("tag ") == "tag r b"
-    other.close()
-
-
-def test_records_outlive_whoever_put_them(directory: Path) -> None:
-    first = Records(directory)
-    first.put("tag r a", b"1")
-    first.close()
-    second = Records(directory)
-    assert second.get("tag r a") == b"1"
-    second.close()
-
-
-def test_threads_put_at_the_same_time(records: Records) -> None:
-    barrier = threading.Barrier(6)
-
-    def put(thread: int) -> None:
-        barrier.wait()
-        for number in range(20):
-            records.put(f"tag r {thread}-{number:02}", b"%d" % thread)
-            records.put("tag r one", b"%d" % thread)
-        assert records.get(f"tag r {thread}-19") == b"%d" % thread
-
-    with ThreadPoolExecutor(6) as threads:
-        list(threads.map(put, range(6)))
-    found = dict(records.scan("tag r "))
-    assert found.pop("tag r one") in {b"%d" % thread for thread in range(6)}
-    assert found == {f"tag r {t}-{n:02}": b"%d" % t for t in range(6) for n in range(20)}
-
-
-def test_closing_twice_is_harmless(directory: Path) -> None:
-    records = Records(directory)
-    records.close()
-    records.close()
 
 
 # What is not as it should be
@@ -223,7 +95,7 @@ class Bomb:
         return setattr, (Bomb, "exploded", True)
 
 
-def test_a_pickle_is_refused_unopened(records: Records, directory: Path) -> None:
+def test_a_pickle_is_refused_unopened(records: SQLiteRecords, directory: Path) -> None:
     with diskcache.Cache(str(directory)) as stranger:
         stranger.set("tag r a", Bomb())
     assert not Bomb.exploded
@@ -235,21 +107,21 @@ def test_a_pickle_is_refused_unopened(records: Records, directory: Path) -> None
 def test_nothing_is_culled_whatever_the_size(directory: Path) -> None:
     with diskcache.Cache(str(directory), size_limit=1, cull_limit=10):
         pass  # the database remembers these settings
-    records = Records(directory)
+    records = SQLiteRecords(directory)
     for number in range(30):
         records.put(f"tag r {number:02}", b"x" * 1000)
     assert len(list(records.scan("tag r "))) == 30
     records.close()
 
 
-def test_the_directory_is_its_owners_alone(records: Records, directory: Path) -> None:
+def test_the_directory_is_its_owners_alone(records: SQLiteRecords, directory: Path) -> None:
     assert directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageFailed, match=str(tmp_path / "file" / "records")):
-        Records(tmp_path / "file" / "records")
+        SQLiteRecords(tmp_path / "file" / "records")
 
 
 # Damage
@@ -271,8 +143,8 @@ def expected(count: int) -> dict[str, bytes]:
 
 
 def filled(directory: Path, count: int) -> dict[str, bytes]:
-    """Records of a database that is closed, and all in one file."""
-    records = Records(directory)
+    """SQLiteRecords of a database that is closed, and all in one file."""
+    records = SQLiteRecords(directory)
     for key, value in expected(count).items():
         records.put(key, value)
     records.close()
@@ -281,7 +153,7 @@ def filled(directory: Path, count: int) -> dict[str, bytes]:
     return expected(count)
 
 
-def use(records: Records, key: str) -> None:
+def use(records: SQLiteRecords, key: str) -> None:
     """Every way to read and write; it may fail, but in one way only."""
     for way in (
         lambda: records.get(key),
@@ -299,7 +171,7 @@ def use(records: Records, key: str) -> None:
 def test_a_file_that_is_no_database_makes_way(directory: Path, content: bytes, events: LogCapture) -> None:
     directory.mkdir()
     (directory / "cache.db").write_bytes(content)
-    records = Records(directory)
+    records = SQLiteRecords(directory)
     settle()
     records.put("tag r a", b"1")
     assert records.get("tag r a") == b"1"
@@ -337,7 +209,7 @@ def test_whatever_is_damaged_no_record_is_wrong_and_it_works_again(
     directory.mkdir()
     file = directory / "cache.db"
     file.write_bytes(content)
-    records = Records(directory) if running else None
+    records = SQLiteRecords(directory) if running else None
     if records is not None:
         assert records.get("tag r 0001") == b"1"
     with file.open("r+b") as opened:
@@ -346,7 +218,7 @@ def test_whatever_is_damaged_no_record_is_wrong_and_it_works_again(
             opened.write(noise)
         if cut is not None:
             opened.truncate(int(cut * len(content)))
-    records = records or Records(directory)
+    records = records or SQLiteRecords(directory)
     for _ in range(2):
         for key in [*values][::7]:
             use(records, key)
@@ -373,16 +245,16 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, by
 
 
 def test_the_page_cache_of_each_thread_is_bounded(directory: Path) -> None:
-    with closing(Records(directory)) as records:
+    with closing(SQLiteRecords(directory)) as records:
         pragma = "PRAGMA cache_size"
         assert records._do(lambda cache: list(cache._sql(pragma))) == [(-2048,)]
         for durable in (True, False):  # what is stored in the database does not decide
-            with closing(Records(directory, durable=durable)) as other:
+            with closing(SQLiteRecords(directory, durable=durable)) as other:
                 assert other._do(lambda cache: list(cache._sql(pragma))) == [(-2048,)]
     former = sqlite3.connect(directory / "cache.db")
     with closing(former), former:
         former.execute("UPDATE Settings SET value = 8192 WHERE key = 'sqlite_cache_size'")
-    with closing(Records(directory)) as records:
+    with closing(SQLiteRecords(directory)) as records:
         assert records._do(lambda cache: list(cache._sql(pragma))) == [(-2048,)]
 
 
@@ -390,7 +262,7 @@ def test_the_page_caches_of_all_threads_together_are_bounded(tmp_path: Path) -> 
     library = ctypes.CDLL(getattr(_sqlite3, "__file__", None))  # or part of Python itself
     library.sqlite3_memory_used.restype = ctypes.c_longlong
     threads, read, end = 12, threading.Semaphore(0), threading.Event()
-    with closing(Records(tmp_path / "1")) as one, closing(Records(tmp_path / "2")) as two:
+    with closing(SQLiteRecords(tmp_path / "1")) as one, closing(SQLiteRecords(tmp_path / "2")) as two:
         for records in (one, two):
             records.transaction(
                 lambda batch: [batch.put(f"link a {n:04d}", bytes(3000)) for n in range(1000)]
@@ -431,7 +303,7 @@ def test_all_but_the_damaged_pages_is_salvaged(directory: Path) -> None:
         with file.open("r+b") as opened:
             opened.seek(at // 4096 * 4096)
             opened.write(b"\xa5" * 4096)
-    records = Records(directory)
+    records = SQLiteRecords(directory)
     for key in values:
         with suppress(StorageFailed):
             records.get(key)
@@ -447,13 +319,13 @@ def test_all_but_the_damaged_pages_is_salvaged(directory: Path) -> None:
 @pytest.mark.errors("records.damaged")
 def test_one_of_several_moves_it_and_the_others_notice(directory: Path) -> None:
     filled(directory, 100)
-    sharers = [Records(directory) for _ in range(4)]
+    sharers = [SQLiteRecords(directory) for _ in range(4)]
     for each in sharers:
         assert each.get("tag r 0001") == b"1"
     os.truncate(directory / "cache.db", 5000)
     barrier = threading.Barrier(len(sharers))
 
-    def meet(records: Records) -> None:
+    def meet(records: SQLiteRecords) -> None:
         barrier.wait()
         for number in range(100):
             use(records, f"tag r {number:04}")
@@ -470,18 +342,8 @@ def test_one_of_several_moves_it_and_the_others_notice(directory: Path) -> None:
         each.close()
 
 
-def test_groups_skip_from_one_field_to_the_next(directory: Path) -> None:
-    with closing(Records(directory)) as records:
-        for key in ("link a 1", "link a 2", "link a-b 1", "link a/b 1", "link b 1", "links c 1"):
-            records.put(key, b"")
-        assert list(records.groups("link ")) == ["a", "a-b", "a/b", "b"]
-        assert list(records.groups("link ", "a")) == ["a-b", "a/b", "b"]
-        assert list(records.groups("link b ")) == ["1"]
-        assert list(records.groups("tag ")) == []
-
-
 def test_a_record_that_cannot_be_read_is_held_all_the_same(directory: Path) -> None:
-    with closing(Records(directory)) as records:
+    with closing(SQLiteRecords(directory)) as records:
         records.transaction(lambda batch: batch._cache.set("tag a v1", b"not what was put"))
         assert records.get("tag a v1") is None
         assert records.holds("tag a v1")
@@ -491,9 +353,9 @@ def test_a_record_that_cannot_be_read_is_held_all_the_same(directory: Path) -> N
 @pytest.mark.errors("records.damaged")
 def test_two_damaged_databases_are_kept(directory: Path, clock: Clock) -> None:
     for _ in range(4):
-        Records(directory, clock).close()
+        SQLiteRecords(directory, clock).close()
         (directory / "cache.db").write_bytes(b"not a database" * 1000)
-        records = Records(directory, clock)
+        records = SQLiteRecords(directory, clock)
         settle()
         clock.advance(AGAIN)
         records.close()
@@ -504,7 +366,7 @@ def test_two_damaged_databases_are_kept(directory: Path, clock: Clock) -> None:
 @pytest.mark.errors("records.damaged")
 def test_no_connection_to_what_was_moved_stays_open(directory: Path) -> None:
     filled(directory, 10)
-    records = Records(directory)
+    records = SQLiteRecords(directory)
     with ThreadPoolExecutor(1) as thread:
         thread.submit(records.put, "tag r a", b"").result()
         os.truncate(directory / "cache.db", 0)
@@ -521,7 +383,7 @@ def test_no_connection_to_what_was_moved_stays_open(directory: Path) -> None:
 
 @pytest.mark.errors("records.damaged")
 def test_a_database_that_loses_its_table_fails_as_storage_and_is_rebuilt(
-    records: Records, directory: Path
+    records: SQLiteRecords, directory: Path
 ) -> None:
     records.put("tag r a", b"1")
     with closing(sqlite3.connect(directory / "cache.db")) as connection:
@@ -535,7 +397,7 @@ def test_a_database_that_loses_its_table_fails_as_storage_and_is_rebuilt(
     assert records.get("tag r a") == b"2"
 
 
-def test_a_record_that_is_not_what_was_put_counts_as_absent(records: Records, directory: Path) -> None:
+def test_a_record_that_is_not_what_was_put_counts_as_absent(records: SQLiteRecords, directory: Path) -> None:
     for key in ("tag r a", "tag r b"):
         records.put(key, b"value of " + key.encode())
     with closing(sqlite3.connect(directory / "cache.db")) as connection:
@@ -548,7 +410,7 @@ def test_a_record_that_is_not_what_was_put_counts_as_absent(records: Records, di
     assert records.get("tag r a") == b"again"
 
 
-def test_no_file_is_read_or_removed_that_a_record_names(records: Records, directory: Path) -> None:
+def test_no_file_is_read_or_removed_that_a_record_names(records: SQLiteRecords, directory: Path) -> None:
     records.put("tag r a", b"1")
     (directory / "precious").write_bytes(b"precious")
     with closing(sqlite3.connect(directory / "cache.db")) as connection:
@@ -568,9 +430,9 @@ def test_a_database_that_is_locked_is_waited_for(
     directory: Path, monkeypatch: pytest.MonkeyPatch, events: LogCapture
 ) -> None:
     monkeypatch.setattr("storage.disk.database.LOCKED", 0.01)
-    hasty = Records(directory)
+    hasty = SQLiteRecords(directory)
     monkeypatch.undo()
-    patient = Records(directory)
+    patient = SQLiteRecords(directory)
     with ThreadPoolExecutor(1) as thread, closing(sqlite3.connect(directory / "cache.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StorageFailed, match="locked"):
@@ -588,7 +450,9 @@ def test_a_database_that_is_locked_is_waited_for(
 
 
 @pytest.mark.errors("disk.failed")
-def test_a_database_that_may_not_grow_is_read_all_the_same(records: Records, events: LogCapture) -> None:
+def test_a_database_that_may_not_grow_is_read_all_the_same(
+    records: SQLiteRecords, events: LogCapture
+) -> None:
     records.put("tag r a", b"1")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -604,68 +468,10 @@ def test_a_database_that_may_not_grow_is_read_all_the_same(records: Records, eve
     assert [each["event"] for each in events.entries] == ["disk.failed", "disk.recovered"]
 
 
-def test_what_is_closed_takes_nothing(directory: Path) -> None:
-    records = Records(directory)
-    records.close()
-    with pytest.raises(StorageFailed, match="closed"):
-        records.put("tag r a", b"1")
-
-
-def test_transaction(tmp_path: Path) -> None:
-    records = Records(tmp_path / "records")
-    records.put("a", b"1")
-
-    def work(batch: Batch) -> bytes | None:
-        batch.put("b", b"2")
-        assert batch.get("b") == b"2"
-        assert batch.delete("a")
-        assert not batch.delete("a")
-        return batch.get("a")
-
-    assert records.transaction(work) is None
-    assert records.get("a") is None
-    assert records.get("b") == b"2"
-    records.close()
-
-
-def test_transaction_is_whole_or_nothing(tmp_path: Path) -> None:
-    records = Records(tmp_path / "records")
-
-    def work(batch: Batch) -> None:
-        batch.put("a", b"1")
-        raise ZeroDivisionError
-
-    def slip(batch: Batch) -> None:
-        batch.put("a", b"1")
-        raise KeyError("a slip is no damage")
-
-    with pytest.raises(ZeroDivisionError):
-        records.transaction(work)
-    with pytest.raises(KeyError):
-        records.transaction(slip)
-    assert records.get("a") is None
-    records.put("b", b"2")
-    records.close()
-
-
-def test_transactions_of_several_lose_nothing(tmp_path: Path) -> None:
-    ours, theirs = Records(tmp_path / "records"), Records(tmp_path / "records")
-
-    def add(batch: Batch) -> None:
-        batch.put("n", str(int(batch.get("n") or b"0") + 1).encode())
-
-    with ThreadPoolExecutor(4) as pool:
-        for each in (ours, theirs) * 20:
-            pool.submit(each.transaction, add)
-    assert ours.get("n") == b"40"
-    ours.close()
-    theirs.close()
-
-
 # Versions
 
 
-def test_a_version_holds_until_a_record_changes(records: Records, directory: Path) -> None:
+def test_a_version_holds_until_a_record_changes(records: SQLiteRecords, directory: Path) -> None:
     records.put("tag a b", b"1")
     before = records.version()
     assert before is not None
@@ -676,13 +482,15 @@ def test_a_version_holds_until_a_record_changes(records: Records, directory: Pat
 
 @pytest.mark.parametrize("change", ["put", "delete", "transaction", "many"])
 @pytest.mark.parametrize("by", ["itself", "a thread", "another"])
-def test_a_version_ends_with_any_change(records: Records, directory: Path, change: str, by: str) -> None:
+def test_a_version_ends_with_any_change(
+    records: SQLiteRecords, directory: Path, change: str, by: str
+) -> None:
     records.put("tag a b", b"1")
 
     def work(batch: Batch) -> None:
         batch.put("tag a c", b"2")
 
-    def write(to: Records) -> None:
+    def write(to: SQLiteRecords) -> None:
         match change:
             case "put":
                 to.put("tag a b", b"1")  # the same again may mean another time
@@ -702,7 +510,7 @@ def test_a_version_ends_with_any_change(records: Records, directory: Path, chang
             with ThreadPoolExecutor(1) as threads:
                 threads.submit(write, records).result()
         else:
-            with closing(Records(directory)) as another:
+            with closing(SQLiteRecords(directory)) as another:
                 write(another)
         after = records.version()
         assert after is not None
@@ -710,7 +518,7 @@ def test_a_version_ends_with_any_change(records: Records, directory: Path, chang
         records.put("tag a b", b"1")
 
 
-def test_a_version_is_of_the_database_that_has_the_name(records: Records, directory: Path) -> None:
+def test_a_version_is_of_the_database_that_has_the_name(records: SQLiteRecords, directory: Path) -> None:
     records.put("tag a b", b"1")
     before = records.version()
     assert before is not None
@@ -722,7 +530,7 @@ def test_a_version_is_of_the_database_that_has_the_name(records: Records, direct
     assert after != before
 
 
-def test_what_is_remembered_is_read_once(records: Records, directory: Path) -> None:
+def test_what_is_remembered_is_read_once(records: SQLiteRecords, directory: Path) -> None:
     records.put("tag a b", b"1")
     reads = []
 
@@ -733,7 +541,7 @@ def test_what_is_remembered_is_read_once(records: Records, directory: Path) -> N
     remembered = Remembered(records, read)
     assert [remembered() for _ in range(3)] == [b"1"] * 3
     assert len(reads) == 1
-    with closing(Records(directory)) as another:
+    with closing(SQLiteRecords(directory)) as another:
         another.put("tag a b", b"2")
         assert [remembered() for _ in range(3)] == [b"2"] * 3
         another.put("tag a c", b"3")
@@ -743,7 +551,7 @@ def test_what_is_remembered_is_read_once(records: Records, directory: Path) -> N
     assert remembered() is None
 
 
-def test_what_fails_to_be_read_is_read_again(records: Records) -> None:
+def test_what_fails_to_be_read_is_read_again(records: SQLiteRecords) -> None:
     answers: list[Exception | int] = [1, ValueError(), 2]
 
     def read() -> int:

@@ -22,7 +22,7 @@ from proxy.upstream import client, requests
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.transport import RETRIES, Connect
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import (
     BlobUnknown,
     ManifestInvalid,
@@ -99,7 +99,7 @@ async def rig(tmp_path: Path, upstream: Upstream, clock: Clock) -> AsyncIterator
     connect = Connect(plain_http=True, header_timeout=2, progress_timeout=2)
     told = requests.UpstreamSettings(upstream.url, connect, reserve=lambda limit: rig.reserve)
     origin = client.UpstreamRegistry("up", told, [Credentials()], metrics, clock)
-    store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records"), clock)
+    store = Store(BlobFiles(tmp_path, clock), SQLiteRecords(tmp_path / "records"), clock)
     fills = Fills(store, metrics, backoff=0)
     cache = Cache("up", origin, store, fills, policy(), clock)
     namespaces = Namespaces([Member(cache, "up"), Member(store, "own")])

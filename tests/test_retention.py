@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import ManifestUnknown
 from storage.keys import PULLED, WATCHED
 from storage.maintenance.collection import CollectionReport
@@ -344,4 +344,4 @@ async def test_records_are_read_by_pulls_in_several_threads(place: Place) -> Non
     await asyncio.gather(*(pulls.pulled(APP, f"v{number % 20}") for number in range(100)))
     assert len([*place.records.keys(PULLED.prefix(APP))]) == 20
     assert len(set(digests)) == 1
-    assert isinstance(place.records, Records)
+    assert isinstance(place.records, SQLiteRecords)

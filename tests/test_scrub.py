@@ -14,7 +14,7 @@ from structlog.testing import LogCapture
 
 from storage.disk import tree
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.disk.uploads import CHUNK
 from storage.errors import BlobUnknown, OriginFailed, StorageFailed
 from storage.maintenance import pace
@@ -37,7 +37,7 @@ class Home:
         self.root = root
         self.clock = clock
         self.files = BlobFiles(root, clock)
-        self.records = Records(root / "records")
+        self.records = SQLiteRecords(root / "records")
         self.store = Store(self.files, self.records, clock)
         self.slept: list[float] = []
         self.order: list[Digest] = []
@@ -881,9 +881,9 @@ async def test_a_manifest_put_again_meanwhile_stays(home: Home, monkeypatch: pyt
     home.records.put(key, b"x 1\n{}")
     transaction = home.records.transaction
 
-    def late(work: Any) -> Any:
+    def late(work: Any, shared: bool = False) -> Any:
         home.records.put(key, b"x 1\n" + good.content)
-        return transaction(work)
+        return transaction(work, shared)
 
     monkeypatch.setattr(home.records, "transaction", late)
     assert (await home.run()).damaged == 0

@@ -16,7 +16,7 @@ import pytest
 from yarl import URL
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.oci import Digest, Tag
 from storage.store import Store
 from tests.processes import Place, Server, Worker, digest, place
@@ -228,7 +228,7 @@ async def test_a_tag_is_asked_for_once_in_its_time_over_both_workers(
 async def outdate(place: Place, name: str) -> None:
     """Let eleven minutes pass for the tag `latest`."""
     root = place.directory / "cache"
-    store = Store(BlobFiles(root), Records(root / "records"), lambda: time.time() - 660)
+    store = Store(BlobFiles(root), SQLiteRecords(root / "records"), lambda: time.time() - 660)
     await store.point(f"docker.io/{REPOSITORY}", Tag("latest"), Digest.parse(name))
     await store.close()
 

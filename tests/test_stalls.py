@@ -15,7 +15,7 @@ from structlog.testing import LogCapture
 from proxy.telemetry.stalls import watched_callbacks
 from storage import oci
 from storage.concurrency import LARGE
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.oci import OCI_INDEX, Digest
 from tests.conftest import Clock, Serve
 from tests.processes import Place, place
@@ -169,14 +169,14 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     scans: list[tuple[str, bool]] = []
 
     def recording(name: str, real: Any) -> Any:
-        def scan(self: Records, prefix: str, after: str = "") -> Iterator[Any]:
+        def scan(self: SQLiteRecords, prefix: str, after: str = "") -> Iterator[Any]:
             scans.append((name, threading.current_thread() is threading.main_thread()))
             yield from real(self, prefix, after)
 
         return scan
 
     for name in ("scan", "groups"):
-        monkeypatch.setattr(Records, name, recording(name, getattr(Records, name)))
+        monkeypatch.setattr(SQLiteRecords, name, recording(name, getattr(SQLiteRecords, name)))
     return scans
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteBatch, SQLiteRecords
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -37,7 +37,7 @@ class Home:
 
     def __init__(self, directory: Path, clock: Callable[[], float]) -> None:
         self.files = BlobFiles(directory, clock)
-        self.records = Records(directory / "records")
+        self.records = SQLiteRecords(directory / "records")
         self.store = Store(self.files, self.records, clock, collected=True)
 
     async def put_blob(self, repository: str, content: bytes) -> Digest:
@@ -185,19 +185,19 @@ async def test_a_manifest_that_is_not_what_its_digest_says_is_refused(home: Home
 
 
 async def test_a_push_is_all_or_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    put, manifest = Batch.put, image(subject=described(b"subject"))
+    put, manifest = SQLiteBatch.put, image(subject=described(b"subject"))
     for failing in ("manifest", "referrers", "tag", "pushed"):
 
-        def record(batch: Batch, key: str, value: bytes, failing: str = failing) -> None:
+        def record(batch: SQLiteBatch, key: str, value: bytes, failing: str = failing) -> None:
             if key.startswith(f"{failing} "):
                 raise StorageFailed("power cut")
             put(batch, key, value)
 
-        monkeypatch.setattr(Batch, "put", record)
+        monkeypatch.setattr(SQLiteBatch, "put", record)
         with pytest.raises(StorageFailed):
             await home.store.push_manifest("a", LATEST, manifest, [Tag("v1")])
         assert list(home.records.scan("")) == []
-    monkeypatch.setattr(Batch, "put", put)
+    monkeypatch.setattr(SQLiteBatch, "put", put)
     await home.store.push_manifest("a", LATEST, manifest, [Tag("v1")])
     kinds = [key.partition(" ")[0] for key, _ in home.records.scan("")]
     assert kinds == ["manifest", "pushed", "referrers", "tag", "tag"]

@@ -17,7 +17,7 @@ from proxy.cache.origin import RECENT, Origin
 from proxy.cache.policy import Policy
 from proxy.cache.tags import TagRevalidation
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import ManifestUnknown, NameUnknown, OriginDenied, OriginFailed, RegistryError
 from storage.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference, Tag
 from storage.registry import Registry
@@ -90,7 +90,7 @@ class Rig:
 
 @pytest.fixture
 async def rig(tmp_path: Path, clock: Clock) -> AsyncIterator[Rig]:
-    store = Store(BlobFiles(tmp_path, clock), Records(tmp_path / "records", clock), clock)
+    store = Store(BlobFiles(tmp_path, clock), SQLiteRecords(tmp_path / "records", clock), clock)
     yield Rig(FakeOrigin(), store, clock)
     await store.close()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.maintenance import usage as module
 from storage.maintenance.usage import DAY, HOUR, KEEP_DAYS, KEEP_HOURS, MOVES_KEPT, Counters, Move, Usage, Use
@@ -21,8 +21,8 @@ OLD, NEW = Digest.of(b"old"), Digest.of(b"new")
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> Iterator[Records]:
-    found = Records(tmp_path / "records")
+def records(tmp_path: Path) -> Iterator[SQLiteRecords]:
+    found = SQLiteRecords(tmp_path / "records")
     yield found
     found.close()
 
@@ -33,7 +33,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def usage(records: Records, clock: Clock) -> Usage:
+def usage(records: SQLiteRecords, clock: Clock) -> Usage:
     return Usage(records, clock)
 
 
@@ -59,7 +59,7 @@ def test_uses_add_up(usage: Usage) -> None:
 
 def test_two_processes_add_up(tmp_path: Path, clock: Clock) -> None:
     def record() -> None:
-        records = Records(tmp_path / "records")
+        records = SQLiteRecords(tmp_path / "records")
         usage = Usage(records, clock)
         for _ in range(20):
             usage.record(
@@ -72,7 +72,7 @@ def test_two_processes_add_up(tmp_path: Path, clock: Clock) -> None:
         each.start()
     for each in threads:
         each.join()
-    records = Records(tmp_path / "records")
+    records = SQLiteRecords(tmp_path / "records")
     usage = Usage(records, clock)
     assert usage.use(ALPINE, "3") == Use(40, 1.0, 1.0)
     assert usage.stats(clock()) == {HUB: Counters(requests=40, hits=40)}
@@ -112,7 +112,7 @@ def test_hours_are_summed_where_they_are_known(usage: Usage, clock: Clock) -> No
     assert requests(usage, clock() + HOUR) == {}
 
 
-def test_days_are_summed_where_hours_are_gone(usage: Usage, clock: Clock, records: Records) -> None:
+def test_days_are_summed_where_hours_are_gone(usage: Usage, clock: Clock, records: SQLiteRecords) -> None:
     begun = clock()
     for requested in (1, 2, 4, 8, 16):
         count(usage, clock(), requests=requested)
@@ -134,7 +134,7 @@ def test_the_last_72_hours_are_whole(usage: Usage, clock: Clock) -> None:
     assert requests(usage, asked + HOUR) == {HUB: 2}
 
 
-def test_old_days_go(usage: Usage, clock: Clock, records: Records) -> None:
+def test_old_days_go(usage: Usage, clock: Clock, records: SQLiteRecords) -> None:
     count(usage, clock())
     clock.advance(KEEP_DAYS)
     count(usage, clock(), requests=2)
@@ -146,7 +146,7 @@ def test_old_days_go(usage: Usage, clock: Clock, records: Records) -> None:
     assert len(list(records.scan("stats hour "))) == 2
 
 
-def test_old_periods_go_once_an_hour(usage: Usage, clock: Clock, records: Records) -> None:
+def test_old_periods_go_once_an_hour(usage: Usage, clock: Clock, records: SQLiteRecords) -> None:
     count(usage, clock())
     long_ago = clock() - KEEP_HOURS - HOUR
     count(usage, long_ago)
@@ -183,7 +183,9 @@ def test_what_is_derived() -> None:
 
 
 @pytest.mark.parametrize("damaged", [b"", b"{", b"\xff", b"7", b"[1]", b'["a", 1, 2]', b'{"requests": "a"}'])
-def test_a_damaged_record_is_as_none(usage: Usage, records: Records, clock: Clock, damaged: bytes) -> None:
+def test_a_damaged_record_is_as_none(
+    usage: Usage, records: SQLiteRecords, clock: Clock, damaged: bytes
+) -> None:
     keys = (f"use {ALPINE} latest", f"moves {ALPINE} latest", f"stats hour 2023111422 {HUB}")
     for key in keys:
         records.put(key, damaged)

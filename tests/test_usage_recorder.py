@@ -18,7 +18,7 @@ from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from storage.disk.blobs import TOUCH, BlobFiles
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.graph import ManifestTree, walk
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
@@ -39,7 +39,7 @@ class Rig:
     def __init__(self, directory: Path, clock: Clock) -> None:
         self.clock = clock
         self.files = BlobFiles(directory, clock)
-        self.records = Records(directory / "records")
+        self.records = SQLiteRecords(directory / "records")
         self.store = Store(self.files, self.records, clock)
         self.usage = Usage(self.records, clock)
         self.metrics = Metrics()
@@ -277,7 +277,7 @@ async def test_what_cannot_be_recorded_waits(rig: Rig, monkeypatch: pytest.Monke
     begun = rig.clock()
     with monkeypatch.context() as patch:
 
-        def fail(*arguments: object) -> None:
+        def fail(*arguments: object, **options: object) -> None:
             raise StorageFailed("the disk is full")
 
         patch.setattr(rig.records, "transaction", fail)

@@ -22,7 +22,7 @@ from proxy.webhooks import delivery as module
 from proxy.webhooks.delivery import Dispatcher
 from proxy.webhooks.event import Event
 from proxy.webhooks.queue import Queue
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from tests.conftest import Clock
 from tests.events import Ear
@@ -34,7 +34,7 @@ HOUR = 3600.0
 class Watched(Queue):
     """Tells the loop when something was removed."""
 
-    def __init__(self, records: Records, clock: Clock) -> None:
+    def __init__(self, records: SQLiteRecords, clock: Clock) -> None:
         super().__init__(records, clock)
         self.loop = asyncio.get_running_loop()
         self.removed = asyncio.Event()
@@ -52,7 +52,7 @@ class Rig:
         self.clock = clock
         self.receiver = receiver
         self.metrics = Metrics()
-        self.queue = Watched(Records(directory / "records", clock), clock)
+        self.queue = Watched(SQLiteRecords(directory / "records", clock), clock)
         self.waits: list[float] = []
         self.meanwhile: Callable[[], Awaitable[object]] | None = None
         self.deliveries: Dispatcher | None = None

@@ -18,7 +18,7 @@ from proxy.webhooks import publisher as module
 from proxy.webhooks.event import Event, EventAction
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.oci import Digest, Tag
 from tests.conftest import Clock
@@ -40,7 +40,7 @@ def happening(number: int = 0, action: EventAction = "push", **keys: Any) -> Eve
 class Disk(Queue):
     """Writes when the test lets it, and fails when it says so."""
 
-    def __init__(self, records: Records, clock: Clock) -> None:
+    def __init__(self, records: SQLiteRecords, clock: Clock) -> None:
         super().__init__(records, clock)
         self.gate = threading.Event()
         self.gate.set()
@@ -62,7 +62,7 @@ class Disk(Queue):
 
 @pytest.fixture
 async def disk(tmp_path: Path, clock: Clock) -> AsyncIterator[Disk]:
-    disk = Disk(Records(tmp_path / "records", clock), clock)
+    disk = Disk(SQLiteRecords(tmp_path / "records", clock), clock)
     yield disk
     disk.close()
 

@@ -11,7 +11,7 @@ import pytest
 
 from proxy.webhooks.event import Event, EventAction
 from proxy.webhooks.queue import DeliveryState, Queue
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from tests.conftest import Clock
 
 MANY = 1000
@@ -26,14 +26,14 @@ def ids(queue: Queue, webhook: str, after: str = "", limit: int = 100) -> list[s
 
 
 @pytest.fixture
-def records(tmp_path: Path, clock: Clock) -> Iterator[Records]:
-    records = Records(tmp_path / "records", clock)
+def records(tmp_path: Path, clock: Clock) -> Iterator[SQLiteRecords]:
+    records = SQLiteRecords(tmp_path / "records", clock)
     yield records
     records.close()
 
 
 @pytest.fixture
-def queue(records: Records, clock: Clock) -> Queue:
+def queue(records: SQLiteRecords, clock: Clock) -> Queue:
     return Queue(records, clock)
 
 
@@ -60,7 +60,9 @@ def test_a_clock_that_is_set_changes_no_order(queue: Queue, clock: Clock, second
     assert ids(queue, "a") == ["1", "2"]
 
 
-def test_the_order_survives_the_loss_of_the_number(queue: Queue, records: Records, clock: Clock) -> None:
+def test_the_order_survives_the_loss_of_the_number(
+    queue: Queue, records: SQLiteRecords, clock: Clock
+) -> None:
     queue.put([(happening(1), ["a"]), (happening(2), ["a"])], MANY)
     records.delete("number")
     clock.advance(1)
@@ -69,7 +71,7 @@ def test_the_order_survives_the_loss_of_the_number(queue: Queue, records: Record
 
 
 def _put(directory: Path, of: int, count: int) -> None:
-    records = Records(directory)
+    records = SQLiteRecords(directory)
     queue = Queue(records)
     for number in range(count):
         queue.put([(happening(of * count + number), ["a"])], MANY)
@@ -82,7 +84,7 @@ def test_processes_do_not_get_into_each_other_s_way(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=spawn) as pool:
         for each in [pool.submit(_put, directory, of, 20) for of in (0, 1)]:
             each.result()
-    queue = Queue(Records(directory))
+    queue = Queue(SQLiteRecords(directory))
     found = [int(each) for each in ids(queue, "a")]
     queue.close()
     assert sorted(found) == list(range(40))
@@ -112,7 +114,7 @@ def test_above_the_limit_pulls_are_refused_and_nothing_else(queue: Queue) -> Non
     assert ids(queue, "b") == ["2"]
 
 
-def test_settling_counts_anew_and_drops_what_nobody_is_told_of(queue: Queue, records: Records) -> None:
+def test_settling_counts_anew_and_drops_what_nobody_is_told_of(queue: Queue, records: SQLiteRecords) -> None:
     queue.put([(happening(number), ["a", "gone"]) for number in range(3)], MANY)
     records.put("pending a", b"damaged")
     assert queue.pending("a") == 0
@@ -124,7 +126,7 @@ def test_settling_counts_anew_and_drops_what_nobody_is_told_of(queue: Queue, rec
     assert queue.settle(["a", "new"]) == {}
 
 
-def test_what_cannot_be_read_is_told_as_such(queue: Queue, records: Records) -> None:
+def test_what_cannot_be_read_is_told_as_such(queue: Queue, records: SQLiteRecords) -> None:
     queue.put([(happening(1), ["a"])], MANY)
     key = queue.read("a", "", 1)[0].key
     records.put(key, b"of another version")

@@ -271,7 +271,7 @@ async def test_a_queue_that_takes_nothing_in_fails_no_push(
     assert queue is not None
     records = queue._records
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise records._disk.failed("records", Path("events"), OSError(28, "No space left on device"), 1 << 60)
 
     with monkeypatch.context() as full:

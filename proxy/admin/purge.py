@@ -17,13 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from proxy.admin.reports import Purged
-from storage.disk.records import Batch, batches
 from storage.errors import RegistryError
 from storage.graph import Walk, named_digests
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.pins import Pin, Pins
 from storage.names import is_glob, matches_glob, written
 from storage.oci import Digest, Reference, Tag
+from storage.records import Batch, batches
 from storage.store import Store
 from storage.values import Pointer, StoredManifest
 

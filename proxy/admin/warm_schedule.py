@@ -18,8 +18,8 @@ from proxy.admin.warm import JOBS, Warmer
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
 from proxy.config.schema import WarmRule
 from storage.concurrency import for_each, run_in_thread
-from storage.disk.records import Records
 from storage.keys import WARMING
+from storage.records import Records
 
 log = structlog.get_logger()
 

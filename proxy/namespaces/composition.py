@@ -35,7 +35,7 @@ from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
 from storage.limits import Slots
@@ -164,7 +164,7 @@ def private_store(
     """Open the store of what clients push; only unreachable content is removed.  Raises StorageFailed."""
     root = config.disk.path / "private"
     files = BlobFiles(root, clock, DiskHealth(root, clock, troubles), private=True)
-    records = Records(root / "records", clock, files.disk, durable=True)
+    records = SQLiteRecords(root / "records", clock, files.disk, durable=True)
     return Store(files, records, clock, collected=True)
 
 
@@ -254,7 +254,7 @@ class _Composer:
         except StorageFailed as error:
             if not may_pass(error):
                 raise
-        return self._opened(Store(files, Records(root / "records", self._clock, disk), self._clock))
+        return self._opened(Store(files, SQLiteRecords(root / "records", self._clock, disk), self._clock))
 
     def _private(self) -> Store | None:
         if not self._config.hosted():
@@ -279,7 +279,7 @@ class _Composer:
             return None, None
         disk = DiskHealth(root, self._clock, self._troubles)
         self._disks.append(disk)
-        queue = Queue(Records(root / "records", self._clock, disk, durable=True), self._clock)
+        queue = Queue(SQLiteRecords(root / "records", self._clock, disk, durable=True), self._clock)
         self._closing.callback(queue.close)
         self._failed.callback(queue.close)
         publisher = Publisher(queue, webhooks, self._metrics, self._clock, self._hooks.wake)

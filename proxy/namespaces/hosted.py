@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from storage.concurrency import run_in_thread, run_sized
 from storage.disk.health import MakeRoom, make_no_room
-from storage.disk.records import Batch, Records
 from storage.errors import (
     Denied,
     ManifestBlobUnknown,
@@ -43,6 +42,7 @@ from storage.oci import (
     key_collision,
     parse_manifest,
 )
+from storage.records import Batch, Records
 from storage.registry import Blob, Held, Moved, Registry, Upload, Validity, everything, referrers_page
 from storage.store import Store
 from storage.values import Pointer
@@ -123,7 +123,7 @@ class Hosted(Registry):
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         name = self._full(repository)
-        manifest, stored_at = self._store.manifest(name, reference)
+        manifest, stored_at = await self._store.read(self._store.manifest, name, reference)
         if isinstance(reference, Digest):  # otherwise the tag keeps it
             await self._leases.manifest(name, reference, stored_at)
         elif self._pulls is not None:
@@ -133,13 +133,18 @@ class Hosted(Registry):
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
         return (await self.get_manifest(repository, reference)).descriptor
 
-    def hold_blob(self, repository: str, digest: Digest) -> Held:
+    def hold_blob(self, repository: str, digest: Digest) -> Held | None:
+        if self._store.records.remote:
+            return None
+
         def validity(linked_at: float, used_at: float) -> Validity | None:
             return None if self._leases.due(used_at) else Validity()
 
         return held_blob(self._store, self._full(repository), digest, validity)
 
-    def hold_manifest(self, repository: str, reference: Reference) -> Held:
+    def hold_manifest(self, repository: str, reference: Reference) -> Held | None:
+        if self._store.records.remote:
+            return None
         name = self._full(repository)
 
         def read() -> tuple[Manifest, float]:
@@ -180,7 +185,7 @@ class Hosted(Registry):
         distribution-spec, "Referrers Tag Schema" and "Enabling the Referrers API".
         """
         try:
-            return await self._indexes.after(self._store.manifest(name, fallback_tag(digest))[0], last)
+            return await self._indexes.after(await self._store.get_manifest(name, fallback_tag(digest)), last)
         except (ManifestUnknown, ManifestInvalid):
             return []
 

@@ -22,11 +22,11 @@ from proxy.telemetry.exchange import UNKNOWN, Exchange
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread
 from storage.disk.blobs import TOUCH
-from storage.disk.records import BATCH
 from storage.errors import StorageFailed
 from storage.graph import walk
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import Digest, Tag
+from storage.records import BATCH
 from storage.store import Store
 
 EVERY = 10.0  # seconds between recordings

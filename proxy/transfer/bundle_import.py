@@ -25,12 +25,12 @@ from storage.archives.importer import ImportedTag, Importer, ImportTarget
 from storage.archives.layout import Layout, Root
 from storage.archives.listing import read_layout
 from storage.concurrency import run_cancellable, run_in_thread
-from storage.disk.records import Batch, Records
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
 from storage.graph import contents
 from storage.maintenance.pins import Pin
 from storage.names import written
 from storage.oci import Digest, Tag
+from storage.records import Batch, Records
 
 T = TypeVar("T")
 

@@ -20,8 +20,8 @@ from itertools import islice
 import msgspec
 
 from proxy.webhooks.event import Event, decode, encode
-from storage.disk.records import BATCH, Batch, Records
 from storage.keys import EVENT, NUMBER, PENDING, WEBHOOK
+from storage.records import BATCH, Batch, Records
 
 _DIGITS = 20
 

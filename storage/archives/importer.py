@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from storage.archives.layout import Layout
 from storage.concurrency import run_in_thread
-from storage.disk.records import Batch, Records, batches
 from storage.disk.sparse import SparseUpload
 from storage.disk.uploads import CHUNK
 from storage.errors import (
@@ -26,6 +25,7 @@ from storage.errors import (
     Unavailable,
 )
 from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag
+from storage.records import Batch, Records, batches
 from storage.store import Store
 
 Tick = Callable[[int], None]  # called with the bytes imported so far

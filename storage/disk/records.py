@@ -1,7 +1,6 @@
-"""A key-value database on disk for small records: tags, manifests, links and others.
+"""Records in an SQLite database on disk: see storage/records.py.
 
-Keys are strings (storage/keys.py), values are bytes.  A read takes about 10 µs and may run on the event loop;
-a write is a transaction: call it in a thread.
+A read takes about 10 µs and may run on the event loop; a write is a transaction: call it in a thread.
 
 Each record has a check sum; a damaged record counts as absent.  The first process that finds the database
 damaged moves it to `<directory>.damaged-<time>` and replaces it by one with all records that can still be
@@ -18,9 +17,8 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -34,6 +32,7 @@ from storage.disk.read_only import ReadOnlyDatabase
 from storage.disk.salvage import CHECKSUM_BYTES, checked, checksum, readable_records
 from storage.errors import StorageFailed
 from storage.keys import TAG
+from storage.records import BATCH, LAST, Batch, Records, batches
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -42,7 +41,6 @@ KIND = "records"  # the kind of these files in DiskHealth
 KEPT = 2  # damaged databases that are not removed
 AGAIN = 10.0  # seconds between two rebuilds, so that a failing disk does not keep the process busy with them
 AT_START = 0.5  # seconds that opening waits for a rebuild
-BATCH = 500  # records written in one transaction, which blocks all other writers
 POLL = 0.02  # seconds between two attempts to get a lock
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
@@ -65,7 +63,7 @@ class _WorkFailed(Exception):
     """The work of a transaction raised an error of its own."""
 
 
-class Batch:
+class SQLiteBatch(Batch):
     """The records as a transaction sees and changes them."""
 
     def __init__(self, cache: Database) -> None:
@@ -80,28 +78,22 @@ class Batch:
         self._cache.set(key, checksum(key, value) + value)
 
     def delete(self, key: str) -> bool:
-        """Whether it was there."""
         return bool(self._cache.delete(key))
 
     def count(self, prefix: str) -> int:
-        """How many keys start with `prefix`; it takes 50 ms for a million of them."""
-        row = self._cache._con.execute(_COUNT, (prefix, prefix + "\U0010ffff")).fetchone()
+        row = self._cache._con.execute(_COUNT, (prefix, prefix + LAST)).fetchone()
         return int(row[0])
 
     def tags_at(self, repository: str, target: str) -> list[str]:
-        """The keys of the repository's tags that point to `target`, in order.
-
-        It takes as long as there are such tags, once the index is made; that takes a second for a million
-        records.
-        """
+        # Making the index takes a second for a million records, once.
         self._cache._con.execute(_INDEX)
         prefix = TAG.prefix(repository)
-        rows = self._cache._con.execute(_POINTING, (prefix, prefix + "\U0010ffff", target.encode()))
+        rows = self._cache._con.execute(_POINTING, (prefix, prefix + LAST, target.encode()))
         return [key for key, stored in rows if checked(key, stored) is not None]
 
 
-class Records:
-    """A database of records, which several processes may share.  Every method raises StorageFailed.
+class SQLiteRecords(Records):
+    """Records in a database that all processes of a machine may share.
 
     `directory` is created if necessary.  If the database is `durable`, a record is on the disk when put()
     returns.
@@ -109,6 +101,8 @@ class Records:
     Opening raises only if the directory cannot be created: if the disk fails, or the database is damaged, the
     other methods fail until that is over.
     """
+
+    remote = False
 
     def __init__(
         self,
@@ -142,28 +136,22 @@ class Records:
             self._rebuilding.join(AT_START)
 
     def get(self, key: str) -> bytes | None:
-        return self._do(lambda cache: Batch(cache).get(key))
+        return self._do(lambda cache: SQLiteBatch(cache).get(key))
 
     def put(self, key: str, value: bytes) -> None:
         with self._writing(len(value)):
-            self._do(lambda cache: Batch(cache).put(key, value), len(value), write=True)
+            self._do(lambda cache: SQLiteBatch(cache).put(key, value), len(value), write=True)
 
     def delete(self, key: str) -> bool:
-        """Whether it was there."""
         with self._writing(0):
-            return self._do(lambda cache: Batch(cache).delete(key), write=True)
+            return self._do(lambda cache: SQLiteBatch(cache).delete(key), write=True)
 
-    def transaction(self, work: Callable[[Batch], T]) -> T:
-        """Run `work` in a transaction and return its result: no other process writes in the meantime.
-
-        Either all of its changes are stored or, if it raises, none.  `work` may run twice; so it must change
-        nothing but its batch.
-        """
-
+    def transaction(self, work: Callable[[Batch], T], shared: bool = False) -> T:
+        # SQLite has one writer at a time, shared or not.
         def run(cache: Database) -> T:
             with cache.transact():
                 try:
-                    return work(Batch(cache))
+                    return work(SQLiteBatch(cache))
                 except (ValueError, TypeError, LookupError, AttributeError) as error:
                     raise _WorkFailed from error  # it does not mean that the database failed
 
@@ -175,35 +163,27 @@ class Records:
                 raise error.__cause__ from None
 
     def scan(self, prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
-        """The records whose keys start with `prefix` and are greater than `prefix + after`, in order."""
         last = prefix + after
-        while rows := self._rows("SELECT key, value", last, prefix + "\U0010ffff", BATCH):
+        while rows := self._rows("SELECT key, value", last, prefix + LAST, BATCH):
             for key, stored in rows:
                 if (value := checked(key, stored)) is not None:
                     yield key, value
             last = rows[-1][0]
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys that start with `prefix`, in order; also those of records that can no longer be read."""
         last = prefix
-        while rows := self._rows("SELECT key, NULL", last, prefix + "\U0010ffff", BATCH):
+        while rows := self._rows("SELECT key, NULL", last, prefix + LAST, BATCH):
             yield from (key for key, _ in rows)
             last = rows[-1][0]
 
     def holds(self, key: str) -> bool:
-        """Whether there is such a record, even if it can no longer be read."""
         return bool(self._do(lambda cache: list(cache._sql(_HOLDS, (key,)))))
 
     def first(self, prefix: str, after: str = "") -> str | None:
-        """The first key of scan()."""
-        rows = self._rows("SELECT key, NULL", prefix + after, prefix + "\U0010ffff", 1)
+        rows = self._rows("SELECT key, NULL", prefix + after, prefix + LAST, 1)
         return rows[0][0] if rows else None
 
     def groups(self, prefix: str, after: str = "") -> Iterator[str]:
-        """The distinct fields that follow `prefix` in keys, in order; those greater than `after`.
-
-        Each needs one look-up in the index, however many keys have the same field.
-        """
         # '!' follows the space that ends a field: the next key has another value there.
         while (key := self.first(prefix, f"{after}!" if after else "")) is not None:
             after = key[len(prefix) :].partition(" ")[0]
@@ -215,10 +195,6 @@ class Records:
         return self._do(lambda cache: list(cache._sql(statement, (above, below, limit))))
 
     def version(self) -> object:
-        """What differs from its value before if any process has changed a record since, or may have.
-
-        None if that cannot be told: read the records then.  Versions of different threads do not compare.
-        """
         opened = self._opened
         try:
             status = os.stat(self._path)  # noqa: PTH116
@@ -364,13 +340,6 @@ class Records:
                     for key, stored in batch:
                         cache.set(key, stored)
             return len(cache)
-
-
-def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
-    """The items in lists of at most `size`, each for a transaction of its own."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
 
 
 def _origin(error: Exception) -> Exception:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar, cast
 
-from storage.disk.records import Records
+from storage.records import Records
 
 T = TypeVar("T")
 

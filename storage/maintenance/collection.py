@@ -31,7 +31,6 @@ from typing import TypeAlias, TypeVar
 import msgspec
 import structlog
 
-from storage.disk.records import BATCH, Batch, batches
 from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
 from storage.maintenance.leases import Leases
 from storage.maintenance.nodes import prefix_of
@@ -41,6 +40,7 @@ from storage.maintenance.retention import ExpiredTag, RetentionRules
 from storage.maintenance.unlinked import Unlinked
 from storage.maintenance.watched_time import Watch
 from storage.oci import Digest
+from storage.records import BATCH, Batch, batches
 from storage.store import Store
 from storage.values import Link
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from storage.disk.records import Batch
 from storage.errors import ManifestUnknown, StorageFailed
 from storage.graph import named_digests
 from storage.keys import LINK, MANIFEST, TAG
@@ -23,6 +22,7 @@ from storage.maintenance.pins import Pin
 from storage.maintenance.reachability import Damaged, Reachability, Removal, TagTarget
 from storage.names import is_glob, matches_glob, written
 from storage.oci import Digest
+from storage.records import Batch
 from storage.store import Store
 
 TRIES = 3  # attempts to mark a repository without blocking pushes

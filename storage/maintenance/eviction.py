@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from storage.disk.records import Batch, batches
 from storage.disk.tree import StoredBlob
 from storage.keys import LINK
 from storage.maintenance.blob_tree import BlobTree, oldest
 from storage.maintenance.expiry import Expiry
 from storage.maintenance.pace import DutyCycle
 from storage.maintenance.pins import PinnedContent
+from storage.records import Batch, batches
 from storage.store import Store
 
 log = structlog.get_logger()

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from storage.concurrency import run_in_thread
-from storage.disk.records import Batch
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
 from storage.keys import LEASE, LINK, MANIFEST
 from storage.oci import Digest
+from storage.records import Batch
 from storage.store import Store
 
 RENEWED, HELD = 0.5, 1.5  # times the grace period
@@ -59,11 +59,11 @@ class Leases:
                 raise BlobUnknown(f"{repository} has no blob {digest}")
             self._store.files.renew(digest)
 
-        self._store.records.transaction(work)
+        self._store.records.transaction(work, shared=True)
 
     async def manifest(self, repository: str, digest: Digest, stored_at: float) -> None:
         """Lease a manifest `stored_at` this time.  Raises ManifestUnknown if it is no longer stored."""
-        if self.due(stored_at) and self.due(self.of(repository, digest)):
+        if self.due(stored_at) and self.due(await self._store.read(self.of, repository, digest)):
             with suppress(StorageFailed):
                 await run_in_thread(self._manifest, repository, digest)
 
@@ -73,7 +73,7 @@ class Leases:
                 raise ManifestUnknown(f"{repository} has no manifest {digest}")
             self._take(batch, repository, digest)
 
-        self._store.records.transaction(work)
+        self._store.records.transaction(work, shared=True)
 
     def untagged(self, batch: Batch, repository: str, digest: str) -> None:
         """Lease a manifest that loses a tag: it counts as untagged from now on, not since its push."""

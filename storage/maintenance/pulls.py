@@ -15,9 +15,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from storage.concurrency import run_in_thread
-from storage.disk.records import Batch, Records
 from storage.errors import ManifestUnknown, StorageFailed
 from storage.keys import PULLED, TAG
+from storage.records import Batch, Records
 from storage.store import Store
 
 RENEWED = 4 * 3600.0  # seconds after which the time of a pull is recorded again
@@ -58,7 +58,7 @@ class Pulls:
                 raise ManifestUnknown(f"{repository} has no tag {tag}")
             batch.put(PULLED.key(repository, tag), str(now).encode())
 
-        self._store.records.transaction(work)
+        self._store.records.transaction(work, shared=True)
         return now
 
     def _due(self, at: float) -> bool:

@@ -17,7 +17,6 @@ from itertools import chain
 from operator import and_
 from typing import NamedTuple
 
-from storage.disk.records import Batch
 from storage.errors import DigestInvalid, ManifestUnknown
 from storage.graph import signed_by
 from storage.keys import CHANGES, LEASE, MANIFEST, PULLED, REFERRER, TAG, RecordKind
@@ -28,6 +27,7 @@ from storage.maintenance.pulls import RENEWED, last_pull
 from storage.maintenance.retention import ExpiredTag, KeepTags, RetentionRules, TagTimes, released
 from storage.maintenance.watched_time import WatchedTime
 from storage.oci import Digest, Tag
+from storage.records import Batch
 from storage.store import Store
 
 GONE = -1  # the target of a tag that was removed

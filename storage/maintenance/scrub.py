@@ -39,12 +39,12 @@ import structlog
 
 from storage.concurrency import run_in_thread
 from storage.disk.blobs import KIND
-from storage.disk.records import Batch
 from storage.disk.tree import BlobHasher, directories, read_directory, remove_damaged
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
 from storage.keys import LINK, MANIFEST, SCRUB, TAG, RecordKind
 from storage.maintenance.pace import Pace
 from storage.oci import Digest
+from storage.records import Batch
 from storage.store import Store
 
 log = structlog.get_logger()

@@ -13,11 +13,11 @@ from contextlib import suppress
 
 import structlog
 
-from storage.disk.records import Batch, batches
 from storage.disk.tree import directories, read_directory
 from storage.keys import LINK
 from storage.maintenance.nodes import prefix_of
 from storage.oci import Digest
+from storage.records import Batch, batches
 from storage.store import Store
 
 log = structlog.get_logger()

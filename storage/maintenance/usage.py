@@ -18,9 +18,9 @@ from typing import Any
 
 import msgspec
 
-from storage.disk.records import Batch, Records
 from storage.keys import MOVES, STATISTICS, USE
 from storage.oci import Digest, Tag
+from storage.records import Batch, Records
 
 MOVES_KEPT = 50  # of a tag, the last ones
 HOUR, DAY = 3600, 86400

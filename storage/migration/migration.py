@@ -15,7 +15,6 @@ from functools import partial
 from typing import TypeAlias
 
 from storage.concurrency import Cancelled
-from storage.disk.records import Batch, batches
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameInvalid, TagInvalid
 from storage.keys import MANIFEST
 from storage.migration.adoption import Adoption
@@ -31,6 +30,7 @@ from storage.oci import (
     parse_manifest,
     parse_name,
 )
+from storage.records import Batch, batches
 from storage.store import Store
 
 MANIFEST_BATCH = 64  # manifests stored in one transaction, after their blobs are synced

@@ -30,7 +30,7 @@ import asyncio, gzip, json, os, sys
 from pathlib import Path
 from storage.disk.blobs import BlobFiles
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
-from storage.disk.records import Records
+from storage.disk.records import SQLiteRecords
 from storage.store import Store
 
 async def put(store, name, content):
@@ -40,7 +40,7 @@ async def put(store, name, content):
     return {"mediaType": "application/octet-stream", "digest": str(found.digest), "size": found.size}
 
 async def main(root, count, layers, size):
-    store = Store(BlobFiles(root), Records(root / "records"))
+    store = Store(BlobFiles(root), SQLiteRecords(root / "records"))
     for number in range(count):
         name = f"docker.io/team/app{number}"
         found = [await put(store, name, gzip.compress(os.urandom(size), 0)) for _ in range(layers)]

@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Batch, Records, batches
+from storage.disk.records import SQLiteRecords
 from storage.keys import LINK
 from storage.maintenance.collection import Collection
 from storage.maintenance.leases import Leases
 from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag, parse_manifest
+from storage.records import Batch, batches
 from storage.store import Store
 from storage.values import Link
 
@@ -67,7 +68,9 @@ def signature(number: int, subject: Manifest) -> Manifest:
 
 
 def opened(root: Path) -> Store:
-    return Store(BlobFiles(root, private=True), Records(root / "records"), lambda: PUSHED, collected=True)
+    return Store(
+        BlobFiles(root, private=True), SQLiteRecords(root / "records"), lambda: PUSHED, collected=True
+    )
 
 
 def make(root: Path, images: int) -> None:

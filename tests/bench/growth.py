@@ -22,8 +22,9 @@ import aiohttp
 import yaml
 
 from storage.disk.blobs import BlobFiles
-from storage.disk.records import Batch, Records
+from storage.disk.records import SQLiteRecords
 from storage.oci import OCI_MANIFEST
+from storage.records import Batch
 
 SIZE = 4096  # bytes of a blob, none of them on the disk
 LAYERS = 10  # of a manifest
@@ -49,7 +50,7 @@ def make(root: Path, blobs: int) -> None:
         os.ftruncate(file, SIZE)
         os.close(file)
         os.utime(path, (begun + number, begun + number))
-    records = Records(files.root / "records")
+    records = SQLiteRecords(files.root / "records")
     every = iter(rows(blobs))
     while some := list(islice(every, AT_ONCE)):
 

@@ -53,6 +53,7 @@ FILES = {
     "rendered.yaml": "kind: Pod\nspec: {containers: [{image: 'postgres:16.4'}]}\n",
 }
 KINDS = {
+    "bar": r"[█▒░·]{20}",
     "digest": r"sha256:[0-9a-f]{6,64}…?",
     "age": r"(?<![\w.])(?:\d+(?:\.\d+)? (?:s|min|h|d) ago|now)(?!\w)",
     "date": r"\d{4}-\d\d-\d\d",

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.cache import parts
+from proxy.cache import fetcher, parts
 from proxy.cache.fills import Fills
 from proxy.cache.parts import Part
 from proxy.cache.readers import BlobSource
@@ -25,9 +25,11 @@ from proxy.upstream.transport import Connect
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.disk.sparse import SparseUpload
+from storage.disk.wanted import Wanted
 from storage.errors import RegistryError
 from storage.limits import Slots
-from storage.oci import Digest, Span
+from storage.oci import OCTETS, Descriptor, Digest, Span
+from storage.registry import Blob, Registry
 from storage.store import Store
 from tests.conftest import Clock, Serve, Site
 from tests.test_fills import blobs, content_of, heard, path_of
@@ -221,7 +223,7 @@ class Rig:
     def __init__(self, root: Path, upstream: Upstream, clock: Clock) -> None:
         connect = Connect(plain_http=True, header_timeout=9, progress_timeout=9)
         settings = requests.UpstreamSettings(upstream.url, connect)
-        metrics = Metrics()
+        metrics = self.metrics = Metrics()
         self.origin = client.UpstreamRegistry("up", settings, [Credentials()], metrics)
         self.store = Store(BlobFiles(root, clock), SQLiteRecords(root / "records"), clock)
         self.turns = Slots(1)
@@ -367,6 +369,69 @@ async def leave_holes(rig: Rig, digest: Digest, upstream: Upstream, *spans: tupl
     upstream.clear()
 
 
+def counted(rig: Rig) -> tuple[float, float, float]:
+    """Transfers, extents, and bytes that came twice."""
+    lines = rig.metrics.exposition().decode().splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    names = ("transfers_in_flight", "extents", 'repeated_bytes_total{namespace="up"}')
+    transfers, extents, repeated = (float(found.get(f"entrepot_fill_{name}", 0)) for name in names)
+    return transfers, extents, repeated
+
+
+class Dealt(Blob):
+    """Comes in chunks of 100,000 bytes; all but the first wait for `gate`."""
+
+    def __init__(self, digest: Digest, start: int, stop: int, gate: asyncio.Event) -> None:
+        self.descriptor, self.position = Descriptor(OCTETS, digest, SIZE), start
+        self._stop, self._gate = stop, gate
+
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        for at in range(start, self._stop, 100_000):
+            yield BODY[at : min(self._stop, at + 100_000)]
+            await self._gate.wait()
+
+    async def close(self) -> None:
+        pass
+
+
+class Dealer(Registry):
+    """An origin with the blob."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.asked: list[Span] = []
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        self.asked.append(span or Span(0))
+        return Dealt(digest, self.asked[-1].start, self.asked[-1].stop or SIZE, self.gate)
+
+
+async def test_what_comes_twice_is_counted(
+    rig: Rig, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, origin, listened = Digest.of(BODY), Dealer(), asyncio.Event()
+    monkeypatch.setattr(fetcher, "HEARING", 0)
+    monkeypatch.setattr(Wanted, "hear", lambda _: listened.set() or [])  # the metrics are changed before
+    rig.source = BlobSource("up", origin, "a/b")
+    assert await rig.read(digest, 0, 1000) == BODY[:1000]
+    listened.clear()
+    await listened.wait()
+    assert counted(rig) == (1, 1, 0)
+    assert await rig.read(digest, 150_000, 250_000) == BODY[150_000:250_000]
+    [fill] = rig.fills.in_flight()
+    assert fill.fetcher is not None
+    assert fill.fetcher.coming == [(100_000, 150_000)]
+    listened.clear()
+    await listened.wait()
+    assert counted(rig) == (1, 2, 0)
+    origin.gate.set()  # the chunk that comes now has 50,000 bytes more than is missing
+    await rig.fills.ended(digest)
+    assert origin.asked == [Span(0), Span(150_000, 250_000), Span(250_000)]
+    assert fill.fetcher.repeated == 50_000
+    assert counted(rig) == (0, 0, 50_000)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
 HOLES = ((0, 1000), (50_000, 90_000), (400_000, 400_001), (1_000_000, 1_500_000))
 
 
@@ -379,6 +444,7 @@ async def test_one_transfer_fills_all_holes_where_the_origin_sends_no_ranges_any
     assert await rig.read(digest, 0, SIZE) == BODY
     await rig.fills.ended(digest)
     assert (asked(upstream), upstream.bytes_sent) == ([(1000, 50_000)], SIZE)
+    assert counted(rig) == (0, 0, sum(stop - start for start, stop in HOLES))
     assert rig.store.files.path(digest).read_bytes() == BODY
 
 

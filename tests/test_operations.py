@@ -14,7 +14,7 @@ import pytest
 
 from proxy.admin.inventory import DEEPEST
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.models import ImageRow, PlatformRow
+from proxy.admin.models import ImageRow, PlatformRow, SpanRow
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState, ProcessReport, UpstreamState
 from proxy.admin.purge import AllPinned
@@ -603,6 +603,9 @@ def fill(bytes: int, size: int, started: float) -> FillState:
         followers=2,
         pid=7,
         own=True,
+        extents=[SpanRow(start=0, stop=bytes)],
+        coming=[],
+        repeated=3,
     )
 
 
@@ -615,6 +618,7 @@ async def test_fills(site: Site, clock: Clock) -> None:
         ]
         (row,) = await site.operations.fills()
         assert (row.bytes, row.size, row.followers) == (bytes, size, 2)
+        assert (row.extents, row.coming, row.repeated) == ([SpanRow(start=0, stop=bytes)], [], 3)
         return row.speed, row.eta
 
     assert await look(0) == (0.0, None)

@@ -18,8 +18,10 @@ import msgspec
 import pytest
 
 from proxy.admin import peers
+from proxy.admin.models import SpanRow
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import FillState, ProcessState, UpstreamState
+from proxy.cache import parts
 from proxy.cache.cache import Cache
 from proxy.cache.fills import Fills
 from proxy.cache.policy import Policy
@@ -35,7 +37,7 @@ from storage.disk.health import DiskHealth
 from storage.disk.records import SQLiteRecords
 from storage.errors import ManifestUnknown, TooManyRequests, Unavailable
 from storage.limits import Slots
-from storage.oci import Digest, Tag
+from storage.oci import Digest, Span, Tag
 from storage.registry import Blob, Registry
 from storage.store import Store
 from tests.conftest import Clock
@@ -175,6 +177,9 @@ async def test_a_fill_tells_how_far_it_is_and_who_follows(
         followers=2,
         pid=7,
         own=True,
+        extents=[SpanRow(start=0, stop=HELD)],
+        coming=[SpanRow(start=HELD, stop=len(BODY))],
+        repeated=0,
     )
     assert process.fill == expected
     await second.close()
@@ -183,6 +188,51 @@ async def test_a_fill_tells_how_far_it_is_and_who_follows(
     assert await read(first) == BODY
     await process.fills.close()
     assert process.live.state().fills == []
+
+
+async def test_the_extents_of_a_fill_are_those_of_the_process_that_transfers_it(
+    start: Start, upstream: Upstream, serve_live_at: Serving, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "ASSUMED", 1)  # whatever is not next is far ahead
+    digest = Digest(upstream.blob("a/b", BODY))
+    first, second = start(pid=1), start(pid=2)
+    gate = asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=HELD))
+    upstream.next("GET", digest, Hold(gate, after=50_000))
+    whole = await first.cache.get_blob("a/b", digest)
+    await frontier(whole, HELD - 1)
+    part = await second.cache.get_blob("a/b", digest, Span(200_000, 260_000))
+    came = 0
+    async for chunk in part.chunks(200_000, 260_000):
+        came += len(chunk)
+        if came == 50_000:
+            break
+    for each in (first, second):
+        await serve_live_at(each.live)
+    [found] = await ServerProcesses(None, run).fills()
+    assert (found.pid, found.own, found.followers, found.repeated) == (1, True, 2, 0)
+    there = [(each.start, each.stop) for each in found.extents]
+    assert there == [(0, HELD), (200_000, 250_000)]
+    assert [(each.start, each.stop) for each in found.coming] == [(HELD, 200_000), (250_000, 260_000)]
+    [copy] = second.live.state().fills
+    assert (copy.own, copy.coming, copy.extents) == (False, [], found.extents)
+    gate.set()
+    await part.close()
+    assert await read(whole) == BODY
+
+
+async def test_extents_that_are_close_to_each_other_are_one(start: Start, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    turns = Slots(1)
+    process = start(turns=turns)
+    async with turns.turn("up"):
+        for at in (0, 350, 1000, 200_000):
+            blob = await process.cache.get_blob("a/b", digest, Span(at, at + 100))
+            assert b"".join([chunk async for chunk in blob.chunks(at, at + 100)]) == BODY[at : at + 100]
+            await blob.close()
+        spans = [(each.start, each.stop) for each in process.fill.extents]
+        assert spans == [(0, 450), (1000, 1100), (200_000, 200_100)]
+    await process.fills.ended(digest)
 
 
 async def test_a_fill_of_which_nothing_is_known_yet_is_told(start: Start, upstream: Upstream) -> None:

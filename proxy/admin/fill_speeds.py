@@ -36,6 +36,9 @@ class FillSpeeds:
             followers=fill.followers,
             pid=fill.pid,
             own=fill.own,
+            extents=fill.extents,
+            coming=fill.coming,
+            repeated=fill.repeated,
             speed=speed,
             eta=(fill.size - fill.bytes) / speed if speed and fill.size >= 0 else None,
         )

@@ -146,11 +146,20 @@ class PinRow(Model, frozen=True):
 # Activity
 
 
+class SpanRow(Model, frozen=True):
+    """The bytes of a blob from `start` on and before `stop`."""
+
+    start: int
+    stop: int
+
+
 class FillRow(Model, frozen=True):
     """A transfer from an upstream into the cache.
 
     `size` is -1 until upstream has sent it.  `eta` is in seconds, None while the size or speed is unknown.
-    `own` is False if another process does the transfer.
+    `own` is False if another process does the transfer.  `extents` are the bytes that are there; those that
+    are less than a thousandth of the blob apart are one.  `coming` is what each connection is to bring, and
+    `repeated` the number of bytes that came although they were there, or came by another connection.
     """
 
     digest: str
@@ -162,6 +171,9 @@ class FillRow(Model, frozen=True):
     followers: int
     pid: int
     own: bool
+    extents: list[SpanRow]
+    coming: list[SpanRow]
+    repeated: int
     speed: float
     eta: float | None
 

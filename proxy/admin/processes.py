@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import msgspec
 import structlog
 
+from proxy.admin.models import SpanRow
 from proxy.admin.reports import RefusalRow
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
@@ -23,13 +24,15 @@ from storage.disk.health import DiskHealth
 log = structlog.get_logger()
 T = TypeVar("T")
 
+DETAIL = 1000  # steps of a blob, at which its extents are told apart
+
 
 class FillState(msgspec.Struct, frozen=True, kw_only=True):
     """One fill: `bytes` of `size` have arrived, for `followers` clients; `size` is -1 while unknown.
 
     `repository` is the full name of the repository that started it, `started` is in seconds since the
     epoch.  With `own`, this process transfers it or waits to; without, it follows the transfer of another
-    process.
+    process, which alone knows what is `coming` and `repeated`: see FillRow.
     """
 
     digest: str
@@ -41,6 +44,9 @@ class FillState(msgspec.Struct, frozen=True, kw_only=True):
     followers: int
     pid: int
     own: bool
+    extents: list[SpanRow]
+    coming: list[SpanRow]
+    repeated: int
 
 
 class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,17 +152,26 @@ def state_of(composition: Composition) -> ProcessState:
 
 def _fill(fill: Fill, pid: int) -> FillState:
     started = fill.started.result() if fill.started.done() else None
+    upload, fetcher = fill.upload, fill.fetcher
+    size = started[1].size if started else max(fill.size, upload.listed_size if upload else -1)
     return FillState(
         digest=str(fill.digest),  # msgspec refuses a subclass of str
         namespace=fill.source.namespace,
         repository=fill.source.repository,
-        bytes=fill.upload.offset if fill.upload else 0,
-        size=started[1].size if started else fill.size,
+        bytes=upload.offset if upload else 0,
+        size=size,
         started=fill.begun,
         followers=fill.followers,
         pid=pid,
-        own=fill.upload is None or fill.upload.ours,
+        own=upload is None or upload.ours,
+        extents=_spans(upload.extents.joined(size // DETAIL) if upload else []),
+        coming=_spans(fetcher.coming if fetcher else []),
+        repeated=fetcher.repeated if fetcher else 0,
     )
+
+
+def _spans(spans: Iterable[tuple[int, int]]) -> list[SpanRow]:
+    return [SpanRow(start=start, stop=stop) for start, stop in spans]
 
 
 def _upstream(namespace: str, state: HostState, now: float) -> UpstreamState:

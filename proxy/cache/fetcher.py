@@ -14,6 +14,7 @@ from typing import Any
 from proxy.cache.fill import LARGEST_UNSIZED, Fill
 from proxy.cache.parts import SOON, Part
 from proxy.cache.readers import BlobSource
+from proxy.telemetry.metrics import Metrics
 from storage.disk.extents import Extents
 from storage.disk.sparse import SparseUpload
 from storage.errors import OriginFailed, RangeInvalid, RegistryError, Unavailable
@@ -33,6 +34,7 @@ class Fetcher:
 
     again: makes a new upload, after the bytes of a former one turned out not to be of this blob
     ensure_room: makes room for an upload of a size
+    metrics: counts the transfers under way, their extents, and what came twice
     slots: how many ranges are transferred at once, of all fills
     ticks: seconds of a clock that nobody sets
     """
@@ -43,6 +45,7 @@ class Fetcher:
         upload: SparseUpload,
         again: Callable[[], Awaitable[SparseUpload]],
         ensure_room: Callable[[SparseUpload, int], Awaitable[None]],
+        metrics: Metrics,
         slots: Slots,
         backoff: float,
         ticks: Callable[[], float],
@@ -51,6 +54,9 @@ class Fetcher:
         self._fill = fill
         self._again = again
         self._ensure_room = ensure_room
+        self._metrics = metrics
+        self._dropped = 0  # bytes that came, and that another transfer brings
+        self._counted = (0, 0)  # in the metrics: extents, and repeated bytes
         self._slots = slots
         self._backoff = backoff
         self._ticks = ticks
@@ -83,6 +89,24 @@ class Fetcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._count(0)
+
+    @property
+    def coming(self) -> list[tuple[int, int]]:
+        spans = ((part.position, min(part.stop, self._size)) for part in self._parts if part.requested)
+        return sorted((start, stop) for start, stop in spans if start < stop)
+
+    @property
+    def repeated(self) -> int:
+        return self._dropped + self.upload.repeated
+
+    def _count(self, extents: int) -> None:
+        """Change the metrics to the present values."""
+        counted, self._counted = self._counted, (extents, self.repeated)
+        if counted != self._counted:
+            self._metrics.extents.inc(extents - counted[0])
+            label = self._metrics.label(self._fill.source.namespace)
+            self._metrics.repeated.labels(label).inc(self.repeated - counted[1])
 
     async def _persist(self) -> None:
         failures, wait = 0, 0.0
@@ -96,6 +120,7 @@ class Fetcher:
                     raise
                 # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
                 await self.upload.cancel(error)
+                self._dropped += self.upload.repeated
                 self.upload = self._fill.upload = await self._again()
                 self._taken = Extents(self.upload.extents)
             except Unavailable as error:
@@ -137,12 +162,13 @@ class Fetcher:
             span = Span(part.position, part.stop if part.stop < end else None)
         self._take(part)
         try:
-            blob = await self._get(source, span)
-            try:
-                await self._begin(source, blob.descriptor, part)
-                await (self._stream if blob.position == part.position else self._stream_all)(blob, part)
-            finally:
-                await blob.close()
+            with self._metrics.transfers.track_inprogress():
+                blob = await self._get(source, span)
+                try:
+                    await self._begin(source, blob.descriptor, part)
+                    await (self._stream if blob.position == part.position else self._stream_all)(blob, part)
+                finally:
+                    await blob.close()
         finally:
             self._release(part)
 
@@ -183,6 +209,7 @@ class Fetcher:
                 raise OriginFailed(f"{name} sent more than the {self._size} bytes it announced")
             position = part.position
             part.advance(min(rest, len(chunk)), self._ticks())
+            self._dropped += max(0, len(chunk) - rest)
             await self.upload.write_at(position, chunk[:rest])
             if part.position == part.stop < end:
                 return
@@ -194,6 +221,7 @@ class Fetcher:
         self._fill.ranges = False
         self._taken.remove(part.position, part.stop)
         position = part.stop = part.position
+        again = position - blob.position  # what is there, and comes before what is missing
         end = self._size if self._size >= 0 else LARGEST_UNSIZED
         name = self._fill.source.namespace
         async for chunk in blob.chunks(position):
@@ -201,8 +229,10 @@ class Fetcher:
             if position > end:
                 raise OriginFailed(f"{name} sent more than the {self._size} bytes it announced")
             begin, stop = self._taken.gap(start, position)
+            self._dropped, again = self._dropped + again + len(chunk), 0
             while begin < stop:
                 self._taken.add(begin, stop)
+                self._dropped -= stop - begin
                 await self.upload.write_at(begin, chunk[begin - start : stop - start])
                 begin, stop = self._taken.gap(stop, position)
         if position < self._size:
@@ -238,6 +268,7 @@ class Fetcher:
         source = self._fill.source
         while True:
             await asyncio.sleep(HEARING)  # other processes can only leave a note in a file
+            self._count(self.upload.extents.count)
             for start, stop in self.upload.wanted.hear():
                 if self._size >= 0:
                     self.want(source, start, stop)
@@ -278,12 +309,13 @@ class Fetcher:
     async def _fetch_part(self, source: BlobSource, part: Part) -> None:
         try:
             async with self._most, self._slots.turn(source.namespace):
-                blob = await self._open(source, part)
-                if blob is not None:
-                    try:
-                        await self._stream(blob, part)
-                    finally:
-                        await blob.close()
+                with self._metrics.transfers.track_inprogress():
+                    blob = await self._open(source, part)
+                    if blob is not None:
+                        try:
+                            await self._stream(blob, part)
+                        finally:
+                            await blob.close()
         except RegistryError as error:
             # It may refuse a second transfer, with any status, while it goes on with the first.
             if self._size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob

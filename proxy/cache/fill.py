@@ -20,6 +20,14 @@ LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not sta
 class RangeFetcher(Protocol):
     """What fetches the bytes of a fill."""
 
+    @property
+    def coming(self) -> list[tuple[int, int]]:
+        """What each transfer under way is to bring from now on."""
+
+    @property
+    def repeated(self) -> int:
+        """How many bytes came that were there, or that another transfer brings."""
+
     def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
         """A client waits for [offset, stop)."""
 

@@ -254,10 +254,7 @@ class Fills:
             await upload.cancel()
             return None
         # The other processes, which follow the upload already, wait with us.
-        again = partial(self._store.files.resume, fill.digest)
-        fetcher = fill.fetcher = Fetcher(
-            fill, upload, again, self._ensure_room, self._range_slots, self._backoff, self._ticks
-        )
+        fetcher = fill.fetcher = self._fetcher(fill, upload)
         try:
             fill.queued = True
             fill.opened.set()
@@ -271,6 +268,18 @@ class Fills:
             return "committed", await fetcher.upload.commit(fill.digest)
         except DigestInvalid as error:  # its status would blame the client
             raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
+
+    def _fetcher(self, fill: Fill, upload: SparseUpload) -> Fetcher:
+        return Fetcher(
+            fill,
+            upload,
+            partial(self._store.files.resume, fill.digest),
+            self._ensure_room,
+            self._metrics,
+            self._range_slots,
+            self._backoff,
+            self._ticks,
+        )
 
     async def _ensure_room(self, upload: SparseUpload, size: int) -> None:
         if upload.fits(size):

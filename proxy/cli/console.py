@@ -2,7 +2,8 @@
 
 On a terminal tables fit its width, and are colored unless NO_COLOR is set.  Elsewhere, as in a pipe or a
 file, they are plain columns at full width and without colors.  Text from elsewhere (media types, errors of
-upstreams) may hold anything, so control characters are replaced.
+upstreams) may hold anything, so control characters are replaced, and what the encoding of the terminal or
+file has not.
 """
 
 from __future__ import annotations
@@ -13,13 +14,28 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from proxy.cli.tables import Table, clean, fitted, plain, shortened_digest, wrapped
+from proxy.cli.bars import share_bar
+from proxy.cli.tables import Table, clean, fitted, plain, shortened, shortened_digest, wrapped
 from proxy.config.quantities import format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
+
+
+_GLYPHS = "█▒░·─│├└…"
+_ASCII = str.maketrans(_GLYPHS, "#+-.-||`~")
+
+
+def legible(text: str, file: IO[str]) -> str:
+    """The text, with ASCII characters for those that the encoding of `file` has not."""
+    encoding = getattr(file, "encoding", None) or "utf-8"  # that of a StringIO is None
+    try:
+        f"{_GLYPHS}{text}".encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def write(*tables: Table, file: IO[str] | None = None, wide: bool = False) -> None:
@@ -30,17 +46,18 @@ def write(*tables: Table, file: IO[str] | None = None, wide: bool = False) -> No
         if number:
             file.write("\n")
         if table.title:
-            file.write(f"{table.title}\n")
+            file.write(f"{legible(table.title, file)}\n")
         if console is None:
             if table.rows:
-                file.write(plain(table))
+                file.write(legible(plain(table), file))
             for note in _below(table):
-                file.write(f"{note}\n")
+                file.write(f"{legible(note, file)}\n")
             continue
         lines = fitted(table, console.width) if table.rows else []
         for note in _below(table):
             lines += wrapped(note, console.width)
         for line in lines:
+            line.plain = legible(line.plain, file)
             # Each line fits: rich must not wrap it again.
             console.print(line, soft_wrap=True)
 
@@ -82,33 +99,39 @@ class ProgressDisplay:
         self._tasks: dict[str, TaskID] = {}
         self._steps: dict[str, int] = {}  # without a terminal: how far each part was at its last line
 
-    def show(self, part: str, done: int, whole: int | None, text: str) -> None:
+    def show(self, part: str, done: int, whole: int | None, text: str, bar: str = "") -> None:
         """Show that `done` of `whole` is done of a part, which is unknown if below 0; `text` says so in
-        words.
+        words, and `bar` is drawn in place of a bar of one piece.
         """
+        text, bar = self._legible(text), self._legible(bar)
         known = whole if whole is not None and whole >= 0 else None
         if self._console:
             if self._bars is None:
-                self._bars = _bars(self._console)
+                self._bars = _bars(self._console, self._file)
                 self._bars.start()
             if part not in self._tasks:
-                self._tasks[part] = self._bars.add_task(clean(shortened_digest(part)), total=known, text="")
-            self._bars.update(self._tasks[part], completed=done, total=known, text=clean(text))
+                name = self._legible(shortened_digest(part))
+                self._tasks[part] = self._bars.add_task(name, total=known, text="", bar="")
+            self._bars.update(self._tasks[part], completed=done, total=known, text=text, bar=bar)
             return
         # A line for each tenth, or for each doubling where the total is unknown.
         step = 10 * done // known if known else done.bit_length()
         if self._steps.get(part) != step:
             self._steps[part] = step
-            self._file.write(f"{clean(part)}: {clean(text)}\n")
+            self._file.write(f"{self._legible(part)}: {text}\n")
             self._file.flush()
 
     def note(self, text: str) -> None:
         """Write a line of its own, above the bars."""
+        text = self._legible(text)
         if self._bars:
-            self._bars.console.print(clean(text), highlight=False, markup=False)
+            self._bars.console.print(text, highlight=False, markup=False)
         else:
-            self._file.write(f"{clean(text)}\n")
+            self._file.write(f"{text}\n")
             self._file.flush()
+
+    def _legible(self, text: str) -> str:
+        return legible(clean(text), self._file)
 
     def drop(self, part: str) -> None:
         """Remove a part that has ended."""
@@ -124,17 +147,26 @@ class ProgressDisplay:
             self._bars.stop()
 
 
-def _bars(console: Console) -> Bars:
+def _bars(console: Console, file: IO[str]) -> Bars:
+    """Bars that fit the console: the name of a part is above its bar if there is no room beside it."""
     from rich import progress as rich
+    from rich.text import Text
 
-    return rich.Progress(
-        rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(),
-        rich.TimeRemainingColumn(),
-        rich.TextColumn("{task.fields[text]}", markup=False),
-        console=console,
-        transient=True,
-    )
+    remaining = rich.TimeRemainingColumn()
+
+    class PartColumn(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> Text:
+            names = max(len(each.description) for each in bars.tasks)
+            bar = task.fields["bar"] or share_bar(task.completed, task.total)
+            done = f"{bar}  {remaining.render(task).plain}  {task.fields['text']}"
+            if names + len(done) + 2 <= console.width:
+                drawn = f"{task.description:{names}}  {done}"
+            else:
+                drawn = f"{shortened(task.description, console.width)}\n  {done}"
+            return Text(legible(drawn, file), overflow="fold")
+
+    bars = rich.Progress(PartColumn(), console=console, transient=True)
+    return bars
 
 
 def freshness(until: float | None, now: float) -> str:

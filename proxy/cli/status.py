@@ -13,6 +13,7 @@ import msgspec
 from proxy.admin import models, reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
+from proxy.cli.bars import LEGEND, extents_bar, has_gaps
 from proxy.cli.console import ProgressDisplay, freshness
 from proxy.cli.context import PAUSE, CommandContext, common, option_type
 from proxy.cli.help import command
@@ -147,7 +148,11 @@ def _trend(days: Sequence[models.DayRow]) -> Table:
 @click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
 @common
 def fills(call: CommandContext, watch: bool) -> None:
-    """List transfers in flight."""
+    """List transfers in flight.
+
+    EXTENTS shows which bytes of each blob are there, which are coming now, and which are missing. CONNECTIONS
+    is how many bring it, and REPEATED what came twice, which should be nothing.
+    """
 
     async def work(operations: Operations) -> None:
         if not operations.remote:
@@ -183,7 +188,8 @@ def show_fills(found: Sequence[models.FillRow], progress: ProgressDisplay, other
     """Show the fills, and drop those that have ended; the part named `other` is none of them, and stays."""
     for each in found:
         done = f"{format_size(each.bytes)} of {format_size(each.size)}, {format_size(each.speed)}/s"
-        progress.show(_part(each), each.bytes, each.size, f"{done}, {plural(each.followers, 'client')}")
+        text = f"{done}, {plural(each.followers, 'client')}"
+        progress.show(_part(each), each.bytes, each.size, text, extents_bar(each))
     for part in progress.parts() - {_part(each) for each in found} - {other}:
         progress.drop(part)
 
@@ -202,6 +208,9 @@ def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
         Column("SPEED", right=True, drop=1),
         Column("TIME LEFT", right=True, drop=3),
         Column("CLIENTS", right=True, drop=5),
+        Column("CONNECTIONS", right=True, drop=7),
+        Column("REPEATED", right=True, drop=8),
+        Column("EXTENTS", whole=True),
     )
     table = Table(columns, empty="nothing is being transferred")
     for each in found:
@@ -214,7 +223,14 @@ def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
             f"{format_size(each.speed)}/s",
             "?" if each.eta is None else format_duration(each.eta),
             str(each.followers),
+            str(len(each.coming)),
+            format_size(each.repeated),
+            extents_bar(each),
         )
+    if any(map(has_gaps, found)):
+        table.notes.append(LEGEND)
+    if repeated := sum(each.repeated for each in found):
+        table.notes.append(f"{format_size(repeated)} came twice")
     if len(found) > 1:
         received, speed = (
             format_size(sum(numbers))

@@ -136,6 +136,18 @@ class Metrics:
     )
     fills = _Row(Counter, "entrepot_fills_total", "Fills that ended, by result.", "namespace result")
     filling = _gauge("entrepot_fills_in_flight", "Fills in flight.", "livesum")
+    transfers = _gauge(
+        "entrepot_fill_transfers_in_flight", "Transfers from upstreams, of all fills in flight.", "livesum"
+    )
+    extents = _gauge(
+        "entrepot_fill_extents", "Extents of all fills in flight: one for each without gaps.", "livesum"
+    )
+    repeated = _Row(
+        Counter,
+        "entrepot_fill_repeated_bytes_total",
+        "Body bytes from upstreams that were there already, or that another transfer brought.",
+        "namespace",
+    )
     followers = _gauge("entrepot_followers", "Clients that read a blob while it is filled.", "livesum")
     stored = _gauge(
         "entrepot_stored_bytes", "Bytes of committed blobs in caches, updated periodically.", "livemostrecent"

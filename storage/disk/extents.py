@@ -77,6 +77,20 @@ class Extents:
         at = bisect_right(self._starts, start)
         return start, min(stop, self._starts[at]) if at < len(self._starts) else stop
 
+    def joined(self, least: int) -> list[tuple[int, int]]:
+        """The spans; those that are less than `least` bytes apart are one."""
+        found: list[tuple[int, int]] = []
+        for start, stop in self:
+            if found and start - found[-1][1] < least:
+                start = found.pop()[0]
+            found.append((start, stop))
+        return found
+
+    @property
+    def count(self) -> int:
+        """How many spans there are."""
+        return len(self._starts)
+
     def gaps(self, stop: int) -> list[tuple[int, int]]:
         """What of [0, stop) is not in the set."""
         bounds = zip([0, *self._stops], [*self._starts, stop], strict=True)

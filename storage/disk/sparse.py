@@ -27,11 +27,13 @@ class SparseUpload(FileUpload):
     """An upload with one writer, which can write in any order once expect() has told the size.
 
     `extents` are the bytes that are written; `offset` is the number of those that are written or accepted.
+    `repeated` counts bytes that were written although they were there.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.extents = Extents()
+        self.repeated = 0
         self.wanted = Wanted(self._path, self._file)
         self._list: ExtentList | None = None
         self._unsynced = 0  # bytes
@@ -137,8 +139,10 @@ class SparseUpload(FileUpload):
             self._unsynced = 0
 
     def _advance(self, batch: list[tuple[int, bytes]]) -> None:
+        there = self.extents.total
         for position, chunk in batch:
             self.extents.add(position, position + len(chunk))
+        self.repeated += there + sum(len(chunk) for _, chunk in batch) - self.extents.total
         self._move(self._readable)
 
     def _end_of(self, offset: int) -> int:

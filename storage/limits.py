@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from weakref import WeakValueDictionary
 
 from storage.errors import StorageFailed
 from storage.shared import SharedState, SharedTable
@@ -18,8 +18,11 @@ class Slots:
     """A limit of work in progress, in total and for each namespace.
 
     `each` is the limit of each namespace; that of a namespace that is not in it is `total`.  Namespaces with
-    the same `key_of` have one limit together.  Within a process, who comes first is served first.  Limits of
-    different `kind` are independent.
+    the same `key_of` have one limit together.  Limits of different `kind` are independent.
+
+    Those who name a `share` are bounded further, so that no share keeps out another: it gets a slot only
+    while it holds fewer than are free.  Alone it holds half of them, and a new one finds a slot.  Within a
+    process, of those with the same share or none, who comes first is served first.
     """
 
     def __init__(
@@ -37,34 +40,38 @@ class Slots:
         self._kind = (kind,) if kind else ()
         self._held = shared.slots
         self._bell = shared.bell
-        self._queues: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._queues: WeakValueDictionary[tuple[int, int | None], asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def turn(self, namespace: str) -> AsyncIterator[None]:
+    async def turn(self, namespace: str, share: str = "") -> AsyncIterator[None]:
         """Wait for a slot, and hold it.  Raises StorageFailed if waiting is impossible."""
         async with AsyncExitStack() as slots:
             # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
             if (limited := self._key_of(namespace)) in self._each:
-                key = self._held.key(*self._kind, "namespace", limited)
-                await slots.enter_async_context(self._slot(key, self._each[limited]))
-            await slots.enter_async_context(self._slot(self._held.key(*self._kind, "all"), self._total))
+                most = self._each[limited]
+                await slots.enter_async_context(self._slot(most, share, "namespace", limited))
+            await slots.enter_async_context(self._slot(self._total, share, "all"))
             yield
 
     @asynccontextmanager
-    async def _slot(self, key: int, most: int) -> AsyncIterator[None]:
-        async with self._queues[key]:
-            if not self._held.take(key, most):
-                await self._wait(key, most)
+    async def _slot(self, most: int, share: str, *limit: str) -> AsyncIterator[None]:
+        key = self._held.key(*self._kind, *limit)
+        part = self._held.key(*self._kind, *limit, "share", share) if share else None
+        async with self._queues.setdefault((key, part), asyncio.Lock()):
+            if not self._held.take(key, most, part):
+                await self._wait(key, most, part)
         try:
             yield
         finally:
             self._held.release(key)
+            if part is not None:
+                self._held.release(part)
             self._bell.ring()
 
-    async def _wait(self, key: int, most: int) -> None:
+    async def _wait(self, key: int, most: int, part: int | None) -> None:
         try:
             with self._bell.listen() as rung:
-                while not self._held.take(key, most):
+                while not self._held.take(key, most, part):
                     await rung.wait()
                     rung.clear()
         except OSError as error:  # no descriptors are left

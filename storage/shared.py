@@ -148,12 +148,18 @@ class Holdings:
         """Hold one more.  Returns how many all processes hold now."""
         return self._change(key, os.getpid(), 1)
 
-    def take(self, key: int, most: int) -> bool:
-        """Hold one more if all processes hold less than `most`.  Returns whether this was so."""
+    def take(self, key: int, most: int, share: int | None = None) -> bool:
+        """Hold one more if all processes hold less than `most`.  Returns whether this was so.
+
+        With `share`, the key of a part of it, hold one more of that too, but only if less is held of it than
+        is free.
+        """
         with self._table.lock:
-            if self.held(key) >= most:
+            if most - self.held(key) <= (0 if share is None else self.held(share)):
                 return False
             self.add(key)
+            if share is not None:
+                self.add(share)
             return True
 
     def release(self, key: int) -> None:

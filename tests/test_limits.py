@@ -6,17 +6,21 @@ import asyncio
 import errno
 import os
 import select
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.namespaces.composition import Hooks, compose
 from proxy.server.fork import Parent
 from storage.errors import StorageFailed
 from storage.limits import RateLimit, Slots
-from storage.shared import SharedState, SharedTable
+from storage.oci import Digest
+from storage.shared import Holdings, SharedState, SharedTable
 from tests.conftest import Serve, configuration
 from tests.forks import Forks, forking
 from tests.upstream import Hold, Upstream
@@ -134,6 +138,126 @@ async def test_the_blobs_of_an_upstream_keep_to_its_bandwidth(serve: Serve, upst
     assert asyncio.get_running_loop().time() - begun > 0.3
 
 
+# Shares
+
+
+class Takers:
+    """Holds a slot for each task, until it is cancelled."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.inside: list[str] = []
+        self.tasks: dict[str, list[asyncio.Task[None]]] = {}
+
+    async def start(self, share: str, number: int = 1) -> None:
+        found = self.tasks.setdefault(share, [])
+        found += [asyncio.create_task(self._hold(share)) for _ in range(number)]
+        await some_turns()
+
+    async def _hold(self, share: str) -> None:
+        async with self.slots.turn("a", share):
+            self.inside.append(share)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.inside.remove(share)
+
+    async def leave(self, share: str) -> None:
+        self.tasks[share].pop(0).cancel()
+        await some_turns()
+
+    async def close(self) -> None:
+        tasks = [task for each in self.tasks.values() for task in each]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("total", "each"), [(8, {}), (100, {"a": 8}), (8, {"a": 100})])
+async def test_no_share_keeps_out_another(total: int, each: dict[str, int]) -> None:
+    takers = Takers(Slots(total, each))
+    inside = takers.inside
+    await takers.start("one", 16)
+    assert inside == ["one"] * 4
+    await takers.start("two", 16)
+    await takers.start("three", 16)
+    assert inside == ["one"] * 4 + ["two"] * 2 + ["three"]
+    await takers.start("four", 2)
+    assert inside[-1] == "four"
+    await takers.start("five")
+    assert len(inside) == 8  # all
+    await takers.leave("one")
+    assert inside[-1] == "five"  # those that hold some wait
+    for _ in range(3):
+        await takers.leave("one")
+    found = Counter(inside)  # who is woken first is not certain
+    assert set(found) == {"one", "two", "three", "four", "five"}
+    assert max(found.values()) == 2
+    await takers.close()
+
+
+async def test_who_waits_for_a_share_holds_up_no_other() -> None:
+    takers = Takers(Slots(2))
+    await takers.start("one", 5)
+    await takers.start("two")
+    assert takers.inside == ["one", "two"]
+    await takers.start("")  # without a share
+    await takers.leave("two")
+    assert takers.inside == ["one", ""]
+    await takers.close()
+
+
+@given(
+    total=st.integers(1, 9),
+    steps=st.lists(st.tuples(st.sampled_from(["take", "release"]), st.integers(0, 4)), max_size=60),
+)
+def test_shares_of_what_is_held(total: int, steps: list[tuple[str, int]]) -> None:
+    holdings = Holdings()
+    shares = [holdings.key("share", number) for number in range(5)]
+    all_of_them = holdings.key("all")
+    held = [0] * 5
+    for step, number in steps:
+        free = total - sum(held)
+        if step == "take":
+            taken = holdings.take(all_of_them, total, shares[number])
+            assert taken == (held[number] < free)
+            assert taken or held[number] or not free  # none keeps out one that has none
+            held[number] += taken
+        elif held[number]:
+            held[number] -= 1
+            holdings.release(all_of_them)
+            holdings.release(shares[number])
+        assert [holdings.held(each) for each in shares] == held
+        assert holdings.held(all_of_them) == sum(held) <= total
+
+
+async def test_ranges_of_one_blob_do_not_hold_up_another(serve: Serve, upstream: Upstream) -> None:
+    size = 33 << 20  # more than comes soon
+    digests = [upstream.blob("library/alpine", bytes([number]) * size) for number in range(2)]
+    gate = asyncio.Event()
+    holds = [Hold(gate, after=10) for _ in range(17)]
+    for each in holds:
+        upstream.next("GET", digests[0], each)
+    upstream.next("GET", digests[1], Hold(gate, after=10))
+    site = await serve(upstream, options={"max_fills": 4, "progress_timeout": "60s"})
+
+    async def part(digest: str, at: int) -> bytes:
+        return (await site.get(f"/v2/alpine/blobs/{digest}", Range=f"bytes={at}-{at + 9999}"))[2]
+
+    begun = asyncio.create_task(part(digests[0], 0))
+    await holds[0].reached.wait()
+    pulls = [asyncio.create_task(part(digests[0], (17 << 20) + number * 100_000)) for number in range(16)]
+    await holds[1].reached.wait()
+    await holds[2].reached.wait()
+    # Two ranges of it are transferred now, and fourteen wait.
+    assert await part(digests[1], 32 << 20) == bytes([1]) * 10_000
+    assert len(upstream.log) == 5
+    gate.set()
+    assert set(await asyncio.gather(begun, *pulls)) == {bytes(10_000)}
+    for each in digests:
+        await site.app.composition.fills.ended(Digest.parse(each))
+
+
 # Of several processes
 
 
@@ -187,6 +311,27 @@ async def test_the_slots_of_a_process_that_is_killed_are_free(forks: Forks, each
     await asyncio.gather(*waiting)
     async with slots.turn("a"), slots.turn("a"):
         pass
+
+
+async def test_shares_are_those_of_all_processes(forks: Forks) -> None:
+    slots = Slots(8, {"a": 4}, forks.shared)
+
+    async def hold(parent: Parent) -> int:
+        async with slots.turn("a", "one"), slots.turn("a", "one"):
+            parent.report("ready")
+            await asyncio.Event().wait()
+        return 0
+
+    process = await forks.start(hold)
+    takers = Takers(slots)
+    await takers.start("one")
+    await takers.start("two")
+    assert takers.inside == ["two"]
+    async with slots.turn("a", "three"):
+        await forks.kill(process)
+        await takers.start("four")
+        assert sorted(takers.inside) == ["four", "one", "two"]
+    await takers.close()
 
 
 async def test_a_process_that_is_killed_while_it_waits_keeps_nobody_waiting(forks: Forks) -> None:

@@ -35,7 +35,7 @@ class Fetcher:
     again: makes a new upload, after the bytes of a former one turned out not to be of this blob
     ensure_room: makes room for an upload of a size
     metrics: counts the transfers under way, their extents, and what came twice
-    slots: how many ranges are transferred at once, of all fills
+    slots: how many ranges are transferred at once, of all fills; each blob has a share
     ticks: seconds of a clock that nobody sets
     """
 
@@ -308,7 +308,7 @@ class Fetcher:
 
     async def _fetch_part(self, source: BlobSource, part: Part) -> None:
         try:
-            async with self._most, self._slots.turn(source.namespace):
+            async with self._most, self._slots.turn(source.namespace, str(self._fill.digest)):
                 with self._metrics.transfers.track_inprogress():
                     blob = await self._open(source, part)
                     if blob is not None:

@@ -46,7 +46,7 @@ class Fills:
     """The fills of one store, which all caches over it share.
 
     slots: how many fills transfer at once; those that follow another process need none
-    range_slots: how many ranges are transferred at once beside them
+    range_slots: how many ranges are transferred at once beside them; each blob has a share
     make_room: evicts, as far as possible, so that a number of bytes can be stored
     """
 

@@ -8,8 +8,9 @@ import math
 import os
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -479,6 +480,50 @@ async def test_what_was_written_before_is_not_overtaken(over: Over, files: BlobF
         await wire.send(f"{first}GET {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert (await wire.reply()).body == BIG[:60000]
         assert (await wire.reply()).body == BIG
+
+
+@pytest.mark.parametrize("share", [0.0, 60.0])
+async def test_a_client_that_keeps_up_gets_its_share_of_each_turn(
+    over: Over, files: BlobFiles, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    loop = asyncio.get_running_loop()
+    turn, turns = 0, []
+
+    def count() -> None:
+        nonlocal turn, counting
+        turn += 1
+        counting = loop.call_soon(count)
+
+    def sendfile(to: int, file: int, offset: int, size: int) -> int:
+        """Of a client that takes everything at once."""
+        turns.append(turn)
+        return size
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(send, "SHARE", share)
+    monkeypatch.setattr(send, "TURN", 60.0)
+    url = await over(One(lambda: files.open(Digest.of(BIG))))
+    ear = Ear()
+    async with connect(url) as wire:
+        counting = loop.call_soon(count)
+        await wire.send(f"GET {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        event = await ear.heard("request.served")
+        counting.cancel()
+    assert (event["status"], event["bytes"]) == (200, len(BIG))
+    assert len(turns) == math.ceil(len(BIG) / send.CHUNK)
+    assert len(set(turns)) == (1 if share else len(turns))
+
+
+def test_all_clients_share_a_turn() -> None:
+    turns = send.Turns()
+    with turns:
+        assert turns.end() - time.perf_counter() <= send.SHARE
+        with ExitStack() as many:
+            for _ in range(99):
+                many.enter_context(turns)
+            assert turns.end() - time.perf_counter() <= send.TURN / 100
+        before = time.perf_counter()
+        assert turns.end() - before >= send.SHARE  # those who ended take nothing
 
 
 async def test_by_tls_the_bytes_are_the_same(

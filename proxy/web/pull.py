@@ -22,7 +22,7 @@ from proxy.web.responses import (
     immutable,
 )
 from proxy.web.routes import Route, build_location, build_next, parse_limit
-from proxy.web.send import send_blob
+from proxy.web.send import Turns, send_blob
 from storage.errors import RangeInvalid
 from storage.oci import OCI_INDEX, OCTETS, Digest, Span
 from storage.registry import Registry
@@ -43,6 +43,7 @@ class Pull:
         self._registry = registry
         self._authorizer = authorizer
         self._client_timeout = client_timeout
+        self._turns = Turns()
 
     async def blob(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -79,7 +80,7 @@ class Pull:
             headers.update(cache_headers(exchange))
             if not spans:  # Ollama asks for ranges there: it expects a redirect
                 headers["Location"] = build_location(route, exchange.ns)
-            return await send_blob(request, blob, spans, headers, exchange, self._client_timeout)
+            return await send_blob(request, blob, spans, headers, exchange, self._turns, self._client_timeout)
         finally:
             await blob.close()
 

@@ -2,8 +2,9 @@
 
 web.FileResponse does not fit: it answers an evicted file with an empty 404, several ranges with 416, and sets
 its own ETag.  loop.sendfile would serve complete files, but does not report progress.  So the socket is
-duplicated, and os.sendfile is called whenever the socket is writable; this is also 20 % faster for 8 clients.
-With TLS the bytes have to pass through this process: they are read and written piece by piece.
+duplicated, and os.sendfile is called whenever the socket is writable, again and again while the client keeps
+up: the event loop costs more than the call.  With TLS the bytes have to pass through this process: they are
+read and written piece by piece.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -30,9 +32,9 @@ from storage.registry import Blob, OnDisk
 LEFT = "client left"
 STUCK = "client took nothing"
 SMALL = 64 << 10  # bytes up to which copying is faster than setting up sendfile
-# Bytes sent to one client before others get their turn.  With 4 MiB at once the kernel queues so much for a
-# client with a small receive buffer that the transfer is paced by TCP's timers: 20 s instead of a moment.
-TURN = 1 << 20
+CHUNK = 1 << 20  # bytes that one call sends: what a disk reads in a few milliseconds
+TURN = 0.002  # seconds in which all clients are sent to before others get their turn
+SHARE = 0.0005  # seconds of a turn that one client gets at most, beyond its first chunk
 PIECE = 256 << 10  # bytes encrypted at once; up to two pieces wait in memory for a slow client
 
 
@@ -42,9 +44,10 @@ async def send_blob(
     spans: Sequence[Span],
     headers: dict[str, str],
     exchange: Exchange,
+    turns: Turns,
     patience: float = math.inf,
 ) -> web.StreamResponse:
-    """Answer 200 with the blob, or 206 with its `spans`.
+    """Answer 200 with the blob, or 206 with its `spans`, beside others in the same `turns`.
 
     A failure after the headers resets the connection and is noted in `exchange`, so that no client takes a
     part for the whole.  A client that takes nothing for `patience` seconds is a failure too.
@@ -53,7 +56,7 @@ async def send_blob(
     connection = request.get_extra_info("socket")
     transport = request.transport
     try:
-        sender = _Sender(request, response, blob, exchange, patience)
+        sender = _Sender(request, response, blob, exchange, turns, patience)
         if len(spans) > 1:
             await sender.send_ranges(spans)
         elif spans:
@@ -76,6 +79,23 @@ async def send_blob(
     return response
 
 
+class Turns:
+    """Divides the time of a turn of the event loop among the clients that are sent to."""
+
+    def __init__(self) -> None:
+        self._sending = 0
+
+    def __enter__(self) -> None:
+        self._sending += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._sending -= 1
+
+    def end(self) -> float:
+        """When the turn of one client that begins now is over, by time.perf_counter()."""
+        return time.perf_counter() + min(SHARE, TURN / self._sending)
+
+
 class _Sender:
     """Sends bytes of one blob as the body of one response, and counts them in the exchange.
 
@@ -89,12 +109,14 @@ class _Sender:
         response: web.StreamResponse,
         blob: Blob,
         exchange: Exchange,
+        turns: Turns,
         patience: float,
     ) -> None:
         self._request = request
         self._response = response
         self._blob = blob
         self._exchange = exchange
+        self._turns = turns
         self._patience = None if math.isinf(patience) else patience
 
     async def send_whole(self) -> None:
@@ -206,7 +228,8 @@ class _Sender:
                 if connection is None:
                     await self._encrypt(writer, blob.fileno(), Span(position, end))
                 else:
-                    await self._pump(client, blob.fileno(), Span(position, end))
+                    with self._turns:
+                        await self._pump(client, blob.fileno(), Span(position, end))
                 position = end
         finally:
             if client >= 0:
@@ -218,12 +241,16 @@ class _Sender:
             self._exchange.bytes += len(chunk)
 
     async def _put(self, writer: AbstractStreamWriter, chunk: bytes) -> None:
-        """Write `chunk`.  A client that takes at least a little of it within `patience` is not cut off."""
+        await self._wait_for(_written(writer, chunk))
+
+    async def _wait_for(self, work: Coroutine[None, None, None]) -> None:
+        """Await what waits for the client.  It is not cut off while it takes a little within `patience`."""
         connection = self._request.get_extra_info("socket")
         if connection is None:
+            work.close()
             raise ConnectionResetError("the client has left")
         taken = _taken(connection)
-        putting = asyncio.ensure_future(_written(writer, chunk))
+        putting = asyncio.ensure_future(work)
         try:
             while not (await asyncio.wait((putting,), timeout=self._patience))[0]:
                 before, taken = taken, _taken(connection)
@@ -244,13 +271,16 @@ class _Sender:
             nonlocal position
             if done.done():
                 return
+            end = self._turns.end()
             try:
-                sent = _sendfile(client, file, position, stop)
+                while sent := _sendfile(client, file, position, stop):
+                    position += sent
+                    self._exchange.bytes += sent
+                    if sent < CHUNK or position == stop or time.perf_counter() >= end:
+                        break
             except (OSError, EOFError, StorageFailed) as error:
                 done.set_exception(error)
                 return
-            position += sent
-            self._exchange.bytes += sent
             if position == stop:
                 done.set_result(None)
 
@@ -280,10 +310,16 @@ class _Sender:
                 raise _unreadable(position) from error
             if not piece:
                 raise _truncated(position, stop)
-            await self._put(writer, piece)
+            transport = self._request.transport
+            if transport is None or transport.is_closing():
+                raise ConnectionResetError("the client has left")
+            transport.write(piece)
             position += len(piece)
             self._exchange.bytes += len(piece)
-            await asyncio.sleep(0)  # give other tasks a turn while this client takes everything at once
+            if transport.get_write_buffer_size():
+                await self._wait_for(writer.drain())
+            else:
+                await asyncio.sleep(0)  # give others a turn while this client takes everything at once
 
 
 def _part(boundary: str, span: Span, size: int, media_type: str) -> bytes:
@@ -311,7 +347,7 @@ async def _written(writer: AbstractStreamWriter, chunk: bytes) -> None:
 def _sendfile(client: int, file: int, position: int, stop: int) -> int:
     """Send what the socket accepts without blocking, and return the number of bytes."""
     try:
-        sent = os.sendfile(client, file, position, min(TURN, stop - position))
+        sent = os.sendfile(client, file, position, min(CHUNK, stop - position))
     except (BlockingIOError, InterruptedError):
         return 0
     except OSError as error:

@@ -296,6 +296,75 @@ async def test_a_list_is_reaped_with_its_file(files: BlobFiles, clock: Clock) ->
     assert partial_files(files) == []
 
 
+def tell_from_elsewhere(files: BlobFiles, upload: SparseUpload) -> Path:
+    """What another process leaves that waits for bytes of the upload."""
+    other = SparseUpload(files, upload._path, os.open(upload._path, os.O_RDWR), "sha256", ours=False)
+    other.wanted.tell(5, 90)
+    other.close()
+    return other.wanted._path
+
+
+def age(path: Path, now: float) -> None:
+    os.utime(path, (now - 500, now - 500))
+
+
+async def test_what_is_wanted_of_an_upload_is_reaped_with_it(files: BlobFiles, clock: Clock) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 4000))
+    note = tell_from_elsewhere(files, upload)
+    upload.close()  # as if it was killed
+    age(files.root / "partial" / PARTIAL, clock())
+    assert files.reap(100) == 1
+    assert partial_files(files) == [note.name]  # it was told just now
+    clock.advance(200)
+    assert files.reap(100) == 1
+    assert partial_files(files) == []
+
+
+async def test_what_is_wanted_is_not_reaped_before_the_upload(files: BlobFiles, clock: Clock) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 4000))
+    note = tell_from_elsewhere(files, upload)
+    for path in (note, files.root / "partial" / PARTIAL):
+        age(path, clock())
+    assert files.reap(100) == 0  # somebody writes it, slowly
+    assert upload.wanted.hear() == [(5, 90)]
+    await upload.cancel()
+    assert partial_files(files) == []
+
+
+async def test_what_was_wanted_of_a_former_file_is_reaped_alone(files: BlobFiles, clock: Clock) -> None:
+    former = await files.resume(DIGEST)
+    stale = tell_from_elsewhere(files, former)
+    kept = os.dup(former._file)  # so that no other file gets its number
+    former.close()
+    (files.root / "partial" / PARTIAL).unlink()
+    upload = await files.resume(DIGEST)
+    note = tell_from_elsewhere(files, upload)
+    assert note != stale
+    for path in (note, stale):
+        age(path, clock())
+    assert files.reap(100) == 1
+    assert partial_files(files) == sorted([PARTIAL, note.name])
+    await upload.cancel()
+    os.close(kept)
+
+
+async def test_what_is_wanted_of_an_upload_that_has_just_ended_is_not_left(
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await files.resume(DIGEST)
+    await put(upload, (0, 300_000))
+    other = SparseUpload(files, upload._path, os.open(upload._path, os.O_RDWR), "sha256", ours=False)
+    looks = iter((True, False))  # it is renamed between the two
+    monkeypatch.setattr(wanted, "leads_to", lambda path, file: next(looks))
+    other.wanted.tell(5, 90)
+    other.close()
+    assert partial_files(files) == [PARTIAL]
+    await upload.commit(DIGEST)
+    assert partial_files(files) == []
+
+
 # Followers
 
 
@@ -419,10 +488,17 @@ async def test_what_is_wanted_is_heard_once_a_second(
     other.close()
 
 
-@pytest.mark.parametrize("content", [b"1 2", b"a b\n", b"1 2 3\n", b"\xff\xb2 1\n", b"-1 2\n"])
+NINES = b"9" * 5000  # more than int() takes
+
+
+@pytest.mark.parametrize(
+    "content", [b"1 2", b"a b\n", b"1 2 3\n", b"\xff\xb2 1\n", b"-1 2\n", b"1 " + NINES + b"\n"]
+)
 async def test_a_wish_that_is_none(files: BlobFiles, content: bytes) -> None:
     upload = await files.resume(DIGEST)
     upload.wanted._path.write_bytes(content)
     assert upload.wanted.hear() == []
+    upload.wanted._path.write_bytes(bytes(200_000) + b"\n" + content + b"\n1 2\n")
+    assert [each for _ in range(9) for each in upload.wanted.hear()][-1] == (1, 2)
     await upload.cancel(OriginFailed("gone"))
     assert partial_files(files) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,9 @@ from storage.disk.modes import create_file
 
 SUFFIX = ".wanted"
 AGAIN = 1.0  # seconds after which a reader says the same again: there may be another writer
+MOST = 1 << 16  # bytes heard at once
 STEP = 4 << 20  # bytes; a reader that has come so much further tells it
+_SPAN = re.compile(rb"^(\d{1,18}) (\d{1,18})$", re.MULTILINE)
 
 
 class Wanted:
@@ -55,18 +58,13 @@ class Wanted:
         except OSError:
             return []
         try:
-            content = os.pread(file, 1 << 16, self._position)
+            content = os.pread(file, MOST, self._position)
         finally:
             os.close(file)
         lines = content[: content.rfind(b"\n") + 1]
-        self._position += len(lines)
-        spans = [line.split() for line in lines.decode("ascii", "replace").splitlines()]
-        return [(int(each[0]), int(each[1])) for each in spans if len(each) == 2 and _are_decimal(each)]
+        self._position += len(lines) or (MOST if len(content) == MOST else 0)  # no line of ours is so long
+        return [(int(start), int(stop)) for start, stop in _SPAN.findall(lines)]
 
     def remove(self) -> None:
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
-
-
-def _are_decimal(words: list[str]) -> bool:
-    return all(word.isascii() and word.isdecimal() for word in words)

@@ -1,6 +1,7 @@
 """What a store holds, to be served again: see Held in storage/registry.py.
 
-Each time the records are read again if any has changed, and the file of a blob is looked for.
+Each time the records are read again if any has changed, and the file of a blob is looked for.  A blob that is
+no file is not held.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ SMALL = 64 << 10  # bytes of a blob that are held; larger ones are sent from the
 
 def held_blob(
     store: Store, repository: str, digest: Digest, validity: Callable[[float, float], Validity | None]
-) -> Held:
-    """A stored blob.  `validity` is asked with the times of its linking and of its last use.
+) -> Held | None:
+    """A stored blob; None if it is no file.  `validity` is asked with the times of its linking and last use.
 
     Raises BlobUnknown and StorageFailed.
     """
@@ -39,7 +40,9 @@ def held_blob(
             return None
         return validity(found.linked_at, status.st_mtime) if status.st_size == found.size else None
 
-    link, path = Remembered(store.records, read), str(store.files.path(digest))
+    if (file := store.files.path(digest)) is None:
+        return None
+    link, path = Remembered(store.records, read), str(file)
     if (found := link()) is None:
         raise BlobUnknown(f"{repository} has no blob {digest}")
     content = _content(path, digest, found.size) if found.size <= SMALL else None

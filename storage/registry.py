@@ -21,6 +21,9 @@ from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 Moved: TypeAlias = Callable[[str, Tag, Digest, Digest], Awaitable[None]]
 
 
+NOTHING = Span(0, 0)
+
+
 def everything(repository: str) -> bool:
     """A filter that accepts all repositories."""
     return True
@@ -43,6 +46,13 @@ class Blob:
 
     descriptor: Descriptor
     position = 0  # of the first byte that an origin sends: 0 if it ignores the requested span
+    used_at = 0.0  # when a stored blob was last used before it was opened
+
+    async def begin(self, span: Span | None = None) -> None:
+        """Ask for the bytes of `span`, if they are far away: so what fails does so before any is sent.
+
+        For NOTHING it only sees whether they are there.  Raises BlobUnknown.
+        """
 
     def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         """The bytes of [start, stop) in order; waits for bytes that are still in transfer.

@@ -1,11 +1,11 @@
-"""A registry that keeps its content: blobs in files, and records of everything else.
+"""A registry that keeps its content: blobs, as files or as objects, and records of everything else.
 
 Each blob is stored once; a link, which is a record, says that a repository shows it.  storage/keys.py and
 storage/values.py describe the records.  The record of a referrer holds its descriptor as JSON.
 
 Records that change together change in one transaction: after a failure either the whole push is stored or
-nothing of it.  The transaction that makes a link also finds the blob's file and sets its mtime to the present
-time.  So a transaction that removes files which are old and have no link never removes one that gets a link.
+nothing of it.  The transaction that makes a link also finds the blob and sets its last use to the present
+time.  So a transaction that removes blobs which are old and have no link never removes one that gets a link.
 
 Times are seconds since the epoch.  Writes run in a thread, and so do reads if the records are remote.  What
 cannot be parsed counts as absent: a cache fetches it again.
@@ -23,8 +23,8 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from storage.concurrency import run_in_thread
-from storage.disk.blobs import BlobFiles
-from storage.disk.uploads import FileBlob, FileUpload
+from storage.content import BlobContent
+from storage.disk.uploads import FileUpload
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -46,7 +46,7 @@ from storage.oci import (
     parse_manifest,
 )
 from storage.records import Batch, Records
-from storage.registry import Registry, Upload, everything, referrers_page
+from storage.registry import NOTHING, Blob, Registry, Upload, everything, referrers_page
 from storage.values import Link, Pointer, StoredManifest
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class StoreUpload(Upload):
 
 
 class Store(Registry):
-    """A registry on a disk.  Every method may raise StorageFailed.
+    """A registry that keeps its content.  Every method may raise StorageFailed.
 
     `clock` returns seconds since the epoch.  A store that is `collected` counts the changes of each
     repository, for garbage collection.
@@ -80,7 +80,7 @@ class Store(Registry):
 
     def __init__(
         self,
-        files: BlobFiles,
+        files: BlobContent,
         records: Records,
         clock: Callable[[], float] = time.time,
         collected: bool = False,
@@ -97,12 +97,24 @@ class Store(Registry):
         """The result of `work`, which reads records."""
         return await run_in_thread(work, *arguments) if self.records.remote else work(*arguments)
 
-    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> FileBlob:
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         link = await self.read(self._link_of, repository, digest)
-        return self.files.open(digest, link.size)
+        if self.files.path(digest) is not None:
+            blob = self.files.open(digest, link.size)  # not in a thread, from which a cancellation loses it
+        else:
+            blob = await self.read(self.files.open, digest, link.size)
+        try:
+            await blob.begin(span)
+        except BaseException:
+            await blob.close()
+            raise
+        return blob
 
-    def blob(self, repository: str, digest: Digest) -> tuple[FileBlob, float]:
-        """Open the blob; also returns when it was linked in `repository`.  Raises BlobUnknown."""
+    def blob(self, repository: str, digest: Digest) -> tuple[Blob, float]:
+        """Open the blob; also returns when it was linked in `repository`.  Raises BlobUnknown.
+
+        It is not asked for over a network: see Blob.begin().
+        """
         link = self._link_of(repository, digest)
         return self.files.open(digest, link.size), link.linked_at
 
@@ -113,7 +125,7 @@ class Store(Registry):
         return link
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        blob = await self.get_blob(repository, digest)
+        blob = await self.get_blob(repository, digest, NOTHING)
         await blob.close()
         return blob.descriptor
 
@@ -315,20 +327,20 @@ class Store(Registry):
             raise BlobUnknown(f"{repository} has no blob {digest}")
 
     def linked(self, repository: str, digest: Digest) -> Descriptor | None:
-        """The blob, if `repository` shows it and its file exists.  Does not count as use."""
+        """The blob, if `repository` shows it and it is stored.  Does not count as use."""
         link = Link.parse(self.records.get(LINK.key(repository, digest)))
         return None if link is None or not self.holds(digest) else Descriptor(OCTETS, digest, link.size)
 
     # What a cache needs besides
 
     def holds(self, digest: Digest) -> bool:
-        """Whether the blob's file exists, whichever repositories show it."""
+        """Whether the blob is stored, whichever repositories show it."""
         return self.files.holds(digest)
 
     async def link(self, repository: str, digest: Digest, size: int = -1) -> Descriptor:
         """Show the blob in `repository`.  `size` is what the origin says; -1 if it says nothing.
 
-        Raises BlobUnknown if the blob's file does not exist or is damaged.
+        Raises BlobUnknown if the blob is not stored or is damaged.
         """
         blob = self.files.open(digest)
         await blob.close()
@@ -341,8 +353,8 @@ class Store(Registry):
         self.records.transaction(lambda batch: self.put_link(batch, repository, blob), shared=True)
 
     def put_link(self, batch: Batch, repository: str, blob: Descriptor) -> None:
-        """Link a stored blob, as part of a transaction.  Raises BlobUnknown if its file does not exist."""
-        self.files.renew(blob.digest)
+        """Link a stored blob, as part of a transaction.  Raises BlobUnknown if it is not stored."""
+        self.files.renew(blob.digest, batch)
         batch.put(LINK.key(repository, blob.digest), Link(blob.size, self._clock()).encode())
 
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:

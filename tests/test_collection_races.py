@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from storage.disk import blobs
 from storage.disk.records import SQLiteRecords
 from storage.maintenance import collection as module
-from storage.maintenance import unlinked
 from storage.maintenance.retention import RetentionRules
 from storage.records import Batch
 from tests.collecting import APP, DAY, GONE, Interruption, Place, counts, descriptor, place, push_now
@@ -132,7 +132,7 @@ async def test_a_commit_over_an_unlinked_file_keeps_it(place: Place, monkeypatch
 
     def commit_first(path: Path, target: Path) -> Path:
         monkeypatch.undo()
-        # What _publish() does, in another process: a new file, of now, under the name.
+        # What publish() does, in another process: a new file, of now, under the name.
         path.unlink()
         path.write_bytes(content)
         os.utime(path, (place.clock.now, place.clock.now))
@@ -153,7 +153,7 @@ async def test_what_is_linked_after_the_links_were_looked_at_stays(
     digest = await place.blob(b"left behind")
     await place.store.delete_blob(APP, digest)
     place.clock.advance(GONE)
-    look = unlinked.read_directory
+    look = blobs.read_directory
 
     def mount_first(*arguments: Any) -> Any:
         place.store._link("other/app", place.files.open(digest).descriptor)
@@ -169,7 +169,7 @@ async def test_what_is_linked_after_the_links_were_looked_at_stays(
         return blob
 
     monkeypatch.setattr(place.files, "open", open_and_close)
-    monkeypatch.setattr(unlinked, "read_directory", mount_first)
+    monkeypatch.setattr(blobs, "read_directory", mount_first)
     place.clock.advance(1)
     assert counts(place.collect()) == (0, 0, 0, 0)
     assert place.held(digest) == [True]

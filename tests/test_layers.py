@@ -20,7 +20,7 @@ STORAGE = (
     "oci limits",
     "registry keys values records",
     "disk",
-    "listings",
+    "content listings",
     "store",
     "graph held migration",
     "maintenance archives",

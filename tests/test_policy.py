@@ -25,7 +25,7 @@ from aiohttp import web
 from proxy.telemetry.metrics import Metrics
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
-from storage.disk.uploads import FileUpload
+from storage.disk.blobs import BlobFiles
 from storage.errors import Denied
 from storage.oci import Digest, Manifest, Reference
 from storage.registry import Registry
@@ -424,10 +424,10 @@ async def test_a_commit_that_fails_spoils_no_pull(
     image = upstream.image("a/b", "latest", [BODY])
     site = await serve(upstream)
 
-    def fail(self: FileUpload, path: Path) -> None:
+    def fail(self: BlobFiles, partial: Path, file: int, digest: Digest) -> None:
         raise OSError(5, os.strerror(5))
 
-    monkeypatch.setattr(FileUpload, "_publish", fail)
+    monkeypatch.setattr(BlobFiles, "_publish", fail)
     assert (await answer(site, "GET", path_of("blob", image)))[2] == BODY
     monkeypatch.undo()
     assert (await answer(site, "GET", path_of("blob", image)))[2] == BODY

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from proxy.admin.reports import Purged
@@ -224,18 +223,23 @@ class Purge:
                     candidates.remove(Digest(linked))
         blobs = size = 0
         for each in candidates:
-            path = self._store.files.path(each)
-            with self._store.files.guard(path), suppress(FileNotFoundError):
-                found = path.stat().st_size
-                if not dry_run:
-                    path.unlink()
-                blobs, size = blobs + 1, size + found
+            if dry_run:
+                found = self._store.files.find(each)
+                removed = None if found is None else found.size
+            else:
+                removed = self._store.records.transaction(_removal(self._store, each))
+            if removed is not None:
+                blobs, size = blobs + 1, size + removed
         return blobs, size
 
 
 def _whole(pattern: Pin) -> bool:
     """Whether the pattern means all of a repository."""
     return pattern.pattern == pattern.parts[0]
+
+
+def _removal(store: Store, digest: Digest) -> Callable[[Batch], int | None]:
+    return lambda batch: store.files.remove_old(digest, lambda used_at: True, batch)
 
 
 def _deletion(keys: list[str]) -> Callable[[Batch], None]:

@@ -147,7 +147,7 @@ class Cache(Registry):
             self._origin.remember(key, error)
             raise
 
-    def hold_blob(self, repository: str, digest: Digest) -> Held:
+    def hold_blob(self, repository: str, digest: Digest) -> Held | None:
         def validity(linked_at: float, used_at: float) -> Validity | None:
             now = self._clock()
             # Opening the blob would record that it is used.

@@ -43,7 +43,17 @@ from storage.oci import (
     parse_manifest,
 )
 from storage.records import Batch, Records
-from storage.registry import Blob, Held, Moved, Registry, Upload, Validity, everything, referrers_page
+from storage.registry import (
+    NOTHING,
+    Blob,
+    Held,
+    Moved,
+    Registry,
+    Upload,
+    Validity,
+    everything,
+    referrers_page,
+)
 from storage.store import Store
 from storage.values import Pointer
 
@@ -117,7 +127,7 @@ class Hosted(Registry):
         return blob
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        blob = await self.get_blob(repository, digest)
+        blob = await self.get_blob(repository, digest, NOTHING)
         await blob.close()
         return blob.descriptor
 

@@ -176,9 +176,8 @@ class ExportPlanner:
         """The platform of an image that is no index, if that matters and the image states it."""
         if not self._platforms or tree.config is None or tree.config.size > MANIFEST_LIMIT:
             return None
-        path = store.files.path(tree.config.digest)
-        with translated(path):
-            return platform_of(path.read_bytes())
+        with translated(tree.config.digest), store.files.reader(tree.config.digest) as file:
+            return platform_of(file.read(MANIFEST_LIMIT))
 
     def contains(self, repository: str, digest: Digest) -> bool:
         """Whether the manifest was added, by itself or as part of another one."""

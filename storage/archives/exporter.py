@@ -122,25 +122,24 @@ def _chunks(digest: Digest, source: ContentSource, hasher: ThreadPoolExecutor) -
     if source.repository is not None:
         yield source.store.manifest(source.repository, digest)[0].content  # verified there
         return
-    path = source.store.files.path(digest)
     try:
-        # Not by BlobFiles.open(): an export does not count as use.
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        file = source.store.files.reader(digest)
+    except BlobUnknown:
         raise BlobUnknown(f"{digest} was deleted since the export began: export again") from None
     found = hashlib.new(digest.algorithm)
     at = 0
     try:
-        while (chunk := os.read(file, CHUNK)) and at + len(chunk) <= source.size:
+        while (chunk := file.read(CHUNK)) and at + len(chunk) <= source.size:
             hashing = hasher.submit(found.update, chunk)  # while the chunk is written
             yield chunk
             hashing.result()
             at += len(chunk)
     finally:
-        os.close(file)
+        file.close()
     if chunk or at < source.size or Digest.of_hash(found) != digest:
+        where = source.store.files.path(digest) or source.store.files.root
         raise BlobUnknown(
-            f"{digest} is damaged in {path}: run entrepot scrub to set it aside, then fetch it again"
+            f"{digest} is damaged in {where}: run entrepot scrub to set it aside, then fetch it again"
         )
 
 

@@ -196,9 +196,10 @@ def manifest_of(layout: Layout, target: ImportTarget, named: Descriptor) -> byte
 
 def renew_if_stored(store: Store, digest: Digest, size: int) -> bool:
     """Whether the blob is stored; if so, mark it as used, so that it is not evicted before it is linked."""
-    # Not BlobFiles.open(), which removes a file of another size: the archive, not trusted, states the size.
-    with suppress(FileNotFoundError, BlobUnknown):
-        if store.files.path(digest).stat().st_size == size:
+    # Not by open(), which removes a file of another size: the archive, not trusted, states the size.
+    found = store.files.find(digest)
+    if found is not None and found.size == size:
+        with suppress(BlobUnknown):
             store.files.renew(digest)
             return True
     return False

@@ -1,54 +1,44 @@
 """Blobs as regular files: the directory tree is the index.
 
     <root>/blobs/<algorithm>/<ab>/<encoded>     committed, verified, immutable
-    <root>/partial/<algorithm>-<encoded>        a fill in progress, locked by its writer
-    <root>/partial/<fill>.<inode>.extents       which bytes of a fill with holes are there
-    <root>/partial/<fill>.<inode>.wanted        which bytes of it other processes wait for
-    <root>/partial/<id>                         any other upload, locked while it is written
-    <root>/locks/<hash of the name>             held by a process while it does what only one may do
     <root>/damaged/<algorithm>-<encoded>        content that does not match its digest, kept for inspection
 
 A blob exists if and only if its file does.  A file gets there only by a rename after verification; its mtime
 is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but partial/,
-where a fill is found by its digest and resumed.
+where a fill is found by its digest and resumed (storage/disk/directory.py).
 """
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import hashlib
 import os
-import re
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import structlog
 
 from storage.concurrency import run_in_thread
-from storage.disk.extents import is_about_a_file, is_beside
-from storage.disk.health import DiskHealth, translated
-from storage.disk.locks import POLL, leads_to, try_lock
-from storage.disk.modes import create_file, make_directory, restrict
-from storage.disk.reaper import Reaper, uptime
-from storage.disk.sparse import SparseUpload
-from storage.disk.uploads import FileBlob, FileUpload
-from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
-from storage.oci import OCTETS, Descriptor, Digest, Hash
+from storage.disk.directory import UploadFiles
+from storage.disk.health import DiskHealth, sync, translated
+from storage.disk.locks import leads_to
+from storage.disk.modes import make_directory, restrict
+from storage.disk.reaper import uptime
+from storage.disk.tree import StoredBlob, directories, read_directory
+from storage.disk.uploads import FileBlob
+from storage.errors import BlobUnknown
+from storage.oci import OCTETS, Descriptor, Digest
+from storage.records import Batch
 
 log = structlog.get_logger()
 
-KIND = "blobs"  # the kind of these files in DiskHealth
 TOUCH = 60.0  # seconds; the precision of the last use, so that most hits write nothing
-HASHES = 1000  # suspended uploads whose hash is remembered; others are read again at their end
-IN_USE = 10.0  # seconds that a resumed upload waits for its former writer, which was probably cut off
-_ID = re.compile(r"[A-Za-z0-9_-]{22}\.[0-9a-f]{16}")
+_ASIDE = "collected-"
 
 
-class BlobFiles:
+class BlobFiles(UploadFiles):
     """The files of blobs and uploads below one directory; missing directories are created.
 
     The blobs of a `private` store cannot be fetched again: a damaged one is logged and set aside, and only
@@ -64,50 +54,12 @@ class BlobFiles:
         private: bool = False,
         ticks: Callable[[], float] = uptime,
     ) -> None:
-        self.root = root
+        super().__init__(root, clock, disk, ticks)
         self.private = private
-        self.disk = disk or DiskHealth(root, clock)
-        self.clock = clock
-        self._partial = root / "partial"
-        self._locks = root / "locks"
-        self._reaper = Reaper(clock, ticks)
-        self.growing: set[FileUpload] = set()  # uploads of a known size
-        self._hashes: dict[str, tuple[Hash, int]] = {}
-        with translated(root):
-            self._make()
         restrict(root)  # a former version created directories that others could read
 
-    def _make(self) -> None:
-        for directory in (self._partial, self._locks, self.root / "blobs"):
-            make_directory(directory)
-
-    def _create(self, path: Path, flags: int = 0) -> int:
-        flags |= os.O_RDWR
-        try:
-            return create_file(path, flags)
-        except FileNotFoundError:
-            self._make()
-            return create_file(path, flags)
-
-    def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
-        """Report the failure of a write: see DiskHealth.guard()."""
-        return self.disk.guard(KIND, path, size)
-
-    def worked(self, size: int = 0) -> None:
-        """Report a successful write of `size` bytes: see DiskHealth.worked()."""
-        self.disk.worked(KIND, size)
-
-    def check_room(self, upload: FileUpload) -> None:
-        """Reserve the room that `upload` still needs; raises StorageFailed if there is not enough."""
-        remaining = sum(each.remaining for each in self.growing | {upload})
-        with self.guard(self.root, remaining):
-            if self.disk.room() < remaining:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.growing.add(upload)
-
-    def room(self) -> int:
-        """Bytes that are free and not reserved for uploads."""
-        return self.disk.room() - sum(each.remaining for each in self.growing)
+    def _directories(self) -> tuple[Path, ...]:
+        return *super()._directories(), self.root / "blobs"
 
     def path(self, digest: Digest) -> Path:
         return self.root / "blobs" / digest.algorithm / digest.encoded[:2] / digest.encoded
@@ -117,6 +69,24 @@ class BlobFiles:
         path = self.path(digest)
         with translated(path):
             return path.exists()
+
+    def find(self, digest: Digest) -> StoredBlob | None:
+        """The blob's size and its last use; None if it is not stored.  Raises StorageFailed."""
+        path = self.path(digest)
+        with translated(path), suppress(FileNotFoundError):
+            status = path.stat()
+            return StoredBlob(status.st_mtime, status.st_size, digest)
+        return None
+
+    def portions(self) -> Iterator[list[StoredBlob]]:
+        """All stored blobs, in lists of those whose digests have the same first byte.  Blocks."""
+        root = self.root / "blobs"
+        with self.guard(root):
+            names, _ = directories(root)
+        for name in names:
+            with self.guard(root):
+                blobs = read_directory(root, name).blobs
+            yield blobs
 
     def open(self, digest: Digest, size: int | None = None) -> FileBlob:
         """Open the blob.  Raises BlobUnknown, also if the file has not `size` bytes; it is then removed."""
@@ -152,7 +122,7 @@ class BlobFiles:
             if at - path.stat().st_mtime >= TOUCH:
                 os.utime(path, (at, at))
 
-    def renew(self, digest: Digest) -> None:
+    def renew(self, digest: Digest, batch: Batch | None = None) -> None:
         """Set the time of last use to the present time.  Raises BlobUnknown."""
         now = self.clock()
         path = self.path(digest)
@@ -174,6 +144,33 @@ class BlobFiles:
             if found != digest:
                 path.unlink(missing_ok=True)
                 raise BlobUnknown(f"{digest} was damaged: its content is {found}")
+
+    def reader(self, digest: Digest) -> BinaryIO:
+        """The blob's bytes, without recording a use.  Close it.  Raises BlobUnknown."""
+        path = self.path(digest)
+        with translated(path):
+            try:
+                return path.open("rb", buffering=0)
+            except FileNotFoundError:
+                raise BlobUnknown(f"{digest} is not stored here") from None
+
+    def remove_old(self, digest: Digest, old: Callable[[float], bool], batch: Batch) -> int | None:
+        """Remove the blob if its last use is `old`; returns its size, or None if it stays.
+
+        In a transaction, so that it is not linked meanwhile.
+        1. The file is found old  2. the same content is uploaded and committed over it, to be linked after
+        this transaction  3. the new file is moved aside, recognised by its mtime, and moved back before it
+        can be linked.  A process that is killed in between loses only content that no client relies on.
+        """
+        path, aside = self.path(digest), self._partial / f"{_ASIDE}{digest.algorithm}-{digest.encoded}"
+        with self.guard(path), suppress(FileNotFoundError):
+            path.rename(aside)
+            status = aside.lstat()
+            if old(status.st_mtime):
+                aside.unlink()
+                return status.st_size
+            aside.rename(path)
+        return None
 
     def set_aside(self, digest: Digest, found: os.stat_result) -> Path | None:
         """Move a damaged file, which has the status `found`, out of the tree; returns its new path.
@@ -197,136 +194,15 @@ class BlobFiles:
             return aside
         return None
 
-    def create(self, owner: str = "", algorithm: str = "sha256") -> FileUpload:
-        """Start an upload that can be suspended, and resumed by its id and `owner`."""
-        path = self._partial / f"{secrets.token_urlsafe(16)}.{_mark(owner)}"
-        with self.guard(path):
-            file = self._create(path, os.O_EXCL)
-            try_lock(file)
-        return FileUpload(self, path, file, algorithm)
+    async def publish(self, partial: Path, file: int, digest: Digest) -> None:
+        await run_in_thread(self._publish, partial, file, digest)
 
-    async def reopen(self, id: str, owner: str = "") -> FileUpload:
-        """Resume an upload that this or another process suspended.
+    def _publish(self, partial: Path, file: int, digest: Digest) -> None:
+        for directory in self.place(partial, file, self.path(digest)):
+            sync(directory)
 
-        Raises BlobUploadUnknown; Unavailable while another request writes it.
-        """
-        if not _ID.fullmatch(id) or not id.endswith(f".{_mark(owner)}"):
-            raise BlobUploadUnknown(f"there is no upload {id[:80]!r} of this repository")
-        path = self._partial / id
-        with translated(path):
-            try:
-                file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise BlobUploadUnknown(f"there is no upload {id!r}: it ended, or was abandoned") from None
-        upload = FileUpload(self, path, file, "sha256", ours=False)
-        try:
-            await self._lock_upload(path, file)
-            upload.take_over()
-        except BaseException:
-            upload.close()
-            raise
-        if (known := self._hashes.pop(id, None)) is not None:
-            upload.adopt(*known)
-        return upload
-
-    async def _lock_upload(self, path: Path, file: int) -> None:
-        for _ in range(int(IN_USE / POLL)):
-            if try_lock(file):
-                if not leads_to(path, file):
-                    raise BlobUploadUnknown(f"there is no upload {path.name!r}: it has just ended")
-                return
-            await asyncio.sleep(POLL)
-        raise Unavailable(f"upload {path.name!r} is being written by another request", retry_after=1.0)
-
-    def remember(self, id: str, hash: Hash, hashed: int) -> None:
-        """Keep the hash of a suspended upload, so that reopen() need not read the bytes again."""
-        self._hashes[id] = hash, hashed
-        if len(self._hashes) > HASHES:
-            del self._hashes[next(iter(self._hashes))]
-
-    async def resume(self, digest: Digest) -> SparseUpload:
-        """Start or resume the upload of this digest.
-
-        If another process writes it, the upload is not `ours`: see FileUpload.watch().
-        """
-        path = self._partial / f"{digest.algorithm}-{digest.encoded}"
-        while True:
-            file, locked = self._open_locked(path)
-            upload = SparseUpload(self, path, file, digest.algorithm, resumable=True, ours=locked)
-            if not locked:
-                return upload
-            try:
-                with translated(path):
-                    await run_in_thread(upload.rehash)
-                return upload
-            except Unavailable:  # it has removed its file
-                upload.close()
-            except (RegistryError, asyncio.CancelledError):
-                await upload.suspend()
-                raise
-
-    def _open_locked(self, path: Path) -> tuple[int, bool]:
-        """Open the file, which is created if necessary; also returns whether we got its lock."""
-        while True:
-            with self.guard(path):
-                file = self._create(path)
-                try:
-                    locked = try_lock(file)
-                    # 1. we open  2. its writer renames it into blobs/ and releases the lock  3. we get the
-                    # lock, of a committed blob.  So the name must still lead to the file that we opened.
-                    if leads_to(path, file):
-                        return file, locked
-                except BaseException:
-                    os.close(file)
-                    raise
-                os.close(file)
-
-    @asynccontextmanager
-    async def exclusive(self, name: str) -> AsyncIterator[bool]:
-        """A lock between all processes on this directory, one for each `name`; yields whether it had to wait.
-
-        If the disk fails, all enter without a lock: this saves duplicate work and protects nothing.
-        """
-        path = self._locks / hashlib.sha256(name.encode()).hexdigest()[:32]
-        file: int | None = None
-        waited = False
-        with suppress(StorageFailed):
-            while True:
-                file, locked = self._open_locked(path)
-                if locked:
-                    break
-                os.close(file)
-                file, waited = None, True
-                await asyncio.sleep(POLL)
-        try:
-            yield waited
-        finally:
-            if file is not None:
-                with suppress(OSError):
-                    path.unlink()  # under the lock: a process that has it open sees it removed
-                os.close(file)
-
-    @contextmanager
-    def turn(self, seconds: float) -> Iterator[bool]:
-        """Yields whether it is the turn of this process to do housekeeping.
-
-        It is if no process does so, and no other process that still runs did in the last `seconds`.
-        """
-        path = self.root.parent / "keeper.lock"
-        with self.guard(path):
-            file = self._create(path)
-        try:
-            locked = try_lock(file)
-            pid, _, text = os.pread(file, 100, 0).partition(b" ")
-            recent = text != b"" and 0 <= self.clock() - float(text) < seconds
-            ours = locked and not (recent and _runs(int(pid)))
-            yield ours
-            if ours:
-                with self.guard(path):
-                    os.ftruncate(file, 0)
-                    os.pwrite(file, f"{os.getpid()} {self.clock()}".encode(), 0)
-        finally:
-            os.close(file)
+    def is_published(self, file: int, digest: Digest) -> bool:
+        return leads_to(self.path(digest), file)
 
     def place(self, partial: Path, file: int, path: Path) -> list[Path]:
         """Move a partial file, open as `file`, to `path`; returns the directories that must be synced then.
@@ -342,36 +218,3 @@ class BlobFiles:
         partial.replace(path)
         # A new directory is itself a name in a directory that may be new, too.
         return [path.parent, *(path.parents[1:4] if made else ())]
-
-    def check(self) -> None:
-        """Write a file to see whether the disk works.  Raises StorageFailed."""
-        path = self._partial / f"check-{os.getpid()}"
-        with self.guard(path):
-            file = self._create(path)
-            try:
-                os.write(file, b"\n")
-            finally:
-                os.close(file)
-                path.unlink(missing_ok=True)
-        self.worked()
-
-    def reap(self, age: float) -> int:
-        """Remove partial files and locks that nobody went on with for `age` seconds; returns how many."""
-        with translated(self._partial):
-            files = sorted((*self._partial.iterdir(), *self._locks.iterdir()), key=is_beside)
-            return self._reaper.reap((path for path in files if not is_about_a_file(path)), age)
-
-
-def _mark(owner: str) -> str:
-    """The part of an upload's id that makes it valid for its owner only."""
-    return hashlib.sha256(owner.encode()).hexdigest()[:16]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return pid != os.getpid()

@@ -7,7 +7,7 @@ The writer holds the lock of the file, so that only one of all processes writes 
 it is committed or the writer releases the lock.  The descriptor is closed only when no thread uses it any
 more, even if its task was cancelled in the meantime.
 
-The UploadDirectory knows where the file is, where a commit moves it, and how much room the disk has.
+The UploadDirectory knows where the file is, what a commit makes of it, and how much room the disk has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from storage.concurrency import run_in_thread
-from storage.disk.health import sync, translated
+from storage.disk.health import translated
 from storage.disk.locks import POLL, leads_to, try_lock, unlock
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest, Hash
@@ -37,8 +37,11 @@ class UploadDirectory(Protocol):
 
     growing: set[FileUpload]  # uploads of a known size
 
-    def path(self, digest: Digest) -> Path:
-        """The path of a committed blob."""
+    async def publish(self, partial: Path, file: int, digest: Digest) -> None:
+        """Make the blob of a partial file: see UploadFiles.publish()."""
+
+    def is_published(self, file: int, digest: Digest) -> bool:
+        """Whether `file` was a partial file that is now the blob."""
 
     def guard(self, path: Path, size: int = 0) -> AbstractContextManager[None]:
         """Report the failure of a write: see DiskHealth.guard()."""
@@ -51,9 +54,6 @@ class UploadDirectory(Protocol):
 
     def check_room(self, upload: FileUpload) -> None:
         """Reserve the room that `upload` still needs; raises StorageFailed if there is not enough."""
-
-    def place(self, partial: Path, file: int, path: Path) -> list[Path]:
-        """Move a partial file, open as `file`, to `path`; returns the directories to sync then."""
 
     def remember(self, id: str, hash: Hash, hashed: int) -> None:
         """Keep the hash of a suspended upload, so that its bytes need not be read again."""
@@ -163,12 +163,11 @@ class FileUpload(Upload):
 
         Raises Unavailable if it gave up and removed the file.
         """
-        final = self._directory.path(digest)
         while True:
-            # 1. it renames and releases  2. we get the lock: so the name is checked after the lock.
+            # 1. it commits and releases  2. we get the lock: so the name is checked after the lock.
             with translated(self._path):
                 free = try_lock(self._file)
-                if leads_to(final, self._file):
+                if self._directory.is_published(self._file, digest):
                     self._complete = True
                     self.offset = os.fstat(self._file).st_size
                     self._move(self.offset)
@@ -289,16 +288,19 @@ class FileUpload(Upload):
         self._move(self.offset)
         try:
             with self._directory.guard(self._path, self.offset):
-                await run_in_thread(self._publish, self._directory.path(digest))
-        finally:
-            self._discard()  # if it was not moved to its final name
+                await self._directory.publish(self._path, self._file, digest)
+        except Unavailable:  # who wants the blob may commit it again
+            self._directory.remember(self.id, self._hash, self._hashed)
             self.close()
+            raise
+        except BaseException:
+            self._discard()
+            self.close()
+            raise
+        self._discard()  # what is beside it
+        self.close()
         self._directory.worked(self.offset)
         return Descriptor(OCTETS, digest, self.offset)
-
-    def _publish(self, path: Path) -> None:
-        for directory in self._directory.place(self._path, self._file, path):
-            sync(directory)
 
     async def cancel(self, error: BaseException | None = None) -> None:
         await self._end(error)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -281,9 +280,8 @@ class _CollectionRun:
         link = Link.parse(self._records.get(key))
         if link is not None and self._young(link.linked_at):
             return True
-        with suppress(FileNotFoundError):
-            return self._young(self._store.files.path(Digest(LINK.parse(key)[1])).stat().st_mtime)
-        return False
+        found = self._store.files.find(Digest(LINK.parse(key)[1]))
+        return found is not None and self._young(found.used_at)
 
     def _remove_each(
         self, marks: Reachability, choose: Callable[[Pause], list[T]], remove: Callable[[T, Batch], bool]

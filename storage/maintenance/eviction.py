@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from storage.content import files_of
 from storage.disk.tree import StoredBlob
 from storage.keys import LINK
 from storage.maintenance.blob_tree import BlobTree, oldest
@@ -82,7 +83,7 @@ class Eviction:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
-        self._blobs = BlobTree(store.files)
+        self._blobs = BlobTree(files_of(store.files))
         self._rules = rules
         self._pinned = pinned
         self._clock = clock

@@ -2,7 +2,7 @@
 
     lease <repository> <digest>               when a manifest was requested by its digest, or lost a tag
 
-The lease of a blob is the mtime of its file.  Both are taken in a write transaction, before the client is
+The lease of a blob is its last use.  Both are taken in a write transaction, before the client is
 answered, and the collection checks them in the transaction that removes.  So one of the two comes first:
 either the content is kept, or the answer is that it is unknown, and the client sends it.
 
@@ -48,7 +48,7 @@ class Leases:
         return _time(self._store.records.get(LEASE.key(repository, digest)))
 
     async def blob(self, repository: str, digest: Digest, used_at: float) -> None:
-        """Lease a blob whose file has the mtime `used_at`.  Raises BlobUnknown if it is no longer stored."""
+        """Lease a blob that was last used at `used_at`.  Raises BlobUnknown if it is no longer stored."""
         if self.due(used_at):
             with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
                 await run_in_thread(self._blob, repository, digest)
@@ -57,7 +57,7 @@ class Leases:
         def work(batch: Batch) -> None:
             if batch.get(LINK.key(repository, digest)) is None:
                 raise BlobUnknown(f"{repository} has no blob {digest}")
-            self._store.files.renew(digest)
+            self._store.files.renew(digest, batch)
 
         self._store.records.transaction(work, shared=True)
 

@@ -38,7 +38,8 @@ from pathlib import Path
 import structlog
 
 from storage.concurrency import run_in_thread
-from storage.disk.blobs import KIND
+from storage.content import files_of
+from storage.disk.directory import KIND
 from storage.disk.tree import BlobHasher, directories, read_directory, remove_damaged
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
 from storage.keys import LINK, MANIFEST, SCRUB, TAG, RecordKind
@@ -155,7 +156,7 @@ class _ScrubRun:
 
     def __init__(self, scrub: Scrub, pace: Pace, heal: Heal | None, progress: ScrubProgress) -> None:
         self._scrub = scrub
-        self._files = scrub.store.files
+        self._files = files_of(scrub.store.files)
         self._records = scrub.store.records
         self._root = self._files.root / "blobs"
         self._pace = pace

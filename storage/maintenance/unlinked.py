@@ -1,19 +1,17 @@
 """Committed blobs that no link names.
 
 All links are read once, and a prefix of each digest is remembered: two digests with one prefix keep one file
-more than necessary.  A blob that is linked afterwards is recognised by the mtime of its file, which is set to
-the present time in the transaction that makes the link.
+more than necessary.  A blob that is linked afterwards is recognised by its last use, which is set to the
+present time in the transaction that makes the link.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 
 import structlog
 
-from storage.disk.tree import directories, read_directory
 from storage.keys import LINK
 from storage.maintenance.nodes import prefix_of
 from storage.oci import Digest
@@ -22,8 +20,7 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
-PACK = 100  # files in a batch
-_ASIDE = "collected-"
+PACK = 100  # blobs in a batch
 
 Found = tuple[Digest, int]  # a blob and its size in bytes
 
@@ -51,13 +48,8 @@ class Unlinked:
 
     def _each(self, but: Collection[str]) -> Iterator[Found]:
         linked = self._linked(but)
-        root = self._files.root / "blobs"
-        with self._files.guard(root):
-            names, _ = directories(root)
-        for name in names:
-            kept = set(linked[int(name[-2:], 16)])
-            with self._files.guard(root):
-                blobs = read_directory(root, name).blobs
+        for blobs in self._files.portions():
+            kept = set(linked[prefix_of(blobs[0].digest) >> 56]) if blobs else ()
             for each in blobs:
                 if prefix_of(each.digest) not in kept and not self._stays(each.digest):
                     yield each.digest, each.size
@@ -74,9 +66,9 @@ class Unlinked:
         return linked
 
     def _stays(self, digest: Digest) -> bool:
-        with self._files.guard(self._files.path(digest)), suppress(FileNotFoundError):
-            if self._old(self._files.path(digest).stat().st_mtime):
-                return False
+        found = self._files.find(digest)
+        if found is not None and self._old(found.used_at):
+            return False
         self.young += 1
         return True
 
@@ -85,23 +77,11 @@ class Unlinked:
         return used_at < self._begun and not self._is_young(used_at)
 
     def remove(self, found: list[Found], batch: Batch) -> list[int]:
-        """Remove those that are still old, and return their sizes.  In a transaction, so that none is linked.
-
-        1. The file is found old  2. the same content is uploaded and committed over it, to be linked after
-        this transaction  3. the new file is moved aside, recognised by its mtime, and moved back before it
-        can be linked.  A process that is killed in between loses only content that no client relies on.
-        """
+        """Remove those that are still old, in a transaction, so that none is linked; returns their sizes."""
         sizes = []
         for digest, _ in found:
-            path = self._files.path(digest)
-            aside = self._files.root / "partial" / f"{_ASIDE}{digest.algorithm}-{digest.encoded}"
-            with self._files.guard(path), suppress(FileNotFoundError):
-                path.rename(aside)
-                status = aside.lstat()
-                if self._old(status.st_mtime):
-                    aside.unlink()
-                    sizes.append(status.st_size)
-                    log.debug("blob.collected", digest=str(digest), bytes=status.st_size)
-                else:
-                    aside.rename(path)
+            size = self._files.remove_old(digest, self._old, batch)
+            if size is not None:
+                sizes.append(size)
+                log.debug("blob.collected", digest=str(digest), bytes=size)
         return sizes

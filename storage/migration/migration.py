@@ -15,6 +15,7 @@ from functools import partial
 from typing import TypeAlias
 
 from storage.concurrency import Cancelled
+from storage.content import files_of
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameInvalid, TagInvalid
 from storage.keys import MANIFEST
 from storage.migration.adoption import Adoption
@@ -90,7 +91,8 @@ class Migration:
         self._sparse = sparse
         self._immutable = immutable
         self._dry_run = dry_run
-        self._adoption = Adoption(store.files)
+        self._files = files_of(store.files)
+        self._adoption = Adoption(self._files)
         self._stopped = False
 
     def stop(self) -> None:
@@ -217,7 +219,7 @@ class Migration:
         try:
             path = self._source.blob(repository.name, digest)
             if self._store.holds(digest):
-                return _BlobResult(Descriptor(OCTETS, digest, self._store.files.path(digest).stat().st_size))
+                return _BlobResult(Descriptor(OCTETS, digest, self._files.path(digest).stat().st_size))
             size = path.stat().st_size if self._dry_run else self._adoption.adopt(digest, path)
         except (Absent, DigestInvalid) as error:
             return _BlobResult(None, why=str(error))

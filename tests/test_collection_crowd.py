@@ -201,7 +201,9 @@ async def play(root: Path, rounds: list[tuple[list[Step], float, list[list[Step]
     client = Client(place)
     interleaved = Interleaved(client)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SQLiteRecords, "transaction", lambda records, work: interleaved(records, work))
+        patch.setattr(
+            SQLiteRecords, "transaction", lambda records, work, shared=False: interleaved(records, work)
+        )
         for each in rounds:
             await interleaved.collect(*each)
             await client.check()

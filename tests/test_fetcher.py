@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.disk.sparse import SparseUpload
 from storage.disk.wanted import Wanted
-from storage.errors import RegistryError
+from storage.errors import OriginFailed, RegistryError
 from storage.limits import Slots
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob, Registry
@@ -220,11 +221,13 @@ async def test_a_range_that_fails_is_brought_by_the_fill(
 class Rig:
     """Fills over a store; `turns` is held by the test as long as no fill is to transfer."""
 
-    def __init__(self, root: Path, upstream: Upstream, clock: Clock) -> None:
+    def __init__(
+        self, root: Path, upstream: Upstream, clock: Clock, ticks: Callable[[], float] = time.monotonic
+    ) -> None:
         connect = Connect(plain_http=True, header_timeout=9, progress_timeout=9)
         settings = requests.UpstreamSettings(upstream.url, connect)
         metrics = self.metrics = Metrics()
-        self.origin = client.UpstreamRegistry("up", settings, [Credentials()], metrics)
+        self.origin = client.UpstreamRegistry("up", settings, [Credentials()], metrics, ticks)
         self.store = Store(BlobFiles(root, clock), SQLiteRecords(root / "records"), clock)
         self.turns = Slots(1)
         self.fills = Fills(self.store, metrics, self.turns, backoff=0, ticks=clock)
@@ -469,6 +472,83 @@ async def test_a_blob_comes_whole_where_its_ranges_are_refused(
     assert await rig.read(digest, 0, SIZE) == BODY
     await rig.fills.ended(digest)
     assert asked(upstream) == [(0, 0), (1000, 50_000)]
+
+
+def to_ranges(request: Request) -> bool:
+    return request.range is not None
+
+
+@pytest.mark.parametrize("fault", [Status(503, {"Retry-After": "0"}), Status(500)])
+@pytest.mark.parametrize("holes", [HOLES, HOLES[1:]])
+async def test_what_fails_for_ranges_alone_comes_whole(
+    rig: Rig, upstream: Upstream, fault: Fault, holes: tuple[tuple[int, int], ...]
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, *holes)
+    upstream.next("GET", to_ranges, fault, times=100)
+    held = Hold(asyncio.Event(), after=None)
+    upstream.next("GET", lambda request: not to_ranges(request), held)
+    start, stop = holes[-1]
+    assert await rig.read(digest, start, stop) == BODY[start:stop]  # what is there waits for nothing
+    held.gate.set()
+    assert await rig.read(digest, 0, SIZE) == BODY
+    await rig.fills.ended(digest)
+    assert asked(upstream).count((0, 0)) == 1
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("status", [429, 502])
+async def test_a_cut_after_which_ranges_fail(
+    tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    rig, sleep = Rig(tmp_path, upstream, clock, clock), asyncio.sleep
+    waited = []
+
+    async def pass_time(seconds: float) -> None:
+        if seconds > fetcher.HEARING:
+            waited.append(seconds)
+            clock.advance(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", pass_time)
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.next("GET", digest, Reset(after=200_000))
+    upstream.next("GET", to_ranges, Status(status, {"Retry-After": "7"}), times=100)
+    assert await rig.read(digest, 0, SIZE) == BODY
+    await rig.fills.ended(digest)
+    assert asked(upstream) == [(0, 0), (0, 0), *[(200_000, SIZE)] * fetcher.WHOLE]
+    assert waited == [7] * fetcher.WHOLE
+    assert counted(rig)[2] == 200_000
+    assert rig.store.files.path(digest).read_bytes() == BODY
+    await rig.close()
+
+
+@pytest.mark.errors("fill.failed")
+async def test_what_fails_for_ranges_and_for_all_of_it(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, *HOLES)
+    upstream.next("GET", digest, Status(500), times=100)
+    with pytest.raises(OriginFailed, match="up answered 500 for a/b"):
+        await rig.read(digest, 0, SIZE)
+    with suppress(RegistryError):
+        await rig.fills.ended(digest)
+    assert len(asked(upstream)) == fetcher.RETRIES + 1
+    upstream.clear()
+    upstream.next("GET", digest, Status(500), times=100)
+    upstream.next("HEAD", digest, Status(500), times=100)
+    with pytest.raises(OriginFailed, match="up answered 500 for a/b"):
+        await rig.read(digest, 0, SIZE)
+    assert len(asked(upstream)) == 1  # who waits for headers may go elsewhere
+    await (await rig.store.files.resume(digest)).cancel()
+
+
+async def test_a_beginning_that_is_missing_and_refused(rig: Rig, upstream: Upstream) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, *HOLES[1:])
+    upstream.next("GET", to_ranges, Status(403), times=100)
+    assert await rig.read(digest, 0, SIZE) == BODY
+    await rig.fills.ended(digest)
+    assert asked(upstream) == [(0, 0), (0, 50_000)]
 
 
 class Untold(Fault):

@@ -24,6 +24,7 @@ from storage.registry import Blob
 
 LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
 RETRIES = 4  # in a row without progress
+WHOLE = 3  # failures after which all of a blob is asked for: the origin may refuse ranges alone
 MOST = 16  # transfers beside the one from the beginning on
 HEARING = 0.1  # seconds between two looks at what other processes want
 REST = 10.0  # seconds without further transfers after the origin has refused one
@@ -61,6 +62,7 @@ class Fetcher:
         self._backoff = backoff
         self._ticks = ticks
         self._size = -1
+        self._whole = False  # the next transfer is of all of the blob, whatever is there
         self._taken = Extents(upload.extents)  # what is there or is being transferred
         self._parts: list[Part] = []
         self._changed = asyncio.Event()
@@ -125,12 +127,22 @@ class Fetcher:
                 self._taken = Extents(self.upload.extents)
             except Unavailable as error:
                 failures = 0 if self.upload.offset > before else failures + 1
-                if not self._fill.started.done() or failures > RETRIES:
+                if failures > RETRIES or not await self._promised():
                     raise
+                self._whole = failures >= WHOLE
                 self._fill.log.warning("fill.interrupted", offset=self.upload.offset, error=str(error))
                 wait = min(error.retry_after or 0.0, LONGEST_WAIT)
             if failures:
                 await asyncio.sleep(max(wait, self._backoff * 2 ** (failures - 1)))
+
+    async def _promised(self) -> bool:
+        """Whether clients know the size of the blob; if some of it is there, they may, and read that."""
+        source, started = self._fill.source, self._fill.started
+        if not started.done() and self.upload.offset:
+            with suppress(Unavailable, RangeInvalid):
+                descriptor = await source.origin.resolve_blob(source.name, self._fill.digest)
+                await self._begin(source, descriptor, Part(0, 0, self._ticks()))
+        return started.done()
 
     async def _fetch_rest(self) -> None:
         """Close the gaps in order.  Those that other transfers close are waited for."""
@@ -158,28 +170,30 @@ class Fetcher:
 
     async def _fetch_gap(self, part: Part, end: int) -> None:
         source, span = self._fill.source, None
-        if part.position or part.stop < end:
+        rest = part.position > 0 or part.stop < end
+        if rest and not self._whole:
             span = Span(part.position, part.stop if part.stop < end else None)
         self._take(part)
         try:
             with self._metrics.transfers.track_inprogress():
-                blob = await self._get(source, span)
+                blob, span = await self._get(source, span)
                 try:
                     await self._begin(source, blob.descriptor, part)
-                    await (self._stream if blob.position == part.position else self._stream_all)(blob, part)
+                    all_of_it = blob.position != part.position or (rest and span is None)
+                    await (self._stream_all if all_of_it else self._stream)(blob, part)
                 finally:
                     await blob.close()
         finally:
             self._release(part)
 
-    async def _get(self, source: BlobSource, span: Span | None) -> Blob:
-        """The transfer of `span`, or of the whole blob if the origin refuses ranges."""
+    async def _get(self, source: BlobSource, span: Span | None) -> tuple[Blob, Span | None]:
+        """The transfer of `span`, or of the whole blob if the origin refuses ranges; what was asked for."""
         try:
-            return await source.origin.get_blob(source.name, self._fill.digest, span)
+            return await source.origin.get_blob(source.name, self._fill.digest, span), span
         except RegistryError as error:
             if span is None or isinstance(error, RangeInvalid | Unavailable):
                 raise
-        return await source.origin.get_blob(source.name, self._fill.digest)
+        return await source.origin.get_blob(source.name, self._fill.digest), None
 
     async def _begin(self, source: BlobSource, descriptor: Descriptor, part: Part) -> None:
         fill, size = self._fill, descriptor.size
@@ -320,6 +334,7 @@ class Fetcher:
             # It may refuse a second transfer, with any status, while it goes on with the first.
             if self._size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
                 self._refused_until = self._ticks() + REST
+            self._fill.ranges = self._fill.ranges and None  # only one range asks whether it is over
             self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
         finally:
             self._release(part)

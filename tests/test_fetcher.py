@@ -532,7 +532,7 @@ async def test_what_fails_for_ranges_and_for_all_of_it(rig: Rig, upstream: Upstr
         await rig.read(digest, 0, SIZE)
     with suppress(RegistryError):
         await rig.fills.ended(digest)
-    assert len(asked(upstream)) == fetcher.RETRIES + 1
+    assert asked(upstream).count((0, 0)) == fetcher.RETRIES + 1 - fetcher.WHOLE
     upstream.clear()
     upstream.next("GET", digest, Status(500), times=100)
     upstream.next("HEAD", digest, Status(500), times=100)

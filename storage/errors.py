@@ -27,6 +27,7 @@
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
     │       └── OriginForbidden    DENIED                     403   though it accepted the credentials
     ├── StorageFailed              UNKNOWN                    500   our disk, where no origin helps; see below
+    │   └── StorageUnavailable     UNAVAILABLE                503   the database of records, for now
     └── Unavailable                UNAVAILABLE                503   the origin cannot be asked now
         ├── TooManyRequests        TOOMANYREQUESTS            503   the origin answered 429; with Retry-After
         ├── OriginFailed           UNAVAILABLE                502   connection refused or cut, 5xx, nonsense
@@ -210,6 +211,16 @@ class StorageFailed(RegistryError):
         )
         super().__init__(message, retry_after=retry_after, public=public)
         self.status = _STATUSES.get(cause, self.status)
+
+
+class StorageUnavailable(StorageFailed):
+    """A server that stores something for us cannot be used now; what was sent may be stored or not."""
+
+    code = "UNAVAILABLE"
+
+    def __init__(self, message: str = "", *, cause: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message, cause=cause, retry_after=retry_after)
+        self.status = 503
 
 
 class Unavailable(RegistryError):

@@ -7,6 +7,7 @@ their bytes in UTF-8, which is the order of their code points.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -103,6 +104,13 @@ class Records(Protocol):
 
         None if that cannot be told at once: read the records then.  Versions of different threads do not
         compare.
+        """
+        ...
+
+    def turn(self, name: str) -> AbstractContextManager[bool]:
+        """Whether this process has the turn at `name` until it leaves the context: one server at a time has.
+
+        For work that several may do at once, but need not: the turn may get lost meanwhile.
         """
         ...
 

@@ -20,7 +20,7 @@ STORAGE = (
     "oci limits",
     "registry keys values records",
     "disk",
-    "content listings",
+    "content listings postgres",
     "store",
     "graph held migration",
     "maintenance archives",
@@ -48,7 +48,7 @@ PROXY["cli"] = " ".join(PROXY)
 PROXY["__main__"] = "cli"
 
 # Libraries that only some may name, by the start of their modules' names.
-OWNERS = {"diskcache": "storage.disk.database", "aiohttp": "proxy."}
+OWNERS = {"diskcache": "storage.disk.database", "psycopg": "storage.postgres.", "aiohttp": "proxy."}
 
 ALLOWED = {
     **{

@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -203,6 +203,9 @@ class SQLiteRecords(Records):
             return opened[0].version()
         except FAILURES:
             return None
+
+    def turn(self, name: str) -> AbstractContextManager[bool]:
+        return nullcontext(True)  # of several servers on one directory, one alone does such work
 
     def close(self) -> None:
         """Close the database; a rebuild is abandoned, and the next process to open the database does it."""

@@ -1,0 +1,155 @@
+"""Connections of one process to a PostgreSQL server, each used by one thread at a time.
+
+Not psycopg_pool: its callers learn nothing of a connection that is refused, and wait to the end of their time-out;
+its attempts to connect again are ever longer apart; and what it hands out after a restart of the server are
+connections to the former one.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
+from psycopg.rows import TupleRow
+
+PATIENCE = 5.0  # seconds that a thread waits for one of the connections
+# What the URL does not say.  A server that is gone without a word is noticed by the lack of its answers.
+_SETTINGS = {
+    "application_name": "entrepot",
+    "connect_timeout": "5",  # seconds, for each host of the URL
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "15000",  # milliseconds
+    "target_session_attrs": "read-write",  # of several hosts the one that is not a standby
+}
+# The server ends what a client that is gone has left: otherwise its locks hold for two hours.  Commits are
+# durable, whatever the default of the database is.
+_SESSION = """
+SET lock_timeout = '10s'; SET statement_timeout = '60s'; SET idle_in_transaction_session_timeout = '60s';
+SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
+SET default_transaction_isolation = 'read committed';
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+"""
+
+DatabaseConnection: TypeAlias = psycopg.Connection[TupleRow]
+
+
+class Busy(Exception):
+    """All connections were in use for too long."""
+
+
+class Closed(Exception):
+    """The connections were closed."""
+
+
+class Connections:
+    """At most `most` connections, made when they are needed.  Methods block, and raise psycopg.Error.
+
+    After an attempt to connect has failed, one thread at a time tries again, and the others fail at once: so
+    a server that does not answer holds one thread.
+    """
+
+    def __init__(self, url: str, most: int) -> None:
+        parameters = {**_SETTINGS, **conninfo_to_dict(url)}
+        self._parameters = make_conninfo("", **parameters)
+        self.name = _name(parameters)
+        self._most = most
+        self._slots = threading.Semaphore(most)
+        self._lock = threading.Lock()
+        self._idle: list[DatabaseConnection] = []
+        self._failure: str | None = None  # of the last attempt to connect
+        self._trying = threading.Lock()  # held by the thread that tries again
+        self._closed = False
+
+    @contextmanager
+    def take(self) -> Iterator[DatabaseConnection]:
+        """A connection that is not in a transaction.  Raises Busy and Closed."""
+        if self._closed:
+            raise Closed
+        if not self._slots.acquire(timeout=PATIENCE):
+            raise Busy(f"all {self._most} connections of this process are in use")
+        try:
+            connection = self._idle_one() or self.connect()
+            try:
+                yield connection
+            finally:
+                self._put_back(connection)
+        finally:
+            self._slots.release()
+
+    def _idle_one(self) -> DatabaseConnection | None:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            if not _has_news(connection):
+                return connection
+            connection.close()
+
+    def _put_back(self, connection: DatabaseConnection) -> None:
+        if not connection.closed and connection.info.transaction_status == TransactionStatus.IDLE:
+            with self._lock:
+                if not self._closed:
+                    self._idle.append(connection)
+                    return
+        connection.close()
+
+    def connect(self) -> DatabaseConnection:
+        """A connection for the caller alone, who closes it."""
+        if self._failure is None:
+            return self._connect()
+        if not self._trying.acquire(blocking=False):
+            raise psycopg.OperationalError(self._failure)
+        try:
+            return self._connect()
+        finally:
+            self._trying.release()
+
+    def _connect(self) -> DatabaseConnection:
+        try:
+            connection = psycopg.connect(self._parameters, autocommit=True)
+            try:
+                connection.execute(_SESSION)
+            except BaseException:
+                connection.close()
+                raise
+        except psycopg.Error as error:
+            self._failure = str(error)
+            raise
+        self._failure = None
+        return connection
+
+    def close(self) -> None:
+        """Wait until none is in use, and close all."""
+        if not self._closed:
+            self._closed = True
+            for _ in range(self._most):
+                self._slots.acquire()
+            for each in self._idle:
+                each.close()
+            self._idle.clear()
+
+
+def _has_news(connection: DatabaseConnection) -> bool:
+    """Whether the server has sent something, which to an idle connection is the end of it."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _name(parameters: Mapping[str, Any]) -> str:
+    """What a database is called in messages, which never hold a password."""
+    hosts = str(parameters.get("host") or "localhost").split(",")
+    ports = str(parameters.get("port") or "5432").split(",")
+    if len(ports) == 1:
+        ports *= len(hosts)
+    places = ",".join(f"{host}:{port}" for host, port in zip(hosts, ports, strict=False))
+    return f"{places}/{parameters.get('dbname') or ''}"

@@ -1,0 +1,72 @@
+"""The tables in PostgreSQL, and how those of an earlier version become those of this one.
+
+    entrepot_schema     one row: the version of the tables
+    entrepot_records    a record in a row
+    entrepot_writers    always empty: writers lock it, each for the time of a transaction
+
+Keys are bytes: their order does not depend on the collation of the database, nor their form on its encoding.
+Writers lock a table of its own: a lock on the records themselves would end the vacuuming of these.
+"""
+
+from __future__ import annotations
+
+from storage.errors import StorageFailed
+from storage.keys import TAG
+from storage.postgres.connections import DatabaseConnection
+
+
+def _bytes(text: str) -> str:
+    """A constant of SQL."""
+    return f"'\\x{text.encode().hex()}'::bytea"
+
+
+# A tag's target is the first field of its record.  PostgreSQL keeps an index of the tags by it.
+TAGS = f"key >= {_bytes(TAG.prefix())} AND key < {_bytes(f'{TAG.name}!')}"
+TARGET = "substring(value FROM 1 FOR greatest(position('\\x20'::bytea IN value) - 1, 0))"
+
+# Each statement list leads from the version before to the next one.  What is released never changes.
+MIGRATIONS = (
+    f"""
+    CREATE TABLE entrepot_records (key bytea PRIMARY KEY, value bytea NOT NULL);
+    CREATE TABLE entrepot_writers ();
+    CREATE INDEX entrepot_tags ON entrepot_records (({TARGET}), key) WHERE {TAGS};
+    """,
+)
+VERSION = len(MIGRATIONS)
+
+
+class SchemaTooNew(StorageFailed):
+    """A later version of this program has changed the tables."""
+
+
+def migrate(connection: DatabaseConnection, name: str) -> None:
+    """Make the tables, or bring them to this version.  Raises SchemaTooNew and psycopg.Error."""
+    found = _version(connection)
+    if found == VERSION:
+        return
+    with connection.transaction():
+        # One at a time: two that make the same table fail, even by IF NOT EXISTS.
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('entrepot_schema', 0))")
+        connection.execute("SET LOCAL statement_timeout = 0")
+        found = _version(connection)
+        if found > VERSION:
+            raise SchemaTooNew(
+                f"the records in {name} have schema {found}, and this version knows schema {VERSION}:"
+                " use the version of entrepot that made it, or a later one",
+                cause="its database is of a later version",
+            )
+        if not found:
+            connection.execute("CREATE TABLE entrepot_schema (version integer NOT NULL)")
+            connection.execute("INSERT INTO entrepot_schema VALUES (0)")
+        for statements in MIGRATIONS[found:]:
+            connection.execute(statements.encode())
+        connection.execute("UPDATE entrepot_schema SET version = %s", (VERSION,))
+
+
+def _version(connection: DatabaseConnection) -> int:
+    """The version of the tables; 0 if there are none."""
+    row = connection.execute("SELECT to_regclass('entrepot_schema')").fetchone()
+    if row == (None,):
+        return 0
+    row = connection.execute("SELECT version FROM entrepot_schema").fetchone()
+    return int(row[0]) if row else 0

@@ -29,6 +29,7 @@ from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.requests import UpstreamSettings
 from proxy.upstream.transport import Connect
 from tests.authority import Authority
+from tests.postgres import PostgresServer
 from tests.upstream import Basic, Upstream
 from tests.upstream_client import PLAIN, Ask
 
@@ -221,6 +222,16 @@ def events(request: pytest.FixtureRequest) -> Iterator[LogCapture]:
     errors = [each for each in capture.entries if each["log_level"] in ("error", "critical")]
     unexpected = [each for each in errors if each["event"] not in allowed]
     assert not unexpected, f"error events that the test did not ask for: {unexpected}"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A server for all tests of this process.  A test that kills it starts it again."""
+    server = PostgresServer()
+    server.start()
+    yield server
+    server.stop()
+    server.remove()
 
 
 @pytest.fixture(autouse=True)

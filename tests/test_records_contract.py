@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.keys import TAG
+from storage.postgres.records import PostgresRecords
 from storage.records import BATCH, Batch, Records
+from tests.postgres import PostgresServer
 
 MANY = 2 * BATCH + 200  # more than two batches of a scan
 Open = Callable[[], Records]
@@ -25,13 +27,20 @@ def sqlite(tmp_path: Path) -> Open:
     return lambda: SQLiteRecords(tmp_path / "records")
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture
+def postgres(postgres_server: PostgresServer) -> Open:
+    url = postgres_server.database()
+    return lambda: PostgresRecords(url)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.clients)])
 def another(request: pytest.FixtureRequest) -> Iterator[Open]:
     """Opens the same records again, as another process would."""
+    make: Open = request.getfixturevalue(request.param)
     opened: list[Records] = []
 
     def open_again() -> Records:
-        opened.append(request.getfixturevalue(request.param)())
+        opened.append(make())
         return opened[-1]
 
     yield open_again
@@ -377,6 +386,19 @@ def test_what_is_closed_takes_nothing(records: Records) -> None:
         records.put("a", b"2")
     with pytest.raises(StorageFailed, match="closed"):
         records.transaction(lambda batch: batch.put("a", b"2"))
+
+
+def test_one_at_a_time_has_a_turn(records: Records, another: Open) -> None:
+    other = another()
+    with records.turn("collect") as first:
+        assert first
+        with other.turn("collect") as second, other.turn("scrub") as elsewhere:
+            assert second == (not records.remote)  # a database on one machine leaves that to others
+            assert elsewhere
+        other.put("a", b"1")
+        assert records.get("a") == b"1"
+    with other.turn("collect") as third:
+        assert third
 
 
 def test_a_version_is_another_after_a_change_if_it_is_told(records: Records, another: Open) -> None:

@@ -1,8 +1,8 @@
 """Connections of one process to a PostgreSQL server, each used by one thread at a time.
 
-Not psycopg_pool: its callers learn nothing of a connection that is refused, and wait to the end of their time-out;
-its attempts to connect again are ever longer apart; and what it hands out after a restart of the server are
-connections to the former one.
+Not psycopg_pool: its callers learn nothing of a connection that is refused, and wait to the end of their
+time-out; its attempts to connect again are ever longer apart; and what it hands out after a restart of the
+server are connections to the former one.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Every writer locks the table `entrepot_writers` before its transaction reads any
 alone.  Of shared transactions, PostgreSQL itself sees to it that the result is as if one had run after the
 other, and ends one that would break that; it is run again, and at last alone, so that it gets to its end.
 
-An error that PostgreSQL raises within a transaction leaves it as psycopg.Error: the work cannot take it for one
-that it may ignore.  Whoever called transaction() gets StorageFailed.
+An error that PostgreSQL raises within a transaction leaves it as psycopg.Error: the work cannot take it for
+one that it may ignore.  Whoever called transaction() gets StorageFailed.
 """
 
 from __future__ import annotations
@@ -235,7 +235,11 @@ class PostgresRecords(Records):
             if not self._migrated:
                 migrate(connection, self.name)
                 self._migrated = True
-            yield connection
+            try:
+                yield connection
+            except errors.ReadOnlySqlTransaction:
+                connection.close()  # its server has become a standby: another one is to be found
+                raise
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

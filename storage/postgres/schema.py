@@ -65,8 +65,9 @@ def migrate(connection: DatabaseConnection, name: str) -> None:
 
 def _version(connection: DatabaseConnection) -> int:
     """The version of the tables; 0 if there are none."""
-    row = connection.execute("SELECT to_regclass('entrepot_schema')").fetchone()
-    if row == (None,):
+    # Not by to_regclass(): after the lock was waited for, it would answer by what it knew before.
+    table = "SELECT FROM pg_class WHERE relname = 'entrepot_schema' AND pg_table_is_visible(oid)"
+    if connection.execute(table).fetchone() is None:
         return 0
     row = connection.execute("SELECT version FROM entrepot_schema").fetchone()
     return int(row[0]) if row else 0

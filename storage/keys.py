@@ -18,6 +18,8 @@ A key is the name of its kind and then its fields, with a space between two of t
     scrub <part>                                when a part of the store was last verified
     warmed <rule>                               the last run of a warming rule
     collected                                   the report of the last garbage collection
+    object <digest>                             the object that a blob in a bucket is
+    leftover <key>                              an object that is no blob, or not yet
 
 and in the records of the webhooks' queue:
 
@@ -56,6 +58,10 @@ class RecordKind:
         """The start of all keys whose first fields are `values`."""
         return " ".join((self.name, *values, ""))
 
+    def start(self, value: str) -> str:
+        """The start of all keys whose first field starts with `value`."""
+        return f"{self.name} {value}"
+
     def within(self, namespace: str) -> str:
         """The start of all keys of repositories of `namespace`."""
         return f"{self.name} {namespace}/"
@@ -82,6 +88,8 @@ PIN = RecordKind("pin", 1)
 SCRUB = RecordKind("scrub", 1)
 WARMING = RecordKind("warmed", 1)
 COLLECTED = RecordKind("collected", 0)
+OBJECT = RecordKind("object", 1)
+LEFTOVER = RecordKind("leftover", 1)
 EVENT = RecordKind("event")
 PENDING = RecordKind("pending", 1)
 WEBHOOK = RecordKind("webhook", 1)

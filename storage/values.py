@@ -3,6 +3,7 @@
     tag         digest, time of validation
     manifest    media type, time of storing, newline, the exact bytes
     link        size in bytes, time of linking
+    object      size in bytes, time of last use, key
 
 Fields are separated by spaces; times are seconds since the epoch.  Parsing returns None if the record is
 absent or damaged.
@@ -70,6 +71,26 @@ class Link(NamedTuple):
         size, _, time = (record or b"").partition(b" ")
         linked_at = _number(time)
         return cls(int(size), linked_at) if size.isdigit() and linked_at is not None else None
+
+
+class StoredObject(NamedTuple):
+    """A blob that is an object of a bucket: its size, its last use, and its key."""
+
+    size: int
+    used_at: float
+    key: str
+
+    def encode(self) -> bytes:
+        return f"{self.size} {self.used_at} {self.key}".encode()
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> StoredObject | None:
+        size, _, rest = (record or b"").partition(b" ")
+        time, _, key = rest.partition(b" ")
+        used_at = _number(time)
+        if not size.isdigit() or used_at is None or not key:
+            return None
+        return cls(int(size), used_at, key.decode(*_TEXT))
 
 
 def _number(text: bytes) -> float | None:

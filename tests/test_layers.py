@@ -20,7 +20,7 @@ STORAGE = (
     "oci limits",
     "registry keys values records",
     "disk",
-    "content listings postgres",
+    "content listings bucket postgres",
     "store",
     "graph held migration",
     "maintenance archives",
@@ -48,7 +48,12 @@ PROXY["cli"] = " ".join(PROXY)
 PROXY["__main__"] = "cli"
 
 # Libraries that only some may name, by the start of their modules' names.
-OWNERS = {"diskcache": "storage.disk.database", "psycopg": "storage.postgres.", "aiohttp": "proxy."}
+OWNERS = {
+    "diskcache": "storage.disk.database",
+    "psycopg": "storage.postgres.",
+    "obstore": "storage.bucket.",
+    "aiohttp": "proxy.",
+}
 
 ALLOWED = {
     **{

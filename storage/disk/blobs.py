@@ -194,11 +194,11 @@ class BlobFiles(UploadFiles):
             return aside
         return None
 
-    async def publish(self, partial: Path, file: int, digest: Digest) -> None:
-        await run_in_thread(self._publish, partial, file, digest)
+    async def publish(self, source: Path, file: int, digest: Digest) -> None:
+        await run_in_thread(self._publish, source, file, digest)
 
-    def _publish(self, partial: Path, file: int, digest: Digest) -> None:
-        for directory in self.place(partial, file, self.path(digest)):
+    def _publish(self, source: Path, file: int, digest: Digest) -> None:
+        for directory in self.place(source, file, self.path(digest)):
             sync(directory)
 
     def is_published(self, file: int, digest: Digest) -> bool:

@@ -65,7 +65,7 @@ class UploadFiles(ABC):
             self._make()
 
     @abstractmethod
-    async def publish(self, partial: Path, file: int, digest: Digest) -> None:
+    async def publish(self, source: Path, file: int, digest: Digest) -> None:
         """Make the blob of a partial file, open as `file`, whose content is verified; removes the file.
 
         Raises OSError, and Unavailable if it may succeed later: the file is then still there.

@@ -37,7 +37,7 @@ class UploadDirectory(Protocol):
 
     growing: set[FileUpload]  # uploads of a known size
 
-    async def publish(self, partial: Path, file: int, digest: Digest) -> None:
+    async def publish(self, source: Path, file: int, digest: Digest) -> None:
         """Make the blob of a partial file: see UploadFiles.publish()."""
 
     def is_published(self, file: int, digest: Digest) -> bool:

@@ -1,0 +1,1 @@
+"""Object storage: blobs as the objects of a bucket."""

@@ -1,0 +1,232 @@
+"""Blobs as the objects of a bucket, with a record for each.
+
+    <prefix>/<algorithm>/<ab>/<encoded>.<token>    a blob; each upload has a token of its own
+
+and in the records of the store:
+
+    object <digest>       its size, its last use, and the key of its object
+    leftover <key>        since when an object may be there that is no blob; 0 if it is to be deleted now
+
+A blob exists if and only if its record does.  So whether it does is known without asking the bucket, and what
+happens to it is part of the transaction of the records in which it happens:
+
+1. An upload is written to a partial file, and its digest is verified.
+2. A leftover is recorded, and the file becomes an object.
+3. In one transaction the leftover becomes the blob; or, if another upload of it was first, is to be deleted.
+
+An upload that fails leaves its leftover, and so does a removal, which never deletes the object of a later
+upload of the same content: that has another key.  reap() deletes them; what was being written, after a day.
+
+A look at a blob that finds no object, or one of another size, removes nothing: it may be another bucket, by
+mistake.  The next push of the content replaces it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from storage.bucket.blob import BucketBlob, ObjectReader
+from storage.bucket.objects import CHUNK, Bucket, ObjectUnknown
+from storage.concurrency import run_in_thread, uninterrupted
+from storage.disk.blobs import TOUCH
+from storage.disk.directory import UploadFiles
+from storage.disk.health import DiskHealth
+from storage.disk.reaper import uptime
+from storage.disk.tree import StoredBlob
+from storage.errors import BlobUnknown, Unavailable
+from storage.keys import LEFTOVER, OBJECT
+from storage.oci import ALGORITHMS, OCTETS, Descriptor, Digest
+from storage.records import Batch, Records
+from storage.values import StoredObject
+
+DUE = b"0"
+PUBLISHED = 0o400  # the mode of a partial file that has become an object
+
+
+class BucketBlobs(UploadFiles):
+    """The blobs in a bucket, recorded in `records`, and the uploads below the directory `root`."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        records: Records,
+        root: Path,
+        clock: Callable[[], float] = time.time,
+        disk: DiskHealth | None = None,
+        ticks: Callable[[], float] = uptime,
+    ) -> None:
+        super().__init__(root, clock, disk, ticks)
+        self._bucket = bucket
+        self._records = records
+
+    def path(self, digest: Digest) -> None:
+        return None
+
+    def _object(self, digest: Digest, batch: Batch | None = None) -> StoredObject | None:
+        return StoredObject.parse((batch or self._records).get(OBJECT.key(digest)))
+
+    def _known(self, digest: Digest, batch: Batch | None = None) -> StoredObject:
+        if (found := self._object(digest, batch)) is None:
+            raise BlobUnknown(f"{digest} is not stored here")
+        return found
+
+    def holds(self, digest: Digest) -> bool:
+        return self._object(digest) is not None
+
+    def find(self, digest: Digest) -> StoredBlob | None:
+        found = self._object(digest)
+        return None if found is None else StoredBlob(found.used_at, found.size, digest)
+
+    def portions(self) -> Iterator[list[StoredBlob]]:
+        for algorithm in ALGORITHMS:
+            for byte in range(256):
+                portion = []
+                for key, value in self._records.scan(OBJECT.start(f"{algorithm}:{byte:02x}")):
+                    if (found := StoredObject.parse(value)) is not None:
+                        digest = Digest(OBJECT.parse(key)[0])
+                        portion.append(StoredBlob(found.used_at, found.size, digest))
+                if portion:
+                    yield portion
+
+    def open(self, digest: Digest, size: int | None = None) -> BucketBlob:
+        found = self._known(digest)
+        if size not in (None, found.size):
+            raise BlobUnknown(f"{digest} was damaged: {found.size} bytes were stored, not {size}")
+        return BucketBlob(self._bucket, found.key, Descriptor(OCTETS, digest, found.size), found.used_at)
+
+    def reader(self, digest: Digest) -> BinaryIO:
+        raw = ObjectReader(self._bucket.chunks(self._known(digest).key))
+        return io.BufferedReader(raw, CHUNK)
+
+    def verify(self, digest: Digest) -> None:
+        known, hashed = self._known(digest), hashlib.new(digest.algorithm)
+        try:
+            for chunk in self._bucket.chunks(known.key):
+                hashed.update(chunk)
+        except ObjectUnknown as error:
+            raise BlobUnknown(f"{digest} was damaged: {error}") from None
+        if (found := Digest.of_hash(hashed)) != digest:
+            self._records.transaction(partial(self._drop, digest, known))
+            raise BlobUnknown(f"{digest} was damaged: its content is {found}")
+
+    def _drop(self, digest: Digest, known: StoredObject, batch: Batch) -> None:
+        if self._is_at(digest, known, batch):
+            batch.delete(OBJECT.key(digest))
+            batch.put(LEFTOVER.key(known.key), DUE)
+
+    def _is_at(self, digest: Digest, known: StoredObject, batch: Batch) -> bool:
+        """Whether the blob's object still has the key of `known`."""
+        found = self._object(digest, batch)
+        return found is not None and found.key == known.key
+
+    def touch(self, digest: Digest, at: float) -> None:
+        def work(batch: Batch) -> None:
+            found = self._object(digest, batch)
+            if found is not None and at - found.used_at >= TOUCH:
+                batch.put(OBJECT.key(digest), found._replace(used_at=at).encode())
+
+        self._records.transaction(work, shared=True)
+
+    def renew(self, digest: Digest, batch: Batch | None = None) -> None:
+        if batch is None:
+            self._records.transaction(lambda batch: self.renew(digest, batch), shared=True)
+        else:
+            found = self._known(digest, batch)
+            batch.put(OBJECT.key(digest), found._replace(used_at=self.clock()).encode())
+
+    def remove_old(self, digest: Digest, old: Callable[[float], bool], batch: Batch) -> int | None:
+        found = self._object(digest, batch)
+        if found is None or not old(found.used_at):
+            return None
+        batch.delete(OBJECT.key(digest))
+        batch.put(LEFTOVER.key(found.key), DUE)
+        return found.size
+
+    # Uploads
+
+    async def publish(self, source: Path, file: int, digest: Digest) -> None:
+        await uninterrupted(self._publish(source, file, digest))
+
+    async def _publish(self, source: Path, file: int, digest: Digest) -> None:
+        known = await run_in_thread(self._object, digest)
+        if known is None or not await self._is_kept(digest, known):
+            await self._put(source, digest, os.fstat(file).st_size, known)
+        # The name first: if we are killed in between, who follows the file sees that it is gone.
+        source.unlink(missing_ok=True)
+        os.fchmod(file, PUBLISHED)
+
+    async def _is_kept(self, digest: Digest, known: StoredObject) -> bool:
+        """Whether the bucket has the object of a blob that is pushed again; then it is used now."""
+        if await self._bucket.size(known.key) != known.size:
+            return False
+
+        def work(batch: Batch) -> bool:
+            if not self._is_at(digest, known, batch):
+                return False
+            self.renew(digest, batch)
+            return True
+
+        return await run_in_thread(partial(self._records.transaction, work, shared=True))
+
+    async def _put(self, source: Path, digest: Digest, size: int, damaged: StoredObject | None) -> None:
+        """Make an object of the file, and a blob of it, which replaces one whose object is `damaged`."""
+        token = secrets.token_hex(8)
+        key = f"{digest.algorithm}/{digest.encoded[:2]}/{digest.encoded}.{token}"
+        await run_in_thread(self._records.put, LEFTOVER.key(key), str(self.clock()).encode())
+        await self._bucket.put(key, source, size)
+        made = StoredObject(size, self.clock(), key)
+
+        def work(batch: Batch) -> bool:
+            if batch.get(LEFTOVER.key(key)) in (None, DUE):
+                return False
+            if damaged is not None:
+                self._drop(digest, damaged, batch)
+            if self._object(digest, batch) is not None:  # another upload was first
+                self.renew(digest, batch)
+                batch.put(LEFTOVER.key(key), DUE)
+            else:
+                batch.put(OBJECT.key(digest), made.encode())
+                batch.delete(LEFTOVER.key(key))
+            return True
+
+        if not await run_in_thread(partial(self._records.transaction, work, shared=True)):
+            raise Unavailable(f"the upload of {digest} to {self._bucket.name} took too long", retry_after=1.0)
+
+    def is_published(self, file: int, digest: Digest) -> bool:
+        return stat.S_IMODE(os.fstat(file).st_mode) == PUBLISHED
+
+    def reap(self, age: float) -> int:
+        reaped = super().reap(age)
+        with suppress(Unavailable):  # it is reported
+            for key, value in self._records.scan(LEFTOVER.prefix()):
+                if self._is_left(value, age) and self._records.transaction(partial(_condemn, key)):
+                    self._bucket.delete(LEFTOVER.parse(key)[0])
+                    self._records.delete(key)
+                    reaped += value != DUE
+            if self._bucket.health.ill():
+                self._bucket.probe()
+        return reaped
+
+    def _is_left(self, since: bytes, age: float) -> bool:
+        try:
+            return self.clock() - float(since) > age
+        except ValueError:
+            return False
+
+
+def _condemn(key: str, batch: Batch) -> bool:
+    """Keep an upload from making a blob of what will be deleted; False if it just has."""
+    if batch.get(key) is None:
+        return False
+    batch.put(key, DUE)
+    return True

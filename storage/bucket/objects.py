@@ -1,0 +1,192 @@
+"""The objects of a bucket: put, get, look at, delete.
+
+Every failure but that of a missing object is an Unavailable, and is reported to the BucketHealth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import obstore
+import structlog
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+from storage.bucket.settings import ObjectStore, first_line
+from storage.concurrency import uninterrupted
+from storage.disk.troubles import Trouble, Troubles
+from storage.errors import Unavailable
+
+log = structlog.get_logger()
+
+KIND = "bucket"  # the kind of these failures among the troubles of a server
+PATIENCE = 30.0  # seconds for the first bytes of an object
+AGAIN = 5.0  # seconds after which a client may try again
+CHUNK = 1 << 20  # bytes read at a time
+PART = 8 << 20  # bytes of a part of an upload, at least
+PARTS = 10_000  # in an upload, at most
+AT_ONCE = 4  # parts of an upload in memory
+_STATUS = re.compile(r"status code: ([0-9]{3}[A-Za-z ]*)")
+# A missing bucket is a 404 as a missing object is; only the text tells them apart: S3 and GCS, Azure.
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted")
+
+
+class ObjectUnknown(Exception):
+    """The bucket has no such object."""
+
+
+class Opened(NamedTuple):
+    """An object whose bytes come: its size, and the chunks of what was asked for."""
+
+    size: int
+    chunks: AsyncIterator[bytes]
+
+
+class BucketHealth:
+    """Whether a bucket works, as all processes of a server know it.
+
+    `root` is the directory of the store whose blobs are in the bucket.
+    """
+
+    def __init__(self, name: str, root: Path, clock: Callable[[], float], troubles: Troubles) -> None:
+        self._name = name
+        self._root = str(root)
+        self._clock = clock
+        self._troubles = troubles
+
+    def failed(self, error: BaseException) -> Unavailable:
+        """Report a failure; returns the error to raise from it."""
+        cause, detail = _cause(error), first_line(error)
+        trouble = Trouble(KIND, 0, self._root, self._name, cause, 0, self._clock())
+        if self._troubles.add(trouble):
+            action = "what needs it is answered 503"
+            log.error("bucket.failed", bucket=self._name, cause=cause, detail=detail, action=action)
+        public = f"the object storage of this registry {cause}"
+        return Unavailable(f"{self._name} {cause}: {detail}", retry_after=AGAIN, public=public)
+
+    def worked(self) -> None:
+        """Report a success."""
+        if self._troubles:
+            for trouble in self._troubles.remove(self._is_ours):
+                log.info("bucket.recovered", bucket=self._name, cause=trouble.cause)
+
+    def ill(self) -> bool:
+        """Whether the last request failed."""
+        return any(map(self._is_ours, self._troubles))
+
+    def _is_ours(self, trouble: Trouble) -> bool:
+        return (trouble.kind, trouble.root, trouble.path) == (KIND, self._root, self._name)
+
+
+class Bucket:
+    """The objects of a bucket.  Methods raise Unavailable; those that are not asynchronous block.
+
+    `store` is one of obstore's, `name` what errors call the bucket, `attributes` are those of new objects.
+    """
+
+    def __init__(self, store: ObjectStore, name: str, health: BucketHealth, storage_class: str = "") -> None:
+        self.name = name
+        self.health = health
+        self._store = store
+        self._attributes = {"Storage-Class": storage_class} if storage_class else None
+
+    @contextmanager
+    def _asking(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            if any(each in str(error) for each in _NO_BUCKET):
+                raise self.health.failed(error) from None
+            self.health.worked()
+            raise ObjectUnknown(f"{self.name} has no {key}") from None
+        except Exception as error:  # obstore's are of several kinds, and a panic of its library is another
+            raise self.health.failed(error) from None
+        self.health.worked()
+
+    async def put(self, key: str, source: Path, size: int) -> None:
+        """Make an object of a file of `size` bytes; it appears whole or not at all.
+
+        At most AT_ONCE parts of it are in memory.  A failure aborts it.  A cancellation waits for its end:
+        obstore would leave the parts that are under way.
+        """
+        part = max(PART, -(-size // PARTS))
+        options: Any = {"chunk_size": part, "max_concurrency": AT_ONCE, "attributes": self._attributes}
+        try:
+            with self._asking(key):
+                await uninterrupted(obstore.put_async(self._store, key, source, **options))
+        except ObjectUnknown as error:  # of an upload: what it is written to is gone
+            raise self.health.failed(error) from None
+
+    async def get(self, key: str, start: int = 0, stop: int | None = None) -> Opened:
+        """Ask for the bytes [start, stop), of which there is at least one; None is the end, for all of them.
+
+        Raises ObjectUnknown.  Reading the chunks may raise what a connection does: see broken().
+        """
+        with self._asking(key):
+            async with asyncio.timeout(PATIENCE):
+                asked: Any = None if stop is None else {"range": (start, stop)}
+                found = await obstore.get_async(self._store, key, options=asked)
+        return Opened(found.meta["size"], aiter(found.stream(min_chunk_size=CHUNK)))
+
+    def broken(self, error: Exception) -> Unavailable:
+        """Report that the chunks of an object ended with `error`; returns the error to raise from it."""
+        return self.health.failed(error)
+
+    async def size(self, key: str) -> int | None:
+        """The size of an object in bytes; None if there is none."""
+        try:
+            with self._asking(key):
+                async with asyncio.timeout(PATIENCE):
+                    return int((await obstore.head_async(self._store, key))["size"])
+        except ObjectUnknown:
+            pass
+        try:
+            # The answer to a HEAD has no text, which alone tells whether the bucket itself is missing.
+            return (await self.get(key)).size
+        except ObjectUnknown:
+            return None
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """All bytes of an object.  Raises ObjectUnknown."""
+        with self._asking(key):
+            yield from obstore.get(self._store, key).stream(min_chunk_size=CHUNK)
+
+    def delete(self, key: str) -> None:
+        """Delete an object, if there is one."""
+        try:
+            with self._asking(key):
+                obstore.delete(self._store, key)
+        except ObjectUnknown:  # Azure says so, S3 does not
+            pass
+
+    def probe(self) -> None:
+        """Ask for something, to see whether it works."""
+        try:
+            with self._asking("probe"):
+                obstore.get(self._store, "probe")
+        except ObjectUnknown:
+            pass
+
+
+def _cause(error: BaseException) -> str:
+    """What is wrong, in words that are the same for all objects and times."""
+    text = str(error)
+    if isinstance(error, ObjectUnknown) or any(each in text for each in _NO_BUCKET):
+        return "has no such bucket"
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+        return "refuses access"
+    if isinstance(error, TimeoutError):
+        return "does not answer"
+    if (status := _STATUS.search(text)) is not None:
+        return f"answers {status[1].strip()}"
+    return "cannot be reached"
+
+
+def healthy(name: str, root: Path) -> BucketHealth:
+    """The health of a bucket that only this process knows."""
+    return BucketHealth(name, root, time.time, Troubles())

@@ -1,0 +1,97 @@
+"""Which bucket it is, and how it is reached: the settings, and what obstore makes of them.
+
+Credentials that are not set are those of each cloud's chain: environment, files, identity of the instance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+ObjectStore: TypeAlias = Any  # obstore's stores, which its functions take, have no common type
+
+SCHEMES = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
+# A request takes as long as its client reads; what does not move for this long has broken.
+_CLIENT = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "12h", "user_agent": "entrepot"}
+_RETRY = {
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=30),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2)},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketSettings:
+    """A bucket, and how it is reached.  What is empty is up to the cloud.
+
+    url: s3://<bucket>/<prefix>, gs://<bucket>/<prefix> or az://<container>/<prefix>
+    endpoint: the URL of the service, for what is compatible with S3 or Azure
+    access_key, secret_key, session_token: of S3; of Azure the first two are the account and its key
+    credentials: a file with the key of a Google service account
+    encryption, encryption_key: `AES256`, `aws:kms` or `aws:kms:dsse`, and the id of a KMS key
+    ca: a file of certificates that are trusted besides those of the system
+    """
+
+    url: str
+    endpoint: str = ""
+    region: str = ""
+    access_key: str = ""
+    secret_key: str = ""
+    session_token: str = ""
+    credentials: Path | None = None
+    storage_class: str = ""
+    encryption: str = ""
+    encryption_key: str = ""
+    ca: Path | None = None
+    proxy: str = ""
+
+    def connect(self) -> ObjectStore:
+        """The bucket, of which nothing is asked yet.  Raises ValueError; OSError if a file is unreadable."""
+        parts = urlsplit(self.url)
+        client: dict[str, Any] = {**_CLIENT, "allow_http": self.endpoint.startswith("http://")}
+        if self.ca is not None:
+            client["root_certificate"] = self.ca.read_bytes()
+        if self.proxy:
+            client["proxy_url"] = self.proxy
+        options = {name: value for name, value in self._options(parts.scheme).items() if value}
+        try:
+            made: ObjectStore = SCHEMES[parts.scheme](
+                parts.netloc,
+                prefix=parts.path.strip("/") or None,
+                client_options=client,
+                retry_config=_RETRY,
+                **options,
+            )
+        except BaseError as error:
+            raise ValueError(first_line(error)) from None
+        return made
+
+    def _options(self, scheme: str) -> dict[str, str]:
+        if scheme == "gs":
+            return {"service_account_path": str(self.credentials or ""), "base_url": self.endpoint}
+        if scheme == "az":
+            return {
+                "account_name": self.access_key,
+                "account_key": self.secret_key,
+                "endpoint": self.endpoint,
+            }
+        return {
+            "access_key_id": self.access_key,
+            "secret_access_key": self.secret_key,
+            "session_token": self.session_token,
+            "endpoint": self.endpoint,
+            "region": self.region,
+            "server_side_encryption": self.encryption,
+            "sse_kms_key_id": self.encryption_key,
+        }
+
+
+def first_line(error: BaseException) -> str:
+    """What obstore says of an error, without the source of it, which it writes below."""
+    return " ".join(str(error).partition("\n")[0].split())

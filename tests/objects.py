@@ -1,0 +1,155 @@
+"""A fake of the S3 API, in memory, whose answers tests can spoil.  It checks no signature."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+from xml.etree import ElementTree
+
+from aiohttp import web
+
+from storage.bucket.settings import BucketSettings
+from tests.pools import PORTS
+
+Spoil: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def answer(status: int, code: str, retry_after: str | None = None) -> Spoil:
+    """An answer with an error."""
+
+    async def spoil(request: web.Request) -> web.StreamResponse:
+        headers = {} if retry_after is None else {"Retry-After": retry_after}
+        return _error(status, code, headers)
+
+    return spoil
+
+
+def _error(status: int, code: str, headers: dict[str, str] | None = None) -> web.Response:
+    body = "" if status == 404 and code == "" else f"<Error><Code>{code}</Code></Error>"
+    return web.Response(status=status, text=body, content_type="application/xml", headers=headers)
+
+
+@dataclass
+class FakeBucket:
+    """A server with one bucket, `bucket`.
+
+    objects: the content by key; uploads: the parts of the unfinished ones by their id
+    asked: method and key, with the range or the query, of each request
+    spoilt: what answers the next requests of a method; `down` answers all of them
+    """
+
+    objects: dict[str, bytes] = field(default_factory=dict)
+    uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    spoilt: dict[str, list[Spoil]] = field(default_factory=dict)
+    down: Spoil | None = None
+    cut: int = 0  # bytes of the body of the next GET, after which the connection ends
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        self._ending = asyncio.Event()
+        self._ids = itertools.count(1)
+        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0.1)  # type: ignore[arg-type]
+
+    async def __aenter__(self) -> FakeBucket:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        PORTS.add(self.port)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._ending.set()
+        await self._runner.cleanup()
+
+    async def hang(self, request: web.Request) -> web.StreamResponse:
+        """No answer, as long as the client waits."""
+        await self._ending.wait()
+        return _error(503, "Ending")
+
+    def settings(self, prefix: str = "pre/fix") -> BucketSettings:
+        endpoint = f"http://127.0.0.1:{self.port}"
+        return BucketSettings(
+            url=f"s3://bucket/{prefix}", endpoint=endpoint, access_key="key", secret_key="secret"
+        )
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        key = request.path.removeprefix("/bucket/")
+        what = request.query_string or request.headers.get("Range", "")
+        self.asked.append(f"{request.method} {key} {what}".rstrip())
+        if self.down is not None:
+            return await self.down(request)
+        if spoilt := self.spoilt.get(request.method):
+            return await spoilt.pop(0)(request)
+        return await getattr(self, f"_{request.method.lower()}")(request, key)  # type: ignore[no-any-return]
+
+    async def _put(self, request: web.Request, key: str) -> web.Response:
+        body = await request.content.read()
+        if request.headers["x-amz-content-sha256"] != hashlib.sha256(body).hexdigest():
+            return _error(400, "XAmzContentSHA256Mismatch")
+        if "uploadId" in request.query:
+            self.uploads[request.query["uploadId"]][int(request.query["partNumber"])] = body
+        else:
+            self.objects[key] = body
+        return web.Response(headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+
+    async def _post(self, request: web.Request, key: str) -> web.Response:
+        if "uploads" in request.query:
+            number = str(next(self._ids))
+            self.uploads[number] = {}
+            made = f"<UploadId>{number}</UploadId>"
+            return _xml(f"<InitiateMultipartUploadResult>{made}</InitiateMultipartUploadResult>")
+        if "delete" in request.query:
+            keys = re.findall("<Key>(.*?)</Key>", await request.text())
+            deleted = "".join(f"<Deleted><Key>{each}</Key></Deleted>" for each in keys)
+            for each in keys:
+                self.objects.pop(each, None)
+            return _xml(f"<DeleteResult>{deleted}</DeleteResult>")
+        parts = self.uploads.pop(request.query["uploadId"])
+        numbers = [
+            int(each.text or 0)
+            for each in ElementTree.fromstring(await request.text()).iter()
+            if each.tag.endswith("PartNumber")
+        ]
+        self.objects[key] = b"".join(parts[number] for number in numbers)
+        return _xml('<CompleteMultipartUploadResult><ETag>"e"</ETag></CompleteMultipartUploadResult>')
+
+    async def _delete(self, request: web.Request, key: str) -> web.Response:
+        if "uploadId" in request.query:
+            self.uploads.pop(request.query["uploadId"], None)
+        else:
+            self.objects.pop(key, None)
+        return web.Response(status=204)
+
+    async def _head(self, request: web.Request, key: str) -> web.StreamResponse:
+        return await self._get(request, key)
+
+    async def _get(self, request: web.Request, key: str) -> web.StreamResponse:
+        if (content := self.objects.get(key)) is None:
+            return _error(404, "NoSuchKey")
+        headers = {"ETag": '"e"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+        status, size = 200, len(content)
+        if (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))) is not None:
+            start, last = int(asked[1]), min(int(asked[2]), size - 1)
+            status, content = 206, content[start : last + 1]
+            headers["Content-Range"] = f"bytes {start}-{last}/{size}"
+        if not self.cut or request.method == "HEAD":
+            return web.Response(status=status, body=content, headers=headers)
+        response = web.StreamResponse(status=status, headers=headers)
+        response.content_length = len(content)
+        await response.prepare(request)
+        await response.write(content[: self.cut])
+        self.cut = 0
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+
+def _xml(text: str) -> web.Response:
+    return web.Response(text=text, content_type="application/xml")

@@ -1,0 +1,367 @@
+"""Blobs in a bucket: what is asked of it, and what happens when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.bucket import objects
+from storage.bucket.blobs import BucketBlobs
+from storage.bucket.objects import AGAIN, CHUNK, PART, Bucket, BucketHealth
+from storage.bucket.settings import BucketSettings
+from storage.disk.health import DiskHealth
+from storage.disk.records import SQLiteRecords
+from storage.disk.troubles import Troubles
+from storage.errors import BlobUnknown, Unavailable
+from storage.oci import Digest, Span
+from storage.registry import NOTHING, Blob
+from tests.conftest import Clock
+from tests.objects import FakeBucket, answer
+
+CONTENT = b"what a blob holds"
+DIGEST = Digest.of(CONTENT)
+LARGE = bytes(range(251)) * (5 * PART // 502)  # of several parts
+DAY = 86400.0
+
+
+class Place:
+    """A bucket, and the blobs in it; `troubles` are what is wrong with it."""
+
+    def __init__(self, fake: FakeBucket, directory: Path, clock: Clock) -> None:
+        self.fake = fake
+        self.records = SQLiteRecords(directory / "records", clock)
+        troubles = Troubles()
+        self.disk = DiskHealth(directory, clock, troubles)
+        health = BucketHealth("s3://bucket", directory, clock, troubles)
+        bucket = Bucket(fake.settings().connect(), "s3://bucket", health)
+        self.blobs = BucketBlobs(bucket, self.records, directory, clock, self.disk, clock)
+
+    async def put(self, content: bytes = CONTENT) -> Digest:
+        upload = self.blobs.create()
+        await upload.write(content)
+        return (await upload.commit(Digest.of(content))).digest
+
+    async def read(self, digest: Digest, span: Span | None = None) -> bytes:
+        blob = self.blobs.open(digest)
+        await blob.begin(span)
+        start, stop = (0, None) if span is None else (span.start, span.stop)
+        return await read(blob, start, stop)
+
+    async def reap(self) -> int:
+        return await asyncio.to_thread(self.blobs.reap, DAY)
+
+    @property
+    def troubles(self) -> list[str]:
+        return self.disk.troubles()
+
+
+async def read(blob: Blob, start: int = 0, stop: int | None = None) -> bytes:
+    return b"".join([bytes(chunk) async for chunk in blob.chunks(start, stop)])
+
+
+@pytest.fixture
+async def place(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    at_once = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2)}
+    once = {"max_retries": 1, "retry_timeout": timedelta(seconds=30), "backoff": at_once}
+    monkeypatch.setattr("storage.bucket.settings._RETRY", once)
+    async with FakeBucket() as fake:
+        place = Place(fake, tmp_path / "private", clock)
+        yield place
+        place.records.close()
+
+
+async def test_what_is_asked_for_a_small_blob(place: Place) -> None:
+    await place.put()
+    (key,) = place.fake.objects
+    assert key.startswith(f"pre/fix/sha256/{DIGEST.encoded[:2]}/{DIGEST.encoded}.")
+    assert place.fake.asked == [f"PUT {key}"]
+    place.fake.asked.clear()
+    assert await place.read(DIGEST) == CONTENT
+    assert await place.read(DIGEST, Span(5, 9)) == CONTENT[5:9]
+    await place.blobs.open(DIGEST).begin(NOTHING)
+    assert place.fake.asked == [f"GET {key}", f"GET {key} bytes=5-8", f"HEAD {key}"]
+
+
+async def test_a_large_blob_is_put_in_parts(place: Place) -> None:
+    digest = await place.put(LARGE)
+    assert [each.split(" ")[0] for each in place.fake.asked] == ["POST", "PUT", "PUT", "PUT", "POST"]
+    assert place.fake.uploads == {}
+    assert await place.read(digest) == LARGE
+    assert await place.read(digest, Span(PART - 1, PART + CHUNK)) == LARGE[PART - 1 : PART + CHUNK]
+
+
+async def test_what_the_bucket_has_is_not_put_again(place: Place) -> None:
+    await place.put(LARGE)
+    place.fake.asked.clear()
+    await place.put(LARGE)
+    (key,) = place.fake.objects
+    assert place.fake.asked == [f"HEAD {key}"]
+
+
+@pytest.mark.errors("blob.damaged")
+async def test_what_the_bucket_has_lost_is_put_again(place: Place) -> None:
+    await place.put()
+    place.fake.objects.clear()
+    for ask in (lambda blob: blob.begin(), lambda blob: blob.begin(NOTHING), read):
+        with pytest.raises(BlobUnknown):
+            await ask(place.blobs.open(DIGEST))
+    with pytest.raises(BlobUnknown):
+        await asyncio.to_thread(place.blobs.verify, DIGEST)
+    with pytest.raises(BlobUnknown):
+        await asyncio.to_thread(place.blobs.reader(DIGEST).read)
+    await place.put()
+    assert await place.read(DIGEST) == CONTENT
+    await place.reap()
+    assert len(place.fake.objects) == 1
+
+
+async def test_content_that_is_not_what_was_put_is_dropped_when_it_is_verified(place: Place) -> None:
+    await place.put()
+    (key,) = place.fake.objects
+    place.fake.objects[key] = CONTENT[::-1]
+    with pytest.raises(BlobUnknown, match="its content is"):
+        await asyncio.to_thread(place.blobs.verify, DIGEST)
+    assert not place.blobs.holds(DIGEST)
+    await place.put()
+    await place.reap()
+    assert await place.read(DIGEST) == CONTENT
+    assert key not in place.fake.objects
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_a_missing_bucket_is_no_missing_blob(place: Place) -> None:
+    await place.put()
+    place.fake.down = answer(404, "NoSuchBucket")
+    for ask in (lambda blob: blob.begin(), lambda blob: blob.begin(NOTHING), read):
+        with pytest.raises(Unavailable, match="no such bucket"):
+            await ask(place.blobs.open(DIGEST))
+    upload = place.blobs.create()
+    await upload.write(b"other")
+    with pytest.raises(Unavailable, match="no such bucket"):
+        await upload.commit(Digest.of(b"other"))
+    assert place.troubles == ["s3://bucket: has no such bucket"]
+    place.fake.down = None
+    assert await place.read(DIGEST) == CONTENT
+    assert place.troubles == []
+    await (await place.blobs.reopen(upload.id)).cancel()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "cause"),
+    [
+        (503, "SlowDown", "answers 503 Service Unavailable"),
+        (500, "InternalError", "answers 500 Internal Server Error"),
+        (403, "AccessDenied", "refuses access"),
+        (401, "Unauthorized", "refuses access"),
+    ],
+)
+@pytest.mark.errors("bucket.failed")
+async def test_a_bucket_that_fails_is_an_outage(
+    place: Place, events: Any, status: int, code: str, cause: str
+) -> None:
+    await place.put()
+    place.fake.down = answer(status, code)
+    with pytest.raises(Unavailable, match=cause) as found:
+        await place.blobs.open(DIGEST).begin()
+    assert (found.value.status, found.value.retry_after) == (503, AGAIN)
+    assert "127.0.0.1" not in found.value.public
+    upload = place.blobs.create("a/b")
+    await upload.write(LARGE)
+    with pytest.raises(Unavailable, match=cause):
+        await upload.commit(Digest.of(LARGE))
+    assert place.troubles == [f"s3://bucket: {cause}"]
+    place.fake.down = None
+    resumed = await place.blobs.reopen(upload.id, "a/b")  # it is kept: the client may finish it once more
+    assert resumed.offset == len(LARGE)
+    await resumed.commit(Digest.of(LARGE))
+    assert await place.read(Digest.of(LARGE)) == LARGE
+    assert place.troubles == []
+    assert [each["event"] for each in events.entries if each["event"].startswith("bucket.")] == [
+        "bucket.failed",
+        "bucket.recovered",
+    ]
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_a_bucket_that_does_not_answer_is_an_outage(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await place.put()
+    place.fake.down = place.fake.hang
+    monkeypatch.setattr(objects, "PATIENCE", 0.01)
+    for span in (None, NOTHING):
+        with pytest.raises(Unavailable, match="does not answer"):
+            await place.blobs.open(DIGEST).begin(span)
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_nothing_listens(place: Place) -> None:
+    await place.put()
+    await place.fake.__aexit__()
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        await place.blobs.open(DIGEST).begin()
+    assert place.troubles == ["s3://bucket: cannot be reached"]
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_housekeeping_sees_that_a_bucket_works_again(place: Place) -> None:
+    place.fake.down = answer(503, "SlowDown")
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await place.blobs._bucket.get("anything")
+        await place.reap()
+        assert place.troubles
+    place.fake.down = None
+    await place.reap()
+    assert place.troubles == []
+
+
+@pytest.mark.parametrize("cut", [1, CHUNK + 1, 3 * CHUNK])
+async def test_reading_goes_on_where_it_broke_off(place: Place, cut: int) -> None:
+    digest = await place.put(LARGE)
+    for span in (None, Span(3, 4 * CHUNK)):
+        place.fake.cut = cut
+        stop = None if span is None else span.stop
+        assert await place.read(digest, span) == LARGE[span.start if span else 0 : stop]
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_what_breaks_off_for_good_ends_short(place: Place) -> None:
+    digest = await place.put(LARGE)
+    place.fake.cut = 2 * CHUNK
+    blob = place.blobs.open(digest)
+    await blob.begin()
+    place.fake.down = answer(503, "SlowDown")
+    got = bytearray()
+    with pytest.raises(Unavailable, match="answers 503"):
+        async for chunk in blob.chunks():
+            got += chunk
+    assert 0 < len(got) < len(LARGE)
+    assert LARGE.startswith(got)
+
+
+async def test_what_a_killed_upload_left_is_deleted_after_a_day(place: Place, clock: Clock) -> None:
+    key = f"sha256/{DIGEST.encoded[:2]}/{DIGEST.encoded}.0123"
+    place.fake.objects[f"pre/fix/{key}"] = CONTENT
+    place.records.put(f"leftover {key}", str(clock.now).encode())
+    place.fake.objects["another's"] = b""
+    assert await place.reap() == 0
+    assert len(place.fake.objects) == 2
+    clock.advance(DAY + 1)
+    assert await place.reap() == 1
+    assert list(place.fake.objects) == ["another's"]
+    assert list(place.records.keys("leftover ")) == []
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_what_cannot_be_deleted_is_deleted_later(place: Place, clock: Clock) -> None:
+    await place.put()
+    place.records.transaction(partial(place.blobs.remove_old, DIGEST, lambda used_at: True))
+    place.fake.down = answer(503, "SlowDown")
+    await place.reap()
+    place.fake.down = None
+    assert len(place.fake.objects) == 1
+    await place.reap()
+    assert place.fake.objects == {}
+    assert list(place.records.keys("leftover ")) == []
+
+
+async def test_an_upload_that_took_more_than_a_day_makes_no_blob(place: Place, clock: Clock) -> None:
+    async def late(request: Any) -> Any:
+        clock.advance(DAY + 1)
+        assert await place.reap() == 1
+        key = request.path.removeprefix("/bucket/")
+        return await place.fake._put(request, key)
+
+    place.fake.spoilt["PUT"] = [late]
+    upload = place.blobs.create()
+    await upload.write(CONTENT)
+    with pytest.raises(Unavailable, match="took too long"):
+        await upload.commit(DIGEST)
+    assert not place.blobs.holds(DIGEST)
+    resumed = await place.blobs.reopen(upload.id)
+    await resumed.commit(DIGEST)
+    assert await place.read(DIGEST) == CONTENT
+
+
+async def test_a_blob_that_is_removed_while_it_is_put_again_is_there(place: Place, clock: Clock) -> None:
+    await place.put()
+    (former,) = place.fake.objects
+
+    async def removed(request: Any) -> Any:
+        place.records.transaction(partial(place.blobs.remove_old, DIGEST, lambda used_at: True))
+        return await place.fake._get(request, former)
+
+    place.fake.spoilt["HEAD"] = [removed]
+    await place.put()
+    await place.reap()
+    assert former not in place.fake.objects
+    assert await place.read(DIGEST) == CONTENT
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_an_upload_of_which_a_part_fails_is_aborted(place: Place) -> None:
+    place.fake.spoilt["PUT"] = [answer(400, "InvalidPart")]
+    upload = place.blobs.create()
+    await upload.write(LARGE)
+    with pytest.raises(Unavailable, match="answers 400"):
+        await upload.commit(Digest.of(LARGE))
+    assert (place.fake.uploads, place.fake.objects) == ({}, {})
+    await (await place.blobs.reopen(upload.id)).cancel()
+
+
+async def test_an_upload_that_is_cancelled_comes_to_its_end(place: Place) -> None:
+    reached, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def held(request: Any) -> Any:
+        reached.set()
+        await cancelled.wait()
+        return await place.fake._put(request, "")
+
+    place.fake.spoilt["PUT"] = [held]
+    upload = place.blobs.create()
+    await upload.write(LARGE)
+    committing = asyncio.create_task(upload.commit(Digest.of(LARGE)))
+    await reached.wait()
+    committing.cancel()
+    await asyncio.sleep(0)
+    cancelled.set()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    assert place.fake.uploads == {}
+    assert await place.read(Digest.of(LARGE)) == LARGE
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ca": Path("/nowhere")}, "nowhere"),
+        ({"encryption": "rot13"}, "rot13"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises((ValueError, OSError), match=says):
+        BucketSettings(url="s3://bucket/x", access_key="a", secret_key="b", **options).connect()
+
+
+def test_each_cloud_has_its_settings(tmp_path: Path) -> None:
+    made = BucketSettings(url="az://box/a/b/", access_key="account", secret_key="a2V5").connect()
+    assert (type(made).__name__, made.prefix, made.config["account_name"]) == ("AzureStore", "a/b", "account")
+    keys = {"access_key": "a", "secret_key": "b", "encryption": "aws:kms", "encryption_key": "k"}
+    made = BucketSettings(url="s3://box", region="eu-central-1", **keys).connect()
+    assert (type(made).__name__, made.prefix, made.config["region"]) == ("S3Store", None, "eu-central-1")
+
+
+@pytest.mark.clients
+def test_nothing_of_it_is_imported_without_a_bucket() -> None:
+    program = "import sys, proxy.server.process, proxy.cli.main; print('obstore' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

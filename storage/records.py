@@ -114,6 +114,10 @@ class Records(Protocol):
         """
         ...
 
+    def troubles(self) -> list[str]:
+        """A sentence for each cause for which a server of records cannot be used now."""
+        ...
+
     def close(self) -> None:
         """Wait for the writes that run, and refuse later ones."""
         ...

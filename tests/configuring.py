@@ -19,10 +19,13 @@ from proxy.config.schema import (
     TagRule,
     WarmRule,
 )
+from proxy.config.shared import SharedConfig
 from proxy.config.upstream import Login, UpstreamConfig
 from proxy.config.webhooks import WebhookConfig
 
-TOKENS = dict.fromkeys(("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET", "AUDIT_TOKEN"), "t")
+TOKENS = dict.fromkeys(
+    ("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET", "AUDIT_TOKEN", "DB_PASSWORD"), "t"
+)
 HOOK = "name: a, url: 'https://h.example/hook?token=hunter2'"
 TOKEN = "token: {realm: 'https://auth.example/token', service: s, issuer: i, keys: [/k.pem]}"
 SECTIONS = (
@@ -35,6 +38,7 @@ SECTIONS = (
     Log,
     Login,
     NamespaceConfig,
+    SharedConfig,
     TagRule,
     TLS,
     UpstreamConfig,

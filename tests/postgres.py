@@ -10,8 +10,8 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,15 @@ class PostgresServer:
             self._process.wait()
             for file in ended:  # until then they keep the memory that it shares with them
                 select.select([file], [], [])
+
+    @contextmanager
+    def lost(self) -> Iterator[None]:
+        """Inside, it is killed; afterwards it is there again."""
+        self.kill()
+        try:
+            yield
+        finally:
+            self.start()
 
     def stop(self) -> None:
         """End it as an operator does who waits for nobody."""

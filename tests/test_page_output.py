@@ -130,6 +130,9 @@ DOCKER = "tests/clients/test_readme.py logs in and pushes, by docker"
 OWN = "needs a client that the tests do not install"
 # Blocks that are not typed in here, and why.
 ELSEWHERE = {
+    "docs/fleet.md": {
+        ".venv/bin/pip install '.[fleet]'": "tests/test_fleet.py starts servers with a database",
+    },
     "README.md": {
         "python3 -m venv .venv && .venv/bin/pip install . && .venv/bi": START,
         "entrepot serve --store local": "tests/clients/test_readme.py does this, by docker and podman",

@@ -272,8 +272,7 @@ def test_a_database_that_is_killed_and_comes_back(
     ]
     with closing(PostgresRecords(url, clock, troubles)) as records, ThreadPoolExecutor(8) as threads:
         records.put("a", b"1")
-        postgres_server.kill()
-        try:
+        with postgres_server.lost():
             waiting = [threads.submit(use, records) for use in uses * 3]
             for each in waiting:
                 with pytest.raises(StorageUnavailable):
@@ -281,8 +280,6 @@ def test_a_database_that_is_killed_and_comes_back(
             late = PostgresRecords(url, clock, troubles)  # a process may be started meanwhile
             assert records.health.troubles() == late.health.troubles() != []
             assert all(PASSWORD not in text for text in records.health.troubles())
-        finally:
-            postgres_server.start()
         assert records.get("a") == late.get("a") == b"1"
         late.put("a", b"3")
         assert records.get("a") == b"3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -291,6 +292,27 @@ def test_access_that_is_wrong(members: str, cause: str) -> None:
 def uncommented() -> str:
     """The example with every "#key: value" taken for a setting."""
     return re.sub(r"""(?m)^( *)#(?=[a-z0-9"-])""", r"\1", EXAMPLE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("mysql://entrepot:hunter2@h/x", "expected postgresql://user:password@host:port/database"),
+        ("host=h password=hunter2", "expected postgresql://"),
+    ],
+)
+def test_what_is_no_database_is_refused_and_not_shown(url: str, says: str) -> None:
+    found = fault(f"shared: {{records: {json.dumps(url)}}}")
+    assert "shared.records" in found
+    assert says in found
+    assert "hunter2" not in found
+
+
+@pytest.mark.parametrize("url", ["postgresql://a:hunter2@h:5433,i/x?sslmode=verify-full", "postgres:///x"])
+def test_a_database_is_a_secret(url: str) -> None:
+    shared = read(f"shared: {{records: '{url}', connections: 2}}").shared
+    assert (shared.records, shared.connections) == (url, 2)
+    assert "hunter2" not in repr(shared)
 
 
 def keys(tree: Any) -> set[str]:

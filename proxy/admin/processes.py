@@ -19,7 +19,7 @@ from proxy.cache.fills import Fills
 from proxy.namespaces.composition import Composition
 from proxy.upstream.breaker import HostState
 from proxy.upstream.ratelimit import LimitState
-from storage.disk.health import DiskHealth
+from storage.disk.troubles import Troubled
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The report of one process.  `troubles` holds a sentence for each trouble of its disks."""
+    """The report of one process.  `troubles` holds a sentence for each trouble of its disks and databases."""
 
     pid: int
     fills: list[FillState]
@@ -101,7 +101,7 @@ class ProcessState:
         self,
         fills: Fills,
         caches: Mapping[str, Cache],
-        disks: Sequence[DiskHealth],
+        disks: Sequence[Troubled],
         clock: Callable[[], float] = time.time,
         pid: int | None = None,
         drill: Drill | None = None,

@@ -15,11 +15,12 @@ from proxy.admin.api.client import OperationFailed
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import quiet
 from proxy.cli.tables import Column, Table
+from proxy.config.errors import StartError
 from proxy.config.loader import load
 from proxy.config.quantities import format_size, plural
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
-from proxy.namespaces.composition import private_store
+from proxy.namespaces.private import private_store
 from proxy.transfer.results import DamageRow, Migrated
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
@@ -52,7 +53,7 @@ async def migrate(
         source = DistributionTree(directory)
         names = [each for each in source.repositories() if fnmatchcase(each, match)]
         store = private_store(config)
-    except (ValueError, OSError, StorageFailed) as error:
+    except (ValueError, OSError, StorageFailed, StartError) as error:
         raise OperationFailed(str(error), "UNKNOWN") from error
     try:
         migration = _migration(config, name, store, source, dry_run)

@@ -24,6 +24,7 @@ from proxy.config.quantities import (
     parse_share,
 )
 from proxy.config.registry_hosts import EVERY, find_pattern, registry_host
+from proxy.config.shared import SharedConfig
 from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
     Secret,
@@ -281,6 +282,7 @@ class Config(Section, frozen=True):
     access: AccessConfig = AccessConfig()
     tls: TLS | None = None
     disk: DiskConfig = msgspec.field(default_factory=DiskConfig)
+    shared: SharedConfig = SharedConfig()
     pins: tuple[PinRule, ...] = ()
     webhooks: tuple[WebhookConfig, ...] = ()
     warm: tuple[WarmRule, ...] = ()

@@ -25,6 +25,7 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.namespaces.caches import CacheFactory, Caches, HostCaches
 from proxy.namespaces.hosted import Hosted, PushRules
+from proxy.namespaces.private import private_store
 from proxy.namespaces.retention import deletions, eviction_rules, retention_rules
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
@@ -36,7 +37,7 @@ from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import SQLiteRecords
-from storage.disk.troubles import Troubles
+from storage.disk.troubles import Troubled, Troubles
 from storage.errors import StorageFailed
 from storage.limits import Slots
 from storage.maintenance.collection import Collection, CollectionReport
@@ -92,7 +93,7 @@ class Composition:
     """All parts of a configuration, for one event loop.  `compose` makes it, close() closes every part.
 
     store, private: the store of all caches, and the one of all hosted namespaces
-    disks: the state of each directory that the parts write to
+    disks: the state of each directory and database that the parts write to
     shared: what all processes of the server know
     tag_moved: records and publishes that a tag of a cache moved
     upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final.  Those of a
@@ -105,7 +106,7 @@ class Composition:
     shared: SharedState
     store: Store
     private: Store | None
-    disks: list[DiskHealth]
+    disks: list[Troubled]
     usage: Usage
     recorder: UsageRecorder
     queue: Queue | None
@@ -158,16 +159,6 @@ def compose(
         raise StartError(f"cannot store in {config.disk.path} (disk.path): {error}") from error
 
 
-def private_store(
-    config: Config, clock: Callable[[], float] = time.time, troubles: Troubles | None = None
-) -> Store:
-    """Open the store of what clients push; only unreachable content is removed.  Raises StorageFailed."""
-    root = config.disk.path / "private"
-    files = BlobFiles(root, clock, DiskHealth(root, clock, troubles), private=True)
-    records = SQLiteRecords(root / "records", clock, files.disk, durable=True)
-    return Store(files, records, clock, collected=True)
-
-
 class _Composer:
     """Makes the parts of one composition, the last closed first.  `failed` closes them after an error."""
 
@@ -187,7 +178,7 @@ class _Composer:
         self._hooks = hooks
         self._failed = failed
         self._closing = AsyncExitStack()
-        self._disks: list[DiskHealth] = []
+        self._disks: list[Troubled] = []
         self._troubles = Troubles(shared.disks)
         self._listings = ListingMemory()
 
@@ -263,7 +254,7 @@ class _Composer:
 
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)
-        self._disks.append(store.files.disk)
+        self._disks += [store.files.disk, store.records]
         self._failed.callback(store.records.close)
         return store
 

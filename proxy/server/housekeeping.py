@@ -10,8 +10,8 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 
@@ -24,6 +24,7 @@ from proxy.webhooks.delivery import Dispatcher
 from storage.concurrency import Cancelled, run_in_thread
 from storage.errors import RegistryError, StorageFailed
 from storage.oci import Digest
+from storage.records import Records
 
 log = structlog.get_logger()
 
@@ -152,7 +153,9 @@ class Housekeeper:
         cache, *private = self._composition.maintenance.scrubs
         await cache.run(self.heal, older_than=CHECKED)
         for scrub in private:  # pushed content cannot be fetched again
-            await scrub.run(older_than=CHECKED)
+            async with _turn(scrub.store.records, "scrub") as ours:
+                if ours:
+                    await scrub.run(older_than=CHECKED)
 
     async def _collect_regularly(self) -> None:
         await asyncio.sleep(SETTLED)
@@ -176,6 +179,17 @@ class Housekeeper:
     def close(self) -> None:
         """Make work in threads end soon.  To be called before run() is cancelled."""
         self._stopping.set()
+
+
+@asynccontextmanager
+async def _turn(records: Records, name: str) -> AsyncIterator[bool]:
+    """Whether this server has the turn at `name`, of all that share the records."""
+    turn = records.turn(name)
+    ours = await run_in_thread(turn.__enter__)
+    try:
+        yield ours
+    finally:
+        await run_in_thread(turn.__exit__, None, None, None)
 
 
 def _expires(config: Config) -> bool:

@@ -207,6 +207,9 @@ class SQLiteRecords(Records):
     def turn(self, name: str) -> AbstractContextManager[bool]:
         return nullcontext(True)  # of several servers on one directory, one alone does such work
 
+    def troubles(self) -> list[str]:
+        return []  # they are the disk's
+
     def close(self) -> None:
         """Close the database; a rebuild is abandoned, and the next process to open the database does it."""
         self._closing.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import msgspec
 
@@ -28,6 +29,14 @@ class Trouble(msgspec.Struct, frozen=True, array_like=True):
     cause: str
     size: int
     failed_at: float
+
+
+class Troubled(Protocol):
+    """What may have troubles."""
+
+    def troubles(self) -> list[str]:
+        """A sentence for each cause that is not over."""
+        ...
 
 
 class Troubles:

@@ -50,6 +50,7 @@ Pause: TypeAlias = Callable[[], None]
 TRIES = 3  # attempts to mark a repository without blocking pushes
 ROWS = 1000  # in a report; and so many tags
 REMEDY = "push it again, or delete it"
+ELSEWHERE = "another server is collecting: wait for its report"
 KINDS = (MANIFEST, TAG, LINK, REFERRER, LEASE)
 
 _COUNTS = ("repositories", "tags", "manifests", "links", "blobs", "bytes", "young")
@@ -120,7 +121,12 @@ class Collection:
         self.watch = Watch(store, clock)
 
     def run(self, dry_run: bool = False) -> CollectionReport:
-        return _CollectionRun(self, dry_run).run()
+        if dry_run:
+            return _CollectionRun(self, dry_run).run()
+        with self.store.records.turn("collect") as ours:
+            if ours:
+                return _CollectionRun(self, dry_run).run()
+        return CollectionReport(begun=self.clock(), refused=ELSEWHERE)
 
     def last(self) -> CollectionReport:
         """The report of the last collection that was not a dry run."""

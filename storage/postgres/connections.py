@@ -18,6 +18,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 
+from storage.errors import StorageFailed
+
 PATIENCE = 5.0  # seconds that a thread waits for one of the connections
 # What the URL does not say.  A server that is gone without a word is noticed by the lack of its answers.
 _SETTINGS = {
@@ -52,12 +54,19 @@ class Closed(Exception):
 class Connections:
     """At most `most` connections, made when they are needed.  Methods block, and raise psycopg.Error.
 
+    Making it raises StorageFailed if `url` is invalid.
+
     After an attempt to connect has failed, one thread at a time tries again, and the others fail at once: so
     a server that does not answer holds one thread.
     """
 
     def __init__(self, url: str, most: int) -> None:
-        parameters = {**_SETTINGS, **conninfo_to_dict(url)}
+        try:
+            parameters = {**_SETTINGS, **conninfo_to_dict(url)}
+        except psycopg.ProgrammingError:  # which shows the URL, and a password in it
+            raise StorageFailed(
+                "it is no valid URL of PostgreSQL: write %20 for a space, %25 for %, %40 for @ in a password"
+            ) from None
         self._parameters = make_conninfo("", **parameters)
         self.name = _name(parameters)
         self._most = most

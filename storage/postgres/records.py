@@ -112,9 +112,11 @@ class PostgresBatch(Batch):
 class PostgresRecords(Records):
     """Records that several servers share.
 
-    `url` is a connection string of PostgreSQL.  A process has at most `connections`.
+    `url` is a connection string of PostgreSQL.  A process has at most `connections`.  `check` is called with
+    the identity of the records before they are used, and raises StorageFailed if they are the wrong ones.
 
-    Making it raises SchemaTooNew; if the database cannot be reached, the other methods fail until it can.
+    Making it raises SchemaTooNew, and what `check` raises; if the database cannot be reached, the other
+    methods fail until it can.
     """
 
     remote = True
@@ -125,12 +127,14 @@ class PostgresRecords(Records):
         clock: Callable[[], float] = time.time,
         troubles: Troubles | None = None,
         connections: int = CONNECTIONS,
+        check: Callable[[str], None] = lambda identity: None,
     ) -> None:
         self._connections = Connections(url, connections)
         self.name = self._connections.name
         self.health = DatabaseHealth(self.name, clock, troubles)
         self._local = threading.local()
-        self._migrated = False
+        self._check = check
+        self._checked = False
         with suppress(StorageUnavailable):
             self._read(lambda batch: None)
 
@@ -216,6 +220,9 @@ class PostgresRecords(Records):
         finally:
             connection.close()  # which ends the lock
 
+    def troubles(self) -> list[str]:
+        return self.health.troubles()
+
     def close(self) -> None:
         self._connections.close()
 
@@ -232,9 +239,9 @@ class PostgresRecords(Records):
     @contextmanager
     def _connection(self) -> Iterator[DatabaseConnection]:
         with self._connections.take() as connection:
-            if not self._migrated:
-                migrate(connection, self.name)
-                self._migrated = True
+            if not self._checked:
+                self._check(migrate(connection, self.name))
+                self._checked = True
             try:
                 yield connection
             except errors.ReadOnlySqlTransaction:

@@ -1,6 +1,6 @@
 """The tables in PostgreSQL, and how those of an earlier version become those of this one.
 
-    entrepot_schema     one row: the version of the tables
+    entrepot_schema     one row: the version of the tables, and the identity of the records
     entrepot_records    a record in a row
     entrepot_writers    always empty: writers lock it, each for the time of a transaction
 
@@ -39,11 +39,18 @@ class SchemaTooNew(StorageFailed):
     """A later version of this program has changed the tables."""
 
 
-def migrate(connection: DatabaseConnection, name: str) -> None:
-    """Make the tables, or bring them to this version.  Raises SchemaTooNew and psycopg.Error."""
-    found = _version(connection)
-    if found == VERSION:
-        return
+def migrate(connection: DatabaseConnection, name: str) -> str:
+    """Make the tables, or bring them to this version; returns the identity of the records.
+
+    Raises SchemaTooNew and psycopg.Error.
+    """
+    if _version(connection) != VERSION:
+        _bring_to_version(connection, name)
+    row = connection.execute("SELECT identity::text FROM entrepot_schema").fetchone()
+    return str(row[0]) if row else ""
+
+
+def _bring_to_version(connection: DatabaseConnection, name: str) -> None:
     with connection.transaction():
         # One at a time: two that make the same table fail, even by IF NOT EXISTS.
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('entrepot_schema', 0))")
@@ -56,8 +63,9 @@ def migrate(connection: DatabaseConnection, name: str) -> None:
                 cause="its database is of a later version",
             )
         if not found:
-            connection.execute("CREATE TABLE entrepot_schema (version integer NOT NULL)")
-            connection.execute("INSERT INTO entrepot_schema VALUES (0)")
+            columns = "version integer NOT NULL, identity uuid NOT NULL DEFAULT gen_random_uuid()"
+            connection.execute(f"CREATE TABLE entrepot_schema ({columns})".encode())
+            connection.execute("INSERT INTO entrepot_schema (version) VALUES (0)")
         for statements in MIGRATIONS[found:]:
             connection.execute(statements.encode())
         connection.execute("UPDATE entrepot_schema SET version = %s", (VERSION,))

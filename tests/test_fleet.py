@@ -1,0 +1,344 @@
+"""Two servers over one database and one directory: what is pushed to one is there at the other, at once.
+
+Real servers, of two workers each, and a real database that is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psycopg
+import pytest
+
+from proxy.config.errors import StartError
+from proxy.config.schema import Config
+from proxy.namespaces.private import DATABASE, private_store
+from storage.errors import StorageFailed
+from storage.maintenance.collection import ELSEWHERE, Collection
+from storage.maintenance.leases import Leases
+from storage.maintenance.retention import RetentionRules
+from storage.oci import OCI_MANIFEST, OCTETS, Descriptor, Digest
+from storage.postgres.records import PostgresRecords
+from storage.store import Store
+from tests.conftest import OPEN, Clock, configuration
+from tests.postgres import PASSWORD, PostgresServer
+from tests.processes import Place, Server, place  # noqa: F401  a fixture
+from tests.test_push import image
+from tests.upstream import Upstream
+
+pytestmark = pytest.mark.clients
+
+APP, OTHER = "/v2/local/team/app", "/v2/local/other"
+CONFIG = b"{}"
+
+
+class Answer:
+    def __init__(self, response: aiohttp.ClientResponse, body: bytes) -> None:
+        self.status, self.headers, self.body = response.status, response.headers, body
+
+
+class Fleet:
+    """Two servers; `ask` asks one of them."""
+
+    def __init__(self, servers: list[Server], session: aiohttp.ClientSession, url: str) -> None:
+        self.servers = servers
+        self.url = url  # of the database
+        self._session = session
+
+    async def ask(
+        self, number: int, method: str, path: str, body: bytes = b"", kind: str = "", admin: bool = False
+    ) -> Answer:
+        headers = {"Content-Type": kind or "application/octet-stream"} if body else {}
+        server = self.servers[number]
+        url = (server.admin_url if admin else server.url) + path
+        async with self._session.request(method, url, data=body or None, headers=headers) as response:
+            return Answer(response, await response.read())
+
+    async def blob(self, number: int, content: bytes, repository: str = APP) -> Digest:
+        digest = Digest.of(content)
+        answer = await self.ask(number, "POST", f"{repository}/blobs/uploads/?digest={digest}", content)
+        assert answer.status == 201, answer.body
+        return digest
+
+    async def tag(self, number: int, tag: str, content: bytes, repository: str = APP) -> Answer:
+        return await self.ask(number, "PUT", f"{repository}/manifests/{tag}", content, OCI_MANIFEST)
+
+
+@pytest.fixture
+def database(postgres_server: PostgresServer) -> str:
+    return postgres_server.database()
+
+
+@pytest.fixture
+async def fleet(place: Place, database: str) -> AsyncIterator[Fleet]:  # noqa: F811
+    place.tree["namespaces"]["local"] = {"store": {"immutable_tags": ["v*"]}}
+    place.tree |= {"access": OPEN, "shared": {"records": database}}
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        servers = [await place.start() for _ in range(2)]
+        yield Fleet(servers, session, database)
+
+
+async def test_two_servers_are_one_registry(fleet: Fleet) -> None:
+    await _pulled_at_the_next_moment(fleet)
+    await _pushed_in_parts(fleet)
+    await _one_winner_of_a_tag(fleet)
+
+
+async def _pulled_at_the_next_moment(fleet: Fleet) -> None:
+    for number in range(12):
+        one, other = number % 2, 1 - number % 2
+        layer = await fleet.blob(one, b"layer %d" % number)
+        await fleet.blob(one, CONFIG)
+        content = image(layer)
+        assert (await fleet.ask(other, "HEAD", f"{APP}/blobs/{layer}")).status == 200
+        assert (await fleet.tag(one, "latest", content)).status == 201
+        assert (await fleet.ask(other, "GET", f"{APP}/manifests/latest")).body == content
+        assert (await fleet.ask(other, "GET", f"{APP}/manifests/{Digest.of(content)}")).body == content
+        assert (await fleet.ask(other, "GET", f"{APP}/blobs/{layer}")).body == b"layer %d" % number
+        # And again: what is asked for a second time may be answered from memory.
+        assert (await fleet.ask(other, "GET", f"{APP}/manifests/latest")).body == content
+        assert (await fleet.ask(one, "GET", f"{APP}/manifests/latest")).body == content
+
+
+async def _pushed_in_parts(fleet: Fleet) -> None:
+    """Every part of a push may go to another server."""
+    content = b"a layer in parts"
+    digest = Digest.of(content)
+    location = (await fleet.ask(0, "POST", f"{APP}/blobs/uploads/")).headers["Location"]
+    for number, part in enumerate((content[:5], content[5:9])):
+        answer = await fleet.ask(1 - number, "PATCH", location, part)
+        assert answer.status == 202, answer.body
+        location = answer.headers["Location"]
+    assert (await fleet.ask(1, "PUT", f"{location}?digest={digest}", content[9:])).status == 201
+    assert (await fleet.ask(0, "GET", f"{APP}/blobs/{digest}")).body == content
+    mounted = await fleet.ask(0, "POST", f"{OTHER}/blobs/uploads/?mount={digest}&from=local/team/app")
+    assert mounted.status == 201
+    assert (await fleet.ask(1, "GET", f"{OTHER}/blobs/{digest}")).body == content
+    await fleet.blob(1, CONFIG)
+    assert (await fleet.tag(0, "a", image(digest))).status == 201
+    assert json.loads((await fleet.ask(1, "GET", f"{APP}/tags/list")).body)["tags"] == ["a", "latest"]
+    assert (await fleet.ask(1, "DELETE", f"{APP}/manifests/a")).status == 202
+    assert (await fleet.ask(0, "GET", f"{APP}/manifests/a")).status == 404
+    assert (await fleet.ask(0, "DELETE", f"{OTHER}/blobs/{digest}")).status == 202
+    assert (await fleet.ask(1, "GET", f"{OTHER}/blobs/{digest}")).status == 404
+    assert (await fleet.ask(1, "GET", f"{APP}/blobs/{digest}")).body == content
+
+
+async def _one_winner_of_a_tag(fleet: Fleet) -> None:
+    """Both find no such tag, which is immutable: one of them has to learn that there is one."""
+    contents = [image(annotations={"by": str(number)}) for number in range(2)]
+    for round in range(10):
+        answers = await asyncio.gather(*(fleet.tag(each, f"v{round}", contents[each]) for each in range(2)))
+        assert sorted(each.status for each in answers) == [201, 403]
+        winner = next(each for each in range(2) if answers[each].status == 201)
+        for each in range(2):
+            assert (await fleet.ask(each, "GET", f"{APP}/manifests/v{round}")).body == contents[winner]
+
+
+@pytest.mark.errors("records.failed")
+async def test_the_database_is_killed_and_comes_back(
+    fleet: Fleet, postgres_server: PostgresServer, upstream: Upstream
+) -> None:
+    await _killed_in_the_middle_of_pushes(fleet, postgres_server, upstream)
+    await _killed_between_pushes(fleet, postgres_server)
+
+
+async def _killed_in_the_middle_of_pushes(
+    fleet: Fleet, postgres_server: PostgresServer, upstream: Upstream
+) -> None:
+    cached = upstream.image("library/alpine", "latest")
+    await fleet.blob(0, CONFIG)
+    assert (await fleet.tag(0, "before", image())).status == 201
+    pushed = {f"t{number}": image(annotations={"n": str(number)}) for number in range(12)}
+    other = psycopg.connect(fleet.url, autocommit=True)
+    other.execute("BEGIN; LOCK TABLE entrepot_writers IN EXCLUSIVE MODE")
+    under_way = [
+        asyncio.create_task(fleet.tag(number % 2, tag, content))
+        for number, (tag, content) in enumerate(pushed.items())
+    ]
+    waiting = "SELECT FROM pg_locks WHERE relation = 'entrepot_writers'::regclass AND NOT granted"
+    while other.execute(waiting).fetchone() is None:  # noqa: ASYNC110  no event tells
+        await asyncio.sleep(0)
+    with postgres_server.lost():
+        other.close()
+        for each in under_way:
+            answer = await each
+            assert answer.status == 503, answer.body
+            assert int(answer.headers["Retry-After"]) > 0
+            assert json.loads(answer.body)["errors"][0]["code"] == "UNAVAILABLE"
+            assert PASSWORD.encode() not in answer.body
+        # What needs no database goes on.
+        for number in range(2):
+            answer = await fleet.ask(number, "GET", "/v2/library/alpine/manifests/latest")
+            assert (answer.status, answer.body) == (200, cached.content)
+        assert (await fleet.ask(0, "GET", f"{APP}/manifests/before")).status == 503
+        ready = json.loads((await fleet.ask(0, "GET", "/readyz", admin=True)).body)
+        assert ready["status"] == "degraded"
+        assert "/postgres: " in ready["store"]
+    for number, (tag, content) in enumerate(pushed.items()):
+        assert (await fleet.tag(number % 2, tag, content)).status == 201
+    for number in range(2):
+        assert (await fleet.ask(number, "GET", f"{APP}/manifests/before")).body == image()
+        for tag, content in pushed.items():
+            assert (await fleet.ask(number, "GET", f"{APP}/manifests/{tag}")).body == content
+
+
+async def _killed_between_pushes(fleet: Fleet, postgres_server: PostgresServer) -> None:
+    """All that was acknowledged is there."""
+    acknowledged: dict[str, bytes] = {}
+    several = asyncio.Event()
+
+    async def push(by: int) -> None:
+        for number in range(1000):
+            tag, content = f"t{by}-{number}", image(annotations={"n": f"{by} {number}"})
+            answer = await fleet.tag(by % 2, tag, content)
+            if answer.status != 201:
+                assert answer.status == 503, answer.body
+                return
+            acknowledged[tag] = content
+            if len(acknowledged) == 40:
+                several.set()
+
+    pushing = [asyncio.create_task(push(by)) for by in range(4)]
+    await several.wait()
+    with postgres_server.lost():
+        await asyncio.gather(*pushing)
+    assert len(acknowledged) >= 40
+    for tag, content in acknowledged.items():
+        assert (await fleet.ask(1, "GET", f"{APP}/manifests/{tag}")).body == content
+
+
+# Which records belong to a directory
+
+
+def configured(directory: Path, **shared: Any) -> Config:
+    tree = {
+        "disk": {"path": str(directory / "disk")},
+        "namespaces": {"local": {"store": {}}},
+        "shared": shared,
+    }
+    return configuration(directory, tree)
+
+
+async def push_one(store: Store) -> None:
+    upload = await store.start_upload("local/a")
+    await upload.write(CONFIG)
+    await upload.commit(Digest.of(CONFIG))
+
+
+async def test_a_database_without_the_records_of_the_directory_is_refused(
+    tmp_path: Path, database: str
+) -> None:
+    """Otherwise a collection would remove all content: no record names it."""
+    with closing((store := private_store(configured(tmp_path))).records):
+        await push_one(store)
+    with pytest.raises(StartError, match="whose records are on the disk, and not in the database"):
+        private_store(configured(tmp_path, records=database))
+    with closing((store := private_store(configured(tmp_path))).records):
+        assert store.linked("local/a", Digest.of(CONFIG))
+
+
+async def test_a_directory_whose_records_are_in_a_database_is_refused_without_it(
+    tmp_path: Path, database: str, postgres_server: PostgresServer
+) -> None:
+    with closing((store := private_store(configured(tmp_path, records=database))).records):
+        await push_one(store)
+    with pytest.raises(StartError, match=f"{DATABASE}.*: set shared.records"):
+        private_store(configured(tmp_path))
+    with pytest.raises(StartError, match="belongs to another database"):
+        private_store(configured(tmp_path, records=postgres_server.database()))
+    with closing((store := private_store(configured(tmp_path, records=database))).records):
+        assert store.linked("local/a", Digest.of(CONFIG))
+
+
+@pytest.mark.errors("records.failed")
+async def test_a_database_that_is_another_one_when_it_comes_back_is_not_used(
+    tmp_path: Path, database: str, postgres_server: PostgresServer
+) -> None:
+    private_store(configured(tmp_path, records=database)).records.close()
+    other = postgres_server.database()
+    with postgres_server.lost():
+        store = private_store(configured(tmp_path, records=other))  # it may come up after the server
+    with closing(store.records), pytest.raises(StorageFailed, match="belongs to another database"):
+        store.records.get("a")
+
+
+def test_a_url_that_is_invalid_is_not_shown(tmp_path: Path) -> None:
+    for url in ("postgresql://a:secret word@h/x", "postgresql://a:secret%@h/x", "postgresql://h/x?secret=1"):
+        with pytest.raises(StartError, match=r"^shared\.records: it is no valid URL") as caught:
+            private_store(configured(tmp_path, records=url))
+        assert "secret" not in str(caught.value)
+        assert "secret" not in repr(configured(tmp_path, records=url))
+
+
+def test_without_a_database_its_client_is_not_loaded(tmp_path: Path) -> None:
+    config = tmp_path / "entrepot.yml"
+    configured(tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from proxy.config.loader import load\n"
+        "from proxy.namespaces import composition\n"
+        "from proxy.server import process\n"
+        f"parts = composition.compose(load(Path({str(config)!r}), {{}}))\n"
+        "assert parts.private is not None\n"
+        "print([each for each in sys.modules if 'psycopg' in each or 'postgres' in each])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+# One at a time
+
+
+async def test_one_server_at_a_time_collects(tmp_path: Path, database: str, clock: Clock) -> None:
+    config = configured(tmp_path, records=database)
+    store, other = private_store(config, clock), private_store(config, clock)
+    with closing(store.records), closing(other.records):
+        await push_one(store)
+        clock.advance(1e6)
+        collections = [
+            Collection(each, lambda repository: RetentionRules(), Leases(each, 3600.0, clock), clock)
+            for each in (store, other)
+        ]
+        with other.records.turn("collect"):
+            report = collections[0].run()
+            assert (report.refused, report.blobs) == (ELSEWHERE, 0)
+            assert collections[0].run(dry_run=True).links == 1  # which removes nothing
+            assert collections[0].last().begun == 0
+        assert store.linked("local/a", Digest.of(CONFIG))
+        assert collections[1].run().links == 1
+        assert collections[0].last().links == 1
+        assert store.linked("local/a", Digest.of(CONFIG)) is None
+
+
+async def test_a_blob_that_is_linked_meanwhile_is_not_collected(
+    tmp_path: Path, database: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. a collection finds a blob that no link names  2. another server links it  3. the file stays."""
+    config = configured(tmp_path, records=database)
+    store, other = private_store(config, clock), private_store(config, clock)
+    with closing(store.records), closing(other.records):
+        await push_one(store)
+        await store.delete_blob("local/a", Digest.of(CONFIG))
+        clock.advance(1e6)
+        collection = Collection(store, lambda name: RetentionRules(), Leases(store, 3600.0, clock), clock)
+        transaction, linked = PostgresRecords.transaction, []
+
+        def meddle(records: PostgresRecords, work: Any, shared: bool = False) -> Any:
+            if records is store.records and not shared and not linked:
+                linked.append(1)
+                other._link("local/b", Descriptor(OCTETS, Digest.of(CONFIG), len(CONFIG)))
+            return transaction(records, work, shared)
+
+        monkeypatch.setattr(PostgresRecords, "transaction", meddle)
+        assert collection.run().blobs == 0
+        assert linked
+        assert other.linked("local/b", Digest.of(CONFIG))

@@ -538,7 +538,7 @@ async def test_what_fails_for_ranges_and_for_all_of_it(rig: Rig, upstream: Upstr
     upstream.next("HEAD", digest, Status(500), times=100)
     with pytest.raises(OriginFailed, match="up answered 500 for a/b"):
         await rig.read(digest, 0, SIZE)
-    assert len(asked(upstream)) == 1  # who waits for headers may go elsewhere
+    assert (0, 0) not in asked(upstream)  # who waits for headers may go elsewhere
     await (await rig.store.files.resume(digest)).cancel()
 
 

@@ -6,10 +6,12 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import struct
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -19,6 +21,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.oci import Digest, Tag
 from storage.store import Store
+from tests.authority import Authority
 from tests.processes import Place, Server, Worker, digest, place
 from tests.upstream import Bearer, Hold, Upstream
 
@@ -469,6 +472,59 @@ async def test_a_bad_configuration_changes_nothing(place: Place, upstream: Upstr
     for worker in before:
         await worker.get(f"/v2/{REPOSITORY}/manifests/latest")
     assert set(server.pids()) == {worker.pid for worker in before}
+
+
+@asynccontextmanager
+async def encrypted(upstream: Upstream, certificate: dict[str, str]) -> AsyncIterator[str]:
+    """`upstream` by TLS: connections are decrypted and passed on."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate["certificate"], certificate["key"])
+    origin = URL(upstream.url)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, ssl.SSLError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(origin.host, origin.port)
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.errors("worker.died")
+async def test_the_authorities_of_the_system_are_those_of_the_last_configuration(
+    place: Place, upstream: Upstream, tmp_path: Path
+) -> None:
+    """All processes share them, those that replace others too; a reload reads them again."""
+    upstream.image(REPOSITORY, "latest")
+    good, other = Authority(tmp_path, "good"), Authority(tmp_path, "other")
+    trusted = tmp_path / "trusted.pem"
+    place.environment = {"SSL_CERT_FILE": str(trusted), "SSL_CERT_DIR": str(tmp_path / "none")}
+    place.tree |= {"drain": "0s", "workers": 1}
+    path, own = f"/v2/{REPOSITORY}/manifests/latest", good.issue("server")
+    async with encrypted(upstream, own) as first, encrypted(upstream, own) as second:
+        # Two hosts: the first is left alone for a while after it has failed.
+        place.tree["namespaces"] = {"a.example": {"upstream": first}, "b.example": {"upstream": second}}
+        trusted.write_bytes(other.ca.read_bytes())
+        server = await place.start()
+        trusted.write_bytes(good.ca.read_bytes())
+        os.kill(*server.pids(), signal.SIGKILL)
+        await server.heard("worker.replaced")
+        (worker,) = await server.workers()
+        await worker.get(f"{path}?ns=a.example", 502)
+        before = server.pids()
+        server.send(signal.SIGHUP)
+        await server.heard("config.reloaded")
+        await server.gone(*before)
+        (worker,) = await server.workers()
+        await worker.get(f"{path}?ns=b.example")
+        await server.stop()  # before the relay
 
 
 async def test_downloads_outlive_a_new_configuration(place: Place, upstream: Upstream) -> None:

@@ -33,6 +33,7 @@ from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.settings import Setting, environment
 from proxy.config.wellknown import DOCKER_HUB
+from proxy.connections.trust import public_context
 from proxy.server.supervisor import BoundAddresses, Supervisor
 from proxy.setup.renderers import RENDERERS, store_lines
 from proxy.setup.site import client_url, scheme_of, site_of
@@ -98,6 +99,7 @@ def serve(
     Without a configuration it caches the well-known public registries, and listens on 127.0.0.1:5000. The
     options replace what the configuration says.
     """
+    gc.disable()  # imports take a tenth longer with it
     from proxy.server.process import run
 
     path = chosen(file, path)
@@ -110,13 +112,28 @@ def serve(
     ]
     config = _load(path, given)
     logs.configure(config.log.format, config.log.level, access=config.log.access)
+    _load_authorities(config)
     gc.freeze()  # the processes share this memory as long as nothing writes to it
+    gc.enable()
     source = used(path, [*environment(os.environ), *given])
+
+    def reload() -> Config:
+        config = load(path, settings=given)
+        _load_authorities(config)
+        return config
+
     try:
-        parent = Supervisor(config, lambda: load(path, settings=given), run)
+        parent = Supervisor(config, reload, run)
         asyncio.run(_serve(parent, config, source))
     except StartError as error:
         _fail(str(error), 1)
+
+
+def _load_authorities(config: Config) -> None:
+    """Load the authorities of the system, if they are needed, for all processes: each would take 20 ms."""
+    public_context.cache_clear()
+    if config.cached():
+        public_context()
 
 
 def _upstream(text: str) -> Setting:

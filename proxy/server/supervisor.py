@@ -230,7 +230,7 @@ class Supervisor:
         """Start all processes of `config`, and wait until they serve.  Raises StartError."""
         generation = Generation(config)
         first: list[asyncio.Future[None]] = []
-        for role in ["keeper"] + ["worker"] * config.processes():
+        for role in ["worker"] * config.processes() + ["keeper"]:
             serving = asyncio.get_running_loop().create_future()
             first.append(serving)
             generation.tasks.append(asyncio.create_task(self._supervise(generation, role, serving)))

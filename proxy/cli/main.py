@@ -112,28 +112,23 @@ def serve(
     ]
     config = _load(path, given)
     logs.configure(config.log.format, config.log.level, access=config.log.access)
-    _load_authorities(config)
+    _with_authorities(config)
     gc.freeze()  # the processes share this memory as long as nothing writes to it
     gc.enable()
     source = used(path, [*environment(os.environ), *given])
-
-    def reload() -> Config:
-        config = load(path, settings=given)
-        _load_authorities(config)
-        return config
-
     try:
-        parent = Supervisor(config, reload, run)
+        parent = Supervisor(config, lambda: _with_authorities(load(path, settings=given)), run)
         asyncio.run(_serve(parent, config, source))
     except StartError as error:
         _fail(str(error), 1)
 
 
-def _load_authorities(config: Config) -> None:
-    """Load the authorities of the system, if they are needed, for all processes: each would take 20 ms."""
+def _with_authorities(config: Config) -> Config:
+    """Load the system's authorities, if `config` needs them, for all processes: each would take 20 ms."""
     public_context.cache_clear()
     if config.cached():
         public_context()
+    return config
 
 
 def _upstream(text: str) -> Setting:

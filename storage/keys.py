@@ -5,6 +5,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     tag <repository> <tag>                      where a tag points
     manifest <repository> <digest>              a manifest's media type and content
     link <repository> <digest>                  a blob that a repository shows
+    blobs <digest>                              when a stored blob was used as far as is known; its size
     referrers <repository> <subject> <digest>   a manifest that refers to `subject`
     listing <repository> <what>                 what an origin listed, or does not have
     pushed <repository>                         how often the repository's tags and manifests changed
@@ -20,6 +21,9 @@ A key is the name of its kind and then its fields, with a space between two of t
     collected                                   the report of the last garbage collection
     object <digest>                             the object that a blob in a bucket is
     leftover <key>                              an object that is no blob, or not yet
+    total <repository>                          how many records a repository has, and of how many bytes
+    stored <algorithm>/<ab>                     how many blobs a fan-out directory has, and of how many bytes
+    counted                                     that everything without a total is empty
 
 and in the records of the webhooks' queue:
 
@@ -72,9 +76,11 @@ class RecordKind:
         return values + [""] * (self.fields - len(values))
 
 
+EVERY = ""  # the prefix of all keys
 TAG = RecordKind("tag")
 MANIFEST = RecordKind("manifest")
 LINK = RecordKind("link")
+BLOB = RecordKind("blobs", 1)
 REFERRER = RecordKind("referrers", 3)
 LISTING = RecordKind("listing")
 CHANGES = RecordKind("pushed", 1)
@@ -90,10 +96,40 @@ WARMING = RecordKind("warmed", 1)
 COLLECTED = RecordKind("collected", 0)
 OBJECT = RecordKind("object", 1)
 LEFTOVER = RecordKind("leftover", 1)
+TOTAL = RecordKind("total", 1)
+STORED = RecordKind("stored", 1)
+COUNTED = RecordKind("counted", 0)
 EVENT = RecordKind("event")
 PENDING = RecordKind("pending", 1)
 WEBHOOK = RecordKind("webhook", 1)
 NUMBER = RecordKind("number", 0)
+
+
+# The kinds of records that totals count, by the key of the total: in the order of their keys.
+_OF_REPOSITORIES = (LINK, LISTING, MANIFEST, REFERRER, TAG, USE)
+COUNTABLE = {kind.name: kind for kind in (BLOB, *_OF_REPOSITORIES)}
+
+
+def countable(key: str) -> RecordKind | None:
+    """The kind of a record that a total counts; None for any other record."""
+    return COUNTABLE.get(key.partition(" ")[0])
+
+
+def total_key(key: str) -> str:
+    """The key of the total that counts the record `key`."""
+    kind, _, fields = key.partition(" ")
+    if kind == BLOB.name:
+        algorithm, _, encoded = fields.partition(":")
+        return STORED.key(f"{algorithm}/{encoded[:2]}")
+    return TOTAL.key(fields.partition(" ")[0])
+
+
+def counted_by(key: str) -> list[str]:
+    """The prefixes of the records that the total `key` counts, in order."""
+    if key.startswith(STORED.prefix()):
+        algorithm, _, start = STORED.parse(key)[0].partition("/")
+        return [f"{BLOB.prefix()}{algorithm}:{start}"]
+    return [kind.prefix(TOTAL.parse(key)[0]) for kind in _OF_REPOSITORIES]
 
 
 def parse_reference_key(key: str) -> tuple[str, Reference]:

@@ -99,6 +99,21 @@ class Records(Protocol):
         """
         ...
 
+    def linking(self, digest: str) -> list[str]:
+        """The keys of the links to a blob, in order.
+
+        It takes as long as there are such links, however many others there are.
+        """
+        ...
+
+    def oldest(self, after: tuple[str, bytes], limit: int) -> list[tuple[str, bytes]]:
+        """The keys and values of the records of blobs, in the order of their values and then of their keys.
+
+        At most `limit` of those that come after the key and value of `after`.  A record that can no longer be
+        read may be among them.  It takes as long as there are results.
+        """
+        ...
+
     def version(self) -> object:
         """What differs from its value before if any process has changed a record since, or may have.
 

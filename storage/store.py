@@ -6,6 +6,7 @@ storage/values.py describe the records.  The record of a referrer holds its desc
 Records that change together change in one transaction: after a failure either the whole push is stored or
 nothing of it.  The transaction that makes a link also finds the blob and sets its last use to the present
 time.  So a transaction that removes blobs which are old and have no link never removes one that gets a link.
+It also records that the blob is stored: storage/totals.py counts blobs, and all other records.
 
 Times are seconds since the epoch.  Writes run in a thread, and so do reads if the records are remote.  What
 cannot be parsed counts as absent: a cache fetches it again.
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, takewhile
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -33,7 +34,7 @@ from storage.errors import (
     NameUnknown,
     StorageFailed,
 )
-from storage.keys import CHANGES, LINK, MANIFEST, REFERRER, TAG
+from storage.keys import BLOB, CHANGES, LINK, MANIFEST, REFERRER, TAG
 from storage.listings import OriginListings
 from storage.oci import (
     OCTETS,
@@ -47,7 +48,8 @@ from storage.oci import (
 )
 from storage.records import Batch, Records
 from storage.registry import NOTHING, Blob, Registry, Upload, everything, referrers_page
-from storage.values import Link, Pointer, StoredManifest
+from storage.totals import CountedRecords
+from storage.values import BlobUse, Link, Pointer, StoredManifest
 
 T = TypeVar("T")
 DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
@@ -87,8 +89,8 @@ class Store(Registry):
     ) -> None:
         self.files = files
         self._collected = collected
-        self.records = records
-        self.listings = OriginListings(records, clock)
+        self.records = cast(Records, CountedRecords(records))
+        self.listings = OriginListings(self.records, clock)
         self._clock = clock
 
     # Pull
@@ -217,8 +219,8 @@ class Store(Registry):
         return await self.link(repository, digest)
 
     def _repository_with(self, digest: Digest, visible: Callable[[str], bool]) -> str:
-        for repository in self.records.groups(LINK.prefix()):
-            if self.records.get(LINK.key(repository, digest)) is not None and visible(repository):
+        for key in self.records.linking(digest):
+            if visible(repository := LINK.parse(key)[0]):
                 return repository
         raise BlobUnknown(f"no repository that may be read has {digest}")
 
@@ -355,7 +357,9 @@ class Store(Registry):
     def put_link(self, batch: Batch, repository: str, blob: Descriptor) -> None:
         """Link a stored blob, as part of a transaction.  Raises BlobUnknown if it is not stored."""
         self.files.renew(blob.digest, batch)
-        batch.put(LINK.key(repository, blob.digest), Link(blob.size, self._clock()).encode())
+        now = self._clock()
+        batch.put(LINK.key(repository, blob.digest), Link(blob.size, now).encode())
+        batch.put(BLOB.key(blob.digest), BlobUse.at(now, blob.size).encode())
 
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:
         """Where the tag points; None if it is not stored, or is damaged."""

@@ -4,9 +4,10 @@
     manifest    media type, time of storing, newline, the exact bytes
     link        size in bytes, time of linking
     object      size in bytes, time of last use, key
+    blob        time of last use, in milliseconds with 14 digits, so that records sort by it; size in bytes
 
-Fields are separated by spaces; times are seconds since the epoch.  Parsing returns None if the record is
-absent or damaged.
+Fields are separated by spaces; other times are seconds since the epoch.  Parsing returns None if the record
+is absent or damaged.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from storage.errors import DigestInvalid
 from storage.oci import Digest
 
+LATEST = 10**14 - 1  # milliseconds
 _TEXT = ("utf-8", "surrogateescape")  # a media type is returned as it was sent, even if it is not UTF-8
 
 
@@ -91,6 +93,25 @@ class StoredObject(NamedTuple):
         if not size.isdigit() or used_at is None or not key:
             return None
         return cls(int(size), used_at, key.decode(*_TEXT))
+
+
+class BlobUse(NamedTuple):
+    """A stored blob: a time at or before its last use, in milliseconds since the epoch, and its size."""
+
+    used_at: int
+    size: int
+
+    @classmethod
+    def at(cls, seconds: float, size: int) -> BlobUse:
+        return cls(min(max(0, int(seconds * 1000)), LATEST), size)
+
+    def encode(self) -> bytes:
+        return f"{self.used_at:0{len(str(LATEST))}} {self.size}".encode()
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> BlobUse | None:
+        used_at, _, size = (record or b"").partition(b" ")
+        return cls(int(used_at), int(size)) if used_at.isdigit() and size.isdigit() else None
 
 
 def _number(text: bytes) -> float | None:

@@ -333,7 +333,7 @@ async def test_a_blob_that_is_linked_meanwhile_is_not_collected(
         transaction, linked = PostgresRecords.transaction, []
 
         def meddle(records: PostgresRecords, work: Any, shared: bool = False) -> Any:
-            if records is store.records and not shared and not linked:
+            if not shared and not linked:
                 linked.append(1)
                 other._link("local/b", Descriptor(OCTETS, Digest.of(CONFIG), len(CONFIG)))
             return transaction(records, work, shared)

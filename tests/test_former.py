@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import tarfile
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from proxy.admin.local_operations import LocalOperations
+from proxy.admin.peers import ServerProcesses
+from proxy.admin.processes import state_of
+from proxy.cli.target import composed
 from proxy.config.loader import load
+from storage.keys import LINK, MANIFEST
+from storage.maintenance.counting import Counting
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest
-from tests.conftest import Clock, Serve, Site
+from storage.values import Link
+from tests.conftest import OPEN, Clock, Serve, Site, configuration
+from tests.counted import assert_counted
+from tests.events import Ear
 from tests.upstream import Upstream
 
 FORMER = Path(__file__).parent / "former"
@@ -28,12 +39,24 @@ UPLOAD = "/v2/local/team/app/blobs/uploads/9_WYogMveVC8a8qi_aW-_w.f2c1d59ceba5cb
 
 
 @pytest.fixture
-async def site(serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock) -> AsyncIterator[Site]:
+def may_count(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Is set when what is stored may be counted."""
+    run, may = Counting.run, threading.Event()
+    may.set()
+    monkeypatch.setattr(Counting, "run", lambda counting, *given: may.wait() and run(counting, *given))
+    return may
+
+
+@pytest.fixture
+async def site(
+    serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock, may_count: threading.Event
+) -> AsyncIterator[Site]:
     """A server on the former directory, whose upstream it may not ask."""
     with tarfile.open(FORMER / "disk.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     clock.advance(2 * 86400)
     yield await serve(upstream, offline=True, more={"local": {"store": {}}})
+    may_count.set()
     for each in tmp_path.glob("disk/*/partial/*"):
         each.unlink()
     assert upstream.log == []
@@ -82,20 +105,66 @@ async def test_an_upload_goes_on(site: Site) -> None:
     assert (await site.get(f"/v2/local/team/app/blobs/{Digest.of(whole)}"))[2] == whole
 
 
-async def test_what_an_operator_sees_of_it(site: Site) -> None:
-    async def told(path: str) -> object:
-        assert site.app.admin_url is not None
-        async with site.session.get(site.app.admin_url / "api/v1" / path) as response:
-            assert response.status == 200
-            return await response.json()
+async def told(site: Site, path: str, **parameters: str) -> Any:
+    assert site.app.admin_url is not None
+    async with site.session.get(site.app.admin_url / "api/v1" / path, params=parameters) as response:
+        assert response.status == 200
+        return await response.json()
 
-    found = await told("repositories")
-    assert isinstance(found, dict)
-    assert [(each["repository"], each["tags"], each["manifests"]) for each in found["repositories"]] == [
-        ("docker.io/library/alpine", 1, 3),
-        ("docker.io/library/busybox", 1, 2),
-        ("local/team/app", 2, 4),
-    ]
+
+async def listed(site: Site, match: str) -> list[tuple[object, ...]]:
+    keys = ("repository", "tags", "manifests", "bytes")
+    found = (await told(site, "repositories", match=match))["repositories"]
+    return [tuple(each[key] for key in keys) for each in found]
+
+
+@pytest.fixture
+def uncounted(may_count: threading.Event) -> threading.Event:
+    """What is stored is counted only when this is set."""
+    may_count.clear()
+    return may_count
+
+
+async def test_what_an_operator_sees_of_it(uncounted: threading.Event, site: Site, tmp_path: Path) -> None:
+    names = ["docker.io/library/alpine", "docker.io/library/busybox", "local/team/app"]
+    assert await listed(site, "*") == [(name, None, None, None) for name in names]
+    files = sum(each.stat().st_size for each in tmp_path.glob("disk/cache/blobs/*/*/*"))
+    assert (await told(site, "stats"))["stored_bytes"] == files > 0
+    ear = Ear()
+    uncounted.set()
+    for store in ("cache", "private"):
+        await ear.heard("totals.counted", store=store)
+    found = await listed(site, "**")  # which was not answered yet
+    assert [each[:3] for each in found] == [(names[0], 1, 3), (names[1], 1, 2), (names[2], 2, 4)]
+    links = sum(
+        link.size
+        for _, record in site.app.composition.store.records.scan(LINK.prefix(names[0]))
+        if (link := Link.parse(record))
+    )
+    manifests = sum(
+        len(record.partition(b"\n")[2])
+        for _, record in site.app.composition.store.records.scan(MANIFEST.prefix(names[0]))
+    )
+    assert found[0][3] == links + manifests
+    assert (await told(site, "stats", period="1d"))["stored_bytes"] == files
+    assert_counted(site.app.composition.store)
+
+
+async def test_a_command_without_a_server_counts_itself(tmp_path: Path, clock: Clock) -> None:
+    with tarfile.open(FORMER / "disk.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    tree = {
+        "disk": {"path": str(tmp_path / "disk")},
+        "namespaces": {"docker.io": {"upstream": "http://127.0.0.1:9"}, "local": {"store": {}}},
+        "access": OPEN,
+    }
+    async with composed(configuration(tmp_path, tree)) as composition:
+        operations = LocalOperations(composition, ServerProcesses(state_of(composition), None))
+        rows = (await operations.repositories()).repositories
+        assert [(each.tags, each.manifests) for each in rows] == [(1, 3), (1, 2), (2, 4)]
+        await operations.close()
+    for each in tmp_path.glob("disk/*/partial/*"):
+        each.unlink()
 
 
 def test_the_configuration_is_read() -> None:

@@ -20,7 +20,7 @@ STORAGE = (
     "oci limits",
     "registry keys values records",
     "disk",
-    "content listings bucket postgres",
+    "content listings bucket postgres totals",
     "store",
     "graph held migration",
     "maintenance archives",

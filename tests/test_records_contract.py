@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
-from storage.keys import TAG
+from storage.keys import BLOB, LINK, TAG
 from storage.postgres.records import PostgresRecords
 from storage.records import BATCH, Batch, Records
 from tests.postgres import PostgresServer
@@ -338,6 +338,63 @@ def test_a_shared_transaction_sees_what_it_waited_for(records: Records, another:
         waiting = pool.submit(wait)
         records.transaction(slow)
         assert waiting.result() == b"1"
+
+
+# Links and blobs
+
+
+def test_the_links_to_a_blob_are_found_in_order(records: Records) -> None:
+    keys = [LINK.key(f"a/{name}", f"sha256:{number}") for name in ("y", "x", "x-1") for number in range(3)]
+    fill(records, *keys, "links a/x sha256:1", TAG.key("a/x", "sha256:1"))
+    assert records.linking("sha256:1") == [LINK.key(f"a/{name}", "sha256:1") for name in ("x", "x-1", "y")]
+    assert records.linking("sha256:") == records.linking("sha256:11") == []
+    records.delete(LINK.key("a/x", "sha256:1"))
+    assert records.linking("sha256:1") == [LINK.key(f"a/{name}", "sha256:1") for name in ("x-1", "y")]
+
+
+def test_a_transaction_finds_the_links_that_it_makes(records: Records) -> None:
+    key = LINK.key("a/x", "sha256:1")
+
+    def work(batch: Batch) -> list[str]:
+        batch.put(key, b"1 1.0")
+        return records.linking("sha256:1")
+
+    assert records.transaction(work) == [key]
+    assert records.linking("sha256:1") == [key]
+
+    def undone(batch: Batch) -> None:
+        batch.delete(key)
+        assert records.linking("sha256:1") == []
+        raise StorageFailed("no")
+
+    with pytest.raises(StorageFailed):
+        records.transaction(undone)
+    assert records.linking("sha256:1") == [key]
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.integers(0, 9), st.integers(0, 5), max_size=10), st.integers(1, 4), st.integers(0, 6)
+)
+def test_blobs_are_in_the_order_of_their_values(
+    records: Records, found: dict[int, int], limit: int, start: int
+) -> None:
+    def work(batch: Batch) -> None:
+        for number in range(10):
+            batch.delete(BLOB.key(f"sha256:{number}"))
+        for number, value in found.items():
+            batch.put(BLOB.key(f"sha256:{number}"), b"%d x" % value)
+        batch.put(TAG.key("a", "b"), b"0")
+
+    records.transaction(work)
+    expected = sorted((b"%d x" % value, BLOB.key(f"sha256:{number}")) for number, value in found.items())
+    after, seen = (BLOB.key("sha256:5"), b"%d x" % start), []
+    while rows := records.oldest(after, limit):
+        assert len(rows) <= limit
+        seen += rows
+        after = rows[-1]
+    beyond = b"%d x" % start, BLOB.key("sha256:5")
+    assert seen == [(key, value) for value, key in expected if (value, key) > beyond]
 
 
 # Several who look

@@ -33,10 +33,12 @@ damages = pytest.mark.errors("blob.damaged")
 class Home:
     """A store with a scrub, what the scrub slept, and in which order it read blobs."""
 
-    def __init__(self, root: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, root: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, private: bool = False
+    ) -> None:
         self.root = root
         self.clock = clock
-        self.files = BlobFiles(root, clock)
+        self.files = BlobFiles(root, clock, private=private)
         self.records = SQLiteRecords(root / "records")
         self.store = Store(self.files, self.records, clock)
         self.slept: list[float] = []
@@ -827,8 +829,9 @@ async def test_a_damaged_manifest_stays_where_nothing_can_be_fetched(home: Home,
 
 @pytest.mark.errors("blob.missing")
 async def test_a_blob_that_is_not_there_is_told_of_where_nothing_can_be_fetched(
-    home: Home, heard: Heard
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, heard: Heard
 ) -> None:
+    home = Home(tmp_path / "private", clock, monkeypatch, private=True)
     digest = await home.put(b"content", APP, OTHER)
     home.path(digest).unlink()
     assert (await home.run()).damaged == 0
@@ -837,6 +840,7 @@ async def test_a_blob_that_is_not_there_is_told_of_where_nothing_can_be_fetched(
         assert [each["repository"] for each in heard("blob.missing")] == [APP, OTHER] * runs
     await home.put(b"content", APP)
     assert (await home.run(kept=None)).damaged == 0
+    await home.store.close()
 
 
 @damages

@@ -23,6 +23,7 @@ from storage.errors import (
     StorageFailed,
 )
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, Manifest, Tag
+from storage.records import Batch
 from storage.store import Store
 from storage.values import Pointer
 from tests.conftest import Clock
@@ -200,7 +201,7 @@ async def test_a_push_is_all_or_nothing(home: Home, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(SQLiteBatch, "put", put)
     await home.store.push_manifest("a", LATEST, manifest, [Tag("v1")])
     kinds = [key.partition(" ")[0] for key, _ in home.records.scan("")]
-    assert kinds == ["manifest", "pushed", "referrers", "tag", "tag"]
+    assert kinds == ["counted", "manifest", "pushed", "referrers", "tag", "tag", "total"]
 
 
 async def test_what_changes_tags_and_manifests_is_counted(home: Home) -> None:
@@ -447,13 +448,13 @@ async def test_one_damaged_referrer_does_not_hide_the_others(home: Home) -> None
 
 async def test_writes_leave_the_loop_alone(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write is a transaction, and takes as long as the disk does."""
-    put, loop_thread, threads = home.records.put, threading.get_ident(), set()
+    transaction, loop_thread, threads = home.records.transaction, threading.get_ident(), set()
 
-    def record(key: str, value: bytes) -> None:
+    def record(work: Callable[[Batch], object], shared: bool = False) -> object:
         threads.add(threading.get_ident())
-        put(key, value)
+        return transaction(work, shared)
 
-    monkeypatch.setattr(home.records, "put", record)
+    monkeypatch.setattr(home.records, "transaction", record)
     digest = await home.put_blob("a", b"content")
     await home.store.mount_blob("b", digest, "a")
     await home.store.push_manifest("a", LATEST, image())

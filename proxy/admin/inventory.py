@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 from proxy.admin.models import (
     ImageNode,
@@ -29,7 +29,8 @@ from storage.maintenance.usage import Usage
 from storage.names import is_glob, literal_prefix, matches_glob, written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Store
-from storage.values import Link, Pointer, StoredManifest
+from storage.totals import Counts, Total, Totals
+from storage.values import Pointer
 
 DEEPEST = 50  # levels of a tree: indexes can be nested without limit
 
@@ -70,6 +71,7 @@ class Inventory:
     def __init__(self, config: Config, store: Store, usage: Usage, pins: Pins) -> None:
         self._config = config
         self._store = store
+        self._totals = Totals(store.records)
         self._usage = usage
         self._pins = pins
 
@@ -78,34 +80,24 @@ class Inventory:
     def repositories(self, pattern: Pin) -> list[RepositoryRow]:
         """The repositories whose name matches; the tag or digest in `pattern` is ignored."""
         name_glob = pattern.parts[0]
-        start = literal_prefix(name_glob) if is_glob(name_glob) else f"{name_glob} "
-        counts: dict[str, list[int]] = {}
-        for number, kind in enumerate((TAG, MANIFEST, LINK)):
-            name, row = "", None  # keys are sorted by repository: each is matched once
-            for key, value in self._store.records.scan(kind.prefix() + start):
-                repository, reference = kind.parse(key)
-                if repository != name:
-                    name = repository
-                    row = counts.setdefault(name, [0, 0, 0]) if matches_glob(name, name_glob) else None
-                if row is None:
-                    continue
-                if kind is LINK:
-                    row[2] += (
-                        link.size
-                        if (link := Link.parse(value)) and self._store.holds(Digest(reference))
-                        else 0
-                    )
-                else:
-                    row[number] += 1
-                    stored = StoredManifest.parse(value) if kind is MANIFEST else None
-                    row[2] += len(stored.content) if stored else 0
+        start = literal_prefix(name_glob) if is_glob(name_glob) else name_glob
         used = self._usage.last_uses(start)
+        totals = self._totals.repositories(start) if self._totals.listed else self._uncounted(start)
         return [
-            RepositoryRow(
-                repository=name, tags=tags, manifests=manifests, bytes=size, last_used=used.get(name)
-            )
-            for name, (tags, manifests, size) in counts.items()
+            _row(name, total.counted, used.get(name))
+            for name, total in totals
+            if matches_glob(name, name_glob) and _shown(total)
         ]
+
+    def _uncounted(self, start: str) -> Iterator[tuple[str, Total]]:
+        """The repositories while not all of them have a total."""
+        names: set[str] = set()
+        for kind in (TAG, MANIFEST, LINK):
+            after = takewhile(
+                lambda name: name.startswith(start), self._store.records.groups(kind.prefix(), start[:-1])
+            )
+            names.update(after)
+        return ((name, Total()) for name in sorted(names))
 
     def images(self, pattern: Pin, limit: int | None = None, last: str = "") -> Listed:
         """At most `limit` of the images that match, in the order of their names, after `last`."""
@@ -298,6 +290,23 @@ class Inventory:
             artifact_type=blob.artifact_type,
             children=[],
         )
+
+
+def _shown(total: Total) -> bool:
+    """Whether a repository has anything that a client can pull, as far as it is known."""
+    return total.counted is None or any(map(total.counted.number, (TAG, MANIFEST, LINK)))
+
+
+def _row(name: str, counts: Counts | None, last_used: float | None) -> RepositoryRow:
+    if counts is None:
+        return RepositoryRow(repository=name, tags=None, manifests=None, bytes=None, last_used=last_used)
+    return RepositoryRow(
+        repository=name,
+        tags=counts.number(TAG),
+        manifests=counts.number(MANIFEST),
+        bytes=counts.size,
+        last_used=last_used,
+    )
 
 
 def merged(pages: Sequence[Listed], limit: int | None) -> Listed:

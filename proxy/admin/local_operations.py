@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import chain
 
 import msgspec
@@ -51,7 +51,7 @@ from proxy.namespaces.references import (
 from proxy.transfer.bundle_export import BundleExport
 from proxy.transfer.bundle_import import BundleImport
 from storage.concurrency import run_in_thread
-from storage.errors import Unsupported
+from storage.errors import StorageFailed, Unsupported
 from storage.maintenance.collection import Collection
 from storage.maintenance.pins import Pin
 from storage.maintenance.scrub import Heal
@@ -103,9 +103,17 @@ class LocalOperations:
     async def repositories(self, match: str = "*") -> Listed:
         parsed = self._reader.listing("match", match)
         await self._processes.record()
+        await self._count()
         found = [await run_in_thread(each.repositories, parsed) for each in self._inventories]
         rows = sorted(chain(*found), key=lambda row: row.repository)
         return Listed(repositories=rows, notes=await self._notes())
+
+    async def _count(self) -> None:
+        """Count what was not counted yet, if no server does."""
+        if self._drills is None:
+            for each in self._composition.maintenance.countings:
+                with suppress(StorageFailed):  # it is shown as not counted
+                    await run_in_thread(each.run)
 
     async def images(self, match: str = "*", limit: int = PAGE, last: str = "") -> Listed:
         parsed = self._reader.listing("match", match)

@@ -22,13 +22,14 @@ class RepositoryRow(Model, frozen=True):
     """One repository of a list.
 
     `bytes` is the size of the stored content that it may show, which it may share with others.
-    `last_used` is None if none of its images was used.
+    `last_used` is None if none of its images was used.  `tags`, `manifests` and `bytes` are None while they
+    are being counted.
     """
 
     repository: str
-    tags: int
-    manifests: int
-    bytes: int
+    tags: int | None
+    manifests: int | None
+    bytes: int | None
     last_used: float | None
 
 

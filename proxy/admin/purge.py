@@ -19,6 +19,7 @@ from proxy.admin.reports import Purged
 from storage.errors import RegistryError
 from storage.graph import Walk, named_digests
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
+from storage.maintenance.blob_order import forget_blob
 from storage.maintenance.pins import Pin, Pins
 from storage.names import is_glob, matches_glob, written
 from storage.oci import Digest, Reference, Tag
@@ -215,14 +216,10 @@ class Purge:
 
     def _sweep(self, links: set[tuple[str, Digest]], dry_run: bool) -> tuple[int, int]:
         """Delete the blobs that no other repository links; how many there are, and their bytes."""
-        candidates = {digest for _, digest in links}
-        if candidates:
-            for key, _ in self._records.scan(LINK.prefix()):
-                repository, linked = LINK.parse(key)
-                if linked in candidates and (repository, linked) not in links:
-                    candidates.remove(Digest(linked))
         blobs = size = 0
-        for each in candidates:
+        for each in {digest for _, digest in links}:
+            if {(LINK.parse(key)[0], each) for key in self._records.linking(each)} - links:
+                continue
             if dry_run:
                 found = self._store.files.find(each)
                 removed = None if found is None else found.size
@@ -239,7 +236,12 @@ def _whole(pattern: Pin) -> bool:
 
 
 def _removal(store: Store, digest: Digest) -> Callable[[Batch], int | None]:
-    return lambda batch: store.files.remove_old(digest, lambda used_at: True, batch)
+    def work(batch: Batch) -> int | None:
+        removed = store.files.remove_old(digest, lambda used_at: True, batch)
+        forget_blob(store, batch, digest)
+        return removed
+
+    return work
 
 
 def _deletion(keys: list[str]) -> Callable[[Batch], None]:

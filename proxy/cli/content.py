@@ -22,7 +22,7 @@ Listing: TypeAlias = models.RepositoryRow | models.ImageRow
 
 _ORDERS: dict[str, Callable[[Listing], float]] = {
     "name": lambda row: 0,
-    "size": lambda row: -(row.bytes if isinstance(row, models.RepositoryRow) else row.bytes_held),
+    "size": lambda row: -((row.bytes if isinstance(row, models.RepositoryRow) else row.bytes_held) or 0),
     "used": lambda row: -(row.last_used or 0),
 }
 
@@ -85,15 +85,24 @@ def _repositories(rows: Sequence[models.RepositoryRow], now: float) -> Table:
     table = Table(columns, empty="nothing that is stored matches")
     for each in rows:
         used = format_time(each.last_used, now)
-        table.add(each.repository, str(each.tags), str(each.manifests), format_size(each.bytes), used)
-    if len(rows) > 1:
+        table.add(each.repository, _number(each.tags), _number(each.manifests), format_size(each.bytes), used)
+    uncounted = sum(each.bytes is None for each in rows)
+    if len(rows) > 1 and not uncounted:
         counts = (
             plural(len(rows), "repository", "repositories"),
-            plural(sum(each.tags for each in rows), "tag"),
-            plural(sum(each.manifests for each in rows), "manifest"),
+            plural(sum(each.tags or 0 for each in rows), "tag"),
+            plural(sum(each.manifests or 0 for each in rows), "manifest"),
         )
-        table.notes.append(f"{', '.join(counts)}, {_sum(each.bytes for each in rows)}")
+        table.notes.append(f"{', '.join(counts)}, {_sum(each.bytes or 0 for each in rows)}")
+    if uncounted:
+        table.notes.append(
+            f"the content of {plural(uncounted, 'repository', 'repositories')} is being counted"
+        )
     return table
+
+
+def _number(number: int | None) -> str:
+    return "?" if number is None else str(number)
 
 
 def _sum(sizes: Iterable[int]) -> str:

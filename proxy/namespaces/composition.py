@@ -41,6 +41,7 @@ from storage.disk.troubles import Troubled, Troubles
 from storage.errors import StorageFailed
 from storage.limits import Slots
 from storage.maintenance.collection import Collection, CollectionReport
+from storage.maintenance.counting import Counting
 from storage.maintenance.eviction import Eviction
 from storage.maintenance.leases import Leases
 from storage.maintenance.pins import Pin, Pins
@@ -79,11 +80,12 @@ class Hooks:
 class Maintenance:
     """What the housekeeping of a server runs, and what an operator can start.
 
-    scrubs: the one of the caches' store first
+    countings, scrubs: the one of the caches' store first
     """
 
     freshener: Freshener
     eviction: Eviction
+    countings: list[Counting]
     scrubs: list[Scrub]
     collection: Collection | None
 
@@ -322,12 +324,14 @@ class _Composer:
         publisher: Publisher | None,
     ) -> Maintenance:
         pace, pause = self._config.disk.scrub, self._hooks.pause
-        scrubs = [Scrub(store, pace, self._clock)]
+        countings = [Counting(each, pause) for each in (store, private) if each is not None]
+        scrubs = [Scrub(store, pace, self._clock, counting=countings[0])]
         if private is not None:
-            scrubs.append(Scrub(private, pace, self._clock, kept=None))
+            scrubs.append(Scrub(private, pace, self._clock, kept=None, counting=countings[1]))
         return Maintenance(
             freshener=Freshener(namespaces, store, pins, self._clock),
             eviction=Eviction(store, eviction_rules(self._config), pins.pinned, self._clock, pause),
+            countings=countings,
             scrubs=scrubs,
             collection=None if private is None else self._collection(private, pins, publisher),
         )

@@ -69,6 +69,7 @@ class Housekeeper:
     async def run(self) -> None:
         composition = self._composition
         async with composition.store.files.exclusive("keeper"), asyncio.TaskGroup() as work:
+            work.create_task(self._repeat(self._count, CHECKED))
             work.create_task(self._repeat(self._round, ROUND))
             work.create_task(self._repeat(self._refresh, REFRESHED))
             if self._dispatcher is not None:
@@ -114,6 +115,11 @@ class Housekeeper:
             log.info("partial.reaped", files=reaped)
         # Reading a tree of a million files takes seconds: rest in proportion.
         await asyncio.sleep(200 * (time.monotonic() - begun))
+
+    async def _count(self) -> None:
+        unscrubbed = self._composition.config.disk.scrub is None  # a scrub counts, too
+        for each in self._composition.maintenance.countings:
+            await run_in_thread(each.run, unscrubbed)
 
     async def expire(self) -> None:
         async with self.evicting:

@@ -4,8 +4,8 @@
     <root>/damaged/<algorithm>-<encoded>        content that does not match its digest, kept for inspection
 
 A blob exists if and only if its file does.  A file gets there only by a rename after verification; its mtime
-is the time of last use.  So eviction needs no database, and a crash leaves nothing to repair but partial/,
-where a fill is found by its digest and resumed (storage/disk/directory.py).
+is the time of last use.  A crash leaves nothing to repair but partial/, where a fill is found by its digest
+and resumed (storage/disk/directory.py), and the records of blobs, which a scrub compares with the files.
 """
 
 from __future__ import annotations

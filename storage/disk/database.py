@@ -22,6 +22,7 @@ FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, ValueError, TypeError, Lo
 # reuses the pages that it has.  The kernel caches the files besides, once for all processes: a page that
 # SQLite does not hold costs microseconds.
 CACHE_KIB, CACHES_KIB = 2048, 16 << 10
+Identity = tuple[int, int] | None  # device and inode of a file; None if it does not exist
 _INLINE = 1 << 30  # bytes; diskcache puts larger values into files, whose loss SQLite does not notice
 
 
@@ -97,3 +98,18 @@ class Database(diskcache.Cache):  # type: ignore[misc]
         # The number counts what other connections change, of this process too; not what this one does.
         (number,) = self._local.version.execute("PRAGMA data_version").fetchone()
         return connection, number, connection.total_changes
+
+
+def origin(error: Exception) -> Exception:
+    """The first error: diskcache raises Timeout for all of them, and fails when it rolls back once more."""
+    while isinstance(error.__context__, sqlite3.Error):
+        error = error.__context__
+    return error
+
+
+def identity(file: Path) -> Identity:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

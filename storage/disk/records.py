@@ -24,7 +24,8 @@ from typing import Any, TypeVar, cast
 
 import structlog
 
-from storage.disk.database import FAILURES, FILE, Database
+from storage.disk import indexes
+from storage.disk.database import FAILURES, FILE, Database, Identity, identity, origin
 from storage.disk.health import DiskHealth, is_of_the_disk
 from storage.disk.locks import ProcessLock
 from storage.disk.modes import make_directory
@@ -45,18 +46,6 @@ POLL = 0.02  # seconds between two attempts to get a lock
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1"
 _HOLDS = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
-# SQLite itself keeps an index of the tags by their target, the first field of their records: so it is right
-# whatever writes a tag, also a former version, and after a crash.  The first one that needs it makes it.
-_TAGS = f"key >= '{TAG.prefix()}' AND key < '{TAG.name}!'"
-_TARGET = f"substr(value, {CHECKSUM_BYTES + 1}, instr(substr(value, {CHECKSUM_BYTES + 1}), x'20') - 1)"
-_INDEX = f"CREATE INDEX IF NOT EXISTS Tags_by_target ON Cache ({_TARGET}, key) WHERE {_TAGS}"
-# Of several bounds of the key, SQLite searches between the first two; _TAGS lets it use the index.
-_POINTING = (
-    f"SELECT key, value FROM Cache WHERE key > ? AND key < ? AND {_TARGET} = ? AND {_TAGS} AND raw = 1"
-    " ORDER BY key"
-)
-
-Identity = tuple[int, int] | None  # device and inode of a file; None if it does not exist
 
 
 class _WorkFailed(Exception):
@@ -86,9 +75,9 @@ class SQLiteBatch(Batch):
 
     def tags_at(self, repository: str, target: str) -> list[str]:
         # Making the index takes a second for a million records, once.
-        self._cache._con.execute(_INDEX)
+        self._cache._con.execute(indexes.TAGS)
         prefix = TAG.prefix(repository)
-        rows = self._cache._con.execute(_POINTING, (prefix, prefix + LAST, target.encode()))
+        rows = self._cache._con.execute(indexes.POINTING, (prefix, prefix + LAST, target.encode()))
         return [key for key, stored in rows if checked(key, stored) is not None]
 
 
@@ -122,6 +111,7 @@ class SQLiteRecords(Records):
         self._turn = threading.Lock()
         self._local = threading.local()
         self._opened: tuple[Database, Identity] | None = None
+        self._indexes: set[tuple[Identity, str]] = set()  # of which database, and which
         self._rebuilding: threading.Thread | None = None
         self._rebuilt_at = -math.inf
         self._closing = threading.Event()
@@ -189,6 +179,29 @@ class SQLiteRecords(Records):
             after = key[len(prefix) :].partition(" ")[0]
             yield after
 
+    def linking(self, digest: str) -> list[str]:
+        self._index(indexes.LINKS)
+        return self._do(lambda cache: [key for (key,) in cache._sql(indexes.LINKING, (digest,))])
+
+    def oldest(self, after: tuple[str, bytes], limit: int) -> list[tuple[str, bytes]]:
+        self._index(indexes.BLOBS)
+        key, value = after
+        rows = self._do(lambda cache: list(cache._sql(indexes.OLDEST, (value, value, key, limit))))
+        return [(key, bytes(stored)[CHECKSUM_BYTES:]) for key, stored in rows]
+
+    def _index(self, statement: str) -> None:
+        """Make an index, if this database does not have it: without one, a search reads everything."""
+        opened = self._opened
+        if (made := (opened and opened[1], statement)) in self._indexes:
+            return
+        with suppress(StorageFailed):
+            if self._do(lambda cache: getattr(cache._con, "in_transaction", False)):
+                self._do(lambda cache: list(cache._sql(statement)))
+                return  # it may be undone
+            with self._writing(0):
+                self._do(lambda cache: list(cache._sql(statement)), write=True)
+                self._indexes.add(made)
+
     def _rows(self, select: str, above: str, below: str, limit: int) -> list[tuple[str, Any]]:
         # diskcache lists only all keys; but its index on (key, raw) can be used for ranges.
         statement = f"{select} FROM Cache WHERE key > ? AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
@@ -222,7 +235,7 @@ class SQLiteRecords(Records):
     # Opening
 
     def _do(self, work: Callable[[Database], T], size: int = 0, again: bool = True, write: bool = False) -> T:
-        found = _identity(self._file)
+        found = identity(self._file)
         cache: Database | None = None
         try:
             cache, found = self._current(found, write)
@@ -235,9 +248,9 @@ class SQLiteRecords(Records):
             if cache is not None:
                 with suppress(sqlite3.Error):
                     cache.close()  # of this thread: it may be in a transaction, or the disk was read-only
-            if again and cache is not None and _identity(self._file) != found:
+            if again and cache is not None and identity(self._file) != found:
                 return self._do(work, size, again=False, write=write)  # it was replaced in the meantime
-            raise self._failed(_origin(error), found, size) from _origin(error)
+            raise self._failed(origin(error), found, size) from origin(error)
 
     def _current(self, found: Identity, write: bool) -> tuple[Database, Identity]:
         """The database that has the name.
@@ -246,10 +259,10 @@ class SQLiteRecords(Records):
         """
         if (opened := self._valid(found, write)) is None:
             with self._opening, self._shared():
-                found = _identity(self._file)
+                found = identity(self._file)
                 if (opened := self._valid(found, write)) is None:
                     make_directory(self._directory)
-                    opened = self._opened = self._connected(), _identity(self._file)
+                    opened = self._opened = self._connected(), identity(self._file)
         return opened
 
     def _valid(self, found: Identity, write: bool) -> tuple[Database, Identity] | None:
@@ -266,12 +279,12 @@ class SQLiteRecords(Records):
         try:
             return Database(self._directory, self._durable)
         except FAILURES as error:
-            origin = _origin(error)
-            if not is_of_the_disk(origin) or _identity(self._file) is None:
+            cause = origin(error)
+            if not is_of_the_disk(cause) or identity(self._file) is None:
                 raise
-            self._disk.failed(KIND, self._directory, origin)
+            self._disk.failed(KIND, self._directory, cause)
             try:
-                return cast(Database, ReadOnlyDatabase(self._file, origin))
+                return cast(Database, ReadOnlyDatabase(self._file, cause))
             except sqlite3.Error:
                 raise error from None
 
@@ -321,7 +334,7 @@ class SQLiteRecords(Records):
                 while not lock.take(fcntl.LOCK_EX):
                     if self._closing.wait(POLL):
                         return
-                if _identity(self._file) != damaged:
+                if identity(self._file) != damaged:
                     return  # another process was first
                 shutil.rmtree(fresh, ignore_errors=True)
                 salvaged = self._salvage(fresh)
@@ -335,7 +348,7 @@ class SQLiteRecords(Records):
                     shutil.rmtree(each, ignore_errors=True)
         except FAILURES as error:
             shutil.rmtree(fresh, ignore_errors=True)
-            self._disk.failed(KIND, fresh, _origin(error))
+            self._disk.failed(KIND, fresh, origin(error))
 
     def _salvage(self, fresh: Path) -> int:
         """Create a database of all intact records; returns how many there are."""
@@ -346,18 +359,3 @@ class SQLiteRecords(Records):
                     for key, stored in batch:
                         cache.set(key, stored)
             return len(cache)
-
-
-def _origin(error: Exception) -> Exception:
-    """The first error: diskcache raises Timeout for all of them, and fails when it rolls back once more."""
-    while isinstance(error.__context__, sqlite3.Error):
-        error = error.__context__
-    return error
-
-
-def _identity(file: Path) -> Identity:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

@@ -1,6 +1,7 @@
 """The committed blobs of a store as candidates for eviction, found by a look at the tree on disk.
 
-The last use of a blob is the mtime of its file, so that finding the oldest ones takes no database.
+The last use of a blob is the mtime of its file.  The whole tree is read only until it is counted: see
+storage/totals.py and blob_order.py.
 """
 
 from __future__ import annotations

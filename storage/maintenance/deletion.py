@@ -195,14 +195,10 @@ class Deletion:
 
     def _freed(self, links: set[tuple[str, Digest]]) -> tuple[int, int]:
         """How many blobs no other link names, and their bytes."""
-        sizes = {
-            digest: found.size
-            for repository, digest in links
-            if (found := self._store.linked(repository, digest)) is not None
-        }
-        if sizes:
-            for key in self._records.keys(LINK.prefix()):
-                repository, linked = LINK.parse(key)
-                if (repository, Digest(linked)) not in links:
-                    sizes.pop(Digest(linked), None)
-        return len(sizes), sum(sizes.values())
+        freed: dict[str, int] = {}
+        for repository, digest in links:
+            found = self._store.linked(repository, digest)
+            linked = ((LINK.parse(key)[0], digest) for key in self._records.linking(digest))
+            if found is not None and links.issuperset(linked):
+                freed[digest] = found.size
+        return len(freed), sum(freed.values())

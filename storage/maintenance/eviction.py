@@ -2,6 +2,9 @@
 
 A blob is evicted by unlinking its file: transfers in flight have it open.  A blob that was used since it was
 chosen is kept.  Records of a cache may vanish at any time; the origin is then asked again.
+
+It costs what it evicts: the bytes that are stored are known from totals, and blobs have an order.  While a
+former version's directory is being counted, the whole tree is read instead.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -17,14 +20,19 @@ import structlog
 from storage.content import files_of
 from storage.disk.tree import StoredBlob
 from storage.keys import LINK
+from storage.maintenance.blob_order import BlobOrder, forget_blob
 from storage.maintenance.blob_tree import BlobTree, oldest
+from storage.maintenance.counting import Counting
 from storage.maintenance.expiry import Expiry
 from storage.maintenance.pace import DutyCycle
 from storage.maintenance.pins import PinnedContent
 from storage.records import Batch, batches
 from storage.store import Store
+from storage.totals import Totals
 
 log = structlog.get_logger()
+
+PACK = 100  # blobs that are removed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +92,23 @@ class Eviction:
     ) -> None:
         self._store = store
         self._blobs = BlobTree(files_of(store.files))
+        self._totals = Totals(store.records)
+        self._counting = Counting(store, pause)
         self._rules = rules
         self._pinned = pinned
         self._clock = clock
         self._pause = pause
 
     def stored(self) -> int:
-        """Bytes of committed blobs.  Only directories that have changed since the last call are read."""
-        return self._blobs.size()
+        """Bytes of committed blobs.  The tree is read only while they are not counted yet."""
+        counted = self._totals.stored()
+        return self._blobs.size() if counted is None else counted
 
     def over(self, coming: int = 0) -> int:
         """By how many bytes limits are exceeded once `coming` more bytes are stored."""
         over = self._needed(coming)
-        if not over and self._rules.limits:
-            over = max(
-                sum(each.size for each in self._linked_in(name).values()) - limit
-                for name, limit in self._rules.limits.items()
-            )
+        if not over:
+            over = max((self._used(name) - limit for name, limit in self._rules.limits.items()), default=0)
         return max(0, over)
 
     # By size
@@ -109,18 +117,14 @@ class Eviction:
         """Evict the least recently used content that exceeds a limit, or until `to` bytes are left."""
         run = self._run(dry_run, urgent=coming > 0)
         excess = self._excess(coming, to)
-        if excess > 0:
-            kept = self._kept()
-            chosen = self._oldest(excess, kept)
-            if coming and sum(each.size for each in chosen) < self._needed(coming):
-                # It would not fit even then: emptying the cache for it would gain nothing.
-                coming, excess = 0, self._excess(0, to)
-                chosen = self._oldest(excess, kept) if excess > 0 else []
-            run.evict(chosen)
+        needed = self._needed(coming) if coming else 0
+        if needed and sum(each.size for each in self._oldest(needed)) < needed:
+            # It would not fit even then: emptying the cache for it would gain nothing.
+            coming, excess = 0, self._excess(0, to)
+        run.evict(self._oldest(excess))
         if to is None:
             for name, limit in self._rules.limits.items():
                 self._shrink_namespace(name, limit, run)
-        run.remove_links()
         short = max(0, excess - run.bytes) if self._excess(coming, to) > 0 or dry_run else 0
         if short:
             log.warning("evict.short", bytes=short, reason="what may be evicted does not suffice")
@@ -130,8 +134,25 @@ class Eviction:
         pause = (lambda seconds: None) if urgent else self._pause
         return EvictionRun(self._store, self._blobs, pause, dry_run)
 
-    def _oldest(self, enough: int, kept: set[str]) -> list[StoredBlob]:
-        return oldest((each for each in self._blobs if each.digest not in kept), enough)
+    def _oldest(self, enough: int) -> Iterator[StoredBlob]:
+        """The least recently used blobs that have `enough` bytes together, and no more than are needed."""
+        pinned = self._pinned().digests if enough > 0 else frozenset()
+        order: Iterable[StoredBlob] = BlobOrder(self._store, self._blobs)
+        if self._totals.stored() is None:
+            order = oldest((each for each in self._blobs if not self._keeps(each, pinned)), enough)
+        for each in order:
+            if enough <= 0:
+                return
+            if not self._keeps(each, pinned):
+                enough -= each.size
+                yield each
+
+    def _keeps(self, blob: StoredBlob, pinned: Collection[str]) -> bool:
+        """Whether it is kept however little space there is."""
+        if blob.digest in pinned or not self._rules.kept:
+            return blob.digest in pinned
+        repositories = [LINK.parse(key)[0] for key in self._store.records.linking(blob.digest)]
+        return any(self._rules.covers(key, each) for key in self._rules.kept for each in repositories)
 
     def _needed(self, coming: int) -> int:
         """Bytes that must be evicted so that no limit of the cache is exceeded."""
@@ -152,22 +173,33 @@ class Eviction:
             excess = max(excess, stored + coming - int(self._rules.limit * self._rules.evict_to))
         return excess
 
+    def _used(self, name: str) -> int:
+        """The bytes that the namespaces with this key show; more, if that is below their limit.
+
+        A blob counts once.  In the totals it counts for each repository.
+        """
+        used, limit = 0, self._rules.limits[name]
+        for repository, total in self._totals.repositories(self._prefix(name)):
+            if total.counted is None:
+                used = limit + 1
+            elif self._rules.covers(name, repository):
+                used += total.counted.bytes.get(LINK.name, 0)
+        if used <= limit and self._totals.listed:
+            return used
+        return sum(each.size for each in self._linked_in(name).values())
+
     def _shrink_namespace(self, name: str, limit: int, run: EvictionRun) -> None:
-        linked = self._linked_in(name)
-        if (used := sum(each.size for each in linked.values())) <= limit:
+        if (used := self._used(name)) <= limit:
             return
-        kept = self._kept()
-        candidates = (each for each in linked.values() if each.digest not in kept)
-        chosen = {each.digest: each for each in oldest(candidates, used - int(limit * self._rules.evict_to))}
-        elsewhere = set()
-        for key, _ in self._store.records.scan(LINK.prefix()):
-            repository, digest = LINK.parse(key)
-            if digest in chosen:
-                if self._rules.covers(name, repository):
-                    run.links.add(key)
-                else:
-                    elsewhere.add(digest)
-        run.evict(each for digest, each in chosen.items() if digest not in elsewhere)
+        pinned = self._pinned().digests
+        candidates = (each for each in self._linked_in(name).values() if not self._keeps(each, pinned))
+        for each in oldest(candidates, used - int(limit * self._rules.evict_to)):
+            links = self._store.records.linking(each.digest)
+            here = [key for key in links if self._rules.covers(name, LINK.parse(key)[0])]
+            if len(here) == len(links):
+                run.evict([each])
+            else:
+                run.remove_links(here)
 
     def _linked_in(self, name: str) -> dict[str, StoredBlob]:
         """The blobs that repositories of the namespace, or of those with this key, link."""
@@ -177,38 +209,31 @@ class Eviction:
                 linked[digest] = found
         return linked
 
-    def _kept(self) -> set[str]:
-        """Digests of blobs that are kept however little space there is."""
-        kept: set[str] = set(self._pinned().digests)
-        for name in self._rules.kept:
-            kept.update(self._links_in(name))
-        return kept
-
     def _links_in(self, name: str) -> Iterator[str]:
-        alone = name not in self._rules.shared
-        for key, _ in self._store.records.scan(LINK.within(name) if alone else LINK.prefix()):
+        for key in self._store.records.keys(LINK.prefix() + self._prefix(name)):
             repository, digest = LINK.parse(key)
-            if alone or self._rules.covers(name, repository):
+            if self._rules.covers(name, repository):
                 yield digest
+
+    def _prefix(self, name: str) -> str:
+        """The start of the names of all repositories of the namespaces with this key."""
+        return "" if name in self._rules.shared else f"{name}/"
 
     # By age
 
     def expire(self, dry_run: bool = False) -> EvictionReport:
         """Evict what was not used for as long as the rules keep it."""
+        self._counting.run()
         run = self._run(dry_run, urgent=False)
         default = self._rules.default_keep_for
         expiry = Expiry(self._store, self._keep_for, default, self._pinned(), self._clock)
-        run.evict(expiry.blobs(self._blobs))
-        run.remove(self._expired_keys(expiry, run))
-        return run.report("ttl")
-
-    def _expired_keys(self, expiry: Expiry, run: EvictionRun) -> Iterator[str]:
+        run.evict(expiry.blobs(BlobOrder(self._store, self._blobs)))
         for expired in expiry.records(self._blobs, run.evicted):
             run.tags += expired.tags
             run.manifests += expired.manifests
-            run.removed_links += expired.links
-            yield from expired.keys
-            run.pause()
+            run.links += expired.links
+            run.remove(expired.keys)
+        return run.report("ttl")
 
     def _keep_for(self, repository: str) -> float:
         if self._rules.key_of(repository.partition("/")[0]) in self._rules.kept:
@@ -217,35 +242,51 @@ class Eviction:
 
 
 class EvictionRun:
-    """What one pass evicts, and how much that is."""
+    """What one pass evicts, and how much that is.
+
+    `evicted` are the digests, in a dry run only: a million of them take 150 MB.
+    """
 
     def __init__(self, store: Store, blobs: BlobTree, pause: Callable[[float], None], dry_run: bool) -> None:
-        self._records = store.records
+        self._store = store
         self._blobs = blobs
         self.pause = DutyCycle(pause).pause
         self._dry_run = dry_run
         self._begun = time.monotonic()
-        self.evicted: set[str] = set()  # digests
-        self.links: set[str] = set()  # keys of links to remove although their blobs are kept
-        self.bytes = self.manifests = self.tags = self.removed_links = 0
+        self.evicted: set[str] = set()
+        self.blobs = self.bytes = self.manifests = self.tags = self.links = 0
 
     def evict(self, blobs: Iterable[StoredBlob]) -> None:
-        for each in blobs:
-            if each.digest not in self.evicted and (self._dry_run or self._blobs.remove(each)):
-                self.evicted.add(each.digest)
-                self.bytes += each.size
-                if not self._dry_run:
-                    log.debug("blob.evicted", digest=each.digest, bytes=each.size, used_at=each.used_at)
+        """Evict the blobs and their links."""
+        for some in batches(blobs, PACK):
+            self._evict([each for each in some if self._removed(each)])
             self.pause()
 
-    def remove_links(self) -> None:
-        """Remove the links of evicted blobs, and `links`."""
-        links = set(self.links)
-        if self.evicted:
-            keys = (key for key, _ in self._records.scan(LINK.prefix()))
-            links.update(key for key in keys if LINK.parse(key)[1] in self.evicted)
-        self.removed_links += len(links)
-        self.remove(links)
+    def _removed(self, blob: StoredBlob) -> bool:
+        if self._dry_run:
+            return blob.digest not in self.evicted
+        return self._blobs.remove(blob)
+
+    def _evict(self, blobs: list[StoredBlob]) -> None:
+        """Count and forget the blobs, which are removed."""
+        self.blobs += len(blobs)
+        self.bytes += sum(each.size for each in blobs)
+        if self._dry_run:
+            self.evicted.update(each.digest for each in blobs)
+            self.links += sum(len(self._store.records.linking(each.digest)) for each in blobs)
+            return
+
+        def work(batch: Batch) -> int:
+            return sum([forget_blob(self._store, batch, each.digest) for each in blobs])
+
+        for each in blobs:
+            log.debug("blob.evicted", digest=each.digest, bytes=each.size, used_at=each.used_at)
+        self.links += self._store.records.transaction(work) if blobs else 0
+
+    def remove_links(self, keys: list[str]) -> None:
+        """Remove links to a blob that is kept."""
+        self.links += len(keys)
+        self.remove(keys)
 
     def remove(self, keys: Iterable[str]) -> None:
         for batch in batches(keys):
@@ -258,15 +299,15 @@ class EvictionRun:
             for key in keys:
                 batch.delete(key)
 
-        self._records.transaction(work)
+        self._store.records.transaction(work)
 
     def report(self, reason: str, short: int = 0) -> EvictionReport:
         report = EvictionReport(
-            blobs=len(self.evicted),
+            blobs=self.blobs,
             bytes=self.bytes,
             manifests=self.manifests,
             tags=self.tags,
-            links=self.removed_links,
+            links=self.links,
             seconds=round(time.monotonic() - self._begun, 3),
             short=short,
         )

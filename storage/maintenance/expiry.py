@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from storage.disk.tree import StoredBlob
 from storage.graph import Walk, named_digests
-from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
+from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, TOTAL, USE
 from storage.maintenance.blob_tree import BlobTree
 from storage.maintenance.pins import PinnedContent
 from storage.maintenance.usage import Usage
+from storage.records import Batch
 from storage.store import Store
+from storage.totals import Total, Totals
 from storage.values import Pointer, StoredManifest
 
 
 @dataclass(slots=True)
 class ExpiredRecords:
-    """The keys of the expired records of a repository, and how many tags, manifests and links they are."""
+    """The keys of the expired records of a repository, and how many tags, manifests and links they are.
 
+    `oldest` is the time of the first of the others, on which what they keep depends.
+    """
+
+    oldest: float
     keys: list[str] = field(default_factory=list)
     tags: int = 0
     manifests: int = 0
     links: int = 0
+
+    def stays(self, at: float) -> None:
+        """A record with this time has not expired."""
+        self.oldest = min(self.oldest, at)
 
 
 class Expiry:
@@ -48,49 +58,69 @@ class Expiry:
         self._default_keep_for = default_keep_for
         self._pinned = pinned
         self._clock = clock
+        self._totals = Totals(store.records)
         self._usage = Usage(store.records, clock)
 
     def _expired(self, used_at: float, keep: float) -> bool:
         return self._clock() - used_at > keep
 
-    def blobs(self, tree: BlobTree) -> list[StoredBlob]:
-        keeps = dict(self._repositories())
-        shortest = min([self._default_keep_for, *keeps.values()])
-        found = {
-            each.digest: each
-            for each in tree
-            if self._expired(each.used_at, shortest) and each.digest not in self._pinned.digests
-        }
-        longest: dict[str, float] = {}
-        for key, _ in self._records.scan(LINK.prefix()):
-            repository, digest = LINK.parse(key)
-            if digest in found:
-                keep = keeps[repository] if repository in keeps else self._keep_for(repository)
-                longest[digest] = max(keep, longest.get(digest, 0.0))
-        return [
-            each
-            for digest, each in found.items()
-            if self._expired(each.used_at, longest.get(digest, self._default_keep_for))
-        ]
+    def blobs(self, order: Iterable[StoredBlob]) -> Iterator[StoredBlob]:
+        """The expired ones among the blobs in `order`, which begins with the least recently used."""
+        shortest = min([self._default_keep_for, *(keep for _, keep in self._repositories())])
+        for each in order:
+            if not self._expired(each.used_at, shortest):
+                return
+            if each.digest not in self._pinned.digests and self._expired(each.used_at, self._longest(each)):
+                yield each
+
+    def _longest(self, blob: StoredBlob) -> float:
+        links = self._records.linking(blob.digest)
+        keeps = [self._keep_for(LINK.parse(key)[0]) for key in links]
+        return max(keeps, default=self._default_keep_for)
 
     def records(self, tree: BlobTree, removed: Collection[str]) -> Iterator[ExpiredRecords]:
-        """The expired records of each repository; `removed` are digests of blobs that count as removed."""
-        for repository, keep in self._repositories():
-            if not math.isinf(keep):
-                yield self._records_of(repository, keep, tree, removed)
+        """The expired records of each repository; `removed` are digests of blobs that count as removed.
 
-    def _repositories(self) -> list[tuple[str, float]]:
-        found: set[str] = set()
-        for kind in (MANIFEST, TAG, LINK, REFERRER, LISTING):
-            found.update(self._records.groups(kind.prefix()))
-        return [(repository, self._keep_for(repository)) for repository in sorted(found)]
+        Only repositories are read in which something may have expired.  Where nothing has, the time is
+        recorded before which nothing will.
+        """
+        for repository, keep in self._repositories():
+            before = self._records.get(TOTAL.key(repository))
+            total = Total.parse(before) or Total()
+            if math.isinf(keep) or not self._due(total, keep):
+                continue
+            found = self._records_of(repository, keep, tree, removed)
+            if found.keys:
+                yield found
+            elif before is not None and total.counted is not None:
+                total.counted.oldest = found.oldest
+                self._record(TOTAL.key(repository), before, total.encode())
+
+    def _due(self, total: Total, keep: float) -> bool:
+        oldest = 0.0 if total.counted is None else total.counted.oldest
+        return oldest is not None and self._expired(oldest, keep)
+
+    def _record(self, key: str, before: bytes, after: bytes) -> None:
+        def work(batch: Batch) -> None:
+            if batch.get(key) == before:
+                batch.put(key, after)
+
+        if before != after:
+            self._records.transaction(work)
+
+    def _repositories(self) -> Iterator[tuple[str, float]]:
+        for repository, total in self._totals.repositories():
+            # In the same records, uses of the private registries are counted.
+            if total.counted is None or total.counted.numbers.keys() != {USE.name}:
+                yield repository, self._keep_for(repository)
 
     def _records_of(
         self, repository: str, keep: float, tree: BlobTree, removed: Collection[str]
     ) -> ExpiredRecords:
-        live, tags = self._tags(repository, keep)
-        manifests = self._manifests(repository, keep, live)
-        expired = ExpiredRecords(tags=len(tags), manifests=len(manifests))
+        expired = ExpiredRecords(oldest=self._clock())
+        live, tags = self._tags(repository, keep, expired)
+        manifests = self._manifests(repository, keep, live, expired)
+        expired.tags, expired.manifests = len(tags), len(manifests)
         for tag in tags:
             expired.keys += (TAG.key(repository, tag), MOVES.key(repository, tag), USE.key(repository, tag))
         for digest in manifests:
@@ -99,19 +129,35 @@ class Expiry:
             if not manifests.isdisjoint(REFERRER.parse(key)[1:]):
                 expired.keys.append(key)
         for key, value in self._records.scan(LISTING.prefix(repository)):
-            if self._expired(_time(value.partition(b"\n")[0]), keep):
+            at = _time(value.partition(b"\n")[0])
+            if self._expired(at, keep):
                 expired.keys.append(key)
-        for key, value in self._records.scan(LINK.prefix(repository)):
-            digest = LINK.parse(key)[1]
-            found = None if digest in removed else tree.find(digest)
-            if found is None or (
-                self._expired(max(found.used_at, _time(value)), keep) and digest not in self._pinned.digests
-            ):
-                expired.links += 1
-                expired.keys.append(key)
+            else:
+                expired.stays(at)
+        self._links(repository, keep, tree, removed, expired)
         return expired
 
-    def _tags(self, repository: str, keep: float) -> tuple[set[str], list[str]]:
+    def _links(
+        self,
+        repository: str,
+        keep: float,
+        tree: BlobTree,
+        removed: Collection[str],
+        expired: ExpiredRecords,
+    ) -> None:
+        for key, value in self._records.scan(LINK.prefix(repository)):
+            digest = LINK.parse(key)[1]
+            if digest in removed:
+                continue
+            found = tree.find(digest)
+            used_at = max(found.used_at, _time(value)) if found else 0.0
+            if found is None or (self._expired(used_at, keep) and digest not in self._pinned.digests):
+                expired.links += 1
+                expired.keys.append(key)
+            else:
+                expired.stays(used_at)
+
+    def _tags(self, repository: str, keep: float, found: ExpiredRecords) -> tuple[set[str], list[str]]:
         """The digests of the tags that are kept, and the names of the expired tags."""
         live: set[str] = set()
         expired: list[str] = []
@@ -121,11 +167,12 @@ class Expiry:
             used_at = self._last_use(repository, tag, pointer.validated_at if pointer else 0.0)
             if (repository, tag) in self._pinned.references or not self._expired(used_at, keep):
                 live.update([pointer.digest] if pointer else [])
+                found.stays(used_at)
             else:
                 expired.append(tag)
         return live, expired
 
-    def _manifests(self, repository: str, keep: float, live: set[str]) -> set[str]:
+    def _manifests(self, repository: str, keep: float, live: set[str], found: ExpiredRecords) -> set[str]:
         """The digests of the expired manifests; those that are `live` keep what they name."""
         stored: dict[str, bytes] = {}
         kept: list[str] = []
@@ -134,7 +181,10 @@ class Expiry:
             manifest = StoredManifest.parse(value)
             stored[digest] = manifest.content if manifest else b""
             used_at = self._last_use(repository, digest, manifest.stored_at if manifest else 0.0)
-            if digest in live or digest in self._pinned.digests or not self._expired(used_at, keep):
+            alone = digest in self._pinned.digests or not self._expired(used_at, keep)
+            if alone:
+                found.stays(used_at)
+            if alone or digest in live:
                 kept.append(digest)
         steps = Walk(kept)
         for digest in steps:

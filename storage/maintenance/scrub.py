@@ -11,12 +11,12 @@ next push heals them.  Missing blobs and unreadable records are logged there as 
 are pushed again or deleted.
 
 What was checked longest ago is checked first.  The times are recorded by fan-out directory, of which there
-are 256 for an algorithm: a record for each blob would be a write for each blob, and the times of its file
-must not change, since its mtime is its last use.
+are 256 for an algorithm: a record for each blob would be a write for each, and the mtime is its last use.
 
     scrub <algorithm>/<ab>      when the last complete check began; and, if a later one was interrupted, the
                                 name that it had reached
     scrub manifests             when the last check of all manifests began
+    scrub totals                when the last check began of how much each repository has
     scrub records               when the last check began of whether the content of records exists
 
 Several scrubs may run at once, in one or many processes: each reads the records before it begins with a
@@ -42,11 +42,14 @@ from storage.content import files_of
 from storage.disk.directory import KIND
 from storage.disk.tree import BlobHasher, directories, read_directory, remove_damaged
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
-from storage.keys import LINK, MANIFEST, SCRUB, TAG, RecordKind
+from storage.keys import LINK, MANIFEST, SCRUB, STORED, TAG, TOTAL, RecordKind
+from storage.maintenance.blob_order import record_blob
+from storage.maintenance.counting import Counting
 from storage.maintenance.pace import Pace
 from storage.oci import Digest
 from storage.records import Batch
 from storage.store import Store
+from storage.totals import Totals
 
 log = structlog.get_logger()
 
@@ -58,6 +61,7 @@ BATCH = 200  # manifests at a time
 
 _MANIFESTS = "manifests"
 _RECORDS = "records"
+_TOTALS = "totals"
 _COUNTS = ("checked", "bytes", "damaged", "healed", "foreign")
 
 Heal = Callable[[Digest, list[str]], Awaitable[bool]]
@@ -109,6 +113,7 @@ class Scrub:
         clock: Callable[[], float] = time.time,
         *,
         kept: int | None = KEPT,
+        counting: Counting | None = None,
         ticks: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
@@ -116,6 +121,7 @@ class Scrub:
         self.rate = rate
         self.clock = clock
         self.kept = kept
+        self.counting = counting or Counting(store)
         self.ticks = ticks
         self.sleep = sleep
         self.unreadable = 0  # blobs in a row, over runs
@@ -159,6 +165,7 @@ class _ScrubRun:
         self._files = files_of(scrub.store.files)
         self._records = scrub.store.records
         self._root = self._files.root / "blobs"
+        self._totals = Totals(scrub.store.records)
         self._pace = pace
         self._heal = heal
         self._progress = progress
@@ -182,6 +189,7 @@ class _ScrubRun:
                 continue
             begun = self._scrub.clock()
             await self._check_directory(name, after=reached, note=at)
+            await self._count(STORED.key(name))
             await self._save(name, begun)
             if reached:
                 beginnings.append((name, reached))
@@ -191,6 +199,24 @@ class _ScrubRun:
             await self._check_directory(name, until=reached)
         if self._scrub.kept is None and self._noted(_RECORDS)[0] <= since:
             await self._check_records()
+        if self._noted(_TOTALS)[0] <= since:
+            await self._check_totals()
+
+    # Totals
+
+    async def _check_totals(self) -> None:
+        begun = self._scrub.clock()
+        names = self._totals.repositories()
+        while batch := await run_in_thread(lambda: list(islice(names, BATCH))):
+            for name, _ in batch:
+                await self._count(TOTAL.key(name))
+        await self._save(_TOTALS, begun)
+
+    async def _count(self, key: str) -> None:
+        with suppress(StorageFailed):  # logged by DiskHealth; the next run counts again
+            steps = self._scrub.counting.check(key)
+            while await run_in_thread(next, steps, False):
+                pass
 
     # State in the records
 
@@ -289,11 +315,11 @@ class _ScrubRun:
                     return []
                 path, moved = aside, True
                 self._aside.add(digest)
+                self._records.transaction(lambda batch: record_blob(self._scrub.store, batch, digest))
         self._progress.damaged += 1
-        # This reads all links, which is slow, but only happens if there is damage.
         repositories: list[str] = []
         with suppress(StorageFailed):  # the next request for it fetches it
-            repositories += self._linking_repositories(digest)
+            repositories += [LINK.parse(key)[0] for key in self._records.linking(digest)]
         log.error(
             "blob.damaged",
             digest=str(digest),
@@ -306,12 +332,6 @@ class _ScrubRun:
         if moved and self._scrub.kept is not None:
             remove_damaged(path, self._scrub.kept)
         return repositories if moved else []
-
-    def _linking_repositories(self, digest: Digest) -> Iterator[str]:
-        for key, _ in self._records.scan(LINK.prefix()):
-            repository, linked = LINK.parse(key)
-            if linked == digest:
-                yield repository
 
     # Manifests
 

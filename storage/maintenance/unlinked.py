@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 import structlog
 
 from storage.keys import LINK
+from storage.maintenance.blob_order import record_blob
 from storage.maintenance.nodes import prefix_of
 from storage.oci import Digest
 from storage.records import Batch, batches
@@ -36,6 +37,7 @@ class Unlinked:
         self, store: Store, young: Callable[[float], bool], begun: float, pause: Callable[[], None]
     ) -> None:
         self.young = 0  # how many blobs are kept only because they are young
+        self._store = store
         self._files = store.files
         self._records = store.records
         self._is_young = young
@@ -82,6 +84,7 @@ class Unlinked:
         for digest, _ in found:
             size = self._files.remove_old(digest, self._old, batch)
             if size is not None:
+                record_blob(self._store, batch, digest)
                 sizes.append(size)
                 log.debug("blob.collected", digest=str(digest), bytes=size)
         return sizes

@@ -21,6 +21,7 @@ import msgspec
 from storage.keys import MOVES, STATISTICS, USE
 from storage.oci import Digest, Tag
 from storage.records import Batch, Records
+from storage.totals import Totals
 
 MOVES_KEPT = 50  # of a tag, the last ones
 HOUR, DAY = 3600, 86400
@@ -111,6 +112,7 @@ class Usage:
 
     def __init__(self, records: Records, clock: Callable[[], float] = time.time) -> None:
         self._records = records
+        self._totals = Totals(records)
         self._clock = clock
         self._cleaned: str | None = None  # the hour in which old periods were last removed
 
@@ -120,12 +122,8 @@ class Usage:
 
     def last_uses(self, prefix: str) -> dict[str, float]:
         """When something of each repository was last used; `prefix` is that of their names."""
-        found: dict[str, float] = {}
-        for key, value in self._records.scan(USE.prefix() + prefix):
-            if use := _use(value):
-                repository = USE.parse(key)[0]
-                found[repository] = max(use.last, found.get(repository, 0.0))
-        return found
+        found = self._totals.repositories(prefix)
+        return {name: total.counted.used for name, total in found if total.counted and total.counted.used}
 
     def moves(self, repository: str, tag: str) -> list[Move]:
         """Oldest first."""

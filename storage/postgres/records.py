@@ -25,7 +25,7 @@ from storage.errors import StorageFailed, StorageUnavailable
 from storage.keys import TAG
 from storage.postgres.connections import Busy, Closed, Connections, DatabaseConnection
 from storage.postgres.health import DatabaseHealth
-from storage.postgres.schema import TAGS, TARGET, migrate
+from storage.postgres.schema import BLOBS, DIGEST, LINKS, TAGS, TARGET, migrate
 from storage.records import BATCH, LAST, Batch, Records
 
 log = structlog.get_logger()
@@ -41,6 +41,11 @@ _ALONE = "BEGIN ISOLATION LEVEL REPEATABLE READ; LOCK TABLE entrepot_writers IN 
 _RANGE = "FROM entrepot_records WHERE key > %b AND key < %b"
 _PUT = "INSERT INTO entrepot_records VALUES (%b, %b) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _POINTING = f"SELECT key {_RANGE} AND {TARGET} = %b AND {TAGS} ORDER BY key".encode()
+_LINKING = f"SELECT key FROM entrepot_records WHERE {DIGEST} = %b AND {LINKS} ORDER BY key".encode()
+_OLDEST = (
+    f"SELECT key, value FROM entrepot_records WHERE (value, key) > (%b, %b) AND {BLOBS}"
+    " ORDER BY value, key LIMIT %s"
+).encode()
 # Each step looks up the first key after all those with the same field: '!' follows the space that ends one.
 _GROUPS = """
 WITH RECURSIVE found (key, number) AS (
@@ -95,6 +100,14 @@ class PostgresBatch(Batch):
         values = prefix.encode(), (prefix + LAST).encode(), target.encode()
         rows = self._connection.execute(_POINTING, values, binary=True)
         return [row[0].decode() for row in rows]
+
+    def linking(self, digest: str) -> list[str]:
+        rows = self._connection.execute(_LINKING, (digest.encode(),), binary=True)
+        return [row[0].decode() for row in rows]
+
+    def oldest(self, key: str, value: bytes, limit: int) -> list[tuple[str, bytes]]:
+        rows = self._connection.execute(_OLDEST, (value, key.encode(), limit), binary=True)
+        return [(key.decode(), value) for key, value in rows]
 
     def rows(self, select: str, above: str, below: str, limit: int) -> list[tuple[str, bytes]]:
         """The first rows of a range, in the order of their keys."""
@@ -201,6 +214,12 @@ class PostgresRecords(Records):
             for key in keys:
                 after = key[len(prefix) :].partition(" ")[0]
                 yield after
+
+    def linking(self, digest: str) -> list[str]:
+        return self._read(lambda batch: batch.linking(digest))
+
+    def oldest(self, after: tuple[str, bytes], limit: int) -> list[tuple[str, bytes]]:
+        return self._read(lambda batch: batch.oldest(*after, limit))
 
     def version(self) -> object:
         return None  # only the server knows

@@ -11,7 +11,7 @@ Writers lock a table of its own: a lock on the records themselves would end the 
 from __future__ import annotations
 
 from storage.errors import StorageFailed
-from storage.keys import TAG
+from storage.keys import BLOB, LINK, TAG, RecordKind
 from storage.postgres.connections import DatabaseConnection
 
 
@@ -20,9 +20,18 @@ def _bytes(text: str) -> str:
     return f"'\\x{text.encode().hex()}'::bytea"
 
 
+def _keys(kind: RecordKind) -> str:
+    """All keys of a kind."""
+    return f"key >= {_bytes(kind.prefix())} AND key < {_bytes(f'{kind.name}!')}"
+
+
 # A tag's target is the first field of its record.  PostgreSQL keeps an index of the tags by it.
-TAGS = f"key >= {_bytes(TAG.prefix())} AND key < {_bytes(f'{TAG.name}!')}"
+TAGS = _keys(TAG)
 TARGET = "substring(value FROM 1 FOR greatest(position('\\x20'::bytea IN value) - 1, 0))"
+# A link's digest is the last field of its key.
+LINKS, BLOBS = _keys(LINK), _keys(BLOB)
+_FIELDS = f"substring(key FROM {len(LINK.prefix()) + 1})"
+DIGEST = f"substring({_FIELDS} FROM position('\\x20'::bytea IN {_FIELDS}) + 1)"
 
 # Each statement list leads from the version before to the next one.  What is released never changes.
 MIGRATIONS = (
@@ -30,6 +39,10 @@ MIGRATIONS = (
     CREATE TABLE entrepot_records (key bytea PRIMARY KEY, value bytea NOT NULL);
     CREATE TABLE entrepot_writers ();
     CREATE INDEX entrepot_tags ON entrepot_records (({TARGET}), key) WHERE {TAGS};
+    """,
+    f"""
+    CREATE INDEX entrepot_links ON entrepot_records (({DIGEST})) WHERE {LINKS};
+    CREATE INDEX entrepot_blobs ON entrepot_records (value, key) WHERE {BLOBS};
     """,
 )
 VERSION = len(MIGRATIONS)

@@ -169,12 +169,19 @@ async def test_a_disk_that_fails_between_ranges_of_one_header(
     gate.set()
 
 
-async def test_the_last_bytes_wait_for_the_digest(serve: Serve, upstream: Upstream, impatient: None) -> None:
+@pytest.mark.parametrize("size", [51, SMALL + 1])
+async def test_the_last_bytes_wait_for_the_digest(
+    serve: Serve, upstream: Upstream, impatient: None, size: int
+) -> None:
     digest = upstream.blob("a/b", BODY)
     site = await serve(upstream)
     gate = asyncio.Event()
-    upstream.next("GET", digest, Hold(gate, after=1000))
-    size = SMALL + 1  # what is smaller is sent in one piece
+
+    def of_the_end(request: Request) -> bool:
+        return (request.range or "").endswith(f"-{SIZE - 1}")
+
+    # Neither the fill goes on, nor what else fetches the bytes before these.
+    upstream.next("GET", lambda request: not of_the_end(request), Hold(gate, after=1000), times=9)
     async with site.request("GET", path_of(digest), headers={"Range": f"bytes=-{size}"}) as response:
         assert response.status == 206
         assert await response.content.readexactly(size - 1) == BODY[-size:-1]

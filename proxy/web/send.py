@@ -186,7 +186,8 @@ class _Sender:
         if span.stop is None or not isinstance(blob, OnDisk) or blob.fileno() < 0:
             await self._write(writer, span)
             return
-        if span.stop - span.start <= SMALL and await _ready(blob, span.start, span.stop) >= span.stop:
+        # The last byte of a blob that is being received may come much later than those before it.
+        if span.stop - span.start <= SMALL and await _next(blob, span.start, span.stop) >= span.stop:
             await writer.write(self._read(blob.fileno(), span))
             self._exchange.bytes += span.stop - span.start
             return
@@ -331,10 +332,16 @@ def _part(boundary: str, span: Span, size: int, media_type: str) -> bytes:
 
 async def _ready(blob: OnDisk, position: int, stop: int) -> int:
     """Wait for the bytes up to `stop`; return where those end that can be read, or 0 if the disk failed."""
+    end = await _next(blob, position, stop)
+    while 0 < end < stop:
+        end = await _next(blob, end, stop)
+    return end
+
+
+async def _next(blob: OnDisk, position: int, stop: int) -> int:
+    """Wait for the next of these bytes; return as `_ready` does."""
     try:
-        while position < stop:
-            position = await blob.readable(position, stop)
-        return position
+        return await blob.readable(position, stop)
     except StorageFailed:
         return 0
 

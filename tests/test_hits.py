@@ -23,7 +23,7 @@ from structlog.testing import LogCapture
 
 from proxy.access import throttle
 from proxy.telemetry.metrics import Metrics
-from proxy.web.hits import Hits
+from proxy.web.hits import HitMemory, Hits
 from proxy.web.listener import Connection
 from proxy.web.server import DistributionAPI
 from proxy.webhooks.event import Event
@@ -759,6 +759,39 @@ async def test_who_has_access_takes_memory_too(serve: Serve, upstream: Upstream,
     assert await ask(1, *range(1, 60)) < 30
 
 
+@pytest.mark.parametrize(("memory", "fits"), [("64KiB", True), ("8KiB", False)])
+async def test_all_listeners_share_the_memory_but_not_what_a_head_leads_to(
+    serve: Serve,
+    upstream: Upstream,
+    wired: Callable[..., Any],
+    hits: Counter[bool],
+    memory: str,
+    fits: bool,
+) -> None:
+    stores = {name: {"store": {"sparse": True}, "listen": "127.0.0.1:0"} for name in ("one", "two")}
+    site = await serve(upstream, more=stores, top={"limits": {"hit_memory": memory}})
+    wires = []
+    for number, name in enumerate(stores):
+        path = f"/v2/{name}/{APP}/manifests/1"
+        given = {"Content-Type": OCI_MANIFEST}
+        async with site.request("PUT", path, data=manifest(number), headers=given) as response:
+            assert response.status == 201, await response.text()
+        wires.append(await wired(site.app.store_urls[name]))
+    request = head("GET", f"/v2/{APP}/manifests/1")
+
+    async def ask(*order: int) -> int:
+        """How many of them were hits."""
+        before = hits[True]
+        for number in order:
+            await wires[number].send(request)
+            assert (await wires[number].reply()).body == manifest(number)
+        return hits[True] - before
+
+    assert await ask(0, 1, 0, 1) == 0
+    assert await ask(0, 1, 0, 1, 0, 1) == (6 if fits else 0)
+    assert await ask(0, 0, 0) >= 2
+
+
 @pytest.mark.parametrize("sent", ["If-None-Match: x", "Range: bytes=0-", "Content-Length: 0", "Expect: x"])
 async def test_some_requests_are_never_remembered(
     serve: Serve, upstream: Upstream, wired: Callable[..., Any], hits: Counter[bool], sent: str
@@ -783,9 +816,12 @@ async def test_it_is_off_where_pulls_are_reported() -> None:
     def qualify(name: str, *, ns: str | None, host: str | None, prefix: str) -> str:
         return name
 
-    assert DistributionAPI(Registry(), qualify, Metrics(), hit_memory=1 << 20).hits is not None
+    assert DistributionAPI(Registry(), qualify, Metrics(), hit_memory=HitMemory(1 << 20)).hits is not None
     assert (
-        DistributionAPI(Registry(), qualify, Metrics(), hit_memory=1 << 20, reporter=Reporter()).hits is None
+        DistributionAPI(
+            Registry(), qualify, Metrics(), hit_memory=HitMemory(1 << 20), reporter=Reporter()
+        ).hits
+        is None
     )
     assert DistributionAPI(Registry(), qualify, Metrics()).hits is None
 

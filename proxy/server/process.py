@@ -35,6 +35,7 @@ from proxy.telemetry.metrics import share_metrics
 from proxy.telemetry.request_log import RequestLog
 from proxy.telemetry.stalls import watched_callbacks
 from proxy.web.directions import Directions
+from proxy.web.hits import HitMemory
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
 from proxy.web.sockets import Sockets, bind_all
@@ -191,13 +192,18 @@ class ServerProcess:
             path = self._run / f"{os.getpid()}.sock"
             self._closing.push_async_callback(await serve_state(self._state, path))
             resume(parts.drill, self._run)
+        hits = HitMemory(config.limits.hit_memory) if config.limits.hit_memory else None
         for name, each in sockets.stores.items():
             alone = permits and permits.alone(name)
-            self.store_urls[name] = await self._serve_api(each, parts.namespaces.alone(name), alone)
-        self.url = await self._serve_api(sockets.listen, parts.namespaces, permits)
+            self.store_urls[name] = await self._serve_api(each, parts.namespaces.alone(name), alone, hits)
+        self.url = await self._serve_api(sockets.listen, parts.namespaces, permits, hits)
 
     async def _serve_api(
-        self, sockets: list[socket.socket], namespaces: Namespaces, permits: Authorizer | None
+        self,
+        sockets: list[socket.socket],
+        namespaces: Namespaces,
+        permits: Authorizer | None,
+        hits: HitMemory | None,
     ) -> URL:
         config, parts = self._config, self.composition
         api = DistributionAPI(
@@ -211,7 +217,7 @@ class ServerProcess:
             clock=self._clock,
             authorizer=permits,
             request_log=self._request_log,
-            hit_memory=config.limits.hit_memory,
+            hit_memory=hits,
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
         runner = web.ServerRunner(

@@ -95,8 +95,60 @@ class _Answer:
         self._after = "".join(("\r\n", *lines[at + 1 :], "\r\n")).encode()
 
 
+_Key = tuple[object, bytes]  # who answers, and the head of a request
+
+
+class HitMemory:
+    """What heads of requests led to, in at most `size` bytes; the least recently used is dropped.
+
+    One for all listeners of a process; to each, the same bytes may mean something else.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._room = size
+        self._known: OrderedDict[_Key, _Answer] = OrderedDict()
+        self._seen: OrderedDict[int, None] = OrderedDict()
+
+    def get(self, key: _Key) -> _Answer | None:
+        return self._known.get(key)
+
+    def use(self, key: _Key) -> None:
+        """Drop it after all others."""
+        self._known.move_to_end(key)
+
+    def came_before(self, key: _Key) -> bool:
+        """Whether it was asked for before, as far as that is remembered; it is from now on."""
+        mark = hash(key)
+        if key in self._known or mark in self._seen:
+            return True
+        self._seen[mark] = None
+        if len(self._seen) > SEEN:
+            self._seen.popitem(last=False)
+        return False
+
+    def put(self, key: _Key, answer: _Answer) -> None:
+        if key in self._known:  # another connection was as quick
+            self.forget(key)
+        self._known[key] = answer
+        self._take(answer.size)
+
+    def grant(self, answer: _Answer, client: str) -> None:
+        """Remember that it grants access to `client` too."""
+        answer.clients.add(client)
+        answer.size += CLIENT
+        self._take(CLIENT)
+
+    def forget(self, key: _Key) -> None:
+        self._room += self._known.pop(key).size
+
+    def _take(self, size: int) -> None:
+        self._room -= size
+        while self._room < 0:
+            self._room += self._known.popitem(last=False)[1].size
+
+
 class Hits:
-    """What heads of requests led to, in at most `memory` bytes; the least recently used is dropped.
+    """Answers requests whose heads are in `memory`, for one listener.
 
     ids: those of the requests of this server
     answered: how many requests were answered here
@@ -108,28 +160,26 @@ class Hits:
         authorizer: Authorizer | None,
         ended: EndedRequests,
         ids: Iterator[str],
-        memory: int,
+        memory: HitMemory,
     ) -> None:
         self._registry = registry
         self._authorizer = authorizer
         self._ended = ended
         self._ids = ids
         self._memory = memory
-        self._size = 0
-        self._known: OrderedDict[bytes, _Answer] = OrderedDict()
-        self._seen: OrderedDict[int, None] = OrderedDict()
         self.answered = 0
 
     def answer(self, head: bytes, client: str, write: Callable[[bytes], None]) -> bool:
         """Write the response to a request of these bytes, and return whether it is known."""
-        if (known := self._known.get(head)) is None:
+        key = (self, head)
+        if (known := self._memory.get(key)) is None:
             return False
         begun = time.perf_counter()
         if known.granted is not None:
             if client not in known.clients:
                 return False
             if not known.granted():
-                self._forget(head)
+                self._memory.forget(key)
                 return False
         try:
             validity = known.held.validity()
@@ -137,9 +187,9 @@ class Hits:
             validity = None
         exchange = known.exchange
         if validity is None or validity.result != exchange.result:
-            self._forget(head)
+            self._memory.forget(key)
             return False
-        self._known.move_to_end(head)
+        self._memory.use(key)
         exchange.id, exchange.client = next(self._ids), client
         exchange.age, exchange.ttl = validity.age, validity.ttl
         write(known.response())
@@ -155,21 +205,19 @@ class Hits:
         exchange = current_exchange.get(None)
         if exchange is None or len(head) > LONGEST:
             return
-        if not _repeatable(request, response, exchange) or not self._came_before(head):
+        memory, key = self._memory, (self, head)
+        if not _repeatable(request, response, exchange) or not memory.came_before(key):
             return
-        known = self._known.get(head)
+        known = memory.get(key)
         if known is None:
             granted = await self._granted(request, f"{exchange.namespace}/{exchange.repository}")
             known = self._make(head, request, response, exchange, granted)
             if known is None:
                 return
-            self._remember(head, known)
-        remembered = self._known.get(head) is known
+            memory.put(key, known)
+        remembered = memory.get(key) is known
         if remembered and known.granted is not None and exchange.client not in known.clients:
-            known.clients.add(exchange.client)
-            known.size += CLIENT
-            self._size += CLIENT
-            self._shrink()
+            memory.grant(known, exchange.client)
 
     async def _granted(self, request: web.BaseRequest, name: str) -> Callable[[], bool] | None:
         if self._authorizer is None or self._authorizer.is_public(name):
@@ -212,29 +260,6 @@ class Hits:
         except RegistryError:  # it has just been removed
             pass
         return None
-
-    def _came_before(self, head: bytes) -> bool:
-        mark = hash(head)
-        if head in self._known or mark in self._seen:
-            return True
-        self._seen[mark] = None
-        if len(self._seen) > SEEN:
-            self._seen.popitem(last=False)
-        return False
-
-    def _remember(self, head: bytes, known: _Answer) -> None:
-        if head in self._known:  # another connection was as quick
-            self._forget(head)
-        self._known[head] = known
-        self._size += known.size
-        self._shrink()
-
-    def _shrink(self) -> None:
-        while self._size > self._memory:
-            self._size -= self._known.popitem(last=False)[1].size
-
-    def _forget(self, head: bytes) -> None:
-        self._size -= self._known.pop(head).size
 
 
 def _repeatable(request: web.BaseRequest, response: web.StreamResponse, exchange: Exchange) -> bool:

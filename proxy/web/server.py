@@ -27,7 +27,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.request_log import RequestLog
 from proxy.web.directions import LONGEST, Directions
 from proxy.web.events import EventReporter, RequestEvents
-from proxy.web.hits import Hits
+from proxy.web.hits import HitMemory, Hits
 from proxy.web.pull import Pull
 from proxy.web.push import Push
 from proxy.web.responses import (
@@ -87,7 +87,7 @@ class DistributionAPI:
     reporter: receives the events of what requests do to content
     authorizer: decides what clients may do; without one everything is permitted
     directions: says in errors where clients push and log in instead
-    hit_memory: bytes that `hits` may hold; 0 for none
+    hit_memory: holds what `hits` answers; without it there are none
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class DistributionAPI:
         authorizer: Authorizer | None = None,
         directions: Directions | None = None,
         request_log: RequestLog | None = None,
-        hit_memory: int = 0,
+        hit_memory: HitMemory | None = None,
     ) -> None:
         self._registry = registry
         self._qualify = qualify
@@ -120,7 +120,7 @@ class DistributionAPI:
         self._ended = EndedRequests(metrics, served, request_log or RequestLog())
         # Events of pulls need the whole request.
         self.hits: Hits | None = None
-        if hit_memory and not self._events.pulls:
+        if hit_memory is not None and not self._events.pulls:
             self.hits = Hits(registry, authorizer, self._ended, self._ids, hit_memory)
 
     def _table(self, pull: Pull, push: Push) -> dict[Endpoint, dict[str, EndpointHandler]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proxy.namespaces.composition import Composition, compose
+from proxy.upstream import breaker
 from storage.disk.locks import POLL
 from storage.errors import ManifestUnknown, OriginFailed
-from storage.oci import Digest, Reference, Tag
+from storage.oci import Digest, Reference, Span, Tag
+from storage.registry import Blob, Registry
 from storage.shared import SharedState
 from tests.conftest import Clock, Serve, configuration
 from tests.outages import silence
@@ -123,3 +126,77 @@ async def test_all_who_wait_for_a_probe_get_its_answer(
     held.gate.set()
     assert [(await each)[0] for each in (first, *later)] == [200] * 4
     assert upstream.log == ["GET base"]
+
+
+# What else is asked for as an outage ends
+
+
+def of_blob(registry: Registry, image: Image) -> Awaitable[object]:
+    return read(registry.get_blob("docker.io/a/b", Digest(image.layers[0])))
+
+
+def of_range(registry: Registry, image: Image) -> Awaitable[object]:
+    return read(registry.get_blob("docker.io/a/b", Digest(image.layers[0]), Span(1)))
+
+
+def of_size(registry: Registry, image: Image) -> Awaitable[object]:
+    return registry.resolve_blob("docker.io/a/b", Digest(image.layers[0]))
+
+
+def of_manifest(registry: Registry, image: Image) -> Awaitable[object]:
+    return registry.get_manifest("docker.io/a/b", Digest(image.digest))
+
+
+def of_tags(registry: Registry, image: Image) -> Awaitable[object]:
+    return registry.tags("docker.io/a/b")
+
+
+async def read(opening: Awaitable[Blob]) -> bytes:
+    blob = await opening
+    try:
+        return b"".join([chunk async for chunk in blob.chunks()])
+    finally:
+        await blob.close()
+
+
+ASKED = [of_blob, of_range, of_size, of_manifest, of_tags]
+
+
+@pytest.mark.parametrize("first", ASKED)
+async def test_whatever_is_asked_for_waits_for_the_answer_to_the_first(
+    workers: list[Composition], upstream: Upstream, clock: Clock, image: Image, first: Callable[..., Any]
+) -> None:
+    """Ollama asks for a HEAD, podman for layers, and each from another worker."""
+    await outage(workers, upstream, clock)
+    held = silence()
+    upstream.next("GET" if first is not of_size else "HEAD", lambda request: True, held)
+    one, two = (each.namespaces for each in workers)
+    asking = [asyncio.create_task(first(one, image))]
+    await held.reached.wait()
+    asking += [asyncio.create_task(each(registry, image)) for each in ASKED for registry in (one, two)]
+    done, _ = await asyncio.wait(asking, timeout=3 * POLL)
+    assert not done, [each.exception() for each in done]
+    held.gate.set()
+    await asyncio.gather(*asking)
+    for each in workers:
+        await each.fills.close()
+
+
+async def test_who_waits_for_a_probe_does_not_wait_long(
+    workers: list[Composition],
+    upstream: Upstream,
+    clock: Clock,
+    image: Image,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(breaker, "PATIENCE", 0.01)
+    await outage(workers, upstream, clock)
+    held = silence()
+    upstream.next("GET", lambda request: True, held)
+    first = asyncio.create_task(of_manifest(workers[0].namespaces, image))
+    await held.reached.wait()
+    for each in workers:
+        with pytest.raises(OriginFailed, match="the next attempt is not due yet"):
+            await of_tags(each.namespaces, image)
+    held.gate.set()
+    await first

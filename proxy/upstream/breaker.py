@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +16,7 @@ from storage.shared import SharedState
 
 FAILURES = 3  # in a row that open a breaker, if one alone is not final
 LONGEST = 200  # characters of an error's message that all processes can read
+PATIENCE = 1.0  # seconds to wait for another request, which probes the host
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
 
 
@@ -73,6 +75,7 @@ class Breaker:
         self._key = self._table.key("circuit", name)
         self._probes = shared.slots
         self._probe = self._probes.key("probe", name)
+        self._bell = shared.bell
 
     def _circuit(self) -> _Circuit:
         return self._table.get(self._key, _Circuit) or _Circuit()
@@ -84,8 +87,26 @@ class Breaker:
     @property
     def due(self) -> bool:
         """Whether it is half-open and no probe is under way."""
+        return self._half_open and not self._probes.held(self._probe)
+
+    @property
+    def _half_open(self) -> bool:
         circuit = self._circuit()
-        return circuit.error is not None and not self._left(circuit) and not self._probes.held(self._probe)
+        return circuit.error is not None and not self._left(circuit)
+
+    async def probed(self) -> None:
+        """Wait for the outcome of a probe that is under way, whichever process has sent it, but not long.
+
+        As an outage ends many clients ask at once, and the answer to the first helps them all.
+        """
+        if not self._half_open or self.due:
+            return
+        with suppress(TimeoutError, OSError):  # no descriptors are left
+            async with asyncio.timeout(PATIENCE):
+                with self._bell.listen() as rung:
+                    while self._half_open and not self.due:
+                        await rung.wait()
+                        rung.clear()
 
     def state(
         self, url: str, host: str, limits: Sequence[LimitState] = (), refused: Sequence[Refusal] = ()
@@ -116,6 +137,7 @@ class Breaker:
         finally:
             if probe:
                 self._probes.release(self._probe)
+                self._bell.ring()
 
     def succeeded(self) -> None:
         """Record a response, whenever its request was sent: the host is alive."""

@@ -199,7 +199,9 @@ class Transport:
     async def _send(
         self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody, limit: int | None
     ) -> tuple[aiohttp.ClientResponse, bytes]:
-        with self.breaker(url).call() as attempt:
+        breaker = self.breaker(url)
+        await breaker.probed()
+        with breaker.call() as attempt:
             try:
                 async with self._bounded(method, body):
                     response = await self._persist(method, url, headers, body)

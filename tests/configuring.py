@@ -24,7 +24,17 @@ from proxy.config.upstream import Login, UpstreamConfig
 from proxy.config.webhooks import WebhookConfig
 
 TOKENS = dict.fromkeys(
-    ("HUB_TOKEN", "ADMIN_TOKEN", "DEPLOY_TOKEN", "DEPLOY_SECRET", "AUDIT_TOKEN", "DB_PASSWORD"), "t"
+    (
+        "HUB_TOKEN",
+        "ADMIN_TOKEN",
+        "DEPLOY_TOKEN",
+        "DEPLOY_SECRET",
+        "AUDIT_TOKEN",
+        "DB_PASSWORD",
+        "S3_SECRET",
+        "S3_TOKEN",
+    ),
+    "t",
 )
 HOOK = "name: a, url: 'https://h.example/hook?token=hunter2'"
 TOKEN = "token: {realm: 'https://auth.example/token', service: s, issuer: i, keys: [/k.pem]}"

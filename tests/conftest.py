@@ -32,6 +32,7 @@ from proxy.upstream.transport import Connect
 from tests.authority import Authority
 from tests.pools import is_kept_open
 from tests.postgres import PostgresServer
+from tests.seaweed import Seaweed, seaweed_server
 from tests.upstream import Basic, Upstream
 from tests.upstream_client import PLAIN, Ask
 
@@ -240,6 +241,13 @@ def events(request: pytest.FixtureRequest) -> Iterator[LogCapture]:
     errors = [each for each in capture.entries if each["log_level"] in ("error", "critical")]
     unexpected = [each for each in errors if each["event"] not in allowed]
     assert not unexpected, f"error events that the test did not ask for: {unexpected}"
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A server of buckets for all tests, in which each has a prefix of its own."""
+    with seaweed_server(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from storage.errors import BlobUnknown, BlobUploadUnknown, DigestInvalid
 from storage.oci import Digest
 from storage.registry import NOTHING, Blob
 from tests.conftest import Clock
-from tests.seaweed import Seaweed, seaweed_server
 
 CONTENT = b"what a blob holds"
 DIGEST = Digest.of(CONTENT)
@@ -105,12 +104,6 @@ content = BucketBlobs(bucket, SQLiteRecords(directory / "records", durable=True)
         (key,) = self.keys()
         content = bytes(obstore.get(self.store, key).bytes())
         obstore.put(self.store, key, content[:-1])
-
-
-@pytest.fixture(scope="session")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    with seaweed_server(tmp_path_factory.mktemp("seaweed")) as server:
-        yield server
 
 
 @pytest.fixture(params=["files", "objects", pytest.param("seaweed", marks=pytest.mark.clients)])

@@ -28,6 +28,8 @@ from proxy.upstream.credentials import Credentials
 from proxy.upstream.requests import UpstreamSettings
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.server import DistributionAPI
+from storage.bucket.blobs import BucketBlobs
+from storage.bucket.objects import Bucket, healthy
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
@@ -37,6 +39,7 @@ from storage.registry import Registry
 from storage.store import Store
 from tests import upstream as fake
 from tests.conftest import OPEN, Clock
+from tests.objects import FakeBucket
 
 pytest.register_assert_rewrite("tests.contract")
 
@@ -156,8 +159,11 @@ class Builder:
         if kind == "store":
             store = self.store("store")
             return Subject(store, StoreContent(store), frozenset())
-        if kind == "hosted":
-            store = self.store("store")
+        if kind == "bucket":
+            store = await self.bucket()
+            return Subject(store, StoreContent(store), frozenset())
+        if kind in ("hosted", "hosted bucket"):
+            store = self.store("store") if kind == "hosted" else await self.bucket()
             # Put past its rules: what was imported need not keep them, and is served all the same.
             hosted = Hosted("local", store, Leases(store, 3600.0), PushRules(sparse=True))
             return Subject(hosted, StoreContent(store, "local/"), frozenset())
@@ -182,6 +188,16 @@ class Builder:
     def store(self, name: str) -> Store:
         directory = self._directory / name
         store = Store(BlobFiles(directory, self._clock), SQLiteRecords(directory / "records"), self._clock)
+        self._stack.push_async_callback(store.close)
+        return store
+
+    async def bucket(self) -> Store:
+        """A store whose blobs are in a bucket."""
+        fake = await self._stack.enter_async_context(FakeBucket())
+        directory = self._directory / "bucket"
+        records = SQLiteRecords(directory / "records")
+        bucket = Bucket(fake.settings().connect(), "a bucket", healthy("a bucket", directory))
+        store = Store(BucketBlobs(bucket, records, directory, self._clock), records, self._clock)
         self._stack.push_async_callback(store.close)
         return store
 
@@ -250,6 +266,9 @@ SERVERS = [pytest.param(each, marks=pytest.mark.clients) for each in WORKERS]
         "namespaces -> store",
         "hosted",
         "cache -> server -> hosted",
+        "bucket",
+        "hosted bucket",
+        "cache -> server -> hosted bucket",
         *SERVERS,
     ],
     indirect=True,
@@ -267,6 +286,9 @@ class TestPull(PullContract):
         "upstream -> fake",
         "server -> store",
         "server -> hosted",
+        "bucket",
+        "hosted bucket",
+        "server -> hosted bucket",
         *SERVERS,
     ],
     indirect=True,

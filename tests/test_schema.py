@@ -315,6 +315,50 @@ def test_a_database_is_a_secret(url: str) -> None:
     assert "hunter2" not in repr(shared)
 
 
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        (
+            "bucket: images",
+            "shared.bucket: expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix",
+        ),
+        ("bucket: 'file:///etc'", "shared.bucket: expected s3://"),
+        ("bucket: 's3://'", "shared.bucket: expected s3://"),
+        ("bucket: 's3://a:b@c'", "shared.bucket: expected s3://"),
+        ("bucket: 's3://a/b?c'", "shared.bucket: expected a bucket and a prefix, without"),
+        ("bucket: 's3://a/../b'", "shared.bucket: expected a bucket and a prefix, without"),
+        ("bucket: 's3://a/b//c'", "shared.bucket: has an empty part"),
+        ("region: x", "shared: region is for a bucket: set bucket"),
+        ("{bucket: 'gs://a', region: x}", "shared: region is for s3://, and bucket is gs://"),
+        ("{bucket: 's3://a', access_key: x}", "shared: access_key needs secret_key"),
+        ("{bucket: 's3://a', secret_key: hunter2}", "shared: secret_key needs access_key"),
+        ("{bucket: 's3://a', session_token: hunter2}", "shared: session_token needs access_key"),
+        ("{bucket: 's3://a', encryption_key: x}", "shared: encryption_key needs encryption: aws:kms"),
+        ("{bucket: 's3://a', encryption: rot13}", "shared.encryption: "),
+        ("{bucket: 's3://a', endpoint: s3.example}", "shared.endpoint: must begin with https:// or http://"),
+    ],
+)
+def test_a_bucket_that_is_wrong(members: str, says: str) -> None:
+    found = fault(f"shared: {members}" if members.startswith("{") else f"shared: {{{members}}}")
+    assert found.startswith(says)
+    assert "hunter2" not in found
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        "{bucket: 's3://images/a/b/', access_key: a, secret_key: hunter2, session_token: hunter2}",
+        "{bucket: 'gs://images', secret_key: hunter2}",
+        "{bucket: 'az://box/x', access_key: account}",
+        "{bucket: 's3://images', encryption: 'aws:kms:dsse', encryption_key: k, proxy: 'http://a:hunter2@p:1'}",
+    ],
+)
+def test_a_bucket_is_read(members: str) -> None:
+    shared = read(f"shared: {members}").shared
+    assert shared.bucket is not None
+    assert "hunter2" not in repr(shared)
+
+
 def keys(tree: Any) -> set[str]:
     if isinstance(tree, dict):
         return set(tree).union(*map(keys, tree.values()))

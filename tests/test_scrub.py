@@ -19,7 +19,8 @@ from storage.disk.uploads import CHUNK
 from storage.errors import BlobUnknown, OriginFailed, StorageFailed
 from storage.maintenance import pace
 from storage.maintenance import scrub as module
-from storage.maintenance.scrub import Heal, Scrub, ScrubReport
+from storage.maintenance.scrub import Heal, Scrub
+from storage.maintenance.scrub_progress import ScrubReport
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock

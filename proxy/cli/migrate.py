@@ -48,6 +48,11 @@ async def migrate(
     config = load(path, settings=settings)
     quiet(config.log.format)
     name = _chosen(config, namespace)
+    if config.shared.bucket is not None:
+        raise OperationFailed(
+            "it writes files, and shared.bucket is set: copy from the running registry by entrepot copy",
+            "UNKNOWN",
+        )
     begun = time.monotonic()
     try:
         source = DistributionTree(directory)

@@ -1,11 +1,15 @@
-"""What several servers share."""
+"""What several servers share, and the bucket that holds the content of the private registry."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from proxy.config.fields import Section
-from proxy.config.values import Secret, parse_count, parse_secret
+from proxy.config.fields import File, Section, Text
+from proxy.config.hosts import parse_proxy, parse_url
+from proxy.config.values import Secret, parse_count, parse_secret, parse_text
+
+SCHEMES = ("s3", "gs", "az")  # S3 and what is compatible with it, Google Cloud Storage, Azure Blob Storage
 
 
 def parse_database(value: object) -> Secret:
@@ -16,12 +20,73 @@ def parse_database(value: object) -> Secret:
     return text
 
 
+def parse_bucket(value: object) -> str:
+    """The URL of a bucket, with the prefix of the keys of its objects."""
+    text = parse_text(value)
+    parts = urlsplit(text)
+    if parts.scheme not in SCHEMES or not parts.netloc or any(each in parts.netloc for each in "@:"):
+        raise ValueError("expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix")
+    if parts.query or parts.fragment or not set(parts.path.strip("/").split("/")).isdisjoint((".", "..")):
+        raise ValueError("expected a bucket and a prefix, without ?, # and ..")
+    if "//" in parts.path:
+        raise ValueError("has an empty part in its prefix")
+    return text
+
+
 class SharedConfig(Section, frozen=True):
     """What several servers share.
 
     records: the URL of a PostgreSQL database, for the records of the private registry
     connections: how many connections to it each process has at most
+    bucket: where the content of the private registry is, and the keys below how it is reached: see
+        BucketSettings (storage/bucket/settings.py)
     """
 
     records: Annotated[Secret | None, parse_database] = None
     connections: Annotated[int, parse_count] = 4
+    bucket: Annotated[str | None, parse_bucket] = None
+    endpoint: Annotated[str | None, parse_url] = None
+    region: Text | None = None
+    access_key: Annotated[Secret | None, parse_secret] = None
+    secret_key: Annotated[Secret | None, parse_secret] = None
+    session_token: Annotated[Secret | None, parse_secret] = None
+    storage_class: Text | None = None
+    encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
+    encryption_key: Text | None = None
+    ca: File | None = None
+    proxy: Annotated[Secret | None, parse_proxy] = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _OF_BUCKETS if getattr(self, name) is not None]
+        if self.bucket is None:
+            if given:
+                raise ValueError(f"{given[0]} is for a bucket: set bucket, such as s3://name/prefix")
+            return
+        scheme = urlsplit(self.bucket).scheme
+        for name in given:
+            if scheme not in _OF_BUCKETS[name]:
+                fits = " and ".join(f"{each}://" for each in _OF_BUCKETS[name])
+                raise ValueError(f"{name} is for {fits}, and bucket is {scheme}://")
+        if scheme != "gs" and self.secret_key is not None and self.access_key is None:
+            raise ValueError("secret_key needs access_key")
+        if self.session_token is not None and self.secret_key is None:
+            raise ValueError("session_token needs access_key and secret_key")
+        if scheme == "s3" and self.access_key is not None and self.secret_key is None:
+            raise ValueError("access_key needs secret_key")
+        if self.encryption_key is not None and not (self.encryption or "").startswith("aws:kms"):
+            raise ValueError("encryption_key needs encryption: aws:kms")
+
+
+# The keys of a bucket, with the schemes of those that have them.
+_OF_BUCKETS = {
+    "endpoint": SCHEMES,
+    "region": ("s3",),
+    "access_key": ("s3", "az"),
+    "secret_key": SCHEMES,
+    "session_token": ("s3",),
+    "storage_class": SCHEMES,
+    "encryption": ("s3",),
+    "encryption_key": ("s3",),
+    "ca": SCHEMES,
+    "proxy": SCHEMES,
+}

@@ -1,15 +1,22 @@
-"""The store of the private registry: its records are on the disk, or in a database that servers share."""
+"""The store of the private registry.
+
+Its records are on the disk, or in a database that servers share; its content is on the disk, or in a bucket.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
+from proxy.config.shared import SharedConfig
+from storage.content import BlobContent
 from storage.disk.blobs import BlobFiles
 from storage.disk.database import FILE
 from storage.disk.health import DiskHealth
@@ -17,7 +24,7 @@ from storage.disk.modes import create_file, make_directory
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
-from storage.keys import LINK, MANIFEST
+from storage.keys import LINK, MANIFEST, OBJECT
 from storage.records import Records
 from storage.store import Store
 
@@ -30,21 +37,72 @@ def private_store(
     """Open the store of what clients push; only unreachable content is removed.
 
     Raises StorageFailed, and StartError if the records in the database that is configured, or on the disk,
-    are not those of the content: all of it would seem unreachable.
+    are not those of the content: all of it would seem unreachable, or missing.
     """
     root = config.disk.path / "private"
-    files = BlobFiles(root, clock, DiskHealth(root, clock, troubles), private=True)
+    troubles = Troubles() if troubles is None else troubles
+    disk = DiskHealth(root, clock, troubles)
     if config.shared.records is not None:
-        records = _shared_records(config, files, clock, troubles)
+        records = _shared_records(config, disk, clock, troubles)
     elif (file := root / DATABASE).exists():
         raise StartError(f"{root} has its records in a database ({file}): set shared.records to its URL")
     else:
-        records = SQLiteRecords(root / "records", clock, files.disk, durable=True)
-    return Store(files, records, clock, collected=True)
+        records = SQLiteRecords(root / "records", clock, disk, durable=True)
+    try:
+        content = _content(config, records, disk, clock, troubles)
+    except BaseException:
+        records.close()
+        raise
+    return Store(content, records, clock, collected=True)
+
+
+def _content(
+    config: Config, records: Records, disk: DiskHealth, clock: Callable[[], float], troubles: Troubles
+) -> BlobContent:
+    root = config.disk.path / "private"
+    if config.shared.bucket is not None:
+        if any(path.is_file() for path in (root / "blobs").rglob("*")):
+            raise StartError(
+                f"{root}/blobs has content, and shared.bucket is set: start with another disk.path, and copy"
+                " the images by entrepot copy"
+            )
+        return _bucket(config.shared, records, root, disk, clock, troubles)
+    if isinstance(records, SQLiteRecords):
+        with suppress(StorageFailed):  # which is seen again
+            if records.first(OBJECT.prefix()) is not None:
+                raise StartError(f"{root}: its content is in a bucket: set shared.bucket to its URL")
+    return BlobFiles(root, clock, disk, private=True)
+
+
+def _bucket(
+    shared: SharedConfig,
+    records: Records,
+    root: Path,
+    disk: DiskHealth,
+    clock: Callable[[], float],
+    troubles: Troubles,
+) -> BlobContent:
+    try:
+        # Only here: one machine needs no client of object storage.
+        from storage.bucket.blobs import BucketBlobs
+        from storage.bucket.objects import Bucket, BucketHealth
+        from storage.bucket.settings import BucketSettings
+    except ImportError as error:
+        raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
+    assert shared.bucket is not None
+    given = {each.name: getattr(shared, each.name, None) for each in fields(BucketSettings)}
+    settings = BucketSettings(url=shared.bucket, **{name: each for name, each in given.items() if each})
+    try:
+        store = settings.connect()
+    except (ValueError, OSError) as error:
+        raise StartError(f"shared.bucket: {error}") from error
+    health = BucketHealth(shared.bucket, root, clock, troubles)
+    bucket = Bucket(store, shared.bucket, health, settings.storage_class)
+    return BucketBlobs(bucket, records, root, clock, disk)
 
 
 def _shared_records(
-    config: Config, files: BlobFiles, clock: Callable[[], float], troubles: Troubles | None
+    config: Config, disk: DiskHealth, clock: Callable[[], float], troubles: Troubles
 ) -> Records:
     try:
         # Only here: one machine needs no client of a database.
@@ -53,17 +111,16 @@ def _shared_records(
         raise StartError(f"shared.records needs psycopg ({error}): install entrepot[fleet]") from error
     shared = config.shared
     try:
-        return PostgresRecords(
-            str(shared.records), clock, troubles, shared.connections, partial(_check_identity, files)
-        )
+        check = partial(_check_identity, config.disk.path / "private", disk)
+        return PostgresRecords(str(shared.records), clock, troubles, shared.connections, check)
     except StorageFailed as error:
         raise StartError(f"shared.records: {error}") from error
 
 
-def _check_identity(files: BlobFiles, identity: str) -> None:
+def _check_identity(root: Path, disk: DiskHealth, identity: str) -> None:
     """Raise StorageFailed unless the content in this directory is that of the records."""
-    root, file = files.root, files.root / DATABASE
-    with files.disk.guard("records", file):
+    file = root / DATABASE
+    with disk.guard("records", file):
         if file.exists():
             if file.read_text() != identity:
                 raise StorageFailed(

@@ -32,8 +32,8 @@ class BucketSettings:
 
     url: s3://<bucket>/<prefix>, gs://<bucket>/<prefix> or az://<container>/<prefix>
     endpoint: the URL of the service, for what is compatible with S3 or Azure
-    access_key, secret_key, session_token: of S3; of Azure the first two are the account and its key
-    credentials: a file with the key of a Google service account
+    access_key, secret_key, session_token: of S3; of Azure the first two are the account and its key, and of
+        Google the second is the key of a service account, as JSON
     encryption, encryption_key: `AES256`, `aws:kms` or `aws:kms:dsse`, and the id of a KMS key
     ca: a file of certificates that are trusted besides those of the system
     """
@@ -44,7 +44,6 @@ class BucketSettings:
     access_key: str = ""
     secret_key: str = ""
     session_token: str = ""
-    credentials: Path | None = None
     storage_class: str = ""
     encryption: str = ""
     encryption_key: str = ""
@@ -74,7 +73,7 @@ class BucketSettings:
 
     def _options(self, scheme: str) -> dict[str, str]:
         if scheme == "gs":
-            return {"service_account_path": str(self.credentials or ""), "base_url": self.endpoint}
+            return {"service_account_key": self.secret_key, "base_url": self.endpoint}
         if scheme == "az":
             return {
                 "account_name": self.access_key,

@@ -1,5 +1,7 @@
 """Verification of all stored content: it is read and compared with its digest, slowly and repeatedly.
 
+Of blobs in a bucket only the records are verified: object storage verifies its objects itself.
+
 A blob whose content does not match its digest, or that cannot be read, is set aside, logged, and fetched
 again if that is possible.  What is in the tree but is not a blob is logged and left alone.  A manifest whose
 record does not match its key is removed and logged.  A missing blob is no damage to a cache, which fetches it
@@ -31,7 +33,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -39,6 +40,7 @@ import structlog
 
 from storage.concurrency import run_in_thread
 from storage.content import files_of
+from storage.disk.blobs import BlobFiles
 from storage.disk.directory import KIND
 from storage.disk.tree import BlobHasher, directories, read_directory, remove_damaged
 from storage.errors import DigestInvalid, ManifestUnknown, RegistryError, StorageFailed
@@ -46,6 +48,7 @@ from storage.keys import LINK, MANIFEST, SCRUB, STORED, TAG, TOTAL, RecordKind
 from storage.maintenance.blob_order import record_blob
 from storage.maintenance.counting import Counting
 from storage.maintenance.pace import Pace
+from storage.maintenance.scrub_progress import ScrubProgress, ScrubReport
 from storage.oci import Digest
 from storage.records import Batch
 from storage.store import Store
@@ -65,37 +68,6 @@ _TOTALS = "totals"
 _COUNTS = ("checked", "bytes", "damaged", "healed", "foreign")
 
 Heal = Callable[[Digest, list[str]], Awaitable[bool]]
-
-
-@dataclass(slots=True)
-class ScrubProgress:
-    """How far a scrub got.
-
-    `checked` counts blobs and manifests; `damaged` includes what is missing.  `total_bytes` is an estimate.
-    `foreign` counts paths that are not blobs.  `current` is the blob that is being read.
-    """
-
-    started_at: float
-    checked: int = 0
-    bytes: int = 0
-    total_bytes: int = 0
-    damaged: int = 0
-    healed: int = 0
-    foreign: int = 0
-    current: Digest | None = None
-    running: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ScrubReport:
-    """The result of a scrub; see ScrubProgress."""
-
-    checked: int
-    bytes: int
-    damaged: int
-    healed: int
-    foreign: int
-    seconds: float
 
 
 class Scrub:
@@ -162,9 +134,8 @@ class _ScrubRun:
 
     def __init__(self, scrub: Scrub, pace: Pace, heal: Heal | None, progress: ScrubProgress) -> None:
         self._scrub = scrub
-        self._files = files_of(scrub.store.files)
         self._records = scrub.store.records
-        self._root = self._files.root / "blobs"
+        self._root = scrub.store.files.root / "blobs"
         self._totals = Totals(scrub.store.records)
         self._pace = pace
         self._heal = heal
@@ -176,6 +147,18 @@ class _ScrubRun:
         """Check what was last checked at `since` or before."""
         if self._noted(_MANIFESTS)[0] <= since:
             await self._check_manifests()
+        if isinstance(self._scrub.store.files, BlobFiles):  # a bucket verifies its objects itself
+            await self._check_blobs(since)
+        if self._scrub.kept is None and self._noted(_RECORDS)[0] <= since:
+            await self._check_records()
+        if self._noted(_TOTALS)[0] <= since:
+            await self._check_totals()
+
+    @property
+    def _files(self) -> BlobFiles:
+        return files_of(self._scrub.store.files)
+
+    async def _check_blobs(self, since: float) -> None:
         with self._files.guard(self._root):
             names, foreign = await run_in_thread(directories, self._root)
         self._log_foreign(foreign)
@@ -197,10 +180,6 @@ class _ScrubRun:
         self._due += len(beginnings)
         for name, reached in beginnings:
             await self._check_directory(name, until=reached)
-        if self._scrub.kept is None and self._noted(_RECORDS)[0] <= since:
-            await self._check_records()
-        if self._noted(_TOTALS)[0] <= since:
-            await self._check_totals()
 
     # Totals
 
@@ -383,7 +362,7 @@ class _ScrubRun:
 
     def _names_missing_blob(self, key: str) -> bool:
         digest = Digest(LINK.parse(key)[1])
-        if digest in self._aside or self._files.holds(digest):
+        if digest in self._aside or self._scrub.store.holds(digest):
             return False
         # 1. we see the link  2. it is deleted, and then the blob  3. we look for the blob.
         return self._records.get(key) is not None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,14 +106,18 @@ def encrypted(filled: Filled, tmp_path: Path) -> Iterator[Site]:
 
 @contextmanager
 def before(
-    filled: Filled, tmp_path: Path, tls: Mapping[str, str] | None = None, ca: Path | None = None
+    filled: Filled,
+    tmp_path: Path,
+    tls: Mapping[str, str] | None = None,
+    ca: Path | None = None,
+    shared: Mapping[str, Any] | None = None,
 ) -> Iterator[Site]:
     """An empty cache before the filled upstreams."""
     upstreams: dict[str, DockerRegistry] = {}
     try:
         for namespace, root in filled.roots.items():
             upstreams[namespace] = DockerRegistry(root, tmp_path)
-        site = Site(upstreams, tmp_path, tls=tls, ca=ca)
+        site = Site(upstreams, tmp_path, tls=tls, ca=ca, shared=shared)
         try:
             yield site
         finally:

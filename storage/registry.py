@@ -20,6 +20,9 @@ from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 # Called when a tag has moved, with the full name of its repository, the tag, the old and the new digest.
 Moved: TypeAlias = Callable[[str, Tag, Digest, Digest], Awaitable[None]]
 
+# Reads into memory, as RawIOBase.readinto(), in any thread; returns how many bytes, 0 if none is there now.
+ReadInto: TypeAlias = Callable[[memoryview], int]
+
 
 NOTHING = Span(0, 0)
 
@@ -61,8 +64,26 @@ class Blob:
         """
         raise NotImplementedError
 
+    def incoming(self) -> Incoming | None:
+        """The bytes from `position` on, for a thread to read; then chunks() is not called any more.
+
+        None if only chunks() has them.
+        """
+        return None
+
     async def close(self) -> None:
         raise NotImplementedError
+
+
+class Incoming(Protocol):
+    """The bytes of a transfer, which a thread reads into memory of its own."""
+
+    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        """Wait for bytes, and have them read by `write`, which returns how many; False at the end.
+
+        Raises the error of the transfer.
+        """
+        ...
 
 
 @runtime_checkable

@@ -31,10 +31,12 @@ from tests.outages import (
     pull,
     silence,
 )
+from tests.test_policy import files_of_at_most
 from tests.upstream import (
     Bearer,
     Corrupt,
     Fault,
+    Hold,
     Image,
     Redirect,
     Refuse,
@@ -206,6 +208,22 @@ async def test_a_transfer_that_breaks_off_goes_on_from_the_next_url(
     assert after_one.range == f"bytes={3 * CHUNK}-"
     (after_two,) = third.requests
     assert after_two.range == f"bytes={4 * CHUNK}-"
+
+
+@pytest.mark.errors("disk.failed")
+async def test_a_full_disk_does_not_count_against_the_url(serve: Serve, mirrors: Mirrors) -> None:
+    first, second, _ = mirrors
+    content = os.urandom(3_000_000)
+    image = image_on(first, second, layers=(content,))
+    site = await serve_all(serve, first, second)
+    hold = Hold(asyncio.Event(), after=500_000)
+    first.next("GET", image.layers[0], hold)
+    async with site.request("GET", blob_of(image.layers[0])) as response:
+        with files_of_at_most(1_000_000):
+            hold.gate.set()
+            assert await response.read() == content
+    assert len(first.requests) == 2
+    assert second.requests == []
 
 
 @pytest.mark.errors("fill.failed")

@@ -502,7 +502,7 @@ async def test_an_origin_without_ranges_is_asked_for_one_only(serve: Serve, upst
     digest = upstream.blob("a/b", content)
     upstream.ranges = False
     site = await serve(upstream)
-    gate = asyncio.Event()
+    gate, committed = asyncio.Event(), heard("fill.committed")
     upstream.next("GET", digest, Hold(gate, after=1000))
     starts = [0, *range(17 << 20, 18 << 20, 1 << 18)]
     asked = [{"Range": f"bytes={start}-{start + 99}"} for start in starts]
@@ -511,6 +511,7 @@ async def test_an_origin_without_ranges_is_asked_for_one_only(serve: Serve, upst
     bodies = await asyncio.gather(*(response.read() for response in responses))
     assert bodies == [content[start : start + 100] for start in starts]
     assert len(upstream.log) == 2
+    await committed.wait()
 
 
 @pytest.mark.parametrize("asked", ["bytes=200000-", "bytes=5-9", "bytes=-7", "bytes=-7,0-9"])

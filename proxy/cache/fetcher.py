@@ -14,6 +14,7 @@ from typing import Any
 from proxy.cache.fill import LARGEST_UNSIZED, Fill
 from proxy.cache.parts import SOON, Part
 from proxy.cache.readers import BlobSource
+from proxy.cache.streams import PartStreams
 from proxy.telemetry.metrics import Metrics
 from storage.disk.extents import Extents
 from storage.disk.sparse import SparseUpload
@@ -56,7 +57,7 @@ class Fetcher:
         self._again = again
         self._ensure_room = ensure_room
         self._metrics = metrics
-        self._dropped = 0  # bytes that came, and that another transfer brings
+        self._dropped = 0  # bytes that were repeated in former uploads
         self._counted = (0, 0)  # in the metrics: extents, and repeated bytes
         self._slots = slots
         self._backoff = backoff
@@ -66,6 +67,7 @@ class Fetcher:
         self._taken = Extents(upload.extents)  # what is there or is being transferred
         self._parts: list[Part] = []
         self._changed = asyncio.Event()
+        self._streams = PartStreams(fill.source.namespace, ticks)
         self._most = asyncio.Semaphore(MOST)
         self._beginning = asyncio.Lock()
         self._first: asyncio.Task[None] | None = None  # of begin()
@@ -87,7 +89,8 @@ class Fetcher:
         await self._persist()
 
     async def close(self) -> None:
-        """End the transfers."""
+        """End the transfers, and begin no more."""
+        self._refused_until = float("inf")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -100,7 +103,7 @@ class Fetcher:
 
     @property
     def repeated(self) -> int:
-        return self._dropped + self.upload.repeated
+        return self._dropped + self._streams.dropped + self.upload.repeated
 
     def _count(self, extents: int) -> None:
         """Change the metrics to the present values."""
@@ -179,8 +182,11 @@ class Fetcher:
                 blob, span = await self._get(source, span)
                 try:
                     await self._begin(source, blob.descriptor, part)
-                    all_of_it = blob.position != part.position or (rest and span is None)
-                    await (self._stream_all if all_of_it else self._stream)(blob, part)
+                    if blob.position != part.position or (rest and span is None):
+                        self._fill.ranges = False
+                        await self._streams.stream_all(blob, part, self._size, self.upload, self._taken)
+                    else:
+                        await self._streams.stream(blob, part, self._size, self.upload)
                 finally:
                     await blob.close()
         finally:
@@ -213,45 +219,6 @@ class Fetcher:
         if not fill.started.done():
             fill.started.set_result((self.upload, descriptor))
 
-    async def _stream(self, blob: Blob, part: Part) -> None:
-        """Write what comes, up to the end of the part, which may move while it comes."""
-        end = self._size if self._size >= 0 else LARGEST_UNSIZED
-        name = self._fill.source.namespace
-        async for chunk in blob.chunks(part.position, None if part.stop == end else part.stop):
-            rest = part.stop - part.position
-            if rest < len(chunk) and part.stop == end:
-                raise OriginFailed(f"{name} sent more than the {self._size} bytes it announced")
-            position = part.position
-            part.advance(min(rest, len(chunk)), self._ticks())
-            self._dropped += max(0, len(chunk) - rest)
-            await self.upload.write_at(position, chunk[:rest])
-            if part.position == part.stop < end:
-                return
-        if part.position < part.stop and self._size >= 0:
-            raise OriginFailed(f"{name} ended at byte {part.position} of {self._size}")
-
-    async def _stream_all(self, blob: Blob, part: Part) -> None:
-        """Write what is missing from the beginning of the part on; the origin sends the whole blob."""
-        self._fill.ranges = False
-        self._taken.remove(part.position, part.stop)
-        position = part.stop = part.position
-        again = position - blob.position  # what is there, and comes before what is missing
-        end = self._size if self._size >= 0 else LARGEST_UNSIZED
-        name = self._fill.source.namespace
-        async for chunk in blob.chunks(position):
-            start, position = position, position + len(chunk)
-            if position > end:
-                raise OriginFailed(f"{name} sent more than the {self._size} bytes it announced")
-            begin, stop = self._taken.gap(start, position)
-            self._dropped, again = self._dropped + again + len(chunk), 0
-            while begin < stop:
-                self._taken.add(begin, stop)
-                self._dropped -= stop - begin
-                await self.upload.write_at(begin, chunk[begin - start : stop - start])
-                begin, stop = self._taken.gap(stop, position)
-        if position < self._size:
-            raise OriginFailed(f"{name} ended at byte {position} of {self._size}")
-
     def _take(self, part: Part) -> None:
         self._taken.add(part.position, part.stop)
         self._parts.append(part)
@@ -269,7 +236,7 @@ class Fetcher:
         """Fetch [offset, stop), or its beginning, unless it comes soon; who waits calls this now and then."""
         now = self._ticks()
         stop = self._size if stop is None else min(stop, self._size)
-        there = self.upload.extents.end(offset) > offset
+        there = self.upload.extents.end(offset) > offset or self.upload.failed
         if offset >= stop or there or self._fill.ranges is False or now < self._refused_until:
             return
         coming = [part for part in self._parts if part.position <= offset < part.stop]
@@ -327,7 +294,7 @@ class Fetcher:
                     blob = await self._open(source, part)
                     if blob is not None:
                         try:
-                            await self._stream(blob, part)
+                            await self._streams.stream(blob, part, self._size, self.upload)
                         finally:
                             await blob.close()
         except RegistryError as error:
@@ -360,6 +327,7 @@ class Fetcher:
                 await self._begin(source, blob.descriptor, part)
             elif self._fill.ranges and size != self._size:
                 raise OriginFailed(f"{source.namespace} first stated {self._size} bytes, now {size}")
+            await self._streams.settled(part.position, self._parts)
             if self._fill.ranges and self._grant(part):
                 return blob
         except BaseException:

@@ -15,6 +15,7 @@ class Part:
 
     requested: the origin is asked for it
     granted: no other transfer brings these bytes
+    claimed: up to where a thread may be writing them
     since, base: a time in the last two seconds, and the position at that time
     """
 
@@ -23,6 +24,7 @@ class Part:
     since: float
     requested: bool = False
     granted: bool = False
+    claimed: int = 0
     base: int = field(init=False)
     later: tuple[float, int] = field(init=False)  # the next `since` and `base`
 

@@ -6,7 +6,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 Certificate: TypeAlias = Mapping[str, Any]  # as SSLSocket.getpeercert() returns it
 
@@ -22,7 +22,19 @@ class CertificateRefused(ssl.SSLCertVerificationError):
 
 
 class ClientSSLObject(ssl.SSLObject):
-    """An SSLObject that raises CertificateRefused: the error of OpenSSL does not say what was refused."""
+    """An SSLObject that raises CertificateRefused: the error of OpenSSL does not say what was refused.
+
+    `incoming` and `outgoing` have the records of TLS.
+    """
+
+    incoming: ssl.MemoryBIO
+    outgoing: ssl.MemoryBIO
+
+    @classmethod
+    def _create(cls, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *rest: Any, **more: Any) -> Self:
+        made: Self = super()._create(incoming, outgoing, *rest, **more)  # type: ignore[misc]
+        made.incoming, made.outgoing = incoming, outgoing
+        return made
 
     def do_handshake(self) -> None:
         try:

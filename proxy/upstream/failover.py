@@ -18,9 +18,9 @@ import structlog
 
 from proxy.upstream.breaker import HostState
 from proxy.upstream.client import UpstreamRegistry
-from storage.errors import RegistryError
+from storage.errors import RegistryError, StorageFailed
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span
-from storage.registry import Blob, Registry
+from storage.registry import Blob, Incoming, ReadInto, Registry
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -160,6 +160,7 @@ class _Transfer(Blob):
         self._part = part
         self._ended = not part
         self._closed = closed
+        self._incoming: Incoming | None = None
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         self._ended = False
@@ -170,6 +171,23 @@ class _Transfer(Blob):
             self._ended = True
             raise
         self._ended = not self._part
+
+    def incoming(self) -> Incoming | None:
+        self._incoming = self._blob.incoming()
+        return self if self._incoming is not None else None
+
+    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        assert self._incoming is not None
+        self._ended = False
+        try:
+            more = await self._incoming.pass_on(write)
+        except StorageFailed:  # of the disk to which it is written
+            raise
+        except RegistryError:
+            self._ended = True
+            raise
+        self._ended = not more and not self._part
+        return more
 
     async def close(self) -> None:
         self._closed(self._part, self._ended)

@@ -12,10 +12,11 @@ import aiohttp
 
 from proxy.config.quantities import parse_number
 from proxy.upstream.encoding import encoding_of
+from proxy.upstream.socket_body import SocketBody
 from proxy.upstream.transport import Transport
 from storage.errors import OriginFailed, RegistryError
 from storage.oci import Descriptor, Digest, Span
-from storage.registry import Blob
+from storage.registry import Blob, Incoming, ReadInto
 
 # RFC 9110 §14.4; the name of the unit is case-insensitive.
 _CONTENT_RANGE = re.compile(r"bytes[ \t]+([0-9]+)-([0-9]+)/([0-9]+|\*)", re.IGNORECASE)
@@ -73,6 +74,7 @@ class Download(Blob):
         self._transport = transport
         self._response = response
         self.position = self._position = start
+        self._body: SocketBody | None = None
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         if start < self._position:
@@ -92,6 +94,23 @@ class Download(Blob):
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._transport.broken(self._response, error) from error
 
+    def incoming(self) -> Incoming | None:
+        self._body = self._transport.bodies.take(self._response)
+        return self if self._body is not None else None
+
+    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        assert self._body is not None
+        try:
+            more = await self._body.wait()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise self._transport.broken(self._response, error) from error
+        if more:
+            await self._received(await write(self._body.readinto))
+        return more
+
     async def close(self) -> None:
         # Not release(): that would read the rest of a large body.
-        self._response.close()
+        if self._body is not None:
+            self._body.close()
+        else:
+            self._response.close()

@@ -34,6 +34,7 @@ from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.listing_memory import ignore
 from proxy.upstream.redirects import RedirectMemory, good_for
+from proxy.upstream.socket_body import SocketBodies
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState
 
@@ -121,6 +122,7 @@ class Transport:
         # Two pools: a connection made for the upstream itself is never used for a redirect.
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._closed = False
+        self.bodies = SocketBodies(connect.progress_timeout, connect.proxy)
 
     def _session(self, home: bool) -> aiohttp.ClientSession:
         """The pool of connections to the upstream itself, or that for redirects; opened when it is needed."""
@@ -395,5 +397,6 @@ class Transport:
     async def close(self) -> None:
         """Requests that are under way or come later fail with OriginFailed."""
         self._closed = True
+        self.bodies.cut(aiohttp.ClientConnectionError("all connections were closed"))
         for session in self._sessions.values():
             await session.close()

@@ -9,18 +9,43 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from storage.concurrency import run_in_thread
 from storage.disk.extents import SUFFIX, ExtentList, Extents
 from storage.disk.locks import leads_to
-from storage.disk.uploads import BACKLOG, FileUpload
+from storage.disk.uploads import BACKLOG, Bytes, FileUpload
 from storage.disk.wanted import Wanted
-from storage.errors import Unavailable
+from storage.errors import StorageFailed, Unavailable
+from storage.registry import ReadInto
 
+PIECE = 256 << 10  # bytes that a thread reads, writes and hashes at a time
 SYNC = 256 << 20  # bytes written after which they are synchronized, so that they outlast a power failure
+
+_memory = threading.local()
+
+
+def _buffer() -> memoryview:
+    """The memory of this thread for what it reads: to take new memory each time costs as much as to read."""
+    if not hasattr(_memory, "buffer"):
+        _memory.buffer = memoryview(bytearray(PIECE))
+    found: memoryview = _memory.buffer
+    return found
+
+
+@contextmanager
+def _held_if_free(lock: threading.Lock) -> Iterator[bool]:
+    """Hold a lock, if it is free."""
+    ours = lock.acquire(blocking=False)
+    try:
+        yield ours
+    finally:
+        if ours:
+            lock.release()
 
 
 class SparseUpload(FileUpload):
@@ -35,8 +60,14 @@ class SparseUpload(FileUpload):
         self.extents = Extents()
         self.repeated = 0
         self.wanted = Wanted(self._path, self._file)
+        self._stored = Extents()  # those of `extents`, and what threads have written since
+        self._listing = threading.Lock()  # for `_stored` and the list
+        self._hashing = threading.Lock()
+        self._copying = 0  # threads
         self._list: ExtentList | None = None
+        self._unlisted: list[tuple[int, int]] = []  # what is written, and not yet in the list
         self._unsynced = 0  # bytes
+        self._syncing = False
         self._boot = ""  # of the list, while another process writes it
 
     @property
@@ -47,6 +78,50 @@ class SparseUpload(FileUpload):
     async def write_at(self, position: int, chunk: bytes) -> None:
         """Write bytes that are not there.  The rest is as in write()."""
         await self._accept(position, chunk)
+
+    async def write_from(self, readinto: ReadInto, position: int, most: int) -> int:
+        """Write what `readinto` reads, at most `most` bytes that are not there; returns how many.
+
+        A thread reads and writes, until all is written that has come.  Several may write at the same time.
+        Raises StorageFailed.
+        """
+        if self._error is not None:
+            raise self._error
+        copied: list[int] = []
+        self._copying += 1
+        try:
+            with self._directory.guard(self._path, max(self._written + most, self._size)):
+                await run_in_thread(self._copy, readinto, position, most, copied)
+        except StorageFailed as error:
+            self._fail(error)
+            raise
+        finally:  # a cancellation, too, comes after they are written
+            number = sum(copied)
+            self._copying -= 1
+            self.offset += number
+            self._written += number
+            there = self.extents.total
+            self.extents.add(position, position + number)
+            self.repeated += there + number - self.extents.total
+            self._move(self._readable)
+        return number
+
+    def _copy(self, readinto: ReadInto, position: int, most: int, copied: list[int]) -> None:
+        buffer = _buffer()
+        while most:
+            wanted = buffer[:most]
+            number = readinto(wanted)
+            if number:
+                self._append([(position, wanted[:number])])
+                copied.append(number)
+            if number < len(wanted):
+                return
+            position, most = position + number, most - number
+
+    async def _flushed(self) -> None:
+        await super()._flushed()
+        while self._copying:
+            await self._moved.wait()
 
     def rehash(self) -> None:
         """Continue after the writes of a former writer.  Blocks.  Call it before any write.
@@ -61,6 +136,7 @@ class SparseUpload(FileUpload):
             raise Unavailable(f"{self._path.name}: the list of its bytes is damaged")
         if self._list is None:
             self._catch_up()  # else commit() does it
+        self._stored = Extents(self.extents)
         self.offset = self._written = self.extents.total
         self.wanted.remove()  # those who still wait tell it again
 
@@ -117,28 +193,52 @@ class SparseUpload(FileUpload):
             self.offset = self.extents.total
             self._move(self._readable)
 
-    def _append(self, batch: list[tuple[int, bytes]]) -> None:
+    def _append(self, batch: Sequence[tuple[int, Bytes]]) -> None:
         written = Extents((position, position + len(chunk)) for position, chunk in batch)
-        if self._list is None and any(start > self.extents.end(0) for start, _ in written):
-            path = ExtentList.path(self._path, self._file)
-            self._list = ExtentList.create(path, self._size, self.extents)
+        with self._listing:
+            if self._list is None and any(start > self._stored.end(0) for start, _ in written):
+                path = ExtentList.path(self._path, self._file)
+                self._list = ExtentList.create(path, self._size, self._stored)
         super()._append(batch)
-        if self._list is None:
-            return
-        self._list.append(written)
-        self._unsynced += written.total
-        if self._unsynced >= SYNC:
+        with self._listing:
+            for start, stop in written:
+                self._stored.add(start, stop)
+            if self._list is None:
+                return
+            self._unlisted += written
+            self._unsynced += written.total
+            if not self._syncing:
+                self._enlist(self._list)
+            sync = not self._syncing and self._unsynced >= SYNC
+            self._syncing = self._syncing or sync
+            there = self._stored.end(0)
+        if sync:
             self._sync()
         # Gaps are closed before what is already there: hash that, while it may be in memory.
-        self._catch_up(min(self.extents.end(0), self._hashed + 2 * BACKLOG))
+        with _held_if_free(self._hashing) as ours:
+            if ours:
+                self._catch_up(min(there, self._hashed + 2 * BACKLOG))
+
+    def _hash_next(self, position: int, chunk: Bytes) -> None:
+        with _held_if_free(self._hashing) as ours:  # what is left out is hashed from the file
+            if ours:
+                super()._hash_next(position, chunk)
+
+    def _enlist(self, list_: ExtentList) -> None:
+        list_.append(self._unlisted)
+        self._unlisted.clear()
 
     def _sync(self) -> None:
+        """Let the list tell that all that is in it will outlast a power failure."""
         if self._list is not None and self._unsynced:
-            os.fdatasync(self._file)
-            self._list.sync()
             self._unsynced = 0
+            os.fdatasync(self._file)
+            with self._listing:  # what others have written meanwhile comes after the mark
+                self._list.sync()
+                self._enlist(self._list)
+                self._syncing = False
 
-    def _advance(self, batch: list[tuple[int, bytes]]) -> None:
+    def _advance(self, batch: Sequence[tuple[int, bytes]]) -> None:
         there = self.extents.total
         for position, chunk in batch:
             self.extents.add(position, position + len(chunk))

@@ -16,10 +16,10 @@ import asyncio
 import hashlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from storage.concurrency import run_in_thread
 from storage.disk.health import translated
@@ -30,6 +30,7 @@ from storage.registry import Blob, Upload
 
 CHUNK = 1 << 20  # bytes read or hashed at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to wait
+Bytes: TypeAlias = bytes | memoryview
 
 
 class UploadDirectory(Protocol):
@@ -193,6 +194,11 @@ class FileUpload(Upload):
         """Whether all bytes are written and verified; the file may not have its final name yet."""
         return self._complete
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing more will be written."""
+        return self._error is not None
+
     def matches(self, digest: Digest) -> bool:
         """Whether the bytes so far are the whole blob.  No write may be pending."""
         return digest == Digest.of_hash(self._hash)
@@ -233,27 +239,31 @@ class FileUpload(Upload):
         try:
             while self._waiting and self._error is None:
                 batch, self._waiting = self._waiting, []
-                end = self._written + sum(len(chunk) for _, chunk in batch)
-                with self._directory.guard(self._path, max(end, self._size)):
+                size = sum(len(chunk) for _, chunk in batch)
+                with self._directory.guard(self._path, max(self._written + size, self._size)):
                     await asyncio.to_thread(self._append, batch)
-                self._written = end
+                self._written += size
                 self._advance(batch)
         except StorageFailed as error:
             self._fail(error)
         finally:
             self._flusher = None
 
-    def _append(self, batch: list[tuple[int, bytes]]) -> None:
+    def _append(self, batch: Sequence[tuple[int, Bytes]]) -> None:
         for position, chunk in batch:
             view, end = memoryview(chunk), position
             while view:
                 written = os.pwrite(self._file, view, end)
                 view, end = view[written:], end + written
-            if self._hashed == position:
-                self._hash.update(chunk)
-                self._hashed = end
+            self._hash_next(position, chunk)
 
-    def _advance(self, batch: list[tuple[int, bytes]]) -> None:
+    def _hash_next(self, position: int, chunk: Bytes) -> None:
+        """Hash bytes that are written, if they follow those that are hashed."""
+        if self._hashed == position:
+            self._hash.update(chunk)
+            self._hashed += len(chunk)
+
+    def _advance(self, batch: Sequence[tuple[int, bytes]]) -> None:
         """Let readers have what was written."""
         self._move(max(self._readable, self._written - 1))
 

@@ -90,11 +90,12 @@ def run(
 ) -> report.Results:
     """Fresh peers, a verified first time that is not counted, then the rounds: a new order each."""
     through = getattr(upstream, scenario.through)
+    scheme = "https" if scenario.through == "tls_port" else "http"
     peers: dict[str, Peer] = {}
     try:
         for name in names:
             if name in PEERS:
-                peers[name] = PEERS[name](directory / name, f"http://127.0.0.1:{through}")
+                peers[name] = PEERS[name](directory / name, f"{scheme}://127.0.0.1:{through}")
         targets = {name: Target(peer.port, peer.process, upstream) for name, peer in peers.items()}
         if scenario.nginx and "nginx" in names:
             direct = upstream.direct_port if scenario.through == "port" and not scenario.cold else through

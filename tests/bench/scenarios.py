@@ -59,7 +59,7 @@ class Scenario:
     sample: Sample
     size: int | None
     cold: bool = False
-    through: Literal["port", "slow_port", "link_port"] = "port"
+    through: Literal["port", "tls_port", "slow_port", "link_port"] = "port"
     rounds: int = 5
     nginx: bool = True
 
@@ -152,6 +152,7 @@ def all_scenarios(quick: bool) -> list[Scenario]:
     single = time("cold blob through the link, 1 client", 1)
     linked = time("cold blob through the link, 20 clients", 5)
     one, twenty = time("cold blob, 1 client", 1), time("cold blob, 20 clients", 5)
+    tls = time("cold blob, 1 client, upstream by TLS", 1)
     cold_cost = (bytes_once, cpu_all)
     first_cost = (Measure("upstream requests", ""),)
 
@@ -162,6 +163,7 @@ def all_scenarios(quick: bool) -> list[Scenario]:
         Scenario("warm1", (speed("warm blob, 1 client"), cpu_gib), warm(1, 12), full),
         Scenario("warm8", (speed("warm blob, 8 clients"), cpu_gib), warm(8, 2), full),
         Scenario("cold1", (one, *cold_cost), cold(1), full, True),
+        Scenario("cold1-tls", (tls, *cold_cost), cold(1), full, True, "tls_port", nginx=False),
         Scenario("cold20", (twenty, *cold_cost), cold(20), full, True),
         # Without nginx: it is known how long transfers take on a link of known speed.
         Scenario("link1", (single, *cold_cost), cold(1), full // 3, True, "link_port", rounds=3, nginx=False),

@@ -1,8 +1,8 @@
 """The registry that the peers cache: static files behind nginx, which is never the bottleneck.
 
-Four ports serve the same tree: `port` logs every request, `slow_port` too and limits the rate of each
-connection, `direct_port` logs nothing (nginx as a peer), and `link_port` leads to `port` through a link of
-limited bandwidth and some latency that all connections share (link.py).
+Five ports serve the same tree: `port` logs every request, `tls_port` too and speaks TLS, `slow_port` too and
+limits the rate of each connection, `direct_port` logs nothing (nginx as a peer), and `link_port` leads to
+`port` through a link of limited bandwidth and some latency that all connections share (link.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.authority import Authority
 from tests.bench.clients import get
 from tests.bench.peers import Process, free_port
 
@@ -48,6 +49,12 @@ http {{
     keepalive_requests 1000000;
     root {directory}/tree;
     server {{ listen 127.0.0.1:{port}; include {directory}/registry.conf; }}
+    server {{
+        listen 127.0.0.1:{tls_port} ssl;
+        ssl_certificate {directory}/server.crt;
+        ssl_certificate_key {directory}/server.key;
+        include {directory}/registry.conf;
+    }}
     server {{ listen 127.0.0.1:{slow_port}; limit_rate {slow_rate}; include {directory}/registry.conf; }}
     server {{ listen 127.0.0.1:{direct_port}; access_log off; include {directory}/registry.conf; }}
     server {{ listen 127.0.0.1:{status_port}; access_log off; location / {{ stub_status; }} }}
@@ -97,7 +104,10 @@ class Upstream:
         (self._tree / "manifests").mkdir()
         self.manifest = self._add_manifest()
         self.port, self.slow_port, self.direct_port, self._status_port = (free_port() for _ in range(4))
-        self.link_port = free_port()
+        self.link_port, self.tls_port = free_port(), free_port()
+        authority = Authority(directory)
+        authority.issue("server")
+        os.environ["SSL_CERT_FILE"] = str(authority.ca)  # of all peers
         self._write_configuration()
         self.process = Process("nginx", ["nginx", "-c", str(directory / "nginx.conf")], directory)
         link = [sys.executable, str(Path(__file__).with_name("link.py"))]
@@ -161,6 +171,7 @@ class Upstream:
             user="user root;" if os.geteuid() == 0 else "",
             directory=self.directory,
             port=self.port,
+            tls_port=self.tls_port,
             slow_port=self.slow_port,
             slow_rate=SLOW_RATE,
             direct_port=self.direct_port,

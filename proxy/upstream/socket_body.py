@@ -1,0 +1,193 @@
+"""The body of a large response, read by threads from its socket, past the event loop.
+
+The event loop has read the head.  It then takes no part but to wait until there are bytes; so they are not
+copied from one object of Python to another, and are read while it does something else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from contextlib import suppress
+from typing import Any, cast
+
+import aiohttp
+
+from proxy.config.quantities import parse_number
+from proxy.connections.trust import ClientSSLObject
+
+LEAST = 1 << 20  # bytes; for fewer it is not worth it
+GATHER = 0.005  # seconds in which more may come, before the next look: each look costs as much as 100 KiB
+RECORDS = 256 << 10  # bytes of TLS read at a time
+
+_memory = threading.local()
+
+
+class SocketBodies:
+    """The bodies that are read from their sockets, of the upstream behind `proxy`, if there is one.
+
+    Each fails after so many seconds of `patience` in which nothing comes.
+    """
+
+    def __init__(self, patience: float, proxy: str | None) -> None:
+        self.patience = patience
+        self.open: set[SocketBody] = set()
+        self._nested = proxy is not None and proxy.startswith("https:")  # TLS within TLS
+
+    def take(self, response: aiohttp.ClientResponse) -> SocketBody | None:
+        """The body of a response whose head has come; None if it is small, or comes in another way."""
+        connection, content, headers = response.connection, response.content, response.headers
+        length = parse_number(headers.get("Content-Length", ""))
+        if length is None or "Transfer-Encoding" in headers or length - content.total_bytes < LEAST:
+            return None
+        if connection is None or connection.transport is None or content.exception() is not None:
+            return None
+        tls = connection.transport.get_extra_info("ssl_object")
+        if self._nested or not isinstance(tls, ClientSSLObject | None):
+            return None
+        try:
+            duplicate = connection.transport.get_extra_info("socket").dup()
+        except OSError:  # no descriptors are left
+            return None
+        body = SocketBody(self, response, duplicate, length, tls)
+        self.open.add(body)
+        return body
+
+    def cut(self, error: Exception) -> None:
+        """End all of them."""
+        for body in self.open:
+            body.cut(error)
+
+
+class SocketBody:
+    """The rest of the body of a response.
+
+    From the construction until close() the connection is ours: its transport neither reads nor writes, and
+    `socket` is a duplicate of its own.  Only one thread may read at a time, and none while it is closed.
+    """
+
+    def __init__(
+        self,
+        bodies: SocketBodies,
+        response: aiohttp.ClientResponse,
+        socket: socket.socket,
+        length: int,
+        tls: ClientSSLObject | None,
+    ) -> None:
+        self._bodies = bodies
+        self._response = response
+        connection: Any = response.connection
+        self._transport = connection.transport
+        self._protocol = connection.protocol
+        self._socket = socket
+        self._tls = tls
+        self._head = memoryview(response.content.read_nowait())
+        self._rest = length - response.content.total_bytes
+        self._error: Exception | None = None
+        self._empty = False  # nothing has been there when it was last read
+        self._lock = threading.Lock()
+        self._protocol.pause_reading()
+        if tls is not None:  # pause_reading() lets the records come
+            self._transport.set_read_buffer_limits(high=0, low=0)
+
+    async def wait(self) -> bool:
+        """Wait until there are bytes to read; False at the end.
+
+        Raises what aiohttp raises: TimeoutError, ClientError, OSError.
+        """
+        if self._empty and self._error is None:
+            if self._rest > LEAST:
+                await asyncio.sleep(GATHER)
+            async with asyncio.timeout(self._bodies.patience):
+                await self._readable()
+            self._empty = False
+        if self._error is not None:
+            raise self._error
+        return bool(self._rest or self._head)
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._socket, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self._socket)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """As ReadInto; an error is raised by the next wait()."""
+        done = min(len(self._head), len(buffer))
+        buffer[:done], self._head = self._head[:done], self._head[done:]
+        stop = min(len(buffer), done + self._rest)
+        receive = self._socket.recv_into if self._tls is None else self._decrypt
+        with self._lock:
+            while done < stop and self._error is None:
+                try:
+                    number = receive(buffer[done:stop])
+                except (BlockingIOError, ssl.SSLWantReadError):
+                    self._empty = True
+                    break
+                except OSError as error:  # of TLS, too
+                    self._error = error
+                    break
+                if not number:
+                    self._error = aiohttp.ClientPayloadError(f"the body ended {self._rest} bytes early")
+                done, self._rest = done + number, self._rest - number
+        return done
+
+    def _decrypt(self, buffer: memoryview) -> int:
+        """As recv_into()."""
+        assert self._tls is not None
+        while True:
+            try:
+                # With a buffer it returns a number.
+                return cast(int, self._tls.read(len(buffer), cast(bytearray, buffer)))
+            except ssl.SSLWantReadError:
+                if self._tls.outgoing.pending:  # the server has changed its keys
+                    self._socket.sendall(self._tls.outgoing.read())
+            records = _records()
+            number = self._socket.recv_into(records)
+            if not number:
+                return 0
+            self._tls.incoming.write(records[:number])
+
+    def cut(self, error: Exception) -> None:
+        """End it, although a thread may be reading; wait() raises the error."""
+        with self._lock:
+            self._error = error
+        with suppress(OSError):  # it has ended already
+            self._socket.shutdown(socket.SHUT_RD)  # wait() wakes up
+
+    def close(self) -> None:
+        """Release the connection if the body has come to its end, else close it."""
+        self._bodies.open.discard(self)
+        if self._rest or self._error is not None or self._has_more():
+            self._transport.abort()  # close() would wait for an answer to the end of TLS, which nobody reads
+            self._response.close()
+        else:
+            if self._tls is not None:
+                self._transport.set_read_buffer_limits()
+            self._protocol.resume_reading()
+            self._response.content.feed_eof()  # aiohttp releases it then
+        self._socket.close()
+
+    def _has_more(self) -> bool:
+        """Whether something came after the body.  It must not be taken for the next response."""
+        if self._tls is not None and (self._tls.incoming.pending or self._tls.pending()):
+            return True
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+
+def _records() -> memoryview:
+    if not hasattr(_memory, "records"):
+        _memory.records = memoryview(bytearray(RECORDS))
+    found: memoryview = _memory.records
+    return found

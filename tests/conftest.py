@@ -26,9 +26,9 @@ from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, transport
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.requests import UpstreamSettings
-from proxy.upstream.transport import Connect
 from tests.authority import Authority
 from tests.pools import is_kept_open
 from tests.postgres import PostgresServer

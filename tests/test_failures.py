@@ -29,7 +29,8 @@ from proxy.doctor import client, upstreams
 from proxy.doctor.checks import Check
 from proxy.setup.site import Site
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.transport import Connect, Transport
+from proxy.upstream.connect import Connect
+from proxy.upstream.transport import Transport
 from proxy.webhooks.delivery import Dispatcher
 from proxy.webhooks.event import Event
 from proxy.webhooks.queue import Queue

@@ -21,8 +21,8 @@ from proxy.cache.parts import Part
 from proxy.cache.readers import BlobSource
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.transport import Connect
 from proxy.web.send import SMALL
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords

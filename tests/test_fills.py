@@ -20,8 +20,8 @@ from proxy.cache.fills import Fills
 from proxy.cache.readers import BlobSource
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.transport import Connect
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, OriginFailed, Unavailable

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import yaml
 
+from proxy.upstream.connect import Connect
 from proxy.upstream.requests import UpstreamSettings
-from proxy.upstream.transport import Connect
 from tests.upstream import Upstream
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"

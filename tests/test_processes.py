@@ -29,9 +29,9 @@ from proxy.server import make_room as room
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
 from proxy.upstream.breaker import FAILURES
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover
-from proxy.upstream.transport import Connect
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth
 from storage.disk.records import SQLiteRecords

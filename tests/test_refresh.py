@@ -19,8 +19,9 @@ from proxy.cache.refresh import FILLS, RefreshResult, refresh
 from proxy.namespaces.routing import Member, Namespaces
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.transport import RETRIES, Connect
+from proxy.upstream.transport import RETRIES
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import (

@@ -17,8 +17,8 @@ import trustme
 
 from proxy.cache import streams
 from proxy.upstream import socket_body
+from proxy.upstream.connect import Connect
 from proxy.upstream.socket_body import SocketBodies
-from proxy.upstream.transport import Connect
 from storage.errors import OriginFailed, OriginTimeout
 from storage.limits import RateLimit
 from storage.oci import Digest

@@ -15,9 +15,9 @@ from yarl import URL
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.client import UpstreamRegistry as Client
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.requests import RequestSender, UpstreamSettings
-from proxy.upstream.transport import Connect
 from proxy.upstream.upload import SMALL, UploadSession
 from storage.errors import (
     BlobUnknown,

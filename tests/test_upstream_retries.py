@@ -10,7 +10,8 @@ import pytest
 from yarl import URL
 
 from proxy.upstream import transport
-from proxy.upstream.transport import RETRIES, Connect, Transport, is_private
+from proxy.upstream.connect import Connect
+from proxy.upstream.transport import RETRIES, Transport, is_private
 from storage.errors import OriginFailed, OriginTimeout
 from tests.conftest import BACKOFF, Serve
 from tests.outages import (

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from proxy.upstream.transport import REDIRECTS, Connect
+from proxy.upstream.connect import Connect
+from proxy.upstream.transport import REDIRECTS
 from storage.errors import (
     OriginDenied,
     OriginFailed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.upstream import client
-from proxy.upstream.transport import Connect
+from proxy.upstream.connect import Connect
 from storage.oci import Digest, Span, Tag
 from tests.upstream import Basic
 

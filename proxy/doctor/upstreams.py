@@ -22,10 +22,11 @@ from proxy.connections.failures import explain, file_fault, reason
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.upstream.configured import connect_of, credentials_of
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.ratelimit import Budget
 from proxy.upstream.tokens import TokenCache, TokenResponse
-from proxy.upstream.transport import Connect, Transport
+from proxy.upstream.transport import Transport
 from storage.errors import OriginDenied, RegistryError
 
 HUB = frozenset(DOCKER_HUB_ALIASES)

@@ -17,9 +17,9 @@ from proxy.transfer.copy import Copier, CopyOptions, CopyRoute
 from proxy.transfer.copy_sources import CopyItem, CopySource, items
 from proxy.transfer.results import Copied, CopyRow, Outcome
 from proxy.upstream.client import UpstreamRegistry
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, DockerConfig, Inline, LoginFiles
 from proxy.upstream.requests import UpstreamSettings
-from proxy.upstream.transport import Connect
 from storage.errors import RegistryError
 from storage.names import written
 

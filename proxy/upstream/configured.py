@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from proxy.config.upstream import Login, UpstreamConfig
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
-from proxy.upstream.transport import Connect
 
 
 def connect_of(upstream: UpstreamConfig) -> Connect:

@@ -23,6 +23,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.anonymous import AnonymousTokens
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import HostState
+from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import decoded
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response
@@ -31,7 +32,7 @@ from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
 from proxy.upstream.redirects import RedirectMemory
 from proxy.upstream.refusals import Refusals
 from proxy.upstream.tokens import TokenCache, TokenResponse
-from proxy.upstream.transport import READING, Connect, Transport
+from proxy.upstream.transport import READING, Transport
 from storage.errors import OriginDenied, OriginForbidden, RegistryError, TooManyRequests, Unavailable
 from storage.limits import RateLimit
 from storage.oci import MANIFEST_LIMIT

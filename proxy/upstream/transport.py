@@ -15,13 +15,10 @@ import errno
 import math
 import random
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import aiohttp
@@ -29,9 +26,9 @@ from yarl import URL
 
 from proxy.config.hosts import is_private
 from proxy.connections.failures import explain
-from proxy.connections.trust import client_context, public_context
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
+from proxy.upstream.connect import Connect
 from proxy.upstream.listing_memory import ignore
 from proxy.upstream.redirects import RedirectMemory, good_for
 from proxy.upstream.socket_body import SocketBodies
@@ -49,42 +46,6 @@ _MOVED = frozenset((301, 302, 303, 307, 308))
 _CONTENT = frozenset((200, 206, 416))  # of answers to a request for content, or for a part of it
 _DOWN = frozenset((502, 503, 504))  # a 500 concerns one request only
 RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
-
-
-@dataclass(frozen=True)
-class Connect:
-    """How to connect to an upstream; times are in seconds.
-
-    `header_timeout` covers connecting and waiting for the response's headers, `progress_timeout` each wait
-    for more of the response's body, or for a chunk of the request's body to be sent.  `write_timeout` covers
-    the wait for the response to a request that writes, once its body is sent: registries hash and move
-    content before they answer.  Without `private_home` the upstream itself must not have a private address.
-    """
-
-    ca_file: Path | None = None
-    client_certificate: Path | None = None
-    client_key: Path | None = None
-    proxy: str | None = None
-    plain_http: bool = False
-    private_redirects: bool = False
-    private_home: bool = True
-    insecure_skip_verify: bool = False
-    connect_timeout: float = 3.0
-    header_timeout: float = 10.0
-    progress_timeout: float = 60.0
-    write_timeout: float = 300.0
-
-    def ssl_context(self) -> ssl.SSLContext:
-        """Raises OSError if a file cannot be read, ssl.SSLError if it is invalid."""
-        if not (self.ca_file or self.client_certificate or self.insecure_skip_verify):
-            return public_context()
-        context = client_context(self.ca_file)
-        if self.insecure_skip_verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        if self.client_certificate is not None:
-            context.load_cert_chain(self.client_certificate, self.client_key)
-        return context
 
 
 class Transport:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Hashable, Iterable
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -17,13 +18,15 @@ T = TypeVar("T")
 LARGE = 64 << 10  # bytes of JSON whose parsing takes 5 ms
 
 
-async def run_in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Run `function` in a thread and wait for its end, even if the caller is cancelled.
+async def run_in_thread(function: Callable[..., T], *arguments: object, threads: Executor | None = None) -> T:
+    """Run `function` in one of `threads` and wait for its end, even if the caller is cancelled.
+
+    The default are those of the event loop.
 
     Otherwise the caller could close a file that the thread uses, and the thread would work on the next file
     that gets the same descriptor.
     """
-    return await uninterrupted(asyncio.get_running_loop().run_in_executor(None, function, *arguments))
+    return await uninterrupted(asyncio.get_running_loop().run_in_executor(threads, function, *arguments))
 
 
 async def run_sized(size: int, function: Callable[..., T], *arguments: object) -> T:

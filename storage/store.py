@@ -1,7 +1,7 @@
 """A registry that keeps its content: blobs, as files or as objects, and records of everything else.
 
 Each blob is stored once; a link, which is a record, says that a repository shows it.  storage/keys.py and
-storage/values.py describe the records.  The record of a referrer holds its descriptor as JSON.
+storage/values.py describe the records.
 
 Records that change together change in one transaction: after a failure either the whole push is stored or
 nothing of it.  The transaction that makes a link also finds the blob and sets its last use to the present
@@ -17,11 +17,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, takewhile
 from typing import TypeAlias, TypeVar, cast
-
-import msgspec
 
 from storage.concurrency import run_in_thread
 from storage.content import BlobContent
@@ -29,7 +27,6 @@ from storage.disk.uploads import FileUpload
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
-    ManifestInvalid,
     ManifestUnknown,
     NameUnknown,
     StorageFailed,
@@ -44,14 +41,14 @@ from storage.oci import (
     Reference,
     Span,
     Tag,
-    parse_manifest,
 )
 from storage.records import Batch, Records
 from storage.registry import NOTHING, Blob, Registry, Upload, everything, referrers_page
 from storage.totals import CountedRecords
-from storage.values import BlobUse, Link, Pointer, StoredManifest
+from storage.values import BlobUse, Link, Pointer, StoredManifest, encode_referrer, parse_referrer, subject_of
 
 T = TypeVar("T")
+THREADS = 8  # for remote records
 DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
 
 
@@ -92,12 +89,18 @@ class Store(Registry):
         self.records = cast(Records, CountedRecords(records))
         self.listings = OriginListings(self.records, clock)
         self._clock = clock
+        # Of their own: if a server does not answer, those who do not need it go on.
+        self._threads = ThreadPoolExecutor(THREADS, "records") if records.remote else None
 
     # Pull
 
     async def read(self, work: Callable[..., T], *arguments: object) -> T:
-        """The result of `work`, which reads records."""
-        return await run_in_thread(work, *arguments) if self.records.remote else work(*arguments)
+        """The result of `work`, which reads a few records."""
+        return await self.run(work, *arguments) if self.records.remote else work(*arguments)
+
+    async def run(self, work: Callable[..., T], *arguments: object) -> T:
+        """The result of `work`, which reads or writes records, in a thread."""
+        return await run_in_thread(work, *arguments, threads=self._threads)
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         link = await self.read(self._link_of, repository, digest)
@@ -151,7 +154,7 @@ class Store(Registry):
         return Manifest(stored.media_type, stored.content, reference), stored.stored_at
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
-        return await run_in_thread(self._tags, repository, last, limit)
+        return await self.run(self._tags, repository, last, limit)
 
     def _tags(self, repository: str, last: str, limit: int | None) -> list[str]:
         found = islice(self.records.scan(TAG.prefix(repository), last), limit)
@@ -169,19 +172,19 @@ class Store(Registry):
         limit: int | None = None,
     ) -> list[Descriptor]:
         sources = [self.referrers_after(repository, digest, last)]
-        return await run_in_thread(referrers_page, sources, artifact_type, limit)
+        return await self.run(referrers_page, sources, artifact_type, limit)
 
     def referrers_after(self, repository: str, digest: Digest, last: str = "") -> Iterator[Descriptor]:
         """The referrers after the digest `last`, in order; each is read when it is asked for."""
         for _, value in self.records.scan(REFERRER.prefix(repository, digest), last):
-            if (each := _descriptor(value)) is not None:
+            if (each := parse_referrer(value)) is not None:
                 yield each
 
     async def repositories(
         self, last: str = "", limit: int | None = None, within: str | None = None
     ) -> list[str]:
         """Full names in lexical order; only those in the namespace `within`, if it is given."""
-        return await run_in_thread(self._repositories, last, limit, within)
+        return await self.run(self._repositories, last, limit, within)
 
     def _repositories(self, last: str, limit: int | None, within: str | None) -> list[str]:
         names = self.records.groups(MANIFEST.prefix(), max(last, f"{within}/") if within else last)
@@ -214,7 +217,7 @@ class Store(Registry):
         visible: Callable[[str], bool] = everything,
     ) -> Descriptor:
         if source is None:
-            source = await asyncio.to_thread(self._repository_with, digest, visible)
+            source = await self.run(self._repository_with, digest, visible)
         await self.resolve_blob(source, digest)
         return await self.link(repository, digest)
 
@@ -250,7 +253,7 @@ class Store(Registry):
             manifest = named  # clients pull it by a digest of this algorithm
         else:
             tags = (reference, *tags)
-        await asyncio.to_thread(self._push, repository, manifest, tags, allowed)
+        await self.run(self._push, repository, manifest, tags, allowed)
         return manifest.descriptor
 
     def _push(
@@ -273,9 +276,8 @@ class Store(Registry):
         """Store the manifest, and what it is a referrer of, as part of a transaction."""
         stored = StoredManifest(manifest.media_type, self._clock(), manifest.content)
         batch.put(MANIFEST.key(repository, manifest.digest), stored.encode())
-        if (subject := _subject(manifest.content)) is not None:
-            referrer = msgspec.json.encode(_referrer(manifest).to_json())
-            batch.put(REFERRER.key(repository, subject.digest, manifest.digest), referrer)
+        if (subject := subject_of(manifest.content)) is not None:
+            batch.put(REFERRER.key(repository, subject.digest, manifest.digest), encode_referrer(manifest))
 
     def put_tags(self, batch: Batch, repository: str, tags: Mapping[Tag, Digest]) -> None:
         """Point tags to manifests that are stored, as part of a transaction."""
@@ -295,7 +297,7 @@ class Store(Registry):
         Raises ManifestUnknown, and what `allowed` raises, which is called in the transaction with the tags
         that will be deleted.
         """
-        if not await asyncio.to_thread(self._delete, repository, reference, allowed):
+        if not await self.run(self._delete, repository, reference, allowed):
             raise ManifestUnknown(f"{repository} has no {reference}")
 
     def _delete(self, repository: str, reference: Reference, allowed: DeletionCheck | None) -> bool:
@@ -315,7 +317,7 @@ class Store(Registry):
         for tag in tags:
             batch.delete(TAG.key(repository, tag))
         stored = StoredManifest.parse(batch.get(MANIFEST.key(repository, digest)))
-        subject = None if stored is None else _subject(stored.content)
+        subject = None if stored is None else subject_of(stored.content)
         if subject is not None:
             batch.delete(REFERRER.key(repository, subject.digest, digest))
         return batch.delete(MANIFEST.key(repository, digest))
@@ -325,7 +327,7 @@ class Store(Registry):
         return [Tag(TAG.parse(key)[1]) for key in batch.tags_at(repository, digest)]
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
-        if not await asyncio.to_thread(self.records.delete, LINK.key(repository, digest)):
+        if not await self.run(self.records.delete, LINK.key(repository, digest)):
             raise BlobUnknown(f"{repository} has no blob {digest}")
 
     def linked(self, repository: str, digest: Digest) -> Descriptor | None:
@@ -348,7 +350,7 @@ class Store(Registry):
         await blob.close()
         if size not in (-1, blob.descriptor.size):
             await asyncio.to_thread(self.files.verify, digest)  # one of the two is wrong
-        await asyncio.to_thread(self._link, repository, blob.descriptor)
+        await self.run(self._link, repository, blob.descriptor)
         return blob.descriptor
 
     def _link(self, repository: str, blob: Descriptor) -> None:
@@ -368,28 +370,9 @@ class Store(Registry):
     async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
         """Point a tag to a stored manifest: the origin has just confirmed it."""
         pointer = Pointer(digest, self._clock())
-        await asyncio.to_thread(self.records.put, TAG.key(repository, tag), pointer.encode())
+        await self.run(self.records.put, TAG.key(repository, tag), pointer.encode())
 
     async def close(self) -> None:
         self.records.close()
-
-
-def _subject(content: bytes) -> Descriptor | None:
-    try:
-        return parse_manifest(content).subject
-    except ManifestInvalid:
-        return None  # of an unknown type; stored as it is
-
-
-def _referrer(manifest: Manifest) -> Descriptor:
-    """The descriptor in the answer of the referrers API: distribution-spec, "Listing Referrers"."""
-    content = parse_manifest(manifest.content)
-    size = len(manifest.content)
-    return Descriptor(manifest.media_type, manifest.digest, size, content.artifact_type, content.annotations)
-
-
-def _descriptor(record: bytes) -> Descriptor | None:
-    # RecursionError if damaged JSON is nested too deeply; msgspec's DecodeError is a ValueError.
-    with suppress(ValueError, RecursionError, ManifestInvalid):
-        return Descriptor.from_json(msgspec.json.decode(record))
-    return None
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)

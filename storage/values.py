@@ -3,6 +3,7 @@
     tag         digest, time of validation
     manifest    media type, time of storing, newline, the exact bytes
     link        size in bytes, time of linking
+    referrers   the descriptor of the referrer, as JSON
     object      size in bytes, time of last use, key
     blob        time of last use, in milliseconds with 14 digits, so that records sort by it; size in bytes
 
@@ -16,8 +17,10 @@ import math
 from contextlib import suppress
 from typing import NamedTuple
 
-from storage.errors import DigestInvalid
-from storage.oci import Digest
+import msgspec
+
+from storage.errors import DigestInvalid, ManifestInvalid
+from storage.oci import Descriptor, Digest, Manifest, parse_manifest
 
 LATEST = 10**14 - 1  # milliseconds
 _TEXT = ("utf-8", "surrogateescape")  # a media type is returned as it was sent, even if it is not UTF-8
@@ -112,6 +115,28 @@ class BlobUse(NamedTuple):
     def parse(cls, record: bytes | None) -> BlobUse | None:
         used_at, _, size = (record or b"").partition(b" ")
         return cls(int(used_at), int(size)) if used_at.isdigit() and size.isdigit() else None
+
+
+def subject_of(manifest: bytes) -> Descriptor | None:
+    """What a manifest refers to; None if that is nothing, or its type is unknown."""
+    try:
+        return parse_manifest(manifest).subject
+    except ManifestInvalid:
+        return None
+
+
+def encode_referrer(manifest: Manifest) -> bytes:
+    """The descriptor in the answer of the referrers API: distribution-spec, "Listing Referrers"."""
+    content, size = parse_manifest(manifest.content), len(manifest.content)
+    named = (manifest.media_type, manifest.digest, size, content.artifact_type, content.annotations)
+    return msgspec.json.encode(Descriptor(*named).to_json())
+
+
+def parse_referrer(record: bytes) -> Descriptor | None:
+    # RecursionError if damaged JSON is nested too deeply; msgspec's DecodeError is a ValueError.
+    with suppress(ValueError, RecursionError, ManifestInvalid):
+        return Descriptor.from_json(msgspec.json.decode(record))
+    return None
 
 
 def _number(text: bytes) -> float | None:

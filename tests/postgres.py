@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import select
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 USER = "entrepot"
 PASSWORD = "a secret of tests"
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def programs() -> Path:
@@ -77,6 +79,7 @@ class PostgresServer:
                 stdout=log,
                 stderr=log,
                 env={"NOTIFY_SOCKET": str(place)},
+                preexec_fn=_end_with_parent,
                 **self._owner,
             )
             notified.settimeout(60)
@@ -86,21 +89,39 @@ class PostgresServer:
     def kill(self) -> None:
         """End it and all its processes at once, as a lost machine would."""
         assert self._process is not None
-        pid = self._process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        processes = self._processes()
         with ExitStack() as stack:
             ended = []
-            for each in map(int, children):
+            for each in processes[1:]:
                 with suppress(ProcessLookupError):
                     file = os.pidfd_open(each)
                     stack.callback(os.close, file)
                     ended.append(file)
-            for each in (pid, *map(int, children)):
-                with suppress(ProcessLookupError):
-                    os.kill(each, signal.SIGKILL)
+            self._signal(processes, signal.SIGKILL)
             self._process.wait()
             for file in ended:  # until then they keep the memory that it shares with them
                 select.select([file], [], [])
+
+    def _processes(self) -> list[int]:
+        """The server and its children."""
+        assert self._process is not None
+        pid = self._process.pid
+        return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+    def _signal(self, processes: list[int], number: signal.Signals) -> None:
+        for each in processes:
+            with suppress(ProcessLookupError):
+                os.kill(each, number)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, it keeps its connections and answers nothing."""
+        processes = self._processes()
+        self._signal(processes, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(processes, signal.SIGCONT)
 
     @contextmanager
     def lost(self) -> Iterator[None]:
@@ -135,6 +156,11 @@ class PostgresServer:
     def url(self, parameters: Mapping[str, str] = {}) -> str:
         query = "&".join(f"{name}={quote(value)}" for name, value in parameters.items())
         return f"postgresql://{USER}:{quote(PASSWORD)}@127.0.0.1:{self._port}/postgres?{query}"
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the process of the tests does, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGQUIT)
 
 
 def _owner() -> dict[str, Any]:

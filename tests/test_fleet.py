@@ -148,15 +148,30 @@ async def _one_winner_of_a_tag(fleet: Fleet) -> None:
 async def test_the_database_is_killed_and_comes_back(
     fleet: Fleet, postgres_server: PostgresServer, upstream: Upstream
 ) -> None:
+    await _silent_for_a_while(fleet, postgres_server, upstream)
     await _killed_in_the_middle_of_pushes(fleet, postgres_server, upstream)
     await _killed_between_pushes(fleet, postgres_server)
+
+
+async def _silent_for_a_while(fleet: Fleet, postgres_server: PostgresServer, upstream: Upstream) -> None:
+    """However many wait for the database, those who need none wait for nobody."""
+    cached = upstream.image("library/busybox", "latest", layers=[b"a layer of busybox"])
+    await fleet.blob(0, CONFIG)
+    with postgres_server.silent():
+        waiting = [asyncio.create_task(fleet.tag(0, f"silent-{number}", image())) for number in range(40)]
+        waiting += [asyncio.create_task(fleet.ask(0, "GET", f"{APP}/manifests/any")) for _ in range(40)]
+        for path in ("manifests/latest", *(f"blobs/{each}" for each in (cached.config, *cached.layers))):
+            answer = await fleet.ask(0, "GET", f"/v2/library/busybox/{path}")
+            assert answer.status == 200
+        assert not any(each.done() for each in waiting)
+    found = [(await each).status for each in waiting]
+    assert found == [201] * 40 + [404] * 40
 
 
 async def _killed_in_the_middle_of_pushes(
     fleet: Fleet, postgres_server: PostgresServer, upstream: Upstream
 ) -> None:
     cached = upstream.image("library/alpine", "latest")
-    await fleet.blob(0, CONFIG)
     assert (await fleet.tag(0, "before", image())).status == 201
     pushed = {f"t{number}": image(annotations={"n": str(number)}) for number in range(12)}
     other = psycopg.connect(fleet.url, autocommit=True)

@@ -295,6 +295,18 @@ def _causes(events: LogCapture) -> list[str]:
 
 
 @pytest.mark.errors("records.failed")
+def test_a_database_that_says_nothing_is_given_up(
+    records: PostgresRecords, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.put("a", b"1")
+    with postgres_server.silent(), monkeypatch.context() as hasty:
+        hasty.setattr(connections, "ANSWER", 0.1)
+        with pytest.raises(StorageUnavailable, match="did not answer"):
+            records.get("a")
+    assert records.get("a") == b"1"
+
+
+@pytest.mark.errors("records.failed")
 def test_a_server_that_has_become_a_standby_is_left(records: PostgresRecords) -> None:
     records.put("a", b"1")
     with records._connection() as connection:

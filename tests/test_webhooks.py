@@ -15,6 +15,7 @@ import pytest
 from proxy.webhooks.publisher import Publisher
 from storage.disk.blobs import BlobFiles
 from storage.oci import OCI_MANIFEST, OCTETS, Digest
+from storage.records import Batch
 from tests.conftest import OPEN, Clock, Serve
 from tests.events import Ear
 from tests.processes import Place, place  # noqa: F401  a fixture
@@ -184,10 +185,10 @@ async def test_who_leaves_before_he_is_answered_does_not_take_the_event_along(
     renew = BlobFiles.renew
     loop = asyncio.get_running_loop()
 
-    def held(self: BlobFiles, digest: Digest) -> None:
+    def held(self: BlobFiles, digest: Digest, batch: Batch | None = None) -> None:
         loop.call_soon_threadsafe(arrived.set)
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
-        renew(self, digest)
+        renew(self, digest, batch)
 
     monkeypatch.setattr(BlobFiles, "renew", held)
     ear = Ear()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from storage.concurrency import run_in_thread, run_sized
+from storage.concurrency import run_sized
 from storage.disk.health import MakeRoom, make_no_room
 from storage.errors import (
     Denied,
@@ -187,7 +187,7 @@ class Hosted(Registry):
         recorded = self._store.referrers_after(name, digest, last)
         listed = await self._fallback(name, digest, last)
         sources = [recorded, self._stored(name, listed)]
-        return await run_in_thread(referrers_page, sources, artifact_type, limit)
+        return await self._store.run(referrers_page, sources, artifact_type, limit)
 
     async def _fallback(self, name: str, digest: Digest, last: str) -> list[Descriptor]:
         """Referrers that clients listed under a tag, as for registries without the referrers API.

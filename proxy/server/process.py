@@ -43,7 +43,6 @@ from proxy.web.tls import Certificates
 from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
-from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
 from storage.shared import SharedState
 
@@ -275,7 +274,7 @@ class ServerProcess:
             with suppress(StorageFailed):  # a failure is among the troubles then
                 store.files.check()
                 if store.records.remote:
-                    await run_in_thread(store.records.holds, "")
+                    await store.run(store.records.holds, "")
         left = self.composition.drill.left
         drill = {"drill": f"upstreams are cut off for {left:.0f} s more"} if left else {}
         states = await self._processes.states()

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from storage.concurrency import run_in_thread
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
 from storage.keys import LEASE, LINK, MANIFEST
 from storage.oci import Digest
@@ -51,7 +50,7 @@ class Leases:
         """Lease a blob that was last used at `used_at`.  Raises BlobUnknown if it is no longer stored."""
         if self.due(used_at):
             with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
-                await run_in_thread(self._blob, repository, digest)
+                await self._store.run(self._blob, repository, digest)
 
     def _blob(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:
@@ -65,7 +64,7 @@ class Leases:
         """Lease a manifest `stored_at` this time.  Raises ManifestUnknown if it is no longer stored."""
         if self.due(stored_at) and self.due(await self._store.read(self.of, repository, digest)):
             with suppress(StorageFailed):
-                await run_in_thread(self._manifest, repository, digest)
+                await self._store.run(self._manifest, repository, digest)
 
     def _manifest(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:

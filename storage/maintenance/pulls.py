@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from storage.concurrency import run_in_thread
 from storage.errors import ManifestUnknown, StorageFailed
 from storage.keys import PULLED, TAG
 from storage.records import Batch, Records
@@ -37,7 +36,7 @@ class Pulls:
         key = repository, tag
         if self.due(repository, tag):
             with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
-                at = await run_in_thread(self._record, repository, tag)
+                at = await self._store.run(self._record, repository, tag)
                 if len(self._recorded) >= REMEMBERED:
                     self._recorded.clear()
                 self._recorded[key] = at

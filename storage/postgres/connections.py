@@ -11,9 +11,11 @@ import select
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import psycopg
+from psycopg import errors
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
@@ -21,6 +23,7 @@ from psycopg.rows import TupleRow
 from storage.errors import StorageFailed
 
 PATIENCE = 5.0  # seconds that a thread waits for one of the connections
+ANSWER = 20.0  # seconds that it waits for the end of a statement
 # What the URL does not say.  A server that is gone without a word is noticed by the lack of its answers.
 _SETTINGS = {
     "application_name": "entrepot",
@@ -34,13 +37,26 @@ _SETTINGS = {
 # The server ends what a client that is gone has left: otherwise its locks hold for two hours.  Commits are
 # durable, whatever the default of the database is.
 _SESSION = """
-SET lock_timeout = '10s'; SET statement_timeout = '60s'; SET idle_in_transaction_session_timeout = '60s';
+SET lock_timeout = '10s'; SET statement_timeout = '15s'; SET idle_in_transaction_session_timeout = '60s';
 SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
 SET default_transaction_isolation = 'read committed';
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
 
+T = TypeVar("T")
 DatabaseConnection: TypeAlias = psycopg.Connection[TupleRow]
+
+
+class _Impatient(psycopg.Connection[TupleRow]):
+    """A connection that is closed if the server does not answer for too long, though its machine is there."""
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        timeout = ANSWER if timeout is None else timeout
+        try:
+            return super().wait(gen, interval, timeout)
+        except errors._WaitTimeout:
+            self.close()
+            raise psycopg.OperationalError(f"the server did not answer for {timeout:.0f} s") from None
 
 
 class Busy(Exception):
@@ -124,7 +140,7 @@ class Connections:
 
     def _connect(self) -> DatabaseConnection:
         try:
-            connection = psycopg.connect(self._parameters, autocommit=True)
+            connection = _Impatient.connect(self._parameters, autocommit=True)
             try:
                 connection.execute(_SESSION)
             except BaseException:
@@ -141,7 +157,7 @@ class Connections:
         if not self._closed:
             self._closed = True
             for _ in range(self._most):
-                self._slots.acquire()
+                self._slots.acquire(timeout=ANSWER)
             for each in self._idle:
                 each.close()
             self._idle.clear()

@@ -37,7 +37,6 @@ from storage.keys import (
     total_key,
 )
 from storage.records import Batch, Records
-from storage.values import BlobUse, Link
 
 T = TypeVar("T")
 
@@ -68,7 +67,7 @@ class RecordChange(NamedTuple):
             return None
         at = _time(value) if value is not None and kind in _AGING else None
         used = _last_use(value) if value is not None and kind is USE else 0.0
-        moved = kind is TAG and _target(former) != _target(value)
+        moved = kind is TAG and None not in (former, value) and _target(former) != _target(value)
         return cls(kind.name, key, _size(kind, former), _size(kind, value), at, used, moved)
 
 
@@ -269,15 +268,21 @@ def _size(kind: RecordKind, value: bytes | None) -> int | None:
         return None
     if kind is MANIFEST:
         return len(value.partition(b"\n")[2])
-    found = Link.parse(value) if kind is LINK else BlobUse.parse(value) if kind is BLOB else None
-    return 0 if found is None else found.size
+    if kind is LINK:
+        return _number(value.partition(b" ")[0])
+    return _number(value.rpartition(b" ")[2]) if kind is BLOB else 0
 
 
 def _time(value: bytes) -> float:
     """When it was stored or confirmed; 0 if it is damaged, so that it counts as very old."""
-    with suppress(ValueError):
+    try:
         return float(value.partition(b"\n")[0].rpartition(b" ")[2])
-    return 0.0
+    except ValueError:
+        return 0.0
+
+
+def _number(text: bytes) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def _target(value: bytes | None) -> bytes | None:

@@ -21,9 +21,12 @@ import pytest
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.namespaces.private import DATABASE, private_store
+from storage.disk.blobs import BlobFiles
+from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.maintenance.collection import ELSEWHERE, Collection
 from storage.maintenance.leases import Leases
+from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.retention import RetentionRules
 from storage.oci import OCI_MANIFEST, OCTETS, Descriptor, Digest
 from storage.postgres.records import PostgresRecords
@@ -361,3 +364,31 @@ async def test_a_blob_that_is_linked_meanwhile_is_not_collected(
         assert collection.run().blobs == 0
         assert linked
         assert other.linked("local/b", Digest.of(CONFIG))
+
+
+# Pins
+
+
+@pytest.mark.errors("records.failed")
+def test_a_pin_of_one_server_holds_on_all(
+    tmp_path: Path, database: str, postgres_server: PostgresServer, clock: Clock
+) -> None:
+    shared = private_store(configured(tmp_path, records=database)).records
+    homes = [Store(BlobFiles(tmp_path / name), SQLiteRecords(tmp_path / name / "records")) for name in "ab"]
+    one, other = (Pins(home, [Pin("docker.io/a:1")], clock, shared) for home in homes)
+    one.add(Pin("local/team/app:ci-7", 60.0))
+    other.add(Pin("local/other"))
+    former = Pin("docker.io/b", since=1.0)  # from before there was a database
+    Pins(homes[0]).add(former)
+    pinned = [Pin("local/other", since=clock.now), Pin("local/team/app:ci-7", 60.0, since=clock.now)]
+    assert one.list() == [Pin("docker.io/a:1"), former, *pinned]
+    assert other.list() == other.known() == [Pin("docker.io/a:1"), *pinned]
+    with postgres_server.lost():
+        with pytest.raises(StorageFailed):
+            other.list()  # a collection would remove what is pinned
+        assert other.known() == [Pin("docker.io/a:1"), pinned[0]]
+    assert one.remove("local/team/app:ci-7")
+    assert not one.remove("local/team/app:ci-7")
+    assert other.list() == [Pin("docker.io/a:1"), pinned[0]]
+    for each in (shared, *(home.records for home in homes)):
+        each.close()

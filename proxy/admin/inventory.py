@@ -101,7 +101,7 @@ class Inventory:
 
     def images(self, pattern: Pin, limit: int | None = None, last: str = "") -> Listed:
         """At most `limit` of the images that match, in the order of their names, after `last`."""
-        pins = self._pins.list()
+        pins = self._pins.known()
         found = list(islice(self._matching(pattern, last), None if limit is None else limit + 1))
         page = found[:limit]
         rows = [self._image(repository, reference, pins) for repository, reference in page]
@@ -239,7 +239,7 @@ class Inventory:
             referrers=self._referrers(repository, digest, seen),
             moves=[MoveRow(at=each.at, old=str(each.old), new=str(each.new)) for each in moves],
             uses=UseRow(count=use.count, last=use.last, first=use.first) if use else None,
-            pins=[pin.pattern for pin in self._pins.list() if pin.matches(repository, reference)],
+            pins=[pin.pattern for pin in self._pins.known() if pin.matches(repository, reference)],
         )
 
     def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[ImageNode]:

@@ -82,7 +82,7 @@ class Freshener:
     def _planned(self) -> list[tuple[float, str, Reference, Pin]]:
         """All images that are kept fresh, and when each is due."""
         pinned: dict[tuple[str, Reference], Pin] = {}
-        for pin in self._pins.list():
+        for pin in self._pins.known():
             if pin.keep_fresh is None:
                 continue
             found = set(self._pins.matching(pin))

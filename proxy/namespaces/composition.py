@@ -211,7 +211,9 @@ class _Composer:
         hosted = self._hosted(private, publisher) if private else {}
         stores = [store, private] if private else [store]
         namespaces = self._namespaces({**made.caches, **hosted}, stores, made.others)
-        pins = Pins(store, [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins], clock)
+        configured = [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins]
+        shared = private.records if private is not None and private.records.remote else None
+        pins = Pins(store, configured, clock, shared)
         return Composition(
             config=config,
             clock=clock,

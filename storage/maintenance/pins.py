@@ -19,12 +19,13 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import msgspec
 
-from storage.errors import DigestInvalid, NameInvalid, TagInvalid
+from storage.errors import DigestInvalid, NameInvalid, StorageUnavailable, TagInvalid
 from storage.graph import ManifestTree, Walk, referring, walk
 from storage.keys import MANIFEST, PIN, TAG, parse_reference_key
 from storage.names import is_glob, literal_prefix, matches_glob
@@ -35,6 +36,7 @@ from storage.oci import (
     Tag,
     parse_name,
 )
+from storage.records import Records
 from storage.store import Store
 
 
@@ -119,26 +121,34 @@ class _Record(msgspec.Struct):
 
 
 class Pins:
-    """The pins of a store, `configured` ones first.  Methods block, and may raise StorageFailed."""
+    """The pins of a store, `configured` ones first.  Methods block, and may raise StorageFailed.
+
+    What is pinned by command is pinned in the `shared` records as well, if other servers share some.
+    """
 
     def __init__(
-        self, store: Store, configured: Sequence[Pin] = (), clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        configured: Sequence[Pin] = (),
+        clock: Callable[[], float] = time.time,
+        shared: Records | None = None,
     ) -> None:
         self._store = store
         self._configured = tuple(configured)
         self._clock = clock
+        self._shared = shared
+        self._records = [store.records] if shared is None else [shared, store.records]
 
     def list(self) -> Sequence[Pin]:
         """All pins.  A configured pin and one that was set by command may have the same pattern."""
-        return [*self._configured, *self._commanded()]
+        found = {pin.pattern: pin for records in self._records for pin in _commanded(records)}
+        return [*self._configured, *(pin for _, pin in sorted(found.items()))]
 
-    def _commanded(self) -> Iterator[Pin]:
-        for key, value in self._store.records.scan(PIN.prefix()):
-            try:
-                found = msgspec.json.decode(value, type=_Record)
-                yield Pin(PIN.parse(key)[0], found.keep_fresh, found.platforms, found.since)
-            except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
-                continue  # a damaged record counts as none
+    def known(self) -> Sequence[Pin]:
+        """All pins but those of other servers that cannot be asked now."""
+        with suppress(StorageUnavailable):
+            return self.list()
+        return [*self._configured, *_commanded(self._store.records)]
 
     def add(self, pin: Pin) -> None:
         """Set a pin, in place of one that was set with the same pattern.
@@ -151,11 +161,13 @@ class Pins:
             raise ValueError(f"nothing can match {pin.pattern}: {error}") from None
         since = self._clock() if pin.since is None else pin.since
         record = msgspec.json.encode(_Record(pin.keep_fresh, pin.platforms, since))
-        self._store.records.put(PIN.key(pin.pattern), record)
+        for records in self._records:
+            records.put(PIN.key(pin.pattern), record)
 
     def remove(self, pattern: str) -> bool:
         """Remove a pin that was set by command; whether there was one."""
-        return self._store.records.delete(PIN.key(pattern))
+        removed = [records.delete(PIN.key(pattern)) for records in self._records]
+        return any(removed)
 
     def of(self, repository: str, reference: str) -> Pin | None:
         """The first pin that matches a reference of the repository, given by its full name."""
@@ -170,7 +182,7 @@ class Pins:
         references: set[tuple[str, str]] = set()
         digests: set[Digest] = set()
         seen: set[tuple[str, Digest, tuple[str, ...]]] = set()
-        for pin in self.list():
+        for pin in self.known():
             for repository, reference in self.matching(pin):
                 references.add((repository, reference))
                 digest = self._digest(repository, reference)
@@ -206,6 +218,15 @@ class Pins:
                     found.named |= more.named
                     found.blobs.update(more.blobs)
         return found
+
+
+def _commanded(records: Records) -> Iterator[Pin]:
+    for key, value in records.scan(PIN.prefix()):
+        try:
+            found = msgspec.json.decode(value, type=_Record)
+            yield Pin(PIN.parse(key)[0], found.keep_fresh, found.platforms, found.since)
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
+            continue  # a damaged record counts as none
 
 
 def matching(store: Store, pin: Pin, after: str = "") -> Iterator[tuple[str, Reference]]:

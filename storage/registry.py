@@ -135,7 +135,10 @@ class Upload:
         raise NotImplementedError
 
     async def commit(self, digest: Digest) -> Descriptor:
-        """Verify the bytes and make them a blob.  Raises DigestInvalid; the upload is then cancelled."""
+        """Verify the bytes and make them a blob.  Raises DigestInvalid; the upload is then cancelled.
+
+        Where Unavailable is raised, the upload can be resumed, and committed again; or cancelled.
+        """
         raise NotImplementedError
 
     async def suspend(self, error: BaseException | None = None) -> None:

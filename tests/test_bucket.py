@@ -318,6 +318,27 @@ async def test_an_upload_of_which_a_part_fails_is_aborted(place: Place) -> None:
     await (await place.blobs.reopen(upload.id)).cancel()
 
 
+async def test_few_uploads_are_put_at_once(place: Place) -> None:
+    most, reached, opened = objects.UPLOADS, asyncio.Event(), asyncio.Event()
+    under_way = 0
+
+    async def held(request: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        if under_way == most:
+            reached.set()
+        await opened.wait()
+        return await place.fake._put(request, request.path)
+
+    place.fake.spoilt["PUT"] = [held] * (most + 2)
+    putting = [asyncio.create_task(place.put(b"%d" % number)) for number in range(most + 2)]
+    await reached.wait()
+    assert len(place.fake.asked) == most
+    opened.set()
+    await asyncio.gather(*putting)
+    assert len(place.fake.objects) == most + 2
+
+
 async def test_an_upload_that_is_cancelled_comes_to_its_end(place: Place) -> None:
     reached, cancelled = asyncio.Event(), asyncio.Event()
 

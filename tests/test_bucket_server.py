@@ -172,6 +172,14 @@ async def test_a_bucket_that_is_down(registry: Registry) -> None:
     assert (await registry.ready())["status"] == "ready"
 
 
+@pytest.mark.errors("bucket.failed")
+async def test_nothing_is_kept_of_what_no_client_can_finish(registry: Registry) -> None:
+    registry.fake.down = answer(503, "SlowDown")
+    refused = await registry.ask("POST", f"{APP}/blobs/uploads/?digest={Digest.of(LAYER)}", LAYER)
+    assert refused.status == 503
+    assert list((registry.site.directory / "private" / "partial").iterdir()) == []
+
+
 async def test_a_restart_finds_all(registry: Registry, serve: Serve, upstream: Upstream) -> None:
     layer = await registry.push_image()
     await registry.site.app.stop()

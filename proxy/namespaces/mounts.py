@@ -22,10 +22,10 @@ async def copy_blob(
             try:
                 async for chunk in blob.chunks():
                     await upload.write(chunk)
+                return await upload.commit(digest)
             except BaseException as error:
                 await upload.cancel(error)
                 raise
-            return await upload.commit(digest)
         finally:
             await blob.close()
     except RegistryError as error:

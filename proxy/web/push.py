@@ -142,7 +142,15 @@ class Push:
         except BaseException as error:
             await upload.cancel(error)  # no client knows its id
             raise
-        return await uninterrupted(self._commit(request, route, exchange, upload, digest))
+
+        async def commit() -> web.Response:
+            try:
+                return await self._commit(request, route, exchange, upload, digest)
+            except BaseException as error:
+                await upload.cancel(error)
+                raise
+
+        return await uninterrupted(commit())
 
     async def status(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange

@@ -30,7 +30,8 @@ AGAIN = 5.0  # seconds after which a client may try again
 CHUNK = 1 << 20  # bytes read at a time
 PART = 8 << 20  # bytes of a part of an upload, at least
 PARTS = 10_000  # in an upload, at most
-AT_ONCE = 4  # parts of an upload in memory
+AT_ONCE = 3  # parts of an upload in memory
+UPLOADS = 4  # at once in a process; others wait for one to end
 _STATUS = re.compile(r"status code: ([0-9]{3}[A-Za-z ]*)")
 # A missing bucket is a 404 as a missing object is; only the text tells them apart: S3 and GCS, Azure.
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted")
@@ -94,6 +95,7 @@ class Bucket:
         self.health = health
         self._store = store
         self._attributes = {"Storage-Class": storage_class} if storage_class else None
+        self._uploads = asyncio.Semaphore(UPLOADS)
 
     @contextmanager
     def _asking(self, key: str) -> Iterator[None]:
@@ -117,8 +119,9 @@ class Bucket:
         part = max(PART, -(-size // PARTS))
         options: Any = {"chunk_size": part, "max_concurrency": AT_ONCE, "attributes": self._attributes}
         try:
-            with self._asking(key):
-                await uninterrupted(obstore.put_async(self._store, key, source, **options))
+            async with self._uploads:
+                with self._asking(key):
+                    await uninterrupted(obstore.put_async(self._store, key, source, **options))
         except ObjectUnknown as error:  # of an upload: what it is written to is gone
             raise self.health.failed(error) from None
 

@@ -137,6 +137,7 @@ class FileUpload(Upload):
         self._size = 0  # of the whole blob, if it is known
         self._readable = 0
         self._complete = False
+        self._left = False  # by a commit that may succeed later
         self._error: BaseException | None = None
         self._moved = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
@@ -299,8 +300,9 @@ class FileUpload(Upload):
         try:
             with self._directory.guard(self._path, self.offset):
                 await self._directory.publish(self._path, self._file, digest)
-        except Unavailable:  # who wants the blob may commit it again
+        except Unavailable:
             self._directory.remember(self.id, self._hash, self._hashed)
+            self._left = True
             self.close()
             raise
         except BaseException:
@@ -313,6 +315,8 @@ class FileUpload(Upload):
         return Descriptor(OCTETS, digest, self.offset)
 
     async def cancel(self, error: BaseException | None = None) -> None:
+        if self._left:
+            self._path.unlink(missing_ok=True)
         await self._end(error)
         self._discard()
         self.close()

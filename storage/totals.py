@@ -113,13 +113,15 @@ class Counts(msgspec.Struct, omit_defaults=True):
 class Total(msgspec.Struct, omit_defaults=True):
     """What is `counted`, None if the first count has not ended; and the count in progress, up to `reached`.
 
-    `changes` is another number after every change.
+    `changes` is another number after every change.  `settled` was that number when a collection found that
+    nothing in the repository can become removable but by a change.
     """
 
     counted: Counts | None = None
     recount: Counts | None = None
     reached: str = ""
     changes: int = 0
+    settled: int = -1
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)

@@ -22,7 +22,18 @@ from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.maintenance.watched_time import WatchedTime
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.records import Batch
-from tests.collecting import APP, DAY, GONE, GRACE, Interruption, Place, counts, descriptor, place
+from tests.collecting import (
+    APP,
+    DAY,
+    GONE,
+    GRACE,
+    Interruption,
+    Place,
+    counts,
+    descriptor,
+    place,
+    push_now,
+)
 
 __all__ = ["place"]  # the fixture
 
@@ -519,3 +530,107 @@ async def test_one_that_is_stopped_is_gone_on_with_by_the_next(
     assert 0 < len(place.manifests()) < 10
     place.collect()
     assert place.all_keys() == set()
+
+
+# What it costs
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The repositories that were marked."""
+    found: list[str] = []
+    refresh = Reachability.refresh
+    monkeypatch.setattr(
+        Reachability,
+        "refresh",
+        lambda marks, *given: found.append(marks.repository) or refresh(marks, *given),
+    )
+    return found
+
+
+async def settled(place: Place, *repositories: str) -> None:
+    """Push an image to each, and collect until there is nothing more to find."""
+    for repository in repositories:
+        await place.image("v1", await place.blob(b"layer", repository), repository=repository)
+    place.clock.advance(GONE)
+    place.collect()
+
+
+async def test_what_has_not_changed_is_not_looked_at_again(place: Place, looked_at: list[str]) -> None:
+    await settled(place, "local/a", "local/b")
+    assert looked_at == ["local/a", "local/b"]
+    looked_at.clear()
+    assert place.collect(dry_run=True).repositories == 2
+    assert place.collect().repositories == 2
+    assert looked_at == []
+    await place.image("v2", repository="local/b")
+    place.collect()
+    assert looked_at == ["local/b"]
+
+
+async def test_what_was_removed_or_is_young_is_looked_at_again(place: Place, looked_at: list[str]) -> None:
+    await place.image("v1", await place.blob(b"layer"))
+    await place.blob(b"named by nothing")
+    for _ in range(2):
+        place.collect()
+    assert looked_at == [APP, APP], "while it is young"
+    place.clock.advance(GONE)
+    assert place.collect().links == 1
+    place.collect()
+    assert looked_at == [APP] * 4
+    place.collect()
+    assert looked_at == [APP] * 4
+
+
+@pytest.mark.parametrize("way", ["delete a tag", "move a tag", "delete a manifest", "link", "push by digest"])
+async def test_what_changes_it_has_it_looked_at(place: Place, looked_at: list[str], way: str) -> None:
+    await settled(place, APP)
+    looked_at.clear()
+    if way == "delete a tag":
+        await place.store.delete_manifest(APP, Tag("v1"))
+    elif way == "move a tag":
+        await place.image("v1", await place.blob(b"another"))
+    elif way == "delete a manifest":
+        (digest,) = place.manifests()
+        await place.store.delete_manifest(APP, Digest(digest))
+    elif way == "link":
+        await place.blob(b"another")
+    else:
+        await place.image(None)
+    place.clock.advance(GONE)
+    place.rules = RetentionRules(keep_untagged_for=0.0)
+    report = place.collect()
+    assert looked_at[0] == APP
+    assert report.manifests + report.links > 0
+    assert len(place.manifests()) == (way in ("move a tag", "link", "push by digest"))
+
+
+async def test_rules_for_what_is_there_apply_to_what_has_not_changed(place: Place) -> None:
+    untagged = await place.image(None, await place.blob(b"untagged"))
+    await settled(place, APP)
+    place.collect()
+    place.rules = RetentionRules(keep_untagged_for=0.0)
+    assert place.collect().manifests == 1
+    assert str(untagged) not in place.manifests()
+    place.collect()
+    place.rules = RetentionRules(keep_tags=(KeepTags((re.compile("v.*"),), 1),))
+    await place.image("v2")
+    place.clock.advance(GONE)
+    place.rules = RetentionRules()
+    for _ in range(2):
+        place.collect()
+    place.rules = RetentionRules(keep_tags=(KeepTags((re.compile("v.*"),), 1),))
+    assert place.collect().tags == 1
+
+
+async def test_a_push_during_the_last_look_is_looked_at(
+    place: Place, looked_at: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await place.image("v1", await place.blob(b"layer"))
+    place.clock.advance(GONE)
+    Interruption(monkeypatch, 1, lambda: push_now(place, "v2", {}))
+    place.collect()
+    assert place.tags() == {"v1", "v2"}
+    looked_at.clear()
+    place.collect()
+    assert looked_at == [APP]

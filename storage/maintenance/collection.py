@@ -1,8 +1,9 @@
 """Garbage collection of a private store, concurrent with pushes.
 
-Repository by repository, what is reachable is marked.  Then tags and manifests are removed by the retention
-rules, and the links of blobs that no manifest names.  At the end, files that no link names are removed.
-Young content is never removed: see Leases.
+Repository by repository, what is reachable is marked; those are left out that have not changed since a
+collection in which nothing was to be removed, now or later.  Then tags and manifests are removed by the
+retention rules, and the links of blobs that no manifest names.  At the end, files that no link names are
+removed.  Young content is never removed: see Leases.
 
 Everything is removed in write transactions, during which no process can push:
 
@@ -21,6 +22,7 @@ skipped while a damaged database lies beside the records.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
@@ -30,7 +32,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 import structlog
 
-from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG
+from storage.keys import COLLECTED, LEASE, LINK, MANIFEST, REFERRER, TAG, TOTAL
 from storage.maintenance.leases import Leases
 from storage.maintenance.nodes import prefix_of
 from storage.maintenance.pace import DutyCycle
@@ -41,6 +43,7 @@ from storage.maintenance.watched_time import Watch
 from storage.oci import Digest
 from storage.records import BATCH, Batch, batches
 from storage.store import Store
+from storage.totals import Total
 from storage.values import Link
 
 log = structlog.get_logger()
@@ -51,6 +54,7 @@ TRIES = 3  # attempts to mark a repository without blocking pushes
 ROWS = 1000  # in a report; and so many tags
 REMEDY = "push it again, or delete it"
 ELSEWHERE = "another server is collecting: wait for its report"
+NONE_UNTAGGED = RetentionRules(keep_untagged_for=-math.inf)
 KINDS = (MANIFEST, TAG, LINK, REFERRER, LEASE)
 
 _COUNTS = ("repositories", "tags", "manifests", "links", "blobs", "bytes", "young")
@@ -206,7 +210,10 @@ class _CollectionRun:
 
     def _collect(self, repository: str) -> None:
         self._check()
-        row = CollectionRow(repository=repository)
+        self._report.repositories += 1
+        row, before = CollectionRow(repository=repository), self._records.get(TOTAL.key(repository))
+        if _is_settled(before) and not self._collection.rules(repository).keep_tags:
+            return
         marks = Reachability(self._store, self._collection.leases, repository)
         try:
             marks.refresh(self._pause)
@@ -215,11 +222,31 @@ class _CollectionRun:
         except Damaged as error:
             row.refused = f"the record {error.key!r} is damaged, so it is unknown what it keeps: {REMEDY}"
             log.error("collect.refused", repository=repository, reason=row.refused)
-        self._report.repositories += 1
         for name in ("tags", "manifests", "links", "young"):
             setattr(self._report, name, getattr(self._report, name) + getattr(row, name))
-        if row != CollectionRow(repository=repository) and len(self._report.rows) < ROWS:
+        if row == CollectionRow(repository=repository):
+            self._settle(marks, before)
+        elif len(self._report.rows) < ROWS:
             self._report.rows.append(row)
+
+    def _settle(self, marks: Reachability, before: bytes | None) -> None:
+        """Record that the repository needs no look until it changes, if that is so.
+
+        Nothing was removed, nothing is young, and each manifest is kept by a tag: so age makes nothing
+        removable, whatever the rules for what is untagged.
+        """
+        key, total = TOTAL.key(marks.repository), Total.parse(before)
+        untagged = marks.removable(NONE_UNTAGGED, self._collection.watch.look(), BATCH)
+        if self._dry_run or total is None or untagged != ([], 0):
+            return
+        total.settled = total.changes
+        encoded = total.encode()
+
+        def work(batch: Batch) -> None:
+            if batch.get(key) == before:
+                batch.put(key, encoded)
+
+        self._records.transaction(work, shared=True)
 
     def _remove_manifests(self, marks: Reachability, row: CollectionRow) -> None:
         rules = self._collection.rules(marks.repository)
@@ -329,6 +356,11 @@ class _CollectionRun:
             self._report.bytes += sum(sizes)
             self._pause()
         self._report.young += unlinked.young
+
+
+def _is_settled(record: bytes | None) -> bool:
+    total = Total.parse(record)
+    return total is not None and total.settled == total.changes
 
 
 def _no_pause() -> None:

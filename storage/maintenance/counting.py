@@ -143,6 +143,7 @@ class Counting:
             name = (STORED if key.startswith(STORED.prefix()) else TOTAL).parse(key)[0]
             was, now = (known.numbers, known.bytes), (found.numbers, found.bytes)
             log.warning("totals.corrected", of=name, known=was, found=now)
+            total.changes += 1
         elif known is not None:
             found.oldest = known.oldest  # later, if an expiry has looked closely
         found.used = max(found.used, known.used if known else 0.0)

@@ -432,7 +432,7 @@ def test_what_counts_on_a_blob_comes_when_the_disk_has_it(
     monkeypatch.setattr(adoption, "sync", spy)
     monkeypatch.setattr(os, "fdatasync", lambda file: (steps.append("data"), fdatasync(file)))
     monkeypatch.setattr(
-        SQLiteRecords, "transaction", lambda self, work: (steps.append("records"), transaction(self, work))[1]
+        SQLiteRecords, "transaction", lambda *arguments: (steps.append("records"), transaction(*arguments))[1]
     )
     take()
     placed = [store.files.path(Digest(digest_of(each))) for each in (b"one", b"two", b'{"of": "a"}')]
@@ -454,7 +454,7 @@ def test_what_was_placed_before_a_death_is_not_read_again(
     class Death(BaseException):
         pass
 
-    def die(self: SQLiteRecords, work: object) -> None:
+    def die(*arguments: object) -> None:
         raise Death
 
     with monkeypatch.context() as patch:

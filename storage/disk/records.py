@@ -194,12 +194,17 @@ class SQLiteRecords(Records):
         opened = self._opened
         if (made := (opened and opened[1], statement)) in self._indexes:
             return
+
+        def create(cache: Database) -> None:
+            with cache.transact():  # which a database that can only be read refuses
+                cache._sql(statement)
+
         with suppress(StorageFailed):
             if self._do(lambda cache: getattr(cache._con, "in_transaction", False)):
                 self._do(lambda cache: list(cache._sql(statement)))
                 return  # it may be undone
             with self._writing(0):
-                self._do(lambda cache: list(cache._sql(statement)), write=True)
+                self._do(create, write=True)
                 self._indexes.add(made)
 
     def _rows(self, select: str, above: str, below: str, limit: int) -> list[tuple[str, Any]]:

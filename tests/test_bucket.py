@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -137,9 +138,10 @@ async def test_content_that_is_not_what_was_put_is_dropped_when_it_is_verified(p
 
 
 @pytest.mark.errors("bucket.failed")
-async def test_a_missing_bucket_is_no_missing_blob(place: Place) -> None:
+async def test_a_missing_bucket_is_no_missing_blob(place: Place, events: Any) -> None:
     await place.put()
     place.fake.down = answer(404, "NoSuchBucket")
+    logged = len(events.entries)
     for ask in (lambda blob: blob.begin(), lambda blob: blob.begin(NOTHING), read):
         with pytest.raises(Unavailable, match="no such bucket"):
             await ask(place.blobs.open(DIGEST))
@@ -148,6 +150,7 @@ async def test_a_missing_bucket_is_no_missing_blob(place: Place) -> None:
     with pytest.raises(Unavailable, match="no such bucket"):
         await upload.commit(Digest.of(b"other"))
     assert place.troubles == ["s3://bucket: has no such bucket"]
+    assert [each["event"] for each in events.entries[logged:]] == ["bucket.failed"]  # once for all
     place.fake.down = None
     assert await place.read(DIGEST) == CONTENT
     assert place.troubles == []
@@ -371,6 +374,24 @@ async def test_an_upload_that_is_cancelled_comes_to_its_end(place: Place) -> Non
 def test_settings_that_cannot_be_used_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises((ValueError, OSError), match=says):
         BucketSettings(url="s3://bucket/x", access_key="a", secret_key="b", **options).connect()
+
+
+async def test_google(place: Place) -> None:
+    url = f"http://127.0.0.1:{place.fake.port}"
+    none = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
+    settings = BucketSettings(url="gs://bucket/of/google", endpoint=url, secret_key=json.dumps(none))
+    bucket = Bucket(settings.connect(), "gs://bucket", place.blobs._bucket.health, "NEARLINE")
+    source = place.blobs.root / "source"
+    for content in (CONTENT, LARGE):
+        source.write_bytes(content)
+        await bucket.put("key", source, len(content))
+        assert place.fake.objects == {"of/google/key": content}
+        assert await bucket.size("key") == len(content)
+        got = [bytes(each) async for each in (await bucket.get("key", 3, 9)).chunks]
+        assert b"".join(got) == content[3:9]
+        await asyncio.to_thread(bucket.delete, "key")
+        assert await bucket.size("key") is None
+    assert (place.fake.objects, place.fake.uploads) == ({}, {})
 
 
 def test_each_cloud_has_its_settings(tmp_path: Path) -> None:

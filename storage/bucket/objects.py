@@ -98,13 +98,15 @@ class Bucket:
         self._uploads = asyncio.Semaphore(UPLOADS)
 
     @contextmanager
-    def _asking(self, key: str) -> Iterator[None]:
+    def _asking(self, key: str, text: bool = True) -> Iterator[None]:
+        """Report what comes of a request; `text` is whether an error has a text."""
         try:
             yield
         except FileNotFoundError as error:
             if any(each in str(error) for each in _NO_BUCKET):
                 raise self.health.failed(error) from None
-            self.health.worked()
+            if text:
+                self.health.worked()
             raise ObjectUnknown(f"{self.name} has no {key}") from None
         except Exception as error:  # obstore's are of several kinds, and a panic of its library is another
             raise self.health.failed(error) from None
@@ -143,7 +145,7 @@ class Bucket:
     async def size(self, key: str) -> int | None:
         """The size of an object in bytes; None if there is none."""
         try:
-            with self._asking(key):
+            with self._asking(key, text=False):
                 async with asyncio.timeout(PATIENCE):
                     return int((await obstore.head_async(self._store, key))["size"])
         except ObjectUnknown:

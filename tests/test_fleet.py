@@ -81,15 +81,26 @@ def database(postgres_server: PostgresServer) -> str:
 
 
 @pytest.fixture
-async def fleet(place: Place, database: str) -> AsyncIterator[Fleet]:  # noqa: F811
+async def fleet(
+    request: pytest.FixtureRequest,
+    place: Place,  # noqa: F811
+    database: str,
+) -> AsyncIterator[Fleet]:
+    """Its content is in the directory, or in what the test names."""
     place.tree["namespaces"]["local"] = {"store": {"immutable_tags": ["v*"]}}
-    place.tree |= {"access": OPEN, "shared": {"records": database}}
+    bucket = {}
+    if getattr(request, "param", "directory") == "bucket":
+        settings = request.getfixturevalue("seaweed").settings("tests", place.home.name)
+        bucket = {"bucket": settings.url, "endpoint": settings.endpoint}
+        bucket |= {"access_key": settings.access_key, "secret_key": settings.secret_key}
+    place.tree |= {"access": OPEN, "shared": {"records": database, **bucket}}
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         servers = [await place.start() for _ in range(2)]
         yield Fleet(servers, session, database)
 
 
+@pytest.mark.parametrize("fleet", ["directory", "bucket"], indirect=True)
 async def test_two_servers_are_one_registry(fleet: Fleet) -> None:
     await _pulled_at_the_next_moment(fleet)
     await _pushed_in_parts(fleet)

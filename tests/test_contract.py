@@ -35,6 +35,8 @@ from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown, RegistryError, Unsupported
 from storage.maintenance.leases import Leases
 from storage.oci import Digest, Manifest, Tag
+from storage.postgres.records import PostgresRecords
+from storage.records import Records
 from storage.registry import Registry
 from storage.store import Store
 from tests import upstream as fake
@@ -144,9 +146,15 @@ class Builder:
     """Builds registries, and takes them down again in the opposite order."""
 
     def __init__(
-        self, directory: Path, clock: Clock, server: Callable[[str], Running], stack: AsyncExitStack
+        self,
+        directory: Path,
+        clock: Clock,
+        server: Callable[[str], Running],
+        database: Callable[[], str],
+        stack: AsyncExitStack,
     ) -> None:
         self._directory, self._clock, self._server, self._stack = directory, clock, server, stack
+        self._database = database
 
     async def build(self, kind: str) -> Subject:
         outer, _, inner = kind.partition(" -> ")
@@ -162,8 +170,9 @@ class Builder:
         if kind == "bucket":
             store = await self.bucket()
             return Subject(store, StoreContent(store), frozenset())
-        if kind in ("hosted", "hosted bucket"):
-            store = self.store("store") if kind == "hosted" else await self.bucket()
+        if kind.startswith("hosted"):
+            records = PostgresRecords(self._database()) if kind.endswith("database") else None
+            store = await self.bucket(records) if "bucket" in kind else self.store("store", records)
             # Put past its rules: what was imported need not keep them, and is served all the same.
             hosted = Hosted("local", store, Leases(store, 3600.0), PushRules(sparse=True))
             return Subject(hosted, StoreContent(store, "local/"), frozenset())
@@ -185,17 +194,18 @@ class Builder:
             raise ValueError(kind)
         return subject
 
-    def store(self, name: str) -> Store:
+    def store(self, name: str, records: Records | None = None) -> Store:
         directory = self._directory / name
-        store = Store(BlobFiles(directory, self._clock), SQLiteRecords(directory / "records"), self._clock)
+        records = records or SQLiteRecords(directory / "records")
+        store = Store(BlobFiles(directory, self._clock), records, self._clock)
         self._stack.push_async_callback(store.close)
         return store
 
-    async def bucket(self) -> Store:
+    async def bucket(self, records: Records | None = None) -> Store:
         """A store whose blobs are in a bucket."""
         fake = await self._stack.enter_async_context(FakeBucket())
         directory = self._directory / "bucket"
-        records = SQLiteRecords(directory / "records")
+        records = records or SQLiteRecords(directory / "records")
         bucket = Bucket(fake.settings().connect(), "a bucket", healthy("a bucket", directory))
         store = Store(BucketBlobs(bucket, records, directory, self._clock), records, self._clock)
         self._stack.push_async_callback(store.close)
@@ -242,8 +252,12 @@ async def builder(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) 
         found: Running = request.getfixturevalue("servers")[kind]
         return found
 
+    def database() -> str:
+        found: str = request.getfixturevalue("postgres_server").database()
+        return found
+
     async with AsyncExitStack() as stack:
-        yield Builder(tmp_path, clock, server, stack)
+        yield Builder(tmp_path, clock, server, database, stack)
 
 
 @pytest.fixture
@@ -252,6 +266,9 @@ async def subject(request: pytest.FixtureRequest, builder: Builder) -> Subject:
 
 
 SERVERS = [pytest.param(each, marks=pytest.mark.clients) for each in WORKERS]
+DATABASES = [
+    pytest.param(each, marks=pytest.mark.clients) for each in ("hosted database", "hosted bucket database")
+]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +286,7 @@ SERVERS = [pytest.param(each, marks=pytest.mark.clients) for each in WORKERS]
         "bucket",
         "hosted bucket",
         "cache -> server -> hosted bucket",
+        *DATABASES,
         *SERVERS,
     ],
     indirect=True,
@@ -289,6 +307,7 @@ class TestPull(PullContract):
         "bucket",
         "hosted bucket",
         "server -> hosted bucket",
+        *DATABASES,
         *SERVERS,
     ],
     indirect=True,

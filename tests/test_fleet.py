@@ -165,6 +165,30 @@ async def test_the_database_is_killed_and_comes_back(
     await _silent_for_a_while(fleet, postgres_server, upstream)
     await _killed_in_the_middle_of_pushes(fleet, postgres_server, upstream)
     await _killed_between_pushes(fleet, postgres_server)
+    await _a_server_is_killed_in_the_middle_of_pushes(fleet)
+
+
+async def _a_server_is_killed_in_the_middle_of_pushes(fleet: Fleet) -> None:
+    """Its locks end with it, and nothing of a push is there unless all of it is."""
+    pushed = {f"k{number}": image(annotations={"k": str(number)}) for number in range(8)}
+    with psycopg.connect(fleet.url) as other:
+        other.execute("LOCK TABLE entrepot_writers IN EXCLUSIVE MODE")
+        under_way = [asyncio.create_task(fleet.tag(0, tag, content)) for tag, content in pushed.items()]
+        await _waiting_for_a_lock(other)
+        await fleet.servers[0].kill()
+    for found in await asyncio.gather(*under_way, return_exceptions=True):
+        assert isinstance(found, aiohttp.ClientError) or found.status == 503  # it waited too long
+    assert (await fleet.tag(1, "after", image())).status == 201
+    for tag, content in pushed.items():
+        answer = await fleet.ask(1, "GET", f"{APP}/manifests/{tag}")
+        assert (answer.status, answer.body) == (200, content) or answer.status == 404
+        assert (await fleet.tag(1, tag, content)).status == 201
+
+
+async def _waiting_for_a_lock(other: psycopg.Connection[Any]) -> None:
+    waiting = "SELECT FROM pg_locks WHERE relation = 'entrepot_writers'::regclass AND NOT granted"
+    while other.execute(waiting).fetchone() is None:  # noqa: ASYNC110  no event tells
+        await asyncio.sleep(0)
 
 
 async def _silent_for_a_while(fleet: Fleet, postgres_server: PostgresServer, upstream: Upstream) -> None:
@@ -194,9 +218,7 @@ async def _killed_in_the_middle_of_pushes(
         asyncio.create_task(fleet.tag(number % 2, tag, content))
         for number, (tag, content) in enumerate(pushed.items())
     ]
-    waiting = "SELECT FROM pg_locks WHERE relation = 'entrepot_writers'::regclass AND NOT granted"
-    while other.execute(waiting).fetchone() is None:  # noqa: ASYNC110  no event tells
-        await asyncio.sleep(0)
+    await _waiting_for_a_lock(other)
     with postgres_server.lost():
         other.close()
         for each in under_way:

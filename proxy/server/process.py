@@ -45,10 +45,12 @@ from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.errors import StorageFailed
 from storage.shared import SharedState
+from storage.store import Store
 
 log = structlog.get_logger()
 
 NICE = 10  # of the process that does the housekeeping: those that serve clients come first; nice(2)
+MOMENT = 1.0  # seconds that a health check waits for a database: it must not take longer if that hangs
 HOUSEKEEPING = "keeper"  # the socket of the process that does the housekeeping
 
 
@@ -77,6 +79,7 @@ class ServerProcess:
         self._shared = shared
         self._request_log = request_log
         self._draining = False
+        self._asking: asyncio.Task[bool] | None = None
         self._closing = AsyncExitStack()
         self.url = URL()
         self.admin_url: URL | None = None
@@ -119,6 +122,7 @@ class ServerProcess:
     def _compose(self, hooks: Hooks) -> None:
         self.composition = compose(self._config, self._clock, None, self._shared, hooks)
         self._closing.push_async_callback(self.composition.close)
+        self._closing.push_async_callback(self._end_asking)
         self._state = state_of(self.composition)
         self._run_in_background(self.composition.recorder.run())
 
@@ -273,8 +277,8 @@ class ServerProcess:
         for store in self.composition.stores:
             with suppress(StorageFailed):  # a failure is among the troubles then
                 store.files.check()
-                if store.records.remote:
-                    await store.run(store.records.holds, "")
+            if store.records.remote:
+                await self._ask_database(store)
         left = self.composition.drill.left
         drill = {"drill": f"upstreams are cut off for {left:.0f} s more"} if left else {}
         states = await self._processes.states()
@@ -283,6 +287,18 @@ class ServerProcess:
         if troubles := dict.fromkeys(trouble for each in states for trouble in each.troubles):
             return {"status": "degraded", "store": "; ".join(troubles), **drill, **refused}
         return {"status": "ready", **drill, **refused}
+
+    async def _ask_database(self, store: Store) -> None:
+        """Ask the database of the records something, and wait for a moment; later calls wait for that too."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(store.run(store.records.holds, ""))
+        await asyncio.wait({self._asking}, timeout=MOMENT)
+        if self._asking.done():
+            self._asking.exception()  # which is among the troubles
+
+    async def _end_asking(self) -> None:
+        if self._asking is not None:
+            await asyncio.gather(self._asking, return_exceptions=True)
 
 
 def run(assignment: Assignment) -> int:

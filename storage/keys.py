@@ -124,6 +124,11 @@ def total_key(key: str) -> str:
     return TOTAL.key(fields.partition(" ")[0])
 
 
+def is_total(key: str) -> bool:
+    """Whether it is the key of a total, or says which totals there are."""
+    return key == COUNTED.key() or key.startswith((TOTAL.prefix(), STORED.prefix()))
+
+
 def counted_by(key: str) -> list[str]:
     """The prefixes of the records that the total `key` counts, in order."""
     if key.startswith(STORED.prefix()):

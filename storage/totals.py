@@ -151,6 +151,7 @@ class CountedBatch:
     def __init__(self, batch: Batch, fresh: bool) -> None:
         self._batch = batch
         self._fresh = fresh
+        self.known = False  # whether it has seen, or made, the record that says what is empty
         self._changes: dict[str, list[RecordChange]] = {}  # by the key of the total
 
     def __getattr__(self, name: str) -> Any:
@@ -186,11 +187,11 @@ class CountedBatch:
 
     def _known(self) -> bool:
         """Whether what has no total is known to be empty."""
-        if self._batch.get(COUNTED.key()) is not None:
-            return True
-        if self._fresh:
+        self.known = self._batch.get(COUNTED.key()) is not None
+        if self._fresh and not self.known:
             self._batch.put(COUNTED.key(), b"")
-        return self._fresh
+            self.known = True
+        return self.known
 
 
 class CountedRecords:
@@ -218,13 +219,16 @@ class CountedRecords:
         return self._records.delete(key)
 
     def transaction(self, work: Callable[[Batch], T], shared: bool = False) -> T:
-        def counted(batch: Batch) -> T:
+        def counted(batch: Batch) -> tuple[T, bool]:
             counting = CountedBatch(batch, self._fresh)
             result = work(cast(Batch, counting))
             counting.finish()
-            return result
+            return result, counting.known
 
-        return self._records.transaction(counted, shared)
+        result, known = self._records.transaction(counted, shared)
+        # Only once: a database that is damaged later loses its totals, and is counted again.
+        self._fresh = self._fresh and not known
+        return result
 
 
 class Totals:

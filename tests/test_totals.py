@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from structlog.testing import LogCapture
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
-from storage.keys import BLOB, LINK, MANIFEST, STORED, TAG, TOTAL, USE
+from storage.keys import BLOB, EVERY, LINK, MANIFEST, STORED, TAG, TOTAL, USE
 from storage.maintenance import counting as module
 from storage.maintenance.counting import Counting
 from storage.maintenance.eviction import Eviction, EvictionRules
@@ -358,6 +360,45 @@ async def test_an_eviction_goes_on_past_what_is_gone(store: Store, clock: Clock)
     assert 0 < left <= 2
     assert Totals(store.records).stored() == left
     assert_counted(store)
+
+
+@pytest.mark.errors("records.damaged")
+async def test_a_database_that_was_damaged_is_counted_anew(
+    tmp_path: Path, clock: Clock, store: Store
+) -> None:
+    def fill(batch: Batch) -> None:
+        for number in range(300):
+            batch.put(TAG.key(A, f"v{number}"), b"x 1")
+            batch.put(MANIFEST.key(A, f"d{number}"), b"x 1\ncontent %d" % number)
+
+    store.records.transaction(fill)
+    root = store.files.root / "records"
+    store.records.close()
+    with closing(sqlite3.connect(root / "cache.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("PRAGMA journal_mode=DELETE")
+    content = (root / "cache.db").read_bytes()
+    with (root / "cache.db").open("r+b") as file:  # a page with rows, not of an index
+        file.seek(content.index(b"content 150") // 4096 * 4096)
+        file.write(b"\xa5" * 4096)
+    with closing(SQLiteRecords(root, clock)) as records:
+        with suppress(StorageFailed):
+            list(records.scan(EVERY))
+        for thread in threading.enumerate():
+            if thread.name == "records":
+                thread.join()
+    with closing(SQLiteRecords(root, clock)) as records:
+        damaged = Store(store.files, records, clock)
+        assert 0 < sum(1 for _ in records.keys(TAG.prefix(A))) <= 300
+        assert 0 < sum(1 for _ in records.keys(MANIFEST.prefix(A))) < 300
+        assert totals(damaged) == {}
+        await push(damaged, A, "new")
+        await push(damaged, B, "new")
+        assert plain(totals(damaged)) == {TOTAL.key(A): None, TOTAL.key(B): None}
+        Counting(damaged).run()
+        assert_counted(damaged)
+        await push(damaged, "docker.io/library/c", "new")
+        assert_counted(damaged)
 
 
 # What they cost

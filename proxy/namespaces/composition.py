@@ -332,7 +332,9 @@ class _Composer:
             scrubs.append(Scrub(private, pace, self._clock, kept=None, counting=countings[1]))
         return Maintenance(
             freshener=Freshener(namespaces, store, pins, self._clock),
-            eviction=Eviction(store, eviction_rules(self._config), pins.pinned, self._clock, pause),
+            eviction=Eviction(
+                store, eviction_rules(self._config), pins.pinned, self._clock, pause, countings[0]
+            ),
             countings=countings,
             scrubs=scrubs,
             collection=None if private is None else self._collection(private, pins, publisher),

@@ -69,7 +69,7 @@ class Housekeeper:
     async def run(self) -> None:
         composition = self._composition
         async with composition.store.files.exclusive("keeper"), asyncio.TaskGroup() as work:
-            work.create_task(self._repeat(self._count, CHECKED))
+            work.create_task(self._repeat(self._count, ROUND))
             work.create_task(self._repeat(self._round, ROUND))
             work.create_task(self._repeat(self._refresh, REFRESHED))
             if self._dispatcher is not None:
@@ -80,6 +80,8 @@ class Housekeeper:
                 work.create_task(self._repeat(self.expire, composition.config.disk.evict_every))
             if composition.config.disk.scrub is not None:
                 work.create_task(self._repeat(self._scrub, ROUND))
+            else:
+                work.create_task(self._repeat(self._verify_totals, CHECKED))
             if self._collection is not None and composition.config.disk.collect_every is not None:
                 work.create_task(self._collect_regularly())
 
@@ -117,9 +119,12 @@ class Housekeeper:
         await asyncio.sleep(200 * (time.monotonic() - begun))
 
     async def _count(self) -> None:
-        unscrubbed = self._composition.config.disk.scrub is None  # a scrub counts, too
         for each in self._composition.maintenance.countings:
-            await run_in_thread(each.run, unscrubbed)
+            await run_in_thread(each.run)
+
+    async def _verify_totals(self) -> None:
+        for each in self._composition.maintenance.countings:
+            await run_in_thread(each.run, True)
 
     async def expire(self) -> None:
         async with self.evicting:

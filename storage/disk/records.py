@@ -32,7 +32,7 @@ from storage.disk.modes import make_directory
 from storage.disk.read_only import ReadOnlyDatabase
 from storage.disk.salvage import CHECKSUM_BYTES, checked, checksum, readable_records
 from storage.errors import StorageFailed
-from storage.keys import TAG
+from storage.keys import TAG, is_total
 from storage.records import BATCH, LAST, Batch, Records, batches
 
 log = structlog.get_logger()
@@ -356,8 +356,15 @@ class SQLiteRecords(Records):
             self._disk.failed(KIND, fresh, origin(error))
 
     def _salvage(self, fresh: Path) -> int:
-        """Create a database of all intact records; returns how many there are."""
-        records = (record for record in readable_records(self._file) if not self._closing.is_set())
+        """Create a database of all intact records; returns how many there are.
+
+        Without totals: what is left is counted anew.
+        """
+        records = (
+            record
+            for record in readable_records(self._file)
+            if not self._closing.is_set() and not is_total(record[0])
+        )
         with closing(Database(fresh, self._durable)) as cache:
             for batch in batches(records):
                 with cache.transact():

@@ -6,6 +6,7 @@ compared with the records of its blobs, and in a cache, a link whose blob is gon
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -39,9 +40,14 @@ class Counting:
         self._records = store.records
         self._totals = Totals(store.records)
         self._pause = DutyCycle(pause).pause
+        self._turn = threading.Lock()  # one of a process counts for all
 
     def run(self, everything: bool = False) -> None:
         """Count what has no total yet; or `everything`, to compare it with what is there."""
+        with self._turn:
+            self._run(everything)
+
+    def _run(self, everything: bool) -> None:
         begun = time.monotonic()
         if not self._totals.listed:
             self._list()

@@ -89,11 +89,12 @@ class Eviction:
         pinned: Callable[[], PinnedContent] = lambda: PinnedContent(frozenset(), frozenset()),
         clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
+        counting: Counting | None = None,
     ) -> None:
         self._store = store
         self._blobs = BlobTree(files_of(store.files))
         self._totals = Totals(store.records)
-        self._counting = Counting(store, pause)
+        self._counting = counting or Counting(store, pause)
         self._rules = rules
         self._pinned = pinned
         self._clock = clock

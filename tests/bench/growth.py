@@ -118,7 +118,8 @@ class Measurement:
         try:
             server.wait_ready(self._port)
             self._add("start to first answer", time.perf_counter() - begun)
-            async with aiohttp.ClientSession() as session:
+            unlimited = aiohttp.ClientTimeout(total=None)
+            async with aiohttp.ClientSession(timeout=unlimited) as session:
                 self._session = session
                 await self._hits(server)
                 await self._counted(server, begun)

@@ -104,16 +104,18 @@ class Store(Registry):
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         link = await self.read(self._link_of, repository, digest)
-        if self.files.path(digest) is not None:
-            blob = self.files.open(digest, link.size)  # not in a thread, from which a cancellation loses it
-        else:
-            blob = await self.read(self.files.open, digest, link.size)
+        blob = await self._open(digest, link.size)
         try:
             await blob.begin(span)
         except BaseException:
             await blob.close()
             raise
         return blob
+
+    async def _open(self, digest: Digest, size: int | None = None) -> Blob:
+        if self.files.path(digest) is None:  # there are only records to read
+            return await self.read(self.files.open, digest, size)
+        return self.files.open(digest, size)  # not in a thread: a cancellation would lose the open file
 
     def blob(self, repository: str, digest: Digest) -> tuple[Blob, float]:
         """Open the blob; also returns when it was linked in `repository`.  Raises BlobUnknown.
@@ -346,7 +348,7 @@ class Store(Registry):
 
         Raises BlobUnknown if the blob is not stored or is damaged.
         """
-        blob = self.files.open(digest)
+        blob = await self._open(digest)
         await blob.close()
         if size not in (-1, blob.descriptor.size):
             await asyncio.to_thread(self.files.verify, digest)  # one of the two is wrong

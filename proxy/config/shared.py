@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
 from proxy.config.fields import File, Section, Text
 from proxy.config.hosts import parse_proxy, parse_url
 from proxy.config.values import Secret, parse_count, parse_secret, parse_text
+
+if TYPE_CHECKING:
+    from storage.bucket.settings import BucketSettings
 
 SCHEMES = ("s3", "gs", "az")  # S3 and what is compatible with it, Google Cloud Storage, Azure Blob Storage
 
@@ -55,6 +59,13 @@ class SharedConfig(Section, frozen=True):
     encryption_key: Text | None = None
     ca: File | None = None
     proxy: Annotated[Secret | None, parse_proxy] = None
+
+    def settings(self) -> BucketSettings:
+        """How `bucket` is reached.  Raises ImportError without the extra `fleet`."""
+        from storage.bucket.settings import BucketSettings
+
+        given = {each.name: getattr(self, each.name, None) for each in fields(BucketSettings)}
+        return BucketSettings(url=str(self.bucket), **{name: each for name, each in given.items() if each})
 
     def __post_init__(self) -> None:
         given = [name for name in _OF_BUCKETS if getattr(self, name) is not None]

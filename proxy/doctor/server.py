@@ -1,4 +1,4 @@
-"""The checks of the server's machine: configuration, disk, processes, upstreams."""
+"""The checks of the server's machine: configuration, disk, bucket, processes, upstreams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.settings import Setting
 from proxy.config.upstream import UpstreamConfig
-from proxy.doctor import disk, running, upstreams
+from proxy.doctor import bucket, disk, running, upstreams
 from proxy.doctor.checks import Check, failed, guarded, ok, warning
 
 
@@ -40,6 +40,7 @@ async def examine(
     checks += [warning("configuration", each.path, each.surprise, each.remedy) for each in advise(config)]
     local = await asyncio.gather(
         guarded("disk", str(config.disk.path), asyncio.to_thread(disk.check, config.disk)),
+        guarded("bucket", str(config.shared.bucket), bucket.check(config.shared)),
         guarded("tls", str(config.listen), asyncio.to_thread(running.check_certificate, config)),
         guarded("workers", "-", asyncio.to_thread(running.check_limits, config)),
         guarded("server", str(config.listen), running.check(config, admin)),

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -86,12 +85,10 @@ def _bucket(
         # Only here: one machine needs no client of object storage.
         from storage.bucket.blobs import BucketBlobs
         from storage.bucket.objects import Bucket, BucketHealth
-        from storage.bucket.settings import BucketSettings
     except ImportError as error:
         raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
     assert shared.bucket is not None
-    given = {each.name: getattr(shared, each.name, None) for each in fields(BucketSettings)}
-    settings = BucketSettings(url=shared.bucket, **{name: each for name, each in given.items() if each})
+    settings = shared.settings()
     try:
         store = settings.connect()
     except (ValueError, OSError) as error:

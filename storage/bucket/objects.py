@@ -62,13 +62,20 @@ class BucketHealth:
 
     def failed(self, error: BaseException) -> Unavailable:
         """Report a failure; returns the error to raise from it."""
-        cause, detail = _cause(error), first_line(error)
+        cause = _cause(error)
         trouble = Trouble(KIND, 0, self._root, self._name, cause, 0, self._clock())
         if self._troubles.add(trouble):
             action = "what needs it is answered 503"
-            log.error("bucket.failed", bucket=self._name, cause=cause, detail=detail, action=action)
+            log.error(
+                "bucket.failed", bucket=self._name, cause=cause, detail=first_line(error), action=action
+            )
+        return self.error(error)
+
+    def error(self, error: BaseException) -> Unavailable:
+        """The error to raise from a failure, which is not reported."""
+        cause = _cause(error)
         public = f"the object storage of this registry {cause}"
-        return Unavailable(f"{self._name} {cause}: {detail}", retry_after=AGAIN, public=public)
+        return Unavailable(f"{self._name} {cause}: {first_line(error)}", retry_after=AGAIN, public=public)
 
     def worked(self) -> None:
         """Report a success."""

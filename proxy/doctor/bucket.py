@@ -1,0 +1,103 @@
+"""The check of the bucket: that objects can be put, whole and in parts, read, looked at, and deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxy.config.shared import SharedConfig
+from proxy.connections.failures import reason
+from proxy.doctor.checks import Check, failed, ok
+from storage.errors import Unavailable
+
+if TYPE_CHECKING:
+    from storage.bucket.objects import Bucket, BucketHealth
+
+CONTENT = b"entrepot doctor"
+INSTALL = "install entrepot[fleet]"
+# What is needed for each step, by its name.
+ADVICE = {
+    "connecting": "compare docs/fleet.md",
+    "put": "make the bucket, and give the permission to put objects (s3:PutObject)",
+    "get": "give the permission to get objects (s3:GetObject)",
+    "put in parts": "give the permission to put and to abort uploads of parts (s3:AbortMultipartUpload)",
+    "delete": "give the permission to delete objects (s3:DeleteObject)",
+    "look": "give the permission to list the bucket (s3:ListBucket), so that missing objects show as such",
+}
+
+
+async def check(shared: SharedConfig) -> list[Check]:
+    """The check of the bucket, if there is one.  Its objects are deleted again."""
+    if shared.bucket is None:
+        return []
+    probe = _BucketProbe(shared)
+    try:
+        await probe.run()
+    except ImportError as error:
+        return [failed("bucket", shared.bucket, f"obstore cannot be loaded: {error}", INSTALL)]
+    except (Unavailable, ValueError, OSError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        return [failed("bucket", shared.bucket, f"{probe.step} fails: {why}", ADVICE[probe.step])]
+    return [ok("bucket", shared.bucket, "objects can be put, read and deleted")]
+
+
+class _BucketProbe:
+    """Does once what the server does; `step` is what it does now."""
+
+    def __init__(self, shared: SharedConfig) -> None:
+        self.step = "connecting"
+        self._shared = shared
+
+    async def run(self) -> None:
+        from storage.bucket.objects import PART, Bucket
+
+        settings, name = self._shared.settings(), str(self._shared.bucket)
+        with tempfile.TemporaryDirectory() as directory:
+            bucket = Bucket(settings.connect(), name, _unreported(name), settings.storage_class)
+            key, source = f"doctor/{secrets.token_hex(8)}", Path(directory) / "object"
+            for self.step, size in (("put", len(CONTENT)), ("put in parts", PART + 1)):
+                content = CONTENT.ljust(size, b"\0")
+                source.write_bytes(content)
+                await bucket.put(key, source, size)
+                self.step = "get"
+                try:
+                    await _compare(bucket, key, content)
+                except BaseException:
+                    with suppress(Unavailable):
+                        await asyncio.to_thread(bucket.delete, key)
+                    raise
+                self.step = "delete"
+                await asyncio.to_thread(bucket.delete, key)
+        self.step = "look"
+        if await bucket.size(key) is not None:
+            raise ValueError("the object that was deleted is still there")
+
+
+def _unreported(name: str) -> BucketHealth:
+    """The health of a bucket of which only the caller learns."""
+    from storage.bucket.objects import BucketHealth
+    from storage.disk.troubles import Troubles
+
+    class Unreported(BucketHealth):
+        def failed(self, error: BaseException) -> Unavailable:
+            return self.error(error)
+
+    return Unreported(name, Path(), time.time, Troubles())
+
+
+async def _compare(bucket: Bucket, key: str, content: bytes) -> None:
+    """Raise ValueError unless a range of the object is right."""
+    from storage.bucket.objects import ObjectUnknown
+
+    start, stop = len(content) // 2, len(content) - 1
+    try:
+        opened = await bucket.get(key, start, stop)
+    except ObjectUnknown:
+        raise ValueError("the object that was put is not there") from None
+    if b"".join([bytes(each) async for each in opened.chunks]) != content[start:stop]:
+        raise ValueError("a range of the object is not what was put")

@@ -1,0 +1,80 @@
+"""The bucket looked over: one that is well, and one that refuses this or that."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+from aiohttp import web
+
+from proxy.config.shared import SharedConfig
+from proxy.config.values import Secret
+from proxy.doctor import bucket
+from proxy.doctor.checks import Check
+from tests.objects import FakeBucket, answer
+
+
+@pytest.fixture
+async def fake(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeBucket]:
+    monkeypatch.setattr(
+        "storage.bucket.settings._RETRY", {"max_retries": 0, "retry_timeout": timedelta(seconds=9)}
+    )
+    async with FakeBucket() as server:
+        yield server
+
+
+async def look(fake: FakeBucket) -> Check:
+    endpoint, key = f"http://127.0.0.1:{fake.port}", Secret("a")
+    (found,) = await bucket.check(
+        SharedConfig(bucket="s3://bucket/x", endpoint=endpoint, access_key=key, secret_key=key)
+    )
+    assert (found.name, found.subject) == ("bucket", "s3://bucket/x")
+    return found
+
+
+async def test_a_bucket_that_is_well(fake: FakeBucket) -> None:
+    assert (await look(fake)).state == "ok"
+    assert (fake.objects, fake.uploads) == ({}, {})
+    methods = [each.partition(" ")[0] for each in fake.asked]
+    assert methods[:3] == ["PUT", "GET", "POST"]
+    assert all(
+        key.startswith("x/doctor/") for key in (each.split(" ")[1] for each in fake.asked) if key != "/bucket"
+    )
+
+
+async def test_none_is_not_asked() -> None:
+    assert await bucket.check(SharedConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "right"),
+    [
+        ("PUT", "put fails", "s3:PutObject"),
+        ("GET", "get fails", "s3:GetObject"),
+        ("HEAD", "look fails", "s3:ListBucket"),
+    ],
+)
+async def test_a_right_that_is_missing_is_named(fake: FakeBucket, method: str, step: str, right: str) -> None:
+    fake.spoilt[method] = [answer(403, "AccessDenied")] * 3
+    found = await look(fake)
+    assert (found.state, found.message.partition(":")[0]) == ("failed", step)
+    assert "refuses access" in found.message
+    assert right in found.advice
+
+
+async def test_a_bucket_that_gives_another_range(fake: FakeBucket) -> None:
+    async def wrong(request: web.Request) -> web.StreamResponse:
+        fake.objects = {key: content[::-1] for key, content in fake.objects.items()}
+        return await fake._get(request, request.path.removeprefix("/bucket/"))
+
+    fake.spoilt["GET"] = [wrong]
+    found = await look(fake)
+    assert (found.state, found.message) == ("failed", "get fails: a range of the object is not what was put")
+
+
+async def test_a_bucket_that_is_not_there(fake: FakeBucket) -> None:
+    fake.down = answer(404, "NoSuchBucket")
+    found = await look(fake)
+    assert (found.state, "has no such bucket" in found.message) == ("failed", True)
+    assert found.advice.startswith("make the bucket")

@@ -51,6 +51,11 @@ class Blob:
     position = 0  # of the first byte that an origin sends: 0 if it ignores the requested span
     used_at = 0.0  # when a stored blob was last used before it was opened
 
+    @property
+    def unread(self) -> int:
+        """How many bytes have come from an origin, and would be dropped by close(), as far as is known."""
+        return 0
+
     async def begin(self, span: Span | None = None) -> None:
         """Ask for the bytes of `span`, if they are far away: so what fails does so before any is sent.
 

@@ -153,6 +153,34 @@ async def test_it_is_read_and_the_connection_is_used_again(ask: Ask, server: Ser
     assert server.connections == 1
 
 
+async def test_what_has_come_and_is_not_read_is_counted(ask: Ask, server: Server) -> None:
+    server.answers.append(response(BODY))
+    blob = await opened(ask, server)
+    incoming, read = blob.incoming(), 0
+    assert incoming is not None
+
+    async def write(readinto: ReadInto) -> int:
+        nonlocal read
+        read += (number := readinto(memoryview(bytearray(1))))
+        return number
+
+    while not read:
+        await incoming.pass_on(write)
+    assert 0 < blob.unread < 2 * len(BODY)
+    assert await collect(incoming) == BODY[read:]
+    assert blob.unread == 0
+    await blob.close()
+
+
+async def test_what_is_small_is_counted_too(ask: Ask, server: Server) -> None:
+    server.answers.append(response(OTHER[:1000]))
+    blob = await opened(ask, server, OTHER[:1000])
+    assert blob.incoming() is None
+    chunks = [chunk async for chunk in blob.chunks()]
+    assert (b"".join(chunks), blob.unread) == (OTHER[:1000], 0)
+    await blob.close()
+
+
 async def test_what_comes_after_it_is_no_response(ask: Ask, server: Server) -> None:
     stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
     server.answers += [response(BODY, more=stray), response(OTHER)]

@@ -160,7 +160,8 @@ class FillRow(Model, frozen=True):
     `size` is -1 until upstream has sent it.  `eta` is in seconds, None while the size or speed is unknown.
     `own` is False if another process does the transfer.  `extents` are the bytes that are there; those that
     are less than a thousandth of the blob apart are one.  `coming` is what each connection is to bring, and
-    `repeated` the number of bytes that came although they were there, or came by another connection.
+    `repeated` the number of bytes that came and were dropped, as they were there or another connection
+    brings them.
     """
 
     digest: str

@@ -188,7 +188,7 @@ class Fetcher:
                     else:
                         await self._streams.stream(blob, part, self._size, self.upload)
                 finally:
-                    await blob.close()
+                    await self._close(blob)
         finally:
             self._release(part)
 
@@ -218,6 +218,10 @@ class Fetcher:
             part.stop = size
         if not fill.started.done():
             fill.started.set_result((self.upload, descriptor))
+
+    async def _close(self, blob: Blob) -> None:
+        self._dropped += blob.unread
+        await blob.close()
 
     def _take(self, part: Part) -> None:
         self._taken.add(part.position, part.stop)
@@ -296,7 +300,7 @@ class Fetcher:
                         try:
                             await self._streams.stream(blob, part, self._size, self.upload)
                         finally:
-                            await blob.close()
+                            await self._close(blob)
         except RegistryError as error:
             # It may refuse a second transfer, with any status, while it goes on with the first.
             if self._size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
@@ -331,9 +335,9 @@ class Fetcher:
             if self._fill.ranges and self._grant(part):
                 return blob
         except BaseException:
-            await blob.close()
+            await self._close(blob)
             raise
-        await blob.close()
+        await self._close(blob)
         return None
 
     def _clip(self, part: Part) -> bool:

@@ -26,7 +26,7 @@ class RangeFetcher(Protocol):
 
     @property
     def repeated(self) -> int:
-        """How many bytes came that were there, or that another transfer brings."""
+        """How many bytes came and were dropped, as they were there, or another transfer brings them."""
 
     def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
         """A client waits for [offset, stop)."""

@@ -151,7 +151,7 @@ def fills(call: CommandContext, watch: bool) -> None:
     """List transfers in flight.
 
     EXTENTS shows which bytes of each blob are there, which are coming now, and which are missing. CONNECTIONS
-    is how many bring it, and REPEATED what came twice, which should be nothing.
+    is how many bring it, and REPEATED what came and was dropped, as another one brings it.
     """
 
     async def work(operations: Operations) -> None:

@@ -145,7 +145,7 @@ class Metrics:
     repeated = _Row(
         Counter,
         "entrepot_fill_repeated_bytes_total",
-        "Body bytes from upstreams that were there already, or that another transfer brought.",
+        "Body bytes from upstreams that were dropped: they were there, or another transfer brings them.",
         "namespace",
     )
     followers = _gauge("entrepot_followers", "Clients that read a blob while it is filled.", "livesum")

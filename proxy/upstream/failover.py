@@ -172,6 +172,10 @@ class _Transfer(Blob):
             raise
         self._ended = not self._part
 
+    @property
+    def unread(self) -> int:
+        return self._blob.unread
+
     def incoming(self) -> Incoming | None:
         self._incoming = self._blob.incoming()
         return self if self._incoming is not None else None

@@ -94,6 +94,12 @@ class Download(Blob):
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._transport.broken(self._response, error) from error
 
+    @property
+    def unread(self) -> int:
+        if self._body is not None:
+            return self._body.unread
+        return self._response.content.total_bytes - (self._position - self.position)
+
     def incoming(self) -> Incoming | None:
         self._body = self._transport.bodies.take(self._response)
         return self if self._body is not None else None

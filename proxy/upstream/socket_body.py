@@ -7,8 +7,11 @@ copied from one object of Python to another, and are read while it does somethin
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
 import ssl
+import sys
+import termios
 import threading
 from contextlib import suppress
 from typing import Any, cast
@@ -115,6 +118,17 @@ class SocketBody:
             await readable.wait()
         finally:
             loop.remove_reader(self._socket)
+
+    @property
+    def unread(self) -> int:
+        """How many bytes have come that readinto() has not returned; by TLS with those that it adds."""
+        try:
+            number = int.from_bytes(fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4)), sys.byteorder)
+        except OSError:
+            number = 0
+        if self._tls is not None:
+            number += self._tls.pending() + self._tls.incoming.pending
+        return len(self._head) + number
 
     def readinto(self, buffer: memoryview) -> int:
         """As ReadInto; an error is raised by the next wait()."""

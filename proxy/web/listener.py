@@ -172,6 +172,11 @@ class Connection(web.RequestHandler):
         if self.transport is not None:
             reset(self.transport, self.transport.get_extra_info("socket"))
 
+    async def _drain_helper(self) -> None:
+        if self._drain_waiter is not None and self._drain_waiter.cancelled():
+            self._drain_waiter = None  # aiohttp keeps it, and would end each later wait at once
+        await super()._drain_helper()
+
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         # aiohttp waits for the handler, ends the body that the handler reads, and waits as long again.
         if timeout is not None and self.answering:

@@ -226,10 +226,10 @@ class _Sender:
         try:
             while position < stop:
                 end = min(await blob.readable(position, stop), stop)
-                if connection is None:
-                    await self._encrypt(writer, blob.fileno(), Span(position, end))
-                else:
-                    with self._turns:
+                with self._turns:
+                    if connection is None:
+                        await self._encrypt(writer, blob.fileno(), Span(position, end))
+                    else:
                         await self._pump(client, blob.fileno(), Span(position, end))
                 position = end
         finally:
@@ -242,25 +242,29 @@ class _Sender:
             self._exchange.bytes += len(chunk)
 
     async def _put(self, writer: AbstractStreamWriter, chunk: bytes) -> None:
-        await self._wait_for(_written(writer, chunk))
+        await self._wait_for(writer, writer.write(chunk))
 
-    async def _wait_for(self, work: Coroutine[None, None, None]) -> None:
-        """Await what waits for the client.  It is not cut off while it takes a little within `patience`."""
+    async def _wait_for(self, writer: AbstractStreamWriter, work: Coroutine[Any, Any, None]) -> None:
+        """Await `work` of `writer`, which waits for the client once it has written.
+
+        The client is not cut off while it takes a little within `patience`.
+        """
         connection = self._request.get_extra_info("socket")
         if connection is None:
             work.close()
             raise ConnectionResetError("the client has left")
         taken = _taken(connection)
-        putting = asyncio.ensure_future(work)
-        try:
-            while not (await asyncio.wait((putting,), timeout=self._patience))[0]:
+        while True:
+            try:
+                async with asyncio.timeout(self._patience):
+                    await work
+                    await writer.drain()
+                return
+            except TimeoutError:
                 before, taken = taken, _taken(connection)
                 if taken == before:
-                    raise TimeoutError("the client takes nothing")
-            await putting
-        finally:
-            putting.cancel()
-            await asyncio.gather(putting, return_exceptions=True)
+                    raise TimeoutError("the client takes nothing") from None
+                work = writer.drain()
 
     async def _pump(self, client: int, file: int, span: Span) -> None:
         """Send `span` of `file` as fast as `client`, a non-blocking socket, takes it."""
@@ -304,6 +308,7 @@ class _Sender:
     async def _encrypt(self, writer: AbstractStreamWriter, file: int, span: Span) -> None:
         """Send `span` of `file` by TLS.  The last piece or two are counted before they leave the process."""
         position, stop = span.start, span.stop or 0
+        end = self._turns.end()
         while position < stop:
             try:
                 piece = os.pread(file, min(PIECE, stop - position), position)
@@ -318,9 +323,12 @@ class _Sender:
             position += len(piece)
             self._exchange.bytes += len(piece)
             if transport.get_write_buffer_size():
-                await self._wait_for(writer.drain())
-            else:
+                await self._wait_for(writer, writer.drain())
+            elif time.perf_counter() >= end:
                 await asyncio.sleep(0)  # give others a turn while this client takes everything at once
+            else:
+                continue
+            end = self._turns.end()
 
 
 def _part(boundary: str, span: Span, size: int, media_type: str) -> bytes:
@@ -344,11 +352,6 @@ async def _next(blob: OnDisk, position: int, stop: int) -> int:
         return await blob.readable(position, stop)
     except StorageFailed:
         return 0
-
-
-async def _written(writer: AbstractStreamWriter, chunk: bytes) -> None:
-    await writer.write(chunk)
-    await writer.drain()
 
 
 def _sendfile(client: int, file: int, position: int, stop: int) -> int:

@@ -156,6 +156,19 @@ class DockerRegistry(Peer):
         return ["docker-registry", "serve", str(file)]
 
 
+class Distribution(DockerRegistry):
+    """Another build of it, such as Distribution 3, whose command is named by ENTREPOT_DISTRIBUTION."""
+
+    name = "distribution"
+
+    def configure(self, directory: Path, upstream: str) -> list[str]:
+        command = os.environ.get("ENTREPOT_DISTRIBUTION")
+        if command is None:
+            raise BenchError("ENTREPOT_DISTRIBUTION is not set: it names the command of that registry")
+        # Without traces, which version 3 would send somewhere.
+        return ["env", "OTEL_TRACES_EXPORTER=none", command, *super().configure(directory, upstream)[1:]]
+
+
 def _status_kib(pid: int, key: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import ssl
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 import trustme
 import yaml
@@ -24,10 +26,13 @@ from click.testing import CliRunner, Result
 from proxy.cli.main import main
 from proxy.config.loader import load
 from proxy.config.schema import TLS, Config
-from proxy.doctor import running, upstreams
+from proxy.doctor import database, running, upstreams
 from proxy.doctor.checks import Check, Diagnosis
+from storage.postgres.records import PostgresRecords
+from storage.postgres.schema import VERSION
 from tests.clients.processes import free_port
 from tests.conftest import Serve, Site
+from tests.postgres import PASSWORD, PostgresServer
 from tests.relay import Relay
 from tests.upstream import Basic, Bearer, Status, Upstream
 
@@ -559,3 +564,55 @@ async def test_clients_that_cannot_be_checked(monkeypatch: pytest.MonkeyPatch, t
     result = await invoke("--client", "http://127.0.0.1:1", "--root", str(tmp_path), "--json")
     (found,) = [each for each in json.loads(result.stdout)["checks"] if each["subject"] == "docker"]
     assert found["message"] == "could not be checked: no sense"
+
+
+# The database
+
+
+@pytest.mark.clients
+async def test_a_database_that_is_well(
+    examine: Examine, upstream: Upstream, postgres_server: PostgresServer
+) -> None:
+    url = postgres_server.database()
+    shared = {"shared": {"records": url}, "workers": 2}
+    check = (await examine(upstream.url, shared)).one("database")
+    assert check.state == "ok"
+    assert re.fullmatch(r"PostgreSQL \d+\.\d+.*, no tables yet", check.message)
+    PostgresRecords(url).close()
+    check = (await examine(upstream.url, shared)).one("database")
+    assert (check.state, check.message.rpartition(", ")[2]) == ("ok", f"schema {VERSION}")
+    assert PASSWORD not in check.subject
+
+
+@pytest.mark.clients
+async def test_a_database_that_is_not_well(
+    examine: Examine, upstream: Upstream, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres_server.database()
+    PostgresRecords(url).close()
+    monkeypatch.setattr(database, "MAX_SKEW", -1.0)
+    found = await examine(upstream.url, {"shared": {"records": url, "connections": 50}, "workers": 2})
+    # Servers of tests do not wait for the disk.
+    assert found.one("durability").advice == "set fsync and full_page_writes to on"
+    assert found.one("connections").message == "takes 60 connections, and this server has up to 150"
+    assert [each.subject for each in found.all("clock")][:1] == [found.one("database").subject]
+    with psycopg.connect(url) as other:
+        other.execute("UPDATE entrepot_schema SET version = 9")
+    check = (await examine(upstream.url, {"shared": {"records": url}})).one("database")
+    assert (check.state, check.message) == (
+        "failed",
+        f"has schema 9, and this version knows schema {VERSION}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [("postgresql://a:hunter2@127.0.0.1:1/x", "refused"), ("postgresql://a:hunter 2@h/x", "no valid URL")],
+)
+async def test_a_database_that_is_not_there(
+    examine: Examine, upstream: Upstream, url: str, says: str
+) -> None:
+    check = (await examine(upstream.url, {"shared": {"records": url}})).one("database")
+    assert check.state == "failed"
+    assert says in check.message
+    assert "hunter" not in f"{check}"

@@ -82,6 +82,18 @@ def test_tables_of_an_earlier_version_are_brought_to_this_one(
     assert ask(url, "SELECT version FROM entrepot_schema") == [(schema.VERSION + 1,)]
 
 
+def test_a_migration_may_take_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    PostgresRecords(url).close()
+    session = connections._SESSION.replace("statement_timeout = '15s'", "statement_timeout = '1s'")
+    monkeypatch.setattr(connections, "ANSWER", 1.0)
+    monkeypatch.setattr(connections, "_SESSION", session)
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "SELECT pg_sleep(1.5)"))
+    monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
+    with closing(PostgresRecords(url)) as records:
+        assert records.health.troubles() == []
+        assert ask(url, "SELECT version FROM entrepot_schema") == [(schema.VERSION,)]
+
+
 @pytest.mark.errors("records.failed")
 def test_a_migration_that_fails_changes_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(PostgresRecords(url)) as records:

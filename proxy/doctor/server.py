@@ -15,7 +15,7 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.settings import Setting
 from proxy.config.upstream import UpstreamConfig
-from proxy.doctor import bucket, disk, running, upstreams
+from proxy.doctor import bucket, database, disk, running, upstreams
 from proxy.doctor.checks import Check, failed, guarded, ok, warning
 
 
@@ -41,6 +41,7 @@ async def examine(
     local = await asyncio.gather(
         guarded("disk", str(config.disk.path), asyncio.to_thread(disk.check, config.disk)),
         guarded("bucket", str(config.shared.bucket), bucket.check(config.shared)),
+        guarded("database", "-", asyncio.to_thread(database.check, config)),
         guarded("tls", str(config.listen), asyncio.to_thread(running.check_certificate, config)),
         guarded("workers", "-", asyncio.to_thread(running.check_limits, config)),
         guarded("server", str(config.listen), running.check(config, admin)),

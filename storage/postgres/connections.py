@@ -127,20 +127,21 @@ class Connections:
                     return
         connection.close()
 
-    def connect(self) -> DatabaseConnection:
-        """A connection for the caller alone, who closes it."""
+    def connect(self, patient: bool = False) -> DatabaseConnection:
+        """A connection for the caller alone, who closes it; `patient` if a statement may take minutes."""
         if self._failure is None:
-            return self._connect()
+            return self._connect(patient)
         if not self._trying.acquire(blocking=False):
             raise psycopg.OperationalError(self._failure)
         try:
-            return self._connect()
+            return self._connect(patient)
         finally:
             self._trying.release()
 
-    def _connect(self) -> DatabaseConnection:
+    def _connect(self, patient: bool) -> DatabaseConnection:
+        kind = psycopg.Connection if patient else _Impatient
         try:
-            connection = _Impatient.connect(self._parameters, autocommit=True)
+            connection = kind.connect(self._parameters, autocommit=True)
             try:
                 connection.execute(_SESSION)
             except BaseException:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TypeVar
 
 import psycopg
@@ -259,7 +259,8 @@ class PostgresRecords(Records):
     def _connection(self) -> Iterator[DatabaseConnection]:
         with self._connections.take() as connection:
             if not self._checked:
-                self._check(migrate(connection, self.name))
+                with closing(self._connections.connect(patient=True)) as patient:
+                    self._check(migrate(patient, self.name))
                 self._checked = True
             try:
                 yield connection

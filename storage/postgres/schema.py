@@ -57,7 +57,7 @@ def migrate(connection: DatabaseConnection, name: str) -> str:
 
     Raises SchemaTooNew and psycopg.Error.
     """
-    if _version(connection) != VERSION:
+    if version_of(connection) != VERSION:
         _bring_to_version(connection, name)
     row = connection.execute("SELECT identity::text FROM entrepot_schema").fetchone()
     return str(row[0]) if row else ""
@@ -67,8 +67,8 @@ def _bring_to_version(connection: DatabaseConnection, name: str) -> None:
     with connection.transaction():
         # One at a time: two that make the same table fail, even by IF NOT EXISTS.
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('entrepot_schema', 0))")
-        connection.execute("SET LOCAL statement_timeout = 0")
-        found = _version(connection)
+        connection.execute("SET LOCAL statement_timeout = 0")  # an index of millions of records takes minutes
+        found = version_of(connection)
         if found > VERSION:
             raise SchemaTooNew(
                 f"the records in {name} have schema {found}, and this version knows schema {VERSION}:"
@@ -84,7 +84,7 @@ def _bring_to_version(connection: DatabaseConnection, name: str) -> None:
         connection.execute("UPDATE entrepot_schema SET version = %s", (VERSION,))
 
 
-def _version(connection: DatabaseConnection) -> int:
+def version_of(connection: DatabaseConnection) -> int:
     """The version of the tables; 0 if there are none."""
     # Not by to_regclass(): after the lock was waited for, it would answer by what it knew before.
     table = "SELECT FROM pg_class WHERE relname = 'entrepot_schema' AND pg_table_is_visible(oid)"

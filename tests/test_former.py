@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import tarfile
 import threading
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from proxy.cli.target import composed
 from proxy.config.loader import load
 from storage.keys import LINK, MANIFEST
 from storage.maintenance.counting import Counting
+from storage.maintenance.eviction import Eviction, EvictionRules
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest
 from storage.values import Link
 from tests.conftest import OPEN, Clock, Serve, Site, configuration
@@ -148,6 +151,20 @@ async def test_what_an_operator_sees_of_it(uncounted: threading.Event, site: Sit
     assert found[0][3] == links + manifests
     assert (await told(site, "stats", period="1d"))["stored_bytes"] == files
     assert_counted(site.app.composition.store)
+
+
+async def test_room_is_made_while_it_is_being_counted(uncounted: threading.Event, site: Site) -> None:
+    """An expiry waits for the totals, and holds up nobody."""
+    keeper = site.app.housekeeper
+    expiring = asyncio.create_task(keeper.expire())
+    await asyncio.sleep(0)
+    await keeper.make_room(0)
+    rules = EvictionRules(keep_for=lambda repository: math.inf)  # here nothing is kept for being offline
+    Eviction(site.app.composition.store, rules).shrink(to=1000)
+    assert sum(each.stat().st_size for each in (site.directory / "cache").glob("blobs/*/*/*")) <= 1000
+    assert not expiring.done()
+    uncounted.set()
+    await expiring
 
 
 async def test_a_command_without_a_server_counts_itself(tmp_path: Path, clock: Clock) -> None:

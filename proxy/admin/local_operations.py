@@ -246,6 +246,8 @@ class LocalOperations:
     async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
         if to is not None and to < 0:
             raise FieldInvalid("to", "must be a number of bytes, 0 or more")
+        if to is None:  # an expiry needs the totals; meanwhile others can make room
+            await run_in_thread(self._composition.maintenance.countings[0].run)
         async with self._evicting:
             return await run_in_thread(self._evict, to, dry_run)
 

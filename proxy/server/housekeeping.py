@@ -127,6 +127,8 @@ class Housekeeper:
             await run_in_thread(each.run, True)
 
     async def expire(self) -> None:
+        # An expiry needs the totals.  Meanwhile others can make room.
+        await run_in_thread(self._composition.maintenance.countings[0].run)
         async with self.evicting:
             await run_in_thread(self._eviction.expire)
 

@@ -99,6 +99,23 @@ async def test_a_large_blob_is_put_in_parts(place: Place) -> None:
     assert await place.read(digest, Span(PART - 1, PART + CHUNK)) == LARGE[PART - 1 : PART + CHUNK]
 
 
+async def test_few_parts_are_in_memory(place: Place) -> None:
+    under_way, most = 0, 0
+
+    async def counted(request: Any) -> Any:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        answered = await place.fake._put(request, "")
+        under_way -= 1
+        return answered
+
+    place.fake.spoilt["PUT"] = [counted] * 8
+    digest = await place.put(content := bytes(range(251)) * (8 * PART // 251))
+    assert 1 <= most <= objects.AT_ONCE
+    assert await place.read(digest) == content
+
+
 async def test_what_the_bucket_has_is_not_put_again(place: Place) -> None:
     await place.put(LARGE)
     place.fake.asked.clear()

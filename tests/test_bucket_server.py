@@ -21,7 +21,7 @@ from tests.upstream import Upstream
 
 APP, OTHER = "/v2/local/team/app", "/v2/local/other"
 CONFIG = b"{}"
-LAYER = bytes(range(251)) * 80_000  # of three parts
+LAYER = bytes(range(251)) * 80_000  # of several parts
 
 
 @dataclass

@@ -12,6 +12,7 @@ import yaml
 
 from proxy.upstream.connect import Connect
 from proxy.upstream.requests import UpstreamSettings
+from tests.objects import FakeBucket
 from tests.upstream import Upstream
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
@@ -40,6 +41,17 @@ async def test_a_cache(upstream: Upstream, tmp_path: Path) -> None:
                     content = await response.read()
         assert content == b"layer"
     assert sum(each.path.endswith(f"/blobs/{image.layers[0]}") for each in upstream.requests) == 1
+
+
+async def test_a_store_in_a_bucket(tmp_path: Path) -> None:
+    found = program("A store in a bucket")
+    async with FakeBucket() as fake:
+        store = found["open_store"](fake.settings(), tmp_path / "store")
+        pushed = await found["push"](store, "a/b", b"content")
+        blob = await store.get_blob("a/b", pushed.digest)
+        assert b"".join([chunk async for chunk in blob.chunks()]) == b"content"
+        await store.close()
+    assert list(fake.objects.values()) == [b"content"]
 
 
 async def test_the_parts_of_a_configuration(upstream: Upstream, tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ class Blob:
         """
         return None
 
+    async def prepare(self, spans: Sequence[Span]) -> None:
+        """Say what will be read; [] is all of it.  Raises the error with which that cannot be read at all."""
+
     async def close(self) -> None:
         raise NotImplementedError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from collections.abc import Coroutine
 from functools import partial
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import pytest
 
 from storage.concurrency import SingleFlight, for_each
-from tests.conftest import Serve
-from tests.upstream import Upstream
 
 
 class Tower:
@@ -132,72 +129,6 @@ async def test_a_call_that_was_closed_before_its_first_step_is_not_remembered() 
         await task
     tower.landing.set_result("here")
     assert await join() == "here"
-
-
-async def test_lazy_passes_a_range_through_and_fetches_no_more(serve: Serve, upstream: Upstream) -> None:
-    content = os.urandom(300_000)
-    digest = upstream.blob("library/alpine", content)
-    site = await serve(upstream, lazy=True)
-    for _ in range(2):
-        status, headers, body = await site.get(f"/v2/alpine/blobs/{digest}", Range="bytes=1000-1999")
-        assert (status, body) == (206, content[1000:2000])
-        assert headers["Content-Range"] == "bytes 1000-1999/300000"
-    assert [line.split()[0] for line in upstream.log] == ["GET", "GET"]
-    assert upstream.bytes_sent == 2000
-    # Asked for whole it is fetched, and then ranges are served from it.
-    assert (await site.get(f"/v2/alpine/blobs/{digest}"))[2] == content
-    upstream.clear()
-    assert (await site.get(f"/v2/alpine/blobs/{digest}", Range="bytes=5-9"))[2] == content[5:10]
-    assert upstream.log == []
-
-
-@pytest.mark.parametrize(
-    ("asked", "ranges"),
-    [
-        ("bytes=0-49,1000-1049,2000-2049", ["bytes=0-49", "bytes=1000-1049", "bytes=2000-2049"]),
-        ("bytes=2000-2049,0-49", ["bytes=2000-2049", "bytes=0-49"]),
-        ("bytes=999999-,0-49", ["bytes=999999-", "bytes=0-49"]),
-        ("bytes=-51", ["bytes=299949-299999"]),
-        ("bytes=0-49,-51", ["bytes=0-49", "bytes=299949-299999"]),
-    ],
-)
-async def test_lazy_passes_several_ranges_and_a_suffix_through(
-    serve: Serve, upstream: Upstream, asked: str, ranges: list[str]
-) -> None:
-    content = os.urandom(300_000)
-    digest = upstream.blob("library/alpine", content)
-    site = await serve(upstream, lazy=True)
-    status, _, body = await site.get(f"/v2/alpine/blobs/{digest}", Range=asked)
-    assert status == 206
-    for each in ranges:
-        first, last = each.removeprefix("bytes=").split("-")
-        if int(first) < len(content):
-            assert content[int(first) : int(last) + 1] in body
-    assert [each.range for each in upstream.requests if each.method == "GET"] == ranges
-
-
-async def test_lazy_refuses_a_range_beyond_the_end(serve: Serve, upstream: Upstream) -> None:
-    digest = upstream.blob("library/alpine", bytes(3000))
-    site = await serve(upstream, lazy=True)
-    status, headers, _ = await site.get(f"/v2/alpine/blobs/{digest}", Range="bytes=3000-")
-    assert (status, headers["Content-Range"]) == (416, "bytes */3000")
-    assert site.partial == []
-
-
-@pytest.mark.parametrize("sends_ranges", [True, False])
-@pytest.mark.parametrize("asked", ["bytes=0-", "bytes=0-,-9", "bytes=500-599"])
-async def test_lazy_keeps_what_comes_whole(
-    serve: Serve, upstream: Upstream, asked: str, sends_ranges: bool
-) -> None:
-    content = os.urandom(300_000)
-    digest = upstream.blob("library/alpine", content)
-    upstream.ranges = sends_ranges
-    site = await serve(upstream, lazy=True)
-    assert (await site.get(f"/v2/alpine/blobs/{digest}", Range=asked))[0] in (200, 206)
-    before = len(upstream.log)
-    if not (sends_ranges and asked == "bytes=500-599"):
-        await site.get(f"/v2/alpine/blobs/{digest}", Range=asked)
-        assert len(upstream.log) == before
 
 
 async def test_several_at_once_in_their_order() -> None:

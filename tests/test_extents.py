@@ -16,6 +16,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.extents import ExtentList, Extents
 from storage.disk.locks import leads_to
 from storage.disk.sparse import SparseUpload
+from storage.disk.wanted import Wish
 from storage.errors import DigestInvalid, OriginFailed, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest
 from tests.conftest import Clock
@@ -328,7 +329,7 @@ async def test_what_is_wanted_is_not_reaped_before_the_upload(files: BlobFiles, 
     for path in (note, files.root / "partial" / PARTIAL):
         age(path, clock())
     assert files.reap(100) == 0  # somebody writes it, slowly
-    assert upload.wanted.hear() == [(5, 90)]
+    assert upload.wanted.hear() == [Wish(5, 90)]
     await upload.cancel()
     assert partial_files(files) == []
 
@@ -477,11 +478,12 @@ async def test_what_is_wanted_is_heard_once_a_second(
     other.wanted.tell(0, whole)
     other.wanted.tell(far, far + 10)  # another reader, far ahead of that of all
     other.wanted.tell(far, whole)
-    assert upload.wanted.hear() == [(5, 90), (95, 100), (0, whole), (far, far + 10), (far, whole)]
+    heard = [(5, 90), (95, 100), (0, whole), (far, far + 10), (far, whole)]
+    assert upload.wanted.hear() == [Wish(start, stop) for start, stop in heard]
     assert upload.wanted.hear() == []
     clock.advance(wanted.AGAIN + 0.1)
     other.wanted.tell(50, 90)
-    assert upload.wanted.hear() == [(50, 90)]
+    assert upload.wanted.hear() == [Wish(50, 90)]
     await upload.cancel(OriginFailed("gone"))
     other.wanted.tell(1, 2)
     assert partial_files(files) == []
@@ -499,6 +501,6 @@ async def test_a_wish_that_is_none(files: BlobFiles, content: bytes) -> None:
     upload.wanted._path.write_bytes(content)
     assert upload.wanted.hear() == []
     upload.wanted._path.write_bytes(bytes(200_000) + b"\n" + content + b"\n1 2\n")
-    assert [each for _ in range(9) for each in upload.wanted.hear()][-1] == (1, 2)
+    assert [each for _ in range(9) for each in upload.wanted.hear()][-1] == Wish(1, 2)
     await upload.cancel(OriginFailed("gone"))
     assert partial_files(files) == []

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.cache import fetcher, parts
+from proxy.cache import fetcher, lazy, parts
 from proxy.cache.fills import Fills
 from proxy.cache.parts import Part
+from proxy.cache.policy import Threshold
 from proxy.cache.readers import BlobSource
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
@@ -243,8 +244,8 @@ class Rig:
         self.source = BlobSource("up", self.origin, "a/b")
         self.partial = root / "partial"
 
-    async def read(self, digest: Digest, start: int, stop: int) -> bytes:
-        blob = (await self.fills.join(self.source, digest, Span(start, stop))).value
+    async def read(self, digest: Digest, start: int, stop: int, lazy: Threshold | None = None) -> bytes:
+        blob = (await self.fills.join(self.source, digest, Span(start, stop), lazy)).value
         try:
             return b"".join([chunk async for chunk in blob.chunks(start, stop)])
         finally:
@@ -426,7 +427,7 @@ async def test_what_comes_twice_is_counted(
     rig: Rig, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest, origin, listened = Digest.of(BODY), Dealer(), asyncio.Event()
-    monkeypatch.setattr(fetcher, "HEARING", 0)
+    monkeypatch.setattr(lazy, "HEARING", 0)
     monkeypatch.setattr(Wanted, "hear", lambda _: listened.set() or [])  # the metrics are changed before
     rig.source = BlobSource("up", origin, "a/b")
     assert await rig.read(digest, 0, 1000) == BODY[:1000]
@@ -518,7 +519,7 @@ async def test_a_cut_after_which_ranges_fail(
     waited = []
 
     async def pass_time(seconds: float) -> None:
-        if seconds > fetcher.HEARING:
+        if seconds > lazy.HEARING:
             waited.append(seconds)
             clock.advance(seconds)
         await sleep(0)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from proxy.admin.reports import Purged
+from storage.disk.kept import all_parts, remove_parts
+from storage.disk.tree import StoredBlob
 from storage.errors import RegistryError
 from storage.graph import Walk, named_digests
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
@@ -41,6 +43,7 @@ class PurgePlan:
     """What to delete of a repository.
 
     `references` and `kept` are names, `keys` those of records, with tags first.  `blobs` lose their link.
+    `named` are all blobs that are purged, stored or not; if it is `whole`, those that no manifest names too.
     """
 
     repository: str
@@ -49,6 +52,8 @@ class PurgePlan:
     keys: list[str] = field(default_factory=list)
     manifests: int = 0
     blobs: set[Digest] = field(default_factory=set)
+    named: set[Digest] = field(default_factory=set)
+    whole: bool = False
 
 
 @dataclass(slots=True)
@@ -98,6 +103,10 @@ class Purge:
             for plan in plans:
                 self._delete(plan.keys)
         blobs, size = self._sweep(links, dry_run)
+        parts = self._parts(plans)
+        if not dry_run:
+            parts = [each for each in parts if remove_parts(self._store.files.root, each)]
+        blobs, size = blobs + len(parts), size + sum(each.size for each in parts)
         return Purged(
             references=references,
             kept=kept,
@@ -192,6 +201,7 @@ class Purge:
         if whole and not plan.kept:
             for kind in (REFERRER, USE, MOVES):
                 plan.keys += [key for key, _ in self._records.scan(kind.prefix(name))]
+        plan.named, plan.whole = named - kept, whole and not kept
         plan.blobs = {
             digest for digest in named - kept if self._records.get(LINK.key(name, digest)) is not None
         }
@@ -206,6 +216,16 @@ class Purge:
         for digest, content in self._manifests(repository):
             (named if digest in purged else kept).update(named_digests(content)[1])
         return named, kept
+
+    def _parts(self, plans: Sequence[PurgePlan]) -> list[StoredBlob]:
+        """The blobs of which only parts are here, and that nothing but what is purged shows."""
+        purged = {(plan.repository, digest) for plan in plans for digest in plan.named}
+        whole = {plan.repository for plan in plans if plan.whole}
+        return [
+            parts.blob
+            for parts in all_parts(self._store.files.root)
+            if all(each in whole or (each, parts.blob.digest) in purged for each in parts.repositories)
+        ]
 
     # The deletion
 

@@ -6,6 +6,7 @@ If the store cannot be used, the pull continues from the origin.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,14 +17,15 @@ from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
 from proxy.cache.listings import Listings
 from proxy.cache.negatives import RequestKey
-from proxy.cache.origin import Origin
+from proxy.cache.origin import CheckedRegistry, Origin
 from proxy.cache.policy import Policy
 from proxy.cache.readers import BlobSource, UncachedBlob
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import current
 from storage.disk.blobs import TOUCH
+from storage.disk.kept import shown_parts
 from storage.disk.uploads import FileBlob
-from storage.errors import BlobUnknown, ManifestUnknown, RangeInvalid, StorageFailed, Unavailable
+from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed, Unavailable
 from storage.held import held_blob, held_manifest
 from storage.keys import MANIFEST
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
@@ -31,6 +33,13 @@ from storage.registry import Blob, Held, Moved, Registry, Validity
 from storage.store import Store
 
 T = TypeVar("T")
+
+
+def _client() -> str:
+    """A word for the client that asks; empty outside of a request."""
+    now = current()
+    asking = f"{now.client} {now.user}".strip()
+    return hashlib.blake2b(asking.encode(), digest_size=8).hexdigest() if asking else ""
 
 
 class Cache(Registry):
@@ -71,42 +80,34 @@ class Cache(Registry):
         except (BlobUnknown, StorageFailed) as error:
             failed = isinstance(error, StorageFailed)
         key = BlobUnknown, name, digest
-        self._miss(key)
         registry = self._origin.registry
-        source = BlobSource(self._namespace, registry, repository, lambda e: self._origin.remember(key, e))
         # containerd begins a pull of the whole blob with `bytes=0-`.
         part = None if span == Span(0) else span
+        lazy = self._policy.lazy if part is not None and not failed else None
+        if lazy is None:
+            self._miss(key)
+        else:  # parts of it may be here
+            self._record(None, "miss")
+            registry = CheckedRegistry(registry, lambda: self._origin.check(key))
+        source = BlobSource(
+            self._namespace, registry, repository, lambda e: self._learn(key, e), _client() if lazy else ""
+        )
         try:
-            lazy = self._policy.lazy and not failed and not self._fills.filling(digest)
-            if lazy and part and (passed := await self._pass_through(source, digest, part)) is not None:
-                return passed
             if not failed:
-                return self._record(*await self._fills.join(source, digest, part))
+                return self._record(*await self._fills.join(source, digest, part, lazy))
         except StorageFailed:
             pass
         except BlobUnknown as error:
-            self._origin.remember(key, error)
+            self._learn(key, error)
             raise
         if part is not None and part.start < 0:
             return UncachedBlob(await registry.resolve_blob(repository, digest), source)
         opened = await registry.get_blob(repository, digest, part)
         return UncachedBlob(opened.descriptor, source, opened, part)
 
-    async def _pass_through(self, source: BlobSource, digest: Digest, span: Span) -> Blob | None:
-        """The blob, to be read from the origin; None if the origin does not serve parts of it."""
-        blob = None
-        if span.start >= 0:
-            with suppress(RangeInvalid):  # there may be more ranges, and a HEAD tells the size
-                blob = await source.origin.get_blob(source.name, digest, span)
-        if blob is None:
-            descriptor = await source.origin.resolve_blob(source.name, digest)
-        else:
-            descriptor = blob.descriptor
-        if descriptor.size >= 0 and (blob is None or blob.position == span.start):
-            return UncachedBlob(descriptor, source, blob, span)
-        if blob is not None:
-            await blob.close()
-        return None
+    def _learn(self, key: RequestKey, error: BlobUnknown) -> None:
+        if not self._origin.offline:  # else it was not asked
+            self._origin.remember(key, error)
 
     async def fill_blob(self, repository: str, digest: Digest) -> int:
         """Fetch the blob into the store unless it is there; return the number of bytes that were fetched.
@@ -137,6 +138,11 @@ class Cache(Registry):
         except (BlobUnknown, StorageFailed):
             pass
         if (known := self._fills.descriptor(name, digest)) is not None:
+            return self._record(known, "hit")
+        if (
+            self._policy.lazy is not None
+            and (known := shown_parts(self._store.files.root, name, digest)) is not None
+        ):
             return self._record(known, "hit")
         key = BlobUnknown, name, digest
         self._miss(key)

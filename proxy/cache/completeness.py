@@ -86,7 +86,7 @@ class Completeness:
     def _missing_blob(self, name: str, content: ManifestContent) -> Digest | None:
         for blob in content.blobs:
             # A fill for another repository does not help: the origin would have to permit this one.
-            here = self._fills.descriptor(name, blob.digest) or self._store.linked(name, blob.digest)
-            if blob.distributable and here is None:
+            here = self._fills.coming(name, blob.digest) or self._store.linked(name, blob.digest) is not None
+            if blob.distributable and not here:
                 return blob.digest
         return None

@@ -27,7 +27,6 @@ LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
 RETRIES = 4  # in a row without progress
 WHOLE = 3  # failures after which all of a blob is asked for: the origin may refuse ranges alone
 MOST = 16  # transfers beside the one from the beginning on
-HEARING = 0.1  # seconds between two looks at what other processes want
 REST = 10.0  # seconds without further transfers after the origin has refused one
 
 
@@ -73,7 +72,6 @@ class Fetcher:
         self._first: asyncio.Task[None] | None = None  # of begin()
         self._refused_until = -float("inf")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._spawn(self._hear())
 
     async def run(self) -> None:
         """Fetch all that is missing; `upload` has all bytes then, and is not committed."""
@@ -124,10 +122,7 @@ class Fetcher:
                 if self._fill.started.done():
                     raise
                 # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
-                await self.upload.cancel(error)
-                self._dropped += self.upload.repeated
-                self.upload = self._fill.upload = await self._again()
-                self._taken = Extents(self.upload.extents)
+                await self._renew(error)
             except Unavailable as error:
                 failures = 0 if self.upload.offset > before else failures + 1
                 if failures > RETRIES or not await self._promised():
@@ -146,6 +141,12 @@ class Fetcher:
                 descriptor = await source.origin.resolve_blob(source.name, self._fill.digest)
                 await self._begin(source, descriptor, Part(0, 0, self._ticks()))
         return started.done()
+
+    async def _renew(self, error: RangeInvalid) -> None:
+        await self.upload.cancel(error)
+        self._dropped += self.upload.repeated
+        self.upload = self._fill.upload = await self._again()
+        self._taken = Extents(self.upload.extents)
 
     async def _fetch_rest(self) -> None:
         """Close the gaps in order.  Those that other transfers close are waited for."""
@@ -210,8 +211,7 @@ class Fetcher:
             raise OriginFailed(f"{source.namespace} first stated {started[1].size} bytes, now {size}")
         if self.upload.listed_size not in (-1, size):
             raise RangeInvalid(f"the bytes of a former transfer are of {self.upload.listed_size}")
-        await self._ensure_room(self.upload, size)
-        self.upload.expect(size)
+        await self._reserve(size)
         self._size = size
         if 0 <= size < part.stop:
             self._taken.remove(max(size, part.position), part.stop)
@@ -222,6 +222,11 @@ class Fetcher:
     async def _close(self, blob: Blob) -> None:
         self._dropped += blob.unread
         await blob.close()
+
+    async def _reserve(self, size: int) -> None:
+        """Make room for all of the blob."""
+        await self._ensure_room(self.upload, size)
+        self.upload.expect(size)
 
     def _take(self, part: Part) -> None:
         self._taken.add(part.position, part.stop)
@@ -247,22 +252,6 @@ class Fetcher:
         if not any(part.seconds_to(offset, now) <= SOON for part in coming):
             stop = min([stop, *(each.position for each in self._parts if each.position > offset)])
             self._start(source, Part(offset, stop, now))
-
-    async def _hear(self) -> None:
-        """Want what the clients of other processes wait for."""
-        source = self._fill.source
-        while True:
-            await asyncio.sleep(HEARING)  # other processes can only leave a note in a file
-            self._count(self.upload.extents.count)
-            for start, stop in self.upload.wanted.hear():
-                if self._size >= 0:
-                    self.want(source, start, stop)
-                elif self._fill.queued:
-                    self._spawn(self._begin_for_others(source, Span(start, stop)))
-
-    async def _begin_for_others(self, source: BlobSource, span: Span) -> None:
-        with suppress(RegistryError):  # the fill will meet it as well
-            await self.begin(source, span)
 
     async def begin(self, source: BlobSource, span: Span) -> None:
         """Start the fill by a range, while it waits for its turn, if the origin sends ranges."""
@@ -302,13 +291,16 @@ class Fetcher:
                         finally:
                             await self._close(blob)
         except RegistryError as error:
-            # It may refuse a second transfer, with any status, while it goes on with the first.
-            if self._size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
-                self._refused_until = self._ticks() + REST
-            self._fill.ranges = self._fill.ranges and None  # only one range asks whether it is over
-            self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
+            self._refused(part, error)
         finally:
             self._release(part)
+
+    def _refused(self, part: Part, error: RegistryError) -> None:
+        # It may refuse a second transfer, with any status, while it goes on with the first.
+        if self._size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
+            self._refused_until = self._ticks() + REST
+        self._fill.ranges = self._fill.ranges and None  # only one range asks whether it is over
+        self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
 
     async def _open(self, source: BlobSource, part: Part) -> Blob | None:
         """The transfer of a part; None if its bytes have come meanwhile, or the origin does not send it."""

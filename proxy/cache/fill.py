@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
 
 from proxy.cache.readers import BlobSource
+from proxy.cache.rest import Rest
 from storage.disk.sparse import SparseUpload
 from storage.oci import Descriptor, Digest, Span
 
@@ -34,6 +36,12 @@ class RangeFetcher(Protocol):
     async def begin(self, source: BlobSource, span: Span) -> None:
         """Start the fill by a range, while it waits for its turn, if the origin sends ranges."""
 
+    async def prepare(self, source: BlobSource, spans: Sequence[Span]) -> None:
+        """Ask for what is missing of the spans, if the rest does not come by itself."""
+
+    async def confirm(self) -> None:
+        """Wait until it is known that the origin sends all of the blob.  Raises its error."""
+
 
 @dataclass(slots=True)
 class Fill:
@@ -45,12 +53,15 @@ class Fill:
     received: the origin has sent everything
     ranges: whether the origin sends ranges, None if that is not known
     queued: it waits for its turn
+    shown: repositories in which parts of the blob are shown
+    rest: whether all of the blob is to be fetched
     """
 
     digest: Digest
     source: BlobSource
     started: asyncio.Future[tuple[SparseUpload, Descriptor] | None]
     begun: float
+    rest: Rest
     followers: int = 0
     repositories: set[str] = field(default_factory=set)
     upload: SparseUpload | None = None
@@ -62,14 +73,29 @@ class Fill:
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for the first range
     opened: asyncio.Event = field(default_factory=asyncio.Event)  # `upload` is there, or `error`
     queued: bool = False
+    shown: set[str] = field(default_factory=set)
     error: Exception | None = None
 
     def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
         """A client waits for [offset, stop)."""
+        if self.error is not None:
+            return  # who reads gets it
         if self.fetcher is not None:
             self.fetcher.want(source, offset, stop)
         elif self.upload is not None and self.upload.extents.end(offset) == offset:
-            self.upload.wanted.tell(offset, LARGEST_UNSIZED if stop is None else stop)
+            client = "" if self.rest.due else source.client
+            self.upload.wanted.tell(offset, LARGEST_UNSIZED if stop is None else stop, client)
+        self._tell_all()
+
+    def demand(self) -> None:
+        """A client wants all of the blob."""
+        self.rest.demand()
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        """The process that transfers it may have been asked for parts only."""
+        if self.fetcher is None and self.rest.demanded and self.upload is not None:
+            self.upload.wanted.tell_all()
 
     @property
     def log(self) -> Any:

@@ -10,17 +10,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import structlog
 
 from proxy.cache.answered import Answered
-from proxy.cache.fetcher import Fetcher
 from proxy.cache.fill import Fill
+from proxy.cache.lazy import LazyFetcher, confirm, follow_parts
+from proxy.cache.policy import Threshold
 from proxy.cache.readers import BlobSource, FollowedBlob
+from proxy.cache.rest import Idle, Rest
 from proxy.telemetry.metrics import Metrics
-from storage.concurrency import SingleFlight
+from storage.concurrency import SingleFlight, uninterrupted
 from storage.disk.health import MakeRoom, make_no_room
+from storage.disk.kept import show_parts, shown_parts
 from storage.disk.sparse import SparseUpload
 from storage.errors import (
     BlobUnknown,
@@ -73,38 +77,59 @@ class Fills:
         self._fills: dict[Digest, Fill] = {}
         self._permissions = SingleFlight()
 
-    async def join(self, source: BlobSource, digest: Digest, span: Span | None = None) -> Answered[Blob]:
+    async def join(
+        self, source: BlobSource, digest: Digest, span: Span | None = None, lazy: Threshold | None = None
+    ) -> Answered[Blob]:
         """The blob, readable while the fill is under way; `span` is as in Registry.get_blob.
 
-        Raises the origin's error if it does not serve the blob, StorageFailed if it cannot be stored.
+        If it is `lazy`, only what is read of it is fetched until this threshold is reached.  Raises the
+        origin's error if it does not serve the blob, StorageFailed if it cannot be stored.
         """
         while True:
             fill = self._fills.get(digest)
             if fill is None:
-                fill = self._start(source, digest)
+                fill = self._start(source, digest, lazy)
             elif fill.error is not None and fill.task is not None:
                 await asyncio.wait([fill.task])  # it has failed, and is cleaning up
                 continue
-            elif source.repository not in (fill.source.repository, *fill.repositories):
-                await self._permit(fill, source)
-            if span is not None:
-                await self._start_by_range(fill, source, span)
-            # shield: a client that disconnects must not cancel what others wait for.
-            started = await asyncio.shield(fill.started)
-            result = "hit" if started and started[0].complete else "miss"
-            blob = await self._follow(fill, source, *started) if started else None
-            if blob is not None and blob.descriptor.size < 0 and span is not None and fill.task is not None:
-                # The position of a range in the blob can be stated only when the size is known.
-                await blob.close()
-                blob = None
-                await asyncio.wait([fill.task])
-            if blob is None and source.repository in fill.repositories:
-                blob = await self._stored(source, fill)
-            if blob is not None:
-                return Answered(blob, result)
+            with fill.rest.joining():
+                answered = await self._join(fill, source, span, lazy)
+            if answered is not None:
+                return answered
             # An error for another repository says nothing about ours: then a new fill is started.
             if fill.error is not None and fill.source.repository == source.repository:
                 raise fill.error
+
+    async def _join(
+        self, fill: Fill, source: BlobSource, span: Span | None, lazy: Threshold | None
+    ) -> Answered[Blob] | None:
+        """The blob, readable; None if the fill has failed."""
+        if source.repository not in (fill.source.repository, *fill.repositories):
+            await self._permit(fill, source)
+        if lazy is None:
+            fill.demand()
+        if span is not None:
+            await self._start_by_range(fill, source, span)
+        # shield: a client that disconnects must not cancel what others wait for.
+        started = await asyncio.shield(fill.started)
+        result = "hit" if started and started[0].complete else "miss"
+        if started and lazy and span and (parts := follow_parts(fill, source, self._metrics, started, span)):
+            if source.repository not in fill.shown:
+                with suppress(OSError):  # then its origin is asked again whether it has the blob
+                    show_parts(self._store.files.root, fill.digest, source.repository)
+                fill.shown.add(source.repository)
+            return parts
+        if started:
+            await confirm(fill, source, self._metrics, started)
+        blob = await self._follow(fill, source, *started) if started else None
+        if blob is not None and blob.descriptor.size < 0 and span is not None and fill.task is not None:
+            # The position of a range in the blob can be stated only when the size is known.
+            await blob.close()
+            blob = None
+            await asyncio.wait([fill.task])
+        if blob is None and source.repository in fill.repositories:
+            blob = await self._stored(source, fill)
+        return None if blob is None else Answered(blob, result)
 
     async def _start_by_range(self, fill: Fill, source: BlobSource, span: Span) -> None:
         """If it is not the turn of the fill, start it by the range, which can come at once."""
@@ -169,8 +194,13 @@ class Fills:
         started = fill.started.result() if fill.started.done() else None
         return started[1] if started else None
 
-    def _start(self, source: BlobSource, digest: Digest) -> Fill:
-        fill = Fill(digest, source, asyncio.get_running_loop().create_future(), self._clock())
+    def coming(self, repository: str, digest: Digest) -> bool:
+        """Whether all of a blob is in transfer for `repository`."""
+        return self.descriptor(repository, digest) is not None and self._fills[digest].rest.due
+
+    def _start(self, source: BlobSource, digest: Digest, lazy: Threshold | None) -> Fill:
+        started = asyncio.get_running_loop().create_future()
+        fill = Fill(digest, source, started, self._clock(), Rest(lazy))
         self._fills[digest] = fill
         fill.task = asyncio.create_task(self._run(fill))
         return fill
@@ -178,7 +208,8 @@ class Fills:
     async def _permit(self, fill: Fill, source: BlobSource) -> None:
         # The bytes come for another repository; the origin says whether this one has the blob.
         key = (source.repository, fill.digest)
-        await self._permissions.join(key, lambda: source.origin.resolve_blob(source.name, fill.digest))
+        if shown_parts(self._store.files.root, *key) is None:
+            await self._permissions.join(key, lambda: source.origin.resolve_blob(source.name, fill.digest))
         fill.repositories.add(source.repository)
 
     async def _run(self, fill: Fill) -> None:
@@ -196,29 +227,43 @@ class Fills:
                 fill.started.set_result(None)
             seconds = round(time.monotonic() - begun, 3)
             fill.log.info(f"fill.{result}", bytes=descriptor.size, seconds=seconds)
+        except Idle as error:
+            result = "kept"
+            await uninterrupted(self._keep(fill, error))
         except asyncio.CancelledError:
             result = "suspended"
-            await self._end(fill, Unavailable("the server is shutting down"), keep_empty=True)
+            stopping = Unavailable("the server is shutting down")
+            await self._end(fill, stopping, keep_empty=fill.rest.demanded)
             fill.log.info("fill.suspended", bytes=fill.upload.offset if fill.upload else 0)
             raise
         except Exception as error:
-            # Before the transfer has started, each client gets the error: log only those that are our fault.
-            answered = not fill.started.done() and isinstance(error, RegistryError)
-            if isinstance(error, BlobUnknown):
-                # 1. the origin says so  2. the fill ends  3. another client asks  4. those that wait learn it
-                fill.source.unknown(error)
-            await self._end(fill, error)
-            if isinstance(error, StorageFailed):  # it is logged, and clients read on from the origin
-                result = "uncached"
-                fill.log.info("fill.uncached", error=str(error))
-            elif not answered:
-                unexpected = not isinstance(error, RegistryError)
-                fill.log.error("fill.failed", error=str(error) or UNEXPECTED, exc_info=unexpected)
+            result = "uncached" if isinstance(error, StorageFailed) else result
+            await self._fail(fill, error)
         finally:
             fill.opened.set()
             del self._fills[fill.digest]
             self._metrics.filling.dec()
             self._metrics.fills.labels(self._metrics.label(fill.source.namespace), result).inc()
+
+    async def _fail(self, fill: Fill, error: Exception) -> None:
+        # Before the transfer has started, each client gets the error: log only those that are our fault.
+        answered = not fill.started.done() and isinstance(error, RegistryError)
+        if isinstance(error, BlobUnknown):
+            # 1. the origin says so  2. the fill ends  3. another client asks  4. those that wait learn it
+            fill.source.unknown(error)
+        fill.error = error  # before anybody can join
+        await uninterrupted(self._end(fill, error))
+        if isinstance(error, StorageFailed):  # it is logged, and clients read on from the origin
+            fill.log.info("fill.uncached", error=str(error))
+        elif not answered:
+            unexpected = not isinstance(error, RegistryError)
+            fill.log.error("fill.failed", error=str(error) or UNEXPECTED, exc_info=unexpected and error)
+
+    async def _keep(self, fill: Fill, error: Idle) -> None:
+        """Leave the parts that are here to other processes."""
+        await self._end(fill, error)
+        if fill.upload is not None and fill.upload.ours:
+            fill.log.info("fill.kept", bytes=fill.upload.offset, size=fill.upload.listed_size)
 
     async def _store_blob(self, fill: Fill) -> tuple[str, Descriptor]:
         """Get the blob into the store; return how, committed, followed or linked, and its descriptor."""
@@ -240,11 +285,13 @@ class Fills:
         if not upload.ours:
             fill.opened.set()
             # Another process transfers it.  A HEAD says whether our repository has it, and its size.
-            descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
+            descriptor = shown_parts(self._store.files.root, fill.source.repository, fill.digest)
+            if descriptor is None:
+                descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
             fill.repositories.add(fill.source.repository)
             fill.started.set_result((upload, descriptor))
             try:
-                committed = await upload.watch(fill.digest)
+                committed = await self._watch(fill, upload)
             except Unavailable as error:  # its disk is ours, and may be full: clients read on
                 raise StorageFailed(str(error)) from error
             if committed:
@@ -256,11 +303,14 @@ class Fills:
         # The other processes, which follow the upload already, wait with us.
         fetcher = fill.fetcher = self._fetcher(fill, upload)
         try:
-            fill.queued = True
-            fill.opened.set()
-            async with self._slots.turn(fill.source.namespace):
-                fill.queued = False
-                await fetcher.run()
+            complete = False
+            while not complete:
+                fill.queued = True
+                fill.opened.set()
+                await self._due(fill, fetcher)
+                async with self._slots.turn(fill.source.namespace):
+                    fill.queued = False
+                    complete = await fetcher.fetch()
         finally:
             await fetcher.close()
         fill.received = True
@@ -269,8 +319,29 @@ class Fills:
         except DigestInvalid as error:  # its status would blame the client
             raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
 
-    def _fetcher(self, fill: Fill, upload: SparseUpload) -> Fetcher:
-        return Fetcher(
+    async def _watch(self, fill: Fill, upload: SparseUpload) -> bool:
+        """Follow the process that transfers it: see FileUpload.watch().  Raises Idle when nobody reads."""
+        watching = asyncio.ensure_future(upload.watch(fill.digest))
+        try:
+            await fill.rest.wait(lambda: False, lambda: True, watching)
+            return await watching
+        except Idle as error:
+            fill.error = error  # before anybody can join
+            raise
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _due(self, fill: Fill, fetcher: LazyFetcher) -> None:
+        try:
+            await fetcher.due()
+        except (Idle, RegistryError) as error:
+            fill.error = error  # before anybody can join
+            raise
+
+    def _fetcher(self, fill: Fill, upload: SparseUpload) -> LazyFetcher:
+        return LazyFetcher(
+            lambda source: shown_parts(self._store.files.root, source.repository, fill.digest),
             fill,
             upload,
             partial(self._store.files.resume, fill.digest),

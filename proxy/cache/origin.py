@@ -21,8 +21,8 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
-from storage.oci import Manifest, Reference
-from storage.registry import Registry
+from storage.oci import Descriptor, Digest, Manifest, Reference, Span
+from storage.registry import Blob, Registry
 from storage.store import Store
 
 
@@ -45,6 +45,22 @@ class _Guarded(Protocol):
     def probe_due(self) -> bool: ...
 
     async def probe(self) -> None: ...
+
+
+class CheckedRegistry(Registry):
+    """The blobs of a registry that may not be asked at times: `check` raises the error then."""
+
+    def __init__(self, registry: Registry, check: Callable[[], None]) -> None:
+        self._registry = registry
+        self._check = check
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        self._check()
+        return await self._registry.get_blob(repository, digest, span)
+
+    async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
+        self._check()
+        return await self._registry.resolve_blob(repository, digest)
 
 
 RECENT = 5.0  # seconds after a failure in which the origin is expected to fail again

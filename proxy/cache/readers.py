@@ -22,13 +22,15 @@ LOOK = 1.0  # seconds after which a reader that still waits says so again
 class BlobSource:
     """The origin of a blob, and the repository of the store to which it is linked.
 
-    `unknown` is called when the origin has no such blob, before another request can be sent.
+    `unknown` is called when the origin has no such blob, before another request can be sent.  `client` is a
+    word for who asks, or empty.
     """
 
     namespace: str
     origin: Registry
     name: str  # of the repository, at the origin
     unknown: Callable[[BlobUnknown], None] = lambda error: None
+    client: str = ""
 
     @property
     def repository(self) -> str:

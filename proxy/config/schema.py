@@ -31,6 +31,7 @@ from proxy.config.values import (
     parse_access,
     parse_count,
     parse_glob,
+    parse_number,
     parse_pattern,
     parse_platform,
     parse_reference,
@@ -194,6 +195,13 @@ class Hosting(Section, frozen=True):
     keep_tags: tuple[KeepRule, ...] = ()
 
 
+class LazyUntil(Section, frozen=True):
+    """When a lazy namespace fetches the rest of a blob of which clients read parts."""
+
+    share: Annotated[float, parse_percentage] = 0.5
+    clients: Annotated[float, parse_number] = 2
+
+
 class NamespaceConfig(Section, frozen=True):
     """A cache of an `upstream`, or a private registry, which has a `store`.
 
@@ -215,6 +223,7 @@ class NamespaceConfig(Section, frozen=True):
     revalidate_timeout: Timeout = 3.0
     offline: Flag = False
     lazy: Flag = False
+    lazy_until: LazyUntil = LazyUntil()
     refuse_incomplete: Literal["containers", "always", "never"] = "containers"
     keep_for: Keep | None = None
     repositories: tuple[RepositoryRule, ...] = ()
@@ -247,6 +256,7 @@ _OF_CACHES = (
     "revalidate_timeout",
     "offline",
     "lazy",
+    "lazy_until",
     "refuse_incomplete",
     "keep_for",
     "repositories",

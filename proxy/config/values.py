@@ -7,6 +7,7 @@ the name of the key.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,11 @@ def parse_count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
         raise ValueError(f"expected a number from 1 to {MAX_COUNT}")
     return value
+
+
+def parse_number(value: object) -> float:
+    """A number from 1 on; infinity for `never`."""
+    return math.inf if value == "never" else parse_count(value)
 
 
 def parse_path(value: object) -> Path:

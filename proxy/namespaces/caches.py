@@ -18,7 +18,7 @@ import structlog
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
-from proxy.cache.policy import Policy
+from proxy.cache.policy import Policy, Threshold
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY, registry_host
 from proxy.config.schema import Config, NamespaceConfig
@@ -90,13 +90,14 @@ class CacheFactory:
             connect_of(upstream).ssl_context()
 
     def _policy(self, namespace: NamespaceConfig) -> Policy:
+        until = namespace.lazy_until
         return Policy(
             fresh_for=namespace.fresh_for_tag,
             negative_for=namespace.negative_for,
             revalidate_timeout=namespace.revalidate_timeout,
             drop_deleted=namespace.on_upstream_delete == "drop",
             offline=namespace.offline or self.config.offline,
-            lazy=namespace.lazy,
+            lazy=Threshold(until.share, until.clients) if namespace.lazy else None,
             refuse_incomplete=namespace.refuse_incomplete,
         )
 

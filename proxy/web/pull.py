@@ -77,6 +77,7 @@ class Pull:
             if size < 0 and ranges:  # clients that take the beginning of a 200 for their range look at it
                 headers["Accept-Ranges"] = "none"
             spans = _spans(ranges, size)
+            await blob.prepare(spans)
             headers.update(cache_headers(exchange))
             if not spans:  # Ollama asks for ranges there: it expects a redirect
                 headers["Location"] = build_location(route, exchange.ns)

@@ -26,6 +26,7 @@ from pathlib import Path
 from storage.concurrency import run_in_thread
 from storage.disk.extents import is_about_a_file, is_beside
 from storage.disk.health import DiskHealth, translated
+from storage.disk.kept import is_kept
 from storage.disk.locks import POLL, leads_to, try_lock
 from storage.disk.modes import create_file, make_directory
 from storage.disk.reaper import Reaper, uptime
@@ -254,10 +255,14 @@ class UploadFiles(ABC):
         self.worked()
 
     def reap(self, age: float) -> int:
-        """Remove partial files and locks that nobody went on with for `age` seconds; returns how many."""
+        """Remove partial files and locks that nobody went on with for `age` seconds; returns how many.
+
+        Those that are kept (storage/disk/kept.py) are evicted like other content.
+        """
         with translated(self._partial):
             files = sorted((*self._partial.iterdir(), *self._locks.iterdir()), key=is_beside)
-            return self._reaper.reap((path for path in files if not is_about_a_file(path)), age)
+            others = (path for path in files if not is_about_a_file(path) and not is_kept(path))
+            return self._reaper.reap(others, age)
 
 
 def _mark(owner: str) -> str:

@@ -3,6 +3,10 @@
 A file that has no list is one extent from its beginning.  A list exists before the file gets its first hole,
 and names bytes only after they are written; so what it names can be read, whenever its writer is killed.  The
 machine may fail as well: then what was written last may be missing, and only what was synchronized counts.
+
+A list may name repositories that show parts of the blob: then the file is kept though the rest may not come.
+It also names clients that asked for parts, and tells readers in other processes which bytes its writer could
+not get.
 """
 
 from __future__ import annotations
@@ -20,7 +24,11 @@ from storage.disk.modes import create_file
 
 SUFFIX = ".extents"
 _HEAD = "extents 1"  # the format
+LONG = 1 << 20  # bytes of a list from which on the next writer replaces it
 _SYNCED = "synced"
+_CLIENT = "client"
+_SHOWN = "shown"
+_REFUSED = "refused"
 _BESIDE = re.compile(r"(.+)\.(\d+)\.(?:extents|extents\.new|wanted)")
 
 
@@ -98,15 +106,22 @@ class Extents:
 
 
 class ExtentList:
-    """The list of the extents of a file with `size` bytes; one process writes it, others may read it."""
+    """The list of the extents of a file with `size` bytes; one process writes it, others may read it.
+
+    `clients` and `repositories` are those it names; `refused` are the bytes that could not be got, each time.
+    """
 
     def __init__(self, path: Path, file: int) -> None:
         self.size = -1
+        self.clients: set[str] = set()
+        self.repositories: set[str] = set()
+        self.refused: list[tuple[int, int]] = []
         self._path = path
         self._file = file
         self._position = 0  # up to where it is read
         self.boot = ""  # of the machine on which it was written
         self._lasting: list[tuple[int, int]] = []  # what was synchronized
+        self._damaged = False
 
     @staticmethod
     def path(of: Path, file: int) -> Path:
@@ -114,13 +129,17 @@ class ExtentList:
         return beside(of, file, SUFFIX)
 
     @classmethod
-    def create(cls, path: Path, size: int, extents: Extents) -> ExtentList:
+    def create(cls, path: Path, size: int, extents: Extents, former: ExtentList | None = None) -> ExtentList:
         """Create or replace it.  It is on the disk when this returns, if the file is.  Raises OSError."""
         new = path.with_name(path.name + ".new")
         created = cls(path, create_file(new, os.O_RDWR | os.O_TRUNC | os.O_APPEND))
         try:
             created.size = size
             os.write(created._file, f"{_HEAD} {size} {_boot()}\n".encode())
+            for client in former.clients if former else ():
+                created.add_client(client)
+            for repository in former.repositories if former else ():
+                created.show(repository)
             created.append(extents)
             os.fsync(created._file)
             new.replace(path)
@@ -132,10 +151,10 @@ class ExtentList:
         return created
 
     @classmethod
-    def find(cls, path: Path) -> ExtentList | None:
-        """Open it for reading, if it exists.  Raises OSError."""
+    def find(cls, path: Path, flags: int = os.O_RDONLY) -> ExtentList | None:
+        """Open it, if it exists.  Raises OSError."""
         try:
-            return cls(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return cls(path, os.open(path, flags | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
 
@@ -147,6 +166,22 @@ class ExtentList:
     def append(self, extents: Iterable[tuple[int, int]]) -> None:
         if lines := "".join(f"{start} {stop}\n" for start, stop in extents):
             os.write(self._file, lines.encode())
+
+    def add_client(self, client: str) -> None:
+        """Name a client, which is a word."""
+        if client not in self.clients:
+            self.clients.add(client)
+            os.write(self._file, f"{_CLIENT} {client}\n".encode())
+
+    def show(self, repository: str) -> None:
+        """Parts of the blob are shown in `repository`: keep them."""
+        if repository not in self.repositories:
+            self.repositories.add(repository)
+            os.write(self._file, f"{_SHOWN} {repository}\n".encode())
+
+    def refuse(self, start: int, stop: int) -> None:
+        """Tell readers that [start, stop) could not be got."""
+        os.write(self._file, f"{_REFUSED} {start} {stop}\n".encode())
 
     def sync(self) -> None:
         """What is in the list so far is on the disk; the caller has synchronized the file."""
@@ -160,21 +195,42 @@ class ExtentList:
                 head, _, rest = line.partition(_HEAD + " ")
                 size, _, self.boot = rest.partition(" ")
                 if head or not size.isdecimal() or not self.boot:
+                    self._damaged = True
                     return
                 self.size = int(size)
             elif line != _SYNCED:
-                start, _, stop = line.partition(" ")
-                if not (start.isdecimal() and stop.isdecimal()):
+                if not self._read_line(line.split(" "), extents):
+                    self._damaged = True
                     return
-                extents.add(int(start), min(int(stop), self.size))
             elif self.boot != _boot():
                 self._lasting = list(extents)
+
+    def _read_line(self, words: list[str], extents: Extents) -> bool:
+        """Whether it is well formed."""
+        if words[0] in (_CLIENT, _SHOWN) and len(words) == 2:
+            (self.clients if words[0] == _CLIENT else self.repositories).add(words[1])
+            return True
+        refused = words[0] == _REFUSED
+        if len(words) != 2 + refused or not all(each.isdecimal() for each in words[refused:]):
+            return False
+        start, stop = int(words[-2]), min(int(words[-1]), self.size)
+        if refused:
+            self.refused.append((start, stop))
+        else:
+            extents.add(start, stop)
+        return True
 
     def load(self) -> Extents:
         """All that counts, for the next writer."""
         extents = Extents()
         self.read(extents)
         return extents if self.boot == _boot() else Extents(self._lasting)
+
+    @property
+    def sound(self) -> bool:
+        """Whether all of it was read, and more can be appended to it: it is not long, either."""
+        all_of_it = not self._damaged and self._position == os.fstat(self._file).st_size
+        return self.boot == _boot() and all_of_it and self._position < LONG
 
     def _lines(self) -> Iterable[str]:
         content = bytearray()

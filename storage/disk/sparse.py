@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 from storage.concurrency import run_in_thread
 from storage.disk.extents import SUFFIX, ExtentList, Extents
 from storage.disk.locks import leads_to
-from storage.disk.uploads import BACKLOG, Bytes, FileUpload
+from storage.disk.uploads import BACKLOG, Bytes, FileBlob, FileUpload
 from storage.disk.wanted import Wanted
-from storage.errors import StorageFailed, Unavailable
+from storage.errors import BlobUnknown, StorageFailed, Unavailable
+from storage.oci import Descriptor
 from storage.registry import ReadInto
 
 PIECE = 256 << 10  # bytes that a thread reads, writes and hashes at a time
@@ -46,6 +47,17 @@ def _held_if_free(lock: threading.Lock) -> Iterator[bool]:
     finally:
         if ours:
             lock.release()
+
+
+class PartBlob(FileBlob):
+    """A reader of parts of a growing file: it gets all bytes that are there, though no digest is verified."""
+
+    def __init__(self, file: int, descriptor: Descriptor, upload: SparseUpload) -> None:
+        super().__init__(file, descriptor)
+        self._growing = upload
+
+    async def readable(self, offset: int, stop: int | None = None) -> int:
+        return await self._growing.wait_for(offset, self.descriptor.size)
 
 
 class SparseUpload(FileUpload):
@@ -74,6 +86,71 @@ class SparseUpload(FileUpload):
     def listed_size(self) -> int:
         """The size of the blob as a former writer knew it; -1 if it wrote from the beginning on."""
         return self._list.size if self._list is not None else -1
+
+    @property
+    def refused(self) -> list[tuple[int, int]]:
+        """What the process that writes it could not get, in the order of the failures."""
+        return self._list.refused if self._list is not None else []
+
+    @property
+    def clients(self) -> frozenset[str]:
+        """Clients that have read parts of it which were not there."""
+        return frozenset(self._list.clients if self._list is not None else ())
+
+    async def keep(self, size: int, clients: Iterable[str]) -> None:
+        """The blob has `size` bytes.  Keep those that are written, although the rest may not come.
+
+        No write may be pending.  Raises StorageFailed.
+        """
+        self._size = size
+        with self._directory.guard(self._path):
+            if self._list is None:
+                self._list = await run_in_thread(self._make_list)
+            for client in clients:
+                self._list.add_client(client)
+            await run_in_thread(self.touch)
+
+    def add_client(self, client: str) -> None:
+        """A client that reads parts has asked for bytes that were not there."""
+        if self._list is not None:
+            with suppress(OSError):  # then it is forgotten when this process ends
+                self._list.add_client(client)
+
+    def refuse(self, start: int, stop: int) -> None:
+        """Tell the readers in other processes that [start, stop) cannot be got now."""
+        if self._list is not None:
+            with suppress(OSError):
+                self._list.refuse(start, stop)
+
+    def touch(self) -> None:
+        """Record that it is used."""
+        now = self._directory.clock()
+        os.utime(self._file, (now, now))
+
+    def follow_parts(self, descriptor: Descriptor) -> PartBlob:
+        """A reader of parts; the rest is as in follow()."""
+        if self._file < 0:
+            raise BlobUnknown(f"the upload of {descriptor.digest} has ended")
+        return PartBlob(os.dup(self._file), descriptor, self)
+
+    async def wait_for(self, offset: int, size: int) -> int:
+        """Wait for bytes past `offset`, verified or not; return where they end for now.
+
+        `size` is the size that the reader expects.  Raises the error of the upload, and Unavailable if the
+        process that writes it could not get them.
+        """
+        known = len(self.refused)
+        if offset >= size:
+            return size
+        while self.extents.end(offset) <= offset and self._error is None and not self._complete:
+            await self._moved.wait()
+            if any(start <= offset < stop for start, stop in self.refused[known:]):
+                raise Unavailable(f"the process that transfers {self._path.name} could not get byte {offset}")
+        if self._complete:
+            return await self.wait_past(offset, size)
+        if (end := self.extents.end(offset)) <= offset and self._error is not None:
+            raise self._error
+        return min(end, size)
 
     async def write_at(self, position: int, chunk: bytes) -> None:
         """Write bytes that are not there.  The rest is as in write()."""
@@ -144,7 +221,7 @@ class SparseUpload(FileUpload):
         """Read the list, and continue it; False if it does not have what could be read, or is damaged."""
         path = ExtentList.path(self._path, self._file)
         size = os.fstat(self._file).st_size
-        found = ExtentList.find(path) if size else None
+        found = ExtentList.find(path, os.O_RDWR | os.O_APPEND) if size else None
         if self._list is not None:
             self._list.close()
             self._list = None
@@ -155,14 +232,16 @@ class SparseUpload(FileUpload):
             extents = Extents([(0, size)])
         else:
             extents = found.load()
-            found.close()
-            if found.size < 0 or extents.gap(size, sys.maxsize) != (size, sys.maxsize):
+            damaged = found.size < 0 or extents.gap(size, sys.maxsize) != (size, sys.maxsize)
+            if not (damaged or found.sound):
+                found.close()
+                found = ExtentList.create(path, found.size, extents, found)
+            self._list, self._unsynced = found, extents.total
+            if damaged:
                 return False
         if not extents.has(self.extents):
             return False
         self.extents = extents
-        if found is not None:
-            self._list = ExtentList.create(path, found.size, extents)
         return True
 
     def _lists(self) -> list[Path]:
@@ -183,7 +262,10 @@ class SparseUpload(FileUpload):
             if former is not None:
                 former.close()
         if self._list is not None:
+            refused = len(self.refused)
             self._list.read(self.extents)
+            if len(self.refused) > refused:
+                self._move(self._readable)
             self._boot = self._boot or self._list.boot
             if self._list.boot != self._boot:  # not all that could be read is there any more
                 raise Unavailable(f"{self._path.name}: another machine has begun again")
@@ -197,8 +279,7 @@ class SparseUpload(FileUpload):
         written = Extents((position, position + len(chunk)) for position, chunk in batch)
         with self._listing:
             if self._list is None and any(start > self._stored.end(0) for start, _ in written):
-                path = ExtentList.path(self._path, self._file)
-                self._list = ExtentList.create(path, self._size, self._stored)
+                self._list = self._make_list()
         super()._append(batch)
         with self._listing:
             for start, stop in written:
@@ -228,6 +309,9 @@ class SparseUpload(FileUpload):
         list_.append(self._unlisted)
         self._unlisted.clear()
 
+    def _make_list(self) -> ExtentList:
+        return ExtentList.create(ExtentList.path(self._path, self._file), self._size, self._stored)
+
     def _sync(self) -> None:
         """Let the list tell that all that is in it will outlast a power failure."""
         if self._list is not None and self._unsynced:
@@ -254,6 +338,8 @@ class SparseUpload(FileUpload):
             await self._flushed()
             with suppress(OSError):  # less is kept if the machine fails
                 await run_in_thread(self._sync)
+                if self.clients:
+                    self.touch()
         await super().suspend(error, keep_empty=keep_empty)
 
     def _discard(self) -> None:

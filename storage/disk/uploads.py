@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -37,6 +37,7 @@ class UploadDirectory(Protocol):
     """The directory of uploads and blobs, as far as an upload needs it."""
 
     growing: set[FileUpload]  # uploads of a known size
+    clock: Callable[[], float]  # seconds since the epoch
 
     async def publish(self, source: Path, file: int, digest: Digest) -> None:
         """Make the blob of a partial file: see UploadFiles.publish()."""

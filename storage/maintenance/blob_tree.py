@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from storage.disk.blobs import BlobFiles
+from storage.disk.kept import KeptParts, all_parts, remove_parts
 from storage.disk.tree import StoredBlob, directories, read_directory
 from storage.errors import DigestInvalid
 from storage.oci import Digest
@@ -63,13 +64,21 @@ class BlobTree:
         return None
 
     def remove(self, found: StoredBlob) -> bool:
-        """Unlink a blob unless it was used since it was `found`; whether it was unlinked."""
+        """Remove a blob, or its parts, unless it was used since it was `found`; whether it was removed."""
         path = self._files.path(found.digest)
         with suppress(OSError):
             if path.stat().st_mtime == found.used_at:
                 path.unlink()
                 return True
+        with suppress(OSError):
+            return remove_parts(self._files.root, found)
         return False
+
+    def parts(self) -> list[KeptParts]:
+        """The blobs of which only parts are kept, least recently used first."""
+        with self._files.guard(self._root):
+            found = [each for each in all_parts(self._files.root) if not self._files.holds(each.blob.digest)]
+        return sorted(found)
 
 
 def oldest(blobs: Iterable[StoredBlob], enough: int) -> list[StoredBlob]:

@@ -14,10 +14,12 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import merge
 
 import structlog
 
 from storage.content import files_of
+from storage.disk.kept import KeptParts, find_parts
 from storage.disk.tree import StoredBlob
 from storage.keys import LINK
 from storage.maintenance.blob_order import BlobOrder, forget_blob
@@ -101,9 +103,14 @@ class Eviction:
         self._pause = pause
 
     def stored(self) -> int:
-        """Bytes of committed blobs.  The tree is read only while they are not counted yet."""
+        """Bytes of blobs, and of parts of blobs.  The tree is read only while they are not counted yet."""
         counted = self._totals.stored()
-        return self._blobs.size() if counted is None else counted
+        parts = sum(each.blob.size for each in self._blobs.parts())
+        return (self._blobs.size() if counted is None else counted) + parts
+
+    def parts(self) -> list[KeptParts]:
+        """The blobs of which only parts are kept, least recently used first."""
+        return self._blobs.parts()
 
     def over(self, coming: int = 0) -> int:
         """By how many bytes limits are exceeded once `coming` more bytes are stored."""
@@ -141,7 +148,7 @@ class Eviction:
         order: Iterable[StoredBlob] = BlobOrder(self._store, self._blobs)
         if self._totals.stored() is None:
             order = oldest((each for each in self._blobs if not self._keeps(each, pinned)), enough)
-        for each in order:
+        for each in merge(order, (parts.blob for parts in self._blobs.parts())):
             if enough <= 0:
                 return
             if not self._keeps(each, pinned):
@@ -153,6 +160,8 @@ class Eviction:
         if blob.digest in pinned or not self._rules.kept:
             return blob.digest in pinned
         repositories = [LINK.parse(key)[0] for key in self._store.records.linking(blob.digest)]
+        if not repositories and (parts := find_parts(self._store.files.root, blob.digest)) is not None:
+            repositories = [*parts.repositories]
         return any(self._rules.covers(key, each) for key in self._rules.kept for each in repositories)
 
     def _needed(self, coming: int) -> int:
@@ -179,7 +188,7 @@ class Eviction:
 
         A blob counts once.  In the totals it counts for each repository.
         """
-        used, limit = 0, self._rules.limits[name]
+        used, limit = sum(each.size for each in self._parts_in(name)), self._rules.limits[name]
         for repository, total in self._totals.repositories(self._prefix(name)):
             if total.counted is None:
                 used = limit + 1
@@ -187,13 +196,23 @@ class Eviction:
                 used += total.counted.bytes.get(LINK.name, 0)
         if used <= limit and self._totals.listed:
             return used
-        return sum(each.size for each in self._linked_in(name).values())
+        linked = sum(each.size for each in self._linked_in(name).values())
+        return linked + sum(each.size for each in self._parts_in(name))
+
+    def _parts_in(self, name: str) -> list[StoredBlob]:
+        """The parts that repositories of the namespace, or of those with this key, show."""
+        return [
+            parts.blob
+            for parts in self._blobs.parts()
+            if any(self._rules.covers(name, each) for each in parts.repositories)
+        ]
 
     def _shrink_namespace(self, name: str, limit: int, run: EvictionRun) -> None:
         if (used := self._used(name)) <= limit:
             return
         pinned = self._pinned().digests
-        candidates = (each for each in self._linked_in(name).values() if not self._keeps(each, pinned))
+        found = (*self._linked_in(name).values(), *self._parts_in(name))
+        candidates = (each for each in found if not self._keeps(each, pinned))
         for each in oldest(candidates, used - int(limit * self._rules.evict_to)):
             links = self._store.records.linking(each.digest)
             here = [key for key in links if self._rules.covers(name, LINK.parse(key)[0])]
@@ -229,6 +248,7 @@ class Eviction:
         default = self._rules.default_keep_for
         expiry = Expiry(self._store, self._keep_for, default, self._pinned(), self._clock)
         run.evict(expiry.blobs(BlobOrder(self._store, self._blobs)))
+        run.evict(expiry.parts(self._blobs.parts()))
         for expired in expiry.records(self._blobs, run.evicted):
             run.tags += expired.tags
             run.manifests += expired.manifests

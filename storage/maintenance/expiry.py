@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from storage.disk.kept import KeptParts
 from storage.disk.tree import StoredBlob
 from storage.graph import Walk, named_digests
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, TOTAL, USE
@@ -72,6 +73,13 @@ class Expiry:
                 return
             if each.digest not in self._pinned.digests and self._expired(each.used_at, self._longest(each)):
                 yield each
+
+    def parts(self, found: Iterable[KeptParts]) -> Iterator[StoredBlob]:
+        """The expired ones among blobs of which only parts are kept."""
+        for blob, _, repositories in found:
+            keep = max(self._keep_for(each) for each in repositories)
+            if blob.digest not in self._pinned.digests and self._expired(blob.used_at, keep):
+                yield blob
 
     def _longest(self, blob: StoredBlob) -> float:
         links = self._records.linking(blob.digest)

@@ -29,7 +29,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.disk.sparse import SparseUpload
 from storage.disk.wanted import Wanted
-from storage.errors import OriginFailed, RegistryError
+from storage.errors import OriginFailed, RegistryError, StorageFailed
 from storage.limits import Slots
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob, Registry
@@ -226,6 +226,31 @@ async def test_a_range_that_fails_is_brought_by_the_fill(
 
 
 # Without a server
+
+
+@pytest.mark.parametrize(
+    ("ranges", "status", "stated"),
+    [
+        (f"{SIZE}-", 416, f"bytes */{SIZE}"),
+        (f"{SIZE}-{SIZE + 5},5-9", 206, f"bytes 5-9/{SIZE}"),
+        ("5-9", 206, f"bytes 5-9/{SIZE}"),
+        ("-5", 206, f"bytes {SIZE - 5}-{SIZE - 1}/{SIZE}"),
+        ("-0", 416, f"bytes */{SIZE}"),
+    ],
+)
+async def test_ranges_are_exact_where_nothing_can_be_stored(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, ranges: str, status: int, stated: str
+) -> None:
+    async def fail(self: BlobFiles, digest: Digest) -> SparseUpload:
+        raise StorageFailed("broken")
+
+    site = await serve(upstream)
+    monkeypatch.setattr(BlobFiles, "resume", fail)
+    digest = upstream.blob("a/b", BODY)
+    found, headers, body = await site.get(path_of(digest), Range=f"bytes={ranges}")
+    assert (found, headers["Content-Range"]) == (status, stated)
+    if status == 206:
+        assert (len(body), headers["Accept-Ranges"]) == (5, "bytes")
 
 
 class Rig:

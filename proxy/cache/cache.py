@@ -25,7 +25,7 @@ from proxy.telemetry.exchange import current
 from storage.disk.blobs import TOUCH
 from storage.disk.kept import shown_parts
 from storage.disk.uploads import FileBlob
-from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed, Unavailable
+from storage.errors import BlobUnknown, ManifestUnknown, RangeInvalid, StorageFailed, Unavailable
 from storage.held import held_blob, held_manifest
 from storage.keys import MANIFEST
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
@@ -100,10 +100,11 @@ class Cache(Registry):
         except BlobUnknown as error:
             self._learn(key, error)
             raise
-        if part is not None and part.start < 0:
-            return UncachedBlob(await registry.resolve_blob(repository, digest), source)
-        opened = await registry.get_blob(repository, digest, part)
-        return UncachedBlob(opened.descriptor, source, opened, part)
+        if part is None or part.start >= 0:
+            with suppress(RangeInvalid):  # there may be more ranges, and the answer states the size
+                opened = await registry.get_blob(repository, digest, part)
+                return UncachedBlob(opened.descriptor, source, opened, part)
+        return UncachedBlob(await registry.resolve_blob(repository, digest), source)
 
     def _learn(self, key: RequestKey, error: BlobUnknown) -> None:
         if not self._origin.offline:  # else it was not asked

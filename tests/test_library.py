@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 import yaml
 
 from proxy.upstream.connect import Connect
 from proxy.upstream.requests import UpstreamSettings
 from tests.objects import FakeBucket
+from tests.postgres import PostgresServer
 from tests.upstream import Upstream
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
@@ -64,3 +66,16 @@ async def test_the_parts_of_a_configuration(upstream: Upstream, tmp_path: Path) 
     config.write_text(yaml.safe_dump(tree))
     digest_of = program("The parts of a configuration")["digest_of"]
     assert await digest_of(config, "docker.io/library/alpine", "3") == image.digest
+
+
+@pytest.mark.clients
+async def test_a_store_in_a_bucket_and_a_database(tmp_path: Path, postgres_server: PostgresServer) -> None:
+    found, database = program("A store in a bucket and a database"), postgres_server.database()
+    async with FakeBucket() as bucket:
+        one, other = (found["shared_store"](bucket.settings(), database, tmp_path / name) for name in "ab")
+        digest = await found["push"](one, "local/a", b"content")
+        blob = await other.get_blob("local/a", digest)
+        assert b"".join([each async for each in blob.chunks()]) == b"content"
+        await blob.close()
+        for each in (one, other):
+            await each.close()

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import aiohttp
@@ -199,6 +199,35 @@ async def test_it_ends_early(ask: Ask, server: Server, end: Answer) -> None:
     with pytest.raises(OriginFailed):
         await collect(blob.incoming())
     await blob.close()
+
+
+async def test_the_less_is_found_the_later_it_is_looked_for(
+    ask: Ask, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [1000, 32_768, 1, 1, 1, 32_769, 200_000, 1000, 1000]
+    ends = list(accumulate(pieces, initial=40_000))
+    pauses: list[float] = []
+    sent: asyncio.StreamWriter | None = None
+
+    async def begin(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await response(BODY[: ends[0]], len(BODY))(writer)
+        sent = writer
+
+    async def pause(seconds: float) -> None:
+        assert sent is not None
+        pauses.append(seconds)
+        stop = ends[len(pauses)] if len(pauses) < len(ends) else len(BODY)
+        sent.write(BODY[ends[len(pauses) - 1] : stop] if len(pauses) <= len(ends) else b"")
+        await sent.drain()
+
+    server.answers.append(begin)
+    blob = await opened(ask, server)
+    incoming = blob.incoming()
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    assert await collect(incoming, 5_000_000) == BODY
+    await blob.close()
+    assert [round(1000 * each) for each in pauses[:10]] == [5, 10, 20, 40, 40, 40, 5, 5, 10, 20]
 
 
 async def test_nothing_more_comes(ask: Ask, server: Server) -> None:

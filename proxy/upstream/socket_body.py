@@ -23,6 +23,8 @@ from proxy.connections.trust import ClientSSLObject
 
 LEAST = 1 << 20  # bytes; for fewer it is not worth it
 GATHER = 0.005  # seconds in which more may come, before the next look: each look costs as much as 100 KiB
+LONGEST = 0.04  # seconds before the next look, doubling, after one that found
+LITTLE = 32 << 10  # bytes, or fewer
 RECORDS = 256 << 10  # bytes of TLS read at a time
 
 _memory = threading.local()
@@ -90,6 +92,8 @@ class SocketBody:
         self._rest = length - response.content.total_bytes
         self._error: Exception | None = None
         self._empty = False  # nothing has been there when it was last read
+        self._found = LITTLE + 1  # bytes, since the last pause
+        self._pause = GATHER
         self._lock = threading.Lock()
         self._protocol.pause_reading()
         if tls is not None:  # pause_reading() lets the records come
@@ -102,7 +106,9 @@ class SocketBody:
         """
         if self._empty and self._error is None:
             if self._rest > LEAST:
-                await asyncio.sleep(GATHER)
+                self._pause = GATHER if self._found > LITTLE else min(2 * self._pause, LONGEST)
+                self._found = 0
+                await asyncio.sleep(self._pause)
             async with asyncio.timeout(self._bodies.patience):
                 await self._readable()
             self._empty = False
@@ -149,6 +155,7 @@ class SocketBody:
                 if not number:
                     self._error = aiohttp.ClientPayloadError(f"the body ended {self._rest} bytes early")
                 done, self._rest = done + number, self._rest - number
+        self._found += done
         return done
 
     def _decrypt(self, buffer: memoryview) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
+import aiohttp
 import pytest
 
 from tests.processes import Place, Worker, place
-from tests.upstream import Status, Upstream
+from tests.upstream import Hold, Status, Upstream
 
 __all__ = ["place"]  # the fixture
 
@@ -91,4 +93,33 @@ async def test_all_of_it_is_completed_by_any_worker(place: Place, upstream: Upst
     await server.heard("fill.committed")
     await reader.read(second, 10, 39, 0)
     assert upstream.bytes_sent == SIZE
+    assert server.partial() == []
+
+
+@pytest.mark.errors("worker.died")
+@pytest.mark.parametrize("lazy", [False, True], ids=["default", "lazy"])
+async def test_parts_at_once_by_three_workers_of_which_one_is_killed(
+    place: Place, upstream: Upstream, lazy: bool
+) -> None:
+    content = os.urandom(SIZE)
+    name = upstream.blob(REPOSITORY, content)
+    reader = Reader(f"/v2/{REPOSITORY}/blobs/{name}", content)
+    place.tree["workers"] = 3
+    place.namespace |= {"lazy": lazy, "lazy_until": {"share": "100%", "clients": "never"}}
+    server = await place.start()
+    workers = await server.workers()
+    gate = asyncio.Event()
+    upstream.next("GET", name, Hold(gate, 5 * STEP))  # the blob, or a part of it
+    await reader.read(workers[0], 0)
+    held = [asyncio.create_task(reader.read(each, *range(10, 18))) for each in workers]
+    await asyncio.gather(*(reader.read(each, 30) for each in await server.workers()))
+    os.kill(workers[0].pid, signal.SIGKILL)
+    await server.heard("worker.died")
+    gate.set()
+    killed, *others = await asyncio.gather(*held, return_exceptions=True)
+    assert isinstance(killed, aiohttp.ClientError | AssertionError)  # it may have asked another one again
+    assert others == [None, None]
+    assert await workers[1].get(reader.path) == content
+    await server.heard("fill.committed")
+    assert upstream.bytes_sent <= SIZE + 8 * STEP + (4 << 20)  # what was under way to the one that was killed
     assert server.partial() == []

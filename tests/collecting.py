@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore.store import LocalStore
 
+from storage.bucket.blobs import BucketBlobs
+from storage.bucket.objects import Bucket, healthy
+from storage.content import BlobContent
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.maintenance import collection as module
@@ -27,12 +31,15 @@ APP = "local/app"
 
 
 class Place:
-    """A store of our own and its collection; time is `clock`."""
+    """A store of our own and its collection; time is `clock`.  Its content may be in a `bucket`."""
 
-    def __init__(self, root: Path, clock: Clock) -> None:
+    def __init__(self, root: Path, clock: Clock, bucket: Path | None = None) -> None:
         self.clock = clock
-        self.files = BlobFiles(root, clock, private=True)
         self.records = SQLiteRecords(root / "records", clock)
+        self.files: BlobContent = BlobFiles(root, clock, private=True)
+        if bucket is not None:
+            objects = Bucket(LocalStore(bucket, mkdir=True), "a bucket", healthy("a bucket", root))
+            self.files = BucketBlobs(objects, self.records, root, clock)
         self.store = Store(self.files, self.records, clock, collected=True)
         self.leases = Leases(self.store, GRACE, clock)
         self.rules = RetentionRules()
@@ -93,10 +100,15 @@ def counts(report: CollectionReport) -> tuple[int, ...]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, clock: Clock) -> Iterator[Place]:
-    place = Place(tmp_path / "private", clock)
+def place(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Place]:
+    """Its content is in files, unless a test is parametrized by `BOTH`."""
+    in_bucket = getattr(request, "param", "files") == "bucket"
+    place = Place(tmp_path / "private", clock, tmp_path / "bucket" if in_bucket else None)
     yield place
     place.records.close()
+
+
+BOTH = pytest.mark.parametrize("place", ["files", "bucket"], indirect=True)
 
 
 class Interruption:

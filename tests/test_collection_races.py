@@ -14,11 +14,12 @@ from storage.disk.records import SQLiteRecords
 from storage.maintenance import collection as module
 from storage.maintenance.retention import RetentionRules
 from storage.records import Batch
-from tests.collecting import APP, DAY, GONE, Interruption, Place, counts, descriptor, place, push_now
+from tests.collecting import APP, BOTH, DAY, GONE, Interruption, Place, counts, descriptor, place, push_now
 
 __all__ = ["place"]  # the fixture
 
 
+@BOTH
 async def test_what_is_named_between_mark_and_sweep_stays(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -32,6 +33,7 @@ async def test_what_is_named_between_mark_and_sweep_stays(
     assert place.links() == {layer}
 
 
+@BOTH
 async def test_what_is_tagged_between_mark_and_sweep_stays(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +49,7 @@ async def test_what_is_tagged_between_mark_and_sweep_stays(
     assert place.held(layer) == [True]
 
 
+@BOTH
 async def test_what_is_pushed_again_untagged_between_mark_and_sweep_stays(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +69,7 @@ async def test_what_is_pushed_again_untagged_between_mark_and_sweep_stays(
     assert place.manifests() == {digest}
 
 
+@BOTH
 async def test_what_is_leased_between_mark_and_sweep_stays(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +89,7 @@ async def test_what_is_leased_between_mark_and_sweep_stays(
     assert place.manifests() == {digest}
 
 
+@BOTH
 async def test_a_blob_leased_between_mark_and_sweep_stays(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +101,7 @@ async def test_a_blob_leased_between_mark_and_sweep_stays(
     assert place.links() == {leased}
 
 
+@BOTH
 async def test_a_repository_that_is_pushed_to_all_the_time_is_collected_too(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +181,7 @@ async def test_what_is_linked_after_the_links_were_looked_at_stays(
     assert place.held(digest) == [True]
 
 
+@BOTH
 async def test_who_reads_it_reads_it_to_its_end(place: Place) -> None:
     content = os.urandom(3 << 20)
     digest = await place.blob(content)

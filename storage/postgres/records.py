@@ -237,7 +237,9 @@ class PostgresRecords(Records):
         try:
             yield row == (True,)
         finally:
-            connection.close()  # which ends the lock
+            with suppress(psycopg.Error):  # not by closing alone: the server ends the lock a moment later then
+                connection.execute("SELECT pg_advisory_unlock_all()")
+            connection.close()
 
     def troubles(self) -> list[str]:
         return self.health.troubles()

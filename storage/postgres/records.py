@@ -237,7 +237,7 @@ class PostgresRecords(Records):
         try:
             yield row == (True,)
         finally:
-            with suppress(psycopg.Error):  # not by closing alone: the server ends the lock a moment later then
+            with suppress(psycopg.Error):  # by closing alone, it would end a moment later
                 connection.execute("SELECT pg_advisory_unlock_all()")
             connection.close()
 

@@ -14,9 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from proxy.admin.purge import Purge
 from proxy.cache import rest
 from proxy.cache.policy import Threshold
 from storage.disk.extents import ExtentList, Extents
+from storage.disk.sparse import SparseUpload
+from storage.maintenance.pins import Pin
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
 from tests.test_fetcher import Rig
@@ -375,3 +378,52 @@ async def test_whatever_is_read_and_dropped(
         if not any(each.dropped for each in asked):
             assert upstream.bytes_sent <= 10_000
         await rig.close()
+
+
+@pytest.mark.errors("disk.failed")
+async def test_a_disk_that_is_full(
+    serve: Serve, upstream: Upstream, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await serve(upstream, lazy=True)
+    await read(site, digest, "0-999")
+
+    def fail(self: SparseUpload, batch: object) -> None:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(SparseUpload, "_append", fail)
+    uncached = heard("fill.uncached")
+    assert await read(site, digest, "5000-5999") == BODY[5000:6000]
+    await uncached.wait()
+    assert site.partial == []
+    assert await read(site, digest, "0-1999") == BODY[:2000]
+
+
+async def test_the_limit_of_a_namespace_counts_parts(
+    serve: Serve, upstream: Upstream, digest: str, at_once_idle: None
+) -> None:
+    other = upstream.blob("library/alpine", BODY[::-1])
+    site = await serve(upstream, lazy=True, cache_limit="150kB")
+    for number, each in enumerate((digest, other), 1):
+        kept = heard("fill.kept")
+        await read(site, each, "0-99999")
+        await kept.wait()
+        site.clock.advance(3600 * number)
+    eviction = site.app.composition.maintenance.eviction
+    report = await asyncio.to_thread(eviction.shrink)
+    assert report.blobs == 1
+    assert [each.blob.digest for each in eviction.parts()] == [other]
+
+
+async def test_parts_are_purged_with_their_repository(
+    serve: Serve, upstream: Upstream, digest: str, at_once_idle: None
+) -> None:
+    site = await serve(upstream, lazy=True)
+    kept = heard("fill.kept")
+    await read(site, digest, "0-999")
+    await kept.wait()
+    purge = Purge(site.app.composition.store, site.app.composition.pins)
+    dry = await asyncio.to_thread(purge.purge, Pin("docker.io/library/alpine"), True)
+    others = await asyncio.to_thread(purge.purge, Pin("docker.io/library/other"))
+    assert (dry.blobs, others.blobs, len(site.partial)) == (1, 0, 2)
+    purged = await asyncio.to_thread(purge.purge, Pin("docker.io/library/alpine"))
+    assert (purged.blobs, site.partial) == (1, [])

@@ -117,7 +117,8 @@ async def test_parts_at_once_by_three_workers_of_which_one_is_killed(
     await server.heard("worker.died")
     gate.set()
     killed, *others = await asyncio.gather(*held, return_exceptions=True)
-    assert isinstance(killed, aiohttp.ClientError | AssertionError)  # it may have asked another one again
+    # It may have come before, and the client may have asked another one again.
+    assert killed is None or isinstance(killed, aiohttp.ClientError) or "another worker" in str(killed)
     assert others == [None, None]
     assert await workers[1].get(reader.path) == content
     await server.heard("fill.committed")

@@ -63,7 +63,8 @@ class LazyBlob(FollowedBlob):
         if self._whole:
             self._fill.demand()
         elif self._fill.fetcher is not None:
-            await self._fill.fetcher.prepare(self._source, spans)
+            with suppress(StorageFailed):  # then it is read from the origin
+                await self._fill.fetcher.prepare(self._source, spans)
         else:
             gaps = gaps_of(self._upload, spans)
             for start, stop in gaps:
@@ -261,11 +262,15 @@ class LazyFetcher(Fetcher):
         return coming or self.upload.extents.end(offset) > offset
 
     def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
-        """Raises the error with which the origin has just refused the byte."""
+        """Raises the error with which the origin has just refused the byte, or StorageFailed."""
         if not self._rest.due and self.upload.extents.end(offset) == offset:
-            for (start, end), (error, at) in self._failures.items():
+            if self.upload.failed:
+                error = StorageFailed(f"{self._fill.digest} cannot be written on")
+                self._rest.fail(error)
+                raise error
+            for (start, end), (refusal, at) in self._failures.items():
                 if start <= offset < end and self._ticks() - at < RECENT:
-                    raise error
+                    raise refusal
         super().want(source, offset, stop)
 
     async def _hear(self) -> None:

@@ -59,6 +59,9 @@ class PartBlob(FileBlob):
     async def readable(self, offset: int, stop: int | None = None) -> int:
         return await self._growing.wait_for(offset, self.descriptor.size)
 
+    def has_beginning(self, stop: int) -> bool:
+        return self._growing.extents.end(0) >= stop
+
 
 class SparseUpload(FileUpload):
     """An upload with one writer, which can write in any order once expect() has told the size.

@@ -44,11 +44,17 @@ class Counting:
 
     def run(self, everything: bool = False) -> None:
         """Count what has no total yet; or `everything`, to compare it with what is there."""
-        with self._turn:
+        if everything:
             self._run(everything)
+        else:
+            with self._turn:
+                self._run(everything)
 
     def _run(self, everything: bool) -> None:
         begun = time.monotonic()
+        # The indexes are made here, in a new database at once: later it takes seconds, and blocks writers.
+        self._records.linking("")
+        self._records.oldest(("", b""), 1)
         if not self._totals.listed:
             self._list()
         number = 0

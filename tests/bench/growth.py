@@ -105,7 +105,7 @@ class Measurement:
             "admin": f"127.0.0.1:{free_port()}",
             "workers": 1,
             "log": {"format": "json"},
-            "disk": {"path": str(root / "disk"), "scrub": "10MiB", "min_free": 0, "keep_for": "300d"},
+            "disk": {"path": str(root / "disk"), "scrub": "off", "min_free": 0, "keep_for": "300d"},
             "namespaces": {"docker.io": {"upstream": "http://127.0.0.1:9", "fresh_for": "1d"}},
         }
         self._path.write_text(yaml.safe_dump(config))

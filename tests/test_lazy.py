@@ -375,8 +375,8 @@ async def test_whatever_is_read_and_dropped(
         enough = share * 10_000 <= here.total
         if not (whole or enough or any(each.dropped for each in asked)):
             assert upstream.bytes_sent == here.total
-        if not any(each.dropped for each in asked):
-            assert upstream.bytes_sent <= 10_000
+        if restart >= len(asked) and not any(each.dropped for each in asked):
+            assert upstream.bytes_sent <= 10_000  # what is under way when a process ends comes again
         await rig.close()
 
 

@@ -14,13 +14,17 @@ from urllib.parse import quote
 from storage.disk.modes import create_file
 
 
+class Retired(sqlite3.Error):
+    """Another database is to be used instead of this one."""
+
+
 class ReadOnlyDatabase:
     """The part of diskcache.Cache that reads, without writing anything.  Raises sqlite3.Error.
 
     What would write raises `reason`, the error because of which the database could not be opened for writing.
 
-    All threads share one connection.  After close() the next read opens it again: as long as any connection
-    of the process is read-only, SQLite opens no other one that can write.
+    All threads share one connection.  As long as any connection of the process is read-only, SQLite opens no
+    other one that can write.  So after close() the next read opens it again, but after retire() none does.
     """
 
     def __init__(self, file: Path, reason: Exception) -> None:
@@ -28,6 +32,7 @@ class ReadOnlyDatabase:
         self._reason = reason
         self._log, self._index = (file.with_name(f"{file.name}-{end}") for end in ("wal", "shm"))
         self._lock = threading.Lock()
+        self.retired = False
         self._connection: sqlite3.Connection | None = None
         self._valid: Callable[[], bool] = lambda: True  # whether what was read from the connection is right
         self.execute("SELECT 1 FROM Cache LIMIT 1")
@@ -39,6 +44,8 @@ class ReadOnlyDatabase:
     def execute(self, statement: str, values: tuple[Any, ...] = ()) -> _Rows:
         with self._lock:
             while True:
+                if self.retired:
+                    raise Retired
                 try:
                     rows = _Rows(self._open().execute(statement, values).fetchall())
                 except sqlite3.Error:
@@ -89,6 +96,12 @@ class ReadOnlyDatabase:
 
     def close(self) -> None:
         with self._lock:
+            self._close()
+
+    def retire(self) -> None:
+        """Close it for good: from now on, reads raise Retired."""
+        with self._lock:
+            self.retired = True
             self._close()
 
     def _close(self) -> None:

@@ -29,7 +29,7 @@ from storage.disk.database import FAILURES, FILE, Database, Identity, identity, 
 from storage.disk.health import DiskHealth, is_of_the_disk
 from storage.disk.locks import ProcessLock
 from storage.disk.modes import make_directory
-from storage.disk.read_only import ReadOnlyDatabase
+from storage.disk.read_only import ReadOnlyDatabase, Retired
 from storage.disk.salvage import CHECKSUM_BYTES, checked, checksum, readable_records
 from storage.errors import StorageFailed
 from storage.keys import TAG, is_total
@@ -249,6 +249,8 @@ class SQLiteRecords(Records):
             if former is not cache:
                 former.close()  # this thread's connection to the database that was replaced
             return work(cache)
+        except Retired:
+            return self._do(work, size, again, write)
         except FAILURES as error:
             if cache is not None:
                 with suppress(sqlite3.Error):
@@ -275,8 +277,8 @@ class SQLiteRecords(Records):
         opened = self._opened
         if opened is None or found is None or found != opened[1]:
             return None
-        if write and isinstance(opened[0], ReadOnlyDatabase):
-            opened[0].close()  # before another connection is opened, which is to write
+        if isinstance(opened[0], ReadOnlyDatabase) and (write or opened[0].retired):
+            opened[0].retire()  # before another connection is opened, which is to write
             return None
         return opened
 

@@ -252,7 +252,8 @@ async def sandbox(
 @pytest.fixture
 def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are drawn as on a terminal as wide as the block; of its bars nothing is left at the end."""
-    width = WIDTHS.get(request.node.callspec.params["block"][1], 260)  # the names of temporary directories are long
+    wide = 260  # columns: the names of temporary directories are long
+    width = WIDTHS.get(request.node.callspec.params["block"][1], wide)
 
     def drawn(file: IO[str]) -> Console:
         return Console(file=file, width=width, highlight=False, markup=False, emoji=False)

@@ -94,6 +94,31 @@ class Incoming(Protocol):
         ...
 
 
+class RelayedBlob(Blob):
+    """A blob whose bytes are those of another one, `blob`."""
+
+    def __init__(self, blob: Blob) -> None:
+        self.descriptor, self.position = blob.descriptor, blob.position
+        self._blob = blob
+        self._incoming: Incoming | None = None
+
+    @property
+    def unread(self) -> int:
+        return self._blob.unread
+
+    def incoming(self) -> Incoming | None:
+        self._incoming = self._blob.incoming()
+        return self if self._incoming is not None else None
+
+    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        """As Incoming.pass_on(), which is called on what incoming() returns."""
+        assert self._incoming is not None
+        return await self._incoming.pass_on(write)
+
+    async def close(self) -> None:
+        await self._blob.close()
+
+
 @runtime_checkable
 class OnDisk(Protocol):
     """A blob whose bytes can be sent from a file; fileno() is a descriptor that is open for reading."""

@@ -32,7 +32,7 @@ from storage.errors import (
     Unavailable,
 )
 from storage.oci import Descriptor, Span
-from storage.registry import Blob, Incoming, ReadInto
+from storage.registry import Blob, ReadInto, RelayedBlob
 
 HEARING = 0.1  # seconds between two looks at what other processes want
 
@@ -94,27 +94,15 @@ class LazyBlob(FollowedBlob):
         await super().close()
 
 
-class _PacedBlob(Blob):
+class _PacedBlob(RelayedBlob):
     """A transfer that goes no further than clients read."""
 
     def __init__(self, blob: Blob, pace: Callable[[], Any]) -> None:
-        self.descriptor, self.position = blob.descriptor, blob.position
-        self._blob = blob
+        super().__init__(blob)
         self._pace = pace
-        self._incoming: Incoming | None = None
-
-    @property
-    def unread(self) -> int:
-        return self._blob.unread
-
-    def incoming(self) -> Incoming | None:
-        self._incoming = self._blob.incoming()
-        return self if self._incoming is not None else None
 
     async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
-        assert self._incoming is not None
-        more = await self._incoming.pass_on(write)
-        if more:
+        if more := await super().pass_on(write):
             await self._pace()
         return more
 
@@ -122,9 +110,6 @@ class _PacedBlob(Blob):
         async for chunk in self._blob.chunks(start, stop):
             yield chunk
             await self._pace()
-
-    async def close(self) -> None:
-        await self._blob.close()
 
 
 class LazyFetcher(Fetcher):

@@ -211,9 +211,7 @@ class _Composer:
         hosted = self._hosted(private, publisher) if private else {}
         stores = [store, private] if private else [store]
         namespaces = self._namespaces({**made.caches, **hosted}, stores, made.others)
-        configured = [Pin(each.match, each.keep_fresh, each.platforms) for each in config.pins]
-        shared = private.records if private is not None and private.records.remote else None
-        pins = Pins(store, configured, clock, shared)
+        pins = self._pins(store, private)
         return Composition(
             config=config,
             clock=clock,
@@ -239,6 +237,11 @@ class _Composer:
         )
 
     # Storage
+
+    def _pins(self, store: Store, private: Store | None) -> Pins:
+        configured = [Pin(each.match, each.keep_fresh, each.platforms) for each in self._config.pins]
+        shared = private.records if private is not None and private.records.remote else None
+        return Pins(store, configured, self._clock, shared)
 
     def _store(self) -> Store:
         root = self._config.disk.path / "cache"

@@ -20,7 +20,7 @@ from proxy.upstream.breaker import HostState
 from proxy.upstream.client import UpstreamRegistry
 from storage.errors import RegistryError, StorageFailed
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span
-from storage.registry import Blob, Incoming, ReadInto, Registry
+from storage.registry import Blob, ReadInto, Registry, RelayedBlob
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -146,7 +146,7 @@ class Failover(Registry):
             await upstream.close()
 
 
-class _Transfer(Blob):
+class _Transfer(RelayedBlob):
     """A blob, or a `part` of it, that is being transferred; when it is closed it calls `closed`.
 
     `closed` gets `part`, and whether the next request is for another upstream: after an error, and after all
@@ -154,13 +154,10 @@ class _Transfer(Blob):
     """
 
     def __init__(self, blob: Blob, part: bool, closed: Callable[[bool, bool], None]) -> None:
-        self.descriptor = blob.descriptor
-        self.position = blob.position
-        self._blob = blob
+        super().__init__(blob)
         self._part = part
         self._ended = not part
         self._closed = closed
-        self._incoming: Incoming | None = None
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         self._ended = False
@@ -172,19 +169,10 @@ class _Transfer(Blob):
             raise
         self._ended = not self._part
 
-    @property
-    def unread(self) -> int:
-        return self._blob.unread
-
-    def incoming(self) -> Incoming | None:
-        self._incoming = self._blob.incoming()
-        return self if self._incoming is not None else None
-
     async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
-        assert self._incoming is not None
         self._ended = False
         try:
-            more = await self._incoming.pass_on(write)
+            more = await super().pass_on(write)
         except StorageFailed:  # of the disk to which it is written
             raise
         except RegistryError:
@@ -195,4 +183,4 @@ class _Transfer(Blob):
 
     async def close(self) -> None:
         self._closed(self._part, self._ended)
-        await self._blob.close()
+        await super().close()

@@ -37,10 +37,11 @@ PROXY = {
     "webhooks": "config connections telemetry",
     "setup": "config connections",
     "access": "config telemetry upstream",
-    "namespaces": "config telemetry upstream cache webhooks",
+    "policy": "config telemetry",
+    "namespaces": "config telemetry upstream cache webhooks policy",
     "web": "config connections telemetry webhooks access",
     "transfer": "config telemetry upstream namespaces",
-    "admin": "config connections telemetry upstream cache webhooks namespaces web transfer",
+    "admin": "config connections telemetry upstream cache webhooks policy namespaces web transfer",
     "doctor": "config connections upstream setup web",
     "server": "telemetry config webhooks access namespaces web admin",
 }

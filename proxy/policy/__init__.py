@@ -1,0 +1,1 @@
+"""What may be served: rules, and the conditions that content has to meet."""

@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
@@ -102,6 +103,7 @@ class Entrepot(Peer):
 
     name = "entrepot"
     workers: str | int = "auto"
+    namespace: Mapping[str, object] = MappingProxyType({})
 
     def configure(self, directory: Path, upstream: str) -> list[str]:
         configuration = {
@@ -110,7 +112,9 @@ class Entrepot(Peer):
             "workers": self.workers,
             "disk": {"path": str(directory / "disk")},
             "default_namespace": "docker.io",
-            "namespaces": {"docker.io": {"upstream": {"url": upstream}, "fresh_for": "10m"}},
+            "namespaces": {
+                "docker.io": {"upstream": {"url": upstream}, "fresh_for": "10m", **self.namespace}
+            },
         }
         file = directory / "config.yml"
         file.write_text(yaml.safe_dump(configuration))

@@ -135,6 +135,14 @@ class Upstream:
         name = f"sha256:{digest.hexdigest()}"
         return Content(name, size // MIB * MIB, file.rename(file.with_name(name)))
 
+    def add_file(self, path: Path) -> Content:
+        """A copy of a file."""
+        content = path.read_bytes()
+        name = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        file = self._tree / "blobs" / name
+        file.write_bytes(content)
+        return Content(name, len(content), file)
+
     def take_log(self) -> Traffic:
         """What was asked since the last call.  Waits until none is under way."""
         quiet_since = time.monotonic()

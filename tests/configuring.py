@@ -10,6 +10,7 @@ import pytest
 from proxy.config.access import AccessConfig, AccessRule, TokenService
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
+from proxy.config.policy import PolicyConfig, PolicyRule
 from proxy.config.schema import (
     TLS,
     Config,
@@ -48,6 +49,8 @@ SECTIONS = (
     Log,
     Login,
     NamespaceConfig,
+    PolicyConfig,
+    PolicyRule,
     SharedConfig,
     TagRule,
     TLS,

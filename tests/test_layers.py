@@ -37,7 +37,7 @@ PROXY = {
     "webhooks": "config connections telemetry",
     "setup": "config connections",
     "access": "config telemetry upstream",
-    "policy": "config telemetry",
+    "policy": "config telemetry cache",
     "namespaces": "config telemetry upstream cache webhooks policy",
     "web": "config connections telemetry webhooks access",
     "transfer": "config telemetry upstream namespaces",

@@ -41,6 +41,11 @@ class PolicyConfig(Section, frozen=True):
     rules: tuple[PolicyRule, ...] = ()
     allow_list: tuple[Annotated[re.Pattern[str], parse_where], ...] = ()
 
+    def __post_init__(self) -> None:
+        names = [each.name for each in self.rules]
+        if twice := next((each for each in names if names.count(each) > 1), None):
+            raise ValueError(f"two rules have the name {twice}, by which refusals name them")
+
     @property
     def active(self) -> bool:
         """Whether there is anything to judge."""

@@ -14,6 +14,7 @@ import msgspec
 from proxy.config.access import AccessConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
+from proxy.config.policy import PolicyConfig
 from proxy.config.quantities import (
     Share,
     parse_every,
@@ -290,6 +291,7 @@ class Config(Section, frozen=True):
     admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
     admin_token: Annotated[Secret, parse_secret] | None = None
     access: AccessConfig = AccessConfig()
+    policy: PolicyConfig = PolicyConfig()
     tls: TLS | None = None
     disk: DiskConfig = msgspec.field(default_factory=DiskConfig)
     shared: SharedConfig = SharedConfig()

@@ -24,6 +24,7 @@ from proxy.config.registry_hosts import EVERY, registry_host
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.upstream import UpstreamConfig
 from proxy.namespaces.routing import Member
+from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
@@ -55,6 +56,7 @@ class CacheFactory:
     tag_moved: Moved
     drill: Drill
     listings: ListingMemory
+    guard: PolicyGuard
 
     def make(self, name: str, settings: NamespaceConfig) -> tuple[Cache, UpstreamRegistry]:
         """The cache of a namespace, and the last of its upstreams.  Raises StartError."""
@@ -172,7 +174,8 @@ class HostCaches:
             raise Unavailable(str(error)) from error
         self._caches[name], self._upstreams[name] = cache, upstream
         log.info("namespace.made", namespace=name)
-        return Member(cache, name, library=found.library, names=found.names)
+        served = self._factory.guard.of(name, cache, self._factory.store)
+        return Member(served, name, library=found.library, names=found.names)
 
     def _make_place(self, wanted: str) -> None:
         """Raises Unavailable if there is none."""

@@ -28,6 +28,7 @@ from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
 from proxy.namespaces.retention import deletions, eviction_rules, retention_rules
 from proxy.namespaces.routing import Member, Namespaces
+from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
@@ -183,6 +184,7 @@ class _Composer:
         self._disks: list[Troubled] = []
         self._troubles = Troubles(shared.disks)
         self._listings = ListingMemory()
+        self._guard = PolicyGuard(config.policy, metrics, clock)
 
     def compose(self) -> Composition:
         # long: each part takes a line
@@ -193,7 +195,7 @@ class _Composer:
         drill = Drill(clock, self._hooks.drill_begun, config.key_of)
         slots = self._slots(), self._slots("ranges")
         fills = Fills(store, self._metrics, *slots, make_room=self._hooks.make_room, clock=clock)
-        tag_moved = _tag_moved(recorder, publisher)
+        tag_moved = _tag_moved(recorder, publisher, config.policy.active)
         factory = CacheFactory(
             config=config,
             clock=clock,
@@ -204,13 +206,18 @@ class _Composer:
             tag_moved=tag_moved,
             drill=drill,
             listings=self._listings,
+            guard=self._guard,
         )
         made = Caches(factory)
         self._closing.push_async_callback(made.close)
         self._closing.push_async_callback(fills.close)  # before what they read from
         hosted = self._hosted(private, publisher) if private else {}
         stores = [store, private] if private else [store]
-        namespaces = self._namespaces({**made.caches, **hosted}, stores, made.others)
+        served = {
+            **{name: self._guard.of(name, each, store) for name, each in made.caches.items()},
+            **{name: self._guard.of(name, each, private or store) for name, each in hosted.items()},
+        }
+        namespaces = self._namespaces(served, stores, made.others)
         pins = self._pins(store, private)
         return Composition(
             config=config,
@@ -365,9 +372,13 @@ class _Composer:
             self._metrics.collected_at.set(report.begun)
 
 
-def _tag_moved(recorder: UsageRecorder, publisher: Publisher | None) -> Moved:
+def _tag_moved(recorder: UsageRecorder, publisher: Publisher | None, at_once: bool) -> Moved:
+    """`at_once`: what a tag led to before is recorded at once, since digests are judged by that."""
+
     async def tag_moved(repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         recorder.moved(repository, tag, old, new)
+        if at_once:
+            await recorder.flush()
         if publisher is not None:
             await publisher.moved(repository, tag, old, new)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage.oci import Descriptor
 from storage.registry import everything
@@ -26,6 +27,7 @@ class Exchange:
     age: seconds since the origin last confirmed the content
     ttl: seconds for which the content stays fresh; None for content that never expires
     reason: the message of the error that the client was given
+    warning: a message for the client besides the content; "" for none
     digest: the digest of the content, once it is known
     content: describes the content that is pulled
     client: the address of the connection
@@ -49,6 +51,7 @@ class Exchange:
     ttl: float | None = None
     detail: str = ""
     reason: str = ""
+    warning: str = ""
     digest: str = ""
     content: Descriptor | None = None
     client: str = ""
@@ -69,3 +72,18 @@ def in_exchange() -> bool:
 def current() -> Exchange:
     """The exchange of this context; outside of one (at start, in tests) a scratch value."""
     return current_exchange.get(_SCRATCH)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let what happens inside change nothing of the exchange but its number of upstream requests."""
+    if (now := current_exchange.get(None)) is None:
+        yield
+        return
+    inside = replace(now)
+    token = current_exchange.set(inside)
+    try:
+        yield
+    finally:
+        current_exchange.reset(token)
+        now.upstream_requests = inside.upstream_requests

@@ -172,6 +172,12 @@ class Metrics:
         "Start of the last completed collection.",
         "mostrecent",
     )
+    policy = _Row(
+        Counter,
+        "entrepot_policy_refused_total",
+        "Answers that a rule of the policy refuses; they are given all the same in modes warn and audit.",
+        "namespace rule mode",
+    )
     drill = _gauge("entrepot_drill", "1 while a drill cuts off upstreams.", "livemax")
 
     def __init__(self) -> None:

@@ -83,6 +83,8 @@ def cache_headers(exchange: Exchange) -> dict[str, str]:
     headers = (
         {} if exchange.ns is None else {"OCI-Namespace": exchange.ns}
     )  # distribution-spec, "Registry Proxying"
+    if exchange.warning:
+        headers["Warning"] = _warning(exchange.warning)
     result = exchange.result or ("miss" if exchange.upstream_requests else "")
     if not result:
         return headers
@@ -98,3 +100,9 @@ def cache_headers(exchange: Exchange) -> dict[str, str]:
     if result in ("hit", "stale") and exchange.age is not None:
         headers["Age"] = str(max(0, int(exchange.age)))
     return headers
+
+
+def _warning(message: str) -> str:
+    """The value of Warning: distribution-spec, "Warnings"."""
+    text = message.encode("ascii", "replace").decode().replace("\\", "\\\\").replace('"', '\\"')
+    return f'299 - "{text}"'

@@ -127,7 +127,7 @@ class Usage:
 
     def moves(self, repository: str, tag: str) -> list[Move]:
         """Oldest first."""
-        return _moves(self._records.get(MOVES.key(repository, tag)))
+        return parse_moves(self._records.get(MOVES.key(repository, tag)))
 
     def stats(self, since: float, until: float | None = None) -> dict[str, Counters]:
         """The traffic by namespace in all hours that overlap the interval, or in all such days if hours are
@@ -202,7 +202,8 @@ def _use(record: bytes | None) -> Use | None:
     return None if found is None else Use(*found)
 
 
-def _moves(record: bytes | None) -> list[Move]:
+def parse_moves(record: bytes | None) -> list[Move]:
+    """The moves of a tag, oldest first."""
     found = _decoded(record, list[tuple[float, str, str]]) or []
     return [Move(at, Digest(old), Digest(new)) for at, old, new in found]
 
@@ -220,7 +221,7 @@ def _add_use(batch: Batch, key: str, use: Use) -> None:
 
 def _add_move(batch: Batch, key: str, move: Move) -> None:
     # Several processes record, each after some delay: so not always in chronological order.
-    known = sorted([*_moves(batch.get(key)), move], key=lambda each: each.at)[-MOVES_KEPT:]
+    known = sorted([*parse_moves(batch.get(key)), move], key=lambda each: each.at)[-MOVES_KEPT:]
     batch.put(key, msgspec.json.encode([(each.at, str(each.old), str(each.new)) for each in known]))
 
 

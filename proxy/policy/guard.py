@@ -1,0 +1,31 @@
+"""Where the policy stands: in front of each namespace, if there is anything to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from proxy.cache.cache import Cache
+from proxy.config.policy import PolicyConfig
+from proxy.policy.judge import Judge
+from proxy.policy.policed import PolicedCache, PolicedRegistry
+from proxy.policy.rules import RuleBook
+from proxy.telemetry.metrics import Metrics
+from storage.registry import Registry
+from storage.store import Store
+
+
+class PolicyGuard:
+    """Puts the policy in front of registries.  Raises StartError if a file of the policy cannot be read."""
+
+    def __init__(self, policy: PolicyConfig, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self.rules = RuleBook(policy) if policy.active else None
+
+    def of(self, namespace: str, registry: Registry, store: Store) -> Registry:
+        """What serves a namespace, of which `store` has the records: the registry itself without a policy."""
+        if self.rules is None:
+            return registry
+        judge = Judge(namespace, registry, store, self.rules, self._clock)
+        kind = PolicedCache if isinstance(registry, Cache) else PolicedRegistry
+        return kind(registry, judge, self._metrics)

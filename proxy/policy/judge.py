@@ -1,0 +1,263 @@
+"""Decides what of a namespace may be served, by the rules of the policy.
+
+- A tag is judged by the rule about that tag.
+- A digest is judged by what leads to it: the tags of itself and of the manifests that name it.  One that the
+  policy allows is enough, since a pull by that tag has the same content.  About a manifest that no tag and
+  no other manifest is known to lead to, rules with tags do not count.
+- A blob is served on account of a manifest that names it and may be served.
+- A signature, an SBOM or another artifact may be served if what it is about may be, unless a client could
+  run it.
+
+What is allowed is remembered by reference and digest, as long as this process runs: one policy, since a
+changed one has processes of its own.  A refusal is never remembered: it is judged again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from proxy.policy.condition import Evidence, Subject
+from proxy.policy.graph import ReachedContent, ReachedRepositories
+from proxy.policy.rules import RuleBook, ServingRule
+from proxy.telemetry.exchange import aside
+from storage.errors import ManifestUnknown, NameUnknown, RegistryError, Unavailable
+from storage.graph import contents, signed_by
+from storage.oci import Digest, Manifest, Reference, Tag
+from storage.registry import Held, Registry, Validity
+from storage.store import Store
+
+T = TypeVar("T")
+_Key = tuple[str, str, str]
+
+REMEMBERED = 20_000  # references, and findings of conditions
+RETRY = 10.0  # seconds until a condition that was not met is looked at again
+DEPTH = 4  # of artifacts that are about artifacts
+_WEIGHT = {"audit": 1, "warn": 2, "enforce": 3}
+# The content of signatures, attestations and SBOMs: documents, which no client runs.
+_DOCUMENT = re.compile(r"text/.*|application/(?:.*\+)?(?:json|xml)|application/cose")
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What the policy says of a reference, until a time in seconds since the epoch."""
+
+    rule: ServingRule
+    allowed: bool
+    reason: str
+    until: float = math.inf
+
+    @property
+    def weight(self) -> int:
+        """0 if it is allowed; more, the more its rule does about it."""
+        return 0 if self.allowed else _WEIGHT[self.rule.mode]
+
+
+class Judge:
+    """Judges the content of one namespace, whose repositories `registry` has; `store` has their records.
+
+    Repositories are given by their names within the namespace.  Every method may raise StorageFailed, and
+    Unavailable if what a condition needs cannot be fetched.
+    """
+
+    def __init__(
+        self, namespace: str, registry: Registry, store: Store, rules: RuleBook, clock: Callable[[], float]
+    ) -> None:
+        self._namespace = namespace
+        self._registry = registry
+        self._rules = rules
+        self._clock = clock
+        self._reached = ReachedRepositories(store)
+        self._allowed: OrderedDict[_Key, float] = OrderedDict()
+        self._evidence: OrderedDict[_Key, Evidence] = OrderedDict()
+
+    def full(self, repository: str) -> str:
+        return f"{self._namespace}/{repository}"
+
+    def at_once(self, repository: str, reference: Reference) -> Ruling | None:
+        """The ruling, if it is one that needs nothing but the rules."""
+        name = self.full(repository)
+        if (plain := self._rules.plain(name)) is not None:
+            return Ruling(plain, plain.allows, plain.reason)
+        if isinstance(reference, Tag) and signed_by(reference) is None:
+            rule = self._rules.find(name, reference)
+            if not rule.allows or not rule.conditions:
+                return Ruling(rule, rule.allows, rule.reason)
+        return None
+
+    async def manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Ruling:
+        """Judge what a reference stands for."""
+        key = repository, str(reference), str(manifest.digest)
+        if (known := self._remembered(key)) is not None:
+            return known
+        ruling = self.at_once(repository, reference)
+        if ruling is None:
+            reached = await self._reached.of(self.full(repository))
+            reached.add(manifest)
+            ruling = await self._judge(repository, reference, manifest, reached)
+        return self._remember(key, ruling)
+
+    async def blob(self, repository: str, digest: Digest) -> Ruling:
+        """Judge a blob by the manifests that name it."""
+        key = repository, str(digest), str(digest)
+        if (known := self._remembered(key)) is not None:
+            return known
+        if (ruling := self.at_once(repository, digest)) is None:
+            ruling = await self._of_blob(repository, digest)
+        return self._remember(key, ruling)
+
+    def held(self, repository: str, reference: Reference, held: Held | None) -> Held | None:
+        """`held`, as long as it may be served again without being judged again; None if it may not."""
+        if held is None:
+            return None
+        plain = self._rules.plain(self.full(repository))
+        if plain is not None:
+            return held if plain.allows else None
+        until = self._allowed.get((repository, str(reference), str(held.descriptor.digest)))
+        if until is None or until == math.inf:
+            return None if until is None else held
+
+        def validity() -> Validity | None:
+            return held.validity() if self._clock() < until else None
+
+        return replace(held, validity=validity)
+
+    def _remembered(self, key: _Key) -> Ruling | None:
+        until = self._allowed.get(key, -math.inf)
+        return Ruling(self._rules.allowing, True, "", until) if self._clock() < until else None
+
+    def _remember(self, key: _Key, ruling: Ruling) -> Ruling:
+        if ruling.allowed:
+            _put(self._allowed, key, ruling.until)
+        return ruling
+
+    # Judging
+
+    async def _of_blob(self, repository: str, digest: Digest) -> Ruling:
+        reached = await self._reached.of(self.full(repository))
+        rulings: list[Ruling] = []
+        failed: RegistryError | None = None
+        for each in reached.naming(digest):
+            try:
+                manifest = await self._fetch(repository, each)
+                rulings.append(await self._judge(repository, each, manifest, reached))
+            except (ManifestUnknown, NameUnknown):
+                continue
+            except RegistryError as error:
+                failed = error
+                continue
+            if rulings[-1].allowed:
+                break
+        if rulings:
+            return min(rulings, key=lambda ruling: ruling.weight)
+        if failed is not None:
+            raise failed
+        rule = self._rules.find(self.full(repository), None)
+        if rule.conditions:
+            return Ruling(rule, False, "no manifest is known that names it: pull that first")
+        return Ruling(rule, rule.allows, rule.reason)
+
+    async def _judge(
+        self,
+        repository: str,
+        reference: Reference,
+        manifest: Manifest,
+        reached: ReachedContent,
+        depth: int = 0,
+    ) -> Ruling:
+        name, digest = self.full(repository), manifest.digest
+        if isinstance(reference, Tag):
+            leading = [(digest, self._rules.find(name, reference))]
+        else:
+            leading = [(each, self._rules.find(name, tag)) for each, tag in reached.leading(digest)]
+        best: Ruling | None = None
+        for root, rule in dict.fromkeys(leading):
+            ruling = await self._apply(rule, repository, {root, digest}, manifest)
+            if best is None or ruling.weight < best.weight:
+                best = ruling
+            if best.allowed:
+                return best
+        assert best is not None  # the digest leads to itself
+        subjects = _subjects(manifest, (reference, *reached.tags(digest))) if depth < DEPTH else []
+        return await self._on_account(repository, subjects, reached, depth) or best
+
+    async def _on_account(
+        self, repository: str, subjects: Iterable[Digest], reached: ReachedContent, depth: int
+    ) -> Ruling | None:
+        """The ruling of the first subject that is allowed."""
+        for each in subjects:
+            with suppress(ManifestUnknown, NameUnknown):
+                manifest = await self._fetch(repository, each)
+                ruling = await self._judge(repository, each, manifest, reached, depth + 1)
+                if ruling.allowed:
+                    return ruling
+        return None
+
+    async def _apply(
+        self, rule: ServingRule, repository: str, digests: set[Digest], manifest: Manifest
+    ) -> Ruling:
+        """What a rule says of content that meets its conditions if one of `digests` does."""
+        if not rule.allows or not rule.conditions:
+            return Ruling(rule, rule.allows, rule.reason)
+        evidence = Evidence(False, "cannot be found any more")
+        for each in sorted(digests, key=lambda digest: digest != manifest.digest):
+            try:
+                subject = manifest if each == manifest.digest else await self._fetch(repository, each)
+                evidence = await self._evidence_of(rule, repository, subject)
+            except (ManifestUnknown, NameUnknown):  # of an index that is gone
+                continue
+            except Unavailable as error:
+                if rule.mode == "enforce":
+                    raise
+                evidence = Evidence(False, f"cannot be verified now: {error}", -math.inf)
+            if evidence.met:
+                return Ruling(rule, True, evidence.reason, evidence.until)
+        return Ruling(rule, False, f"it {evidence.reason}", evidence.until)
+
+    async def _evidence_of(self, rule: ServingRule, repository: str, manifest: Manifest) -> Evidence:
+        key = rule.name, repository, str(manifest.digest)
+        known = self._evidence.get(key)
+        if known is None or self._clock() >= known.until:
+            known = await self._look(rule, repository, manifest)
+            _put(self._evidence, key, known)
+        return known
+
+    async def _look(self, rule: ServingRule, repository: str, manifest: Manifest) -> Evidence:
+        if contents(manifest.content) is None:
+            return Evidence(False, "is no manifest that all clients read alike")
+        subject = Subject(self.full(repository), repository, manifest, self._registry)
+        reasons, until = [], math.inf
+        with aside():
+            for each in rule.conditions:
+                found = await each.judge(subject)
+                if not found.met:
+                    return replace(found, until=min(found.until, self._clock() + RETRY))
+                reasons.append(found.reason)
+                until = min(until, found.until)
+        return Evidence(True, " and ".join(reasons), until)
+
+    async def _fetch(self, repository: str, digest: Digest) -> Manifest:
+        with aside():
+            return await self._registry.get_manifest(repository, digest)
+
+
+def _subjects(manifest: Manifest, references: Iterable[Reference]) -> list[Digest]:
+    """What an artifact is about, by its subject or the tags that lead to it; nothing if it may be run."""
+    content = contents(manifest.content)
+    if content is None or not all(_DOCUMENT.fullmatch(each.media_type) for each in content.layers):
+        return []
+    tagged = [signed_by(each) for each in references if isinstance(each, Tag)]
+    found = [*([content.subject.digest] if content.subject else []), *filter(None, tagged)]
+    return [each for each in dict.fromkeys(found) if each != manifest.digest]
+
+
+def _put(table: OrderedDict[_Key, T], key: _Key, value: T) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > REMEMBERED:
+        table.popitem(last=False)

@@ -1,0 +1,167 @@
+"""A registry that serves only what the policy allows: in front of a cache or a private registry.
+
+A refusal is Denied, and names the rule.  In the modes `warn` and `audit` content is served all the same, and
+the refusal is only counted and logged; `warn` also tells the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from proxy.cache.refresh import Refreshable
+from proxy.policy.judge import Judge, Ruling
+from proxy.telemetry.exchange import current
+from proxy.telemetry.metrics import Metrics
+from storage.errors import Denied
+from storage.names import written
+from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
+from storage.registry import Blob, Held, Registry, Upload, everything
+
+log = structlog.get_logger()
+
+
+class PolicedRegistry(Registry):
+    """The content of `registry` that `judge` allows.  What is pushed is not judged before it is pulled."""
+
+    def __init__(self, registry: Registry, judge: Judge, metrics: Metrics) -> None:
+        self._registry = registry
+        self._judge = judge
+        self._metrics = metrics
+
+    # Pull
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        self._enforce(repository, digest, await self._judge.blob(repository, digest))
+        return await self._registry.get_blob(repository, digest, span)
+
+    async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
+        self._enforce(repository, digest, await self._judge.blob(repository, digest))
+        return await self._registry.resolve_blob(repository, digest)
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        self._refuse_at_once(repository, reference)
+        manifest = await self._registry.get_manifest(repository, reference)
+        await self._judged(repository, reference, manifest)
+        return manifest
+
+    async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
+        return (await self.get_manifest(repository, reference)).descriptor
+
+    def hold_blob(self, repository: str, digest: Digest) -> Held | None:
+        return self._judge.held(repository, digest, self._registry.hold_blob(repository, digest))
+
+    def hold_manifest(self, repository: str, reference: Reference) -> Held | None:
+        return self._judge.held(repository, reference, self._registry.hold_manifest(repository, reference))
+
+    async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
+        return await self._registry.tags(repository, last, limit)
+
+    async def referrers(
+        self,
+        repository: str,
+        digest: Digest,
+        artifact_type: str | None = None,
+        last: str = "",
+        limit: int | None = None,
+    ) -> list[Descriptor]:
+        return await self._registry.referrers(repository, digest, artifact_type, last, limit)
+
+    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+        return await self._registry.repositories(last, limit)
+
+    # Push
+
+    async def start_upload(
+        self, repository: str, size: int | None = None, algorithm: str = "sha256"
+    ) -> Upload:
+        return await self._registry.start_upload(repository, size, algorithm)
+
+    async def resume_upload(self, repository: str, id: str) -> Upload:
+        return await self._registry.resume_upload(repository, id)
+
+    async def mount_blob(
+        self,
+        repository: str,
+        digest: Digest,
+        source: str | None = None,
+        visible: Callable[[str], bool] = everything,
+    ) -> Descriptor:
+        """Mount what may be pulled from `source`; without one, from where everything may be pulled."""
+        if source is not None:
+            self._enforce(source, digest, await self._judge.blob(source, digest))
+
+        def allowed(each: str) -> bool:
+            ruling = self._judge.at_once(each, digest)
+            return ruling is not None and ruling.allowed and visible(each)
+
+        return await self._registry.mount_blob(repository, digest, source, allowed)
+
+    async def push_manifest(
+        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+    ) -> Descriptor:
+        return await self._registry.push_manifest(repository, reference, manifest, tags)
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        await self._registry.delete_blob(repository, digest)
+
+    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+        await self._registry.delete_manifest(repository, reference)
+
+    async def close(self) -> None:
+        await self._registry.close()
+
+    # Rulings
+
+    def _refuse_at_once(self, repository: str, reference: Reference) -> None:
+        """Refuse what is refused whatever it is, before an upstream is asked for it."""
+        ruling = self._judge.at_once(repository, reference)
+        if ruling is not None and not ruling.allowed and ruling.rule.mode == "enforce":
+            self._enforce(repository, reference, ruling)
+
+    async def _judged(self, repository: str, reference: Reference, manifest: Manifest) -> None:
+        ruling = await self._judge.manifest(repository, reference, manifest)
+        self._enforce(repository, reference, ruling)
+
+    def _enforce(self, repository: str, reference: Reference, ruling: Ruling) -> None:
+        """Do what the rule says about content that it does not allow.  Raises Denied."""
+        if ruling.allowed:
+            return
+        rule, name, now = ruling.rule, self._judge.full(repository), current()
+        namespace = self._metrics.label(name.partition("/")[0])
+        self._metrics.policy.labels(namespace, rule.name, rule.mode).inc()
+        image = written(name, reference)
+        log.info(
+            "policy.refused", rule=rule.name, mode=rule.mode, image=image, reason=ruling.reason,
+            user=now.user, client=now.client, id=now.id,
+        )  # fmt: skip
+        message = f"policy rule {rule.name} refuses {image}: {ruling.reason}"
+        if rule.mode == "enforce":
+            raise Denied(f"{message}. Pull what the policy allows, or ask the operator of this server")
+        if rule.mode == "warn":
+            now.warning = message
+
+
+class PolicedCache(PolicedRegistry):
+    """The content of a cache that `judge` allows.  What is refused is not refreshed either."""
+
+    def __init__(self, cache: Registry, judge: Judge, metrics: Metrics) -> None:
+        super().__init__(cache, judge, metrics)
+        assert isinstance(cache, Refreshable)
+        self._cache = cache
+
+    async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
+        """As Cache.revalidate()."""
+        self._refuse_at_once(repository, tag)
+        result, manifest, old = await self._cache.revalidate(repository, tag)
+        await self._judged(repository, tag, manifest)
+        return result, manifest, old
+
+    async def fill_blob(self, repository: str, digest: Digest) -> int:
+        """As Cache.fill_blob(): nothing is served by it."""
+        return await self._cache.fill_blob(repository, digest)
+
+    def spare(self, repository: str, reference: Reference) -> None:
+        """As Cache.spare()."""
+        self._cache.spare(repository, reference)

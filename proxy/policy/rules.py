@@ -1,0 +1,83 @@
+"""The rules of a policy: which one is about a tag, or about content without one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from proxy.config.policy import PolicyConfig, PolicyMode, PolicyRule
+from proxy.policy.condition import Condition, conditions_of
+
+ALLOW_LIST = "allow_list"  # the rule, by name, that refuses what no rule of an allow-list allows
+
+
+@dataclass(frozen=True, slots=True)
+class ServingRule:
+    """A rule, with what it needs to judge.
+
+    conditions: what content has to meet, all of them, for a rule that allows to allow it
+    """
+
+    name: str
+    allows: bool
+    reason: str
+    mode: PolicyMode
+    repositories: tuple[re.Pattern[str], ...] = ()
+    tags: tuple[re.Pattern[str], ...] = ()
+    conditions: tuple[Condition, ...] = ()
+
+    def concerns(self, repository: str) -> bool:
+        """Whether it is about some of the content of a repository, given by its full name."""
+        return not self.repositories or any(each.fullmatch(repository) for each in self.repositories)
+
+    def matches(self, repository: str, tag: str | None) -> bool:
+        """Whether it is about a tag; None is content that no tag leads to."""
+        if not self.concerns(repository):
+            return False
+        return not self.tags or (tag is not None and any(each.fullmatch(tag) for each in self.tags))
+
+
+class RuleBook:
+    """The rules of a policy in their order: the first that matches decides.
+
+    Raises StartError if a file that a condition needs cannot be read.
+    """
+
+    def __init__(self, policy: PolicyConfig) -> None:
+        self.rules = tuple(_rule(each, policy.mode) for each in policy.rules)
+        self._allow_list = policy.allow_list
+        self.allowing = ServingRule("", True, "no rule denies it", policy.mode)
+        self._refusing = ServingRule(ALLOW_LIST, False, "no rule allows it", policy.mode)
+        self.plain = lru_cache(maxsize=4096)(self._plain)
+
+    def find(self, repository: str, tag: str | None) -> ServingRule:
+        """The rule that decides about a tag of a repository, given by its full name.
+
+        For None, which is content that no tag leads to, rules with tags do not count.
+        """
+        found = next((each for each in self.rules if each.matches(repository, tag)), None)
+        return found or self._unmatched(repository)
+
+    def _unmatched(self, repository: str) -> ServingRule:
+        listed = any(each.fullmatch(repository) for each in self._allow_list)
+        return self._refusing if listed else self.allowing
+
+    def _plain(self, repository: str) -> ServingRule | None:
+        """The rule that decides about all of a repository by its name alone; None if there is none."""
+        rule = next((each for each in self.rules if each.concerns(repository)), None)
+        if rule is None:
+            return self._unmatched(repository)
+        return None if rule.tags or rule.conditions else rule
+
+
+def _rule(rule: PolicyRule, mode: PolicyMode) -> ServingRule:
+    return ServingRule(
+        rule.name,
+        rule.action == "allow",
+        rule.reason or "the rule allows it",
+        rule.mode or mode,
+        rule.repositories,
+        rule.tags,
+        conditions_of(rule),
+    )

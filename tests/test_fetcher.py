@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.cache import fetcher, lazy, parts
+from proxy.cache import fetcher, parts
 from proxy.cache.fills import Fills
 from proxy.cache.parts import Part
 from proxy.cache.policy import Threshold
@@ -452,7 +452,7 @@ async def test_what_comes_twice_is_counted(
     rig: Rig, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest, origin, listened = Digest.of(BODY), Dealer(), asyncio.Event()
-    monkeypatch.setattr(lazy, "HEARING", 0)
+    monkeypatch.setattr(fetcher, "HEARING", 0)
     monkeypatch.setattr(Wanted, "hear", lambda _: listened.set() or [])  # the metrics are changed before
     rig.source = BlobSource("up", origin, "a/b")
     assert await rig.read(digest, 0, 1000) == BODY[:1000]
@@ -544,7 +544,7 @@ async def test_a_cut_after_which_ranges_fail(
     waited = []
 
     async def pass_time(seconds: float) -> None:
-        if seconds > lazy.HEARING:
+        if seconds > fetcher.HEARING:
             waited.append(seconds)
             clock.advance(seconds)
         await sleep(0)

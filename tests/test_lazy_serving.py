@@ -107,12 +107,12 @@ async def test_parts_at_once_by_three_workers_of_which_one_is_killed(
     place.tree["workers"] = 3
     place.namespace |= {"lazy": lazy, "lazy_until": {"share": "100%", "clients": "never"}}
     server = await place.start()
-    workers = await server.workers()
+    workers, beside = await server.workers(), await server.workers()
     gate = asyncio.Event()
     upstream.next("GET", name, Hold(gate, 5 * STEP))  # the blob, or a part of it
     await reader.read(workers[0], 0)
     held = [asyncio.create_task(reader.read(each, *range(10, 18))) for each in workers]
-    await asyncio.gather(*(reader.read(each, 30) for each in await server.workers()))
+    await asyncio.gather(*(reader.read(each, 30) for each in beside))
     os.kill(workers[0].pid, signal.SIGKILL)
     await server.heard("worker.died")
     gate.set()

@@ -20,7 +20,7 @@ LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not sta
 
 
 class RangeFetcher(Protocol):
-    """What fetches the bytes of a fill."""
+    """What fetches the bytes of a fill in this process."""
 
     @property
     def coming(self) -> list[tuple[int, int]]:
@@ -51,7 +51,6 @@ class Fill:
     begun: in seconds since the epoch
     repositories: those whose origin has confirmed that they have the blob
     received: the origin has sent everything
-    ranges: whether the origin sends ranges, None if that is not known
     queued: it waits for its turn
     shown: repositories in which parts of the blob are shown
     rest: whether all of the blob is to be fetched
@@ -69,8 +68,6 @@ class Fill:
     size: int = -1  # bytes, once it is stored
     task: asyncio.Task[None] | None = None
     received: bool = False
-    ranges: bool | None = None
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for the first range
     opened: asyncio.Event = field(default_factory=asyncio.Event)  # `upload` is there, or `error`
     queued: bool = False
     shown: set[str] = field(default_factory=set)

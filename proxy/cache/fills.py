@@ -16,11 +16,13 @@ from functools import partial
 import structlog
 
 from proxy.cache.answered import Answered
+from proxy.cache.fetcher import Fetcher
 from proxy.cache.fill import Fill
-from proxy.cache.lazy import LazyFetcher, confirm, follow_parts
+from proxy.cache.lazy import confirm, follow_parts
 from proxy.cache.policy import Threshold
 from proxy.cache.readers import BlobSource, FollowedBlob
 from proxy.cache.rest import Idle, Rest
+from proxy.cache.transfers import Transfers
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight, uninterrupted
 from storage.disk.health import MakeRoom, make_no_room
@@ -315,7 +317,7 @@ class Fills:
             await fetcher.close()
         fill.received = True
         try:
-            return "committed", await fetcher.upload.commit(fill.digest)
+            return "committed", await fill.upload.commit(fill.digest)
         except DigestInvalid as error:  # its status would blame the client
             raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
 
@@ -332,25 +334,26 @@ class Fills:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def _due(self, fill: Fill, fetcher: LazyFetcher) -> None:
+    async def _due(self, fill: Fill, fetcher: Fetcher) -> None:
         try:
             await fetcher.due()
         except (Idle, RegistryError) as error:
             fill.error = error  # before anybody can join
             raise
 
-    def _fetcher(self, fill: Fill, upload: SparseUpload) -> LazyFetcher:
-        return LazyFetcher(
-            lambda source: shown_parts(self._store.files.root, source.repository, fill.digest),
+    def _fetcher(self, fill: Fill, upload: SparseUpload) -> Fetcher:
+        files = self._store.files
+        transfers = Transfers(
             fill,
             upload,
-            partial(self._store.files.resume, fill.digest),
+            partial(files.resume, fill.digest),
             self._ensure_room,
             self._metrics,
             self._range_slots,
-            self._backoff,
             self._ticks,
         )
+        known = partial(shown_parts, files.root, digest=fill.digest)
+        return Fetcher(fill, transfers, known, self._backoff)
 
     async def _ensure_room(self, upload: SparseUpload, size: int) -> None:
         if upload.fits(size):

@@ -17,7 +17,6 @@ LINGER = 5.0  # seconds without readers after which the file is left to other pr
 STALL = 2.0  # seconds that a transfer waits for readers that take nothing
 AHEAD = 16 << 20  # bytes by which a transfer may be ahead of its readers
 HEARD = 3.0  # seconds for which a reader in another process counts after it has told what it waits for
-RECENT = 5.0  # seconds for which the origin is not asked again for bytes that it has refused
 
 
 class Idle(Exception):
@@ -33,12 +32,14 @@ class Rest:
 
     lazy: whether there is one
     demanded: a client wants all of the blob
+    confirmed: the origin sends the rest
     error: the one with which the rest could not be got
     """
 
     def __init__(self, threshold: Threshold | None) -> None:
         self.lazy = threshold is not None
         self.due = self.demanded = not self.lazy
+        self.confirmed = False
         self.error: RegistryError | None = None
         self._threshold = threshold or Threshold()
         self._readers: dict[Hashable, list[list[int]]] = {}  # where each is, and where it ends
@@ -60,7 +61,12 @@ class Rest:
 
     def postpone(self, error: RegistryError) -> None:
         """It could not be got: wait until more has come, or all is wanted again."""
-        self.due, self.demanded, self.error = False, False, error
+        self.due, self.demanded, self.confirmed, self.error = False, False, False, error
+        self.tell()
+
+    def confirm(self) -> None:
+        """The origin sends what it was asked for: the rest, if it is due."""
+        self.confirmed = self.confirmed or self.due
         self.tell()
 
     def fail(self, error: RegistryError) -> None:
@@ -133,25 +139,25 @@ class Rest:
 
     # How far a part goes
 
-    async def pace(self, part: Part, begun: int) -> None:
-        """Wait until a reader comes near the bytes after those of `part`, which began at `begun`.
+    async def pace(self, part: Part) -> None:
+        """Wait until a reader comes near the bytes after those of `part`.
 
         Raises Dropped if none does.
         """
         until = time.monotonic() + STALL
         while not self.due and part.position < part.stop:
-            reach = self._reach(part, begun)
+            reach = self._reach(part)
             if part.position < reach:
                 return
             if reach < 0 or not await self.change(until - time.monotonic()):
                 raise Dropped(f"nobody takes what comes from byte {part.position} on")
 
-    def _reach(self, part: Part, begun: int) -> int:
+    def _reach(self, part: Part) -> int:
         """Up to where `part` may go now; -1 if nobody reads there."""
         spans = (span for spans in self._readers.values() for span in spans)
         reaches = [
-            min(stop, max(offset, begun) + AHEAD)
+            min(stop, max(offset, part.start) + AHEAD)
             for offset, stop in spans
             if offset <= part.stop and stop > part.position
         ]
-        return max(reaches, default=begun + AHEAD if self._joining else -1)
+        return max(reaches, default=part.start + AHEAD if self._joining else -1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from proxy.cache.fill import LARGEST_UNSIZED
-from proxy.cache.parts import Part
+from proxy.cache.parts import Part, Parts
 from storage.disk.extents import Extents
 from storage.disk.sparse import SparseUpload
 from storage.errors import OriginFailed
@@ -65,7 +65,7 @@ class PartStreams:
         part.advance(number, self._ticks())
         return number
 
-    async def settled(self, position: int, parts: list[Part]) -> None:
+    async def settled(self, position: int, parts: Parts) -> None:
         """Wait until no thread may be writing the byte at `position`."""
         while any(each.granted and each.position < position < each.claimed for each in parts):
             await self._unclaimed.wait()

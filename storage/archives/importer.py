@@ -142,7 +142,7 @@ class Importer:
                 if upload.offset <= part.size and upload.listed_size in (-1, part.size):
                     upload.expect(part.size)
                     self.bytes += upload.offset
-                    for start, stop in upload.extents.gaps(part.size):
+                    for start, stop in upload.extents.gaps(0, part.size):
                         for position in range(start, stop, CHUNK):
                             chunk = await run_in_thread(part.at, position, min(CHUNK, stop - position))
                             await upload.write_at(position, chunk)

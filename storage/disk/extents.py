@@ -99,10 +99,13 @@ class Extents:
         """How many spans there are."""
         return len(self._starts)
 
-    def gaps(self, stop: int) -> list[tuple[int, int]]:
-        """What of [0, stop) is not in the set."""
-        bounds = zip([0, *self._stops], [*self._starts, stop], strict=True)
-        return [(start, min(end, stop)) for start, end in bounds if start < min(end, stop)]
+    def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """What of [start, stop) is not in the set."""
+        found = []
+        while (gap := self.gap(start, stop))[0] < gap[1]:
+            found.append(gap)
+            start = gap[1]
+        return found
 
 
 class ExtentList:

@@ -21,7 +21,7 @@ from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, Bytes, FileBlob, FileUpload
 from storage.disk.wanted import Wanted
 from storage.errors import BlobUnknown, StorageFailed, Unavailable
-from storage.oci import Descriptor
+from storage.oci import Descriptor, Span
 from storage.registry import ReadInto
 
 PIECE = 256 << 10  # bytes that a thread reads, writes and hashes at a time
@@ -99,6 +99,14 @@ class SparseUpload(FileUpload):
     def clients(self) -> frozenset[str]:
         """Clients that have read parts of it which were not there."""
         return frozenset(self._list.clients if self._list is not None else ())
+
+    def has(self, offset: int) -> bool:
+        """Whether the byte is written."""
+        return self.extents.end(offset) > offset
+
+    def missing(self, spans: Iterable[Span]) -> list[tuple[int, int]]:
+        """What of the spans is not written, in their order."""
+        return [gap for each in spans for gap in self.extents.gaps(each.start, each.stop or 0)]
 
     async def keep(self, size: int, clients: Iterable[str]) -> None:
         """The blob has `size` bytes.  Keep those that are written, although the rest may not come.

@@ -1,0 +1,289 @@
+"""The transfers of one blob from its origin into its upload.
+
+What clients ask for beyond the reach of the transfer under way is fetched by a transfer of its own.  Each
+byte comes from one of them: a transfer ends where another one has begun, and the rest is fetched after it.
+While the rest of the blob is not due, a transfer goes no further than clients read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from proxy.cache.fill import LARGEST_UNSIZED, Fill
+from proxy.cache.parts import Part, Parts
+from proxy.cache.readers import BlobSource
+from proxy.cache.refusals import RangeRefusals
+from proxy.cache.rest import Dropped
+from proxy.cache.streams import PartStreams
+from proxy.telemetry.metrics import Metrics
+from storage.disk.sparse import SparseUpload
+from storage.errors import OriginFailed, RangeInvalid, RegistryError, StorageFailed, Unavailable
+from storage.limits import Slots
+from storage.oci import Descriptor, Span
+from storage.registry import Blob, ReadInto, RelayedBlob
+
+MOST = 16  # transfers beside the one from the beginning on
+
+
+class _PacedBlob(RelayedBlob):
+    """A transfer that goes no further than clients read."""
+
+    def __init__(self, blob: Blob, pace: Callable[[], Any]) -> None:
+        super().__init__(blob)
+        self._pace = pace
+
+    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        if more := await super().pass_on(write):
+            await self._pace()
+        return more
+
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        async for chunk in self._blob.chunks(start, stop):
+            yield chunk
+            await self._pace()
+
+
+class Transfers:
+    """The transfers of one fill, which write to `upload`.
+
+    again: makes a new upload, after the bytes of a former one turned out not to be of this blob
+    ensure_room: makes room for an upload of a size
+    metrics: counts the transfers under way, their extents, and what came twice
+    slots: how many ranges are transferred at once, of all fills; each blob has a share
+    ticks: seconds of a clock that nobody sets
+    size: of the blob, -1 if it is not known
+    ranges: whether the origin sends ranges, None if that is not known
+    clients: words for those who asked for bytes that were not there
+    """
+
+    def __init__(
+        self,
+        fill: Fill,
+        upload: SparseUpload,
+        again: Callable[[], Awaitable[SparseUpload]],
+        ensure_room: Callable[[SparseUpload, int], Awaitable[None]],
+        metrics: Metrics,
+        slots: Slots,
+        ticks: Callable[[], float],
+    ) -> None:
+        self.upload = upload
+        self.size = -1
+        self.ranges: bool | None = None
+        self.clients = set(upload.clients)
+        self.parts = Parts(upload.extents, ticks)
+        self.refusals = RangeRefusals(ticks)
+        self._fill = fill
+        self._again = again
+        self._ensure_room = ensure_room
+        self._metrics = metrics
+        self._slots = slots
+        self._streams = PartStreams(fill.source.namespace, ticks)
+        self._dropped = 0  # bytes that were repeated in former uploads
+        self._counted = (0, 0)  # in the metrics: extents, and repeated bytes
+        self._most = asyncio.Semaphore(MOST)
+        self._asking = asyncio.Lock()  # for the first range
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """End the transfers, and begin no more."""
+        self.refusals.pause(math.inf)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.count(0)
+
+    @property
+    def repeated(self) -> int:
+        return self._dropped + self._streams.dropped + self.upload.repeated
+
+    def count(self, extents: int) -> None:
+        """Change the metrics to the present values."""
+        counted, self._counted = self._counted, (extents, self.repeated)
+        if counted != self._counted:
+            self._metrics.extents.inc(extents - counted[0])
+            label = self._metrics.label(self._fill.source.namespace)
+            self._metrics.repeated.labels(label).inc(self.repeated - counted[1])
+
+    # The blob
+
+    @property
+    def end(self) -> int:
+        """The size of the blob, or at most so much."""
+        size = self.size if self.size >= 0 else self.upload.listed_size
+        return size if size >= 0 else LARGEST_UNSIZED
+
+    async def begin(self, source: BlobSource, descriptor: Descriptor) -> None:
+        """The origin has the blob: clients may follow it.
+
+        Raises OriginFailed if it stated another size before, RangeInvalid if a former upload is of another.
+        """
+        fill, size = self._fill, descriptor.size
+        fill.repositories.add(source.repository)
+        started = fill.started.result() if fill.started.done() else None
+        if started and 0 <= started[1].size != size:
+            # Followers were promised the first size, and would take that many bytes for the whole blob.
+            raise OriginFailed(f"{source.namespace} first stated {started[1].size} bytes, now {size}")
+        if self.upload.listed_size not in (-1, size):
+            raise RangeInvalid(f"the bytes of a former transfer are of {self.upload.listed_size}")
+        await self.reserve(size)
+        if not fill.started.done():
+            fill.started.set_result((self.upload, descriptor))
+
+    async def reserve(self, size: int) -> None:
+        """Make room for all of the blob; if its rest is not due, keep what is there."""
+        if self._fill.rest.due:
+            await self._ensure_room(self.upload, size)
+            self.upload.expect(size)
+        else:
+            await self.upload.keep(size, self.clients)
+        self.size = size
+
+    async def renew(self, error: RangeInvalid) -> None:
+        """Begin again with a new upload."""
+        await self.upload.cancel(error)
+        self._dropped += self.upload.repeated
+        self.upload = self._fill.upload = await self._again()
+        self.parts.restart(self.upload.extents)
+
+    # A gap
+
+    async def fetch_gap(self, start: int, stop: int, whole: bool) -> None:
+        """Transfer the gap [start, stop), or what is missing from there on of the `whole` blob."""
+        source, span = self._fill.source, None
+        rest = start > 0 or stop < self.end
+        if rest and not whole:
+            span = Span(start, stop if stop < self.end else None)
+        part = self.parts.take(start, stop)
+        try:
+            with self._metrics.transfers.track_inprogress():
+                blob, span = await self._get(source, span)
+                try:
+                    await self._begin(source, blob, part)
+                    if blob.position != part.position or (rest and span is None):
+                        self.ranges = False
+                        await self._streams.stream_all(blob, part, self.size, self.upload, self.parts.taken)
+                    else:
+                        await self._streams.stream(blob, part, self.size, self.upload)
+                finally:
+                    await self._close(blob)
+        finally:
+            self._end(part)
+
+    async def _get(self, source: BlobSource, span: Span | None) -> tuple[Blob, Span | None]:
+        """The transfer of `span`, or of the whole blob if the origin refuses ranges; what was asked for."""
+        try:
+            return await source.origin.get_blob(source.name, self._fill.digest, span), span
+        except RegistryError as error:
+            if span is None or isinstance(error, RangeInvalid | Unavailable):
+                raise
+        return await source.origin.get_blob(source.name, self._fill.digest), None
+
+    async def _begin(self, source: BlobSource, blob: Blob, part: Part) -> None:
+        await self.begin(source, blob.descriptor)
+        if self.size >= 0:
+            self.parts.cut(part, self.size)
+        self._fill.rest.confirm()
+
+    async def _close(self, blob: Blob) -> None:
+        self._dropped += blob.unread
+        await blob.close()
+
+    def _end(self, part: Part) -> None:
+        self.parts.remove(part)
+        if part.position > part.start and self.size > 0:
+            self._fill.rest.weigh(self.upload.offset / self.size, len(self.clients))
+        self._fill.rest.tell()
+
+    # What clients wait for
+
+    @property
+    def sends_ranges(self) -> bool:
+        """Whether the origin may be asked for a range."""
+        return self.ranges is not False and not self.refusals.paused
+
+    def start(self, source: BlobSource, start: int, stop: int) -> asyncio.Task[None]:
+        """Transfer [start, stop), as far as no other transfer brings it soon."""
+        if source.client:
+            self.clients.add(source.client)
+        for each in self.clients:
+            self.upload.add_client(each)
+        task = asyncio.create_task(self._fetch_part(source, self.parts.add(start, stop)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _fetch_part(self, source: BlobSource, part: Part) -> None:
+        try:
+            async with self._most, self._slots.turn(source.namespace, str(self._fill.digest)):
+                with self._metrics.transfers.track_inprogress():
+                    await self._transfer(source, part)
+        except Dropped:
+            pass
+        except RegistryError as error:
+            self._refuse(part, error)
+        finally:
+            self._end(part)
+
+    async def _transfer(self, source: BlobSource, part: Part) -> None:
+        blob, rest = await self._open(source, part), self._fill.rest
+        if self.ranges is False:
+            rest.demand()
+        if blob is None:
+            return
+        try:
+            paced = blob if rest.due else _PacedBlob(blob, partial(rest.pace, part))
+            await self._streams.stream(paced, part, self.size, self.upload)
+        finally:
+            await self._close(blob)
+
+    def _refuse(self, part: Part, error: RegistryError) -> None:
+        rest = self._fill.rest
+        if rest.due:
+            # It may refuse a second transfer, with any status, while it goes on with the first.
+            if self.size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
+                self.refusals.pause()
+            self.ranges = self.ranges and None  # only one range asks whether it is over
+        elif isinstance(error, StorageFailed):
+            rest.fail(error)
+            return
+        elif part.position == part.start:
+            self.refusals.add(part.position, part.stop, error)
+            self.upload.refuse(part.position, part.stop)
+        else:  # who still waits for the rest of it asks again
+            return
+        self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
+
+    async def _open(self, source: BlobSource, part: Part) -> Blob | None:
+        """The transfer of a part; None if its bytes have come meanwhile, or the origin does not send it."""
+        if self.ranges is None:
+            async with self._asking:  # the first answer tells whether the origin sends ranges
+                if self.ranges is None:
+                    return await self._request(source, part)
+        return await self._request(source, part)
+
+    async def _request(self, source: BlobSource, part: Part) -> Blob | None:
+        if not self.sends_ranges or not self.parts.clip(part):
+            return None
+        part.requested = True
+        span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
+        blob = await source.origin.get_blob(source.name, self._fill.digest, span)
+        size = blob.descriptor.size
+        try:
+            self.ranges = blob.position == part.position and size >= 0
+            if self.ranges and self.size < 0 <= size:
+                await self._begin(source, blob, part)
+            elif self.ranges and size != self.size:
+                raise OriginFailed(f"{source.namespace} first stated {self.size} bytes, now {size}")
+            await self._streams.settled(part.position, self.parts)
+            if self.ranges and self.parts.grant(part):
+                self._fill.rest.tell()
+                return blob
+        except BaseException:
+            await self._close(blob)
+            raise
+        await self._close(blob)
+        return None

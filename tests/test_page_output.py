@@ -167,6 +167,7 @@ ELSEWHERE = {
     },
     "docs/commands.md": {
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,
+        "entrepot policy explain ghcr.io/team/app@sha256:d6a3ce4be589": "needs a policy: test_cli_policy.py",
         "entrepot doctor --client http://cache.example:5000 --namespa": "needs containerd with a mistake",
     },
 }

@@ -19,6 +19,7 @@ from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, Webhoo
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.pin_control import PinControl
+from proxy.admin.policy_control import explained
 from proxy.admin.purge import Purge
 from proxy.admin.readiness import Readiness
 from proxy.admin.reports import (
@@ -26,6 +27,7 @@ from proxy.admin.reports import (
     Deleted,
     Drilling,
     Evicted,
+    PolicyExplained,
     Purged,
     ReadyRow,
     Refreshed,
@@ -176,6 +178,9 @@ class LocalOperations:
         await self._processes.record()
         states = [each for state in await self._processes.states() for each in state.upstreams]
         return await run_in_thread(self._explainer.why, image, states)
+
+    async def policy(self, ref: str) -> PolicyExplained:
+        return await explained(self._composition, self._reader.reference("ref", ref))
 
     # Changes
 

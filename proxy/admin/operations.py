@@ -57,6 +57,9 @@ class Operations(Protocol):
     async def why(self, ref: str) -> reports.Why:
         """What a pull would do now, and by which rules.  No upstream is asked."""
 
+    async def policy(self, ref: str) -> reports.PolicyExplained:
+        """What the policy says of a reference.  An upstream is asked for what is not stored or not fresh."""
+
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
 
@@ -186,6 +189,7 @@ OPERATIONS = {
         Operation(Operations.stats, "GET", "stats", summary=True),
         Operation(Operations.fills, "GET", "fills"),
         Operation(Operations.why, "GET", "why"),
+        Operation(Operations.policy, "GET", "policy"),
         Operation(Operations.purge, "POST", "purge", changes=True),
         Operation(Operations.delete, "POST", "delete", changes=True),
         Operation(Operations.tag, "POST", "tag", changes=True),

@@ -251,6 +251,40 @@ class Why(Model, frozen=True):
     because: str
 
 
+# Policy
+
+
+class PolicyLead(Model, frozen=True):
+    """What leads to content: a manifest by its `digest`, and the `tag` that leads to it, None without one.
+
+    `allowed` and `reason` are what the `rule` about it says of the content.
+    """
+
+    digest: str
+    tag: str | None
+    rule: str
+    allowed: bool
+    reason: str
+
+
+class PolicyExplained(Model, frozen=True):
+    """What the policy says of a reference: whether it is `allowed`, by which `rule`, and the `reason`.
+
+    What is not allowed is refused in `mode` enforce, and served in warn and audit.  `rule` is empty if none
+    matches.  Without a `digest` the names alone decide.
+    """
+
+    asked: str
+    repository: str
+    reference: str
+    digest: str | None
+    allowed: bool
+    rule: str
+    mode: str
+    reason: str
+    leads: list[PolicyLead]
+
+
 # Preparation for an outage
 
 

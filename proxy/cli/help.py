@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 GROUPS = {
-    "Run a server": ("serve", "check", "doctor", "user"),
+    "Run a server": ("serve", "check", "doctor", "user", "policy"),
     "Configure clients": ("setup",),
     "See what is stored and saved": ("ls", "show", "stats", "fills", "why", "webhooks"),
     "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
@@ -50,6 +50,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("entrepot user ls --json --file /etc/entrepot/users", ""),
     ),
     "check": (("entrepot check entrepot.yml", ""),),
+    "policy": (
+        ("entrepot policy check new.yml", "before it is used"),
+        ("entrepot policy explain alpine:3", "why it is served, or not"),
+    ),
+    "policy check": (("entrepot policy check new.yml", ""),),
+    "policy test": (("entrepot policy test cases.yml --config new.yml", ""),),
+    "policy explain": (("entrepot policy explain alpine:3", ""),),
     "doctor": (
         ("entrepot doctor", "on the server"),
         ("entrepot doctor --client http://cache.example:5000", "on a client"),

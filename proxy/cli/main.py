@@ -19,7 +19,19 @@ import click
 import structlog
 from yarl import URL
 
-from proxy.cli import bundles, content, copy, maintenance, offline, pins, removal, status, stores, users
+from proxy.cli import (
+    bundles,
+    content,
+    copy,
+    maintenance,
+    offline,
+    pins,
+    policy,
+    removal,
+    status,
+    stores,
+    users,
+)
 from proxy.cli.configured import BUILT_IN, chosen, config_argument, used
 from proxy.cli.console import complain
 from proxy.cli.context import quiet
@@ -61,6 +73,7 @@ for each in (
     *bundles.COMMANDS,
     *stores.COMMANDS,
     *users.COMMANDS,
+    *policy.COMMANDS,
     setup,
     doctor,
 ):

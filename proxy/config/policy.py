@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from proxy.config.fields import Section, Text
 from proxy.config.values import parse_label, parse_pattern, parse_where
+from storage.names import is_glob
 
 PolicyMode: TypeAlias = Literal["enforce", "warn", "audit"]
+
+
+@dataclass(frozen=True, slots=True)
+class NamePattern:
+    """A pattern of names or tags: a glob, or a regular expression after `re:`."""
+
+    text: str
+    regex: re.Pattern[str]
+
+    def fullmatch(self, name: str) -> bool:
+        return self.regex.fullmatch(name) is not None
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether it matches nothing but its own text."""
+        return not self.text.startswith("re:") and not is_glob(self.text)
+
+
+def parse_repositories(value: object) -> NamePattern:
+    """A pattern of the full names of repositories."""
+    return NamePattern(str(value), parse_where(value))
+
+
+def parse_tags(value: object) -> NamePattern:
+    """A pattern of tags."""
+    return NamePattern(str(value), parse_pattern(value))
 
 
 class PolicyRule(Section, frozen=True):
@@ -20,8 +48,8 @@ class PolicyRule(Section, frozen=True):
 
     name: Annotated[str, parse_label]
     action: Literal["allow", "deny"]
-    repositories: tuple[Annotated[re.Pattern[str], parse_where], ...] = ()
-    tags: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
+    repositories: tuple[Annotated[NamePattern, parse_repositories], ...] = ()
+    tags: tuple[Annotated[NamePattern, parse_tags], ...] = ()
     reason: Text | None = None
     mode: PolicyMode | None = None
 
@@ -39,7 +67,7 @@ class PolicyConfig(Section, frozen=True):
 
     mode: PolicyMode = "enforce"
     rules: tuple[PolicyRule, ...] = ()
-    allow_list: tuple[Annotated[re.Pattern[str], parse_where], ...] = ()
+    allow_list: tuple[Annotated[NamePattern, parse_repositories], ...] = ()
 
     def __post_init__(self) -> None:
         names = [each.name for each in self.rules]

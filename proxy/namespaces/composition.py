@@ -121,6 +121,7 @@ class Composition:
     caches: dict[str, Cache]
     hosted: dict[str, Hosted]
     namespaces: Namespaces
+    guard: PolicyGuard
     pins: Pins
     maintenance: Maintenance
     closing: AsyncExitStack
@@ -238,6 +239,7 @@ class _Composer:
             caches=made.caches,
             hosted=hosted,
             namespaces=namespaces,
+            guard=self._guard,
             pins=pins,
             maintenance=self._maintenance(store, private, namespaces, pins, publisher),
             closing=self._closing,

@@ -21,11 +21,16 @@ class PolicyGuard:
         self._metrics = metrics
         self._clock = clock
         self.rules = RuleBook(policy) if policy.active else None
+        self._judges: dict[str, Judge] = {}
 
     def of(self, namespace: str, registry: Registry, store: Store) -> Registry:
         """What serves a namespace, of which `store` has the records: the registry itself without a policy."""
         if self.rules is None:
             return registry
-        judge = Judge(namespace, registry, store, self.rules, self._clock)
+        judge = self._judges[namespace] = Judge(namespace, registry, store, self.rules, self._clock)
         kind = PolicedCache if isinstance(registry, Cache) else PolicedRegistry
         return kind(registry, judge, self._metrics)
+
+    def judge(self, namespace: str) -> Judge | None:
+        """Who judges the content of a namespace that is there; nobody without a policy."""
+        return self._judges.get(namespace)

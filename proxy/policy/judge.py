@@ -170,11 +170,8 @@ class Judge:
         reached: ReachedContent,
         depth: int = 0,
     ) -> Ruling:
-        name, digest = self.full(repository), manifest.digest
-        if isinstance(reference, Tag):
-            leading = [(digest, self._rules.find(name, reference))]
-        else:
-            leading = [(each, self._rules.find(name, tag)) for each, tag in reached.leading(digest)]
+        digest = manifest.digest
+        leading = [(root, rule) for root, _, rule in self._leading(repository, reference, digest, reached)]
         best: Ruling | None = None
         for root, rule in dict.fromkeys(leading):
             ruling = await self._apply(rule, repository, {root, digest}, manifest)
@@ -185,6 +182,32 @@ class Judge:
         assert best is not None  # the digest leads to itself
         subjects = _subjects(manifest, (reference, *reached.tags(digest))) if depth < DEPTH else []
         return await self._on_account(repository, subjects, reached, depth) or best
+
+    def _leading(
+        self, repository: str, reference: Reference, digest: Digest, reached: ReachedContent
+    ) -> list[tuple[Digest, Tag | None, ServingRule]]:
+        """What leads to what a reference stands for: a manifest, its tag, and the rule about that."""
+        found = [(digest, reference)] if isinstance(reference, Tag) else reached.leading(digest)
+        name = self.full(repository)
+        return [(each, tag, self._rules.find(name, tag)) for each, tag in found]
+
+    async def explain(
+        self, repository: str, reference: Reference
+    ) -> tuple[Digest | None, Ruling, list[tuple[Digest, Tag | None, Ruling]]]:
+        """The digest of a reference, its ruling, and that of each tag or manifest that leads to it.
+
+        Without a digest if the rules alone decide.  Raises ManifestUnknown, NameUnknown.
+        """
+        if (ruling := self.at_once(repository, reference)) is not None:
+            return None, ruling, []
+        manifest = await self._registry.get_manifest(repository, reference)
+        reached = await self._reached.of(self.full(repository))
+        reached.add(manifest)
+        leads = []
+        for root, tag, rule in self._leading(repository, reference, manifest.digest, reached):
+            found = await self._apply(rule, repository, {root, manifest.digest}, manifest)
+            leads.append((root, tag, found))
+        return manifest.digest, await self._judge(repository, reference, manifest, reached), leads
 
     async def _on_account(
         self, repository: str, subjects: Iterable[Digest], reached: ReachedContent, depth: int

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from proxy.config.policy import PolicyConfig, PolicyMode, PolicyRule
+from proxy.config.policy import NamePattern, PolicyConfig, PolicyMode, PolicyRule
 from proxy.policy.condition import Condition, conditions_of
 
 ALLOW_LIST = "allow_list"  # the rule, by name, that refuses what no rule of an allow-list allows
@@ -23,8 +22,8 @@ class ServingRule:
     allows: bool
     reason: str
     mode: PolicyMode
-    repositories: tuple[re.Pattern[str], ...] = ()
-    tags: tuple[re.Pattern[str], ...] = ()
+    repositories: tuple[NamePattern, ...] = ()
+    tags: tuple[NamePattern, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
     def concerns(self, repository: str) -> bool:

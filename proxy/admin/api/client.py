@@ -66,6 +66,7 @@ class AdminClient:
     stats = _sent(Operations.stats)
     fills = _sent(Operations.fills)
     why = _sent(Operations.why)
+    policy = _sent(Operations.policy)
     purge = _sent(Operations.purge)
     delete = _sent(Operations.delete)
     tag = _sent(Operations.tag)

@@ -1,0 +1,191 @@
+"""The commands about the policy: policy check, test and explain."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import click
+import msgspec
+
+from proxy.admin import reports
+from proxy.admin.api.client import OperationFailed
+from proxy.cli.configured import config_options
+from proxy.cli.console import complain
+from proxy.cli.context import CommandContext, common, without_server
+from proxy.cli.help import ExplainedCommand, ExplainedGroup
+from proxy.cli.tables import Column, Table
+from proxy.config.errors import ConfigError
+from proxy.config.image_names import parse, split
+from proxy.config.loader import load
+from proxy.config.schema import Config
+from proxy.config.settings import Setting
+from proxy.config.yaml_text import parse_yaml
+from storage.names import written
+
+
+@click.group(cls=ExplainedGroup)
+def policy() -> None:
+    """Check, test and explain the policy."""
+
+
+@policy.command(cls=ExplainedCommand)
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
+def check(file: Path) -> None:
+    """Check the policy in a file.
+
+    FILE is a configuration, of which `policy` may be the only key. Names rules that can never decide, since
+    one before them matches all that they match, and exits with 1 if there are any.
+    """
+    from proxy.policy.coverage import unreachable
+
+    found = _load(file)
+    lost = list(unreachable(found.policy.rules))
+    for rule, before in lost:
+        complain(f"rule {rule.name} never decides: {before.name}, before it, matches all that it matches")
+    if lost:
+        sys.exit(1)
+    number = len(found.policy.rules)
+    click.echo(f"{file} is valid: {number} {'rule' if number == 1 else 'rules'}")
+
+
+def _load(path: Path | None, settings: Sequence[Setting] = ()) -> Config:
+    try:
+        return load(path, settings=settings)
+    except ConfigError as error:
+        complain(str(error))
+        sys.exit(2)
+
+
+Expected = Literal["allow", "deny", "verify"]
+
+
+class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An image, what the policy should say of it, and by which rule, if that is given."""
+
+    image: str
+    expect: Expected
+    rule: str | None = None
+
+
+class CaseResult(msgspec.Struct, frozen=True):
+    """What the policy says of the image of a case, and whether that is what was expected."""
+
+    image: str
+    passed: bool
+    expected: Expected
+    found: Expected
+    rule: str
+
+
+@policy.command("test", cls=ExplainedCommand)
+@click.argument("cases", type=click.Path(path_type=Path), metavar="CASES")
+@config_options
+@without_server
+def run_cases(call: CommandContext, cases: Path, path: Path | None, settings: tuple[Setting, ...]) -> None:
+    """Test the policy against expected verdicts.
+
+    CASES is a YAML list such as `- {image: docker.io/library/alpine:latest, expect: deny, rule: no-latest}`.
+    What is expected is allow, deny, or verify for a rule whose conditions the content has to meet. Only names
+    are looked at. Exits with 1 if a verdict is another one.
+    """
+
+    async def work() -> None:
+        config = load(path, settings=settings)
+        results = [_judged(config, each) for each in _read(cases)]
+        call.print(results, _case_tables)
+        if not all(each.passed for each in results):
+            sys.exit(1)
+
+    call.alone(work)
+
+
+def _read(path: Path) -> list[Case]:
+    """Raises OperationFailed."""
+    try:
+        return msgspec.convert(parse_yaml(path.read_text(encoding="utf-8")), list[Case])
+    except OSError as error:
+        raise OperationFailed(f"{path}: cannot be read: {error.strerror}", usage=True) from None
+    except (ValueError, msgspec.ValidationError) as error:
+        raise OperationFailed(f"{path}: {error}", usage=True) from None
+
+
+def _judged(config: Config, case: Case) -> CaseResult:
+    from proxy.policy.rules import RuleBook
+
+    name, tag, digest = split(case.image)
+    try:
+        repository = _full_name(config, name)
+    except ValueError as error:
+        raise OperationFailed(f"{case.image}: {error}", usage=True) from None
+    asked = None if digest is not None else tag or "latest"
+    rule = RuleBook(config.policy).find(repository, asked)
+    found: Expected = "deny" if not rule.allows else "verify" if rule.conditions else "allow"
+    passed = found == case.expect and case.rule in (None, rule.name)
+    return CaseResult(written(repository, digest or str(asked)), passed, case.expect, found, rule.name)
+
+
+def _full_name(config: Config, name: str) -> str:
+    """The name with its namespace; one that names no namespace is read as clients do.  Raises ValueError."""
+    if config.namespace(name.partition("/")[0]) is not None:
+        return name
+    read = parse(name)
+    return f"{read.host}/{read.repository}"
+
+
+def _case_tables(results: Sequence[CaseResult], now: float) -> Sequence[Table]:
+    columns = (
+        Column("IMAGE", whole=True),
+        Column("EXPECTED"),
+        Column("FOUND"),
+        Column("RULE"),
+        Column("PASSED"),
+    )
+    table = Table(columns, empty="there are no cases")
+    for each in results:
+        table.add(each.image, each.expected, each.found, each.rule or "-", "yes" if each.passed else "NO")
+    failed = sum(not each.passed for each in results)
+    if results:
+        table.notes.append(f"{failed} of {len(results)} failed" if failed else f"all {len(results)} passed")
+    return [table]
+
+
+@policy.command(cls=ExplainedCommand)
+@click.argument("reference", metavar="REF")
+@common
+def explain(call: CommandContext, reference: str) -> None:
+    """Explain what the policy says of an image.
+
+    Names the rule that decides, and what leads to the image: tags, and the manifests that name it.
+    """
+    call.ask(lambda operations: operations.policy(reference), explained_tables)
+
+
+def explained_tables(found: reports.PolicyExplained, now: float) -> Sequence[Table]:
+    verdict = "allowed" if found.allowed else {"enforce": "refused"}.get(found.mode, f"served ({found.mode})")
+    table = Table((Column(""), Column("", whole=True)), title=written(found.repository, found.reference))
+    table.add("VERDICT", verdict)
+    table.add("RULE", found.rule or "-")
+    table.add("REASON", found.reason)
+    if found.digest:
+        table.add("DIGEST", found.digest)
+    if not found.leads:
+        return [table]
+    columns = (
+        Column("LEADS TO IT", digests=True),
+        Column("TAG"),
+        Column("RULE"),
+        Column("ALLOWED"),
+        Column("REASON"),
+    )
+    leads = Table(columns)
+    for each in found.leads:
+        leads.add(
+            each.digest, each.tag or "-", each.rule or "-", "yes" if each.allowed else "no", each.reason
+        )
+    return [table, leads]
+
+
+COMMANDS = (policy,)

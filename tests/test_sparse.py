@@ -6,15 +6,17 @@ import asyncio
 import os
 import tempfile
 import threading
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.disk import sparse
+from storage.disk import hashing, sparse
 from storage.disk.blobs import BlobFiles
 from storage.disk.extents import Extents
+from storage.disk.hashing import Hasher
 from storage.disk.sparse import SparseUpload
 from storage.errors import StorageFailed
 from storage.oci import OCTETS, Descriptor
@@ -51,8 +53,11 @@ async def write(upload: SparseUpload, start: int, stop: int, pieces: int = 7_000
 async def test_parts_in_any_order(
     monkeypatch: pytest.MonkeyPatch, pieces: int, order: list[int], first: int, in_chunks: set[int]
 ) -> None:
-    monkeypatch.setattr(sparse, "PIECE", 4096)
-    monkeypatch.setattr(sparse, "_memory", threading.local())
+    monkeypatch.setattr(hashing, "PIECE", 4096)
+    monkeypatch.setattr(hashing, "BLOCK", 16384)
+    monkeypatch.setattr(hashing, "_memory", threading.local())
+    hasher = Hasher()
+    monkeypatch.setattr(hashing, "_hashers", lambda: repeat(hasher))
     monkeypatch.setattr(sparse, "SYNC", 20_000)
 
     async def part(upload: SparseUpload, number: int) -> None:

@@ -14,6 +14,7 @@ from storage.errors import OriginFailed
 from storage.registry import Blob, ReadInto
 
 BATCH = 2 << 20  # bytes that a thread reads and writes before readers get them
+FIRST = 256 << 10  # the same, of the first ones of a transfer: clients show that something comes
 
 
 class PartStreams:
@@ -33,7 +34,7 @@ class PartStreams:
         """Write what comes, up to the end of the part, which may move while it comes."""
         end = size if size >= 0 else LARGEST_UNSIZED
         if (incoming := blob.incoming()) is not None:
-            write = partial(self._write_from, part, upload)
+            write = partial(self._write_from, part, upload, part.position)
             while not part.position == part.stop < end and await incoming.pass_on(write):
                 pass
         else:
@@ -50,11 +51,11 @@ class PartStreams:
         if part.position < part.stop and size >= 0:
             raise OriginFailed(f"{self._name} ended at byte {part.position} of {size}")
 
-    async def _write_from(self, part: Part, upload: SparseUpload, readinto: ReadInto) -> int:
+    async def _write_from(self, part: Part, upload: SparseUpload, begin: int, readinto: ReadInto) -> int:
         """Write what has come, but not so much that readers wait; returns how many bytes."""
         if part.position == part.stop:
             raise self._too_long(part.stop)
-        most = min(BATCH, part.stop - part.position)
+        most = min(BATCH if part.position > begin else FIRST, part.stop - part.position)
         part.claimed = part.position + most
         try:
             number = await upload.write_from(readinto, part.position, most)

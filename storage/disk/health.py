@@ -94,6 +94,14 @@ def sync(directory: Path) -> None:
         os.close(file)
 
 
+def write_all(file: int, content: bytes | memoryview, position: int) -> None:
+    """Write all of it at `position`."""
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(file, rest, position)
+        rest, position = rest[written:], position + written
+
+
 class DiskHealth:
     """The state of the disk that holds `root`.  Thread-safe.
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from storage.concurrency import run_in_thread
 from storage.disk.extents import SUFFIX, ExtentList, Extents
+from storage.disk.hashing import Hasher, next_hasher, pieces_for
+from storage.disk.health import write_all
 from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, Bytes, FileBlob, FileUpload
 from storage.disk.wanted import Wanted
@@ -24,18 +26,7 @@ from storage.errors import BlobUnknown, StorageFailed, Unavailable
 from storage.oci import Descriptor, Span
 from storage.registry import ReadInto
 
-PIECE = 256 << 10  # bytes that a thread reads, writes and hashes at a time
 SYNC = 256 << 20  # bytes written after which they are synchronized, so that they outlast a power failure
-
-_memory = threading.local()
-
-
-def _buffer() -> memoryview:
-    """The memory of this thread for what it reads: to take new memory each time costs as much as to read."""
-    if not hasattr(_memory, "buffer"):
-        _memory.buffer = memoryview(bytearray(PIECE))
-    found: memoryview = _memory.buffer
-    return found
 
 
 @contextmanager
@@ -78,6 +69,7 @@ class SparseUpload(FileUpload):
         self._stored = Extents()  # those of `extents`, and what threads have written since
         self._listing = threading.Lock()  # for `_stored` and the list
         self._hashing = threading.Lock()
+        self._hasher: Hasher | None = None  # of what is written from the beginning on
         self._copying = 0  # threads
         self._list: ExtentList | None = None
         self._unlisted: list[tuple[int, int]] = []  # what is written, and not yet in the list
@@ -195,21 +187,33 @@ class SparseUpload(FileUpload):
         return number
 
     def _copy(self, readinto: ReadInto, position: int, most: int, copied: list[int]) -> None:
-        buffer = _buffer()
-        while most:
-            wanted = buffer[:most]
-            number = readinto(wanted)
-            if number:
-                self._append([(position, wanted[:number])])
-                copied.append(number)
-            if number < len(wanted):
-                return
-            position, most = position + number, most - number
+        start = position
+        self._begin_list(position)
+        if self._list is None:
+            self._hasher = self._hasher or next_hasher()
+        # With a list, what is next to be hashed may be in the file.
+        hasher = self._hasher if self._list is None else None
+        try:
+            with pieces_for(hasher, self._hash_next) as pieces:
+                while most:
+                    wanted = pieces.memory()[:most]
+                    number = readinto(wanted)
+                    write_all(self._file, wanted[:number], position)
+                    pieces.add(position, number)
+                    copied.append(number)
+                    position, most = position + number, most - number
+                    if number < len(wanted):
+                        return
+        finally:
+            if position > start:
+                self._record(Extents([(start, position)]))
 
     async def _flushed(self) -> None:
         await super()._flushed()
         while self._copying:
             await self._moved.wait()
+        if self._hasher is not None:
+            await self._hasher.finish()
 
     def rehash(self) -> None:
         """Continue after the writes of a former writer.  Blocks.  Call it before any write.
@@ -288,10 +292,18 @@ class SparseUpload(FileUpload):
 
     def _append(self, batch: Sequence[tuple[int, Bytes]]) -> None:
         written = Extents((position, position + len(chunk)) for position, chunk in batch)
-        with self._listing:
-            if self._list is None and any(start > self._stored.end(0) for start, _ in written):
-                self._list = self._make_list()
+        for start, _ in written:
+            self._begin_list(start)
         super()._append(batch)
+        self._record(written)
+
+    def _begin_list(self, position: int) -> None:
+        """Make the list if something is to be written elsewhere than at the end of what is there."""
+        with self._listing:
+            if self._list is None and position > self._stored.end(0):
+                self._list = self._make_list()
+
+    def _record(self, written: Extents) -> None:
         with self._listing:
             for start, stop in written:
                 self._stored.add(start, stop)

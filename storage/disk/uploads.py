@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from storage.concurrency import run_in_thread
-from storage.disk.health import translated
+from storage.disk.health import translated, write_all
 from storage.disk.locks import POLL, leads_to, try_lock, unlock
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest, Hash
@@ -253,10 +253,7 @@ class FileUpload(Upload):
 
     def _append(self, batch: Sequence[tuple[int, Bytes]]) -> None:
         for position, chunk in batch:
-            view, end = memoryview(chunk), position
-            while view:
-                written = os.pwrite(self._file, view, end)
-                view, end = view[written:], end + written
+            write_all(self._file, chunk, position)
             self._hash_next(position, chunk)
 
     def _hash_next(self, position: int, chunk: Bytes) -> None:

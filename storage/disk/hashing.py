@@ -1,0 +1,119 @@
+"""Threads that hash what other threads have written, so that one transfer keeps two cores busy.
+
+A hash takes as long as receiving and writing together.  The bytes stay in memory until they are hashed, so
+that nothing is read again from the file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from queue import SimpleQueue
+
+from storage.concurrency import run_in_thread
+
+PIECE = 256 << 10  # bytes that are read and written at a time
+BLOCK = 4 * PIECE  # handed over at once: to wake a thread costs as much as to hash 30 KiB
+BLOCKS = 3  # that one hasher has memory for
+HASHERS = 2  # of one process
+
+Update = Callable[[int, memoryview], None]
+_memory = threading.local()
+
+
+class Hasher:
+    """A thread that hashes, and the memory of what it is handed."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "hash")
+        self.free: SimpleQueue[memoryview] = SimpleQueue()
+        for _ in range(BLOCKS):
+            self.free.put(memoryview(bytearray(BLOCK)))
+
+    async def finish(self) -> None:
+        """Wait until all that it was handed is hashed."""
+        await run_in_thread(int, threads=self.thread)
+
+
+class HashedInPlace:
+    """Pieces that are hashed by the thread that writes them.
+
+    The memory is kept: to take new memory each time costs as much as to read.
+    """
+
+    def __init__(self, update: Update) -> None:
+        self._update = update
+        if not hasattr(_memory, "piece"):
+            _memory.piece = memoryview(bytearray(PIECE))
+        self._piece: memoryview = _memory.piece
+
+    def memory(self) -> memoryview:
+        """Memory for the next piece, of at most PIECE bytes.  May wait until some is free."""
+        return self._piece
+
+    def add(self, position: int, number: int) -> None:
+        """The first `number` bytes of memory() have been written at `position`: hash them."""
+        if number:
+            self._update(position, self._piece[:number])
+
+
+class HashedBehind:
+    """As HashedInPlace, of pieces that follow one another; a hasher hashes them, in order."""
+
+    def __init__(self, hasher: Hasher, update: Update) -> None:
+        self._hasher = hasher
+        self._update = update
+        self._block: memoryview | None = None
+        self._filled = 0  # bytes of the block
+        self._end = 0  # of the last piece
+
+    def memory(self) -> memoryview:
+        if self._block is None:
+            self._block = self._hasher.free.get()
+        return self._block[self._filled : self._filled + PIECE]
+
+    def add(self, position: int, number: int) -> None:
+        self._filled += number
+        self._end = position + number
+        if self._filled == BLOCK:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Have the hasher hash what was added."""
+        if self._block is not None:
+            self._hasher.thread.submit(self._hash, self._end - self._filled, self._block, self._filled)
+            self._block, self._filled = None, 0
+
+    def _hash(self, position: int, block: memoryview, number: int) -> None:
+        try:
+            self._update(position, block[:number])
+        finally:
+            self._hasher.free.put(block)
+
+
+@contextmanager
+def pieces_for(hasher: Hasher | None, update: Update) -> Iterator[HashedInPlace | HashedBehind]:
+    """What one thread writes, to be hashed by `update`: by the hasher, if there is one."""
+    if hasher is None:
+        yield HashedInPlace(update)
+        return
+    behind = HashedBehind(hasher, update)
+    try:
+        yield behind
+    finally:
+        behind.hand_over()
+
+
+@cache
+def _hashers() -> Iterator[Hasher]:
+    return itertools.cycle([Hasher() for _ in range(HASHERS)])
+
+
+def next_hasher() -> Hasher | None:
+    """The hasher for one more upload; None if there is only one core."""
+    return next(_hashers()) if len(os.sched_getaffinity(0)) > 1 else None

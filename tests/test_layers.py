@@ -37,7 +37,8 @@ PROXY = {
     "webhooks": "config connections telemetry",
     "setup": "config connections",
     "access": "config telemetry upstream",
-    "policy": "config telemetry cache",
+    "signatures": "",
+    "policy": "config telemetry cache signatures",
     "namespaces": "config telemetry upstream cache webhooks policy",
     "web": "config connections telemetry webhooks access",
     "transfer": "config telemetry upstream namespaces",
@@ -53,6 +54,8 @@ OWNERS = {
     "diskcache": "storage.disk.database",
     "psycopg": "storage.postgres.",
     "obstore": "storage.bucket.",
+    "sigstore": "proxy.signatures.",
+    "cbor2": "proxy.signatures.",
     "aiohttp": "proxy.",
 }
 

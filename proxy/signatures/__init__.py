@@ -1,0 +1,1 @@
+"""Signatures of images: what signs an image, and whether it may be believed."""

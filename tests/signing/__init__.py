@@ -1,0 +1,1 @@
+"""How the signatures in tests/data/signatures were made, by the real tools."""

@@ -21,6 +21,7 @@
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
     ├── CodingUnsupported          UNSUPPORTED                415   a body with Content-Encoding
+    ├── Misdirected                UNSUPPORTED                421   asked of the wrong replica
     ├── Unauthorized               UNAUTHORIZED               401   with a challenge
     ├── Throttled                  TOOMANYREQUESTS            429   too many wrong passwords
     ├── Denied                     DENIED                     403
@@ -163,6 +164,10 @@ class Unsupported(RegistryError):
 
 class CodingUnsupported(RegistryError):
     code, status = "UNSUPPORTED", 415
+
+
+class Misdirected(RegistryError):
+    code, status = "UNSUPPORTED", 421
 
 
 class Unauthorized(RegistryError):

@@ -43,30 +43,71 @@ class Slots:
         self._queues: WeakValueDictionary[tuple[int, int | None], asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def turn(self, namespace: str, share: str = "") -> AsyncIterator[None]:
-        """Wait for a slot, and hold it.  Raises StorageFailed if waiting is impossible."""
+    async def turn(
+        self, namespace: str, share: str = "", urged: asyncio.Event | None = None
+    ) -> AsyncIterator[None]:
+        """Wait for a slot, and hold it; once `urged` is set, go on without one.
+
+        Raises StorageFailed if waiting is impossible.
+        """
         async with AsyncExitStack() as slots:
             # The slot of the namespace first: waiting for a busy upstream must not block other namespaces.
             if (limited := self._key_of(namespace)) in self._each:
                 most = self._each[limited]
-                await slots.enter_async_context(self._slot(most, share, "namespace", limited))
-            await slots.enter_async_context(self._slot(self._total, share, "all"))
+                await slots.enter_async_context(self._slot(most, share, urged, "namespace", limited))
+            await slots.enter_async_context(self._slot(self._total, share, urged, "all"))
             yield
 
     @asynccontextmanager
-    async def _slot(self, most: int, share: str, *limit: str) -> AsyncIterator[None]:
+    async def _slot(
+        self, most: int, share: str, urged: asyncio.Event | None, *limit: str
+    ) -> AsyncIterator[None]:
         key = self._held.key(*self._kind, *limit)
         part = self._held.key(*self._kind, *limit, "share", share) if share else None
-        async with self._queues.setdefault((key, part), asyncio.Lock()):
-            if not self._held.take(key, most, part):
-                await self._wait(key, most, part)
+        queue = self._queues.setdefault((key, part), asyncio.Lock())
+        held = not queue.locked() and self._held.take(key, most, part)
+        if not held:
+            held = await self._take_unless(urged, queue, key, most, part)
         try:
             yield
         finally:
-            self._held.release(key)
-            if part is not None:
-                self._held.release(part)
-            self._bell.ring()
+            if held:
+                self._release(key, part)
+
+    async def _take_unless(
+        self, urged: asyncio.Event | None, queue: asyncio.Lock, key: int, most: int, part: int | None
+    ) -> bool:
+        """Whether a slot was taken before `urged` was set."""
+        if urged is None:
+            await self._take(queue, key, most, part)
+            return True
+        taking = asyncio.ensure_future(self._take(queue, key, most, part))
+        waiting = asyncio.ensure_future(urged.wait())
+        try:
+            await asyncio.wait((taking, waiting), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if taking.done() and taking.exception() is None:
+                self._release(key, part)
+            raise
+        finally:
+            for each in (taking, waiting):
+                each.cancel()
+        await asyncio.gather(taking, waiting, return_exceptions=True)
+        if taking.cancelled():
+            return False
+        taking.result()
+        return True
+
+    async def _take(self, queue: asyncio.Lock, key: int, most: int, part: int | None) -> None:
+        async with queue:
+            if not self._held.take(key, most, part):
+                await self._wait(key, most, part)
+
+    def _release(self, key: int, part: int | None) -> None:
+        self._held.release(key)
+        if part is not None:
+            self._held.release(part)
+        self._bell.ring()
 
     async def _wait(self, key: int, most: int, part: int | None) -> None:
         try:

@@ -115,10 +115,10 @@ class OriginListings:
             return listing if math.isfinite(listing.validated_at) else None
         return None
 
-    async def put(self, repository: str, what: str, value: Any) -> None:
-        """Store what an origin has just listed: referrers, or plain JSON values."""
+    async def put(self, repository: str, what: str, value: Any, age: float = 0.0) -> None:
+        """Store what an origin has listed `age` seconds ago: referrers, or plain JSON values."""
         encoded = value.encode() if isinstance(value, ListedReferrers) else msgspec.json.encode(value)
-        record = f"{self._clock()}\n".encode() + encoded
+        record = f"{self._clock() - age}\n".encode() + encoded
         await asyncio.to_thread(self._records.put, LISTING.key(repository, what), record)
 
     async def delete(self, repository: str, what: str) -> None:

@@ -369,9 +369,9 @@ class Store(Registry):
         """Where the tag points; None if it is not stored, or is damaged."""
         return Pointer.parse(self.records.get(TAG.key(repository, tag)))
 
-    async def point(self, repository: str, tag: Tag, digest: Digest) -> None:
-        """Point a tag to a stored manifest: the origin has just confirmed it."""
-        pointer = Pointer(digest, self._clock())
+    async def point(self, repository: str, tag: Tag, digest: Digest, age: float = 0.0) -> None:
+        """Point a tag to a stored manifest: the origin has confirmed it `age` seconds ago."""
+        pointer = Pointer(digest, self._clock() - age)
         await self.run(self.records.put, TAG.key(repository, tag), pointer.encode())
 
     async def close(self) -> None:

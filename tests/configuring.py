@@ -10,6 +10,7 @@ import pytest
 from proxy.config.access import AccessConfig, AccessRule, TokenService
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
+from proxy.config.peers import PeersConfig
 from proxy.config.policy import PolicyConfig, PolicyRule
 from proxy.config.schema import (
     TLS,
@@ -34,8 +35,9 @@ TOKENS = dict.fromkeys(
         "DB_PASSWORD",
         "S3_SECRET",
         "S3_TOKEN",
+        "PEERS_SECRET",
     ),
-    "t",
+    "a-text-of-the-tests",
 )
 HOOK = "name: a, url: 'https://h.example/hook?token=hunter2'"
 TOKEN = "token: {realm: 'https://auth.example/token', service: s, issuer: i, keys: [/k.pem]}"
@@ -51,6 +53,7 @@ SECTIONS = (
     NamespaceConfig,
     PolicyConfig,
     PolicyRule,
+    PeersConfig,
     SharedConfig,
     TagRule,
     TLS,

@@ -52,6 +52,60 @@ async def test_turns_bound_the_total_and_each_share() -> None:
     assert sorted(inside) == ["a", "a", "a", "b", "b"]
 
 
+async def _turns(loops: int = 20) -> None:
+    for _ in range(loops):
+        await asyncio.sleep(0)
+
+
+async def test_who_is_urged_goes_on_without_a_slot() -> None:
+    slots = Slots(1)
+    gate, urged = asyncio.Event(), [asyncio.Event() for _ in range(3)]
+    inside: list[int] = []
+
+    async def go(number: int) -> None:
+        async with slots.turn("a", urged=urged[number]):
+            inside.append(number)
+            await gate.wait()
+
+    tasks = [asyncio.create_task(go(number)) for number in range(3)]
+    await _turns()
+    assert inside == [0]
+    urged[2].set()
+    await _turns()
+    assert inside == [0, 2]
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert inside == [0, 2, 1]
+    async with slots.turn("a"):  # all are given back, and no more than there were
+        waiting = asyncio.create_task(go(0))
+        urged[0].clear()
+        await _turns()
+        assert len(inside) == 3
+    await waiting
+
+
+@pytest.mark.parametrize("freed", [True, False], ids=["as it gets one", "while it waits"])
+async def test_who_is_cancelled_while_it_may_be_urged_keeps_no_slot(freed: bool) -> None:
+    slots, urged = Slots(1), asyncio.Event()
+
+    async def go() -> None:
+        async with slots.turn("a", urged=urged):
+            pass
+
+    async with AsyncExitStack() as held:
+        await held.enter_async_context(slots.turn("a"))
+        waiting = asyncio.create_task(go())
+        await _turns()
+        if freed:
+            await held.aclose()
+            await _turns(1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    await _turns()
+    async with asyncio.timeout(5), slots.turn("a"):
+        pass
+
+
 async def test_namespaces_with_one_key_share_a_limit() -> None:
     turns = Slots(9, {"*": 1}, key_of=lambda name: name if name == "own" else "*")
     inside: list[str] = []

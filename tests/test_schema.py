@@ -359,6 +359,55 @@ def test_a_bucket_is_read(members: str) -> None:
     assert "hunter2" not in repr(shared)
 
 
+PEERS = "urls: ['http://a:5000', 'http://b:5000']"
+FLEET_SECRET = "hunter2-hunter2-hunter2"
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        (PEERS, "peers.secret: is required"),
+        (f"{PEERS}, secret: hunter2", "peers.secret: needs 16 characters or more"),
+        (f"{PEERS}, secret: 'hunter2 hunter2 hunter2'", "peers.secret: needs 16 characters or more"),
+        (f"secret: {FLEET_SECRET}", "peers: needs either dns"),
+        (f"{PEERS}, dns: 'a:1', secret: {FLEET_SECRET}", "peers: needs either dns"),
+        (f"dns: a, secret: {FLEET_SECRET}", "peers.dns: expected NAME:PORT"),
+        (f"dns: 'a:0', secret: {FLEET_SECRET}", "peers.dns: expected NAME:PORT"),
+        (f"dns: 'http://a:1', secret: {FLEET_SECRET}", "peers.dns: expected NAME:PORT"),
+        (f"urls: ['http://a', 'a'], secret: {FLEET_SECRET}", "peers.urls: [1]: must begin with"),
+        (f"{PEERS}, self: 'http://c:5000', secret: {FLEET_SECRET}", "peers: self is http://c:5000"),
+    ],
+)
+def test_peers_that_are_wrong(members: str, says: str) -> None:
+    found = fault(f"peers: {{{members}}}")
+    assert found.startswith(says)
+    assert "hunter2" not in found
+
+
+def test_peers_are_read() -> None:
+    peers = read(f"peers: {{{PEERS}, self: 'http://b:5000', secret: '${{S}}'}}", S=FLEET_SECRET).peers
+    assert peers is not None
+    assert (peers.urls, peers.own) == (("http://a:5000", "http://b:5000"), "http://b:5000")
+    assert "hunter2" not in repr(peers)
+    peers = read(f"peers: {{dns: 'peers.svc:5000', secret: {FLEET_SECRET}}}").peers
+    assert peers is not None
+    assert (peers.dns, peers.urls, peers.own) == (("peers.svc", 5000), (), None)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("namespaces: {peers: {upstream: 'http://a'}}", "namespaces.peers: is what metrics call"),
+        (
+            "tls: {certificate: /a, client_ca: /b, client_certificate: required}",
+            "peers: other replicas show no certificate",
+        ),
+    ],
+)
+def test_peers_that_do_not_fit_the_rest(more: str, says: str) -> None:
+    assert fault(f"peers: {{{PEERS}, secret: {FLEET_SECRET}}}\n{more}").startswith(says)
+
+
 def keys(tree: Any) -> set[str]:
     if isinstance(tree, dict):
         return set(tree).union(*map(keys, tree.values()))
@@ -382,7 +431,9 @@ def test_the_example_without_its_comment_signs_loads(tmp_path: Path) -> None:
 
 
 def test_the_example_has_every_key() -> None:
-    assert keys(yaml.safe_load(uncommented())) >= {name for _, name in FIELDS}
+    """But for `peers.urls`, which excludes `peers.dns` and is in the comment on that."""
+    assert "; or urls, a list: [http://" in EXAMPLE.read_text(encoding="utf-8")
+    assert {*keys(yaml.safe_load(uncommented())), "urls"} >= {name for _, name in FIELDS}
 
 
 @pytest.mark.parametrize(("section", "name"), FIELDS)

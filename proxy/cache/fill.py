@@ -52,6 +52,7 @@ class Fill:
     repositories: those whose origin has confirmed that they have the blob
     received: the origin has sent everything
     queued: it waits for its turn
+    urged: another replica waits for it
     shown: repositories in which parts of the blob are shown
     rest: whether all of the blob is to be fetched
     """
@@ -70,6 +71,7 @@ class Fill:
     received: bool = False
     opened: asyncio.Event = field(default_factory=asyncio.Event)  # `upload` is there, or `error`
     queued: bool = False
+    urged: asyncio.Event = field(default_factory=asyncio.Event)
     shown: set[str] = field(default_factory=set)
     error: Exception | None = None
 

@@ -23,6 +23,7 @@ from proxy.cache.policy import Threshold
 from proxy.cache.readers import BlobSource, FollowedBlob
 from proxy.cache.rest import Idle, Rest
 from proxy.cache.transfers import Transfers
+from proxy.telemetry.exchange import current
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import SingleFlight, uninterrupted
 from storage.disk.health import MakeRoom, make_no_room
@@ -106,6 +107,8 @@ class Fills:
         self, fill: Fill, source: BlobSource, span: Span | None, lazy: Threshold | None
     ) -> Answered[Blob] | None:
         """The blob, readable; None if the fill has failed."""
+        if current().peer:
+            fill.urged.set()
         if source.repository not in (fill.source.repository, *fill.repositories):
             await self._permit(fill, source)
         if lazy is None:
@@ -310,7 +313,7 @@ class Fills:
                 fill.queued = True
                 fill.opened.set()
                 await self._due(fill, fetcher)
-                async with self._slots.turn(fill.source.namespace):
+                async with self._slots.turn(fill.source.namespace, urged=fill.urged):
                     fill.queued = False
                     complete = await fetcher.fetch()
         finally:

@@ -12,6 +12,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
+from proxy.telemetry.exchange import origin_age
 from storage.concurrency import run_in_thread
 from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, StorageFailed, Unavailable
 from storage.graph import IndexEntries, fallback_tag
@@ -181,7 +182,7 @@ class Listings:
         except (ManifestUnknown, NameUnknown) as error:
             self._origin.remember(key, error)
             raise
-        await self._origin.keep(self._store.listings.put(key[1], key[2], listed))
+        await self._origin.keep(self._store.listings.put(key[1], key[2], listed, origin_age.get()))
         return listed
 
 

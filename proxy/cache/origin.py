@@ -12,6 +12,7 @@ from proxy.cache.absences import Absences, subject_of
 from proxy.cache.drill import Drill
 from proxy.cache.negatives import Negatives, RequestKey
 from proxy.cache.policy import Policy
+from proxy.telemetry.exchange import origin_age
 from storage.concurrency import SingleFlight
 from storage.errors import (
     ManifestUnknown,
@@ -21,7 +22,7 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
-from storage.oci import Descriptor, Digest, Manifest, Reference, Span
+from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.registry import Blob, Registry
 from storage.store import Store
 
@@ -115,6 +116,8 @@ class Origin:
         return f"{self.namespace} is {'set offline' if self._policy.offline else 'cut off by a drill'}"
 
     def remember(self, key: RequestKey, error: RegistryError) -> None:
+        if error.remembered:  # by another replica, and for as long as it should be
+            return
         self._unknown.put(key, self._policy.negative_for, error)
 
     def pause(self, key: RequestKey, error: RegistryError) -> None:
@@ -178,6 +181,8 @@ class Origin:
         if subject_of(reference):
             await self.keep(self.absences.discard(name, reference))
         await self.keep(self._store.push_manifest(name, reference, manifest))
+        if isinstance(reference, Tag) and (age := origin_age.get()):
+            await self.keep(self._store.point(name, reference, manifest.digest, age))
         return manifest
 
     def still_unknown(self, what: str) -> ManifestUnknown:

@@ -17,6 +17,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
+from proxy.telemetry.exchange import origin_age
 from storage.errors import (
     ManifestUnknown,
     NameUnknown,
@@ -48,11 +49,15 @@ class _Known(NamedTuple):
 
 
 class _Validated(NamedTuple):
-    """What came of asking the origin: miss, hit or revalidated; stale, because of `error`."""
+    """What came of asking the origin: miss, hit or revalidated; stale, because of `error`.
+
+    `age` is in seconds, since another replica was told so.
+    """
 
     result: str
     manifest: Manifest
     error: RegistryError | None = None
+    age: float = 0.0
 
 
 class TagRevalidation:
@@ -92,7 +97,7 @@ class TagRevalidation:
         self._origin.check(key)
         try:
             async with asyncio.timeout(self._patience(known)):
-                result, manifest, error = await self._origin.flights.join(
+                result, manifest, error, age = await self._origin.flights.join(
                     key, lambda: self._validate(repository, tag)
                 )
         except TimeoutError:
@@ -100,7 +105,7 @@ class TagRevalidation:
             return known.answered("stale", fresh_for, self._delayed(key))
         if error is not None and known is not None:
             return known._replace(manifest=manifest).answered("stale", fresh_for, error)
-        return _Known(manifest, 0.0).answered(result, fresh_for)
+        return _Known(manifest, age).answered(result, fresh_for)
 
     def hold(self, repository: str, tag: Tag) -> Held:
         """The known manifest, to be served as get() does while that needs nothing but records.
@@ -150,7 +155,7 @@ class TagRevalidation:
         if self._origin.offline:
             raise Unavailable(f"{tag} of {name} cannot be validated: {self._origin.why_offline}")
         known = self._known(name, tag)
-        result, manifest, error = await self._origin.flights.join(
+        result, manifest, error, _ = await self._origin.flights.join(
             (ManifestUnknown, name, tag), lambda: self._validate(repository, tag, forced=True)
         )
         if error is not None:
@@ -174,7 +179,8 @@ class TagRevalidation:
         async with self._store.files.exclusive(TAG.key(name, tag)) as waited:
             known = self._known(name, tag)
             if known is None:
-                return _Validated("miss", await self._origin.fetch_manifest(repository, tag))
+                manifest = await self._origin.fetch_manifest(repository, tag)
+                return _Validated("miss", manifest, age=origin_age.get())
             fresh = not forced and _fresh(known, self._policy.fresh_for(tag))
             if fresh or (waited and self._clock() - known.age >= begun):
                 return _Validated("hit", known.manifest)
@@ -189,12 +195,18 @@ class TagRevalidation:
         try:
             # HEAD does not count against a rate limit; GET does.
             digest = (await self._origin.registry.resolve_manifest(repository, tag)).digest
+            age = origin_age.get()
             self._origin.served()
             self._origin.resume(key)
-            if digest == known.digest:
-                await self._origin.keep(self._store.point(name, tag, digest))
-                return _Validated("revalidated", known)
-            return _Validated("miss", await self._follow(repository, name, tag, known.digest, digest))
+            if digest != known.digest:
+                manifest = await self._follow(repository, name, tag, known.digest, digest)
+                if not age:
+                    return _Validated("miss", manifest)
+                digest = manifest.digest
+            else:
+                manifest = known
+            await self._origin.keep(self._store.point(name, tag, digest, age))
+            return _Validated("revalidated" if manifest is known else "miss", manifest, age=age)
         except Unavailable as failure:
             self._origin.failed(failure)
             error = failure

@@ -22,6 +22,7 @@ def violations(config: Config) -> Iterator[Fault]:
         hint = nearest(str(config.default_namespace), named)
         yield Fault("default_namespace", f"no namespace has that name{hint}")
     yield from _check_access(config)
+    yield from _check_peers(config)
 
 
 def _check_owners(namespaces: Mapping[str, NamespaceConfig]) -> Iterator[Fault]:
@@ -93,4 +94,16 @@ def _check_access(config: Config) -> Iterator[Fault]:
             "access.token",
             f"the namespaces {' and '.join(short)} can be reached without their name, by hosts or as"
             " default_namespace, and the scope of a token cannot tell them apart: keep one of these settings",
+        )
+
+
+def _check_peers(config: Config) -> Iterator[Fault]:
+    """A fault if other replicas could not be reached, or be told from a namespace in metrics and events."""
+    if config.peers is None:
+        return
+    if config.tls is not None and config.tls.client_certificate == "required":
+        yield Fault("peers", "other replicas show no certificate, and tls.client_certificate is required")
+    if "peers" in config.namespaces:
+        yield Fault(
+            "namespaces.peers", "is what metrics call the other replicas of peers: choose another name"
         )

@@ -14,6 +14,7 @@ import msgspec
 from proxy.config.access import AccessConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
+from proxy.config.peers import PeersConfig
 from proxy.config.policy import PolicyConfig
 from proxy.config.quantities import (
     Share,
@@ -295,6 +296,7 @@ class Config(Section, frozen=True):
     tls: TLS | None = None
     disk: DiskConfig = msgspec.field(default_factory=DiskConfig)
     shared: SharedConfig = SharedConfig()
+    peers: PeersConfig | None = None
     pins: tuple[PinRule, ...] = ()
     webhooks: tuple[WebhookConfig, ...] = ()
     warm: tuple[WarmRule, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -30,6 +30,7 @@ from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
 from proxy.upstream.listing_memory import ListingMemory
+from proxy.upstream.peers import Owners, Peers
 from proxy.upstream.requests import UpstreamSettings
 from storage.errors import Unavailable
 from storage.limits import RateLimit
@@ -57,12 +58,15 @@ class CacheFactory:
     drill: Drill
     listings: ListingMemory
     guard: PolicyGuard
+    peers: Peers | None = None
 
     def make(self, name: str, settings: NamespaceConfig) -> tuple[Cache, UpstreamRegistry]:
         """The cache of a namespace, and the last of its upstreams.  Raises StartError."""
         assert settings.upstream is not None
         upstreams = self._upstreams(name, settings.upstream)
-        origin = upstreams[0] if len(upstreams) == 1 else Failover(upstreams, self.clock)
+        owners = self._owners(name, settings, upstreams)
+        alone = len(upstreams) == 1 and owners is None
+        origin = upstreams[0] if alone else Failover(upstreams, self.clock, owners)
         policy = self._policy(settings)
         cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill)
         return cache, upstreams[-1]
@@ -85,6 +89,18 @@ class CacheFactory:
                 )  # fmt: skip
                 made.append(UpstreamRegistry(name, settings, credentials, self.metrics, self.clock))
         return made
+
+    def _owners(
+        self, name: str, settings: NamespaceConfig, upstreams: Sequence[UpstreamRegistry]
+    ) -> Owners | None:
+        """The other replicas that are asked first, if there are any."""
+        if self.peers is None or settings.upstream is None:
+            return None
+        accounts = [credentials_of(each).account for each in settings.upstream.logins()]
+        tags = [(each.match.pattern, each.fresh_for) for each in settings.tags]
+        rules = settings.upstream.url, accounts, settings.fresh_for, tags
+        offline = settings.offline or self.config.offline
+        return self.peers.owners(name, rules, upstreams, lambda: offline or self.drill.cuts(name))
 
     def check(self, name: str, upstream: UpstreamConfig) -> None:
         """Read the files that an upstream needs.  Raises StartError."""

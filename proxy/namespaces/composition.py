@@ -20,10 +20,12 @@ from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
 from proxy.cache.keep_fresh import Freshener
+from proxy.cache.turns import ClientSlots
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.namespaces.caches import CacheFactory, Caches, HostCaches
+from proxy.namespaces.fleet import fleet_of
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
 from proxy.namespaces.retention import deletions, eviction_rules, retention_rules
@@ -33,6 +35,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.listing_memory import ListingMemory
+from proxy.upstream.peers import Peers
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
@@ -40,7 +43,6 @@ from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubled, Troubles
 from storage.errors import StorageFailed
-from storage.limits import Slots
 from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.counting import Counting
 from storage.maintenance.eviction import Eviction
@@ -99,6 +101,7 @@ class Composition:
     disks: the state of each directory and database that the parts write to
     shared: what all processes of the server know
     tag_moved: records and publishes that a tag of a cache moved
+    peers: the other replicas of the fleet, if it is one
     upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final.  Those of a
         host of the namespace `*` are there once a client has asked for it.
     """
@@ -117,6 +120,7 @@ class Composition:
     tag_moved: Moved
     drill: Drill
     fills: Fills
+    peers: Peers | None
     upstreams: dict[str, UpstreamRegistry]
     caches: dict[str, Cache]
     hosted: dict[str, Hosted]
@@ -197,6 +201,7 @@ class _Composer:
         slots = self._slots(), self._slots("ranges")
         fills = Fills(store, self._metrics, *slots, make_room=self._hooks.make_room, clock=clock)
         tag_moved = _tag_moved(recorder, publisher, config.policy.active)
+        peers = fleet_of(config, clock, self._metrics, self._shared)
         factory = CacheFactory(
             config=config,
             clock=clock,
@@ -208,8 +213,11 @@ class _Composer:
             drill=drill,
             listings=self._listings,
             guard=self._guard,
+            peers=peers,
         )
         made = Caches(factory)
+        if peers is not None:
+            self._closing.push_async_callback(peers.close)
         self._closing.push_async_callback(made.close)
         self._closing.push_async_callback(fills.close)  # before what they read from
         hosted = self._hosted(private, publisher) if private else {}
@@ -235,6 +243,7 @@ class _Composer:
             tag_moved=tag_moved,
             drill=drill,
             fills=fills,
+            peers=peers,
             upstreams=made.upstreams,
             caches=made.caches,
             hosted=hosted,
@@ -295,12 +304,12 @@ class _Composer:
 
     # Registries
 
-    def _slots(self, kind: str = "") -> Slots:
+    def _slots(self, kind: str = "") -> ClientSlots:
         part = 2 if self._hooks.background else 1
         cached = self._config.cached().items()
         each = {name: max(1, upstream.max_fills // part) for name, (_, upstream) in cached}
         total, key_of = max(1, self._config.limits.fills // part), self._config.key_of
-        return Slots(total, each, self._shared, key_of, kind)
+        return ClientSlots(total, each, self._shared, key_of, kind)
 
     def _hosted(self, store: Store, publisher: Publisher | None) -> dict[str, Hosted]:
         pulls = Pulls(store, self._clock)

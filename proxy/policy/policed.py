@@ -33,11 +33,11 @@ class PolicedRegistry(Registry):
     # Pull
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        self._enforce(repository, digest, await self._judge.blob(repository, digest))
+        await self._judge_blob(repository, digest)
         return await self._registry.get_blob(repository, digest, span)
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        self._enforce(repository, digest, await self._judge.blob(repository, digest))
+        await self._judge_blob(repository, digest)
         return await self._registry.resolve_blob(repository, digest)
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
@@ -112,15 +112,23 @@ class PolicedRegistry(Registry):
     async def close(self) -> None:
         await self._registry.close()
 
-    # Rulings
+    # Rulings.  What another replica asks for is judged there, for its client.
+
+    async def _judge_blob(self, repository: str, digest: Digest) -> None:
+        if not current().peer:
+            self._enforce(repository, digest, await self._judge.blob(repository, digest))
 
     def _refuse_at_once(self, repository: str, reference: Reference) -> None:
         """Refuse what is refused whatever it is, before an upstream is asked for it."""
+        if current().peer:
+            return
         ruling = self._judge.at_once(repository, reference)
         if ruling is not None and not ruling.allowed and ruling.rule.mode == "enforce":
             self._enforce(repository, reference, ruling)
 
     async def _judged(self, repository: str, reference: Reference, manifest: Manifest) -> None:
+        if current().peer:
+            return
         ruling = await self._judge.manifest(repository, reference, manifest)
         self._enforce(repository, reference, ruling)
 

@@ -6,6 +6,8 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
+from prometheus_client import Counter
+
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.request_log import RequestLine, RequestLog
@@ -23,13 +25,13 @@ class EndedRequests:
         self._served = served
         self._log = log
         # What ended in this turn of the event loop: to count in memory that processes share takes longer.
-        self._requests: defaultdict[tuple[str, str, str], int] = defaultdict(int)
-        self._sent: defaultdict[str, int] = defaultdict(int)
+        self._requests: defaultdict[tuple[Counter, str, str, str], int] = defaultdict(int)
+        self._sent: defaultdict[tuple[Counter, str], int] = defaultdict(int)
 
     def add(self, method: str, exchange: Exchange, status: int, seconds: float) -> None:
         """`seconds` are those from the request to the end of the response."""
         self._count(exchange)
-        if self._served is not None:
+        if self._served is not None and not exchange.peer:
             self._served(exchange, status)
         line = RequestLine(
             exchange.id,
@@ -55,14 +57,16 @@ class EndedRequests:
     def _count(self, exchange: Exchange) -> None:
         if not self._requests:
             asyncio.get_running_loop().call_soon(self._count_all)
-        self._requests[exchange.namespace, exchange.kind, exchange.result or "none"] += 1
+        metrics, peer = self._metrics, bool(exchange.peer)
+        requests = metrics.peer_requests if peer else metrics.requests
+        self._requests[requests, exchange.namespace, exchange.kind, exchange.result or "none"] += 1
         if exchange.bytes:
-            self._sent[exchange.namespace] += exchange.bytes
+            self._sent[metrics.peer_sent if peer else metrics.sent, exchange.namespace] += exchange.bytes
 
     def _count_all(self) -> None:
-        for (namespace, kind, result), number in self._requests.items():
-            self._metrics.requests.labels(self._metrics.label(namespace), kind, result).inc(number)
-        for namespace, sent in self._sent.items():
-            self._metrics.sent.labels(self._metrics.label(namespace)).inc(sent)
+        for (requests, namespace, kind, result), number in self._requests.items():
+            requests.labels(self._metrics.label(namespace), kind, result).inc(number)
+        for (sent, namespace), number in self._sent.items():
+            sent.labels(self._metrics.label(namespace)).inc(number)
         self._requests.clear()
         self._sent.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -32,6 +32,8 @@ class Exchange:
     content: describes the content that is pulled
     client: the address of the connection
     agent: the User-Agent; None outside of a request
+    peer: the URL of the replica that asks, empty for a client
+    tell: makes headers of the response to another replica
     """
 
     id: str = ""
@@ -56,12 +58,16 @@ class Exchange:
     content: Descriptor | None = None
     client: str = ""
     agent: str | None = None
+    peer: str = ""
+    tell: Callable[[], Mapping[str, str]] = dict
 
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream
 # requests that it caused.
 current_exchange: ContextVar[Exchange] = ContextVar("exchange")
 _SCRATCH = Exchange()
+# How many seconds ago what an origin has just said was true: another replica may have been told it before.
+origin_age: ContextVar[float] = ContextVar("origin_age", default=0.0)
 
 
 def in_exchange() -> bool:

@@ -27,6 +27,7 @@ from proxy.telemetry.exchange import current, in_exchange
 M = TypeVar("M", Counter, Gauge, Histogram)
 NAMESPACES = 1000  # that have metrics of their own
 OTHERS = "*"
+PEERS = "peers"  # the label of other replicas, in place of a namespace
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
 
@@ -92,6 +93,12 @@ class Metrics:
 
     requests = _Row(Counter, "entrepot_requests_total", "Client requests.", "namespace kind result")
     sent = _Row(Counter, "entrepot_sent_bytes_total", "Body bytes sent to clients.", "namespace")
+    peer_requests = _Row(
+        Counter, "entrepot_peer_requests_total", "Requests of other replicas.", "namespace kind result"
+    )
+    peer_sent = _Row(
+        Counter, "entrepot_peer_sent_bytes_total", "Body bytes sent to other replicas.", "namespace"
+    )
     pushed = _Row(Counter, "entrepot_pushed_bytes_total", "Body bytes received from clients.", "namespace")
     received = _Row(
         Counter, "entrepot_received_bytes_total", "Body bytes received from upstreams.", "namespace"

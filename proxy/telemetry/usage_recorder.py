@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from proxy.telemetry.exchange import UNKNOWN, Exchange
-from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.metrics import PEERS, Metrics
 from storage.concurrency import run_in_thread
 from storage.disk.blobs import TOUCH
 from storage.errors import StorageFailed
@@ -141,7 +141,7 @@ class UsageRecorder:
         for namespace, traffic in self._metrics.upstreams.items():
             total = traffic.requests, traffic.received, traffic.ahead_requests, traffic.ahead_received
             known = self._traffic.get(namespace, (0, 0, 0, 0))
-            if total != known:
+            if total != known and namespace != PEERS:
                 counters = window.counters(namespace, self._clock())
                 counters.upstream_requests += total[0] - known[0]
                 counters.received_bytes += total[1] - known[1]

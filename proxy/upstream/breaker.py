@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ FAILURES = 3  # in a row that open a breaker, if one alone is not final
 LONGEST = 200  # characters of an error's message that all processes can read
 PATIENCE = 1.0  # seconds to wait for another request, which probes the host
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
+HEARSAY = 60.0  # seconds after which an opening elsewhere is no news any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,21 @@ class HostState:
     refused: list[Refusal]
 
 
+class Opening(msgspec.Struct, array_like=True, frozen=True):
+    """That a breaker has opened, `age` seconds ago, with an `error`."""
+
+    age: float
+    error: str
+    timeout: bool
+
+
 class _Circuit(msgspec.Struct, array_like=True):
     """What all processes know of a host.
 
     failures: in a row, while it is closed
     error: the message of what opened it, OriginTimeout or OriginFailed; None: it is closed
     since, seconds: when it opened last, and for how long
+    heard: another server has said so
     """
 
     failures: int = 0
@@ -52,6 +63,7 @@ class _Circuit(msgspec.Struct, array_like=True):
     since: float = 0.0
     seconds: float = 0.0
     openings: int = 0
+    heard: bool = False
 
 
 class Breaker:
@@ -76,6 +88,7 @@ class Breaker:
         self._probes = shared.slots
         self._probe = self._probes.key("probe", name)
         self._bell = shared.bell
+        self._answered_at = -math.inf  # this process
 
     def _circuit(self) -> _Circuit:
         return self._table.get(self._key, _Circuit) or _Circuit()
@@ -141,6 +154,7 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Record a response, whenever its request was sent: the host is alive."""
+        self._answered_at = self._clock()
         with self._table.lock:
             circuit = self._circuit()
             was_open = circuit.error is not None
@@ -160,12 +174,39 @@ class Breaker:
             opens = was_open or final or circuit.failures >= FAILURES
             if opens:
                 circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
-                circuit.seconds = min(LAST, circuit.seconds * 2) if was_open else FIRST
+                circuit.seconds = min(LAST, max(FIRST, circuit.seconds * 2)) if was_open else FIRST
                 circuit.since = self._clock()
                 circuit.openings += 1
+                circuit.heard = False
             self._table.put(self._key, circuit)
         if opens and not was_open:
             self._changed(error)
+
+    def opened(self) -> Opening | None:
+        """What to tell other servers, None while it is closed; not what they have told."""
+        circuit = self._circuit()
+        if circuit.error is None or circuit.heard:
+            return None
+        return Opening(max(0.0, self._clock() - circuit.since), circuit.error, circuit.timeout)
+
+    def learn(self, opened: Opening) -> None:
+        """Another server has opened its breaker of the host: the next request is a probe.
+
+        It is sent at once, since the fault may be in the network of the other server; for that reason, too,
+        the host's own answer of the last seconds counts more.
+        """
+        now = self._clock()
+        if not 0 <= opened.age < HEARSAY or now - self._answered_at <= max(opened.age, LAST):
+            return
+        with self._table.lock:
+            circuit = self._circuit()
+            if circuit.error is not None:
+                return
+            error = f"another replica found: {opened.error}"[:LONGEST]
+            heard = _Circuit(error=error, timeout=opened.timeout, since=now - opened.age, heard=True)
+            heard.openings = circuit.openings + 1
+            self._table.put(self._key, heard)
+        self._changed((OriginTimeout if opened.timeout else OriginFailed)(error))
 
     def cut(self, error: RegistryError) -> None:
         """Record a body that ended early, long after the headers of its response."""

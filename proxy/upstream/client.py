@@ -23,8 +23,10 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import encoding_of
+from proxy.upstream.knowledge import KnownUpstream
+from proxy.upstream.messages import PeerLink, UpstreamRequest
 from proxy.upstream.pages import pages
-from proxy.upstream.requests import RequestSender, UpstreamRequest, UpstreamSettings
+from proxy.upstream.requests import RequestSender, UpstreamSettings
 from proxy.upstream.responses import Download, stated_digest, stated_extent, stated_length, stated_media_type
 from proxy.upstream.upload import WRITTEN, UploadSession, UpstreamUpload
 from storage.concurrency import run_sized
@@ -87,6 +89,7 @@ class UpstreamRegistry(Registry):
         self._listings = settings.listings
         self.host = self._sender.host
         self._unread: dict[tuple[str, Digest], Manifest] = {}  # at most one
+        self._prefix = ""  # of the names of repositories
 
     def as_caller(self, credentials: Credentials) -> Self:
         """This registry with a client's credentials, over the same connections.  Close it before this one."""
@@ -94,6 +97,19 @@ class UpstreamRegistry(Registry):
         caller._sender = self._sender.as_caller(credentials)
         caller._unread = {}
         return caller
+
+    def as_peer(self, namespace: str, link: PeerLink) -> Self:
+        """A namespace of another replica, over the same connections.  Only this one is to be closed."""
+        peer = copy(self)
+        peer._sender = self._sender.as_peer(link)
+        peer._prefix = f"{namespace}/"
+        peer._unread = {}
+        return peer
+
+    @property
+    def known(self) -> KnownUpstream:
+        """What is known of it, to be told to other replicas."""
+        return self._sender.known
 
     @property
     def healthy(self) -> bool:
@@ -121,11 +137,11 @@ class UpstreamRegistry(Registry):
     async def _send(
         self, method: str, repository: str, path: str, kind: str, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
-        url = self._sender.url(f"{repository}/{path}")
+        url = self._sender.url(f"{self._prefix}{repository}/{path}")
         return await self._sender.send(UpstreamRequest(method, url, kind, repository, headers))
 
     def _pages(self, path: str, kind: str, repository: str = "", also: str = "") -> AsyncIterator[Any]:
-        request = UpstreamRequest("GET", self._sender.url(path), kind, repository, also=also)
+        request = UpstreamRequest("GET", self._sender.url(self._prefix + path), kind, repository, also=also)
         return pages(self._sender, request, self._listings)
 
     # Pulling blobs

@@ -3,6 +3,9 @@
 If one does not serve a request, for whatever reason, the next one gets it.  If none does, the error is that
 of the last one: a mirror's "unknown" or refusal says nothing about the registry.  One that is known to fail
 comes after the healthy ones, and is probed in the background.
+
+In a fleet other replicas come first, those that own what is asked for: see peers.py.  Their "unknown" and
+refusals are those of the upstreams.
 """
 
 from __future__ import annotations
@@ -16,15 +19,25 @@ from typing import TypeVar
 
 import structlog
 
+from proxy.telemetry.exchange import origin_age
 from proxy.upstream.breaker import HostState
 from proxy.upstream.client import UpstreamRegistry
-from storage.errors import RegistryError, StorageFailed
+from proxy.upstream.peers import Owners
+from storage.errors import (
+    BlobUnknown,
+    ManifestUnknown,
+    NameUnknown,
+    OriginDenied,
+    RegistryError,
+    StorageFailed,
+)
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span
 from storage.registry import Blob, ReadInto, Registry, RelayedBlob
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
+FINAL = (BlobUnknown, ManifestUnknown, NameUnknown, OriginDenied)  # answers of an owner
 AGAIN = 60.0  # seconds within which a second request for a blob means that the first transfer failed
 REMEMBERED = 1000  # blobs
 
@@ -32,16 +45,20 @@ REMEMBERED = 1000  # blobs
 class Failover(Registry):
     """Several upstreams with the same content, as one read-only registry, which closes them.
 
-    There must be at least one.
+    There must be at least one.  `owners` says which other replicas are asked before them.
     """
 
     def __init__(
-        self, upstreams: Sequence[UpstreamRegistry], clock: Callable[[], float] = time.monotonic
+        self,
+        upstreams: Sequence[UpstreamRegistry],
+        clock: Callable[[], float] = time.monotonic,
+        owners: Owners | None = None,
     ) -> None:
         self._upstreams = list(upstreams)
         self._clock = clock
-        # Until when, the number of the upstream, and whether it broke off, or has sent all there is.
-        self._transfers: dict[Digest, tuple[float, int, bool]] = {}
+        self._owners = owners
+        # Until when, the upstream, and whether it broke off, or has sent all there is.
+        self._transfers: dict[Digest, tuple[float, UpstreamRegistry | None, bool]] = {}
         self._probes: set[asyncio.Task[None]] = set()
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
@@ -49,36 +66,44 @@ class Failover(Registry):
 
         While a transfer is under way, the other ranges of the blob come from the same upstream.
         """
-        until, last, ended = self._transfers.get(digest, (0.0, 0, False))
+        until, last, ended = self._transfers.get(digest, (0.0, None, False))
         again = ended or (span is None and until < math.inf)
-        start = last + again if self._clock() < until else 0
-        number, blob = await self._first(lambda each: each.get_blob(repository, digest, span), start)
+        source, blob = await self._first(
+            lambda each: each.get_blob(repository, digest, span),
+            await self._sources(repository, digest),
+            last if self._clock() < until else None,
+            again,
+        )
         part = span is not None and span.stop is not None
         if not part:
-            self._note(digest, math.inf, number, False)
-        return _Transfer(blob, part, partial(self._ended, digest, number))
+            self._note(digest, math.inf, source, False)
+        return _Transfer(blob, part, partial(self._ended, digest, source))
 
-    def _ended(self, digest: Digest, number: int, part: bool, ended: bool) -> None:
+    def _ended(self, digest: Digest, source: UpstreamRegistry, part: bool, ended: bool) -> None:
         if ended or not part:
-            self._note(digest, self._clock() + AGAIN, number, ended)
+            self._note(digest, self._clock() + AGAIN, source, ended)
 
-    def _note(self, digest: Digest, until: float, number: int, ended: bool) -> None:
+    def _note(self, digest: Digest, until: float, source: UpstreamRegistry, ended: bool) -> None:
         self._transfers.pop(digest, None)
-        self._transfers[digest] = until, number, ended
+        self._transfers[digest] = until, source, ended
         if len(self._transfers) > REMEMBERED:
             del self._transfers[next(iter(self._transfers))]
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        return (await self._first(lambda each: each.resolve_blob(repository, digest)))[1]
+        sources = await self._sources(repository, digest)
+        return (await self._first(lambda each: each.resolve_blob(repository, digest), sources))[1]
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
-        return (await self._first(lambda each: each.get_manifest(repository, reference)))[1]
+        sources = await self._sources(repository)
+        return (await self._first(lambda each: each.get_manifest(repository, reference), sources))[1]
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
-        return (await self._first(lambda each: each.resolve_manifest(repository, reference)))[1]
+        sources = await self._sources(repository)
+        return (await self._first(lambda each: each.resolve_manifest(repository, reference), sources))[1]
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
-        return (await self._first(lambda each: each.tags(repository, last, limit)))[1]
+        sources = await self._sources(repository)
+        return (await self._first(lambda each: each.tags(repository, last, limit), sources))[1]
 
     async def referrers(
         self,
@@ -89,31 +114,50 @@ class Failover(Registry):
         limit: int | None = None,
     ) -> list[Descriptor]:
         wanted = digest, artifact_type, last, limit
-        return (await self._first(lambda each: each.referrers(repository, *wanted)))[1]
+        sources = await self._sources(repository)
+        return (await self._first(lambda each: each.referrers(repository, *wanted), sources))[1]
 
-    async def _first(self, ask: Callable[[UpstreamRegistry], Awaitable[T]], start: int = 0) -> tuple[int, T]:
-        """The number of the upstream that served, and the result; `start` comes first if all are healthy."""
-        errors: dict[int, RegistryError] = {}
-        for number in self._order(start):
+    async def _sources(self, repository: str, digest: Digest | None = None) -> list[UpstreamRegistry]:
+        """In the order to ask them; a `digest` is that of a blob."""
+        owners = [] if self._owners is None else await self._owners.of(repository, digest)
+        return [*owners, *self._upstreams]
+
+    async def _first(
+        self,
+        ask: Callable[[UpstreamRegistry], Awaitable[T]],
+        sources: Sequence[UpstreamRegistry],
+        last: UpstreamRegistry | None = None,
+        again: bool = False,
+    ) -> tuple[UpstreamRegistry, T]:
+        """The one that served, and the result.
+
+        If all are healthy, `last` comes first, or with `again` the one after it.
+        """
+        errors: dict[UpstreamRegistry, RegistryError] = {}
+        start = sources.index(last) + again if last is not None and last in sources else 0
+        for source in self._order(sources, start):
+            origin_age.set(0.0)
             try:
-                return number, await ask(self._upstreams[number])
+                return source, await ask(source)
             except RegistryError as error:
-                log.debug("upstream.passed_by", host=self._upstreams[number].host, error=str(error))
-                errors[number] = error
-        raise errors[len(self._upstreams) - 1]
+                log.debug("upstream.passed_by", host=source.host, error=str(error))
+                if source not in self._upstreams and isinstance(error, FINAL):
+                    raise error.copy(remembered=True) from None
+                errors[source] = error
+        raise errors[self._upstreams[-1]]
 
-    def _order(self, start: int) -> list[int]:
-        count = len(self._upstreams)
-        order = [(start + step) % count for step in range(count)]
-        failing = [number for number in order if not self._upstreams[number].healthy]
+    def _order(self, sources: Sequence[UpstreamRegistry], start: int) -> list[UpstreamRegistry]:
+        count = len(sources)
+        order = [sources[(start + step) % count] for step in range(count)]
+        failing = [each for each in order if not each.healthy]
         if not failing or len(failing) == count:
             return order
-        for number in failing:
-            if self._upstreams[number].probe_due:
-                probe = asyncio.create_task(self._upstreams[number].probe())
+        for each in failing:
+            if each.probe_due:
+                probe = asyncio.create_task(each.probe())
                 self._probes.add(probe)
                 probe.add_done_callback(self._probes.discard)
-        return [number for number in order if number not in failing] + failing
+        return [each for each in order if each not in failing] + failing
 
     @property
     def healthy(self) -> bool:
@@ -142,6 +186,8 @@ class Failover(Registry):
         for probe in self._probes:
             probe.cancel()
         await asyncio.gather(*self._probes, return_exceptions=True)
+        if self._owners is not None:
+            self._owners.close()
         for upstream in self._upstreams:
             await upstream.close()
 

@@ -13,7 +13,8 @@ import msgspec
 from yarl import URL
 
 from proxy.upstream.listing_memory import ListingMemory
-from proxy.upstream.requests import RequestSender, UpstreamRequest
+from proxy.upstream.messages import UpstreamRequest
+from proxy.upstream.requests import RequestSender
 from storage.errors import ManifestUnknown, NameUnknown, OriginFailed, OriginTimeout, Unsupported
 
 LISTING_LIMIT = 16 << 20  # bytes of one page

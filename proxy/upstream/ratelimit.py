@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -30,6 +30,16 @@ class LimitState:
     credential: int
     limit: int | None
     remaining: int | None
+    blocked_for: float
+
+
+class Spent(msgspec.Struct, array_like=True, frozen=True):
+    """What a server tells others of a budget: read `age` seconds ago, blocked for so many seconds more."""
+
+    age: float
+    limit: int | None
+    remaining: int | None
+    window: float
     blocked_for: float
 
 
@@ -96,6 +106,31 @@ class Budget:
             self._table.put(self._key, told)
         return seconds
 
+    def spent(self) -> Spent | None:
+        """What to tell other servers that use the account, None if nothing is known."""
+        told, blocked = self._told(), self.blocked_for
+        known = time_left(told.read_at, told.window, self._clock()) > 0
+        if not known and not blocked:
+            return None
+        age = self._clock() - told.read_at if known else told.window
+        return Spent(age, told.limit, told.remaining if known else None, told.window, blocked)
+
+    def learn(self, spent: Spent, *, blocks: bool) -> None:
+        """Have known what another server was told later than this one; with `blocks`, pauses too."""
+        now = self._clock()
+        with self._table.lock:
+            told = self._told()
+            read_at = now - max(0.0, spent.age)
+            if spent.remaining is not None and read_at > told.read_at:
+                told.limit, told.remaining, told.read_at = spent.limit, spent.remaining, read_at
+                told.window = min(MAX_RETRY_AFTER, max(0.0, spent.window))
+                if not time_left(told.begun, told.window, now):
+                    told.begun = read_at
+            seconds = min(MAX_RETRY_AFTER, spent.blocked_for)
+            if blocks and seconds > time_left(told.blocked_at, told.blocked_for, now):
+                told.blocked_at, told.blocked_for = now, seconds
+            self._table.put(self._key, told)
+
     @property
     def blocked_for(self) -> float:
         """Seconds; 0 means that the credential may be used."""
@@ -141,6 +176,9 @@ class Budgets:
 
     def __getitem__(self, number: int) -> Budget:
         return self._budgets[number]
+
+    def __iter__(self) -> Iterator[Budget]:
+        return iter(self._budgets)
 
     def take_turn(self) -> list[int]:
         """The numbers of credentials that are not blocked, in the order in which to try them.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -21,13 +21,14 @@ from yarl import URL
 from proxy.config.quantities import seconds_until
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.anonymous import AnonymousTokens
-from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import HostState
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import decoded
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response
+from proxy.upstream.knowledge import KnownUpstream
 from proxy.upstream.listing_memory import ListingMemory
+from proxy.upstream.messages import PeerLink, UpstreamRequest, accepted, authorization_of
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
 from proxy.upstream.redirects import RedirectMemory
 from proxy.upstream.refusals import Refusals
@@ -63,39 +64,6 @@ class UpstreamSettings:
     pushed_to: bool = False
     shared: SharedState = field(default_factory=SharedState)
     listings: ListingMemory = field(default_factory=ListingMemory)
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamRequest:
-    """One request to an upstream.
-
-    kind: the label of its metric
-    granted: the statuses that mean success
-    also: scopes that the token must include, besides what the method needs in `repository`
-    """
-
-    method: str
-    url: URL
-    kind: str
-    repository: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | StreamedBody | None = None
-    also: str = ""
-    granted: Collection[int] = (200, 206)
-
-    def scope(self, pushed_to: bool) -> str:
-        """The scope of its token: token specification, "Requesting a Token", with Distribution's actions."""
-        actions = "pull" if self.method in READING and not pushed_to else "pull,push"
-        # An upload is cancelled with the token that it was started with; Distribution then demands another.
-        if self.method == "DELETE" and self.kind != "upload":
-            actions = "delete"
-        ours = f"repository:{self.repository}:{actions}" if self.repository else ""
-        return " ".join(filter(None, (ours, self.also)))
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether it can be sent again: a streamed body can be read only once."""
-        return not isinstance(self.body, StreamedBody)
 
 
 class RequestSender:
@@ -137,12 +105,12 @@ class RequestSender:
         self._health = self.transport.breaker(home)
         metrics.open.labels(label, self._host_label(self.host)).set(not self._health.closed)
         self._caller = False
+        self._link: PeerLink | None = None
         self._elsewhere = AnonymousTokens(
             self._fetch, plain_http=settings.connect.plain_http, clock=clock, on_fetch=self._count_token
         )
-        accounts = [each.account for each in credentials]
-        self._refusals = Refusals(name, metrics, clock, settings.shared.upstreams, accounts)
         self._use(credentials)
+        self._refusals = Refusals(name, metrics, clock, settings.shared.upstreams, self._accounts)
 
     def _host_label(self, host: str) -> str:
         return host if self._label == self.name else self._label
@@ -152,7 +120,8 @@ class RequestSender:
 
     def _use(self, credentials: Sequence[Credentials]) -> None:
         table = None if self._caller else self._settings.shared.upstreams
-        accounts = [(self.name, self._url, each.account) for each in credentials]
+        self._accounts = [each.account for each in credentials]
+        accounts = [(self.name, self._url, each) for each in self._accounts]
         self._redirects = RedirectMemory(self._clock)
         self.budgets = Budgets(accounts, self._clock, table)
         self._tokens = [
@@ -180,6 +149,17 @@ class RequestSender:
         caller.reserve = lambda limit: 0
         caller._use([credentials])
         return caller
+
+    def as_peer(self, link: PeerLink) -> RequestSender:
+        """A sender of requests to another replica, over the same connections, which follow no redirects."""
+        peer = copy(self)
+        peer._link = link
+        return peer
+
+    @property
+    def known(self) -> KnownUpstream:
+        """What is known of the upstream."""
+        return KnownUpstream(self._url, self._health, list(zip(self._accounts, self.budgets, strict=True)))
 
     # Health
 
@@ -252,7 +232,7 @@ class RequestSender:
             if response.status not in (401, 403) or not request.repeatable:
                 break
             origin = response.url.origin()
-            used = _authorized(response)
+            used = authorization_of(response)
             # One renewal of refused credentials; the first challenge does not count.
             left = tries.setdefault(origin, 1 if used or authorization else 2)
             if not left:
@@ -270,13 +250,13 @@ class RequestSender:
         if home and self.budgets[number].read(response.headers) and not self._caller:
             self._record_limit(number)
         # A list of all repositories is refused to almost everybody.
-        if home and tokens.logged_in and _authorized(response) and request.kind != "catalog":
+        if home and tokens.logged_in and authorization_of(response) and request.kind != "catalog":
             self._answered(number, self.host, response.status)
         if response.status in request.granted:
             return response
         error = await self._refused(response, request, home)
         denied = self._caller and home and type(error) is OriginDenied
-        if denied and _accepted(response.status, authorization):
+        if denied and accepted(response.status, authorization):
             raise OriginForbidden(str(error), public=error.public)
         raise error
 
@@ -336,6 +316,9 @@ class RequestSender:
         if authorization:
             headers["Authorization"] = authorization
         try:
+            if self._link is not None:
+                headers.update(self._link.headers())
+                return await self._ask_peer(self._link, request, headers)
             response = await self.transport.follow(
                 request.method, request.url, headers, request.body, partial(self._foreign, request),
                 self._redirects if request.method == "GET" and request.kind == "blob" else None,
@@ -349,6 +332,17 @@ class RequestSender:
                 "upstream.asked", namespace=self.name, method=request.method, path=request.url.path,
                 status=status, seconds=round(seconds, 4),
             )  # fmt: skip
+
+    async def _ask_peer(
+        self, link: PeerLink, request: UpstreamRequest, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        response = await self.transport.send(request.method, request.url, headers)
+        try:
+            link.check(response.headers)
+        except BaseException:
+            response.close()
+            raise
+        return response
 
     # Responses
 
@@ -382,17 +376,3 @@ class RequestSender:
         if not self._caller:
             await self._elsewhere.close()
             await self.transport.close()
-
-
-def _authorized(response: aiohttp.ClientResponse) -> str | None:
-    """The Authorization of the last request that led to a response."""
-    return response.request_info.headers.get("Authorization")
-
-
-def _accepted(status: int, authorization: str | None) -> bool:
-    """Whether a refusal means that the credentials are right.
-
-    A token server has accepted them if there is a token.  A 403 says that they do not suffice (RFC 9110,
-    section 15.5.4).
-    """
-    return authorization is not None and (status == 403 or authorization.startswith("Bearer "))

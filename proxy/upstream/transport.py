@@ -216,6 +216,7 @@ class Transport:
                     timeout=timeout,
                     proxy=connect.proxy,
                     allow_redirects=False,
+                    server_hostname=connect.server_name,
                 )
                 if attempt == retries or response.status not in _DOWN or "Retry-After" in response.headers:
                     return response

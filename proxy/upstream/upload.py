@@ -15,7 +15,8 @@ import aiohttp
 from yarl import URL
 
 from proxy.upstream.body import StreamedBody
-from proxy.upstream.requests import RequestSender, UpstreamRequest
+from proxy.upstream.messages import UpstreamRequest
+from proxy.upstream.requests import RequestSender
 from storage.errors import BlobUploadUnknown, DigestInvalid, OriginFailed, RegistryError
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.registry import Upload

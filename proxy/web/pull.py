@@ -10,6 +10,7 @@ from aiohttp import web
 
 from proxy.access.authorization import Authorizer
 from proxy.telemetry.exchange import Exchange
+from proxy.web.peers import check_confirmed
 from proxy.web.ranges import Range, parse_ranges, satisfy
 from proxy.web.responses import (
     COMMON,
@@ -96,6 +97,7 @@ class Pull:
         else:
             manifest = await self._registry.get_manifest(name, reference)
             descriptor, content = manifest.descriptor, manifest.content
+        check_confirmed(request.method, exchange)
         exchange.digest, exchange.content = descriptor.digest, descriptor
         headers = {
             **COMMON,
@@ -118,6 +120,7 @@ class Pull:
     ) -> web.StreamResponse:
         last, limit = _page(request)
         tags = await self._registry.tags(name, last, None if limit is None else limit + 1)
+        check_confirmed(request.method, exchange)
         return self._listing(request, route, "tags", tags, limit, exchange)
 
     async def catalog(
@@ -158,6 +161,7 @@ class Pull:
         artifact_type = request.query.get("artifactType") or None
         last, limit = _page(request)
         shown, more = await self._referrers(name, route.reference, artifact_type, last, limit)
+        check_confirmed(request.method, exchange)
         # oras and go-containerregistry require exactly this type; otherwise they ignore the response.
         headers = {
             "Content-Type": OCI_INDEX,

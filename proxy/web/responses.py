@@ -80,9 +80,9 @@ def _whose(exchange: Exchange) -> str:
 
 def cache_headers(exchange: Exchange) -> dict[str, str]:
     """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither if no cache was involved."""
-    headers = (
-        {} if exchange.ns is None else {"OCI-Namespace": exchange.ns}
-    )  # distribution-spec, "Registry Proxying"
+    headers = dict(exchange.tell())
+    if exchange.ns is not None:
+        headers["OCI-Namespace"] = exchange.ns  # distribution-spec, "Registry Proxying"
     if exchange.warning:
         headers["Warning"] = _warning(exchange.warning)
     result = exchange.result or ("miss" if exchange.upstream_requests else "")

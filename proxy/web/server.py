@@ -28,6 +28,7 @@ from proxy.telemetry.request_log import RequestLog
 from proxy.web.directions import LONGEST, Directions
 from proxy.web.events import EventReporter, RequestEvents
 from proxy.web.hits import HitMemory, Hits
+from proxy.web.peers import PeerRequests, status_for
 from proxy.web.pull import Pull
 from proxy.web.push import Push
 from proxy.web.responses import (
@@ -88,6 +89,7 @@ class DistributionAPI:
     authorizer: decides what clients may do; without one everything is permitted
     directions: says in errors where clients push and log in instead
     hit_memory: holds what `hits` answers; without it there are none
+    peers: recognizes requests of other replicas; without it all are of clients
     """
 
     def __init__(
@@ -105,7 +107,9 @@ class DistributionAPI:
         directions: Directions | None = None,
         request_log: RequestLog | None = None,
         hit_memory: HitMemory | None = None,
+        peers: PeerRequests | None = None,
     ) -> None:
+        self._peers = peers
         self._registry = registry
         self._qualify = qualify
         self._deny_bypass = deny_bypass
@@ -179,6 +183,8 @@ class DistributionAPI:
             kind = route.kind
             exchange.kind = kind.value
             name = ""
+            if self._peers is not None:
+                self._peers.recognize(request, exchange)
             handlers = self._handlers[route.kind]
             handler = handlers.get(request.method)
             if handler is None:
@@ -191,7 +197,7 @@ class DistributionAPI:
             if request.method in ("POST", "PUT", "PATCH"):
                 _check_coding(request)
             response = await handler(request, route, name, exchange)
-            if self._events.pulls and request.method in READING:
+            if self._events.pulls and request.method in READING and not exchange.peer:
                 self._events.report_pull(request, route, exchange, response.status)
             return response
         except Unauthorized as error:
@@ -206,6 +212,8 @@ class DistributionAPI:
 
     async def _permitted_name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
         """The full name of the repository, if the client may do there what it wants."""
+        if exchange.peer and self._peers is not None:
+            return await self._peers.name(request, route, exchange)
         exchange.reference = str(route.reference or route.upload)
         name = self._directed_name(request, route)
         exchange.namespace, _, exchange.repository = name.partition("/")
@@ -255,8 +263,8 @@ class DistributionAPI:
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.StreamResponse:
-        response = content(b"{}", {"Content-Type": JSON})
-        if self._authorizer is not None:
+        response = content(b"{}", {"Content-Type": JSON, **exchange.tell()})
+        if self._authorizer is not None and not exchange.peer:
             for challenge in await self._authorizer.ping(request, route.prefix, exchange):
                 response.headers.add("WWW-Authenticate", challenge)
         return response
@@ -270,8 +278,8 @@ class DistributionAPI:
         exchange: Exchange,
         more: Mapping[str, str] | None = None,
     ) -> web.Response:
-        code, status = error.code, error.status
-        if isinstance(error, OriginDenied) and not self._deny_bypass:
+        code, status = error.code, status_for(error, exchange)
+        if isinstance(error, OriginDenied) and not self._deny_bypass and not exchange.peer:
             unknown = _UNKNOWN.get(kind, NameUnknown)
             code, status = unknown.code, unknown.status
         exchange.detail, exchange.reason = code, str(error)

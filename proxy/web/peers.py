@@ -1,0 +1,72 @@
+"""Requests of other replicas: they name repositories in full, and were authorized where they arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+from aiohttp import web
+
+from proxy.telemetry.exchange import Exchange
+from proxy.web.routes import Endpoint, Route
+from storage.errors import NameUnknown, RegistryError, Unavailable
+
+FAILED = 424  # RFC 4918, section 11.4: not this server has failed, but what it depends on
+
+
+class OtherReplicas(Protocol):
+    """The other replicas of the fleet."""
+
+    def sender(self, headers: Mapping[str, str]) -> str | None:
+        """The URL of the replica that has sent a request with these headers; None: it is of a client."""
+
+    async def admit(self, peer: str, namespace: str, repository: str, digest: str | None) -> None:
+        """Raise Misdirected if this replica does not answer that one."""
+
+    def hear(self, namespace: str, headers: Mapping[str, str]) -> None:
+        """Learn what another replica tells."""
+
+    def headers(self, namespace: str = "") -> Mapping[str, str]:
+        """Those of a response to another replica."""
+
+
+class PeerRequests:
+    """Recognizes requests of `peers`.  `is_cache` tells which namespaces are caches."""
+
+    def __init__(self, peers: OtherReplicas, is_cache: Callable[[str], bool]) -> None:
+        self._peers = peers
+        self._is_cache = is_cache
+
+    def recognize(self, request: web.BaseRequest, exchange: Exchange) -> None:
+        """Record in `exchange` if another replica has sent it."""
+        if request.method in ("GET", "HEAD") and (peer := self._peers.sender(request.headers)):
+            exchange.peer = exchange.user = peer
+            exchange.tell = self._peers.headers
+
+    async def name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
+        """The full name of the repository.  Raises NameUnknown, Misdirected."""
+        namespace, _, repository = route.name.partition("/")
+        if not self._is_cache(namespace):
+            raise NameUnknown(f"{namespace[:80]!r} is no cache of this replica")
+        exchange.namespace, exchange.repository = namespace, repository
+        exchange.reference = str(route.reference)
+        exchange.tell = partial(self._peers.headers, namespace)
+        digest = str(route.reference) if route.kind is Endpoint.BLOB else None
+        await self._peers.admit(exchange.peer, namespace, repository, digest)
+        self._peers.hear(namespace, request.headers)
+        return route.name
+
+
+def check_confirmed(method: str, exchange: Exchange) -> None:
+    """Raise Unavailable if another replica would take for news what the upstream has not confirmed.
+
+    A GET of a manifest is answered: who sends it knows of none.
+    """
+    if exchange.peer and exchange.result == "stale" and (method == "HEAD" or exchange.kind != "manifest"):
+        raise Unavailable(f"the upstream of {exchange.namespace} cannot be asked now")
+
+
+def status_for(error: RegistryError, exchange: Exchange) -> int:
+    """The status of an error.  A replica whose upstream fails is to be told from one that fails itself."""
+    return FAILED if exchange.peer and isinstance(error, Unavailable) else error.status

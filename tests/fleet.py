@@ -1,0 +1,93 @@
+"""Replicas of a fleet on this machine, in the process of the test."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from proxy.server.process import ServerProcess
+from proxy.upstream.rendezvous import ranked
+from tests.conftest import Clock, Site, configuration
+
+SECRET = "the-secret-of-the-fleet"
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports at which nobody listens now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Replica(Site):
+    """A replica under test."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.stopped = False
+
+    async def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            await self.session.close()
+            await self.app.stop()
+
+
+class Replicas:
+    """Those of a fleet, in the order of their ports; `urls` are those that they have for each other."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self.urls = urls
+        self.all: list[Replica] = []
+
+    def ranked(self, key: str) -> list[Replica]:
+        """The owner of the key first."""
+        return [self.all[self.urls.index(each)] for each in ranked(key, self.urls)]
+
+
+async def start(directory: Path, clock: Clock, tree: dict[str, Any]) -> Replica:
+    """A server with its own disk in `directory`, and the keys of `tree`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    base = {
+        "admin": "127.0.0.1:0",
+        "drain": "1s",
+        "disk": {"path": str(directory / "disk")},
+    }
+    app = ServerProcess(configuration(directory, {**base, **tree}), clock)
+    await app.start()
+    session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=30))
+    return Replica(app, session, directory / "disk", clock)
+
+
+@asynccontextmanager
+async def replicas(
+    number: int,
+    directory: Path,
+    clock: Clock,
+    namespace: dict[str, Any],
+    top: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
+) -> AsyncIterator[Replicas]:
+    """So many caches of docker.io, whose keys are `namespace`; `more` are further namespaces."""
+    ports = free_ports(number)
+    fleet = Replicas([f"http://127.0.0.1:{port}" for port in ports])
+    try:
+        for at, port in enumerate(ports):
+            tree = {
+                "listen": f"127.0.0.1:{port}",
+                "peers": {"urls": fleet.urls, "secret": SECRET},
+                "namespaces": {"docker.io": namespace, **(more or {})},
+                **(top or {}),
+            }
+            fleet.all.append(await start(directory / str(at), clock, tree))
+        yield fleet
+    finally:
+        for each in fleet.all:
+            await each.stop()

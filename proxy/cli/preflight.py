@@ -19,7 +19,7 @@ from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.config.upstream import UpstreamConfig
 from proxy.connections.failures import file_fault
-from proxy.connections.trust import client_context
+from proxy.connections.trust import shared_context
 from proxy.doctor import disk
 
 
@@ -114,7 +114,7 @@ def _unreadable(upstream: UpstreamConfig) -> Iterator[str]:
 def _webhooks(config: Config, found: Preflight) -> None:
     for number, each in enumerate(config.webhooks):
         try:
-            client_context(each.ca_file)
+            shared_context(each.ca_file)
         except OSError as error:
             found.errors.append(f"webhooks[{number}].ca_file: {each.ca_file}: {file_fault(error)}")
 

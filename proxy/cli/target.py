@@ -18,7 +18,7 @@ from proxy.config.errors import StartError
 from proxy.config.hosts import local_url, parse_server
 from proxy.config.schema import Config
 from proxy.connections.failures import explain, file_fault
-from proxy.connections.trust import client_context
+from proxy.connections.trust import shared_context
 from proxy.web.tls import pinned
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _trusted(config: Config, server: str | None, ca_file: Path | None) -> ssl.SS
     tls = config.admin_tls()
     try:
         if ca_file is not None or server or tls is None:
-            return client_context(ca_file)
+            return shared_context(ca_file)
         return pinned(tls.certificate)
     except StartError as error:
         raise OperationFailed(str(error), "DENIED") from error

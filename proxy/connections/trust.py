@@ -66,6 +66,11 @@ def client_context(ca_file: Path | None = None) -> ssl.SSLContext:
     return context
 
 
+def shared_context(ca_file: Path | None = None) -> ssl.SSLContext:
+    """As client_context(), for those who do not change it: without `ca_file` it is public_context()."""
+    return public_context() if ca_file is None else client_context(ca_file)
+
+
 @cache
 def public_context() -> ssl.SSLContext:
     """The context with the system's authorities, shared by all: loading the authorities takes time."""

@@ -14,7 +14,7 @@ from yarl import URL
 
 from proxy.config.schema import TLS
 from proxy.connections.failures import explain
-from proxy.connections.trust import client_context
+from proxy.connections.trust import shared_context
 from proxy.setup.site import Setup, Site
 
 OPTION = "--ca-file"
@@ -48,7 +48,7 @@ def _refusal(tls: TLS, url: URL, authority: Path | None) -> OSError | None:
     try:
         # With a password, Python asks nobody for one.
         server.load_cert_chain(tls.certificate, tls.key, password="")
-        near = client_context(authority).wrap_bio(received, sent, server_hostname=url.host)
+        near = shared_context(authority).wrap_bio(received, sent, server_hostname=url.host)
         far = server.wrap_bio(sent, received, server_side=True)
         for _ in range(4):  # more than a handshake has flights
             for each in (near, far):

@@ -6,7 +6,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy.connections.trust import client_context, public_context
+from proxy.connections.trust import client_context, shared_context
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Connect:
     def ssl_context(self) -> ssl.SSLContext:
         """Raises OSError if a file cannot be read, ssl.SSLError if it is invalid."""
         if not (self.ca_file or self.client_certificate or self.insecure_skip_verify):
-            return public_context()
+            return shared_context()
         context = client_context(self.ca_file)
         if self.insecure_skip_verify:
             context.check_hostname = False

@@ -34,7 +34,7 @@ from proxy.config.errors import StartError
 from proxy.config.quantities import seconds_until
 from proxy.config.webhooks import WebhookConfig
 from proxy.connections.failures import explain, file_fault
-from proxy.connections.trust import client_context
+from proxy.connections.trust import shared_context
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import wakeup
 from proxy.webhooks.event import Event
@@ -90,7 +90,7 @@ class Dispatcher:
         self._deliveries = []
         for number, each in enumerate(webhooks):
             try:
-                context = client_context(each.ca_file)
+                context = shared_context(each.ca_file)
             except OSError as error:
                 where = f"webhooks[{number}].ca_file: {each.ca_file}"
                 raise StartError(f"{where}: {file_fault(error)}") from error

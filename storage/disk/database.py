@@ -37,6 +37,20 @@ class _BytesOnly(diskcache.Disk):  # type: ignore[misc]
         """Does nothing: there are no such files, and a damaged record may name any file."""
 
 
+class _End:
+    """The end of a thread, or of a database: it closes a connection.
+
+    A connection refers to itself, by its cache of statements.  So without this its files stay open until the
+    garbage collector finds it.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __del__(self) -> None:
+        self._connection.close()
+
+
 class Database(diskcache.Cache):  # type: ignore[misc]
     """A diskcache that stores only bytes and evicts nothing.  Raises FAILURES."""
 
@@ -46,49 +60,77 @@ class Database(diskcache.Cache):  # type: ignore[misc]
         make_directory(directory)
         with suppress(FileExistsError):  # SQLite gives its other files the mode of this one
             os.close(create_file(directory / FILE, os.O_EXCL))
+        self._path = str(directory / FILE)
+        pragmas = {
+            # A page that is missing in a mapped file raises a signal that kills, not an error.
+            "mmap_size": 0,
+            "cache_size": -CACHE_KIB,  # negative for KiB; diskcache's default is 32 MiB
+            # FULL waits for the disk at each commit; NORMAL may lose the last commits in a power failure.
+            "synchronous": 2 if durable else 1,
+        }
+        self._pragmas = [f"PRAGMA {name} = {value}" for name, value in pragmas.items()]
         try:
             super().__init__(
                 str(directory),
                 timeout=LOCKED,
-                disk=self._disk_class(),
+                disk=_BytesOnly,
                 disk_min_file_size=_INLINE,
                 # Culling may remove the value just stored, and an LRU read is a write: hence neither.
                 eviction_policy="none",
                 cull_limit=0,
-                # A page that is missing in a mapped file raises a signal that kills, not an error.
-                sqlite_mmap_size=0,
-                sqlite_cache_size=-CACHE_KIB,  # negative for KiB; diskcache's default is 32 MiB
                 sqlite_soft_heap_limit=CACHES_KIB << 10,  # bytes, of all that SQLite allocates
-                # FULL waits for the disk at each commit; NORMAL may lose the last commits in a power failure.
-                sqlite_synchronous=2 if durable else 1,
+                **{f"sqlite_{name}": value for name, value in pragmas.items()},
             )
         except BaseException:
+            self._opening = False
             self.close()
             raise
-        self._opening = False
 
-    def _disk_class(self) -> type[_BytesOnly]:
-        # diskcache writes its settings and its schema at each opening, in some fifty transactions.  It makes
-        # its disk after it has set the pragmas, which no transaction may change, and before all the others:
-        # so they become one, which close() ends.  A new database takes a third of the time.
-        begin = self._begin
+    # diskcache writes its settings and its schema at each opening, in some fifty transactions.  It sets its
+    # disk after the pragmas, which no transaction may change, and before all the others: so they become one,
+    # which close() ends.
 
-        class Disk(_BytesOnly):
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **options)
-                begin()
+    @property
+    def _disk(self) -> _BytesOnly:
+        return self._bytes_only
 
-        return Disk
-
-    def _begin(self) -> None:
+    @_disk.setter
+    def _disk(self, disk: _BytesOnly) -> None:
+        self._bytes_only = disk
         self._sql_retry("BEGIN IMMEDIATE")
+
+    def reset(self, key: str, value: Any = diskcache.core.ENOVAL, update: bool = True) -> Any:
+        """As diskcache's, which while it opens a database writes each setting twice."""
+        if self._opening and update and value is not diskcache.core.ENOVAL:
+            setattr(self, key, value)
+            return value
+        return super().reset(key, value, update)
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        """This thread's connection.  diskcache's own costs five times as much, and outlives its thread."""
+        local, process = self._local, os.getpid()
+        if getattr(local, "pid", None) != process:
+            super().close()  # it was opened before the process was forked
+            local.pid = process
+        connection: sqlite3.Connection | None = getattr(local, "con", None)
+        if connection is None:
+            connection = local.con = sqlite3.connect(
+                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False
+            )
+            local.end = _End(connection)
+            for pragma in self._pragmas:
+                connection.execute(pragma)
+        return connection
 
     def close(self) -> None:
         """Close this thread's connection."""
-        connection = getattr(self._local, "con", None)
-        if self._opening and connection is not None and connection.in_transaction:
-            connection.commit()
-        super().close()
+        if self._opening:  # diskcache's last step, before it opens another connection, which waits for locks
+            self._sql("COMMIT")
+            self._sql(f"PRAGMA busy_timeout = {LOCKED * 1000:.0f}")
+            self._opening = False
+        else:
+            super().close()
 
     def version(self) -> object:
         """What differs once any record has changed, compared with its value before in the same thread."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxy.web.backlog import PATIENT, Backlog, ClientProgress, taken, waiting
+from proxy.web.backlog import PATIENT, Backlog, ClientProgress, corked, taken, waiting
 from tests.conftest import Clock
 
 
@@ -81,3 +81,16 @@ def test_a_client_is_idle_while_bytes_wait_that_it_does_not_take(pairs: Pairs) -
     server.close()
     assert progress.idle(server, 999.0) == 0
     assert progress.idle(None, 999.0) == 0
+
+
+def test_a_connection_is_corked_for_a_while(pairs: Pairs) -> None:
+    def is_corked() -> int:
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK)
+
+    connection, _ = pairs[0]
+    with pytest.raises(EOFError), corked(connection):
+        assert is_corked()
+        raise EOFError
+    assert not is_corked()
+    with corked(connection):
+        connection.close()

@@ -487,7 +487,7 @@ async def test_a_client_that_keeps_up_gets_its_share_of_each_turn(
     over: Over, files: BlobFiles, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     loop = asyncio.get_running_loop()
-    turn, turns = 0, []
+    turn, turns, position = 0, [], 0
 
     def count() -> None:
         nonlocal turn, counting
@@ -496,7 +496,11 @@ async def test_a_client_that_keeps_up_gets_its_share_of_each_turn(
 
     def sendfile(to: int, file: int, offset: int, size: int) -> int:
         """Of a client that takes everything at once."""
+        nonlocal position
+        most = send.NEXT if turns[-1:] == [turn] else send.CHUNK
+        assert (offset, size) == (position, min(most, len(BIG) - position))
         turns.append(turn)
+        position += size
         return size
 
     monkeypatch.setattr(os, "sendfile", sendfile)
@@ -510,8 +514,8 @@ async def test_a_client_that_keeps_up_gets_its_share_of_each_turn(
         event = await ear.heard("request.served")
         counting.cancel()
     assert (event["status"], event["bytes"]) == (200, len(BIG))
-    assert len(turns) == math.ceil(len(BIG) / send.CHUNK)
-    assert len(set(turns)) == (1 if share else len(turns))
+    assert position == len(BIG)
+    assert len(set(turns)) == (1 if share else math.ceil(len(BIG) / send.CHUNK))
 
 
 def test_all_clients_share_a_turn() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from storage.disk import hashing, sparse
 from storage.disk.blobs import BlobFiles
 from storage.disk.extents import Extents
-from storage.disk.hashing import Hasher
+from storage.disk.hashing import PIECE, Hasher
 from storage.disk.sparse import SparseUpload
 from storage.errors import StorageFailed
 from storage.oci import OCTETS, Descriptor
@@ -140,6 +140,25 @@ async def test_what_is_written_when_it_is_cancelled_is_there(files: BlobFiles) -
     await flushed
     assert list(upload.extents) == [(0, 7_000)]
     await write(upload, 7_000, len(CONTENT))
+    await upload.commit(DIGEST)
+
+
+@pytest.mark.parametrize("first", [1, 100_000, PIECE])
+async def test_writes_are_aligned_again_after_one_that_is_not(
+    files: BlobFiles, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    upload = await files.resume(DIGEST)
+    upload.expect(len(CONTENT))
+    written, pwrite = [], os.pwrite
+
+    def write_out(file: int, content: memoryview, position: int) -> int:
+        written.append(position)
+        return pwrite(file, content, position)
+
+    monkeypatch.setattr(os, "pwrite", write_out)
+    await write(upload, 0, first, first)
+    await write(upload, first, len(CONTENT), len(CONTENT))
+    assert written == sorted({0, first, PIECE})
     await upload.commit(DIGEST)
 
 

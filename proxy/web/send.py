@@ -24,6 +24,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from proxy.telemetry.exchange import Exchange
+from proxy.web.backlog import corked
 from proxy.web.backlog import taken as _taken
 from storage.errors import RegistryError, StorageFailed
 from storage.oci import Span
@@ -33,6 +34,7 @@ LEFT = "client left"
 STUCK = "client took nothing"
 SMALL = 64 << 10  # bytes up to which copying is faster than setting up sendfile
 CHUNK = 1 << 20  # bytes that one call sends: what a disk reads in a few milliseconds
+NEXT = 2 << 20  # bytes that the next calls of a turn send, as the first one did not wait for the disk
 TURN = 0.002  # seconds in which all clients are sent to before others get their turn
 SHARE = 0.0005  # seconds of a turn that one client gets at most, beyond its first chunk
 PIECE = 256 << 10  # bytes encrypted at once; up to two pieces wait in memory for a slow client
@@ -230,7 +232,8 @@ class _Sender:
                     if connection is None:
                         await self._encrypt(writer, blob.fileno(), Span(position, end))
                     else:
-                        await self._pump(client, blob.fileno(), Span(position, end))
+                        with corked(connection):
+                            await self._pump(client, blob.fileno(), Span(position, end))
                 position = end
         finally:
             if client >= 0:
@@ -276,13 +279,14 @@ class _Sender:
             nonlocal position
             if done.done():
                 return
-            end = self._turns.end()
+            end, most = self._turns.end(), CHUNK
             try:
-                while sent := _sendfile(client, file, position, stop):
+                while sent := _sendfile(client, file, position, min(stop, position + most)):
                     position += sent
                     self._exchange.bytes += sent
-                    if sent < CHUNK or position == stop or time.perf_counter() >= end:
+                    if sent < most or position == stop or time.perf_counter() >= end:
                         break
+                    most = NEXT
             except (OSError, EOFError, StorageFailed) as error:
                 done.set_exception(error)
                 return
@@ -357,7 +361,7 @@ async def _next(blob: OnDisk, position: int, stop: int) -> int:
 def _sendfile(client: int, file: int, position: int, stop: int) -> int:
     """Send what the socket accepts without blocking, and return the number of bytes."""
     try:
-        sent = os.sendfile(client, file, position, min(CHUNK, stop - position))
+        sent = os.sendfile(client, file, position, stop - position)
     except (BlockingIOError, InterruptedError):
         return 0
     except OSError as error:

@@ -80,7 +80,7 @@ class HashedBehind:
     def add(self, position: int, number: int) -> None:
         self._filled += number
         self._end = position + number
-        if self._filled == BLOCK:
+        if self._filled > BLOCK - PIECE:
             self.hand_over()
 
     def hand_over(self) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 
 from storage.concurrency import run_in_thread
 from storage.disk.extents import SUFFIX, ExtentList, Extents
-from storage.disk.hashing import Hasher, next_hasher, pieces_for
+from storage.disk.hashing import PIECE, Hasher, next_hasher, pieces_for
 from storage.disk.health import write_all
 from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, Bytes, FileBlob, FileUpload
 from storage.disk.wanted import Wanted
 from storage.errors import BlobUnknown, StorageFailed, Unavailable
-from storage.oci import Descriptor, Span
+from storage.oci import Descriptor, Digest, Span
 from storage.registry import ReadInto
 
 SYNC = 256 << 20  # bytes written after which they are synchronized, so that they outlast a power failure
@@ -196,7 +196,8 @@ class SparseUpload(FileUpload):
         try:
             with pieces_for(hasher, self._hash_next) as pieces:
                 while most:
-                    wanted = pieces.memory()[:most]
+                    # The kernel keeps a file in larger pages, and sends it faster, if writes are aligned.
+                    wanted = pieces.memory()[: min(most, PIECE - position % PIECE)]
                     number = readinto(wanted)
                     write_all(self._file, wanted[:number], position)
                     pieces.add(position, number)
@@ -212,8 +213,12 @@ class SparseUpload(FileUpload):
         await super()._flushed()
         while self._copying:
             await self._moved.wait()
+
+    async def commit(self, digest: Digest) -> Descriptor:
+        await self._flushed()
         if self._hasher is not None:
             await self._hasher.finish()
+        return await super().commit(digest)
 
     def rehash(self) -> None:
         """Continue after the writes of a former writer.  Blocks.  Call it before any write.

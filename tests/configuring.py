@@ -11,7 +11,7 @@ from proxy.config.access import AccessConfig, AccessRule, TokenService
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.peers import PeersConfig
-from proxy.config.policy import PolicyConfig, PolicyRule
+from proxy.config.policy import MoveRule, PolicyConfig, PolicyRule
 from proxy.config.schema import (
     TLS,
     Config,
@@ -50,6 +50,7 @@ SECTIONS = (
     DiskConfig,
     Log,
     Login,
+    MoveRule,
     NamespaceConfig,
     PolicyConfig,
     PolicyRule,

@@ -120,7 +120,7 @@ def test_every_key_of_an_upstream_is_read() -> None:
 def test_a_webhook_needs_a_name_and_a_url() -> None:
     (found,) = read(webhook()).webhooks
     assert (found.name, found.url) == ("a", "https://h.example/hook?token=hunter2")
-    assert (found.format, found.actions) == ("registry", ("push", "delete", "mount", "move"))
+    assert (found.format, found.actions) == ("registry", ("push", "delete", "mount", "move", "hold"))
     assert (found.timeout, found.backoff, found.backoff_limit, found.keep) == (5, 1, 60, 7 * 86400)
     assert read("").webhooks == ()
 

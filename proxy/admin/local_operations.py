@@ -19,7 +19,7 @@ from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, Webhoo
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.pin_control import PinControl
-from proxy.admin.policy_control import explained
+from proxy.admin.policy_control import HoldControl, explained, held_now
 from proxy.admin.purge import Purge
 from proxy.admin.readiness import Readiness
 from proxy.admin.reports import (
@@ -27,6 +27,7 @@ from proxy.admin.reports import (
     Deleted,
     Drilling,
     Evicted,
+    HeldRow,
     PolicyExplained,
     Purged,
     ReadyRow,
@@ -93,6 +94,7 @@ class LocalOperations:
         self._purge = Purge(parts.store, parts.pins)
         self._stores = StoreControl(parts)
         self._explainer = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
+        self._holds = HoldControl(parts.guard.holds, self._reader)
         self._speeds = FillSpeeds()
         self._scrub = ScrubControl(parts.maintenance.scrubs, heal, parts.clock)
         self._readiness = Readiness(parts.store, parts.private, parts.hosted)
@@ -177,10 +179,21 @@ class LocalOperations:
         image = self._reader.reference("ref", ref)
         await self._processes.record()
         states = [each for state in await self._processes.states() for each in state.upstreams]
-        return await run_in_thread(self._explainer.why, image, states)
+        found = await run_in_thread(self._explainer.why, image, states)
+        held = await run_in_thread(held_now, self._composition.guard.holds, image)
+        return msgspec.structs.replace(found, held=held)
 
     async def policy(self, ref: str) -> PolicyExplained:
         return await explained(self._composition, self._reader.reference("ref", ref))
+
+    async def held(self) -> list[HeldRow]:
+        return await run_in_thread(self._holds.rows)
+
+    async def approve(self, reference: str) -> HeldRow:
+        return await self._holds.approve(reference)
+
+    async def reject(self, reference: str) -> HeldRow:
+        return await self._holds.reject(reference)
 
     # Changes
 

@@ -60,6 +60,15 @@ class Operations(Protocol):
     async def policy(self, ref: str) -> reports.PolicyExplained:
         """What the policy says of a reference.  An upstream is asked for what is not stored or not fresh."""
 
+    async def held(self) -> list[reports.HeldRow]:
+        """The tags that the policy holds at another digest than their upstreams give."""
+
+    async def approve(self, reference: str) -> reports.HeldRow:
+        """Let a tag that is held move to a digest, `name:tag@digest`: now, or once the upstream gives it."""
+
+    async def reject(self, reference: str) -> reports.HeldRow:
+        """Never let a tag that is held move to a digest, `name:tag@digest`, by itself."""
+
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
 
@@ -190,6 +199,9 @@ OPERATIONS = {
         Operation(Operations.fills, "GET", "fills"),
         Operation(Operations.why, "GET", "why"),
         Operation(Operations.policy, "GET", "policy"),
+        Operation(Operations.held, "GET", "held"),
+        Operation(Operations.approve, "POST", "held", changes=True),
+        Operation(Operations.reject, "DELETE", "held", changes=True),
         Operation(Operations.purge, "POST", "purge", changes=True),
         Operation(Operations.delete, "POST", "delete", changes=True),
         Operation(Operations.tag, "POST", "tag", changes=True),

@@ -1,10 +1,17 @@
-"""What the policy of a server says of an image."""
+"""What the policy of a server says of an image, and what an operator says of tags that it holds."""
 
 from __future__ import annotations
 
-from proxy.admin.reports import PolicyExplained, PolicyLead
+import math
+
+from proxy.admin.reports import HeldRow, PolicyExplained, PolicyLead
+from proxy.config.image_names import split
+from proxy.config.policy import MoveRule
 from proxy.namespaces.composition import Composition
-from proxy.namespaces.references import ImageReference
+from proxy.namespaces.references import FieldInvalid, ImageReference, ReferenceReader
+from proxy.policy.moves import HeldTag, TagHolds
+from storage.errors import DigestInvalid
+from storage.oci import Digest, Tag
 
 
 async def explained(parts: Composition, image: ImageReference) -> PolicyExplained:
@@ -38,3 +45,69 @@ async def explained(parts: Composition, image: ImageReference) -> PolicyExplaine
             for each, tag, found in leads
         ],
     )
+
+
+def held_row(repository: str, tag: Tag, rule: MoveRule, found: HeldTag) -> HeldRow:
+    """What is known of a tag of which the rule is about the moves."""
+    moves_at = found.moves_at(rule) if found.candidate else math.inf
+    return HeldRow(
+        repository=repository,
+        tag=str(tag),
+        rule=rule.name,
+        digest=found.digest,
+        candidate=found.candidate or None,
+        seen=found.seen if found.candidate else None,
+        moves_at=moves_at if math.isfinite(moves_at) else None,
+        approved=found.approved or None,
+        rejected=list(found.rejected),
+    )
+
+
+def held_now(holds: TagHolds, image: ImageReference) -> HeldRow | None:
+    """The tag, if it is held at another digest than its upstream gives.  Blocks; raises StorageFailed."""
+    if (
+        not isinstance(image.reference, Tag)
+        or (rule := holds.rule(image.repository, image.reference)) is None
+    ):
+        return None
+    found = holds.of(image.repository, image.reference)
+    return held_row(image.repository, image.reference, rule, found) if found and found.candidate else None
+
+
+class HoldControl:
+    """What an operator does about tags that are held."""
+
+    def __init__(self, holds: TagHolds, reader: ReferenceReader) -> None:
+        self._holds = holds
+        self._reader = reader
+
+    def rows(self) -> list[HeldRow]:
+        """The tags that are held at other digests than upstreams give.  Blocks; raises StorageFailed."""
+        return [held_row(*each) for each in self._holds.waiting()]
+
+    async def approve(self, text: str) -> HeldRow:
+        """Let a tag move.  Raises FieldInvalid, ManifestUnknown, StorageFailed."""
+        repository, tag, rule, digest = self._read(text)
+        return held_row(repository, tag, rule, await self._holds.approve(repository, tag, digest))
+
+    async def reject(self, text: str) -> HeldRow:
+        """Never let a tag move there.  Raises FieldInvalid, ManifestUnknown, StorageFailed."""
+        repository, tag, rule, digest = self._read(text)
+        try:
+            return held_row(repository, tag, rule, await self._holds.reject(repository, tag, digest))
+        except ValueError as error:
+            raise FieldInvalid("reference", error) from None
+
+    def _read(self, text: str) -> tuple[str, Tag, MoveRule, Digest]:
+        """The repository, the tag and the digest of NAME:TAG@DIGEST, and the rule.  Raises FieldInvalid."""
+        name, tag, digest = split(text)
+        if tag is None or digest is None:
+            raise FieldInvalid("reference", "expected a tag and a digest, such as alpine:3@sha256:…")
+        image = self._reader.reference("reference", f"{name}:{tag}")
+        assert isinstance(image.reference, Tag)
+        if (rule := self._holds.rule(image.repository, image.reference)) is None:
+            raise FieldInvalid("reference", "no rule of policy.moves is about this tag")
+        try:
+            return image.repository, image.reference, rule, Digest.parse(digest)
+        except DigestInvalid as error:
+            raise FieldInvalid("reference", error) from None

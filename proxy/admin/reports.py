@@ -217,6 +217,24 @@ class HostRow(Model, frozen=True):
     refused: list[RefusalRow]
 
 
+class HeldRow(Model, frozen=True):
+    """A tag that a `rule` holds at `digest`, though its upstream has moved it to `candidate`.
+
+    `seen` is when the upstream first gave that, `moves_at` when the tag follows by itself; None if an
+    operator has to approve it.  `approved` is a digest to which it moves as soon as the upstream gives it.
+    """
+
+    repository: str
+    tag: str
+    rule: str
+    digest: str
+    candidate: str | None
+    seen: float | None
+    moves_at: float | None
+    approved: str | None
+    rejected: list[str]
+
+
 class Why(Model, frozen=True):
     """What a pull of `reference` would do now: `verdict` is one word, `because` a sentence.
 
@@ -225,7 +243,7 @@ class Why(Model, frozen=True):
     error).  `complete` says whether all content is stored; what is not is fetched on demand.
 
     `qualified` says how the namespace was found; `fresh_rule`, `keep_rule` and `pin` name the rules that
-    apply.
+    apply.  A tag that is `held` stands for another digest than its upstream gives.
     """
 
     asked: str
@@ -249,6 +267,7 @@ class Why(Model, frozen=True):
     upstreams: list[HostRow]
     verdict: Verdict
     because: str
+    held: HeldRow | None = None
 
 
 # Policy

@@ -57,6 +57,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "policy check": (("entrepot policy check new.yml", ""),),
     "policy test": (("entrepot policy test cases.yml --config new.yml", ""),),
     "policy explain": (("entrepot policy explain alpine:3", ""),),
+    "policy held": (("entrepot policy held", ""),),
+    "policy approve": (
+        ("entrepot policy approve alpine:3.20.1@sha256:…", "the digest that policy held shows"),
+    ),
+    "policy reject": (("entrepot policy reject alpine:3.20.1@sha256:…", ""),),
     "doctor": (
         ("entrepot doctor", "on the server"),
         ("entrepot doctor --client http://cache.example:5000", "on a client"),

@@ -16,10 +16,12 @@ from proxy.cli.configured import config_options
 from proxy.cli.console import complain
 from proxy.cli.context import CommandContext, common, without_server
 from proxy.cli.help import ExplainedCommand, ExplainedGroup
+from proxy.cli.status import moving
 from proxy.cli.tables import Column, Table
 from proxy.config.errors import ConfigError
 from proxy.config.image_names import parse, split
 from proxy.config.loader import load
+from proxy.config.quantities import format_time
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
 from proxy.config.yaml_text import parse_yaml
@@ -186,6 +188,69 @@ def explained_tables(found: reports.PolicyExplained, now: float) -> Sequence[Tab
             each.digest, each.tag or "-", each.rule or "-", "yes" if each.allowed else "no", each.reason
         )
     return [table, leads]
+
+
+@policy.command("held", cls=ExplainedCommand)
+@common
+def list_held(call: CommandContext) -> None:
+    """List tags that are held.
+
+    Those that the policy holds at another digest than their upstreams give, and when they will move.
+    """
+    call.ask(lambda operations: operations.held(), held_tables)
+
+
+def held_tables(rows: Sequence[reports.HeldRow], now: float) -> Sequence[Table]:
+    columns = (
+        Column("TAG", whole=True),
+        Column("HELD AT", digests=True),
+        Column("WOULD MOVE TO", digests=True),
+        Column("SEEN", drop=2),
+        Column("MOVES"),
+        Column("RULE", drop=1),
+    )
+    table = Table(columns, empty="no tag is held")
+    for each in rows:
+        tag, seen = written(each.repository, each.tag), format_time(each.seen, now)
+        table.add(tag, each.digest, each.candidate or "-", seen, moving(each, now), each.rule)
+    return [table]
+
+
+_TAG_AND_DIGEST = click.argument("reference", metavar="REF@DIGEST")
+
+
+@policy.command(cls=ExplainedCommand)
+@_TAG_AND_DIGEST
+@common
+def approve(call: CommandContext, reference: str) -> None:
+    """Let a tag that is held move.
+
+    REF@DIGEST is the tag and the digest to which it may move, such as alpine:3.20.1@sha256:…: now if its
+    upstream has given that, or else when it does.
+    """
+    call.ask(lambda operations: operations.approve(reference), _decided_tables)
+
+
+@policy.command(cls=ExplainedCommand)
+@_TAG_AND_DIGEST
+@common
+def reject(call: CommandContext, reference: str) -> None:
+    """Keep a tag from moving to a digest.
+
+    REF@DIGEST is the tag and the digest to which it never moves, unless that is approved later.
+    """
+    call.ask(lambda operations: operations.reject(reference), _decided_tables)
+
+
+def _decided_tables(found: reports.HeldRow, now: float) -> Sequence[Table]:
+    columns = (
+        Column("TAG", whole=True),
+        Column("STANDS FOR", digests=True),
+        Column("MAY MOVE TO", digests=True),
+    )
+    table = Table(columns)
+    table.add(written(found.repository, found.tag), found.digest, found.approved or "-")
+    return [table]
 
 
 COMMANDS = (policy,)

@@ -273,11 +273,20 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
         if found.fresh_rule is not None:
             table.add("fresh", freshness(found.fresh_until, now))
         table.add("last used", format_time(found.last_used, now))
+    if found.held is not None:
+        table.add("held", f"at {found.held.digest} by {found.held.rule}, moves {moving(found.held, now)}")
     if found.offline:
         table.add("upstream", "offline: it is never asked")
     for each in found.upstreams:
         table.add("upstream", _upstream(each, now))
     return [table]
+
+
+def moving(found: reports.HeldRow, now: float) -> str:
+    """When a tag that is held will move."""
+    if found.moves_at is not None:
+        return format_time(found.moves_at, now) if found.moves_at > now else "at the next pull"
+    return "never: rejected" if found.candidate in found.rejected else "when approved"
 
 
 def _upstream(host: reports.HostRow, now: float) -> str:

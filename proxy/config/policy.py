@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from proxy.config.fields import Section, Text
+from proxy.config.fields import Flag, Section, Text, Timeout
 from proxy.config.values import parse_label, parse_pattern, parse_where
 from storage.names import is_glob
 
@@ -58,23 +58,53 @@ class PolicyRule(Section, frozen=True):
             raise ValueError(f"rule {self.name} needs a reason, which clients are told when it refuses")
 
 
+# Tags that name one release, such as 1.2.3, v1.2.3 and 1.2.3-alpine.
+RELEASES = parse_tags(r"re:v?[0-9]+(\.[0-9]+){2,}([-+._].*)?")
+
+
+class MoveRule(Section, frozen=True):
+    """When tags may move of which the upstream of a cache says that they have: the first rule that matches.
+
+    Until the move was known for `min_age` seconds, or until an operator approves it if `approval` is set.
+    Without `tags` it is about all, or about RELEASES if they need an approval.
+    """
+
+    name: Annotated[str, parse_label]
+    repositories: tuple[Annotated[NamePattern, parse_repositories], ...] = ()
+    tags: tuple[Annotated[NamePattern, parse_tags], ...] = ()
+    min_age: Timeout | None = None
+    approval: Flag = False
+
+    def __post_init__(self) -> None:
+        if (self.min_age is not None) == self.approval:
+            raise ValueError(f"{self.name} needs one of min_age, such as 3d, and approval: true")
+
+    def matches(self, repository: str, tag: str) -> bool:
+        """Whether it is about a tag of a repository, which is given by its full name."""
+        tags = self.tags or ((RELEASES,) if self.approval else ())
+        return (not self.repositories or any(each.fullmatch(repository) for each in self.repositories)) and (
+            not tags or any(each.fullmatch(tag) for each in tags)
+        )
+
+
 class PolicyConfig(Section, frozen=True):
     """What may be served.
 
     In repositories that match one of `allow_list`, only what a rule allows is served; in all others,
-    everything that no rule denies.
+    everything that no rule denies.  `moves` hold tags that their upstreams move.
     """
 
     mode: PolicyMode = "enforce"
     rules: tuple[PolicyRule, ...] = ()
     allow_list: tuple[Annotated[NamePattern, parse_repositories], ...] = ()
+    moves: tuple[MoveRule, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [each.name for each in self.rules]
+        names = [*(each.name for each in self.rules), *(each.name for each in self.moves)]
         if twice := next((each for each in names if names.count(each) > 1), None):
             raise ValueError(f"two rules have the name {twice}, by which refusals name them")
 
     @property
     def active(self) -> bool:
         """Whether there is anything to judge."""
-        return bool(self.rules or self.allow_list)
+        return bool(self.rules or self.allow_list or self.moves)

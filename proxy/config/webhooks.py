@@ -22,11 +22,12 @@ class WebhookConfig(Section, frozen=True):
     name: Annotated[str, parse_label]
     url: Annotated[Secret, parse_target]
     format: Literal["registry", "cloudevents"] = "registry"
-    actions: tuple[Literal["push", "pull", "delete", "mount", "move"], ...] = (
+    actions: tuple[Literal["push", "pull", "delete", "mount", "move", "hold"], ...] = (
         "push",
         "delete",
         "mount",
         "move",
+        "hold",
     )
     match: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()
     media_types: tuple[Annotated[re.Pattern[str], parse_pattern], ...] = ()

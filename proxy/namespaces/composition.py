@@ -189,7 +189,6 @@ class _Composer:
         self._disks: list[Troubled] = []
         self._troubles = Troubles(shared.disks)
         self._listings = ListingMemory()
-        self._guard = PolicyGuard(config.policy, metrics, clock)
 
     def compose(self) -> Composition:
         # long: each part takes a line
@@ -202,6 +201,8 @@ class _Composer:
         fills = Fills(store, self._metrics, *slots, make_room=self._hooks.make_room, clock=clock)
         tag_moved = _tag_moved(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
+        held = publisher.held if publisher else None
+        guard = PolicyGuard(config.policy, store, clock, self._metrics, held)
         factory = CacheFactory(
             config=config,
             clock=clock,
@@ -212,7 +213,7 @@ class _Composer:
             tag_moved=tag_moved,
             drill=drill,
             listings=self._listings,
-            guard=self._guard,
+            guard=guard,
             peers=peers,
         )
         made = Caches(factory)
@@ -223,8 +224,8 @@ class _Composer:
         hosted = self._hosted(private, publisher) if private else {}
         stores = [store, private] if private else [store]
         served = {
-            **{name: self._guard.of(name, each, store) for name, each in made.caches.items()},
-            **{name: self._guard.of(name, each, private or store) for name, each in hosted.items()},
+            **{name: guard.of(name, each, store) for name, each in made.caches.items()},
+            **{name: guard.of(name, each, private or store) for name, each in hosted.items()},
         }
         namespaces = self._namespaces(served, stores, made.others)
         pins = self._pins(store, private)
@@ -248,7 +249,7 @@ class _Composer:
             caches=made.caches,
             hosted=hosted,
             namespaces=namespaces,
-            guard=self._guard,
+            guard=guard,
             pins=pins,
             maintenance=self._maintenance(store, private, namespaces, pins, publisher),
             closing=self._closing,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from proxy.cache.cache import Cache
 from proxy.config.policy import PolicyConfig
 from proxy.policy.judge import Judge
+from proxy.policy.moves import TagHeld, TagHolds
 from proxy.policy.policed import PolicedCache, PolicedRegistry
 from proxy.policy.rules import RuleBook
 from proxy.telemetry.metrics import Metrics
@@ -15,21 +16,34 @@ from storage.store import Store
 
 
 class PolicyGuard:
-    """Puts the policy in front of registries.  Raises StartError if a file of the policy cannot be read."""
+    """Puts the policy in front of registries.  Raises StartError if a file of the policy cannot be read.
 
-    def __init__(self, policy: PolicyConfig, metrics: Metrics, clock: Callable[[], float]) -> None:
+    caches: the store of all caches
+    held: is called when a tag is held
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        caches: Store,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        held: TagHeld | None = None,
+    ) -> None:
         self._metrics = metrics
         self._clock = clock
-        self.rules = RuleBook(policy) if policy.active else None
+        self._rules = RuleBook(policy) if policy.active else None
         self._judges: dict[str, Judge] = {}
+        self.holds = TagHolds(caches, policy.moves, clock, metrics, held)
 
     def of(self, namespace: str, registry: Registry, store: Store) -> Registry:
         """What serves a namespace, of which `store` has the records: the registry itself without a policy."""
-        if self.rules is None:
+        if self._rules is None:
             return registry
-        judge = self._judges[namespace] = Judge(namespace, registry, store, self.rules, self._clock)
-        kind = PolicedCache if isinstance(registry, Cache) else PolicedRegistry
-        return kind(registry, judge, self._metrics)
+        judge = self._judges[namespace] = Judge(namespace, registry, store, self._rules, self._clock)
+        if isinstance(registry, Cache):
+            return PolicedCache(registry, judge, self._metrics, self.holds)
+        return PolicedRegistry(registry, judge, self._metrics)
 
     def judge(self, namespace: str) -> Judge | None:
         """Who judges the content of a namespace that is there; nobody without a policy."""

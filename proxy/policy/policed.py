@@ -12,9 +12,10 @@ import structlog
 
 from proxy.cache.refresh import Refreshable
 from proxy.policy.judge import Judge, Ruling
-from proxy.telemetry.exchange import current
+from proxy.policy.moves import TagHolds
+from proxy.telemetry.exchange import aside, current
 from proxy.telemetry.metrics import Metrics
-from storage.errors import Denied
+from storage.errors import Denied, ManifestUnknown, Unavailable
 from storage.names import written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.registry import Blob, Held, Registry, Upload, everything
@@ -152,17 +153,59 @@ class PolicedRegistry(Registry):
 
 
 class PolicedCache(PolicedRegistry):
-    """The content of a cache that `judge` allows.  What is refused is not refreshed either."""
+    """The content of a cache that `judge` allows, by tags where `holds` holds them.
 
-    def __init__(self, cache: Registry, judge: Judge, metrics: Metrics) -> None:
+    What is refused is not refreshed either.  The candidate of a tag that is held is: it is here when its time
+    has come.
+    """
+
+    def __init__(self, cache: Registry, judge: Judge, metrics: Metrics, holds: TagHolds) -> None:
         super().__init__(cache, judge, metrics)
         assert isinstance(cache, Refreshable)
         self._cache = cache
+        self._holds = holds
+
+    async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
+        """Also raises ManifestUnknown if a tag is held at a digest that is not to be had any more."""
+        name = self._judge.full(repository)
+        rule = self._holds.rule(name, reference) if isinstance(reference, Tag) else None
+        if not isinstance(reference, Tag) or rule is None:
+            return await super().get_manifest(repository, reference)
+        self._refuse_at_once(repository, reference)
+        await self._holds.begin(name, reference)
+        try:
+            manifest = await self._cache.get_manifest(repository, reference)
+            held = await self._holds.resolve(name, reference, rule, manifest.digest)
+        except Unavailable:  # of a candidate only a part may be here
+            if (known := self._holds.of(name, reference)) is None or not known.candidate:
+                raise
+            held = Digest(known.digest)
+            manifest = await self._former(repository, reference, held)
+        if held != manifest.digest:
+            manifest = await self._former(repository, reference, held)
+        await self._judged(repository, reference, manifest)
+        return manifest
+
+    async def _former(self, repository: str, tag: Tag, digest: Digest) -> Manifest:
+        try:
+            with aside():
+                return await self._cache.get_manifest(repository, digest)
+        except ManifestUnknown:
+            image = written(self._judge.full(repository), tag)
+            raise ManifestUnknown(
+                f"{image} is held at {digest}, which is neither stored nor to be had any more: ask the"
+                f" operator of this server to approve where it moved to (entrepot policy approve)"
+            ) from None
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
         """As Cache.revalidate()."""
         self._refuse_at_once(repository, tag)
+        name = self._judge.full(repository)
+        if (rule := self._holds.rule(name, tag)) is not None:
+            await self._holds.begin(name, tag)
         result, manifest, old = await self._cache.revalidate(repository, tag)
+        if rule is not None:
+            await self._holds.resolve(name, tag, rule, manifest.digest)
         await self._judged(repository, tag, manifest)
         return result, manifest, old
 

@@ -68,6 +68,8 @@ class Housekeeper:
 
     async def run(self) -> None:
         composition = self._composition
+        with suppress(StorageFailed):
+            await composition.guard.holds.forget()
         async with composition.store.files.exclusive("keeper"), asyncio.TaskGroup() as work:
             work.create_task(self._repeat(self._count, ROUND))
             work.create_task(self._repeat(self._round, ROUND))

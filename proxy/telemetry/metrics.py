@@ -185,6 +185,12 @@ class Metrics:
         "Answers that a rule of the policy refuses; they are given all the same in modes warn and audit.",
         "namespace rule mode",
     )
+    policy_held = _Row(
+        Counter,
+        "entrepot_policy_held_total",
+        "Moves of tags that a rule of the policy holds, each once.",
+        "namespace rule",
+    )
     drill = _gauge("entrepot_drill", "1 while a drill cuts off upstreams.", "livemax")
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-EventAction: TypeAlias = Literal["push", "pull", "delete", "mount", "move"]
+EventAction: TypeAlias = Literal["push", "pull", "delete", "mount", "move", "hold"]
 ContentKind: TypeAlias = Literal["manifest", "blob", "tag"]
 
 
@@ -29,8 +29,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     at: seconds since the epoch
     repository: a full name
     size: -1 if it is not known
-    tag: the tag that was requested or that moved
-    former: the digest that the tag pointed to before it moved
+    tag: the tag that was requested, that moved, or that is held
+    former: the digest that the tag pointed to before it moved, or at which it is held
     source: the repository that a blob was mounted from
     url: where the client of the request finds the content of `digest`
     actor: the user

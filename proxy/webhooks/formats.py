@@ -3,8 +3,8 @@
     registry      Distribution's envelope, application/vnd.docker.distribution.events.v2+json, of one event
     cloudevents   CloudEvents 1.0, structured content mode: application/cloudevents+json
 
-Members without a known value are left out.  Both formats add to Distribution's vocabulary the action `move`
-and the member `fromDigest`, the digest that a tag pointed to before.
+Members without a known value are left out.  Both formats add to Distribution's vocabulary the actions `move`
+and `hold`, and the member `fromDigest`, the digest that a tag pointed to before, or is held at.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ Format: TypeAlias = Literal["registry", "cloudevents"]
 
 REGISTRY = "application/vnd.docker.distribution.events.v2+json"
 CLOUDEVENTS = "application/cloudevents+json"
-_PAST = {"push": "pushed", "pull": "pulled", "delete": "deleted", "mount": "mounted", "move": "moved"}
+_PAST = {
+    "push": "pushed",
+    "pull": "pulled",
+    "delete": "deleted",
+    "mount": "mounted",
+    "move": "moved",
+    "hold": "held",
+}
 
 
 @dataclass(frozen=True, slots=True)

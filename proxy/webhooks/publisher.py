@@ -17,7 +17,7 @@ import structlog
 
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
-from proxy.webhooks.event import Event
+from proxy.webhooks.event import Event, EventAction
 from proxy.webhooks.queue import Queue
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
@@ -67,10 +67,19 @@ class Publisher:
 
     async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         """Publish that a tag moved; `repository` is a full name."""
+        await self._about_tag("move", repository, tag, old, new)
+
+    async def held(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        """Publish that a tag is held at `old`, though its upstream moved it to `new`."""
+        await self._about_tag("hold", repository, tag, old, new)
+
+    async def _about_tag(
+        self, action: EventAction, repository: str, tag: Tag, old: Digest, new: Digest
+    ) -> None:
         event = Event(
             id=str(uuid.uuid4()),
             at=self._clock(),
-            action="move",
+            action=action,
             kind="tag",
             repository=repository,
             tag=str(tag),

@@ -22,6 +22,7 @@ from proxy.config.schema import (
     WarmRule,
 )
 from proxy.config.shared import SharedConfig
+from proxy.config.signers import AttestationConfig, SignerConfig
 from proxy.config.upstream import Login, UpstreamConfig
 from proxy.config.webhooks import WebhookConfig
 
@@ -44,6 +45,7 @@ TOKEN = "token: {realm: 'https://auth.example/token', service: s, issuer: i, key
 SECTIONS = (
     AccessConfig,
     AccessRule,
+    AttestationConfig,
     TokenService,
     Config,
     WarmRule,
@@ -56,6 +58,7 @@ SECTIONS = (
     PolicyRule,
     PeersConfig,
     SharedConfig,
+    SignerConfig,
     TagRule,
     TLS,
     UpstreamConfig,

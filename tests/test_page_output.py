@@ -134,6 +134,9 @@ ELSEWHERE = {
         ".venv/bin/pip install '.[fleet]'": "CONTRIBUTING.md installs it with the tests",
         "sudo -u postgres createuser --pwprompt entrepot": "see tests/test_fleet.py",
     },
+    "docs/policy.md": {
+        ".venv/bin/pip install '.[policy]'": "CONTRIBUTING.md installs it with the tests",
+    },
     "README.md": {
         "python3 -m venv .venv && .venv/bin/pip install . && .venv/bi": START,
         "entrepot serve --store local": "tests/clients/test_readme.py does this, by docker and podman",

@@ -261,7 +261,7 @@ def condition(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allowing]:
     """The condition of every rule with the name `signed`."""
     found = Allowing()
 
-    def conditions_of(rule: Any) -> tuple[Condition, ...]:
+    def conditions_of(rule: Any, *_: Any) -> tuple[Condition, ...]:
         return (found,) if rule.name == "signed" else ()
 
     monkeypatch.setattr(rules, "conditions_of", conditions_of)

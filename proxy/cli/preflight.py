@@ -34,7 +34,7 @@ class Preflight:
 def inspect(config: Config) -> Preflight:
     """Look at all that the configuration names on this machine."""
     found = Preflight()
-    for look in (_tls, _access, _upstreams, _webhooks, _ports, _disk, _lists):
+    for look in (_tls, _access, _policy, _upstreams, _webhooks, _ports, _disk, _lists):
         look(config, found)
     return found
 
@@ -65,6 +65,15 @@ def _access(config: Config, found: Preflight) -> None:
     try:
         if access.token is not None:
             token_verifier(access.token, float)
+    except StartError as error:
+        found.errors.append(str(error))
+
+
+def _policy(config: Config, found: Preflight) -> None:
+    from proxy.policy.rules import RuleBook
+
+    try:
+        RuleBook(config.policy)
     except StartError as error:
         found.errors.append(str(error))
 

@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
+import msgspec
+
 from proxy.config.fields import Flag, Section, Text, Timeout
+from proxy.config.signers import AttestationConfig, SignerConfig
 from proxy.config.values import parse_label, parse_pattern, parse_where
 from storage.names import is_glob
 
@@ -44,6 +47,9 @@ class PolicyRule(Section, frozen=True):
 
     `repositories` are patterns of full names; without them all match.  A rule with `tags` is about tags that
     match one of them.  If `mode` is None, that of the policy applies.
+
+    What a rule allows is served only if it is signed by one of `signed_by` and by all of `signed_by_all`, as
+    far as there are any, and has all that is `attested`.
     """
 
     name: Annotated[str, parse_label]
@@ -52,10 +58,21 @@ class PolicyRule(Section, frozen=True):
     tags: tuple[Annotated[NamePattern, parse_tags], ...] = ()
     reason: Text | None = None
     mode: PolicyMode | None = None
+    signed_by: tuple[Text, ...] = ()
+    signed_by_all: tuple[Text, ...] = ()
+    attested: tuple[AttestationConfig, ...] = ()
 
     def __post_init__(self) -> None:
         if self.action == "deny" and self.reason is None:
             raise ValueError(f"rule {self.name} needs a reason, which clients are told when it refuses")
+        if self.action == "deny" and (self.signers or self.attested):
+            raise ValueError(f"rule {self.name} denies, whatever is signed: let it allow what is signed")
+
+    @property
+    def signers(self) -> tuple[str, ...]:
+        """All signers that it names."""
+        attesting = (name for each in self.attested for name in each.signed_by)
+        return (*self.signed_by, *self.signed_by_all, *attesting)
 
 
 # Tags that name one release, such as 1.2.3, v1.2.3 and 1.2.3-alpine.
@@ -91,18 +108,23 @@ class PolicyConfig(Section, frozen=True):
     """What may be served.
 
     In repositories that match one of `allow_list`, only what a rule allows is served; in all others,
-    everything that no rule denies.  `moves` hold tags that their upstreams move.
+    everything that no rule denies.  `moves` hold tags that their upstreams move.  `signers` are those that
+    rules name.
     """
 
     mode: PolicyMode = "enforce"
     rules: tuple[PolicyRule, ...] = ()
     allow_list: tuple[Annotated[NamePattern, parse_repositories], ...] = ()
     moves: tuple[MoveRule, ...] = ()
+    signers: dict[str, SignerConfig] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [*(each.name for each in self.rules), *(each.name for each in self.moves)]
         if twice := next((each for each in names if names.count(each) > 1), None):
             raise ValueError(f"two rules have the name {twice}, by which refusals name them")
+        for rule in self.rules:
+            if unknown := [each for each in rule.signers if each not in self.signers]:
+                raise ValueError(f"rule {rule.name} names the signer {unknown[0]}, which signers lacks")
 
     @property
     def active(self) -> bool:

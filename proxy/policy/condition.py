@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.config.policy import PolicyRule
 from storage.oci import Manifest
 from storage.registry import Registry
 
@@ -44,8 +43,3 @@ class Condition(Protocol):
     async def judge(self, subject: Subject) -> Evidence:
         """Raises Unavailable if what it needs cannot be fetched now: then nothing is known of the subject."""
         ...
-
-
-def conditions_of(rule: PolicyRule) -> tuple[Condition, ...]:
-    """The conditions of a rule, all of which have to be met.  Raises StartError if a file cannot be read."""
-    return ()

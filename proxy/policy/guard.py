@@ -32,7 +32,7 @@ class PolicyGuard:
     ) -> None:
         self._metrics = metrics
         self._clock = clock
-        self._rules = RuleBook(policy) if policy.active else None
+        self._rules = RuleBook(policy, clock) if policy.active else None
         self._judges: dict[str, Judge] = {}
         self.holds = TagHolds(caches, policy.moves, clock, metrics, held)
 

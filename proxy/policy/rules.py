@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from proxy.config.policy import NamePattern, PolicyConfig, PolicyMode, PolicyRule
-from proxy.policy.condition import Condition, conditions_of
+from proxy.policy.condition import Condition
+from proxy.policy.conditions import conditions_of
+from proxy.policy.signers import signers_of
 
 ALLOW_LIST = "allow_list"  # the rule, by name, that refuses what no rule of an allow-list allows
 
@@ -43,8 +47,11 @@ class RuleBook:
     Raises StartError if a file that a condition needs cannot be read.
     """
 
-    def __init__(self, policy: PolicyConfig) -> None:
-        self.rules = tuple(_rule(each, policy.mode) for each in policy.rules)
+    def __init__(self, policy: PolicyConfig, clock: Callable[[], float] = time.time) -> None:
+        signers = signers_of(policy.signers)
+        self.rules = tuple(
+            _rule(each, policy.mode, conditions_of(each, signers, clock)) for each in policy.rules
+        )
         self._allow_list = policy.allow_list
         self.allowing = ServingRule("", True, "no rule denies it", policy.mode)
         self._refusing = ServingRule(ALLOW_LIST, False, "no rule allows it", policy.mode)
@@ -70,7 +77,7 @@ class RuleBook:
         return None if rule.tags or rule.conditions else rule
 
 
-def _rule(rule: PolicyRule, mode: PolicyMode) -> ServingRule:
+def _rule(rule: PolicyRule, mode: PolicyMode, conditions: tuple[Condition, ...]) -> ServingRule:
     return ServingRule(
         rule.name,
         rule.action == "allow",
@@ -78,5 +85,5 @@ def _rule(rule: PolicyRule, mode: PolicyMode) -> ServingRule:
         rule.mode or mode,
         rule.repositories,
         rule.tags,
-        conditions_of(rule),
+        conditions,
     )

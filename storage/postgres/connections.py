@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import psycopg
-from psycopg import errors
 from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
@@ -54,7 +53,9 @@ class _Impatient(psycopg.Connection[TupleRow]):
         timeout = ANSWER if timeout is None else timeout
         try:
             return super().wait(gen, interval, timeout)
-        except errors._WaitTimeout:
+        except psycopg.OperationalError as error:
+            if error.sqlstate or self.closed:
+                raise  # from the server, or the connection is lost
             self.close()
             raise psycopg.OperationalError(f"the server did not answer for {timeout:.0f} s") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Clock, Serve, Site, configuration
-from tests.signing.cases import SignedCase, cases, content
+from tests.signing.cases import LATER, SignedCase, cases, content
 from tests.signing.upstreams import SIGNERS, publish
 from tests.upstream import OCI_INDEX, Upstream
 
@@ -21,7 +21,7 @@ PROVENANCE = "https://slsa.dev/provenance/v1"
 @pytest.fixture
 def clock() -> Clock:
     """After the signatures were made."""
-    return Clock(1_800_000_000.0)
+    return Clock(LATER)
 
 
 def signed(*names: str, **more: Any) -> dict[str, Any]:

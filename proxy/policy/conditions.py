@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
@@ -141,11 +142,13 @@ class VerifiedSignatures:
     async def judge(self, subject: Subject) -> Evidence:
         """As Condition.judge(): what cannot be fetched is an error only if the rest is not enough."""
         verified = Verified(subject.repository, subject.manifest.digest, self._clock())
-        async for signature in SignatureFinder(subject.registry, subject.name).find(subject.manifest.digest):
-            # A statement may be large, and a key of RSA slow.
-            await run_in_thread(self._verify, signature, subject, verified)
-            if (found := self._conclude(verified)).met:
-                return found
+        finder = SignatureFinder(subject.registry, subject.name)
+        async with aclosing(finder.find(subject.manifest.digest)) as signatures:
+            async for signature in signatures:
+                # A statement may be large, and a key of RSA slow.
+                await run_in_thread(self._verify, signature, subject, verified)
+                if (found := self._conclude(verified)).met:
+                    return found
         return self._conclude(verified)
 
     def _verify(self, signature: FoundSignature, subject: Subject, verified: Verified) -> None:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import suppress
 
 from proxy.signatures.forms import BUNDLES, FORMS, NOTARY_ARTIFACT, FoundSignature
@@ -30,7 +30,7 @@ class SignatureFinder:
         self._registry = registry
         self._repository = repository
 
-    async def find(self, digest: Digest) -> AsyncIterator[FoundSignature]:
+    async def find(self, digest: Digest) -> AsyncGenerator[FoundSignature, None]:
         """What claims to sign the manifest, each once; nothing is verified.
 
         What cannot be asked for now is raised at the end, as Unavailable: what is there may be enough.

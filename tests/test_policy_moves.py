@@ -43,7 +43,7 @@ async def at(site: Site, tag: str, method: str = "GET") -> str:
         return digest
 
 
-async def api(site: Site, method: str = "GET", path: str = "held", status: int = 200, **fields: str) -> Any:
+async def api(site: Site, method: str = "GET", path: str = "held", status: int = 200, **fields: Any) -> Any:
     url, given = f"/api/v1/{path}", {"json": fields} if fields else {}
     async with site.session.request(method, f"{site.app.admin_url}".rstrip("/") + url, **given) as response:
         found = await response.json()

@@ -19,7 +19,8 @@ from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, Webhoo
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.pin_control import PinControl
-from proxy.admin.policy_control import HoldControl, explained, held_now
+from proxy.admin.policy_control import HoldControl, OverrideControl, explained, held_now
+from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained
 from proxy.admin.purge import Purge
 from proxy.admin.readiness import Readiness
 from proxy.admin.reports import (
@@ -27,8 +28,6 @@ from proxy.admin.reports import (
     Deleted,
     Drilling,
     Evicted,
-    HeldRow,
-    PolicyExplained,
     Purged,
     ReadyRow,
     Refreshed,
@@ -95,6 +94,7 @@ class LocalOperations:
         self._stores = StoreControl(parts)
         self._explainer = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._holds = HoldControl(parts.guard.holds, self._reader)
+        self._overrides = OverrideControl(parts.guard.overrides, self._reader)
         self._speeds = FillSpeeds()
         self._scrub = ScrubControl(parts.maintenance.scrubs, heal, parts.clock)
         self._readiness = Readiness(parts.store, parts.private, parts.hosted)
@@ -194,6 +194,15 @@ class LocalOperations:
 
     async def reject(self, reference: str) -> HeldRow:
         return await self._holds.reject(reference)
+
+    async def overrides(self) -> list[OverrideRow]:
+        return await run_in_thread(self._overrides.rows)
+
+    async def override(self, reference: str, seconds: float, reason: str) -> OverrideRow:
+        return await self._overrides.begin(reference, seconds, reason)
+
+    async def end_override(self, reference: str) -> OverrideRow:
+        return await self._overrides.end(reference)
 
     # Changes
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Protocol, get_type_hints
 
 import msgspec
 
-from proxy.admin import models, reports
+from proxy.admin import models, policy_reports, reports
 
 PAGE, LARGEST_PAGE = 100, 1000  # images, or references, of one request
 
@@ -57,17 +57,26 @@ class Operations(Protocol):
     async def why(self, ref: str) -> reports.Why:
         """What a pull would do now, and by which rules.  No upstream is asked."""
 
-    async def policy(self, ref: str) -> reports.PolicyExplained:
+    async def policy(self, ref: str) -> policy_reports.PolicyExplained:
         """What the policy says of a reference.  An upstream is asked for what is not stored or not fresh."""
 
-    async def held(self) -> list[reports.HeldRow]:
+    async def held(self) -> list[policy_reports.HeldRow]:
         """The tags that the policy holds at another digest than their upstreams give."""
 
-    async def approve(self, reference: str) -> reports.HeldRow:
+    async def approve(self, reference: str) -> policy_reports.HeldRow:
         """Let a tag that is held move to a digest, `name:tag@digest`: now, or once the upstream gives it."""
 
-    async def reject(self, reference: str) -> reports.HeldRow:
+    async def reject(self, reference: str) -> policy_reports.HeldRow:
         """Never let a tag that is held move to a digest, `name:tag@digest`, by itself."""
+
+    async def overrides(self) -> list[policy_reports.OverrideRow]:
+        """The exceptions from the policy, the next to end first."""
+
+    async def override(self, reference: str, seconds: float, reason: str) -> policy_reports.OverrideRow:
+        """Serve an image for some time whatever the policy says."""
+
+    async def end_override(self, reference: str) -> policy_reports.OverrideRow:
+        """End the exception for an image.  Raises NameUnknown if there is none."""
 
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
@@ -202,6 +211,9 @@ OPERATIONS = {
         Operation(Operations.held, "GET", "held"),
         Operation(Operations.approve, "POST", "held", changes=True),
         Operation(Operations.reject, "DELETE", "held", changes=True),
+        Operation(Operations.overrides, "GET", "overrides"),
+        Operation(Operations.override, "POST", "overrides", changes=True),
+        Operation(Operations.end_override, "DELETE", "overrides", changes=True),
         Operation(Operations.purge, "POST", "purge", changes=True),
         Operation(Operations.delete, "POST", "delete", changes=True),
         Operation(Operations.tag, "POST", "tag", changes=True),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
-from proxy.admin.reports import HeldRow, PolicyExplained, PolicyLead
+from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained, PolicyLead
 from proxy.config.image_names import split
 from proxy.config.policy import MoveRule
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid, ImageReference, ReferenceReader
 from proxy.policy.moves import HeldTag, TagHolds
+from proxy.policy.overrides import LONGEST, Override, Overrides
 from storage.errors import DigestInvalid
+from storage.names import written
 from storage.oci import Digest, Tag
 
 
@@ -33,7 +36,7 @@ async def explained(parts: Composition, image: ImageReference) -> PolicyExplaine
         allowed=ruling.allowed,
         rule=ruling.rule.name,
         mode=ruling.rule.mode,
-        reason=ruling.reason,
+        reason=ruling.reason if ruling.override is None else _overridden(ruling.reason, ruling.override),
         leads=[
             PolicyLead(
                 digest=str(each),
@@ -45,6 +48,11 @@ async def explained(parts: Composition, image: ImageReference) -> PolicyExplaine
             for each, tag, found in leads
         ],
     )
+
+
+def _overridden(reason: str, override: Override) -> str:
+    until = datetime.fromtimestamp(override.until, UTC).isoformat(timespec="seconds")
+    return f"{reason}, but there is an override until {until}: {override.reason}"
 
 
 def held_row(repository: str, tag: Tag, rule: MoveRule, found: HeldTag) -> HeldRow:
@@ -111,3 +119,35 @@ class HoldControl:
             return image.repository, image.reference, rule, Digest.parse(digest)
         except DigestInvalid as error:
             raise FieldInvalid("reference", error) from None
+
+
+class OverrideControl:
+    """The exceptions from the policy that an operator makes."""
+
+    def __init__(self, overrides: Overrides, reader: ReferenceReader) -> None:
+        self._overrides = overrides
+        self._reader = reader
+
+    def rows(self) -> list[OverrideRow]:
+        """Those of which the time has not ended.  Blocks; raises StorageFailed."""
+        return [_override_row(each) for each in self._overrides.list()]
+
+    async def begin(self, text: str, seconds: float, reason: str) -> OverrideRow:
+        """Raises FieldInvalid, StorageFailed."""
+        if not 0 < seconds <= LONGEST:
+            raise FieldInvalid("seconds", f"must be more than 0, and at most {LONGEST:.0f}")
+        if not reason.strip() or not reason.isprintable():
+            raise FieldInvalid("reason", "must be a text of one line, which clients and the log are given")
+        return _override_row(await self._overrides.begin(self._image(text), seconds, reason))
+
+    async def end(self, text: str) -> OverrideRow:
+        """Raises FieldInvalid, NameUnknown, StorageFailed."""
+        return _override_row(await self._overrides.end(self._image(text)))
+
+    def _image(self, text: str) -> str:
+        image = self._reader.reference("reference", text)
+        return written(image.repository, image.reference)
+
+
+def _override_row(found: Override) -> OverrideRow:
+    return OverrideRow(image=found.image, since=found.since, until=found.until, reason=found.reason)

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from proxy.admin.models import Model
+from proxy.admin.policy_reports import HeldRow
 
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
 Completeness: TypeAlias = Literal["complete", "partial", "absent"]
@@ -217,24 +218,6 @@ class HostRow(Model, frozen=True):
     refused: list[RefusalRow]
 
 
-class HeldRow(Model, frozen=True):
-    """A tag that a `rule` holds at `digest`, though its upstream has moved it to `candidate`.
-
-    `seen` is when the upstream first gave that, `moves_at` when the tag follows by itself; None if an
-    operator has to approve it.  `approved` is a digest to which it moves as soon as the upstream gives it.
-    """
-
-    repository: str
-    tag: str
-    rule: str
-    digest: str
-    candidate: str | None
-    seen: float | None
-    moves_at: float | None
-    approved: str | None
-    rejected: list[str]
-
-
 class Why(Model, frozen=True):
     """What a pull of `reference` would do now: `verdict` is one word, `because` a sentence.
 
@@ -268,40 +251,6 @@ class Why(Model, frozen=True):
     verdict: Verdict
     because: str
     held: HeldRow | None = None
-
-
-# Policy
-
-
-class PolicyLead(Model, frozen=True):
-    """What leads to content: a manifest by its `digest`, and the `tag` that leads to it, None without one.
-
-    `allowed` and `reason` are what the `rule` about it says of the content.
-    """
-
-    digest: str
-    tag: str | None
-    rule: str
-    allowed: bool
-    reason: str
-
-
-class PolicyExplained(Model, frozen=True):
-    """What the policy says of a reference: whether it is `allowed`, by which `rule`, and the `reason`.
-
-    What is not allowed is refused in `mode` enforce, and served in warn and audit.  `rule` is empty if none
-    matches.  Without a `digest` the names alone decide.
-    """
-
-    asked: str
-    repository: str
-    reference: str
-    digest: str | None
-    allowed: bool
-    rule: str
-    mode: str
-    reason: str
-    leads: list[PolicyLead]
 
 
 # Preparation for an outage

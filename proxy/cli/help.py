@@ -61,6 +61,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "policy approve": (
         ("entrepot policy approve alpine:3.20.1@sha256:…", "the digest that policy held shows"),
     ),
+    "policy override": (
+        ("entrepot policy override alpine:edge --for 2h --reason 'hotfix 4711'", ""),
+        ("entrepot policy override alpine:edge --end", ""),
+    ),
+    "policy overrides": (("entrepot policy overrides", ""),),
     "policy reject": (("entrepot policy reject alpine:3.20.1@sha256:…", ""),),
     "doctor": (
         ("entrepot doctor", "on the server"),

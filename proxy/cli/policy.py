@@ -10,18 +10,18 @@ from typing import Literal
 import click
 import msgspec
 
-from proxy.admin import reports
+from proxy.admin import policy_reports
 from proxy.admin.api.client import OperationFailed
 from proxy.cli.configured import config_options
 from proxy.cli.console import complain
-from proxy.cli.context import CommandContext, common, without_server
+from proxy.cli.context import CommandContext, common, option_type, without_server
 from proxy.cli.help import ExplainedCommand, ExplainedGroup
 from proxy.cli.status import moving
 from proxy.cli.tables import Column, Table
 from proxy.config.errors import ConfigError
 from proxy.config.image_names import parse, split
 from proxy.config.loader import load
-from proxy.config.quantities import format_time
+from proxy.config.quantities import format_time, parse_timeout
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
 from proxy.config.yaml_text import parse_yaml
@@ -165,7 +165,7 @@ def explain(call: CommandContext, reference: str) -> None:
     call.ask(lambda operations: operations.policy(reference), explained_tables)
 
 
-def explained_tables(found: reports.PolicyExplained, now: float) -> Sequence[Table]:
+def explained_tables(found: policy_reports.PolicyExplained, now: float) -> Sequence[Table]:
     verdict = "allowed" if found.allowed else {"enforce": "refused"}.get(found.mode, f"served ({found.mode})")
     table = Table((Column(""), Column("", whole=True)), title=written(found.repository, found.reference))
     table.add("VERDICT", verdict)
@@ -200,7 +200,7 @@ def list_held(call: CommandContext) -> None:
     call.ask(lambda operations: operations.held(), held_tables)
 
 
-def held_tables(rows: Sequence[reports.HeldRow], now: float) -> Sequence[Table]:
+def held_tables(rows: Sequence[policy_reports.HeldRow], now: float) -> Sequence[Table]:
     columns = (
         Column("TAG", whole=True),
         Column("HELD AT", digests=True),
@@ -242,7 +242,7 @@ def reject(call: CommandContext, reference: str) -> None:
     call.ask(lambda operations: operations.reject(reference), _decided_tables)
 
 
-def _decided_tables(found: reports.HeldRow, now: float) -> Sequence[Table]:
+def _decided_tables(found: policy_reports.HeldRow, now: float) -> Sequence[Table]:
     columns = (
         Column("TAG", whole=True),
         Column("STANDS FOR", digests=True),
@@ -250,6 +250,61 @@ def _decided_tables(found: reports.HeldRow, now: float) -> Sequence[Table]:
     )
     table = Table(columns)
     table.add(written(found.repository, found.tag), found.digest, found.approved or "-")
+    return [table]
+
+
+@policy.command("override", cls=ExplainedCommand)
+@click.argument("reference", metavar="REF")
+@click.option(
+    "--for",
+    "seconds",
+    metavar="DURATION",
+    callback=option_type(parse_timeout),
+    help="For how long, such as 2h; at most 7d.",
+)
+@click.option("--reason", metavar="TEXT", help="Why: clients and the log are given it.")
+@click.option("--end", is_flag=True, help="End the exception for REF now.")
+@common
+def make_override(
+    call: CommandContext, reference: str, seconds: float | None, reason: str | None, end: bool
+) -> None:
+    """Serve an image against the policy for some time.
+
+    REF is a tag or a digest. Every answer that is given only because of this has a warning.
+    """
+    if end and (seconds is not None or reason is not None):
+        raise click.UsageError("--end takes neither --for nor --reason")
+    if end:
+        call.ask(lambda operations: operations.end_override(reference), _ended_tables)
+        return
+    if seconds is None or reason is None:
+        raise click.UsageError("give --for and --reason, or --end")
+    for_so_long, because = seconds, reason
+    call.ask(
+        lambda operations: operations.override(reference, for_so_long, because),
+        lambda found, now: override_tables([found], now),
+    )
+
+
+@policy.command("overrides", cls=ExplainedCommand)
+@common
+def list_overrides(call: CommandContext) -> None:
+    """List exceptions from the policy."""
+    call.ask(lambda operations: operations.overrides(), override_tables)
+
+
+def override_tables(rows: Sequence[policy_reports.OverrideRow], now: float) -> Sequence[Table]:
+    table = Table(
+        (Column("IMAGE", whole=True), Column("ENDS"), Column("REASON")), empty="there is no override"
+    )
+    for each in rows:
+        table.add(each.image, format_time(each.until, now), each.reason)
+    return [table]
+
+
+def _ended_tables(found: policy_reports.OverrideRow, now: float) -> Sequence[Table]:
+    table = Table((Column("IMAGE", whole=True), Column("ENDED")))
+    table.add(found.image, format_time(found.until, now))
     return [table]
 
 

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 import click
 import msgspec
 
-from proxy.admin import models, reports
+from proxy.admin import models, policy_reports, reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.bars import LEGEND, extents_bar, has_gaps
@@ -282,7 +282,7 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
     return [table]
 
 
-def moving(found: reports.HeldRow, now: float) -> str:
+def moving(found: policy_reports.HeldRow, now: float) -> str:
     """When a tag that is held will move."""
     if found.moves_at is not None:
         return format_time(found.moves_at, now) if found.moves_at > now else "at the next pull"

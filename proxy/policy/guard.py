@@ -8,6 +8,7 @@ from proxy.cache.cache import Cache
 from proxy.config.policy import PolicyConfig
 from proxy.policy.judge import Judge
 from proxy.policy.moves import TagHeld, TagHolds
+from proxy.policy.overrides import Overrides
 from proxy.policy.policed import PolicedCache, PolicedRegistry
 from proxy.policy.rules import RuleBook
 from proxy.telemetry.metrics import Metrics
@@ -34,15 +35,17 @@ class PolicyGuard:
         self._clock = clock
         self._rules = RuleBook(policy, clock) if policy.active else None
         self._judges: dict[str, Judge] = {}
+        self.overrides = Overrides(caches, clock)
         self.holds = TagHolds(caches, policy.moves, clock, metrics, held)
 
     def of(self, namespace: str, registry: Registry, store: Store) -> Registry:
         """What serves a namespace, of which `store` has the records: the registry itself without a policy."""
         if self._rules is None:
             return registry
-        judge = self._judges[namespace] = Judge(namespace, registry, store, self._rules, self._clock)
+        judge = Judge(namespace, registry, store, self._rules, self.overrides, self._clock)
+        self._judges[namespace] = judge
         if isinstance(registry, Cache):
-            return PolicedCache(registry, judge, self._metrics, self.holds)
+            return PolicedCache(registry, judge, self._metrics, self.holds, self.overrides)
         return PolicedRegistry(registry, judge, self._metrics)
 
     def judge(self, namespace: str) -> Judge | None:

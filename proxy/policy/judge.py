@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from proxy.policy.condition import Evidence, Subject
 from proxy.policy.graph import ReachedContent, ReachedRepositories
+from proxy.policy.overrides import Override, Overrides
 from proxy.policy.rules import RuleBook, ServingRule
 from proxy.telemetry.exchange import aside
 from storage.errors import ManifestUnknown, NameUnknown, RegistryError, Unavailable
@@ -45,12 +46,16 @@ _DOCUMENT = re.compile(r"text/.*|application/(?:.*\+)?(?:json|xml)|application/c
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """What the policy says of a reference, until a time in seconds since the epoch."""
+    """What the policy says of a reference, until a time in seconds since the epoch.
+
+    What is allowed only by an `override` is what its rule refuses.
+    """
 
     rule: ServingRule
     allowed: bool
     reason: str
     until: float = math.inf
+    override: Override | None = None
 
     @property
     def weight(self) -> int:
@@ -66,11 +71,18 @@ class Judge:
     """
 
     def __init__(
-        self, namespace: str, registry: Registry, store: Store, rules: RuleBook, clock: Callable[[], float]
+        self,
+        namespace: str,
+        registry: Registry,
+        store: Store,
+        rules: RuleBook,
+        overrides: Overrides,
+        clock: Callable[[], float],
     ) -> None:
         self._namespace = namespace
         self._registry = registry
         self._rules = rules
+        self._overrides = overrides
         self._clock = clock
         self._reached = ReachedRepositories(store)
         self._allowed: OrderedDict[_Key, float] = OrderedDict()
@@ -82,6 +94,8 @@ class Judge:
     def at_once(self, repository: str, reference: Reference) -> Ruling | None:
         """The ruling, if it is one that needs nothing but the rules."""
         name = self.full(repository)
+        if self._overrides.concern(name):
+            return None
         if (plain := self._rules.plain(name)) is not None:
             return Ruling(plain, plain.allows, plain.reason)
         if isinstance(reference, Tag) and signed_by(reference) is None:
@@ -132,7 +146,7 @@ class Judge:
         return Ruling(self._rules.allowing, True, "", until) if self._clock() < until else None
 
     def _remember(self, key: _Key, ruling: Ruling) -> Ruling:
-        if ruling.allowed:
+        if ruling.allowed and ruling.override is None:
             _put(self._allowed, key, ruling.until)
         return ruling
 
@@ -158,7 +172,7 @@ class Judge:
         if failed is not None:
             raise failed
         rule = self._rules.find(self.full(repository), None)
-        if rule.conditions:
+        if rule.allows and rule.conditions:
             return Ruling(rule, False, "no manifest is known that names it: pull that first")
         return Ruling(rule, rule.allows, rule.reason)
 
@@ -171,9 +185,9 @@ class Judge:
         depth: int = 0,
     ) -> Ruling:
         digest = manifest.digest
-        leading = [(root, rule) for root, _, rule in self._leading(repository, reference, digest, reached)]
+        leading = self._leading(repository, reference, digest, reached)
         best: Ruling | None = None
-        for root, rule in dict.fromkeys(leading):
+        for root, rule in dict.fromkeys((root, rule) for root, _, rule in leading):
             ruling = await self._apply(rule, repository, {root, digest}, manifest)
             if best is None or ruling.weight < best.weight:
                 best = ruling
@@ -181,7 +195,11 @@ class Judge:
                 return best
         assert best is not None  # the digest leads to itself
         subjects = _subjects(manifest, (reference, *reached.tags(digest))) if depth < DEPTH else []
-        return await self._on_account(repository, subjects, reached, depth) or best
+        if (about := await self._on_account(repository, subjects, reached, depth)) is not None:
+            return about
+        named = (each for root, tag, _ in leading for each in (tag, root, digest) if each is not None)
+        found = self._overrides.find(self.full(repository), named)
+        return best if found is None else replace(best, allowed=True, override=found)
 
     def _leading(
         self, repository: str, reference: Reference, digest: Digest, reached: ReachedContent

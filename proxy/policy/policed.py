@@ -7,12 +7,14 @@ the refusal is only counted and logged; `warn` also tells the client.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 
 import structlog
 
 from proxy.cache.refresh import Refreshable
 from proxy.policy.judge import Judge, Ruling
 from proxy.policy.moves import TagHolds
+from proxy.policy.overrides import Override, Overrides
 from proxy.telemetry.exchange import aside, current
 from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied, ManifestUnknown, Unavailable
@@ -135,9 +137,11 @@ class PolicedRegistry(Registry):
 
     def _enforce(self, repository: str, reference: Reference, ruling: Ruling) -> None:
         """Do what the rule says about content that it does not allow.  Raises Denied."""
+        rule, name, now = ruling.rule, self._judge.full(repository), current()
+        if ruling.override is not None:
+            self._tell_overridden(name, reference, rule.name, ruling.override)
         if ruling.allowed:
             return
-        rule, name, now = ruling.rule, self._judge.full(repository), current()
         namespace = self._metrics.label(name.partition("/")[0])
         self._metrics.policy.labels(namespace, rule.name, rule.mode).inc()
         image = written(name, reference)
@@ -151,6 +155,17 @@ class PolicedRegistry(Registry):
         if rule.mode == "warn":
             now.warning = message
 
+    def _tell_overridden(self, name: str, reference: Reference, rule: str, override: Override) -> None:
+        """Say that content is served only because of an override: to the client, too."""
+        now = current()
+        self._metrics.policy.labels(self._metrics.label(name.partition("/")[0]), rule, "override").inc()
+        log.info(
+            "policy.overridden", rule=rule, image=written(name, reference), override=override.image,
+            until=override.until, reason=override.reason, user=now.user, client=now.client, id=now.id,
+        )  # fmt: skip
+        until = datetime.fromtimestamp(override.until, UTC).isoformat(timespec="seconds")
+        now.warning = f"served against policy rule {rule}, by an override until {until}: {override.reason}"
+
 
 class PolicedCache(PolicedRegistry):
     """The content of a cache that `judge` allows, by tags where `holds` holds them.
@@ -159,11 +174,14 @@ class PolicedCache(PolicedRegistry):
     has come.
     """
 
-    def __init__(self, cache: Registry, judge: Judge, metrics: Metrics, holds: TagHolds) -> None:
+    def __init__(
+        self, cache: Registry, judge: Judge, metrics: Metrics, holds: TagHolds, overrides: Overrides
+    ) -> None:
         super().__init__(cache, judge, metrics)
         assert isinstance(cache, Refreshable)
         self._cache = cache
         self._holds = holds
+        self._overrides = overrides
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         """Also raises ManifestUnknown if a tag is held at a digest that is not to be had any more."""
@@ -181,7 +199,10 @@ class PolicedCache(PolicedRegistry):
                 raise
             held = Digest(known.digest)
             manifest = await self._former(repository, reference, held)
-        if held != manifest.digest:
+        override = self._overrides.find(name, [reference, manifest.digest])
+        if held != manifest.digest and override is not None:
+            self._tell_overridden(name, reference, rule.name, override)
+        elif held != manifest.digest:
             manifest = await self._former(repository, reference, held)
         await self._judged(repository, reference, manifest)
         return manifest

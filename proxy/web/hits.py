@@ -268,6 +268,7 @@ def _repeatable(request: web.BaseRequest, response: web.StreamResponse, exchange
         response.status == 200
         and exchange.result in ("hit", "")
         and not exchange.detail
+        and not exchange.warning
         and not exchange.upstream_requests
         and not exchange.peer
         and exchange.content is not None

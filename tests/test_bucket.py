@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from storage.bucket import objects
-from storage.bucket.blobs import BucketBlobs
+from storage.bucket.blobs import CLAIM, BucketBlobs
 from storage.bucket.objects import AGAIN, CHUNK, PART, Bucket, BucketHealth
 from storage.bucket.settings import BucketSettings
 from storage.disk.health import DiskHealth
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubles
 from storage.errors import BlobUnknown, Unavailable
+from storage.keys import LEFTOVER
 from storage.oci import Digest, Span
 from storage.registry import NOTHING, Blob
 from tests.conftest import Clock
@@ -122,6 +123,60 @@ async def test_what_the_bucket_has_is_not_put_again(place: Place) -> None:
     await place.put(LARGE)
     (key,) = place.fake.objects
     assert place.fake.asked == [f"HEAD {key}"]
+
+
+async def adopt(place: Place, directory: Path) -> None:
+    path = directory / "verified"
+    path.write_bytes(CONTENT)
+    with path.open("rb") as file:
+        path.unlink()
+        await place.blobs.adopt(file.fileno(), DIGEST)
+
+
+async def test_a_file_is_adopted_by_one_server_at_a_time(place: Place, tmp_path: Path, clock: Clock) -> None:
+    name = f"sha256/{DIGEST.encoded[:2]}/{DIGEST.encoded}.other"
+    place.records.put(LEFTOVER.key(name), str(clock()).encode())
+    with pytest.raises(Unavailable):
+        await adopt(place, tmp_path)
+    assert place.fake.asked == []
+    clock.advance(CLAIM + 1)  # it was killed: else it would have renewed its claim
+    await adopt(place, tmp_path)
+    await adopt(place, tmp_path)
+    assert [each.split()[0] for each in place.fake.asked] == ["PUT", "HEAD"]
+    assert await place.read(DIGEST) == CONTENT
+
+
+async def test_a_claim_is_renewed(
+    place: Place, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.bucket.blobs.CLAIM", 0.003)
+    renewed, since, loop = asyncio.Event(), place.blobs._claim_since, asyncio.get_running_loop()
+
+    def renew(key: str, at: float) -> None:
+        since(key, at)
+        assert place.records.get(LEFTOVER.key(key)) == str(at).encode()
+        loop.call_soon_threadsafe(renewed.set)
+
+    monkeypatch.setattr(place.blobs, "_claim_since", renew)
+
+    async def put(request: Any) -> Any:
+        clock.advance(1)
+        await renewed.wait()
+        return await place.fake._put(request, "")
+
+    place.fake.spoilt["PUT"] = [put]
+    await adopt(place, tmp_path)
+    assert list(place.records.scan(LEFTOVER.prefix())) == []
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_who_failed_to_put_it_may_try_again_at_once(place: Place, tmp_path: Path) -> None:
+    place.fake.down = answer(503, "SlowDown")
+    with pytest.raises(Unavailable):
+        await adopt(place, tmp_path)
+    place.fake.down = None
+    await adopt(place, tmp_path)
+    assert await place.read(DIGEST) == CONTENT
 
 
 @pytest.mark.errors("blob.damaged")

@@ -31,7 +31,7 @@ from proxy.doctor.checks import Check, Diagnosis
 from storage.postgres.records import PostgresRecords
 from storage.postgres.schema import VERSION
 from tests.clients.processes import free_port
-from tests.conftest import Serve, Site
+from tests.conftest import Serve, Site, configuration
 from tests.postgres import PASSWORD, PostgresServer
 from tests.relay import Relay
 from tests.upstream import Basic, Bearer, Status, Upstream
@@ -582,6 +582,18 @@ async def test_a_database_that_is_well(
     check = (await examine(upstream.url, shared)).one("database")
     assert (check.state, check.message.rpartition(", ")[2]) == ("ok", f"schema {VERSION}")
     assert PASSWORD not in check.subject
+
+
+@pytest.mark.clients
+def test_a_database_that_caches_share(postgres_server: PostgresServer, tmp_path: Path) -> None:
+    url = postgres_server.database()
+    PostgresRecords(url).close()
+    shared = {"records": url, "bucket": "s3://none", "caches": {}, "connections": 20}
+    own, caches, _, connections = database.check(configuration(tmp_path, {"shared": shared, "workers": 2}))
+    assert (own.state, own.message.rpartition(", ")[2]) == ("ok", f"schema {VERSION}")
+    assert (caches.subject, caches.state) == (f"{own.subject} (caches)", "ok")
+    assert caches.message.endswith(", no tables yet")
+    assert connections.message == "takes 60 connections, and this server has up to 120"
 
 
 @pytest.mark.clients

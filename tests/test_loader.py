@@ -248,6 +248,11 @@ def test_default_namespace() -> None:
         ("webhooks: [{url: 'https://h'}]", "webhooks[0].name: is required"),
         ("webhooks: [{name: a}]", "webhooks[0].url: is required"),
         (
+            "shared: {records: 'postgresql://a/b', bucket: 's3://a', caches: {}}\n"
+            "namespaces: {local: {store: {}}}",
+            "shared.caches: no namespace is a cache, with an upstream: remove this key",
+        ),
+        (
             f"webhooks: [{{{HOOK}}}, {{{HOOK}}}]",
             "webhooks[1].name: another webhook has the name a",
         ),

@@ -21,7 +21,7 @@ from proxy.admin.peers import ServerProcesses
 from proxy.admin.pin_control import PinControl
 from proxy.admin.policy_control import HoldControl, OverrideControl, explained, held_now
 from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained
-from proxy.admin.purge import Purge
+from proxy.admin.purge import Purge, together
 from proxy.admin.readiness import Readiness
 from proxy.admin.reports import (
     Collected,
@@ -90,7 +90,7 @@ class LocalOperations:
         stores = [parts.store, *([] if parts.private is None else [parts.private])]
         self._inventories = [Inventory(parts.config, each, parts.usage, parts.pins) for each in stores]
         self._pins = PinControl(parts.pins, parts.store, self._inventories[0], self._reader)
-        self._purge = Purge(parts.store, parts.pins)
+        self._purges = [Purge(each, parts.pins) for each in (parts.common, parts.store) if each is not None]
         self._stores = StoreControl(parts)
         self._explainer = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._holds = HoldControl(parts.guard.holds, self._reader)
@@ -209,7 +209,9 @@ class LocalOperations:
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> Purged:
         parsed = self._reader.pattern("pattern", pattern)
         self._stores.refuse_store(parsed)
-        purged = await run_in_thread(self._purge.purge, parsed, dry_run, force)
+        # The store of all servers first: else a client would have the content fetched again from there.
+        purges = [await run_in_thread(each.purge, parsed, dry_run, force) for each in self._purges]
+        purged = purges[0] if len(purges) == 1 else together(purges)
         if not dry_run:
             repositories = {Pin(each).parts[0] for each in purged.references}
             if not is_glob(parsed.parts[0]):

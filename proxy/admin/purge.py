@@ -250,6 +250,19 @@ class Purge:
         return blobs, size
 
 
+def together(purges: Sequence[Purged]) -> Purged:
+    """What was purged of several stores, as one."""
+    return Purged(
+        references=sorted({reference for each in purges for reference in each.references}),
+        kept=sorted({reference for each in purges for reference in each.kept}),
+        manifests=sum(each.manifests for each in purges),
+        links=sum(each.links for each in purges),
+        blobs=sum(each.blobs for each in purges),
+        bytes=sum(each.bytes for each in purges),
+        dry_run=any(each.dry_run for each in purges),
+    )
+
+
 def _whole(pattern: Pin) -> bool:
     """Whether the pattern means all of a repository."""
     return pattern.pattern == pattern.parts[0]

@@ -28,22 +28,26 @@ class Absences:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def contains(self, repository: str, what: str) -> bool:
+    async def contains(self, repository: str, what: str) -> bool:
         """Whether the origin said so when it was last asked; False if that cannot be read."""
         try:
-            return self._store.listings.get(repository, _key(what)) is not None
+            found = await self._store.read(self._store.listings.get, repository, _key(what))
+            return found is not None
         except StorageFailed:
             return False
 
     async def add(self, repository: str, what: str, subject: Digest | None) -> None:
         """Keep that there is no `what` for `subject`.  Raises StorageFailed."""
-        if subject is not None and (self._stored(repository, subject) or self._room(repository)):
+        if subject is not None and await self._store.read(self._keeps, repository, subject):
             await self._store.listings.put(repository, _key(what), None)
 
     async def discard(self, repository: str, what: str) -> None:
         """Raises StorageFailed."""
-        if self.contains(repository, what):
+        if await self.contains(repository, what):
             await self._store.listings.delete(repository, _key(what))
+
+    def _keeps(self, repository: str, subject: Digest) -> bool:
+        return self._stored(repository, subject) or self._room(repository)
 
     def _stored(self, repository: str, digest: Digest) -> bool:
         try:

@@ -20,6 +20,7 @@ from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import CheckedRegistry, Origin
 from proxy.cache.policy import Policy
 from proxy.cache.readers import BlobSource, UncachedBlob
+from proxy.cache.shared_tier import SharedTier
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import current
 from storage.disk.blobs import TOUCH
@@ -90,8 +91,9 @@ class Cache(Registry):
             self._record(None, "miss")
             registry = CheckedRegistry(registry, lambda: self._origin.check(key))
         source = BlobSource(
-            self._namespace, registry, repository, lambda e: self._learn(key, e), _client() if lazy else ""
-        )
+            self._namespace, registry, repository, lambda e: self._learn(key, e), _client() if lazy else "",
+            lambda: self._origin.distrust(digest),
+        )  # fmt: skip
         try:
             if not failed:
                 return self._record(*await self._fills.join(source, digest, part, lazy))
@@ -253,7 +255,8 @@ class Cache(Registry):
 
     @property
     def origin(self) -> Registry:
-        return self._origin.registry
+        registry = self._origin.registry
+        return registry.upstream if isinstance(registry, SharedTier) else registry
 
     def forget(self, repository: str) -> None:
         self._origin.forget(repository)

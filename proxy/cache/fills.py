@@ -16,6 +16,7 @@ from functools import partial
 import structlog
 
 from proxy.cache.answered import Answered
+from proxy.cache.deposits import Deposits, handed_over
 from proxy.cache.fetcher import Fetcher
 from proxy.cache.fill import Fill
 from proxy.cache.lazy import confirm, follow_parts
@@ -55,6 +56,7 @@ class Fills:
     slots: how many fills transfer at once; those that follow another process need none
     range_slots: how many ranges are transferred at once beside them; each blob has a share
     make_room: evicts, as far as possible, so that a number of bytes can be stored
+    deposits: gets what is stored
     """
 
     def __init__(
@@ -67,13 +69,11 @@ class Fills:
         make_room: MakeRoom = make_no_room,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
+        deposits: Deposits | None = None,
     ) -> None:
-        self._store = store
-        self._metrics = metrics
-        self._slots = slots or Slots(1000)
-        self._range_slots = range_slots or Slots(1000)
-        self._ticks = ticks
-        self._backoff = backoff
+        self._store, self._metrics, self._deposits = store, metrics, deposits
+        self._slots, self._range_slots = slots or Slots(1000), range_slots or Slots(1000)
+        self._ticks, self._backoff = ticks, backoff
         self._make_room = make_room
         self._clock = clock
         self._making_room: set[asyncio.Task[None]] = set()
@@ -223,8 +223,9 @@ class Fills:
         try:
             outcome, descriptor = await self._store_blob(fill)
             fill.size = descriptor.size
-            for repository in list(fill.repositories):
-                await self._store.link(repository, fill.digest, descriptor.size)
+            async with handed_over(fill.digest, self._deposits if outcome != "followed" else None):
+                for repository in list(fill.repositories):
+                    await self._store.link(repository, fill.digest, descriptor.size)
             result = outcome
             if outcome == "committed":
                 self._make_room_later(0)
@@ -322,6 +323,7 @@ class Fills:
         try:
             return "committed", await fill.upload.commit(fill.digest)
         except DigestInvalid as error:  # its status would blame the client
+            fill.source.wrong()
             raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
 
     async def _watch(self, fill: Fill, upload: SparseUpload) -> bool:

@@ -42,7 +42,7 @@ class Listings:
         name = f"{self._origin.namespace}/{repository}"
         key, read = (NameUnknown, name, "tags"), self._store.listings.get
         if self._origin.offline:
-            known = self._known(key, read)
+            known = await self._known(key, read)
             stored: list[str] = []
             with suppress(NameUnknown, StorageFailed):
                 stored = await self._store.tags(name)
@@ -82,7 +82,7 @@ class Listings:
             return answered.with_value(referrers_page([answered.value.after(last)], artifact_type, limit))
         except Unavailable as error:
             if (fallback := await self._fallback(name, digest, last)) is None:
-                if absences.contains(name, REFERRERS_API):
+                if await absences.contains(name, REFERRERS_API):
                     raise self._origin.still_unknown(f"list of referrers of {digest}") from error
                 raise
             found = referrers_page([fallback.value], artifact_type, limit)
@@ -92,7 +92,7 @@ class Listings:
         self, key: RequestKey, digest: Digest, artifact_type: str | None, last: str, limit: int | None
     ) -> Answered[list[Descriptor]]:
         name = key[1]
-        known = self._known(key, self._store.listings.referrers)
+        known = await self._known(key, self._store.listings.referrers)
         self._check_known(key, known is not None or await self._knows_referrers(name, digest))
         listed = known.value.after(last) if known else ()
         fallback = await self._fallback(name, digest, last)
@@ -106,17 +106,22 @@ class Listings:
         with suppress(ManifestUnknown, StorageFailed):
             if await self._fallback(name, digest) is not None:
                 return True
-            if next(self._store.referrers_after(name, digest), None) is not None:
+            if await self._store.read(self._has_referrers, name, digest):
                 return True
             if self._policy.offline:
-                self._store.manifest(name, digest)
+                await self._store.read(self._store.manifest, name, digest)
                 return True
         return False
 
-    def _known(self, key: RequestKey, read: Callable[[str, str], Listing[T] | None]) -> Listing[T] | None:
+    def _has_referrers(self, name: str, digest: Digest) -> bool:
+        return next(self._store.referrers_after(name, digest), None) is not None
+
+    async def _known(
+        self, key: RequestKey, read: Callable[[str, str], Listing[T] | None]
+    ) -> Listing[T] | None:
         """What the origin listed last."""
         try:
-            return read(key[1], key[2])
+            return await self._store.read(read, key[1], key[2])
         except StorageFailed:
             return None
 
@@ -139,7 +144,7 @@ class Listings:
         read: Callable[[str, str], Listing[T] | None],
     ) -> Answered[T]:
         """What the origin lists; `read` reads what it listed last."""
-        known = self._known(key, read)
+        known = await self._known(key, read)
         age, fresh_for = self._age(known), self._policy.fresh_for("")
         if known and 0 <= age < fresh_for:
             return Answered.of(known.value, "hit", age, fresh_for)
@@ -163,11 +168,11 @@ class Listings:
         """
         tag, absences = fallback_tag(digest), self._origin.absences
         try:
-            pointer = self._store.pointer(name, tag)
+            pointer = await self._store.read(self._store.pointer, name, tag)
             if pointer is None:
-                absent = absences.contains(name, REFERRERS_API) and absences.contains(name, tag)
+                absent = await absences.contains(name, REFERRERS_API) and await absences.contains(name, tag)
                 return Answered([], "stale", ttl=0.0) if absent else None
-            manifest = self._store.manifest(name, pointer.digest)[0]
+            manifest = (await self._store.read(self._store.manifest, name, pointer.digest))[0]
             if manifest.media_type != OCI_INDEX:
                 return None
             listed = await self._indexes.after(manifest, last)

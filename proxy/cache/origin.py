@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from proxy.cache.absences import Absences, subject_of
 from proxy.cache.drill import Drill
@@ -46,6 +46,26 @@ class _Guarded(Protocol):
     def probe_due(self) -> bool: ...
 
     async def probe(self) -> None: ...
+
+
+class Vouched(NamedTuple):
+    """What a tag stood for `age` seconds ago; `error` is why the origin could not be asked since."""
+
+    digest: Digest
+    age: float
+    manifest: Manifest | None = None
+    error: RegistryError | None = None
+
+
+@runtime_checkable
+class _Remembering(Protocol):
+    """An origin that remembers what other registries said."""
+
+    async def vouch(self, repository: str, tag: Tag, forced: bool) -> Vouched: ...
+
+    def distrust(self, digest: Digest) -> None: ...
+
+    def forget(self, repository: str) -> None: ...
 
 
 class CheckedRegistry(Registry):
@@ -165,16 +185,23 @@ class Origin:
 
     async def fetch_manifest(self, repository: str, reference: Reference) -> Manifest:
         """The manifest, which is stored then.  Raises as get_manifest() does."""
-        name = f"{self.namespace}/{repository}"
+        name, vouched = f"{self.namespace}/{repository}", None
         try:
-            manifest = await self.registry.get_manifest(repository, reference)
+            if isinstance(reference, Tag) and isinstance(self.registry, _Remembering):
+                vouched = await self.registry.vouch(repository, reference, False)
+            manifest = vouched.manifest if vouched else None
+            if manifest is None:
+                what = vouched.digest if vouched else reference
+                manifest = await self.registry.get_manifest(repository, what)
+            if vouched:
+                origin_age.set(vouched.age)
         except (ManifestUnknown, NameUnknown) as error:
             self.remember((ManifestUnknown, name, reference), error)
             await self.keep(self.absences.add(name, reference, subject_of(reference)))
             raise
         except Unavailable as error:
             self.failed(error)
-            if subject_of(reference) and self.absences.contains(name, reference):
+            if subject_of(reference) and await self.absences.contains(name, reference):
                 raise self.still_unknown(f"{reference} of {name}") from error
             raise
         self.served()
@@ -184,6 +211,22 @@ class Origin:
         if isinstance(reference, Tag) and (age := origin_age.get()):
             await self.keep(self._store.point(name, reference, manifest.digest, age))
         return manifest
+
+    async def vouch(self, repository: str, tag: Tag, forced: bool = False) -> Vouched:
+        """What the tag stands for; `forced`: even if an origin knows that itself.
+
+        Raises as resolve_manifest() does.
+        """
+        if isinstance(self.registry, _Remembering):
+            return await self.registry.vouch(repository, tag, forced)
+        # HEAD does not count against a rate limit; GET does.
+        digest = (await self.registry.resolve_manifest(repository, tag)).digest
+        return Vouched(digest, origin_age.get())
+
+    def distrust(self, digest: Digest) -> None:
+        """What the origin sent of this blob was wrong."""
+        if isinstance(self.registry, _Remembering):
+            self.registry.distrust(digest)
 
     def still_unknown(self, what: str) -> ManifestUnknown:
         """The error for what the origin did not have when it was last asked, and cannot be asked for now."""
@@ -209,6 +252,8 @@ class Origin:
         """Ask anew for what the origin did not know, and where it failed."""
         for remembered in (self._unknown, self._paused):
             remembered.forget(f"{self.namespace}/{repository}")
+        if isinstance(self.registry, _Remembering):
+            self.registry.forget(repository)
 
     async def close(self) -> None:
         await self.flights.close()

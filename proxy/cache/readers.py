@@ -22,8 +22,8 @@ LOOK = 1.0  # seconds after which a reader that still waits says so again
 class BlobSource:
     """The origin of a blob, and the repository of the store to which it is linked.
 
-    `unknown` is called when the origin has no such blob, before another request can be sent.  `client` is a
-    word for who asks, or empty.
+    `unknown` is called when the origin has no such blob, before another request can be sent, and `wrong` when
+    what it sent is another one.  `client` is a word for who asks, or empty.
     """
 
     namespace: str
@@ -31,6 +31,7 @@ class BlobSource:
     name: str  # of the repository, at the origin
     unknown: Callable[[BlobUnknown], None] = lambda error: None
     client: str = ""
+    wrong: Callable[[], None] = lambda: None
 
     @property
     def repository(self) -> str:

@@ -15,7 +15,7 @@ import structlog
 
 from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
-from proxy.cache.origin import Origin
+from proxy.cache.origin import Origin, Vouched
 from proxy.cache.policy import Policy
 from proxy.telemetry.exchange import origin_age
 from storage.errors import (
@@ -87,7 +87,7 @@ class TagRevalidation:
         """
         name = f"{self._origin.namespace}/{repository}"
         key = ManifestUnknown, name, tag
-        known = self._known(name, tag)
+        known = await self._known(name, tag)
         fresh_for = self._policy.fresh_for(tag)
         if known is not None:
             if _fresh(known, fresh_for) or self._origin.offline:
@@ -154,7 +154,7 @@ class TagRevalidation:
         name = f"{self._origin.namespace}/{repository}"
         if self._origin.offline:
             raise Unavailable(f"{tag} of {name} cannot be validated: {self._origin.why_offline}")
-        known = self._known(name, tag)
+        known = await self._known(name, tag)
         result, manifest, error, _ = await self._origin.flights.join(
             (ManifestUnknown, name, tag), lambda: self._validate(repository, tag, forced=True)
         )
@@ -162,14 +162,16 @@ class TagRevalidation:
             raise error.copy()
         return result, manifest, known.manifest.digest if known else None
 
-    def _known(self, name: str, tag: Tag) -> _Known | None:
+    async def _known(self, name: str, tag: Tag) -> _Known | None:
         try:
-            pointer = self._store.pointer(name, tag)
-            if pointer is None:
-                return None
-            manifest = self._store.manifest(name, pointer.digest)[0]
+            return await self._store.read(self._read, name, tag)
         except (ManifestUnknown, StorageFailed):
             return None
+
+    def _read(self, name: str, tag: Tag) -> _Known | None:
+        if (pointer := self._store.pointer(name, tag)) is None:
+            return None
+        manifest = self._store.manifest(name, pointer.digest)[0]
         return _Known(manifest, self._clock() - pointer.validated_at)
 
     async def _validate(self, repository: str, tag: Tag, forced: bool = False) -> _Validated:
@@ -177,7 +179,7 @@ class TagRevalidation:
         begun = self._clock()
         name = f"{self._origin.namespace}/{repository}"
         async with self._store.files.exclusive(TAG.key(name, tag)) as waited:
-            known = self._known(name, tag)
+            known = await self._known(name, tag)
             if known is None:
                 manifest = await self._origin.fetch_manifest(repository, tag)
                 return _Validated("miss", manifest, age=origin_age.get())
@@ -187,26 +189,23 @@ class TagRevalidation:
             if waited:  # another process has just asked in vain: a client that waited so long waits no more
                 error = Unavailable(f"{self._origin.namespace} could not be asked for {tag}")
                 return _Validated("stale", known.manifest, error)
-            return await self._ask(repository, name, tag, known.manifest)
+            return await self._ask(repository, name, tag, known.manifest, forced)
 
-    async def _ask(self, repository: str, name: str, tag: Tag, known: Manifest) -> _Validated:
+    async def _ask(self, repository: str, name: str, tag: Tag, known: Manifest, forced: bool) -> _Validated:
         key = ManifestUnknown, name, tag
         error: RegistryError
         try:
-            # HEAD does not count against a rate limit; GET does.
-            digest = (await self._origin.registry.resolve_manifest(repository, tag)).digest
-            age = origin_age.get()
+            vouched = await self._origin.vouch(repository, tag, forced)
+            manifest, age = known, vouched.age
             self._origin.served()
             self._origin.resume(key)
-            if digest != known.digest:
-                manifest = await self._follow(repository, name, tag, known.digest, digest)
+            if vouched.digest != known.digest:
+                manifest = await self._follow(repository, name, tag, known.digest, vouched)
                 if not age:
-                    return _Validated("miss", manifest)
-                digest = manifest.digest
-            else:
-                manifest = known
-            await self._origin.keep(self._store.point(name, tag, digest, age))
-            return _Validated("revalidated" if manifest is known else "miss", manifest, age=age)
+                    return _Validated("miss", manifest, vouched.error)
+            await self._origin.keep(self._store.point(name, tag, manifest.digest, age))
+            result = "revalidated" if manifest is known else "miss"
+            return _Validated(result, manifest, vouched.error, age)
         except Unavailable as failure:
             self._origin.failed(failure)
             error = failure
@@ -221,11 +220,11 @@ class TagRevalidation:
         self._origin.pause(key, error)
         return _Validated("stale", known, error)
 
-    async def _follow(self, repository: str, name: str, tag: Tag, old: Digest, new: Digest) -> Manifest:
+    async def _follow(self, repository: str, name: str, tag: Tag, old: Digest, new: Vouched) -> Manifest:
         """Fetch and store the manifest to which the tag has moved."""
         try:
             # By digest, since the tag may move again in between.
-            manifest = await self._origin.registry.get_manifest(repository, new)
+            manifest = new.manifest or await self._origin.registry.get_manifest(repository, new.digest)
         except ManifestUnknown:  # it has moved again, and the manifest in between is deleted
             manifest = await self._origin.registry.get_manifest(repository, tag)
         await self._origin.keep(self._store.push_manifest(name, tag, manifest))

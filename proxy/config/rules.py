@@ -23,6 +23,8 @@ def violations(config: Config) -> Iterator[Fault]:
         yield Fault("default_namespace", f"no namespace has that name{hint}")
     yield from _check_access(config)
     yield from _check_peers(config)
+    if config.shared.caches is not None and not config.cached():
+        yield Fault("shared.caches", "no namespace is a cache, with an upstream: remove this key")
 
 
 def _check_owners(namespaces: Mapping[str, NamespaceConfig]) -> Iterator[Fault]:

@@ -1,18 +1,20 @@
-"""What several servers share, and the bucket that holds the content of the private registry."""
+"""What several servers share, and the bucket that holds their content."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
-from proxy.config.fields import File, Section, Text
+from proxy.config.fields import File, Keep, Section, Size, Text
 from proxy.config.hosts import parse_proxy, parse_url
 from proxy.config.values import Secret, parse_count, parse_secret, parse_text
 
 if TYPE_CHECKING:
     from storage.bucket.settings import BucketSettings
 
+CACHES = "caches"  # the part of the database and of the bucket that the caches have
 SCHEMES = ("s3", "gs", "az")  # S3 and what is compatible with it, Google Cloud Storage, Azure Blob Storage
 
 
@@ -37,17 +39,26 @@ def parse_bucket(value: object) -> str:
     return text
 
 
+class SharedCaches(Section, frozen=True):
+    """The content that the caches of several servers have in common, in the bucket; None is no limit."""
+
+    cache_limit: Size | None = None
+    keep_for: Keep = math.inf
+
+
 class SharedConfig(Section, frozen=True):
     """What several servers share.
 
     records: the URL of a PostgreSQL database, for the records of the private registry
     connections: how many connections to it each process has at most
+    caches: also of the caches, whose content on the disk is then a part of what they share
     bucket: where the content of the private registry is, and the keys below how it is reached: see
         BucketSettings (storage/bucket/settings.py)
     """
 
     records: Annotated[Secret | None, parse_database] = None
     connections: Annotated[int, parse_count] = 4
+    caches: SharedCaches | None = None
     bucket: Annotated[str | None, parse_bucket] = None
     endpoint: Annotated[str | None, parse_url] = None
     region: Text | None = None
@@ -60,14 +71,18 @@ class SharedConfig(Section, frozen=True):
     ca: File | None = None
     proxy: Annotated[Secret | None, parse_proxy] = None
 
-    def settings(self) -> BucketSettings:
-        """How `bucket` is reached.  Raises ImportError without the extra `fleet`."""
+    def settings(self, part: str = "") -> BucketSettings:
+        """How `bucket`, or a `part` of it, is reached.  Raises ImportError without the extra `fleet`."""
         from storage.bucket.settings import BucketSettings
 
         given = {each.name: getattr(self, each.name, None) for each in fields(BucketSettings)}
-        return BucketSettings(url=str(self.bucket), **{name: each for name, each in given.items() if each})
+        url = f"{str(self.bucket).rstrip('/')}/{part}" if part else str(self.bucket)
+        return BucketSettings(url=url, **{name: each for name, each in given.items() if each})
 
     def __post_init__(self) -> None:
+        if self.caches is not None and (self.records is None or self.bucket is None):
+            missing = "records, a database," if self.records is None else "bucket"
+            raise ValueError(f"caches needs {missing} as well: servers share both, or neither")
         given = [name for name in _OF_BUCKETS if getattr(self, name) is not None]
         if self.bucket is None:
             if given:

@@ -19,6 +19,8 @@ from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
 from proxy.cache.policy import Policy, Threshold
+from proxy.cache.shared_store import SharedStore
+from proxy.cache.shared_tier import SharedTier
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY, registry_host
 from proxy.config.schema import Config, NamespaceConfig
@@ -46,15 +48,21 @@ IDLE = 300.0  # seconds after its last request until the cache of a host may mak
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheFactory:
-    """Makes caches over one store."""
+    """Makes caches over one store; if several servers share a store, before that.
+
+    tag_moved: is called when a cache learns that a tag moved
+    moved_upstream: and when one of several servers does, from the upstream
+    """
 
     config: Config
     clock: Callable[[], float]
     metrics: Metrics
     shared: SharedState
     store: Store
+    common: SharedStore | None
     fills: Fills
     tag_moved: Moved
+    moved_upstream: Moved | None
     drill: Drill
     listings: ListingMemory
     guard: PolicyGuard
@@ -68,7 +76,14 @@ class CacheFactory:
         alone = len(upstreams) == 1 and owners is None
         origin = upstreams[0] if alone else Failover(upstreams, self.clock, owners)
         policy = self._policy(settings)
-        cache = Cache(name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill)
+        if self.common is None:
+            cache = Cache(
+                name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill
+            )
+        else:
+            tier = SharedTier(name, origin, self.common, policy, self.clock, self.drill, self.moved_upstream)
+            local = before_shared(policy)
+            cache = Cache(name, tier, self.store, self.fills, local, self.clock, self.tag_moved)
         return cache, upstreams[-1]
 
     def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
@@ -118,6 +133,17 @@ class CacheFactory:
             lazy=Threshold(until.share, until.clients) if namespace.lazy else None,
             refuse_incomplete=namespace.refuse_incomplete,
         )
+
+
+def before_shared(policy: Policy) -> Policy:
+    """The policy of a cache before what servers share: that knows what is negative, listed and offline."""
+    return replace(
+        policy,
+        fresh_for=lambda tag: policy.fresh_for(tag) if tag else 0.0,
+        negative_for=0.0,
+        drop_deleted=policy.drop_deleted and not policy.offline,
+        offline=False,
+    )
 
 
 @contextmanager

@@ -14,22 +14,23 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 from proxy.cache.cache import Cache
+from proxy.cache.deposits import Deposits
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
-from proxy.cache.keep_fresh import Freshener
+from proxy.cache.shared_store import SharedStore
 from proxy.cache.turns import ClientSlots
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.namespaces.caches import CacheFactory, Caches, HostCaches
+from proxy.namespaces.engines import shared_caches
 from proxy.namespaces.fleet import fleet_of
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
-from proxy.namespaces.retention import deletions, eviction_rules, retention_rules
 from proxy.namespaces.routing import Member, Namespaces
+from proxy.namespaces.upkeep import Maintenance, MaintenanceFactory, leases
 from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
@@ -43,13 +44,8 @@ from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubled, Troubles
 from storage.errors import StorageFailed
-from storage.maintenance.collection import Collection, CollectionReport
-from storage.maintenance.counting import Counting
-from storage.maintenance.eviction import Eviction
-from storage.maintenance.leases import Leases
 from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.pulls import Pulls
-from storage.maintenance.scrub import Scrub
 from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
 from storage.registry import Moved, Registry
@@ -80,24 +76,11 @@ class Hooks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Maintenance:
-    """What the housekeeping of a server runs, and what an operator can start.
-
-    countings, scrubs: the one of the caches' store first
-    """
-
-    freshener: Freshener
-    eviction: Eviction
-    countings: list[Counting]
-    scrubs: list[Scrub]
-    collection: Collection | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:
     """All parts of a configuration, for one event loop.  `compose` makes it, close() closes every part.
 
     store, private: the store of all caches, and the one of all hosted namespaces
+    common, deposits: the store that the caches of several servers share, and what hands blobs over to it
     disks: the state of each directory and database that the parts write to
     shared: what all processes of the server know
     tag_moved: records and publishes that a tag of a cache moved
@@ -111,6 +94,8 @@ class Composition:
     metrics: Metrics
     shared: SharedState
     store: Store
+    common: SharedStore | None
+    deposits: Deposits | None
     private: Store | None
     disks: list[Troubled]
     usage: Usage
@@ -133,6 +118,11 @@ class Composition:
     @property
     def stores(self) -> list[Store]:
         return [self.store] if self.private is None else [self.store, self.private]
+
+    @property
+    def all_stores(self) -> list[Store]:
+        """With what the caches share with those of other servers."""
+        return self.stores if self.common is None else [*self.stores, self.common]
 
     def is_cache(self, namespace: str) -> bool:
         """Whether it is the name of a cache, which may still have to be made."""
@@ -198,7 +188,10 @@ class _Composer:
         queue, publisher = self._webhooks()
         drill = Drill(clock, self._hooks.drill_begun, config.key_of)
         slots = self._slots(), self._slots("ranges")
-        fills = Fills(store, self._metrics, *slots, make_room=self._hooks.make_room, clock=clock)
+        common, deposits = self._common(store)
+        fills = Fills(
+            store, self._metrics, *slots, make_room=self._hooks.make_room, clock=clock, deposits=deposits
+        )
         tag_moved = _tag_moved(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
@@ -209,8 +202,10 @@ class _Composer:
             metrics=self._metrics,
             shared=self._shared,
             store=store,
+            common=common,
             fills=fills,
-            tag_moved=tag_moved,
+            tag_moved=tag_moved if common is None else _tag_moved(recorder, None, config.policy.active),
+            moved_upstream=publisher.moved if publisher else None,
             drill=drill,
             listings=self._listings,
             guard=guard,
@@ -228,13 +223,15 @@ class _Composer:
             **{name: guard.of(name, each, private or store) for name, each in hosted.items()},
         }
         namespaces = self._namespaces(served, stores, made.others)
-        pins = self._pins(store, private)
+        pins = self._pins(store, private, common)
         return Composition(
             config=config,
             clock=clock,
             metrics=self._metrics,
             shared=self._shared,
             store=store,
+            common=common,
+            deposits=deposits,
             private=private,
             disks=self._disks,
             usage=usage,
@@ -251,15 +248,16 @@ class _Composer:
             namespaces=namespaces,
             guard=guard,
             pins=pins,
-            maintenance=self._maintenance(store, private, namespaces, pins, publisher),
+            maintenance=self._maintenance(store, private, namespaces, pins, publisher, common),
             closing=self._closing,
         )
 
     # Storage
 
-    def _pins(self, store: Store, private: Store | None) -> Pins:
+    def _pins(self, store: Store, private: Store | None, common: Store | None) -> Pins:
         configured = [Pin(each.match, each.keep_fresh, each.platforms) for each in self._config.pins]
-        shared = private.records if private is not None and private.records.remote else None
+        remote = [each.records for each in (private, common) if each is not None and each.records.remote]
+        shared = remote[0] if remote else None
         return Pins(store, configured, self._clock, shared)
 
     def _store(self) -> Store:
@@ -272,6 +270,14 @@ class _Composer:
             if not may_pass(error):
                 raise
         return self._opened(Store(files, SQLiteRecords(root / "records", self._clock, disk), self._clock))
+
+    def _common(self, store: Store) -> tuple[SharedStore, Deposits] | tuple[None, None]:
+        if self._config.shared.caches is None:
+            return None, None
+        common, deposits = shared_caches(self._config, store, self._clock, self._troubles)
+        self._opened(common)
+        self._closing.push_async_callback(deposits.close)
+        return common, deposits
 
     def _private(self) -> Store | None:
         if not self._config.hosted():
@@ -318,7 +324,7 @@ class _Composer:
             name: Hosted(
                 name,
                 store,
-                self._leases(store),
+                leases(self._config, store, self._clock),
                 PushRules(each.sparse, each.immutable_tags),
                 pulls,
                 self._hooks.make_room,
@@ -337,8 +343,6 @@ class _Composer:
         ]
         return Namespaces(members, self._config.default_namespace, catalogs, others=others)
 
-    # Maintenance
-
     def _maintenance(
         self,
         store: Store,
@@ -346,42 +350,17 @@ class _Composer:
         namespaces: Namespaces,
         pins: Pins,
         publisher: Publisher | None,
+        common: SharedStore | None,
     ) -> Maintenance:
-        pace, pause = self._config.disk.scrub, self._hooks.pause
-        countings = [Counting(each, pause) for each in (store, private) if each is not None]
-        scrubs = [Scrub(store, pace, self._clock, counting=countings[0])]
-        if private is not None:
-            scrubs.append(Scrub(private, pace, self._clock, kept=None, counting=countings[1]))
-        return Maintenance(
-            freshener=Freshener(namespaces, store, pins, self._clock),
-            eviction=Eviction(
-                store, eviction_rules(self._config), pins.pinned, self._clock, pause, countings[0]
-            ),
-            countings=countings,
-            scrubs=scrubs,
-            collection=None if private is None else self._collection(private, pins, publisher),
+        factory = MaintenanceFactory(
+            config=self._config,
+            clock=self._clock,
+            metrics=self._metrics,
+            pause=self._hooks.pause,
+            pins=pins,
         )
-
-    def _collection(self, store: Store, pins: Pins, publisher: Publisher | None) -> Collection:
-        return Collection(
-            store,
-            partial(retention_rules, self._config, pins),
-            self._leases(store),
-            self._clock,
-            self._hooks.pause,
-            self._count_collected,
-            deletions(publisher),
-        )
-
-    def _leases(self, store: Store) -> Leases:
-        return Leases(store, self._config.disk.collect_grace, self._clock)
-
-    def _count_collected(self, report: CollectionReport) -> None:
-        self._metrics.collected_tags.inc(report.tags)
-        self._metrics.collected_blobs.inc(report.blobs)
-        self._metrics.collected.inc(report.bytes)
-        if not report.refused:
-            self._metrics.collected_at.set(report.begun)
+        made = factory.make(store, private, namespaces, publisher)
+        return made if common is None else factory.shared(made, store, common)
 
 
 def _tag_moved(recorder: UsageRecorder, publisher: Publisher | None, at_once: bool) -> Moved:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
-from proxy.config.shared import SharedConfig
+from proxy.namespaces.engines import bucket_blobs, database
 from storage.content import BlobContent
 from storage.disk.blobs import BlobFiles
 from storage.disk.database import FILE
@@ -42,7 +42,8 @@ def private_store(
     troubles = Troubles() if troubles is None else troubles
     disk = DiskHealth(root, clock, troubles)
     if config.shared.records is not None:
-        records = _shared_records(config, disk, clock, troubles)
+        check = partial(_check_identity, root, disk)
+        records = database(config.shared, clock, troubles, check)
     elif (file := root / DATABASE).exists():
         raise StartError(f"{root} has its records in a database ({file}): set shared.records to its URL")
     else:
@@ -65,53 +66,12 @@ def _content(
                 f"{root}/blobs has content, and shared.bucket is set: start with another disk.path, and copy"
                 " the images by entrepot copy"
             )
-        return _bucket(config.shared, records, root, disk, clock, troubles)
+        return bucket_blobs(config.shared, records, root, disk, clock, troubles)
     if isinstance(records, SQLiteRecords):
         with suppress(StorageFailed):  # which is seen again
             if records.first(OBJECT.prefix()) is not None:
                 raise StartError(f"{root}: its content is in a bucket: set shared.bucket to its URL")
     return BlobFiles(root, clock, disk, private=True)
-
-
-def _bucket(
-    shared: SharedConfig,
-    records: Records,
-    root: Path,
-    disk: DiskHealth,
-    clock: Callable[[], float],
-    troubles: Troubles,
-) -> BlobContent:
-    try:
-        # Only here: one machine needs no client of object storage.
-        from storage.bucket.blobs import BucketBlobs
-        from storage.bucket.objects import Bucket, BucketHealth
-    except ImportError as error:
-        raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
-    assert shared.bucket is not None
-    settings = shared.settings()
-    try:
-        store = settings.connect()
-    except (ValueError, OSError) as error:
-        raise StartError(f"shared.bucket: {error}") from error
-    health = BucketHealth(shared.bucket, root, clock, troubles)
-    bucket = Bucket(store, shared.bucket, health, settings.storage_class)
-    return BucketBlobs(bucket, records, root, clock, disk)
-
-
-def _shared_records(
-    config: Config, disk: DiskHealth, clock: Callable[[], float], troubles: Troubles
-) -> Records:
-    try:
-        # Only here: one machine needs no client of a database.
-        from storage.postgres.records import PostgresRecords
-    except ImportError as error:
-        raise StartError(f"shared.records needs psycopg ({error}): install entrepot[fleet]") from error
-    shared = config.shared
-    try:
-        check = partial(_check_identity, config.disk.path / "private", disk)
-        return PostgresRecords(str(shared.records), clock, troubles, shared.connections, check)
-    except StorageFailed as error:
-        raise StartError(f"shared.records: {error}") from error
 
 
 def _check_identity(root: Path, disk: DiskHealth, identity: str) -> None:

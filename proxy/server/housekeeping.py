@@ -74,6 +74,9 @@ class Housekeeper:
             work.create_task(self._repeat(self._count, ROUND))
             work.create_task(self._repeat(self._round, ROUND))
             work.create_task(self._repeat(self._refresh, REFRESHED))
+            if (deposits := composition.deposits) is not None:
+                work.create_task(self._repeat(deposits.resume, ROUND))
+                work.create_task(self._repeat(self.evict_shared, composition.config.disk.evict_every))
             if self._dispatcher is not None:
                 work.create_task(self._repeat(self._deliver, AGAIN))
             if composition.config.warm:
@@ -115,7 +118,9 @@ class Housekeeper:
         composition.metrics.stored.set(await run_in_thread(self._eviction.stored))
         if self._collection is not None:
             await run_in_thread(self._collection.watch.observe)
-        if reaped := sum([await run_in_thread(each.files.reap, ABANDONED) for each in composition.stores]):
+        if reaped := sum(
+            [await run_in_thread(each.files.reap, ABANDONED) for each in composition.all_stores]
+        ):
             log.info("partial.reaped", files=reaped)
         # Reading a tree of a million files takes seconds: rest in proportion.
         await asyncio.sleep(200 * (time.monotonic() - begun))
@@ -133,6 +138,18 @@ class Housekeeper:
         await run_in_thread(self._composition.maintenance.countings[0].run)
         async with self.evicting:
             await run_in_thread(self._eviction.expire)
+
+    async def evict_shared(self) -> None:
+        """Say what this server has used, and evict what none has, unless another server does."""
+        composition, upkeep = self._composition, self._composition.maintenance.shared
+        assert composition.common is not None and upkeep is not None
+        await run_in_thread(upkeep.uses.report)
+        async with _turn(composition.common.records, "evict") as ours:
+            if ours:
+                await run_in_thread(upkeep.counting.run)
+                await run_in_thread(upkeep.eviction.expire)
+                if await run_in_thread(upkeep.eviction.over):
+                    await run_in_thread(upkeep.eviction.shrink)
 
     async def _deliver(self) -> None:
         assert self._dispatcher is not None
@@ -199,12 +216,14 @@ class Housekeeper:
 @asynccontextmanager
 async def _turn(records: Records, name: str) -> AsyncIterator[bool]:
     """Whether this server has the turn at `name`, of all that share the records."""
-    turn = records.turn(name)
-    ours = await run_in_thread(turn.__enter__)
+    turn, entered = records.turn(name), []
     try:
-        yield ours
+        # 1. we are cancelled  2. the thread gets the turn: it is given back all the same
+        await run_in_thread(lambda: entered.append(turn.__enter__()))
+        yield entered[0]
     finally:
-        await run_in_thread(turn.__exit__, None, None, None)
+        if entered:
+            await run_in_thread(turn.__exit__, None, None, None)
 
 
 def _expires(config: Config) -> bool:

@@ -276,7 +276,7 @@ class ServerProcess:
     async def _health(self) -> Mapping[str, str]:
         if self._draining:
             return {"status": "draining"}
-        for store in self.composition.stores:
+        for store in self.composition.all_stores:
             with suppress(StorageFailed):  # a failure is among the troubles then
                 store.files.check()
             if store.records.remote:

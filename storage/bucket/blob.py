@@ -34,6 +34,7 @@ class BucketBlob(Blob):
         part = Span(0) if span is None else span.of(size)
         stop = size if part.stop is None else min(size, part.stop)
         if part.start < stop:
+            self.position = part.start
             self._begun = part.start, stop, await self._open(part.start, stop)
 
     async def _open(self, start: int, stop: int) -> Opened:

@@ -23,6 +23,7 @@ mistake.  The next push of the content replaces it.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
@@ -43,13 +44,14 @@ from storage.disk.directory import UploadFiles
 from storage.disk.health import DiskHealth
 from storage.disk.reaper import uptime
 from storage.disk.tree import StoredBlob
-from storage.errors import BlobUnknown, Unavailable
+from storage.errors import BlobUnknown, StorageFailed, Unavailable
 from storage.keys import LEFTOVER, OBJECT
 from storage.oci import ALGORITHMS, OCTETS, Descriptor, Digest
 from storage.records import Batch, Records
 from storage.values import StoredObject
 
 DUE = b"0"
+CLAIM = 60.0  # seconds for which an upload keeps other servers from uploading the same blob, unless renewed
 PUBLISHED = 0o400  # the mode of a partial file that has become an object
 
 
@@ -178,12 +180,29 @@ class BucketBlobs(UploadFiles):
 
         return await run_in_thread(partial(self._records.transaction, work, shared=True))
 
-    async def _put(self, source: Path, digest: Digest, size: int, damaged: StoredObject | None) -> None:
-        """Make an object of the file, and a blob of it, which replaces one whose object is `damaged`."""
-        token = secrets.token_hex(8)
-        key = f"{digest.algorithm}/{digest.encoded[:2]}/{digest.encoded}.{token}"
-        await run_in_thread(self._records.put, LEFTOVER.key(key), str(self.clock()).encode())
-        await self._bucket.put(key, source, size)
+    async def adopt(self, file: int, digest: Digest) -> None:
+        """Make a blob of an open file, which stays, and whose digest was verified.
+
+        Raises Unavailable while another server does.
+        """
+        known = await run_in_thread(self._object, digest)
+        if known is None or not await self._is_kept(digest, known):
+            source, size = Path(f"/proc/self/fd/{file}"), os.fstat(file).st_size  # its name may be gone
+            await uninterrupted(self._put(source, digest, size, known, alone=True))
+
+    async def _put(
+        self, source: Path, digest: Digest, size: int, damaged: StoredObject | None, alone: bool = False
+    ) -> None:
+        """Make an object of the file, and a blob of it, which replaces one whose object is `damaged`.
+
+        If it is to be the only one that does, raises Unavailable while another one does.
+        """
+        key = f"{_name(digest)}{secrets.token_hex(8)}"
+        if not alone:
+            await run_in_thread(self._records.put, LEFTOVER.key(key), str(self.clock()).encode())
+            await self._bucket.put(key, source, size)
+        elif not await self._put_alone(source, digest, size, damaged, key):
+            return
         made = StoredObject(size, self.clock(), key)
 
         def work(batch: Batch) -> bool:
@@ -201,6 +220,48 @@ class BucketBlobs(UploadFiles):
 
         if not await run_in_thread(partial(self._records.transaction, work, shared=True)):
             raise Unavailable(f"the upload of {digest} to {self._bucket.name} took too long", retry_after=1.0)
+
+    async def _put_alone(
+        self, source: Path, digest: Digest, size: int, damaged: StoredObject | None, key: str
+    ) -> bool:
+        """Make the object, unless another server has just done so.  Raises Unavailable while one does."""
+
+        def claim(batch: Batch) -> bool:
+            found = self._object(digest, batch)
+            if found is not None and (damaged is None or found.key != damaged.key):
+                return False
+            for other, since in self._records.scan(LEFTOVER.start(_name(digest))):
+                if since != DUE and not self._is_left(since, CLAIM):
+                    raise Unavailable(f"{other} is being uploaded by another server", retry_after=CLAIM)
+            batch.put(LEFTOVER.key(key), str(self.clock()).encode())
+            return True
+
+        if not await run_in_thread(partial(self._records.transaction, claim, shared=True)):
+            return False
+        renewing = asyncio.create_task(self._renew_claim(key))
+        try:
+            await self._bucket.put(key, source, size)
+        except Unavailable:
+            with suppress(StorageFailed):  # others need not wait for it
+                await run_in_thread(self._claim_since, key, self.clock() - CLAIM - 1)
+            raise
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
+        return True
+
+    async def _renew_claim(self, key: str) -> None:
+        while True:
+            await asyncio.sleep(CLAIM / 3)
+            with suppress(StorageFailed):
+                await run_in_thread(self._claim_since, key, self.clock())
+
+    def _claim_since(self, key: str, at: float) -> None:
+        def work(batch: Batch) -> None:
+            if batch.get(LEFTOVER.key(key)) not in (None, DUE):
+                batch.put(LEFTOVER.key(key), str(at).encode())
+
+        self._records.transaction(work, shared=True)
 
     def is_published(self, file: int, digest: Digest) -> bool:
         return stat.S_IMODE(os.fstat(file).st_mode) == PUBLISHED
@@ -222,6 +283,11 @@ class BucketBlobs(UploadFiles):
             return self.clock() - float(since) > age
         except ValueError:
             return False
+
+
+def _name(digest: Digest) -> str:
+    """The start of the keys of the objects with this content."""
+    return f"{digest.algorithm}/{digest.encoded[:2]}/{digest.encoded}."
 
 
 def _condemn(key: str, batch: Batch) -> bool:

@@ -25,7 +25,7 @@ from storage.errors import Unavailable
 log = structlog.get_logger()
 
 KIND = "bucket"  # the kind of these failures among the troubles of a server
-PATIENCE = 30.0  # seconds for the first bytes of an object
+PATIENCE = 30.0  # seconds for the first bytes of an object, by default
 AGAIN = 5.0  # seconds after which a client may try again
 CHUNK = 1 << 20  # bytes read at a time
 PART = 5 << 20  # bytes of a part of an upload, at least; S3 takes no smaller ones
@@ -94,13 +94,22 @@ class BucketHealth:
 class Bucket:
     """The objects of a bucket.  Methods raise Unavailable; those that are not asynchronous block.
 
-    `store` is one of obstore's, `name` what errors call the bucket, `attributes` are those of new objects.
+    `store` is one of obstore's, `name` what errors call the bucket.  `patience` is the number of seconds to
+    wait for the first bytes of an object, None for PATIENCE.
     """
 
-    def __init__(self, store: ObjectStore, name: str, health: BucketHealth, storage_class: str = "") -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        name: str,
+        health: BucketHealth,
+        storage_class: str = "",
+        patience: float | None = None,
+    ) -> None:
         self.name = name
         self.health = health
         self._store = store
+        self._patience = patience
         self._attributes = {"Storage-Class": storage_class} if storage_class else None
         self._uploads = asyncio.Semaphore(UPLOADS)
 
@@ -140,7 +149,7 @@ class Bucket:
         Raises ObjectUnknown.  Reading the chunks may raise what a connection does: see broken().
         """
         with self._asking(key):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self._patience or PATIENCE):
                 asked: Any = None if stop is None else {"range": (start, stop)}
                 found = await obstore.get_async(self._store, key, options=asked)
         return Opened(found.meta["size"], aiter(found.stream(min_chunk_size=CHUNK)))
@@ -153,7 +162,7 @@ class Bucket:
         """The size of an object in bytes; None if there is none."""
         try:
             with self._asking(key, text=False):
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(self._patience or PATIENCE):
                     return int((await obstore.head_async(self._store, key))["size"])
         except ObjectUnknown:
             pass

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from storage.disk.tree import StoredBlob
 from storage.keys import BLOB
-from storage.maintenance.blob_tree import BlobTree
+from storage.maintenance.blob_tree import BlobCandidates
 from storage.oci import Digest
 from storage.records import BATCH, Batch
 from storage.store import Store
@@ -24,7 +24,7 @@ class BlobOrder:
     Blobs may be used and removed while it is read.
     """
 
-    def __init__(self, store: Store, tree: BlobTree) -> None:
+    def __init__(self, store: Store, tree: BlobCandidates) -> None:
         self._store = store
         self._tree = tree
 

@@ -10,6 +10,7 @@ import heapq
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from storage.disk.blobs import BlobFiles
 from storage.disk.kept import KeptParts, all_parts, remove_parts
@@ -18,6 +19,24 @@ from storage.errors import DigestInvalid
 from storage.oci import Digest
 
 SETTLED = 2.0  # seconds after which an unchanged mtime of a directory proves that nothing in it changed
+
+
+class BlobCandidates(Protocol):
+    """The blobs of one store, as candidates for eviction.  Methods block, and may raise StorageFailed."""
+
+    def size(self) -> int:
+        """Bytes of all blobs."""
+
+    def __iter__(self) -> Iterator[StoredBlob]: ...
+
+    def find(self, digest: str) -> StoredBlob | None:
+        """The blob, if it is stored."""
+
+    def remove(self, found: StoredBlob) -> bool:
+        """Remove a blob, or its parts, unless it was used since it was `found`; whether it was removed."""
+
+    def parts(self) -> list[KeptParts]:
+        """The blobs of which only parts are kept, least recently used first."""
 
 
 class BlobTree:

@@ -18,16 +18,17 @@ from heapq import merge
 
 import structlog
 
-from storage.content import files_of
+from storage.disk.blobs import BlobFiles
 from storage.disk.kept import KeptParts, find_parts
 from storage.disk.tree import StoredBlob
 from storage.keys import LINK
 from storage.maintenance.blob_order import BlobOrder, forget_blob
-from storage.maintenance.blob_tree import BlobTree, oldest
+from storage.maintenance.blob_tree import BlobCandidates, BlobTree, oldest
 from storage.maintenance.counting import Counting
 from storage.maintenance.expiry import Expiry
 from storage.maintenance.pace import DutyCycle
 from storage.maintenance.pins import PinnedContent
+from storage.maintenance.recorded_blobs import RecordedBlobs
 from storage.records import Batch, batches
 from storage.store import Store
 from storage.totals import Totals
@@ -94,7 +95,7 @@ class Eviction:
         counting: Counting | None = None,
     ) -> None:
         self._store = store
-        self._blobs = BlobTree(files_of(store.files))
+        self._blobs = _candidates(store)
         self._totals = Totals(store.records)
         self._counting = counting or Counting(store, pause)
         self._rules = rules
@@ -262,13 +263,19 @@ class Eviction:
         return self._rules.keep_for(repository)
 
 
+def _candidates(store: Store) -> BlobCandidates:
+    return BlobTree(store.files) if isinstance(store.files, BlobFiles) else RecordedBlobs(store)
+
+
 class EvictionRun:
     """What one pass evicts, and how much that is.
 
     `evicted` are the digests, in a dry run only: a million of them take 150 MB.
     """
 
-    def __init__(self, store: Store, blobs: BlobTree, pause: Callable[[float], None], dry_run: bool) -> None:
+    def __init__(
+        self, store: Store, blobs: BlobCandidates, pause: Callable[[float], None], dry_run: bool
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self.pause = DutyCycle(pause).pause

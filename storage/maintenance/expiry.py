@@ -11,7 +11,7 @@ from storage.disk.kept import KeptParts
 from storage.disk.tree import StoredBlob
 from storage.graph import Walk, named_digests
 from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, TOTAL, USE
-from storage.maintenance.blob_tree import BlobTree
+from storage.maintenance.blob_tree import BlobCandidates
 from storage.maintenance.pins import PinnedContent
 from storage.maintenance.usage import Usage
 from storage.records import Batch
@@ -86,7 +86,7 @@ class Expiry:
         keeps = [self._keep_for(LINK.parse(key)[0]) for key in links]
         return max(keeps, default=self._default_keep_for)
 
-    def records(self, tree: BlobTree, removed: Collection[str]) -> Iterator[ExpiredRecords]:
+    def records(self, tree: BlobCandidates, removed: Collection[str]) -> Iterator[ExpiredRecords]:
         """The expired records of each repository; `removed` are digests of blobs that count as removed.
 
         Only repositories are read in which something may have expired.  Where nothing has, the time is
@@ -123,7 +123,7 @@ class Expiry:
                 yield repository, self._keep_for(repository)
 
     def _records_of(
-        self, repository: str, keep: float, tree: BlobTree, removed: Collection[str]
+        self, repository: str, keep: float, tree: BlobCandidates, removed: Collection[str]
     ) -> ExpiredRecords:
         expired = ExpiredRecords(oldest=self._clock())
         live, tags = self._tags(repository, keep, expired)
@@ -149,7 +149,7 @@ class Expiry:
         self,
         repository: str,
         keep: float,
-        tree: BlobTree,
+        tree: BlobCandidates,
         removed: Collection[str],
         expired: ExpiredRecords,
     ) -> None:

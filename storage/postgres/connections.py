@@ -41,6 +41,7 @@ SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalive
 SET default_transaction_isolation = 'read committed';
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
+_PART = "SELECT set_config('search_path', quote_ident(current_schema() || %s), false)"
 
 T = TypeVar("T")
 DatabaseConnection: TypeAlias = psycopg.Connection[TupleRow]
@@ -71,13 +72,14 @@ class Closed(Exception):
 class Connections:
     """At most `most` connections, made when they are needed.  Methods block, and raise psycopg.Error.
 
-    Making it raises StorageFailed if `url` is invalid.
+    With a `part`, they use the schema beside that of `url` whose name has this ending.  Making it raises
+    StorageFailed if `url` is invalid.
 
     After an attempt to connect has failed, one thread at a time tries again, and the others fail at once: so
     a server that does not answer holds one thread.
     """
 
-    def __init__(self, url: str, most: int) -> None:
+    def __init__(self, url: str, most: int, part: str = "") -> None:
         try:
             parameters = {**_SETTINGS, **conninfo_to_dict(url)}
         except psycopg.ProgrammingError:  # which shows the URL, and a password in it
@@ -87,6 +89,7 @@ class Connections:
         self._parameters = make_conninfo("", **parameters)
         self.name = _name(parameters)
         self._most = most
+        self._part = f"_{part}" if part else ""
         self._slots = threading.Semaphore(most)
         self._lock = threading.Lock()
         self._idle: list[DatabaseConnection] = []
@@ -145,6 +148,8 @@ class Connections:
             connection = kind.connect(self._parameters, autocommit=True)
             try:
                 connection.execute(_SESSION)
+                if self._part:
+                    connection.execute(_PART, (self._part,))
             except BaseException:
                 connection.close()
                 raise

@@ -16,7 +16,10 @@ _ASKED = """
 SELECT current_setting('server_version_num')::integer / 10000, current_setting('server_version'),
     current_setting('max_connections')::integer, current_setting('fsync') = 'on',
     current_setting('full_page_writes') = 'on', extract(epoch FROM clock_timestamp())::float8,
-    has_schema_privilege(current_schema(), 'CREATE')
+    coalesce(
+        has_schema_privilege(current_schema(), 'CREATE'),
+        has_database_privilege(current_database(), 'CREATE')
+    )
 """
 
 
@@ -40,9 +43,12 @@ class Examination(NamedTuple):
     creates: bool
 
 
-def examine(url: str) -> Examination:
-    """Ask the database at `url`.  Blocks.  Raises StorageUnavailable, and StorageFailed for a bad URL."""
-    connections = Connections(url, 1)
+def examine(url: str, part: str = "") -> Examination:
+    """Ask the database at `url` about a `part` of the records.  Blocks.
+
+    Raises StorageUnavailable, and StorageFailed for a bad URL.
+    """
+    connections = Connections(url, 1, part)
     try:
         with closing(connections.connect()) as connection:
             asked_at = time.time()

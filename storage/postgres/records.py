@@ -127,6 +127,7 @@ class PostgresRecords(Records):
 
     `url` is a connection string of PostgreSQL.  A process has at most `connections`.  `check` is called with
     the identity of the records before they are used, and raises StorageFailed if they are the wrong ones.
+    Each `part` has tables of its own: see Connections.
 
     Making it raises SchemaTooNew, and what `check` raises; if the database cannot be reached, the other
     methods fail until it can.
@@ -141,8 +142,9 @@ class PostgresRecords(Records):
         troubles: Troubles | None = None,
         connections: int = CONNECTIONS,
         check: Callable[[str], None] = lambda identity: None,
+        part: str = "",
     ) -> None:
-        self._connections = Connections(url, connections)
+        self._connections = Connections(url, connections, part)
         self.name = self._connections.name
         self.health = DatabaseHealth(self.name, clock, troubles)
         self._local = threading.local()

@@ -4,6 +4,8 @@
     entrepot_records    a record in a row
     entrepot_writers    always empty: writers lock it, each for the time of a transaction
 
+They are in the first schema of the search path, which is made if it is not there.
+
 Keys are bytes: their order does not depend on the collation of the database, nor their form on its encoding.
 Writers lock a table of its own: a lock on the records themselves would end the vacuuming of these.
 """
@@ -76,12 +78,21 @@ def _bring_to_version(connection: DatabaseConnection, name: str) -> None:
                 cause="its database is of a later version",
             )
         if not found:
+            _make_schema(connection)
             columns = "version integer NOT NULL, identity uuid NOT NULL DEFAULT gen_random_uuid()"
             connection.execute(f"CREATE TABLE entrepot_schema ({columns})".encode())
             connection.execute("INSERT INTO entrepot_schema (version) VALUES (0)")
         for statements in MIGRATIONS[found:]:
             connection.execute(statements.encode())
         connection.execute("UPDATE entrepot_schema SET version = %s", (VERSION,))
+
+
+def _make_schema(connection: DatabaseConnection) -> None:
+    """Make the schema of a search path that leads to none."""
+    found = connection.execute("SELECT current_setting('search_path') WHERE current_schema() IS NULL")
+    row = found.fetchone()
+    if row is not None and "," not in row[0]:
+        connection.execute(f"CREATE SCHEMA {row[0]}".encode())
 
 
 def version_of(connection: DatabaseConnection) -> int:

@@ -1,0 +1,86 @@
+"""What servers share: records in a database and content in a bucket, as the configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxy.cache.deposits import Deposits
+from proxy.cache.shared_store import PATIENCE, SharedStore
+from proxy.config.errors import StartError
+from proxy.config.schema import Config
+from proxy.config.shared import CACHES, SharedConfig
+from storage.disk.health import DiskHealth
+from storage.disk.troubles import Troubles
+from storage.errors import StorageFailed
+from storage.records import Records
+from storage.store import Store
+
+if TYPE_CHECKING:  # one machine needs no client of object storage
+    from storage.bucket.blobs import BucketBlobs
+
+
+def bucket_blobs(
+    shared: SharedConfig,
+    records: Records,
+    root: Path,
+    disk: DiskHealth,
+    clock: Callable[[], float],
+    troubles: Troubles,
+    part: str = "",
+    patience: float | None = None,
+) -> BucketBlobs:
+    """The blobs in a bucket, or in a `part` of it.  Raises StartError."""
+    try:
+        # Only here: one machine needs no client of object storage.
+        from storage.bucket.blobs import BucketBlobs
+        from storage.bucket.objects import Bucket, BucketHealth
+    except ImportError as error:
+        raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
+    settings = shared.settings(part)
+    try:
+        store = settings.connect()
+    except (ValueError, OSError) as error:
+        raise StartError(f"shared.bucket: {error}") from error
+    health = BucketHealth(settings.url, root, clock, troubles)
+    bucket = Bucket(store, settings.url, health, settings.storage_class, patience)
+    return BucketBlobs(bucket, records, root, clock, disk)
+
+
+def database(
+    shared: SharedConfig,
+    clock: Callable[[], float],
+    troubles: Troubles,
+    check: Callable[[str], None] = lambda identity: None,
+    part: str = "",
+) -> Records:
+    """The records in a database, or in a `part` of it.  Raises StartError."""
+    try:
+        # Only here: one machine needs no client of a database.
+        from storage.postgres.records import PostgresRecords
+    except ImportError as error:
+        raise StartError(f"shared.records needs psycopg ({error}): install entrepot[fleet]") from error
+    try:
+        return PostgresRecords(str(shared.records), clock, troubles, shared.connections, check, part)
+    except StorageFailed as error:
+        raise StartError(f"shared.records: {error}") from error
+
+
+def shared_caches(
+    config: Config, store: Store, clock: Callable[[], float], troubles: Troubles
+) -> tuple[SharedStore, Deposits]:
+    """The store that the caches of several servers share, and what hands over the blobs of `store` to it.
+
+    Raises StartError.
+    """
+    root = config.disk.path / "shared"
+    records = database(config.shared, clock, troubles, part=CACHES)
+    try:
+        disk = DiskHealth(root, clock, troubles)
+        blobs = bucket_blobs(config.shared, records, root, disk, clock, troubles, CACHES, PATIENCE)
+    except BaseException:
+        records.close()
+        raise
+    shared = SharedStore(blobs, records, clock)
+    return shared, Deposits(store, shared, blobs)

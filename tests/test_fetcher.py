@@ -351,6 +351,57 @@ async def test_a_fill_waits_for_its_turn_where_the_origin_sends_no_range(
     assert await pull == BODY[500:900]
     await rig.fills.ended(digest)
     assert rig.store.files.path(digest).read_bytes() == BODY
+    if not ranges:  # all of it has come for the range
+        assert (asked(upstream), upstream.bytes_sent) == ([(500, 900)], SIZE)
+
+
+@pytest.mark.parametrize("lazy", [None, Threshold(share=1.0, clients=math.inf)], ids=["default", "lazy"])
+@pytest.mark.parametrize("start", [0, 500])
+async def test_all_of_a_blob_that_comes_for_a_range_is_the_fill(
+    rig: Rig, upstream: Upstream, start: int, lazy: Threshold | None
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.ranges, answered = False, Hold(asyncio.Event(), after=None)
+    upstream.next("GET", digest, answered, Reset(after=700_000))
+    async with rig.turns.turn("up"):
+        pulls = [asyncio.create_task(rig.read(digest, start + each, 900, lazy)) for each in range(4)]
+        await answered.reached.wait()
+        answered.gate.set()
+    assert await asyncio.gather(*pulls) == [BODY[start + each : 900] for each in range(4)]
+    assert await rig.read(digest, 0, SIZE, lazy) == BODY
+    with suppress(KeyError):
+        await rig.fills.ended(digest)
+    assert sorted(stop for _, stop in asked(upstream)) == [900, SIZE]
+    assert upstream.bytes_sent == 700_000 + SIZE
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+async def test_all_of_a_blob_that_waits_for_its_turn_is_closed(rig: Rig) -> None:
+    digest, closed = Digest.of(BODY), asyncio.Event()
+
+    class Whole(Dealt):
+        async def close(self) -> None:
+            assert not closed.is_set()
+            closed.set()
+
+    class Dealing(Dealer):
+        async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+            found = Whole(digest, 0, SIZE, self.gate)
+            found.ranged = False
+            self.gate.set()
+            return found
+
+    origin = Dealing()
+    rig.source = BlobSource("up", origin, "a/b")
+    async with rig.turns.turn("up"):
+        pull = asyncio.create_task(rig.read(digest, 500, 900))
+        await origin.gate.wait()
+        await rig.fills.close()
+    assert closed.is_set()
+    with pytest.raises(RegistryError):
+        await pull
+    for path in rig.partial.iterdir():  # empty, for another process that follows it
+        path.unlink()
 
 
 async def test_what_came_before_a_stop_is_not_asked_again(rig: Rig, upstream: Upstream) -> None:
@@ -421,6 +472,7 @@ class Dealt(Blob):
 
     def __init__(self, digest: Digest, start: int, stop: int, gate: asyncio.Event) -> None:
         self.descriptor, self.position = Descriptor(OCTETS, digest, SIZE), start
+        self.ranged = True
         self._stop, self._gate = stop, gate
 
     @property

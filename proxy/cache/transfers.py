@@ -86,6 +86,8 @@ class Transfers:
         self._counted = (0, 0)  # in the metrics: extents, and repeated bytes
         self._most = asyncio.Semaphore(MOST)
         self._asking = asyncio.Lock()  # for the first range
+        self._filling = 0  # gaps that are being fetched
+        self._whole: tuple[BlobSource, Blob, None] | None = None  # what came for a range, for the next gap
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -94,6 +96,8 @@ class Transfers:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._whole is not None:
+            await self._whole[1].close()
         self.count(0)
 
     @property
@@ -158,9 +162,11 @@ class Transfers:
         if rest and not whole:
             span = Span(start, stop if stop < self.end else None)
         part = self.parts.take(start, stop)
+        self._filling += 1
         try:
             with self._metrics.transfers.track_inprogress():
-                blob, span = await self._get(source, span)
+                source, blob, span = self._whole or (source, *await self._get(source, span))
+                self._whole = None
                 try:
                     await self._begin(source, blob, part)
                     if blob.position != part.position or (rest and span is None):
@@ -171,6 +177,7 @@ class Transfers:
                 finally:
                     await self._close(blob)
         finally:
+            self._filling -= 1
             self._end(part)
 
     async def _get(self, source: BlobSource, span: Span | None) -> tuple[Blob, Span | None]:
@@ -273,7 +280,7 @@ class Transfers:
         blob = await source.origin.get_blob(source.name, self._fill.digest, span)
         size = blob.descriptor.size
         try:
-            self.ranges = blob.position == part.position and size >= 0
+            self.ranges = blob.ranged and blob.position == part.position and size >= 0
             if self.ranges and self.size < 0 <= size:
                 await self._begin(source, blob, part)
             elif self.ranges and size != self.size:
@@ -285,5 +292,8 @@ class Transfers:
         except BaseException:
             await self._close(blob)
             raise
-        await self._close(blob)
+        if blob.ranged or self._filling or self._whole is not None:
+            await self._close(blob)
+        else:  # it is all of the blob
+            self._whole = source, blob, None
         return None

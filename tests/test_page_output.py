@@ -92,6 +92,7 @@ BEFORE = {
         ),
         "entrepot pin 'alpine:3*' --keep-fresh 1h --platform linux/am": ALPINE,
         "entrepot unpin 'docker.io/library/alpine:3*'": "entrepot pin alpine:3*",
+        "entrepot lock compose.yml": "entrepot warm --from compose.yml",
         "entrepot evict --to 20MiB --dry-run": BOTH,
         "entrepot evict --to 20MiB": BOTH,
         "entrepot purge '*alpine*' --yes": (f"{ALPINE}\n{MOVED}\nentrepot pin alpine:3.20"),

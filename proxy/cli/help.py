@@ -14,7 +14,7 @@ GROUPS = {
     "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
     "Keep a private registry": ("tag", "delete", "collect"),
     "Move images": ("copy", "export", "import"),
-    "Prepare for an outage": ("ready", "drill"),
+    "Prepare for an outage": ("ready", "drill", "lock"),
 }
 OTHER = "Other commands"
 
@@ -106,6 +106,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "export": (("entrepot export images.tar 'docker.io/*' --used-within 30d", ""),),
     "import": (("entrepot import images.tar", ""),),
     "ready": (("entrepot ready compose.yml", ""),),
+    "lock": (("entrepot lock compose.yml Dockerfile >images.lock", ""),),
     "drill": (("entrepot drill 10m --namespace docker.io", ""),),
 }
 

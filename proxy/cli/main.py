@@ -23,6 +23,7 @@ from proxy.cli import (
     bundles,
     content,
     copy,
+    lock,
     maintenance,
     offline,
     pins,
@@ -74,6 +75,7 @@ for each in (
     *stores.COMMANDS,
     *users.COMMANDS,
     *policy.COMMANDS,
+    *lock.COMMANDS,
     setup,
     doctor,
 ):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from proxy.config.fields import Flag, Section, Text, Timeout
+from proxy.config.fields import File, Flag, Section, Text, Timeout
 from proxy.config.signers import AttestationConfig, SignerConfig
 from proxy.config.values import parse_label, parse_pattern, parse_where
 from storage.names import is_glob
@@ -49,7 +49,7 @@ class PolicyRule(Section, frozen=True):
     match one of them.  If `mode` is None, that of the policy applies.
 
     What a rule allows is served only if it is signed by one of `signed_by` and by all of `signed_by_all`, as
-    far as there are any, and has all that is `attested`.
+    far as there are any, and has all that is `attested`; and only if the lock file `locked` has it.
     """
 
     name: Annotated[str, parse_label]
@@ -61,12 +61,15 @@ class PolicyRule(Section, frozen=True):
     signed_by: tuple[Text, ...] = ()
     signed_by_all: tuple[Text, ...] = ()
     attested: tuple[AttestationConfig, ...] = ()
+    locked: File | None = None
 
     def __post_init__(self) -> None:
         if self.action == "deny" and self.reason is None:
             raise ValueError(f"rule {self.name} needs a reason, which clients are told when it refuses")
         if self.action == "deny" and (self.signers or self.attested):
             raise ValueError(f"rule {self.name} denies, whatever is signed: let it allow what is signed")
+        if self.action == "deny" and self.locked is not None:
+            raise ValueError(f"rule {self.name} denies, whatever is locked: let it allow what is locked")
 
     @property
     def signers(self) -> tuple[str, ...]:

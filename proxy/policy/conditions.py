@@ -13,6 +13,7 @@ from proxy.config.policy import PolicyRule
 from proxy.config.signers import AttestationConfig
 from proxy.policy.condition import Condition, Evidence, Subject
 from proxy.policy.expressions import Expression, ExpressionFailed
+from proxy.policy.locks import LockedImages
 from proxy.signatures.errors import SignatureRefused, SignerInvalid
 from proxy.signatures.finder import SignatureFinder
 from proxy.signatures.forms import FoundSignature, Proof, Signer
@@ -27,17 +28,18 @@ def conditions_of(
 ) -> tuple[Condition, ...]:
     """The conditions of a rule, all of which have to be met.
 
-    Raises StartError if an expression cannot be read.
+    Raises StartError if an expression or a lock file cannot be read.
     """
+    locked = (LockedImages(rule.locked),) if rule.locked is not None else ()
     requirements: list[Requirement] = [
         *([AnySignature(rule.signed_by)] if rule.signed_by else []),
         *(AnySignature((name,)) for name in rule.signed_by_all),
         *(Attestation(each) for each in rule.attested),
     ]
     if not requirements:
-        return ()
+        return locked
     named = {name: signers[name] for name in dict.fromkeys(rule.signers)}
-    return (VerifiedSignatures(named, requirements, clock),)
+    return (*locked, VerifiedSignatures(named, requirements, clock))
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from structlog.testing import LogCapture
 
 from proxy.upstream.peers import KNOWN, ORIGIN, PEER, SECRET
 from proxy.upstream.rendezvous import ranked
-from storage.oci import Digest
+from storage.oci import Digest, Tag
 from tests import fleet as fleets
 from tests.conftest import Clock
 from tests.fleet import Replica, Replicas, replicas
@@ -295,16 +296,17 @@ async def test_an_owner_that_is_down_is_left_out(
 ) -> None:
     contents = [b"layer %d" % number for number in range(12)]
     layers = [upstream.blob("library/busybox", each) for each in contents]
-    dead = fleet.all[0]
+    dead, *others = fleet.ranked(layers[0])
     await dead.stop()
     for digest, content in zip(layers, contents, strict=True):
-        for each in fleet.all[1:]:
+        for each in others:
             status, _, body = await each.get(f"{BUSYBOX}/blobs/{digest}")
             assert (status, body) == (200, content)
     assert len(upstream.log) == len(layers)
     opened = [each for each in events.entries if each["event"] == "upstream.opened"]
-    assert {(each["namespace"], f"http://{each['host']}") for each in opened} == {("peers", fleet.urls[0])}
-    assert len(opened) == 2  # once at each of the others
+    url = fleet.urls[fleet.all.index(dead)]
+    assert {(each["namespace"], f"http://{each['host']}") for each in opened} == {("peers", url)}
+    assert len(opened) <= 2  # once at each of the others, if it has asked at all
 
 
 async def test_an_owner_that_fails_is_passed_by(fleet: Replicas, upstream: Upstream) -> None:
@@ -422,3 +424,39 @@ async def test_the_policy_is_applied_where_the_client_is(
             for digest in (image.config, *image.layers):
                 assert (await each.get(f"{BUSYBOX}/blobs/{digest}"))[0] == 200
     assert len(upstream.log) == 4
+
+
+# What an operator sees
+
+
+async def test_why_names_the_owner(fleet: Replicas, upstream: Upstream) -> None:
+    image_of(upstream)
+    owner, second, third = fleet.ranked(NAME)
+    url = fleet.urls[fleet.all.index(owner)]
+    for each in (owner, second):
+        found = (await _why(each))["owner"]
+        assert (found["url"], found["own"], found["open"]) == (url, each is owner, False)
+    await owner.stop()
+    await third.get(LATEST)
+    found = (await _why(third))["owner"]
+    assert (found["url"], found["open"]) == (url, True)
+    assert found["error"]
+
+
+async def _why(replica: Replica) -> dict[str, Any]:
+    assert replica.app.admin_url is not None
+    async with replica.session.get(replica.app.admin_url / "api/v1/why", params={"ref": NAME}) as response:
+        return dict(json.loads(await response.read()))
+
+
+async def test_who_asks_for_news_gets_those_of_the_upstream(fleet: Replicas, upstream: Upstream) -> None:
+    image_of(upstream)
+    owner, second, _ = fleet.ranked(NAME)
+    for each in (owner, second):
+        await each.get(LATEST)
+    moved = upstream.image("library/busybox", "latest", layers=[b"newer"])
+    result, manifest, _ = await second.app.composition.caches["docker.io"].revalidate(
+        "library/busybox", Tag("latest")
+    )
+    assert (result, manifest.content) == ("miss", moved.content)
+    assert (await second.get(LATEST))[2] == moved.content

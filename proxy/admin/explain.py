@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from proxy.admin.inventory import Inventory, Measured, finite_or_none
+from proxy.admin.models import OwnerRow
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import HostRow, RefusalRow, Verdict, Why
 from proxy.config.hosts import normal_host
 from proxy.config.schema import Config, NamespaceConfig
+from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import ImageReference
+from proxy.telemetry.metrics import PEERS
 from storage.maintenance.pins import Pins
 from storage.maintenance.usage import Usage
 from storage.oci import Tag
@@ -148,7 +151,25 @@ class Explainer:
         return found
 
 
-def host_rows(states: Sequence[UpstreamState]) -> list[HostRow]:
+async def owner_of(
+    parts: Composition, image: ImageReference, states: Sequence[UpstreamState]
+) -> OwnerRow | None:
+    """The owner of the repository of an image; None without replicas, and for a private registry."""
+    peers = parts.peers if parts.is_cache(image.namespace) else None
+    if peers is None or (url := await peers.owner(image.repository)) is None:
+        return None
+    rows = [each for each in host_rows(each for each in states if each.namespace == PEERS) if each.url == url]
+    state = rows[0] if rows else None
+    return OwnerRow(
+        url=url,
+        own=url == peers.own,
+        open=state is not None and state.open,
+        until=state.until if state else None,
+        error=state.error if state else None,
+    )
+
+
+def host_rows(states: Iterable[UpstreamState]) -> list[HostRow]:
     """One row for each host, as seen by the process that pauses it for the longest time."""
     found: dict[tuple[str, str], UpstreamState] = {}
     for each in states:

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from proxy.admin.drills import DrillControl
-from proxy.admin.explain import Explainer, refusal_notes
+from proxy.admin.explain import Explainer, owner_of, refusal_notes
 from proxy.admin.fill_speeds import FillSpeeds
 from proxy.admin.inventory import Inventory, merged
 from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, WebhookRow
@@ -181,7 +181,8 @@ class LocalOperations:
         states = [each for state in await self._processes.states() for each in state.upstreams]
         found = await run_in_thread(self._explainer.why, image, states)
         held = await run_in_thread(held_now, self._composition.guard.holds, image)
-        return msgspec.structs.replace(found, held=held)
+        owner = await owner_of(self._composition, image, states)
+        return msgspec.structs.replace(found, held=held, owner=owner)
 
     async def policy(self, ref: str) -> PolicyExplained:
         return await explained(self._composition, self._reader.reference("ref", ref))

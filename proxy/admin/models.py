@@ -254,3 +254,19 @@ class WebhookRow(Model, frozen=True):
     failing_since: float | None
     failed_at: float | None
     error: str | None
+
+
+# The fleet
+
+
+class OwnerRow(Model, frozen=True):
+    """The replica of a fleet that owns an image, and is asked for it before the upstream; `own`: this one.
+
+    While `open`, it is left out because it failed with `error`, `until` the next attempt.
+    """
+
+    url: str
+    own: bool
+    open: bool
+    until: float | None
+    error: str | None

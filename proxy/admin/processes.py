@@ -17,6 +17,7 @@ from proxy.cache.drill import Drill
 from proxy.cache.fill import Fill
 from proxy.cache.fills import Fills
 from proxy.namespaces.composition import Composition
+from proxy.telemetry.metrics import PEERS
 from proxy.upstream.breaker import HostState
 from proxy.upstream.ratelimit import LimitState
 from storage.disk.troubles import Troubled
@@ -95,7 +96,10 @@ class _Upstream(Protocol):
 
 
 class ProcessState:
-    """The state of this process.  `caches` are by namespace; `record` records what requests were counted."""
+    """The state of this process.  `caches` are by namespace; `record` records what requests were counted.
+
+    `peers` gives the state of the other replicas of a fleet, among that of the upstreams.
+    """
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class ProcessState:
         pid: int | None = None,
         drill: Drill | None = None,
         record: Callable[[], Awaitable[None]] | None = None,
+        peers: Callable[[], Sequence[HostState]] = list,
     ) -> None:
         self._fills = fills
         self._caches = caches
@@ -114,6 +119,7 @@ class ProcessState:
         self.pid = os.getpid() if pid is None else pid
         self.drill = drill or Drill(clock)
         self._record = record
+        self._peers = peers
 
     def state(self) -> ProcessReport:
         """The state as known in memory, without any request."""
@@ -126,7 +132,8 @@ class ProcessState:
                 for namespace, cache in self._caches.items()
                 if isinstance(cache.origin, _Upstream)
                 for host in cache.origin.state()
-            ],
+            ]
+            + [_upstream(PEERS, host, now) for host in self._peers()],
             troubles=list(dict.fromkeys(each for disk in self._disks for each in disk.troubles())),
         )
 
@@ -145,9 +152,8 @@ class ProcessState:
 def state_of(composition: Composition) -> ProcessState:
     """The state of this process, which serves a composition or does its housekeeping."""
     parts = composition
-    return ProcessState(
-        parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill, parts.recorder.flush
-    )
+    own = parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill, parts.recorder.flush
+    return ProcessState(*own) if parts.peers is None else ProcessState(*own, parts.peers.state)
 
 
 def _fill(fill: Fill, pid: int) -> FillState:

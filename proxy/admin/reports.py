@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from proxy.admin.models import Model
+from proxy.admin.models import Model, OwnerRow
 from proxy.admin.policy_reports import HeldRow
 
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
@@ -226,7 +226,8 @@ class Why(Model, frozen=True):
     error).  `complete` says whether all content is stored; what is not is fetched on demand.
 
     `qualified` says how the namespace was found; `fresh_rule`, `keep_rule` and `pin` name the rules that
-    apply.  A tag that is `held` stands for another digest than its upstream gives.
+    apply.  A tag that is `held` stands for another digest than its upstream gives.  In a fleet, `owner` is
+    asked before the upstream.
     """
 
     asked: str
@@ -251,6 +252,7 @@ class Why(Model, frozen=True):
     verdict: Verdict
     because: str
     held: HeldRow | None = None
+    owner: OwnerRow | None = None
 
 
 # Preparation for an outage

@@ -17,7 +17,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin, Vouched
 from proxy.cache.policy import Policy
-from proxy.telemetry.exchange import origin_age
+from proxy.telemetry.exchange import origin_age, past_owners
 from storage.errors import (
     ManifestUnknown,
     NameUnknown,
@@ -177,6 +177,7 @@ class TagRevalidation:
     async def _validate(self, repository: str, tag: Tag, forced: bool = False) -> _Validated:
         """Ask the origin, or wait for another process that does; `forced`: even if the tag is fresh."""
         begun = self._clock()
+        past_owners.set(forced)  # in the task of this call alone
         name = f"{self._origin.namespace}/{repository}"
         async with self._store.files.exclusive(TAG.key(name, tag)) as waited:
             known = await self._known(name, tag)

@@ -275,11 +275,20 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
         table.add("last used", format_time(found.last_used, now))
     if found.held is not None:
         table.add("held", f"at {found.held.digest} by {found.held.rule}, moves {moving(found.held, now)}")
+    if found.owner is not None:
+        table.add("owner", _owner(found.owner, now))
     if found.offline:
         table.add("upstream", "offline: it is never asked")
     for each in found.upstreams:
         table.add("upstream", _upstream(each, now))
     return [table]
+
+
+def _owner(owner: models.OwnerRow, now: float) -> str:
+    if owner.open:
+        paused = f"left out, next attempt {format_time(owner.until, now)}"
+        return f"{owner.url}, {paused}: {owner.error or 'it failed'}"
+    return f"{owner.url}, this replica" if owner.own else f"{owner.url}, which is asked before upstream"
 
 
 def moving(found: policy_reports.HeldRow, now: float) -> str:

@@ -15,7 +15,7 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.settings import Setting
 from proxy.config.upstream import UpstreamConfig
-from proxy.doctor import bucket, database, disk, running, upstreams
+from proxy.doctor import bucket, database, disk, peers, running, upstreams
 from proxy.doctor.checks import Check, failed, guarded, ok, warning
 
 
@@ -45,6 +45,7 @@ async def examine(
         guarded("tls", str(config.listen), asyncio.to_thread(running.check_certificate, config)),
         guarded("workers", "-", asyncio.to_thread(running.check_limits, config)),
         guarded("server", str(config.listen), running.check(config, admin)),
+        guarded("peers", "-", peers.check(config)),
     )
     checks += [each for found in local for each in found]
     return checks + await _upstreams(config)

@@ -26,7 +26,6 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.namespaces.caches import CacheFactory, Caches, HostCaches
 from proxy.namespaces.engines import shared_caches
-from proxy.namespaces.fleet import fleet_of
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
 from proxy.namespaces.routing import Member, Namespaces
@@ -35,6 +34,7 @@ from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
+from proxy.upstream.fleet import fleet_of
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.peers import Peers
 from proxy.webhooks.publisher import Publisher

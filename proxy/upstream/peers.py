@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from proxy.config.quantities import parse_number
-from proxy.telemetry.exchange import current, origin_age
+from proxy.telemetry.exchange import current, origin_age, past_owners
 from proxy.upstream.breaker import HostState
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.knowledge import Knowledge, Namer
@@ -31,6 +31,11 @@ ORIGIN, KNOWN = "Entrepot-Origin", "Entrepot-Known"  # see Owners
 UNNAMED = "-"  # a replica that does not know its own URL
 FORMER = 600.0  # seconds after which connections to a replica that is gone are closed
 ASKED = 2  # replicas that are asked before an upstream: the owner, and whoever owns the key without that one
+
+
+def secrets_of(own: str | None, secret: str) -> Mapping[str, str]:
+    """The headers of every request of the replica `own` to another one."""
+    return {PEER: own or UNNAMED, SECRET: secret}
 
 
 class Peers:
@@ -115,19 +120,19 @@ class Peers:
 
     # Requests of other replicas
 
-    def sender(self, headers: Mapping[str, str]) -> str | None:
+    async def sender(self, headers: Mapping[str, str]) -> str | None:
         """The URL of the replica that has sent a request with these headers; None: it is of a client."""
         secret = headers.get(SECRET)
         if secret is None or not hmac.compare_digest(
             secret.encode("utf-8", "replace"), self._secret.encode()
         ):
             return None
+        await self.known()
         return headers.get(PEER, UNNAMED)
 
-    async def admit(self, peer: str, namespace: str, repository: str, digest: str | None) -> None:
+    def admit(self, peer: str, namespace: str, repository: str, digest: str | None) -> None:
         """Raise Misdirected if this replica does not answer that one, which might be waiting for it."""
         key = digest or f"{namespace}/{repository}"
-        await self.known()
         if self.own is None:
             raise Misdirected("this replica does not know which of the peers it is: set peers.self")
         if peer != UNNAMED and score(key, peer) >= score(key, self.own):
@@ -146,7 +151,7 @@ class Peers:
 
     def secrets(self) -> Mapping[str, str]:
         """The headers of every request to another replica."""
-        return {PEER: self.own or UNNAMED, SECRET: self._secret}
+        return secrets_of(self.own, self._secret)
 
     # Parts
 
@@ -198,8 +203,8 @@ class Owners:
         self._offline = offline
 
     async def of(self, repository: str, digest: str | None) -> list[UpstreamRegistry]:
-        """In the order in which to ask them; none for what another replica asks for."""
-        if current().peer:
+        """In the order in which to ask them; none for what another replica asks for, or who wants news."""
+        if current().peer or past_owners.get():
             return []
         urls = await self._peers.before(digest or f"{self._namespace}/{repository}")
         return [self._peers.of(each, self._namespace, self) for each in urls]

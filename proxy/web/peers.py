@@ -18,10 +18,10 @@ FAILED = 424  # RFC 4918, section 11.4: not this server has failed, but what it 
 class OtherReplicas(Protocol):
     """The other replicas of the fleet."""
 
-    def sender(self, headers: Mapping[str, str]) -> str | None:
+    async def sender(self, headers: Mapping[str, str]) -> str | None:
         """The URL of the replica that has sent a request with these headers; None: it is of a client."""
 
-    async def admit(self, peer: str, namespace: str, repository: str, digest: str | None) -> None:
+    def admit(self, peer: str, namespace: str, repository: str, digest: str | None) -> None:
         """Raise Misdirected if this replica does not answer that one."""
 
     def hear(self, namespace: str, headers: Mapping[str, str]) -> None:
@@ -38,13 +38,13 @@ class PeerRequests:
         self._peers = peers
         self._is_cache = is_cache
 
-    def recognize(self, request: web.BaseRequest, exchange: Exchange) -> None:
+    async def recognize(self, request: web.BaseRequest, exchange: Exchange) -> None:
         """Record in `exchange` if another replica has sent it."""
-        if request.method in ("GET", "HEAD") and (peer := self._peers.sender(request.headers)):
+        if request.method in ("GET", "HEAD") and (peer := await self._peers.sender(request.headers)):
             exchange.peer = exchange.user = peer
             exchange.tell = self._peers.headers
 
-    async def name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
+    def name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
         """The full name of the repository.  Raises NameUnknown, Misdirected."""
         namespace, _, repository = route.name.partition("/")
         if not self._is_cache(namespace):
@@ -53,7 +53,7 @@ class PeerRequests:
         exchange.reference = str(route.reference)
         exchange.tell = partial(self._peers.headers, namespace)
         digest = str(route.reference) if route.kind is Endpoint.BLOB else None
-        await self._peers.admit(exchange.peer, namespace, repository, digest)
+        self._peers.admit(exchange.peer, namespace, repository, digest)
         self._peers.hear(namespace, request.headers)
         return route.name
 

@@ -184,7 +184,7 @@ class DistributionAPI:
             exchange.kind = kind.value
             name = ""
             if self._peers is not None:
-                self._peers.recognize(request, exchange)
+                await self._peers.recognize(request, exchange)
             handlers = self._handlers[route.kind]
             handler = handlers.get(request.method)
             if handler is None:
@@ -213,7 +213,7 @@ class DistributionAPI:
     async def _permitted_name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
         """The full name of the repository, if the client may do there what it wants."""
         if exchange.peer and self._peers is not None:
-            return await self._peers.name(request, route, exchange)
+            return self._peers.name(request, route, exchange)
         exchange.reference = str(route.reference or route.upload)
         name = self._directed_name(request, route)
         exchange.namespace, _, exchange.repository = name.partition("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -62,6 +63,11 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def kill(self) -> None:
+        """All of the tree, at once."""
+        for pid, _ in list(self._tree()):
+            os.kill(pid, signal.SIGKILL)
 
     def _tree(self) -> Iterator[tuple[int, list[str]]]:
         stats: dict[int, list[str]] = {}

@@ -1,0 +1,93 @@
+"""The checks of the other replicas of a fleet: who they are, and whether they take this one for a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
+
+from yarl import URL
+
+from proxy.config.quantities import format_duration
+from proxy.config.schema import Config
+from proxy.doctor.checks import Check, failed, ok, warning
+from proxy.upstream.fleet import connect_to_peers, membership_of
+from proxy.upstream.peers import PEER, UNNAMED, secrets_of
+from proxy.upstream.transport import Transport
+from storage.errors import RegistryError
+
+MAX_SKEW = 5.0  # seconds between two clocks
+
+
+async def check(config: Config, clock: Callable[[], float] = time.time) -> list[Check]:
+    """All checks of the fleet; none without `peers:`.  Raises OSError if its certificates cannot be read."""
+    if config.peers is None:
+        return []
+    membership = membership_of(config)
+    try:
+        await membership.refresh()
+        urls, own = membership.urls, membership.own
+    finally:
+        await membership.close()
+    subject = ":".join(map(str, config.peers.dns)) if config.peers.dns else "peers.urls"
+    if not urls:
+        advice = "check the name servers of this machine, and peers.dns"
+        return [failed("peers", subject, "has no address, so no other replica is known", advice)]
+    checks = [_check_own(subject, urls, own)]
+    asked = (_check_peer(config, url, own, clock) for url in urls if url != own)
+    for each in await asyncio.gather(*asked):
+        checks += each
+    return checks
+
+
+def _check_own(subject: str, urls: Sequence[str], own: str | None) -> Check:
+    known = f"has {len(urls)} replicas"
+    if own is None:
+        advice = "set peers.self to the URL by which the others reach it"
+        return failed("peers", subject, f"{known}, and it is unknown which of them is this one", advice)
+    if own not in urls:
+        advice = "check peers.self; it may also be that this replica is not ready yet"
+        return warning("peers", subject, f"{known}, and {own}, which is this one, is none of them", advice)
+    return ok("peers", subject, f"{known}; this one is {own}")
+
+
+async def _check_peer(config: Config, url: str, own: str | None, clock: Callable[[], float]) -> list[Check]:
+    assert config.peers is not None
+    transport = Transport("peers", connect_to_peers(config), URL(url))
+    try:
+        headers = secrets_of(own, config.peers.secret)
+        response = await transport.send("GET", URL(f"{url}/v2/"), headers)
+        now = clock()
+        response.release()
+    except RegistryError as error:
+        advice = "start it, or check the network; until it answers, it is left out"
+        return [warning("peer", url, str(error), advice)]
+    finally:
+        await transport.close()
+    called = response.headers.get(PEER)
+    if called is None:
+        advice = "give all replicas the same peers.secret, and the same version"
+        return [failed("peer", url, "does not take this server for a replica", advice)]
+    if called == UNNAMED:
+        found = warning("peer", url, "does not know which replica it is", "set its peers.self")
+    elif called != url:
+        advice = "set its peers.self to the URL by which it is reached"
+        found = warning(
+            "peer", url, f"calls itself {called}, so it does not own what others ask it for", advice
+        )
+    else:
+        found = ok("peer", url, "takes the secret")
+    return [found, *_check_clock(url, response.headers.get("Date", ""), now)]
+
+
+def _check_clock(url: str, date: str, now: float) -> list[Check]:
+    try:
+        ahead = parsedate_to_datetime(date).timestamp() + 0.5 - now  # Date has whole seconds
+    except (ValueError, OverflowError):
+        return []
+    if abs(ahead) <= MAX_SKEW:
+        return []
+    which = "ahead of" if ahead > 0 else "behind"
+    message = f"its clock is {format_duration(abs(ahead))} {which} this machine's"
+    return [warning("clock", url, message, "synchronize both by NTP")]

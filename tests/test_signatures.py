@@ -8,18 +8,22 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import cbor2
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from proxy.signatures.certificates import check_chain, parse_chain, read_certificates
 from proxy.signatures.errors import SignatureRefused, SignerInvalid
@@ -30,6 +34,7 @@ from proxy.signatures.keys import VerificationKey
 from proxy.signatures.notary_signer import NotarySigner
 from proxy.signatures.simple_signing import SIGNATURE
 from storage.oci import Descriptor, Digest, parse_manifest
+from tests.signing.authority import usage
 from tests.signing.cases import DATA, SignedCase, cases, content
 
 NOW = datetime.now(UTC)
@@ -424,6 +429,10 @@ def cose(change: Callable[[list[Any]], Any]) -> FoundSignature:
             "is not CBOR that all readers",
         ),
         (lambda parts: parts.__setitem__(0, parts[0] + b"\0"), "bytes follow the envelope"),
+        (
+            lambda parts: parts.__setitem__(0, cbor2.dumps({1: [], 2: ["x"], 3: "y"})),
+            "by an unknown algorithm",
+        ),
         (lambda parts: parts.__setitem__(2, None), "has no payload"),
         (lambda parts: parts.__setitem__(3, b"short"), "the content was changed"),
     ],
@@ -459,6 +468,112 @@ def test_a_chain_is_checked_link_by_link(make: Callable[..., Any], says: str) ->
     links = make(chain("notary-ec-jws"), chain("notary-rsa-jws"))
     with pytest.raises(SignatureRefused, match=says):
         check_chain(links, links, NOW)
+
+
+def issued(*extensions: x509.ExtensionType, critical: bool = True) -> list[x509.Certificate]:
+    """A chain of a certificate with further extensions, and its authority."""
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each)]) for each in ("signer", "root")]
+    chain = []
+    for number in range(2):
+        purpose = usage(key_cert_sign=True) if number else usage(digital_signature=True)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(names[number])
+            .issuer_name(names[1])
+            .public_key(keys[number].public_key())
+            .serial_number(number + 1)
+            .not_valid_before(NOW - timedelta(days=1))
+            .not_valid_after(NOW + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=bool(number), path_length=None), critical=True)
+            .add_extension(purpose, critical=True)
+        )
+        for each in extensions if not number else ():
+            builder = builder.add_extension(each, critical=critical)
+        chain.append(builder.sign(keys[1], SHA256()))
+    return chain
+
+
+def test_a_critical_extension_that_is_not_understood_is_refused() -> None:
+    unknown = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+    ignored = issued(unknown, critical=False)
+    check_chain(ignored, ignored[1:], NOW)
+    chain = issued(unknown)
+    with pytest.raises(
+        SignatureRefused, match=r"CN=signer has a critical extension, 1\.2\.3\.4, which is not"
+    ):
+        check_chain(chain, chain[1:], NOW)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "good"),
+    [
+        (ExtendedKeyUsageOID.CODE_SIGNING, True),
+        (ExtendedKeyUsageOID.SERVER_AUTH, False),
+        (ExtendedKeyUsageOID.TIME_STAMPING, False),
+    ],
+)
+def test_a_certificate_for_other_purposes_signs_no_code(purpose: x509.ObjectIdentifier, good: bool) -> None:
+    chain = issued(x509.ExtendedKeyUsage([purpose]), critical=False)
+    refused = pytest.raises(SignatureRefused, match="is made for other purposes than the signing of code")
+    with nullcontext() if good else refused:
+        check_chain(chain, chain[1:], NOW)
+
+
+# Damage
+
+
+def test_a_refusal_is_one_line_of_printable_text() -> None:
+    hidden = "text\nWarning: x \x1b[2J\u202e" + "y" * 1000
+
+    def edit(bundle: bytes) -> bytes:
+        found = json.loads(bundle)
+        found["verificationMaterial"]["publicKey"]["hint"] = hidden
+        return json.dumps(found).encode()
+
+    said = refusal(edited(signature("bundle-ecdsa"), edit), CASES["bundle-ecdsa"].target, signer_of("ecdsa"))
+    assert said.startswith("the signature is by another key, text Warning: x ?[2J?yyy") and len(said) < 500
+
+
+def damaged(content: bytes, chance: Random) -> bytes:
+    """Some bytes of it are changed, lost or added; or, within JSON, a value, or the bytes that it encodes."""
+    if content.startswith(b"{") and chance.random() < 0.6:
+        tree = json.loads(content)
+        holder, key = chance.choice(list(places(tree)))
+        old = holder[key]
+        if isinstance(old, str) and chance.random() < 0.7:
+            with suppress(ValueError):
+                inner = base64.b64decode(old + "=" * (-len(old) % 4))
+                holder[key] = base64.b64encode(damaged(inner or b"x", chance)).decode()
+                return json.dumps(tree).encode()
+        holder[key] = chance.choice([None, 1, -1, 2**70, "", [], {}, True, 1.5, ["a"], {"a": 1}])
+        return json.dumps(tree).encode()
+    where, found = chance.randrange(len(content)), bytearray(content)
+    junk = bytes(chance.choices(b'{}[]":,0aZ\x00\xff\xa1\x81', k=3))
+    found[where : where + chance.choice((0, 1, 9))] = chance.choice((b"", junk))
+    return bytes(found)
+
+
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in list(items):
+        yield tree, key
+        yield from places(value)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.good])
+def test_damage_is_refused_or_does_no_harm(name: str) -> None:
+    """Whatever is changed, it is refused in words; or it was not signed, and proves what it did before."""
+    case, chance = CASES[name], Random(name)
+    refused = 0
+    for original in signatures(case):
+        for _ in range(25):
+            forged = edited(original, lambda content: damaged(content, chance))
+            try:
+                assert signer_of(case.signer).verify(forged, case.target, NOW).predicate_type is None
+            except SignatureRefused:
+                refused += 1
+    assert refused
 
 
 def test_the_image_is_the_same_in_every_case() -> None:

@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from proxy.config.errors import StartError
+from proxy.signatures.errors import printable
+
+SHOWN = 200  # characters of an error of the library
 
 VARIABLES = ("predicate", "now", "image", "digest")
 
@@ -33,7 +36,7 @@ class Expression:
         try:
             self._program = cel.compile(text)
         except ValueError as error:
-            raise StartError(f"`when` is no expression in CEL: {one_line(error)}") from None
+            raise StartError(f"`when` is no expression in CEL: {printable(str(error), SHOWN)}") from None
         self.text = text
         # Whether it may be true now and false later.
         self.depends_on_time = "now" in self._program.variables()
@@ -46,7 +49,7 @@ class Expression:
         try:
             value = self._program.execute(given)
         except Exception as error:  # the library raises what fits: KeyError, TypeError, RuntimeError …
-            raise ExpressionFailed(f"{type(error).__name__}: {one_line(error)}") from None
+            raise ExpressionFailed(f"{type(error).__name__}: {printable(str(error), SHOWN)}") from None
         if not isinstance(value, bool):
             raise ExpressionFailed(f"its value is {type(value).__name__}, not true or false")
         return value
@@ -54,7 +57,3 @@ class Expression:
 
 class ExpressionFailed(Exception):
     """An expression has no value for an attestation, as if a member is missing.  The text says why."""
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

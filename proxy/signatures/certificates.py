@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512, HashAlgorithm
@@ -32,6 +32,17 @@ _OTHER_PURPOSES = (
 )
 _OTHER_USES = ("key_cert_sign", "crl_sign", "key_encipherment", "data_encipherment", "key_agreement")
 _WEAK = ("md5", "sha1")
+# What the library raises for certificates with content that it cannot read; it reads much of it late.
+UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+# RFC 5280, section 4.2: a certificate with a critical extension that is not processed must be rejected.
+_PROCESSED = (x509.BasicConstraints, x509.KeyUsage, x509.ExtendedKeyUsage)
 
 
 def read_certificates(path: Path) -> list[x509.Certificate]:
@@ -45,13 +56,10 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
 
 
 def parse_chain(chain: Sequence[bytes]) -> list[x509.Certificate]:
-    """Certificates in DER, that of the signer first.  Raises SignatureRefused."""
+    """Certificates in DER, that of the signer first.  Raises SignatureRefused, or one of UNREADABLE."""
     if not 1 <= len(chain) <= LONGEST_CHAIN:
         raise SignatureRefused(f"the signature has no certificate, or more than {LONGEST_CHAIN}")
-    try:
-        return [x509.load_der_x509_certificate(each) for each in chain]
-    except ValueError:
-        raise SignatureRefused("a certificate of the signature cannot be read") from None
+    return [x509.load_der_x509_certificate(each) for each in chain]
 
 
 def check_chain(
@@ -59,18 +67,16 @@ def check_chain(
 ) -> None:
     """Raises SignatureRefused unless each is issued by the next, the last by itself, and one is trusted.
 
-    All are valid `now`, and made for what they do.
+    All are valid `now`, and made for what they do.  May raise one of UNREADABLE.
     """
-    try:
-        for number, each in enumerate(chain):
-            _check_time(each, now)
-            _check_issuer(each, chain[min(number + 1, len(chain) - 1)])
-            if number == 0:
-                _check_leaf(each)
-            else:
-                _check_authority(each, number - 1)
-    except (ValueError, x509.ExtensionNotFound) as error:
-        raise SignatureRefused(f"a certificate of the signature cannot be used: {error}") from None
+    for number, each in enumerate(chain):
+        _check_time(each, now)
+        _check_extensions(each)
+        _check_issuer(each, chain[min(number + 1, len(chain) - 1)])
+        if number == 0:
+            _check_leaf(each)
+        else:
+            _check_authority(each, number - 1)
     if not set(chain) & set(trusted):
         raise SignatureRefused(f"no certificate of the chain is trusted; it ends at {name_of(chain[-1])}")
 
@@ -82,6 +88,13 @@ def _check_time(certificate: x509.Certificate, now: datetime) -> None:
     if now > certificate.not_valid_after_utc:
         ended = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M}"
         raise SignatureRefused(f"the certificate of {name_of(certificate)} expired at {ended} UTC")
+
+
+def _check_extensions(certificate: x509.Certificate) -> None:
+    for each in certificate.extensions:
+        if each.critical and not isinstance(each.value, _PROCESSED):
+            unknown = f"a critical extension, {each.oid.dotted_string}, which is not understood"
+            raise SignatureRefused(f"the certificate of {name_of(certificate)} has {unknown}")
 
 
 def _check_issuer(certificate: x509.Certificate, issuer: x509.Certificate) -> None:
@@ -134,7 +147,7 @@ def name_of(certificate: x509.Certificate) -> str:
 
 
 def algorithm_of(certificate: x509.Certificate) -> str:
-    """The algorithm by which the holder signs, as in RFC 7518.  Raises SignatureRefused."""
+    """The algorithm by which the holder signs, as in RFC 7518.  Raises as check_signature() does."""
     key = certificate.public_key()
     if isinstance(key, rsa.RSAPublicKey) and key.key_size in _RSA:
         return f"PS{_RSA[key.key_size]}"
@@ -146,7 +159,10 @@ def algorithm_of(certificate: x509.Certificate) -> str:
 
 
 def check_signature(certificate: x509.Certificate, algorithm: str, signature: bytes, message: bytes) -> None:
-    """Raises SignatureRefused unless the holder signed `message` by `algorithm`: RFC 7518, section 3."""
+    """Raises SignatureRefused unless the holder signed `message` by `algorithm`: RFC 7518, section 3.
+
+    May raise one of UNREADABLE.
+    """
     if algorithm != (expected := algorithm_of(certificate)):
         raise SignatureRefused(f"the signature is by {algorithm}, not {expected} as its key makes")
     key, hashed = certificate.public_key(), _HASHES[int(algorithm[2:])]

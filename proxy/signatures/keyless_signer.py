@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
+from proxy.signatures.certificates import UNREADABLE
 from proxy.signatures.errors import SignatureRefused, SignerInvalid
 from proxy.signatures.forms import FoundSignature, Proof
 from proxy.signatures.simple_signing import CERTIFICATE
@@ -78,9 +79,9 @@ class KeylessSigner:
         try:
             return self._verifier.verify_dsse(Bundle.from_json(content), self._pattern)
         except Error as error:
-            raise SignatureRefused(f"the bundle is refused: {_one_line(error)}") from None
-        except (ValueError, x509.ExtensionNotFound) as error:  # a certificate that cannot be read
-            raise SignatureRefused(f"the bundle cannot be read: {_one_line(error)}") from None
+            raise SignatureRefused(f"the bundle is refused: {error}") from None
+        except UNREADABLE as error:
+            raise SignatureRefused(f"the bundle cannot be read: {error}") from None
 
 
 def _check_material(material: Any) -> None:
@@ -106,9 +107,7 @@ def _verifier(trusted_root: Path) -> Verifier:
     except OSError as error:
         raise SignerInvalid(f"{trusted_root} cannot be read: {error.strerror}") from None
     except (Error, ValueError) as error:
-        raise SignerInvalid(
-            f"{trusted_root} is no trusted root that can be used: {_one_line(error)}"
-        ) from None
+        raise SignerInvalid(f"{trusted_root} is no trusted root that can be used: {error}") from None
 
 
 def issuer_of(certificate: x509.Certificate) -> str | None:
@@ -151,7 +150,3 @@ def _utf8_string(der: bytes) -> bytes:
 
 def _matches(text: str, pattern: str) -> bool:
     return re.fullmatch(translate(pattern), text) is not None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -17,7 +17,14 @@ from proxy.signatures.strict_json import decode_base64, decode_base64url, decode
 
 _SIGN1, _SIGNATURE1 = 18, "Signature1"  # RFC 9052, sections 2 and 4.4
 _ALGORITHM, _CRITICAL, _CONTENT_TYPE, _CHAIN = 1, 2, 3, 33  # RFC 9052, section 3.1; RFC 9360, section 2
-_COSE_ALGORITHMS = {-37: "PS256", -38: "PS384", -39: "PS512", -7: "ES256", -35: "ES384", -36: "ES512"}
+_COSE_ALGORITHMS = {
+    "-37": "PS256",
+    "-38": "PS384",
+    "-39": "PS512",
+    "-7": "ES256",
+    "-35": "ES384",
+    "-36": "ES512",
+}
 _DEEPEST = 8
 _WHAT = "the envelope"
 
@@ -44,13 +51,13 @@ class NotaryEnvelope:
         value = self.protected.get(name)
         try:
             found = datetime.fromisoformat(value) if isinstance(value, str) else value
-        except ValueError:
-            found = ""
-        if found is None:
-            return None
-        if not isinstance(found, datetime) or found.tzinfo is None:
-            raise SignatureRefused(f"its header {name} is no time")
-        return found.astimezone(UTC)
+            if found is None:
+                return None
+            if isinstance(found, datetime) and found.tzinfo is not None:
+                return found.astimezone(UTC)
+        except (ValueError, OverflowError):
+            pass
+        raise SignatureRefused(f"its header {name} is no time")
 
 
 def read_envelope(media_type: str, content: bytes) -> NotaryEnvelope:
@@ -104,7 +111,7 @@ def _cose(content: bytes) -> NotaryEnvelope:
     ):
         raise SignatureRefused(f"{_WHAT} has no payload, no type of it, or no signature")
     return NotaryEnvelope(
-        _COSE_ALGORITHMS.get(protected.get(_ALGORITHM, 0), "an unknown algorithm"),
+        _COSE_ALGORITHMS.get(str(protected.get(_ALGORITHM)), "an unknown algorithm"),
         cbor2.dumps([_SIGNATURE1, encoded, b"", payload]),
         signature,
         list(chain),
@@ -127,7 +134,7 @@ def _cbor(content: bytes) -> Any:
         found = cbor2.CBORDecoder(
             stream, max_depth=_DEEPEST, allow_duplicate_keys=False, read_size=1
         ).decode()
-    except (cbor2.CBORError, ValueError, TypeError) as error:
+    except (cbor2.CBORError, ValueError, TypeError, OverflowError) as error:
         raise SignatureRefused(f"{_WHAT} is not CBOR that all readers read alike: {error}") from None
     if stream.read(1):
         raise SignatureRefused(f"bytes follow {_WHAT}")

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from cryptography import x509
 
-from proxy.signatures.certificates import check_chain, check_signature, name_of, parse_chain
+from proxy.signatures.certificates import UNREADABLE, check_chain, check_signature, name_of, parse_chain
 from proxy.signatures.errors import SignatureRefused, SignerInvalid
 from proxy.signatures.forms import FoundSignature, Proof
 from proxy.signatures.notary_envelopes import NotaryEnvelope, read_envelope
@@ -43,7 +43,18 @@ class NotarySigner:
         if signature.form != "Notary Project":
             raise SignatureRefused(f"it is a signature of the form {signature.form}, not of Notary Project")
         envelope = read_envelope(signature.media_type, signature.content)
-        chain = parse_chain(envelope.chain)
+        try:
+            return self._verify(envelope, parse_chain(envelope.chain), target, now)
+        except UNREADABLE as error:
+            raise SignatureRefused(f"a certificate of the signature cannot be read: {error}") from None
+
+    def _verify(
+        self,
+        envelope: NotaryEnvelope,
+        chain: Sequence[x509.Certificate],
+        target: Descriptor,
+        now: datetime,
+    ) -> Proof:
         check_signature(chain[0], envelope.algorithm, envelope.signature, envelope.message)
         expires = _check_headers(envelope, now)
         check_chain(chain, self._trusted, now)
@@ -59,7 +70,7 @@ def _check_headers(envelope: NotaryEnvelope, now: datetime) -> datetime | None:
     if envelope.content_type != PAYLOAD_TYPE:
         raise SignatureRefused(f"its payload is {envelope.content_type[:100]!r}, not {PAYLOAD_TYPE}")
     if (scheme := envelope.protected.get(SCHEME)) != X509:
-        raise SignatureRefused(f"its signing scheme is {scheme!r}, not {X509}")
+        raise SignatureRefused(f"its signing scheme is {str(scheme)[:100]!r}, not {X509}")
     signed, expires = envelope.time(SIGNED_AT), envelope.time(EXPIRES_AT)
     required = {SCHEME} | ({EXPIRES_AT} if expires is not None else set())
     if missing := required - envelope.critical:
@@ -79,6 +90,6 @@ def _check_target(payload: bytes, target: Descriptor) -> None:
     found = decode_object(payload, "the payload").get("targetArtifact")
     named = found if isinstance(found, dict) else {}
     if named.get("digest") != target.digest:
-        raise SignatureRefused(f"the signature is of another digest, {named.get('digest')}")
+        raise SignatureRefused(f"the signature is of another digest, {str(named.get('digest'))[:150]}")
     if (named.get("mediaType"), named.get("size")) != (target.media_type, target.size):
         raise SignatureRefused("the signature names another media type or size than the manifest has")

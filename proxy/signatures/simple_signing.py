@@ -11,7 +11,7 @@ from storage.oci import Digest
 
 SIGNATURE = "dev.cosignproject.cosign/signature"
 CERTIFICATE = "dev.sigstore.cosign/certificate"
-TYPES = ("cosign container image signature", "atomic container signature")
+TYPE = "cosign container image signature"
 _WHAT = "the payload of the signature"
 
 
@@ -22,8 +22,8 @@ def check_payload(payload: bytes, digest: Digest) -> None:
     """
     found = decode_object(payload, _WHAT)
     kind = text_member(found, "critical", "type", what=_WHAT)
-    if kind not in TYPES:
-        raise SignatureRefused(f"{_WHAT} is of the type {kind!r}, which is no signature of an image")
+    if kind != TYPE:
+        raise SignatureRefused(f"{_WHAT} is of the type {kind[:100]!r}, which is no signature of an image")
     signed = text_member(found, "critical", "image", "docker-manifest-digest", what=_WHAT)
     if signed != digest:
-        raise SignatureRefused(f"the signature is of another digest, {signed}")
+        raise SignatureRefused(f"the signature is of another digest, {signed[:150]}")

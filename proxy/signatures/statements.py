@@ -48,7 +48,7 @@ class Statement:
         """What it says about `digest`.  Raises SignatureRefused if it is about other content."""
         if digest not in self.subjects:
             named = ", ".join(sorted(self.subjects)[:3]) or "none"
-            raise SignatureRefused(f"the signature is of another digest, {named}")
+            raise SignatureRefused(f"the signature is of another digest, {named[:300]}")
         if self.predicate_type in SIGNATURES:
             return Proof()
         return Proof(self.predicate_type, self.predicate)

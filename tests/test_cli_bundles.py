@@ -109,10 +109,8 @@ def test_through_pipes(ground: Ground) -> None:
         [*command, "import", "-", *config], input=exported.stdout, capture_output=True, check=True
     )
     assert "imported from standard input: 1 reference" in imported.stdout.decode()
-    cut = subprocess.run(
-        [*command, "import", "-", *config], input=exported.stdout[:-600], capture_output=True
-    )
-    assert (cut.returncode, b"it is truncated" in cut.stderr) == (1, True)
+    cut = ground.run("import", "-", input=exported.stdout[:-600])
+    assert (cut.exit_code, "it is truncated" in cut.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,16 @@ __all__ = ["place"]  # a fixture
 
 MIB = 1 << 20
 DISK = 40 * MIB
-LARGE = random.Random(1).randbytes(100 * MIB)
 SMALL = random.Random(2).randbytes(100_000)
 NAME = "library/alpine"
 PAGE = 4096  # bytes, of a database
 FULL = "No space left on device"
+
+
+@cache
+def random_bytes() -> bytes:
+    return random.Random(1).randbytes(100 * MIB)
+
 
 Fill = Callable[[int], None]
 
@@ -139,7 +145,7 @@ TOLD = ("disk.failed", "disk.recovered", "records.damaged", "fill.failed", "stor
 async def test_what_does_not_fit_is_not_begun(
     disk: Path, serve: Serve, upstream: Upstream, events: LogCapture
 ) -> None:
-    large, small = upstream.blob(NAME, LARGE), upstream.blob(NAME, SMALL)
+    large, small = upstream.blob(NAME, random_bytes()), upstream.blob(NAME, SMALL)
     site = await serve(upstream, directory=disk)
     free = room(disk)
     gate = asyncio.Event()
@@ -169,7 +175,7 @@ async def test_a_disk_full_in_mid_fill(
 ) -> None:
     """Clients at the frontier, before it and at the start; each goes on where it is."""
     size = (30 if announced else 100) * MIB
-    wanted = upstream.blob(NAME, LARGE[:size])
+    wanted = upstream.blob(NAME, random_bytes()[:size])
     upstream.content_length = announced
     site = await serve(upstream, directory=disk)
     hold = Hold(gate := asyncio.Event(), 20 * MIB)
@@ -236,7 +242,7 @@ async def test_fills_in_flight_have_their_room(
     disk: Path, serve: Serve, upstream: Upstream, events: LogCapture
 ) -> None:
     """Two that would fit, each by itself: the second passes by, and the first is not spoiled by it."""
-    first, second = (upstream.blob(NAME, LARGE[at * MIB : (at + 25) * MIB]) for at in (0, 30))
+    first, second = (upstream.blob(NAME, random_bytes()[at * MIB : (at + 25) * MIB]) for at in (0, 30))
     site = await serve(upstream, directory=disk)
     hold = Hold(gate := asyncio.Event(), MIB)
     upstream.next("GET", first, hold)
@@ -256,7 +262,7 @@ async def test_fills_in_flight_have_their_room(
 @pytest.mark.errors("disk.failed")
 async def test_who_follows_another_process_goes_on_too(disk: Path, serve: Serve, upstream: Upstream) -> None:
     """A lock belongs to an open file: two servers in one process are as far apart as two processes."""
-    wanted = upstream.blob(NAME, LARGE[: 30 * MIB])
+    wanted = upstream.blob(NAME, random_bytes()[: 30 * MIB])
     slow = {"progress_timeout": "60s"}
     writer, other = [await serve(upstream, directory=disk, options=slow) for _ in range(2)]
     hold = Hold(gate := asyncio.Event(), 10 * MIB)
@@ -291,7 +297,10 @@ async def test_a_server_starts_on_a_full_disk(disk: Path, serve: Serve, upstream
 @pytest.mark.errors("disk.failed")
 async def test_files_that_may_not_grow(place: Place, upstream: Upstream) -> None:
     """RLIMIT_FSIZE on a running server, lifted later."""
-    wanted, later = upstream.blob(NAME, LARGE[: 8 * MIB]), upstream.blob(NAME, LARGE[MIB : 9 * MIB])
+    wanted, later = (
+        upstream.blob(NAME, random_bytes()[: 8 * MIB]),
+        upstream.blob(NAME, random_bytes()[MIB : 9 * MIB]),
+    )
     place.tree["workers"] = 1
     server = await place.start()
     (pid,) = server.pids()
@@ -327,10 +336,10 @@ async def test_what_is_cached_makes_room_for_what_is_pushed(
     disk: Path, serve: Serve, upstream: Upstream
 ) -> None:
     site = await serve(upstream, directory=disk, more={"local": {"store": {}}})
-    cached = [upstream.blob(NAME, LARGE[at * MIB : (at + 10) * MIB]) for at in (0, 10, 20)]
+    cached = [upstream.blob(NAME, random_bytes()[at * MIB : (at + 10) * MIB]) for at in (0, 10, 20)]
     for each in cached:
         await kept(site, each)
-    content = LARGE[: 25 * MIB]
+    content = random_bytes()[: 25 * MIB]
     async with site.request("POST", f"{UPLOADS}?digest={Digest.of(content)}", data=content) as response:
         assert response.status == 201, await response.text()
     async with site.request("GET", f"/v2/local/app/blobs/{Digest.of(content)}") as response:
@@ -344,7 +353,7 @@ async def test_what_cannot_be_pushed_for_lack_of_room(
 ) -> None:
     """Whether it is known beforehand or not; what is there stays, and what fits is taken."""
     site = await serve(upstream, directory=disk, more={"local": {"store": {}}})
-    content = LARGE[: 60 * MIB]
+    content = random_bytes()[: 60 * MIB]
 
     async def stream() -> AsyncIterator[bytes]:
         for at in range(0, len(content), MIB):

@@ -325,7 +325,7 @@ def test_the_oldest_are_enough_and_no_more(found: list[tuple[int, int]], enough:
 
 
 def test_many_blobs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    number = 20_000
+    number = 5_000
     digests = [f"{each * 7919 % 256:02x}{each:062x}" for each in range(number)]
     root = place.store.files.root / "blobs" / "sha256"
     for each in range(256):

@@ -395,7 +395,6 @@ def changed(files: Files, end: str, content: bytes) -> Files:
     return {name: content if name.endswith(end) else each for name, each in files.items()}
 
 
-BOMB = gzip.compress(gzip.compress(bytes(64 << 20)))
 SAVED = saved([tar({"a": b"x"})], ["alpine:3"])
 
 

@@ -137,9 +137,9 @@ def test_what_is_no_value_is_none(kind: type[Pointer | Link], record: bytes | No
 
 def spelled(source: str) -> Iterator[str]:
     """The expressions in `source` that build a key or take one apart."""
-    tree = ast.parse(source)
-    pieces = {each for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for each in node.values}
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(ast.parse(source)))
+    pieces = {each for node in nodes if isinstance(node, ast.JoinedStr) for each in node.values}
+    for node in nodes:
         if node in pieces:
             continue
         if isinstance(node, ast.JoinedStr | ast.Constant) and _is_key(_text(node)):

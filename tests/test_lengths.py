@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_layers import modules
+from tests.test_layers import modules, statements
 
 MODULE_LINES = 400
 FUNCTION_LINES = 40
@@ -19,7 +19,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 def long_functions(source: str) -> Iterator[str]:
     """The functions in `source` that are too long, without their decorators, and give no reason for it."""
     lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(source):
         if isinstance(node, Function) and node.end_lineno is not None:
             too_long = node.end_lineno - node.lineno + 1 > FUNCTION_LINES
             first = min([node.lineno, *(each.lineno for each in node.decorator_list)])

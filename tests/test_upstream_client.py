@@ -197,7 +197,7 @@ async def test_an_encoded_manifest_is_decoded(ask: Ask, upstream: Upstream) -> N
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("gzip", gzip.compress(b" " * (64 << 20))),
+        ("gzip", None),
         ("gzip", gzip.compress(b"{}" * 1000)[:-9]),
         ("gzip", b"{}"),
         ("deflate", b"{}"),
@@ -207,7 +207,9 @@ async def test_an_encoded_manifest_is_decoded(ask: Ask, upstream: Upstream) -> N
     ],
     ids=["bomb", "truncated", "not gzip", "not deflate", "br", "zstd", "twice"],
 )
-async def test_what_cannot_be_decoded(ask: Ask, upstream: Upstream, name: str, content: bytes) -> None:
+async def test_what_cannot_be_decoded(ask: Ask, upstream: Upstream, name: str, content: bytes | None) -> None:
+    if content is None:
+        content = gzip.compress(b" " * (64 << 20))
     upstream.image("a/b", "latest")
     upstream.next("GET", "latest", Encoded(name, content))
     with pytest.raises(OriginFailed):

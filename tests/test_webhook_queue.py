@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from proxy.server.fork import Parent
 from proxy.webhooks.event import Event, EventAction
 from proxy.webhooks.queue import DeliveryState, Queue
 from storage.disk.records import SQLiteRecords
 from tests.conftest import Clock
+from tests.forks import forking
 
 MANY = 1000
 
@@ -70,20 +71,21 @@ def test_the_order_survives_the_loss_of_the_number(
     assert ids(queue, "a") == ["1", "2", "3"]
 
 
-def _put(directory: Path, of: int, count: int) -> None:
-    records = SQLiteRecords(directory)
-    queue = Queue(records)
-    for number in range(count):
-        queue.put([(happening(of * count + number), ["a"])], MANY)
-    records.close()
-
-
-def test_processes_do_not_get_into_each_other_s_way(tmp_path: Path) -> None:
+async def test_processes_do_not_get_into_each_other_s_way(tmp_path: Path) -> None:
     directory = tmp_path / "records"
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        for each in [pool.submit(_put, directory, of, 20) for of in (0, 1)]:
-            each.result()
+
+    async def put(first: int, parent: Parent) -> int:
+        parent.report("ready")
+        records = SQLiteRecords(directory)
+        queue = Queue(records)
+        for number in range(first, first + 20):
+            queue.put([(happening(number), ["a"])], MANY)
+        records.close()
+        return 0
+
+    async with forking() as forks:
+        processes = [await forks.start(partial(put, first)) for first in (0, 20)]
+        assert [await each.wait() for each in processes] == [0, 0]
     queue = Queue(SQLiteRecords(directory))
     found = [int(each) for each in ids(queue, "a")]
     queue.close()

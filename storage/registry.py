@@ -63,6 +63,10 @@ class Blob:
         For NOTHING it only sees whether they are there.  Raises BlobUnknown.
         """
 
+    async def locate(self) -> str | None:
+        """A URL from which anybody can fetch it for some time; None without one.  Raises BlobUnknown."""
+        return None
+
     def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         """The bytes of [start, stop) in order; waits for bytes that are still in transfer.
 
@@ -136,6 +140,14 @@ class OnDisk(Protocol):
         ...
 
 
+class Located(NamedTuple):
+    """A blob, and the URL from which anybody can fetch it for some time; `used_at` is that of the blob."""
+
+    descriptor: Descriptor
+    url: str
+    used_at: float = 0.0
+
+
 class Validity(NamedTuple):
     """How content is served now: `result`, `age` and `ttl` are those of an Exchange."""
 
@@ -200,6 +212,13 @@ class Registry:
         Raises NameUnknown, BlobUnknown.
         """
         raise Unsupported("this registry serves no blobs")
+
+    async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
+        """Where a client may fetch the blob itself; None if get_blob() is the way.
+
+        Raises NameUnknown, BlobUnknown.
+        """
+        return None
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         """The descriptor of a blob, without starting a transfer.  Raises NameUnknown, BlobUnknown."""

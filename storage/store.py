@@ -43,7 +43,7 @@ from storage.oci import (
     Tag,
 )
 from storage.records import Batch, Records
-from storage.registry import NOTHING, Blob, Registry, Upload, everything, referrers_page
+from storage.registry import NOTHING, Blob, Located, Registry, Upload, everything, referrers_page
 from storage.totals import CountedRecords
 from storage.values import BlobUse, Link, Pointer, StoredManifest, encode_referrer, parse_referrer, subject_of
 
@@ -111,6 +111,17 @@ class Store(Registry):
             await blob.close()
             raise
         return blob
+
+    async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
+        if self.files.path(digest) is not None:
+            return None
+        link = await self.read(self._link_of, repository, digest)
+        blob = await self._open(digest, link.size)
+        try:
+            url = await blob.locate()
+        finally:
+            await blob.close()
+        return None if url is None else Located(blob.descriptor, url, blob.used_at)
 
     async def _open(self, digest: Digest, size: int | None = None) -> Blob:
         if self.files.path(digest) is None:  # there are only records to read

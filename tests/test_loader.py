@@ -248,6 +248,15 @@ def test_default_namespace() -> None:
         ("webhooks: [{url: 'https://h'}]", "webhooks[0].name: is required"),
         ("webhooks: [{name: a}]", "webhooks[0].url: is required"),
         (
+            "redirect: {above: 1MiB}",
+            "redirect: leads clients to a bucket: set shared.bucket, or remove this key",
+        ),
+        (
+            "redirect: {above: 1MiB, valid_for: 8d}",
+            "redirect: valid_for is at most 7d: no bucket takes an older URL",
+        ),
+        ("redirect: {}", "redirect.above: is required"),
+        (
             "shared: {records: 'postgresql://a/b', bucket: 's3://a', caches: {}}\n"
             "namespaces: {local: {store: {}}}",
             "shared.caches: no namespace is a cache, with an upstream: remove this key",

@@ -30,7 +30,7 @@ from storage.errors import BlobUnknown, ManifestUnknown, RangeInvalid, StorageFa
 from storage.held import held_blob, held_manifest
 from storage.keys import MANIFEST
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
-from storage.registry import Blob, Held, Moved, Registry, Validity
+from storage.registry import Blob, Held, Located, Moved, Registry, Validity
 from storage.store import Store
 
 T = TypeVar("T")
@@ -107,6 +107,16 @@ class Cache(Registry):
                 opened = await registry.get_blob(repository, digest, part)
                 return UncachedBlob(opened.descriptor, source, opened, part)
         return UncachedBlob(await registry.resolve_blob(repository, digest), source)
+
+    async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
+        """Only what is not here, and does not come: what is here is sent at once."""
+        with suppress(StorageFailed):
+            if self._store.linked(f"{self._namespace}/{repository}", digest) is not None:
+                return None
+        if self._fills.filling(digest):
+            return None
+        found = await self._origin.registry.locate_blob(repository, digest)
+        return None if found is None else self._record(found, "hit")
 
     def _learn(self, key: RequestKey, error: BlobUnknown) -> None:
         if not self._origin.offline:  # else it was not asked

@@ -32,7 +32,7 @@ from storage.errors import (
     Unavailable,
 )
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
-from storage.registry import Blob, Moved, Registry
+from storage.registry import Blob, Located, Moved, Registry
 
 _ILL = (StorageFailed, Unavailable)  # of the database, and of the bucket
 
@@ -89,6 +89,13 @@ class SharedTier(Registry):
                 with suppress(BlobUnknown, *_ILL):
                     return await self._stored(name, digest, span)
             raise
+
+    async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
+        if self._rest or self._store.distrusts(digest):
+            return None
+        with suppress(BlobUnknown, *_ILL):
+            return await self._store.locate_blob(f"{self._namespace}/{repository}", digest)
+        return None
 
     async def _stored(self, name: str, digest: Digest, span: Span | None) -> Blob:
         blob = await self._store.get_blob(name, digest, span)

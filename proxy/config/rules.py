@@ -23,6 +23,8 @@ def violations(config: Config) -> Iterator[Fault]:
         yield Fault("default_namespace", f"no namespace has that name{hint}")
     yield from _check_access(config)
     yield from _check_peers(config)
+    if config.redirect is not None and config.shared.bucket is None:
+        yield Fault("redirect", "leads clients to a bucket: set shared.bucket, or remove this key")
     if config.shared.caches is not None and not config.cached():
         yield Fault("shared.caches", "no namespace is a cache, with an upstream: remove this key")
 

@@ -25,6 +25,7 @@ from proxy.config.quantities import (
     parse_rate,
     parse_share,
 )
+from proxy.config.redirect import RedirectConfig
 from proxy.config.registry_hosts import EVERY, find_pattern, registry_host
 from proxy.config.shared import SharedConfig
 from proxy.config.upstream import UpstreamConfig
@@ -296,6 +297,7 @@ class Config(Section, frozen=True):
     tls: TLS | None = None
     disk: DiskConfig = msgspec.field(default_factory=DiskConfig)
     shared: SharedConfig = SharedConfig()
+    redirect: RedirectConfig | None = None
     peers: PeersConfig | None = None
     pins: tuple[PinRule, ...] = ()
     webhooks: tuple[WebhookConfig, ...] = ()

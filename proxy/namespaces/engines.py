@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # one machine needs no client of object storage
 
 
 def bucket_blobs(
-    shared: SharedConfig,
+    config: Config,
     records: Records,
     root: Path,
     disk: DiskHealth,
@@ -35,16 +36,23 @@ def bucket_blobs(
     try:
         # Only here: one machine needs no client of object storage.
         from storage.bucket.blobs import BucketBlobs
-        from storage.bucket.objects import Bucket, BucketHealth
+        from storage.bucket.objects import Bucket, BucketHealth, Signing
     except ImportError as error:
         raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
-    settings = shared.settings(part)
+    settings, redirect, signing = config.shared.settings(part), config.redirect, None
     try:
         store = settings.connect()
+        if redirect is not None:
+            public = (
+                store
+                if redirect.endpoint is None
+                else replace(settings, endpoint=redirect.endpoint).connect()
+            )
+            signing = Signing(public, redirect.above, redirect.valid_for)
     except (ValueError, OSError) as error:
         raise StartError(f"shared.bucket: {error}") from error
     health = BucketHealth(settings.url, root, clock, troubles)
-    bucket = Bucket(store, settings.url, health, settings.storage_class, patience)
+    bucket = Bucket(store, settings.url, health, settings.storage_class, patience, signing)
     return BucketBlobs(bucket, records, root, clock, disk)
 
 
@@ -78,7 +86,7 @@ def shared_caches(
     records = database(config.shared, clock, troubles, part=CACHES)
     try:
         disk = DiskHealth(root, clock, troubles)
-        blobs = bucket_blobs(config.shared, records, root, disk, clock, troubles, CACHES, PATIENCE)
+        blobs = bucket_blobs(config, records, root, disk, clock, troubles, CACHES, PATIENCE)
     except BaseException:
         records.close()
         raise

@@ -47,6 +47,7 @@ from storage.registry import (
     NOTHING,
     Blob,
     Held,
+    Located,
     Moved,
     Registry,
     Upload,
@@ -125,6 +126,12 @@ class Hosted(Registry):
             await blob.close()
             raise
         return blob
+
+    async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
+        name = self._full(repository)
+        if (found := await self._store.locate_blob(name, digest)) is not None:
+            await self._leases.blob(name, digest, found.used_at)
+        return found
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         blob = await self.get_blob(repository, digest, NOTHING)

@@ -66,7 +66,7 @@ def _content(
                 f"{root}/blobs has content, and shared.bucket is set: start with another disk.path, and copy"
                 " the images by entrepot copy"
             )
-        return bucket_blobs(config.shared, records, root, disk, clock, troubles)
+        return bucket_blobs(config, records, root, disk, clock, troubles)
     if isinstance(records, SQLiteRecords):
         with suppress(StorageFailed):  # which is seen again
             if records.first(OBJECT.prefix()) is not None:

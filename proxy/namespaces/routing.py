@@ -37,7 +37,7 @@ from storage.oci import (
     Tag,
     parse_name,
 )
-from storage.registry import Blob, Held, Registry, Upload, Validity, everything
+from storage.registry import Blob, Held, Located, Registry, Upload, Validity, everything
 
 
 class MemberSettings(Protocol):
@@ -179,6 +179,10 @@ class Namespaces(Registry):
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         member, relative = self._split(repository)
         return await member.registry.get_blob(relative, digest, span)
+
+    async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
+        member, relative = self._split(repository)
+        return await member.registry.locate_blob(relative, digest)
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         member, relative = self._split(repository)

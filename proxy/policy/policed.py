@@ -20,7 +20,7 @@ from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied, ManifestUnknown, Unavailable
 from storage.names import written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
-from storage.registry import Blob, Held, Registry, Upload, everything
+from storage.registry import Blob, Held, Located, Registry, Upload, everything
 
 log = structlog.get_logger()
 
@@ -38,6 +38,10 @@ class PolicedRegistry(Registry):
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         await self._judge_blob(repository, digest)
         return await self._registry.get_blob(repository, digest, span)
+
+    async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
+        await self._judge_blob(repository, digest)
+        return await self._registry.locate_blob(repository, digest)
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         await self._judge_blob(repository, digest)

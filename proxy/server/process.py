@@ -38,6 +38,7 @@ from proxy.web.directions import Directions
 from proxy.web.hits import HitMemory
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.peers import PeerRequests
+from proxy.web.redirects import Redirects
 from proxy.web.server import DistributionAPI
 from proxy.web.sockets import Sockets, bind_all
 from proxy.web.tls import Certificates
@@ -223,6 +224,7 @@ class ServerProcess:
             request_log=self._request_log,
             hit_memory=hits,
             peers=PeerRequests(parts.peers, parts.is_cache) if parts.peers is not None else None,
+            redirects=Redirects(config.redirect.never_for) if config.redirect is not None else None,
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
         runner = web.ServerRunner(

@@ -58,7 +58,7 @@ class RequestEvents:
             await self._reporter.publish(event)
 
     def report_pull(self, request: web.BaseRequest, route: Route, exchange: Exchange, status: int) -> None:
-        """Report an answered GET or HEAD of content; a 304 for a manifest is no pull."""
+        """Report an answered GET or HEAD of content, also by a redirect; a 304 for a manifest is no pull."""
         blob = route.kind is Endpoint.BLOB
         if (
             self._reporter is None
@@ -67,7 +67,7 @@ class RequestEvents:
             or exchange.content is None
         ):
             return
-        if status in (200, 206) or (blob and status == 304):
+        if status in (200, 206) or (blob and status in (304, 307)):
             tag = route.reference if isinstance(route.reference, Tag) else None
             kind: ContentKind = "blob" if blob else "manifest"
             self._reporter.publish_later(

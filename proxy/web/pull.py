@@ -12,6 +12,7 @@ from proxy.access.authorization import Authorizer
 from proxy.telemetry.exchange import Exchange
 from proxy.web.peers import check_confirmed
 from proxy.web.ranges import Range, parse_ranges, satisfy
+from proxy.web.redirects import Redirects
 from proxy.web.responses import (
     COMMON,
     JSON,
@@ -37,13 +38,20 @@ class Pull:
     """Handlers of the endpoints that read.  Each may raise RegistryError and RequestRefused.
 
     A client that takes nothing of a blob for `client_timeout` seconds is cut off.  Without an `authorizer`,
-    the catalog lists every repository.
+    the catalog lists every repository.  Without `redirects`, every blob is sent from here.
     """
 
-    def __init__(self, registry: Registry, authorizer: Authorizer | None, client_timeout: float) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        authorizer: Authorizer | None,
+        client_timeout: float,
+        redirects: Redirects | None = None,
+    ) -> None:
         self._registry = registry
         self._authorizer = authorizer
         self._client_timeout = client_timeout
+        self._redirects = redirects
         self._turns = Turns()
 
     async def blob(
@@ -52,15 +60,7 @@ class Pull:
         digest = route.reference
         assert isinstance(digest, Digest)
         exchange.digest = digest
-        headers = {
-            **COMMON,
-            "X-Request-Id": exchange.id,
-            "Content-Type": OCTETS,
-            "Docker-Content-Digest": digest,
-            "ETag": f'"{digest}"',
-            "Accept-Ranges": "bytes",
-            "Cache-Control": immutable(exchange),
-        }
+        headers = _blob_headers(digest, exchange)
         if request.method == "HEAD" or _matches(request, digest):
             exchange.content = await self._registry.resolve_blob(name, digest)
             size = exchange.content.size
@@ -72,6 +72,8 @@ class Pull:
             headers["Location"] = build_location(route, exchange.ns)
             return empty(200, headers)
         ranges = _ranges(request, digest)
+        if (url := await self._elsewhere(request, name, digest, ranges, exchange)) is not None:
+            return _redirect(headers, url, exchange)
         blob = await self._registry.get_blob(name, digest, ranges[0].span if ranges else None)
         try:
             exchange.content, size = blob.descriptor, blob.descriptor.size
@@ -85,6 +87,19 @@ class Pull:
             return await send_blob(request, blob, spans, headers, exchange, self._turns, self._client_timeout)
         finally:
             await blob.close()
+
+    async def _elsewhere(
+        self, request: web.BaseRequest, name: str, digest: Digest, ranges: Sequence[Range], exchange: Exchange
+    ) -> str | None:
+        """Where the client may fetch the blob itself; None if it is sent from here."""
+        if self._redirects is None or not self._redirects.allows(request, ranges, exchange):
+            return None
+        found = await self._registry.locate_blob(name, digest)
+        if found is None:
+            return None
+        exchange.content = found.descriptor
+        _spans(ranges, found.descriptor.size)  # refuses what the blob has not
+        return found.url
 
     async def manifest(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -224,6 +239,25 @@ def _ranges(request: web.BaseRequest, digest: Digest) -> list[Range]:
     """The ranges that a client asks for; none if it has another version: RFC 9110 §13.1.5."""
     if_range = request.headers.get("If-Range", f'"{digest}"')
     return parse_ranges(request.headers.get("Range") if if_range == f'"{digest}"' else None)
+
+
+def _blob_headers(digest: Digest, exchange: Exchange) -> dict[str, str]:
+    return {
+        **COMMON,
+        "X-Request-Id": exchange.id,
+        "Content-Type": OCTETS,
+        "Docker-Content-Digest": digest,
+        "ETag": f'"{digest}"',
+        "Accept-Ranges": "bytes",
+        "Cache-Control": immutable(exchange),
+    }
+
+
+def _redirect(headers: dict[str, str], url: str, exchange: Exchange) -> web.Response:
+    """A response that leads to the bucket; the URL is a secret that expires, and belongs into no cache."""
+    headers = {**headers, **cache_headers(exchange), "Location": url, "Cache-Control": "no-store"}
+    del headers["Content-Type"]
+    return empty(307, headers)
 
 
 def _page(request: web.BaseRequest) -> tuple[str, int | None]:

@@ -31,6 +31,7 @@ from proxy.web.hits import HitMemory, Hits
 from proxy.web.peers import PeerRequests, status_for
 from proxy.web.pull import Pull
 from proxy.web.push import Push
+from proxy.web.redirects import Redirects
 from proxy.web.responses import (
     JSON,
     RequestRefused,
@@ -90,6 +91,7 @@ class DistributionAPI:
     directions: says in errors where clients push and log in instead
     hit_memory: holds what `hits` answers; without it there are none
     peers: recognizes requests of other replicas; without it all are of clients
+    redirects: tells which blobs clients may be led to the bucket for; without it none
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class DistributionAPI:
         request_log: RequestLog | None = None,
         hit_memory: HitMemory | None = None,
         peers: PeerRequests | None = None,
+        redirects: Redirects | None = None,
     ) -> None:
         self._peers = peers
         self._registry = registry
@@ -118,7 +121,7 @@ class DistributionAPI:
         self._directions = directions
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
-        pull = Pull(registry, authorizer, client_timeout)
+        pull = Pull(registry, authorizer, client_timeout, redirects)
         push = Push(registry, self._full_name, metrics, client_timeout, self._events)
         self._handlers = self._table(pull, push)
         self._ended = EndedRequests(metrics, served, request_log or RequestLog())

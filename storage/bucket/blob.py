@@ -47,6 +47,12 @@ class BucketBlob(Blob):
         self._check(found.size)
         return found
 
+    async def locate(self) -> str | None:
+        url = await self._bucket.locate(self._key, self.descriptor.size)
+        if url is not None:
+            await self.begin(NOTHING)  # else only the client would learn that it is not there
+        return url
+
     def _check(self, found: int | None) -> None:
         """Raises BlobUnknown if the object has not the size of the blob: who pushes it again replaces it."""
         size, digest = self.descriptor.size, self.descriptor.digest

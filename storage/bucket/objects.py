@@ -10,6 +10,8 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import structlog
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from storage.bucket.settings import ObjectStore, first_line
-from storage.concurrency import uninterrupted
+from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.troubles import Trouble, Troubles
 from storage.errors import Unavailable
 
@@ -46,6 +48,20 @@ class Opened(NamedTuple):
 
     size: int
     chunks: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """Which objects clients may fetch from the bucket themselves, by signed URLs.
+
+    store: the bucket at the endpoint that clients reach
+    above: objects of more bytes
+    seconds: how long a URL is valid
+    """
+
+    store: ObjectStore
+    above: int
+    seconds: float
 
 
 class BucketHealth:
@@ -105,11 +121,13 @@ class Bucket:
         health: BucketHealth,
         storage_class: str = "",
         patience: float | None = None,
+        signing: Signing | None = None,
     ) -> None:
         self.name = name
         self.health = health
         self._store = store
         self._patience = patience
+        self._signing = signing
         self._attributes = {"Storage-Class": storage_class} if storage_class else None
         self._uploads = asyncio.Semaphore(UPLOADS)
 
@@ -170,6 +188,19 @@ class Bucket:
             # The answer to a HEAD has no text, which alone tells whether the bucket itself is missing.
             return (await self.get(key)).size
         except ObjectUnknown:
+            return None
+
+    async def locate(self, key: str, size: int) -> str | None:
+        """A signed URL of an object of `size` bytes; None if it is too small, or cannot be signed."""
+        signing = self._signing
+        if signing is None or size <= signing.above:
+            return None
+        valid = timedelta(seconds=signing.seconds)
+        try:
+            # For GET: of Azure, HEAD too; others are not sent there.  Google may have to be asked for it.
+            return await run_in_thread(obstore.sign, signing.store, "GET", key, valid)
+        except Exception as error:  # obstore's are of several kinds
+            log.warning("redirect.failed", bucket=self.name, error=first_line(error))
             return None
 
     def chunks(self, key: str) -> Iterator[bytes]:

@@ -110,14 +110,14 @@ def before(
     tmp_path: Path,
     tls: Mapping[str, str] | None = None,
     ca: Path | None = None,
-    shared: Mapping[str, Any] | None = None,
+    **top: Any,
 ) -> Iterator[Site]:
-    """An empty cache before the filled upstreams."""
+    """An empty cache before the filled upstreams; `top` are keys of the configuration's top level."""
     upstreams: dict[str, DockerRegistry] = {}
     try:
         for namespace, root in filled.roots.items():
             upstreams[namespace] = DockerRegistry(root, tmp_path)
-        site = Site(upstreams, tmp_path, tls=tls, ca=ca, shared=shared)
+        site = Site(upstreams, tmp_path, tls=tls, ca=ca, **top)
         try:
             yield site
         finally:

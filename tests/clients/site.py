@@ -74,7 +74,7 @@ class Site:
     the address `store`.  `config` is its configuration, `admin` the URL of its admin listener, if it is to
     have one.  With `tls` it is at another address than 127.0.0.1, where docker takes any certificate; `ca`
     is who has issued its own.  `offline` and `fresh_for` as there.
-    `shared` as there.  With `listed`, its only cache is the namespace `*` with that upstream.
+    `shared` and `redirect` as there.  With `listed`, its only cache is the namespace `*` with that upstream.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Site:
         fresh_for: str = "10m",
         listed: Mapping[str, Any] | None = None,
         shared: Mapping[str, Any] | None = None,
+        redirect: Mapping[str, Any] | None = None,
     ):
         self.upstreams = upstreams
         self.ca = ca
@@ -108,6 +109,7 @@ class Site:
                     "tls": tls and dict(tls),
                     "disk": {"path": str(directory / "cache")},
                     "shared": shared or {},
+                    "redirect": redirect,
                     "access": access,
                     "offline": offline,
                     "default_namespace": None if listed else next(iter(upstreams)),

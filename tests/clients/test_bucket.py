@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import obstore
@@ -23,7 +24,8 @@ def site(filled: Filled, tmp_path_factory: pytest.TempPathFactory, seaweed: Seaw
     settings = seaweed.settings("tests", PREFIX)
     keys = {"access_key": settings.access_key, "secret_key": settings.secret_key}
     shared = {"bucket": settings.url, "endpoint": settings.endpoint, **keys}
-    with before(filled, tmp_path_factory.mktemp("bucket"), shared=shared) as site:
+    redirect = {"above": "100B"}
+    with before(filled, tmp_path_factory.mktemp("bucket"), shared=shared, redirect=redirect) as site:
         yield site
 
 
@@ -45,5 +47,10 @@ def test_skopeo_pushes_and_podman_pulls(site: Site, home: Path, pushed: Images, 
     listed = obstore.list(seaweed.settings("tests", PREFIX).connect())
     names = [str(each["path"]).rpartition("/")[2] for portion in listed for each in portion]
     assert {f"sha256:{each.partition('.')[0]}" for each in names} == set().union(*map(blobs, images.values()))
+    layer = max(pushed.layers.blobs, key=lambda each: len(each.data))
+    connection = HTTPConnection(site.address)
+    connection.request("GET", f"/v2/local/library/layers/blobs/{layer.digest}")
+    assert connection.getresponse().status == 307  # which skopeo has followed, and podman will
+    connection.close()
     containers = Containers("podman", site, home)
     assert containers.pull(f"{site.address}/local/library/layers:1") == [held(pushed.layers)]

@@ -21,13 +21,13 @@ import click
 
 from tests.bench import report
 from tests.bench.clients import BenchError, get
-from tests.bench.peers import Distribution, DockerRegistry, Entrepot, Former, OneWorker, Peer
+from tests.bench.peers import Distribution, DockerRegistry, Entrepot, Former, OneWorker, Peer, Signed
 from tests.bench.scenarios import Scenario, Target, all_scenarios, verify
 from tests.bench.upstream import REPOSITORY, TAG, Upstream
 
 NEEDED = ("docker-registry", "nginx", "wrk")  # commands, and Debian's packages of the same names
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (Entrepot, OneWorker, Former, DockerRegistry, Distribution)
+    peer.name: peer for peer in (Entrepot, OneWorker, Signed, Former, DockerRegistry, Distribution)
 }
 
 

@@ -111,8 +111,13 @@ class Entrepot(Peer):
     workers: str | int = "auto"
     namespace: Mapping[str, object] = MappingProxyType({})
 
+    def more(self) -> dict[str, object]:
+        """Further keys of the configuration."""
+        return {}
+
     def configure(self, directory: Path, upstream: str) -> list[str]:
         configuration = {
+            **self.more(),
             "listen": f"127.0.0.1:{self.port}",
             "admin": "off",
             "workers": self.workers,
@@ -130,6 +135,17 @@ class Entrepot(Peer):
 class OneWorker(Entrepot):
     name = "entrepot-1"
     workers = 1
+
+
+class Signed(Entrepot):
+    """Serves only what is signed by the key that the upstream names in BENCH_SIGNER."""
+
+    name = "entrepot-signed"
+
+    def more(self) -> dict[str, object]:
+        rule = {"name": "signed", "action": "allow", "signed_by": ["upstream"]}
+        signers = {"upstream": {"key": os.environ["BENCH_SIGNER"]}}
+        return {"policy": {"rules": [rule], "signers": signers}}
 
 
 class Former(Entrepot):

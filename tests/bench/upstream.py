@@ -7,6 +7,7 @@ limits the rate of each connection, `direct_port` logs nothing (nginx as a peer)
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -15,6 +16,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.authority import Authority
 from tests.bench.clients import get
@@ -67,6 +72,7 @@ location ~ ^/v2/.+/blobs/(?<digest>sha256:[0-9a-f]+)$ {{
     default_type application/octet-stream;
     add_header Docker-Content-Digest $digest;
 }}
+location ~ ^/v2/.+/manifests/.+[.]sig$ {{ default_type {manifest_type}; }}
 location ~ ^/v2/.+/manifests/ {{
     default_type {manifest_type};
     add_header Docker-Content-Digest {manifest_digest};
@@ -103,6 +109,7 @@ class Upstream:
         (self._tree / "blobs").mkdir(parents=True)
         (self._tree / "manifests").mkdir()
         self.manifest = self._add_manifest()
+        self._sign()
         self.port, self.slow_port, self.direct_port, self._status_port = (free_port() for _ in range(4))
         self.link_port, self.tls_port = free_port(), free_port()
         authority = Authority(directory)
@@ -173,6 +180,29 @@ class Upstream:
         for name in (TAG, digest):
             (self._tree / "manifests" / name).write_bytes(body)
         return Content(digest, len(body), self._tree / "manifests" / digest)
+
+    def _sign(self) -> None:
+        """Sign the image as cosign does in its classic form, by a key whose public part BENCH_SIGNER names."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        public = self.directory / "signer.pub"
+        public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+        os.environ["BENCH_SIGNER"] = str(public)
+        image = {"docker-manifest-digest": self.manifest.digest}
+        payload = json.dumps(
+            {"critical": {"image": image, "type": "cosign container image signature"}}
+        ).encode()
+        signature = base64.b64encode(key.sign(payload, ec.ECDSA(SHA256()))).decode()
+        digest = f"sha256:{hashlib.sha256(payload).hexdigest()}"
+        (self._tree / "blobs" / digest).write_bytes(payload)
+        layer = {
+            "mediaType": "application/vnd.dev.cosign.simplesigning.v1+json",
+            "digest": digest,
+            "size": len(payload),
+            "annotations": {"dev.cosignproject.cosign/signature": signature},
+        }
+        content = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "layers": [layer]}
+        tag = f"{self.manifest.digest.replace(':', '-')}.sig"
+        (self._tree / "manifests" / tag).write_text(json.dumps(content))
 
     def _write_configuration(self) -> None:
         main = _CONFIGURATION.format(

@@ -182,7 +182,7 @@ class Upstream:
         return Content(digest, len(body), self._tree / "manifests" / digest)
 
     def _sign(self) -> None:
-        """Sign the image as cosign does in its classic form, by a key whose public part BENCH_SIGNER names."""
+        """Sign the image in the classic form of cosign, by a key whose public part BENCH_SIGNER names."""
         key = ec.generate_private_key(ec.SECP256R1())
         public = self.directory / "signer.pub"
         public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))

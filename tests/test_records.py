@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,39 @@ def test_a_database_that_is_locked_is_waited_for(
     assert [each["event"] for each in events.entries] == ["disk.failed", "disk.recovered"]
     hasty.close()
     patient.close()
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_lock_while_it_is_opened_is_waited_for(
+    directory: Path, made: bool, monkeypatch: pytest.MonkeyPatch, events: LogCapture
+) -> None:
+    """As when several processes make it, on a disk that takes its time."""
+    directory.mkdir()
+    if made:
+        with closing(SQLiteRecords(directory)) as records:
+            records.put("tag a 1", b"value")
+    asking = threading.Event()
+
+    class Connection(sqlite3.Connection):
+        def execute(self, *statement: Any) -> sqlite3.Cursor:
+            asking.set()
+            return super().execute(*statement)
+
+    connect = sqlite3.connect
+    with (
+        closing(connect(directory / "cache.db", isolation_level=None)) as other,
+        ThreadPoolExecutor() as pool,
+    ):
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Connection))
+        opening = pool.submit(SQLiteRecords, directory)
+        asking.wait()
+        other.close()
+        with closing(opening.result()) as records:
+            assert records.get("tag a 1") == (b"value" if made else None)
+            records.put("tag a 2", b"value")
+    assert events.entries == []
 
 
 @pytest.mark.errors("disk.failed")

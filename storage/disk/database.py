@@ -116,7 +116,7 @@ class Database(diskcache.Cache):  # type: ignore[misc]
         connection: sqlite3.Connection | None = getattr(local, "con", None)
         if connection is None:
             connection = local.con = sqlite3.connect(
-                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False
+                self._path, timeout=LOCKED, isolation_level=None, check_same_thread=False
             )
             local.end = _End(connection)
             for pragma in self._pragmas:

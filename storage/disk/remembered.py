@@ -17,13 +17,13 @@ class Remembered(Generic[T]):
     """
 
     def __init__(self, records: Records, read: Callable[[], T]) -> None:
-        self._records = records
+        self._current = records.version
         self._read = read
         self._version: object = None
         self._value: T | None = None
 
     def __call__(self) -> T:
-        version = self._records.version()  # before reading: a change meanwhile is one more reason to read
+        version = self._current()  # before reading: a change meanwhile is one more reason to read
         if version is None or version != self._version:
             self._version = None
             self._value = self._read()

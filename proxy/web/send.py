@@ -18,6 +18,7 @@ import socket
 import struct
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from aiohttp import web
@@ -232,7 +233,8 @@ class _Sender:
                     if connection is None:
                         await self._encrypt(writer, blob.fileno(), Span(position, end))
                     else:
-                        with corked(connection):
+                        # A growing file is sent piece by piece, and each is to leave at once.
+                        with corked(connection) if end == stop else nullcontext():
                             await self._pump(client, blob.fileno(), Span(position, end))
                 position = end
         finally:

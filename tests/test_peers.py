@@ -277,15 +277,20 @@ async def test_replicas_with_different_lists_do_not_wait_for_each_other(
 async def test_replicas_with_all_slots_in_use_do_not_wait_for_each_other(
     tmp_path: Path, clock: Clock, upstream: Upstream
 ) -> None:
-    contents = [b"layer %d" % number * 1000 for number in range(16)]
-    layers = [upstream.blob("library/busybox", each) for each in contents]
-    async with replicas(3, tmp_path, clock, cached(upstream), {"limits": {"fills": 1}}) as fleet:
-        asked = [each.get(f"{BUSYBOX}/blobs/{digest}") for digest in layers for each in fleet.all]
-        async with asyncio.timeout(10):
-            answers = await asyncio.gather(*asked)
-        for number, (status, _, body) in enumerate(answers):
-            assert (status, body) == (200, contents[number // 3])
-    assert upstream.bytes_sent == sum(map(len, contents))
+    """Each uses its only slot for a blob of the other, and has clients that wait for blobs of its own."""
+    blobs = {upstream.blob("library/busybox", each): each for each in (b"%d" % n * 1000 for n in range(16))}
+    async with replicas(2, tmp_path, clock, cached(upstream), {"limits": {"fills": 1}}) as fleet:
+        one, other = fleet.all
+        owned = {each: [digest for digest in blobs if fleet.ranked(digest)[0] is each] for each in fleet.all}
+        wanted = [(one, digest) for digest in owned[other]] + [(other, digest) for digest in owned[one]]
+        wanted += [(each, digest) for each in fleet.all for digest in owned[each]]
+        async with asyncio.timeout(10):  # less than a request to another replica may take
+            answers = await asyncio.gather(
+                *(each.get(f"{BUSYBOX}/blobs/{digest}") for each, digest in wanted)
+            )
+        for (_, digest), (status, _, body) in zip(wanted, answers, strict=True):
+            assert (status, body) == (200, blobs[digest])
+    assert upstream.bytes_sent == sum(map(len, blobs.values()))
 
 
 # When a replica does not help
@@ -460,3 +465,41 @@ async def test_who_asks_for_news_gets_those_of_the_upstream(fleet: Replicas, ups
     )
     assert (result, manifest.content) == ("miss", moved.content)
     assert (await second.get(LATEST))[2] == moved.content
+
+
+# What only others have
+
+
+async def test_what_any_replica_has_is_served_while_the_upstream_is_down(
+    fleet: Replicas, upstream: Upstream, clock: Clock
+) -> None:
+    image = image_of(upstream)
+    blob = image.layers[0]
+    content = {
+        f"{BUSYBOX}/manifests/{image.digest}": image.content,
+        LATEST: image.content,
+        f"{BUSYBOX}/blobs/{blob}": b"a layer",
+    }
+    with_manifests, with_blob = fleet.ranked(NAME)[-1], fleet.ranked(blob)[-1]
+    for path in content:
+        assert (await (with_blob if "/blobs/" in path else with_manifests).get(path))[0] == 200
+    for each in fleet.all:  # the others have evicted it since, its owners too
+        if each is not with_manifests:
+            await _forget(each, "tag ", "manifest ")
+        if each is not with_blob:
+            await _forget(each, "link ")
+    await upstream.stop()
+    clock.advance(601)
+    for path, expected in content.items():
+        for each in fleet.all:
+            status, _, body = await each.get(path)
+            assert (status, body) == (200, expected)
+    nowhere = f"{BUSYBOX}/blobs/{Digest.of(b'nowhere')}"
+    assert [(await each.get(nowhere))[0] for each in fleet.all] == [502, 502, 502]
+
+
+async def _forget(replica: Replica, *kinds: str) -> None:
+    store = replica.app.composition.store
+    for kind in kinds:
+        for key in list(store.records.keys(kind)):
+            await store.run(store.records.delete, key)

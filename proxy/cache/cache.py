@@ -84,7 +84,8 @@ class Cache(Registry):
         registry = self._origin.registry
         # containerd begins a pull of the whole blob with `bytes=0-`.
         part = None if span == Span(0) else span
-        lazy = self._policy.lazy if part is not None and not failed else None
+        wait = part is not None and not failed and not current().stored_only
+        lazy = self._policy.lazy if wait else None
         if lazy is None:
             self._miss(key)
         else:  # parts of it may be here

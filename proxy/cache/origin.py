@@ -12,7 +12,7 @@ from proxy.cache.absences import Absences, subject_of
 from proxy.cache.drill import Drill
 from proxy.cache.negatives import Negatives, RequestKey
 from proxy.cache.policy import Policy
-from proxy.telemetry.exchange import origin_age
+from proxy.telemetry.exchange import current, origin_age
 from storage.concurrency import SingleFlight
 from storage.errors import (
     ManifestUnknown,
@@ -119,7 +119,7 @@ class Origin:
     def check(self, key: RequestKey) -> None:
         """Raise what is known without asking: the namespace is offline, or the origin's recent answer."""
         unknown, name, what = key
-        if not self._policy.offline:
+        if not self._set_offline:
             if (error := self._unknown.get(key)) is not None:
                 raise error.copy(remembered=True)
             if not self._drill.cuts(self.namespace):
@@ -129,10 +129,16 @@ class Origin:
 
     @property
     def offline(self) -> bool:
-        return self._policy.offline or self._drill.cuts(self.namespace)
+        return self._set_offline or self._drill.cuts(self.namespace)
+
+    @property
+    def _set_offline(self) -> bool:
+        return self._policy.offline or current().stored_only
 
     @property
     def why_offline(self) -> str:
+        if current().stored_only:
+            return "only what is stored is asked for"
         return f"{self.namespace} is {'set offline' if self._policy.offline else 'cut off by a drill'}"
 
     def remember(self, key: RequestKey, error: RegistryError) -> None:

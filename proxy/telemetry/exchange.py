@@ -34,6 +34,7 @@ class Exchange:
     agent: the User-Agent; None outside of a request
     peer: the URL of the replica that asks, empty for a client
     tell: makes headers of the response to another replica
+    stored_only: that replica wants what is stored, and nothing to be asked for
     """
 
     id: str = ""
@@ -60,6 +61,7 @@ class Exchange:
     agent: str | None = None
     peer: str = ""
     tell: Callable[[], Mapping[str, str]] = dict
+    stored_only: bool = False
 
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream

@@ -14,6 +14,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ from storage.errors import (
     OriginDenied,
     RegistryError,
     StorageFailed,
+    Unavailable,
 )
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span
 from storage.registry import Blob, ReadInto, Registry, RelayedBlob
@@ -71,6 +73,7 @@ class Failover(Registry):
         source, blob = await self._first(
             lambda each: each.get_blob(repository, digest, span),
             await self._sources(repository, digest),
+            partial(self._holders, repository, digest),
             last if self._clock() < until else None,
             again,
         )
@@ -91,11 +94,13 @@ class Failover(Registry):
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
         sources = await self._sources(repository, digest)
-        return (await self._first(lambda each: each.resolve_blob(repository, digest), sources))[1]
+        holders = partial(self._holders, repository, digest)
+        return (await self._first(lambda each: each.resolve_blob(repository, digest), sources, holders))[1]
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         sources = await self._sources(repository)
-        return (await self._first(lambda each: each.get_manifest(repository, reference), sources))[1]
+        holders = partial(self._holders, repository)
+        return (await self._first(lambda each: each.get_manifest(repository, reference), sources, holders))[1]
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
         sources = await self._sources(repository)
@@ -122,16 +127,22 @@ class Failover(Registry):
         owners = [] if self._owners is None else await self._owners.of(repository, digest)
         return [*owners, *self._upstreams]
 
+    async def _holders(self, repository: str, digest: Digest | None = None) -> list[UpstreamRegistry]:
+        """Other replicas, which may have stored what the upstreams cannot be asked for."""
+        return [] if self._owners is None else await self._owners.holders(repository, digest)
+
     async def _first(
         self,
         ask: Callable[[UpstreamRegistry], Awaitable[T]],
         sources: Sequence[UpstreamRegistry],
+        holders: Callable[[], Awaitable[Sequence[UpstreamRegistry]]] | None = None,
         last: UpstreamRegistry | None = None,
         again: bool = False,
     ) -> tuple[UpstreamRegistry, T]:
         """The one that served, and the result.
 
-        If all are healthy, `last` comes first, or with `again` the one after it.
+        If all are healthy, `last` comes first, or with `again` the one after it.  If the upstreams cannot be
+        asked, the `holders` are.
         """
         errors: dict[UpstreamRegistry, RegistryError] = {}
         start = sources.index(last) + again if last is not None and last in sources else 0
@@ -144,7 +155,12 @@ class Failover(Registry):
                 if source not in self._upstreams and isinstance(error, FINAL):
                     raise error.copy(remembered=True) from None
                 errors[source] = error
-        raise errors[self._upstreams[-1]]
+        final = errors[self._upstreams[-1]]
+        if holders is not None and isinstance(final, Unavailable):
+            for source in await holders():
+                with suppress(RegistryError):
+                    return source, await ask(source)
+        raise final
 
     def _order(self, sources: Sequence[UpstreamRegistry], start: int) -> list[UpstreamRegistry]:
         count = len(sources)

@@ -7,6 +7,7 @@
   repository: who has asked for a tag has the manifest, too.
 - A response counts only if the owner has the same upstream and the same rules for tags, and may ask now: then
   its "unknown" is that of the upstream.  Any other answer is none, and the upstream is asked.
+- If the upstream cannot be asked, all replicas are asked for what they have stored.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PEER, SECRET = "Entrepot-Peer", "Entrepot-Secret"  # of requests: who asks; the 
 ORIGIN, KNOWN = "Entrepot-Origin", "Entrepot-Known"  # see Owners
 UNNAMED = "-"  # a replica that does not know its own URL
 FORMER = 600.0  # seconds after which connections to a replica that is gone are closed
+HOLDERS = 8  # replicas that are asked for what they have stored, if the upstream cannot be asked
 ASKED = 2  # replicas that are asked before an upstream: the owner, and whoever owns the key without that one
 
 
@@ -57,7 +59,7 @@ class Peers:
         self._make = make
         self._ticks = ticks
         self._made: dict[str, UpstreamRegistry] = {}
-        self._views: dict[str, dict[str, UpstreamRegistry]] = {}  # by URL, then namespace
+        self._views: dict[str, dict[PeerLink, UpstreamRegistry]] = {}  # by URL
         self._gone: dict[str, float] = {}  # since when a replica that was asked is none any more
         self._closing: set[asyncio.Task[None]] = set()
         self._owners: dict[str, Owners] = {}
@@ -89,12 +91,18 @@ class Peers:
         failing = [each for each in order if each not in healthy]
         return [*healthy[:ASKED], *failing]
 
+    async def holders(self, key: str) -> list[str]:
+        """The other replicas that are not asked for the key before the upstream, as far as they answer."""
+        asked = [*await self.before(key), self.own]
+        others = [each for each in ranked(key, self._membership.urls) if each not in asked]
+        return [each for each in others if self._registry(each).healthy][:HOLDERS]
+
     def of(self, url: str, namespace: str, link: PeerLink) -> UpstreamRegistry:
-        """The registry of a namespace of another replica, always the same."""
+        """The registry of a namespace of another replica, always the same for a link."""
         views = self._views.setdefault(url, {})
-        if namespace not in views:
-            views[namespace] = self._registry(url).as_peer(namespace, link)
-        return views[namespace]
+        if link not in views:
+            views[link] = self._registry(url).as_peer(namespace, link)
+        return views[link]
 
     def _registry(self, url: str) -> UpstreamRegistry:
         if url not in self._made:
@@ -167,12 +175,13 @@ class Peers:
         made = self._owners[namespace] = Owners(self, namespace, origin, upstreams, offline)
         return made
 
-    def forget(self, namespace: str, owners: Owners) -> None:
+    def forget(self, namespace: str, owners: Owners, links: Sequence[PeerLink]) -> None:
         """The namespace is no longer served, unless by other `owners`."""
         if self._owners.get(namespace) is owners:
             del self._owners[namespace]
-            for views in self._views.values():
-                views.pop(namespace, None)
+        for views in self._views.values():
+            for each in links:
+                views.pop(each, None)
 
     async def close(self) -> None:
         await self._membership.close()
@@ -201,6 +210,7 @@ class Owners:
         self._origin = origin
         self._upstreams = upstreams
         self._offline = offline
+        self._stored = _StoredOnly(self)
 
     async def of(self, repository: str, digest: str | None) -> list[UpstreamRegistry]:
         """In the order in which to ask them; none for what another replica asks for, or who wants news."""
@@ -209,8 +219,15 @@ class Owners:
         urls = await self._peers.before(digest or f"{self._namespace}/{repository}")
         return [self._peers.of(each, self._namespace, self) for each in urls]
 
+    async def holders(self, repository: str, digest: str | None) -> list[UpstreamRegistry]:
+        """Others, which are asked for what they have stored; none for what another replica asks for."""
+        if current().peer:
+            return []
+        urls = await self._peers.holders(digest or f"{self._namespace}/{repository}")
+        return [self._peers.of(each, self._namespace, self._stored) for each in urls]
+
     def close(self) -> None:
-        self._peers.forget(self._namespace, self)
+        self._peers.forget(self._namespace, self, [self, self._stored])
 
     def told(self) -> Mapping[str, str]:
         """What this replica tells others of the namespace."""
@@ -243,3 +260,16 @@ class Owners:
             raise OriginFailed(f"the replica {why}, for {self._namespace}")
         self.learn(headers)
         origin_age.set(float(parse_number(headers.get("Age", "")) or 0))
+
+
+class _StoredOnly:
+    """A PeerLink to replicas that ask nobody for what they have not stored."""
+
+    def __init__(self, link: PeerLink) -> None:
+        self._link = link
+
+    def headers(self) -> Mapping[str, str]:
+        return {**self._link.headers(), "Cache-Control": "only-if-cached"}  # RFC 9111, section 5.2.1.7
+
+    def check(self, headers: Mapping[str, str]) -> None:
+        self._link.check(headers)

@@ -12,6 +12,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.web.routes import Endpoint, Route
 from storage.errors import NameUnknown, RegistryError, Unavailable
 
+STORED_ONLY = "only-if-cached"  # RFC 9111, section 5.2.1.7
 FAILED = 424  # RFC 4918, section 11.4: not this server has failed, but what it depends on
 
 
@@ -43,6 +44,7 @@ class PeerRequests:
         if request.method in ("GET", "HEAD") and (peer := await self._peers.sender(request.headers)):
             exchange.peer = exchange.user = peer
             exchange.tell = self._peers.headers
+            exchange.stored_only = request.headers.get("Cache-Control") == STORED_ONLY
 
     def name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
         """The full name of the repository.  Raises NameUnknown, Misdirected."""
@@ -52,8 +54,9 @@ class PeerRequests:
         exchange.namespace, exchange.repository = namespace, repository
         exchange.reference = str(route.reference)
         exchange.tell = partial(self._peers.headers, namespace)
-        digest = str(route.reference) if route.kind is Endpoint.BLOB else None
-        self._peers.admit(exchange.peer, namespace, repository, digest)
+        if not exchange.stored_only:  # else nothing is waited for
+            digest = str(route.reference) if route.kind is Endpoint.BLOB else None
+            self._peers.admit(exchange.peer, namespace, repository, digest)
         self._peers.hear(namespace, request.headers)
         return route.name
 

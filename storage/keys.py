@@ -14,6 +14,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     watched                                     when a private registry was watched, for its retention rules
     use <repository> <reference>                how often a tag or a manifest was used
     moves <repository> <tag>                    where a tag pointed before
+    resolved <repository> <tag>                 what a tag stood for when clients asked, with times
     override <image>                            an exception from the policy, for some time
     held <repository> <tag>                     where a tag is held by the policy, and where it would move
     stats <period> <time> <namespace>           counters of an hour or a day
@@ -94,6 +95,7 @@ WATCHED = RecordKind("watched", 0)
 USE = RecordKind("use")
 MOVES = RecordKind("moves")
 HELD = RecordKind("held")
+RESOLVED = RecordKind("resolved")
 OVERRIDE = RecordKind("override", 1)
 STATISTICS = RecordKind("stats", 3)
 PIN = RecordKind("pin", 1)

@@ -16,8 +16,10 @@ from structlog.testing import LogCapture
 
 from proxy.policy import rules
 from proxy.policy.condition import Condition, Evidence, Subject
+from proxy.policy.policed import PolicedRegistry
 from storage.errors import Denied, Unavailable
 from storage.oci import Tag
+from storage.registry import Registry
 from tests.conftest import Clock, Serve, Site
 from tests.processes import Place, place
 from tests.test_hits import hits
@@ -467,3 +469,8 @@ async def test_a_new_rule_holds_for_all_workers_and_their_connections(
         await worker.get(f"/v2/a/b/manifests/{image.digest}", status=403)
         await worker.get(blob, status=403)
     assert await server.metric("entrepot_policy_refused_total", rule="moving") >= 6
+
+
+def test_every_method_of_a_registry_is_judged_or_passed_on() -> None:
+    methods = {name for name, each in vars(Registry).items() if callable(each) and not name.startswith("_")}
+    assert methods - set(vars(PolicedRegistry)) == set()

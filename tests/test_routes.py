@@ -69,6 +69,12 @@ HUB = "docker.io"
         ("/v2/a/blobs/uploads/blobs/uploads/1", Route(Endpoint.UPLOAD, "a/blobs/uploads", upload="1")),
         ("/v2/blobs/blobs/uploads/", Route(Endpoint.UPLOADS, "blobs")),
         ("/v2/a/manifests/uploads", Route(Endpoint.MANIFEST, "a", Tag("uploads"))),
+        # tags as they were
+        (
+            "/v2/@2026-08-01/docker.io/a/manifests/latest",
+            Route(Endpoint.MANIFEST, "docker.io/a", LATEST, as_of="2026-08-01"),
+        ),
+        ("/v2/@2026-08-01T14:30:00Z/a/tags/list", Route(Endpoint.TAGS, "a", as_of="2026-08-01T14:30:00Z")),
         # escapes, once
         (f"/v2/a/blobs/{DIGEST.replace(':', '%3a')}", Route(Endpoint.BLOB, "a", DIGEST)),
         ("/v2/a%2Fb/manifests/v%31", Route(Endpoint.MANIFEST, "a/b", Tag("v1"))),
@@ -211,6 +217,7 @@ pieces = st.sampled_from(
         "//",
         "v2",
         "/v2/",
+        "/v2/@2026-08-01/",
         "%2f",
         "%25",
         "%ff",

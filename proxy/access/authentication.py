@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they need libraries that not every configuration needs
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
 
+_DATED = "asof+"  # what a user begins with who is no name but a date
 _ANONYMOUS = ("Basic Og==", "basic Og==")  # an empty user with an empty password
 
 
@@ -126,14 +127,29 @@ class Authenticator:
 
 
 def authorization(request: web.BaseRequest) -> str:
-    """The Authorization header; "" without one, or with podman's empty user and empty password."""
+    """The Authorization header.
+
+    "" without one, with podman's empty user and empty password, or with a user that is no name but a date.
+    """
     header = request.headers.get("Authorization", "").strip()
-    return "" if header in _ANONYMOUS else header
+    return "" if header in _ANONYMOUS or dated_user(request) else header
 
 
 def credential(request: web.BaseRequest) -> Credential | None:
     """The user and password of Basic authorization (RFC 7617); None without one."""
-    scheme, _, value = authorization(request).partition(" ")
+    return _basic(authorization(request))
+
+
+def dated_user(request: web.BaseRequest) -> str:
+    """The date of a user `asof+<date>`, who wants tags as they were then; "" for another one or none."""
+    header = request.headers.get("Authorization", "").strip()
+    found = _basic(header) if header else None
+    user = "" if found is None else found.username
+    return user.removeprefix(_DATED) if user.startswith(_DATED) else ""
+
+
+def _basic(header: str) -> Credential | None:
+    scheme, _, value = header.partition(" ")
     if scheme.lower() != "basic":
         return None
     try:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 MIN_GRACE = 3600.0  # seconds
@@ -28,6 +28,7 @@ _DURATION = re.compile(" ?".join(f"(?:([0-9]{{1,9}}) ?(?:{unit}))?" for unit in 
 _SIZE = re.compile(r"([0-9]{1,9}) ?(?:([KMGT])(i)?B?|B)", re.ASCII | re.IGNORECASE)
 _PERCENT = re.compile(r"([0-9]{1,3}) ?%", re.ASCII)
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)
+_MOMENT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})(?:T([0-9]{2}:[0-9]{2}:[0-9]{2})Z)?", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _FORMAT_UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -203,6 +204,21 @@ def format_duration(seconds: float) -> str:
         if seconds >= length:
             return f"{int(seconds / length)} {unit}"
     return "0 s"
+
+
+def parse_moment(text: str) -> float:
+    """A date, which is the end of that day, or a time such as 2026-08-01T14:30:00Z; both in UTC.
+
+    Raises ValueError.
+    """
+    found = _MOMENT.fullmatch(text)
+    try:
+        if found is None:
+            raise ValueError
+        begun = datetime.fromisoformat(f"{found[1]}T{found[2] or '00:00:00'}+00:00").timestamp()
+    except ValueError:
+        raise ValueError("expected a date such as 2026-08-01, or 2026-08-01T14:30:00Z") from None
+    return begun if found[2] else begun + 86400 - 1
 
 
 def format_time(time: float | None, now: float, never: str = "never") -> str:

@@ -68,9 +68,8 @@ class Housekeeper:
 
     async def run(self) -> None:
         composition = self._composition
-        with suppress(StorageFailed):
-            await composition.guard.holds.forget()
         async with composition.store.files.exclusive("keeper"), asyncio.TaskGroup() as work:
+            work.create_task(self._forget_holds())
             work.create_task(self._repeat(self._count, ROUND))
             work.create_task(self._repeat(self._round, ROUND))
             work.create_task(self._repeat(self._refresh, REFRESHED))
@@ -103,6 +102,10 @@ class Housekeeper:
                 seconds = min(seconds, AGAIN)
                 log.exception("keeper.failed", work=work.__name__.strip("_"), error=str(error))
             await asyncio.sleep(seconds)
+
+    async def _forget_holds(self) -> None:
+        with suppress(StorageFailed):  # the next start does it
+            await self._composition.guard.holds.forget()
 
     async def make_room(self, coming: int) -> None:
         """Evict if the cache and `coming` bytes more exceed a limit."""

@@ -46,6 +46,7 @@ from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
 from storage.errors import StorageFailed
+from storage.maintenance.resolutions import ResolutionJournal
 from storage.shared import SharedState
 from storage.store import Store
 
@@ -223,6 +224,7 @@ class ServerProcess:
             authorizer=permits,
             request_log=self._request_log,
             hit_memory=hits,
+            past=ResolutionJournal(parts.store).at,
             peers=PeerRequests(parts.peers, parts.is_cache) if parts.peers is not None else None,
             redirects=Redirects(config.redirect.never_for) if config.redirect is not None else None,
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),

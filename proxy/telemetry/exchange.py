@@ -20,6 +20,7 @@ class Exchange:
     id: unique; clients see it as X-Request-Id
     result: hit, miss, revalidated, stale, negative or error, after RFC 9111; "" if no content is concerned
     bytes, received: the size of the response's and of the request's body so far
+    as_of: the time, in seconds since the epoch, at which tags are wanted as they were; None for now
     ns: the parameter `ns` of the query; None without one
     user: the authenticated user; "" for an anonymous client
     visible: whether this client may pull from the repository of a full name
@@ -59,6 +60,7 @@ class Exchange:
     content: Descriptor | None = None
     client: str = ""
     agent: str | None = None
+    as_of: float | None = None
     peer: str = ""
     tell: Callable[[], Mapping[str, str]] = dict
     stored_only: bool = False

@@ -24,6 +24,7 @@ from storage.concurrency import run_in_thread
 from storage.disk.blobs import TOUCH
 from storage.errors import StorageFailed
 from storage.graph import walk
+from storage.maintenance.resolutions import Resolution
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import Digest, Tag
 from storage.records import BATCH
@@ -74,6 +75,7 @@ class UsageRecorder:
         self._counts: dict[tuple[int, str], Counters] = {}
         self._uses: dict[tuple[str, str], Use] = {}
         self._moves: list[tuple[str, Tag, Move]] = []
+        self._resolved: dict[tuple[str, str], list[Resolution]] = {}
         self._served: dict[tuple[str, Digest], float] = {}  # when; their blobs are still to be touched
         self._touched: dict[tuple[str, Digest], float] = {}
 
@@ -156,10 +158,12 @@ class UsageRecorder:
         with suppress(StorageFailed):
             while self._uses or self._moves or self._counts:
                 uses = dict(islice(self._uses.items(), BATCH))
-                self._usage.record(uses, self._moves, self._counts)
+                resolved = {key: self._resolved[key] for key in uses if key in self._resolved}
+                self._usage.record(uses, self._moves, self._counts, resolved)
                 self._moves, self._counts = [], {}
                 for key in uses:
                     del self._uses[key]
+                    self._resolved.pop(key, None)
 
     def _take(self, window: Window) -> None:
         for at, counters in window.counts.items():
@@ -169,6 +173,8 @@ class UsageRecorder:
             repository = f"{namespace}/{name}"
             for each in {reference, digest}:
                 self._use(repository, each, Use(int(count), last, first))
+            if reference != digest and (repository, reference) in self._uses:
+                self._resolved.setdefault((repository, reference), []).append((first, Digest(digest)))
             if len(self._served) < MOST:
                 key = repository, Digest(digest)
                 self._served[key] = max(last, self._served.get(key, last))

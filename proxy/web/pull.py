@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 from aiohttp import web
@@ -25,18 +25,22 @@ from proxy.web.responses import (
 )
 from proxy.web.routes import Route, build_location, build_next, parse_limit
 from proxy.web.send import Turns, send_blob
-from storage.errors import RangeInvalid
-from storage.oci import OCI_INDEX, OCTETS, Digest, Span
+from storage.errors import RangeInvalid, Unsupported
+from storage.oci import OCI_INDEX, OCTETS, Digest, Reference, Span, Tag
 from storage.registry import Registry
 
 MOST_LISTED = 1 << 31  # entries in a page
 AT_ONCE = 1000  # referrers that are read at a time for a page
 LARGEST_LISTING = 4_000_000  # bytes of referrers in a page: clients accept no larger index
 
+# Gives the digest that a tag of a repository, given by its full name, stood for.  Raises ManifestUnknown.
+Past: TypeAlias = Callable[[str, Tag, float], Awaitable[Digest]]
+
 
 class Pull:
     """Handlers of the endpoints that read.  Each may raise RegistryError and RequestRefused.
 
+    `past` gives what a tag stood for at a time, in seconds since the epoch.
     A client that takes nothing of a blob for `client_timeout` seconds is cut off.  Without an `authorizer`,
     the catalog lists every repository.  Without `redirects`, every blob is sent from here.
     """
@@ -47,9 +51,11 @@ class Pull:
         authorizer: Authorizer | None,
         client_timeout: float,
         redirects: Redirects | None = None,
+        past: Past | None = None,
     ) -> None:
         self._registry = registry
         self._authorizer = authorizer
+        self._past = past
         self._client_timeout = client_timeout
         self._redirects = redirects
         self._turns = Turns()
@@ -104,8 +110,7 @@ class Pull:
     async def manifest(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.StreamResponse:
-        reference = route.reference
-        assert reference is not None
+        reference = await self._reference(route, name, exchange)
         content = b""
         if request.method == "HEAD":
             descriptor = await self._registry.resolve_manifest(name, reference)
@@ -119,9 +124,13 @@ class Pull:
             "Content-Type": descriptor.media_type,
             "Docker-Content-Digest": descriptor.digest,
             "ETag": f'"{descriptor.digest}"',
-            "Cache-Control": immutable(exchange) if isinstance(reference, Digest) else freshness(exchange),
+            "Cache-Control": immutable(exchange)
+            if isinstance(route.reference, Digest)
+            else freshness(exchange),
             **cache_headers(exchange),
         }
+        if reference != route.reference:  # as long as the day is not over
+            headers["Cache-Control"] = "no-cache"
         if _matches(request, descriptor.digest):
             return empty(304, headers)
         if request.method == "HEAD":
@@ -129,6 +138,15 @@ class Pull:
             return empty(200, headers)
         exchange.bytes = len(content)
         return web.Response(body=content, headers=headers)
+
+    async def _reference(self, route: Route, name: str, exchange: Exchange) -> Reference:
+        """What is asked for: the digest that a tag stood for, if that is wanted as it was."""
+        assert route.reference is not None
+        if exchange.as_of is None or not isinstance(route.reference, Tag):
+            return route.reference
+        if self._past is None:
+            raise Unsupported("this server keeps no journal of what tags stood for")
+        return await self._past(name, route.reference, exchange.as_of)
 
     async def tags(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange

@@ -8,6 +8,7 @@
     /v2/<name>/tags/list                     TAGS        end-8
     /v2/<name>/referrers/<digest>            REFERRERS   end-12
     /v2/_catalog                             CATALOG     Docker's, not in the specification
+    /v2/@<date>/<name>/...                   each end that pulls, with tags as they were then
 
 The end numbers are those of distribution-spec, "Endpoints".  Rules:
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from urllib.parse import quote, unquote, urlencode
@@ -38,6 +39,8 @@ _UNDER_PREFIX = re.compile(rf"/({_HOST})(/v2(?:/.*)?)")
 _PREFIX_PING = re.compile(rf"/v2/({_HOST})/(?:v2/?)?")
 _PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
 _UNDER_IPV6 = re.compile(rf"{IPV6.pattern}/(.+)")
+_AS_OF = re.compile(r"/v2/@([0-9TZ:-]{10,20})(/.+)")
+_PULLED = ("manifest", "blob", "tags", "referrers")
 _UPLOAD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~=-]{0,254}")
 REMEMBERED = 512  # characters of a path that is worth the memory
 
@@ -62,6 +65,7 @@ class Route:
     name: as the client wrote it, with or without a namespace
     reference: a Digest for BLOB and REFERRERS, a Digest or a Tag for MANIFEST, otherwise None
     upload: the id of the session of an UPLOAD
+    as_of: the date, as the client wrote it, of which tags are wanted
     """
 
     kind: Endpoint
@@ -69,6 +73,7 @@ class Route:
     reference: Reference | None = None
     prefix: str = ""
     upload: str = ""
+    as_of: str = ""
 
 
 def parse(path: str) -> Route:
@@ -87,6 +92,8 @@ def parse_path(path: str) -> Route:
     """
     if "%" in path:
         path = _decode(path)
+    if path.startswith("/v2/@"):
+        return _dated(path)
     prefix = ""
     if not path.startswith("/v2/"):
         if path == "/v2":
@@ -120,6 +127,8 @@ _remembered = lru_cache(maxsize=4096)(parse_path)
 def build(route: Route) -> str:
     """Return the path of a route, in which only the brackets of an IPv6 address need quoting."""
     path = _build(route)
+    if route.as_of:
+        path = f"/v2/@{route.as_of}{path.removeprefix('/v2')}"
     return quote(path, safe="/:") if "[" in path else path
 
 
@@ -190,6 +199,16 @@ def _name(text: str) -> str:
     found = _PORT.fullmatch(text) if ":" in text else None
     parse_name(found[1] + found[2] if found else text, "any")
     return text
+
+
+def _dated(path: str) -> Route:
+    found = _AS_OF.fullmatch(path)
+    if found is None or found[2].startswith("/@"):
+        raise _unknown(path)
+    route = parse_path(f"/v2{found[2]}")
+    if route.kind.value not in _PULLED:
+        raise _unknown(path)
+    return replace(route, as_of=found[1])
 
 
 def _upload(path: str, name: str, prefix: str, upload: str) -> Route:

@@ -18,9 +18,11 @@ from typing import Protocol
 import structlog
 from aiohttp import web
 
+from proxy.access.authentication import dated_user
 from proxy.access.authorization import AccessRequest, Authorizer
 from proxy.access.visibility import Probe
 from proxy.config.access import Action
+from proxy.config.quantities import parse_moment
 from proxy.telemetry.ended import EndedRequests
 from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.telemetry.metrics import Metrics
@@ -29,7 +31,7 @@ from proxy.web.directions import LONGEST, Directions
 from proxy.web.events import EventReporter, RequestEvents
 from proxy.web.hits import HitMemory, Hits
 from proxy.web.peers import PeerRequests, status_for
-from proxy.web.pull import Pull
+from proxy.web.pull import Past, Pull
 from proxy.web.push import Push
 from proxy.web.redirects import Redirects
 from proxy.web.responses import (
@@ -46,6 +48,7 @@ from storage.errors import (
     CodingUnsupported,
     ManifestBlobUnknown,
     ManifestUnknown,
+    NameInvalid,
     NameUnknown,
     OriginDenied,
     RegistryError,
@@ -90,6 +93,7 @@ class DistributionAPI:
     authorizer: decides what clients may do; without one everything is permitted
     directions: says in errors where clients push and log in instead
     hit_memory: holds what `hits` answers; without it there are none
+    past: gives what a tag stood for at a time
     peers: recognizes requests of other replicas; without it all are of clients
     redirects: tells which blobs clients may be led to the bucket for; without it none
     """
@@ -111,6 +115,7 @@ class DistributionAPI:
         hit_memory: HitMemory | None = None,
         peers: PeerRequests | None = None,
         redirects: Redirects | None = None,
+        past: Past | None = None,
     ) -> None:
         self._peers = peers
         self._registry = registry
@@ -121,7 +126,7 @@ class DistributionAPI:
         self._directions = directions
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
-        pull = Pull(registry, authorizer, client_timeout, redirects)
+        pull = Pull(registry, authorizer, client_timeout, redirects, past)
         push = Push(registry, self._full_name, metrics, client_timeout, self._events)
         self._handlers = self._table(pull, push)
         self._ended = EndedRequests(metrics, served, request_log or RequestLog())
@@ -221,6 +226,7 @@ class DistributionAPI:
         name = self._directed_name(request, route)
         exchange.namespace, _, exchange.repository = name.partition("/")
         exchange.ns = request.query.get("ns")
+        exchange.as_of = _as_of(request, route)
         if self._authorizer is not None and not self._authorizer.is_public(name):
             await self._authorizer.permit(request, _access_request(request, route, name), exchange)
         if request.method not in READING:
@@ -315,6 +321,19 @@ class DistributionAPI:
         # the next host, which may be the upstream.
         may_ask_elsewhere = isinstance(error, Unavailable) and not self._deny_bypass
         return min(seconds, SOON) if may_ask_elsewhere else seconds
+
+
+def _as_of(request: web.BaseRequest, route: Route) -> float | None:
+    """The time at which the client wants tags as they were, by the path or by its user; None for now."""
+    if not (text := route.as_of or dated_user(request)):
+        return None
+    try:
+        when = parse_moment(text)
+    except ValueError as error:
+        raise NameInvalid(f"{text[:50]!r} is no date: {error}") from None
+    if request.method not in READING:
+        raise Unsupported("the past cannot be changed: push and delete without a date")
+    return when
 
 
 def _get_and_head(handler: EndpointHandler) -> dict[str, EndpointHandler]:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from storage.keys import MOVES, STATISTICS, USE
+from storage.maintenance.resolutions import Resolution, record_resolutions
 from storage.oci import Digest, Tag
 from storage.records import Batch, Records
 from storage.totals import Totals
@@ -104,6 +106,7 @@ class Counters(msgspec.Struct, omit_defaults=True):
 
 Uses = Mapping[tuple[str, str], Use]  # by repository and reference
 Moves = Sequence[tuple[str, Tag, Move]]  # with repository and tag
+Resolved = Mapping[tuple[str, str], Sequence[Resolution]]  # by repository and tag
 Counts = Mapping[tuple[int, str], Counters]  # by the beginning of the hour, and namespace
 
 
@@ -155,7 +158,9 @@ class Usage:
             found.setdefault(day, {})[namespace] = _counters(value)
         return found
 
-    def record(self, uses: Uses, moves: Moves, counts: Counts) -> None:
+    def record(
+        self, uses: Uses, moves: Moves, counts: Counts, resolved: Resolved = MappingProxyType({})
+    ) -> None:
         """Add to what is recorded, in one transaction."""
         hour = _written(_HOUR, self._clock())
         outdated = [] if hour == self._cleaned else list(self._outdated())
@@ -165,6 +170,8 @@ class Usage:
                 batch.delete(key)
             for (repository, reference), use in uses.items():
                 _add_use(batch, USE.key(repository, reference), use)
+            for (repository, tag), found in resolved.items():
+                record_resolutions(batch, repository, tag, found)
             for repository, tag, move in moves:
                 _add_move(batch, MOVES.key(repository, tag), move)
             for (at, namespace), counters in counts.items():

@@ -35,7 +35,7 @@ from proxy.signatures.notary_signer import NotarySigner
 from proxy.signatures.simple_signing import SIGNATURE
 from storage.oci import Descriptor, Digest, parse_manifest
 from tests.signing.authority import usage
-from tests.signing.cases import DATA, SignedCase, cases, content
+from tests.signing.cases import DATA, ROOTS, SignedCase, cases, content
 
 NOW = datetime.now(UTC)
 CASES = cases()
@@ -46,8 +46,8 @@ OTHERWISE = {"classic-p384", "bundle-p384", "attested-provenance", "attested-sca
 
 @cache
 def signer_of(name: str) -> Signer:
-    if name == "keyless":
-        return KeylessSigner(DATA / "trusted_root.json", PATTERN)
+    if name in ROOTS:
+        return KeylessSigner(DATA / ROOTS[name], PATTERN)
     if name.startswith("notary"):
         return NotarySigner(read_certificates(DATA / f"{name}.pem"))
     return KeySigner(VerificationKey.read(DATA / f"{name}.pub"))
@@ -132,6 +132,10 @@ OTHER = "the signature is of another digest, sha256:bf4765d502ffaa0c"
         ("keyless-other-digest", OTHER),
         ("keyless-tampered", "the bundle is refused: DSSE: invalid signature"),
         ("keyless-no-log", "the bundle has no entry of a transparency log"),
+        (
+            "timestamped-not",
+            "the bundle is refused: bundle must contain an inclusion promise or signed timestamp(s)",
+        ),
         (
             "notary-expired-certificate",
             "the certificate of CN=notary-short signer,O=acme,ST=75,C=FR expired",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Clock, Serve, Site
-from tests.signing.cases import DATA, LATER, SignedCase, cases
+from tests.signing.cases import DATA, LATER, ROOTS, SignedCase, cases
 from tests.signing.tools import Ran, Tools
 from tests.signing.upstreams import SIGNERS, publish
 from tests.upstream import Upstream
@@ -38,9 +38,10 @@ def clock() -> Clock:
 def verify(tools: Tools, image: str, case: SignedCase) -> Ran:
     if case.signer.startswith("notary"):
         return tools.verify_with_notation(image, DATA / f"{case.signer}.pem")
-    if case.signer == "keyless":
-        root = ("--trusted-root", str(DATA / "trusted_root.json"))
-        return tools.verify_with_cosign(image, *root, *IDENTITY, *ISSUER)
+    if case.signer in ROOTS:
+        root = ("--trusted-root", str(DATA / ROOTS[case.signer]))
+        timed = ("--use-signed-timestamps",) if case.signer == "timestamped" else ()
+        return tools.verify_with_cosign(image, *root, *timed, *IDENTITY, *ISSUER)
     return tools.verify_with_cosign(
         image, "--key", str(DATA / f"{case.signer}.pub"), "--insecure-ignore-tlog"
     )

@@ -12,6 +12,7 @@ from typing import Any
 from storage.oci import Descriptor, Digest, Manifest
 
 LATER = 1_800_000_000.0  # when the signatures were made, and some have expired
+ROOTS = {"keyless": "trusted_root.json", "timestamped": "timestamped_root.json"}
 DATA = Path(__file__).parent.parent / "data" / "signatures"
 
 

@@ -34,6 +34,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tests.signing.authority import KeylessAuthority, usage
+from tests.signing.cases import ROOTS
+from tests.signing.timestamps import TimestampAuthority
 from tests.signing.tools import HTTPRegistry, Tools, free_port, process, served, token
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -158,10 +160,11 @@ class Maker:
         image = f"{registry.host}/local/{case.name}@{case.image}"
         if case.signer.startswith("notary"):
             ran = self.tools.verify_with_notation(image, self.target / f"{case.signer}.pem")
-        elif case.signer == "keyless":
+        elif case.signer in ROOTS:
             ran = self.tools.verify_with_cosign(
-                image, "--trusted-root", str(self.target / "trusted_root.json"),
+                image, "--trusted-root", str(self.target / ROOTS[case.signer]),
                 "--certificate-identity", IDENTITY, "--certificate-oidc-issuer", ISSUER,
+                *(["--use-signed-timestamps"] if case.signer == "timestamped" else []),
             )  # fmt: skip
         else:
             ran = self.tools.verify_with_cosign(
@@ -212,7 +215,13 @@ class Maker:
         return digest
 
     def finish(self) -> None:
-        rows = [vars(each) for each in sorted(self.cases, key=lambda case: case.name)]
+        """Write what was made, beside what is there of other cases."""
+        made = {each.name: vars(each) for each in self.cases}
+        if (self.target / "cases.json").exists():
+            former = json.loads((self.target / "cases.json").read_text())
+            made = {each["name"]: each for each in former} | made
+            self.content = json.loads((self.target / "content.json").read_text()) | self.content
+        rows = [made[name] for name in sorted(made)]
         for name, value in (("cases", rows), ("content", self.content)):
             (self.target / f"{name}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
@@ -447,6 +456,51 @@ def _make_keyless_cases(maker: Maker) -> None:
         maker.forge(reference, signature_tag(case.image, ""), drop, maker.plain)
 
 
+def make_timestamped(maker: Maker) -> None:
+    """Signatures whose time is vouched for by an authority (RFC 3161), and one for which nobody vouches."""
+    authority, timestamps = KeylessAuthority(), TimestampAuthority(maker.tools.home / "timestamps")
+    authority.write(maker.tools.home)
+    began = f"{datetime.now(UTC) - timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+    maker.tools.run(
+        "cosign", "trusted-root", "create", "--out", "timestamped.json",
+        "--fulcio", "url=http://fulcio.test,certificate-chain=fulcio.pem",
+        "--rekor", f"url=http://log.test,public-key=log.pub,start-time={began}",
+        "--ctfe", f"url=http://ct.test,public-key=ct.pub,start-time={began}",
+        "--tsa", f"url=http://timestamps.test,certificate-chain={timestamps.chain}",
+    )  # fmt: skip
+    shutil.copy(maker.tools.home / "timestamped.json", maker.target / "timestamped_root.json")
+    with served(authority.app()) as url, served(timestamps.app()) as stamping:
+        start = f"api-version=1,start-time={began},operator=test"
+        maker.tools.run(
+            "cosign", "signing-config", "create", "--out", "timestamping.json",
+            "--fulcio", f"url={url},{start}", "--rekor", f"url={url},{start}", "--rekor-config", "ANY",
+            "--tsa", f"url={stamping}/timestamp,{start}", "--tsa-config", "ANY",
+        )  # fmt: skip
+        for name, good, edit in (
+            ("timestamped", True, None),
+            ("timestamped-only", True, _drop_promise),
+            ("timestamped-not", False, _drop_both),
+        ):
+            with maker.case(name, "timestamped", good=good) as (reference, case):
+                sign_keyless(maker, reference, "timestamping")
+                if edit is not None:
+                    maker.forge(reference, signature_tag(case.image, ""), edit, maker.plain)
+
+
+def _drop_promise(parts: Any) -> None:
+    """Only the timestamp says when it was signed; the log still proves that it has the entry."""
+    bundle = json.loads(parts["layer"])
+    del bundle["verificationMaterial"]["tlogEntries"][0]["inclusionPromise"]
+    parts["layer"] = encoded(bundle)
+
+
+def _drop_both(parts: Any) -> None:
+    _drop_promise(parts)
+    bundle = json.loads(parts["layer"])
+    del bundle["verificationMaterial"]["timestampVerificationData"]
+    parts["layer"] = encoded(bundle)
+
+
 # Signatures of Notary Project
 
 
@@ -592,6 +646,7 @@ def main(target: Path, *only: str) -> None:
             make_attestations,
             make_index,
             make_keyless,
+            make_timestamped,
             make_notary,
         ):
             if make.__name__ in only or not only:

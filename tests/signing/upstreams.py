@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from storage.oci import Digest
-from tests.signing.cases import DATA, SignedCase, content
+from tests.signing.cases import DATA, ROOTS, SignedCase, content
 from tests.upstream import Upstream
 
 SIGNERS = {
@@ -12,10 +12,13 @@ SIGNERS = {
         name: {"certificates": str(DATA / f"{name}.pem")}
         for name in ("notary-rsa", "notary-ec", "notary-short")
     },
-    "keyless": {
-        "trusted_root": str(DATA / "trusted_root.json"),
-        "issuer": "https://tokens.test",
-        "identity": "https://git.test/acme/*",
+    **{
+        name: {
+            "trusted_root": str(DATA / root),
+            "issuer": "https://tokens.test",
+            "identity": "https://git.test/acme/*",
+        }
+        for name, root in ROOTS.items()
     },
 }
 

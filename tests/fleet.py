@@ -62,7 +62,9 @@ async def start(directory: Path, clock: Clock, tree: dict[str, Any]) -> Replica:
     }
     app = ServerProcess(configuration(directory, {**base, **tree}), clock)
     await app.start()
-    session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=30))
+    connector = aiohttp.TCPConnector(ssl=False)
+    timeout = aiohttp.ClientTimeout(total=30)
+    session = aiohttp.ClientSession(connector=connector, auto_decompress=False, timeout=timeout)
     return Replica(app, session, directory / "disk", clock)
 
 

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
+from proxy.config.schema import Config
+from proxy.upstream import fleet as upstream_fleet
+from proxy.upstream.membership import REFRESH, Membership
 from proxy.upstream.peers import KNOWN, ORIGIN, PEER, SECRET
 from proxy.upstream.rendezvous import ranked
 from storage.oci import Digest, Tag
 from tests import fleet as fleets
+from tests.authority import Authority
 from tests.conftest import Clock
 from tests.fleet import Replica, Replicas, replicas
 from tests.upstream import Basic, Hold, Image, Status, Upstream
@@ -503,3 +507,72 @@ async def _forget(replica: Replica, *kinds: str) -> None:
     for kind in kinds:
         for key in list(store.records.keys(kind)):
             await store.run(store.records.delete, key)
+
+
+async def test_the_remaining_requests_are_in_the_metrics_of_all(fleet: Replicas, upstream: Upstream) -> None:
+    upstream.ratelimit = (100, 21600, 60)
+    image_of(upstream)
+    _, second, _ = fleet.ranked(NAME)
+    assert (await second.get(LATEST))[0] == 200
+    labels = f'credential="0",host="{upstream.url.removeprefix("http://")}",namespace="docker.io"'
+    assert f"entrepot_ratelimit_remaining{{{labels}}} 59.0" in await second.metrics()
+
+
+# A name for all, and TLS
+
+
+async def test_replicas_that_are_found_by_a_name_and_reached_by_tls(
+    tmp_path: Path, clock: Clock, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At addresses of their own, and with certificates for the name, as behind a headless service."""
+    addresses = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    (port,) = fleets.free_ports(1)
+    ready, ticks = addresses[:2], Clock()
+
+    async def resolve(name: str, number: int) -> list[str]:
+        assert (name, number) == ("localhost", port)
+        return list(ready)
+
+    def membership_of(config: Config) -> Membership:
+        assert config.peers is not None
+        return Membership(config.peers, port, encrypted=True, resolve=resolve, ticks=ticks)
+
+    monkeypatch.setattr(upstream_fleet, "membership_of", membership_of)
+    authority = Authority(tmp_path)
+    peers = {"dns": f"localhost:{port}", "secret": fleets.SECRET, "ca_file": str(authority.ca)}
+    contents = [b"layer %d" % number for number in range(6)]
+    layers = [upstream.blob("library/busybox", each) for each in contents]
+    async with AsyncExitStack() as stack:
+        sites = []
+        for number, address in enumerate(addresses):
+            tree = {
+                "listen": f"{address}:{port}",
+                "tls": authority.issue("server", "localhost"),
+                # All of them are addresses of this machine.
+                "peers": {**peers, "self": f"https://{address}:{port}"},
+                "namespaces": {"docker.io": cached(upstream)},
+            }
+            site = await fleets.start(tmp_path / str(number), clock, tree)
+            stack.push_async_callback(site.stop)
+            sites.append(site)
+        await _each_once(sites[:2], layers[:3], contents[:3], upstream)
+        ready.append(addresses[2])
+        ticks.advance(REFRESH)
+        for each in sites:
+            fleet = each.app.composition.peers
+            assert fleet is not None
+            await fleet.known()
+            await asyncio.wait([fleet._membership._looking])  # type: ignore[list-item]
+            assert len(await fleet.known()) == 3
+        upstream.clear()
+        await _each_once(sites, layers[3:], contents[3:], upstream)
+
+
+async def _each_once(
+    sites: list[Replica], layers: list[str], contents: list[bytes], upstream: Upstream
+) -> None:
+    for digest, content in zip(layers, contents, strict=True):
+        for each in sites:
+            status, _, body = await each.get(f"{BUSYBOX}/blobs/{digest}")
+            assert (status, body) == (200, content)
+    assert len(upstream.log) == len(layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -51,9 +51,17 @@ class KnownUpstream:
     """What is known of one upstream at `url`.
 
     budgets: those of its credentials, each with its account, which is empty for none
+    learned: is called with the number of a budget of which another replica has told
     """
 
-    def __init__(self, url: str, breaker: Breaker, budgets: Sequence[tuple[str, Budget]]) -> None:
+    def __init__(
+        self,
+        url: str,
+        breaker: Breaker,
+        budgets: Sequence[tuple[str, Budget]],
+        learned: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        self._learned = learned
         self._url = url
         self._breaker = breaker
         self._budgets = [(number, account, each) for number, (account, each) in enumerate(budgets)]
@@ -76,3 +84,4 @@ class KnownUpstream:
             if (spent := knowledge.budgets.get(namer.name(self._url, number, account))) is not None:
                 # Without an account an upstream counts by address, and that of another replica may differ.
                 budget.learn(spent, blocks=bool(account))
+                self._learned(number)

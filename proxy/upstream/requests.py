@@ -159,7 +159,8 @@ class RequestSender:
     @property
     def known(self) -> KnownUpstream:
         """What is known of the upstream."""
-        return KnownUpstream(self._url, self._health, list(zip(self._accounts, self.budgets, strict=True)))
+        budgets = list(zip(self._accounts, self.budgets, strict=True))
+        return KnownUpstream(self._url, self._health, budgets, self._record_limit)
 
     # Health
 

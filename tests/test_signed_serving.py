@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,21 @@ async def test_an_ambiguous_manifest_is_never_judged_good(serve: Serve, upstream
 
 
 # The configuration
+
+
+def test_the_libraries_that_a_policy_needs_are_imported_once_for_all_processes(tmp_path: Path) -> None:
+    def libraries(*rules: dict[str, Any], signers: dict[str, Any]) -> tuple[str, ...]:
+        given = {"policy": {"rules": list(rules), "signers": signers}}
+        return configuration(tmp_path, given).policy.libraries
+
+    key, keyless = ({name: SIGNERS[name]} for name in ("ecdsa", "keyless"))
+    assert libraries(signers={}) == ()
+    assert libraries(attested("ecdsa"), signers=key) == ()
+    assert libraries(signed("keyless"), signers=keyless) == ("sigstore.verify",)
+    both = libraries(attested("keyless", when="true"), signers=keyless)
+    assert both == ("sigstore.verify", "cel")
+    for name in both:
+        assert import_module(name).__name__ == name
 
 
 @pytest.mark.parametrize(

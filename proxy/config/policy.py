@@ -130,6 +130,16 @@ class PolicyConfig(Section, frozen=True):
                 raise ValueError(f"rule {rule.name} names the signer {unknown[0]}, which signers lacks")
 
     @property
+    def libraries(self) -> tuple[str, ...]:
+        """The modules of libraries that only what it asks for needs, and that take long to import."""
+        signers, rules = self.signers.values(), self.rules
+        needed = {
+            "sigstore.verify": any(each.trusted_root for each in signers),
+            "cel": any(each.when for rule in rules for each in rule.attested),
+        }
+        return tuple(name for name, wanted in needed.items() if wanted)
+
+    @property
     def active(self) -> bool:
         """Whether there is anything to judge."""
         return bool(self.rules or self.allow_list or self.moves)

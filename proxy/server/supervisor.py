@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import importlib
 import os
 import shutil
 import signal
@@ -228,6 +229,7 @@ class Supervisor:
 
     async def _launch(self, config: Config) -> Generation:
         """Start all processes of `config`, and wait until they serve.  Raises StartError."""
+        _share(config)
         generation = Generation(config)
         first: list[asyncio.Future[None]] = []
         for role in ["worker"] * config.processes() + ["keeper"]:
@@ -325,6 +327,13 @@ class Supervisor:
             if config is generation.config:
                 process.send_signal(signal.SIGTERM)  # it may never serve; _watch() ends those that do
         await asyncio.gather(*generation.tasks, return_exceptions=True)
+
+
+def _share(config: Config) -> None:
+    """Import what all processes of `config` would import: they share its memory."""
+    for name in config.policy.libraries:
+        with contextlib.suppress(ImportError):  # the processes say that it is missing
+            importlib.import_module(name)
 
 
 def _address(sockets: list[socket.socket]) -> tuple[str, int]:

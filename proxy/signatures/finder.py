@@ -19,16 +19,21 @@ from storage.registry import Registry
 
 MOST = 200  # referrers that are looked at
 LARGEST = 16 << 20  # bytes of a signature or an attestation
+MOST_BYTES = 64 << 20  # of all that is looked at
 _ABSENT = (*UNLISTED, BlobUnknown)
 _TYPES = (None, *BUNDLES, NOTARY_ARTIFACT)  # None: the list does not say
 
 
 class SignatureFinder:
-    """Finds what signs manifests of a repository, given by its name in `registry`."""
+    """Finds what signs manifests of a repository, given by its name in `registry`.
+
+    It reads no more than MOST_BYTES, so that an upstream cannot keep it busy.
+    """
 
     def __init__(self, registry: Registry, repository: str) -> None:
         self._registry = registry
         self._repository = repository
+        self._left = MOST_BYTES
 
     async def find(self, digest: Digest) -> AsyncGenerator[FoundSignature, None]:
         """What claims to sign the manifest, each once; nothing is verified.
@@ -83,13 +88,14 @@ class SignatureFinder:
         content = contents(manifest.content)
         source = written(self._repository, manifest.digest)
         for layer in content.layers if content else ():
-            if layer.media_type in FORMS and 0 <= layer.size <= LARGEST:
+            if layer.media_type in FORMS and 0 <= layer.size <= min(LARGEST, self._left):
+                self._left -= layer.size
                 with suppress(*_ABSENT):
                     read = await self._blob(layer)
                     yield FoundSignature(source, layer.media_type, read, layer.annotations or {})
 
     async def _blob(self, layer: Descriptor) -> bytes:
-        """Raises BlobUnknown, and Unavailable if the content is not what the manifest says."""
+        """Raises BlobUnknown, and StorageFailed if the content is not what the manifest says."""
         blob = await self._registry.get_blob(self._repository, layer.digest)
         try:
             parts = [bytes(each) async for each in blob.chunks(0, layer.size)]

@@ -186,3 +186,20 @@ def test_rules_for_tags_of_stores(rules: str, lines: list[str]) -> None:
     assert len(found) == len(lines)
     for text, line in zip(found, lines, strict=True):
         assert text.startswith(f"namespaces.y.store.{line}")
+
+
+FLEET = "peers: {{{}, secret: a-secret-of-the-tests}}"
+
+
+@pytest.mark.parametrize(
+    ("peers", "listen", "told"),
+    [
+        ("dns: 'peers:5000'", "", True),
+        ("urls: ['http://127.0.0.1:5000', 'http://cache-2:5000']", "", True),
+        ("urls: ['http://127.0.0.1:5000', 'http://[::1]:5001']", "", False),
+        ("dns: 'peers:5000'", "listen: ':5000'", False),
+    ],
+)
+def test_a_replica_that_no_other_reaches(peers: str, listen: str, told: bool) -> None:
+    lines = [str(each) for each in advise(read(f"{listen}\n{FLEET.format(peers)}"))]
+    assert [each.startswith("listen: other replicas (peers) cannot reach") for each in lines] == [True] * told

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from structlog.testing import LogCapture
 
@@ -389,6 +390,22 @@ async def test_a_replica_with_another_secret_is_passed_by(
             site = await fleets.start(tmp_path / str(at), clock, tree)
             stack.push_async_callback(site.stop)
             assert (await site.get(LATEST))[2] == image.content
+
+
+async def test_wrong_content_of_an_owner_is_never_complete_and_then_passed_by(
+    fleet: Replicas, upstream: Upstream
+) -> None:
+    content = b"a layer" * 1000
+    digest = upstream.blob("library/busybox", content)
+    owner, second, _ = fleet.ranked(digest)
+    assert (await owner.get(f"{BUSYBOX}/blobs/{digest}"))[0] == 200
+    (stored,) = (owner.directory / "cache" / "blobs").glob("sha256/*/*")
+    stored.chmod(0o600)
+    stored.write_bytes(b"A" + content[1:])
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await second.get(f"{BUSYBOX}/blobs/{digest}")
+    assert (await second.get(f"{BUSYBOX}/blobs/{digest}"))[::2] == (200, content)
+    assert len(upstream.log) == 2
 
 
 # What all know of the upstream

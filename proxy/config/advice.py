@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from proxy.config.hosts import Address
+from proxy.config.hosts import Address, host_of, is_loopback
 from proxy.config.schema import EVERYTHING, Config, Hosting
 
 
@@ -24,7 +24,14 @@ class Advice:
 
 def advise(config: Config) -> list[Advice]:
     """All that is worth saying about a configuration."""
-    return [*_pushes(config), *_logins(config), *_plain(config), *_admin(config), *_rules(config)]
+    return [
+        *_pushes(config),
+        *_logins(config),
+        *_plain(config),
+        *_admin(config),
+        *_peers(config),
+        *_rules(config),
+    ]
 
 
 def _pushes(config: Config) -> Iterator[Advice]:
@@ -73,6 +80,15 @@ def _admin(config: Config) -> Iterator[Advice]:
     if config.admin is not None and not config.admin.loopback and config.admin_token is None:
         remedy = "set admin_token, or listen on 127.0.0.1"
         yield Advice("admin", f"without a token {config.admin} refuses all other machines", remedy)
+
+
+def _peers(config: Config) -> Iterator[Advice]:
+    """A replica that others cannot reach, unless all of them are on this machine."""
+    if config.peers is None or not config.listen.loopback:
+        return
+    if config.peers.dns is not None or not all(is_loopback(host_of(each)) for each in config.peers.urls):
+        remedy = "listen on an address that they reach, such as ':5000'"
+        yield Advice("listen", f"other replicas (peers) cannot reach {config.listen}", remedy)
 
 
 def _rules(config: Config) -> Iterator[Advice]:

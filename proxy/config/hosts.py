@@ -10,6 +10,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
+from urllib.parse import urlsplit
 
 from proxy.config.values import LABEL, Secret, parse_secret, parse_text
 
@@ -181,6 +182,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def host_of(url: str) -> str:
+    """The host of a URL, without a port and without brackets."""
+    return urlsplit(url).hostname or ""
 
 
 def is_private(host: str) -> bool:

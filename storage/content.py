@@ -15,10 +15,9 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth
 from storage.disk.sparse import SparseUpload
 from storage.disk.tree import StoredBlob
-from storage.disk.uploads import FileUpload
 from storage.oci import Digest
 from storage.records import Batch
-from storage.registry import Blob
+from storage.registry import Blob, Upload
 
 
 class BlobContent(Protocol):
@@ -69,10 +68,10 @@ class BlobContent(Protocol):
     def room(self) -> int:
         """Bytes that are free for uploads."""
 
-    def create(self, owner: str = "", algorithm: str = "sha256") -> FileUpload:
+    def create(self, owner: str = "", algorithm: str = "sha256") -> Upload:
         """Start an upload that can be suspended, and resumed by its id and `owner`."""
 
-    async def reopen(self, id: str, owner: str = "") -> FileUpload:
+    async def reopen(self, id: str, owner: str = "") -> Upload:
         """Resume a suspended upload.  Raises BlobUploadUnknown; Unavailable while another one writes it."""
 
     async def resume(self, digest: Digest) -> SparseUpload:

@@ -24,6 +24,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     collected                                   the report of the last garbage collection
     object <digest>                             the object that a blob in a bucket is
     leftover <key>                              an object that is no blob, or not yet
+    upload <id>                                 the parts of an upload that any server goes on with
     deposit <digest>                            a blob to hand over to the store that servers share
     reported                                    until when that store has been told what is used
     total <repository>                          how many records a repository has, and of how many bytes
@@ -104,6 +105,7 @@ WARMING = RecordKind("warmed", 1)
 COLLECTED = RecordKind("collected", 0)
 OBJECT = RecordKind("object", 1)
 LEFTOVER = RecordKind("leftover", 1)
+UPLOAD = RecordKind("upload", 1)
 DEPOSIT = RecordKind("deposit", 1)
 REPORTED = RecordKind("reported", 0)
 TOTAL = RecordKind("total", 1)

@@ -176,6 +176,9 @@ class Upload:
     id: str
     offset: int
 
+    def expect(self, size: int) -> None:
+        """Set the size of the whole blob.  Raises StorageFailed if there is no room for it."""
+
     async def write(self, chunk: bytes) -> None:
         """Append.  May return before the bytes are on disk; an error is then raised by a later call."""
         raise NotImplementedError

@@ -23,7 +23,6 @@ from typing import TypeAlias, TypeVar, cast
 
 from storage.concurrency import run_in_thread
 from storage.content import BlobContent
-from storage.disk.uploads import FileUpload
 from storage.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -55,7 +54,7 @@ DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
 class StoreUpload(Upload):
     """An upload that links its blob in a repository when it is committed."""
 
-    def __init__(self, store: Store, repository: str, upload: FileUpload) -> None:
+    def __init__(self, store: Store, repository: str, upload: Upload) -> None:
         self._store, self._repository, self._upload = store, repository, upload
         self.id = upload.id
         self.write, self.cancel = upload.write, upload.cancel  # type: ignore[method-assign]

@@ -96,7 +96,11 @@ async def fleet(
     place.tree |= {"access": OPEN, "shared": {"records": database, **bucket}}
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        servers = [await place.start() for _ in range(2)]
+        servers = []
+        for number in range(2):
+            if bucket:  # then nothing is on a disk that both need
+                place.tree["disk"] = {"path": str(place.home / f"disk{number}")}
+            servers.append(await place.start())
         yield Fleet(servers, session, database)
 
 

@@ -30,7 +30,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -38,16 +38,19 @@ from typing import BinaryIO
 
 from storage.bucket.blob import BucketBlob, ObjectReader
 from storage.bucket.objects import CHUNK, Bucket, ObjectUnknown
+from storage.bucket.sessions import Session, SharedUpload
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.blobs import TOUCH
 from storage.disk.directory import UploadFiles
 from storage.disk.health import DiskHealth
 from storage.disk.reaper import uptime
 from storage.disk.tree import StoredBlob
-from storage.errors import BlobUnknown, StorageFailed, Unavailable
-from storage.keys import LEFTOVER, OBJECT
+from storage.disk.uploads import FileUpload
+from storage.errors import BlobUnknown, BlobUploadUnknown, StorageFailed, Unavailable
+from storage.keys import LEFTOVER, OBJECT, UPLOAD
 from storage.oci import ALGORITHMS, OCTETS, Descriptor, Digest
 from storage.records import Batch, Records
+from storage.registry import Upload
 from storage.values import StoredObject
 
 DUE = b"0"
@@ -156,6 +159,56 @@ class BucketBlobs(UploadFiles):
 
     # Uploads
 
+    @property
+    def bucket(self) -> Bucket:
+        return self._bucket
+
+    @property
+    def records(self) -> Records:
+        return self._records
+
+    def create(self, owner: str = "", algorithm: str = "sha256") -> Upload:  # type: ignore[override]
+        file = super().create(owner, algorithm)
+        return SharedUpload(self, file.id, None, file) if self._records.remote else file
+
+    async def reopen(self, id: str, owner: str = "") -> Upload:  # type: ignore[override]
+        if not self._records.remote:
+            return await super().reopen(id, owner)
+        self.check_id(id, owner)
+        session = Session.parse(await run_in_thread(self._records.get, UPLOAD.key(id)))
+        if session is None:
+            raise BlobUploadUnknown(f"there is no upload {id!r}: it ended, or was abandoned")
+        return SharedUpload(self, id, session, None)
+
+    def begin(self) -> FileUpload:
+        """A partial file for the bytes of one request, or of a whole upload."""
+        file = super().create()
+        assert isinstance(file, FileUpload)
+        return file
+
+    def digest_of(self, file: FileUpload) -> Digest | None:
+        """The digest of a suspended partial file, if all of it was hashed while it was written."""
+        hash, hashed = self._hashes.pop(file.id, (None, 0))
+        return Digest.of_hash(hash) if hash is not None and hashed == file.offset else None
+
+    async def promote(self, key: str, size: int, digest: Digest) -> None:
+        """Make a blob of a leftover with this content."""
+        known = await run_in_thread(self._object, digest)
+        kept = known is not None and await self._is_kept(digest, known)
+        made = partial(self._record, digest, key, size, None if kept else known)
+        if not await run_in_thread(partial(self._records.transaction, made, shared=True)):
+            raise BlobUploadUnknown(f"the upload of {digest} has just ended")
+
+    def forget_session(self, id: str, parts: Sequence[tuple[str, int]]) -> None:
+        """Remove the record of an upload, and have its parts deleted."""
+
+        def work(batch: Batch) -> None:
+            batch.delete(UPLOAD.key(id))
+            for key, _ in parts:
+                batch.put(LEFTOVER.key(key), DUE)
+
+        self._records.transaction(work, shared=True)
+
     async def publish(self, source: Path, file: int, digest: Digest) -> None:
         await uninterrupted(self._publish(source, file, digest))
 
@@ -203,23 +256,25 @@ class BucketBlobs(UploadFiles):
             await self._bucket.put(key, source, size)
         elif not await self._put_alone(source, digest, size, damaged, key):
             return
-        made = StoredObject(size, self.clock(), key)
-
-        def work(batch: Batch) -> bool:
-            if batch.get(LEFTOVER.key(key)) in (None, DUE):
-                return False
-            if damaged is not None:
-                self._drop(digest, damaged, batch)
-            if self._object(digest, batch) is not None:  # another upload was first
-                self.renew(digest, batch)
-                batch.put(LEFTOVER.key(key), DUE)
-            else:
-                batch.put(OBJECT.key(digest), made.encode())
-                batch.delete(LEFTOVER.key(key))
-            return True
-
-        if not await run_in_thread(partial(self._records.transaction, work, shared=True)):
+        made = partial(self._record, digest, key, size, damaged)
+        if not await run_in_thread(partial(self._records.transaction, made, shared=True)):
             raise Unavailable(f"the upload of {digest} to {self._bucket.name} took too long", retry_after=1.0)
+
+    def _record(
+        self, digest: Digest, key: str, size: int, damaged: StoredObject | None, batch: Batch
+    ) -> bool:
+        """Make a blob of the leftover `key`, which replaces one whose object is `damaged`."""
+        if batch.get(LEFTOVER.key(key)) in (None, DUE):
+            return False
+        if damaged is not None:
+            self._drop(digest, damaged, batch)
+        if self._object(digest, batch) is not None:  # another upload was first
+            self.renew(digest, batch)
+            batch.put(LEFTOVER.key(key), DUE)
+        else:
+            batch.put(OBJECT.key(digest), StoredObject(size, self.clock(), key).encode())
+            batch.delete(LEFTOVER.key(key))
+        return True
 
     async def _put_alone(
         self, source: Path, digest: Digest, size: int, damaged: StoredObject | None, key: str
@@ -269,6 +324,10 @@ class BucketBlobs(UploadFiles):
     def reap(self, age: float) -> int:
         reaped = super().reap(age)
         with suppress(Unavailable):  # it is reported
+            for key, value in self._records.scan(UPLOAD.prefix()):
+                found = Session.parse(value)
+                if found is None or self.clock() - found.at > age:
+                    self.forget_session(UPLOAD.parse(key)[0], [] if found is None else found.parts)
             for key, value in self._records.scan(LEFTOVER.prefix()):
                 if self._is_left(value, age) and self._records.transaction(partial(_condemn, key)):
                     self._bucket.delete(LEFTOVER.parse(key)[0])

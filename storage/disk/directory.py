@@ -124,8 +124,7 @@ class UploadFiles(ABC):
 
         Raises BlobUploadUnknown; Unavailable while another request writes it.
         """
-        if not _ID.fullmatch(id) or not id.endswith(f".{_mark(owner)}"):
-            raise BlobUploadUnknown(f"there is no upload {id[:80]!r} of this repository")
+        self.check_id(id, owner)
         path = self._partial / id
         with translated(path):
             try:
@@ -142,6 +141,15 @@ class UploadFiles(ABC):
         if (known := self._hashes.pop(id, None)) is not None:
             upload.adopt(*known)
         return upload
+
+    def check_id(self, id: str, owner: str) -> None:
+        """Raise BlobUploadUnknown unless it may be the id of an upload of `owner`."""
+        if not _ID.fullmatch(id) or not id.endswith(f".{_mark(owner)}"):
+            raise BlobUploadUnknown(f"there is no upload {id[:80]!r} of this repository")
+
+    def path_of(self, id: str) -> Path:
+        """The partial file of an upload."""
+        return self._partial / id
 
     async def _lock_upload(self, path: Path, file: int) -> None:
         for _ in range(int(IN_USE / POLL)):

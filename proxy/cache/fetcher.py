@@ -156,7 +156,7 @@ class Fetcher:
         while True:
             start, stop = transfers.parts.gap(transfers.end)
             if start < stop:
-                await transfers.fetch_gap(start, stop, self._whole)
+                await transfers.fetch_gap(start, stop, self._whole or transfers.refusals.lasting)
                 if transfers.size < 0:
                     return
             elif transfers.upload.offset >= transfers.end:
@@ -197,13 +197,11 @@ class Fetcher:
         transfers, descriptor = self._transfers, self._known(source.repository)
         if descriptor is None:
             await self._begin_by(source, span)
-            if self._fill.started.done():
+            if self._fill.started.done() or self._rest.due:
                 return
             for error in transfers.refusals.errors():
                 if not isinstance(error, RangeInvalid):
                     raise error
-            if transfers.ranges is False:
-                return
             descriptor = await source.origin.resolve_blob(source.name, self._fill.digest)
         if descriptor.size <= 0:
             self._rest.demand()
@@ -234,9 +232,7 @@ class Fetcher:
             self._transfers.refusals.forgive(start, stop)
             self.want(source, start, stop)
         for start, stop in gaps[:1]:
-            while not (
-                self._rest.due or self._transfers.parts.bring(start) or self._transfers.upload.has(start)
-            ):
+            while not (self._rest.confirmed or self._transfers.parts.has(start)):
                 if self._fill.error is not None:
                     raise self._fill.error
                 self.want(source, start, stop)

@@ -42,6 +42,7 @@ from storage.errors import (
 from storage.limits import Slots
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob
+from storage.shared import SharedTable
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -57,6 +58,7 @@ class Fills:
     range_slots: how many ranges are transferred at once beside them; each blob has a share
     make_room: evicts, as far as possible, so that a number of bytes can be stored
     deposits: gets what is stored
+    known: what all processes know of upstreams
     """
 
     def __init__(
@@ -70,10 +72,11 @@ class Fills:
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
         deposits: Deposits | None = None,
+        known: SharedTable | None = None,
     ) -> None:
         self._store, self._metrics, self._deposits = store, metrics, deposits
         self._slots, self._range_slots = slots or Slots(1000), range_slots or Slots(1000)
-        self._ticks, self._backoff = ticks, backoff
+        self._ticks, self._backoff, self._known = ticks, backoff, known or SharedTable()
         self._make_room = make_room
         self._clock = clock
         self._making_room: set[asyncio.Task[None]] = set()
@@ -348,17 +351,9 @@ class Fills:
 
     def _fetcher(self, fill: Fill, upload: SparseUpload) -> Fetcher:
         files = self._store.files
-        transfers = Transfers(
-            fill,
-            upload,
-            partial(files.resume, fill.digest),
-            self._ensure_room,
-            self._metrics,
-            self._range_slots,
-            self._ticks,
-        )
-        known = partial(shown_parts, files.root, digest=fill.digest)
-        return Fetcher(fill, transfers, known, self._backoff)
+        again, room, slots = partial(files.resume, fill.digest), self._ensure_room, self._range_slots
+        transfers = Transfers(fill, upload, again, room, self._metrics, slots, self._ticks, self._known)
+        return Fetcher(fill, transfers, partial(shown_parts, files.root, digest=fill.digest), self._backoff)
 
     async def _ensure_room(self, upload: SparseUpload, size: int) -> None:
         if upload.fits(size):

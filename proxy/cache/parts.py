@@ -131,9 +131,9 @@ class Parts:
             return offset
         return min([stop, *(part.position for part in self._parts if part.position > offset)])
 
-    def bring(self, offset: int) -> bool:
-        """Whether the byte comes: a transfer of it has begun."""
-        return any(part.granted and part.position <= offset < part.stop for part in self._parts)
+    def has(self, offset: int) -> bool:
+        """Whether the byte has come, or a transfer has begun that brings it."""
+        return self.taken.end(offset) > offset
 
     def coming(self, size: int) -> list[tuple[int, int]]:
         """What each is to bring from now on of a blob of `size` bytes."""

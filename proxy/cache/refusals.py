@@ -6,16 +6,27 @@ import math
 from collections.abc import Callable
 
 from storage.errors import RegistryError
+from storage.oci import Digest
+from storage.shared import SharedTable
 
 RECENT = 5.0  # seconds for which the origin is not asked again for bytes that it has refused
+LASTING = 3  # refusals, each after the time of the former, from which on all of the blob is asked for
 REST = 10.0  # seconds without further ranges after the origin has refused one beside all of the blob
 
 
 class RangeRefusals:
-    """The refusals of the ranges of one blob.  `ticks` are the seconds of a clock that nobody sets."""
+    """The refusals of the ranges of one blob of a namespace.
 
-    def __init__(self, ticks: Callable[[], float]) -> None:
+    ticks: seconds of a clock that nobody sets
+    table: what all processes know; so a refusal is known to those who try again after the fill has failed
+    """
+
+    def __init__(
+        self, ticks: Callable[[], float], table: SharedTable, namespace: str, digest: Digest
+    ) -> None:
         self._ticks = ticks
+        self._table = table
+        self._key = table.key("ranges", namespace, digest)
         self._paused_until = -math.inf
         self._spans: dict[tuple[int, int], tuple[RegistryError, float]] = {}
 
@@ -33,6 +44,29 @@ class RangeRefusals:
     def add(self, start: int, stop: int, error: RegistryError) -> None:
         """The origin has refused [start, stop)."""
         self._spans[start, stop] = error, self._ticks()
+
+    @property
+    def counts(self) -> bool:
+        """Whether a refusal counts now: others of the same time say no more."""
+        return self._ticks() >= self._counted()[1]
+
+    def count(self, error: RegistryError) -> None:
+        """The origin refuses a range of a blob that it has."""
+        again = self._ticks() + max(RECENT, error.retry_after or 0.0)
+        self._table.put(self._key, (self._counted()[0] + 1, again))
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the origin goes on to refuse ranges: it may send all of the blob."""
+        return self._counted()[0] >= LASTING
+
+    def reset(self) -> None:
+        """The origin has sent a range, or was asked for all of the blob."""
+        self._table.discard(self._key)
+
+    def _counted(self) -> tuple[int, float]:
+        """How many refusals in a row, and when the next one counts."""
+        return self._table.get(self._key, tuple[int, float]) or (0, 0.0)
 
     def check(self, offset: int) -> None:
         """Raises the error with which the origin has just refused the byte."""

@@ -21,10 +21,20 @@ from proxy.cache.rest import Dropped
 from proxy.cache.streams import PartStreams
 from proxy.telemetry.metrics import Metrics
 from storage.disk.sparse import SparseUpload
-from storage.errors import OriginFailed, RangeInvalid, RegistryError, StorageFailed, Unavailable
+from storage.errors import (
+    BlobUnknown,
+    NameUnknown,
+    OriginFailed,
+    RangeInvalid,
+    RegistryError,
+    StorageFailed,
+    TooManyRequests,
+    Unavailable,
+)
 from storage.limits import Slots
 from storage.oci import Descriptor, Span
 from storage.registry import Blob, ReadInto, RelayedBlob
+from storage.shared import SharedTable
 
 MOST = 16  # transfers beside the one from the beginning on
 
@@ -55,6 +65,7 @@ class Transfers:
     metrics: counts the transfers under way, their extents, and what came twice
     slots: how many ranges are transferred at once, of all fills; each blob has a share
     ticks: seconds of a clock that nobody sets
+    known: what all processes know of upstreams
     size: of the blob, -1 if it is not known
     ranges: whether the origin sends ranges, None if that is not known
     clients: words for those who asked for bytes that were not there
@@ -69,19 +80,21 @@ class Transfers:
         metrics: Metrics,
         slots: Slots,
         ticks: Callable[[], float],
+        known: SharedTable,
     ) -> None:
         self.upload = upload
         self.size = -1
         self.ranges: bool | None = None
         self.clients = set(upload.clients)
         self.parts = Parts(upload.extents, ticks)
-        self.refusals = RangeRefusals(ticks)
+        self.refusals = RangeRefusals(ticks, known, fill.source.namespace, fill.digest)
         self._fill = fill
         self._again = again
         self._ensure_room = ensure_room
         self._metrics = metrics
         self._slots = slots
         self._streams = PartStreams(fill.source.namespace, ticks)
+        self._cut: set[int] = set()  # where ranges began that broke off
         self._dropped = 0  # bytes that were repeated in former uploads
         self._counted = (0, 0)  # in the metrics: extents, and repeated bytes
         self._most = asyncio.Semaphore(MOST)
@@ -167,6 +180,7 @@ class Transfers:
             with self._metrics.transfers.track_inprogress():
                 source, blob, span = self._whole or (source, *await self._get(source, span))
                 self._whole = None
+                self.refusals.reset()
                 try:
                     await self._begin(source, blob, part)
                     if blob.position != part.position or (rest and span is None):
@@ -182,11 +196,18 @@ class Transfers:
 
     async def _get(self, source: BlobSource, span: Span | None) -> tuple[Blob, Span | None]:
         """The transfer of `span`, or of the whole blob if the origin refuses ranges; what was asked for."""
-        try:
-            return await source.origin.get_blob(source.name, self._fill.digest, span), span
-        except RegistryError as error:
-            if span is None or isinstance(error, RangeInvalid | Unavailable):
+        if span is not None:
+            try:
+                return await source.origin.get_blob(source.name, self._fill.digest, span), span
+            except RangeInvalid:
                 raise
+            except Unavailable as error:
+                if not (self._fill.started.done() and self._fill.rest.confirmed):  # else it is tried again
+                    await self._count(source, error)
+                raise
+            except RegistryError:
+                pass
+        self.refusals.reset()
         return await source.origin.get_blob(source.name, self._fill.digest), None
 
     async def _begin(self, source: BlobSource, blob: Blob, part: Part) -> None:
@@ -231,13 +252,27 @@ class Transfers:
         except Dropped:
             pass
         except RegistryError as error:
+            if not self._fill.rest.due and not part.granted:
+                await self._count(source, error)
             self._refuse(part, error)
         finally:
             self._end(part)
 
+    async def _count(self, source: BlobSource, error: RegistryError) -> None:
+        """Count a refusal of a range, unless the origin is down, or may not have the blob."""
+        unknown = self.size < 0 and isinstance(error, RangeInvalid | BlobUnknown | NameUnknown)
+        if unknown or isinstance(error, StorageFailed) or not self.refusals.counts:
+            return
+        if not isinstance(error, TooManyRequests):  # a HEAD would be refused as well
+            try:
+                await source.origin.resolve_blob(source.name, self._fill.digest)
+            except RegistryError:
+                return
+        self.refusals.count(error)
+
     async def _transfer(self, source: BlobSource, part: Part) -> None:
         blob, rest = await self._open(source, part), self._fill.rest
-        if self.ranges is False:
+        if self.ranges is False or self.refusals.lasting:
             rest.demand()
         if blob is None:
             return
@@ -257,11 +292,12 @@ class Transfers:
         elif isinstance(error, StorageFailed):
             rest.fail(error)
             return
-        elif part.position == part.start:
+        elif part.position > part.start or (part.granted and part.start not in self._cut):
+            self._cut.add(part.start)
+            return  # it broke off: who still waits for the rest of it asks again
+        else:
             self.refusals.add(part.position, part.stop, error)
             self.upload.refuse(part.position, part.stop)
-        else:  # who still waits for the rest of it asks again
-            return
         self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
 
     async def _open(self, source: BlobSource, part: Part) -> Blob | None:
@@ -273,7 +309,7 @@ class Transfers:
         return await self._request(source, part)
 
     async def _request(self, source: BlobSource, part: Part) -> Blob | None:
-        if not self.sends_ranges or not self.parts.clip(part):
+        if not self.sends_ranges or self.refusals.lasting or not self.parts.clip(part):
             return None
         part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
@@ -281,6 +317,7 @@ class Transfers:
         size = blob.descriptor.size
         try:
             self.ranges = blob.ranged and blob.position == part.position and size >= 0
+            self.refusals.reset()
             if self.ranges and self.size < 0 <= size:
                 await self._begin(source, blob, part)
             elif self.ranges and size != self.size:

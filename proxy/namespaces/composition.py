@@ -189,8 +189,9 @@ class _Composer:
         drill = Drill(clock, self._hooks.drill_begun, config.key_of)
         slots = self._slots(), self._slots("ranges")
         common, deposits = self._common(store)
+        known, make_room = self._shared.upstreams, self._hooks.make_room
         fills = Fills(
-            store, self._metrics, *slots, make_room=self._hooks.make_room, clock=clock, deposits=deposits
+            store, self._metrics, *slots, make_room=make_room, clock=clock, deposits=deposits, known=known
         )
         tag_moved = _tag_moved(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)

@@ -1,0 +1,157 @@
+"""Upstreams that refuse ranges of a blob, and send all of it: whoever tries again gets it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from proxy.cache import rest
+from proxy.cache.policy import Threshold
+from proxy.cache.refusals import LASTING, RECENT, RangeRefusals
+from storage.errors import OriginFailed, RegistryError, TooManyRequests
+from storage.oci import Digest
+from storage.shared import SharedTable
+from tests.conftest import Clock
+from tests.test_fetcher import BODY, SIZE, Rig, asked, leave_holes, to_ranges
+from tests.upstream import Fault, Reset, Status, Upstream
+
+NEVER = Threshold(share=1.0, clients=99)
+LATER = {"Retry-After": "7"}
+
+
+@pytest.fixture
+async def rig(
+    tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Rig]:
+    """Time passes while something waits for it."""
+    sleep = asyncio.sleep
+
+    async def pass_time(seconds: float) -> None:
+        if seconds > 0.2:
+            clock.advance(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", pass_time)
+    monkeypatch.setattr(rest, "LINGER", 0.0)
+    rig = Rig(tmp_path, upstream, clock, clock)
+    rig.source = replace(rig.source, client="0123456789abcdef")
+    yield rig
+    await rig.close()
+    for path in rig.partial.iterdir():
+        path.unlink()
+
+
+async def attempts(
+    rig: Rig, clock: Clock, digest: Digest, start: int, stop: int, lazy: Threshold | None
+) -> list[str]:
+    """What a client meets that comes again whenever it may, until it has the bytes."""
+    met: list[str] = []
+    while len(met) <= LASTING:
+        try:
+            assert await rig.read(digest, start, stop, lazy) == BODY[start:stop]
+            return met
+        except RegistryError as error:
+            met.append(type(error).__name__)
+            clock.advance(max(RECENT, error.retry_after or 0.0))
+    raise AssertionError(f"it met {met}")
+
+
+REFUSALS = {
+    "429": (Status(429), "TooManyRequests"),
+    "429 with a time": (Status(429, LATER), "TooManyRequests"),
+    "503": (Status(503, LATER), "OriginFailed"),
+    "403": (Status(403), "OriginDenied"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("before", ["fresh", "resumed", "cut"])
+@pytest.mark.parametrize("lazy", [None, NEVER], ids=["default", "lazy"])
+@pytest.mark.parametrize(("start", "stop"), [(0, SIZE), (300_000, 300_100)], ids=["all", "part"])
+async def test_a_pull_that_can_succeed_does(
+    rig: Rig,
+    upstream: Upstream,
+    clock: Clock,
+    refusal: str,
+    before: str,
+    lazy: Threshold | None,
+    start: int,
+    stop: int,
+) -> None:
+    fault, error = REFUSALS[refusal]
+    digest = Digest(upstream.blob("a/b", BODY))
+    if before == "resumed":
+        await leave_holes(rig, digest, upstream, (0, 1000), (50_000, 90_000))
+    elif before == "cut":  # clients have headers, and go on
+        upstream.next("GET", digest, Reset(after=40))
+    upstream.next("GET", to_ranges, fault, times=1000)
+    met = await attempts(rig, clock, digest, start, stop, lazy)
+    assert set(met) <= ({error, "OriginFailed"} if before == "cut" else {error})
+    if lazy is None:
+        # Who knows the size of the blob is kept waiting.
+        assert len(met) == (LASTING if before == "resumed" and refusal.startswith("429") else 0)
+    assert asked(upstream).count((0, 0)) == (2 if (lazy, before) == (None, "cut") else 1)
+    with suppress(rest.Idle):
+        await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("lazy", [None, NEVER], ids=["default", "lazy"])
+@pytest.mark.parametrize("fault", [Status(503), Status(429, LATER), Status(404)], ids=str)
+async def test_an_outage_is_no_refusal_of_ranges(
+    rig: Rig, upstream: Upstream, clock: Clock, lazy: Threshold | None, fault: Fault
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, (0, 1000), (50_000, 90_000))
+    down = [digest]
+    for method in ("GET", "HEAD"):
+        upstream.next(method, lambda request: request.reference in down, fault, times=100)
+    for _ in range(2 if isinstance(fault, Status) and fault.code == 429 else 2 * LASTING):
+        with pytest.raises(RegistryError):  # a limit that lasts would be taken for a refusal
+            await rig.read(digest, 300_000, 300_100, lazy)
+        clock.advance(60)
+    down.clear()
+    upstream.clear()
+    assert await rig.read(digest, 300_000, 300_100, lazy) == BODY[300_000:300_100]
+    assert (0, 0) not in asked(upstream)
+
+
+def test_all_processes_know_of_refusals(clock: Clock) -> None:
+    table, digest = SharedTable(), Digest.of(b"a")
+    one, other = (RangeRefusals(clock, table, "up", digest) for _ in range(2))
+    error = TooManyRequests(retry_after=30)
+    for number in range(LASTING):
+        assert one.counts and not other.lasting, number
+        one.count(error)
+        assert not other.counts  # what is refused meanwhile says no more
+        clock.advance(29)
+        assert not other.counts
+        clock.advance(1)
+    assert other.lasting
+    assert not RangeRefusals(clock, table, "up", Digest.of(b"b")).lasting
+    assert not RangeRefusals(clock, table, "down", digest).lasting
+    other.reset()
+    assert not one.lasting
+
+
+def test_a_refused_range_is_not_asked_for_again_at_once(clock: Clock) -> None:
+    refusals = RangeRefusals(clock, SharedTable(), "up", Digest.of(b"a"))
+    refusals.add(100, 200, OriginFailed("it failed"))
+    for offset in (100, 199):
+        with pytest.raises(OriginFailed, match="it failed"):
+            refusals.check(offset)
+    refusals.check(99)
+    refusals.check(200)
+    refusals.forgive(200, 300)
+    with pytest.raises(OriginFailed):
+        refusals.check(150)
+    clock.advance(RECENT)
+    refusals.check(150)
+    refusals.add(100, 200, OriginFailed("it failed"))
+    refusals.forgive(0, 101)
+    refusals.check(150)

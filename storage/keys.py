@@ -15,6 +15,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     use <repository> <reference>                how often a tag or a manifest was used
     moves <repository> <tag>                    where a tag pointed before
     resolved <repository> <tag>                 what a tag stood for when clients asked, with times
+    asked <day> <repository> <reference>        who pulled a tag or a digest on a day
     override <image>                            an exception from the policy, for some time
     held <repository> <tag>                     where a tag is held by the policy, and where it would move
     stats <period> <time> <namespace>           counters of an hour or a day
@@ -97,6 +98,7 @@ USE = RecordKind("use")
 MOVES = RecordKind("moves")
 HELD = RecordKind("held")
 RESOLVED = RecordKind("resolved")
+ASKED = RecordKind("asked", 3)
 OVERRIDE = RecordKind("override", 1)
 STATISTICS = RecordKind("stats", 3)
 PIN = RecordKind("pin", 1)

@@ -19,8 +19,8 @@ from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, Webhoo
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.pin_control import PinControl
-from proxy.admin.policy_control import HoldControl, OverrideControl, explained, held_now
-from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained
+from proxy.admin.policy_control import HoldControl, OverrideControl, explained, held_now, pulled_rows
+from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained, PulledRow
 from proxy.admin.purge import Purge, together
 from proxy.admin.readiness import Readiness
 from proxy.admin.reports import (
@@ -204,6 +204,11 @@ class LocalOperations:
 
     async def end_override(self, reference: str) -> OverrideRow:
         return await self._overrides.end(reference)
+
+    async def pulled(self, period: str = "7d") -> list[PulledRow]:
+        seconds = read_seconds("period", period)
+        await self._processes.record()
+        return await run_in_thread(pulled_rows, self._composition, seconds)
 
     # Changes
 

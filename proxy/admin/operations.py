@@ -78,6 +78,9 @@ class Operations(Protocol):
     async def end_override(self, reference: str) -> policy_reports.OverrideRow:
         """End the exception for an image.  Raises NameUnknown if there is none."""
 
+    async def pulled(self, period: str = "7d") -> list[policy_reports.PulledRow]:
+        """Who pulled what in the last `period`.  Raises Unsupported if that is not recorded."""
+
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
 
@@ -214,6 +217,7 @@ OPERATIONS = {
         Operation(Operations.overrides, "GET", "overrides"),
         Operation(Operations.override, "POST", "overrides", changes=True),
         Operation(Operations.end_override, "DELETE", "overrides", changes=True),
+        Operation(Operations.pulled, "GET", "pulled"),
         Operation(Operations.purge, "POST", "purge", changes=True),
         Operation(Operations.delete, "POST", "delete", changes=True),
         Operation(Operations.tag, "POST", "tag", changes=True),

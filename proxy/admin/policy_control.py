@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from datetime import UTC, datetime
 
-from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained, PolicyLead
+from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained, PolicyLead, PulledRow
 from proxy.config.image_names import split
 from proxy.config.policy import MoveRule
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid, ImageReference, ReferenceReader
 from proxy.policy.moves import HeldTag, TagHolds
 from proxy.policy.overrides import LONGEST, Override, Overrides
-from storage.errors import DigestInvalid
+from storage.errors import DigestInvalid, Unsupported
+from storage.maintenance.pull_journal import PullJournal
 from storage.names import written
 from storage.oci import Digest, Tag
 
@@ -151,3 +153,11 @@ class OverrideControl:
 
 def _override_row(found: Override) -> OverrideRow:
     return OverrideRow(image=found.image, since=found.since, until=found.until, reason=found.reason)
+
+
+def pulled_rows(parts: Composition, seconds: float) -> list[PulledRow]:
+    """Who pulled what in the last `seconds`.  Blocks; raises Unsupported, StorageFailed."""
+    if (keep := parts.config.policy.journal) is None:
+        raise Unsupported("who pulls what is not recorded: set policy.journal, such as 7d")
+    journal = PullJournal(parts.store.records, keep, parts.clock)
+    return [PulledRow(**asdict(each)) for each in journal.since(seconds)]

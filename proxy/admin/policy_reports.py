@@ -61,3 +61,17 @@ class HeldRow(Model, frozen=True):
     moves_at: float | None
     approved: str | None
     rejected: list[str]
+
+
+class PulledRow(Model, frozen=True):
+    """Pulls of a tag or digest by one caller on one day, who was given `digest` at `last`.
+
+    `who` is a user, or the address of a client without one.
+    """
+
+    repository: str
+    reference: str
+    digest: str
+    who: str
+    count: int
+    last: float

@@ -56,6 +56,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "policy check": (("entrepot policy check new.yml", ""),),
     "policy test": (("entrepot policy test cases.yml --config new.yml", ""),),
+    "policy replay": (("entrepot policy replay new.yml --last 7d", "what it would have refused"),),
     "policy explain": (("entrepot policy explain alpine:3", ""),),
     "policy held": (("entrepot policy held", ""),),
     "policy approve": (

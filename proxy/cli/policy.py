@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 import msgspec
 
 from proxy.admin import policy_reports
 from proxy.admin.api.client import OperationFailed
+from proxy.admin.operations import Operations
 from proxy.cli.configured import config_options
 from proxy.cli.console import complain
 from proxy.cli.context import CommandContext, common, option_type, without_server
@@ -26,6 +27,9 @@ from proxy.config.schema import Config
 from proxy.config.settings import Setting
 from proxy.config.yaml_text import parse_yaml
 from storage.names import written
+
+if TYPE_CHECKING:
+    from proxy.policy.replay import ReplayedPull
 
 
 @click.group(cls=ExplainedGroup)
@@ -305,6 +309,49 @@ def override_tables(rows: Sequence[policy_reports.OverrideRow], now: float) -> S
 def _ended_tables(found: policy_reports.OverrideRow, now: float) -> Sequence[Table]:
     table = Table((Column("IMAGE", whole=True), Column("ENDED")))
     table.add(found.image, format_time(found.until, now))
+    return [table]
+
+
+@policy.command("replay", cls=ExplainedCommand)
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--last", "period", default="7d", show_default=True, metavar="DURATION", help="How far back.")
+@common
+def replay_pulls(call: CommandContext, file: Path, period: str) -> None:
+    """Judge past pulls by another policy.
+
+    FILE is a configuration, of which `policy` may be the only key. Lists what it would have refused, or would
+    have had to verify, and for whom, of the pulls that the server has recorded (policy.journal). Only names
+    are looked at. Exits with 1 if something would have been refused.
+    """
+
+    async def work(operations: Operations) -> None:
+        from proxy.policy.replay import replay
+        from storage.maintenance.pull_journal import PulledReference
+
+        proposed = load(file).policy
+        rows = await operations.pulled(period)
+        found = replay(proposed, [PulledReference(**msgspec.structs.asdict(each)) for each in rows])
+        call.print(found, _replay_tables)
+        if any(each.outcome == "deny" for each in found):
+            sys.exit(1)
+
+    call.run(work)
+
+
+def _replay_tables(found: Sequence[ReplayedPull], now: float) -> Sequence[Table]:
+    columns = (
+        Column("IMAGE", whole=True),
+        Column("WHO"),
+        Column("PULLS", right=True, drop=2),
+        Column("LAST", drop=1),
+        Column("OUTCOME"),
+        Column("RULE"),
+        Column("REASON", drop=3),
+    )
+    table = Table(columns, empty="nothing would have been refused")
+    for each in found:
+        last = format_time(each.last, now)
+        table.add(each.image, each.who, str(each.count), last, each.outcome, each.rule, each.reason)
     return [table]
 
 

@@ -112,13 +112,14 @@ class PolicyConfig(Section, frozen=True):
 
     In repositories that match one of `allow_list`, only what a rule allows is served; in all others,
     everything that no rule denies.  `moves` hold tags that their upstreams move.  `signers` are those that
-    rules name.
+    rules name.  For `journal` seconds it is recorded who pulled what; None for not at all.
     """
 
     mode: PolicyMode = "enforce"
     rules: tuple[PolicyRule, ...] = ()
     allow_list: tuple[Annotated[NamePattern, parse_repositories], ...] = ()
     moves: tuple[MoveRule, ...] = ()
+    journal: Timeout | None = None
     signers: dict[str, SignerConfig] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -45,6 +45,7 @@ from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubled, Troubles
 from storage.errors import StorageFailed
 from storage.maintenance.pins import Pin, Pins
+from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.pulls import Pulls
 from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
@@ -293,7 +294,9 @@ class _Composer:
 
     def _usage(self, store: Store) -> tuple[Usage, UsageRecorder]:
         usage = Usage(store.records, self._clock)
-        recorder = UsageRecorder(store, usage, self._metrics, self._clock)
+        keep = self._config.policy.journal
+        journal = None if keep is None else PullJournal(store.records, keep, self._clock)
+        recorder = UsageRecorder(store, usage, self._metrics, self._clock, journal)
         self._closing.push_async_callback(recorder.close)
         return usage, recorder
 

@@ -24,6 +24,7 @@ from storage.concurrency import run_in_thread
 from storage.disk.blobs import TOUCH
 from storage.errors import StorageFailed
 from storage.graph import walk
+from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.resolutions import Resolution
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import Digest, Tag
@@ -38,6 +39,7 @@ MOST = 50_000  # references, and moves, that wait to be recorded; more only coun
 class Window:
     """What is counted between two recordings.
 
+    pulls: by repository, reference, digest and who; only where they are recorded
     uses: of manifests, by namespace, repository, reference and digest; each is a number of uses and the times
     of the last and the first one
     """
@@ -45,6 +47,13 @@ class Window:
     counts: dict[tuple[int, str], Counters] = field(default_factory=dict)
     uses: dict[tuple[str, str, str, str], list[float]] = field(default_factory=dict)
     moves: list[tuple[str, Tag, Move]] = field(default_factory=list)
+    pulls: dict[tuple[str, str, str, str], tuple[int, float]] = field(default_factory=dict)
+
+    def count_pull(self, pulled: tuple[str, str, str], exchange: Exchange, now: float) -> None:
+        """Count a pull for the one who asked; `pulled` is a repository, a reference and a digest."""
+        key = *pulled, exchange.user or exchange.client
+        if (known := self.pulls.get(key)) is not None or len(self.pulls) < MOST:
+            self.pulls[key] = (known[0] if known else 0) + 1, now
 
     def counters(self, namespace: str, now: float) -> Counters:
         key = int(now) // HOUR * HOUR, namespace
@@ -57,14 +66,20 @@ class Window:
 class UsageRecorder:
     """Counts the requests of one process and records them, in one event loop.
 
-    Counts that cannot be recorded are kept until the next attempt.
+    Counts that cannot be recorded are kept until the next attempt.  `journal` records who pulled what.
     """
 
     def __init__(
-        self, store: Store, usage: Usage, metrics: Metrics, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        usage: Usage,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+        journal: PullJournal | None = None,
     ) -> None:
         self._store = store
         self._usage = usage
+        self._journal = journal
         self._metrics = metrics
         self._clock = clock
         self._window = Window()
@@ -108,7 +123,11 @@ class UsageRecorder:
             case "error":
                 counters.errors += 1
         if exchange.kind == "manifest" and exchange.digest and status in (200, 304):
-            key = namespace, exchange.repository, exchange.reference, exchange.digest
+            # What a tag stood for in the past is no use of the tag.
+            reference = exchange.reference if exchange.as_of is None else exchange.digest
+            key = namespace, exchange.repository, reference, exchange.digest
+            if self._journal is not None:
+                window.count_pull((f"{namespace}/{exchange.repository}", *key[2:]), exchange, now)
             use = window.uses.get(key)
             if use is not None:
                 use[0] += 1
@@ -155,6 +174,9 @@ class UsageRecorder:
         self._take(window)
         with suppress(StorageFailed):  # DiskHealth has logged it
             self._touch()
+        with suppress(StorageFailed):
+            if self._journal is not None and window.pulls:
+                self._journal.record(window.pulls)
         with suppress(StorageFailed):
             while self._uses or self._moves or self._counts:
                 uses = dict(islice(self._uses.items(), BATCH))

@@ -73,6 +73,7 @@ class AdminClient:
     overrides = _sent(Operations.overrides)
     override = _sent(Operations.override)
     end_override = _sent(Operations.end_override)
+    pulled = _sent(Operations.pulled)
     purge = _sent(Operations.purge)
     delete = _sent(Operations.delete)
     tag = _sent(Operations.tag)

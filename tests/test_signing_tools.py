@@ -43,8 +43,9 @@ def verify(tools: Tools, image: str, case: SignedCase) -> Ran:
         timed = ("--use-signed-timestamps",) if case.signer == "timestamped" else ()
         return tools.verify_with_cosign(image, *root, *timed, *IDENTITY, *ISSUER)
     return tools.verify_with_cosign(
-        image, "--key", str(DATA / f"{case.signer}.pub"), "--insecure-ignore-tlog"
-    )
+        image, "--key", str(DATA / f"{case.signer}.pub"), "--insecure-ignore-tlog",
+        *(["--experimental-oci11"] if case.signer == "referring" else []),
+    )  # fmt: skip
 
 
 async def served(site: Site, repository: str, case: SignedCase) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import suppress
 
-from proxy.signatures.forms import BUNDLES, FORMS, NOTARY_ARTIFACT, FoundSignature
+from proxy.signatures.forms import BUNDLES, CLASSIC_ARTIFACT, FORMS, NOTARY_ARTIFACT, FoundSignature
 from storage.errors import BlobUnknown, ManifestInvalid, StorageFailed, Unavailable
 from storage.graph import UNLISTED, contents, fallback_tag, signature_tags
 from storage.names import written
@@ -21,7 +21,7 @@ MOST = 200  # referrers that are looked at
 LARGEST = 16 << 20  # bytes of a signature or an attestation
 MOST_BYTES = 64 << 20  # of all that is looked at
 _ABSENT = (*UNLISTED, BlobUnknown)
-_TYPES = (None, *BUNDLES, NOTARY_ARTIFACT)  # None: the list does not say
+_TYPES = (None, *BUNDLES, CLASSIC_ARTIFACT, NOTARY_ARTIFACT)  # None: the list does not say
 
 
 class SignatureFinder:

@@ -14,6 +14,8 @@ BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 BUNDLES = (BUNDLE, "application/vnd.dev.sigstore.bundle+json;version=0.3")
 DSSE_ENVELOPE = "application/vnd.dsse.envelope.v1+json"
 JWS, COSE = "application/jose+json", "application/cose"
+# What the list of referrers says of cosign's classic form, and of signatures of Notary Project.
+CLASSIC_ARTIFACT = "application/vnd.dev.cosign.artifact.sig.v1+json"
 NOTARY_ARTIFACT = "application/vnd.cncf.notary.signature"
 
 Form: TypeAlias = Literal["simple signing", "bundle", "envelope", "Notary Project"]

@@ -59,14 +59,16 @@ class Tools:
     home: Path
     commands: list[str] = field(default_factory=list)
 
-    def run(self, *arguments: str, stdin: str | None = None, check: bool = True) -> Ran:
-        """Run a command.  A subject named by the environment is never asked: no tool has a terminal."""
-        self.commands.append(" ".join(arguments).replace(str(self.home) + "/", ""))
+    def run(self, *arguments: str, stdin: str | None = None, check: bool = True, **more: str) -> Ran:
+        """Run a command, with `more` in its environment.  Raises RuntimeError if it must not fail."""
+        given = [f"{name}={value}" for name, value in more.items()]
+        self.commands.append(" ".join([*given, *arguments]).replace(str(self.home) + "/", ""))
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.home),
             "XDG_CONFIG_HOME": str(self.home / "config"),
             "COSIGN_PASSWORD": "",
+            **more,
         }
         ended = subprocess.run(
             arguments,

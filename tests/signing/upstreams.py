@@ -7,7 +7,10 @@ from tests.signing.cases import DATA, ROOTS, SignedCase, content
 from tests.upstream import Upstream
 
 SIGNERS = {
-    **{name: {"key": str(DATA / f"{name}.pub")} for name in ("ecdsa", "rsa", "ed25519", "p384", "other")},
+    **{
+        name: {"key": str(DATA / f"{name}.pub")}
+        for name in ("ecdsa", "rsa", "ed25519", "p384", "referring", "other")
+    },
     **{
         name: {"certificates": str(DATA / f"{name}.pem")}
         for name in ("notary-rsa", "notary-ec", "notary-short")

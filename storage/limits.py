@@ -14,6 +14,12 @@ BURST = 0.1  # seconds that a transfer may be ahead of its rate, so that it does
 STEP = 0.4  # seconds after which a transfer knows of another rate
 
 
+class _Queue(asyncio.Lock):
+    """Who waits for one slot after the other: `length` of them."""
+
+    length = 0
+
+
 class Slots:
     """A limit of work in progress, in total and for each namespace.
 
@@ -40,7 +46,7 @@ class Slots:
         self._kind = (kind,) if kind else ()
         self._held = shared.slots
         self._bell = shared.bell
-        self._queues: WeakValueDictionary[tuple[int, int | None], asyncio.Lock] = WeakValueDictionary()
+        self._queues: WeakValueDictionary[tuple[int, int | None], _Queue] = WeakValueDictionary()
 
     @asynccontextmanager
     async def turn(
@@ -64,8 +70,8 @@ class Slots:
     ) -> AsyncIterator[None]:
         key = self._held.key(*self._kind, *limit)
         part = self._held.key(*self._kind, *limit, "share", share) if share else None
-        queue = self._queues.setdefault((key, part), asyncio.Lock())
-        held = not queue.locked() and self._held.take(key, most, part)
+        queue = self._queues.setdefault((key, part), _Queue())
+        held = not queue.length and self._held.take(key, most, part)
         if not held:
             held = await self._take_unless(urged, queue, key, most, part)
         try:
@@ -75,7 +81,7 @@ class Slots:
                 self._release(key, part)
 
     async def _take_unless(
-        self, urged: asyncio.Event | None, queue: asyncio.Lock, key: int, most: int, part: int | None
+        self, urged: asyncio.Event | None, queue: _Queue, key: int, most: int, part: int | None
     ) -> bool:
         """Whether a slot was taken before `urged` was set."""
         if urged is None:
@@ -86,22 +92,26 @@ class Slots:
         try:
             await asyncio.wait((taking, waiting), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            if taking.done() and taking.exception() is None:
+            if not taking.cancel() and taking.exception() is None:
                 self._release(key, part)
             raise
         finally:
-            for each in (taking, waiting):
-                each.cancel()
-        await asyncio.gather(taking, waiting, return_exceptions=True)
-        if taking.cancelled():
-            return False
-        taking.result()
-        return True
+            waiting.cancel()
+        if taking.done():
+            taking.result()
+            return True
+        taking.cancel()
+        await asyncio.wait((taking,))
+        return False
 
-    async def _take(self, queue: asyncio.Lock, key: int, most: int, part: int | None) -> None:
-        async with queue:
-            if not self._held.take(key, most, part):
-                await self._wait(key, most, part)
+    async def _take(self, queue: _Queue, key: int, most: int, part: int | None) -> None:
+        queue.length += 1
+        try:
+            async with queue:
+                if not self._held.take(key, most, part):
+                    await self._wait(key, most, part)
+        finally:
+            queue.length -= 1
 
     def _release(self, key: int, part: int | None) -> None:
         self._held.release(key)

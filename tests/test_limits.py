@@ -84,6 +84,23 @@ async def test_who_is_urged_goes_on_without_a_slot() -> None:
     await waiting
 
 
+async def test_who_comes_as_a_slot_is_free_does_not_pass_those_who_wait() -> None:
+    slots, order = Slots(1), list[int]()
+
+    async def go(number: int) -> None:
+        async with slots.turn("a", urged=asyncio.Event()):
+            order.append(number)
+
+    async with slots.turn("a"):
+        waiting = [asyncio.create_task(go(number)) for number in range(3)]
+        await _turns()
+    for number in range(3, 6):
+        waiting.append(asyncio.create_task(go(number)))
+        await _turns(1)
+    await asyncio.gather(*waiting)
+    assert order == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("freed", [True, False], ids=["as it gets one", "while it waits"])
 async def test_who_is_cancelled_while_it_may_be_urged_keeps_no_slot(freed: bool) -> None:
     slots, urged = Slots(1), asyncio.Event()

@@ -230,6 +230,42 @@ async def test_the_less_is_found_the_later_it_is_looked_for(
     assert [round(1000 * each) for each in pauses[:10]] == [5, 10, 20, 40, 40, 40, 5, 5, 10, 20]
 
 
+async def test_the_first_byte_is_not_kept_waiting(
+    ask: Ask, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: asyncio.StreamWriter | None = None
+
+    async def begin(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await response(b"", len(BODY))(writer)
+        sent = writer
+
+    async def pause(seconds: float) -> None:
+        raise AssertionError("it has not waited for the first byte")
+
+    server.answers.append(begin)
+    blob = await opened(ask, server)
+    incoming = blob.incoming()
+    assert incoming is not None
+    read = 0
+
+    async def count(readinto: ReadInto) -> int:
+        nonlocal read
+        read = readinto(memoryview(bytearray(100)))
+        return read
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    await incoming.pass_on(count)
+    assert read == 0
+    assert sent is not None
+    sent.write(BODY[:50])
+    while not read:  # by TLS, what comes first may be none of the body
+        await incoming.pass_on(count)
+    assert read == 50
+    monkeypatch.undo()
+    await blob.close()
+
+
 async def test_nothing_more_comes(ask: Ask, server: Server) -> None:
     server.answers.append(response(BODY[:2_000_000], len(BODY)))
     blob = await opened(ask, server, connect=replace(TRUSTING, progress_timeout=0.05))

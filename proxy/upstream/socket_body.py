@@ -93,6 +93,7 @@ class SocketBody:
         self._error: Exception | None = None
         self._empty = False  # nothing has been there when it was last read
         self._found = LITTLE + 1  # bytes, since the last pause
+        self._begun = False  # some have been read
         self._pause = GATHER
         self._lock = threading.Lock()
         self._protocol.pause_reading()
@@ -105,7 +106,7 @@ class SocketBody:
         Raises what aiohttp raises: TimeoutError, ClientError, OSError.
         """
         if self._empty and self._error is None:
-            if self._rest > LEAST:
+            if self._begun and self._rest > LEAST:
                 self._pause = GATHER if self._found > LITTLE else min(2 * self._pause, LONGEST)
                 self._found = 0
                 await asyncio.sleep(self._pause)
@@ -156,6 +157,7 @@ class SocketBody:
                     self._error = aiohttp.ClientPayloadError(f"the body ended {self._rest} bytes early")
                 done, self._rest = done + number, self._rest - number
         self._found += done
+        self._begun = self._begun or done > 0
         return done
 
     def _decrypt(self, buffer: memoryview) -> int:

@@ -13,7 +13,7 @@ from proxy.signatures.finder import SignatureFinder
 from proxy.signatures.forms import BUNDLE, DSSE_ENVELOPE, SIMPLE_SIGNING
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
-from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
+from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Reference, Tag
 from storage.registry import Blob
 from storage.store import Store
 from tests.conftest import Clock
@@ -67,6 +67,22 @@ async def test_nothing_is_found_of_an_image_without_signatures(store: Store) -> 
     await signed(store, b"an sbom", tag=f"{TAG}.sbom", media_type=SIMPLE_SIGNING)
     await store.push_manifest(NAME, Tag(TAG), Manifest.of(OCI_INDEX, b'{"manifests": [], "Manifests": []}'))
     assert await found(store) == []
+
+
+async def test_tags_that_are_too_long_are_not_asked_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    right = Store.get_manifest
+
+    async def get_manifest(self: Store, repository: str, reference: Reference) -> Manifest:
+        asked.append(reference)
+        return await right(self, repository, reference)
+
+    monkeypatch.setattr(Store, "get_manifest", get_manifest)
+    long = Digest.of(b"the image", "sha512")
+    assert [each async for each in SignatureFinder(store, NAME).find(long)] == []
+    assert asked == [f"sha512-{long.encoded[:64]}"]
 
 
 async def test_no_more_is_read_than_is_reasonable(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

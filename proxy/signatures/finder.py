@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import suppress
 
 from proxy.signatures.forms import BUNDLES, CLASSIC_ARTIFACT, FORMS, NOTARY_ARTIFACT, FoundSignature
-from storage.errors import BlobUnknown, ManifestInvalid, StorageFailed, Unavailable
+from storage.errors import BlobUnknown, ManifestInvalid, StorageFailed, TagInvalid, Unavailable
 from storage.graph import UNLISTED, contents, fallback_tag, signature_tags
 from storage.names import written
-from storage.oci import Descriptor, Digest, Manifest, Reference, parse_manifest
+from storage.oci import Descriptor, Digest, Manifest, Reference, Tag, parse_manifest
 from storage.registry import Registry
 
 MOST = 200  # referrers that are looked at
@@ -62,8 +62,12 @@ class SignatureFinder:
             raise failure
 
     async def _tagged(self, digest: Digest) -> list[Digest]:
-        found = [await self._manifest(tag) for tag in signature_tags(digest)[:2]]  # not SBOMs
-        return [each.digest for each in found if each is not None]
+        found = []
+        for tag in signature_tags(digest)[:2]:  # not SBOMs
+            with suppress(TagInvalid):  # that of a digest by SHA-512 is too long
+                if (manifest := await self._manifest(Tag.parse(tag))) is not None:
+                    found.append(manifest.digest)
+        return found
 
     async def _referrers(self, digest: Digest) -> list[Digest]:
         try:

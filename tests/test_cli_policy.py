@@ -66,6 +66,36 @@ def test_rules_that_never_decide() -> None:
     assert [(rule.name, before.name) for rule, before in found] == [("b", "a"), ("f", "e")]
 
 
+SIGNED = {
+    "signers": {"release": {"key": "/nowhere/release.pub"}},
+    "rules": [
+        {"name": "ours", "action": "allow", "repositories": ["docker.io/acme/*"], "signed_by": ["release"]},
+        {
+            "name": "built",
+            "action": "allow",
+            "repositories": ["docker.io/built/*"],
+            "attested": [{"type": "t", "signed_by": ["release"], "when": "has(predicate.a)"}],
+        },
+    ],
+}
+
+
+def test_names_are_judged_where_the_files_of_signers_are_not(tmp_path: Path) -> None:
+    file, cases = tmp_path / "new.yml", tmp_path / "cases.yml"
+    file.write_text(json.dumps({"policy": SIGNED}))
+    assert run("check", str(file)).exit_code == 0
+    cases.write_text(
+        "[{image: acme/app, expect: verify, rule: ours}, {image: built/app, expect: verify},"
+        " {image: other/app, expect: allow}]"
+    )
+    assert run("test", str(cases), "--config", str(file)).exit_code == 0
+    broken = json.dumps({"policy": SIGNED}).replace("has(predicate.a)", "has(predicate.a")
+    file.write_text(broken)
+    result = run("check", str(file))
+    assert result.exit_code == 1
+    assert "rule built: `when` is no expression in CEL: Failed to parse" in result.stderr
+
+
 def test_check(tmp_path: Path) -> None:
     file = tmp_path / "new.yml"
     file.write_text(json.dumps(policy(LATEST)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,9 +19,10 @@ from proxy.cli.context import CommandContext, common, option_type, without_serve
 from proxy.cli.help import ExplainedCommand, ExplainedGroup
 from proxy.cli.status import moving
 from proxy.cli.tables import Column, Table
-from proxy.config.errors import ConfigError
+from proxy.config.errors import ConfigError, StartError
 from proxy.config.image_names import parse, split
 from proxy.config.loader import load
+from proxy.config.policy import PolicyConfig
 from proxy.config.quantities import format_time, parse_timeout
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
@@ -43,18 +44,34 @@ def check(file: Path) -> None:
     """Check the policy in a file.
 
     FILE is a configuration, of which `policy` may be the only key. Names rules that can never decide, since
-    one before them matches all that they match, and exits with 1 if there are any.
+    one before them matches all that they match, and expressions that cannot be read, and exits with 1 if
+    there are any. The files of signers are not read: see `entrepot check`.
     """
     from proxy.policy.coverage import unreachable
 
     found = _load(file)
-    lost = list(unreachable(found.policy.rules))
-    for rule, before in lost:
-        complain(f"rule {rule.name} never decides: {before.name}, before it, matches all that it matches")
-    if lost:
+    faults = [
+        f"rule {rule.name} never decides: {before.name}, before it, matches all that it matches"
+        for rule, before in unreachable(found.policy.rules)
+    ]
+    faults += _unread(found.policy)
+    for each in faults:
+        complain(each)
+    if faults:
         sys.exit(1)
     number = len(found.policy.rules)
     click.echo(f"{file} is valid: {number} {'rule' if number == 1 else 'rules'}")
+
+
+def _unread(policy: PolicyConfig) -> Iterator[str]:
+    from proxy.policy.expressions import Expression
+
+    for rule in policy.rules:
+        for text in (each.when for each in rule.attested if each.when is not None):
+            try:
+                Expression(text)
+            except StartError as error:
+                yield f"rule {rule.name}: {error}"
 
 
 def _load(path: Path | None, settings: Sequence[Setting] = ()) -> Config:

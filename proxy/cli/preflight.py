@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ def _policy(config: Config, found: Preflight) -> None:
     from proxy.policy.rules import RuleBook
 
     try:
-        RuleBook(config.policy)
+        RuleBook(config.policy, time.time)
     except StartError as error:
         found.errors.append(str(error))
 

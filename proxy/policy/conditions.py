@@ -125,6 +125,13 @@ class Attestation:
         return min(_until(proof), now + AGAIN) if depends else _until(proof)
 
 
+class Unjudged:
+    """Stands for the conditions of a rule where only names are judged."""
+
+    async def judge(self, subject: Subject) -> Evidence:
+        raise TypeError("only names are judged here")
+
+
 class VerifiedSignatures:
     """What is signed and attested by `signers`, as all `requirements` ask.
 

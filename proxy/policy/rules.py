@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from proxy.config.policy import NamePattern, PolicyConfig, PolicyMode, PolicyRule
 from proxy.policy.condition import Condition
-from proxy.policy.conditions import conditions_of
+from proxy.policy.conditions import Unjudged, conditions_of
 from proxy.policy.signers import signers_of
 
 ALLOW_LIST = "allow_list"  # the rule, by name, that refuses what no rule of an allow-list allows
@@ -44,14 +43,12 @@ class ServingRule:
 class RuleBook:
     """The rules of a policy in their order: the first that matches decides.
 
-    Raises StartError if a file that a condition needs cannot be read.
+    Without a `clock` only names can be judged, and no files are read.  Raises StartError if a file that a
+    condition needs cannot be read.
     """
 
-    def __init__(self, policy: PolicyConfig, clock: Callable[[], float] = time.time) -> None:
-        signers = signers_of(policy.signers)
-        self.rules = tuple(
-            _rule(each, policy.mode, conditions_of(each, signers, clock)) for each in policy.rules
-        )
+    def __init__(self, policy: PolicyConfig, clock: Callable[[], float] | None = None) -> None:
+        self.rules = tuple(_rules(policy, clock))
         self._allow_list = policy.allow_list
         self.allowing = ServingRule("", True, "no rule denies it", policy.mode)
         self._refusing = ServingRule(ALLOW_LIST, False, "no rule allows it", policy.mode)
@@ -75,6 +72,14 @@ class RuleBook:
         if rule is None:
             return self._unmatched(repository)
         return None if rule.tags or rule.conditions else rule
+
+
+def _rules(policy: PolicyConfig, clock: Callable[[], float] | None) -> Iterator[ServingRule]:
+    signers = {} if clock is None else signers_of(policy.signers)
+    for each in policy.rules:
+        unjudged = (Unjudged(),) if each.signers else ()
+        conditions = unjudged if clock is None else conditions_of(each, signers, clock)
+        yield _rule(each, policy.mode, conditions)
 
 
 def _rule(rule: PolicyRule, mode: PolicyMode, conditions: tuple[Condition, ...]) -> ServingRule:

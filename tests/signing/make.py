@@ -30,6 +30,7 @@ from tests.signing.tools import HTTPRegistry, Tools, free_port, process
 
 ENTREPOT = """
 listen: 127.0.0.1:{port}
+admin: "off"
 disk: {{path: {path}}}
 namespaces: {{local: {{store: {{}}}}}}
 """

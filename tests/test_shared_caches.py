@@ -414,3 +414,20 @@ async def test_a_purge_is_of_all_servers(start: Start, upstream: Upstream, fake:
     upstream.clear()
     await pull(await start("other"), upstream, image)
     assert "GET manifest a/b:latest" in upstream.log
+
+
+async def test_an_image_that_only_the_fleet_has_is_complete(
+    start: Start, upstream: Upstream, fake: FakeBucket
+) -> None:
+    whole, part = upstream.image("a/b", "latest", [LAYER]), upstream.image("a/b", "part", [b"never pulled"])
+    one, other = await start("one"), await start("other")
+    await pull(one, upstream, whole)
+    assert (await one.get("/v2/a/b/manifests/part"))[2] == part.content
+    await deposited(one)
+    await upstream.stop()
+    # The first request learns that the upstream is down.
+    assert (await other.get("/v2/a/b/manifests/unknown"))[0] == 502
+    podman = {"User_Agent": "containers/5.34 (github.com/containers/image)"}
+    assert (await other.get(TAG, **podman))[::2] == (200, whole.content)
+    assert (await other.get("/v2/a/b/manifests/part", **podman))[0] == 503
+    assert (await other.get("/v2/a/b/manifests/part"))[::2] == (200, part.content)

@@ -8,6 +8,7 @@ have to be refused at the manifest.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from proxy.cache.fills import Fills
 from proxy.cache.origin import Origin
@@ -40,10 +41,12 @@ class Completeness:
         name = f"{self._origin.namespace}/{repository}"
         try:
             content = await run_sized(len(manifest.content), contents, manifest.content)
-            missing = None if content is None else self._missing(name, content)
+            missing = None if content is None else MissingContent(self._store, name, self._here).of(content)
         except StorageFailed:
             return  # what is stored cannot be known
-        if missing is not None and not await self._origin.reachable():
+        if content is None or missing is None:
+            return
+        if not await self._origin.supplies(repository, content):
             raise Unavailable(
                 f"{missing} of {name} is not stored, and {self._origin.namespace} cannot be asked for it"
             )
@@ -54,39 +57,57 @@ class Completeness:
             return False
         return self._refusing == "always" or _CONTAINERS.match(agent) is not None
 
-    def _missing(self, name: str, content: ManifestContent) -> Digest | None:
+    def _here(self, name: str, digest: Digest) -> bool:
+        # A fill for another repository does not help: the origin would have to permit this one.
+        return self._fills.coming(name, digest) or self._store.linked(name, digest) is not None
+
+
+class MissingContent:
+    """Finds what a manifest names and a store lacks; `here` tells which blobs it has."""
+
+    def __init__(self, store: Store, name: str, here: Callable[[str, Digest], bool]) -> None:
+        self._store = store
+        self._name = name
+        self._here = here
+
+    def of(self, content: ManifestContent) -> Digest | None:
         """Something that is missing; of an index, if there is no child that is complete.
 
         Which child is for the client's platform is unknown.
         """
-        if (missing := self._missing_blob(name, content)) is not None or not content.children:
+        if (missing := self._blob(content)) is not None or not content.children:
             return missing
         others = attestations(content)
         images = [each.digest for each in content.children if each.digest not in others]
         found = None
         for child in images or others:
-            if (found := self._missing_below(name, child)) is None:
+            if (found := self._below(child)) is None:
                 return None
         return found
 
-    def _missing_below(self, name: str, top: Digest) -> Digest | None:
+    def _below(self, top: Digest) -> Digest | None:
         steps = Walk([top])
         for digest in steps:
             try:
-                content = contents(self._store.manifest(name, digest)[0].content)
+                content = contents(self._store.manifest(self._name, digest)[0].content)
             except ManifestUnknown:
                 return digest
             if content is None:
                 continue
-            if (missing := self._missing_blob(name, content)) is not None:
+            if (missing := self._blob(content)) is not None:
                 return missing
             steps.add(child.digest for child in content.children)
         return None
 
-    def _missing_blob(self, name: str, content: ManifestContent) -> Digest | None:
+    def _blob(self, content: ManifestContent) -> Digest | None:
         for blob in content.blobs:
-            # A fill for another repository does not help: the origin would have to permit this one.
-            here = self._fills.coming(name, blob.digest) or self._store.linked(name, blob.digest) is not None
-            if blob.distributable and not here:
+            if blob.distributable and not self._here(self._name, blob.digest):
                 return blob.digest
         return None
+
+
+def missing_in(store: Store, name: str, content: ManifestContent) -> Digest | None:
+    """Something that the manifest names and `store` lacks.  Raises StorageFailed."""
+    return MissingContent(store, name, lambda name, digest: store.linked(name, digest) is not None).of(
+        content
+    )

@@ -22,7 +22,7 @@ from storage.errors import (
     TooManyRequests,
     Unavailable,
 )
-from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
+from storage.oci import Descriptor, Digest, Manifest, ManifestContent, Reference, Span, Tag
 from storage.registry import Blob, Registry
 from storage.store import Store
 
@@ -66,6 +66,8 @@ class _Remembering(Protocol):
     def distrust(self, digest: Digest) -> None: ...
 
     def forget(self, repository: str) -> None: ...
+
+    async def supplies(self, repository: str, content: ManifestContent) -> bool: ...
 
 
 class CheckedRegistry(Registry):
@@ -184,6 +186,12 @@ class Origin:
                 async with asyncio.timeout(self._policy.revalidate_timeout):
                     await self.flights.join("probe", self.registry.probe)
         return self.registry.healthy
+
+    async def supplies(self, repository: str, content: ManifestContent) -> bool:
+        """Whether all that a manifest names may come, as far as is known."""
+        if isinstance(self.registry, _Remembering):
+            return await self.registry.supplies(repository, content)
+        return await self.reachable()
 
     def served(self) -> None:
         """Record that the origin serves again."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from proxy.cache.completeness import missing_in
 from proxy.cache.drill import Drill
 from proxy.cache.listings import Listings
 from proxy.cache.negatives import RequestKey
@@ -31,7 +32,7 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
-from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
+from storage.oci import Descriptor, Digest, Manifest, ManifestContent, Reference, Span, Tag
 from storage.registry import Blob, Located, Moved, Registry
 
 _ILL = (StorageFailed, Unavailable)  # of the database, and of the bucket
@@ -172,6 +173,16 @@ class SharedTier(Registry):
         return await self._origin.flights.join(
             key, lambda: self._origin.fetch_manifest(repository, reference)
         )
+
+    async def supplies(self, repository: str, content: ManifestContent) -> bool:
+        """Whether all that a manifest names may come, as far as is known."""
+        if await self._origin.reachable():
+            return True
+        name = f"{self._namespace}/{repository}"
+        try:
+            return await self._store.read(missing_in, self._store, name, content) is None
+        except StorageFailed:
+            return False
 
     # Listings
 

@@ -150,9 +150,9 @@ async def test_a_fill_that_waits_for_its_turn_is_taken_over_as_well(
     slots, queued = one.app.composition.fills._slots, asyncio.Event()
     turn = slots.turn
 
-    def noted(namespace: str) -> AbstractAsyncContextManager[None]:
+    def noted(namespace: str, urged: asyncio.Event) -> AbstractAsyncContextManager[None]:
         queued.set()
-        return turn(namespace)
+        return turn(namespace, urged=urged)
 
     monkeypatch.setattr(slots, "turn", noted)
     pulls.append(asyncio.create_task(pull(one, second)))

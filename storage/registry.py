@@ -49,7 +49,7 @@ class Blob:
 
     descriptor: Descriptor
     position = 0  # of the first byte that an origin sends: 0 if it ignores the requested span
-    ranged = False  # an origin says that it sends only the requested span
+    whole = False  # an origin says that it sends all of the blob, whatever span was requested
     used_at = 0.0  # when a stored blob was last used before it was opened
 
     @property
@@ -103,7 +103,7 @@ class RelayedBlob(Blob):
     """A blob whose bytes are those of another one, `blob`."""
 
     def __init__(self, blob: Blob) -> None:
-        self.descriptor, self.position, self.ranged = blob.descriptor, blob.position, blob.ranged
+        self.descriptor, self.position, self.whole = blob.descriptor, blob.position, blob.whole
         self._blob = blob
         self._incoming: Incoming | None = None
 

@@ -387,7 +387,7 @@ async def test_all_of_a_blob_that_waits_for_its_turn_is_closed(rig: Rig) -> None
     class Dealing(Dealer):
         async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
             found = Whole(digest, 0, SIZE, self.gate)
-            found.ranged = False
+            found.whole = True
             self.gate.set()
             return found
 
@@ -472,7 +472,6 @@ class Dealt(Blob):
 
     def __init__(self, digest: Digest, start: int, stop: int, gate: asyncio.Event) -> None:
         self.descriptor, self.position = Descriptor(OCTETS, digest, SIZE), start
-        self.ranged = True
         self._stop, self._gate = stop, gate
 
     @property

@@ -316,7 +316,7 @@ class Transfers:
         blob = await source.origin.get_blob(source.name, self._fill.digest, span)
         size = blob.descriptor.size
         try:
-            self.ranges = blob.ranged and blob.position == part.position and size >= 0
+            self.ranges = not blob.whole and blob.position == part.position and size >= 0
             self.refusals.reset()
             if self.ranges and self.size < 0 <= size:
                 await self._begin(source, blob, part)
@@ -329,8 +329,8 @@ class Transfers:
         except BaseException:
             await self._close(blob)
             raise
-        if blob.ranged or self._filling or self._whole is not None:
-            await self._close(blob)
-        else:  # it is all of the blob
+        if blob.whole and not self._filling and self._whole is None:
             self._whole = source, blob, None
+        else:
+            await self._close(blob)
         return None

@@ -74,7 +74,7 @@ class Download(Blob):
         self._transport = transport
         self._response = response
         self.position = self._position = start
-        self.ranged = response.status == 206
+        self.whole = response.status != 206
         self._body: SocketBody | None = None
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:

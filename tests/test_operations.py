@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from proxy.admin.fill_speeds import FillSpeeds
 from proxy.admin.inventory import DEEPEST
 from proxy.admin.local_operations import LocalOperations
 from proxy.admin.models import ImageRow, PlatformRow, SpanRow
@@ -19,9 +21,12 @@ from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState, ProcessReport, UpstreamState
 from proxy.admin.purge import AllPinned
 from proxy.admin.reports import Purged, Scrubbing, Why
+from proxy.cli.status import fill_tables
 from proxy.namespaces.composition import Composition, Hooks, compose
 from proxy.namespaces.references import FieldInvalid
-from storage.errors import ManifestUnknown, NameUnknown, Unsupported
+from storage.disk.blobs import BlobFiles
+from storage.disk.kept import show_parts
+from storage.errors import ManifestUnknown, NameUnknown, Unavailable, Unsupported
 from storage.maintenance.counting import Counting
 from storage.maintenance.usage import Counters, Move, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
@@ -638,6 +643,53 @@ async def test_fills(site: Site, clock: Clock) -> None:
     assert await look(500, -1) == (100.0, None)
     site.everyone.found = []
     assert await site.operations.fills() == []
+
+
+async def keep_parts(site: Site, content: bytes, *spans: tuple[int, int], name: str = ALPINE) -> str:
+    """Leave these parts of a blob; its digest."""
+    files, digest = site.composition.store.files, Digest.of(content)
+    assert isinstance(files, BlobFiles)
+    upload = await files.resume(digest)
+    await upload.keep(len(content), ("0123456789abcdef",))
+    for start, stop in spans:
+        await upload.write_at(start, content[start:stop])
+    show_parts(files.root, digest, name)
+    await upload.suspend(Unavailable("nobody reads"))
+    return str(digest)
+
+
+async def test_kept_parts_are_listed_after_the_fills(site: Site, clock: Clock) -> None:
+    older = await keep_parts(site, bytes(5000), (0, 1000), (4000, 5000))
+    clock.advance(60)
+    newer = await keep_parts(site, b"n" * 2000, (500, 1000), name="ghcr.io/team/app")
+    found = await site.operations.fills()
+    assert [(each.digest, each.repository, each.bytes, each.size) for each in found] == [
+        (older, ALPINE, 2000, 5000),
+        (newer, "ghcr.io/team/app", 500, 2000),
+    ]
+    assert found[0].extents == [SpanRow(start=0, stop=1000), SpanRow(start=4000, stop=5000)]
+    assert [(each.idle, each.started) for each in found] == [(True, clock() - 60), (True, clock())]
+    assert all((each.namespace, each.coming) == (each.repository.partition("/")[0], []) for each in found)
+    assert [each.expires for each in found] == [found[0].started + 7 * 86400, None]
+
+    running = msgspec.structs.replace(fill(1000, 5000, clock()), digest=older)
+    site.everyone.found = [ProcessReport(pid=7, fills=[running], upstreams=[], troubles=[])]
+    now = await site.operations.fills()
+    assert [(each.digest, each.idle) for each in now] == [(older, False), (newer, True)]
+
+    transfers, kept = fill_tables(now, clock())
+    assert (len(transfers.rows), len(kept.rows)) == (1, 1)
+    assert kept.rows[0][0] == "ghcr.io/team/app"
+    assert {"500 B", "25.0%", "0 s ago", "never"} <= set(kept.rows[0])
+    for path in site.composition.store.files.root.glob("partial/*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(("expires", "told"), [(None, "never"), (0.0, "now"), (7200.0, "in 2 h")])
+def test_when_kept_parts_expire(expires: float | None, told: str) -> None:
+    [row] = FillSpeeds().rows([fill(10, 100, 0.0)], 0.0)
+    _, table = fill_tables([msgspec.structs.replace(row, idle=True, expires=expires)], 0.0)
+    assert told in table.rows[0]
 
 
 # Why

@@ -1,11 +1,15 @@
-"""The fills in flight as rows, each with its speed."""
+"""The fills in flight as rows, each with its speed; and the blobs of which parts are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from proxy.admin.models import FillRow
-from proxy.admin.processes import FillState
+from proxy.admin.models import FillRow, SpanRow
+from proxy.admin.processes import DETAIL, FillState
+from storage.disk.kept import KeptParts, extents_of
+from storage.maintenance.eviction import Eviction
 
 INTERVAL = 1.0  # seconds between two measurements of a speed, at least
 
@@ -42,3 +46,31 @@ class FillSpeeds:
             speed=speed,
             eta=(fill.size - fill.bytes) / speed if speed and fill.size >= 0 else None,
         )
+
+
+def idle_rows(eviction: Eviction, root: Path, running: Collection[str]) -> list[FillRow]:
+    """The blobs of which parts are kept in the directory `root`, and no fill is `running`.  Blocks."""
+    found = eviction.expiring()
+    return [_idle(root, parts, expires) for parts, expires in found if parts.blob.digest not in running]
+
+
+def _idle(root: Path, parts: KeptParts, expires: float) -> FillRow:
+    extents, repository = extents_of(root, parts.blob.digest), min(parts.repositories)
+    return FillRow(
+        digest=str(parts.blob.digest),
+        namespace=repository.partition("/")[0],
+        repository=repository,
+        bytes=extents.total,
+        size=parts.size,
+        started=parts.blob.used_at,
+        followers=0,
+        pid=0,
+        own=False,
+        extents=[SpanRow(start=start, stop=stop) for start, stop in extents.joined(parts.size // DETAIL)],
+        coming=[],
+        repeated=0,
+        speed=0.0,
+        eta=None,
+        idle=True,
+        expires=None if math.isinf(expires) else expires,
+    )

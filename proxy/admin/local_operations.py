@@ -13,7 +13,7 @@ import structlog
 
 from proxy.admin.drills import DrillControl
 from proxy.admin.explain import Explainer, owner_of, refusal_notes
-from proxy.admin.fill_speeds import FillSpeeds
+from proxy.admin.fill_speeds import FillSpeeds, idle_rows
 from proxy.admin.inventory import Inventory, merged
 from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, WebhookRow
 from proxy.admin.operations import PAGE
@@ -166,7 +166,10 @@ class LocalOperations:
         return sum((each for name, each in counted.items() if name not in hosted), Counters())
 
     async def fills(self) -> list[FillRow]:
-        return self._speeds.rows(await self._processes.fills(), self._composition.clock())
+        parts, fills = self._composition, await self._processes.fills()
+        running, root = {each.digest for each in fills}, parts.store.files.root
+        idle = await run_in_thread(idle_rows, parts.maintenance.eviction, root, running)
+        return self._speeds.rows(fills, parts.clock()) + idle
 
     async def webhooks(self) -> list[WebhookRow]:
         queue = self._composition.queue

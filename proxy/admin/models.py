@@ -162,6 +162,9 @@ class FillRow(Model, frozen=True):
     are less than a thousandth of the blob apart are one.  `coming` is what each connection is to bring, and
     `repeated` the number of bytes that came and were dropped, as they were there or another connection
     brings them.
+
+    With `idle`, nothing is being transferred: parts of the blob are kept since they were last used, which is
+    `started`, and until `expires`, None if they are kept without limit.
     """
 
     digest: str
@@ -178,6 +181,8 @@ class FillRow(Model, frozen=True):
     repeated: int
     speed: float
     eta: float | None
+    idle: bool = False
+    expires: float | None = None
 
 
 class StatsRow(Model, frozen=True):

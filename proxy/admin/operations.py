@@ -52,7 +52,7 @@ class Operations(Protocol):
         """How much traffic the cache has saved in the last `period`, a duration."""
 
     async def fills(self) -> list[models.FillRow]:
-        """The fills in flight in all processes, the oldest first."""
+        """The fills in flight in all processes, the oldest first; then the blobs of which parts are kept."""
 
     async def why(self, ref: str) -> reports.Why:
         """What a pull would do now, and by which rules.  No upstream is asked."""

@@ -148,7 +148,7 @@ def _trend(days: Sequence[models.DayRow]) -> Table:
 @click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
 @common
 def fills(call: CommandContext, watch: bool) -> None:
-    """List transfers in flight.
+    """List transfers in flight, and kept parts.
 
     EXTENTS shows which bytes of each blob are there, which are coming now, and which are missing. CONNECTIONS
     is how many bring it, and REPEATED what came and was dropped, as another one brings it.
@@ -186,6 +186,7 @@ async def follow(operations: Operations, as_json: bool, moments: AsyncIterator[N
 
 def show_fills(found: Sequence[models.FillRow], progress: ProgressDisplay, other: str = "") -> None:
     """Show the fills, and drop those that have ended; the part named `other` is none of them, and stays."""
+    found = [each for each in found if not each.idle]
     for each in found:
         done = f"{format_size(each.bytes)} of {format_size(each.size)}, {format_size(each.speed)}/s"
         text = f"{done}, {plural(each.followers, 'client')}"
@@ -199,6 +200,39 @@ def _part(fill: models.FillRow) -> str:
 
 
 def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
+    idle = [each for each in found if each.idle]
+    tables = [_running_table([each for each in found if not each.idle])]
+    return [*tables, _idle_table(idle, now)] if idle else tables
+
+
+def _idle_table(found: Sequence[models.FillRow], now: float) -> Table:
+    columns = (
+        Column("REPOSITORY", whole=True),
+        Column("DIGEST", digests=True, drop=4),
+        Column("STORED", right=True, drop=3),
+        Column("SIZE", right=True, drop=2),
+        Column("DONE", right=True),
+        Column("LAST USED", drop=1),
+        Column("EXPIRES"),
+        Column("EXTENTS", whole=True),
+    )
+    table = Table(columns, title="Blobs of which parts are kept")
+    for each in found:
+        left = None if each.expires is None else each.expires - now
+        table.add(
+            each.repository,
+            each.digest,
+            format_size(each.bytes),
+            format_size(each.size),
+            format_share(each.bytes / each.size if each.size > 0 else None),
+            f"{format_duration(max(0.0, now - each.started))} ago",
+            "never" if left is None else f"in {format_duration(left)}" if left > 0 else "now",
+            extents_bar(each),
+        )
+    return table
+
+
+def _running_table(found: Sequence[models.FillRow]) -> Table:
     columns = (
         Column("REPOSITORY", whole=True),
         Column("DIGEST", digests=True, drop=6),
@@ -237,7 +271,7 @@ def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
             for numbers in zip(*((each.bytes, each.speed) for each in found), strict=True)
         )
         table.notes.append(f"{plural(len(found), 'transfer')}, {received} received, {speed}/s")
-    return [table]
+    return table
 
 
 @command()

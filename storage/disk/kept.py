@@ -59,6 +59,15 @@ def all_parts(root: Path) -> Iterator[KeptParts]:
             yield found
 
 
+def extents_of(root: Path, digest: Digest) -> Extents:
+    """Which bytes of the blob are here."""
+    extents = Extents()
+    with suppress(FileNotFoundError):
+        path = _path(root, digest)
+        _open(path, path.stat().st_ino, extents=extents).close()
+    return extents
+
+
 def is_kept(path: Path) -> bool:
     """Whether this is such a file."""
     return find_parts(path.parent.parent, _digest(path)) is not None
@@ -102,10 +111,10 @@ def _digest(path: Path) -> str:
     return f"{algorithm}:{encoded}"
 
 
-def _open(path: Path, number: int, flags: int = os.O_RDONLY) -> ExtentList:
+def _open(path: Path, number: int, flags: int = os.O_RDONLY, extents: Extents | None = None) -> ExtentList:
     """The list of the file with this number, read as far as it was written.  Raises FileNotFoundError."""
     found = ExtentList.find(path.with_name(f"{path.name}.{number}{SUFFIX}"), flags)
     if found is None:
         raise FileNotFoundError(path)
-    found.read(Extents())
+    found.read(Extents() if extents is None else extents)
     return found

@@ -113,6 +113,17 @@ class Eviction:
         """The blobs of which only parts are kept, least recently used first."""
         return self._blobs.parts()
 
+    def expiring(self) -> list[tuple[KeptParts, float]]:
+        """The parts(), and when each expires unless it is used again: infinite if it never does."""
+        pinned, found = self._pinned().digests, self.parts()
+        keeps = (
+            max(
+                math.inf if each.blob.digest in pinned else self._keep_for(name) for name in each.repositories
+            )
+            for each in found
+        )
+        return [(each, each.blob.used_at + keep) for each, keep in zip(found, keeps, strict=True)]
+
     def over(self, coming: int = 0) -> int:
         """By how many bytes limits are exceeded once `coming` more bytes are stored."""
         over = self._needed(coming)

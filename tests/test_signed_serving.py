@@ -133,6 +133,22 @@ async def test_an_index_that_is_signed_vouches_for_its_children(serve: Serve, up
     assert (await pull(site, "acme/app", child))[0] == 200  # what is stored tells
 
 
+async def test_what_signs_another_image_does_not_sign_this_one_by_its_subject(
+    serve: Serve, upstream: Upstream
+) -> None:
+    case = CASES["bundle-other-digest"]
+    for digest in case.manifests:
+        forged = json.loads(content(digest))
+        if forged.get("subject"):
+            forged["subject"]["digest"] = case.image
+            publish(upstream, case, "acme/app")
+            upstream.repositories["acme/app"].tags = {"v1": case.image}
+            upstream.manifest("acme/app", forged)
+    site = await serve(upstream, top=policy(signed("ecdsa")))
+    status, said = await pull(site, "acme/app", "v1")
+    assert status == 403 and "ecdsa: the signature is of another digest, sha256:" in said
+
+
 # Attestations
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import repeat
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from storage.disk import hashing
 from storage.disk.blobs import BlobFiles
-from storage.disk.hashing import BLOCK, BLOCKS, PIECE, HashedInPlace, Hasher, next_hasher, pieces_for
+from storage.disk.hashing import BLOCK, BLOCKS, PIECE, HashedBehind, HashedInPlace, Hasher, pieces_for
 from storage.errors import DigestInvalid
 from storage.oci import OCTETS, Descriptor, Digest
 from tests.test_extents import CONTENT, DIGEST, files
@@ -36,7 +37,7 @@ class Sink:
         self.found += piece
 
     def write(self, hasher: Hasher | None, content: bytes, sizes: Iterator[int], start: int = 0) -> None:
-        with pieces_for(hasher, self.update) as pieces:
+        with pieces_for(hasher, self.update, behind=True) as pieces:
             while start < len(content):
                 memory = pieces.memory()
                 part = content[start : start + min(next(sizes), len(memory))]
@@ -46,9 +47,11 @@ class Sink:
 
 
 @pytest.fixture
-def busy() -> Iterator[tuple[Hasher, threading.Event]]:
-    """A hasher whose thread waits for the event."""
+def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hasher, threading.Event]]:
+    """The hasher of all uploads, on two cores; its thread waits for the event."""
     hasher, proceed = Hasher(), threading.Event()
+    monkeypatch.setattr(hashing, "_hashers", lambda: repeat(hasher))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     hasher.thread.submit(proceed.wait)
     yield hasher, proceed
     proceed.set()
@@ -106,7 +109,7 @@ def test_the_memory_is_free_again_after_a_failure() -> None:
     def update(position: int, piece: memoryview) -> None:
         raise MemoryError
 
-    with pytest.raises(OSError, match="full"), pieces_for(HASHER, update) as pieces:
+    with pytest.raises(OSError, match="full"), pieces_for(HASHER, update, behind=True) as pieces:
         pieces.memory()
         pieces.add(0, PIECE)
         pieces.memory()
@@ -114,18 +117,28 @@ def test_the_memory_is_free_again_after_a_failure() -> None:
     assert idle(HASHER)
 
 
-def test_one_core_hashes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
-    with pieces_for(next_hasher(), lambda position, piece: None) as pieces:
-        assert isinstance(pieces, HashedInPlace)
+@pytest.mark.parametrize(("cores", "behind"), [(1, 0), (2, 1), (3, 1), (8, 4)])
+def test_so_many_are_hashed_behind_as_there_are_cores_for(
+    monkeypatch: pytest.MonkeyPatch, cores: int, behind: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    for _ in range(2):  # what ends counts no more
+        with ExitStack() as writing:
+            kinds = [
+                type(writing.enter_context(pieces_for(HASHER, lambda position, piece: None)))
+                for _ in range(6)
+            ]
+            # Who has pieces there already must not overtake them.
+            late = writing.enter_context(pieces_for(HASHER, lambda position, piece: None, behind=True))
+        assert kinds == [HashedBehind] * behind + [HashedInPlace] * (6 - behind)
+        assert isinstance(late, HashedBehind)
 
 
 @pytest.mark.parametrize("digest", [DIGEST, Digest.of(b"something else")], ids=["right", "wrong"])
 async def test_the_last_byte_is_withheld_until_all_is_hashed(
-    files: BlobFiles, monkeypatch: pytest.MonkeyPatch, busy: tuple[Hasher, threading.Event], digest: Digest
+    files: BlobFiles, busy: tuple[Hasher, threading.Event], digest: Digest
 ) -> None:
-    hasher, proceed = busy
-    monkeypatch.setattr(hashing, "_hashers", lambda: repeat(hasher))
+    _, proceed = busy
     upload = await files.resume(digest)
     upload.expect(len(CONTENT))
     await write(upload, 0, len(CONTENT), len(CONTENT))
@@ -148,10 +161,9 @@ async def test_the_last_byte_is_withheld_until_all_is_hashed(
 
 
 async def test_an_upload_that_is_suspended_keeps_all(
-    files: BlobFiles, monkeypatch: pytest.MonkeyPatch, busy: tuple[Hasher, threading.Event]
+    files: BlobFiles, busy: tuple[Hasher, threading.Event]
 ) -> None:
-    hasher, proceed = busy
-    monkeypatch.setattr(hashing, "_hashers", lambda: repeat(hasher))
+    _, proceed = busy
     upload = await files.resume(DIGEST)
     upload.expect(len(CONTENT))
     await write(upload, 0, 100_000, 100_000)

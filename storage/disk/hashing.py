@@ -97,16 +97,42 @@ class HashedBehind:
 
 
 @contextmanager
-def pieces_for(hasher: Hasher | None, update: Update) -> Iterator[HashedInPlace | HashedBehind]:
-    """What one thread writes, to be hashed by `update`: by the hasher, if there is one."""
-    if hasher is None:
-        yield HashedInPlace(update)
-        return
-    behind = HashedBehind(hasher, update)
-    try:
-        yield behind
-    finally:
-        behind.hand_over()
+def pieces_for(
+    hasher: Hasher | None, update: Update, *, behind: bool = False
+) -> Iterator[HashedInPlace | HashedBehind]:
+    """What one thread writes, to be hashed by `update`: by the hasher, if there is one, and a core for it.
+
+    `behind`: the hasher may have pieces that come before these.
+    """
+    with _writing as writers:
+        if hasher is None or not (behind or 2 * writers <= len(os.sched_getaffinity(0))):
+            yield HashedInPlace(update)
+            return
+        pieces = HashedBehind(hasher, update)
+        try:
+            yield pieces
+        finally:
+            pieces.hand_over()
+
+
+class _Writers:
+    """The threads of this process that write what is to be hashed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._number = 0
+
+    def __enter__(self) -> int:
+        with self._lock:
+            self._number += 1
+            return self._number
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._number -= 1
+
+
+_writing = _Writers()
 
 
 @cache
@@ -114,6 +140,6 @@ def _hashers() -> Iterator[Hasher]:
     return itertools.cycle([Hasher() for _ in range(HASHERS)])
 
 
-def next_hasher() -> Hasher | None:
-    """The hasher for one more upload; None if there is only one core."""
-    return next(_hashers()) if len(os.sched_getaffinity(0)) > 1 else None
+def next_hasher() -> Hasher:
+    """The hasher for one more upload."""
+    return next(_hashers())

@@ -193,8 +193,10 @@ class SparseUpload(FileUpload):
             self._hasher = self._hasher or next_hasher()
         # With a list, what is next to be hashed may be in the file.
         hasher = self._hasher if self._list is None else None
+        with _held_if_free(self._hashing) as free:
+            behind = not free or self._hashed < position
         try:
-            with pieces_for(hasher, self._hash_next) as pieces:
+            with pieces_for(hasher, self._hash_next, behind=behind) as pieces:
                 while most:
                     # The kernel keeps a file in larger pages, and sends it faster, if writes are aligned.
                     wanted = pieces.memory()[: min(most, PIECE - position % PIECE)]

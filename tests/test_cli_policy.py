@@ -111,6 +111,15 @@ def test_check(tmp_path: Path) -> None:
     assert "policy.rules[0].action: expected one of allow, deny" in result.stderr
 
 
+def test_the_check_of_a_configuration_warns_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "entrepot.yml"
+    tree = policy(LATEST, {**LATEST, "name": "again"})
+    file.write_text(json.dumps({**tree, "disk": {"path": str(tmp_path / "disk")}}))
+    result = CliRunner().invoke(main, ["check", str(file)])
+    said = "warning: policy rule again never decides: moving matches all that it does"
+    assert said in result.output
+
+
 # Cases
 
 

@@ -8,6 +8,7 @@ import math
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,6 +17,7 @@ from structlog.testing import LogCapture
 
 from proxy.policy import rules
 from proxy.policy.condition import Condition, Evidence, Subject
+from proxy.policy.graph import ReachedContent
 from proxy.policy.policed import PolicedRegistry
 from storage.errors import Denied, Unavailable
 from storage.oci import Tag
@@ -370,6 +372,44 @@ async def test_what_clients_read_differently_is_never_good(
     site = await serve(upstream, top=policy(SIGNED))
     assert "is no manifest that all clients read alike" in await refusal(site, "v2")
     assert condition.asked == []
+
+
+async def test_what_leads_to_content_is_read_again_only_where_it_is_needed(
+    serve: Serve, upstream: Upstream, condition: Allowing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = upstream.image("a/b", "v1", [b"one", b"two", b"three"])
+    bad = upstream.image("a/b", "v2", [b"bad"])
+    condition.met = {image.digest}
+    site = await serve(upstream, top=policy(SIGNED))
+    reads: list[str] = []
+    read = ReachedContent._read
+
+    def counting(self: ReachedContent, *arguments: Any) -> Any:
+        reads.append(self._repository)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(ReachedContent, "_read", counting)
+    assert await status(site, "v1") == 200
+    before = len(reads)
+    for digest in (image.config, *image.layers):  # each changes the records
+        assert await status(site, digest, "blobs") == 200
+    assert len(reads) == before
+    await refusal(site, "v2")
+    for digest in bad.layers:
+        await refusal(site, digest, "blobs")
+    assert len(reads) > before
+
+
+async def test_what_another_worker_has_learned_counts(
+    serve: Serve, upstream: Upstream, tmp_path: Path
+) -> None:
+    image = upstream.image("a/b", "latest")
+    other = await serve(upstream)
+    site = await serve(upstream, top=policy(LATEST))
+    assert await status(site, digest_of(b"else"), "blobs") == 404  # what is known now is not enough later
+    assert await status(other, "latest") == 200
+    for kind, digest in served(image):
+        await refusal(site, digest, kind)
 
 
 # In the way of requests

@@ -71,7 +71,13 @@ def _access(config: Config, found: Preflight) -> None:
 
 
 def _policy(config: Config, found: Preflight) -> None:
+    from proxy.policy.coverage import unreachable
     from proxy.policy.rules import RuleBook
+
+    for rule, before in unreachable(config.policy.rules):
+        found.warnings.append(
+            f"policy rule {rule.name} never decides: {before.name} matches all that it does"
+        )
 
     try:
         RuleBook(config.policy, time.time)

@@ -15,7 +15,7 @@ from storage.errors import StorageFailed
 from storage.graph import Walk, named_digests
 from storage.keys import MANIFEST, MOVES, TAG
 from storage.maintenance.usage import parse_moves
-from storage.oci import Digest, Manifest, Tag
+from storage.oci import Digest, Manifest, Reference, Tag
 from storage.store import Store
 from storage.values import Pointer, StoredManifest
 
@@ -33,11 +33,19 @@ class ReachedContent:
         self._tags: defaultdict[Digest, dict[Tag, None]] = defaultdict(dict)
         self._naming: defaultdict[Digest, dict[Digest, None]] = defaultdict(dict)
 
-    async def refresh(self) -> None:
-        """Read what is stored, if that may have changed.  Raises StorageFailed."""
+    async def refresh(self) -> bool:
+        """Read what is stored, if that may have changed, and return whether.
+
+        While the records cannot be read, what was known before counts.
+        """
         version = self._store.records.version()
         if version is not None and version == self._version:
-            return
+            return False
+        with suppress(StorageFailed):
+            await self._read_stored(version)
+        return True
+
+    async def _read_stored(self, version: object) -> None:
         tags, manifests = await self._store.run(self._read, frozenset(self._known))
         for tag, digest in tags:
             self._tags[digest][tag] = None
@@ -63,8 +71,10 @@ class ReachedContent:
                 manifests.append((digest, _named(stored.content)))
         return tags, manifests
 
-    def add(self, manifest: Manifest) -> None:
-        """Take in a manifest that may not be stored."""
+    def add(self, reference: Reference, manifest: Manifest) -> None:
+        """Take in what a reference stands for, which may not be stored."""
+        if isinstance(reference, Tag):
+            self._tags[manifest.digest][reference] = None
         if manifest.digest not in self._known:
             self._add(manifest.digest, _named(manifest.content))
 
@@ -102,15 +112,13 @@ class ReachedRepositories:
         self._store = store
         self._known: OrderedDict[str, ReachedContent] = OrderedDict()
 
-    async def of(self, repository: str) -> ReachedContent:
-        """What is known now; while the records cannot be read, what was known before."""
+    def of(self, repository: str) -> ReachedContent:
+        """What is known; refresh() reads what is new."""
         if (found := self._known.get(repository)) is None:
             found = self._known[repository] = ReachedContent(self._store, repository)
             if len(self._known) > REPOSITORIES:
                 self._known.popitem(last=False)
         self._known.move_to_end(repository)
-        with suppress(StorageFailed):
-            await found.refresh()
         return found
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -48,7 +48,8 @@ _DOCUMENT = re.compile(r"text/.*|application/(?:.*\+)?(?:json|xml)|application/c
 class Ruling:
     """What the policy says of a reference, until a time in seconds since the epoch.
 
-    What is allowed only by an `override` is what its rule refuses.
+    What is allowed only by an `override` is what its rule refuses.  If it is `led` to by a tag that is known,
+    more knowledge of what leads to it does not take the permission away.
     """
 
     rule: ServingRule
@@ -56,6 +57,7 @@ class Ruling:
     reason: str
     until: float = math.inf
     override: Override | None = None
+    led: bool = False
 
     @property
     def weight(self) -> int:
@@ -111,9 +113,10 @@ class Judge:
             return known
         ruling = self.at_once(repository, reference)
         if ruling is None:
-            reached = await self._reached.of(self.full(repository))
-            reached.add(manifest)
-            ruling = await self._judge(repository, reference, manifest, reached)
+            self._reached.of(self.full(repository)).add(reference, manifest)
+            ruling = await self._by_what_leads(
+                repository, lambda reached: self._judge(repository, reference, manifest, reached)
+            )
         return self._remember(key, ruling)
 
     async def blob(self, repository: str, digest: Digest) -> Ruling:
@@ -122,8 +125,23 @@ class Judge:
         if (known := self._remembered(key)) is not None:
             return known
         if (ruling := self.at_once(repository, digest)) is None:
-            ruling = await self._of_blob(repository, digest)
+            ruling = await self._by_what_leads(
+                repository, lambda reached: self._of_blob(repository, digest, reached)
+            )
         return self._remember(key, ruling)
+
+    async def _by_what_leads(
+        self, repository: str, judge: Callable[[ReachedContent], Awaitable[Ruling]]
+    ) -> Ruling:
+        """The ruling of `judge`, which is given what is known to lead to content.
+
+        That is read again only if what is known is not enough: in a large repository it takes time.
+        """
+        reached = self._reached.of(self.full(repository))
+        ruling = await judge(reached)
+        if ruling.allowed and ruling.led and ruling.override is None:
+            return ruling
+        return await judge(reached) if await reached.refresh() else ruling
 
     def held(self, repository: str, reference: Reference, held: Held | None) -> Held | None:
         """`held`, as long as it may be served again without being judged again; None if it may not."""
@@ -146,14 +164,13 @@ class Judge:
         return Ruling(self._rules.allowing, True, "", until) if self._clock() < until else None
 
     def _remember(self, key: _Key, ruling: Ruling) -> Ruling:
-        if ruling.allowed and ruling.override is None:
+        if ruling.allowed and ruling.led and ruling.override is None:
             _put(self._allowed, key, ruling.until)
         return ruling
 
     # Judging
 
-    async def _of_blob(self, repository: str, digest: Digest) -> Ruling:
-        reached = await self._reached.of(self.full(repository))
+    async def _of_blob(self, repository: str, digest: Digest, reached: ReachedContent) -> Ruling:
         rulings: list[Ruling] = []
         failed: RegistryError | None = None
         for each in reached.naming(digest):
@@ -186,9 +203,11 @@ class Judge:
     ) -> Ruling:
         digest = manifest.digest
         leading = self._leading(repository, reference, digest, reached)
+        tagged = {(root, rule) for root, tag, rule in leading if tag is not None}
         best: Ruling | None = None
         for root, rule in dict.fromkeys((root, rule) for root, _, rule in leading):
             ruling = await self._apply(rule, repository, {root, digest}, manifest)
+            ruling = replace(ruling, led=(root, rule) in tagged)
             if best is None or ruling.weight < best.weight:
                 best = ruling
             if best.allowed:
@@ -219,8 +238,9 @@ class Judge:
         if (ruling := self.at_once(repository, reference)) is not None:
             return None, ruling, []
         manifest = await self._registry.get_manifest(repository, reference)
-        reached = await self._reached.of(self.full(repository))
-        reached.add(manifest)
+        reached = self._reached.of(self.full(repository))
+        reached.add(reference, manifest)
+        await reached.refresh()
         leads = []
         for root, tag, rule in self._leading(repository, reference, manifest.digest, reached):
             found = await self._apply(rule, repository, {root, manifest.digest}, manifest)

@@ -126,7 +126,7 @@ class UsageRecorder:
             # What a tag stood for in the past is no use of the tag.
             reference = exchange.reference if exchange.as_of is None else exchange.digest
             key = namespace, exchange.repository, reference, exchange.digest
-            if self._journal is not None:
+            if self._journal is not None and not exchange.peer:
                 window.count_pull((f"{namespace}/{exchange.repository}", *key[2:]), exchange, now)
             use = window.uses.get(key)
             if use is not None:

@@ -249,13 +249,13 @@ async def test_a_proxy_that_is_not_there(ask: Ask, upstream: Upstream) -> None:
     assert "secret" not in str(raised.value)
 
 
-def test_a_file_that_is_no_certificate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("insecure", [False, True])
+def test_a_file_that_is_no_certificate(tmp_path: Path, insecure: bool) -> None:
     file = tmp_path / "ca.pem"
     file.write_text("nothing")
-    with pytest.raises(OSError):  # ssl.SSLError is one
-        Connect(ca_file=file).ssl_context()
-    with pytest.raises(OSError):
-        Connect(client_certificate=tmp_path / "absent").ssl_context()
+    for wrong in (Connect(ca_file=file), Connect(client_certificate=tmp_path / "absent")):
+        with pytest.raises(OSError):  # ssl.SSLError is one
+            replace(wrong, insecure_skip_verify=insecure).ssl_context()
 
 
 # Time

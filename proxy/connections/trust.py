@@ -66,6 +66,17 @@ def client_context(ca_file: Path | None = None) -> ssl.SSLContext:
     return context
 
 
+def insecure_context(ca_file: Path | None = None) -> ssl.SSLContext:
+    """A new context that accepts any certificate.  Raises the errors of client_context()."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without the system's authorities: they take 20 ms
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if ca_file is not None:
+        context.load_verify_locations(ca_file)
+    context.sslobject_class = ClientSSLObject
+    return context
+
+
 def shared_context(ca_file: Path | None = None) -> ssl.SSLContext:
     """As client_context(), for those who do not change it: without `ca_file` it is public_context()."""
     return public_context() if ca_file is None else client_context(ca_file)

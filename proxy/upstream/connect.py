@@ -6,7 +6,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy.connections.trust import client_context, shared_context
+from proxy.connections.trust import client_context, insecure_context, shared_context
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ class Connect:
         """Raises OSError if a file cannot be read, ssl.SSLError if it is invalid."""
         if not (self.ca_file or self.client_certificate or self.insecure_skip_verify):
             return shared_context()
-        context = client_context(self.ca_file)
-        if self.insecure_skip_verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
+        context = (insecure_context if self.insecure_skip_verify else client_context)(self.ca_file)
         if self.client_certificate is not None:
             context.load_cert_chain(self.client_certificate, self.client_key)
         return context

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, takewhile
-from typing import TypeAlias, TypeVar, cast
+from typing import TypeAlias, TypeVar
 
 from storage.concurrency import run_in_thread
 from storage.content import BlobContent
@@ -85,7 +85,7 @@ class Store(Registry):
     ) -> None:
         self.files = files
         self._collected = collected
-        self.records = cast(Records, CountedRecords(records))
+        self.records: Records = CountedRecords(records)
         self.listings = OriginListings(self.records, clock)
         self._clock = clock
         # Of their own: if a server does not answer, those who do not need it go on.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -150,12 +150,10 @@ class CountedBatch:
 
     def __init__(self, batch: Batch, fresh: bool) -> None:
         self._batch = batch
+        self.get, self.count, self.tags_at = batch.get, batch.count, batch.tags_at
         self._fresh = fresh
         self.known = False  # whether it has seen, or made, the record that says what is empty
         self._changes: dict[str, list[RecordChange]] = {}  # by the key of the total
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batch, name)
 
     def put(self, key: str, value: bytes) -> None:
         self._note(key, value)
@@ -199,12 +197,13 @@ class CountedRecords:
 
     def __init__(self, records: Records) -> None:
         self._records = records
+        self.remote, self.version, self.turn = records.remote, records.version, records.turn
+        self.get, self.scan, self.keys, self.holds = records.get, records.scan, records.keys, records.holds
+        self.first, self.groups, self.linking = records.first, records.groups, records.linking
+        self.oldest, self.troubles, self.close = records.oldest, records.troubles, records.close
         self._fresh = False  # whether there were no records yet
         with suppress(StorageFailed):  # they are counted later
             self._fresh = records.first(EVERY) is None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._records, name)
 
     def put(self, key: str, value: bytes) -> None:
         if countable(key) is not None:
@@ -221,7 +220,7 @@ class CountedRecords:
     def transaction(self, work: Callable[[Batch], T], shared: bool = False) -> T:
         def counted(batch: Batch) -> tuple[T, bool]:
             counting = CountedBatch(batch, self._fresh)
-            result = work(cast(Batch, counting))
+            result = work(counting)
             counting.finish()
             return result, counting.known
 

@@ -280,8 +280,9 @@ async def test_what_cannot_be_recorded_waits(rig: Rig, monkeypatch: pytest.Monke
         def fail(*arguments: object, **options: object) -> None:
             raise StorageFailed("the disk is full")
 
-        patch.setattr(rig.records, "transaction", fail)
-        patch.setattr(rig.records, "get", fail)
+        for records in (rig.records, rig.store.records):
+            patch.setattr(records, "transaction", fail)
+            patch.setattr(records, "get", fail)
         rig.served(old)
         rig.recorder.moved(ALPINE, LATEST, old.digest, new.digest)
         await rig.flush()

@@ -423,6 +423,29 @@ async def test_without_a_policy_nothing_stands_in_the_way(serve: Serve, upstream
     assert members["local"].registry is parts.hosted["local"]
 
 
+@pytest.mark.parametrize(
+    "top",
+    [
+        {"policy": LISTED},
+        {"policy": {**LISTED, "moves": [{"name": "cooldown", "min_age": "3d"}]}},
+        policy(LATEST),
+        policy(SIGNED),
+        policy({**SIGNED, "name": "plain"}),
+    ],
+)
+async def test_what_is_allowed_is_not_judged_again(
+    serve: Serve, upstream: Upstream, hits: Counter[bool], condition: Allowing, top: dict[str, Any]
+) -> None:
+    image = upstream.image("a/b", "v1")
+    condition.met = {image.digest}
+    site = await serve(upstream, top=top, fresh_for="30d")
+    for reference in ("v1", image.digest):
+        hits.clear()
+        for _ in range(5):
+            assert await status(site, reference) == 200
+        assert hits[True] >= 2  # the first may be a miss, and what came once is not remembered
+
+
 async def test_a_private_registry_and_any_host_are_judged_too(serve: Serve, upstream: Upstream) -> None:
     image = upstream.image("a/b", "latest")
     rule = {**LATEST, "repositories": ["local/*", "other.example/*"]}

@@ -164,7 +164,7 @@ class Judge:
         return Ruling(self._rules.allowing, True, "", until) if self._clock() < until else None
 
     def _remember(self, key: _Key, ruling: Ruling) -> Ruling:
-        if ruling.allowed and ruling.led and ruling.override is None:
+        if ruling.allowed and ruling.override is None:
             _put(self._allowed, key, ruling.until)
         return ruling
 

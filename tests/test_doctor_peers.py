@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from proxy.doctor import peers
+from proxy.doctor import peers, running
 from proxy.doctor.checks import Check
 from proxy.upstream import membership
 from tests.conftest import Clock, configuration
@@ -109,3 +109,11 @@ def _with(resolve: membership.Resolve) -> Any:
         return membership.Membership(config.peers, config.listen.port, resolve=resolve)
 
     return made
+
+
+def test_a_replica_that_is_left_out_is_no_upstream() -> None:
+    labels = {"namespace": "peers", "host": "10.0.0.2:5000"}
+    (found,) = running._check_breakers([running.Sample(running.OPEN, labels, 1.0)])
+    assert (found.subject, found.state) == ("peers", "warning")
+    assert "10.0.0.2:5000 has failed and is left out" in found.message
+    assert "cached content" not in found.message

@@ -99,6 +99,9 @@ def _check_breakers(samples: list[Sample]) -> list[Check]:
             subject, host = each.labels.get("namespace", "?"), each.labels.get("host", "?")
             advice = f"entrepot why {subject}/NAME shows the reason; the server tries again by itself"
             message = f"{host} has failed and is paused: only cached content is served"
+            if subject == "peers":
+                advice = "look whether that replica runs; this one tries again by itself"
+                message = f"{host} has failed and is left out: others are asked in its place"
             found.append(warning("breaker", subject, message, advice))
     if hosts and not found:
         found.append(ok("breaker", "all", "no upstream is paused"))

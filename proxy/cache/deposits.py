@@ -70,7 +70,8 @@ class Deposits:
                 async with self._turns:
                     return await self._deposit(digest)
             except (StorageFailed, Unavailable) as error:
-                log.info("deposit.postponed", digest=digest, error=str(error), seconds=wait)
+                if wait > FIRST:  # else another server may just be storing it
+                    log.info("deposit.postponed", digest=digest, error=str(error), seconds=wait)
             await asyncio.sleep(wait)
             wait = min(2 * wait, LAST)
 

@@ -114,6 +114,7 @@ OTHER = "the signature is of another digest, sha256:bf4765d502ffaa0c"
     [
         ("classic-other-key", "the signature is by another key, or the content was changed"),
         ("classic-other-digest", OTHER),
+        ("former-ed25519", "the signature is by another key, or the content was changed"),
         ("classic-tampered", "the signature is by another key, or the content was changed"),
         ("bundle-other-key", f"the signature is by another key, {hint('other')}"),
         ("bundle-other-key-referrers", f"the signature is by another key, {hint('other')}"),

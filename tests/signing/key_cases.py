@@ -114,6 +114,26 @@ def make_referring(maker: Maker) -> None:
         )  # fmt: skip
 
 
+def make_former(maker: Maker) -> None:
+    """What version 2 of cosign signs, with keys of its own; version 3 does not verify its Ed25519."""
+    pairs = {
+        "former-ecdsa": ec.generate_private_key(ec.SECP256R1()),
+        "former-ed25519": ed25519.Ed25519PrivateKey.generate(),
+    }
+    for name, key in pairs.items():
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (maker.tools.home / f"{name}.pem").write_bytes(private)
+        maker.tools.run(
+            "cosign2", "import-key-pair", "--key", f"{name}.pem", "--output-key-prefix", name, stdin="y\n"
+        )
+        shutil.copy(maker.tools.home / f"{name}.pub", maker.target / f"{name}.pub")
+        with maker.case(name, name, good=name == "former-ecdsa") as (reference, _):
+            maker.tools.run(
+                "cosign2", "sign", "--yes", "--allow-http-registry", "--tlog-upload=false",
+                "--key", f"{name}.key", reference,
+            )  # fmt: skip
+
+
 def make_bundles(maker: Maker) -> None:
     for key in ("ecdsa", "rsa", "ed25519", "p384"):
         with maker.case(f"bundle-{key}", key) as (reference, case):

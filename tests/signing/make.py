@@ -1,9 +1,9 @@
 """Makes tests/data/signatures: `python -m tests.signing.make DIRECTORY`.
 
-It needs `cosign` 3, `notation` and Distribution's `registry` in PATH, and takes some minutes, as signatures
-and a certificate have to expire.  Each case is a repository with one image, and what signs it or pretends to;
-tools write it, and what no tool would write is made of that.  The commands of each case are kept, and the
-verdict of the tool that verifies such signatures.
+It needs `cosign` 3, its version 2 as `cosign2`, `notation` and Distribution's `registry` in PATH, and takes
+some minutes, as signatures and a certificate have to expire.  Each case is a repository with one image, and
+what signs it or pretends to; tools write it, and what no tool would write is made of that.  The commands of
+each case are kept, and the verdict of the tool that verifies such signatures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tests.signing.key_cases import (
     make_attestations,
     make_bundles,
     make_classic,
+    make_former,
     make_index,
     make_keys,
     make_referring,
@@ -56,6 +57,7 @@ def main(target: Path, *only: str) -> None:
         make_keys(maker)
         for make in (
             make_classic,
+            make_former,
             make_referring,
             make_bundles,
             make_attestations,

@@ -9,7 +9,16 @@ from tests.upstream import Upstream
 SIGNERS = {
     **{
         name: {"key": str(DATA / f"{name}.pub")}
-        for name in ("ecdsa", "rsa", "ed25519", "p384", "referring", "other")
+        for name in (
+            "ecdsa",
+            "rsa",
+            "ed25519",
+            "p384",
+            "referring",
+            "other",
+            "former-ecdsa",
+            "former-ed25519",
+        )
     },
     **{
         name: {"certificates": str(DATA / f"{name}.pem")}

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -497,14 +498,14 @@ async def test_a_client_that_keeps_up_gets_its_share_of_each_turn(
     def sendfile(to: int, file: int, offset: int, size: int) -> int:
         """Of a client that takes everything at once."""
         nonlocal position
-        most = send.NEXT if turns[-1:] == [turn] else send.CHUNK
+        most = send.QUICK_CHUNK if position and share else send.CHUNK
         assert (offset, size) == (position, min(most, len(BIG) - position))
         turns.append(turn)
         position += size
         return size
 
     monkeypatch.setattr(os, "sendfile", sendfile)
-    monkeypatch.setattr(send, "SHARE", share)
+    monkeypatch.setattr(send, "SHARE", share)  # if it is 0, each call is late
     monkeypatch.setattr(send, "TURN", 60.0)
     url = await over(One(lambda: files.open(Digest.of(BIG))))
     ear = Ear()
@@ -516,6 +517,32 @@ async def test_a_client_that_keeps_up_gets_its_share_of_each_turn(
     assert (event["status"], event["bytes"]) == (200, len(BIG))
     assert position == len(BIG)
     assert len(set(turns)) == (1 if share else math.ceil(len(BIG) / send.CHUNK))
+
+
+async def test_after_a_call_that_waited_for_the_disk_less_is_asked_of_it(
+    over: Over, files: BlobFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, position = 0.0, 0
+    durations = iter([0.0001, 0.0001, 0.02, 0.02, 0.0001])
+    sizes: list[int] = []
+
+    def sendfile(to: int, file: int, offset: int, size: int) -> int:
+        nonlocal now, position
+        assert offset == position
+        now += next(durations, 0.0)
+        position += size
+        sizes.append(size)
+        return size
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(send, "time", SimpleNamespace(perf_counter=lambda: now))
+    url = await over(One(lambda: files.open(Digest.of(BIG))))
+    ear = Ear()
+    async with connect(url) as wire:
+        await wire.send(f"GET {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await ear.heard("request.served")
+    small, large = send.CHUNK, send.QUICK_CHUNK
+    assert sizes == [small, large, large, small, small, len(BIG) - 3 * small - 2 * large]
 
 
 def test_all_clients_share_a_turn() -> None:

@@ -35,7 +35,7 @@ LEFT = "client left"
 STUCK = "client took nothing"
 SMALL = 64 << 10  # bytes up to which copying is faster than setting up sendfile
 CHUNK = 1 << 20  # bytes that one call sends: what a disk reads in a few milliseconds
-NEXT = 2 << 20  # bytes that the next calls of a turn send, as the first one did not wait for the disk
+QUICK_CHUNK = 2 << 20  # the same, as long as no call has waited for the disk
 TURN = 0.002  # seconds in which all clients are sent to before others get their turn
 SHARE = 0.0005  # seconds of a turn that one client gets at most, beyond its first chunk
 PIECE = 256 << 10  # bytes encrypted at once; up to two pieces wait in memory for a slow client
@@ -273,22 +273,22 @@ class _Sender:
 
     async def _pump(self, client: int, file: int, span: Span) -> None:
         """Send `span` of `file` as fast as `client`, a non-blocking socket, takes it."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        position, stop = span.start, span.stop or 0
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        position, stop, most = span.start, span.stop or 0, CHUNK
 
         def pump() -> None:
-            nonlocal position
+            nonlocal position, most
             if done.done():
                 return
-            end, most = self._turns.end(), CHUNK
+            end, now = self._turns.end(), time.perf_counter()
             try:
                 while sent := _sendfile(client, file, position, min(stop, position + most)):
                     position += sent
                     self._exchange.bytes += sent
-                    if sent < most or position == stop or time.perf_counter() >= end:
+                    whole, begun, now = sent == most, now, time.perf_counter()
+                    most = QUICK_CHUNK if now - begun < SHARE else CHUNK
+                    if not whole or position == stop or now >= end:
                         break
-                    most = NEXT
             except (OSError, EOFError, StorageFailed) as error:
                 done.set_exception(error)
                 return
@@ -297,14 +297,14 @@ class _Sender:
 
         pump()
         if not done.done():
-            loop.add_writer(client, pump)
+            done.get_loop().add_writer(client, pump)
             try:
                 before = -1
                 while position > before and not done.done():
                     before = position
                     await asyncio.wait((done,), timeout=self._patience)
             finally:
-                loop.remove_writer(client)
+                done.get_loop().remove_writer(client)
                 if done.done():
                     done.exception()  # mark it as retrieved: on cancellation nothing awaits it
         if not done.done():

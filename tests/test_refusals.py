@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cache import rest
+from proxy.cache import parts, rest
 from proxy.cache.policy import Threshold
 from proxy.cache.refusals import LASTING, RECENT, RangeRefusals
 from storage.errors import OriginFailed, RegistryError, TooManyRequests
-from storage.oci import Digest
+from storage.oci import OCTETS, Descriptor, Digest, Span
+from storage.registry import Blob, Registry
 from storage.shared import SharedTable
 from tests.conftest import Clock
-from tests.test_fetcher import BODY, SIZE, Rig, asked, leave_holes, to_ranges
+from tests.test_fetcher import BODY, SIZE, Dealt, Rig, asked, leave_holes, to_ranges
+from tests.test_fills import heard
 from tests.upstream import Fault, Reset, Status, Upstream
 
 NEVER = Threshold(share=1.0, clients=99)
@@ -155,3 +157,47 @@ def test_a_refused_range_is_not_asked_for_again_at_once(clock: Clock) -> None:
     refusals.add(100, 200, OriginFailed("it failed"))
     refusals.forgive(0, 101)
     refusals.check(150)
+
+
+class Faulty(Registry):
+    """An origin whose ranges meet a fault of the program; with `blob` it sends all of that."""
+
+    def __init__(self, blob: Blob | None = None) -> None:
+        self.asked = 0
+        self._blob = blob
+
+    async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
+        return Descriptor(OCTETS, digest, SIZE)
+
+    async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
+        if span is None and self._blob is not None:
+            return self._blob
+        self.asked += 1
+        raise LookupError("a fault")
+
+
+@pytest.mark.errors("fill.failed")
+async def test_a_fault_in_a_range_is_met_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "ASSUMED", 1)
+    digest, gate = Digest.of(BODY), asyncio.Event()
+    origin = Faulty(Dealt(digest, 0, SIZE, gate))
+    rig.source = replace(rig.source, origin=origin)
+    failed = heard("fill.failed")
+    assert await rig.read(digest, 0, 1000) == BODY[:1000]
+    waiting = asyncio.create_task(rig.read(digest, 900_000, 900_100))
+    await failed.wait()
+    gate.set()
+    assert await waiting == BODY[900_000:900_100]  # the fill brings it
+    await rig.fills.ended(digest)
+    assert origin.asked == 1
+
+
+@pytest.mark.errors("fill.failed")
+async def test_a_fault_in_a_range_of_a_lazy_namespace_is_told(rig: Rig) -> None:
+    origin = Faulty()
+    rig.source = replace(rig.source, origin=origin)
+    with pytest.raises(OriginFailed, match="a range of a/b could not be fetched"):
+        await rig.read(Digest.of(BODY), 900_000, 900_100, NEVER)
+    with suppress(OriginFailed):
+        await rig.fills.ended(Digest.of(BODY))
+    assert origin.asked == 1

@@ -255,6 +255,12 @@ class Transfers:
             if not self._fill.rest.due and not part.granted:
                 await self._count(source, error)
             self._refuse(part, error)
+        except Exception as error:  # it would meet whoever asks again
+            failure = OriginFailed(f"a range of {source.name} could not be fetched: see the log")
+            self.refusals.add(part.start, part.stop, failure)
+            self.refusals.pause(math.inf)
+            self._fill.rest.fail(failure)
+            self._fill.log.error("fill.failed", error=repr(error), exc_info=error)
         finally:
             self._end(part)
 

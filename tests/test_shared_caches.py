@@ -40,11 +40,16 @@ def content_of(upstream: Upstream, image: Image) -> dict[str, bytes]:
     return {each: upstream.repositories["a/b"].blobs[each] for each in (image.config, *image.layers)}
 
 
-async def deposited(site: Site) -> None:
-    """Wait until it has handed over all that it fetched."""
+async def filled(site: Site) -> None:
+    """Wait until all that it fetches is stored: clients have their last byte a moment before."""
     for fill in site.app.composition.fills.in_flight():
         assert fill.task is not None
         await asyncio.wait([fill.task])
+
+
+async def deposited(site: Site) -> None:
+    """Wait until it has handed over all that it fetched."""
+    await filled(site)
     deposits = site.app.composition.deposits
     assert deposits is not None
     await deposits.ended()
@@ -163,6 +168,7 @@ async def test_a_bucket_that_is_down_costs_no_pull(
     await pull(one, upstream, image)
     await pull(one, upstream, image)
     assert fake.objects == {}
+    await filled(one)
     deposits = one.app.composition.deposits
     assert deposits is not None
     with pytest.raises(Unavailable):

@@ -42,6 +42,7 @@ class Deposits:
         self._objects = objects
         self._tasks: dict[Digest, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._resuming = asyncio.Lock()
 
     async def announce(self, digest: Digest) -> None:
         """Record that the blob is to be handed over."""
@@ -57,11 +58,12 @@ class Deposits:
 
     async def resume(self) -> None:
         """Hand over what was announced, and is not under way here."""
-        for key in await run_in_thread(lambda: list(self._store.records.keys(DEPOSIT.prefix()))):
-            digest = Digest(DEPOSIT.parse(key)[0])
-            if digest not in self._tasks:
-                with suppress(StorageFailed, Unavailable):
-                    await self._deposit(digest)
+        async with self._resuming:
+            for key in await run_in_thread(lambda: list(self._store.records.keys(DEPOSIT.prefix()))):
+                digest = Digest(DEPOSIT.parse(key)[0])
+                if digest not in self._tasks:
+                    with suppress(StorageFailed, Unavailable):
+                        await self._deposit(digest)
 
     async def _persist(self, digest: Digest) -> None:
         wait = FIRST

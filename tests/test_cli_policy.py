@@ -214,7 +214,7 @@ async def test_an_explanation_says_what_leads_to_it(serve: Serve, upstream: Upst
     words = "policy", "explain", f"a/b@{child.digest}", "--server", str(site.app.admin_url), "--wide"
     result = await asyncio.to_thread(CliRunner().invoke, main, words)
     assert result.exit_code == 0, result.output
-    assert "VERDICT  allowed" in result.stdout
+    assert "verdict  allowed" in result.stdout
     assert f"{index.digest}  v1   releases" in result.stdout
 
 

@@ -17,7 +17,7 @@ import pytest
 from rich.cells import cell_len
 
 import proxy.cli
-from proxy.admin import models, reports
+from proxy.admin import models, policy_reports, reports
 from proxy.cli import (
     bundles,
     content,
@@ -27,6 +27,7 @@ from proxy.cli import (
     migrate,
     offline,
     pins,
+    policy,
     removal,
     status,
     stores,
@@ -34,6 +35,7 @@ from proxy.cli import (
 from proxy.cli.console import write
 from proxy.cli.tables import Column, Table, _widths, clean, fitted, plain, shortened, shortened_digest
 from proxy.doctor.checks import Diagnosis
+from proxy.policy.replay import ReplayedPull
 from proxy.transfer import results
 
 NOW = 1_700_000_000.0
@@ -135,6 +137,13 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "import": (results.BundleImported, bundles.import_tables),
     "import --from-registry-dir": (results.Migrated, migrate.migration_tables),
     "copy": (results.Copied, copy.copy_tables),
+    "policy test": (list[policy.CaseResult], policy.case_tables),
+    "policy explain": (policy_reports.PolicyExplained, policy.explained_tables),
+    "policy replay": (list[ReplayedPull], policy.replay_tables),
+    "policy held": (list[policy_reports.HeldRow], policy.held_tables),
+    "policy approve": (policy_reports.HeldRow, policy.decided_tables),
+    "policy overrides": (list[policy_reports.OverrideRow], policy.override_tables),
+    "policy override --end": (policy_reports.OverrideRow, policy.ended_tables),
     "doctor": (Diagnosis, doctor.check_tables),
 }
 

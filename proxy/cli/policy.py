@@ -118,7 +118,7 @@ def run_cases(call: CommandContext, cases: Path, path: Path | None, settings: tu
     async def work() -> None:
         config = load(path, settings=settings)
         results = [_judged(config, each) for each in _read(cases)]
-        call.print(results, _case_tables)
+        call.print(results, case_tables)
         if not all(each.passed for each in results):
             sys.exit(1)
 
@@ -158,7 +158,7 @@ def _full_name(config: Config, name: str) -> str:
     return f"{read.host}/{read.repository}"
 
 
-def _case_tables(results: Sequence[CaseResult], now: float) -> Sequence[Table]:
+def case_tables(results: Sequence[CaseResult], now: float) -> Sequence[Table]:
     columns = (
         Column("IMAGE", whole=True),
         Column("EXPECTED"),
@@ -188,12 +188,13 @@ def explain(call: CommandContext, reference: str) -> None:
 
 def explained_tables(found: policy_reports.PolicyExplained, now: float) -> Sequence[Table]:
     verdict = "allowed" if found.allowed else {"enforce": "refused"}.get(found.mode, f"served ({found.mode})")
-    table = Table((Column(""), Column("", whole=True)), title=written(found.repository, found.reference))
-    table.add("VERDICT", verdict)
-    table.add("RULE", found.rule or "-")
-    table.add("REASON", found.reason)
+    title = written(found.repository, found.reference)
+    table = Table((Column("FIELD", whole=True), Column("VALUE")), title=title)
+    table.add("verdict", verdict)
+    table.add("rule", found.rule or "-")
+    table.add("reason", found.reason)
     if found.digest:
-        table.add("DIGEST", found.digest)
+        table.add("digest", found.digest)
     if not found.leads:
         return [table]
     columns = (
@@ -201,13 +202,12 @@ def explained_tables(found: policy_reports.PolicyExplained, now: float) -> Seque
         Column("TAG"),
         Column("RULE"),
         Column("ALLOWED"),
-        Column("REASON"),
+        Column("REASON", drop=1),
     )
     leads = Table(columns)
     for each in found.leads:
-        leads.add(
-            each.digest, each.tag or "-", each.rule or "-", "yes" if each.allowed else "no", each.reason
-        )
+        allowed = "yes" if each.allowed else "no"
+        leads.add(each.digest, each.tag or "-", each.rule or "-", allowed, each.reason)
     return [table, leads]
 
 
@@ -249,7 +249,7 @@ def approve(call: CommandContext, reference: str) -> None:
     REF@DIGEST is the tag and the digest to which it may move, such as alpine:3.20.1@sha256:…: now if its
     upstream has given that, or else when it does.
     """
-    call.ask(lambda operations: operations.approve(reference), _decided_tables)
+    call.ask(lambda operations: operations.approve(reference), decided_tables)
 
 
 @policy.command(cls=ExplainedCommand)
@@ -260,10 +260,10 @@ def reject(call: CommandContext, reference: str) -> None:
 
     REF@DIGEST is the tag and the digest to which it never moves, unless that is approved later.
     """
-    call.ask(lambda operations: operations.reject(reference), _decided_tables)
+    call.ask(lambda operations: operations.reject(reference), decided_tables)
 
 
-def _decided_tables(found: policy_reports.HeldRow, now: float) -> Sequence[Table]:
+def decided_tables(found: policy_reports.HeldRow, now: float) -> Sequence[Table]:
     columns = (
         Column("TAG", whole=True),
         Column("STANDS FOR", digests=True),
@@ -296,7 +296,7 @@ def make_override(
     if end and (seconds is not None or reason is not None):
         raise click.UsageError("--end takes neither --for nor --reason")
     if end:
-        call.ask(lambda operations: operations.end_override(reference), _ended_tables)
+        call.ask(lambda operations: operations.end_override(reference), ended_tables)
         return
     if seconds is None or reason is None:
         raise click.UsageError("give --for and --reason, or --end")
@@ -323,7 +323,7 @@ def override_tables(rows: Sequence[policy_reports.OverrideRow], now: float) -> S
     return [table]
 
 
-def _ended_tables(found: policy_reports.OverrideRow, now: float) -> Sequence[Table]:
+def ended_tables(found: policy_reports.OverrideRow, now: float) -> Sequence[Table]:
     table = Table((Column("IMAGE", whole=True), Column("ENDED")))
     table.add(found.image, format_time(found.until, now))
     return [table]
@@ -348,14 +348,14 @@ def replay_pulls(call: CommandContext, file: Path, period: str) -> None:
         proposed = load(file).policy
         rows = await operations.pulled(period)
         found = replay(proposed, [PulledReference(**msgspec.structs.asdict(each)) for each in rows])
-        call.print(found, _replay_tables)
+        call.print(found, replay_tables)
         if any(each.outcome == "deny" for each in found):
             sys.exit(1)
 
     call.run(work)
 
 
-def _replay_tables(found: Sequence[ReplayedPull], now: float) -> Sequence[Table]:
+def replay_tables(found: Sequence[ReplayedPull], now: float) -> Sequence[Table]:
     columns = (
         Column("IMAGE", whole=True),
         Column("WHO"),

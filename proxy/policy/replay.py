@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from proxy.config.policy import PolicyConfig
 from proxy.policy.rules import RuleBook, ServingRule
@@ -13,8 +14,7 @@ from storage.maintenance.pull_journal import PulledReference
 from storage.names import written
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayedPull:
+class ReplayedPull(msgspec.Struct, frozen=True):
     """Pulls of an image by one caller that a rule would have refused, or would have had to verify."""
 
     image: str

@@ -77,7 +77,7 @@ class RuleBook:
 def _rules(policy: PolicyConfig, clock: Callable[[], float] | None) -> Iterator[ServingRule]:
     signers = {} if clock is None else signers_of(policy.signers)
     for each in policy.rules:
-        unjudged = (Unjudged(),) if each.signers else ()
+        unjudged = (Unjudged(),) if each.signers or each.locked is not None else ()
         conditions = unjudged if clock is None else conditions_of(each, signers, clock)
         yield _rule(each, policy.mode, conditions)
 

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from storage.bucket.blobs import BucketBlobs
 from storage.errors import Unavailable
 from storage.keys import BLOB, DEPOSIT, LINK, MANIFEST, OBJECT
 from storage.keys import TAG as TAG_RECORD
@@ -168,11 +169,10 @@ async def test_a_bucket_that_is_down_costs_no_pull(
     await pull(one, upstream, image)
     await pull(one, upstream, image)
     assert fake.objects == {}
-    await filled(one)
-    deposits = one.app.composition.deposits
-    assert deposits is not None
-    with pytest.raises(Unavailable):
-        await deposits._deposit(Digest(image.layers[0]))
+    common = one.app.composition.common
+    assert common is not None and isinstance(common.files, BucketBlobs)
+    with pytest.raises(Unavailable):  # as its attempts to store what it fetched
+        await asyncio.to_thread(common.files.bucket.probe)
     assert (await ready(one))["status"] == "degraded"
     fake.down = None
     await deposited(one)

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 CASES = cases()
 # Where Entrepôt judges otherwise than the tool: docs/policy.md says why.
-OTHERWISE = {"classic-p384", "bundle-p384", "attested-provenance", "attested-scan"}
+OTHERWISE = {"classic-p384", "bundle-p384"}
 IDENTITY = ("--certificate-identity-regexp", "https://git.test/acme/.*")
 ISSUER = ("--certificate-oidc-issuer", "https://tokens.test")
 
@@ -70,7 +70,9 @@ async def test_the_tools_agree_with_each_verdict(serve: Serve, upstream: Upstrea
     for name, case in CASES.items():
         repository = f"{case.signer}/{name}"
         image = f"{plain.url.removeprefix('http://')}/{repository}@{case.image}"
-        ran = await asyncio.to_thread(verify, tools, image, case)
         good = await served(judging, repository, case)
         assert good == case.good, name
+        if case.accepted is None:
+            continue
+        ran = await asyncio.to_thread(verify, tools, image, case)
         assert (ran.code == 0) == (good != (name in OTHERWISE)), (name, ran.said)

@@ -18,14 +18,14 @@ DATA = Path(__file__).parent.parent / "data" / "signatures"
 
 @dataclass(frozen=True)
 class SignedCase:
-    """A repository: see Case in make.py.  `accepted` is the verdict of the tool for such signatures."""
+    """A repository: see Case in make.py.  `accepted` is the verdict of the tool for signatures."""
 
     name: str
     signer: str
     good: bool
     image: Digest
     commands: list[str]
-    accepted: bool
+    accepted: bool | None
     said: str
     tags: dict[str, str]
     manifests: dict[str, str]

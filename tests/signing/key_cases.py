@@ -163,7 +163,7 @@ def make_bundles(maker: Maker) -> None:
 
 
 def make_attestations(maker: Maker) -> None:
-    """Attestations alone are no signatures, although `cosign verify` takes those in bundles for some."""
+    """Attestations alone are no signatures."""
     (maker.tools.home / "provenance.json").write_text(json.dumps(PREDICATE))
     (maker.tools.home / "scan.json").write_text(json.dumps({"scanner": {"result": {"critical": 2}}}))
     for name, key, kind, file in (

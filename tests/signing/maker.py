@@ -32,14 +32,14 @@ def encoded(value: Any) -> bytes:
 
 @dataclass
 class Case:
-    """A repository: its image, by whom it claims to be signed, and the verdict of a tool."""
+    """A repository: its image, by whom it claims to be signed, and the verdict of a tool, if one is asked."""
 
     name: str
     signer: str
     good: bool
     image: str
     commands: list[str] = field(default_factory=list)
-    accepted: bool = False
+    accepted: bool | None = None
     said: str = ""
     tags: dict[str, str] = field(default_factory=dict)
     manifests: dict[str, str] = field(default_factory=dict)
@@ -128,6 +128,8 @@ class Maker:
     # What is kept
 
     def _verdict(self, case: Case, registry: HTTPRegistry) -> None:
+        if case.name.startswith("attested"):
+            return  # the tools verify signatures by another command
         image = f"{registry.host}/local/{case.name}@{case.image}"
         if case.signer.startswith("notary"):
             ran = self.tools.verify_with_notation(image, self.target / f"{case.signer}.pem")

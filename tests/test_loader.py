@@ -273,7 +273,7 @@ def test_default_namespace() -> None:
         (webhook("name: a, url: 'ftp://h'"), "webhooks[0].url: must begin with https:// or http://"),
         (
             webhook(f"{HOOK}, actions: [pushed]"),
-            "webhooks[0].actions[0]: expected one of push, pull, delete, mount, move",
+            "webhooks[0].actions[0]: expected one of push, pull, delete, mount, move, hold",
         ),
         (
             webhook(f"{HOOK}, headers: [a]"),

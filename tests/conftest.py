@@ -23,7 +23,7 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from proxy.cache import parts, tags
+from proxy.cache import parts, rest, tags
 from proxy.config import loader
 from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
@@ -148,6 +148,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a machine is quick or slow decides no test: one about it says for how long to wait."""
     monkeypatch.setattr(tags, "PATIENCE", None)
     monkeypatch.setattr(parts, "MEASURED", math.inf)
+    monkeypatch.setattr(rest, "STALL", 30.0)
 
 
 BACKOFF = transport.BACKOFF  # as it is where nobody is in a hurry

@@ -267,6 +267,7 @@ METHODS = {name for name, _ in inspect.getmembers(Registry, inspect.iscoroutinef
 MANIFEST = Manifest.of(OCI_MANIFEST, b"{}")
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "get_blob": (DIGEST, Span(1, 2)),
+    "locate_blob": (DIGEST,),
     "resolve_blob": (DIGEST,),
     "get_manifest": (Tag("latest"),),
     "resolve_manifest": (DIGEST,),

@@ -59,9 +59,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "policy replay": (("entrepot policy replay new.yml --last 7d", "what it would have refused"),),
     "policy explain": (("entrepot policy explain alpine:3", ""),),
     "policy held": (("entrepot policy held", ""),),
-    "policy approve": (
-        ("entrepot policy approve alpine:3.20.1@sha256:…", "the digest that policy held shows"),
-    ),
+    "policy approve": (("entrepot policy approve alpine:3.20.1@sha256:…", ""),),
     "policy override": (
         ("entrepot policy override alpine:edge --for 2h --reason 'hotfix 4711'", ""),
         ("entrepot policy override alpine:edge --end", ""),

@@ -76,6 +76,12 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing of tests/clients where it is left out: all tests there are marked `clients`."""
+    left_out = config.getoption("markexpr") == "not clients"
+    return True if left_out and collection_path == Path(__file__).parent / "clients" else None
+
+
 def _available() -> int:
     """The memory that can be had, in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -9,6 +9,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate, count
 from typing import Any, Literal
 
@@ -42,6 +43,8 @@ NOW = 1_700_000_000.0
 DIGEST = "sha256:" + "ab" * 32
 COLUMNS = (Column("NAME"), Column("SIZE", right=True), Column("DIGEST", digests=True))
 WIDTHS = (60, 80, 120, 200)
+
+type_hints = cache(typing.get_type_hints)
 
 _SHORT = {"repository": "docker.io/library/nginx", "reference": "docker.io/library/nginx:1.27", "tag": "1.27"}
 _LONG = {
@@ -80,7 +83,7 @@ class Filler:
         if origin in (list, Sequence):
             return [self.make(arguments[0], name, depth + 1) for _ in range(3)] if depth < 3 else []
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            hints = typing.get_type_hints(kind)
+            hints = type_hints(kind)
             return kind(**{each: self.make(hints[each], each, depth) for each in kind.__struct_fields__})
         if kind is bool:
             return False

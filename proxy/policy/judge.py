@@ -15,7 +15,6 @@ changed one has processes of its own.  A refusal is never remembered: it is judg
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -23,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from proxy.policy.condition import Evidence, Subject
+from proxy.policy.documents import Documents, claims_documents
 from proxy.policy.graph import ReachedContent, ReachedRepositories
 from proxy.policy.overrides import Override, Overrides
 from proxy.policy.rules import RuleBook, ServingRule
@@ -40,8 +40,6 @@ REMEMBERED = 20_000  # references, and findings of conditions
 RETRY = 10.0  # seconds until a condition that was not met is looked at again
 DEPTH = 4  # of artifacts that are about artifacts
 _WEIGHT = {"audit": 1, "warn": 2, "enforce": 3}
-# The content of signatures, attestations and SBOMs: documents, which no client runs.
-_DOCUMENT = re.compile(r"text/.*|application/(?:.*\+)?(?:json|xml)|application/cose")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +85,7 @@ class Judge:
         self._overrides = overrides
         self._clock = clock
         self._reached = ReachedRepositories(store)
+        self._documents = Documents(registry)
         self._allowed: OrderedDict[_Key, float] = OrderedDict()
         self._evidence: OrderedDict[_Key, Evidence] = OrderedDict()
 
@@ -214,7 +213,8 @@ class Judge:
                 return best
         assert best is not None  # the digest leads to itself
         subjects = _subjects(manifest, (reference, *reached.tags(digest))) if depth < DEPTH else []
-        if (about := await self._on_account(repository, subjects, reached, depth)) is not None:
+        about = await self._on_account(repository, subjects, reached, depth)
+        if about is not None and await self._has_documents(repository, manifest):
             return about
         named = (each for root, tag, _ in leading for each in (tag, root, digest) if each is not None)
         found = self._overrides.find(self.full(repository), named)
@@ -258,6 +258,11 @@ class Judge:
                 if ruling.allowed:
                     return ruling
         return None
+
+    async def _has_documents(self, repository: str, manifest: Manifest) -> bool:
+        content = contents(manifest.content)
+        with aside():
+            return content is not None and await self._documents.alone(repository, content)
 
     async def _apply(
         self, rule: ServingRule, repository: str, digests: set[Digest], manifest: Manifest
@@ -310,7 +315,7 @@ class Judge:
 def _subjects(manifest: Manifest, references: Iterable[Reference]) -> list[Digest]:
     """What an artifact is about, by its subject or the tags that lead to it; nothing if it may be run."""
     content = contents(manifest.content)
-    if content is None or not all(_DOCUMENT.fullmatch(each.media_type) for each in content.layers):
+    if content is None or not claims_documents(content):
         return []
     tagged = [signed_by(each) for each in references if isinstance(each, Tag)]
     found = [*([content.subject.digest] if content.subject else []), *filter(None, tagged)]

@@ -21,6 +21,7 @@ from tests.configuring import fault, read
 from tests.conftest import Clock, Serve, Site
 from tests.receiver import Receiver, receiver
 from tests.test_admin import conforms
+from tests.test_disk import disk, read_only  # noqa: F401  a fixture
 from tests.test_policed import LATEST, policy
 from tests.upstream import Image, Upstream
 
@@ -175,6 +176,29 @@ async def test_what_was_cached_before_there_was_a_rule_is_what_is_held(
     await site.app.stop()
     site = await serve(upstream, top=MOVES)  # a restart changes nothing
     assert await at(site, "1.2.3") == old.digest
+
+
+@pytest.mark.errors("disk.failed")
+async def test_a_disk_that_cannot_be_written_to_holds_tags_all_the_same(
+    serve: Serve,
+    upstream: Upstream,
+    clock: Clock,
+    disk: Path,  # noqa: F811
+) -> None:
+    old = {tag: image(upstream, tag, tag.encode()).digest for tag in ("1.2.3", "latest")}
+    site = await serve(upstream, directory=disk / "d")
+    for tag in old:
+        assert await at(site, tag) == old[tag]
+    await site.app.stop()
+    with read_only(disk):
+        site = await serve(upstream, directory=disk / "d", top=MOVES)
+        for tag in old:
+            assert await at(site, tag) == old[tag]
+            image(upstream, tag, b"new")
+        clock.advance(3600)
+        for tag in old:
+            assert [await at(site, tag, method) for method in ("GET", "HEAD")] == [old[tag]] * 2
+        await site.app.stop()
 
 
 async def test_a_moved_release_is_approved_or_rejected(

@@ -92,22 +92,37 @@ class TagHolds:
         """What is known of a tag.  Raises StorageFailed."""
         return _parse(self._store.records.get(HELD.key(repository, tag)))
 
-    async def begin(self, repository: str, tag: Tag) -> None:
-        """Record where a tag points now, before the upstream is asked.  Raises StorageFailed."""
-        if self.of(repository, tag) is None and (pointer := self._store.pointer(repository, tag)) is not None:
-            await self._change(repository, tag, lambda known: known or HeldTag(str(pointer.digest)))
+    async def begin(self, repository: str, tag: Tag) -> HeldTag | None:
+        """What is known of a tag, before the upstream is asked: at least where it points now, if anywhere.
 
-    async def resolve(self, repository: str, tag: Tag, rule: MoveRule, digest: Digest) -> Digest:
-        """What a tag stands for, of which the upstream says that it is `digest`."""
+        It is recorded if it can be: a disk that cannot be written to holds tags all the same.  Raises
+        StorageFailed if it cannot be read.
+        """
+        if (known := self.of(repository, tag)) is not None:
+            return known
+        if (pointer := self._store.pointer(repository, tag)) is None:
+            return None
+        here = HeldTag(str(pointer.digest))
+        with suppress(StorageFailed):
+            _, here = await self._change(repository, tag, lambda known: known or here)
+        return here
+
+    async def resolve(
+        self, repository: str, tag: Tag, rule: MoveRule, digest: Digest, begun: HeldTag | None
+    ) -> Digest:
+        """What a tag stands for, of which the upstream says that it is `digest`.
+
+        `begun` is what was known of it before the upstream was asked.
+        """
 
         def offer(known: HeldTag | None) -> HeldTag:
             return HeldTag(str(digest)) if known is None else known.offered(digest, rule, now)
 
-        now, known = self._clock(), self.of(repository, tag)
+        now, known = self._clock(), self.of(repository, tag) or begun
         if known is not None and offer(known) == known:
             return Digest(known.digest)
         try:
-            known, found = await self._change(repository, tag, offer)
+            known, found = await self._change(repository, tag, lambda recorded: offer(recorded or begun))
         except StorageFailed:  # the next request tries again
             return Digest(offer(known).digest)
         if known is not None and found.digest != known.digest:

@@ -194,10 +194,10 @@ class PolicedCache(PolicedRegistry):
         if not isinstance(reference, Tag) or rule is None:
             return await super().get_manifest(repository, reference)
         self._refuse_at_once(repository, reference)
-        await self._holds.begin(name, reference)
+        begun = await self._holds.begin(name, reference)
         try:
             manifest = await self._cache.get_manifest(repository, reference)
-            held = await self._holds.resolve(name, reference, rule, manifest.digest)
+            held = await self._holds.resolve(name, reference, rule, manifest.digest, begun)
         except Unavailable:  # of a candidate only a part may be here
             if (known := self._holds.of(name, reference)) is None or not known.candidate:
                 raise
@@ -226,11 +226,11 @@ class PolicedCache(PolicedRegistry):
         """As Cache.revalidate()."""
         self._refuse_at_once(repository, tag)
         name = self._judge.full(repository)
-        if (rule := self._holds.rule(name, tag)) is not None:
-            await self._holds.begin(name, tag)
+        rule = self._holds.rule(name, tag)
+        begun = await self._holds.begin(name, tag) if rule is not None else None
         result, manifest, old = await self._cache.revalidate(repository, tag)
         if rule is not None:
-            await self._holds.resolve(name, tag, rule, manifest.digest)
+            await self._holds.resolve(name, tag, rule, manifest.digest, begun)
         await self._judged(repository, tag, manifest)
         return result, manifest, old
 

@@ -19,7 +19,7 @@ from proxy.policy import rules
 from proxy.policy.condition import Condition, Evidence, Subject
 from proxy.policy.graph import ReachedContent
 from proxy.policy.policed import PolicedRegistry
-from storage.errors import Denied, Unavailable
+from storage.errors import Denied, StorageFailed, Unavailable
 from storage.oci import Tag
 from storage.registry import Registry
 from tests.conftest import Clock, Serve, Site
@@ -385,7 +385,7 @@ async def test_what_leads_to_content_is_read_again_only_where_it_is_needed(
     read = ReachedContent._read
 
     def counting(self: ReachedContent, *arguments: Any) -> Any:
-        reads.append(self._repository)
+        reads.append(self.repository)
         return read(self, *arguments)
 
     monkeypatch.setattr(ReachedContent, "_read", counting)
@@ -410,6 +410,37 @@ async def test_what_another_worker_has_learned_counts(
     assert await status(other, "latest") == 200
     for kind, digest in served(image):
         await refusal(site, digest, kind)
+
+
+@pytest.mark.parametrize(
+    ("rule", "answer"),
+    [
+        (LATEST, 500),  # whether `latest` leads to it is not known
+        ({**LATEST, "mode": "warn"}, 200),
+        ({**LATEST, "repositories": ["docker.io/else/*"]}, 200),
+        (RELEASES, 200),
+        ({**RELEASES, "tags": ["latest"], "signed_by": ["key"]}, 500),
+    ],
+)
+async def test_what_cannot_be_known_is_not_allowed_for_that(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any], answer: int
+) -> None:
+    image = upstream.image("a/b", "latest")
+    before = await serve(upstream)
+    assert await status(before, "latest") == 200
+    await before.app.stop()
+    signers = {"key": {"key": str(Path(__file__).parent / "data" / "signatures" / "ecdsa.pub")}}
+    site = await serve(upstream, top=policy(rule, **({"signers": signers} if "signed_by" in rule else {})))
+
+    def failing(*_: Any) -> None:
+        raise StorageFailed("the disk is broken")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ReachedContent, "_read", failing)
+        for kind, digest in served(image):
+            assert await status(site, digest, kind) == answer
+    for kind, digest in served(image):
+        assert await status(site, digest, kind) == (403 if answer == 500 else 200)
 
 
 # In the way of requests

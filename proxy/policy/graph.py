@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
 
-from storage.errors import StorageFailed
 from storage.graph import Walk, named_digests
 from storage.keys import MANIFEST, MOVES, TAG
 from storage.maintenance.usage import parse_moves
@@ -27,36 +25,29 @@ class ReachedContent:
 
     def __init__(self, store: Store, repository: str) -> None:
         self._store = store
-        self._repository = repository
+        self.repository = repository
         self._version: object = None
         self._known: set[Digest] = set()  # the manifests that were read
         self._tags: defaultdict[Digest, dict[Tag, None]] = defaultdict(dict)
         self._naming: defaultdict[Digest, dict[Digest, None]] = defaultdict(dict)
 
     async def refresh(self) -> bool:
-        """Read what is stored, if that may have changed, and return whether.
-
-        While the records cannot be read, what was known before counts.
-        """
+        """Read what is stored, if that may have changed, and return whether.  Raises StorageFailed."""
         version = self._store.records.version()
         if version is not None and version == self._version:
             return False
-        with suppress(StorageFailed):
-            await self._read_stored(version)
-        return True
-
-    async def _read_stored(self, version: object) -> None:
         tags, manifests = await self._store.run(self._read, frozenset(self._known))
         for tag, digest in tags:
             self._tags[digest][tag] = None
         for digest, named in manifests:
             self._add(digest, named)
         self._version = version
+        return True
 
     def _read(
         self, known: frozenset[Digest]
     ) -> tuple[list[tuple[Tag, Digest]], list[tuple[Digest, set[Digest]]]]:
-        records, repository = self._store.records, self._repository
+        records, repository = self._store.records, self.repository
         tags = []
         for key, value in records.scan(TAG.prefix(repository)):
             if (pointer := Pointer.parse(value)) is not None:

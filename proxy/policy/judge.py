@@ -27,7 +27,7 @@ from proxy.policy.graph import ReachedContent, ReachedRepositories
 from proxy.policy.overrides import Override, Overrides
 from proxy.policy.rules import RuleBook, ServingRule
 from proxy.telemetry.exchange import aside
-from storage.errors import ManifestUnknown, NameUnknown, RegistryError, Unavailable
+from storage.errors import ManifestUnknown, NameUnknown, RegistryError, StorageFailed, Unavailable
 from storage.graph import contents, signed_by
 from storage.oci import Digest, Manifest, Reference, Tag
 from storage.registry import Held, Registry, Validity
@@ -134,13 +134,21 @@ class Judge:
     ) -> Ruling:
         """The ruling of `judge`, which is given what is known to lead to content.
 
-        That is read again only if what is known is not enough: in a large repository it takes time.
+        That is read again only if what is known is not enough: in a large repository it takes time.  While
+        the records cannot be read, what was known before counts, but nothing is allowed because a tag that
+        leads to it is not known: StorageFailed is raised.
         """
         reached = self._reached.of(self.full(repository))
         ruling = await judge(reached)
         if ruling.allowed and ruling.led and ruling.override is None:
             return ruling
-        return await judge(reached) if await reached.refresh() else ruling
+        try:
+            changed = await reached.refresh()
+        except StorageFailed:
+            if ruling.allowed and ruling.override is None and self._rules.refuses_by_tag(reached.repository):
+                raise
+            return ruling
+        return await judge(reached) if changed else ruling
 
     def held(self, repository: str, reference: Reference, held: Held | None) -> Held | None:
         """`held`, as long as it may be served again without being judged again; None if it may not."""

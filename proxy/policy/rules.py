@@ -62,6 +62,14 @@ class RuleBook:
         found = next((each for each in self.rules if each.matches(repository, tag)), None)
         return found or self._unmatched(repository)
 
+    def refuses_by_tag(self, repository: str) -> bool:
+        """Whether content of a repository may be refused because a tag leads to it."""
+        return any(
+            each.tags and each.concerns(repository) and each.mode == "enforce"
+            for each in self.rules
+            if each.conditions or not each.allows
+        )
+
     def _unmatched(self, repository: str) -> ServingRule:
         listed = any(each.fullmatch(repository) for each in self._allow_list)
         return self._refusing if listed else self.allowing

@@ -474,8 +474,9 @@ ARGUMENTS: dict[str, Any] = {
 
 
 def methods() -> set[str]:
-    """What a Registry does, but for close(), which everything can."""
-    return {name for name, _ in inspect.getmembers(Registry, inspect.iscoroutinefunction)} - {"close"}
+    """What a Registry does, but for what everything can: to close, and to have its blobs nowhere else."""
+    every = {name for name, _ in inspect.getmembers(Registry, inspect.iscoroutinefunction)}
+    return every - {"close", "locate_blob"}
 
 
 def call(registry: Registry, name: str) -> Awaitable[object]:

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 from proxy.config.policy import NamePattern, PolicyConfig, PolicyMode, PolicyRule
 from proxy.policy.condition import Condition
-from proxy.policy.conditions import Unjudged, conditions_of
 from proxy.policy.signers import signers_of
+from proxy.policy.verification import Unjudged, conditions_of
 
 ALLOW_LIST = "allow_list"  # the rule, by name, that refuses what no rule of an allow-list allows
 

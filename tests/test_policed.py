@@ -20,6 +20,7 @@ from proxy.policy.condition import Condition, Evidence, Subject
 from proxy.policy.graph import ReachedContent
 from proxy.policy.policed import PolicedRegistry
 from storage.errors import Denied, StorageFailed, Unavailable
+from storage.keys import MOVES
 from storage.oci import Tag
 from storage.registry import Registry
 from tests.conftest import Clock, Serve, Site
@@ -167,6 +168,50 @@ async def test_what_a_tag_led_to_is_served_when_it_has_moved(
     for image in (new, old):
         for kind, digest in served(image):
             assert await status(site, digest, kind) == 200
+
+
+@pytest.mark.parametrize("before", [{}, policy(LATEST)], ids=["no policy before", "as before"])
+async def test_what_a_tag_of_a_private_registry_led_to_is_judged_by_it(
+    serve: Serve, upstream: Upstream, before: dict[str, Any]
+) -> None:
+    site = await serve(upstream, top=before, more={"local": {"store": {}}})
+    pushed = [await push(site, "latest", content) for content in (b"one", b"two")]
+    await site.app.stop()  # what is known in memory is gone
+    site = await serve(upstream, top=policy(LATEST), more={"local": {"store": {}}})
+    for each in pushed:
+        for kind, digest in each.items():
+            await refusal(site, digest, kind, "local/app")
+    await push(site, "v1", b"one")  # another tag that leads to it
+    for kind, digest in pushed[0].items():
+        assert await status(site, digest, kind, "local/app") == 200
+    await refusal(site, pushed[1]["manifests"], repository="local/app")
+    private = site.app.composition.private
+    assert private is not None
+    assert list(private.records.keys(MOVES.prefix("local/app")))
+    async with site.request("DELETE", "/v2/local/app/manifests/latest") as response:
+        assert response.status == 202
+    assert not list(private.records.keys(MOVES.prefix("local/app")))  # they go with the tag
+
+
+async def push(site: Site, tag: str, content: bytes) -> dict[str, str]:
+    """Push an image of one layer to a private registry; the digests of both."""
+    layer = digest_of(content)
+    for each in (content, b"{}"):
+        path = f"/v2/local/app/blobs/uploads/?digest={digest_of(each)}"
+        async with site.request("POST", path, data=each) as response:
+            assert response.status == 201
+    config = "application/vnd.oci.image.config.v1+json"
+    body = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {"mediaType": config, "digest": digest_of(b"{}"), "size": 2},
+        "layers": [{"mediaType": "application/x", "digest": layer, "size": len(content)}],
+    }
+    headers = {"Content-Type": OCI_MANIFEST}
+    path = f"/v2/local/app/manifests/{tag}"
+    async with site.request("PUT", path, data=json.dumps(body).encode(), headers=headers) as response:
+        assert response.status == 201
+        return {"manifests": response.headers["Docker-Content-Digest"], "blobs": layer}
 
 
 async def test_artifacts_may_be_had_with_what_they_are_about(serve: Serve, upstream: Upstream) -> None:

@@ -333,6 +333,7 @@ class _Composer:
                 pulls,
                 self._hooks.make_room,
                 moved=publisher.moved if publisher else None,
+                clock=self._clock,
             )
             for name, each in self._config.hosted().items()
         }

@@ -7,6 +7,7 @@ stored, unless the namespace is sparse.  An immutable tag is neither moved nor d
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from storage.errors import (
 )
 from storage.graph import IndexEntries, fallback_tag
 from storage.held import held_blob, held_manifest
-from storage.keys import LINK, MANIFEST, PULLED, TAG
+from storage.keys import LINK, MANIFEST, MOVES, PULLED, TAG
 from storage.maintenance.leases import Leases
 from storage.maintenance.pulls import Pulls
+from storage.maintenance.usage import Move, record_move
 from storage.oci import (
     ARTIFACTS,
     IMAGES,
@@ -102,6 +104,7 @@ class Hosted(Registry):
         pulls: Pulls | None = None,
         make_room: MakeRoom = make_no_room,
         moved: Moved | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._namespace = namespace
         self._store = store
@@ -110,6 +113,7 @@ class Hosted(Registry):
         self._pulls = pulls
         self._make_room = make_room
         self._moved = moved
+        self._clock = clock
         self._indexes = IndexEntries()
 
     def _full(self, repository: str) -> str:
@@ -279,6 +283,7 @@ class Hosted(Registry):
         def allowed(batch: Batch, tags: Sequence[Tag]) -> None:
             for tag in tags:
                 batch.delete(PULLED.key(name, tag))
+                batch.delete(MOVES.key(name, tag))
                 if (pointer := Pointer.parse(batch.get(TAG.key(name, tag)))) is not None:
                     self._check_mutable(repository, tag)
                     self._leases.untagged(batch, name, pointer.digest)
@@ -317,10 +322,14 @@ class Hosted(Registry):
         return pointer.digest
 
     def retag(self, batch: Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
-        """check_tag() for a transaction that moves the tag: the digest that it had gets a lease."""
-        former = self.check_tag(batch, repository, tag, digest)
+        """check_tag() for a transaction that moves the tag: the digest that it had gets a lease.
+
+        The move is recorded, since a policy judges digests by the tags that led to them.
+        """
+        former, name = self.check_tag(batch, repository, tag, digest), self._full(repository)
         if former is not None:
-            self._leases.untagged(batch, self._full(repository), former)
+            self._leases.untagged(batch, name, former)
+            record_move(batch, name, tag, Move(self._clock(), former, digest))
         return former
 
     def _check_mutable(self, repository: str, tag: Tag) -> None:

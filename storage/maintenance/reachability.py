@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from storage.errors import DigestInvalid, ManifestUnknown
 from storage.graph import signed_by
-from storage.keys import CHANGES, LEASE, MANIFEST, PULLED, REFERRER, TAG, RecordKind
+from storage.keys import CHANGES, LEASE, MANIFEST, MOVES, PULLED, REFERRER, TAG, RecordKind
 from storage.maintenance.leases import Leases
 from storage.maintenance.nodes import node
 from storage.maintenance.numbering import DigestNumbers, Edges, Prefixes, above, below, both, members, without
@@ -365,6 +365,7 @@ class Reachability:
             for tag in tags:
                 batch.delete(TAG.key(self.repository, tag))
                 batch.delete(PULLED.key(self.repository, tag))
+                batch.delete(MOVES.key(self.repository, tag))
             for digest in manifests:
                 for subject in self._subjects.of(self._number(digest)):
                     batch.delete(REFERRER.key(self.repository, self._digests.digest(subject), digest))

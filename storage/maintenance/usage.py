@@ -173,7 +173,7 @@ class Usage:
             for (repository, tag), found in resolved.items():
                 record_resolutions(batch, repository, tag, found)
             for repository, tag, move in moves:
-                _add_move(batch, MOVES.key(repository, tag), move)
+                record_move(batch, repository, tag, move)
             for (at, namespace), counters in counts.items():
                 for period, form, _ in _PERIODS:
                     key = STATISTICS.key(period, _written(form, at), namespace)
@@ -226,7 +226,9 @@ def _add_use(batch: Batch, key: str, use: Use) -> None:
     batch.put(key, msgspec.json.encode((total.count, total.last, total.first)))
 
 
-def _add_move(batch: Batch, key: str, move: Move) -> None:
+def record_move(batch: Batch, repository: str, tag: str, move: Move) -> None:
+    """Add to the moves of a tag, as part of a transaction."""
+    key = MOVES.key(repository, tag)
     # Several processes record, each after some delay: so not always in chronological order.
     known = sorted([*parse_moves(batch.get(key)), move], key=lambda each: each.at)[-MOVES_KEPT:]
     batch.put(key, msgspec.json.encode([(each.at, str(each.old), str(each.new)) for each in known]))

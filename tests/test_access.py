@@ -496,7 +496,7 @@ async def test_the_catalog_is_the_same_with_hidden_names(
 
 
 async def test_the_catalog_page_by_page(opened: Open, users: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.access.authorization.PAGE", 2)
+    monkeypatch.setattr("proxy.access.catalog.PAGE", 2)
     rules = [
         {"who": ["user:alice"], "may": ["push"]},
         {"who": ["user:bob"], "may": ["pull"], "where": ["re:local/team/app(0|5|6|9)"]},

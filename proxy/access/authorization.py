@@ -18,9 +18,11 @@ import structlog
 from aiohttp import web
 
 from proxy.access.authentication import Authenticator, authorization, credential
+from proxy.access.catalog import visible_repositories
 from proxy.access.rules import AccessRules, Principal
 from proxy.access.visibility import Probe, Visibility
 from proxy.config.access import Action
+from proxy.config.registry_hosts import EVERY
 from proxy.telemetry.exchange import Exchange
 from storage.errors import Denied, OriginDenied, RegistryError, Unauthorized
 from storage.registry import Registry
@@ -28,7 +30,6 @@ from storage.registry import Registry
 log = structlog.get_logger()
 
 CATALOG = "registry:catalog"
-PAGE = 1000  # repositories that are read at once
 
 
 class ChooseNamespace(Protocol):
@@ -67,6 +68,10 @@ class GuardedNamespaces:
     def of(self, repository: str) -> Guard | None:
         """The guard of the namespace of a repository; None if the namespace is no longer configured."""
         return self.guards.get(self.key_of(repository.partition("/")[0]))
+
+    def starts(self, *guards: Guard) -> set[str]:
+        """What each repository begins with, one or the other, that one of these guards has; "" for any."""
+        return {"" if key == EVERY else f"{key}/" for key, guard in self.guards.items() if guard in guards}
 
     @property
     def of_none(self) -> Guard:
@@ -299,22 +304,15 @@ class Authorizer:
         principal = await self._authenticator.identify(request, scope)
         exchange.user = principal.user
         visible: Callable[[str], bool] = partial(self._may_see, principal, False)
+        starts = self._rules.starts(principal, "pull") | self._guarded.starts(Guard.PUBLIC)
         if self._rules.allow(principal, "pull", CATALOG):
-            visible = self._listed
-        found: list[str] = []
-        start = last
+            visible, starts = self._listed, self._guarded.starts(Guard.PUBLIC, Guard.RULES, Guard.STORE)
         prefix = f"{self._guarded.alone}/" if self._guarded.alone else ""
-        last = prefix + last
-        while limit is None or len(found) < limit:
-            names = await registry.repositories(last, None if limit is None else max(limit, PAGE))
-            found += [name for name in names if visible(name)]
-            if limit is None or len(names) < max(limit, PAGE):
-                break
-            last = names[-1]
+        found = await visible_repositories(registry, starts, visible, prefix + last, limit)
         may_log_in = principal.anonymous and self._authenticator.accepts_credentials
-        if may_log_in and not found and not start and not self._sees_everything(principal):
+        if may_log_in and not found and not last and not self._sees_everything(principal):
             raise self._refusal(principal, "list repositories", scope)
-        return [each.removeprefix(prefix) for each in found[:limit]]
+        return [each.removeprefix(prefix) for each in found]
 
     def _sees_everything(self, principal: Principal) -> bool:
         """Whether the rules let the client pull from every repository that is listed to anybody."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from proxy.config.access import ACTIONS, Action
@@ -100,12 +100,18 @@ class Rule:
             and (not self.local or principal.local)
         )
 
+    def starts(self, principal: Principal, action: Action) -> set[str]:
+        """What each repository begins with, one or the other, on which it grants the action."""
+        if not replace(self, where=()).grants(principal, action, ""):
+            return set()
+        return set(map(_literal_start, self.where)) or {""}
+
 
 def default_rules(stores: Collection[str], trusts_this_machine: bool = False) -> list[Rule]:
     """The rules that hold if none are configured."""
     if not stores:
         return []
-    where = (re.compile("(?:" + "|".join(map(re.escape, stores)) + ")/.*"),)
+    where = tuple(re.compile(f"{re.escape(each)}/.*") for each in stores)
     return [
         Rule((ClientMatcher("anonymous"),), ("pull",), LOOPBACK, where),
         Rule((ClientMatcher("authenticated"),), ACTIONS, (), where),
@@ -138,6 +144,13 @@ class AccessRules:
             for grant in principal.grants
         )
 
+    def starts(self, principal: Principal, action: Action) -> set[str]:
+        """What each repository begins with, one or the other, on which the principal may do that."""
+        found = {start for rule in self._rules for start in rule.starts(principal, action)}
+        granted = {grant.name for grant in principal.grants if grant.allows(action)}
+        left_out = {f"{self._short}/{name}" for name in granted if self._short}
+        return found | granted | left_out
+
     def scope(self, repository: str, written: str, named: bool) -> str:
         """The name of a repository in the scope of a token, where the client has `written` its name.
 
@@ -150,6 +163,23 @@ class AccessRules:
         if not left_out or namespace != self._short or written.partition("/")[0] in self._namespaces:
             return repository
         return written
+
+
+def _literal_start(pattern: re.Pattern[str]) -> str:
+    """Text that all matches of the pattern begin with; "" in doubt."""
+    text = pattern.pattern
+    if translated := text.startswith("(?s:"):  # by fnmatch
+        text = text[4:].removesuffix(r")\Z")
+    if "|" in text or "(?#" in text or pattern.flags & (re.IGNORECASE | re.VERBOSE):
+        return ""
+    found = re.match(r"(?:[A-Za-z0-9_/:@-]|\\[^A-Za-z0-9])*", text)
+    assert found is not None
+    start, rest = found[0], text[found.end() :]
+    if translated and rest.startswith(")"):
+        return ""  # no glob, and what is in the brackets may be optional
+    if rest.startswith(("*", "?", "{")):
+        start = start[:-2] if start[-2:-1] == "\\" else start[:-1]  # it may be left out
+    return re.sub(r"\\(.)", r"\1", start, flags=re.DOTALL)
 
 
 def _within(address: IPAddress | None, networks: Sequence[Network]) -> bool:

@@ -45,10 +45,11 @@ async def test_an_override_ends_by_itself(
     told = f'299 - "served against policy rule moving, by an override until {until}: hotfix 4711"'
     for _ in range(3):
         answer, headers, _ = await site.get("/v2/a/b/manifests/latest")
-        assert (answer, headers["Warning"]) == (200, told)
+        assert (answer, headers["Warning"], headers["Cache-Control"]) == (200, told, "no-cache")
     for kind, digest in served(child):
         answer, headers, _ = await site.get(f"/v2/a/b/{kind}/{digest}")
         assert (answer, headers["Warning"]) == (200, told)
+        assert headers["Cache-Control"] == "no-cache"  # another cache must not keep it for longer
     await refusal(site, "edge")  # it is for one image alone
     await refusal(site, other.digest)
     clock.advance(HOUR - 1)

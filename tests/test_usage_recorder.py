@@ -21,6 +21,7 @@ from storage.disk.blobs import TOUCH, BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.graph import ManifestTree, walk
+from storage.maintenance.resolutions import KEPT, ResolutionJournal
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
@@ -297,6 +298,35 @@ async def test_what_cannot_be_recorded_waits(rig: Rig, monkeypatch: pytest.Monke
     assert rig.last_use(LAYER) == begun + TOUCH
     await rig.flush()
     assert rig.usage.stats(begun)[HUB].hits == 2
+
+
+async def test_what_tags_stood_for_takes_no_memory_without_end_while_nothing_can_be_recorded(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = image(b"one"), image(b"two")
+    begun, seen = rig.clock(), [one] * 300 + [two] * 300 + [one]
+    lengths: list[int] = []
+
+    def fail(uses: object, moves: object, counts: object, resolved: dict[object, list[object]]) -> None:
+        lengths.append(max(map(len, resolved.values())))
+        raise StorageFailed("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.usage, "record", fail)
+        for each in seen:
+            rig.served(each)
+            await rig.flush(later=10.0)
+        assert max(lengths) == 3
+        for _ in range(KEPT):
+            for each in (one, two):
+                rig.served(each)
+                await rig.flush(later=10.0)
+        assert max(lengths) == KEPT
+    await rig.flush()
+    found = ResolutionJournal(rig.store).of(ALPINE, LATEST)
+    assert [digest for _, digest in found[-2:]] == [one.digest, two.digest]
+    assert len(found) == KEPT
+    assert found[-1][0] == begun + (len(seen) + 2 * KEPT - 1) * 10.0
 
 
 async def test_a_failure_in_the_middle_counts_nothing_twice(

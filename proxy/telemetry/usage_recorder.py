@@ -25,7 +25,7 @@ from storage.disk.blobs import TOUCH
 from storage.errors import StorageFailed
 from storage.graph import walk
 from storage.maintenance.pull_journal import PullJournal
-from storage.maintenance.resolutions import Resolution
+from storage.maintenance.resolutions import KEPT, Resolution
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import Digest, Tag
 from storage.records import BATCH
@@ -196,7 +196,10 @@ class UsageRecorder:
             for each in {reference, digest}:
                 self._use(repository, each, Use(int(count), last, first))
             if reference != digest and (repository, reference) in self._uses:
-                self._resolved.setdefault((repository, reference), []).append((first, Digest(digest)))
+                known = self._resolved.setdefault((repository, reference), [])
+                if not known or known[-1][1] != digest:  # more than the changes would grow while a disk fails
+                    known.append((first, Digest(digest)))
+                    del known[:-KEPT]
             if len(self._served) < MOST:
                 key = repository, Digest(digest)
                 self._served[key] = max(last, self._served.get(key, last))

@@ -79,12 +79,15 @@ def _whose(exchange: Exchange) -> str:
 
 
 def cache_headers(exchange: Exchange) -> dict[str, str]:
-    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither if no cache was involved."""
+    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither if no cache was involved.
+
+    With a warning also Cache-Control, in place of another: content that may lapse is kept by no other cache.
+    """
     headers = dict(exchange.tell())
     if exchange.ns is not None:
         headers["OCI-Namespace"] = exchange.ns  # distribution-spec, "Registry Proxying"
     if exchange.warning:
-        headers["Warning"] = _warning(exchange.warning)
+        headers.update({"Warning": _warning(exchange.warning), "Cache-Control": "no-cache"})
     result = exchange.result or ("miss" if exchange.upstream_requests else "")
     if not result:
         return headers

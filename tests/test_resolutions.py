@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import permutations
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from proxy.config.quantities import parse_moment
 from storage.disk.records import SQLiteRecords
-from storage.keys import RESOLVED
+from storage.keys import MOVES, RESOLVED
 from storage.maintenance.resolutions import KEPT, ResolutionJournal, record_resolutions
 from storage.oci import Digest
 from tests.conftest import OPEN, Clock, Serve, Site
@@ -204,6 +205,33 @@ async def test_the_past_is_judged_by_the_policy_of_now(
     deny = {"name": "bad", "action": "deny", "reason": "it is bad", "tags": ["v1"]}
     site = await serve(upstream, top=policy(deny))
     assert (await site.get(f"/v2/@{before}/a/b/manifests/v1"))[0] == 403
+
+
+async def test_a_tag_of_the_past_is_judged_as_that_tag_however_often_it_moved(
+    serve: Serve, upstream: Upstream, clock: Clock
+) -> None:
+    site = await serve(upstream)
+    old, before, _ = await moved(site, upstream, clock, "v1")
+    await site.app.stop()
+    with closing(SQLiteRecords(site.directory / "cache" / "records")) as records:
+        assert records.delete(MOVES.key("docker.io/a/b", "v1"))  # as after many more moves
+    deny = {"name": "bad", "action": "deny", "reason": "it is bad", "tags": ["v1"]}
+    past = f"/v2/@{before}/a/b/manifests/v1"
+    site = await serve(upstream, top=policy(deny))
+    for method in ("GET", "HEAD"):
+        async with site.request(method, past) as response:
+            assert response.status == 403
+            assert method == "HEAD" or "bad refuses docker.io/a/b:v1: it is bad" in await response.text()
+    await site.app.stop()
+    site = await serve(upstream, top={"policy": LISTED})
+    assert (await site.get(past))[2] == old.content
+    await site.app.stop()
+    # Another tag that leads there is no reason to answer what is asked for by this one.
+    site = await serve(upstream, top=policy(deny))
+    upstream.repositories["a/b"].tags["edge"] = old.digest
+    assert (await site.get("/v2/a/b/manifests/edge"))[2] == old.content
+    assert (await site.get(past))[0] == 403
+    assert (await site.get(f"/v2/@{before}/a/b/manifests/{old.digest}"))[2] == old.content
 
 
 async def test_what_clients_were_given_is_recorded_and_not_what_a_tag_would_move_to(

@@ -48,9 +48,10 @@ class PolicedRegistry(Registry):
         return await self._registry.resolve_blob(repository, digest)
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
-        self._refuse_at_once(repository, reference)
+        asked = _asked(reference)
+        self._refuse_at_once(repository, asked)
         manifest = await self._registry.get_manifest(repository, reference)
-        await self._judged(repository, reference, manifest)
+        await self._judged(repository, asked, manifest)
         return manifest
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
@@ -241,3 +242,10 @@ class PolicedCache(PolicedRegistry):
     def spare(self, repository: str, reference: Reference) -> None:
         """As Cache.spare()."""
         self._cache.spare(repository, reference)
+
+
+def _asked(reference: Reference) -> Reference:
+    """What a client asks for by a reference: the tag, if that is what the tag stood for in the past."""
+    now = current()
+    past = now.as_of is not None and now.kind == "manifest" and ":" not in now.reference
+    return Tag(now.reference) if past else reference

@@ -15,6 +15,7 @@ from proxy.policy.documents import HEADER, is_document
 from tests.conftest import Serve
 from tests.test_policed import SIGNED, Allowing, condition, policy, refusal, status
 from tests.upstream import OCI_MANIFEST, Manifest, Status, Upstream
+from tests.upstream.content import OCI_INDEX, describe
 
 __all__ = ["condition"]  # a fixture
 
@@ -110,6 +111,28 @@ async def test_an_image_is_no_signature_by_the_types_of_its_layers(
         site.clock.advance(601)
     for kind, digest in artifact(upstream, good, TEXT, tag).items():
         assert await status(site, tag if tag and kind == "manifests" else digest, kind) == 200
+
+
+@pytest.mark.parametrize("member", ["config", "manifests"])
+async def test_an_artifact_does_not_lead_to_the_layers_of_what_is_refused(
+    serve: Serve, upstream: Upstream, condition: Allowing, member: str
+) -> None:
+    good = upstream.image("a/b", "v1", [b"good"])
+    bad = upstream.image("a/b", "v2", [gzip.compress(tar())])
+    condition.met = {good.digest}
+    taken = describe("application/json", bad.layers[0], len(bad.content))
+    body = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST if member == "config" else OCI_INDEX,
+        "subject": describe(OCI_MANIFEST, good.digest, len(good.content)),
+        **({"config": taken, "layers": []} if member == "config" else {"manifests": [taken]}),
+    }
+    digest = upstream.manifest("a/b", body, tag="edge")
+    site = await serve(upstream, top=policy(SIGNED))
+    await refusal(site, "v2")
+    await refusal(site, "edge")
+    await refusal(site, digest)
+    await refusal(site, bad.layers[0], "blobs")
 
 
 async def test_a_signature_whose_content_is_not_there_yet_is_not_refused_for_good(

@@ -32,10 +32,13 @@ class Documents:
         self._known: OrderedDict[Digest, bool] = OrderedDict()
 
     async def alone(self, repository: str, content: ManifestContent) -> bool:
-        """Whether each layer is a document.  Raises Unavailable if one cannot be fetched now."""
+        """Whether all blobs of a manifest are documents, its config among them.
+
+        Raises Unavailable if one cannot be fetched now.
+        """
         if not claims_documents(content):
             return False
-        return all([await self._is_document(repository, each.digest) for each in content.layers])
+        return all([await self._is_document(repository, each.digest) for each in content.blobs])
 
     async def _is_document(self, repository: str, digest: Digest) -> bool:
         if (known := self._known.get(digest)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from proxy.telemetry.exchange import Exchange
 from storage.errors import RegistryError
 
 JSON = "application/json"
+_UNPRINTABLE = re.compile(r"[^ -~]")
 _IMMUTABLE = {whose: f"{whose}, max-age=31536000, immutable" for whose in ("public", "private")}
 COMMON = {
     "Docker-Distribution-Api-Version": "registry/2.0",
@@ -107,5 +109,5 @@ def cache_headers(exchange: Exchange) -> dict[str, str]:
 
 def _warning(message: str) -> str:
     """The value of Warning: distribution-spec, "Warnings"."""
-    text = message.encode("ascii", "replace").decode().replace("\\", "\\\\").replace('"', '\\"')
+    text = _UNPRINTABLE.sub("?", message).replace("\\", "\\\\").replace('"', '\\"')
     return f'299 - "{text}"'

@@ -256,6 +256,28 @@ async def test_a_namespaces_limit_takes_from_it_alone(place: Place) -> None:
     assert eviction.over() == 0
 
 
+async def test_a_namespaces_links_are_read_once_and_only_if_it_may_have_too_much(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(10):
+        await place.blob(b"%100d" % number, "a/x", "a/y")
+        place.clock.advance(60)
+    reads: list[str] = []
+    keys = place.store.records.keys
+
+    def noted(prefix: str) -> Iterator[str]:
+        reads.append(prefix)
+        return keys(prefix)
+
+    monkeypatch.setattr(place.store.records, "keys", noted)
+    assert place.eviction(limits={"a": 2000, "b": 1}).shrink().blobs == 0
+    assert reads == []
+    assert place.eviction(limits={"a": 1000}).shrink().blobs == 0  # though repositories have 2000 together
+    assert reads == ["link a/"]
+    assert place.eviction(limits={"a": 999}).shrink().blobs == 2
+    assert reads == ["link a/"] * 2
+
+
 async def test_what_was_used_since_it_was_looked_at_stays(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

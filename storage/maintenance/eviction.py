@@ -128,7 +128,8 @@ class Eviction:
         """By how many bytes limits are exceeded once `coming` more bytes are stored."""
         over = self._needed(coming)
         if not over:
-            over = max((self._used(name) - limit for name, limit in self._rules.limits.items()), default=0)
+            limits = self._rules.limits.items()
+            over = max((_bytes(self._too_much(name)) - limit for name, limit in limits), default=0)
         return max(0, over)
 
     # By size
@@ -195,21 +196,21 @@ class Eviction:
             excess = max(excess, stored + coming - int(self._rules.limit * self._rules.evict_to))
         return excess
 
-    def _used(self, name: str) -> int:
-        """The bytes that the namespaces with this key show; more, if that is below their limit.
+    def _too_much(self, name: str) -> list[StoredBlob]:
+        """The blobs and parts that namespaces with this key show; none if by totals they fit the limit.
 
         A blob counts once.  In the totals it counts for each repository.
         """
-        used, limit = sum(each.size for each in self._parts_in(name)), self._rules.limits[name]
+        parts, limit = self._parts_in(name), self._rules.limits[name]
+        used = _bytes(parts)
         for repository, total in self._totals.repositories(self._prefix(name)):
             if total.counted is None:
                 used = limit + 1
             elif self._rules.covers(name, repository):
                 used += total.counted.bytes.get(LINK.name, 0)
         if used <= limit and self._totals.listed:
-            return used
-        linked = sum(each.size for each in self._linked_in(name).values())
-        return linked + sum(each.size for each in self._parts_in(name))
+            return []
+        return [*self._linked_in(name).values(), *parts]
 
     def _parts_in(self, name: str) -> list[StoredBlob]:
         """The parts that repositories of the namespace, or of those with this key, show."""
@@ -220,10 +221,10 @@ class Eviction:
         ]
 
     def _shrink_namespace(self, name: str, limit: int, run: EvictionRun) -> None:
-        if (used := self._used(name)) <= limit:
+        found = self._too_much(name)
+        if (used := _bytes(found)) <= limit:
             return
         pinned = self._pinned().digests
-        found = (*self._linked_in(name).values(), *self._parts_in(name))
         candidates = (each for each in found if not self._keeps(each, pinned))
         for each in oldest(candidates, used - int(limit * self._rules.evict_to)):
             links = self._store.records.linking(each.digest)
@@ -272,6 +273,10 @@ class Eviction:
         if self._rules.key_of(repository.partition("/")[0]) in self._rules.kept:
             return math.inf
         return self._rules.keep_for(repository)
+
+
+def _bytes(blobs: Iterable[StoredBlob]) -> int:
+    return sum(each.size for each in blobs)
 
 
 def _candidates(store: Store) -> BlobCandidates:

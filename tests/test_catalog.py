@@ -97,3 +97,17 @@ async def test_names_that_may_not_be_seen_are_passed_over() -> None:
     assert names.read < 100
     assert await listed(names, ruled("local/*"), limit=30) == sorted(names._names)[:30]
     assert names.read < 200
+
+
+@pytest.mark.parametrize("odd", ["\0", "local/\ue000", "local/\ud800x", "\n", " "])
+async def test_a_token_may_grant_what_is_no_name(odd: str) -> None:
+    names, after = Names(["local/a"]), list[str]()
+
+    class Strict(Registry):
+        async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+            after.append(last)
+            last.encode()
+            return await names.repositories(last, limit)
+
+    assert await visible_repositories(Strict(), {odd, "local/a"}, lambda name: True, "", None) == ["local/a"]
+    assert "local/`~" in after

@@ -35,9 +35,9 @@ async def visible_repositories(
 
 
 def _distinct(starts: Iterable[str]) -> Iterator[str]:
-    """In order, and none that begins with another one."""
+    """In order, and none that begins with another one, or that no name can begin with."""
     former = None
-    for each in sorted(set(starts)):
+    for each in sorted(each for each in set(starts) if each.isascii() and each.isprintable()):
         if former is None or not each.startswith(former):
             yield (former := each)
 

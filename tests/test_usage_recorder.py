@@ -21,6 +21,7 @@ from storage.disk.blobs import TOUCH, BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.graph import ManifestTree, walk
+from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.resolutions import KEPT, ResolutionJournal
 from storage.maintenance.usage import HOUR, Counters, Move, Usage, Use
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
@@ -327,6 +328,38 @@ async def test_what_tags_stood_for_takes_no_memory_without_end_while_nothing_can
     assert [digest for _, digest in found[-2:]] == [one.digest, two.digest]
     assert len(found) == KEPT
     assert found[-1][0] == begun + (len(seen) + 2 * KEPT - 1) * 10.0
+
+
+async def test_who_pulled_what_waits_too_and_is_counted_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, record = PullJournal(rig.records, 86400.0, rig.clock), PullJournal.record
+    recorder = UsageRecorder(rig.store, rig.usage, rig.metrics, rig.clock, journal)
+    monkeypatch.setattr(module, "BATCH", 1)
+    begun, fails = rig.clock(), iter([True, False, True, False, False])
+
+    def failing(self: PullJournal, pulled: Any) -> None:
+        assert len(pulled) == 1
+        if next(fails):
+            raise StorageFailed("the disk is full")
+        record(self, pulled)
+
+    monkeypatch.setattr(PullJournal, "record", failing)
+    for user in ("ann", "ben", "ann"):
+        manifest = image()
+        exchange = Exchange(
+            "", HUB, NAME, LATEST, "manifest", result="hit", user=user, digest=manifest.digest
+        )
+        recorder.served(exchange, 200)
+        if user == "ben":
+            await recorder.flush()  # fails
+        rig.clock.advance(1)
+    await recorder.flush()  # the second one fails
+    await recorder.flush()
+    found = sorted((each.who, each.count, each.last - begun) for each in journal.since(3600.0))
+    assert found == [("ann", 2, 2.0), ("ben", 1, 1.0)]
+    await recorder.flush()
+    assert next(fails, None) is False  # nothing is left to record
 
 
 async def test_a_failure_in_the_middle_counts_nothing_twice(

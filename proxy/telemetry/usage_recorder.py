@@ -91,6 +91,7 @@ class UsageRecorder:
         self._uses: dict[tuple[str, str], Use] = {}
         self._moves: list[tuple[str, Tag, Move]] = []
         self._resolved: dict[tuple[str, str], list[Resolution]] = {}
+        self._pulls: dict[tuple[str, str, str, str], tuple[int, float]] = {}
         self._served: dict[tuple[str, Digest], float] = {}  # when; their blobs are still to be touched
         self._touched: dict[tuple[str, Digest], float] = {}
 
@@ -175,8 +176,11 @@ class UsageRecorder:
         with suppress(StorageFailed):  # DiskHealth has logged it
             self._touch()
         with suppress(StorageFailed):
-            if self._journal is not None and window.pulls:
-                self._journal.record(window.pulls)
+            while self._journal is not None and self._pulls:
+                pulls = dict(islice(self._pulls.items(), BATCH))
+                self._journal.record(pulls)
+                for pulled in pulls:
+                    del self._pulls[pulled]
         with suppress(StorageFailed):
             while self._uses or self._moves or self._counts:
                 uses = dict(islice(self._uses.items(), BATCH))
@@ -191,6 +195,9 @@ class UsageRecorder:
         for at, counters in window.counts.items():
             self._counts[at] = self._counts.get(at, Counters()) + counters
         self._moves += window.moves[: MOST - len(self._moves)]
+        for pulled, (times, latest) in window.pulls.items():
+            if (before := self._pulls.get(pulled)) is not None or len(self._pulls) < MOST:
+                self._pulls[pulled] = times + (before[0] if before else 0), latest
         for (namespace, name, reference, digest), (count, last, first) in window.uses.items():
             repository = f"{namespace}/{name}"
             for each in {reference, digest}:

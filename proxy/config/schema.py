@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from proxy.config.access import AccessConfig
+from proxy.config.audit import AuditConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
 from proxy.config.peers import PeersConfig
@@ -308,6 +309,7 @@ class Config(Section, frozen=True):
     drain: Duration = 30.0
     workers: Annotated[int | None, parse_workers] = None
     log: Log = Log()
+    audit: AuditConfig | None = None
     limits: Limits = Limits()
     namespaces: dict[str, NamespaceConfig] = msgspec.field(default_factory=dict)
 

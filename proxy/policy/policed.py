@@ -15,7 +15,7 @@ from proxy.cache.refresh import Refreshable
 from proxy.policy.judge import Judge, Ruling
 from proxy.policy.moves import TagHolds
 from proxy.policy.overrides import Override, Overrides
-from proxy.telemetry.exchange import aside, current
+from proxy.telemetry.exchange import PolicyVerdict, aside, current, note_verdict
 from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied, ManifestUnknown, Unavailable
 from storage.names import written
@@ -155,6 +155,7 @@ class PolicedRegistry(Registry):
             user=now.user, client=now.client, id=now.id,
         )  # fmt: skip
         message = f"policy rule {rule.name} refuses {image}: {ruling.reason}"
+        note_verdict(PolicyVerdict(rule.name, rule.mode, ruling.reason))
         if rule.mode == "enforce":
             raise Denied(f"{message}. Pull what the policy allows, or ask the operator of this server")
         if rule.mode == "warn":
@@ -168,6 +169,7 @@ class PolicedRegistry(Registry):
             "policy.overridden", rule=rule, image=written(name, reference), override=override.image,
             until=override.until, reason=override.reason, user=now.user, client=now.client, id=now.id,
         )  # fmt: skip
+        note_verdict(PolicyVerdict(rule, "override", override.reason))
         until = datetime.fromtimestamp(override.until, UTC).isoformat(timespec="seconds")
         now.warning = f"served against policy rule {rule}, by an override until {until}: {override.reason}"
 

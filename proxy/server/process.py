@@ -31,6 +31,8 @@ from proxy.server.housekeeping import Housekeeper
 from proxy.server.process_name import show_as
 from proxy.server.supervisor import Assignment
 from proxy.telemetry import logs
+from proxy.telemetry.audit import AuditLog
+from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import share_metrics
 from proxy.telemetry.request_log import RequestLog
 from proxy.telemetry.stalls import watched_callbacks
@@ -128,6 +130,9 @@ class ServerProcess:
         self._closing.push_async_callback(self._end_asking)
         self._state = state_of(self.composition)
         self._run_in_background(self.composition.recorder.run())
+        self._audit = AuditLog(self._config.audit, self._clock) if self._config.audit is not None else None
+        if self._audit is not None:
+            self._closing.callback(self._audit.close)
 
     def _worker_hooks(self) -> Hooks:
         """Make the housekeeping process act, if there is one."""
@@ -185,6 +190,7 @@ class ServerProcess:
             self._health,
             LocalOperations(parts, self._processes, housekeeper.evicting, housekeeper.heal, drills),
             token=config.admin_token,
+            audit=self._audit,
             loopback=config.admin is not None and config.admin.loopback,
         )
         encrypted = config.admin_tls() is not None
@@ -218,7 +224,7 @@ class ServerProcess:
             parts.metrics,
             deny_bypass=config.fallback == "deny",
             client_timeout=config.limits.client_timeout,
-            served=parts.recorder.served,
+            served=parts.recorder.served if self._audit is None else self._served,
             reporter=parts.publisher,
             clock=self._clock,
             authorizer=permits,
@@ -240,6 +246,12 @@ class ServerProcess:
             shutdown_timeout=self._drain,
         )
         return await self._serve(runner, sockets, config.tls, clients=True)
+
+    def _served(self, exchange: Exchange, status: int) -> None:
+        """Called with each request of a client that has ended, if there is an audit log."""
+        assert self._audit is not None
+        self.composition.recorder.served(exchange, status)
+        self._audit.served(exchange, status)
 
     @property
     def _drain(self) -> float:

@@ -13,6 +13,15 @@ from storage.registry import everything
 UNKNOWN = "-"  # the namespace of a request that names no configured one
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyVerdict:
+    """What the policy said of content: by which rule, and why.  The mode of an exception is `override`."""
+
+    rule: str
+    mode: str
+    reason: str
+
+
 @dataclass(slots=True)
 class Exchange:
     """A client's request and its response.  Filled in while it is served, logged when it ends.
@@ -36,6 +45,9 @@ class Exchange:
     peer: the URL of the replica that asks, empty for a client
     tell: makes headers of the response to another replica
     stored_only: that replica wants what is stored, and nothing to be asked for
+    method: that of the request
+    refused: the credentials of the client were refused
+    verdicts: what the policy said of the content, unless it allows it
     """
 
     id: str = ""
@@ -64,6 +76,9 @@ class Exchange:
     peer: str = ""
     tell: Callable[[], Mapping[str, str]] = dict
     stored_only: bool = False
+    method: str = ""
+    refused: bool = False
+    verdicts: tuple[PolicyVerdict, ...] = ()
 
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream
@@ -84,6 +99,13 @@ def in_exchange() -> bool:
 def current() -> Exchange:
     """The exchange of this context; outside of one (at start, in tests) a scratch value."""
     return current_exchange.get(_SCRATCH)
+
+
+def note_verdict(verdict: PolicyVerdict) -> None:
+    """Note in the exchange of this context, if there is one, what the policy said."""
+    now = current_exchange.get(None)
+    if now is not None and verdict not in now.verdicts:
+        now.verdicts += (verdict,)
 
 
 @contextmanager

@@ -269,6 +269,7 @@ def _repeatable(request: web.BaseRequest, response: web.StreamResponse, exchange
         and exchange.result in ("hit", "")
         and not exchange.detail
         and not exchange.warning
+        and not exchange.verdicts
         and exchange.as_of is None
         and not exchange.upstream_requests
         and not exchange.peer

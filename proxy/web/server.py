@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 from aiohttp import web
 
-from proxy.access.authentication import dated_user
+from proxy.access.authentication import authorization, dated_user
 from proxy.access.authorization import AccessRequest, Authorizer
 from proxy.access.visibility import Probe
 from proxy.config.access import Action
@@ -53,6 +53,7 @@ from storage.errors import (
     OriginDenied,
     RegistryError,
     TagInvalid,
+    Throttled,
     TooManyRequests,
     Unauthorized,
     Unavailable,
@@ -159,9 +160,8 @@ class DistributionAPI:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request.  Raises nothing but cancellation."""
         begun = time.perf_counter()
-        exchange = Exchange(
-            next(self._ids), client=request.remote or "", agent=request.headers.get("User-Agent", "")
-        )
+        agent = request.headers.get("User-Agent", "")
+        exchange = Exchange(next(self._ids), method=request.method, client=request.remote or "", agent=agent)
         current_exchange.set(exchange)
         status = 499  # as nginx says: the client left before the response
         connection = request.get_extra_info("socket")
@@ -209,8 +209,10 @@ class DistributionAPI:
                 self._events.report_pull(request, route, exchange, response.status)
             return response
         except Unauthorized as error:
+            exchange.refused = bool(authorization(request)) and not exchange.user
             return self._error(kind, self._directed(request, error, exchange.namespace), exchange)
         except RegistryError as error:
+            exchange.refused = isinstance(error, Throttled)
             return self._error(kind, error, exchange)
         except RequestRefused as refused:
             return self._error(kind, refused.error, exchange, refused.headers)

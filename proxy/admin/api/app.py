@@ -21,10 +21,12 @@ from aiohttp import web
 from aiohttp_cache import MemoryCache, cache_middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from proxy.admin.api.audited import ADMITTED, recorded_by
 from proxy.admin.api.bundle_routes import ARCHIVES, BundleRoutes
 from proxy.admin.api.routes import Api, Handler, in_json
 from proxy.admin.local_operations import LocalOperations
 from proxy.namespaces.references import FieldInvalid
+from proxy.telemetry.audit import AuditLog
 from proxy.telemetry.metrics import Metrics
 from proxy.web.listener import ConnectionLimits, Listener
 from storage.concurrency import Cancelled
@@ -44,12 +46,18 @@ State = Callable[[], Awaitable[Mapping[str, str]]]
 
 
 def application(
-    metrics: Metrics, state: State, operations: LocalOperations, *, token: str | None, loopback: bool
+    metrics: Metrics,
+    state: State,
+    operations: LocalOperations,
+    *,
+    token: str | None,
+    loopback: bool,
+    audit: AuditLog | None = None,
 ) -> web.Application:
     """The application of the admin listener.  It closes `operations`.
 
     `state` gives `status`, which is "ready", "degraded" or "draining", and further details.  `loopback`
-    says that only this machine reaches the listener.
+    says that only this machine reaches the listener.  `audit` records what changes something.
     """
 
     async def exposition(request: web.Request) -> web.Response:
@@ -63,23 +71,28 @@ def application(
         found = await state()
         return in_json(found, 503 if found["status"] == "draining" else 200)
 
-    summaries = Summaries()
-    admin = web.Application(middlewares=_middlewares(token, loopback))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", web.NotAppKeyWarning)  # the middleware looks for this name
-        admin["cache"] = summaries
+    admin = web.Application(middlewares=_middlewares(token, loopback, audit))
+    summaries = _summaries_of(admin)
     admin.on_cleanup.append(lambda app: operations.close())
-    bundles = BundleRoutes(operations.exports, operations.imports, summaries.forget)
     for method, path, handler in (
         *(("GET", *each) for each in zip(OPEN, (exposition, healthz, readyz), strict=True)),
         *Api(operations, summaries.forget).routes(),
-        *bundles.routes(),
+        *BundleRoutes(operations.exports, operations.imports, summaries.forget).routes(),
     ):
         if method == "GET":
             admin.router.add_get(path, handler)  # and HEAD
         else:
             admin.router.add_route(method, path, handler)
     return admin
+
+
+def _summaries_of(admin: web.Application) -> Summaries:
+    """The summaries that the middleware of the cache keeps."""
+    summaries = Summaries()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", web.NotAppKeyWarning)  # the middleware looks for this name
+        admin["cache"] = summaries
+    return summaries
 
 
 class AdminRunner(web.AppRunner):
@@ -146,15 +159,17 @@ class AdminRunner(web.AppRunner):
             self._stopping.cancel()
 
 
-def _middlewares(token: str | None, loopback: bool) -> list[Any]:
+def _middlewares(token: str | None, loopback: bool, audit: AuditLog | None) -> list[Any]:
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in OPEN:
             check(request, token, loopback)
+            request[ADMITTED] = True
         return await handler(request)
 
     # The cache comes last, behind the check of the token.
-    return [errors_in_json, guarded, cache_middleware]
+    audited = [] if audit is None else [recorded_by(audit)]
+    return [*audited, errors_in_json, guarded, cache_middleware]
 
 
 class Summaries(MemoryCache):

@@ -16,6 +16,7 @@ import yaml
 from aiohttp import web
 from aiohttp_cache import cache
 
+from proxy.admin.api.audited import ARGUMENTS, OPERATION
 from proxy.admin.operations import OPERATIONS, Operation, Operations
 from proxy.namespaces.references import FieldInvalid
 
@@ -45,6 +46,7 @@ class Api:
         async def handle(request: web.Request) -> web.StreamResponse:
             read = read_query if operation.method == "GET" else read_body
             arguments = msgspec.structs.asdict(await read(request, operation.parameters))
+            request[OPERATION], request[ARGUMENTS] = operation.name, arguments
             try:
                 found = await getattr(self._operations, operation.name)(**arguments)
             finally:

@@ -1,0 +1,55 @@
+"""What the audit log says of requests to the admin API."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from proxy.config.audit import AuditKind
+from proxy.telemetry.audit import AuditLog
+
+# What a request knows of itself: that it may use the API, and which operation it is, with what arguments.
+ADMITTED = web.RequestKey("admitted", bool)
+OPERATION = web.RequestKey("operation", str)
+ARGUMENTS = web.RequestKey("arguments", dict[str, Any])
+_READING = ("GET", "HEAD", "OPTIONS")
+_EXCEPTIONS = ("override", "end_override")
+
+
+def recorded_by(audit: AuditLog) -> Any:
+    """A middleware around all others: records each request that may change something, or is not admitted."""
+
+    @web.middleware
+    async def recorded(request: web.Request, handler: Any) -> web.StreamResponse:
+        status = 500
+        try:
+            response: web.StreamResponse = await handler(request)
+            status = response.status
+            return response
+        except asyncio.CancelledError:
+            status = 503  # the server stops
+            raise
+        finally:
+            _record(audit, request, status)
+
+    return recorded
+
+
+def _record(audit: AuditLog, request: web.Request, status: int) -> None:
+    if ADMITTED not in request and status in (401, 403):
+        kind: AuditKind = "login"
+    elif request.method in _READING:
+        return
+    else:
+        kind = "override" if request.get(OPERATION) in _EXCEPTIONS else "admin"
+    audit.administered(
+        kind,
+        request.remote or "",
+        request.headers.get("User-Agent", ""),
+        request.method,
+        request.get(OPERATION, request.path),
+        request.get(ARGUMENTS, {}),
+        status,
+    )

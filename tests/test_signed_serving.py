@@ -329,3 +329,22 @@ def test_the_check_of_a_configuration_reads_keys_and_expressions(tmp_path: Path)
     found = inspect(configuration(tmp_path, {**policy(attested("ecdsa", when="1 +")), **disk}))
     assert [each for each in found.errors if "`when` is no expression in CEL: Failed to parse" in each]
     assert not inspect(configuration(tmp_path, {**policy(attested("ecdsa", when=BUILDER)), **disk})).errors
+
+
+async def test_signatures_need_not_be_complete_for_clients_that_need_all_blobs(
+    serve: Serve, upstream: Upstream
+) -> None:
+    """podman and others are refused images of which a blob is missing; no signature's config is fetched."""
+    site, case = await one(serve, upstream, "bundle-ecdsa", signed("ecdsa"))
+    agent = {"User-Agent": "skopeo/1.18"}
+    image = json.loads(content(case.image))
+    for kind, reference in (
+        ("manifests", "v1"),
+        *(("blobs", each["digest"]) for each in (image["config"], *image["layers"])),
+    ):
+        assert (await site.get(f"/v2/acme/app/{kind}/{reference}", **agent))[0] == 200
+    await site.app.stop()
+    await upstream.stop()
+    site = await serve(upstream, top=policy(signed("ecdsa")))
+    for reference in ("v1", case.image):
+        assert (await site.get(f"/v2/acme/app/manifests/{reference}", **agent))[0] == 200

@@ -41,7 +41,7 @@ class Exchange:
     digest: the digest of the content, once it is known
     content: describes the content that is pulled
     client: the address of the connection
-    agent: the User-Agent; None outside of a request
+    agent: the User-Agent; None where no client is served
     peer: the URL of the replica that asks, empty for a client
     tell: makes headers of the response to another replica
     stored_only: that replica wants what is stored, and nothing to be asked for
@@ -110,11 +110,14 @@ def note_verdict(verdict: PolicyVerdict) -> None:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Let what happens inside change nothing of the exchange but its number of upstream requests."""
+    """Let what happens inside change nothing of the exchange but its number of upstream requests.
+
+    Its client is served nothing of that: so `agent` is None inside.
+    """
     if (now := current_exchange.get(None)) is None:
         yield
         return
-    inside = replace(now)
+    inside = replace(now, agent=None)
     token = current_exchange.set(inside)
     try:
         yield

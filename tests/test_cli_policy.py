@@ -15,6 +15,7 @@ from proxy.config.policy import parse_tags
 from proxy.policy.coverage import covers, unreachable
 from tests.configuring import read
 from tests.conftest import Serve, Site
+from tests.signing.cases import DATA
 from tests.test_admin import conforms
 from tests.test_policed import LATEST, LISTED, policy, status
 from tests.upstream import Upstream
@@ -184,8 +185,8 @@ def test_what_is_no_case(tmp_path: Path, config: Path, cases: Any, says: str) ->
 # Explanations
 
 
-async def explained(site: Site, reference: str) -> Any:
-    path = f"/api/v1/policy?ref={reference}"
+async def explained(site: Site, reference: str, by: str = "policy") -> Any:
+    path = f"/api/v1/{by}?ref={reference}"
     async with site.session.get(f"{site.app.admin_url}".rstrip("/") + path) as response:
         found = await response.json()
         assert response.status == 200, found
@@ -222,3 +223,42 @@ async def test_without_a_policy_that_is_the_explanation(serve: Serve, upstream: 
     site = await serve(upstream)
     found = await explained(site, "a/b:1")
     assert (found["allowed"], found["reason"]) == (True, "the configuration has no policy")
+
+
+async def test_why_names_the_rule_that_decides(serve: Serve, upstream: Upstream) -> None:
+    image = upstream.image("a/b", "latest")
+    rules = [
+        {**LATEST, "repositories": ["docker.io/a/b"]},
+        {**LATEST, "name": "tried", "repositories": ["docker.io/a/*"], "tags": ["edge"], "mode": "warn"},
+        {"name": "none", "action": "deny", "repositories": ["docker.io/evil/*"], "reason": "it is evil"},
+        {"name": "locked", "action": "allow", "repositories": ["docker.io/locked/*"], "signed_by": ["key"]},
+    ]
+    signers = {"key": {"key": str(DATA / "ecdsa.pub")}}
+    site = await serve(upstream, top=policy(*rules, signers=signers))
+
+    async def verdict(reference: str) -> tuple[str, Any]:
+        found = await explained(site, reference, by="why")
+        return found["verdict"], found["policy"] and (found["policy"]["rule"], found["policy"]["verdict"])
+
+    assert await verdict("a/b:latest") == ("refused", ("moving", "deny"))
+    assert await verdict("a/b:1") == ("miss", ("", "allow"))
+    assert await verdict("a/b:edge") == ("miss", ("tried", "deny"))
+    assert await verdict("locked/x:1") == ("miss", ("locked", "verify"))
+    assert await verdict(f"evil/x@{image.digest}") == ("refused", ("none", "deny"))
+    assert await verdict(f"a/b@{image.digest}") == ("miss", None)  # the tags that lead to it decide
+
+    async def said(*words: str) -> str:
+        given = [*words, "--server", str(site.app.admin_url), "--wide"]
+        result = await asyncio.to_thread(CliRunner().invoke, main, given)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    told = await said("why", "a/b:latest")
+    assert "refused: policy rule moving refuses it: latest moves" in told
+    assert "moving, which refuses it in mode enforce: latest moves" in told
+    await said("policy", "override", "a/b:latest", "--for", "1h", "--reason", "hotfix")
+    assert await verdict("a/b:latest") == ("miss", ("moving", "allow"))
+
+
+async def test_why_names_no_rule_without_a_policy(serve: Serve, upstream: Upstream) -> None:
+    assert (await explained(await serve(upstream), "a/b:1", by="why"))["policy"] is None

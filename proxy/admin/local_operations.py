@@ -19,7 +19,14 @@ from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, Webhoo
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.pin_control import PinControl
-from proxy.admin.policy_control import HoldControl, OverrideControl, explained, held_now, pulled_rows
+from proxy.admin.policy_control import (
+    HoldControl,
+    OverrideControl,
+    explained,
+    held_now,
+    judged_by_name,
+    pulled_rows,
+)
 from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained, PulledRow
 from proxy.admin.purge import Purge, together
 from proxy.admin.readiness import Readiness
@@ -185,7 +192,11 @@ class LocalOperations:
         found = await run_in_thread(self._explainer.why, image, states)
         held = await run_in_thread(held_now, self._composition.guard.holds, image)
         owner = await owner_of(self._composition, image, states)
-        return msgspec.structs.replace(found, held=held, owner=owner)
+        policy = await run_in_thread(judged_by_name, self._composition, image)
+        if policy is not None and policy.verdict == "deny" and policy.mode == "enforce":
+            because = f"policy rule {policy.rule} refuses it: {policy.reason}"
+            found = msgspec.structs.replace(found, verdict="refused", because=because)
+        return msgspec.structs.replace(found, policy=policy, held=held, owner=owner)
 
     async def policy(self, ref: str) -> PolicyExplained:
         return await explained(self._composition, self._reader.reference("ref", ref))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from proxy.admin.models import Model
 
 
@@ -34,6 +36,19 @@ class PolicyExplained(Model, frozen=True):
     mode: str
     reason: str
     leads: list[PolicyLead]
+
+
+class PolicyRow(Model, frozen=True):
+    """What the policy says of an image by its names alone: the `rule` that decides, and its `reason`.
+
+    `verdict` is allow, deny, which in the mode enforce refuses it, or verify: the rule allows content that
+    meets its conditions.  `rule` is empty if none matches.
+    """
+
+    rule: str
+    verdict: Literal["allow", "deny", "verify"]
+    mode: str
+    reason: str
 
 
 class OverrideRow(Model, frozen=True):

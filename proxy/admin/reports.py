@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from proxy.admin.models import Model, OwnerRow
-from proxy.admin.policy_reports import HeldRow
+from proxy.admin.policy_reports import HeldRow, PolicyRow
 
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
 Completeness: TypeAlias = Literal["complete", "partial", "absent"]
@@ -226,8 +226,8 @@ class Why(Model, frozen=True):
     error).  `complete` says whether all content is stored; what is not is fetched on demand.
 
     `qualified` says how the namespace was found; `fresh_rule`, `keep_rule` and `pin` name the rules that
-    apply.  A tag that is `held` stands for another digest than its upstream gives.  In a fleet, `owner` is
-    asked before the upstream.
+    apply.  `policy` is what the rules say of its names.  A tag that is `held` stands for another digest than
+    its upstream gives.  In a fleet, `owner` is asked before the upstream.
     """
 
     asked: str
@@ -251,6 +251,7 @@ class Why(Model, frozen=True):
     upstreams: list[HostRow]
     verdict: Verdict
     because: str
+    policy: PolicyRow | None = None
     held: HeldRow | None = None
     owner: OwnerRow | None = None
 

@@ -307,6 +307,8 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
         if found.fresh_rule is not None:
             table.add("fresh", freshness(found.fresh_until, now))
         table.add("last used", format_time(found.last_used, now))
+    if found.policy is not None:
+        table.add("policy rule", _policy(found.policy))
     if found.held is not None:
         table.add("held", f"at {found.held.digest} by {found.held.rule}, moves {moving(found.held, now)}")
     if found.owner is not None:
@@ -316,6 +318,14 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
     for each in found.upstreams:
         table.add("upstream", _upstream(each, now))
     return [table]
+
+
+def _policy(policy: policy_reports.PolicyRow) -> str:
+    rule = policy.rule or "none"
+    if policy.verdict == "verify":
+        return f"{rule}, which allows content that meets its conditions: see entrepot policy explain"
+    refuses = f"refuses it in mode {policy.mode}"
+    return f"{rule}, which {'allows it' if policy.verdict == 'allow' else refuses}: {policy.reason}"
 
 
 def _owner(owner: models.OwnerRow, now: float) -> str:

@@ -6,8 +6,10 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import pytest
@@ -64,10 +66,11 @@ def parse(words: list[str]) -> None:
             raise click.UsageError(f"there is no command {words[0]}")
         command, words = found, words[1:]  # type: ignore[assignment]
         context = click.Context(command, parent=context)
-    for parameter in command.params:
-        if isinstance(parameter.type, click.Path):
-            parameter.type.exists = False
-    command.make_context(command.name, list(words))
+    with ExitStack() as stack:
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Path):
+                stack.enter_context(patch.object(parameter.type, "exists", False))
+        command.make_context(command.name, list(words))
 
 
 @pytest.mark.parametrize("words", CALLS)

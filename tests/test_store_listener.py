@@ -123,7 +123,7 @@ async def test_a_token_for_another_namespace_is_none_for_what_has_its_name_there
 async def test_the_catalog_lists_names_as_they_are_used_there(
     serve: Serve, upstream: Upstream, users: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.access.authorization.PAGE", 1)
+    monkeypatch.setattr("proxy.access.catalog.PAGE", 1)
     door = await entrance(serve, upstream, {"htpasswd": str(users)})
     for name in ("team/a", "team/b", "zoo"):
         assert (await door.push(ALICE, f"/v2/{name}")).status == 201

@@ -36,6 +36,7 @@ STUCK = "client took nothing"
 SMALL = 64 << 10  # bytes up to which copying is faster than setting up sendfile
 CHUNK = 1 << 20  # bytes that one call sends: what a disk reads in a few milliseconds
 QUICK_CHUNK = 2 << 20  # the same, as long as no call has waited for the disk
+UNSENT = 1 << 20  # bytes of a client that the kernel takes before they are on their way
 TURN = 0.002  # seconds in which all clients are sent to before others get their turn
 SHARE = 0.0005  # seconds of a turn that one client gets at most, beyond its first chunk
 PIECE = 256 << 10  # bytes encrypted at once; up to two pieces wait in memory for a slow client
@@ -226,6 +227,9 @@ class _Sender:
         """Send `span` of the file as it grows: directly to `connection`, or encrypted if that is None."""
         position, stop = span.start, span.stop or 0
         client = -1 if connection is None else os.dup(connection.fileno())
+        if connection is not None:
+            # Otherwise a thousand slow clients fill the memory of TCP, and the kernel ends connections.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         try:
             while position < stop:
                 end = min(await blob.readable(position, stop), stop)

@@ -46,7 +46,7 @@ async def status(site: Site, reference: str, kind: str = "manifests", repository
 
 
 async def refusal(site: Site, reference: str, kind: str = "manifests", repository: str = "a/b") -> str:
-    """What a client is told that is refused."""
+    """The message of a refusal."""
     answer, _, body = await site.get(f"/v2/{repository}/{kind}/{reference}")
     (error,) = json.loads(body)["errors"]
     assert (answer, error["code"]) == (403, "DENIED")

@@ -140,13 +140,13 @@ async def test_exactly_what_is_locked_is_served(
         for kind, digest in served(child):
             assert await status(site, digest, kind) == 200
     assert (
-        f"policy rule pinned refuses docker.io/a/c:1: it is {other.digest}, which images.lock lacks:"
+        f"policy rule pinned refuses docker.io/a/c:1: it is {other.digest}, which is not in images.lock:"
         " of docker.io/a/c it has nothing."
     ) in await refusal(site, "1", repository="a/c")
     moved = upstream.image("a/b", "v1", [b"moved"])
     clock.advance(3600)
     assert (
-        f"it is {moved.digest}, which images.lock lacks: of docker.io/a/b it has"
+        f"it is {moved.digest}, which is not in images.lock: of docker.io/a/b it has"
         f" docker.io/a/b:v1@{index.digest}, docker.io/a/b@{children[0].digest}."
     ) in await refusal(site, "v1")
     assert await status(site, index.digest) == 200

@@ -306,7 +306,7 @@ def test_a_signer_is_of_one_kind(tmp_path: Path, signer: dict[str, str], says: s
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
-        (signed("nobody"), "rule signed names the signer nobody, which signers lacks"),
+        (signed("nobody"), "rule signed names the signer nobody, which is not in signers"),
         (attested("nobody"), "rule attested names the signer nobody"),
         (attested(), "signed_by is empty: name the signers whose statement is believed"),
         ({**signed("ecdsa"), "action": "deny", "reason": "r"}, "rule signed denies, whatever is signed"),

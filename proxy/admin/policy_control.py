@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Literal
 
 from proxy.admin.policy_reports import (
     HeldRow,
@@ -21,7 +20,6 @@ from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid, ImageReference, ReferenceReader
 from proxy.policy.moves import HeldTag, TagHolds
 from proxy.policy.overrides import LONGEST, Override, Overrides
-from proxy.policy.rules import RuleBook
 from storage.errors import DigestInvalid, Unsupported
 from storage.maintenance.pull_journal import PullJournal
 from storage.names import written
@@ -63,10 +61,9 @@ async def explained(parts: Composition, image: ImageReference) -> PolicyExplaine
 
 def judged_by_name(parts: Composition, image: ImageReference) -> PolicyRow | None:
     """What the rules say without its content; None without rules, and for a digest that tags decide about."""
-    policy = parts.config.policy
-    if not policy.active:
+    book = parts.guard.rules
+    if book is None:
         return None
-    book = RuleBook(policy)
     if isinstance(image.reference, Digest):
         rule = book.plain(image.repository)
     else:
@@ -76,10 +73,7 @@ def judged_by_name(parts: Composition, image: ImageReference) -> PolicyRow | Non
     override = parts.guard.overrides.find(image.repository, [image.reference])
     if override is not None and not rule.allows:
         return PolicyRow(rule.name, "allow", rule.mode, _overridden(rule.reason, override))
-    verdict: Literal["allow", "deny", "verify"] = (
-        "deny" if not rule.allows else "verify" if rule.conditions else "allow"
-    )
-    return PolicyRow(rule.name, verdict, rule.mode, rule.reason)
+    return PolicyRow(rule.name, rule.verdict, rule.mode, rule.reason)
 
 
 def _overridden(reason: str, override: Override) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from proxy.admin.models import Model
+from proxy.config.policy import NameVerdict
 
 
 class PolicyLead(Model, frozen=True):
@@ -46,7 +45,7 @@ class PolicyRow(Model, frozen=True):
     """
 
     rule: str
-    verdict: Literal["allow", "deny", "verify"]
+    verdict: NameVerdict
     mode: str
     reason: str
 

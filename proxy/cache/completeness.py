@@ -63,7 +63,7 @@ class Completeness:
 
 
 class MissingContent:
-    """Finds what a manifest names and a store lacks; `here` tells which blobs it has."""
+    """Finds what a manifest names and is not in a store; `here` tells which blobs are."""
 
     def __init__(self, store: Store, name: str, here: Callable[[str, Digest], bool]) -> None:
         self._store = store
@@ -107,7 +107,7 @@ class MissingContent:
 
 
 def missing_in(store: Store, name: str, content: ManifestContent) -> Digest | None:
-    """Something that the manifest names and `store` lacks.  Raises StorageFailed."""
+    """Something that the manifest names and is not in `store`.  Raises StorageFailed."""
     return MissingContent(store, name, lambda name, digest: store.linked(name, digest) is not None).of(
         content
     )

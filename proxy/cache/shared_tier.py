@@ -39,7 +39,7 @@ _ILL = (StorageFailed, Unavailable)  # of the database, and of the bucket
 
 
 class SharedTier(Registry):
-    """The origin of a server's own cache: `store`, which servers share, and `upstream` for what that lacks.
+    """The origin of a server's own cache: `store`, which servers share, and `upstream` for the rest.
 
     Repositories have the upstream's names; in the store `namespace` precedes them.  `policy` says when the
     upstream is asked; `moved` is called when a tag turns out to have moved there.

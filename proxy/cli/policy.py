@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -22,7 +22,7 @@ from proxy.cli.tables import Column, Table
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.image_names import parse, split
 from proxy.config.loader import load
-from proxy.config.policy import PolicyConfig
+from proxy.config.policy import NameVerdict, PolicyConfig
 from proxy.config.quantities import format_time, parse_timeout
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
@@ -82,14 +82,11 @@ def _load(path: Path | None, settings: Sequence[Setting] = ()) -> Config:
         sys.exit(2)
 
 
-Expected = Literal["allow", "deny", "verify"]
-
-
 class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An image, what the policy should say of it, and by which rule, if that is given."""
 
     image: str
-    expect: Expected
+    expect: NameVerdict
     rule: str | None = None
 
 
@@ -98,8 +95,8 @@ class CaseResult(msgspec.Struct, frozen=True):
 
     image: str
     passed: bool
-    expected: Expected
-    found: Expected
+    expected: NameVerdict
+    found: NameVerdict
     rule: str
 
 
@@ -145,7 +142,7 @@ def _judged(config: Config, case: Case) -> CaseResult:
         raise OperationFailed(f"{case.image}: {error}", usage=True) from None
     asked = None if digest is not None else tag or "latest"
     rule = RuleBook(config.policy).find(repository, asked)
-    found: Expected = "deny" if not rule.allows else "verify" if rule.conditions else "allow"
+    found = rule.verdict
     passed = found == case.expect and case.rule in (None, rule.name)
     return CaseResult(written(repository, digest or str(asked)), passed, case.expect, found, rule.name)
 

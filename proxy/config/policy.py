@@ -14,6 +14,8 @@ from proxy.config.values import parse_label, parse_pattern, parse_where
 from storage.names import is_glob
 
 PolicyMode: TypeAlias = Literal["enforce", "warn", "audit"]
+# What a rule decides by names alone; verify: it allows content that meets its conditions.
+NameVerdict: TypeAlias = Literal["allow", "deny", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class PolicyConfig(Section, frozen=True):
             raise ValueError(f"two rules have the name {twice}, by which refusals name them")
         for rule in self.rules:
             if unknown := [each for each in rule.signers if each not in self.signers]:
-                raise ValueError(f"rule {rule.name} names the signer {unknown[0]}, which signers lacks")
+                raise ValueError(f"rule {rule.name} names the signer {unknown[0]}, which is not in signers")
 
     @property
     def libraries(self) -> tuple[str, ...]:

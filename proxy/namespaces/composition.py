@@ -24,7 +24,7 @@ from proxy.cache.turns import ClientSlots
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
-from proxy.namespaces.caches import CacheFactory, Caches, HostCaches
+from proxy.namespaces.caches import CacheFactory, Caches
 from proxy.namespaces.engines import shared_caches
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
@@ -49,7 +49,7 @@ from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.pulls import Pulls
 from storage.maintenance.usage import Usage
 from storage.oci import Digest, Tag
-from storage.registry import Moved, Registry
+from storage.registry import Moved
 from storage.shared import SharedState
 from storage.store import Store
 
@@ -188,12 +188,8 @@ class _Composer:
         usage, recorder = self._usage(store)
         queue, publisher = self._webhooks()
         drill = Drill(clock, self._hooks.drill_begun, config.key_of)
-        slots = self._slots(), self._slots("ranges")
         common, deposits = self._common(store)
-        known, make_room = self._shared.upstreams, self._hooks.make_room
-        fills = Fills(
-            store, self._metrics, *slots, make_room=make_room, clock=clock, deposits=deposits, known=known
-        )
+        fills = self._fills(store, deposits)
         tag_moved = _tag_moved(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
@@ -213,18 +209,9 @@ class _Composer:
             guard=guard,
             peers=peers,
         )
-        made = Caches(factory)
-        if peers is not None:
-            self._closing.push_async_callback(peers.close)
-        self._closing.push_async_callback(made.close)
-        self._closing.push_async_callback(fills.close)  # before what they read from
+        made = self._caches(factory)
         hosted = self._hosted(private, publisher) if private else {}
-        stores = [store, private] if private else [store]
-        served = {
-            **{name: guard.of(name, each, store) for name, each in made.caches.items()},
-            **{name: guard.of(name, each, private or store) for name, each in hosted.items()},
-        }
-        namespaces = self._namespaces(served, stores, made.others)
+        namespaces = self._namespaces(store, private, guard, made, hosted)
         pins = self._pins(store, private, common)
         return Composition(
             config=config,
@@ -253,6 +240,26 @@ class _Composer:
             maintenance=self._maintenance(store, private, namespaces, pins, publisher, common),
             closing=self._closing,
         )
+
+    def _fills(self, store: Store, deposits: Deposits | None) -> Fills:
+        return Fills(
+            store,
+            self._metrics,
+            self._slots(),
+            self._slots("ranges"),
+            make_room=self._hooks.make_room,
+            clock=self._clock,
+            deposits=deposits,
+            known=self._shared.upstreams,
+        )
+
+    def _caches(self, factory: CacheFactory) -> Caches:
+        made = Caches(factory)
+        if factory.peers is not None:
+            self._closing.push_async_callback(factory.peers.close)
+        self._closing.push_async_callback(made.close)
+        self._closing.push_async_callback(factory.fills.close)  # before what they read from
+        return made
 
     # Storage
 
@@ -339,14 +346,24 @@ class _Composer:
         }
 
     def _namespaces(
-        self, registries: Mapping[str, Registry], catalogs: list[Store], others: HostCaches | None
+        self,
+        store: Store,
+        private: Store | None,
+        guard: PolicyGuard,
+        made: Caches,
+        hosted: Mapping[str, Hosted],
     ) -> Namespaces:
+        served = {
+            **{name: guard.of(name, each, store) for name, each in made.caches.items()},
+            **{name: guard.of(name, each, private or store) for name, each in hosted.items()},
+        }
         members = [
-            Member(registries[name], name, each.aliases, each.hosts, each.library, each.names)
+            Member(served[name], name, each.aliases, each.hosts, each.library, each.names)
             for name, each in self._config.namespaces.items()
             if name != EVERY
         ]
-        return Namespaces(members, self._config.default_namespace, catalogs, others=others)
+        catalogs = [store, private] if private else [store]
+        return Namespaces(members, self._config.default_namespace, catalogs, others=made.others)
 
     def _maintenance(
         self,

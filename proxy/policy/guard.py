@@ -20,6 +20,7 @@ class PolicyGuard:
     """Puts the policy in front of registries.  Raises StartError if a file of the policy cannot be read.
 
     caches: the store of all caches
+    rules: those of the policy; None without one
     held: is called when a tag is held
     """
 
@@ -33,16 +34,16 @@ class PolicyGuard:
     ) -> None:
         self._metrics = metrics
         self._clock = clock
-        self._rules = RuleBook(policy, clock) if policy.active else None
+        self.rules = RuleBook(policy, clock) if policy.active else None
         self._judges: dict[str, Judge] = {}
         self.overrides = Overrides(caches, clock)
         self.holds = TagHolds(caches, policy.moves, clock, metrics, held)
 
     def of(self, namespace: str, registry: Registry, store: Store) -> Registry:
         """What serves a namespace, of which `store` has the records: the registry itself without a policy."""
-        if self._rules is None:
+        if self.rules is None:
             return registry
-        judge = Judge(namespace, registry, store, self._rules, self.overrides, self._clock)
+        judge = Judge(namespace, registry, store, self.rules, self.overrides, self._clock)
         self._judges[namespace] = judge
         if isinstance(registry, Cache):
             return PolicedCache(registry, judge, self._metrics, self.holds, self.overrides)

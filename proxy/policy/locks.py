@@ -59,6 +59,6 @@ class LockedImages:
         more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
         return Evidence(
             False,
-            f"is {digest}, which {self._path.name} lacks: of {subject.repository} it has"
+            f"is {digest}, which is not in {self._path.name}: of {subject.repository} it has"
             f" {', '.join(there[:SHOWN]) or 'nothing'}{more}",
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from proxy.config.policy import NamePattern, PolicyConfig, PolicyMode, PolicyRule
+from proxy.config.policy import NamePattern, NameVerdict, PolicyConfig, PolicyMode, PolicyRule
 from proxy.policy.condition import Condition
 from proxy.policy.signers import signers_of
 from proxy.policy.verification import Unjudged, conditions_of
@@ -28,6 +28,13 @@ class ServingRule:
     repositories: tuple[NamePattern, ...] = ()
     tags: tuple[NamePattern, ...] = ()
     conditions: tuple[Condition, ...] = ()
+
+    @property
+    def verdict(self) -> NameVerdict:
+        """What it decides by names alone."""
+        if not self.allows:
+            return "deny"
+        return "verify" if self.conditions else "allow"
 
     def concerns(self, repository: str) -> bool:
         """Whether it is about some of the content of a repository, given by its full name."""

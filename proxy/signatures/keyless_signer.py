@@ -64,7 +64,7 @@ class KeylessSigner:
         if signature.form != "bundle":
             signed = CERTIFICATE in signature.annotations
             raise SignatureRefused(
-                "it is keyless in cosign's former format, which lacks the log's proof: sign it with a bundle"
+                "it is keyless in cosign's former format, without the log's proof: sign it with a bundle"
                 if signed
                 else f"it is a signature of the form {signature.form}, not by the certificate of an identity"
             )

@@ -1,7 +1,7 @@
 """The tests.
 
-Their processes share what they have compiled, also where Python is told to write none of it: pytest takes ten
-seconds to compile all test modules, and every server that a test starts compiles its own.
+Compiled modules are written to disk even if PYTHONDONTWRITEBYTECODE is set.  Otherwise every process compiles
+them again: that takes ten seconds for all test modules, and more for each server that a test starts.
 """
 
 import os

@@ -7,7 +7,7 @@ for this server.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from proxy.access.client_address import ClientAddresses, parse
+from proxy.access.credentials import BadCredential, CredentialVerifier
 from proxy.access.rules import IPAddress, Principal
 from proxy.access.throttle import LoginThrottle
 from proxy.upstream.credentials import Credential
@@ -34,12 +35,14 @@ class Authenticator:
 
     With neither passwords nor tokens no client is challenged, and the Authorization header is ignored.
 
+    verifiers: those of credentials besides passwords and the tokens of the token server
     service: the realm and the service of the token server
     groups: the groups of each user
     """
 
     passwords: Htpasswd | None = None
     tokens: TokenVerifier | None = None
+    verifiers: Sequence[CredentialVerifier] = ()
     service: tuple[str, str] = ("", "")
     realm: str = "entrepot"
     groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -48,7 +51,7 @@ class Authenticator:
 
     @property
     def accepts_credentials(self) -> bool:
-        return self.passwords is not None or self.tokens is not None
+        return self.passwords is not None or self.tokens is not None or bool(self.verifiers)
 
     @property
     def basic(self) -> str:
@@ -63,7 +66,7 @@ class Authenticator:
             realm, service = self.service
             parameters = {"realm": realm, "service": service, "scope": scope, "error": error}
             return ("Bearer " + ",".join(f'{name}="{value}"' for name, value in parameters.items() if value),)
-        return (self.basic,) if self.passwords is not None else ()
+        return (self.basic,) if self.passwords is not None or self.verifiers else ()
 
     async def identify(self, request: web.BaseRequest, scope: str = "") -> Principal:
         """Return who sent the request.
@@ -79,6 +82,8 @@ class Authenticator:
             groups = principal.groups | self.groups.get(principal.user, frozenset())
             local = self.addresses.is_local(request)
             return replace(principal, groups=groups, address=address, local=local)
+        if (found := self._recognizing(request)) is not None:
+            return replace(await self._verified(*found, scope), address=address)
         if scheme == "basic" and self.passwords is not None:
             user = await self._by_password(request, self.passwords, scope)
             return Principal(user, "password", self.groups.get(user, frozenset()), address=address)
@@ -90,12 +95,34 @@ class Authenticator:
         """Whether identify() still returns what it has just returned for this request, without waiting."""
         header = authorization(request) if self.accepts_credentials else ""
         scheme, _, value = header.partition(" ")
+        if scheme and (found := self._recognizing(request)) is not None:
+            verifier, user, secret = found
+            return partial(verifier.remembers, user, secret)
         if scheme.lower() == "basic" and self.passwords is not None:
             login = credential(request)
             return partial(self.passwords.remembers, login.username, login.password) if login else never
         if scheme.lower() == "bearer" and self.tokens is not None:
             return partial(self.tokens.remembers, value.strip())
         return never if scheme else lambda: True  # anonymous: the address and the headers decide
+
+    def _recognizing(self, request: web.BaseRequest) -> tuple[CredentialVerifier, str, str] | None:
+        """The verifier of the credential of a request, its user and the credential itself."""
+        if not self.verifiers:
+            return None
+        scheme, _, value = authorization(request).partition(" ")
+        login = Credential("", value.strip()) if scheme.lower() == "bearer" else credential(request)
+        if login is None:
+            return None
+        found = next((each for each in self.verifiers if each.recognizes(login.password)), None)
+        return None if found is None else (found, login.username, login.password)
+
+    async def _verified(self, verifier: CredentialVerifier, user: str, secret: str, scope: str) -> Principal:
+        try:
+            return await verifier.verify(user, secret)
+        except BadCredential as error:
+            raise self.unauthorized(
+                f"{verifier.what} is not accepted: {error}", scope, "invalid_token"
+            ) from None
 
     async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> str:
         login = credential(request)

@@ -11,10 +11,11 @@ A token is not a user: it may have been given away for one purpose.  It gets wha
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import Network
@@ -41,16 +42,20 @@ class Principal:
     """The client that sent a request.
 
     user: "" for an anonymous client
-    scheme: how the client authenticated itself
+    scheme: how the client authenticated itself: "" for an anonymous client
+    until: when its credential expires, in seconds since the epoch
+    proof: what its verifier recognizes the credential by, without being it
     address: None if it is unknown
     local: whether it is a program on this machine that connects without a proxy
     """
 
     user: str = ""
-    scheme: Literal["", "password", "certificate", "token"] = ""
+    scheme: str = ""
     groups: frozenset[str] = frozenset()
     claims: Mapping[str, Any] = field(default_factory=dict)
     grants: tuple[Grant, ...] = ()
+    until: float = math.inf
+    proof: str = ""
     address: IPAddress | None = None
     local: bool = False
 

@@ -119,13 +119,13 @@ def _authenticator(
             groups[user].add(group)
     passwords = password_file(keys.htpasswd, closing) if keys.htpasswd else None
     return Authenticator(
-        passwords,
-        token_verifier(keys.token, clock) if keys.token else None,
-        (keys.token.realm, keys.token.service) if keys.token else ("", ""),
-        keys.realm,
-        {user: frozenset(each) for user, each in groups.items()},
-        ClientAddresses(keys.trusted_proxies),
-        throttle,
+        passwords=passwords,
+        tokens=token_verifier(keys.token, clock) if keys.token else None,
+        service=(keys.token.realm, keys.token.service) if keys.token else ("", ""),
+        realm=keys.realm,
+        groups={user: frozenset(each) for user, each in groups.items()},
+        addresses=ClientAddresses(keys.trusted_proxies),
+        throttle=throttle,
     )
 
 

@@ -45,7 +45,8 @@ PROXY = {
     "transfer": "config telemetry upstream namespaces",
     "admin": "config connections telemetry upstream cache webhooks policy namespaces web transfer",
     "doctor": "config connections upstream setup web",
-    "server": "telemetry config webhooks access namespaces web admin",
+    "ui": "config namespaces admin",
+    "server": "telemetry config webhooks access namespaces web admin ui",
 }
 PROXY["cli"] = " ".join(PROXY)
 PROXY["__main__"] = "cli"

@@ -33,6 +33,7 @@ from proxy.config.upstream import UpstreamConfig
 from proxy.config.values import (
     Secret,
     parse_access,
+    parse_admin_ui,
     parse_count,
     parse_glob,
     parse_number,
@@ -293,6 +294,7 @@ class Config(Section, frozen=True):
     listen: Annotated[Address, parse_address] = Address("127.0.0.1", 5000)
     admin: Annotated[Address | None, parse_admin] = Address("127.0.0.1", 5001)
     admin_token: Annotated[Secret, parse_secret] | None = None
+    admin_ui: Annotated[str, parse_admin_ui] = "on"
     access: AccessConfig = AccessConfig()
     policy: PolicyConfig = PolicyConfig()
     tls: TLS | None = None

@@ -76,6 +76,14 @@ def parse_access(value: object) -> str:
     return str(name)
 
 
+def parse_admin_ui(value: object) -> str:
+    """What the web page may do; YAML reads `on` and `off` as true and false."""
+    name = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    if name not in ("on", "read_only", "off"):
+        raise ValueError("expected one of on, read_only, off")
+    return str(name)
+
+
 def parse_count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
         raise ValueError(f"expected a number from 1 to {MAX_COUNT}")

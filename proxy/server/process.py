@@ -181,17 +181,20 @@ class ServerProcess:
         # Only one process needs these, and they are large.
         from proxy.admin.api.app import AdminRunner, application
         from proxy.admin.local_operations import LocalOperations
+        from proxy.ui.app import pages
 
         config, parts, housekeeper = self._config, self.composition, self.housekeeper
         drills = DrillControl(self._processes, parts.drill, parts.metrics, parts.clock, self._run)
+        operations = LocalOperations(parts, self._processes, housekeeper.evicting, housekeeper.heal, drills)
         # Before the clients' listener, since what starts last stops first: so /healthz can report "draining".
         api = application(
             parts.metrics,
             self._health,
-            LocalOperations(parts, self._processes, housekeeper.evicting, housekeeper.heal, drills),
+            operations,
             token=config.admin_token,
             audit=self._audit,
             loopback=config.admin is not None and config.admin.loopback,
+            pages=pages(config, operations, self._health, parts.clock),
         )
         encrypted = config.admin_tls() is not None
         runner = AdminRunner(api, self._connection_limits(), encrypted=encrypted, drain=self._drain)

@@ -35,6 +35,7 @@ from storage.errors import RegistryError
 log = structlog.get_logger()
 
 OPEN = ("/metrics", "/healthz", "/readyz")
+PAGES, ENTRANCES = "/ui/", ("/", "/ui")  # the web page, and the paths that lead to it
 ANSWERED = 1.0  # seconds in which an operation that is cancelled must end and be answered
 SUMMARIES = 100  # answers that are kept
 SAFE = ("application/json", *ARCHIVES)  # media types that no page can send to another host unasked
@@ -53,11 +54,12 @@ def application(
     token: str | None,
     loopback: bool,
     audit: AuditLog | None = None,
+    pages: web.Application | None = None,
 ) -> web.Application:
     """The application of the admin listener.  It closes `operations`.
 
     `state` gives `status`, which is "ready", "degraded" or "draining", and further details.  `loopback`
-    says that only this machine reaches the listener.  `audit` records what changes something.
+    says that only this machine reaches the listener.  `audit` records changes.  `pages` admits by itself.
     """
 
     async def exposition(request: web.Request) -> web.Response:
@@ -71,7 +73,7 @@ def application(
         found = await state()
         return in_json(found, 503 if found["status"] == "draining" else 200)
 
-    admin = web.Application(middlewares=_middlewares(token, loopback, audit))
+    admin = web.Application(middlewares=_middlewares(token, loopback, audit, pages))
     summaries = _summaries_of(admin)
     admin.on_cleanup.append(lambda app: operations.close())
     for method, path, handler in (
@@ -83,7 +85,21 @@ def application(
             admin.router.add_get(path, handler)  # and HEAD
         else:
             admin.router.add_route(method, path, handler)
+    _add(admin, pages)
     return admin
+
+
+def _add(admin: web.Application, pages: web.Application | None) -> None:
+    if pages is None:
+        return
+    for path in ENTRANCES:
+        admin.router.add_get(path, _enter)
+    admin.add_subapp(PAGES, pages)
+
+
+async def _enter(request: web.Request) -> web.Response:
+    """Lead to the web page.  The path is relative: this listener may be below a path of another server."""
+    return web.Response(status=302, headers={"Location": PAGES.lstrip("/")})
 
 
 def _summaries_of(admin: web.Application) -> Summaries:
@@ -159,10 +175,14 @@ class AdminRunner(web.AppRunner):
             self._stopping.cancel()
 
 
-def _middlewares(token: str | None, loopback: bool, audit: AuditLog | None) -> list[Any]:
+def _middlewares(
+    token: str | None, loopback: bool, audit: AuditLog | None, pages: web.Application | None
+) -> list[Any]:
+    unguarded = OPEN if pages is None else (*OPEN, *ENTRANCES)
+
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN:
+        if request.path not in unguarded and pages not in request.match_info.apps:
             check(request, token, loopback)
             request[ADMITTED] = True
         return await handler(request)
@@ -209,15 +229,20 @@ def check(request: web.Request, token: str | None, loopback: bool) -> None:
             reason="other machines reach this listener, and no token is configured: set admin_token"
         )
     else:
-        _check_page(request)
-    if request.headers.get("Content-Encoding", "").lower() not in _IDENTITY:
-        raise web.HTTPUnsupportedMediaType(reason="expected a body without Content-Encoding")
+        check_page(request)
+    check_body(request)
     if request.method not in ("GET", "HEAD", "OPTIONS") and request.content_type not in SAFE:
         # A page can send forms and plain text to any host unasked, but not these.
         raise web.HTTPUnsupportedMediaType(reason="expected Content-Type: application/json")
 
 
-def _check_page(request: web.Request) -> None:
+def check_body(request: web.Request) -> None:
+    """Refuse a body whose size is not known before it is read."""
+    if request.headers.get("Content-Encoding", "").lower() not in _IDENTITY:
+        raise web.HTTPUnsupportedMediaType(reason="expected a body without Content-Encoding")
+
+
+def check_page(request: web.Request) -> None:
     """Refuse a request that a foreign page makes a browser send."""
     host = request.headers.get("Host", "")
     found = _AUTHORITY.fullmatch(host)

@@ -1,0 +1,1 @@
+"""The web page on the admin listener: its screens, sessions and charts."""

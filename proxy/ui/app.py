@@ -1,0 +1,55 @@
+"""The web page as an application, which the admin listener serves below /ui/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from aiohttp import web
+
+from proxy.admin.api.app import State
+from proxy.admin.operations import Operations
+from proxy.config.schema import Config
+from proxy.ui.protection import Protection, set_headers
+from proxy.ui.rendering import PREFIX, STATIC, Renderer, static
+from proxy.ui.screens.overview import OverviewScreen
+from proxy.ui.screens.why import WhyScreen
+from proxy.ui.sessions import Sessions
+
+KEPT = "public, max-age=31536000, immutable"  # their addresses change with them
+
+
+class Screen(Protocol):
+    """A part of the page."""
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        """Routes below the prefix, each of one element."""
+
+
+def pages(
+    config: Config, operations: Operations, state: State, clock: Callable[[], float]
+) -> web.Application | None:
+    """The application of the page, with all screens; None if there is none.  `state` is that of /readyz."""
+    if config.admin_ui == "off":
+        return None
+    token = config.admin_token
+    renderer = Renderer(clock, acts=config.admin_ui == "on", login=token is not None)
+    protection = Protection(config, Sessions(token, clock), renderer)
+    screens: list[Screen] = [
+        protection,
+        OverviewScreen(operations, state, renderer),
+        WhyScreen(operations, renderer),
+    ]
+    application = web.Application(middlewares=protection.middlewares())
+    application.on_response_prepare.append(set_headers)
+    for each in screens:
+        application.add_routes(each.routes())
+    for name in STATIC:
+        application.router.add_get("/" + name, _file)
+    return application
+
+
+async def _file(request: web.Request) -> web.Response:
+    name = request.path.removeprefix(PREFIX)
+    headers = {"Cache-Control": KEPT}
+    return web.Response(body=static(name), content_type=STATIC[name], charset="utf-8", headers=headers)

@@ -1,0 +1,104 @@
+"""Templates, and what all of them show: the navigation, the form token, numbers for people."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
+from proxy.ui.sessions import BrowserSession
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SESSION = web.RequestKey("session", BrowserSession)
+PREFIX = "/ui/"
+SHORT = 12  # characters of a digest
+# The screens in the navigation: their path below the prefix, and their name.
+NAVIGATION = (
+    ("", "Overview"),
+    ("why", "Why"),
+)
+STATIC = {"style.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+
+class Renderer:
+    """Makes pages of templates.  `acts` says whether the page may change anything, `login` whether a token is
+    needed.
+
+    All links are relative, and all screens are one level below the prefix: so the page works under any path.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, acts: bool, login: bool) -> None:
+        self._clock = clock
+        self._acts = acts
+        self._login = login
+
+    def page(
+        self, request: web.Request, template: str, title: str, *, status: int = 200, **values: object
+    ) -> web.Response:
+        """A template as an answer; `values` are what it names, beside what base.html says."""
+        session = request.get(SESSION)
+        path = request.path.removeprefix(PREFIX)
+        common: dict[str, object] = {
+            "title": title,
+            "here": path,
+            "root": "../" * path.count("/"),
+            "navigation": NAVIGATION if session else (),
+            "csrf": session.form_token if session else "",
+            "acts": self._acts and session is not None,
+            "login": self._login and session is not None,
+            "version": self.version,
+        }
+        text = self._templates.get_template(template).render(common | values)
+        return web.Response(text=text, status=status, content_type="text/html")
+
+    @cached_property
+    def version(self) -> str:
+        """Changes with the files that browsers keep."""
+        return hashlib.sha256(b"".join(map(static, STATIC))).hexdigest()[:SHORT]
+
+    @cached_property
+    def _templates(self) -> Environment:
+        from jinja2 import Environment, PackageLoader, StrictUndefined  # only a server whose page is used
+
+        made = Environment(
+            loader=PackageLoader("proxy.ui"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        made.filters |= {
+            "size": format_size,
+            "share": format_share,
+            "duration": format_duration,
+            "number": lambda count: "?" if count is None else f"{count:,}",
+            "plural": plural,
+            "ago": lambda time: format_time(time, self._clock()),
+            "iso": iso,
+            "short": short,
+        }
+        return made
+
+
+def static(name: str) -> bytes:
+    """The content of a file that every page uses."""
+    return files("proxy.ui").joinpath("static", name).read_bytes()
+
+
+def iso(time: float) -> str:
+    """Seconds since the epoch as a time in UTC."""
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def short(digest: str) -> str:
+    """The algorithm and first characters of a digest."""
+    algorithm, colon, encoded = digest.partition(":")
+    return f"{algorithm}:{encoded[:SHORT]}" if colon else digest

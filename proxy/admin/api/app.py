@@ -85,16 +85,15 @@ def application(
             admin.router.add_get(path, handler)  # and HEAD
         else:
             admin.router.add_route(method, path, handler)
-    _add(admin, pages)
+    return _with_pages(admin, pages)
+
+
+def _with_pages(admin: web.Application, pages: web.Application | None) -> web.Application:
+    if pages is not None:
+        for path in ENTRANCES:
+            admin.router.add_get(path, _enter)
+        admin.add_subapp(PAGES, pages)
     return admin
-
-
-def _add(admin: web.Application, pages: web.Application | None) -> None:
-    if pages is None:
-        return
-    for path in ENTRANCES:
-        admin.router.add_get(path, _enter)
-    admin.add_subapp(PAGES, pages)
 
 
 async def _enter(request: web.Request) -> web.Response:

@@ -327,7 +327,8 @@ async def build(
         {"name": name, "url": each.url, **HOOKS[name]} for name, each in zip(HOOKS, receivers, strict=False)
     ]
     disk = {"path": str(directory / "disk"), "cache_limit": "500GiB", "keep_for": "30d"}
-    site = await serve(upstream, more=more, top={"disk": disk, "webhooks": hooks})
+    audit = {"file": str(directory / "audit.log")}
+    site = await serve(upstream, more=more, top={"disk": disk, "webhooks": hooks, "audit": audit})
     path = directory / "entrepot.yml"
     tree = json.loads(path.read_text())
     assert site.app.admin_url

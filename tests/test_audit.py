@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
+from proxy.admin.audit_control import audit_rows
 from proxy.config.audit import AuditConfig
 from proxy.config.errors import ConfigError, StartError
+from proxy.telemetry import audit_reader
 from proxy.telemetry.audit import AuditLog
 from proxy.telemetry.audit_file import AuditFile
 from proxy.telemetry.exchange import Exchange
+from storage.errors import StorageFailed, Unsupported
 from storage.oci import OCI_MANIFEST
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.processes import Place, place
@@ -422,3 +425,70 @@ def test_a_full_disk_is_no_reason_not_to_start(
 def test_the_section_is_validated(tmp_path: Path, section: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configuration(tmp_path, {"audit": section})
+
+
+# Read again
+
+
+def entries(config: AuditConfig, match: str = "", limit: int = 100) -> list[str]:
+    return [str(each.arguments["pattern"]) for each in audit_rows(config, match, limit)]
+
+
+def written(config: AuditConfig, *patterns: str, kind: Any = "admin", status: int = 200) -> None:
+    log = AuditLog(config, Clock())
+    for each in patterns:
+        log.administered(kind, "192.0.2.1", AGENT, "POST", "purge", {"pattern": each}, status)
+    log.close()
+
+
+def test_the_last_acts_come_first(path: Path) -> None:
+    config = AuditConfig(file=path, kinds=("admin", "login"))
+    written(config, "a", "b")
+    written(config, "c", kind="login", status=401)
+    assert entries(config) == ["c", "b", "a"]
+    assert entries(config, limit=2) == ["c", "b"]
+    (row,) = audit_rows(config, "refused LOGIN", 10)
+    assert (row.at, row.kind, row.status, row.operation) == (Clock().now, "login", 401, "purge")
+    assert entries(config, "admin") == ["b", "a"]
+    assert entries(config, "admin nonsense") == []
+
+
+def test_former_files_are_read_too(path: Path) -> None:
+    config = AuditConfig(file=path, kinds=("admin",), max_size=600, keep=3)
+    names = [str(number) for number in range(8)]
+    written(config, *names)
+    assert path.with_name("audit.log.2").exists()
+    assert entries(config) == names[::-1]
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 1 << 16])
+def test_lines_of_any_length_and_lines_that_are_none(
+    path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_reader, "BLOCK", block)
+    config = AuditConfig(file=path, kinds=("admin",))
+    written(config, "a" * 500, "\u00fc\n", "b")
+    with path.open("ab") as file:
+        file.write(b'{"cut": \n\n\xff\n[]\n{"time": 5}\n')
+    written(config, "c")
+    with path.open("ab") as file:
+        file.write(b'{"time": "2026')
+    assert entries(config) == ["c", "b", "\u00fc\n", "a" * 500]
+
+
+def test_so_much_is_read(path: Path) -> None:
+    config = AuditConfig(file=path, kinds=("admin",), max_size=1000, keep=5)
+    names = [str(number) for number in range(10, 30)]
+    written(config, *names)
+    line = len(path.read_bytes().splitlines(keepends=True)[0])
+    found = [str(each.arguments["pattern"]) for each in audit_reader.last_records(config, 3 * line + 1)]
+    assert found == names[:-4:-1]
+
+
+def test_a_log_that_is_not_there_or_cannot_be_read(path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"audit\.file"):
+        audit_rows(None, "", 1)
+    assert audit_rows(AuditConfig(file=path), "", 1) == []
+    path.mkdir()
+    with pytest.raises(StorageFailed, match=str(path)):
+        audit_rows(AuditConfig(file=path), "", 1)

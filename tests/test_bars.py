@@ -14,7 +14,7 @@ from rich.console import Console
 
 import proxy.cli
 from proxy.admin.models import FillRow, SpanRow
-from proxy.cli import bars, console, status
+from proxy.cli import bars, console, fills
 from proxy.cli.bars import MISSING, THERE, extents_bar, has_gaps, share_bar
 from storage.disk.extents import Extents
 
@@ -125,7 +125,7 @@ FILLS = [
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "iso-8859-1"])
 def test_fills_on_80_columns(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(encoding, monkeypatch, 80)
-    console.write(*status.fill_tables(FILLS, 0.0), file=screen)
+    console.write(*fills.fill_tables(FILLS, 0.0), file=screen)
     lines = screen.lines()
     assert max(map(cell_len, lines)) <= 80
     shown = "\n".join(lines)
@@ -144,7 +144,7 @@ def test_fills_on_80_columns(encoding: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_fills_that_are_watched(encoding: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(encoding, monkeypatch, width)
     progress = console.ProgressDisplay(screen)
-    status.show_fills(FILLS, progress)
+    fills.show_fills(FILLS, progress)
     progress.show("other work", 1, 4, "1 of 4")
     progress.close()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", "\n".join(screen.lines()))
@@ -157,7 +157,7 @@ def test_fills_that_are_watched(encoding: str, width: int, monkeypatch: pytest.M
 def test_a_file_of_another_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     file = io.TextIOWrapper(written, "ascii", write_through=True)
-    table = status.fill_tables([row(10, [(2, 4)], [], repository="ünïcode")], 0.0)
+    table = fills.fill_tables([row(10, [(2, 4)], [], repository="ünïcode")], 0.0)
     console.write(*table, file=file)
     assert b"?n?code" in written.getvalue()
     assert b"....####............" in written.getvalue()

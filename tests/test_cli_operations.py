@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from proxy.admin import models, reports, rows
-from proxy.cli import content, maintenance, pins, removal, status
+from proxy.admin import activity_reports, fill_feed, models, reports, rows
+from proxy.cli import content, fills, maintenance, pins, removal, status
 from proxy.cli.main import main
 from proxy.cli.target import reach
 from proxy.config.loader import load
@@ -248,7 +249,10 @@ async def test_fills_without_a_server(shop: Shop) -> None:
         assert json.loads(await shop.fails("fills", "--json"))["code"] == "NOT_RUNNING"
 
 
-async def test_fills_tell_how_far(served: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_fills_tell_how_far(
+    served: Shop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fill_feed, "INTERVAL", 0.0)
     body = os.urandom(50_000)
     digest = served.upstream.blob("library/alpine", body)
     hold = Hold(asyncio.Event(), after=20_000)
@@ -261,22 +265,28 @@ async def test_fills_tell_how_far(served: Shop, capsys: pytest.CaptureFixture[st
     _, row = await served.lines("fills")
     assert row.startswith(f"{NAME}  {digest}  ")
 
-    async def looks() -> AsyncIterator[None]:
-        yield
-        hold.gate.set()
-        await pulling
-        await over(served.site)
-        yield
-
     async with reach(load(served.config), str(served.site.app.admin_url), None) as there:
-        await status.follow(there, False, looks())
+
+        class UntilItEnds:
+            """The operations, until nothing is transferred any more."""
+
+            async def watch(self) -> AsyncIterator[activity_reports.FillsNow]:
+                async with aclosing(there.watch()) as stream:  # type: ignore[type-var]
+                    async for now in stream:
+                        yield now
+                        if not now.fills:
+                            return
+                        hold.gate.set()
+
+        await fills.follow(UntilItEnds(), False)  # type: ignore[arg-type]
         assert capsys.readouterr().out.startswith(f"{NAME}@{digest}: ")
-        await status.follow(there, True, one())
+        await pulling
+        await fills.follow(UntilItEnds(), True)  # type: ignore[arg-type]
         assert capsys.readouterr().out == "[]\n"
-
-
-async def one() -> AsyncIterator[None]:
-    yield
+        async with aclosing(there.watch()) as stream:  # type: ignore[type-var]
+            ended = (await anext(stream)).ended[0]
+        assert (ended.digest, ended.repository, ended.bytes) == (digest, NAME, 50_000)
+        assert (ended.result, ended.error) == ("committed", None)
 
 
 # What is done

@@ -382,3 +382,26 @@ def test_many_blobs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert eviction.stored() == 9000
     assert reads == []
     assert len(looked_at) <= 2 * BATCH
+
+
+async def test_what_comes_next_is_what_goes_first(place: Place) -> None:
+    ages = {"a/x": 100.0, "b/x": 1000.0}
+    eviction = place.eviction(
+        keep_for=lambda repository: ages.get(repository, math.inf), default_keep_for=50.0
+    )
+    begun = place.clock.now
+    old = await place.blob(b"oldest", "a/x", "b/x")
+    place.clock.advance(10)
+    pinned = await place.blob(b"pinned", "a/x")
+    place.clock.advance(10)
+    kept = await place.blob(b"for ever", "c/x")
+    place.clock.advance(10)
+    alone = await place.blob(b"nobody's")
+    place.pinned = PinnedContent(frozenset(), frozenset([pinned]))
+    assert [(each.digest, named, until) for each, named, until in eviction.upcoming()] == [
+        (old, ["a/x", "b/x"], begun + 1000),
+        (kept, ["c/x"], math.inf),
+        (alone, [], begun + 80),
+    ]
+    eviction.shrink(to=len(b"pinned") + len(b"for ever") + len(b"nobody's"))
+    assert place.holds(old, pinned, kept, alone) == [False, True, True, True]

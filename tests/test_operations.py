@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import FillState, ProcessReport, UpstreamState
 from proxy.admin.purge import AllPinned
 from proxy.admin.reports import Purged, Scrubbing, Why
-from proxy.cli.status import fill_tables
+from proxy.cli.fills import fill_tables
 from proxy.namespaces.composition import Composition, Hooks, compose
 from proxy.namespaces.references import FieldInvalid
 from storage.disk.blobs import BlobFiles
@@ -929,3 +930,27 @@ async def test_show_and_why_of_what_was_pushed(both: Site) -> None:
         await both.operations.purge("local/*")
     assert not [each for each in (await both.operations.purge("*")).references if each.startswith("local/")]
     assert (await both.operations.show("local/a/app:1")).node.present
+
+
+async def test_what_is_evicted_next(site: Site, clock: Clock) -> None:
+    for content in (b"first", b"second!", b"third!!!!"):
+        clock.now += 10
+        digest = Digest((await site.blob(ALPINE, content))["digest"])
+        path = site.store.files.path(digest)
+        assert path is not None
+        os.utime(path, (clock.now, clock.now))
+        Counting(site.store).run(everything=True)
+    found = await site.operations.evictable(2)
+    assert (found.stored, found.limit, found.over, found.more) == (21, 1 << 30, 0, True)
+    assert [(each.digest, each.bytes, each.left, each.repositories) for each in found.rows] == [
+        (Digest.of(b"first"), 5, 16, [ALPINE]),
+        (Digest.of(b"second!"), 7, 9, [ALPINE]),
+    ]
+    assert found.rows[0].expires == found.rows[0].last_used + 7 * 86400
+    assert not (await site.operations.evictable(3)).more
+    gone = await site.operations.evict(found.rows[0].left)
+    assert (gone.blobs, gone.bytes) == (1, 5)
+    assert [each.digest for each in (await site.operations.evictable(3)).rows] == [
+        Digest.of(b"second!"),
+        Digest.of(b"third!!!!"),
+    ]

@@ -66,6 +66,10 @@ BEFORE = {
         "entrepot ls": BOTH,
         "entrepot ls --tags": BOTH,
         "entrepot show alpine:3.20": (f"{ALPINE}\n{MOVED}\n{ALPINE}\n{ALPINE}\nentrepot pin alpine:3*"),
+        "entrepot history alpine:3.20": f"past 1\n{ALPINE}\nlater 86400\n{MOVED}\n{ALPINE}\nnow",
+        "entrepot diff alpine:3.20": f"past 1\n{ALPINE}\nlater 86400\n{MOVED}\n{ALPINE}\nnow",
+        "entrepot audit 'local/team/app:1.0'": "past 1\npush app:1.0\nnow",
+        "entrepot evict --list 2": BOTH,
         "entrepot stats": (
             "past 1\n"
             f"{ALPINE}\n"

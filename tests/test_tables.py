@@ -18,12 +18,15 @@ import pytest
 from rich.cells import cell_len
 
 import proxy.cli
-from proxy.admin import models, policy_reports, reports
+from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
 from proxy.cli import (
+    audit,
     bundles,
     content,
     copy,
     doctor,
+    fills,
+    history,
     maintenance,
     migrate,
     offline,
@@ -78,6 +81,8 @@ class Filler:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if origin in (typing.Union, types.UnionType):
             return self.make(arguments[0], name, depth)
+        if origin is dict:
+            return {self._text(each): self._text(each) for each in ("pattern", "reference")}
         if origin is Literal:
             return arguments[-1]
         if origin in (list, Sequence):
@@ -120,7 +125,7 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "ls --tags": (models.Listed, content.listing_tables),
     "show": (models.ImageTree, content.tree_tables),
     "stats": (models.Stats, status.stats_tables),
-    "fills": (list[models.FillRow], status.fill_tables),
+    "fills": (list[models.FillRow], fills.fill_tables),
     "why": (reports.Why, status.why_tables),
     "webhooks": (list[models.WebhookRow], status.webhook_tables),
     "pins": (list[models.PinRow], pins.pin_tables),
@@ -128,6 +133,10 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "purge": (reports.Purged, removal.purge_tables),
     "delete": (reports.Deleted, stores.deleted_tables),
     "tag": (reports.Tagged, stores.tagged_tables),
+    "history": (tag_reports.TagHistory, history.history_tables),
+    "diff": (tag_reports.ImageDiff, history.diff_tables),
+    "audit": (list[activity_reports.AuditRow], audit.audit_tables),
+    "evict --list": (activity_reports.Evictable, removal.evictable_tables),
     "evict": (reports.Evicted, removal.evict_tables),
     "collect": (reports.Collected, removal.collection_tables),
     "collect --dry-run": (reports.Collected, _collection),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from itertools import chain
 
 import msgspec
 import structlog
 
+from proxy.admin.activity_reports import AuditRow, Evictable, FillsNow
+from proxy.admin.audit_control import audit_rows
 from proxy.admin.drills import DrillControl
+from proxy.admin.eviction_control import EvictionControl
 from proxy.admin.explain import Explainer, owner_of, refusal_notes
+from proxy.admin.fill_feed import FillFeed
 from proxy.admin.fill_speeds import FillSpeeds, idle_rows
 from proxy.admin.inventory import Inventory, merged
 from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, WebhookRow
 from proxy.admin.operations import PAGE
-from proxy.admin.peers import ServerProcesses
+from proxy.admin.peers import ServerProcesses, ended_of, fills_of
 from proxy.admin.pin_control import PinControl
 from proxy.admin.policy_control import (
     HoldControl,
@@ -44,9 +48,11 @@ from proxy.admin.reports import (
     WarmRow,
     Why,
 )
-from proxy.admin.rows import collected, day_row, drilling, evicted, stats_row, webhook_row
+from proxy.admin.rows import collected, day_row, drilling, stats_row, webhook_row
 from proxy.admin.scrub_control import ScrubControl
 from proxy.admin.store_control import StoreControl
+from proxy.admin.tag_history import TagChronicle
+from proxy.admin.tag_reports import ImageDiff, TagHistory
 from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition
@@ -92,17 +98,19 @@ class LocalOperations:
         parts = self._composition = composition
         self._processes = processes
         self._reader = ReferenceReader(parts.namespaces)
-        self._evicting = evicting or nullcontext()
         self._drills = drills
         stores = [parts.store, *([] if parts.private is None else [parts.private])]
         self._inventories = [Inventory(parts.config, each, parts.usage, parts.pins) for each in stores]
         self._pins = PinControl(parts.pins, parts.store, self._inventories[0], self._reader)
         self._purges = [Purge(each, parts.pins) for each in (parts.common, parts.store) if each is not None]
         self._stores = StoreControl(parts)
+        self._eviction = EvictionControl(parts, evicting or nullcontext())
+        self._tags = TagChronicle(parts, self._reader, self._inventory_of)
         self._explainer = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._holds = HoldControl(parts.guard.holds, self._reader)
         self._overrides = OverrideControl(parts.guard.overrides, self._reader)
         self._speeds = FillSpeeds()
+        self._feed = FillFeed(self._look)
         self._scrub = ScrubControl(parts.maintenance.scrubs, heal, parts.clock)
         self._readiness = Readiness(parts.store, parts.private, parts.hosted)
         self._warmer = Warmer(parts.namespaces, self._readiness, processes.forget)
@@ -143,6 +151,14 @@ class LocalOperations:
         inventory = self._inventory_of(image.namespace)
         return await run_in_thread(inventory.tree, image.repository, image.reference)
 
+    async def history(self, ref: str) -> TagHistory:
+        await self._processes.record()
+        return await run_in_thread(self._tags.history, ref)
+
+    async def diff(self, ref: str, other: str = "") -> ImageDiff:
+        await self._processes.record()
+        return await self._tags.diff(ref, other)
+
     def _inventory_of(self, namespace: str) -> Inventory:
         return self._inventories[namespace in self._composition.hosted]
 
@@ -177,6 +193,20 @@ class LocalOperations:
         running, root = {each.digest for each in fills}, parts.store.files.root
         idle = await run_in_thread(idle_rows, parts.maintenance.eviction, root, running)
         return self._speeds.rows(fills, parts.clock()) + idle
+
+    async def _look(self) -> FillsNow:
+        states, now = await self._processes.states(), self._composition.clock()
+        return FillsNow(at=now, fills=self._speeds.rows(fills_of(states), now), ended=ended_of(states))
+
+    def watch(self) -> AsyncIterator[FillsNow]:
+        return self._feed.follow()
+
+    async def end_streams(self) -> None:
+        """End what is watched, since the server stops."""
+        await self._feed.close()
+
+    async def audit(self, match: str = "", limit: int = PAGE) -> list[AuditRow]:
+        return await run_in_thread(audit_rows, self._composition.config.audit, match, limit)
 
     async def webhooks(self) -> list[WebhookRow]:
         queue = self._composition.queue
@@ -293,24 +323,10 @@ class LocalOperations:
         return Unpinned(pattern=await run_in_thread(self._pins.remove, pattern))
 
     async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
-        if to is not None and to < 0:
-            raise FieldInvalid("to", "must be a number of bytes, 0 or more")
-        if to is None:  # an expiry needs the totals; meanwhile others can make room
-            await run_in_thread(self._composition.maintenance.countings[0].run)
-        async with self._evicting:
-            return await run_in_thread(self._evict, to, dry_run)
+        return await self._eviction.evict(to, dry_run)
 
-    def _evict(self, to: int | None, dry_run: bool) -> Evicted:
-        eviction = self._composition.maintenance.eviction
-        if to is not None:
-            return evicted([eviction.shrink(0, to, dry_run)], dry_run)
-        expired = eviction.expire(dry_run)
-        if not dry_run:
-            return evicted([expired, eviction.shrink()], dry_run)
-        # Nothing was deleted, so a second report would count much of it again: both begin with the oldest.
-        if eviction.over() <= expired.bytes:
-            return evicted([expired], dry_run)
-        return evicted([eviction.shrink(0, None, dry_run)], dry_run)
+    async def evictable(self, limit: int = PAGE) -> Evictable:
+        return await run_in_thread(self._eviction.upcoming, limit)
 
     async def scrub(self) -> Scrubbing:
         self._scrub.start()
@@ -370,6 +386,7 @@ class LocalOperations:
         return self._drills
 
     async def close(self) -> None:
+        await self._feed.close()
         if self._drills is not None:
             self._drills.close()
         await self._scrub.close()

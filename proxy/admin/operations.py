@@ -12,13 +12,13 @@ client writes it: `alpine:3` is in the default namespace.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Protocol, get_type_hints
+from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
 import msgspec
 
-from proxy.admin import models, policy_reports, reports
+from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
 
 PAGE, LARGEST_PAGE = 100, 1000  # images, or references, of one request
 
@@ -48,11 +48,30 @@ class Operations(Protocol):
     async def show(self, ref: str) -> models.ImageTree:
         """The tree of manifests and blobs of one image."""
 
+    async def history(self, ref: str) -> tag_reports.TagHistory:
+        """What a tag stood for, as far as is recorded, the latest first."""
+
+    async def diff(self, ref: str, other: str = "") -> tag_reports.ImageDiff:
+        """The difference of two stored images.  `other` may be a digest alone, of the same repository.
+        Without it, the image that the tag `ref` stood for before is compared with what it stands for.
+        """
+
     async def stats(self, period: str = "7d") -> models.Stats:
         """How much traffic the cache has saved in the last `period`, a duration."""
 
     async def fills(self) -> list[models.FillRow]:
         """The fills in flight in all processes, the oldest first; then the blobs of which parts are kept."""
+
+    def watch(self) -> AsyncIterator[activity_reports.FillsNow]:
+        """The fills now, and then again after each change, until the server stops."""
+
+    async def audit(
+        self, match: str = "", limit: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_PAGE)] = PAGE
+    ) -> list[activity_reports.AuditRow]:
+        """The last acts in the audit log whose values contain all words of `match`, the latest first.
+
+        Raises Unsupported if there is no audit log.
+        """
 
     async def why(self, ref: str) -> reports.Why:
         """What a pull would do now, and by which rules.  No upstream is asked."""
@@ -118,6 +137,11 @@ class Operations(Protocol):
     async def evict(self, to: int | None = None, *, dry_run: bool = False) -> reports.Evicted:
         """Evict until `to` bytes are left; without `to`, what is too old or over the limits."""
 
+    async def evictable(
+        self, limit: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_PAGE)] = PAGE
+    ) -> activity_reports.Evictable:
+        """What is evicted next, and what smaller limits would evict.  Nothing is evicted."""
+
     async def scrub(self) -> reports.Scrubbing:
         """Start a scrub at full speed, unless one that was requested is still running."""
 
@@ -162,7 +186,7 @@ class Operation:
 
     The parameters are fields of the query of a GET, else of a JSON body.  `status` is that of a success.
     An answer that is a `summary` is costly, and kept for some seconds; an operation with `changes` makes
-    all of these outdated.
+    all of these outdated.  A `stream` is answered with server-sent events, one for each result.
     """
 
     def __init__(
@@ -174,6 +198,7 @@ class Operation:
         status: int = 200,
         changes: bool = False,
         summary: bool = False,
+        stream: bool = False,
     ) -> None:
         self.name = function.__name__
         self.method = method
@@ -181,6 +206,7 @@ class Operation:
         self.status = status
         self.changes = changes
         self.summary = summary
+        self.stream = stream
         self._function = function
 
     @cached_property
@@ -198,7 +224,8 @@ class Operation:
 
     @cached_property
     def result(self) -> Any:
-        return get_type_hints(self._function)["return"]
+        hint = get_type_hints(self._function)["return"]
+        return get_args(hint)[0] if self.stream else hint
 
 
 OPERATIONS = {
@@ -207,8 +234,12 @@ OPERATIONS = {
         Operation(Operations.repositories, "GET", "repositories", summary=True),
         Operation(Operations.images, "GET", "images", summary=True),
         Operation(Operations.show, "GET", "image"),
+        Operation(Operations.history, "GET", "history"),
+        Operation(Operations.diff, "GET", "diff"),
         Operation(Operations.stats, "GET", "stats", summary=True),
         Operation(Operations.fills, "GET", "fills"),
+        Operation(Operations.watch, "GET", "fills/events", stream=True),
+        Operation(Operations.audit, "GET", "audit"),
         Operation(Operations.why, "GET", "why"),
         Operation(Operations.policy, "GET", "policy"),
         Operation(Operations.held, "GET", "held"),
@@ -226,6 +257,7 @@ OPERATIONS = {
         Operation(Operations.pin, "POST", "pins", changes=True),
         Operation(Operations.unpin, "DELETE", "pins", changes=True),
         Operation(Operations.evict, "POST", "evict", changes=True),
+        Operation(Operations.evictable, "GET", "evict"),
         Operation(Operations.scrub, "POST", "scrub", changes=True, status=202),
         Operation(Operations.scrubbing, "GET", "scrub"),
         Operation(Operations.webhooks, "GET", "webhooks"),

@@ -13,7 +13,7 @@ ServerProcesses asks all of them.  A process that does not answer in time is lef
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +23,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from proxy.admin.activity_reports import EndedFillRow
 from proxy.admin.processes import FillState, ForgetRequest, ProcessReport, ProcessState
 from proxy.cache.drill import DrillOrder, DrillState
 from proxy.connections.failures import reason
@@ -117,11 +118,7 @@ class ServerProcesses:
         """One fill for each digest, the oldest first: that of the process that transfers it, with all
         followers.
         """
-        found: dict[str, list[FillState]] = {}
-        for state in await self.states():
-            for fill in state.fills:
-                found.setdefault(fill.digest, []).append(fill)
-        return sorted(map(_merged, found.values()), key=lambda each: (each.started, each.digest))
+        return fills_of(await self.states())
 
     async def forget(self, repository: str) -> None:
         """See ProcessState.forget()."""
@@ -177,6 +174,25 @@ async def _answer(path: Path, method: str, target: str, body: bytes | None) -> b
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         log.debug("live.unanswered", path=str(path), error=reason(error))
         return None
+
+
+def fills_of(states: Iterable[ProcessReport]) -> list[FillState]:
+    """See ServerProcesses.fills()."""
+    found: dict[str, list[FillState]] = {}
+    for state in states:
+        for fill in state.fills:
+            found.setdefault(fill.digest, []).append(fill)
+    return sorted(map(_merged, found.values()), key=lambda each: (each.started, each.digest))
+
+
+def ended_of(states: Iterable[ProcessReport]) -> list[EndedFillRow]:
+    """The fills that ended last in any process, the latest first.
+
+    What one process has fetched and others followed is one.
+    """
+    rows = sorted((row for state in states for row in reversed(state.ended)), key=lambda row: -row.ended)
+    fetched = {(row.digest, row.repository) for row in rows if row.result == "committed"}
+    return [row for row in rows if row.result != "followed" or (row.digest, row.repository) not in fetched]
 
 
 def _merged(fills: list[FillState]) -> FillState:

@@ -10,11 +10,12 @@ from typing import Protocol, TypeVar, runtime_checkable
 import msgspec
 import structlog
 
+from proxy.admin.activity_reports import EndedFillRow
 from proxy.admin.models import SpanRow
 from proxy.admin.reports import RefusalRow
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
-from proxy.cache.fill import Fill
+from proxy.cache.fill import EndedFill, Fill
 from proxy.cache.fills import Fills
 from proxy.namespaces.composition import Composition
 from proxy.telemetry.metrics import PEERS
@@ -74,12 +75,17 @@ class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The report of one process.  `troubles` holds a sentence for each trouble of its disks and databases."""
+    """The report of one process.
+
+    `troubles` holds a sentence for each trouble of its disks and databases; `ended` are the fills that ended
+    last, the latest last.
+    """
 
     pid: int
     fills: list[FillState]
     upstreams: list[UpstreamState]
     troubles: list[str]
+    ended: list[EndedFillRow] = []
 
 
 class ForgetRequest(msgspec.Struct, frozen=True):
@@ -135,6 +141,7 @@ class ProcessState:
             ]
             + [_upstream(PEERS, host, now) for host in self._peers()],
             troubles=list(dict.fromkeys(each for disk in self._disks for each in disk.troubles())),
+            ended=[_ended(each) for each in self._fills.last],
         )
 
     async def record(self) -> None:
@@ -173,6 +180,19 @@ def _fill(fill: Fill, pid: int) -> FillState:
         extents=_spans(upload.extents.joined(size // DETAIL) if upload else []),
         coming=_spans(fetcher.coming if fetcher else []),
         repeated=fetcher.repeated if fetcher else 0,
+    )
+
+
+def _ended(fill: EndedFill) -> EndedFillRow:
+    return EndedFillRow(
+        digest=str(fill.digest),
+        namespace=fill.namespace,
+        repository=fill.repository,
+        bytes=fill.bytes,
+        started=fill.begun,
+        ended=fill.ended,
+        result=fill.result,  # type: ignore[arg-type]
+        error=fill.error,
     )
 
 

@@ -43,6 +43,23 @@ class RangeFetcher(Protocol):
         """Wait until it is known that the origin sends all of the blob.  Raises its error."""
 
 
+@dataclass(frozen=True, slots=True)
+class EndedFill:
+    """A fill that has ended: how, and with which error; `repository` is a full name.
+
+    `bytes` are those of the blob, or if it was not stored, those that had come.
+    """
+
+    digest: Digest
+    namespace: str
+    repository: str
+    bytes: int
+    begun: float
+    ended: float
+    result: str
+    error: str | None
+
+
 @dataclass(slots=True)
 class Fill:
     """One transfer of a blob into the store.
@@ -95,6 +112,14 @@ class Fill:
         """The process that transfers it may have been asked for parts only."""
         if self.fetcher is None and self.rest.demanded and self.upload is not None:
             self.upload.wanted.tell_all()
+
+    def ended(self, result: str, now: float) -> EndedFill:
+        came = self.size if self.size >= 0 else self.upload.offset if self.upload else 0
+        error = None if self.error is None else str(self.error) or type(self.error).__name__
+        source = self.source
+        return EndedFill(
+            self.digest, source.namespace, source.repository, came, self.begun, now, result, error
+        )
 
     @property
     def log(self) -> Any:

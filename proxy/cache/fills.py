@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,7 +19,7 @@ import structlog
 from proxy.cache.answered import Answered
 from proxy.cache.deposits import Deposits, handed_over
 from proxy.cache.fetcher import Fetcher
-from proxy.cache.fill import Fill
+from proxy.cache.fill import EndedFill, Fill
 from proxy.cache.lazy import confirm, follow_parts
 from proxy.cache.policy import Threshold
 from proxy.cache.readers import BlobSource, FollowedBlob
@@ -48,6 +49,7 @@ from storage.store import Store
 log = structlog.get_logger()
 
 UNEXPECTED = "an unexpected fault"
+REMEMBERED = 50  # fills that have ended
 BACKOFF = 0.2  # seconds before the first retry without progress, doubling
 
 
@@ -81,6 +83,7 @@ class Fills:
         self._clock = clock
         self._making_room: set[asyncio.Task[None]] = set()
         self._fills: dict[Digest, Fill] = {}
+        self.last: deque[EndedFill] = deque(maxlen=REMEMBERED)  # to end
         self._permissions = SingleFlight()
 
     async def join(
@@ -251,6 +254,7 @@ class Fills:
         finally:
             fill.opened.set()
             del self._fills[fill.digest]
+            self.last.append(fill.ended(result, self._clock()))
             self._metrics.filling.dec()
             self._metrics.fills.labels(self._metrics.label(fill.source.namespace), result).inc()
 

@@ -10,7 +10,17 @@ import click
 GROUPS = {
     "Run a server": ("serve", "check", "doctor", "user", "policy"),
     "Configure clients": ("setup",),
-    "See what is stored and saved": ("ls", "show", "stats", "fills", "why", "webhooks"),
+    "See what is stored and saved": (
+        "ls",
+        "show",
+        "history",
+        "diff",
+        "stats",
+        "fills",
+        "why",
+        "webhooks",
+        "audit",
+    ),
     "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
     "Keep a private registry": ("tag", "delete", "collect"),
     "Move images": ("copy", "export", "import"),

@@ -20,9 +20,12 @@ import structlog
 from yarl import URL
 
 from proxy.cli import (
+    audit,
     bundles,
     content,
     copy,
+    fills,
+    history,
     lock,
     maintenance,
     offline,
@@ -65,7 +68,10 @@ def main() -> None:
 
 for each in (
     *content.COMMANDS,
+    *history.COMMANDS,
     *status.COMMANDS,
+    *fills.COMMANDS,
+    *audit.COMMANDS,
     *pins.COMMANDS,
     *removal.COMMANDS,
     *maintenance.COMMANDS,

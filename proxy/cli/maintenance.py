@@ -14,8 +14,8 @@ from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common
+from proxy.cli.fills import show_fills
 from proxy.cli.help import command
-from proxy.cli.status import show_fills
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_share, format_size, format_time, plural
 from storage.names import written

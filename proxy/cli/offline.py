@@ -18,8 +18,8 @@ from proxy.admin.operations import Operations
 from proxy.admin.reports import Drilling, ReadyRow, WarmRow
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_type
+from proxy.cli.fills import show_fills
 from proxy.cli.help import command
-from proxy.cli.status import show_fills
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout, plural
 from storage.concurrency import for_each

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import click
 
-from proxy.admin import reports
+from proxy.admin import activity_reports, reports
 from proxy.admin.api.client import OperationFailed
-from proxy.admin.operations import Operations
+from proxy.admin.operations import LARGEST_PAGE, Operations
 from proxy.cli.console import write
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_size, format_time, parse_size, plural
+from proxy.config.quantities import format_duration, format_size, format_time, parse_size, plural
 from storage.names import is_glob
 
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
@@ -88,13 +88,52 @@ def _dry_run(dry_run: bool) -> str:
     help="Evict until this much is left. By default the configured limits apply.",
 )
 @_DRY_RUN
+@click.option(
+    "--list",
+    "listed",
+    type=click.IntRange(1, LARGEST_PAGE),
+    metavar="NUMBER",
+    help="List the blobs that are evicted next, and evict nothing.",
+)
 @common
-def evict(call: CommandContext, to: int | None, dry_run: bool) -> None:
+def evict(call: CommandContext, to: int | None, dry_run: bool, listed: int | None) -> None:
     """Evict content from the cache.
 
     Evicts what has not been used for its keep_for, then the least recently used content.
     """
+    if listed is not None:
+        if to is not None or dry_run:
+            raise click.UsageError("--list evicts nothing: leave out --to and --dry-run")
+        call.ask(lambda operations: operations.evictable(listed), evictable_tables)
+        return
     call.ask(lambda operations: operations.evict(to, dry_run=dry_run), evict_tables)
+
+
+def evictable_tables(found: activity_reports.Evictable, now: float) -> Sequence[Table]:
+    columns = (
+        Column("BLOB", digests=True),
+        Column("SIZE", right=True),
+        Column("LAST USED"),
+        Column("EXPIRES", drop=2),
+        Column("EVICTED BELOW", right=True),
+        Column("REPOSITORIES", drop=1),
+    )
+    table = Table(columns, empty="nothing may be evicted")
+    for each in found.rows:
+        left = None if each.expires is None else each.expires - now
+        table.add(
+            each.digest,
+            format_size(each.bytes),
+            format_time(each.last_used, now),
+            "never" if left is None else f"in {format_duration(left)}" if left > 0 else "now",
+            format_size(each.left + each.bytes),
+            " ".join(each.repositories),
+        )
+    limit = "without limit" if found.limit is None else f"of at most {format_size(found.limit)}"
+    table.notes.append(f"{format_size(found.stored)} stored, {limit}")
+    if found.over:
+        table.notes.append(f"{format_size(found.over)} over the limits")
+    return [table]
 
 
 def evict_tables(found: reports.Evicted, now: float) -> Sequence[Table]:

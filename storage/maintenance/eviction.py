@@ -132,6 +132,17 @@ class Eviction:
             over = max((_bytes(self._too_much(name)) - limit for name, limit in limits), default=0)
         return max(0, over)
 
+    def upcoming(self) -> Iterator[tuple[StoredBlob, list[str], float]]:
+        """What limits of the cache evict, in this order: each blob, the repositories that show it, and when
+        its age alone evicts it, infinite if it never does.
+        """
+        for blob in self._oldest(self.stored()):
+            found = sorted({LINK.parse(key)[0] for key in self._store.records.linking(blob.digest)})
+            if not found and (parts := find_parts(self._store.files.root, blob.digest)) is not None:
+                found = sorted(parts.repositories)
+            keep = max(map(self._keep_for, found), default=self._rules.default_keep_for)
+            yield blob, found, blob.used_at + keep
+
     # By size
 
     def shrink(self, coming: int = 0, to: int | None = None, dry_run: bool = False) -> EvictionReport:

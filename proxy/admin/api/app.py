@@ -75,7 +75,7 @@ def application(
 
     admin = web.Application(middlewares=_middlewares(token, loopback, audit, pages))
     summaries = _summaries_of(admin)
-    admin.on_cleanup.append(lambda app: operations.close())
+    _close_with(admin, operations)
     for method, path, handler in (
         *(("GET", *each) for each in zip(OPEN, (exposition, healthz, readyz), strict=True)),
         *Api(operations, summaries.forget).routes(),
@@ -86,6 +86,11 @@ def application(
         else:
             admin.router.add_route(method, path, handler)
     return _with_pages(admin, pages)
+
+
+def _close_with(admin: web.Application, operations: LocalOperations) -> None:
+    admin.on_shutdown.append(lambda app: operations.end_streams())
+    admin.on_cleanup.append(lambda app: operations.close())
 
 
 def _with_pages(admin: web.Application, pages: web.Application | None) -> web.Application:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+DATA = b"data: "  # how an event begins: see server_events.py
 CONNECT = 5.0  # seconds for a connection to the server; an answer may take any time
 
 
@@ -50,6 +51,18 @@ def _sent(
     return send
 
 
+def _streamed(
+    method: Callable[Concatenate[Operations, P], AsyncIterator[T]],
+) -> Callable[Concatenate[AdminClient, P], AsyncIterator[T]]:
+    """A method of Operations that gives one result after the other, as a method of the client."""
+    operation = OPERATIONS[method.__name__]
+
+    def follow(client: AdminClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        return client.follow(operation, operation.parameters(*args, **kwargs))
+
+    return follow
+
+
 class AdminClient:
     """The Operations of a running server, over its admin API.  Every method raises OperationFailed."""
 
@@ -63,8 +76,12 @@ class AdminClient:
     repositories = _sent(Operations.repositories)
     images = _sent(Operations.images)
     show = _sent(Operations.show)
+    history = _sent(Operations.history)
+    diff = _sent(Operations.diff)
     stats = _sent(Operations.stats)
     fills = _sent(Operations.fills)
+    watch = _streamed(Operations.watch)
+    audit = _sent(Operations.audit)
     why = _sent(Operations.why)
     policy = _sent(Operations.policy)
     held = _sent(Operations.held)
@@ -82,6 +99,7 @@ class AdminClient:
     pin = _sent(Operations.pin)
     unpin = _sent(Operations.unpin)
     evict = _sent(Operations.evict)
+    evictable = _sent(Operations.evictable)
     scrub = _sent(Operations.scrub)
     scrubbing = _sent(Operations.scrubbing)
     webhooks = _sent(Operations.webhooks)
@@ -95,12 +113,22 @@ class AdminClient:
 
     async def send(self, operation: Operation, parameters: msgspec.Struct) -> Any:
         """The answer to one operation."""
-        arguments = msgspec.structs.asdict(parameters)
         if operation.method == "GET":
-            query = {name: str(value) for name, value in arguments.items()}
-            return await self._request(operation.result, "GET", operation.path, query)
-        body = msgspec.json.encode(arguments)
+            return await self._request(operation.result, "GET", operation.path, _query(parameters))
+        body = msgspec.json.encode(parameters)
         return await self._request(operation.result, operation.method, operation.path, {}, body)
+
+    async def follow(self, operation: Operation, parameters: msgspec.Struct) -> AsyncIterator[Any]:
+        """The results of one operation, until the server ends them."""
+        query = _query(parameters)
+        async with self._response("GET", operation.path, query, None) as response:
+            received = bytearray()
+            async for piece in response.content.iter_any():
+                *events, rest = (received + piece).split(b"\n\n")
+                received = bytearray(rest)
+                for each in events:
+                    if each.startswith(DATA):
+                        yield self._decoded(each.removeprefix(DATA), operation.result)
 
     async def import_(
         self,
@@ -143,6 +171,9 @@ class AdminClient:
     ) -> T:
         async with self._response(method, name, query, body, media_type) as response:
             content = await response.read()
+        return self._decoded(content, kind)
+
+    def _decoded(self, content: bytes | bytearray, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(content, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -175,6 +206,10 @@ class AdminClient:
         except (ClientError, ConnectionError, TimeoutError) as error:
             failure = explain(error, self._url, "--ca-file")
             raise OperationFailed(f"{self._url}: {failure}", "UNREACHABLE") from error
+
+
+def _query(parameters: msgspec.Struct) -> dict[str, str]:
+    return {name: str(value) for name, value in msgspec.structs.asdict(parameters).items()}
 
 
 def _export_body(selection: Selection, dry_run: bool = False) -> bytes:

@@ -17,6 +17,7 @@ from aiohttp import web
 from aiohttp_cache import cache
 
 from proxy.admin.api.audited import ARGUMENTS, OPERATION
+from proxy.admin.api.server_events import send_events
 from proxy.admin.operations import OPERATIONS, Operation, Operations
 from proxy.namespaces.references import FieldInvalid
 
@@ -43,6 +44,10 @@ class Api:
         return [("GET", f"{ROOT}openapi.json", _document), *made]
 
     def _handler(self, operation: Operation) -> Handler:
+        async def follow(request: web.Request) -> web.StreamResponse:
+            arguments = msgspec.structs.asdict(await read_query(request, operation.parameters))
+            return await send_events(request, getattr(self._operations, operation.name)(**arguments))
+
         async def handle(request: web.Request) -> web.StreamResponse:
             read = read_query if operation.method == "GET" else read_body
             arguments = msgspec.structs.asdict(await read(request, operation.parameters))
@@ -54,6 +59,8 @@ class Api:
                     self._changed()  # also after a failure half-way
             return in_json(found, operation.status)
 
+        if operation.stream:
+            return follow
         return cache(expires=SUMMARY)(handle) if operation.summary else handle
 
 

@@ -1,0 +1,260 @@
+"""The difference of two images: platforms, layers, and values of the configuration: image-spec, config.md.
+
+Only what is stored is compared: no upstream is asked.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+import msgspec
+
+from proxy.admin.tag_reports import Change, ImageDiff, LayerChange, PlatformDiff, ValueChange
+from storage.errors import BlobUnknown, ManifestUnknown
+from storage.graph import attestations, contents
+from storage.names import written
+from storage.oci import IMAGES, Descriptor, Digest, ManifestContent, platform_of
+from storage.store import Store
+
+LARGEST = 8 << 20  # bytes of a configuration; those of images are some kilobytes
+_KEYS = {
+    "User": "user",
+    "WorkingDir": "working directory",
+    "StopSignal": "stop signal",
+    "ArgsEscaped": "args escaped",
+}
+_COMMANDS = {"Entrypoint": "entrypoint", "Cmd": "command", "Shell": "shell"}
+_SETS = {"ExposedPorts": "port", "Volumes": "volume"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """What a configuration says: its values by kind and name, and the steps of the build.
+
+    Each step is what it ran, and whether it made no layer.
+    """
+
+    values: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    steps: Sequence[tuple[str, bool]] = ()
+
+    def of_layers(self, count: int) -> list[str]:
+        """The step that made each of `count` layers; "" where that cannot be told."""
+        made = [text for text, empty in self.steps if not empty]
+        return made if len(made) == count else [""] * count
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An image for one platform, as far as it is stored."""
+
+    repository: str
+    digest: Digest
+    platform: str | None
+    content: ManifestContent | None
+    config: ImageConfig | None
+
+
+class ImageDiffer:
+    """Compares stored images.  Every method may raise StorageFailed."""
+
+    def __init__(self, cached: Store, private: Store | None, hosted: Container[str]) -> None:
+        self._cached = cached
+        self._private = private
+        self._hosted = hosted
+
+    async def diff(self, old: tuple[str, Digest], new: tuple[str, Digest]) -> ImageDiff:
+        """The difference of two images, each a repository and a digest.  Raises ManifestUnknown."""
+        former, latter = await self._images(*old), await self._images(*new)
+        keys = [*latter, *(key for key in former if key not in latter)]
+        if len(former) == len(latter) == 1:  # one of them may not state its platform
+            (latter,) = ({keys[0]: each} for each in latter.values())
+            (former,) = ({keys[0]: each} for each in former.values())
+            keys = keys[:1]
+        return ImageDiff(
+            old=written(*old),
+            new=written(*new),
+            same=old[1] == new[1],
+            platforms=[self._platform(former.get(key), latter.get(key)) for key in keys],
+        )
+
+    async def _images(self, repository: str, digest: Digest) -> dict[tuple[str | None, int], _Image]:
+        """The images of an index, or the one image; by platform, and the number among those of it."""
+        store = self._store(repository)
+        content = contents((await store.get_manifest(repository, digest)).content)
+        if content is None or not content.listed:
+            image = await self._image(repository, digest, None)
+            return {(image.platform, 0): image}
+        found: dict[tuple[str | None, int], _Image] = {}
+        skipped = attestations(content)
+        for child in content.children:
+            if child.digest not in skipped:
+                number = sum(platform == child.platform for platform, _ in found)
+                found[child.platform, number] = await self._image(repository, child.digest, child.platform)
+        return found
+
+    async def _image(self, repository: str, digest: Digest, platform: str | None) -> _Image:
+        content = config = None
+        with suppress(ManifestUnknown):
+            content = contents((await self._store(repository).get_manifest(repository, digest)).content)
+        if content is not None and content.config is not None and content.media_type in IMAGES:
+            raw = await self._read(repository, content.config)
+            config = None if raw is None else parse_config(raw)
+            platform = platform or (None if raw is None else platform_of(raw))
+        return _Image(repository, digest, platform, content, config)
+
+    async def _read(self, repository: str, blob: Descriptor) -> bytes | None:
+        """The content of a blob; None if it is not stored, or not small."""
+        if not 0 <= blob.size <= LARGEST:
+            return None
+        try:
+            opened = await self._store(repository).get_blob(repository, blob.digest)
+        except BlobUnknown:
+            return None
+        try:
+            return b"".join([chunk async for chunk in opened.chunks(0, blob.size)])
+        finally:
+            await opened.close()
+
+    def _store(self, repository: str) -> Store:
+        private = self._private if repository.partition("/")[0] in self._hosted else None
+        return private or self._cached
+
+    def _platform(self, old: _Image | None, new: _Image | None) -> PlatformDiff:
+        known = new or old
+        assert known is not None
+        change: Change = "changed"
+        if old is None or new is None:
+            change = "added" if old is None else "removed"
+        elif old.digest == new.digest:
+            change = "same"
+        layers = [] if change == "same" else [*self._layers(old, new)]
+        sizes = {
+            kind: sum(each.size for each in layers if each.change == kind)
+            for kind in ("added", "removed", "same")
+        }
+        if change == "same" and known.content is not None:
+            sizes["same"] = sum(each.size for each in known.content.layers)
+        return PlatformDiff(
+            platform=known.platform,
+            change=change,
+            old=None if old is None else str(old.digest),
+            new=None if new is None else str(new.digest),
+            bytes_added=sizes["added"],
+            bytes_removed=sizes["removed"],
+            bytes_same=sizes["same"],
+            layers=layers,
+            values=[*_values(old, new)] if change == "changed" else [],
+            unknown=[] if change == "same" else [*_unknown(old, new)],
+        )
+
+    def _layers(self, old: _Image | None, new: _Image | None) -> Iterator[LayerChange]:
+        """The layers of both, in order; none if those of one are not known."""
+        if any(each is not None and each.content is None for each in (old, new)):
+            return
+        rows = [_described(each) for each in (old, new)]
+        digests = [[layer.digest for layer, _ in each] for each in rows]
+        matched = SequenceMatcher(None, digests[0], digests[1], autojunk=False)
+        for kind, start, stop, begin, end in matched.get_opcodes():
+            if kind != "equal":
+                yield from (self._layer("removed", old, *each) for each in rows[0][start:stop])
+            for each in rows[1][begin:end]:
+                yield self._layer("same" if kind == "equal" else "added", new, *each)
+
+    def _layer(self, change: Change, image: _Image | None, layer: Descriptor, step: str) -> LayerChange:
+        assert image is not None
+        return LayerChange(
+            change=change,
+            digest=str(layer.digest),
+            media_type=layer.media_type,
+            size=layer.size,
+            stored=self._store(image.repository).linked(image.repository, layer.digest) is not None,
+            created_by=step,
+        )
+
+
+def _described(image: _Image | None) -> list[tuple[Descriptor, str]]:
+    """The layers of an image, and the step that made each."""
+    layers = () if image is None or image.content is None else image.content.layers
+    config = (image and image.config) or ImageConfig()
+    return [*zip(layers, config.of_layers(len(layers)), strict=True)]
+
+
+def _values(old: _Image | None, new: _Image | None) -> Iterator[ValueChange]:
+    """What differs in two configurations; nothing if one is not known."""
+    if old is None or new is None or old.config is None or new.config is None:
+        return
+    before, after = old.config.values, new.config.values
+    for kind, name in [*before, *(key for key in after if key not in before)]:
+        values = before.get((kind, name)), after.get((kind, name))
+        if values[0] != values[1]:
+            yield ValueChange(kind=kind, name=name, old=values[0], new=values[1])
+    steps = [[text for text, _ in each.config.steps] for each in (old, new) if each.config is not None]
+    matched = SequenceMatcher(None, steps[0], steps[1], autojunk=False)
+    for kind, start, stop, begin, end in matched.get_opcodes():
+        if kind != "equal":
+            for number in range(start, stop):
+                yield ValueChange(kind="history", name=str(number + 1), old=steps[0][number], new=None)
+            for number in range(begin, end):
+                yield ValueChange(kind="history", name=str(number + 1), old=None, new=steps[1][number])
+
+
+def _unknown(old: _Image | None, new: _Image | None) -> Iterator[str]:
+    for each in (old, new):
+        if each is None:
+            continue
+        if each.content is None:
+            yield f"{each.digest} is not stored, or cannot be read"
+        elif each.config is None and each.content.media_type in IMAGES and each.content.config is not None:
+            yield f"the configuration {each.content.config.digest} is not stored, or cannot be read"
+
+
+def parse_config(content: bytes) -> ImageConfig | None:
+    """The values and steps of a configuration of any form; None if it is no JSON object."""
+    try:
+        found = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    values: dict[tuple[str, str], str] = {}
+    for name in ("os", "os.version", "architecture", "variant", "created", "author"):
+        if isinstance(value := found.get(name), str):
+            values["config", name] = value
+    values |= _run_values(inner) if isinstance(inner := found.get("config"), dict) else {}
+    history = found.get("history")
+    steps = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
+    return ImageConfig(
+        values, [(_text(each.get("created_by")), each.get("empty_layer") is True) for each in steps]
+    )
+
+
+def _run_values(config: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """How a container is run: image-spec, config.md, "config"."""
+    values: dict[tuple[str, str], str] = {}
+    for key, name in _KEYS.items():
+        if config.get(key):
+            values["config", name] = _text(config[key])
+    for key, name in _COMMANDS.items():
+        if isinstance(words := config.get(key), list) and words:
+            values["config", name] = shlex.join(map(_text, words))
+    for key, name in _SETS.items():
+        if isinstance(members := config.get(key), dict):
+            values |= {("config", f"{name} {each}"): "yes" for each in members}
+    if isinstance(variables := config.get("Env"), list):
+        for variable in variables:
+            name, _, value = _text(variable).partition("=")
+            values["env", name] = value
+    if isinstance(labels := config.get("Labels"), dict):
+        values |= {("label", name): _text(value) for name, value in labels.items()}
+    return values
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

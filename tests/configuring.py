@@ -10,6 +10,7 @@ import pytest
 from proxy.config.access import AccessConfig, AccessRule, TokenService
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
+from proxy.config.oidc import OIDCIssuer
 from proxy.config.peers import PeersConfig
 from proxy.config.policy import MoveRule, PolicyConfig, PolicyRule
 from proxy.config.schema import (
@@ -54,6 +55,7 @@ SECTIONS = (
     Login,
     MoveRule,
     NamespaceConfig,
+    OIDCIssuer,
     PolicyConfig,
     PolicyRule,
     PeersConfig,

@@ -203,3 +203,31 @@ FLEET = "peers: {{{}, secret: a-secret-of-the-tests}}"
 def test_a_replica_that_no_other_reaches(peers: str, listen: str, told: bool) -> None:
     lines = [str(each) for each in advise(read(f"{listen}\n{FLEET.format(peers)}"))]
     assert [each.startswith("listen: other replicas (peers) cannot reach") for each in lines] == [True] * told
+
+
+GITHUB = "https://token.actions.githubusercontent.com"
+
+
+@pytest.mark.parametrize(
+    ("issuer", "claims", "advised"),
+    [
+        (GITHUB, "{repository_owner: acme}", False),
+        (GITHUB, "{repository_owner_id: 123, ref: refs/heads/main}", False),
+        (GITHUB, "{sub: 'repo:acme/*'}", False),
+        (GITHUB, "{sub: 'repo:*:ref:refs/heads/main'}", True),
+        (GITHUB, "{sub: ['repo:acme/*', 'repo:*']}", True),
+        (GITHUB, "{repository: '*/app'}", True),
+        (GITHUB, "{ref: refs/heads/main}", True),
+        # Whoever may call a workflow of ours gets a token that names it.
+        (GITHUB, "{job_workflow_ref: 'acme/*'}", True),
+        ("https://gitlab.com", "{project_path: 'acme/*'}", False),
+        ("https://gitlab.com/", "{ref_protected: true}", True),
+        ("https://gitlab.example", "{sub: '*'}", False),
+    ],
+)
+def test_issuers_that_serve_everybody(issuer: str, claims: str, advised: bool) -> None:
+    keys = f"issuer: '{issuer}', audience: registry.example, required_claims: {claims}"
+    lines = said(f"oidc: {{ci: {{{keys}}}}}", "store: {}, listen: '127.0.0.1:7000'")
+    assert bool(lines) is advised
+    for line in lines:
+        assert line.startswith("access.oidc.ci.required_claims: anybody can get a token of https://")

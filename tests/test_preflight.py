@@ -77,6 +77,22 @@ def test_all_that_is_wrong_comes_at_once(tmp_path: Path, tree: dict[str, Any]) -
     assert (result.exit_code, result.stderr) == (0, "")
 
 
+def test_the_files_of_issuers(tmp_path: Path, tree: dict[str, Any]) -> None:
+    absent, bad = str(tmp_path / "absent"), tmp_path / "bad"
+    bad.write_text("{}")
+    usual = {"issuer": "https://ci.example", "audience": "x", "required_claims": {"sub": "x"}}
+    files = {"a": {"jwks_file": str(bad)}, "b": {"ca_file": absent}, "c": {"token_file": absent}, "d": {}}
+    tree["access"] = {"oidc": {name: {**usual, **each} for name, each in files.items()}, "ping": "challenge"}
+    result = check(tmp_path, tree)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"entrepot: {bad} (access.oidc.a.jwks_file): its JWKS has no key for signatures,"
+        " of type RSA (2048 bits or more), EC or OKP",
+        f"entrepot: {absent} (access.oidc.b.ca_file): No such file or directory",
+        f"entrepot: {absent} (access.oidc.c.token_file): No such file or directory",
+    ]
+
+
 @pytest.mark.errors("credentials.failed")
 def test_what_is_needed_later_is_a_warning(tmp_path: Path, tree: dict[str, Any]) -> None:
     absent = str(tmp_path / "absent")

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from proxy.access.claims import claim_texts
 from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import Network
 from proxy.config.values import ClientMatcher
@@ -66,7 +67,7 @@ class Principal:
     @property
     def known(self) -> bool:
         """Whether this is a user, not a token or an anonymous client."""
-        return self.scheme in ("password", "certificate")
+        return self.scheme in ("password", "certificate", "oidc")
 
     def matches(self, who: ClientMatcher) -> bool:
         match who.kind:
@@ -80,7 +81,7 @@ class Principal:
                 return self.known and who.name in self.groups
             case _:
                 assert who.glob is not None
-                return any(who.glob.fullmatch(each) for each in _texts(self.claims.get(who.name)))
+                return any(who.glob.fullmatch(each) for each in claim_texts(self.claims, who.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +190,3 @@ def _literal_start(pattern: re.Pattern[str]) -> str:
 
 def _within(address: IPAddress | None, networks: Sequence[Network]) -> bool:
     return address is not None and any(address in each for each in networks)
-
-
-def _texts(claim: object) -> list[str]:
-    """The values of a claim, which may be a list."""
-    values = claim if isinstance(claim, list) else [claim]
-    return [
-        str(each).lower() if isinstance(each, bool) else str(each)
-        for each in values
-        if isinstance(each, str | int)
-    ]

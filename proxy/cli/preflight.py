@@ -9,7 +9,7 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 from yarl import URL
 
 from proxy.config.errors import StartError
+from proxy.config.oidc import OIDCIssuer
 from proxy.config.schema import Config
 from proxy.config.upstream import UpstreamConfig
 from proxy.connections.failures import file_fault
@@ -68,6 +69,19 @@ def _access(config: Config, found: Preflight) -> None:
             token_verifier(access.token, float)
     except StartError as error:
         found.errors.append(str(error))
+    if access.oidc:
+        asyncio.run(_issuers(access.oidc, found))
+
+
+async def _issuers(issuers: Mapping[str, OIDCIssuer], found: Preflight) -> None:
+    from proxy.access.key_sources import key_sources
+
+    for name, issuer in issuers.items():
+        try:
+            for source in key_sources({name: issuer}).values():
+                await source.close()
+        except StartError as error:
+            found.errors.append(str(error))
 
 
 def _policy(config: Config, found: Preflight) -> None:

@@ -9,7 +9,8 @@ import msgspec
 
 from proxy.config.fields import File, Section, Text, Timeout
 from proxy.config.hosts import Network, parse_network, parse_realm
-from proxy.config.values import ClientMatcher, parse_client, parse_quotable, parse_where
+from proxy.config.oidc import OIDCIssuer
+from proxy.config.values import LABEL, ClientMatcher, parse_client, parse_quotable, parse_where
 
 Action: TypeAlias = Literal["pull", "push", "delete"]
 ACTIONS: tuple[Action, ...] = ("pull", "push", "delete")
@@ -52,7 +53,8 @@ class TokenService(Section, frozen=True):
 class AccessConfig(Section, frozen=True):
     """Authentication and authorization of clients.
 
-    With `rules` None the built-in rules apply.  `remember` is how long the answers of an upstream are kept
+    `oidc` has the issuers whose tokens are logins, by name, which the names of their users begin with.  With
+    `rules` None the built-in rules apply.  `remember` is how long the answers of an upstream are kept
     for `visibility: caller`.
     """
 
@@ -60,15 +62,23 @@ class AccessConfig(Section, frozen=True):
     realm: Annotated[str, parse_quotable] = "entrepot"
     groups: dict[str, tuple[Text, ...]] = msgspec.field(default_factory=dict)
     token: TokenService | None = None
+    oidc: dict[str, OIDCIssuer] = msgspec.field(default_factory=dict)
     trusted_proxies: tuple[Annotated[Network, parse_network], ...] = ()
     rules: tuple[AccessRule, ...] | None = None
     ping: Literal["auto", "challenge", "open"] = "auto"
     remember: Timeout = 300.0
 
+    def __post_init__(self) -> None:
+        for name in self.oidc:
+            if not LABEL.fullmatch(name):
+                raise ValueError(
+                    f"the name of an issuer is a word such as github or team-ci, not {name!r} (oidc)"
+                )
+
     @property
     def has_users(self) -> bool:
         """Whether clients can log in."""
-        return self.htpasswd is not None or self.token is not None
+        return self.htpasswd is not None or self.token is not None or bool(self.oidc)
 
     def opens(self, namespace: str) -> bool:
         """Whether a rule lets everybody pull all of a namespace from everywhere."""

@@ -27,6 +27,7 @@ def advise(config: Config) -> list[Advice]:
     return [
         *_pushes(config),
         *_logins(config),
+        *_issuers(config),
         *_plain(config),
         *_admin(config),
         *_peers(config),
@@ -62,6 +63,15 @@ def _logins(config: Config) -> Iterator[Advice]:
         elif public and not (namespace.listen or namespace.hosts or config.default_namespace == name):
             remedy = f"give it a listener of its own, such as listen: {_free(config)}"
             yield Advice(path, f"docker cannot log in at {config.listen} to push", remedy)
+
+
+def _issuers(config: Config) -> Iterator[Advice]:
+    """The issuers that serve everybody, and whose tokens nothing tells from those of others."""
+    for name, issuer in config.access.oidc.items():
+        if claims := issuer.telling:
+            surprise = f"anybody can get a token of {issuer.issuer} that meets them"
+            remedy = f"require one of {', '.join(claims)}, beginning with what is yours"
+            yield Advice(f"access.oidc.{name}.required_claims", surprise, remedy)
 
 
 def _plain(config: Config) -> Iterator[Advice]:

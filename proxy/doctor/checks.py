@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from proxy.config.quantities import format_duration
 from proxy.connections.failures import reason
 
 State: TypeAlias = Literal["ok", "warning", "failed"]
@@ -50,6 +51,15 @@ def warning(name: str, subject: str, message: str, advice: str) -> Check:
 
 def failed(name: str, subject: str, message: str, advice: str) -> Check:
     return Check(name, subject, "failed", message, advice)
+
+
+def check_skew(subject: str, ahead: float | None, most: float) -> list[Check]:
+    """A warning if another machine's clock is more than `most` seconds ahead of, or behind, this one's."""
+    if ahead is None or abs(ahead) <= most:
+        return []
+    which = "ahead of" if ahead > 0 else "behind"
+    message = f"its clock is {format_duration(abs(ahead))} {which} this machine's"
+    return [warning("clock", subject, message, "synchronize both by NTP")]
 
 
 async def guarded(name: str, subject: str, checks: Awaitable[Sequence[Check]]) -> Sequence[Check]:

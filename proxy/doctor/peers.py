@@ -9,9 +9,8 @@ from email.utils import parsedate_to_datetime
 
 from yarl import URL
 
-from proxy.config.quantities import format_duration
 from proxy.config.schema import Config
-from proxy.doctor.checks import Check, failed, ok, warning
+from proxy.doctor.checks import Check, check_skew, failed, ok, warning
 from proxy.upstream.fleet import connect_to_peers, membership_of
 from proxy.upstream.peers import PEER, UNNAMED, secrets_of
 from proxy.upstream.transport import Transport
@@ -86,8 +85,4 @@ def _check_clock(url: str, date: str, now: float) -> list[Check]:
         ahead = parsedate_to_datetime(date).timestamp() + 0.5 - now  # Date has whole seconds
     except (ValueError, OverflowError):
         return []
-    if abs(ahead) <= MAX_SKEW:
-        return []
-    which = "ahead of" if ahead > 0 else "behind"
-    message = f"its clock is {format_duration(abs(ahead))} {which} this machine's"
-    return [warning("clock", url, message, "synchronize both by NTP")]
+    return check_skew(url, ahead, MAX_SKEW)

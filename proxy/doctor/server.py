@@ -46,9 +46,18 @@ async def examine(
         guarded("workers", "-", asyncio.to_thread(running.check_limits, config)),
         guarded("server", str(config.listen), running.check(config, admin)),
         guarded("peers", "-", peers.check(config)),
+        guarded("issuer", "-", _issuers(config)),
     )
     checks += [each for found in local for each in found]
     return checks + await _upstreams(config)
+
+
+async def _issuers(config: Config) -> list[Check]:
+    if not config.access.oidc:
+        return []
+    from proxy.doctor import issuers  # here: what it needs is needed for nothing else
+
+    return await issuers.check(config.access.oidc)
 
 
 async def _upstreams(config: Config) -> list[Check]:

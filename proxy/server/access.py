@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from proxy.namespaces.composition import Composition
 if TYPE_CHECKING:
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
+    from proxy.access.oidc import OIDCTokens
 
 
 def needed(config: Config) -> bool:
@@ -45,7 +46,7 @@ def authorizer(composition: Composition, closing: AsyncExitStack) -> Authorizer:
         key_of=lru_cache(maxsize=4096)(config.key_of),
     )
     throttle = LoginThrottle(table=composition.shared.logins)
-    authenticator = _authenticator(config, composition.clock, throttle, closing)
+    authenticator = _authenticator(composition, throttle, closing)
     return Authorizer(guarded, _rules(config), authenticator, keys.ping)
 
 
@@ -110,23 +111,44 @@ def _rules(config: Config) -> AccessRules:
 
 
 def _authenticator(
-    config: Config, clock: Callable[[], float], throttle: LoginThrottle, closing: AsyncExitStack
+    composition: Composition, throttle: LoginThrottle, closing: AsyncExitStack
 ) -> Authenticator:
-    keys = config.access
-    groups: defaultdict[str, set[str]] = defaultdict(set)
-    for group, users in keys.groups.items():
-        for user in users:
-            groups[user].add(group)
+    keys, clock = composition.config.access, composition.clock
+    groups = _groups(keys)
     passwords = password_file(keys.htpasswd, closing) if keys.htpasswd else None
     return Authenticator(
         passwords=passwords,
         tokens=token_verifier(keys.token, clock) if keys.token else None,
+        verifiers=[_identity_tokens(composition, groups, closing)] if keys.oidc else [],
         service=(keys.token.realm, keys.token.service) if keys.token else ("", ""),
         realm=keys.realm,
-        groups={user: frozenset(each) for user, each in groups.items()},
+        groups=groups,
         addresses=ClientAddresses(keys.trusted_proxies),
         throttle=throttle,
     )
+
+
+def _groups(keys: AccessConfig) -> Mapping[str, frozenset[str]]:
+    """The groups of each user."""
+    groups: defaultdict[str, set[str]] = defaultdict(set)
+    for group, users in keys.groups.items():
+        for user in users:
+            groups[user].add(group)
+    return {user: frozenset(each) for user, each in groups.items()}
+
+
+def _identity_tokens(
+    composition: Composition, groups: Mapping[str, frozenset[str]], closing: AsyncExitStack
+) -> OIDCTokens:
+    from proxy.access.key_sources import key_sources  # here: what it needs is needed for nothing else
+    from proxy.access.oidc import OIDCTokens
+
+    issuers = composition.config.access.oidc
+    sources = key_sources(issuers, composition.clock, composition.shared)
+    for each in sources.values():
+        closing.push_async_callback(each.close)
+    alone = composition.config.access.token is None
+    return OIDCTokens(issuers, sources, composition.clock, groups, alone=alone)
 
 
 def password_file(path: Path, closing: AsyncExitStack) -> Htpasswd:

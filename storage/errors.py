@@ -23,6 +23,7 @@
     ├── CodingUnsupported          UNSUPPORTED                415   a body with Content-Encoding
     ├── Misdirected                UNSUPPORTED                421   asked of the wrong replica
     ├── Unauthorized               UNAUTHORIZED               401   with a challenge
+    ├── TokenRequestInvalid        UNSUPPORTED                400   a request for a token that is none
     ├── Throttled                  TOOMANYREQUESTS            429   too many wrong passwords
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
@@ -180,6 +181,12 @@ class Unauthorized(RegistryError):
     ) -> None:
         super().__init__(message, retry_after=retry_after)
         self.challenges = tuple(challenges)
+
+
+class TokenRequestInvalid(RegistryError):
+    """A request for a token cannot be read, or asks for what there is not."""
+
+    code, status = "UNSUPPORTED", 400
 
 
 class Throttled(RegistryError):

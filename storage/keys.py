@@ -32,6 +32,12 @@ A key is the name of its kind and then its fields, with a space between two of t
     stored <algorithm>/<ab>                     how many blobs a fan-out directory has, and of how many bytes
     counted                                     that everything without a total is empty
 
+in the records of access control:
+
+    signing <id>                                a key by which tokens are signed
+    apikey <name>                               an API key, of which only a hash is kept
+    keyused <name>                              when an API key was last used
+
 and in the records of the webhooks' queue:
 
     event <webhook> <number>                    an event to deliver
@@ -113,6 +119,9 @@ REPORTED = RecordKind("reported", 0)
 TOTAL = RecordKind("total", 1)
 STORED = RecordKind("stored", 1)
 COUNTED = RecordKind("counted", 0)
+SIGNING = RecordKind("signing", 1)
+API_KEY = RecordKind("apikey", 1)
+KEY_USED = RecordKind("keyused", 1)
 EVENT = RecordKind("event")
 PENDING = RecordKind("pending", 1)
 WEBHOOK = RecordKind("webhook", 1)

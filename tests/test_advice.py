@@ -231,3 +231,9 @@ def test_issuers_that_serve_everybody(issuer: str, claims: str, advised: bool) -
     assert bool(lines) is advised
     for line in lines:
         assert line.startswith("access.oidc.ci.required_claims: anybody can get a token of https://")
+
+
+@pytest.mark.parametrize(("users", "advised"), [("", True), (f", {USERS}", False), (f", {TOKEN}", False)])
+def test_a_token_endpoint_where_nobody_can_log_in(users: str, advised: bool) -> None:
+    lines = said(f"token_endpoint: {{}}{users}", "store: {}, listen: '127.0.0.1:7000'")
+    assert any(each.startswith("access.token_endpoint: nobody can log in there") for each in lines) is advised

@@ -94,5 +94,6 @@ async def test_a_renewal_asks_the_verifier(asked: Asked, still: bool) -> None:
 
 def test_clients_are_challenged_if_there_are_verifiers_alone() -> None:
     assert PROOFS.accepts_credentials
-    assert PROOFS.challenges() == ('Basic realm="entrepot"',)
-    assert Authenticator().challenges() == ()
+    asked: Any = Asked()
+    assert PROOFS.challenges(asked) == ('Basic realm="entrepot"',)
+    assert Authenticator().challenges(asked) == ()

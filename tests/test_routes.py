@@ -78,6 +78,7 @@ HUB = "docker.io"
         # escapes, once
         (f"/v2/a/blobs/{DIGEST.replace(':', '%3a')}", Route(Endpoint.BLOB, "a", DIGEST)),
         ("/v2/a%2Fb/manifests/v%31", Route(Endpoint.MANIFEST, "a/b", Tag("v1"))),
+        ("/token", Route(Endpoint.TOKEN)),
     ],
 )
 def test_path(path: str, route: Route) -> None:
@@ -196,6 +197,8 @@ uploads = st.builds(str.__add__, st.sampled_from(letters + "-"), st.text(letters
 def routes(draw: st.DrawFn) -> Route:
     kind = draw(st.sampled_from(Endpoint))
     prefix = draw(prefixes)
+    if kind is Endpoint.TOKEN:
+        return Route(kind)
     if kind in (Endpoint.BASE, Endpoint.CATALOG):
         return Route(kind, prefix=prefix)
     name = draw(hosts) + draw(names)

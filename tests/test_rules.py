@@ -6,6 +6,8 @@ import ipaddress
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.access.rules import AccessRules, Grant, Principal, Rule, default_rules
 from proxy.config.access import ACTIONS, Action
@@ -150,3 +152,41 @@ def test_scope_with_library() -> None:
     assert ruled.scope("docker.io/library/alpine", "docker.io:443/library/alpine", False).startswith(
         "docker.io/"
     )
+
+
+# Tokens of this server
+
+
+names = st.sampled_from(["local/team/app", "local/team/other", "local/public/app", "other/app"])
+acts = st.sets(st.sampled_from(ACTIONS), max_size=3).map(frozenset)
+grants = st.lists(st.builds(Grant, names, acts), max_size=3).map(tuple)
+ruled = st.builds(
+    rules,
+    st.sampled_from(["anonymous", "authenticated", "user:alice", "group:ops", "claim:project=team/*"]),
+    may=st.sets(st.sampled_from(ACTIONS), min_size=1).map(lambda found: tuple(sorted(found))),
+    sources=st.sampled_from(["", "10.0.0.0/8"]),
+    where=st.sampled_from(["", "local/*", "local/team/*", "*/app"]),
+)
+
+
+@given(ruled, ruled, st.sampled_from([ANYBODY, HERE, ALICE, BOB, PIPELINE]), grants, grants, names)
+def test_a_scope_only_takes_away(
+    one: AccessRules,
+    two: AccessRules,
+    who: Principal,
+    held: tuple[Grant, ...],
+    within: tuple[Grant, ...],
+    name: str,
+) -> None:
+    """Whatever the rules and the token say: it grants what both do, and what everybody may."""
+    both = AccessRules([*one._rules, *two._rules], ["local", "other"])
+    whole = replace(who, grants=held)
+    narrow = replace(whole, within=within)
+    for action in ACTIONS:
+        everybody = both.allow(Principal(address=who.address), action, name)
+        inside = any(each.name == name and action in each.actions for each in within)
+        expected = everybody or (inside and both.allow(whole, action, name))
+        assert both.allow(narrow, action, name) is expected
+        assert not both.allow(narrow, action, name) or both.allow(whole, action, name)
+        if both.allow(narrow, action, name):
+            assert any(name.startswith(start) for start in both.starts(narrow, action))

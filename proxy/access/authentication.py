@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from proxy.access.client_address import ClientAddresses, parse
+from proxy.access.client_address import ClientAddresses, absolute, parse
 from proxy.access.credentials import BadCredential, CredentialVerifier
 from proxy.access.rules import IPAddress, Principal
 from proxy.access.throttle import LoginThrottle
@@ -25,7 +25,9 @@ if TYPE_CHECKING:  # they need libraries that not every configuration needs
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
 
+TOKEN_PATH = "/token"  # of this server's own token endpoint
 _DATED = "asof+"  # what a user begins with who is no name but a date
+_UNQUOTABLE = {ord('"'): "%22", ord("\\"): "%5C"}
 _ANONYMOUS = ("Basic Og==", "basic Og==")  # an empty user with an empty password
 
 
@@ -37,6 +39,8 @@ class Authenticator:
 
     verifiers: those of credentials besides passwords and the tokens of the token server
     service: the realm and the service of the token server
+    endpoint: the service and the realm of this server's own token endpoint; None without one, and the realm
+        is None if it is that by which the client reaches this server
     groups: the groups of each user
     """
 
@@ -44,6 +48,7 @@ class Authenticator:
     tokens: TokenVerifier | None = None
     verifiers: Sequence[CredentialVerifier] = ()
     service: tuple[str, str] = ("", "")
+    endpoint: tuple[str, str | None] | None = None
     realm: str = "entrepot"
     groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
     addresses: ClientAddresses = field(default_factory=ClientAddresses)
@@ -57,23 +62,34 @@ class Authenticator:
     def basic(self) -> str:
         return f'Basic realm="{self.realm}"'
 
-    def challenges(self, scope: str = "", error: str = "") -> tuple[str, ...]:
+    @property
+    def sends_for_tokens(self) -> bool:
+        """Whether clients are challenged for a token."""
+        return self.tokens is not None or self.endpoint is not None
+
+    def challenges(self, request: web.BaseRequest, scope: str = "", error: str = "") -> tuple[str, ...]:
         """The values of WWW-Authenticate: one at most.
 
         Of two challenges, docker would have to meet both, and podman takes the first.
         """
-        if self.tokens is not None:
-            realm, service = self.service
+        if self.sends_for_tokens:
+            realm, service = self._realm(request)
             parameters = {"realm": realm, "service": service, "scope": scope, "error": error}
             return ("Bearer " + ",".join(f'{name}="{value}"' for name, value in parameters.items() if value),)
         return (self.basic,) if self.passwords is not None or self.verifiers else ()
 
+    def _realm(self, request: web.BaseRequest) -> tuple[str, str]:
+        if self.endpoint is None:
+            return self.service
+        service, realm = self.endpoint
+        return realm or _quotable(absolute(request, TOKEN_PATH)), service
+
     async def identify(self, request: web.BaseRequest, scope: str = "") -> Principal:
         """Return who sent the request.
 
-        Raises Unauthorized, with a challenge for `scope`, if its credentials are wrong; and Throttled.
+        Raises Unauthorized, with a challenge for `scope`, if its credentials are wrong; Throttled; and what
+        verifiers raise that cannot verify anything now.
         """
-        address = self.addresses.of(request.remote, request.headers)
         header = authorization(request) if self.accepts_credentials else ""
         scheme, _, value = header.partition(" ")
         scheme = scheme.lower()
@@ -81,72 +97,103 @@ class Authenticator:
             principal = _certified(request)
             groups = principal.groups | self.groups.get(principal.user, frozenset())
             local = self.addresses.is_local(request)
-            return replace(principal, groups=groups, address=address, local=local)
-        if (found := self._recognizing(request)) is not None:
-            return replace(await self._verified(*found, scope), address=address)
-        if scheme == "basic" and self.passwords is not None:
-            user = await self._by_password(request, self.passwords, scope)
-            return Principal(user, "password", self.groups.get(user, frozenset()), address=address)
+            return self.located(replace(principal, groups=groups, local=local), request)
+        login = credential(request)
+        if scheme == "basic" and login is None:
+            raise self.unauthorized(
+                request, "the Authorization header is not Basic with user:password in base64", scope
+            )
+        login = Credential("", value.strip()) if scheme == "bearer" else login
+        if login is not None and self._accepts(login, scheme):
+            return await self.identify_login(request, login, scope)
         if scheme == "bearer" and self.tokens is not None:
-            return replace(self._by_token(self.tokens, value.strip(), scope), address=address)
-        raise self.unauthorized(f"{scheme[:20]!r} credentials are not accepted", scope)
+            principal = self._by_token(request, self.tokens, value.strip(), scope)
+            return self.located(principal, request)
+        raise self.unauthorized(request, f"{scheme[:20]!r} credentials are not accepted", scope)
+
+    def _accepts(self, login: Credential, scheme: str) -> bool:
+        return (scheme == "basic" and self.passwords is not None) or (
+            self._verifier(login.password) is not None
+        )
+
+    async def identify_login(self, request: web.BaseRequest, login: Credential, scope: str = "") -> Principal:
+        """Return whose login this is, which the request has; without a user it is a bearer token.
+
+        Raises what identify() raises.
+        """
+        if (verifier := self._verifier(login.password)) is not None:
+            principal = await self._verified(request, verifier, login, scope)
+        elif self.passwords is not None:
+            principal = await self._by_password(request, self.passwords, login, scope)
+        else:
+            raise self.unauthorized(request, "passwords are not accepted", scope)
+        return self.located(principal, request)
+
+    def renewed_user(self, principal: Principal) -> Principal | None:
+        """A user as it is now, whom a password has identified before: see CredentialVerifier.renew()."""
+        proof = "" if self.passwords is None else self.passwords.proof(principal.user)
+        if not proof or proof != principal.proof:
+            return None
+        return replace(principal, groups=self.groups.get(principal.user, frozenset()))
 
     def renewal(self, request: web.BaseRequest) -> Callable[[], bool]:
         """Whether identify() still returns what it has just returned for this request, without waiting."""
         header = authorization(request) if self.accepts_credentials else ""
         scheme, _, value = header.partition(" ")
-        if scheme and (found := self._recognizing(request)) is not None:
-            verifier, user, secret = found
-            return partial(verifier.remembers, user, secret)
+        login = Credential("", value.strip()) if scheme.lower() == "bearer" else credential(request)
+        if login is not None and (verifier := self._verifier(login.password)) is not None:
+            return partial(verifier.remembers, login.username, login.password)
         if scheme.lower() == "basic" and self.passwords is not None:
-            login = credential(request)
             return partial(self.passwords.remembers, login.username, login.password) if login else never
         if scheme.lower() == "bearer" and self.tokens is not None:
             return partial(self.tokens.remembers, value.strip())
         return never if scheme else lambda: True  # anonymous: the address and the headers decide
 
-    def _recognizing(self, request: web.BaseRequest) -> tuple[CredentialVerifier, str, str] | None:
-        """The verifier of the credential of a request, its user and the credential itself."""
-        if not self.verifiers:
-            return None
-        scheme, _, value = authorization(request).partition(" ")
-        login = Credential("", value.strip()) if scheme.lower() == "bearer" else credential(request)
-        if login is None:
-            return None
-        found = next((each for each in self.verifiers if each.recognizes(login.password)), None)
-        return None if found is None else (found, login.username, login.password)
-
-    async def _verified(self, verifier: CredentialVerifier, user: str, secret: str, scope: str) -> Principal:
-        try:
-            return await verifier.verify(user, secret)
-        except BadCredential as error:
-            raise self.unauthorized(
-                f"{verifier.what} is not accepted: {error}", scope, "invalid_token"
-            ) from None
-
-    async def _by_password(self, request: web.BaseRequest, passwords: Htpasswd, scope: str) -> str:
+    def foreign(self, request: web.BaseRequest) -> Credential | None:
+        """The login of a request if it may be one at an upstream: no API key and no token of this server."""
         login = credential(request)
-        if login is None:
-            raise self.unauthorized(
-                "the Authorization header is not Basic with user:password in base64", scope
-            )
+        return None if login is None or self._verifier(login.password) is not None else login
+
+    def _verifier(self, secret: str) -> CredentialVerifier | None:
+        return next((each for each in self.verifiers if each.recognizes(secret)), None)
+
+    async def _verified(
+        self, request: web.BaseRequest, verifier: CredentialVerifier, login: Credential, scope: str
+    ) -> Principal:
+        try:
+            return await verifier.verify(login.username, login.password)
+        except BadCredential as error:
+            message = f"{verifier.what} is not accepted: {error}"
+            raise self.unauthorized(request, message, scope, "invalid_token") from None
+
+    async def _by_password(
+        self, request: web.BaseRequest, passwords: Htpasswd, login: Credential, scope: str
+    ) -> Principal:
         user, password = login.username, login.password
         if not passwords.remembers(user, password) and not await self.throttle.attempt(
             self.source_address(request), user, lambda: passwords.verify(user, password)
         ):
-            raise self.unauthorized("the user name or the password is wrong", scope)
-        return user
+            raise self.unauthorized(request, "the user name or the password is wrong", scope)
+        groups = self.groups.get(user, frozenset())
+        return Principal(user, "password", groups, proof=passwords.proof(user))
 
-    def _by_token(self, tokens: TokenVerifier, token: str, scope: str) -> Principal:
+    def _by_token(self, request: web.BaseRequest, tokens: TokenVerifier, token: str, scope: str) -> Principal:
         from proxy.access.bearer import BadToken
 
         try:
             return tokens.verify(token)
         except BadToken as error:
-            raise self.unauthorized(f"the token is not accepted: {error}", scope, "invalid_token") from None
+            message = f"the token is not accepted: {error}"
+            raise self.unauthorized(request, message, scope, "invalid_token") from None
 
-    def unauthorized(self, message: str, scope: str, error: str = "") -> Unauthorized:
-        return Unauthorized(message, challenges=self.challenges(scope, error))
+    def unauthorized(
+        self, request: web.BaseRequest, message: str, scope: str, error: str = ""
+    ) -> Unauthorized:
+        return Unauthorized(message, challenges=self.challenges(request, scope, error))
+
+    def located(self, principal: Principal, request: web.BaseRequest) -> Principal:
+        """The principal, at the address that the request comes from."""
+        return replace(principal, address=self.addresses.of(request.remote, request.headers))
 
     def source_address(self, request: web.BaseRequest) -> IPAddress | None:
         """The address that failed logins are counted for: the client's; if unknown, the connection's."""
@@ -184,6 +231,11 @@ def _basic(header: str) -> Credential | None:
     except ValueError:  # the base class of binascii.Error and UnicodeDecodeError
         return None
     return Credential(user, password) if colon else None
+
+
+def _quotable(url: str) -> str:
+    """The URL as it can be a quoted string in a header, whatever Host a client has sent."""
+    return url.translate(_UNQUOTABLE)
 
 
 def never() -> bool:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -17,9 +17,10 @@ from typing import Literal, Protocol
 import structlog
 from aiohttp import web
 
-from proxy.access.authentication import Authenticator, authorization, credential
+from proxy.access.authentication import Authenticator, authorization
 from proxy.access.catalog import visible_repositories
-from proxy.access.rules import AccessRules, Principal
+from proxy.access.rules import AccessRules, Grant, Principal
+from proxy.access.scopes import CATALOG, REPOSITORY, Scope
 from proxy.access.visibility import Probe, Visibility
 from proxy.config.access import Action
 from proxy.config.registry_hosts import EVERY
@@ -28,8 +29,6 @@ from storage.errors import Denied, OriginDenied, RegistryError, Unauthorized
 from storage.registry import Registry
 
 log = structlog.get_logger()
-
-CATALOG = "registry:catalog"
 
 
 class ChooseNamespace(Protocol):
@@ -159,7 +158,7 @@ class Authorizer:
             return self._authenticator.renewal(request)
         namespace, _, repository = name.partition("/")
         visibility = await self._guarded.visibility(namespace)
-        return partial(visibility.remembers, repository, credential(request))
+        return partial(visibility.remembers, repository, self._authenticator.foreign(request))
 
     async def _permit_by_rules(
         self, request: web.BaseRequest, access: AccessRequest, exchange: Exchange
@@ -171,20 +170,55 @@ class Authorizer:
         exchange.user = principal.user
         exchange.visible = partial(self._may_see, principal, access.named)
         if not self._rules.allow(principal, action, name, repository):
-            raise self._refusal(principal, f"{action} {name}", scope)
+            full = replace(principal, within=None)
+            lacking = principal.within is not None and self._rules.allow(full, action, name, repository)
+            raise self._refusal(request, principal, f"{action} {name}", scope, lacking)
+        exchange.lock = principal.lock
 
-    def _refusal(self, principal: Principal, what: str, scope: str) -> RegistryError:
+    def _refusal(
+        self, request: web.BaseRequest, principal: Principal, what: str, scope: str, lacking: bool = False
+    ) -> RegistryError:
+        """Why the client may not do that; `lacking` if its token alone is too narrow."""
         authenticator = self._authenticator
-        if principal.known:
+        if principal.scheme not in ("", "token") and not lacking:
             return Denied(f"{principal.user} is not allowed to {what}")
         if not authenticator.accepts_credentials:
             return Denied(
                 f"anonymous clients are not allowed to {what}, and no login is configured (access.htpasswd)"
             )
-        if principal.anonymous:
-            return Unauthorized(f"log in to {what}", challenges=authenticator.challenges(scope))
+        if principal.anonymous and not lacking:
+            error = "" if principal.within is None else "insufficient_scope"
+            return authenticator.unauthorized(request, f"log in to {what}", scope, error)
         # Not 403: this error makes a client ask for another token.  RFC 6750, section 3.1.
-        return authenticator.unauthorized(f"the token does not allow to {what}", scope, "insufficient_scope")
+        message = f"the token does not allow to {what}"
+        return authenticator.unauthorized(request, message, scope, "insufficient_scope")
+
+    def grants(
+        self, principal: Principal, scopes: Iterable[Scope], full_name: Callable[[str], str]
+    ) -> list[Grant]:
+        """What of the scopes that a client asks for it may do: with the full names of repositories.
+
+        `full_name` finds that of what a client calls a repository, and raises RegistryError.
+        """
+        found = []
+        for each in scopes:
+            if each.is_catalog:  # which shows a client what it may see
+                found.append(Grant(CATALOG, each.actions))
+            elif each.type == REPOSITORY:
+                try:
+                    name = full_name(each.name)
+                except RegistryError:
+                    continue
+                may = frozenset(action for action in each.wanted if self._may(principal, action, name))
+                if may:
+                    found.append(Grant(name, may))
+        return found
+
+    def _may(self, principal: Principal, action: Action, name: str) -> bool:
+        guard = self._guarded.of(name)
+        if guard is Guard.PUBLIC:
+            return action == "pull"
+        return guard in (Guard.STORE, Guard.RULES) and self._rules.allow(principal, action, name)
 
     def _may_see(self, principal: Principal, named: bool, repository: str) -> bool:
         guard = self._guarded.of(repository)
@@ -198,7 +232,7 @@ class Authorizer:
     ) -> None:
         namespace, _, repository = access.name.partition("/")
         visibility = await self._guarded.visibility(namespace)
-        shown = credential(request)
+        shown = self._authenticator.foreign(request)
         exchange.visible = nothing
 
         visible = True
@@ -252,9 +286,9 @@ class Authorizer:
         if not principal.anonymous or self._ping == "open":
             return ()
         if self.asks(request, prefix):
-            raise Unauthorized("authentication is required", challenges=self._authenticator.challenges())
+            raise self._authenticator.unauthorized(request, "authentication is required", "")
         # podman and its relatives also take a challenge from a response of 200, and log in by it.  Not for
-        # tokens: they would fetch one for every pull, and would not pull without one.
+        # tokens of a token server: they would fetch one for every pull, and would not pull without one.
         return (self._authenticator.basic,) if self._authenticator.tokens is None else ()
 
     def asks(self, request: web.BaseRequest, prefix: str = "") -> bool:
@@ -282,7 +316,7 @@ class Authorizer:
         docker sends credentials only if the ping was challenged, and pulls nothing after a Basic challenge
         that it cannot meet.  With a token server the challenge is harmless: every client can get a token.
         """
-        if self._authenticator.tokens is not None:
+        if self._authenticator.sends_for_tokens:
             return False
         # No repository has this name: only a rule for all of them matches it.
         return (
@@ -303,6 +337,10 @@ class Authorizer:
         scope = f"{CATALOG}:*"
         principal = await self._authenticator.identify(request, scope)
         exchange.user = principal.user
+        if principal.within is not None:
+            if not any(each.name == CATALOG for each in principal.within):
+                raise self._refusal(request, principal, "list repositories", scope, lacking=True)
+            principal = replace(principal, within=None)
         visible: Callable[[str], bool] = partial(self._may_see, principal, False)
         starts = self._rules.starts(principal, "pull") | self._guarded.starts(Guard.PUBLIC)
         if self._rules.allow(principal, "pull", CATALOG):
@@ -311,7 +349,7 @@ class Authorizer:
         found = await visible_repositories(registry, starts, visible, prefix + last, limit)
         may_log_in = principal.anonymous and self._authenticator.accepts_credentials
         if may_log_in and not found and not last and not self._sees_everything(principal):
-            raise self._refusal(principal, "list repositories", scope)
+            raise self._refusal(request, principal, "list repositories", scope)
         return [each.removeprefix(prefix) for each in found]
 
     def _sees_everything(self, principal: Principal) -> bool:

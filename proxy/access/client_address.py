@@ -1,4 +1,4 @@
-"""The address that a request comes from, by its connection and by the headers that proxies add.
+"""The address that a request comes from, and its own URL, by its connection and the headers that proxies add.
 
 Only trusted proxies are believed.  A request through any other proxy has no address: it matches no range, and
 does not come from this machine even if the proxy runs here.
@@ -66,6 +66,13 @@ class ClientAddresses:
 
     def _is_trusted(self, address: IPAddress) -> bool:
         return any(address in each for each in self._trusted)
+
+
+def absolute(request: web.BaseRequest, path: str) -> str:
+    """The URL of `path`, as this client reaches the server, behind a proxy too."""
+    secure = request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
+    host = request.host.encode("ascii", "replace").decode()
+    return f"{'https' if secure else 'http'}://{host}{path}"
 
 
 @lru_cache(maxsize=1000)

@@ -21,6 +21,7 @@ from proxy.access.claims import claim_texts
 from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import Network
 from proxy.config.values import ClientMatcher
+from proxy.telemetry.exchange import KeyLock
 
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -29,13 +30,28 @@ LOOPBACK: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A permission in a token: `actions` on the repository `name`.  Token specification, "access"."""
+    """A permission in a token: `actions` on the repository `name`.  Token specification, "access".
+
+    That of an API key is for the repositories that match `pattern`, by their full names.
+    """
 
     name: str
     actions: frozenset[str]
+    pattern: re.Pattern[str] | None = None
 
     def allows(self, action: Action) -> bool:
         return action in self.actions or "*" in self.actions
+
+    def covers(self, repository: str, scope: str) -> bool:
+        """Whether it is for a repository, by its full name or by what it is called in scopes."""
+        if self.pattern is not None:
+            return self.pattern.fullmatch(repository) is not None
+        return self.name in (repository, scope)
+
+    @property
+    def start(self) -> str:
+        """What the name of each repository begins with that it is for."""
+        return self.name if self.pattern is None else _literal_start(self.pattern)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,9 @@ class Principal:
     scheme: how the client authenticated itself: "" for an anonymous client
     until: when its credential expires, in seconds since the epoch
     proof: what its verifier recognizes the credential by, without being it
+    within: the scope of the token that the client has exchanged its credential for: of what it may do, it may
+        do that, and what everybody may; None if it may do all
+    lock: the images that are all it may pull; None without a lock
     address: None if it is unknown
     local: whether it is a program on this machine that connects without a proxy
     """
@@ -57,6 +76,8 @@ class Principal:
     grants: tuple[Grant, ...] = ()
     until: float = math.inf
     proof: str = ""
+    within: tuple[Grant, ...] | None = None
+    lock: KeyLock | None = None
     address: IPAddress | None = None
     local: bool = False
 
@@ -145,15 +166,26 @@ class AccessRules:
 
         `scope` is the name that a token may use instead: see scope().
         """
+        if principal.within is None:
+            return self._allow(principal, action, repository, scope)
+        if self._allow(_everybody(principal), action, repository, scope):
+            return True
+        inside = any(each.allows(action) and each.covers(repository, repository) for each in principal.within)
+        return inside and self._allow(principal, action, repository, scope)
+
+    def _allow(self, principal: Principal, action: Action, repository: str, scope: str) -> bool:
         return any(rule.grants(principal, action, repository) for rule in self._rules) or any(
-            grant.allows(action) and grant.name in (repository, scope or repository)
+            grant.allows(action) and grant.covers(repository, scope or repository)
             for grant in principal.grants
         )
 
     def starts(self, principal: Principal, action: Action) -> set[str]:
         """What each repository begins with, one or the other, on which the principal may do that."""
+        if principal.within is not None:
+            inside = {each.start for each in principal.within if each.allows(action)}
+            return inside | self.starts(_everybody(principal), action)
         found = {start for rule in self._rules for start in rule.starts(principal, action)}
-        granted = {grant.name for grant in principal.grants if grant.allows(action)}
+        granted = {grant.start for grant in principal.grants if grant.allows(action)}
         left_out = {f"{self._short}/{name}" for name in granted if self._short}
         return found | granted | left_out
 
@@ -169,6 +201,11 @@ class AccessRules:
         if not left_out or namespace != self._short or written.partition("/")[0] in self._namespaces:
             return repository
         return written
+
+
+def _everybody(principal: Principal) -> Principal:
+    """An anonymous client in its place."""
+    return Principal(address=principal.address, local=principal.local)
 
 
 def _literal_start(pattern: re.Pattern[str]) -> str:

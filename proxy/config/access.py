@@ -10,9 +10,11 @@ import msgspec
 from proxy.config.fields import File, Section, Text, Timeout
 from proxy.config.hosts import Network, parse_network, parse_realm
 from proxy.config.oidc import OIDCIssuer
+from proxy.config.quantities import parse_every
 from proxy.config.values import LABEL, ClientMatcher, parse_client, parse_quotable, parse_where
 
 Action: TypeAlias = Literal["pull", "push", "delete"]
+SHORTEST, LONGEST = 60.0, 3600.0  # seconds of an access token
 ACTIONS: tuple[Action, ...] = ("pull", "push", "delete")
 
 
@@ -50,6 +52,27 @@ class TokenService(Section, frozen=True):
             raise ValueError("keys is empty: give a file with the token server's public key or certificate")
 
 
+class TokenEndpointConfig(Section, frozen=True):
+    """This server's own token endpoint, /token.
+
+    realm: its URL; by default, that by which each client reaches this server
+    service: what its tokens are for; servers that share their records have the same
+    lifetime: of an access token, and with it the time until a client certificate that was exchanged is asked
+        for again
+    refresh: of a refresh token, by which docker logs in instead of keeping a password; None for none
+    """
+
+    realm: Annotated[str, parse_realm] | None = None
+    service: Annotated[str, parse_quotable] = "entrepot"
+    lifetime: Timeout = 300.0
+    refresh: Annotated[float | None, parse_every] = 30 * 86400.0
+
+    def __post_init__(self) -> None:
+        # Clients take a token that is valid for less than a minute for one that is valid for a minute.
+        if not SHORTEST <= self.lifetime <= LONGEST:
+            raise ValueError("lifetime must be from 1m to 1h")
+
+
 class AccessConfig(Section, frozen=True):
     """Authentication and authorization of clients.
 
@@ -63,6 +86,7 @@ class AccessConfig(Section, frozen=True):
     groups: dict[str, tuple[Text, ...]] = msgspec.field(default_factory=dict)
     token: TokenService | None = None
     oidc: dict[str, OIDCIssuer] = msgspec.field(default_factory=dict)
+    token_endpoint: TokenEndpointConfig | None = None
     trusted_proxies: tuple[Annotated[Network, parse_network], ...] = ()
     rules: tuple[AccessRule, ...] | None = None
     ping: Literal["auto", "challenge", "open"] = "auto"
@@ -79,6 +103,11 @@ class AccessConfig(Section, frozen=True):
     def has_users(self) -> bool:
         """Whether clients can log in."""
         return self.htpasswd is not None or self.token is not None or bool(self.oidc)
+
+    @property
+    def sends_for_tokens(self) -> bool:
+        """Whether clients are challenged for a token, which everybody gets."""
+        return self.token is not None or self.token_endpoint is not None
 
     def opens(self, namespace: str) -> bool:
         """Whether a rule lets everybody pull all of a namespace from everywhere."""

@@ -28,6 +28,7 @@ def advise(config: Config) -> list[Advice]:
         *_pushes(config),
         *_logins(config),
         *_issuers(config),
+        *_endpoint(config),
         *_plain(config),
         *_admin(config),
         *_peers(config),
@@ -57,7 +58,7 @@ def _logins(config: Config) -> Iterator[Advice]:
         path = f"namespaces.{name}"
         if access.ping == "open":
             yield Advice(path, "docker cannot log in to push", "set access.ping: auto")
-        elif access.token is None and access.opens(name):
+        elif not access.sends_for_tokens and access.opens(name):
             remedy = "set access.ping: challenge; then docker cannot pull without a login either"
             yield Advice(path, "docker cannot log in to push, since everybody may pull", remedy)
         elif public and not (namespace.listen or namespace.hosts or config.default_namespace == name):
@@ -72,6 +73,14 @@ def _issuers(config: Config) -> Iterator[Advice]:
             surprise = f"anybody can get a token of {issuer.issuer} that meets them"
             remedy = f"require one of {', '.join(claims)}, beginning with what is yours"
             yield Advice(f"access.oidc.{name}.required_claims", surprise, remedy)
+
+
+def _endpoint(config: Config) -> Iterator[Advice]:
+    """A token endpoint where nobody in particular gets a token."""
+    access = config.access
+    certified = config.tls is not None and config.tls.client_ca is not None
+    if access.token_endpoint is not None and not access.has_users and not certified:
+        yield Advice("access.token_endpoint", "nobody can log in there", "add users (access.htpasswd)")
 
 
 def _plain(config: Config) -> Iterator[Advice]:

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from proxy.config.fields import File, Section, Size
 from proxy.config.values import parse_count
 
-AuditKind = Literal["pull", "push", "delete", "login", "admin", "policy", "override"]
+AuditKind = Literal["pull", "push", "delete", "login", "token", "admin", "policy", "override"]
 
 
 class AuditConfig(Section, frozen=True):
     """Which kinds of acts are recorded, and in which file.
 
-    kinds: by default all but pulls, which are most of all requests, and are in the access log
+    kinds: by default all but pulls and tokens, which are most of all requests, and are in the access log
     max_size: the bytes above which a new file is begun
     keep: how many former files are kept
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +13,22 @@ from typing import TYPE_CHECKING
 from proxy.access.authentication import Authenticator
 from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
 from proxy.access.client_address import ClientAddresses
+from proxy.access.records import AccessRecords
 from proxy.access.rules import AccessRules, Rule, default_rules
 from proxy.access.throttle import LoginThrottle
 from proxy.access.visibility import Visibility
 from proxy.config.access import AccessConfig, TokenService
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
+from proxy.namespaces.access_records import access_records
 from proxy.namespaces.composition import Composition
+from storage.errors import StorageFailed
 
 if TYPE_CHECKING:
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
     from proxy.access.oidc import OIDCTokens
+    from proxy.access.token_exchange import TokenExchange
 
 
 def needed(config: Config) -> bool:
@@ -32,8 +37,13 @@ def needed(config: Config) -> bool:
     return config.access != AccessConfig() or any(each is not Guard.PUBLIC for each in guards)
 
 
-def authorizer(composition: Composition, closing: AsyncExitStack) -> Authorizer:
-    """Make the Authorizer; `closing` closes its parts.  Raises StartError for a file that cannot be used."""
+def access_control(
+    composition: Composition, closing: AsyncExitStack
+) -> tuple[Authorizer, TokenExchange | None]:
+    """Make the Authorizer, and what the token endpoint needs if there is one; `closing` closes their parts.
+
+    Raises StartError for a file that cannot be used.
+    """
     config = composition.config
     keys = config.access
     visibilities = _Visibilities(composition)
@@ -46,8 +56,8 @@ def authorizer(composition: Composition, closing: AsyncExitStack) -> Authorizer:
         key_of=lru_cache(maxsize=4096)(config.key_of),
     )
     throttle = LoginThrottle(table=composition.shared.logins)
-    authenticator = _authenticator(composition, throttle, closing)
-    return Authorizer(guarded, _rules(config), authenticator, keys.ping)
+    authenticator, tokens = _authenticator(composition, throttle, closing)
+    return Authorizer(guarded, _rules(config), authenticator, keys.ping), tokens
 
 
 class _Visibilities:
@@ -112,20 +122,42 @@ def _rules(config: Config) -> AccessRules:
 
 def _authenticator(
     composition: Composition, throttle: LoginThrottle, closing: AsyncExitStack
-) -> Authenticator:
+) -> tuple[Authenticator, TokenExchange | None]:
     keys, clock = composition.config.access, composition.clock
     groups = _groups(keys)
     passwords = password_file(keys.htpasswd, closing) if keys.htpasswd else None
-    return Authenticator(
+    endpoint = keys.token_endpoint
+    made = Authenticator(
         passwords=passwords,
         tokens=token_verifier(keys.token, clock) if keys.token else None,
         verifiers=[_identity_tokens(composition, groups, closing)] if keys.oidc else [],
         service=(keys.token.realm, keys.token.service) if keys.token else ("", ""),
+        endpoint=None if endpoint is None else (endpoint.service, endpoint.realm),
         realm=keys.realm,
         groups=groups,
         addresses=ClientAddresses(keys.trusted_proxies),
         throttle=throttle,
     )
+    if endpoint is None:
+        return made, None
+    records = _records(composition, closing)
+    from proxy.access.issuing import TokenIssuer  # here: its library is needed for tokens alone
+    from proxy.access.token_exchange import TokenExchange
+
+    renewals = {"password": made.renewed_user} | {each.scheme: each.renew for each in made.verifiers}
+    issuer = TokenIssuer(records, endpoint.service, endpoint.lifetime, endpoint.refresh, renewals, clock)
+    made = replace(made, verifiers=[issuer, *made.verifiers])
+    return made, TokenExchange(made, issuer)
+
+
+def _records(composition: Composition, closing: AsyncExitStack) -> AccessRecords:
+    """Raises StartError."""
+    try:
+        records = AccessRecords(access_records(composition, closing))
+    except StorageFailed as error:
+        raise StartError(f"cannot store in {composition.config.disk.path} (disk.path): {error}") from error
+    closing.push_async_callback(records.close)
+    return records
 
 
 def _groups(keys: AccessConfig) -> Mapping[str, frozenset[str]]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
@@ -26,7 +27,7 @@ from proxy.config.schema import TLS, Config
 from proxy.namespaces.composition import Hooks, compose
 from proxy.namespaces.routing import Namespaces
 from proxy.server import make_room
-from proxy.server.access import authorizer, needed
+from proxy.server.access import access_control, needed
 from proxy.server.housekeeping import Housekeeper
 from proxy.server.process_name import show_as
 from proxy.server.supervisor import Assignment
@@ -51,6 +52,9 @@ from storage.errors import StorageFailed
 from storage.maintenance.resolutions import ResolutionJournal
 from storage.shared import SharedState
 from storage.store import Store
+
+if TYPE_CHECKING:  # it needs a library for tokens
+    from proxy.access.token_exchange import TokenExchange
 
 log = structlog.get_logger()
 
@@ -202,7 +206,7 @@ class ServerProcess:
 
     async def _serve_clients(self, sockets: Sockets) -> None:
         config, parts = self._config, self.composition
-        permits = authorizer(parts, self._closing) if needed(config) else None
+        permits, tokens = access_control(parts, self._closing) if needed(config) else (None, None)
         if self._run is not None:
             path = self._run / f"{os.getpid()}.sock"
             self._closing.push_async_callback(await serve_state(self._state, path))
@@ -210,8 +214,10 @@ class ServerProcess:
         hits = HitMemory(config.limits.hit_memory) if config.limits.hit_memory else None
         for name, each in sockets.stores.items():
             alone = permits and permits.alone(name)
-            self.store_urls[name] = await self._serve_api(each, parts.namespaces.alone(name), alone, hits)
-        self.url = await self._serve_api(sockets.listen, parts.namespaces, permits, hits)
+            self.store_urls[name] = await self._serve_api(
+                each, parts.namespaces.alone(name), alone, hits, tokens
+            )
+        self.url = await self._serve_api(sockets.listen, parts.namespaces, permits, hits, tokens)
 
     async def _serve_api(
         self,
@@ -219,6 +225,7 @@ class ServerProcess:
         namespaces: Namespaces,
         permits: Authorizer | None,
         hits: HitMemory | None,
+        tokens: TokenExchange | None,
     ) -> URL:
         config, parts = self._config, self.composition
         api = DistributionAPI(
@@ -231,6 +238,7 @@ class ServerProcess:
             reporter=parts.publisher,
             clock=self._clock,
             authorizer=permits,
+            tokens=tokens,
             request_log=self._request_log,
             hit_memory=hits,
             past=ResolutionJournal(parts.store).at,

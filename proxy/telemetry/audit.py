@@ -149,6 +149,8 @@ class AuditLog:
 
 def _act(method: str, kind: str, status: int) -> str:
     """The kind of a request; "" for a ping, and for a step of an upload that goes well."""
+    if kind == "token":
+        return kind
     if kind in _UPLOADS:
         return "" if status in (202, 204) else "push"
     if method in ("GET", "HEAD"):

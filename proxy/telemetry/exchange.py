@@ -22,6 +22,14 @@ class PolicyVerdict:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class KeyLock:
+    """The lines of a lock file, and the name of the API key that may pull nothing else."""
+
+    key: str
+    lines: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Exchange:
     """A client's request and its response.  Filled in while it is served, logged when it ends.
@@ -48,6 +56,7 @@ class Exchange:
     method: that of the request
     refused: the credentials of the client were refused
     verdicts: what the policy said of the content, unless it allows it
+    lock: the images that are all that this client may pull; None without a lock
     """
 
     id: str = ""
@@ -79,6 +88,7 @@ class Exchange:
     method: str = ""
     refused: bool = False
     verdicts: tuple[PolicyVerdict, ...] = ()
+    lock: KeyLock | None = None
 
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream

@@ -111,6 +111,12 @@ class Metrics:
         buckets=_SECONDS,
     )
     tokens = _Row(Counter, "entrepot_token_fetches_total", "Token requests.", "namespace result")
+    issued_tokens = _Row(
+        Counter,
+        "entrepot_issued_tokens_total",
+        "Tokens that the token endpoint issued, by how the client was identified.",
+        "scheme",
+    )
     refused = _Row(
         Counter,
         "entrepot_upstream_refused_total",

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from aiohttp import web
 
+from proxy.access.client_address import absolute
 from proxy.telemetry.exchange import Exchange
-from proxy.web.responses import absolute
 from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
 from proxy.webhooks.event import ContentKind, Event, EventAction, EventRequest

@@ -16,10 +16,11 @@ from typing import NoReturn
 
 from aiohttp import web
 
+from proxy.access.client_address import absolute
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.web.events import RequestEvents
-from proxy.web.responses import COMMON, RequestRefused, absolute, cache_headers, empty
+from proxy.web.responses import COMMON, RequestRefused, cache_headers, empty
 from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
 from storage.concurrency import run_sized, uninterrupted

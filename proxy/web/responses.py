@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -39,10 +40,12 @@ def error_response(
     status: int,
     headers: Mapping[str, str] | None = None,
     details: Iterable[Any] = (None,),
+    also: Mapping[str, str] = MappingProxyType({}),
 ) -> web.Response:
     """A response with one error for each of `details`.  distribution-spec, "Error Codes"."""
     errors = [{"code": code, "message": message, "detail": each} for each in details]
-    return content(msgspec.json.encode({"errors": errors}), {"Content-Type": JSON, **(headers or {})}, status)
+    body = msgspec.json.encode({"errors": errors, **also})
+    return content(body, {"Content-Type": JSON, **(headers or {})}, status)
 
 
 def content(body: bytes, headers: Mapping[str, str], status: int = 200) -> web.Response:
@@ -53,13 +56,6 @@ def content(body: bytes, headers: Mapping[str, str], status: int = 200) -> web.R
 
 def empty(status: int, headers: Mapping[str, str]) -> web.Response:
     return web.Response(status=status, headers=headers)
-
-
-def absolute(request: web.BaseRequest, path: str) -> str:
-    """The URL of `path`, as this client reaches the server, behind a proxy too."""
-    secure = request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
-    host = request.host.encode("ascii", "replace").decode()
-    return f"{'https' if secure else 'http'}://{host}{path}"
 
 
 def immutable(exchange: Exchange) -> str:

@@ -9,6 +9,7 @@
     /v2/<name>/referrers/<digest>            REFERRERS   end-12
     /v2/_catalog                             CATALOG     Docker's, not in the specification
     /v2/@<date>/<name>/...                   each end that pulls, with tags as they were then
+    /token                                   TOKEN       Docker's token authentication specification
 
 The end numbers are those of distribution-spec, "Endpoints".  Rules:
 
@@ -30,6 +31,7 @@ from enum import Enum
 from functools import lru_cache
 from urllib.parse import quote, unquote, urlencode
 
+from proxy.access.authentication import TOKEN_PATH
 from proxy.config.hosts import IPV6, NAME
 from storage.errors import NameInvalid, PaginationNumberInvalid, PathUnknown
 from storage.oci import NAME_LIMIT, Digest, Reference, parse_name, parse_reference
@@ -56,6 +58,7 @@ class Endpoint(Enum):
     CATALOG = "catalog"
     UPLOADS = "uploads"
     UPLOAD = "upload"
+    TOKEN = "token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,8 @@ def parse_path(path: str) -> Route:
     if not path.startswith("/v2/"):
         if path == "/v2":
             return Route(Endpoint.BASE)
+        if path == TOKEN_PATH:
+            return Route(Endpoint.TOKEN)
         found = _UNDER_PREFIX.fullmatch(path)
         if not found:
             raise _unknown(path)
@@ -133,6 +138,8 @@ def build(route: Route) -> str:
 
 
 def _build(route: Route) -> str:
+    if route.kind is Endpoint.TOKEN:
+        return TOKEN_PATH
     start = f"/{route.prefix}/v2/" if route.prefix else "/v2/"
     match route.kind:
         case Endpoint.BASE:
@@ -147,7 +154,7 @@ def _build(route: Route) -> str:
             return f"{start}{route.name}/referrers/{route.reference}"
         case Endpoint.TAGS:
             return f"{start}{route.name}/tags/list"
-        case Endpoint.UPLOADS | Endpoint.UPLOAD:
+        case _:  # UPLOADS, UPLOAD
             return f"{start}{route.name}/blobs/uploads/{route.upload}"
 
 

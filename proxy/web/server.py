@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 from aiohttp import web
@@ -43,6 +43,7 @@ from proxy.web.responses import (
 )
 from proxy.web.routes import Endpoint, Route, parse
 from proxy.web.send import LEFT
+from proxy.web.token_endpoint import TokenEndpoint, oauth_error
 from storage.errors import (
     BlobUnknown,
     CodingUnsupported,
@@ -51,6 +52,7 @@ from storage.errors import (
     NameInvalid,
     NameUnknown,
     OriginDenied,
+    PathUnknown,
     RegistryError,
     TagInvalid,
     Throttled,
@@ -61,6 +63,9 @@ from storage.errors import (
 )
 from storage.oci import Digest
 from storage.registry import Registry
+
+if TYPE_CHECKING:  # it needs a library for tokens
+    from proxy.access.token_exchange import TokenExchange
 
 log = structlog.get_logger()
 
@@ -97,6 +102,7 @@ class DistributionAPI:
     past: gives what a tag stood for at a time
     peers: recognizes requests of other replicas; without it all are of clients
     redirects: tells which blobs clients may be led to the bucket for; without it none
+    tokens: issues the tokens of this server's own token endpoint; without it there is none
     """
 
     def __init__(
@@ -117,6 +123,7 @@ class DistributionAPI:
         peers: PeerRequests | None = None,
         redirects: Redirects | None = None,
         past: Past | None = None,
+        tokens: TokenExchange | None = None,
     ) -> None:
         self._peers = peers
         self._registry = registry
@@ -130,6 +137,8 @@ class DistributionAPI:
         pull = Pull(registry, authorizer, client_timeout, redirects, past)
         push = Push(registry, self._full_name, metrics, client_timeout, self._events)
         self._handlers = self._table(pull, push)
+        if tokens is not None and authorizer is not None:
+            self._handlers[Endpoint.TOKEN] = TokenEndpoint(authorizer, tokens, qualify, metrics).handlers
         self._ended = EndedRequests(metrics, served, request_log or RequestLog())
         # Events of pulls need the whole request.
         self.hits: Hits | None = None
@@ -193,13 +202,7 @@ class DistributionAPI:
             name = ""
             if self._peers is not None:
                 await self._peers.recognize(request, exchange)
-            handlers = self._handlers[route.kind]
-            handler = handlers.get(request.method)
-            if handler is None:
-                unsupported = Unsupported(
-                    f"{request.method} is not supported for this endpoint ({route.kind.value})"
-                )
-                raise RequestRefused(unsupported, {"Allow": ", ".join(handlers)})
+            handler = self._handler(route.kind, request.method)
             if route.name:
                 name = await self._permitted_name(request, route, exchange)
             if request.method in ("POST", "PUT", "PATCH"):
@@ -219,6 +222,16 @@ class DistributionAPI:
         except Exception:
             log.exception("request.failed", id=exchange.id, method=request.method, path=request.path[:300])
             return self._error(kind, RegistryError(f"{UNEXPECTED} {exchange.id}"), exchange)
+
+    def _handler(self, kind: Endpoint, method: str) -> EndpointHandler:
+        """Raises PathUnknown, RequestRefused."""
+        handlers = self._handlers.get(kind)
+        if handlers is None:
+            raise PathUnknown("this server has no token endpoint (access.token_endpoint)")
+        if (handler := handlers.get(method)) is None:
+            unsupported = Unsupported(f"{method} is not supported for this endpoint ({kind.value})")
+            raise RequestRefused(unsupported, {"Allow": ", ".join(handlers)})
+        return handler
 
     async def _permitted_name(self, request: web.BaseRequest, route: Route, exchange: Exchange) -> str:
         """The full name of the repository, if the client may do there what it wants."""
@@ -311,7 +324,8 @@ class DistributionAPI:
             headers.setdefault("Allow", ", ".join(READING))
         missing = error.missing if isinstance(error, ManifestBlobUnknown) else ()
         details = [{"digest": each} for each in missing]
-        response = error_response(code, error.public, status, headers, details or [None])
+        also = oauth_error(error) if kind is Endpoint.TOKEN else {}
+        response = error_response(code, error.public, status, headers, details or [None], also)
         if isinstance(error, Unauthorized):
             for challenge in error.challenges:
                 response.headers.add("WWW-Authenticate", challenge)

@@ -1,0 +1,156 @@
+"""The token endpoint: exchanges credentials for bearer tokens, limited to what a client asks for and may do.
+
+GET is Distribution's "Token Authentication Specification": the credentials are in the Authorization header.
+POST is its "OAuth2 Token Authentication", with a form: RFC 6749, sections 4.3 and 6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import parse_qs
+
+import msgspec
+from aiohttp import web
+
+from proxy.access.authorization import Authorizer
+from proxy.access.rules import Grant, Principal
+from proxy.access.scopes import requested_scopes
+from proxy.telemetry.exchange import Exchange
+from proxy.telemetry.metrics import Metrics
+from proxy.web.responses import JSON, content
+from proxy.web.routes import Route
+from storage.errors import RegistryError, TokenRequestInvalid
+
+if TYPE_CHECKING:  # it needs a library for tokens
+    from proxy.access.token_exchange import TokenExchange
+
+LARGEST = 64 << 10  # bytes of a form
+FIELDS = 200  # of a form
+PATIENCE = 30.0  # seconds until a form has to be here
+_ERRORS = {400: "invalid_request", 401: "invalid_grant"}  # RFC 6749, section 5.2
+_Handler = Callable[[web.BaseRequest, Route, str, Exchange], Awaitable[web.StreamResponse]]
+_Form = Mapping[str, Sequence[str]]
+
+
+class _Qualify(Protocol):
+    """As Namespaces.qualify()."""
+
+    def __call__(self, name: str, *, ns: str | None, host: str | None, prefix: str) -> str: ...
+
+
+class TokenEndpoint:
+    """Handlers of the token endpoint.  Each may raise RegistryError."""
+
+    def __init__(
+        self, authorizer: Authorizer, tokens: TokenExchange, qualify: _Qualify, metrics: Metrics
+    ) -> None:
+        self._authorizer = authorizer
+        self._tokens = tokens
+        self._qualify = qualify
+        self._metrics = metrics
+
+    @property
+    def handlers(self) -> dict[str, _Handler]:
+        return {"GET": self._get, "POST": self._post}
+
+    async def _get(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.StreamResponse:
+        query = request.query
+        self._check_service(query.get("service"))
+        principal = await self._tokens.by_request(request)
+        offline = query.get("offline_token", "").lower() in ("true", "1")
+        return await self._issued(request, exchange, principal, query.getall("scope", []), offline)
+
+    async def _post(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.StreamResponse:
+        form = await _form(request)
+        self._check_service(_value(form, "service"))
+        match _value(form, "grant_type"):
+            case "password":
+                user, password = _value(form, "username"), _value(form, "password")
+                principal = await self._tokens.by_password(request, user, password)
+            case "refresh_token":
+                principal = await self._tokens.by_refresh_token(request, _value(form, "refresh_token"))
+            case other:
+                raise TokenRequestInvalid(
+                    f"grant_type={other[:50]!r} is not supported: use password or refresh_token"
+                )
+        offline = _value(form, "access_type") == "offline"
+        return await self._issued(request, exchange, principal, form.get("scope", ()), offline)
+
+    def _check_service(self, service: str | None) -> None:
+        if service and service != self._tokens.service:
+            raise TokenRequestInvalid(
+                f"service={service[:50]!r} is not this one: tokens are issued for {self._tokens.service!r}"
+            )
+
+    async def _issued(
+        self,
+        request: web.BaseRequest,
+        exchange: Exchange,
+        principal: Principal,
+        scopes: Sequence[str],
+        offline: bool,
+    ) -> web.Response:
+        exchange.user = principal.user
+
+        def full_name(name: str) -> str:
+            return self._qualify(name, ns=None, host=request.headers.get("Host"), prefix="")
+
+        grants = self._authorizer.grants(principal, requested_scopes(scopes), full_name)
+        exchange.reference = " ".join(map(_written, grants))
+        made = await self._tokens.access_token(principal, grants)
+        refresh = await self._tokens.refresh_token(principal) if offline else None
+        self._metrics.issued_tokens.labels(principal.scheme or "anonymous").inc()
+        body = {
+            "token": made.token,
+            "access_token": made.token,
+            "token_type": "Bearer",
+            "expires_in": made.lifetime,
+            "issued_at": datetime.fromtimestamp(made.issued, UTC).isoformat(timespec="seconds"),
+            "scope": exchange.reference,
+            **({} if refresh is None else {"refresh_token": refresh.token}),
+        }
+        headers = {"Content-Type": JSON, "Cache-Control": "no-store"}
+        return content(msgspec.json.encode(body), headers)
+
+
+def oauth_error(error: RegistryError) -> dict[str, str]:
+    """What the body of an error says besides, for clients of OAuth."""
+    return {
+        "error": _ERRORS.get(error.status, "temporarily_unavailable"),
+        "error_description": error.public,
+    }
+
+
+async def _form(request: web.BaseRequest) -> _Form:
+    """The fields of the body.  Raises TokenRequestInvalid."""
+    if request.content_type != "application/x-www-form-urlencoded":
+        raise TokenRequestInvalid("expected a form: Content-Type: application/x-www-form-urlencoded")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for chunk in request.content.iter_any():
+                body += chunk
+                if len(body) > LARGEST:
+                    raise TokenRequestInvalid(f"the form is larger than {LARGEST} bytes")
+    except TimeoutError:
+        raise TokenRequestInvalid(f"the form was not here within {PATIENCE:.0f} seconds") from None
+    try:
+        return parse_qs(body.decode(), keep_blank_values=True, max_num_fields=FIELDS)
+    except ValueError:
+        raise TokenRequestInvalid("the form is not UTF-8, or has too many fields") from None
+
+
+def _value(form: _Form, name: str) -> str:
+    return form.get(name, ("",))[0]
+
+
+def _written(grant: Grant) -> str:
+    kind = "" if grant.name.startswith("registry:") else "repository:"
+    return f"{kind}{grant.name}:{','.join(sorted(grant.actions))}"

@@ -1,0 +1,426 @@
+"""The token endpoint over HTTP: who gets which token, what that is worth, and when it no longer is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import FormData
+
+from storage.disk.records import SQLiteRecords
+from storage.keys import SIGNING
+from storage.oci import Digest
+from tests.conftest import Clock, Site
+from tests.test_access import ALICE, BLOB, BOB, HUB, LOCAL, STRANGER, Door, Open, login, opened, users  # noqa: F401
+from tests.test_hits import hits  # noqa: F401  a fixture
+from tests.test_htpasswd import line
+
+RULES = [
+    {"who": ["user:alice"], "may": ["pull", "push", "delete"], "where": ["local/team/*"]},
+    {"who": ["user:bob"], "may": ["pull"], "where": ["local/team/*"]},
+    {"who": ["anonymous"], "may": ["pull"], "where": ["local/public/*"]},
+]
+APP = "repository:local/team/app"
+SERVICE = "?service=entrepot"
+OTHER = "/v2/local/team/other"
+
+
+class Endpoint(Door):
+    """A server with a token endpoint."""
+
+    async def token(self, headers: Any = None, *scopes: str, query: str = "") -> dict[str, Any]:
+        asked = "".join(f"&scope={each}" for each in scopes)
+        said = await self.ask("GET", f"/token{SERVICE}{asked}{query}", headers)
+        assert said.status == 200, said.body
+        assert said.headers["Cache-Control"] == "no-store"
+        return json.loads(said.body)  # type: ignore[no-any-return]
+
+    async def bearer(self, headers: Any = None, *scopes: str) -> dict[str, str]:
+        return bearer((await self.token(headers, *scopes))["token"])
+
+    async def post(self, **form: str) -> tuple[int, dict[str, Any]]:
+        data = FormData({"service": "entrepot", "client_id": "test", **form})
+        async with self.site.request("POST", "/token", data=data) as response:
+            return response.status, await response.json(content_type=None)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+Started = Callable[..., Awaitable[Endpoint]]
+
+
+@pytest.fixture
+def endpoint(opened: Open, users: Path) -> Started:  # noqa: F811
+    async def start(settings: dict[str, Any] | None = None, **access: Any) -> Endpoint:
+        given = {"htpasswd": str(users), "rules": RULES, "token_endpoint": settings or {}, **access}
+        door: Door = await opened(given)
+        return Endpoint(door.site)
+
+    return start
+
+
+# What a token is worth
+
+
+async def test_a_token_does_what_was_asked_for_and_no_more(endpoint: Started) -> None:
+    door = await endpoint()
+    wide = await door.bearer(ALICE, f"{APP}:pull,push")
+    assert (await door.push(wide)).status == 201
+    assert (await door.act("pull", wide)).status == 200
+    narrow = await door.bearer(ALICE, f"{APP}:pull")
+    assert (await door.act("pull", narrow)).status == 200
+    for action, scope in (("push", "pull,push"), ("delete", "delete")):
+        said = await door.act(action, narrow)
+        assert (said.status, said.code) == (401, "UNAUTHORIZED")
+        assert f'scope="{APP}:{scope}",error="insufficient_scope"' in (said.challenge or "")
+    said = await door.act("pull", narrow, OTHER)
+    assert 'error="insufficient_scope"' in (said.challenge or "")
+    assert (await door.act("delete", await door.bearer(ALICE, f"{APP}:*"))).status == 202
+
+
+async def test_a_token_grants_nothing_that_the_rules_do_not(endpoint: Started) -> None:
+    door = await endpoint()
+    assert (await door.push(ALICE)).status == 201
+    found = await door.token(BOB, f"{APP}:pull,push,delete")
+    assert found["scope"] == f"{APP}:pull"
+    given = bearer(found["token"])
+    assert (await door.act("pull", given)).status == 200
+    said = await door.push(given)
+    # No other token would help: 401 would make a client ask for one again.
+    assert (said.status, said.code) == (403, "DENIED")
+
+
+async def test_what_everybody_may_needs_no_scope(endpoint: Started) -> None:
+    door = await endpoint()
+    assert (await door.act("pull", await door.bearer(BOB), "/v2/local/public/app")).status == 404
+    assert (await door.act("pull", await door.bearer(), "/v2/local/public/app")).status == 404
+
+
+async def test_nobody_in_particular_gets_a_token_too(endpoint: Started) -> None:
+    door = await endpoint()
+    found = await door.token(None, f"{APP}:pull", "repository:local/public/app:pull,push")
+    assert found["scope"] == "repository:local/public/app:pull"
+    said = await door.act("pull", bearer(found["token"]))
+    assert (said.status, 'error="insufficient_scope"' in (said.challenge or "")) == (401, True)
+
+
+@pytest.mark.parametrize(
+    "scopes",
+    [
+        (f"{APP}:pull,push", "repository:local/team/other:pull"),
+        (f"{APP}:pull,push%20repository:local/team/other:pull",),
+    ],
+)
+async def test_a_mount_needs_two_scopes(endpoint: Started, scopes: tuple[str, ...]) -> None:
+    door = await endpoint()
+    assert (await door.push_blob(ALICE, OTHER)).status == 201
+    mount = f"{LOCAL}/blobs/uploads/?mount={Digest.of(BLOB)}&from=local/team/other"
+    one = await door.bearer(ALICE, f"{APP}:pull,push")
+    said = await door.ask("POST", mount, one)
+    assert said.status == 202
+    assert (await door.ask("DELETE", said.headers["Location"], one)).status == 204
+    assert (await door.ask("POST", mount, await door.bearer(ALICE, *scopes))).status == 201
+
+
+async def test_the_catalog_needs_its_scope(endpoint: Started) -> None:
+    door = await endpoint()
+    assert (await door.push_blob(ALICE)).status == 201
+    assert (await door.push(ALICE)).status == 201
+    said = await door.ask("GET", "/v2/_catalog", await door.bearer(ALICE, f"{APP}:pull"))
+    assert 'scope="registry:catalog:*",error="insufficient_scope"' in (said.challenge or "")
+    said = await door.ask("GET", "/v2/_catalog", await door.bearer(ALICE, "registry:catalog:*"))
+    assert "local/team/app" in json.loads(said.body)["repositories"]
+    said = await door.ask("GET", "/v2/_catalog", await door.bearer(None, "registry:catalog:*"))
+    assert "local/team/app" not in said.body.decode()
+
+
+async def test_names_are_what_clients_call_them(opened: Open, users: Path) -> None:  # noqa: F811
+    given = {"htpasswd": str(users), "rules": RULES, "token_endpoint": {}}
+    door = Endpoint((await opened(given, hosts=["registry.example"])).site)
+    host = {"Host": "registry.example"}
+    said = await door.push({**host, **STRANGER}, "/v2/team/app")
+    assert 'scope="repository:team/app:pull,push"' in (said.challenge or "")
+    token = await door.token({**ALICE, **host}, "repository:team/app:pull,push")
+    assert token["scope"] == f"{APP}:pull,push"
+    assert (await door.push({**host, **bearer(token["token"])}, "/v2/team/app")).status == 201
+    # Elsewhere the same name is another repository.
+    assert (await door.token(ALICE, "repository:team/app:push"))["scope"] == ""
+
+
+# How clients are led there
+
+
+@pytest.mark.parametrize(
+    ("headers", "settings", "realm"),
+    [
+        ({"Host": "one.example:5000"}, {}, "http://one.example:5000/token"),
+        ({"Host": "one.example", "X-Forwarded-Proto": "https"}, {}, "https://one.example/token"),
+        ({"Host": "one.example"}, {"realm": "https://other.example/auth"}, "https://other.example/auth"),
+    ],
+)
+async def test_a_challenge_names_the_endpoint(
+    endpoint: Started, headers: dict[str, str], settings: dict[str, str], realm: str
+) -> None:
+    door = await endpoint({"service": "mine", **settings})
+    said = await door.act("pull", headers)
+    assert said.challenge == f'Bearer realm="{realm}",service="mine",scope="{APP}:pull"'
+    said = await door.act("pull", {**login("alice", "wrong"), **headers})
+    assert (said.challenge or "").startswith(f'Bearer realm="{realm}"')
+
+
+async def test_passwords_are_accepted_without_a_token(endpoint: Started) -> None:
+    door = await endpoint()
+    assert (await door.push(ALICE)).status == 201
+    assert (await door.ask("GET", "/v2/", ALICE)).status == 200
+    assert (await door.ask("GET", "/v2/", await door.bearer(ALICE))).status == 200
+    assert (await door.act("pull", login("alice", "wrong"))).status == 401
+
+
+@pytest.mark.parametrize("headers", [login("alice", "wrong"), login("carol", "x"), bearer("nonsense")])
+async def test_a_wrong_login_gets_no_token(endpoint: Started, headers: dict[str, str]) -> None:
+    door = await endpoint()
+    said = await door.ask("GET", f"/token{SERVICE}&scope={APP}:pull", headers)
+    assert (said.status, said.code) == (401, "UNAUTHORIZED")
+    assert json.loads(said.body)["error"] == "invalid_grant"
+
+
+async def test_a_token_is_not_exchanged_for_a_token(endpoint: Started) -> None:
+    door = await endpoint()
+    given = await door.bearer(ALICE, f"{APP}:pull")
+    assert (await door.ask("GET", f"/token{SERVICE}", given)).status == 401
+    secret = given["Authorization"].partition(" ")[2]
+    for user in ("alice", ""):
+        assert (await door.post(grant_type="password", username=user, password=secret))[0] == 401
+    # Nor is it a password.
+    assert (await door.act("pull", login("alice", secret))).status == 401
+
+
+async def test_without_an_endpoint_there_is_none(opened: Open, users: Path) -> None:  # noqa: F811
+    door = await opened({"htpasswd": str(users)})
+    for method in ("GET", "POST"):
+        assert (await door.ask(method, "/token", ALICE)).status == 404
+
+
+# OAuth
+
+
+async def test_a_form_is_exchanged_too(endpoint: Started) -> None:
+    door = await endpoint()
+    status, found = await door.post(
+        grant_type="password",
+        username="alice",
+        password="wonderland",
+        scope=f"{APP}:pull,push registry:catalog:*",
+    )
+    assert status == 200
+    assert found["access_token"] == found["token"]
+    assert (found["token_type"], found["expires_in"]) == ("Bearer", 300)
+    assert found["scope"] == f"{APP}:pull,push registry:catalog:*"
+    assert "refresh_token" not in found
+    assert (await door.push(bearer(found["access_token"]))).status == 201
+
+
+async def test_a_refresh_token_stands_for_the_password(endpoint: Started) -> None:
+    door = await endpoint()
+    refresh = (await door.token(ALICE, query="&offline_token=true"))["refresh_token"]
+    status, found = await door.post(
+        grant_type="refresh_token", refresh_token=refresh, scope=f"{APP}:pull,push"
+    )
+    assert status == 200
+    assert (await door.push(bearer(found["access_token"]))).status == 201
+    status, other = await door.post(
+        grant_type="password", username="alice", password="wonderland", access_type="offline"
+    )
+    assert (await door.post(grant_type="refresh_token", refresh_token=other["refresh_token"]))[0] == 200
+    # It opens nothing itself, and an access token refreshes nothing.
+    assert (await door.act("pull", bearer(refresh))).status == 401
+    access = found["access_token"]
+    assert (await door.post(grant_type="refresh_token", refresh_token=access))[0] == 401
+
+
+async def test_there_may_be_no_refresh_tokens(endpoint: Started) -> None:
+    door = await endpoint({"refresh": "off"})
+    assert "refresh_token" not in await door.token(ALICE, query="&offline_token=true")
+    door = await endpoint()
+    assert "refresh_token" not in await door.token(None, query="&offline_token=true")
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"grant_type": "client_credentials"}, "grant_type='client_credentials' is not supported"),
+        ({}, "grant_type='' is not supported"),
+        ({"grant_type": "password", "service": "other"}, "service='other' is not this one"),
+        ({"x" * 70000: "x"}, "the form is larger than 65536 bytes"),
+        ({f"a{number}": "x" for number in range(300)}, "the form is not UTF-8, or has too many fields"),
+    ],
+)
+async def test_what_is_no_request_for_a_token(endpoint: Started, form: dict[str, str], message: str) -> None:
+    door = await endpoint()
+    status, found = await door.post(**form)
+    assert (status, found["error"]) == (400, "invalid_request")
+    assert message in found["errors"][0]["message"]
+
+
+async def test_a_body_that_is_no_form(endpoint: Started) -> None:
+    door = await endpoint()
+    said = await door.ask("POST", "/token", {"Content-Type": "application/json"}, b"{}")
+    assert said.status == 400
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert (await door.ask("POST", "/token", form, b"grant_type=\xff")).status == 400
+    assert (await door.ask("PUT", "/token", form, b"")).status == 405
+    assert (await door.ask("GET", "/token?service=other", ALICE)).status == 400
+
+
+# When it is worth nothing any more
+
+
+@pytest.mark.parametrize("password", [None, "another"])
+async def test_a_user_who_is_gone_has_no_token(
+    endpoint: Started,
+    users: Path,  # noqa: F811
+    password: str | None,
+) -> None:
+    door = await endpoint()
+    found = await door.token(ALICE, f"{APP}:pull,push", query="&offline_token=true")
+    bobs = await door.token(BOB, f"{APP}:pull", query="&offline_token=true")
+    given = bearer(found["token"])
+    assert (await door.push(given)).status == 201
+    for _ in range(3):  # it is remembered
+        assert (await door.act("pull", given)).status == 200
+    left = users.read_text().splitlines(keepends=True)[1]
+    users.write_text(left + ("" if password is None else line("alice", password)))
+    said = await door.act("pull", given)
+    assert (said.status, 'error="invalid_token"' in (said.challenge or "")) == (401, True)
+    assert (await door.post(grant_type="refresh_token", refresh_token=found["refresh_token"]))[0] == 401
+    assert (await door.act("pull", bearer(bobs["token"]))).status == 200
+    assert (await door.post(grant_type="refresh_token", refresh_token=bobs["refresh_token"]))[0] == 200
+
+
+async def test_a_token_ends(endpoint: Started, clock: Clock) -> None:
+    door = await endpoint({"lifetime": "2m", "refresh": "1h"})
+    found = await door.token(ALICE, f"{APP}:pull,push", query="&offline_token=true")
+    assert found["expires_in"] == 120
+    assert found["issued_at"] == "2023-11-14T22:13:20+00:00"
+    clock.advance(119)
+    assert (await door.push(bearer(found["token"]))).status == 201
+    for _ in range(3):
+        assert (await door.act("pull", bearer(found["token"]))).status == 200
+    clock.advance(2)
+    said = await door.act("pull", bearer(found["token"]))
+    assert 'error="invalid_token"' in (said.challenge or "")
+    assert (await door.post(grant_type="refresh_token", refresh_token=found["refresh_token"]))[0] == 200
+    clock.advance(3600)
+    assert (await door.post(grant_type="refresh_token", refresh_token=found["refresh_token"]))[0] == 401
+
+
+async def test_other_rules_hold_for_tokens_that_are_there(endpoint: Started) -> None:
+    door = await endpoint()
+    given = await door.bearer(ALICE, f"{APP}:pull,push")
+    assert (await door.push(given)).status == 201
+    await door.site.app.stop()
+    less = await endpoint(rules=[{**RULES[0], "may": ["pull"]}])
+    assert (await less.act("pull", given)).status == 200
+    assert (await less.push(given)).status == 403
+    await less.site.app.stop()
+    none = await endpoint(rules=[])
+    assert (await none.act("pull", given)).status == 403
+
+
+async def test_servers_with_the_same_records_know_each_other_s_tokens(endpoint: Started) -> None:
+    one, two = await endpoint(), await endpoint()
+    given = await one.bearer(ALICE, f"{APP}:pull,push")
+    assert (await two.push(given)).status == 201
+    assert (await one.act("pull", await two.bearer(BOB, f"{APP}:pull"))).status == 200
+
+
+async def test_keys_are_rotated(endpoint: Started, clock: Clock) -> None:
+    door = await endpoint({"refresh": "50d"})
+    refresh = (await door.token(ALICE, query="&offline_token=true"))["refresh_token"]
+    assert len(signing(door.site)) == 1
+    clock.advance(40 * 86400)
+    assert (await door.act("pull", await door.bearer(ALICE, f"{APP}:pull"))).status == 404
+    assert len(signing(door.site)) == 2
+    assert (await door.post(grant_type="refresh_token", refresh_token=refresh))[0] == 200
+    clock.advance(41 * 86400)  # the first key has signed nothing that is still valid
+    await door.bearer(ALICE)
+    assert len(signing(door.site)) == 2
+
+
+def signing(site: Site) -> list[str]:
+    records = SQLiteRecords(site.directory / "access" / "records")
+    try:
+        return list(records.keys(SIGNING.prefix()))
+    finally:
+        records.close()
+
+
+async def test_a_key_that_is_gone_has_signed_nothing(endpoint: Started) -> None:
+    door = await endpoint()
+    given = await door.bearer(ALICE, f"{APP}:pull,push")
+    assert (await door.push(given)).status == 201
+    assert (await door.act("pull", given)).status == 200
+    records = SQLiteRecords(door.site.directory / "access" / "records")
+    for key in list(records.keys(SIGNING.prefix())):
+        records.delete(key)
+    records.close()
+    assert (await door.act("pull", given)).status == 401
+
+
+@pytest.mark.parametrize("change", ["payload", "signature", "header", "none"])
+async def test_a_forged_token_is_refused(endpoint: Started, change: str) -> None:
+    door = await endpoint()
+    token = (await door.token(BOB, f"{APP}:pull"))["token"]
+    other = (await door.token(ALICE, f"{APP}:pull,push"))["token"]
+    header, payload, signature = token.split(".")
+    forged = {
+        "payload": f"{header}.{other.split('.')[1]}.{signature}",
+        "signature": f"{header}.{payload}.{other.split('.')[2]}",
+        "header": f"{header[:-4]}AAAA.{payload}.{signature}",
+        "none": f"{header}.{payload}.",
+    }[change]
+    said = await door.act("pull", bearer(forged))
+    assert (said.status, 'error="invalid_token"' in (said.challenge or "")) == (401, True)
+
+
+# What it costs
+
+
+async def test_a_hit_with_a_token_is_answered_at_once(
+    endpoint: Started,
+    users: Path,  # noqa: F811
+    hits: Counter[bool],  # noqa: F811
+) -> None:
+    door = await endpoint()
+    given = await door.bearer(ALICE, f"{APP}:pull,push")
+    assert (await door.push(given)).status == 201
+    hits.clear()
+    for _ in range(5):
+        assert (await door.act("pull", given)).status == 200
+    assert hits[True] > 1
+    before = hits[True]
+    users.write_text(line("bob", "builder"))
+    assert (await door.act("pull", given)).status == 401
+    assert hits[True] == before
+
+
+# What is written down
+
+
+async def test_tokens_are_counted_and_no_log_has_one(endpoint: Started, events: Any) -> None:
+    door = await endpoint()
+    tokens = [(await door.token(each, f"{APP}:pull"))["token"] for each in (ALICE, BOB, None)]
+    assert (await door.act("pull", bearer(tokens[0]))).status == 404
+    metrics = await door.site.metrics()
+    assert re.search(r'entrepot_issued_tokens_total\{scheme="password"\} 2.0', metrics)
+    assert re.search(r'entrepot_issued_tokens_total\{scheme="anonymous"\} 1.0', metrics)
+    served = [each for each in events.entries if each["event"] == "request.served"]
+    assert [each["user"] for each in served] == ["alice", "bob", "", "alice"]
+    assert not any(each.split(".")[2] in repr(events.entries) for each in tokens)

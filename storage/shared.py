@@ -239,6 +239,7 @@ class SharedState:
 
     upstreams: what is known of upstreams
     logins: failed logins
+    exemplars: those of metrics
     disks: failures of disks; it has a lock of its own, since threads use it
     slots, connections: what the processes hold of what is limited; `bell` rings when a slot becomes free
     secret: random bytes, for hashes that are the same in all processes
@@ -256,6 +257,7 @@ class SharedState:
             self._files = [held.fileno(), threads.fileno(), bell]
         self.upstreams = SharedTable(lock, 4096)
         self.logins = SharedTable(lock, 32768, 64)
+        self.exemplars = SharedTable(lock, 1024, 512)
         self.slots = Holdings(SharedTable(lock, 1024, HOLDERS))
         self.connections = Holdings(SharedTable(lock, 8192, HOLDERS))
         self.disks = SharedTable(disks, DISKS, DISK_BYTES)

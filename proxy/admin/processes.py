@@ -34,7 +34,8 @@ class FillState(msgspec.Struct, frozen=True, kw_only=True):
 
     `repository` is the full name of the repository that started it, `started` is in seconds since the
     epoch.  With `own`, this process transfers it or waits to; without, it follows the transfer of another
-    process, which alone knows what is `coming` and `repeated`: see FillRow.
+    process, which alone knows what is `coming` and `repeated`: see FillRow.  It is `queued` while it waits
+    for a slot.
     """
 
     digest: str
@@ -49,6 +50,7 @@ class FillState(msgspec.Struct, frozen=True, kw_only=True):
     extents: list[SpanRow]
     coming: list[SpanRow]
     repeated: int
+    queued: bool = False
 
 
 class UpstreamState(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +106,8 @@ class _Upstream(Protocol):
 class ProcessState:
     """The state of this process.  `caches` are by namespace; `record` records what requests were counted.
 
-    `peers` gives the state of the other replicas of a fleet, among that of the upstreams.
+    `count` counts in the metrics what is not counted yet.  `peers` gives the state of the other replicas of a
+    fleet, among that of the upstreams.
     """
 
     def __init__(
@@ -117,7 +120,9 @@ class ProcessState:
         drill: Drill | None = None,
         record: Callable[[], Awaitable[None]] | None = None,
         peers: Callable[[], Sequence[HostState]] = list,
+        count: Callable[[], None] = lambda: None,
     ) -> None:
+        self._count = count
         self._fills = fills
         self._caches = caches
         self._disks = disks
@@ -128,7 +133,8 @@ class ProcessState:
         self._peers = peers
 
     def state(self) -> ProcessReport:
-        """The state as known in memory, without any request."""
+        """The state as known in memory, without any request; the metrics are up to date then."""
+        self._count()
         now = self._clock()
         return ProcessReport(
             pid=self.pid,
@@ -159,8 +165,16 @@ class ProcessState:
 def state_of(composition: Composition) -> ProcessState:
     """The state of this process, which serves a composition or does its housekeeping."""
     parts = composition
-    own = parts.fills, parts.caches, parts.disks, parts.clock, None, parts.drill, parts.recorder.flush
-    return ProcessState(*own) if parts.peers is None else ProcessState(*own, parts.peers.state)
+    return ProcessState(
+        parts.fills,
+        parts.caches,
+        parts.disks,
+        parts.clock,
+        drill=parts.drill,
+        record=parts.recorder.flush,
+        peers=list if parts.peers is None else parts.peers.state,
+        count=parts.metrics.flush,
+    )
 
 
 def _fill(fill: Fill, pid: int) -> FillState:
@@ -180,6 +194,7 @@ def _fill(fill: Fill, pid: int) -> FillState:
         extents=_spans(upload.extents.joined(size // DETAIL) if upload else []),
         coming=_spans(fetcher.coming if fetcher else []),
         repeated=fetcher.repeated if fetcher else 0,
+        queued=fill.queued,
     )
 
 

@@ -25,7 +25,9 @@ class ScrubControl:
 
     def __init__(self, background: Sequence[Scrub], heal: Heal | None, clock: Callable[[], float]) -> None:
         self._background = background
-        self._scrubs = [Scrub(each.store, None, clock, kept=each.kept) for each in background]
+        self._scrubs = [
+            Scrub(each.store, None, clock, kept=each.kept, counted=each.counted) for each in background
+        ]
         self._heal = heal
         self._task: asyncio.Task[None] | None = None
         self._error: str | None = None

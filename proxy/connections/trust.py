@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 Certificate: TypeAlias = Mapping[str, Any]  # as SSLSocket.getpeercert() returns it
+
+
+# Called with the certificate that a server has shown, once it is accepted, in a handshake of this context.
+certificate_shown: ContextVar[Callable[[Certificate], None] | None] = ContextVar(
+    "certificate_shown", default=None
+)
 
 
 class CertificateRefused(ssl.SSLCertVerificationError):
@@ -41,6 +48,9 @@ class ClientSSLObject(ssl.SSLObject):
             super().do_handshake()
         except ssl.SSLCertVerificationError as error:
             raise refused(self, error) from error
+        tell, certificate = certificate_shown.get(), self.getpeercert()
+        if tell is not None and certificate:  # there is none if any is accepted
+            tell(certificate)
 
 
 def refused(handshake: ssl.SSLObject, error: ssl.SSLError) -> ssl.SSLError:

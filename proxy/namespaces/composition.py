@@ -150,7 +150,9 @@ def compose(
     """
     try:
         with ExitStack() as failed:
-            parts = _Composer(config, clock, metrics or Metrics(), shared or SharedState(), hooks, failed)
+            shared = shared or SharedState()
+            metrics = metrics or Metrics(shared.exemplars)
+            parts = _Composer(config, clock, metrics, shared, hooks, failed)
             made = parts.compose()
             failed.pop_all()
             return made

@@ -15,12 +15,14 @@ from proxy.telemetry.metrics import Metrics
 from proxy.webhooks.publisher import Publisher
 from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.counting import Counting
-from storage.maintenance.eviction import Eviction
+from storage.maintenance.eviction import Eviction, EvictionReport
 from storage.maintenance.leases import Leases
 from storage.maintenance.pins import PinnedContent, Pins
 from storage.maintenance.scrub import Scrub
 from storage.maintenance.shared_uses import SharedUses
 from storage.store import Store
+
+SCRUBBED = ("cache", "private")  # stores, as metrics name them
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,17 @@ class MaintenanceFactory:
     ) -> Maintenance:
         pace = self.config.disk.scrub
         countings = [Counting(each, self.pause) for each in (store, private) if each is not None]
-        scrubs = [Scrub(store, pace, self.clock, counting=countings[0])]
+        counted = [partial(self._count_scrubbed, name) for name in SCRUBBED]
+        scrubs = [Scrub(store, pace, self.clock, counting=countings[0], counted=counted[0])]
         if private is not None:
-            scrubs.append(Scrub(private, pace, self.clock, kept=None, counting=countings[1]))
+            kept = Scrub(private, pace, self.clock, kept=None, counting=countings[1], counted=counted[1])
+            scrubs.append(kept)
         rules = eviction_rules(self.config)
         return Maintenance(
             freshener=Freshener(namespaces, store, self.pins, self.clock),
-            eviction=Eviction(store, rules, self.pins.pinned, self.clock, self.pause, countings[0]),
+            eviction=Eviction(
+                store, rules, self.pins.pinned, self.clock, self.pause, countings[0], self._count_evicted
+            ),
             countings=countings,
             scrubs=scrubs,
             collection=None if private is None else self._collection(private, publisher),
@@ -91,7 +97,8 @@ class MaintenanceFactory:
             min_free=lambda size: 0,
             limits={},
         )
-        eviction = Eviction(common, rules, self._pinned_in(common), self.clock, self.pause, counting)
+        pinned = self._pinned_in(common)
+        eviction = Eviction(common, rules, pinned, self.clock, self.pause, counting, self._count_evicted)
         return replace(made, shared=SharedUpkeep(SharedUses(store, common, self.clock), counting, eviction))
 
     def _pinned_in(self, common: SharedStore) -> Callable[[], PinnedContent]:
@@ -117,8 +124,21 @@ class MaintenanceFactory:
         self.metrics.collected_tags.inc(report.tags)
         self.metrics.collected_blobs.inc(report.blobs)
         self.metrics.collected.inc(report.bytes)
+        refused = bool(report.refused or any(row.refused for row in report.rows))
+        self.metrics.collections.labels("refused" if refused else "done").inc()
+        self.metrics.collection_seconds.observe(report.seconds)
         if not report.refused:
             self.metrics.collected_at.set(report.begun)
+
+    def _count_evicted(self, report: EvictionReport, reason: str) -> None:
+        self.metrics.evicted_blobs.labels(reason).inc(report.blobs)
+        self.metrics.evicted.labels(reason).inc(report.bytes)
+        self.metrics.eviction_seconds.labels(reason).observe(report.seconds)
+        if reason == "limit":
+            self.metrics.eviction_short.set(report.short)
+
+    def _count_scrubbed(self, store: str, name: str, number: int) -> None:
+        self.metrics.scrubbed(name).labels(store).inc(number)
 
 
 def leases(config: Config, store: Store, clock: Callable[[], float]) -> Leases:

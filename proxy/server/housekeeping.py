@@ -23,8 +23,10 @@ from proxy.namespaces.composition import Composition
 from proxy.webhooks.delivery import Dispatcher
 from storage.concurrency import Cancelled, run_in_thread
 from storage.errors import RegistryError, StorageFailed
+from storage.keys import LINK
 from storage.oci import Digest
 from storage.records import Records
+from storage.totals import Totals
 
 log = structlog.get_logger()
 
@@ -54,6 +56,7 @@ class Housekeeper:
         self._eviction = composition.maintenance.eviction
         self._collection = composition.maintenance.collection
         self._stopping = threading.Event()
+        self._stored_by: set[str] = set()  # namespaces whose stored bytes are in the metrics
         self.evicting = asyncio.Lock()  # held by every eviction of this process
         readiness = Readiness(composition.store, composition.private, composition.hosted)
         warmer = Warmer(composition.namespaces, readiness, forget)
@@ -90,18 +93,30 @@ class Housekeeper:
                 work.create_task(self._collect_regularly())
 
     async def _repeat(self, work: Callable[[], Awaitable[object]], every: float) -> None:
+        task = work.__name__.strip("_")
+        self._count_run(task, "done", 0)
+        self._count_run(task, "failed", 0)
         while True:
-            seconds = every
+            seconds, begun = every, time.monotonic()
             try:
                 await work()
+                self._count_run(task, "done")
+                metrics = self._composition.metrics
+                metrics.housekeeping_seconds.labels(task).observe(time.monotonic() - begun)
+                metrics.housekeeping_done_at.labels(task).set(self._composition.clock())
             except Cancelled:
                 return
             except StorageFailed:
                 seconds = min(seconds, AGAIN)  # the disk has logged it
+                self._count_run(task, "failed")
             except Exception as error:
                 seconds = min(seconds, AGAIN)
-                log.exception("keeper.failed", work=work.__name__.strip("_"), error=str(error))
+                log.exception("keeper.failed", work=task, error=str(error))
+                self._count_run(task, "failed")
             await asyncio.sleep(seconds)
+
+    def _count_run(self, task: str, result: str, number: int = 1) -> None:
+        self._composition.metrics.housekeeping.labels(task, result).inc(number)
 
     async def _forget_holds(self) -> None:
         with suppress(StorageFailed):  # the next start does it
@@ -119,6 +134,7 @@ class Housekeeper:
         composition = self._composition
         await self.make_room(0)
         composition.metrics.stored.set(await run_in_thread(self._eviction.stored))
+        await run_in_thread(self._count_stored)
         if self._collection is not None:
             await run_in_thread(self._collection.watch.observe)
         if reaped := sum(
@@ -127,6 +143,20 @@ class Housekeeper:
             log.info("partial.reaped", files=reaped)
         # Reading a tree of a million files takes seconds: rest in proportion.
         await asyncio.sleep(200 * (time.monotonic() - begun))
+
+    def _count_stored(self) -> None:
+        composition, metrics = self._composition, self._composition.metrics
+        stored = dict.fromkeys(self._stored_by, 0)
+        for each in composition.stores:
+            for name, total in Totals(each.records).repositories():
+                label = metrics.label(name.partition("/")[0])
+                size = total.counted.bytes.get(LINK.name, 0) if total.counted else 0
+                stored[label] = stored.get(label, 0) + size
+        for label, size in stored.items():
+            metrics.stored_by.labels(label).set(size)
+        self._stored_by = set(stored)
+        if composition.private is not None:
+            metrics.stored_private.set(Totals(composition.private.records).stored() or 0)
 
     async def _count(self) -> None:
         for each in self._composition.maintenance.countings:

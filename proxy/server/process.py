@@ -8,8 +8,8 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ from yarl import URL
 
 from proxy.access.authorization import Authorizer
 from proxy.admin.drills import DrillControl, resume
-from proxy.admin.explain import refusal_notes
 from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import state_of
 from proxy.config.errors import StartError
@@ -28,7 +27,9 @@ from proxy.namespaces.composition import Hooks, compose
 from proxy.namespaces.routing import Namespaces
 from proxy.server import make_room
 from proxy.server.access import access_control, needed
+from proxy.server.health import Health
 from proxy.server.housekeeping import Housekeeper
+from proxy.server.observation import Observation
 from proxy.server.process_name import show_as
 from proxy.server.supervisor import Assignment
 from proxy.telemetry import logs
@@ -48,10 +49,8 @@ from proxy.web.tls import Certificates
 from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
 from proxy.webhooks.delivery import Dispatcher
-from storage.errors import StorageFailed
 from storage.maintenance.resolutions import ResolutionJournal
 from storage.shared import SharedState
-from storage.store import Store
 
 if TYPE_CHECKING:  # it needs a library for tokens
     from proxy.access.token_exchange import TokenExchange
@@ -59,7 +58,6 @@ if TYPE_CHECKING:  # it needs a library for tokens
 log = structlog.get_logger()
 
 NICE = 10  # of the process that does the housekeeping: those that serve clients come first; nice(2)
-MOMENT = 1.0  # seconds that a health check waits for a database: it must not take longer if that hangs
 HOUSEKEEPING = "keeper"  # the socket of the process that does the housekeeping
 
 
@@ -88,7 +86,6 @@ class ServerProcess:
         self._shared = shared
         self._request_log = request_log
         self._draining = False
-        self._asking: asyncio.Task[bool] | None = None
         self._closing = AsyncExitStack()
         self.url = URL()
         self.admin_url: URL | None = None
@@ -131,7 +128,7 @@ class ServerProcess:
     def _compose(self, hooks: Hooks) -> None:
         self.composition = compose(self._config, self._clock, None, self._shared, hooks)
         self._closing.push_async_callback(self.composition.close)
-        self._closing.push_async_callback(self._end_asking)
+        self._closing.callback(self.composition.metrics.flush)
         self._state = state_of(self.composition)
         self._run_in_background(self.composition.recorder.run())
         self._audit = AuditLog(self._config.audit, self._clock) if self._config.audit is not None else None
@@ -163,6 +160,10 @@ class ServerProcess:
         self._dispatcher = self._webhook_dispatcher()
         self.housekeeper = Housekeeper(self.composition, self._state.forget, self._dispatcher)
         self._processes = ServerProcesses(self._state, self._run)
+        self._health = Health(self.composition, self._processes, lambda: self._draining)
+        self._closing.push_async_callback(self._health.close)
+        self._observation = Observation(self.composition, self._health, keeper=self._sockets is not None)
+        self._observation.prepare()
         if self._run is not None:
             close = await make_room.serve(self._run / HOUSEKEEPING, self.housekeeper.make_room)
             self._closing.push_async_callback(close)
@@ -193,12 +194,13 @@ class ServerProcess:
         # Before the clients' listener, since what starts last stops first: so /healthz can report "draining".
         api = application(
             parts.metrics,
-            self._health,
+            self._health.report,
             operations,
             token=config.admin_token,
             audit=self._audit,
             loopback=config.admin is not None and config.admin.loopback,
-            pages=pages(config, operations, self._health, parts.clock),
+            pages=pages(config, operations, self._health.report, parts.clock),
+            observe=self._observation.observe,
         )
         encrypted = config.admin_tls() is not None
         runner = AdminRunner(api, self._connection_limits(), encrypted=encrypted, drain=self._drain)
@@ -287,7 +289,8 @@ class ServerProcess:
     ) -> URL:
         """Serve `runner` on `sockets`, by TLS if `tls` is given.  `clients` may show a certificate."""
         limits = self._config.limits
-        certificates = None if tls is None else Certificates(tls, clients=clients)
+        listener = self.composition.metrics.expiry.labels("clients" if clients else "admin")
+        certificates = None if tls is None else Certificates(tls, clients=clients, loaded=listener.set)
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
         for each in sockets:
@@ -299,35 +302,6 @@ class ServerProcess:
         self._closing.push_async_callback(_stop_accepting, sockets)
         host, port = sockets[0].getsockname()[:2]
         return URL.build(scheme="https" if certificates else "http", host=host, port=port)
-
-    async def _health(self) -> Mapping[str, str]:
-        if self._draining:
-            return {"status": "draining"}
-        for store in self.composition.all_stores:
-            with suppress(StorageFailed):  # a failure is among the troubles then
-                store.files.check()
-            if store.records.remote:
-                await self._ask_database(store)
-        left = self.composition.drill.left
-        drill = {"drill": f"upstreams are cut off for {left:.0f} s more"} if left else {}
-        states = await self._processes.states()
-        notes = refusal_notes([each for state in states for each in state.upstreams])
-        refused = {"credentials": "; ".join(notes)} if notes else {}
-        if troubles := dict.fromkeys(trouble for each in states for trouble in each.troubles):
-            return {"status": "degraded", "store": "; ".join(troubles), **drill, **refused}
-        return {"status": "ready", **drill, **refused}
-
-    async def _ask_database(self, store: Store) -> None:
-        """Ask the database of the records something, and wait for a moment; later calls wait for that too."""
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(store.run(store.records.holds, ""))
-        await asyncio.wait({self._asking}, timeout=MOMENT)
-        if self._asking.done():
-            self._asking.exception()  # which is among the troubles
-
-    async def _end_asking(self) -> None:
-        if self._asking is not None:
-            await asyncio.gather(self._asking, return_exceptions=True)
 
 
 def run(assignment: Assignment) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict
-from collections.abc import Callable
-
-from prometheus_client import Counter
+from collections.abc import Callable, Mapping
 
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.request_counts import RequestCounts
 from proxy.telemetry.request_log import RequestLine, RequestLog
 
 REASON, AGENT = 500, 200  # characters of a reason, and of a User-Agent, that are logged
@@ -21,16 +18,25 @@ class EndedRequests:
     def __init__(
         self, metrics: Metrics, served: Callable[[Exchange, int], None] | None, log: RequestLog
     ) -> None:
-        self._metrics = metrics
+        self._counts = RequestCounts(metrics)
         self._served = served
         self._log = log
-        # What ended in this turn of the event loop: to count in memory that processes share takes longer.
-        self._requests: defaultdict[tuple[Counter, str, str, str], int] = defaultdict(int)
-        self._sent: defaultdict[tuple[Counter, str], int] = defaultdict(int)
 
-    def add(self, method: str, exchange: Exchange, status: int, seconds: float) -> None:
-        """`seconds` are those from the request to the end of the response."""
-        self._count(exchange)
+    def add(
+        self,
+        method: str,
+        exchange: Exchange,
+        status: int,
+        seconds: float,
+        first: float | None = None,
+        exemplar: Mapping[str, str] | None = None,
+    ) -> None:
+        """`seconds` are those from the request to the end of the response, `first` to its beginning.
+
+        Without `first`, the response came all at once.  `exemplar` has the labels of an exemplar of the
+        metrics, such as `trace_id`.
+        """
+        self._counts.add(exchange, status, seconds, first, exemplar)
         if self._served is not None and not exchange.peer:
             self._served(exchange, status)
         line = RequestLine(
@@ -53,20 +59,3 @@ class EndedRequests:
             (exchange.agent or "")[:AGENT],
         )
         self._log.write(line)
-
-    def _count(self, exchange: Exchange) -> None:
-        if not self._requests:
-            asyncio.get_running_loop().call_soon(self._count_all)
-        metrics, peer = self._metrics, bool(exchange.peer)
-        requests = metrics.peer_requests if peer else metrics.requests
-        self._requests[requests, exchange.namespace, exchange.kind, exchange.result or "none"] += 1
-        if exchange.bytes:
-            self._sent[metrics.peer_sent if peer else metrics.sent, exchange.namespace] += exchange.bytes
-
-    def _count_all(self) -> None:
-        for (requests, namespace, kind, result), number in self._requests.items():
-            requests.labels(self._metrics.label(namespace), kind, result).inc(number)
-        for (sent, namespace), number in self._sent.items():
-            sent.labels(self._metrics.label(namespace)).inc(number)
-        self._requests.clear()
-        self._sent.clear()

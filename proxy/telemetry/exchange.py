@@ -57,6 +57,7 @@ class Exchange:
     refused: the credentials of the client were refused
     verdicts: what the policy said of the content, unless it allows it
     lock: the images that are all that this client may pull; None without a lock
+    begun_at: when the response began, by time.perf_counter(), if it did before its end
     """
 
     id: str = ""
@@ -89,6 +90,7 @@ class Exchange:
     refused: bool = False
     verdicts: tuple[PolicyVerdict, ...] = ()
     lock: KeyLock | None = None
+    begun_at: float | None = None
 
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream

@@ -16,15 +16,19 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Summary,
     disable_created_metrics,
-    generate_latest,
     values,
 )
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from proxy.telemetry.exchange import current, in_exchange
+from proxy.telemetry.durations import BUCKETS, TalliedHistogram
+from proxy.telemetry.exemplars import Exemplars
+from proxy.telemetry.traffic import Traffic
+from storage.shared import SharedTable
 
-M = TypeVar("M", Counter, Gauge, Histogram)
+M = TypeVar("M", Counter, Gauge, Histogram, Summary, TalliedHistogram)
 NAMESPACES = 1000  # that have metrics of their own
 OTHERS = "*"
 PEERS = "peers"  # the label of other replicas, in place of a namespace
@@ -36,31 +40,6 @@ def share_metrics(directory: Path) -> None:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     # prometheus_client decides this by the environment when it is imported, and that was before the fork.
     values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
-
-
-class Traffic:
-    """Requests to, and bytes from, the upstreams of a namespace since this process started.
-
-    `ahead` of them is what no client's request caused: warming, pins, refreshes.
-    """
-
-    def __init__(self, received: Counter) -> None:
-        self.requests = 0
-        self.received = 0  # bytes
-        self.ahead_requests = 0
-        self.ahead_received = 0
-        self._received = received
-
-    def count_request(self) -> None:
-        self.requests += 1
-        self.ahead_requests += not in_exchange()
-        current().upstream_requests += 1
-
-    def count_received(self, number: int) -> None:
-        """Count `number` bytes of a body."""
-        self.received += number
-        self.ahead_received += 0 if in_exchange() else number
-        self._received.inc(number)
 
 
 class _Row(Generic[M]):
@@ -91,7 +70,40 @@ def _gauge(name: str, help: str, mode: str, labels: str = "") -> _Row[Gauge]:
 class Metrics:
     """The metrics of one server: of all its processes if they share a directory, else of this object."""
 
+    # Requests of clients, and of other replicas
     requests = _Row(Counter, "entrepot_requests_total", "Client requests.", "namespace kind result")
+    responses = _Row(
+        Counter,
+        "entrepot_responses_total",
+        "Responses to clients by status; 499 if the client left before it.",
+        "kind status",
+    )
+    seconds = _Row(
+        TalliedHistogram,
+        "entrepot_request_duration_seconds",
+        "Time from a client's request to the end of the response.",
+        "kind result",
+        buckets=BUCKETS,
+    )
+    first_byte = _Row(
+        TalliedHistogram,
+        "entrepot_time_to_first_byte_seconds",
+        "Time from a client's request to the beginning of the response.",
+        "kind result",
+        buckets=BUCKETS,
+    )
+    saved = _Row(
+        Counter,
+        "entrepot_saved_bytes_total",
+        "Body bytes sent to clients from the cache: of hits, revalidated and stale content.",
+        "namespace",
+    )
+    saved_requests = _Row(
+        Counter,
+        "entrepot_saved_requests_total",
+        "Client requests that the cache answered without a request to an upstream.",
+        "namespace",
+    )
     sent = _Row(Counter, "entrepot_sent_bytes_total", "Body bytes sent to clients.", "namespace")
     peer_requests = _Row(
         Counter, "entrepot_peer_requests_total", "Requests of other replicas.", "namespace kind result"
@@ -109,6 +121,25 @@ class Metrics:
         "Time until an upstream's response headers; status 0 if there was no response.",
         "namespace kind status",
         buckets=_SECONDS,
+    )
+    upstream_seconds = _Row(
+        Histogram,
+        "entrepot_upstream_request_duration_seconds",
+        "Time until the headers of an upstream's response, or until the request failed.",
+        "namespace host",
+        buckets=_SECONDS,
+    )
+    upstream_requests = _Row(
+        Counter,
+        "entrepot_upstream_requests_total",
+        "Requests to upstreams by result: ok, unknown, denied, limited, refused, failed, unreachable.",
+        "namespace host result",
+    )
+    upstream_expiry = _gauge(
+        "entrepot_upstream_certificate_expiry_timestamp_seconds",
+        "When the certificate expires that an upstream showed last.",
+        "livemostrecent",
+        "namespace host",
     )
     tokens = _Row(Counter, "entrepot_token_fetches_total", "Token requests.", "namespace result")
     issued_tokens = _Row(
@@ -147,8 +178,10 @@ class Metrics:
         "livemostrecent",
         "namespace host credential",
     )
+    # Fills
     fills = _Row(Counter, "entrepot_fills_total", "Fills that ended, by result.", "namespace result")
     filling = _gauge("entrepot_fills_in_flight", "Fills in flight.", "livesum")
+    waiting = _gauge("entrepot_fills_waiting", "Fills that wait for a slot.", "livemostrecent")
     transfers = _gauge(
         "entrepot_fill_transfers_in_flight", "Transfers from upstreams, of all fills in flight.", "livesum"
     )
@@ -162,8 +195,62 @@ class Metrics:
         "namespace",
     )
     followers = _gauge("entrepot_followers", "Clients that read a blob while it is filled.", "livesum")
+    # What is stored, and what keeps it small
     stored = _gauge(
         "entrepot_stored_bytes", "Bytes of committed blobs in caches, updated periodically.", "livemostrecent"
+    )
+    stored_private = _gauge(
+        "entrepot_private_stored_bytes",
+        "Bytes of blobs in the private registry, updated periodically.",
+        "livemostrecent",
+    )
+    stored_by = _gauge(
+        "entrepot_namespace_stored_bytes",
+        "Bytes of the blobs of a namespace, once for each repository, updated periodically.",
+        "livemostrecent",
+        "namespace",
+    )
+    cache_limit = _gauge("entrepot_cache_limit_bytes", "disk.cache_limit, if it is set.", "livemostrecent")
+    disk_size = _gauge("entrepot_disk_size_bytes", "Size of the disk of disk.path.", "livemostrecent")
+    disk_free = _gauge("entrepot_disk_free_bytes", "Free space of that disk.", "livemostrecent")
+    disk_min_free = _gauge(
+        "entrepot_disk_min_free_bytes", "disk.min_free: what must be free of that disk.", "livemostrecent"
+    )
+    evicted_blobs = _Row(Counter, "entrepot_evicted_blobs_total", "Blobs that were evicted.", "reason")
+    evicted = _Row(Counter, "entrepot_evicted_bytes_total", "Bytes of blobs that were evicted.", "reason")
+    eviction_seconds = _Row(
+        Summary, "entrepot_eviction_duration_seconds", "Evictions, and how long they took.", "reason"
+    )
+    eviction_short = _gauge(
+        "entrepot_eviction_short_bytes",
+        "Bytes that exceed a limit and could not be evicted, at the last eviction by limits.",
+        "mostrecent",
+    )
+    housekeeping = _Row(
+        Counter,
+        "entrepot_housekeeping_runs_total",
+        "Runs of each task of the housekeeping by result: done, failed.",
+        "task result",
+    )
+    housekeeping_seconds = _Row(
+        Summary, "entrepot_housekeeping_duration_seconds", "How long runs took that were done.", "task"
+    )
+    housekeeping_done_at = _gauge(
+        "entrepot_housekeeping_last_success_timestamp_seconds",
+        "When a run of the task was last done.",
+        "mostrecent",
+        "task",
+    )
+    scrub_checked = _Row(Counter, "entrepot_scrub_checked_total", "Blobs and manifests checked.", "store")
+    scrub_bytes = _Row(Counter, "entrepot_scrub_checked_bytes_total", "Bytes that were checked.", "store")
+    scrub_damaged = _Row(
+        Counter, "entrepot_scrub_damaged_total", "Content that was found damaged, or missing.", "store"
+    )
+    scrub_healed = _Row(
+        Counter, "entrepot_scrub_healed_total", "Damaged blobs that were fetched again.", "store"
+    )
+    scrub_foreign = _Row(
+        Counter, "entrepot_scrub_foreign_total", "Files found that do not belong there.", "store"
     )
     webhook_events = _Row(
         Counter,
@@ -185,6 +272,12 @@ class Metrics:
         "Start of the last completed collection.",
         "mostrecent",
     )
+    collections = _Row(
+        Counter, "entrepot_collections_total", "Collections by result: done, refused.", "result"
+    )
+    collection_seconds = _Row(
+        Summary, "entrepot_collection_duration_seconds", "Collections, and how long they took."
+    )
     policy = _Row(
         Counter,
         "entrepot_policy_refused_total",
@@ -197,9 +290,31 @@ class Metrics:
         "Moves of tags that a rule of the policy holds, each once.",
         "namespace rule",
     )
+    # The server
     drill = _gauge("entrepot_drill", "1 while a drill cuts off upstreams.", "livemax")
+    degraded = _gauge("entrepot_degraded", "1 while /readyz says degraded.", "livemostrecent")
+    credentials_refused = _gauge(
+        "entrepot_credentials_refused", "Configured credentials that upstreams refuse now.", "livemostrecent"
+    )
+    workers = _gauge("entrepot_workers", "Processes that serve clients and answer.", "livemostrecent")
+    peers = _gauge("entrepot_peers", "Replicas of the fleet that are known, with this one.", "livemostrecent")
+    expiry = _gauge(
+        "entrepot_certificate_expiry_timestamp_seconds",
+        "When the certificate expires that a listener shows.",
+        "livemostrecent",
+        "listener",
+    )
+    unrecorded = _gauge(
+        "entrepot_usage_pending", "Uses, moves and counts that could not be recorded yet.", "livesum"
+    )
+    deposits = _gauge(
+        "entrepot_deposits_pending",
+        "Blobs to be handed over to the store that servers share.",
+        "livemostrecent",
+    )
+    build = _gauge("entrepot_build_info", "1, with the versions as labels.", "livemax", "version python")
 
-    def __init__(self) -> None:
+    def __init__(self, exemplars: SharedTable | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the size of the exposition
         self._registry = CollectorRegistry()
         common = "PROMETHEUS_MULTIPROC_DIR" in os.environ
@@ -209,8 +324,29 @@ class Metrics:
         registry = None if common else self._registry
         rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
         vars(self).update((name, row.make(registry)) for name, row in rows.items())
+        self.exemplars = Exemplars(exemplars)
         self.upstreams: dict[str, Traffic] = {}
         self._labels: set[str] = set()
+        self._uncounted: list[Callable[[], None]] = []
+
+    def count_later(self, count: Callable[[], None]) -> None:
+        """Call `count`, which counts what is not counted yet, before the metrics are shown."""
+        self._uncounted.append(count)
+
+    def flush(self) -> None:
+        """Count what this process has not counted yet."""
+        for count in self._uncounted:
+            count()
+
+    def scrubbed(self, name: str) -> Counter:
+        """The counter of what a scrub counts by this name."""
+        return {
+            "checked": self.scrub_checked,
+            "bytes": self.scrub_bytes,
+            "damaged": self.scrub_damaged,
+            "healed": self.scrub_healed,
+            "foreign": self.scrub_foreign,
+        }[name]
 
     def label(self, namespace: str) -> str:
         """The namespace as a label; `*` beyond the first ones, since clients may have made them up."""
@@ -228,6 +364,8 @@ class Metrics:
             found = self.upstreams[namespace] = Traffic(self.received.labels(namespace))
         return found
 
-    def exposition(self) -> bytes:
-        """All metrics in the text format of Prometheus."""
-        return generate_latest(self._registry)
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics and their media type: OpenMetrics if `accept` names it, else the text format 0.0.4."""
+        self.flush()
+        encode, media_type = choose_encoder(accept)
+        return encode(self.exemplars.around(self._registry)), media_type

@@ -155,6 +155,8 @@ class UsageRecorder:
             window, self._window = self._window, Window()
             self._count_traffic(window)
             await run_in_thread(self._record, window)
+            waiting = len(self._uses) + len(self._moves) + len(self._counts) + len(self._pulls)
+            self._metrics.unrecorded.set(waiting)
 
     async def close(self) -> None:
         await self.flush()

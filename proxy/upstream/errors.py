@@ -134,3 +134,12 @@ def _missing(errors: list[_UpstreamError]) -> Iterator[str]:
             digest = each.detail.get("digest", each.detail.get("Digest"))
             if isinstance(digest, str):
                 yield digest[:200]
+
+
+def result_of(status: int) -> str:
+    """The result of a request to an upstream, as metrics name it; `status` is 0 without a response."""
+    if status == 0 or status >= 500:
+        return "failed" if status else "unreachable"
+    if status < 400:
+        return "ok"
+    return {401: "denied", 403: "denied", 404: "unknown", 429: "limited"}.get(status, "refused")

@@ -25,7 +25,7 @@ from proxy.upstream.breaker import HostState
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import decoded
-from proxy.upstream.errors import ERROR_LIMIT, error_from_response
+from proxy.upstream.errors import ERROR_LIMIT, error_from_response, result_of
 from proxy.upstream.knowledge import KnownUpstream
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.messages import PeerLink, UpstreamRequest, accepted, authorization_of
@@ -99,6 +99,7 @@ class RequestSender:
             home,
             changed=self._changed,
             retried=metrics.retries.labels(label).inc,
+            expires=metrics.upstream_expiry.labels(label, self._host_label(self.host)).set,
             clock=clock,
             shared=settings.shared,
         )
@@ -329,6 +330,9 @@ class RequestSender:
         finally:
             seconds = time.monotonic() - begun
             self._metrics.upstream.labels(self._label, request.kind, str(status)).observe(seconds)
+            host = self._label, self._host_label(self.host)
+            self._metrics.upstream_seconds.labels(*host).observe(seconds)
+            self._metrics.upstream_requests.labels(*host, result_of(status)).inc()
             log.debug(
                 "upstream.asked", namespace=self.name, method=request.method, path=request.url.path,
                 status=status, seconds=round(seconds, 4),

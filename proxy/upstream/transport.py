@@ -15,6 +15,7 @@ import errno
 import math
 import random
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -26,6 +27,7 @@ from yarl import URL
 
 from proxy.config.hosts import is_private
 from proxy.connections.failures import explain
+from proxy.connections.trust import Certificate, certificate_shown
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.connect import Connect
@@ -52,8 +54,9 @@ class Transport:
     """HTTP to one upstream and to the hosts it redirects to.  It is made inside a running event loop.
 
     `name` names the upstream in errors, `home` is its URL.  `changed` is called with a host and the error
-    that opened its breaker, or None when the breaker has closed; `retried` is called at each retry.  All
-    processes with the same `shared` share the breakers.
+    that opened its breaker, or None when the breaker has closed; `retried` is called at each retry, and
+    `expires` with the time at which the certificate expires that `home` shows, in seconds since the epoch.
+    All processes with the same `shared` share the breakers.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Transport:
         *,
         changed: Callable[[str, RegistryError | None], None] = lambda host, error: None,
         retried: Callable[[], None] = lambda: None,
+        expires: Callable[[float], None] = lambda when: None,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
         shared: SharedState | None = None,
@@ -73,6 +77,7 @@ class Transport:
         self._home = home.origin()
         self._changed = changed
         self._retried = retried
+        self._expires = expires
         self._clock = clock
         self._jitter = jitter
         self._shared = shared or SharedState()
@@ -206,9 +211,11 @@ class Transport:
         retries = RETRIES if method in READING else 0  # RFC 9110 §9.2.1
         wait = connect.progress_timeout if method in READING else connect.write_timeout
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect.connect_timeout, sock_read=wait)
+        home = url.origin() == self._home
+        certificate_shown.set(self._shown if home else None)
         for attempt in range(retries + 1):
             try:
-                response = await self._session(url.origin() == self._home).request(
+                response = await self._session(home).request(
                     method,
                     url,
                     headers=headers,
@@ -228,6 +235,9 @@ class Transport:
             self._retried()
             await asyncio.sleep(BACKOFF * 2**attempt * self._jitter())
         raise AssertionError("the last attempt returns or raises")
+
+    def _shown(self, certificate: Certificate) -> None:
+        self._expires(ssl.cert_time_to_seconds(certificate["notAfter"]))
 
     async def follow(
         self,

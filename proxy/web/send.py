@@ -180,6 +180,7 @@ class _Sender:
     async def _prepare(self) -> AbstractStreamWriter:
         writer = await self._response.prepare(self._request)
         assert writer is not None  # it is None only after the end of the response
+        self._exchange.begun_at = time.perf_counter()
         return writer
 
     async def _send(self, writer: AbstractStreamWriter, span: Span) -> None:

@@ -187,7 +187,8 @@ class DistributionAPI:
             exchange.detail = LEFT if connection is None or connection.fileno() < 0 else "server stopped"
             raise
         finally:
-            self._ended.add(request.method, exchange, status, time.perf_counter() - begun)
+            first = None if exchange.begun_at is None else exchange.begun_at - begun
+            self._ended.add(request.method, exchange, status, time.perf_counter() - begun, first)
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         kind = Endpoint.BASE

@@ -41,18 +41,25 @@ class Certificates:
     """The certificate files of `settings`, and the TLS context made from them.  Raises StartError.
 
     Clients are asked for certificates only with `clients`.  `expires` is the time at which the server's
-    certificate expires, in seconds since the epoch.
+    certificate expires, in seconds since the epoch; `loaded` is called with it.
     """
 
     def __init__(
-        self, settings: TLS, *, clients: bool = True, clock: Callable[[], float] = time.time
+        self,
+        settings: TLS,
+        *,
+        clients: bool = True,
+        clock: Callable[[], float] = time.time,
+        loaded: Callable[[float], None] = lambda expires: None,
     ) -> None:
+        self._loaded = loaded
         self._settings = settings
         self._clients = clients
         self._clock = clock
         self._files = [each for each in (settings.certificate, settings.key, settings.client_ca) if each]
         self._stamps = self._current_stamps()
         self._context, self.expires = self._load()
+        loaded(self.expires)
         self._warned = self._clock() > self.expires  # the process that starts the server logs that, once
         self._refused: Stamps | None = None  # the last files that could not be used
         self._since: float | None = None  # since when; None once it is logged
@@ -84,6 +91,7 @@ class Certificates:
             self._refused, self._since = stamps, self._clock()
             return
         self._stamps, self._refused, self._warned = stamps, None, False
+        self._loaded(self.expires)
         certificate = str(self._settings.certificate)
         log.info("tls.reloaded", certificate=certificate, expires=_formatted(self.expires))
 

@@ -82,7 +82,8 @@ class Eviction:
     """Evicts blobs and records from a cache.  Methods block, and may raise StorageFailed.
 
     Several processes may use the store meanwhile.  `pinned` returns what is never evicted.  `pause` is called
-    with a number of seconds to wait, during work that is not urgent.
+    with a number of seconds to wait, during work that is not urgent, and `done` with every report, except
+    those of dry runs, and its reason: limit, asked or ttl.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Eviction:
         clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
         counting: Counting | None = None,
+        done: Callable[[EvictionReport, str], None] = lambda report, reason: None,
     ) -> None:
+        self._done = done
         self._store = store
         self._blobs = _candidates(store)
         self._totals = Totals(store.records)
@@ -160,7 +163,13 @@ class Eviction:
         short = max(0, excess - run.bytes) if self._excess(coming, to) > 0 or dry_run else 0
         if short:
             log.warning("evict.short", bytes=short, reason="what may be evicted does not suffice")
-        return run.report("limit" if to is None else "asked", short)
+        return self._report(run, "limit" if to is None else "asked", short)
+
+    def _report(self, run: EvictionRun, reason: str, short: int = 0) -> EvictionReport:
+        report = run.report(reason, short)
+        if not run.dry_run:
+            self._done(report, reason)
+        return report
 
     def _run(self, dry_run: bool, urgent: bool) -> EvictionRun:
         pause = (lambda seconds: None) if urgent else self._pause
@@ -278,7 +287,7 @@ class Eviction:
             run.manifests += expired.manifests
             run.links += expired.links
             run.remove(expired.keys)
-        return run.report("ttl")
+        return self._report(run, "ttl")
 
     def _keep_for(self, repository: str) -> float:
         if self._rules.key_of(repository.partition("/")[0]) in self._rules.kept:
@@ -306,7 +315,7 @@ class EvictionRun:
         self._store = store
         self._blobs = blobs
         self.pause = DutyCycle(pause).pause
-        self._dry_run = dry_run
+        self.dry_run = dry_run
         self._begun = time.monotonic()
         self.evicted: set[str] = set()
         self.blobs = self.bytes = self.manifests = self.tags = self.links = 0
@@ -318,7 +327,7 @@ class EvictionRun:
             self.pause()
 
     def _removed(self, blob: StoredBlob) -> bool:
-        if self._dry_run:
+        if self.dry_run:
             return blob.digest not in self.evicted
         return self._blobs.remove(blob)
 
@@ -326,7 +335,7 @@ class EvictionRun:
         """Count and forget the blobs, which are removed."""
         self.blobs += len(blobs)
         self.bytes += sum(each.size for each in blobs)
-        if self._dry_run:
+        if self.dry_run:
             self.evicted.update(each.digest for each in blobs)
             self.links += sum(len(self._store.records.linking(each.digest)) for each in blobs)
             return
@@ -345,7 +354,7 @@ class EvictionRun:
 
     def remove(self, keys: Iterable[str]) -> None:
         for batch in batches(keys):
-            if not self._dry_run:
+            if not self.dry_run:
                 self._remove_records(batch)
             self.pause()
 
@@ -366,7 +375,7 @@ class EvictionRun:
             seconds=round(time.monotonic() - self._begun, 3),
             short=short,
         )
-        if not self._dry_run and (report.blobs or report.manifests or report.tags or report.links):
+        if not self.dry_run and (report.blobs or report.manifests or report.tags or report.links):
             log.info(
                 "evict.done",
                 reason=reason,

@@ -48,7 +48,7 @@ from storage.keys import LINK, MANIFEST, SCRUB, STORED, TAG, TOTAL, RecordKind
 from storage.maintenance.blob_order import record_blob
 from storage.maintenance.counting import Counting
 from storage.maintenance.pace import Pace
-from storage.maintenance.scrub_progress import ScrubProgress, ScrubReport
+from storage.maintenance.scrub_progress import COUNTED, ScrubProgress, ScrubReport
 from storage.oci import Digest
 from storage.records import Batch
 from storage.store import Store
@@ -65,7 +65,6 @@ BATCH = 200  # manifests at a time
 _MANIFESTS = "manifests"
 _RECORDS = "records"
 _TOTALS = "totals"
-_COUNTS = ("checked", "bytes", "damaged", "healed", "foreign")
 
 Heal = Callable[[Digest, list[str]], Awaitable[bool]]
 
@@ -75,7 +74,8 @@ class Scrub:
 
     `rate` is in bytes per second, None for no limit.  The last `kept` files that were set aside are kept; if
     it is None, all of them, and damaged manifests as well.  `clock` returns seconds since the epoch; `ticks`
-    and `sleep` control the pace.
+    and `sleep` control the pace.  `counted` is called with the name of a count of ScrubReport, and with how
+    much is added to it.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Scrub:
         *,
         kept: int | None = KEPT,
         counting: Counting | None = None,
+        counted: Callable[[str, int], None] = lambda name, number: None,
         ticks: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
@@ -94,6 +95,7 @@ class Scrub:
         self.clock = clock
         self.kept = kept
         self.counting = counting or Counting(store)
+        self.counted = counted
         self.ticks = ticks
         self.sleep = sleep
         self.unreadable = 0  # blobs in a row, over runs
@@ -101,7 +103,7 @@ class Scrub:
 
     def begin(self) -> None:
         """Report the progress of a new run, which may start later."""
-        self.progress = ScrubProgress(self.clock())
+        self.progress = ScrubProgress(self.clock(), self.counted)
 
     def end(self) -> None:
         """Report the last run as ended, or as cancelled before it started."""
@@ -118,14 +120,14 @@ class Scrub:
 
         A run may be cancelled; the next one continues.  Raises StorageFailed if the disk fails.
         """
-        self.progress = progress = ScrubProgress(self.clock())
+        self.progress = progress = ScrubProgress(self.clock(), self.counted)
         begun = self.ticks()
         pace = Pace(self.rate if paced else None, self.ticks, self.sleep)
         try:
             await _ScrubRun(self, pace, heal, progress).run(progress.started_at - (older_than or 0.0))
         finally:
             progress.running, progress.current = False, None
-        counts = {name: getattr(progress, name) for name in _COUNTS}
+        counts = {name: getattr(progress, name) for name in COUNTED}
         return ScrubReport(**counts, seconds=self.ticks() - begun)
 
 
@@ -218,7 +220,7 @@ class _ScrubRun:
 
     def _log_foreign(self, foreign: list[Path]) -> None:
         for path in foreign:
-            self._progress.foreign += 1
+            self._progress.count("foreign")
             if self._progress.foreign <= LOGGED:
                 log.warning("scrub.foreign", path=str(path))
 
@@ -251,11 +253,11 @@ class _ScrubRun:
             while not reading.ended:
                 with self._files.guard(reading.path):
                     size = await run_in_thread(reading.step)
-                self._progress.bytes += size
+                self._progress.count("bytes", size)
                 await self._pace.spend(size)
             if reading.gone:
                 return
-            self._progress.checked += 1
+            self._progress.count("checked")
             if not self._is_the_disk(reading) and reading.found != digest:
                 await self._damaged(digest, reading)
         finally:
@@ -281,7 +283,7 @@ class _ScrubRun:
             return
         with suppress(RegistryError):
             if await self._heal(digest, repositories):
-                self._progress.healed += 1
+                self._progress.count("healed")
                 log.info("blob.healed", digest=str(digest), repositories=repositories)
 
     def _set_aside(self, digest: Digest, reading: BlobHasher) -> list[str]:
@@ -295,7 +297,7 @@ class _ScrubRun:
                 path, moved = aside, True
                 self._aside.add(digest)
                 self._records.transaction(lambda batch: record_blob(self._scrub.store, batch, digest))
-        self._progress.damaged += 1
+        self._progress.count("damaged")
         repositories: list[str] = []
         with suppress(StorageFailed):  # the next request for it fetches it
             repositories += [LINK.parse(key)[0] for key in self._records.linking(digest)]
@@ -326,8 +328,8 @@ class _ScrubRun:
         size = 0
         for key, value in islice(records, BATCH):
             size += len(key) + len(value)
-            self._progress.checked += 1
-            self._progress.bytes += len(value)
+            self._progress.count("checked")
+            self._progress.count("bytes", len(value))
             repository, digest = MANIFEST.parse(key)
             try:
                 self._scrub.store.manifest(repository, Digest.parse(digest))
@@ -342,7 +344,7 @@ class _ScrubRun:
             keys = self._records.keys(kind.prefix())
             while batch := await run_in_thread(lambda keys=keys: list(islice(keys, BATCH))):
                 for event, key in await run_in_thread(self._lost, kind, batch):
-                    self._progress.damaged += 1
+                    self._progress.count("damaged")
                     logged += 1
                     if logged <= LOGGED:
                         repository, reference = kind.parse(key)
@@ -374,6 +376,6 @@ class _ScrubRun:
 
         with suppress(StorageFailed):  # logged by DiskHealth; the next run finds it again
             if self._records.transaction(work):
-                self._progress.damaged += 1
+                self._progress.count("damaged")
                 repository, reference = MANIFEST.parse(key)
                 log.error("manifest.damaged", repository=repository, reference=reference, bytes=len(value))

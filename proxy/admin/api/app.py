@@ -19,7 +19,6 @@ from typing import Any
 import structlog
 from aiohttp import web
 from aiohttp_cache import MemoryCache, cache_middleware
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from proxy.admin.api.audited import ADMITTED, recorded_by
 from proxy.admin.api.bundle_routes import ARCHIVES, BundleRoutes
@@ -46,6 +45,10 @@ _IDENTITY = ("", "identity")
 State = Callable[[], Awaitable[Mapping[str, str]]]
 
 
+async def nothing_to_observe() -> None:
+    """For those without states to observe."""
+
+
 def application(
     metrics: Metrics,
     state: State,
@@ -55,29 +58,28 @@ def application(
     loopback: bool,
     audit: AuditLog | None = None,
     pages: web.Application | None = None,
+    observe: Callable[[], Awaitable[None]] = nothing_to_observe,
 ) -> web.Application:
     """The application of the admin listener.  It closes `operations`.
 
     `state` gives `status`, which is "ready", "degraded" or "draining", and further details.  `loopback`
     says that only this machine reaches the listener.  `audit` records changes.  `pages` admits by itself.
+    `observe` brings metrics up to date before they are shown.
     """
 
     async def exposition(request: web.Request) -> web.Response:
-        return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    async def healthz(request: web.Request) -> web.Response:
-        return in_json({"status": "alive"})
+        await observe()
+        return _shown(metrics, request)
 
     async def readyz(request: web.Request) -> web.Response:
-        # A degraded server still serves, uncached; only a draining one is not ready.
-        found = await state()
+        found = await state()  # a degraded server still serves, uncached; only a draining one is not ready
         return in_json(found, 503 if found["status"] == "draining" else 200)
 
     admin = web.Application(middlewares=_middlewares(token, loopback, audit, pages))
     summaries = _summaries_of(admin)
     _close_with(admin, operations)
     for method, path, handler in (
-        *(("GET", *each) for each in zip(OPEN, (exposition, healthz, readyz), strict=True)),
+        *(("GET", *each) for each in zip(OPEN, (exposition, _alive, readyz), strict=True)),
         *Api(operations, summaries.forget).routes(),
         *BundleRoutes(operations.exports, operations.imports, summaries.forget).routes(),
     ):
@@ -104,6 +106,15 @@ def _with_pages(admin: web.Application, pages: web.Application | None) -> web.Ap
 async def _enter(request: web.Request) -> web.Response:
     """Lead to the web page.  The path is relative: this listener may be below a path of another server."""
     return web.Response(status=302, headers={"Location": PAGES.lstrip("/")})
+
+
+async def _alive(request: web.Request) -> web.Response:
+    return in_json({"status": "alive"})
+
+
+def _shown(metrics: Metrics, request: web.Request) -> web.Response:
+    body, media_type = metrics.exposition(request.headers.get("Accept", ""))
+    return web.Response(body=body, headers={"Content-Type": media_type, "Vary": "Accept"})
 
 
 def _summaries_of(admin: web.Application) -> Summaries:

@@ -1,0 +1,99 @@
+"""The metrics that are states of the server, and not counts: found out when somebody asks for them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+
+from proxy.admin.processes import ProcessReport
+from proxy.namespaces.composition import Composition
+from proxy.namespaces.upkeep import SCRUBBED
+from proxy.server.health import Health, troubles
+from proxy.telemetry.metrics import Metrics
+from storage.concurrency import run_in_thread
+from storage.errors import StorageFailed
+from storage.keys import DEPOSIT
+from storage.maintenance.collection import Collection
+from storage.maintenance.scrub_progress import COUNTED
+
+
+class Observation:
+    """Sets the metrics of a server that are states.
+
+    prepare() is called once, by the process that does the housekeeping: a count that begins at 0 shows its
+    first increase, which an alert waits for.
+    """
+
+    def __init__(self, composition: Composition, health: Health, *, keeper: bool) -> None:
+        self._composition = composition
+        self._health = health
+        self._keeper = keeper
+
+    @property
+    def _metrics(self) -> Metrics:
+        return self._composition.metrics
+
+    def prepare(self) -> None:
+        parts, metrics = self._composition, self._metrics
+        metrics.build.labels(version("entrepot"), platform.python_version()).set(1)
+        for store, _ in zip(SCRUBBED, parts.maintenance.scrubs, strict=False):
+            for name in COUNTED:
+                metrics.scrubbed(name).labels(store)
+        for reason in ("limit", "ttl", "asked"):
+            metrics.evicted_blobs.labels(reason)
+            metrics.evicted.labels(reason)
+        if parts.maintenance.collection is not None:
+            for result in ("done", "refused"):
+                metrics.collections.labels(result)
+        for webhook in parts.config.webhooks:
+            for result in ("queued", "delivered", "failed", "dropped", "lost"):
+                metrics.webhook_events.labels(webhook.name, result)
+        if (limit := parts.config.disk.cache_limit) is not None:
+            metrics.cache_limit.set(limit)
+
+    async def observe(self) -> None:
+        """Bring the states up to date."""
+        parts, metrics = self._composition, self._metrics
+        states = await self._health.states()
+        metrics.degraded.set(bool(troubles(states)))
+        metrics.workers.set(len(states) - self._keeper)
+        metrics.waiting.set(sum(each.queued and each.own for state in states for each in state.fills))
+        metrics.credentials_refused.set(_refused(states))
+        if parts.peers is not None:
+            metrics.peers.set(len(await parts.peers.known()))
+        with suppress(OSError, StorageFailed):
+            await run_in_thread(self._observe_disk)
+        if (collection := parts.maintenance.collection) is not None:
+            with suppress(StorageFailed):
+                await run_in_thread(partial(self._observe_collection, collection))
+
+    def _observe_disk(self) -> None:
+        parts, metrics = self._composition, self._metrics
+        status = os.statvfs(parts.config.disk.path)
+        size = status.f_blocks * status.f_frsize
+        metrics.disk_size.set(size)
+        metrics.disk_free.set(status.f_bavail * status.f_frsize)
+        metrics.disk_min_free.set(parts.config.disk.min_free.of(size))
+        if parts.deposits is not None:
+            metrics.deposits.set(sum(1 for _ in parts.store.records.keys(DEPOSIT.prefix())))
+
+    def _observe_collection(self, collection: Collection) -> None:
+        """The last one may be that of a command, or of another server."""
+        if begun := collection.last().begun:
+            self._metrics.collected_at.set(begun)
+
+
+def _refused(states: Sequence[ProcessReport]) -> int:
+    """How many credentials upstreams refuse, by what any process knows."""
+    return len(
+        {
+            (upstream.namespace, upstream.url, each.credential)
+            for state in states
+            for upstream in state.upstreams
+            for each in upstream.refused
+        }
+    )

@@ -460,7 +460,7 @@ async def leave_holes(rig: Rig, digest: Digest, upstream: Upstream, *spans: tupl
 
 def counted(rig: Rig) -> tuple[float, float, float]:
     """Transfers, extents, and bytes that came twice."""
-    lines = rig.metrics.exposition().decode().splitlines()
+    lines = rig.metrics.exposition()[0].decode().splitlines()
     found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     names = ("transfers_in_flight", "extents", 'repeated_bytes_total{namespace="up"}')
     transfers, extents, repeated = (float(found.get(f"entrepot_fill_{name}", 0)) for name in names)

@@ -193,7 +193,7 @@ async def test_what_goes_on_with_upstreams_is_counted_once(rig: Rig) -> None:
     await rig.flush()
     counted = Counters(received_bytes=111, upstream_requests=1, ahead_bytes=111, ahead_requests=1)
     assert rig.usage.stats(rig.clock()) == {HUB: counted}
-    assert b'entrepot_received_bytes_total{namespace="docker.io"} 111.0' in rig.metrics.exposition()
+    assert b'entrepot_received_bytes_total{namespace="docker.io"} 111.0' in rig.metrics.exposition()[0]
 
 
 async def test_a_request_counts_in_its_hour(rig: Rig) -> None:

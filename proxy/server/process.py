@@ -289,8 +289,10 @@ class ServerProcess:
     ) -> URL:
         """Serve `runner` on `sockets`, by TLS if `tls` is given.  `clients` may show a certificate."""
         limits = self._config.limits
-        listener = self.composition.metrics.expiry.labels("clients" if clients else "admin")
-        certificates = None if tls is None else Certificates(tls, clients=clients, loaded=listener.set)
+        certificates = None
+        if tls is not None:
+            expiry = self.composition.metrics.expiry.labels("clients" if clients else "admin")
+            certificates = Certificates(tls, clients=clients, loaded=expiry.set)
         await runner.setup()
         self._closing.push_async_callback(runner.cleanup)
         for each in sockets:

@@ -99,7 +99,7 @@ class RequestSender:
             home,
             changed=self._changed,
             retried=metrics.retries.labels(label).inc,
-            expires=metrics.upstream_expiry.labels(label, self._host_label(self.host)).set,
+            expires=lambda when: metrics.upstream_expiry.labels(*self._labels).set(when),
             clock=clock,
             shared=settings.shared,
         )
@@ -112,6 +112,10 @@ class RequestSender:
         )
         self._use(credentials)
         self._refusals = Refusals(name, metrics, clock, settings.shared.upstreams, self._accounts)
+
+    @property
+    def _labels(self) -> tuple[str, str]:
+        return self._label, self._host_label(self.host)
 
     def _host_label(self, host: str) -> str:
         return host if self._label == self.name else self._label
@@ -330,9 +334,8 @@ class RequestSender:
         finally:
             seconds = time.monotonic() - begun
             self._metrics.upstream.labels(self._label, request.kind, str(status)).observe(seconds)
-            host = self._label, self._host_label(self.host)
-            self._metrics.upstream_seconds.labels(*host).observe(seconds)
-            self._metrics.upstream_requests.labels(*host, result_of(status)).inc()
+            self._metrics.upstream_seconds.labels(*self._labels).observe(seconds)
+            self._metrics.upstream_requests.labels(*self._labels, result_of(status)).inc()
             log.debug(
                 "upstream.asked", namespace=self.name, method=request.method, path=request.url.path,
                 status=status, seconds=round(seconds, 4),

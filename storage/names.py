@@ -7,7 +7,9 @@ Globs are those of fnmatch: `*` and `?` match slashes too.  A name may begin wit
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatchcase
+from collections.abc import Callable
+from fnmatch import translate
+from functools import lru_cache
 
 _IPV6 = re.compile(r"\[(?=[^:\]]*:[^:\]]*:)[0-9a-f:.]+\](?::[0-9]{1,5})?(?=/)")
 _WILDCARD = re.compile(r"[*?[]")
@@ -35,7 +37,16 @@ def _wildcard(text: str) -> re.Match[str] | None:
 
 def matches_glob(name: str, pattern: str) -> bool:
     """Whether the full name of a repository matches."""
-    return fnmatchcase(name, fnmatch_pattern(pattern))
+    return glob_matcher(pattern)(name)
+
+
+@lru_cache(maxsize=256)
+def glob_matcher(pattern: str) -> Callable[[str], bool]:
+    """Tells whether a full name matches; for many names it is several times as fast as matches_glob()."""
+    if pattern == "*":
+        return lambda name: True
+    match = re.compile(translate(fnmatch_pattern(pattern))).match
+    return lambda name: match(name) is not None
 
 
 def fnmatch_pattern(pattern: str) -> str:

@@ -66,12 +66,12 @@ class RecordChange(NamedTuple):
         if kind is None or former == value:
             return None
         at = _time(value) if value is not None and kind in _AGING else None
-        used = _last_use(value) if value is not None and kind is USE else 0.0
+        used = last_use(value) if value is not None and kind is USE else 0.0
         moved = kind is TAG and None not in (former, value) and _target(former) != _target(value)
         return cls(kind.name, key, _size(kind, former), _size(kind, value), at, used, moved)
 
 
-class Counts(msgspec.Struct, omit_defaults=True):
+class Counts(msgspec.Struct, omit_defaults=True, gc=False):
     """How many records there are by kind, and the bytes of manifests, or of blobs that are linked or stored.
 
     used: when anything was last used
@@ -110,7 +110,7 @@ class Counts(msgspec.Struct, omit_defaults=True):
         return sum(self.bytes.values())
 
 
-class Total(msgspec.Struct, omit_defaults=True):
+class Total(msgspec.Struct, omit_defaults=True, gc=False):
     """What is `counted`, None if the first count has not ended; and the count in progress, up to `reached`.
 
     `changes` is another number after every change.  `settled` was that number when a collection found that
@@ -294,7 +294,8 @@ def _target(value: bytes | None) -> bytes | None:
     return None if value is None else value.partition(b" ")[0]
 
 
-def _last_use(value: bytes) -> float:
+def last_use(value: bytes) -> float:
+    """When something was last used, by its record; 0 if that is damaged."""
     with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return msgspec.json.decode(value, type=tuple[int, float, float])[1]
     return 0.0

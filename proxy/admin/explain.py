@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
+
 from proxy.admin.inventory import Inventory, Measured, finite_or_none
 from proxy.admin.models import OwnerRow
 from proxy.admin.processes import UpstreamState
-from proxy.admin.reports import HostRow, RefusalRow, Verdict, Why
+from proxy.admin.reports import HostRow, RefusalRow, UpstreamRow, Verdict, Why
 from proxy.config.hosts import normal_host
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.namespaces.composition import Composition
@@ -190,6 +192,15 @@ def host_rows(states: Iterable[UpstreamState]) -> list[HostRow]:
             refused=refused.get((each.url, each.host), []),
         )
         for each in found.values()
+    ]
+
+
+def upstream_rows(states: Sequence[UpstreamState]) -> list[UpstreamRow]:
+    """The hosts of all upstreams, by namespace."""
+    return [
+        UpstreamRow(namespace=name, **msgspec.structs.asdict(row))
+        for name in sorted({each.namespace for each in states})
+        for row in host_rows(each for each in states if each.namespace == name)
     ]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
+from os.path import commonprefix
+from typing import TypeAlias
 
 from proxy.admin.models import (
     ImageNode,
@@ -18,19 +20,22 @@ from proxy.admin.models import (
     MoveRow,
     PlatformRow,
     RepositoryRow,
+    Sort,
     UseRow,
 )
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
 from storage.graph import Walk, contents, unread
-from storage.keys import LINK, MANIFEST, REFERRER, TAG
+from storage.keys import LINK, MANIFEST, REFERRER, TAG, USE
 from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
-from storage.names import is_glob, literal_prefix, matches_glob, written
+from storage.names import glob_matcher, is_glob, literal_prefix, written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
 from storage.store import Store
-from storage.totals import Counts, Total, Totals
+from storage.totals import Counts, Total, Totals, last_use
 from storage.values import Pointer
+
+Entry: TypeAlias = tuple[float, str, str]  # what a tag is sorted by, its repository, and itself
 
 DEEPEST = 50  # levels of a tree: indexes can be nested without limit
 
@@ -70,7 +75,7 @@ class Inventory:
 
     def __init__(self, config: Config, store: Store, usage: Usage, pins: Pins) -> None:
         self._config = config
-        self._store = store
+        self.store = store
         self._totals = Totals(store.records)
         self._usage = usage
         self._pins = pins
@@ -81,20 +86,21 @@ class Inventory:
         """The repositories whose name matches; the tag or digest in `pattern` is ignored."""
         name_glob = pattern.parts[0]
         start = literal_prefix(name_glob) if is_glob(name_glob) else name_glob
-        used = self._usage.last_uses(start)
+        matches = glob_matcher(name_glob)
         totals = self._totals.repositories(start) if self._totals.listed else self._uncounted(start)
-        return [
-            _row(name, total.counted, used.get(name))
-            for name, total in totals
-            if matches_glob(name, name_glob) and _shown(total)
-        ]
+        found = [(name, total.counted) for name, total in totals if matches(name) and _shown(total)]
+        if self._usage.counted_by(self.store.records):
+            return [_row(name, counts, counts.used if counts else 0.0) for name, counts in found]
+        names = [name for name, _ in found]
+        used = self._usage.last_uses(commonprefix(names)) if names else {}  # noqa: RUF071 - of characters
+        return [_row(name, counts, used.get(name, 0.0)) for name, counts in found]
 
     def _uncounted(self, start: str) -> Iterator[tuple[str, Total]]:
         """The repositories while not all of them have a total."""
         names: set[str] = set()
         for kind in (TAG, MANIFEST, LINK):
             after = takewhile(
-                lambda name: name.startswith(start), self._store.records.groups(kind.prefix(), start[:-1])
+                lambda name: name.startswith(start), self.store.records.groups(kind.prefix(), start[:-1])
             )
             names.update(after)
         return ((name, Total()) for name in sorted(names))
@@ -118,7 +124,26 @@ class Inventory:
                     return  # all matches come before it
             else:
                 after = key[len(prefix) :]
-        yield from matching(self._store, pattern, after)
+        yield from matching(self.store, pattern, after)
+
+    def entries(self, pattern: Pin, sort: Sort) -> Iterator[Entry]:
+        """The tags that match, with what they are sorted by: 0, when they were set or confirmed, or used."""
+        used = dict(self._uses(pattern)) if sort == "used" else {}
+        for key, value in self.store.records.scan(pattern.prefix):
+            repository, tag = TAG.parse(key)
+            if pattern.matches(repository, tag):
+                found = used.get((repository, tag), 0.0)
+                if sort == "updated" and (pointer := Pointer.parse(value)) is not None:
+                    found = pointer.validated_at
+                yield found, repository, tag
+
+    def _uses(self, pattern: Pin) -> Iterator[tuple[tuple[str, str], float]]:
+        for key, value in self.store.records.scan(USE.name + pattern.prefix.removeprefix(TAG.name)):
+            repository, tag = USE.parse(key)
+            yield (repository, tag), last_use(value)
+
+    def row(self, repository: str, tag: str) -> ImageRow:
+        return self._image(repository, Tag(tag), self._pins.known())
 
     def _image(self, repository: str, reference: Reference, pins: Sequence[Pin]) -> ImageRow:
         digest = self.digest(repository, reference)
@@ -143,11 +168,11 @@ class Inventory:
         """The digest of a reference, or None for an unknown tag."""
         if isinstance(reference, Digest):
             return reference
-        pointer = self._store.pointer(repository, reference)
+        pointer = self.store.pointer(repository, reference)
         return None if pointer is None else pointer.digest
 
     def pointer(self, repository: str, tag: Tag) -> Pointer | None:
-        return self._store.pointer(repository, tag)
+        return self.store.pointer(repository, tag)
 
     def fresh_until(self, repository: str, reference: Reference) -> float | None:
         """When a tag becomes stale.  None means never: for a digest, or by the configuration."""
@@ -155,7 +180,7 @@ class Inventory:
             return None
         name = repository.partition("/")[0]
         namespace = self._config.namespace(name)
-        pointer = self._store.pointer(repository, reference)
+        pointer = self.store.pointer(repository, reference)
         if namespace is None or pointer is None:
             return 0.0  # it is stale
         if self._config.offline or namespace.offline or namespace.store is not None:
@@ -213,12 +238,12 @@ class Inventory:
 
     def _add_blob(self, repository: str, blob: Descriptor, parts: dict[Digest, StoredPart]) -> None:
         if blob.digest not in parts and blob.distributable:
-            held = self._store.linked(repository, blob.digest) is not None
+            held = self.store.linked(repository, blob.digest) is not None
             parts[blob.digest] = StoredPart(max(0, blob.size), held)
 
     def _manifest(self, repository: str, digest: Digest) -> Manifest | None:
         try:
-            return self._store.manifest(repository, digest)[0]
+            return self.store.manifest(repository, digest)[0]
         except ManifestUnknown:
             return None
 
@@ -227,7 +252,7 @@ class Inventory:
         digest = self.digest(repository, reference)
         if digest is None:
             raise ManifestUnknown(f"{written(repository, reference)} is not stored")
-        manifest = self._store.manifest(repository, digest)[0]
+        manifest = self.store.manifest(repository, digest)[0]
         seen: set[Digest] = set()
         use = self._usage.use(repository, reference)
         moves = self._usage.moves(repository, reference) if isinstance(reference, Tag) else []
@@ -244,7 +269,7 @@ class Inventory:
 
     def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[ImageNode]:
         found = []
-        for key, _ in self._store.records.scan(REFERRER.prefix(repository, digest)):
+        for key, _ in self.store.records.scan(REFERRER.prefix(repository, digest)):
             manifest = self._manifest(repository, Digest(REFERRER.parse(key)[2]))
             if manifest is not None:
                 found.append(self._node(repository, "referrer", manifest.descriptor, seen))
@@ -285,7 +310,7 @@ class Inventory:
             digest=str(blob.digest),
             media_type=blob.media_type,
             size=blob.size,
-            present=self._store.linked(repository, blob.digest) is not None,
+            present=self.store.linked(repository, blob.digest) is not None,
             platform=None,
             artifact_type=blob.artifact_type,
             children=[],
@@ -297,7 +322,8 @@ def _shown(total: Total) -> bool:
     return total.counted is None or any(map(total.counted.number, (TAG, MANIFEST, LINK)))
 
 
-def _row(name: str, counts: Counts | None, last_used: float | None) -> RepositoryRow:
+def _row(name: str, counts: Counts | None, used: float) -> RepositoryRow:
+    last_used = used or None
     if counts is None:
         return RepositoryRow(repository=name, tags=None, manifests=None, bytes=None, last_used=last_used)
     return RepositoryRow(

@@ -11,15 +11,15 @@ from itertools import chain
 import msgspec
 import structlog
 
-from proxy.admin.activity_reports import AuditRow, Evictable, FillsNow
+from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
 from proxy.admin.audit_control import audit_rows
 from proxy.admin.drills import DrillControl
 from proxy.admin.eviction_control import EvictionControl
-from proxy.admin.explain import Explainer, owner_of, refusal_notes
+from proxy.admin.explain import Explainer, owner_of, refusal_notes, upstream_rows
 from proxy.admin.fill_feed import FillFeed
 from proxy.admin.fill_speeds import FillSpeeds, idle_rows
+from proxy.admin.inspection import Inspection
 from proxy.admin.inventory import Inventory, merged
-from proxy.admin.models import FillRow, ImageTree, Listed, PinRow, Stats, WebhookRow
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses, ended_of, fills_of
 from proxy.admin.pin_control import PinControl
@@ -31,28 +31,12 @@ from proxy.admin.policy_control import (
     judged_by_name,
     pulled_rows,
 )
-from proxy.admin.policy_reports import HeldRow, OverrideRow, PolicyExplained, PulledRow
 from proxy.admin.purge import Purge, together
 from proxy.admin.readiness import Readiness
-from proxy.admin.reports import (
-    Collected,
-    Deleted,
-    Drilling,
-    Evicted,
-    Purged,
-    ReadyRow,
-    Refreshed,
-    Scrubbing,
-    Tagged,
-    Unpinned,
-    WarmRow,
-    Why,
-)
-from proxy.admin.rows import collected, day_row, drilling, stats_row, webhook_row
+from proxy.admin.rows import collected, day_row, drilling, refreshed, stats_row, webhook_row
 from proxy.admin.scrub_control import ScrubControl
 from proxy.admin.store_control import StoreControl
 from proxy.admin.tag_history import TagChronicle
-from proxy.admin.tag_reports import ImageDiff, TagHistory
 from proxy.admin.warm import Warmer
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition
@@ -106,6 +90,7 @@ class LocalOperations:
         self._stores = StoreControl(parts)
         self._eviction = EvictionControl(parts, evicting or nullcontext())
         self._tags = TagChronicle(parts, self._reader, self._inventory_of)
+        self._inspection = Inspection(self._inventories, self._reader, self._inventory_of)
         self._explainer = Explainer(parts.config, parts.usage, parts.pins, self._inventory_of, parts.clock)
         self._holds = HoldControl(parts.guard.holds, self._reader)
         self._overrides = OverrideControl(parts.guard.overrides, self._reader)
@@ -119,13 +104,13 @@ class LocalOperations:
 
     # Content
 
-    async def repositories(self, match: str = "*") -> Listed:
+    async def repositories(self, match: str = "*") -> models.Listed:
         parsed = self._reader.listing("match", match)
         await self._processes.record()
         await self._count()
         found = [await run_in_thread(each.repositories, parsed) for each in self._inventories]
         rows = sorted(chain(*found), key=lambda row: row.repository)
-        return Listed(repositories=rows, notes=await self._notes())
+        return models.Listed(repositories=rows, notes=await self._notes())
 
     async def _count(self) -> None:
         """Count what was not counted yet, if no server does."""
@@ -134,7 +119,7 @@ class LocalOperations:
                 with suppress(StorageFailed):  # it is shown as not counted
                     await run_in_thread(each.run)
 
-    async def images(self, match: str = "*", limit: int = PAGE, last: str = "") -> Listed:
+    async def images(self, match: str = "*", limit: int = PAGE, last: str = "") -> models.Listed:
         parsed = self._reader.listing("match", match)
         if last:
             read_pattern("last", last)
@@ -145,17 +130,36 @@ class LocalOperations:
     async def _notes(self) -> list[str]:
         return refusal_notes([each for state in await self._processes.states() for each in state.upstreams])
 
-    async def show(self, ref: str) -> ImageTree:
+    async def find(
+        self,
+        match: str = "*",
+        sort: models.Sort = "name",
+        reverse: bool = False,
+        offset: int = 0,
+        limit: int = PAGE,
+    ) -> models.Found:
+        await self._processes.record()
+        return await self._inspection.find(match, sort, reverse, offset, limit)
+
+    async def config(self, ref: str) -> models.ConfigReport:
+        return await self._inspection.config(ref)
+
+    async def files(
+        self, ref: str, search: str = "", offset: int = 0, limit: int = PAGE
+    ) -> models.LayerFiles:
+        return await self._inspection.files(ref, search, offset, limit)
+
+    async def show(self, ref: str) -> models.ImageTree:
         image = self._reader.reference("ref", ref)
         await self._processes.record()
         inventory = self._inventory_of(image.namespace)
         return await run_in_thread(inventory.tree, image.repository, image.reference)
 
-    async def history(self, ref: str) -> TagHistory:
+    async def history(self, ref: str) -> tag_reports.TagHistory:
         await self._processes.record()
         return await run_in_thread(self._tags.history, ref)
 
-    async def diff(self, ref: str, other: str = "") -> ImageDiff:
+    async def diff(self, ref: str, other: str = "") -> tag_reports.ImageDiff:
         await self._processes.record()
         return await self._tags.diff(ref, other)
 
@@ -164,7 +168,7 @@ class LocalOperations:
 
     # Activity
 
-    async def stats(self, period: str = "7d") -> Stats:
+    async def stats(self, period: str = "7d") -> models.Stats:
         seconds = read_seconds("period", period)
         await self._processes.record()
         parts = self._composition
@@ -173,7 +177,7 @@ class LocalOperations:
         caches = [(name, each) for name, each in counted if name not in parts.hosted]
         stores = [(name, each) for name, each in counted if name in parts.hosted]
         days = await run_in_thread(parts.usage.days, TREND)
-        return Stats(
+        return models.Stats(
             period=seconds,
             since=since,
             namespaces=[stats_row(name, each) for name, each in caches],
@@ -188,34 +192,39 @@ class LocalOperations:
         hosted = self._composition.hosted
         return sum((each for name, each in counted.items() if name not in hosted), Counters())
 
-    async def fills(self) -> list[FillRow]:
+    async def fills(self) -> list[models.FillRow]:
         parts, fills = self._composition, await self._processes.fills()
         running, root = {each.digest for each in fills}, parts.store.files.root
         idle = await run_in_thread(idle_rows, parts.maintenance.eviction, root, running)
         return self._speeds.rows(fills, parts.clock()) + idle
 
-    async def _look(self) -> FillsNow:
+    async def _look(self) -> activity_reports.FillsNow:
         states, now = await self._processes.states(), self._composition.clock()
-        return FillsNow(at=now, fills=self._speeds.rows(fills_of(states), now), ended=ended_of(states))
+        return activity_reports.FillsNow(
+            at=now, fills=self._speeds.rows(fills_of(states), now), ended=ended_of(states)
+        )
 
-    def watch(self) -> AsyncIterator[FillsNow]:
+    def watch(self) -> AsyncIterator[activity_reports.FillsNow]:
         return self._feed.follow()
 
     async def end_streams(self) -> None:
         """End what is watched, since the server stops."""
         await self._feed.close()
 
-    async def audit(self, match: str = "", limit: int = PAGE) -> list[AuditRow]:
+    async def audit(self, match: str = "", limit: int = PAGE) -> list[activity_reports.AuditRow]:
         return await run_in_thread(audit_rows, self._composition.config.audit, match, limit)
 
-    async def webhooks(self) -> list[WebhookRow]:
+    async def webhooks(self) -> list[models.WebhookRow]:
         queue = self._composition.queue
         if queue is None:
             return []
         webhooks = self._composition.config.webhooks
         return await run_in_thread(lambda: [webhook_row(each, queue) for each in webhooks])
 
-    async def why(self, ref: str) -> Why:
+    async def upstreams(self) -> list[reports.UpstreamRow]:
+        return upstream_rows([each for state in await self._processes.states() for each in state.upstreams])
+
+    async def why(self, ref: str) -> reports.Why:
         image = self._reader.reference("ref", ref)
         await self._processes.record()
         states = [each for state in await self._processes.states() for each in state.upstreams]
@@ -228,35 +237,35 @@ class LocalOperations:
             found = msgspec.structs.replace(found, verdict="refused", because=because)
         return msgspec.structs.replace(found, policy=policy, held=held, owner=owner)
 
-    async def policy(self, ref: str) -> PolicyExplained:
+    async def policy(self, ref: str) -> policy_reports.PolicyExplained:
         return await explained(self._composition, self._reader.reference("ref", ref))
 
-    async def held(self) -> list[HeldRow]:
+    async def held(self) -> list[policy_reports.HeldRow]:
         return await run_in_thread(self._holds.rows)
 
-    async def approve(self, reference: str) -> HeldRow:
+    async def approve(self, reference: str) -> policy_reports.HeldRow:
         return await self._holds.approve(reference)
 
-    async def reject(self, reference: str) -> HeldRow:
+    async def reject(self, reference: str) -> policy_reports.HeldRow:
         return await self._holds.reject(reference)
 
-    async def overrides(self) -> list[OverrideRow]:
+    async def overrides(self) -> list[policy_reports.OverrideRow]:
         return await run_in_thread(self._overrides.rows)
 
-    async def override(self, reference: str, seconds: float, reason: str) -> OverrideRow:
+    async def override(self, reference: str, seconds: float, reason: str) -> policy_reports.OverrideRow:
         return await self._overrides.begin(reference, seconds, reason)
 
-    async def end_override(self, reference: str) -> OverrideRow:
+    async def end_override(self, reference: str) -> policy_reports.OverrideRow:
         return await self._overrides.end(reference)
 
-    async def pulled(self, period: str = "7d") -> list[PulledRow]:
+    async def pulled(self, period: str = "7d") -> list[policy_reports.PulledRow]:
         seconds = read_seconds("period", period)
         await self._processes.record()
         return await run_in_thread(pulled_rows, self._composition, seconds)
 
     # Changes
 
-    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> Purged:
+    async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         parsed = self._reader.pattern("pattern", pattern)
         self._stores.refuse_store(parsed)
         # The store of all servers first: else a client would have the content fetched again from there.
@@ -286,59 +295,48 @@ class LocalOperations:
         older_than: float | None = None,
         keep: int | None = None,
         dry_run: bool = False,
-    ) -> Deleted:
+    ) -> reports.Deleted:
         return await self._stores.delete(self._reader.pattern("pattern", pattern), older_than, keep, dry_run)
 
-    async def tag(self, source: str, target: str) -> Tagged:
+    async def tag(self, source: str, target: str) -> reports.Tagged:
         found = self._reader.reference("source", source)
         return await self._stores.tag(found, self._reader.reference("target", target))
 
-    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> Refreshed:
+    async def refresh(self, reference: str, platforms: Sequence[str] = ()) -> reports.Refreshed:
         image = self._reader.reference("reference", reference)
         only = read_platforms("platforms", platforms)
         await self._processes.forget(image.repository)
-        done = await refresh(self._composition.namespaces, image.repository, image.reference, only)
-        return Refreshed(
-            repository=done.repository,
-            reference=str(done.reference),
-            digest=str(done.digest),
-            new=done.new,
-            moved=None if done.moved is None else str(done.moved),
-            manifests=done.manifests,
-            blobs=done.blobs,
-            fetched=done.fetched,
-            bytes=done.bytes,
-        )
+        return refreshed(await refresh(self._composition.namespaces, image.repository, image.reference, only))
 
-    async def pins(self) -> list[PinRow]:
+    async def pins(self) -> list[models.PinRow]:
         return await run_in_thread(self._pins.rows)
 
     async def pin(
         self, pattern: str, keep_fresh: float | None = None, platforms: Sequence[str] = ()
-    ) -> list[PinRow]:
+    ) -> list[models.PinRow]:
         now = self._composition.clock()
         return [await run_in_thread(self._pins.add, pattern, keep_fresh, platforms, now)]
 
-    async def unpin(self, pattern: str) -> Unpinned:
-        return Unpinned(pattern=await run_in_thread(self._pins.remove, pattern))
+    async def unpin(self, pattern: str) -> reports.Unpinned:
+        return reports.Unpinned(pattern=await run_in_thread(self._pins.remove, pattern))
 
-    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> Evicted:
+    async def evict(self, to: int | None = None, *, dry_run: bool = False) -> reports.Evicted:
         return await self._eviction.evict(to, dry_run)
 
-    async def evictable(self, limit: int = PAGE) -> Evictable:
+    async def evictable(self, limit: int = PAGE) -> activity_reports.Evictable:
         return await run_in_thread(self._eviction.upcoming, limit)
 
-    async def scrub(self) -> Scrubbing:
+    async def scrub(self) -> reports.Scrubbing:
         self._scrub.start()
         return self._scrub.state()
 
-    async def scrubbing(self) -> Scrubbing:
+    async def scrubbing(self) -> reports.Scrubbing:
         return self._scrub.state()
 
-    async def collect(self, *, dry_run: bool = False) -> Collected:
+    async def collect(self, *, dry_run: bool = False) -> reports.Collected:
         return collected(await run_in_thread(self._collection().run, dry_run))
 
-    async def collected(self) -> Collected:
+    async def collected(self) -> reports.Collected:
         return collected(await run_in_thread(self._collection().last))
 
     def _collection(self) -> Collection:
@@ -348,25 +346,27 @@ class LocalOperations:
 
     # Preparation for an outage
 
-    async def warm(self, reference: str, platforms: Sequence[str] = (), referrers: bool = True) -> WarmRow:
+    async def warm(
+        self, reference: str, platforms: Sequence[str] = (), referrers: bool = True
+    ) -> reports.WarmRow:
         return await self._warmer.warm(reference, read_platforms("platforms", platforms), referrers)
 
     async def ready(
         self, references: Sequence[str], platforms: Sequence[str] = (), referrers: bool = True
-    ) -> list[ReadyRow]:
+    ) -> list[reports.ReadyRow]:
         only = read_platforms("platforms", platforms)
         return await run_in_thread(lambda: [self._judge(each, only, referrers) for each in references])
 
-    def _judge(self, text: str, platforms: Sequence[str], referrers: bool) -> ReadyRow:
+    def _judge(self, text: str, platforms: Sequence[str], referrers: bool) -> reports.ReadyRow:
         try:
             image = self._reader.reference("references", text)
         except FieldInvalid as error:
-            return ReadyRow(
+            return reports.ReadyRow(
                 asked=text, repository="", reference="", digest=None, state="absent", error=error.cause
             )
         return self._readiness.judge(image, platforms, referrers)
 
-    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> Drilling:
+    async def begin_drill(self, seconds: float, namespaces: Sequence[str] = ()) -> reports.Drilling:
         if not 0 < seconds < math.inf:
             raise FieldInvalid("seconds", "must be more than 0")
         for each in namespaces:
@@ -374,10 +374,10 @@ class LocalOperations:
                 raise FieldInvalid("namespaces", f"{each} is not a configured cache")
         return drilling(await self._drill_control().begin(seconds, namespaces))
 
-    async def drill(self) -> Drilling:
+    async def drill(self) -> reports.Drilling:
         return drilling(await self._drill_control().state())
 
-    async def end_drill(self) -> Drilling:
+    async def end_drill(self) -> reports.Drilling:
         return drilling(await self._drill_control().end())
 
     def _drill_control(self) -> DrillControl:

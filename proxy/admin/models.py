@@ -8,7 +8,11 @@ and durations seconds.  A time or duration without limit is None, since JSON has
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import msgspec
+
+Sort: TypeAlias = Literal["name", "updated", "used"]
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,7 +22,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 # Content
 
 
-class RepositoryRow(Model, frozen=True):
+class RepositoryRow(Model, frozen=True, gc=False):
     """One repository of a list.
 
     `bytes` is the size of the stored content that it may show, which it may share with others.
@@ -94,6 +98,78 @@ class ImageNode(Model, frozen=True):
     platform: str | None
     artifact_type: str | None
     children: list[ImageNode]
+
+
+class Found(Model, frozen=True):
+    """A part of the tags that match a pattern; `matched` is the number of all."""
+
+    images: list[ImageRow]
+    matched: int
+
+
+class BuildStep(Model, frozen=True):
+    """A step of the build of an image; one that is `empty` made no layer."""
+
+    created: float | None
+    created_by: str
+    comment: str
+    empty: bool
+
+
+class ConfigReport(Model, frozen=True):
+    """The configuration of an image, `config` being its digest; what it does not say is empty.
+
+    `annotations` are those of its manifest, whose digest is `digest`.
+    """
+
+    digest: str
+    config: str
+    created: float | None
+    author: str
+    os: str
+    architecture: str
+    variant: str
+    user: str
+    directory: str
+    entrypoint: list[str]
+    command: list[str]
+    environment: list[str]
+    ports: list[str]
+    volumes: list[str]
+    stop_signal: str
+    labels: dict[str, str]
+    annotations: dict[str, str]
+    history: list[BuildStep]
+
+
+class FileRow(Model, frozen=True):
+    """A file of a layer: `kind` is file, directory, symlink, hardlink, device or pipe; `link` its target."""
+
+    path: str
+    kind: str
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    modified: float
+    link: str | None
+
+
+class LayerFiles(Model, frozen=True):
+    """A part of the files of a layer that `matched`, of a `total`; in their order in the layer.
+
+    The layer has `size` bytes, of which `unpacked` came out.  If `cut` is not empty, it says why the rest was
+    not read.
+    """
+
+    digest: str
+    compression: str
+    size: int
+    unpacked: int
+    files: list[FileRow]
+    matched: int
+    total: int
+    cut: str
 
 
 class MoveRow(Model, frozen=True):

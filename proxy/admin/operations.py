@@ -19,6 +19,7 @@ from typing import Annotated, Any, Protocol, get_args, get_type_hints
 import msgspec
 
 from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
+from proxy.admin.models import Sort
 
 PAGE, LARGEST_PAGE = 100, 1000  # images, or references, of one request
 
@@ -45,6 +46,19 @@ class Operations(Protocol):
     ) -> models.Listed:
         """One page of tags, or with @ in the pattern of manifests.  `last` is `next` of the previous page."""
 
+    async def find(
+        self,
+        match: str = "*",
+        sort: Sort = "name",
+        reverse: bool = False,
+        offset: Annotated[int, msgspec.Meta(ge=0)] = 0,
+        limit: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_PAGE)] = PAGE,
+    ) -> models.Found:
+        """Tags in an order: `limit` of those that match, after the first `offset`.
+
+        They are sorted by their names, by when they were set or last confirmed, or by when they were used.
+        """
+
     async def show(self, ref: str) -> models.ImageTree:
         """The tree of manifests and blobs of one image."""
 
@@ -55,6 +69,18 @@ class Operations(Protocol):
         """The difference of two stored images.  `other` may be a digest alone, of the same repository.
         Without it, the image that the tag `ref` stood for before is compared with what it stands for.
         """
+
+    async def config(self, ref: str) -> models.ConfigReport:
+        """The configuration of an image, with its history."""
+
+    async def files(
+        self,
+        ref: str,
+        search: str = "",
+        offset: Annotated[int, msgspec.Meta(ge=0)] = 0,
+        limit: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_PAGE)] = PAGE,
+    ) -> models.LayerFiles:
+        """The files of a layer, `name@digest`, whose paths contain `search`."""
 
     async def stats(self, period: str = "7d") -> models.Stats:
         """How much traffic the cache has saved in the last `period`, a duration."""
@@ -72,6 +98,9 @@ class Operations(Protocol):
 
         Raises Unsupported if there is no audit log.
         """
+
+    async def upstreams(self) -> list[reports.UpstreamRow]:
+        """The hosts of all upstreams: whether they are asked, and what is left of their rate limits."""
 
     async def why(self, ref: str) -> reports.Why:
         """What a pull would do now, and by which rules.  No upstream is asked."""
@@ -233,6 +262,7 @@ OPERATIONS = {
     for each in (
         Operation(Operations.repositories, "GET", "repositories", summary=True),
         Operation(Operations.images, "GET", "images", summary=True),
+        Operation(Operations.find, "GET", "find", summary=True),
         Operation(Operations.show, "GET", "image"),
         Operation(Operations.history, "GET", "history"),
         Operation(Operations.diff, "GET", "diff"),
@@ -240,6 +270,9 @@ OPERATIONS = {
         Operation(Operations.fills, "GET", "fills"),
         Operation(Operations.watch, "GET", "fills/events", stream=True),
         Operation(Operations.audit, "GET", "audit"),
+        Operation(Operations.config, "GET", "config"),
+        Operation(Operations.files, "GET", "files"),
+        Operation(Operations.upstreams, "GET", "upstreams"),
         Operation(Operations.why, "GET", "why"),
         Operation(Operations.policy, "GET", "policy"),
         Operation(Operations.held, "GET", "held"),

@@ -218,6 +218,12 @@ class HostRow(Model, frozen=True):
     refused: list[RefusalRow]
 
 
+class UpstreamRow(HostRow, frozen=True):
+    """A host of the upstream of a namespace."""
+
+    namespace: str
+
+
 class Why(Model, frozen=True):
     """What a pull of `reference` would do now: `verdict` is one word, `because` a sentence.
 

@@ -9,8 +9,18 @@ import msgspec
 from yarl import URL
 
 from proxy.admin.models import DayRow, StatsRow, WebhookRow
-from proxy.admin.reports import Collected, CollectedRow, Drilling, Evicted, ExpiredRow, MissedRow, ScrubRow
+from proxy.admin.reports import (
+    Collected,
+    CollectedRow,
+    Drilling,
+    Evicted,
+    ExpiredRow,
+    MissedRow,
+    Refreshed,
+    ScrubRow,
+)
 from proxy.cache.drill import DrillState
+from proxy.cache.refresh import RefreshResult
 from proxy.config.webhooks import WebhookConfig
 from proxy.webhooks.queue import Queue
 from storage.maintenance import collection
@@ -70,6 +80,20 @@ def evicted(reports: Sequence[EvictionReport], dry_run: bool) -> Evicted:
         seconds=sum(each.seconds for each in reports),
         short=reports[-1].short,
         dry_run=dry_run,
+    )
+
+
+def refreshed(done: RefreshResult) -> Refreshed:
+    return Refreshed(
+        repository=done.repository,
+        reference=str(done.reference),
+        digest=str(done.digest),
+        new=done.new,
+        moved=None if done.moved is None else str(done.moved),
+        manifests=done.manifests,
+        blobs=done.blobs,
+        fetched=done.fetched,
+        bytes=done.bytes,
     )
 
 

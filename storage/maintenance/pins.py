@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import msgspec
 
 from storage.errors import DigestInvalid, NameInvalid, StorageUnavailable, TagInvalid
 from storage.graph import ManifestTree, Walk, referring, walk
 from storage.keys import MANIFEST, PIN, TAG, parse_reference_key
-from storage.names import is_glob, literal_prefix, matches_glob
+from storage.names import glob_matcher, is_glob, literal_prefix
 from storage.oci import (
     PLATFORM,
     Digest,
@@ -77,10 +77,7 @@ class Pin:
 
     def matches(self, repository: str, reference: str) -> bool:
         """Whether a tag or digest of the repository, given by its full name, matches."""
-        named, kind, referred = self.parts
-        if (kind == "@") != (":" in reference):
-            return False
-        return matches_glob(repository, named) and fnmatchcase(reference, referred)
+        return _matcher(self.pattern)(repository, reference)
 
     @property
     def exact(self) -> tuple[str, Reference] | None:
@@ -104,6 +101,13 @@ class Pin:
         if name != repository:
             return records.prefix() + name
         return records.prefix(name) + literal_prefix(reference)[:-1]
+
+
+@lru_cache(maxsize=256)
+def _matcher(pattern: str) -> Callable[[str, str], bool]:
+    named, kind, referred = Pin(pattern).parts
+    names, references, digests = glob_matcher(named), glob_matcher(referred), kind == "@"
+    return lambda name, reference: (":" in reference) == digests and names(name) and references(reference)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,10 @@ class Usage:
         found = self._totals.repositories(prefix)
         return {name: total.counted.used for name, total in found if total.counted and total.counted.used}
 
+    def counted_by(self, records: Records) -> bool:
+        """Whether the totals in `records` count what is used."""
+        return records is self._records
+
     def moves(self, repository: str, tag: str) -> list[Move]:
         """Oldest first."""
         return parse_moves(self._records.get(MOVES.key(repository, tag)))

@@ -75,6 +75,7 @@ class AdminClient:
 
     repositories = _sent(Operations.repositories)
     images = _sent(Operations.images)
+    find = _sent(Operations.find)
     show = _sent(Operations.show)
     history = _sent(Operations.history)
     diff = _sent(Operations.diff)
@@ -82,6 +83,9 @@ class AdminClient:
     fills = _sent(Operations.fills)
     watch = _streamed(Operations.watch)
     audit = _sent(Operations.audit)
+    config = _sent(Operations.config)
+    files = _sent(Operations.files)
+    upstreams = _sent(Operations.upstreams)
     why = _sent(Operations.why)
     policy = _sent(Operations.policy)
     held = _sent(Operations.held)

@@ -1,0 +1,198 @@
+"""A closer look at what is stored: tags in any order, the configuration of an image, the files of a layer.
+
+Reading is no use of an image, and asks no upstream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from proxy.admin.inventory import Inventory
+from proxy.admin.models import BuildStep, ConfigReport, FileRow, Found, LayerFiles, Sort
+from proxy.namespaces.references import FieldInvalid, ReferenceReader
+from storage.archives.layer import LayerListing
+from storage.concurrency import run_in_thread
+from storage.errors import BlobUnknown, ManifestUnknown
+from storage.graph import contents
+from storage.maintenance.pins import Pin
+from storage.names import written
+from storage.oci import Digest
+from storage.store import Store
+
+CONFIG_LIMIT = 4 << 20  # bytes; those of images have some kilobytes
+
+
+class Inspection:
+    """Looks into stores; `inventory_of` gives that of a namespace.  Raises RegistryError, FieldInvalid."""
+
+    def __init__(
+        self,
+        inventories: Sequence[Inventory],
+        reader: ReferenceReader,
+        inventory_of: Callable[[str], Inventory],
+    ) -> None:
+        self._inventories = inventories
+        self._reader = reader
+        self._inventory_of = inventory_of
+        self._turn = asyncio.Semaphore()  # to list files takes a core for seconds
+
+    async def find(self, match: str, sort: Sort, reverse: bool, offset: int, limit: int) -> Found:
+        pattern = self._reader.listing("match", match)
+        if pattern.parts[1] == "@":
+            raise FieldInvalid("match", "expected a pattern of tags: without @")
+        return await run_in_thread(self._find, pattern, sort, reverse, offset, limit)
+
+    def _find(self, pattern: Pin, sort: Sort, reverse: bool, offset: int, limit: int) -> Found:
+        entries = [
+            (entry, inventory)
+            for inventory in self._inventories
+            for entry in inventory.entries(pattern, sort)
+        ]
+        entries.sort(key=lambda each: each[0], reverse=reverse)
+        page = entries[offset : offset + limit]
+        rows = [inventory.row(repository, tag) for (_, repository, tag), inventory in page]
+        return Found(images=rows, matched=len(entries))
+
+    async def config(self, ref: str) -> ConfigReport:
+        image = self._reader.reference("ref", ref)
+        inventory = self._inventory_of(image.namespace)
+        store = inventory.store
+        digest = await run_in_thread(inventory.digest, image.repository, image.reference)
+        if digest is None:
+            raise ManifestUnknown(f"{written(image.repository, image.reference)} is not stored")
+        manifest = (await run_in_thread(store.manifest, image.repository, digest))[0]
+        content = contents(manifest.content)
+        if content is None or content.config is None:
+            raise FieldInvalid("ref", "has no configuration: name a manifest of the index by its digest")
+        blob = await read_blob(store, image.repository, content.config.digest)
+        return config_report(str(digest), str(content.config.digest), content.annotations, blob)
+
+    async def files(self, ref: str, search: str, offset: int, limit: int) -> LayerFiles:
+        image = self._reader.reference("ref", ref)
+        if not isinstance(image.reference, Digest):
+            raise FieldInvalid("ref", "expected a layer by its digest, name@sha256:…")
+        store = self._inventory_of(image.namespace).store
+        if await run_in_thread(store.linked, image.repository, image.reference) is None:
+            raise BlobUnknown(f"{image.repository} has no blob {image.reference}")
+        async with self._turn:
+            return await _files(store, image.repository, image.reference, search, offset, limit)
+
+
+async def _files(
+    store: Store, repository: str, digest: Digest, search: str, offset: int, limit: int
+) -> LayerFiles:
+    listing, rows, matched = LayerListing(), list[FileRow](), 0
+
+    def read(chunk: bytes) -> None:
+        nonlocal matched
+        for each in listing.feed(chunk):
+            if search in each.path:
+                if offset <= matched < offset + limit:
+                    rows.append(FileRow(**each._asdict()))
+                matched += 1
+
+    blob = await store.get_blob(repository, digest)
+    try:
+        async for chunk in blob.chunks():
+            await run_in_thread(read, bytes(chunk))
+            if listing.done:
+                break
+    finally:
+        await blob.close()
+    listing.finish()
+    return LayerFiles(
+        digest=str(digest),
+        compression=listing.compression,
+        size=blob.descriptor.size,
+        unpacked=listing.read,
+        files=rows,
+        matched=matched,
+        total=listing.count,
+        cut=listing.cut,
+    )
+
+
+async def read_blob(store: Store, repository: str, digest: Digest) -> bytes:
+    """A small blob.  Raises BlobUnknown, FieldInvalid if it is large."""
+    if await run_in_thread(store.linked, repository, digest) is None:
+        raise BlobUnknown(f"{repository} has no blob {digest}")
+    blob = await store.get_blob(repository, digest)
+    try:
+        content = bytearray()
+        async for chunk in blob.chunks():
+            content += chunk
+            if len(content) > CONFIG_LIMIT:
+                raise FieldInvalid("ref", f"its configuration has more than {CONFIG_LIMIT} bytes")
+        return bytes(content)
+    finally:
+        await blob.close()
+
+
+# The configuration of an image: image-spec, config.md.  Nothing in it is as it should be for certain.
+
+
+def config_report(digest: str, config: str, annotations: Any, content: bytes) -> ConfigReport:
+    """What a configuration says, as far as it has the form of one."""
+    try:
+        found = _mapping(msgspec.json.decode(content))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = {}
+    run = _mapping(found.get("config"))
+    return ConfigReport(
+        digest=digest,
+        config=config,
+        created=_time(found.get("created")),
+        author=_text(found.get("author")),
+        os=_text(found.get("os")),
+        architecture=_text(found.get("architecture")),
+        variant=_text(found.get("variant")),
+        user=_text(run.get("User")),
+        directory=_text(run.get("WorkingDir")),
+        entrypoint=_texts(run.get("Entrypoint")),
+        command=_texts(run.get("Cmd")),
+        environment=_texts(run.get("Env")),
+        ports=sorted(map(_text, _mapping(run.get("ExposedPorts")))),
+        volumes=sorted(map(_text, _mapping(run.get("Volumes")))),
+        stop_signal=_text(run.get("StopSignal")),
+        labels={_text(name): _text(value) for name, value in _mapping(run.get("Labels")).items()},
+        annotations={_text(name): _text(value) for name, value in annotations.items()},
+        history=[
+            BuildStep(
+                created=_time(each.get("created")),
+                created_by=_text(each.get("created_by")),
+                comment=_text(each.get("comment")),
+                empty=each.get("empty_layer") is True,
+            )
+            for each in map(_mapping, _list(found.get("history")))
+        ],
+    )
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _texts(value: object) -> list[str]:
+    return [each for each in _list(value) if isinstance(each, str)]
+
+
+def _time(value: object) -> float | None:
+    """RFC 3339 as seconds since the epoch; None without one, and for the year 1."""
+    try:
+        at = datetime.fromisoformat(_text(value)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return at if at > 0 else None

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import aiohttp
+import yaml
+from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.clients.processes import require
+from tests.fleet import free_ports
 
+SCRAPED = "Scraped"  # fires once all targets have been scraped
 Samples = dict[str, float]
 
 
@@ -28,3 +39,94 @@ def promtool(*arguments: str, standard_input: str = "") -> str:
         ["promtool", *arguments], input=standard_input, capture_output=True, text=True, timeout=60
     )
     return "" if done.returncode == 0 and not done.stderr else done.stdout + done.stderr
+
+
+Alerts = dict[str, list[dict[str, str]]]  # the labels of each alert that has fired, by its name
+
+
+class PrometheusServer:
+    """A Prometheus that scrapes `targets` and evaluates `rules`, and sends alerts here.
+
+    Rules fire at once: for how long their condition has to last is left out.
+    """
+
+    def __init__(self, directory: Path, targets: Sequence[str], rules: Sequence[Path]) -> None:
+        self.fired: Alerts = {}
+        self._directory = directory
+        self._targets = targets
+        self._rules = rules
+        self._news = asyncio.Event()
+        self.url = ""
+
+    async def __aenter__(self) -> PrometheusServer:
+        require("prometheus", root=False)
+        port, receiver = free_ports(2)
+        self.url = f"http://127.0.0.1:{port}"
+        application = web.Application()
+        application.router.add_post("/api/v2/alerts", self._receive)
+        self._runner = web.AppRunner(application)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", receiver).start()
+        self._process = await asyncio.create_subprocess_exec(
+            *("prometheus", f"--config.file={self._configure(receiver)}", "--log.level=error"),
+            *(f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={self._directory / 'data'}"),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={"PATH": os.environ["PATH"], "GOMAXPROCS": "1"},
+        )
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._process.kill()
+        await self._process.wait()
+        await self._runner.cleanup()
+        await asyncio.sleep(0)
+
+    def _configure(self, receiver: int) -> Path:
+        files = []
+        for path in self._rules:
+            tree = yaml.safe_load(path.read_text())
+            for group in tree["groups"]:
+                for rule in group["rules"]:
+                    rule.pop("for", None)
+            files.append(self._directory / path.name)
+            files[-1].write_text(yaml.safe_dump(tree))
+        scraped = {"alert": SCRAPED, "expr": f"sum(min_over_time(up[1m])) >= {len(self._targets)}"}
+        files.append(self._directory / "scraped.yml")
+        files[-1].write_text(yaml.safe_dump({"groups": [{"name": "scraped", "rules": [scraped]}]}))
+        tree = {
+            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"},
+            "rule_files": [str(each) for each in files],
+            "alerting": {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{receiver}"]}]}]},
+            "scrape_configs": [
+                {"job_name": "entrepot", "static_configs": [{"targets": list(self._targets)}]}
+            ],
+        }
+        path = self._directory / "prometheus.yml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        for alert in await request.json():
+            self.fired.setdefault(alert["labels"]["alertname"], []).append(alert["labels"])
+        self._news.set()
+        self._news = asyncio.Event()
+        return web.Response()
+
+    async def wait_for(self, *alerts: str, seconds: float = 60.0) -> set[str]:
+        """Wait until all of these have fired; those that have not in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while set(alerts) - set(self.fired):
+                    await self._news.wait()
+        return set(alerts) - set(self.fired)
+
+    async def query(self, expression: str) -> list[dict[str, Any]]:
+        """The result of a query.  Fails if Prometheus refuses it."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{self.url}/api/v1/query", params={"query": expression}) as response,
+        ):
+            answer = await response.json()
+        assert answer["status"] == "success", f"{expression}: {answer.get('error')}"
+        return list(answer["data"]["result"])

@@ -128,6 +128,8 @@ class Housekeeper:
             with suppress(StorageFailed, Cancelled):
                 if await run_in_thread(self._eviction.over, coming):
                     await run_in_thread(self._eviction.shrink, coming)
+                else:
+                    self._composition.metrics.eviction_short.set(0)
 
     async def _round(self) -> None:
         begun = time.monotonic()

@@ -52,8 +52,7 @@ class Observation:
         for webhook in parts.config.webhooks:
             for result in ("queued", "delivered", "failed", "dropped", "lost"):
                 metrics.webhook_events.labels(webhook.name, result)
-        if (limit := parts.config.disk.cache_limit) is not None:
-            metrics.cache_limit.set(limit)
+        metrics.cache_limit.set(parts.config.disk.cache_limit or 0)
 
     async def observe(self) -> None:
         """Bring the states up to date."""

@@ -210,7 +210,9 @@ class Metrics:
         "livemostrecent",
         "namespace",
     )
-    cache_limit = _gauge("entrepot_cache_limit_bytes", "disk.cache_limit, if it is set.", "livemostrecent")
+    cache_limit = _gauge(
+        "entrepot_cache_limit_bytes", "disk.cache_limit, 0 without a limit.", "livemostrecent"
+    )
     disk_size = _gauge("entrepot_disk_size_bytes", "Size of the disk of disk.path.", "livemostrecent")
     disk_free = _gauge("entrepot_disk_free_bytes", "Free space of that disk.", "livemostrecent")
     disk_min_free = _gauge(

@@ -135,6 +135,21 @@ OTHER = "the signature is of another digest, sha256:bf4765d502ffaa0c"
         ("keyless-tampered", "the bundle is refused: DSSE: invalid signature"),
         ("keyless-no-log", "the bundle has no entry of a transparency log"),
         (
+            "formerly-email",
+            "the identity that signed is mallory@mail.test, not https://git.test/acme/*",
+        ),
+        ("formerly-other-issuer", "the issuer of the identity is https://elsewhere.test, not https://tokens"),
+        ("formerly-late", "its certificate was not valid at 20"),
+        ("formerly-foreign", "its certificate is not issued by an authority of the trusted root"),
+        ("formerly-elsewhere", "its entry is of the log "),
+        ("formerly-unlogged", "its certificate is not in a log of certificates that is trusted"),
+        ("formerly-other-digest", OTHER),
+        ("formerly-no-entry", "it has no entry of a transparency log (annotation dev.sigstore.cosign/bu"),
+        ("formerly-other-key", "the signature is by another key, or the content was changed"),
+        ("formerly-other-time", "its entry was changed: the transparency log did not sign it"),
+        ("formerly-tampered", "the signature is by another key, or the content was changed"),
+        ("formerly-other-entry", "its log entry is about other content"),
+        (
             "timestamped-not",
             "the bundle is refused: bundle must contain an inclusion promise or signed timestamp(s)",
         ),
@@ -164,7 +179,7 @@ def test_every_bad_case_is_refused_for_a_reason_of_its_own() -> None:
     told = test_a_refusal_says_why.pytestmark[0].args[1]  # type: ignore[attr-defined]
     bad = {name for name, case in CASES.items() if not case.good and name != "unsigned"}
     assert bad - {name for name, _ in told} == {
-        "attested-classic", "attested-other-key", "attested-provenance", "attested-scan",
+        "attested-classic", "attested-formerly", "attested-other-key", "attested-provenance", "attested-scan",
     }  # fmt: skip
 
 
@@ -175,6 +190,12 @@ def test_an_attestation_proves_its_statement_and_is_no_signature(name: str) -> N
     assert proof.predicate["runDetails"]["builder"]["id"] == "https://build.test/runner"
 
 
+def test_an_attestation_by_an_identity_in_the_classic_form() -> None:
+    (proof,), _ = proofs(CASES["attested-formerly"])
+    assert proof.predicate_type == "https://slsa.dev/provenance/v1"
+    assert proof.predicate["builder"]["id"] == "https://build.test/runner"
+
+
 @pytest.mark.parametrize(
     ("name", "signer", "says"),
     [
@@ -182,6 +203,8 @@ def test_an_attestation_proves_its_statement_and_is_no_signature(name: str) -> N
         ("keyless", "ecdsa", "it is signed by the certificate of an identity, not by a key"),
         ("bundle-ecdsa", "keyless", "it is signed by a key, not by the certificate of an identity"),
         ("classic-ecdsa", "keyless", "it is a signature of the form simple signing, not by the certificate"),
+        ("formerly", "keyless", "its entry is of the log "),
+        ("formerly", "ecdsa", "the signature is by another key, or the content was changed"),
         (
             "classic-ecdsa",
             "notary-rsa",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Clock, Serve, Site
-from tests.signing.cases import DATA, LATER, ROOTS, SignedCase, cases
+from tests.signing.cases import DATA, LATER, ROOTS, VERIFYING, SignedCase, cases
 from tests.signing.tools import Ran, Tools
 from tests.signing.upstreams import SIGNERS, publish
 from tests.upstream import Upstream
@@ -40,8 +40,7 @@ def verify(tools: Tools, image: str, case: SignedCase) -> Ran:
         return tools.verify_with_notation(image, DATA / f"{case.signer}.pem")
     if case.signer in ROOTS:
         root = ("--trusted-root", str(DATA / ROOTS[case.signer]))
-        timed = ("--use-signed-timestamps",) if case.signer == "timestamped" else ()
-        return tools.verify_with_cosign(image, *root, *timed, *IDENTITY, *ISSUER)
+        return tools.verify_with_cosign(image, *root, *VERIFYING.get(case.signer, ()), *IDENTITY, *ISSUER)
     return tools.verify_with_cosign(
         image, "--key", str(DATA / f"{case.signer}.pub"), "--insecure-ignore-tlog",
         *(["--experimental-oci11"] if case.signer == "referring" else []),

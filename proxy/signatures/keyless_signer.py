@@ -1,8 +1,8 @@
 """An identity as a signer: "keyless" signatures of sigstore, whose certificate names who signed in.
 
-The `sigstore` library verifies them, without a network, against a trusted root file: the certificate and the
-log that it is in, the entry of the transparency log with its proof of inclusion, the time.  It is imported
-only where such a signer is configured.
+The `sigstore` library verifies bundles, without a network, against a trusted root file: the certificate and
+the log that it is in, the entry of the transparency log with its proof of inclusion, the time.  It is
+imported only where such a signer is configured.  ClassicKeyless verifies those in cosign's classic form.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 
 from proxy.signatures.certificates import UNREADABLE
+from proxy.signatures.classic_keyless import ClassicKeyless
 from proxy.signatures.errors import SignatureRefused, SignerInvalid
 from proxy.signatures.forms import FoundSignature, Proof
 from proxy.signatures.simple_signing import CERTIFICATE
 from proxy.signatures.statements import Statement
 from proxy.signatures.strict_json import decode_object
+from proxy.signatures.trust_material import TrustMaterial
 from storage.oci import Descriptor
 
 if TYPE_CHECKING:
@@ -58,15 +60,15 @@ class KeylessSigner:
 
     def __init__(self, trusted_root: Path, pattern: IdentityPattern) -> None:
         self._verifier = _verifier(trusted_root)
+        self._classic = ClassicKeyless(TrustMaterial(trusted_root), pattern)
         self._pattern = pattern
 
     def verify(self, signature: FoundSignature, target: Descriptor, now: datetime) -> Proof:
+        if signature.form in ("simple signing", "envelope") and CERTIFICATE in signature.annotations:
+            return self._classic.verify(signature, target)
         if signature.form != "bundle":
-            signed = CERTIFICATE in signature.annotations
             raise SignatureRefused(
-                "it is keyless in cosign's former format, without the log's proof: sign it with a bundle"
-                if signed
-                else f"it is a signature of the form {signature.form}, not by the certificate of an identity"
+                f"it is a signature of the form {signature.form}, not by the certificate of an identity"
             )
         _check_material(decode_object(signature.content, "the bundle").get("verificationMaterial"))
         payload_type, payload = self._open(signature.content)

@@ -10,7 +10,9 @@ from proxy.signatures.strict_json import decode_object, text_member
 from storage.oci import Digest
 
 SIGNATURE = "dev.cosignproject.cosign/signature"
+# Of keyless signatures: the certificate, and the entry of the transparency log.
 CERTIFICATE = "dev.sigstore.cosign/certificate"
+LOG_ENTRY = "dev.sigstore.cosign/bundle"
 TYPE = "cosign container image signature"
 _WHAT = "the payload of the signature"
 

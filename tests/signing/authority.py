@@ -15,16 +15,21 @@ import time
 from copy import copy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 ISSUER_OID = x509.ObjectIdentifier("1.3.6.1.4.1.57264.1.8")
+FORMER_ISSUER_OID = x509.ObjectIdentifier("1.3.6.1.4.1.57264.1.1")  # Fulcio writes both
 SCT_OID = x509.ObjectIdentifier("1.3.6.1.4.1.11129.2.4.2")
 ORIGIN = "log.test - 1"  # as Rekor 1 names a tree
 FIRST = hashlib.sha256(b"\0first").digest()  # the hash of the first entry of the log
@@ -76,6 +81,17 @@ class KeylessAuthority:
             .sign(self._ca, SHA256())
         )
 
+    def with_other(self, part: Literal["authority", "log", "certificate log"]) -> KeylessAuthority:
+        """The same authority, but for one part with a key of its own."""
+        same, other = copy(self), KeylessAuthority()
+        if part == "authority":
+            same._ca, same.root, same._name = other._ca, other.root, other._name
+        elif part == "log":
+            same._log = other._log
+        else:
+            same._ct = other._ct
+        return same
+
     def later(self, late: timedelta) -> KeylessAuthority:
         """The same authority, whose log takes entries so long after the signature."""
         same = copy(self)
@@ -91,19 +107,28 @@ class KeylessAuthority:
     def app(self) -> web.Application:
         app = web.Application()
         app.router.add_post("/api/v2/signingCert", self._certify)
+        app.router.add_post("/api/v1/signingCert", self._certify_formerly)
         app.router.add_post("/api/v1/log/entries", self._enter)
         return app
 
     async def _certify(self, request: web.Request) -> web.Response:
         asked = await request.json()
-        token = request.headers["Authorization"].removeprefix("Bearer ").split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
         key = load_pem_public_key(asked["publicKeyRequest"]["publicKey"]["content"].encode())
-        leaf = self._leaf(key, claims)
-        chain = [each.public_bytes(Encoding.PEM).decode() for each in (leaf, self.root)]
+        chain = self._chain(key, request)
         return web.json_response({"signedCertificateEmbeddedSct": {"chain": {"certificates": chain}}})
 
-    def _leaf(self, key: Any, claims: dict[str, Any]) -> x509.Certificate:
+    async def _certify_formerly(self, request: web.Request) -> web.Response:
+        """As cosign 2 asks for it: fulcio, openapi of version 1."""
+        asked = await request.json()
+        key = load_pem_public_key(base64.b64decode(asked["publicKey"]["content"]))
+        return web.Response(status=201, text="".join(self._chain(key, request)))
+
+    def _chain(self, key: Any, request: web.Request) -> list[str]:
+        token = request.headers["Authorization"].removeprefix("Bearer ").split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
+        return [each.public_bytes(Encoding.PEM).decode() for each in (self.leaf(key, claims), self.root)]
+
+    def leaf(self, key: Any, claims: dict[str, Any]) -> x509.Certificate:
         now = datetime.now(UTC)
         issuer = claims["iss"].encode()
         identity = claims.get("email") or claims["sub"]
@@ -129,6 +154,7 @@ class KeylessAuthority:
             .add_extension(
                 x509.UnrecognizedExtension(ISSUER_OID, bytes([0x0C, len(issuer)]) + issuer), critical=False
             )
+            .add_extension(x509.UnrecognizedExtension(FORMER_ISSUER_OID, issuer), critical=False)
         )
         tbs = builder.sign(self._ca, SHA256()).tbs_certificate_bytes
         listed = self._timestamp(tbs)
@@ -152,8 +178,13 @@ class KeylessAuthority:
         return b"\x04" + _length(len(listed)) + listed
 
     async def _enter(self, request: web.Request) -> web.Response:
-        proposed = await request.json()
-        body = canonical(_logged(proposed))
+        uuid, entry = self.entry(_logged(await request.json()))
+        headers = {"ETag": uuid, "Location": f"/api/v1/log/entries/{uuid}"}
+        return web.json_response({uuid: entry}, status=201, headers=headers)
+
+    def entry(self, logged: Any) -> tuple[str, dict[str, Any]]:
+        """The name of an entry with that body, and the entry, as Rekor answers it."""
+        body = canonical(logged)
         at = int(time.time() + self._late.total_seconds())
         log_id = hashlib.sha256(spki(self._log)).digest()
         leaf = hashlib.sha256(b"\0" + body).digest()
@@ -168,8 +199,39 @@ class KeylessAuthority:
             "treeSize": 2,
         }  # fmt: skip
         entry["verification"] = {"inclusionProof": proof, "signedEntryTimestamp": b64(promise)}
-        headers = {"ETag": root.hex(), "Location": f"/api/v1/log/entries/{root.hex()}"}
-        return web.json_response({root.hex(): entry}, status=201, headers=headers)
+        return root.hex(), entry
+
+    def trusted_root(self, chain: Any = None, **periods: dict[str, str]) -> dict[str, Any]:
+        """What a trusted root file has.
+
+        chain: the certificates of the authority, the root at the end
+        periods: when tlogs, ctlogs and authorities are trusted; else always
+        """
+        always = {"start": "2020-01-01T00:00:00Z"}
+        logs = {
+            name: [
+                {
+                    "baseUrl": f"http://{name}.test",
+                    "hashAlgorithm": "SHA2_256",
+                    "publicKey": {
+                        "rawBytes": b64(spki(key)),
+                        "keyDetails": "PKIX_ECDSA_P256_SHA_256",
+                        "validFor": periods.get(name, always),
+                    },
+                    "logId": {"keyId": b64(hashlib.sha256(spki(key)).digest())},
+                }
+            ]
+            for name, key in (("tlogs", self._log), ("ctlogs", self._ct))
+        }
+        listed = [{"rawBytes": b64(each.public_bytes(Encoding.DER))} for each in chain or [self.root]]
+        authority = {
+            "subject": {"organization": "authority.test", "commonName": "authority.test"},
+            "uri": "http://fulcio.test",
+            "certChain": {"certificates": listed},
+            "validFor": periods.get("authorities", always),
+        }
+        kind = "application/vnd.dev.sigstore.trustedroot+json;version=0.1"
+        return {"mediaType": kind, "certificateAuthorities": [authority], **logs}
 
 
 def _logged(proposed: dict[str, Any]) -> dict[str, Any]:

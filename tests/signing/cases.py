@@ -12,7 +12,13 @@ from typing import Any
 from storage.oci import Descriptor, Digest, Manifest
 
 LATER = 1_800_000_000.0  # when the signatures were made, and some have expired
-ROOTS = {"keyless": "trusted_root.json", "timestamped": "timestamped_root.json"}
+ROOTS = {
+    "keyless": "trusted_root.json",
+    "timestamped": "timestamped_root.json",
+    "formerly": "formerly_root.json",
+}
+# How cosign is told to verify them.  Without --offline it asks the log of the public sigstore for entries.
+VERIFYING = {"timestamped": ("--use-signed-timestamps",), "formerly": ("--offline",)}
 DATA = Path(__file__).parent.parent / "data" / "signatures"
 
 

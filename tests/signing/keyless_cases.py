@@ -26,15 +26,7 @@ from tests.signing.tools import served, token
 def make_keyless(maker: Maker) -> None:
     trusted, foreign = KeylessAuthority(), KeylessAuthority()
     late = trusted.later(timedelta(hours=1))
-    trusted.write(maker.tools.home)
-    began = f"{datetime.now(UTC) - timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
-    maker.tools.run(
-        "cosign", "trusted-root", "create", "--out", "trusted_root.json",
-        "--fulcio", "url=http://fulcio.test,certificate-chain=fulcio.pem",
-        "--rekor", f"url=http://log.test,public-key=log.pub,start-time={began}",
-        "--ctfe", f"url=http://ct.test,public-key=ct.pub,start-time={began}",
-    )  # fmt: skip
-    shutil.copy(maker.tools.home / "trusted_root.json", maker.target / "trusted_root.json")
+    began = write_trusted_root(maker, trusted, "trusted_root.json")
     with ExitStack() as stack:
         urls = {}
         for name, authority in (("trusted", trusted), ("late", late), ("foreign", foreign)):
@@ -46,6 +38,20 @@ def make_keyless(maker: Maker) -> None:
                 "--rekor-config", "ANY",
             )  # fmt: skip
         _make_keyless_cases(maker)
+
+
+def write_trusted_root(maker: Maker, authority: KeylessAuthority, name: str) -> str:
+    """Have cosign write a trusted root, and return since when it is trusted."""
+    authority.write(maker.tools.home)
+    began = f"{datetime.now(UTC) - timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+    maker.tools.run(
+        "cosign", "trusted-root", "create", "--out", name,
+        "--fulcio", "url=http://fulcio.test,certificate-chain=fulcio.pem",
+        "--rekor", f"url=http://log.test,public-key=log.pub,start-time={began}",
+        "--ctfe", f"url=http://ct.test,public-key=ct.pub,start-time={began}",
+    )  # fmt: skip
+    shutil.copy(maker.tools.home / name, maker.target / name)
+    return began
 
 
 def sign_keyless(

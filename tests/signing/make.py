@@ -13,6 +13,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.signing.classic_keyless_cases import make_classic_keyless
 from tests.signing.key_cases import (
     make_attestations,
     make_bundles,
@@ -64,6 +65,7 @@ def main(target: Path, *only: str) -> None:
             make_index,
             make_keyless,
             make_timestamped,
+            make_classic_keyless,
             make_notary,
         ):
             if make.__name__ in only or not only:

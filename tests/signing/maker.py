@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.signing.cases import ROOTS
+from tests.signing.cases import ROOTS, VERIFYING
 from tests.signing.tools import HTTPRegistry, Tools
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -137,7 +137,7 @@ class Maker:
             ran = self.tools.verify_with_cosign(
                 image, "--trusted-root", str(self.target / ROOTS[case.signer]),
                 "--certificate-identity", IDENTITY, "--certificate-oidc-issuer", ISSUER,
-                *(["--use-signed-timestamps"] if case.signer == "timestamped" else []),
+                *VERIFYING.get(case.signer, ()),
             )  # fmt: skip
         else:
             ran = self.tools.verify_with_cosign(

@@ -201,5 +201,5 @@ def token(issuer: str, subject: str) -> str:
     claims = {"iss": issuer, "sub": subject, "aud": "sigstore", "exp": int(time.time()) + 3600}
     if "@" in subject:
         claims |= {"email": subject, "email_verified": True}
-    parts = [json.dumps(each).encode() for each in ({"alg": "none"}, claims)] + [b"none"]
+    parts = [json.dumps(each).encode() for each in ({"alg": "ES256"}, claims)] + [b"none"]
     return ".".join(base64.urlsafe_b64encode(each).rstrip(b"=").decode() for each in parts)

@@ -28,6 +28,7 @@ from proxy.config import loader
 from proxy.config.schema import Config
 from proxy.server.process import ServerProcess
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.tracing import Tracer
 from proxy.upstream import client, transport
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
@@ -194,6 +195,7 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
         top: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
         more: dict[str, Any] | None = None,
+        tracer: Tracer | None = None,
         **keys: Any,
     ) -> Site:
         url = upstream if isinstance(upstream, str) else upstream.url
@@ -225,6 +227,7 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
                 },
             ),
             clock,
+            tracer=tracer,
         )
         await app.start()
         # Bodies are compared to the byte: the client must not decode or hide anything.

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from proxy.server.process import ServerProcess
+from proxy.telemetry.tracing import Tracer
 from proxy.upstream.rendezvous import ranked
 from tests.conftest import Clock, Site, configuration
 
@@ -52,7 +53,7 @@ class Replicas:
         return [self.all[self.urls.index(each)] for each in ranked(key, self.urls)]
 
 
-async def start(directory: Path, clock: Clock, tree: dict[str, Any]) -> Replica:
+async def start(directory: Path, clock: Clock, tree: dict[str, Any], tracer: Tracer | None = None) -> Replica:
     """A server with its own disk in `directory`, and the keys of `tree`."""
     directory.mkdir(parents=True, exist_ok=True)
     base = {
@@ -60,7 +61,7 @@ async def start(directory: Path, clock: Clock, tree: dict[str, Any]) -> Replica:
         "drain": "1s",
         "disk": {"path": str(directory / "disk")},
     }
-    app = ServerProcess(configuration(directory, {**base, **tree}), clock)
+    app = ServerProcess(configuration(directory, {**base, **tree}), clock, tracer=tracer)
     await app.start()
     connector = aiohttp.TCPConnector(ssl=False)
     timeout = aiohttp.ClientTimeout(total=30)

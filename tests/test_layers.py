@@ -59,6 +59,7 @@ OWNERS = {
     "sigstore": "proxy.signatures.",
     "cbor2": "proxy.signatures.",
     "aiohttp": "proxy.",
+    "opentelemetry": "proxy.telemetry.otel",
 }
 
 ALLOWED = {

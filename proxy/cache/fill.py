@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import structlog
 
 from proxy.cache.readers import BlobSource
-from proxy.cache.rest import Rest
+from proxy.cache.rest import Idle, Rest
+from proxy.telemetry.tracing import TraceSpan, current_span, failed
 from storage.disk.sparse import SparseUpload
 from storage.oci import Descriptor, Digest, Span
 
@@ -72,6 +73,7 @@ class Fill:
     urged: another replica waits for it
     shown: repositories in which parts of the blob are shown
     rest: whether all of the blob is to be fetched
+    cause, span: what started it, and itself, as parts of a trace
     """
 
     digest: Digest
@@ -91,6 +93,8 @@ class Fill:
     urged: asyncio.Event = field(default_factory=asyncio.Event)
     shown: set[str] = field(default_factory=set)
     error: Exception | None = None
+    cause: TraceSpan = field(default_factory=current_span.get)
+    span: TraceSpan = field(default_factory=lambda: current_span.get().child("fill"))
 
     def want(self, source: BlobSource, offset: int, stop: int | None) -> None:
         """A client waits for [offset, stop)."""
@@ -120,6 +124,48 @@ class Fill:
         return EndedFill(
             self.digest, source.namespace, source.repository, came, self.begun, now, result, error
         )
+
+    async def watch(self, upload: SparseUpload) -> bool:
+        """Follow the process that transfers it: see FileUpload.watch().  Raises Idle when nobody reads."""
+        watching = asyncio.ensure_future(upload.watch(self.digest))
+        try:
+            await self.rest.wait(lambda: False, lambda: True, watching)
+            return await watching
+        except Idle as error:
+            self.error = error  # before anybody can join
+            raise
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    def note_request(self) -> None:
+        """Link the trace of what follows it, which may be another one than that of its cause."""
+        follower = current_span.get()
+        if follower is not self.cause:
+            follower.link(self.span)
+            self.span.link(follower)
+
+    def end_span(self, result: str) -> None:
+        """End its part of a trace, with how it ended."""
+        if not self.span.recorded:
+            return
+        source, bytes = (
+            self.source,
+            self.size if self.size >= 0 or self.upload is None else self.upload.offset,
+        )
+        self.span.set(
+            {
+                "entrepot.namespace": source.namespace,
+                "entrepot.repository": source.name,
+                "entrepot.digest": self.digest,
+                "entrepot.fill.result": result,
+                "entrepot.fill.bytes": max(bytes, 0),
+            }
+        )
+        if result in ("failed", "uncached") and self.error is not None:
+            failed(self.span, self.error)
+        else:
+            self.span.end()
 
     @property
     def log(self) -> Any:

@@ -27,6 +27,7 @@ from proxy.cache.rest import Idle, Rest
 from proxy.cache.transfers import Transfers
 from proxy.telemetry.exchange import current
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.tracing import current_span, step
 from storage.concurrency import SingleFlight, uninterrupted
 from storage.disk.health import MakeRoom, make_no_room
 from storage.disk.kept import show_parts, shown_parts
@@ -113,6 +114,7 @@ class Fills:
         self, fill: Fill, source: BlobSource, span: Span | None, lazy: Threshold | None
     ) -> Answered[Blob] | None:
         """The blob, readable; None if the fill has failed."""
+        fill.note_request()
         if current().peer:
             fill.urged.set()
         if source.repository not in (fill.source.repository, *fill.repositories):
@@ -224,14 +226,16 @@ class Fills:
         fill.repositories.add(source.repository)
 
     async def _run(self, fill: Fill) -> None:
+        current_span.set(fill.span)
         begun, result = time.monotonic(), "failed"
         self._metrics.filling.inc()
         try:
             outcome, descriptor = await self._store_blob(fill)
             fill.size = descriptor.size
             async with handed_over(fill.digest, self._deposits if outcome != "followed" else None):
-                for repository in list(fill.repositories):
-                    await self._store.link(repository, fill.digest, descriptor.size)
+                with step("store.write"):
+                    for repository in list(fill.repositories):
+                        await self._store.link(repository, fill.digest, descriptor.size)
             result = outcome
             if outcome == "committed":
                 self._make_room_later(0)
@@ -253,6 +257,7 @@ class Fills:
             await self._fail(fill, error)
         finally:
             fill.opened.set()
+            fill.end_span(result)
             del self._fills[fill.digest]
             self.last.append(fill.ended(result, self._clock()))
             self._metrics.filling.dec()
@@ -304,7 +309,7 @@ class Fills:
             fill.repositories.add(fill.source.repository)
             fill.started.set_result((upload, descriptor))
             try:
-                committed = await self._watch(fill, upload)
+                committed = await fill.watch(upload)
             except Unavailable as error:  # its disk is ours, and may be full: clients read on
                 raise StorageFailed(str(error)) from error
             if committed:
@@ -327,24 +332,15 @@ class Fills:
         finally:
             await fetcher.close()
         fill.received = True
+        return "committed", await self._commit(fill, fill.upload)
+
+    async def _commit(self, fill: Fill, upload: SparseUpload) -> Descriptor:
         try:
-            return "committed", await fill.upload.commit(fill.digest)
+            with step("store.write"):
+                return await upload.commit(fill.digest)
         except DigestInvalid as error:  # its status would blame the client
             fill.source.wrong()
             raise OriginFailed(f"{fill.source.namespace} sent wrong content: {error}") from error
-
-    async def _watch(self, fill: Fill, upload: SparseUpload) -> bool:
-        """Follow the process that transfers it: see FileUpload.watch().  Raises Idle when nobody reads."""
-        watching = asyncio.ensure_future(upload.watch(fill.digest))
-        try:
-            await fill.rest.wait(lambda: False, lambda: True, watching)
-            return await watching
-        except Idle as error:
-            fill.error = error  # before anybody can join
-            raise
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
 
     async def _due(self, fill: Fill, fetcher: Fetcher) -> None:
         try:

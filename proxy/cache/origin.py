@@ -13,6 +13,7 @@ from proxy.cache.drill import Drill
 from proxy.cache.negatives import Negatives, RequestKey
 from proxy.cache.policy import Policy
 from proxy.telemetry.exchange import current, origin_age
+from proxy.telemetry.tracing import step
 from storage.concurrency import SingleFlight
 from storage.errors import (
     ManifestUnknown,
@@ -249,7 +250,8 @@ class Origin:
 
     async def keep(self, writing: Awaitable[object]) -> None:
         """Await a write to the store; one that fails does not fail the pull."""
-        with suppress(StorageFailed, ManifestUnknown):  # the disk has logged it; it is deleted already
+        # The disk has logged it; it is deleted already.
+        with suppress(StorageFailed, ManifestUnknown), step("store.write"):
             await writing
 
     def spare(self, repository: str, reference: Reference) -> None:

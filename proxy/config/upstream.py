@@ -57,6 +57,7 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
     plain_http: Flag = False
     private_redirects: Flag = False
     insecure_skip_verify: Flag = False
+    trace: Flag = False
     connect_timeout: Timeout = 3.0
     header_timeout: Timeout = 10.0
     progress_timeout: Timeout = 60.0

@@ -38,6 +38,8 @@ from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import share_metrics
 from proxy.telemetry.request_log import RequestLog
 from proxy.telemetry.stalls import watched_callbacks
+from proxy.telemetry.tracers import make_tracer
+from proxy.telemetry.tracing import NoTracer, Tracer, current_span
 from proxy.web.directions import Directions
 from proxy.web.hits import HitMemory
 from proxy.web.listener import ConnectionLimits, Listener
@@ -78,6 +80,7 @@ class ServerProcess:
         run: Path | None = None,
         shared: SharedState | None = None,
         request_log: RequestLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -85,6 +88,7 @@ class ServerProcess:
         self._run = run
         self._shared = shared
         self._request_log = request_log
+        self._tracer = tracer or NoTracer()
         self._draining = False
         self._closing = AsyncExitStack()
         self.url = URL()
@@ -108,6 +112,7 @@ class ServerProcess:
         await self._closing.aclose()
 
     async def _start(self) -> None:
+        current_span.set(self._tracer.background)  # of all tasks that it starts
         sockets = self._sockets or bind_all(self._config)
         for each in sockets:
             self._closing.callback(each.close)
@@ -244,6 +249,7 @@ class ServerProcess:
             request_log=self._request_log,
             hit_memory=hits,
             past=ResolutionJournal(parts.store).at,
+            tracer=self._tracer,
             peers=PeerRequests(parts.peers, parts.is_cache) if parts.peers is not None else None,
             redirects=Redirects(config.redirect.never_for) if config.redirect is not None else None,
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
@@ -325,12 +331,14 @@ def run(assignment: Assignment) -> int:
 
 
 async def _run(assignment: Assignment, request_log: RequestLog) -> int:
+    tracer = make_tracer(tell=assignment.role == "keeper")  # of several processes, one says what is wrong
     process = ServerProcess(
         assignment.config,
         sockets=assignment.sockets,
         run=assignment.run,
         shared=assignment.shared,
         request_log=request_log,
+        tracer=tracer,
     )
     ended, loop, parent = asyncio.Event(), asyncio.get_running_loop(), assignment.parent
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -349,6 +357,7 @@ async def _run(assignment: Assignment, request_log: RequestLog) -> int:
     await ended.wait()
     loop.remove_reader(parent.fileno())
     await process.stop()
+    await tracer.close()
     return 0
 
 

@@ -40,6 +40,7 @@ from proxy.config.hosts import Address
 from proxy.config.schema import Config
 from proxy.server import notify
 from proxy.server.fork import ForkedProcess, Parent, fork
+from proxy.telemetry import tracers
 from proxy.web.sockets import Sockets, bind, sockets_of
 from proxy.web.tls import Certificates
 from storage.limits import RateLimit
@@ -331,7 +332,8 @@ class Supervisor:
 
 def _share(config: Config) -> None:
     """Import what all processes of `config` would import: they share its memory."""
-    for name in config.policy.libraries:
+    traced = [tracers.LIBRARY] if tracers.configured() else []
+    for name in [*config.policy.libraries, *traced]:
         with contextlib.suppress(ImportError):  # the processes say that it is missing
             importlib.import_module(name)
 

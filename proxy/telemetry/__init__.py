@@ -1,1 +1,1 @@
-"""Logs, metrics, what is recorded of one exchange, usage counts."""
+"""Logs, metrics, traces, what is recorded of one exchange, usage counts."""

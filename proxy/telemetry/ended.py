@@ -1,13 +1,17 @@
-"""Requests that have ended: counts and logs each of them."""
+"""Requests that have ended: counts and logs each of them, and ends its span."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from msgspec import UNSET
+
+from proxy.telemetry import request_span
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.request_counts import RequestCounts
 from proxy.telemetry.request_log import RequestLine, RequestLog
+from proxy.telemetry.tracing import NO_SPAN
 
 REASON, AGENT = 500, 200  # characters of a reason, and of a User-Agent, that are logged
 
@@ -29,14 +33,12 @@ class EndedRequests:
         status: int,
         seconds: float,
         first: float | None = None,
-        exemplar: Mapping[str, str] | None = None,
     ) -> None:
         """`seconds` are those from the request to the end of the response, `first` to its beginning.
 
-        Without `first`, the response came all at once.  `exemplar` has the labels of an exemplar of the
-        metrics, such as `trace_id`.
+        Without `first`, the response came all at once.
         """
-        self._counts.add(exchange, status, seconds, first, exemplar)
+        self._counts.add(exchange, status, seconds, first, request_span.exemplar(exchange.span))
         if self._served is not None and not exchange.peer:
             self._served(exchange, status)
         line = RequestLine(
@@ -57,5 +59,7 @@ class EndedRequests:
             exchange.received,
             round(seconds, 6),
             (exchange.agent or "")[:AGENT],
+            UNSET if exchange.span is NO_SPAN else exchange.span.trace_id,
         )
         self._log.write(line)
+        request_span.end(method, exchange, status)

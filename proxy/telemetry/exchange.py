@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
+from proxy.telemetry.tracing import NO_SPAN, TraceSpan
 from storage.oci import Descriptor
 from storage.registry import everything
 
@@ -58,6 +59,7 @@ class Exchange:
     verdicts: what the policy said of the content, unless it allows it
     lock: the images that are all that this client may pull; None without a lock
     begun_at: when the response began, by time.perf_counter(), if it did before its end
+    span: its part of a trace
     """
 
     id: str = ""
@@ -91,6 +93,7 @@ class Exchange:
     verdicts: tuple[PolicyVerdict, ...] = ()
     lock: KeyLock | None = None
     begun_at: float | None = None
+    span: TraceSpan = NO_SPAN
 
 
 # The exchange of this context.  Tasks that it starts, such as a fill, inherit it: it counts the upstream

@@ -98,6 +98,7 @@ class RequestLine(msgspec.Struct):
     received: int
     seconds: float
     agent: str
+    trace: str | msgspec.UnsetType = msgspec.UNSET
     event: str = "request.served"
     level: str = "info"
     timestamp: str = ""
@@ -118,13 +119,16 @@ class RequestLog:
             values = msgspec.structs.asdict(line)
             for name in ("event", "level", "timestamp"):
                 del values[name]
+            if line.trace is msgspec.UNSET:
+                del values["trace"]
             log.info("request.served", **values)
             return
         line.timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         try:
             self._lines.add(_encode(line).decode())
         except UnicodeEncodeError:  # a client's header that is not UTF-8: json is slower, but escapes it
-            self._lines.add(json.dumps(msgspec.structs.asdict(line)))
+            values = {k: v for k, v in msgspec.structs.asdict(line).items() if v is not msgspec.UNSET}
+            self._lines.add(json.dumps(values))
 
     def flush(self) -> None:
         """Write what waits."""

@@ -15,6 +15,7 @@ def connect_of(upstream: UpstreamConfig) -> Connect:
         proxy=upstream.proxy,
         private_redirects=upstream.private_redirects,
         insecure_skip_verify=upstream.insecure_skip_verify,
+        trace=upstream.trace,
         connect_timeout=upstream.connect_timeout,
         header_timeout=upstream.header_timeout,
         progress_timeout=upstream.progress_timeout,

@@ -17,7 +17,8 @@ class Connect:
     for more of the response's body, or for a chunk of the request's body to be sent.  `write_timeout` covers
     the wait for the response to a request that writes, once its body is sent: registries hash and move
     content before they answer.  Without `private_home` the upstream itself must not have a private address.
-    Its certificate is for `server_name`, by default for the host of its URL.
+    Its certificate is for `server_name`, by default for the host of its URL.  With `trace`, requests to it
+    say of which trace they are.
     """
 
     ca_file: Path | None = None
@@ -29,6 +30,7 @@ class Connect:
     private_home: bool = True
     insecure_skip_verify: bool = False
     server_name: str | None = None
+    trace: bool = False
     connect_timeout: float = 3.0
     header_timeout: float = 10.0
     progress_timeout: float = 60.0

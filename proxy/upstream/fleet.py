@@ -25,6 +25,7 @@ def connect_to_peers(config: Config) -> Connect:
     return Connect(
         ca_file=config.peers.ca_file,
         server_name=config.peers.dns[0] if config.peers.dns and config.tls else None,
+        trace=True,
         connect_timeout=CONNECT,
         header_timeout=ANSWER,
         progress_timeout=PROGRESS,

@@ -24,6 +24,7 @@ import structlog
 from publicsuffixlist import PublicSuffixList
 from yarl import URL  # aiohttp's own: the URL checked here is the one it connects to
 
+from proxy.telemetry.tracing import step
 from proxy.upstream.challenges import Challenge, parse_challenges
 from proxy.upstream.credentials import Credential, Credentials
 from storage.concurrency import SingleFlight
@@ -255,7 +256,12 @@ class TokenCache:
     async def _token(self, scope: str, realm: _Realm, wanted: str) -> str:
         # The realm is in the key, so that a caller with a new challenge does not wait for a former realm.
         key = self._host, scope, realm
-        return await self._flights.join(key, lambda: self._issue(scope, realm, wanted))
+        return await self._flights.join(key, lambda: self._traced(scope, realm, wanted))
+
+    async def _traced(self, scope: str, realm: _Realm, wanted: str) -> str:
+        described = {"entrepot.token.realm": realm.url.host or "", "entrepot.token.scope": wanted}
+        with step("token", attributes=described):
+            return await self._issue(scope, realm, wanted)
 
     async def _issue(self, scope: str, realm: _Realm, wanted: str) -> str:
         credential = await self._credential(realm, scope)

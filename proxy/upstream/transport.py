@@ -28,11 +28,13 @@ from yarl import URL
 from proxy.config.hosts import is_private
 from proxy.connections.failures import explain
 from proxy.connections.trust import Certificate, certificate_shown
+from proxy.telemetry.tracing import step
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.connect import Connect
 from proxy.upstream.listing_memory import ignore
 from proxy.upstream.redirects import RedirectMemory, good_for
+from proxy.upstream.sent_span import described, note_status
 from proxy.upstream.socket_body import SocketBodies
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState
@@ -211,20 +213,9 @@ class Transport:
         retries = RETRIES if method in READING else 0  # RFC 9110 §9.2.1
         wait = connect.progress_timeout if method in READING else connect.write_timeout
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect.connect_timeout, sock_read=wait)
-        home = url.origin() == self._home
-        certificate_shown.set(self._shown if home else None)
         for attempt in range(retries + 1):
             try:
-                response = await self._session(home).request(
-                    method,
-                    url,
-                    headers=headers,
-                    data=body,
-                    timeout=timeout,
-                    proxy=connect.proxy,
-                    allow_redirects=False,
-                    server_hostname=connect.server_name,
-                )
+                response = await self._once(method, url, headers, body, timeout, attempt)
                 if attempt == retries or response.status not in _DOWN or "Retry-After" in response.headers:
                     return response
                 response.release()
@@ -238,6 +229,34 @@ class Transport:
 
     def _shown(self, certificate: Certificate) -> None:
         self._expires(ssl.cert_time_to_seconds(certificate["notAfter"]))
+
+    async def _once(
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        body: RequestBody,
+        timeout: aiohttp.ClientTimeout,
+        attempt: int,
+    ) -> aiohttp.ClientResponse:
+        home = url.origin() == self._home
+        certificate_shown.set(self._shown if home else None)
+        with step(method, "client", described(method, url, attempt)) as span:
+            response = await self._session(home).request(
+                method,
+                url,
+                # Of others, who might keep it, only those that are ours learn what belongs together.
+                headers={**headers, **span.headers()} if self._connect.trace and home else headers,
+                data=body,
+                timeout=timeout,
+                proxy=self._connect.proxy,
+                allow_redirects=False,
+                server_hostname=self._connect.server_name,
+            )
+            note_status(
+                span, response.status, expected=response.status == 401 and "Authorization" not in headers
+            )
+        return response
 
     async def follow(
         self,

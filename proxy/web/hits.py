@@ -23,6 +23,8 @@ from aiohttp.helpers import rfc822_formatted_time
 from proxy.access.authorization import Authorizer
 from proxy.telemetry.ended import EndedRequests
 from proxy.telemetry.exchange import Exchange, current_exchange
+from proxy.telemetry.request_span import described
+from proxy.telemetry.tracing import NO_SPAN, Attributes, Tracer
 from proxy.web.responses import cache_headers, freshness
 from proxy.web.routes import Endpoint, Route, parse
 from storage.errors import RegistryError
@@ -36,9 +38,10 @@ CLIENT = 200  # bytes, about, that it takes to remember that an address has acce
 # A request with one of them is not the same each time, or not for this server alone to decide.
 _DIFFERENT = (
     *("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range", "Range"),
-    *("Content-Length", "Transfer-Encoding", "Expect", "Upgrade"),
+    *("Content-Length", "Transfer-Encoding", "Expect", "Upgrade", "traceparent"),
 )
 _ID = "X-Request-Id"
+_NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(slots=True)
@@ -61,6 +64,7 @@ class _Answer:
     tagged: bool
     size: int
     granted: Callable[[], bool] | None
+    described: Attributes  # of the span of a request
     clients: set[str] = field(default_factory=set)
     _state: object = None  # what the two parts were made for
     _before: bytes = b""  # the part of the response's head before the id of the request
@@ -161,12 +165,14 @@ class Hits:
         ended: EndedRequests,
         ids: Iterator[str],
         memory: HitMemory,
+        tracer: Tracer,
     ) -> None:
         self._registry = registry
         self._authorizer = authorizer
         self._ended = ended
         self._ids = ids
         self._memory = memory
+        self._tracer = tracer
         self.answered = 0
 
     def answer(self, head: bytes, client: str, write: Callable[[bytes], None]) -> bool:
@@ -191,6 +197,9 @@ class Hits:
             return False
         self._memory.use(key)
         exchange.id, exchange.client = next(self._ids), client
+        exchange.span = self._tracer.request(_NO_HEADERS)
+        if exchange.span.recorded:
+            exchange.span.set(known.described)
         exchange.age, exchange.ttl = validity.age, validity.ttl
         write(known.response())
         self.answered += 1
@@ -241,13 +250,14 @@ class Hits:
             return None
         known = _Answer(
             request.method,
-            replace(exchange, visible=everything),  # the connection is not kept
+            replace(exchange, visible=everything, span=NO_SPAN),  # neither connection nor trace is kept
             held,
             body,
             list(response.headers.items()),
             isinstance(route.reference, Tag),
             OVERHEAD + len(head) + len(held.content or b""),
             granted,
+            described(request),
         )
         return known if _explains(known, response) else None
 

@@ -19,6 +19,7 @@ from aiohttp import web
 from proxy.access.client_address import absolute
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.tracing import step
 from proxy.web.events import RequestEvents
 from proxy.web.responses import COMMON, RequestRefused, cache_headers, empty
 from proxy.web.routes import Endpoint, Route, build_location
@@ -193,7 +194,8 @@ class Push:
     async def _commit(
         self, request: web.BaseRequest, route: Route, exchange: Exchange, upload: Upload, digest: Digest
     ) -> web.Response:
-        descriptor = await upload.commit(digest)
+        with step("store.write", attributes={"entrepot.digest": digest}):
+            descriptor = await upload.commit(digest)
         await self._events.report("push", "blob", request, route, exchange, descriptor)
         return self._created(request, route, Endpoint.BLOB, digest, exchange)
 
@@ -280,7 +282,8 @@ class Push:
         tags: Sequence[Tag],
     ) -> Digest:
         assert route.reference is not None
-        descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
+        with step("store.write", attributes={"entrepot.digest": manifest.digest}):
+            descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
         pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
         for tag in pushed or (None,):
             await self._events.report("push", "manifest", request, route, exchange, descriptor, tag=tag)

@@ -27,6 +27,8 @@ from proxy.telemetry.ended import EndedRequests
 from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.request_log import RequestLog
+from proxy.telemetry.request_span import begin
+from proxy.telemetry.tracing import NoTracer, Tracer
 from proxy.web.directions import LONGEST, Directions
 from proxy.web.events import EventReporter, RequestEvents
 from proxy.web.hits import HitMemory, Hits
@@ -103,6 +105,7 @@ class DistributionAPI:
     peers: recognizes requests of other replicas; without it all are of clients
     redirects: tells which blobs clients may be led to the bucket for; without it none
     tokens: issues the tokens of this server's own token endpoint; without it there is none
+    tracer: traces requests; without one nothing is traced
     """
 
     def __init__(
@@ -124,8 +127,9 @@ class DistributionAPI:
         redirects: Redirects | None = None,
         past: Past | None = None,
         tokens: TokenExchange | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        self._peers = peers
+        self._peers, self._tracer = peers, tracer or NoTracer()
         self._registry = registry
         self._qualify = qualify
         self._deny_bypass = deny_bypass
@@ -143,7 +147,7 @@ class DistributionAPI:
         # Events of pulls need the whole request.
         self.hits: Hits | None = None
         if hit_memory is not None and not self._events.pulls:
-            self.hits = Hits(registry, authorizer, self._ended, self._ids, hit_memory)
+            self.hits = Hits(registry, authorizer, self._ended, self._ids, hit_memory, self._tracer)
 
     def _table(self, pull: Pull, push: Push) -> dict[Endpoint, dict[str, EndpointHandler]]:
         return {
@@ -172,6 +176,7 @@ class DistributionAPI:
         agent = request.headers.get("User-Agent", "")
         exchange = Exchange(next(self._ids), method=request.method, client=request.remote or "", agent=agent)
         current_exchange.set(exchange)
+        exchange.span = begin(self._tracer, request)
         status = 499  # as nginx says: the client left before the response
         connection = request.get_extra_info("socket")
         try:

@@ -17,10 +17,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from structlog.testing import LogCapture
 
-from proxy.telemetry import otel, tracing
+from proxy.telemetry import otel, request_span, tracing
 from proxy.telemetry.tracers import configured, make_tracer
 from proxy.telemetry.tracing import NoTracer, Tracer
 from proxy.web.hits import Hits
+from proxy.web.routes import Endpoint
 from storage.oci import Digest
 from tests.collector import Collector, collector
 from tests.conftest import Clock, Serve, Site
@@ -393,6 +394,10 @@ async def test_a_client_that_leaves(
     assert (left.status, left["error.type"], left.message) == ("error", "abandoned", "client left")
     assert "http.response.status_code" not in left.attributes
     assert collector.one("fill")["entrepot.fill.result"] == "committed"  # nobody else has to wait again
+
+
+def test_every_endpoint_has_a_route() -> None:
+    assert request_span.ROUTES.keys() == {each.value for each in Endpoint}
 
 
 # Hits

@@ -18,6 +18,7 @@ PATH, AGENT = 1000, 200  # characters of a path, and of a User-Agent
 # By kind of request.
 ROUTES = {
     "base": "/v2/",
+    "token": "/token",
     "manifest": "/v2/{name}/manifests/{reference}",
     "blob": "/v2/{name}/blobs/{digest}",
     "tags": "/v2/{name}/tags/list",

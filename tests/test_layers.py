@@ -43,7 +43,7 @@ PROXY = {
     "namespaces": "config telemetry upstream cache webhooks policy",
     "web": "config connections telemetry webhooks access",
     "transfer": "config telemetry upstream namespaces",
-    "admin": "config connections telemetry upstream cache webhooks policy namespaces web transfer",
+    "admin": "config connections telemetry upstream cache webhooks access policy namespaces web transfer",
     "doctor": "config connections upstream setup access web",
     "ui": "config namespaces admin",
     "server": "telemetry config webhooks access namespaces web admin ui",

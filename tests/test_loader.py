@@ -508,10 +508,11 @@ def test_any_text_loads_or_is_refused_in_one_line(tmp_path: Path, text: str) -> 
 
 def test_a_cache_that_nobody_could_pull_from() -> None:
     private = "x: {upstream: 'https://x.example', visibility: rules}"
-    cause = "namespaces.x.visibility: no rule grants access: set access.rules or access.token"
-    assert fault(access("htpasswd: /h", private)) == cause
+    cause = "no rule grants access: set access.rules, access.token or access.api_keys"
+    assert fault(access("htpasswd: /h", private)) == f"namespaces.x.visibility: {cause}"
     assert read(access("rules: [{who: [authenticated], may: [pull]}]", private))
     assert read(access(TOKEN, private))
+    assert read(access("api_keys: true", private))
     assert "visibility applies only to caches" in fault("namespaces: {x: {store: {}, visibility: caller}}")
 
 

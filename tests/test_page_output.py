@@ -132,6 +132,8 @@ START = "tests/clients/test_readme.py starts this server"
 CLONE = "builds or tests a clone of this repository"
 AIR_GAP = "tests/clients/test_air_gap.py does all that this page says"
 DOCKER = "tests/clients/test_readme.py logs in and pushes, by docker"
+KEYS = "each key is another one: tests/test_api_keys.py"
+ISSUERS = "needs an issuer of the internet, or a cluster"
 OWN = "needs a client that the tests do not install"
 # Blocks that are not typed in here, and why.
 ELSEWHERE = {
@@ -172,9 +174,15 @@ ELSEWHERE = {
     },
     "docs/access.md": {
         "entrepot user add alice --file /etc/entrepot/htpasswd": DOCKER,
+        "entrepot keys create ci --scope 'repository:team/*:pull,push": KEYS,
+        "entrepot lock compose.yml >images.lock": KEYS,
+        'echo "$TOKEN" | docker login registry.example:5001 -u oidc -': ISSUERS,
+        "curl -o github.jwks https://token.actions.githubusercontent.": ISSUERS,
+        "kubectl get --raw /.well-known/openid-configuration": ISSUERS,
     },
     "docs/commands.md": {
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,
+        "entrepot keys create ci --scope 'repository:local/team/*:pul": KEYS,
         "entrepot policy explain ghcr.io/team/app@sha256:d6a3ce4be589": "needs a policy: test_cli_policy.py",
         "entrepot doctor --client http://cache.example:5000 --namespa": "needs containerd with a mistake",
     },

@@ -18,7 +18,7 @@ import pytest
 from rich.cells import cell_len
 
 import proxy.cli
-from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
+from proxy.admin import activity_reports, key_reports, models, policy_reports, reports, tag_reports
 from proxy.cli import (
     audit,
     bundles,
@@ -27,6 +27,7 @@ from proxy.cli import (
     doctor,
     fills,
     history,
+    keys,
     maintenance,
     migrate,
     offline,
@@ -156,6 +157,9 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "policy approve": (policy_reports.HeldRow, policy.decided_tables),
     "policy overrides": (list[policy_reports.OverrideRow], policy.override_tables),
     "policy override --end": (policy_reports.OverrideRow, policy.ended_tables),
+    "keys list": (list[key_reports.KeyRow], keys.key_tables),
+    "keys create": (key_reports.KeyCreated, keys.created_tables),
+    "keys revoke": (key_reports.KeyRevoked, keys.revoked_tables),
     "doctor": (Diagnosis, doctor.check_tables),
 }
 

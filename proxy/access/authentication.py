@@ -18,6 +18,7 @@ from proxy.access.client_address import ClientAddresses, absolute, parse
 from proxy.access.credentials import BadCredential, CredentialVerifier
 from proxy.access.rules import IPAddress, Principal
 from proxy.access.throttle import LoginThrottle
+from proxy.telemetry.exchange import KeyLock
 from proxy.upstream.credentials import Credential
 from storage.errors import Unauthorized
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # they need libraries that not every configuration needs
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
 
+LOCKING = ("key", "issued")  # schemes of credentials that may have a lock
 TOKEN_PATH = "/token"  # of this server's own token endpoint
 _DATED = "asof+"  # what a user begins with who is no name but a date
 _UNQUOTABLE = {ord('"'): "%22", ord("\\"): "%5C"}
@@ -98,12 +100,11 @@ class Authenticator:
             groups = principal.groups | self.groups.get(principal.user, frozenset())
             local = self.addresses.is_local(request)
             return self.located(replace(principal, groups=groups, local=local), request)
-        login = credential(request)
+        login = _shown(request)
         if scheme == "basic" and login is None:
             raise self.unauthorized(
                 request, "the Authorization header is not Basic with user:password in base64", scope
             )
-        login = Credential("", value.strip()) if scheme == "bearer" else login
         if login is not None and self._accepts(login, scheme):
             return await self.identify_login(request, login, scope)
         if scheme == "bearer" and self.tokens is not None:
@@ -140,7 +141,7 @@ class Authenticator:
         """Whether identify() still returns what it has just returned for this request, without waiting."""
         header = authorization(request) if self.accepts_credentials else ""
         scheme, _, value = header.partition(" ")
-        login = Credential("", value.strip()) if scheme.lower() == "bearer" else credential(request)
+        login = _shown(request)
         if login is not None and (verifier := self._verifier(login.password)) is not None:
             return partial(verifier.remembers, login.username, login.password)
         if scheme.lower() == "basic" and self.passwords is not None:
@@ -153,6 +154,18 @@ class Authenticator:
         """The login of a request if it may be one at an upstream: no API key and no token of this server."""
         login = credential(request)
         return None if login is None or self._verifier(login.password) is not None else login
+
+    async def lock(self, request: web.BaseRequest) -> KeyLock | None:
+        """The lock of an API key that a request has where no credentials are needed; None without one."""
+        if not self.verifiers or (login := _shown(request)) is None:
+            return None
+        verifier = self._verifier(login.password)
+        if verifier is None or verifier.scheme not in LOCKING:
+            return None
+        try:
+            return (await verifier.verify(login.username, login.password)).lock
+        except BadCredential:
+            return None
 
     def _verifier(self, secret: str) -> CredentialVerifier | None:
         return next((each for each in self.verifiers if each.recognizes(secret)), None)
@@ -231,6 +244,12 @@ def _basic(header: str) -> Credential | None:
     except ValueError:  # the base class of binascii.Error and UnicodeDecodeError
         return None
     return Credential(user, password) if colon else None
+
+
+def _shown(request: web.BaseRequest) -> Credential | None:
+    """The login of a request; a bearer token is one without a user."""
+    scheme, _, value = authorization(request).partition(" ")
+    return Credential("", value.strip()) if scheme.lower() == "bearer" else credential(request)
 
 
 def _quotable(url: str) -> str:

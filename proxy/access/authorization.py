@@ -131,6 +131,8 @@ class Authorizer:
     async def permit(self, request: web.BaseRequest, access: AccessRequest, exchange: Exchange) -> None:
         """Return if the request is permitted; records in `exchange` who the client is and what it may see."""
         guard = self._guarded.of(access.name)
+        if guard in (Guard.PUBLIC, Guard.CALLER):
+            exchange.lock = await self._authenticator.lock(request)
         if guard is Guard.PUBLIC:
             return
         exchange.shared = False

@@ -20,6 +20,7 @@ from proxy.admin.fill_feed import FillFeed
 from proxy.admin.fill_speeds import FillSpeeds, idle_rows
 from proxy.admin.inspection import Inspection
 from proxy.admin.inventory import Inventory, merged
+from proxy.admin.key_control import KeyOperations
 from proxy.admin.operations import PAGE
 from proxy.admin.peers import ServerProcesses, ended_of, fills_of
 from proxy.admin.pin_control import PinControl
@@ -62,7 +63,7 @@ log = structlog.get_logger()
 TREND = 14  # days
 
 
-class LocalOperations:
+class LocalOperations(KeyOperations):
     """The Operations of a server on itself, or of a command on the directory.  Must be closed.
 
     Others that evict in this process hold `evicting`.  `heal` fetches content that a scrub found damaged.
@@ -79,6 +80,7 @@ class LocalOperations:
         heal: Heal | None = None,
         drills: DrillControl | None = None,
     ) -> None:
+        super().__init__(composition)
         parts = self._composition = composition
         self._processes = processes
         self._reader = ReferenceReader(parts.namespaces)
@@ -390,3 +392,4 @@ class LocalOperations:
         if self._drills is not None:
             self._drills.close()
         await self._scrub.close()
+        await self.close_keys()

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
 import msgspec
 
-from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
+from proxy.admin import activity_reports, key_reports, models, policy_reports, reports, tag_reports
 from proxy.admin.models import Sort
 
 PAGE, LARGEST_PAGE = 100, 1000  # images, or references, of one request
@@ -128,6 +128,24 @@ class Operations(Protocol):
 
     async def pulled(self, period: str = "7d") -> list[policy_reports.PulledRow]:
         """Who pulled what in the last `period`.  Raises Unsupported if that is not recorded."""
+
+    async def keys(self) -> list[key_reports.KeyRow]:
+        """The API keys, by name.  Raises Unsupported if they are not accepted."""
+
+    async def create_key(
+        self,
+        name: str,
+        scopes: Sequence[str] = (),
+        seconds: float | None = None,
+        lock: Sequence[str] | None = None,
+    ) -> key_reports.KeyCreated:
+        """Make an API key with `scopes`, for `seconds` or until it is revoked.
+
+        `lock` are the lines of a lock file, if it may pull nothing else.
+        """
+
+    async def revoke_key(self, name: str) -> key_reports.KeyRevoked:
+        """Revoke an API key.  Raises NameUnknown if there is none."""
 
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
@@ -282,6 +300,9 @@ OPERATIONS = {
         Operation(Operations.override, "POST", "overrides", changes=True),
         Operation(Operations.end_override, "DELETE", "overrides", changes=True),
         Operation(Operations.pulled, "GET", "pulled"),
+        Operation(Operations.keys, "GET", "keys"),
+        Operation(Operations.create_key, "POST", "keys"),
+        Operation(Operations.revoke_key, "DELETE", "keys"),
         Operation(Operations.purge, "POST", "purge", changes=True),
         Operation(Operations.delete, "POST", "delete", changes=True),
         Operation(Operations.tag, "POST", "tag", changes=True),

@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 GROUPS = {
-    "Run a server": ("serve", "check", "doctor", "user", "policy"),
+    "Run a server": ("serve", "check", "doctor", "user", "keys", "policy"),
     "Configure clients": ("setup",),
     "See what is stored and saved": (
         "ls",
@@ -59,6 +59,16 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("entrepot user ls", ""),
         ("entrepot user ls --json --file /etc/entrepot/users", ""),
     ),
+    "keys": (
+        ("entrepot keys create ci --scope 'repository:local/team/*:pull,push' --expires 30d", ""),
+        ("entrepot keys list", ""),
+    ),
+    "keys create": (
+        ("entrepot keys create ci --scope 'repository:local/team/*:pull,push' --expires 30d", ""),
+        ("entrepot keys create edge --locked images.lock", "for what entrepot lock has written"),
+    ),
+    "keys list": (("entrepot keys list", ""),),
+    "keys revoke": (("entrepot keys revoke ci", ""),),
     "check": (("entrepot check entrepot.yml", ""),),
     "policy": (
         ("entrepot policy check new.yml", "before it is used"),

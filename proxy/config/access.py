@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from proxy.config.fields import File, Section, Text, Timeout
+from proxy.config.fields import File, Flag, Section, Text, Timeout
 from proxy.config.hosts import Network, parse_network, parse_realm
 from proxy.config.oidc import OIDCIssuer
 from proxy.config.quantities import parse_every
@@ -87,6 +87,7 @@ class AccessConfig(Section, frozen=True):
     token: TokenService | None = None
     oidc: dict[str, OIDCIssuer] = msgspec.field(default_factory=dict)
     token_endpoint: TokenEndpointConfig | None = None
+    api_keys: Flag = False
     trusted_proxies: tuple[Annotated[Network, parse_network], ...] = ()
     rules: tuple[AccessRule, ...] | None = None
     ping: Literal["auto", "challenge", "open"] = "auto"
@@ -102,7 +103,7 @@ class AccessConfig(Section, frozen=True):
     @property
     def has_users(self) -> bool:
         """Whether clients can log in."""
-        return self.htpasswd is not None or self.token is not None or bool(self.oidc)
+        return self.htpasswd is not None or self.token is not None or bool(self.oidc) or self.api_keys
 
     @property
     def sends_for_tokens(self) -> bool:

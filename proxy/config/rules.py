@@ -88,9 +88,11 @@ def _check_webhooks(webhooks: tuple[WebhookConfig, ...]) -> Iterator[Fault]:
 def _check_access(config: Config) -> Iterator[Fault]:
     """A fault if access rules are missing, or the scope of a token would be ambiguous."""
     ruled = [name for name, each in config.namespaces.items() if each.visibility == "rules"]
-    if ruled and config.access.rules is None and config.access.token is None:
+    access = config.access
+    if ruled and access.rules is None and access.token is None and not access.api_keys:
         yield Fault(
-            f"namespaces.{ruled[0]}.visibility", "no rule grants access: set access.rules or access.token"
+            f"namespaces.{ruled[0]}.visibility",
+            "no rule grants access: set access.rules, access.token or access.api_keys",
         )
     short = config.unnamed()
     if config.access.token is not None and len(short) > 1:

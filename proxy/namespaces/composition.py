@@ -195,7 +195,7 @@ class _Composer:
         tag_moved = _tag_moved(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
-        guard = PolicyGuard(config.policy, store, clock, self._metrics, held)
+        guard = PolicyGuard(config, store, clock, self._metrics, held)
         factory = CacheFactory(
             config=config,
             clock=clock,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.cache.cache import Cache
-from proxy.config.policy import PolicyConfig
+from proxy.config.schema import Config
 from proxy.policy.judge import Judge
+from proxy.policy.key_locks import KeyLocks, LockedCache, LockedRegistry
 from proxy.policy.moves import TagHeld, TagHolds
 from proxy.policy.overrides import Overrides
 from proxy.policy.policed import PolicedCache, PolicedRegistry
@@ -26,12 +27,14 @@ class PolicyGuard:
 
     def __init__(
         self,
-        policy: PolicyConfig,
+        config: Config,
         caches: Store,
         clock: Callable[[], float],
         metrics: Metrics,
         held: TagHeld | None = None,
     ) -> None:
+        policy = config.policy
+        self._locks = config.access.api_keys
         self._metrics = metrics
         self._clock = clock
         self.rules = RuleBook(policy, clock) if policy.active else None
@@ -41,6 +44,14 @@ class PolicyGuard:
 
     def of(self, namespace: str, registry: Registry, store: Store) -> Registry:
         """What serves a namespace, of which `store` has the records: the registry itself without a policy."""
+        served = self._policed(namespace, registry, store)
+        if not self._locks:
+            return served  # no client has an API key, which may be for a lock file
+        locks = KeyLocks(namespace, registry, store, self._clock)
+        kind = LockedCache if isinstance(registry, Cache) else LockedRegistry
+        return kind(served, locks, self._metrics)
+
+    def _policed(self, namespace: str, registry: Registry, store: Store) -> Registry:
         if self.rules is None:
             return registry
         judge = Judge(namespace, registry, store, self.rules, self.overrides, self._clock)

@@ -30,6 +30,11 @@ def read_lock(path: Path) -> Locked:
         raise StartError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise StartError(f"{path} is not UTF-8 at byte {error.start}") from error
+    return parse_lock(text, str(path))
+
+
+def parse_lock(text: str, place: str) -> Locked:
+    """The images in the text of a lock file.  Raises StartError, which names the `place` and the line."""
     found: defaultdict[str, dict[Digest, str]] = defaultdict(dict)
     for number, line in enumerate(text.splitlines(), 1):
         if image := line.partition("#")[0].strip():
@@ -37,18 +42,17 @@ def read_lock(path: Path) -> Locked:
             try:
                 locked = Digest.parse(digest or "")
             except DigestInvalid:
-                raise StartError(f"{path}:{number}: expected namespace/repository:tag@sha256:…") from None
+                raise StartError(f"{place}:{number}: expected namespace/repository:tag@sha256:…") from None
             found[name][locked] = written(name, tag) if tag else name
     return found
 
 
 class LockedImages:
-    """Content that a lock file has for its repository."""
+    """Content that a lock file has for its repository.  `name` is what messages call the file."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises StartError if the file cannot be read."""
-        self._path = path
-        self._locked = read_lock(path)
+    def __init__(self, locked: Locked, name: str) -> None:
+        self._locked = locked
+        self._name = name
 
     async def judge(self, subject: Subject) -> Evidence:
         """As Condition.judge()."""
@@ -59,6 +63,6 @@ class LockedImages:
         more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
         return Evidence(
             False,
-            f"is {digest}, which is not in {self._path.name}: of {subject.repository} it has"
+            f"is {digest}, which is not in {self._name}: of {subject.repository} it has"
             f" {', '.join(there[:SHOWN]) or 'nothing'}{more}",
         )

@@ -108,3 +108,16 @@ class Overrides:
             raise NameUnknown(f"there is no override for {image}: entrepot policy overrides lists them")
         log.warning("override.ended", image=image)
         return msgspec.structs.replace(found, until=self._clock())
+
+
+class NoOverrides(Overrides):
+    """None, and there never are any."""
+
+    def __init__(self) -> None:
+        pass
+
+    def concern(self, repository: str) -> bool:
+        return False
+
+    def find(self, repository: str, references: Iterable[str]) -> Override | None:
+        return None

@@ -30,8 +30,13 @@ class PolicedRegistry(Registry):
 
     def __init__(self, registry: Registry, judge: Judge, metrics: Metrics) -> None:
         self._registry = registry
-        self._judge = judge
+        self._only_judge = judge
         self._metrics = metrics
+
+    @property
+    def _judge(self) -> Judge:
+        """Who judges what this exchange is about."""
+        return self._only_judge
 
     # Pull
 

@@ -50,12 +50,19 @@ class ServingRule:
 class RuleBook:
     """The rules of a policy in their order: the first that matches decides.
 
+    `rules` come before those of the policy.
+
     Without a `clock` only names can be judged, and no files are read.  Raises StartError if a file that a
     condition needs cannot be read.
     """
 
-    def __init__(self, policy: PolicyConfig, clock: Callable[[], float] | None = None) -> None:
-        self.rules = tuple(_rules(policy, clock))
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        clock: Callable[[], float] | None = None,
+        rules: tuple[ServingRule, ...] = (),
+    ) -> None:
+        self.rules = (*rules, *_rules(policy, clock))
         self._allow_list = policy.allow_list
         self.allowing = ServingRule("", True, "no rule denies it", policy.mode)
         self._refusing = ServingRule(ALLOW_LIST, False, "no rule allows it", policy.mode)

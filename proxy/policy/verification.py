@@ -13,7 +13,7 @@ from proxy.config.policy import PolicyRule
 from proxy.config.signers import AttestationConfig
 from proxy.policy.condition import Condition, Evidence, Subject
 from proxy.policy.expressions import Expression, ExpressionFailed
-from proxy.policy.locks import LockedImages
+from proxy.policy.locks import LockedImages, read_lock
 from proxy.signatures.errors import SignatureRefused, SignerInvalid
 from proxy.signatures.finder import SignatureFinder
 from proxy.signatures.forms import FoundSignature, Proof, Signer
@@ -30,7 +30,7 @@ def conditions_of(
 
     Raises StartError if an expression or a lock file cannot be read.
     """
-    locked = (LockedImages(rule.locked),) if rule.locked is not None else ()
+    locked = () if (lock := rule.locked) is None else (LockedImages(read_lock(lock), lock.name),)
     requirements: list[Requirement] = [
         *([AnySignature(rule.signed_by)] if rule.signed_by else []),
         *(AnySignature((name,)) for name in rule.signed_by_all),

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proxy.access.api_keys import ApiKeys
 from proxy.access.authentication import Authenticator
 from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
 from proxy.access.client_address import ClientAddresses
@@ -138,9 +139,13 @@ def _authenticator(
         addresses=ClientAddresses(keys.trusted_proxies),
         throttle=throttle,
     )
-    if endpoint is None:
+    if endpoint is None and not keys.api_keys:
         return made, None
     records = _records(composition, closing)
+    if keys.api_keys:  # first: an issuer's verifier takes every token for one of its own
+        made = replace(made, verifiers=[ApiKeys(records, clock), *made.verifiers])
+    if endpoint is None:
+        return made, None
     from proxy.access.issuing import TokenIssuer  # here: its library is needed for tokens alone
     from proxy.access.token_exchange import TokenExchange
 

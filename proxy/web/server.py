@@ -248,7 +248,7 @@ class DistributionAPI:
         exchange.namespace, _, exchange.repository = name.partition("/")
         exchange.ns = request.query.get("ns")
         exchange.as_of = _as_of(request, route)
-        if self._authorizer is not None and not self._authorizer.is_public(name):
+        if self._authorizer is not None:
             await self._authorizer.permit(request, _access_request(request, route, name), exchange)
         if request.method not in READING:
             self._check_action(request, route, exchange.namespace)

@@ -1,0 +1,181 @@
+"""API keys: credentials with a scope and an end, for programs that are no users.
+
+A key is shown once, when it is made; the records hold its SHA-256.  It is 256 random bits: no list of likely
+keys can be tried, so that a slow hash, which passwords need, would protect nothing and cost each request tens
+of milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache
+
+import msgspec
+
+from proxy.access.credentials import BadCredential
+from proxy.access.records import AccessRecords, AccessState, ApiKey
+from proxy.access.rules import Grant, Principal
+from proxy.access.scopes import CATALOG, REPOSITORY, Scope, parse_scope
+from proxy.config.access import ACTIONS
+from proxy.config.values import parse_pattern
+from proxy.telemetry.exchange import KeyLock
+from storage.errors import NameUnknown, StorageFailed
+from storage.keys import API_KEY, KEY_USED
+from storage.records import Batch
+
+START = "entrepot_key_"
+NOTED = 60.0  # seconds between two records of the use of one key
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class KeyExists(Exception):
+    """There is an API key of that name."""
+
+
+class ApiKeys:
+    """Makes, lists and revokes API keys, and verifies them: a CredentialVerifier.
+
+    Methods that read or change the records raise StorageFailed.
+    """
+
+    scheme = "key"
+    what = "the API key"
+
+    def __init__(self, records: AccessRecords, clock: Callable[[], float] = time.time) -> None:
+        self._records = records
+        self._clock = clock
+        self._principal = lru_cache(maxsize=1024)(_principal)
+
+    # Verifying
+
+    def recognizes(self, secret: str) -> bool:
+        return secret.startswith(START)
+
+    async def verify(self, user: str, secret: str) -> Principal:
+        """The principal has the name of the key, whatever user the client states."""
+        state = await self._records.read()
+        key = state.keys.get(_digest(secret))
+        if key is None:
+            raise BadCredential("there is none like it: it was revoked, or is mistyped")
+        if not self._lasts(key):
+            raise BadCredential("it has expired: entrepot keys create makes another one")
+        if self._clock() - state.used.get(key.name, -math.inf) >= NOTED:
+            with suppress(StorageFailed):  # nobody is refused because of that
+                await self._note(key)
+        return self._principal(key)
+
+    def remembers(self, user: str, secret: str) -> bool:
+        if (state := self._records.current()) is None:
+            return False
+        key = state.keys.get(_digest(secret))
+        return (
+            key is not None
+            and self._lasts(key)
+            and self._clock() - state.used.get(key.name, -math.inf) < NOTED
+        )
+
+    def renew(self, principal: Principal) -> Principal | None:
+        state = self._records.current() or AccessState()
+        key = state.keys.get(principal.proof)
+        return self._principal(key) if key is not None and self._lasts(key) else None
+
+    def _lasts(self, key: ApiKey) -> bool:
+        return key.expires is None or self._clock() < key.expires
+
+    async def _note(self, key: ApiKey) -> None:
+        now = msgspec.json.encode(self._clock())
+
+        def note(batch: Batch) -> None:
+            if batch.get(API_KEY.key(key.name)) is not None:  # it may have been revoked meanwhile
+                batch.put(KEY_USED.key(key.name), now)
+
+        await self._records.change(note)
+
+    # Managing
+
+    async def create(
+        self,
+        name: str,
+        scopes: tuple[str, ...],
+        expires: float | None = None,
+        lock: tuple[str, ...] | None = None,
+    ) -> tuple[ApiKey, str]:
+        """Make a key with scopes that key_scope() has read; the second is the key itself.
+
+        Raises ValueError for a name that cannot be one, and KeyExists.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError("expected up to 63 letters, digits, dots, dashes and underscores")
+        secret = START + secrets.token_urlsafe(32)
+        made = ApiKey(name, _digest(secret), scopes, self._clock(), expires, lock)
+
+        def put(batch: Batch) -> None:
+            if batch.get(API_KEY.key(name)) is not None:
+                raise KeyExists
+            batch.put(API_KEY.key(name), msgspec.json.encode(made))
+
+        await self._records.change(put)
+        return made, secret
+
+    async def revoke(self, name: str) -> None:
+        """Raises NameUnknown if there is no such key."""
+
+        def remove(batch: Batch) -> bool:
+            batch.delete(KEY_USED.key(name))
+            return batch.delete(API_KEY.key(name))
+
+        if _NAME.fullmatch(name) is None or not await self._records.change(remove):
+            raise NameUnknown(f"there is no API key {name[:63]!r}: entrepot keys list shows them")
+
+    async def list(self) -> list[tuple[ApiKey, float | None]]:
+        """The keys by name, each with when it was last used."""
+        state = await self._records.read()
+        found = sorted(state.keys.values(), key=lambda each: each.name)
+        return [(each, state.used.get(each.name)) for each in found]
+
+
+def key_scope(text: str) -> Scope:
+    """The scope of a key: `repository:<pattern>:<actions>` or `registry:catalog:*`.
+
+    Raises ValueError with half a sentence.
+    """
+    found = parse_scope(text)
+    if found.type == REPOSITORY:
+        parse_pattern(found.name)
+        if found.actions <= {*ACTIONS, "*"}:
+            return found
+        raise ValueError(f"expected the actions {', '.join(ACTIONS)} or *")
+    if f"{found.type}:{found.name}" == CATALOG and found.actions == {"*"}:
+        return found
+    raise ValueError(f"expected repository:namespace/repository:actions, or {CATALOG}:*")
+
+
+def _grants(scopes: Iterable[str]) -> Iterable[Grant]:
+    for text in scopes:
+        with suppress(ValueError):  # of another version
+            scope = key_scope(text)
+            if scope.type == REPOSITORY:
+                yield Grant(scope.name, scope.actions, parse_pattern(scope.name))
+            else:
+                yield Grant(CATALOG, scope.actions)
+
+
+def _principal(key: ApiKey) -> Principal:
+    return Principal(
+        user=key.name,
+        scheme="key",
+        grants=tuple(_grants(key.scopes)),
+        until=math.inf if key.expires is None else key.expires,
+        proof=key.digest,
+        lock=None if key.lock is None else KeyLock(key.name, key.lock),
+    )
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

@@ -138,17 +138,22 @@ async def test_credentials_that_are_refused_are_not_in_it(
     assert await send(site, "GET", f"{tags}?n=hidden-in-a-query", wrong) == 401
     assert await send(site, "GET", "/v2/", wrong) == 401
     assert await send(site, "GET", tags, {"Authorization": "Bearer a-secret-token"}) == 401
+    assert await send(site, "GET", tags, {"Authorization": "a-secret-without-a-scheme"}) == 401
     assert await operate(site, "POST", "purge", "a-wrong-token", pattern="*") == 401
     assert await operate(site, "GET", "pins", "a-wrong-token") == 401
     names = ("kind", "result", "status", "object", "operation")
-    assert [members(each, *names) for each in log()] == [
+    records = log()
+    assert [members(each, *names) for each in records] == [
         ("pull", "refused", 401, "tags", ""),
         ("login", "refused", 401, "tags", ""),
         ("login", "refused", 401, "base", ""),
         ("login", "refused", 401, "tags", ""),
+        ("login", "refused", 401, "tags", ""),
         ("login", "refused", 401, "", "/api/v1/purge"),
         ("login", "refused", 401, "", "/api/v1/pins"),
     ]
+    assert records[1]["reason"].startswith("the user name or the password is wrong")
+    assert records[4]["reason"].startswith("such credentials are not accepted")
     text = path.read_text()
     for secret in ("oops", "secret", "hidden", "token", wrong["Authorization"].split()[1]):
         assert secret not in text

@@ -354,8 +354,13 @@ async def test_a_file(tmp_path: Path, clock: Clock, events: LogCapture) -> None:
     issuer.rotate("second")
     write("first", "second")
     assert names(await file.keys("x")) == ["first", "second"]
+    write("second")
+    assert file.current().withdrawn == {issuer.signing["first"].thumbprint()}
+    write("first", "second")
+    assert not file.current().withdrawn
     path.write_text("{}")
     assert names(file.current()) == []
+    assert len(file.current().withdrawn) == 2
     path.unlink()
     assert names(file.current()) == []
     reasons = [each["reason"] for each in events.entries if each["event"] == "keys.failed"]

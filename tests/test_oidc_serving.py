@@ -187,3 +187,23 @@ async def test_it_does_not_start(
     with pytest.raises(StartError) as raised:
         await opened(oidc(Issuer(clock), **fetched, **{key: str(path)}))
     assert str(raised.value).startswith(cause.format(path))
+
+
+async def test_exchanged_for_a_token_of_this_server(opened: Open, issuer: Issuer, clock: Clock) -> None:
+    access = {**oidc(issuer, PUSHES, **DEPLOY), "token_endpoint": {}}
+    door = await opened(access)
+    said = await door.push({})
+    assert said.challenge is not None and said.challenge.startswith("Bearer ")
+    path = "/token?service=entrepot&scope=repository:local/team/app:pull,push"
+    said = await door.ask("GET", path, login("oidc", issuer.issue(**MAIN)))
+    answer = json.loads(said.body)
+    exchanged = bearer(answer["token"])
+    assert answer["expires_in"] <= 300 + 60  # no longer than the token of the issuer
+    assert (await door.push(exchanged)).status == 201
+    assert (await door.act("delete", exchanged)).status in (401, 403)
+    assert (await door.ask("GET", path, login("oidc", issuer.issue(aud="other")))).status == 401
+    issuer.rotate("second", keep=False)
+    clock.advance(10)
+    assert (await door.act("pull", exchanged)).status == 200
+    assert (await door.act("pull", bearer(issuer.issue(**MAIN)))).status == 200  # the keys are fetched again
+    assert (await door.act("pull", exchanged)).status == 401  # as the key is withdrawn that it depends on

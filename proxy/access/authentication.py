@@ -30,6 +30,7 @@ LOCKING = ("key", "issued")  # schemes of credentials that may have a lock
 TOKEN_PATH = "/token"  # of this server's own token endpoint
 _DATED = "asof+"  # what a user begins with who is no name but a date
 _UNQUOTABLE = {ord('"'): "%22", ord("\\"): "%5C"}
+_SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm")  # that are told in messages
 _ANONYMOUS = ("Basic Og==", "basic Og==")  # an empty user with an empty password
 
 
@@ -110,7 +111,9 @@ class Authenticator:
         if scheme == "bearer" and self.tokens is not None:
             principal = self._by_token(request, self.tokens, value.strip(), scope)
             return self.located(principal, request)
-        raise self.unauthorized(request, f"{scheme[:20]!r} credentials are not accepted", scope)
+        # Another word may be the credential itself, without a scheme.
+        named = scheme if scheme in _SCHEMES else "such"
+        raise self.unauthorized(request, f"{named} credentials are not accepted", scope)
 
     def _accepts(self, login: Credential, scheme: str) -> bool:
         return (scheme == "basic" and self.passwords is not None) or (

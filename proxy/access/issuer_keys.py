@@ -39,9 +39,18 @@ LARGEST = 1 << 20  # bytes of a document
 
 @dataclass(frozen=True, eq=False, slots=True)
 class KeySet:
-    """Keys that an issuer signs with; another object once they have changed."""
+    """Keys that an issuer signs with; another object once they have changed.
+
+    withdrawn: the thumbprints (RFC 7638) of keys that it had before, as far as this process knows
+    """
 
     keys: tuple[VerificationKey, ...]
+    withdrawn: frozenset[str] = frozenset()
+
+    def followed_by(self, keys: tuple[VerificationKey, ...]) -> KeySet:
+        """What the issuer has from now on."""
+        present = {each.thumbprint() for each in keys}
+        return KeySet(keys, (self.withdrawn | {each.thumbprint() for each in self.keys}) - present)
 
     def has(self, kid: str | None) -> bool:
         return kid is None or any(each.kid in (kid, None) for each in self.keys)
@@ -55,10 +64,6 @@ class KeySet:
             and each.alg in (algorithm, None)
             and (kid is None or each.kid in (kid, None))
         ]
-
-    @property
-    def thumbprints(self) -> set[str]:
-        return {each.thumbprint() for each in self.keys}
 
     def names(self) -> list[str]:
         return sorted(each.kid or each.thumbprint() for each in self.keys)
@@ -82,8 +87,9 @@ class KeyFile:
     """Keys in a file, a JWKS.  Raises OSError, and ValueError if there are none."""
 
     def __init__(self, path: Path) -> None:
-        self._file = WatchedFile(path, lambda content: KeySet(parse_jwks(content)))
-        self._last = self._file.current()
+        self._file = WatchedFile(path, parse_jwks)
+        self._read = self._file.current()
+        self._last = KeySet(self._read)
         self._reason = ""
 
     async def keys(self, kid: str | None) -> KeySet:
@@ -91,11 +97,13 @@ class KeyFile:
 
     def current(self) -> KeySet:
         """None are left if the file is not usable any more."""
+        read: tuple[VerificationKey, ...] = ()
         try:
-            self._last, reason = self._file.current(), ""
+            read, reason = self._file.current(), ""
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            self._last = KeySet(())
+        if read is not self._read:
+            self._read, self._last = read, self._last.followed_by(read)
         if reason and reason != self._reason:
             log.error("keys.failed", path=str(self._file.path), reason=reason)
         self._reason = reason
@@ -213,7 +221,7 @@ class IssuerKeys:
             log.info("issuer.recovered", issuer=self._name)
         self._failure, self._fetched = "", self._clock()
         if _content(found) != _content(self._known.keys):
-            self._known = KeySet(found)
+            self._known = self._known.followed_by(found)
             log.info("issuer.keys", issuer=self._name, keys=self._known.names())
 
     async def _current_jwks(self) -> bytes:

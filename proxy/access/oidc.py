@@ -131,7 +131,7 @@ class OIDCTokens:
         if (config := self._issuers.get(name)) is None:
             return None
         keys = self._sources[name].current()
-        if keys is not None and key not in keys.thumbprints:
+        if keys is not None and key in keys.withdrawn:
             return None
         try:
             return self._principal(name, config, dict(principal.claims), key)

@@ -78,7 +78,8 @@ class AuditLog:
                 self._write(self._request(kind, exchange, status, verdict.rule, verdict.mode, verdict.reason))
         kind = "login" if exchange.refused else _act(exchange.method, exchange.kind, status)
         if kind in self._kinds:
-            self._write(self._request(kind, exchange, status))
+            why = exchange.reason if kind == "login" else ""
+            self._write(self._request(kind, exchange, status, reason=why))
 
     def administered(
         self,

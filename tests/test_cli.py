@@ -154,7 +154,8 @@ async def test_banner(tmp_path: Path, upstream: Upstream) -> None:
         said = await banner(program)
         program.send(signal.SIGTERM)
         assert (await program.end())[:2] == (0, "")
-    first, source, second, third, *_ = said.splitlines()
+    first, page, source, second, third, *_ = said.splitlines()
+    assert page == f"see it: http://127.0.0.1:{admin}/ui/"
     assert source == f"configured by {config}"
     assert first == f"entrepot {version('entrepot')} listening on {url}, admin on http://127.0.0.1:{admin}"
     assert second == f"storing in {tmp_path}/disk"
@@ -201,6 +202,7 @@ async def test_the_banner_of_a_server_with_tls(tmp_path: Path, upstream: Upstrea
             program.send(signal.SIGTERM)
             assert (await program.end())[:2] == (0, "")
         assert f" listening on {url}, admin on {scheme}://{address}:{admin}\n" in said
+        assert f"\nsee it: {scheme}://127.0.0.1:{admin}/ui/\n" in said
         assert json.loads(settings(said, "docker")) == {"registry-mirrors": [url]}
         assert list(tomllib.loads(settings(said, "containerd"))["host"]) == [url]
         registry, *_ = tomllib.loads(settings(said, "podman"))["registry"]

@@ -45,7 +45,7 @@ from proxy.cli.help import ExplainedCommand, GroupedCommands
 from proxy.cli.setup import setup
 from proxy.config.advice import advise
 from proxy.config.errors import ConfigError, StartError
-from proxy.config.hosts import Address
+from proxy.config.hosts import Address, local_url
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.config.settings import Setting, environment
@@ -229,6 +229,7 @@ def banner(bound: BoundAddresses, config: Config, source: str) -> str:
     lines = [
         f"entrepot {version('entrepot')} listening on {_url(encrypted, *bound.listen)}"
         + (f", admin on {_url(config.admin_tls() is not None, *admin)}" if admin else ""),
+        *_page(bound, config),
         f"configured by {source}",
         f"storing in {config.disk.path}",
         *(f"warning: {each}" for each in advise(config)),
@@ -252,6 +253,14 @@ def banner(bound: BoundAddresses, config: Config, source: str) -> str:
             lines += [f"    {line}".rstrip() for line in piece.content.splitlines()]
     lines.append("complete instructions and other clients: entrepot setup --help")
     return "\n".join(lines)
+
+
+def _page(bound: BoundAddresses, config: Config) -> list[str]:
+    """The address of the web page, as a browser on this machine finds it."""
+    if bound.admin is None or config.admin_ui == "off":
+        return []
+    url = local_url("https" if config.admin_tls() is not None else "http", Address(*bound.admin))
+    return [f"see it: {url / 'ui/'}"]
 
 
 def _url(encrypted: bool, host: str, port: int) -> URL:

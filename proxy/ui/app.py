@@ -10,9 +10,16 @@ from aiohttp import web
 from proxy.admin.api.app import State
 from proxy.admin.operations import Operations
 from proxy.config.schema import Config
+from proxy.ui.jobs import Jobs
 from proxy.ui.protection import Protection, set_headers
 from proxy.ui.rendering import PREFIX, STATIC, Renderer, static
+from proxy.ui.screens.acts import ActsScreen
+from proxy.ui.screens.audit import AuditScreen
+from proxy.ui.screens.history import HistoryScreen
 from proxy.ui.screens.overview import OverviewScreen
+from proxy.ui.screens.policy import PolicyScreen
+from proxy.ui.screens.storage import StorageScreen
+from proxy.ui.screens.transfers import TransfersScreen
 from proxy.ui.screens.why import WhyScreen
 from proxy.ui.sessions import Sessions
 
@@ -35,13 +42,21 @@ def pages(
     token = config.admin_token
     renderer = Renderer(clock, acts=config.admin_ui == "on", login=token is not None)
     protection = Protection(config, Sessions(token, clock), renderer)
+    jobs = Jobs(clock)
     screens: list[Screen] = [
         protection,
         OverviewScreen(operations, state, renderer),
+        TransfersScreen(operations, jobs, renderer),
+        HistoryScreen(operations, renderer),
+        StorageScreen(operations, renderer),
+        PolicyScreen(operations, renderer),
+        AuditScreen(operations, renderer),
         WhyScreen(operations, renderer),
+        ActsScreen(operations, jobs, renderer, config.admin_ui == "read_only"),
     ]
     application = web.Application(middlewares=protection.middlewares())
     application.on_response_prepare.append(set_headers)
+    application.on_cleanup.append(lambda app: jobs.close())
     for each in screens:
         application.add_routes(each.routes())
     for name in STATIC:

@@ -20,12 +20,24 @@ if TYPE_CHECKING:
 SESSION = web.RequestKey("session", BrowserSession)
 PREFIX = "/ui/"
 SHORT = 12  # characters of a digest
+ACTS = "acts"  # the screen of what changes something
 # The screens in the navigation: their path below the prefix, and their name.
 NAVIGATION = (
     ("", "Overview"),
+    ("transfers", "Transfers"),
+    ("history", "History"),
+    ("storage", "Storage"),
+    ("policy", "Policy"),
+    ("audit", "Audit"),
     ("why", "Why"),
+    (ACTS, "Actions"),
 )
-STATIC = {"style.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+STATIC = {
+    "style.css": "text/css",
+    "page.js": "text/javascript",
+    "live.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 
 
 class Renderer:
@@ -50,7 +62,7 @@ class Renderer:
             "title": title,
             "here": path,
             "root": "../" * path.count("/"),
-            "navigation": NAVIGATION if session else (),
+            "navigation": [each for each in NAVIGATION if self._acts or each[0] != ACTS] if session else (),
             "csrf": session.form_token if session else "",
             "acts": self._acts and session is not None,
             "login": self._login and session is not None,
@@ -58,6 +70,10 @@ class Renderer:
         }
         text = self._templates.get_template(template).render(common | values)
         return web.Response(text=text, status=status, content_type="text/html")
+
+    def part(self, template: str, **values: object) -> str:
+        """A template that is a part of a page, as text."""
+        return self._templates.get_template(template).render(values)
 
     @cached_property
     def version(self) -> str:

@@ -5,6 +5,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 
@@ -19,18 +20,23 @@ _HEADERS = {"Content-Type": EVENTS, "Cache-Control": "no-store", "X-Accel-Buffer
 
 
 async def send_events(
-    request: web.Request, results: AsyncIterator[object], silence: float = SILENCE
+    request: web.Request,
+    results: AsyncIterator[object],
+    silence: float = SILENCE,
+    longest: float = math.inf,
 ) -> web.StreamResponse:
-    """Send each result as JSON, until there are no more or the client has left.
+    """Send each result as JSON, until there are no more, the client has left or `longest` seconds are over.
 
     Raises the error of a result if there is none before it: then the response has not begun.
     """
     response = web.StreamResponse(headers=_HEADERS)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + longest
     async with aclosing(results):  # type: ignore[type-var]
         coming = asyncio.ensure_future(anext(results, None))
         try:
             with suppress(ConnectionError, TimeoutError):
-                while True:
+                while loop.time() < end:
                     await asyncio.wait({coming}, timeout=silence)
                     if not coming.done():
                         await _write(request, response, b":\n\n")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -47,10 +48,19 @@ Alerts = dict[str, list[dict[str, str]]]  # the labels of each alert that has fi
 class PrometheusServer:
     """A Prometheus that scrapes `targets` and evaluates `rules`, and sends alerts here.
 
-    Rules fire at once: for how long their condition has to last is left out.
+    Rules fire at once: for how long their condition has to last is left out.  `conditions` are further rules:
+    expressions by the name of an alert.
     """
 
-    def __init__(self, directory: Path, targets: Sequence[str], rules: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        targets: Sequence[str],
+        rules: Sequence[Path],
+        conditions: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        scraped = f"sum(max_over_time(up[1m])) >= {len(targets)}"
+        self._conditions = {SCRAPED: scraped, **conditions}
         self.fired: Alerts = {}
         self._directory = directory
         self._targets = targets
@@ -91,11 +101,11 @@ class PrometheusServer:
                     rule.pop("for", None)
             files.append(self._directory / path.name)
             files[-1].write_text(yaml.safe_dump(tree))
-        scraped = {"alert": SCRAPED, "expr": f"sum(min_over_time(up[1m])) >= {len(self._targets)}"}
-        files.append(self._directory / "scraped.yml")
-        files[-1].write_text(yaml.safe_dump({"groups": [{"name": "scraped", "rules": [scraped]}]}))
+        own = [{"alert": name, "expr": text} for name, text in self._conditions.items()]
+        files.append(self._directory / "conditions.yml")
+        files[-1].write_text(yaml.safe_dump({"groups": [{"name": "conditions", "rules": own}]}))
         tree = {
-            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"},
+            "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "500ms"},
             "rule_files": [str(each) for each in files],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{receiver}"]}]}]},
             "scrape_configs": [
@@ -122,11 +132,15 @@ class PrometheusServer:
         return set(alerts) - set(self.fired)
 
     async def query(self, expression: str) -> list[dict[str, Any]]:
-        """The result of a query.  Fails if Prometheus refuses it."""
-        async with (
-            aiohttp.ClientSession() as session,
-            session.get(f"{self.url}/api/v1/query", params={"query": expression}) as response,
-        ):
+        """The result of a query, when all targets had last answered.  Fails if Prometheus refuses it."""
+        async with aiohttp.ClientSession() as session:
+            answered = f"max_over_time(timestamp(sum(up) == {len(self._targets)})[1m:500ms])"
+            [sample] = await self._ask(session, answered)
+            return await self._ask(session, expression, time=sample["value"][1])
+
+    async def _ask(self, session: aiohttp.ClientSession, expression: str, **more: str) -> list[Any]:
+        url = f"{self.url}/api/v1/query"
+        async with session.get(url, params={"query": expression, **more}) as response:
             answer = await response.json()
         assert answer["status"] == "success", f"{expression}: {answer.get('error')}"
         return list(answer["data"]["result"])

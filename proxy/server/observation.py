@@ -77,8 +77,8 @@ class Observation:
         metrics.disk_size.set(size)
         metrics.disk_free.set(status.f_bavail * status.f_frsize)
         metrics.disk_min_free.set(parts.config.disk.min_free.of(size))
-        if parts.deposits is not None:
-            metrics.deposits.set(sum(1 for _ in parts.store.records.keys(DEPOSIT.prefix())))
+        waiting = () if parts.deposits is None else parts.store.records.keys(DEPOSIT.prefix())
+        metrics.deposits.set(sum(1 for _ in waiting))
 
     def _observe_collection(self, collection: Collection) -> None:
         """The last one may be that of a command, or of another server."""

@@ -31,6 +31,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     total <repository>                          how many records a repository has, and of how many bytes
     stored <algorithm>/<ab>                     how many blobs a fan-out directory has, and of how many bytes
     counted                                     that everything without a total is empty
+    writers                                     who may write the records of a private registry
 
 in the records of access control:
 
@@ -119,6 +120,7 @@ REPORTED = RecordKind("reported", 0)
 TOTAL = RecordKind("total", 1)
 STORED = RecordKind("stored", 1)
 COUNTED = RecordKind("counted", 0)
+WRITERS = RecordKind("writers", 0)
 SIGNING = RecordKind("signing", 1)
 API_KEY = RecordKind("apikey", 1)
 KEY_USED = RecordKind("keyused", 1)

@@ -290,16 +290,16 @@ async def push_one(store: Store) -> None:
     await upload.commit(Digest.of(CONFIG))
 
 
-async def test_a_database_without_the_records_of_the_directory_is_refused(
+async def test_a_database_without_the_records_of_the_directory_is_not_used(
     tmp_path: Path, database: str
 ) -> None:
-    """Otherwise a collection would remove all content: no record names it."""
+    """Otherwise a collection would remove all content: no record names it.  A move brings them."""
     with closing((store := private_store(configured(tmp_path))).records):
         await push_one(store)
-    with pytest.raises(StartError, match="whose records are on the disk, and not in the database"):
-        private_store(configured(tmp_path, records=database))
-    with closing((store := private_store(configured(tmp_path))).records):
-        assert store.linked("local/a", Digest.of(CONFIG))
+    for config in (configured(tmp_path, records=database), configured(tmp_path)):
+        with closing((store := private_store(config)).records):
+            assert store.linked("local/a", Digest.of(CONFIG))
+            assert not store.records.remote
 
 
 async def test_a_directory_whose_records_are_in_a_database_is_refused_without_it(

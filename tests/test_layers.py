@@ -21,7 +21,7 @@ STORAGE = (
     "oci limits",
     "registry keys values records",
     "disk",
-    "content listings bucket postgres totals",
+    "content listings bucket postgres totals writers",
     "store",
     "graph held migration",
     "maintenance archives",

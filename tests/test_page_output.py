@@ -140,6 +140,7 @@ ELSEWHERE = {
     "docs/fleet.md": {
         ".venv/bin/pip install '.[fleet]'": "CONTRIBUTING.md installs it with the tests",
         "sudo -u postgres createuser --pwprompt entrepot": "see tests/test_fleet.py",
+        "entrepot migrate --to shared --dry-run": "see tests/test_cli_moves.py",
     },
     "docs/policy.md": {
         ".venv/bin/pip install '.[policy]'": "CONTRIBUTING.md installs it with the tests",

@@ -382,6 +382,9 @@ class LocalOperations(KeyOperations):
     async def end_drill(self) -> reports.Drilling:
         return drilling(await self._drill_control().end())
 
+    async def reload(self) -> reports.Reloading:
+        return reports.Reloading(self._processes.reload())
+
     def _drill_control(self) -> DrillControl:
         if self._drills is None:
             raise Unsupported("no server is running: there is nothing to cut off")

@@ -226,6 +226,9 @@ class Operations(Protocol):
     async def end_drill(self) -> reports.Drilling:
         """End the drill, if one is running."""
 
+    async def reload(self) -> reports.Reloading:
+        """Have the server read its configuration again.  Raises Unsupported if none is running."""
+
 
 class Operation:
     """One method of Operations as a request of the admin API: its name, HTTP method, path, parameters and
@@ -322,5 +325,6 @@ OPERATIONS = {
         Operation(Operations.drill, "GET", "drill"),
         Operation(Operations.begin_drill, "POST", "drill"),
         Operation(Operations.end_drill, "DELETE", "drill"),
+        Operation(Operations.reload, "POST", "reload", status=202),
     )
 }

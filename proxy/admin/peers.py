@@ -13,6 +13,8 @@ ServerProcesses asks all of them.  A process that does not answer in time is lef
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,7 @@ from proxy.cache.drill import DrillOrder, DrillState
 from proxy.connections.failures import reason
 from proxy.web.sockets import bind_unix
 from proxy.web.tls_listener import PlainSite
+from storage.errors import Unsupported
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -131,6 +134,14 @@ class ServerProcesses:
         if self._own:
             await self._own.record()
         await self._ask("POST", "/record")
+
+    def reload(self) -> int:
+        """Have their supervisor read the configuration again; returns its pid.  Raises Unsupported."""
+        if self._directory is None:
+            raise Unsupported("no server is running that can be reloaded")
+        supervisor = os.getppid()
+        os.kill(supervisor, signal.SIGHUP)
+        return supervisor
 
     async def begin_drill(self, order: DrillOrder) -> None:
         if self._own:

@@ -347,3 +347,9 @@ class Drilling(Model, frozen=True):
     namespaces: list[str]
     missed: list[MissedRow]
     untold: int
+
+
+class Reloading(Model, frozen=True):
+    """The process that reads the configuration again, and replaces the others if it is valid."""
+
+    pid: int

@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 GROUPS = {
-    "Run a server": ("serve", "check", "doctor", "user", "keys", "policy"),
+    "Run a server": ("serve", "check", "doctor", "reload", "user", "keys", "policy"),
     "Configure clients": ("setup",),
     "See what is stored and saved": (
         "ls",
@@ -22,7 +22,7 @@ GROUPS = {
         "audit",
     ),
     "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
-    "Keep a private registry": ("tag", "delete", "collect"),
+    "Keep a private registry": ("tag", "delete", "collect", "migrate"),
     "Move images": ("copy", "export", "import"),
     "Prepare for an outage": ("ready", "drill", "lock"),
 }

@@ -62,6 +62,22 @@ async def connected(
 
 
 @asynccontextmanager
+async def if_running(
+    config: Config, server: str | None, token: str | None, ca_file: Path | None = None
+) -> AsyncIterator[AdminClient | None]:
+    """A client of the server at `server`, else of the configured one, or None if that does not run.
+
+    Raises OperationFailed.
+    """
+    url = _address(server) if server else _configured(config)
+    if url is None or not await _listens(url, must=server is not None):
+        yield None
+        return
+    async with _client(config, url, server, token, ca_file) as client:
+        yield client
+
+
+@asynccontextmanager
 async def _client(
     config: Config, url: URL, server: str | None, token: str | None, ca_file: Path | None
 ) -> AsyncIterator[AdminClient]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
+from proxy.config.schema import Config
 from proxy.namespaces.composition import Composition
 from storage.disk.health import DiskHealth
 from storage.disk.records import SQLiteRecords
 from storage.records import Records
+from storage.writers import FILES, GuardedRecords
 
 DIRECTORY = "access"  # below disk.path
 
@@ -20,7 +24,12 @@ def access_records(parts: Composition, closing: AsyncExitStack) -> Records:
     for store in (parts.private, parts.common):
         if store is not None and store.records.remote:
             return store.records
-    root = parts.config.disk.path / DIRECTORY
-    records = SQLiteRecords(root / "records", parts.clock, DiskHealth(root, parts.clock), durable=True)
+    records = access_records_on_disk(parts.config, parts.clock)
     closing.callback(records.close)
-    return records
+    return GuardedRecords(records, FILES, parts.clock)
+
+
+def access_records_on_disk(config: Config, clock: Callable[[], float] = time.time) -> Records:
+    """Those that count while no server shares any.  Raises StorageFailed."""
+    root = config.disk.path / DIRECTORY
+    return SQLiteRecords(root / "records", clock, DiskHealth(root, clock), durable=True)

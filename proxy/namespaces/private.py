@@ -1,6 +1,13 @@
-"""The store of the private registry.
+"""The store of the private registry, and the engines that it can be in.
 
 Its records are on the disk, or in a database that servers share; its content is on the disk, or in a bucket.
+The configuration says which engines are shared; whether the registry is in them is what the directory says:
+
+    <disk.path>/private/records             records on the disk, or what is left of them after a move
+    <disk.path>/private/records.database    the identity of the database that has the records instead
+
+A registry that was on the disk before it was to be shared is served from there until `entrepot migrate` has
+moved it.
 """
 
 from __future__ import annotations
@@ -11,6 +18,8 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+
+import structlog
 
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
@@ -24,10 +33,14 @@ from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
 from storage.keys import LINK, MANIFEST, OBJECT
+from storage.migration.move import Engine, complete
 from storage.records import Records
 from storage.store import Store
+from storage.writers import COMING, FILES, LEFT, OBJECTS, GuardedRecords, Writers
 
-DATABASE = "records.database"  # the file that has the identity of the database of a directory
+log = structlog.get_logger()
+
+DATABASE = "records.database"
 
 
 def private_store(
@@ -38,43 +51,131 @@ def private_store(
     Raises StorageFailed, and StartError if the records in the database that is configured, or on the disk,
     are not those of the content: all of it would seem unreachable, or missing.
     """
+    _complete_move(config, clock)
+    shared = is_shared(config)
+    if not shared and (config.shared.bucket or config.shared.records):
+        log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
+    opened = engine(config, shared, clock, troubles, guarded=True)
+    try:
+        if shared:
+            with suppress(StorageFailed):  # of a database that cannot be asked now
+                _check_ready(Writers.of(opened.records), config)
+    except BaseException:
+        opened.records.close()
+        raise
+    return Store(opened.content, opened.records, clock, collected=True)
+
+
+def _check_ready(writers: Writers | None, config: Config) -> None:
+    """Raises StartError if the registry is not, or no longer, in the shared engines."""
+    former = _on_disk(config.disk.path / "private")[0]
+    if writers is None and former is not None and former.content == LEFT:
+        raise StartError("shared.records is not the database that the registry was moved to: set its URL")
+    if writers is not None and writers.content == COMING:
+        raise StartError(
+            "a registry is being moved into shared.records: start this server when that has ended"
+        )
+    if writers is not None and writers.content == LEFT:
+        raise StartError(
+            "the registry was moved from shared.records to the disk of a server: use that server"
+        )
+
+
+def _complete_move(config: Config, clock: Callable[[], float]) -> None:
+    """Take the last step of a move between the disk and a database that was killed before it."""
+    root, shared = config.disk.path / "private", config.shared
+    if shared.records is None or not (root / "records" / FILE).exists():
+        return
+    with suppress(StorageFailed), closing(SQLiteRecords(root / "records", durable=True)) as here:
+        found = Writers.of(here)
+        left = found is not None and found.content == LEFT and not (root / DATABASE).exists()
+        if left or (found is not None and found.content == COMING):
+            with closing(database(shared, clock, Troubles())) as there:
+                complete(here, there, OBJECTS if shared.bucket is not None else FILES)
+                complete(there, here, FILES)
+
+
+def is_shared(config: Config) -> bool:
+    """Whether the registry is in the engines that `shared` names, as far as they are configured.
+
+    Raises StartError if it is elsewhere than the configuration can say.
+    """
+    root, shared = config.disk.path / "private", config.shared
+    try:
+        found, content, objects = _on_disk(root)
+    except StorageFailed:  # which is seen again, where nothing has to be decided by what they say
+        if shared.records is not None:
+            raise
+        return shared.bucket is not None
+    if found is None and (root / DATABASE).exists():
+        found = Writers(LEFT)
+    elif found is None and objects:
+        found = Writers(OBJECTS)
+    where = found.content if found is not None else FILES if content else ""
+    if where in (LEFT, COMING) and shared.records is None:
+        raise StartError(
+            f"{root} has its records in a database ({root / DATABASE}): set shared.records to its URL"
+        )
+    if where == OBJECTS and shared.bucket is None:
+        raise StartError(f"{root}: its content is in a bucket: set shared.bucket to its URL")
+    if where == OBJECTS and shared.records is not None:
+        raise StartError(
+            f"{root} has its records on the disk and its content in a bucket: unset shared.records, move it"
+            " to the disk by entrepot migrate --to local, and then to both"
+        )
+    return (shared.records is not None or shared.bucket is not None) and where != FILES
+
+
+def _on_disk(root: Path) -> tuple[Writers | None, bool, bool]:
+    """What the records on the disk say; whether they name content, and objects.  Raises StorageFailed."""
+    if not (root / "records" / FILE).exists():
+        return None, any(path.is_file() for path in (root / "blobs").rglob("*")), False
+    with closing(SQLiteRecords(root / "records", durable=True)) as records:
+        kinds = [records.first(kind.prefix()) is not None for kind in (LINK, MANIFEST, OBJECT)]
+        return Writers.of(records), any(kinds[:2]), kinds[2]
+
+
+def engine(
+    config: Config,
+    shared: bool,
+    clock: Callable[[], float] = time.time,
+    troubles: Troubles | None = None,
+    guarded: bool = False,
+) -> Engine:
+    """What holds the registry on the disk, or as `shared` says.  Raises StorageFailed, StartError.
+
+    Guarded records are those of a server: see storage/writers.py.
+    """
     root = config.disk.path / "private"
     troubles = Troubles() if troubles is None else troubles
     disk = DiskHealth(root, clock, troubles)
-    if config.shared.records is not None:
-        check = partial(_check_identity, root, disk)
+    in_bucket = shared and config.shared.bucket is not None
+    kind = OBJECTS if in_bucket else FILES
+    records: Records
+    if shared and config.shared.records is not None:
+        check = partial(check_identity, root, disk) if guarded else _any
         records = database(config.shared, clock, troubles, check)
-    elif (file := root / DATABASE).exists():
-        raise StartError(f"{root} has its records in a database ({file}): set shared.records to its URL")
     else:
         records = SQLiteRecords(root / "records", clock, disk, durable=True)
+    if guarded:
+        records = GuardedRecords(records, kind, clock)
     try:
-        content = _content(config, records, disk, clock, troubles)
+        content: BlobContent = (
+            bucket_blobs(config, records, root, disk, clock, troubles)
+            if in_bucket
+            else BlobFiles(root, clock, disk, private=True)
+        )
     except BaseException:
         records.close()
         raise
-    return Store(content, records, clock, collected=True)
+    return Engine(records, content, kind)
 
 
-def _content(
-    config: Config, records: Records, disk: DiskHealth, clock: Callable[[], float], troubles: Troubles
-) -> BlobContent:
-    root = config.disk.path / "private"
-    if config.shared.bucket is not None:
-        if any(path.is_file() for path in (root / "blobs").rglob("*")):
-            raise StartError(
-                f"{root}/blobs has content, and shared.bucket is set: start with another disk.path, and copy"
-                " the images by entrepot copy"
-            )
-        return bucket_blobs(config, records, root, disk, clock, troubles)
-    if isinstance(records, SQLiteRecords):
-        with suppress(StorageFailed):  # which is seen again
-            if records.first(OBJECT.prefix()) is not None:
-                raise StartError(f"{root}: its content is in a bucket: set shared.bucket to its URL")
-    return BlobFiles(root, clock, disk, private=True)
+def _any(identity: str) -> None:
+    """Of a database that is the source or the target of a move."""
 
 
-def _check_identity(root: Path, disk: DiskHealth, identity: str) -> None:
+def check_identity(root: Path, disk: DiskHealth, identity: str) -> None:
     """Raise StorageFailed unless the content in this directory is that of the records."""
     file = root / DATABASE
     with disk.guard("records", file):
@@ -85,14 +186,13 @@ def _check_identity(root: Path, disk: DiskHealth, identity: str) -> None:
                     cause="its database is another one",
                 )
             return
-        if (root / "records" / FILE).exists():
-            with closing(SQLiteRecords(root / "records")) as former:
-                if any(former.first(kind.prefix()) for kind in (LINK, MANIFEST)):
-                    raise StorageFailed(
-                        f"{root} has content whose records are on the disk, and not in the database:"
-                        " use an empty directory, and push it again",
-                        cause="its database is another one",
-                    )
+        found, content, _ = _on_disk(root)
+        if content and found is None:
+            raise StorageFailed(
+                f"{root} has content whose records are on the disk, and not in the database: move it there by"
+                " entrepot migrate --to shared",
+                cause="its database is another one",
+            )
         make_directory(root)
         fresh = file.with_name(f"{file.name}.{os.getpid()}")
         with os.fdopen(create_file(fresh, os.O_WRONLY | os.O_TRUNC), "w") as opened:

@@ -120,6 +120,36 @@ class Migrated(Result, frozen=True):
     dry_run: bool
 
 
+class MovedPart(Result, frozen=True):
+    """What was moved of the private registry, or of the caches; in a dry run, what would be.
+
+    `paused` is the number of seconds for which pushes had to wait.  `expected` is how many seconds a dry run
+    expects, None if there is nothing to measure that by.
+    """
+
+    name: str
+    blobs: int
+    bytes: int
+    records: int
+    paused: float = 0.0
+    expected: float | None = None
+
+
+class EngineMoved(Result, frozen=True):
+    """The result of a move to `shared` or `local` engines.
+
+    Nothing was left of the source, and the server goes on with it, if anything is `damaged`.  `reloaded` is
+    whether a server was told to use the new place.
+    """
+
+    to: str
+    parts: list[MovedPart]
+    damaged: list[DamageRow]
+    seconds: float
+    dry_run: bool
+    reloaded: bool
+
+
 Outcome: TypeAlias = Literal["copied", "present", "failed"]
 
 

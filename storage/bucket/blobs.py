@@ -176,6 +176,8 @@ class BucketBlobs(UploadFiles):
             return await super().reopen(id, owner)
         self.check_id(id, owner)
         session = Session.parse(await run_in_thread(self._records.get, UPLOAD.key(id)))
+        if session is None and self.path_of(id).exists():  # it began before the content was moved
+            return SharedUpload(self, id, None, await super().reopen(id, owner))
         if session is None:
             raise BlobUploadUnknown(f"there is no upload {id!r}: it ended, or was abandoned")
         return SharedUpload(self, id, session, None)
@@ -233,15 +235,15 @@ class BucketBlobs(UploadFiles):
 
         return await run_in_thread(partial(self._records.transaction, work, shared=True))
 
-    async def adopt(self, file: int, digest: Digest) -> None:
+    async def adopt(self, file: int, digest: Digest, alone: bool = True) -> None:
         """Make a blob of an open file, which stays, and whose digest was verified.
 
-        Raises Unavailable while another server does.
+        If it is to be the only one that does, raises Unavailable while another server does.
         """
         known = await run_in_thread(self._object, digest)
         if known is None or not await self._is_kept(digest, known):
             source, size = Path(f"/proc/self/fd/{file}"), os.fstat(file).st_size  # its name may be gone
-            await uninterrupted(self._put(source, digest, size, known, alone=True))
+            await uninterrupted(self._put(source, digest, size, known, alone))
 
     async def _put(
         self, source: Path, digest: Digest, size: int, damaged: StoredObject | None, alone: bool = False

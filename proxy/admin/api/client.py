@@ -117,6 +117,7 @@ class AdminClient:
     drill = _sent(Operations.drill)
     begin_drill = _sent(Operations.begin_drill)
     end_drill = _sent(Operations.end_drill)
+    reload = _sent(Operations.reload)
 
     async def send(self, operation: Operation, parameters: msgspec.Struct) -> Any:
         """The answer to one operation."""

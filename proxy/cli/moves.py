@@ -1,0 +1,184 @@
+"""The commands that move the registry between engines: migrate, reload."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import click
+
+from proxy.admin import reports
+from proxy.admin.api.client import OperationFailed
+from proxy.admin.operations import Operations
+from proxy.cli.console import ProgressDisplay
+from proxy.cli.context import CommandContext, common, quiet
+from proxy.cli.help import command
+from proxy.cli.tables import Column, Table
+from proxy.cli.target import if_running
+from proxy.config.errors import StartError
+from proxy.config.loader import load
+from proxy.config.quantities import format_duration, format_size, plural
+from proxy.config.schema import Config
+from proxy.transfer.results import DamageRow, EngineMoved, MovedPart
+from storage.errors import RegistryError
+
+if TYPE_CHECKING:  # most commands need none of these
+    from proxy.transfer.engine_moves import Job
+    from storage.migration.move import MoveReport
+
+REGISTRY = "private registry"
+PAUSE = 0.5  # seconds between two updates of the progress
+
+
+@command()
+@click.option(
+    "--to",
+    "where",
+    type=click.Choice(["shared", "local"]),
+    required=True,
+    help="shared: what `shared` of the configuration names. local: the disk.",
+)
+@click.option("--dry-run", is_flag=True, help="Show how much would be copied, and how long it takes.")
+@click.option("--no-caches", is_flag=True, help="Leave out what caches have stored.")
+@common
+def migrate(call: CommandContext, where: str, dry_run: bool, no_caches: bool) -> None:
+    """Move stored content to other engines.
+
+    Moves the private registry between the disk and the bucket and database of `shared`, while the server
+    serves; copies what caches have, if they share it. The server then uses the new place. Run it again if it
+    was interrupted.
+    """
+
+    async def work() -> None:
+        config = load(call.path, settings=call.settings)
+        quiet(config.log.format)
+        shared = where == "shared"
+        found = await _migrate(config, call, shared, dry_run, caches=not no_caches)
+        call.print(found, moved_tables)
+        if found.damaged:
+            raise OperationFailed(
+                f"{len(found.damaged)} damaged: run entrepot scrub, which sets them aside, and this again",
+                "DAMAGED",
+            )
+
+    call.alone(work)
+
+
+async def _migrate(
+    config: Config, call: CommandContext, shared: bool, dry_run: bool, caches: bool
+) -> EngineMoved:
+    from proxy.transfer.engine_moves import EngineMoves, NotMovable
+
+    begun, reloaded = time.monotonic(), False
+    parts: list[MovedPart] = []
+    damaged: list[DamageRow] = []
+    try:
+        async with EngineMoves(config, shared) as moves:
+            for name, job in moves.jobs(caches):
+                if dry_run:
+                    parts.append(await moves.expected(name, job))
+                    continue
+                await moves.check_room(job)
+                parts.append(await _watched(name, job, call.json))
+                damaged += [DamageRow("", str(digest), why) for digest, why in job.report.damaged.items()]
+            if not dry_run and not damaged:
+                await moves.settle()
+    except RegistryError as error:
+        raise OperationFailed(
+            f"{error}; what was copied stays, and the next run continues", error.code
+        ) from error
+    except (StartError, NotMovable, OSError) as error:
+        raise OperationFailed(str(error)) from error
+    if config.hosted() and not dry_run and not damaged:
+        async with if_running(config, call.server, call.token, call.ca_file) as server:
+            if server is not None:
+                await server.reload()
+                reloaded = True
+    return EngineMoved(
+        to="shared" if shared else "local",
+        parts=parts,
+        damaged=damaged,
+        seconds=time.monotonic() - begun,
+        dry_run=dry_run,
+        reloaded=reloaded,
+    )
+
+
+async def _watched(name: str, job: Job, quietly: bool) -> MovedPart:
+    """Do it, and show its progress."""
+    from proxy.transfer.engine_moves import moved_part
+
+    running = asyncio.ensure_future(job.run())
+    with closing(ProgressDisplay(sys.stderr)) as progress:
+        try:
+            while not (await asyncio.wait({running}, timeout=PAUSE))[0]:
+                if not quietly:
+                    _show(name, job.report, progress)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    return moved_part(name, running.result())
+
+
+def _show(name: str, report: MoveReport, progress: ProgressDisplay) -> None:
+    text = (
+        f"{format_size(report.bytes)} of {format_size(report.whole_bytes)}, {report.blobs} of"
+        f" {plural(report.whole, 'blob')}, {plural(report.records, 'record')}"
+    )
+    progress.show(name, report.bytes, report.whole_bytes, text)
+
+
+def moved_tables(found: EngineMoved, now: float) -> Sequence[Table]:
+    tables = []
+    if found.damaged:
+        table = Table((Column("DAMAGED", digests=True), Column("REASON")))
+        for each in found.damaged:
+            table.add(each.what, each.why)
+        tables.append(table)
+    tables.append(Table((), notes=[*map(_line, found.parts), *_after(found)]))
+    return tables
+
+
+def _line(part: MovedPart) -> str:
+    what = f"{plural(part.blobs, 'blob')} of {format_size(part.bytes)}, {plural(part.records, 'record')}"
+    pause = f"; pushes waited for {part.paused:.1f} s" if part.paused else ""
+    expected = "" if part.expected is None else f", in about {format_duration(max(1.0, part.expected))}"
+    return f"{part.name}: {what}{expected}{pause}"
+
+
+def _after(found: EngineMoved) -> list[str]:
+    if found.dry_run:
+        return ["nothing was copied"]
+    if found.damaged:
+        return ["the server goes on with what it had"]
+    place = "the engines of `shared`" if found.to == "shared" else "the disk"
+    if any(each.name == REGISTRY for each in found.parts):
+        server = "is reloading" if found.reloaded else "has to be reloaded now: it refuses pushes until then"
+        return [f"the private registry is in {place}; the server {server}", f"{found.seconds:.1f} s"]
+    return [f"{found.seconds:.1f} s"]
+
+
+@command()
+@common
+def reload(call: CommandContext) -> None:
+    """Read the configuration of the server again.
+
+    As SIGHUP does: a valid one is applied, without ending a transfer. The log of the server says what came of
+    it.
+    """
+
+    async def work(operations: Operations) -> None:
+        call.print(await operations.reload(), reload_tables)
+
+    call.run(work)
+
+
+def reload_tables(found: reports.Reloading, now: float) -> Sequence[Table]:
+    return [Table((), notes=[f"process {found.pid} reads the configuration again; see its log"])]
+
+
+COMMANDS = (migrate, reload)

@@ -1,0 +1,142 @@
+"""`entrepot migrate` and `entrepot reload`, beside a server that people use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+import pytest
+
+from storage.oci import OCI_MANIFEST, Digest
+from tests.objects import FakeBucket
+from tests.postgres import PostgresServer
+from tests.processes import Place, Server
+from tests.processes import place as place  # a fixture
+from tests.test_move import in_bucket
+from tests.test_push import image
+
+pytestmark = pytest.mark.clients
+
+APP = "/v2/local/team/app"
+TURNS = 80  # images that a client pushes during a move, or tries to
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeBucket]:
+    async with FakeBucket() as fake:
+        yield fake
+
+
+class Client:
+    """Pushes images, each with its own tag, and knows which of them were acknowledged."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.acknowledged: dict[str, bytes] = {}
+        self._url = server.url + APP
+        self._name = name
+        self._news = asyncio.Event()
+        self._turns = asyncio.Semaphore(TURNS)
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        number = 0
+        async with aiohttp.ClientSession() as session:
+            while True:
+                number += 1
+                await self._turns.acquire()
+                await self._push(session, f"{self._name}-{number}")
+
+    async def _push(self, session: aiohttp.ClientSession, tag: str) -> None:
+        layer = tag.encode() * 1000
+        for content in (layer, b"{}"):
+            url = f"{self._url}/blobs/uploads/?digest={Digest.of(content)}"
+            if not await self._sent(session.post(url, data=content)):
+                return
+        given = {"Content-Type": OCI_MANIFEST}
+        manifest = image(Digest.of(layer))
+        if await self._sent(session.put(f"{self._url}/manifests/{tag}", data=manifest, headers=given)):
+            self.acknowledged[tag] = manifest
+            self._news.set()
+
+    async def _sent(self, request: Any) -> bool:
+        with suppress(aiohttp.ClientConnectionError):  # of a process that has just been replaced
+            async with request as response:
+                if response.status == 201:
+                    return True
+                assert response.status == 503, await response.text()
+                assert response.headers["Retry-After"]
+        return False
+
+    async def another(self) -> None:
+        """Wait until one more is acknowledged."""
+        self._news.clear()
+        for _ in range(TURNS):
+            self._turns.release()
+        news = asyncio.create_task(self._news.wait())
+        async with asyncio.timeout(60):
+            await asyncio.wait([news, self.task], return_when=asyncio.FIRST_COMPLETED)
+        if self.task.done():
+            self.task.result()
+
+
+async def command(place: Place, *arguments: str) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", *arguments, "--config", str(place.home / "entrepot.yml"), "--json"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+async def test_nothing_that_was_acknowledged_is_lost(
+    place: Place, fake: FakeBucket, postgres_server: PostgresServer
+) -> None:
+    place.tree["namespaces"]["local"] = {"store": {}}
+    place.tree["access"] = {"rules": [{"who": ["anonymous"], "may": ["pull", "push"]}]}
+    server = await place.start()
+    place.tree["shared"] = {"records": postgres_server.database(), **in_bucket(fake)}
+    place.configure()
+    clients = [Client(server, name) for name in "ab"]
+    tasks = [each.task for each in clients]
+    try:
+        await clients[0].another()
+        expected = await command(
+            place, "migrate", "--to", "shared", "--dry-run", "--server", server.admin_url
+        )
+        assert expected["parts"][0]["blobs"] >= 2
+        assert fake.objects == {}
+        for nth, where in enumerate(("shared", "local"), 1):
+            found = await command(place, "migrate", "--to", where, "--server", server.admin_url)
+            assert found["reloaded"]
+            await server.heard("config.reloaded", nth)
+            await asyncio.gather(*[each.another() for each in clients])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    async with aiohttp.ClientSession() as session:
+        for client in clients:
+            for tag, manifest in client.acknowledged.items():
+                async with session.get(f"{server.url}{APP}/manifests/{tag}") as response:
+                    assert await response.read() == manifest
+                digest = Digest.of(tag.encode() * 1000)
+                async with session.get(f"{server.url}{APP}/blobs/{digest}") as response:
+                    assert await response.read() == tag.encode() * 1000
+
+
+async def test_a_server_is_told_to_read_its_configuration_again(place: Place) -> None:
+    server = await place.start()
+    before = set(server.pids())
+    found = await command(place, "reload", "--server", server.admin_url)
+    assert found == {"pid": server.pid}
+    await server.heard("config.reloaded")
+    await server.gone(*before)
+    assert not before & set(server.pids())

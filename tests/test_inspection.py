@@ -14,6 +14,7 @@ from structlog.testing import LogCapture
 from proxy.admin import inspection
 from proxy.admin.explain import upstream_rows
 from proxy.admin.processes import UpstreamState
+from proxy.admin.reports import RefusalRow
 from proxy.namespaces.references import FieldInvalid
 from storage.errors import ArchiveInvalid, BlobUnknown, ManifestUnknown
 from storage.maintenance.usage import Use
@@ -202,12 +203,13 @@ def test_hosts_of_upstreams(events: LogCapture) -> None:
         limits = {"ratelimit_limit": 100, "ratelimit_remaining": 50, "refused": []}
         return UpstreamState(namespace=namespace, url=f"https://{host}", host=host, **fields | limits | more)
 
+    refusal = RefusalRow(credential=1, host="auth", status=401, at=1.0)
     rows = upstream_rows(
         [
             state("quay.io", "quay.io"),
             state("docker.io", "hub", ratelimit_remaining=7),
             state("docker.io", "hub", ratelimit_remaining=3),  # as another process sees it
-            state("mirror", "hub", open=True, until=9.0, error="refused"),
+            state("mirror", "hub", open=True, until=9.0, error="refused", refused=[refusal]),
         ]
     )
     assert [(each.namespace, each.host, each.open, each.ratelimit_remaining) for each in rows] == [
@@ -215,3 +217,4 @@ def test_hosts_of_upstreams(events: LogCapture) -> None:
         ("mirror", "hub", True, 50),
         ("quay.io", "quay.io", False, 50),
     ]
+    assert [each.refused for each in rows] == [[], [refusal], []]

@@ -85,7 +85,7 @@ async def browse(serve: Serve, upstream: Upstream) -> AsyncIterator[Open]:
         await each.close()
 
 
-SCREENS = ("", "why", "why?ref=alpine:3")
+SCREENS = ("", "repositories", "why", "why?ref=alpine:3")
 
 
 # Who may see it

@@ -173,6 +173,7 @@ async def owner_of(
 
 def host_rows(states: Iterable[UpstreamState]) -> list[HostRow]:
     """One row for each host, as seen by the process that pauses it for the longest time."""
+    states = list(states)
     found: dict[tuple[str, str], UpstreamState] = {}
     for each in states:
         known = found.setdefault((each.url, each.host), each)

@@ -48,14 +48,12 @@ class Inspection:
         return await run_in_thread(self._find, pattern, sort, reverse, offset, limit)
 
     def _find(self, pattern: Pin, sort: Sort, reverse: bool, offset: int, limit: int) -> Found:
-        entries = [
-            (entry, inventory)
-            for inventory in self._inventories
-            for entry in inventory.entries(pattern, sort)
+        entries = [entry for each in self._inventories for entry in each.entries(pattern, sort)]
+        entries.sort(reverse=reverse)
+        rows = [
+            self._inventory_of(repository.partition("/")[0]).row(repository, tag)
+            for _, repository, tag in entries[offset : offset + limit]
         ]
-        entries.sort(key=lambda each: each[0], reverse=reverse)
-        page = entries[offset : offset + limit]
-        rows = [inventory.row(repository, tag) for (_, repository, tag), inventory in page]
         return Found(images=rows, matched=len(entries))
 
     async def config(self, ref: str) -> ConfigReport:

@@ -128,19 +128,25 @@ class Inventory:
 
     def entries(self, pattern: Pin, sort: Sort) -> Iterator[Entry]:
         """The tags that match, with what they are sorted by: 0, when they were set or confirmed, or used."""
+        matches, start = pattern.matcher, len(TAG.prefix())
+        if sort == "updated":
+            for key, value in self.store.records.scan(pattern.prefix):
+                repository, _, tag = key[start:].partition(" ")
+                if matches(repository, tag):
+                    pointer = Pointer.parse(value)
+                    yield pointer.validated_at if pointer else 0.0, repository, tag
+            return
         used = dict(self._uses(pattern)) if sort == "used" else {}
-        for key, value in self.store.records.scan(pattern.prefix):
-            repository, tag = TAG.parse(key)
-            if pattern.matches(repository, tag):
-                found = used.get((repository, tag), 0.0)
-                if sort == "updated" and (pointer := Pointer.parse(value)) is not None:
-                    found = pointer.validated_at
-                yield found, repository, tag
+        for key in self.store.records.keys(pattern.prefix):
+            repository, _, tag = key[start:].partition(" ")
+            if matches(repository, tag):
+                yield used.get(key[start:], 0.0) if used else 0.0, repository, tag
 
-    def _uses(self, pattern: Pin) -> Iterator[tuple[tuple[str, str], float]]:
-        for key, value in self.store.records.scan(USE.name + pattern.prefix.removeprefix(TAG.name)):
-            repository, tag = USE.parse(key)
-            yield (repository, tag), last_use(value)
+    def _uses(self, pattern: Pin) -> Iterator[tuple[str, float]]:
+        """When tags, each as in its key, were last used."""
+        prefix = USE.name + pattern.prefix.removeprefix(TAG.name)
+        for key, value in self._usage.scan(prefix):
+            yield key[len(USE.prefix()) :], last_use(value)
 
     def row(self, repository: str, tag: str) -> ImageRow:
         return self._image(repository, Tag(tag), self._pins.known())

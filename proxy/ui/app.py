@@ -16,12 +16,15 @@ from proxy.ui.rendering import PREFIX, STATIC, Renderer, static
 from proxy.ui.screens.acts import ActsScreen
 from proxy.ui.screens.audit import AuditScreen
 from proxy.ui.screens.history import HistoryScreen
+from proxy.ui.screens.image import ImageScreen
 from proxy.ui.screens.overview import OverviewScreen
 from proxy.ui.screens.policy import PolicyScreen
+from proxy.ui.screens.repositories import RepositoriesScreen
 from proxy.ui.screens.storage import StorageScreen
 from proxy.ui.screens.transfers import TransfersScreen
 from proxy.ui.screens.why import WhyScreen
 from proxy.ui.sessions import Sessions
+from proxy.ui.snapshot import RepositorySnapshot
 
 KEPT = "public, max-age=31536000, immutable"  # their addresses change with them
 
@@ -43,18 +46,22 @@ def pages(
     renderer = Renderer(clock, acts=config.admin_ui == "on", login=token is not None)
     protection = Protection(config, Sessions(token, clock), renderer)
     jobs = Jobs(clock)
+    repositories = RepositorySnapshot(operations)
     screens: list[Screen] = [
         protection,
-        OverviewScreen(operations, state, renderer),
+        OverviewScreen(operations, state, repositories, renderer, clock),
+        RepositoriesScreen(operations, repositories, renderer),
+        ImageScreen(operations, renderer),
         TransfersScreen(operations, jobs, renderer),
         HistoryScreen(operations, renderer),
         StorageScreen(operations, renderer),
         PolicyScreen(operations, renderer),
         AuditScreen(operations, renderer),
         WhyScreen(operations, renderer),
-        ActsScreen(operations, jobs, renderer, config.admin_ui == "read_only"),
+        ActsScreen(operations, jobs, renderer, config.admin_ui == "read_only", repositories.forget),
     ]
     application = web.Application(middlewares=protection.middlewares())
+    application.on_cleanup.append(lambda _: repositories.close())
     application.on_response_prepare.append(set_headers)
     application.on_cleanup.append(lambda app: jobs.close())
     for each in screens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
+from proxy.ui.listing import link
 from proxy.ui.sessions import BrowserSession
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ ACTS = "acts"  # the screen of what changes something
 # The screens in the navigation: their path below the prefix, and their name.
 NAVIGATION = (
     ("", "Overview"),
+    ("repositories", "Repositories"),
     ("transfers", "Transfers"),
     ("history", "History"),
     ("storage", "Storage"),
@@ -32,6 +35,14 @@ NAVIGATION = (
     ("why", "Why"),
     (ACTS, "Actions"),
 )
+SECTIONS = {
+    "repository": "repositories",
+    "image": "repositories",
+    "files": "repositories",
+    "diff": "history",
+    "confirm": ACTS,
+    "act": ACTS,
+}
 STATIC = {
     "style.css": "text/css",
     "page.js": "text/javascript",
@@ -61,6 +72,7 @@ class Renderer:
         common: dict[str, object] = {
             "title": title,
             "here": path,
+            "section": SECTIONS.get(path, path),
             "root": "../" * path.count("/"),
             "navigation": [each for each in NAVIGATION if self._acts or each[0] != ACTS] if session else (),
             "csrf": session.form_token if session else "",
@@ -100,7 +112,10 @@ class Renderer:
             "ago": lambda time: format_time(time, self._clock()),
             "iso": iso,
             "short": short,
+            "media": media,
+            "mode": stat.filemode,
         }
+        made.globals["link"] = link
         return made
 
 
@@ -118,3 +133,8 @@ def short(digest: str) -> str:
     """The algorithm and first characters of a digest."""
     algorithm, colon, encoded = digest.partition(":")
     return f"{algorithm}:{encoded[:SHORT]}" if colon else digest
+
+
+def media(kind: str | None) -> str:
+    """A media type without what all of them begin with."""
+    return (kind or "").removeprefix("application/").removeprefix("vnd.")

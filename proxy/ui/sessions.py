@@ -11,7 +11,7 @@ import hmac
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 COOKIE = "entrepot_session"
 LIFE = 12 * 3600  # seconds
@@ -24,6 +24,11 @@ class BrowserSession:
 
     name: str
     form_token: str
+
+
+@cache
+def _derived(token: str) -> bytes:
+    return hashlib.scrypt(token.encode(), salt=b"entrepot session", **_SCRYPT)
 
 
 class Sessions:
@@ -66,7 +71,7 @@ class Sessions:
     def _key(self) -> bytes:
         if self._token is None:
             return secrets.token_bytes(32)
-        return hashlib.scrypt(self._token.encode(), salt=b"entrepot session", **_SCRYPT)
+        return _derived(self._token)
 
     def _sign(self, kind: str, content: str) -> str:
         message = f"{kind} {content}".encode("utf-8", "replace")

@@ -77,7 +77,12 @@ class Pin:
 
     def matches(self, repository: str, reference: str) -> bool:
         """Whether a tag or digest of the repository, given by its full name, matches."""
-        return _matcher(self.pattern)(repository, reference)
+        return self.matcher(repository, reference)
+
+    @property
+    def matcher(self) -> Callable[[str, str], bool]:
+        """matches() for many names: it is found once."""
+        return _matcher(self.pattern)
 
     @property
     def exact(self) -> tuple[str, Reference] | None:
@@ -238,7 +243,8 @@ def matching(store: Store, pin: Pin, after: str = "") -> Iterator[tuple[str, Ref
 
     Only those whose key is greater than `pin.prefix` followed by `after`.
     """
+    matches = pin.matcher
     for key, _ in store.records.scan(pin.prefix, after):
         repository, reference = parse_reference_key(key)
-        if pin.matches(repository, reference):
+        if matches(repository, reference):
             yield repository, reference

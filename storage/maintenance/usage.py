@@ -128,6 +128,10 @@ class Usage:
         found = self._totals.repositories(prefix)
         return {name: total.counted.used for name, total in found if total.counted and total.counted.used}
 
+    def scan(self, prefix: str) -> Iterator[tuple[str, bytes]]:
+        """The records of uses whose keys start with `prefix`."""
+        return self._records.scan(prefix)
+
     def counted_by(self, records: Records) -> bool:
         """Whether the totals in `records` count what is used."""
         return records is self._records

@@ -6,7 +6,7 @@ All of this works without JavaScript.  A form asks for the page that confirms it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -26,7 +26,7 @@ WAITED = 3.0  # seconds for the result of an act, after which it goes on by itse
 
 
 class ActsScreen:
-    """The acts of the page.  With `read_only` there are none."""
+    """The acts of the page.  With `read_only` there are none.  `changed` is called after each."""
 
     def __init__(
         self,
@@ -34,12 +34,14 @@ class ActsScreen:
         jobs: Jobs,
         renderer: Renderer,
         read_only: bool,
+        changed: Callable[[], None],
         waited: float = WAITED,
     ) -> None:
         self._operations = operations
         self._jobs = jobs
         self._renderer = renderer
         self._read_only = read_only
+        self._changed = changed
         self._waited = waited
 
     def routes(self) -> list[web.RouteDef]:
@@ -90,6 +92,7 @@ class ActsScreen:
             return await done(self._operations, act, arguments)
         finally:
             request.config_dict["cache"].forget()  # the summaries of the admin API; also after a failure
+            self._changed()
 
     def _refuse(self) -> None:
         if self._read_only:

@@ -1,0 +1,492 @@
+"""The screens of the web page: what each shows, that anybody can read it, and that no name is markup."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import AsyncIterator, Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from proxy.admin.api.app import application
+from proxy.admin.local_operations import LocalOperations
+from proxy.admin.models import ImageNode
+from proxy.admin.processes import ProcessReport, UpstreamState
+from proxy.admin.reports import RefusalRow
+from proxy.namespaces.composition import compose
+from proxy.telemetry.metrics import Metrics
+from proxy.ui import snapshot
+from proxy.ui.app import pages
+from proxy.ui.charts import column_chart, scale
+from proxy.ui.rendering import STATIC, static
+from proxy.ui.screens.image import kind_of
+from proxy.ui.screens.repositories import glob
+from storage.archives import layer
+from storage.errors import StorageFailed
+from storage.maintenance.usage import Counters, Use
+from storage.oci import OCI_MANIFEST, Digest
+from tests.conftest import Clock, configuration
+from tests.test_operations import ALPINE, Everybody, Site, describe, on
+
+HOSTILE = "<script>alert('x')</script>\"'&"
+VOID = {"meta", "link", "input", "img", "br", "hr"}
+
+
+class Screen(HTMLParser):
+    """A page as a reader sees it: its text, its rows, its links; it must be well nested."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__()
+        self.status = status
+        self.source = text
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[str] = []
+        self._open: list[str] = []
+        self._text: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"</{tag}> in {self.source}"
+
+    def handle_data(self, data: str) -> None:
+        self._text.append(data)
+        if self.rows and "tr" in self._open:
+            self.rows[-1] += f" {data.strip()}"
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self._text).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def link(self, start: str) -> str:
+        """The first link that begins so."""
+        return next(str(each["href"]) for each in self.all("a") if str(each["href"]).startswith(start))
+
+    def firsts(self) -> list[str]:
+        """The first word of each row but the head's."""
+        return [row.split()[0] for row in self.rows[1:]]
+
+
+class Screens:
+    """A browser of the page, and what it shows."""
+
+    def __init__(self, client: TestClient, site: Site, state: dict[str, str]) -> None:  # type: ignore[type-arg]
+        self.client = client
+        self.site = site
+        self.state = state
+
+    async def see(self, path: str, status: int = 200) -> Screen:
+        async with self.client.get(f"/ui/{path}") as response:
+            screen = Screen(response.status, await response.text())
+        assert screen.status == status, screen.text
+        check(screen)
+        return screen
+
+
+def check(screen: Screen) -> None:
+    """What holds of every screen, whatever it shows."""
+    assert screen.source.startswith('<!doctype html>\n<html lang="en">')
+    assert [len(screen.all(tag)) for tag in ("h1", "main", "header", "script")] == [1] * 4
+    ids = [attributes["id"] for _, attributes in screen.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in screen.tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], (
+            tag,
+            attributes,
+        )
+        for name in ("aria-labelledby", "aria-describedby", "for"):
+            assert name not in attributes or attributes[name] in ids
+        target = attributes.get("href") or attributes.get("src") or attributes.get("action") or ""
+        assert ":" not in target.partition("?")[0] and not target.startswith("/"), target
+    labelled = {each["for"] for each in screen.all("label")}
+    assert all(each["id"] in labelled for each in screen.all("input") if each.get("type") != "hidden")
+    assert len(screen.all("table")) == len(screen.all("caption"))
+    assert all(each.get("scope") in ("col", "row") for each in screen.all("th"))
+    assert all(each.get("alt") == "" for each in screen.all("img"))
+    for each in screen.all("div"):
+        if each.get("class") == "scroll":  # what scrolls must be reached by keys
+            assert each["tabindex"] == "0" and ("aria-label" in each or "aria-labelledby" in each)
+
+
+@pytest.fixture
+async def screens(tmp_path: Path, clock: Clock) -> AsyncIterator[Screens]:
+    tree = {
+        "disk": {"path": str(tmp_path / "disk"), "min_free": 0, "cache_limit": "1GiB"},
+        "namespaces": {
+            "docker.io": {"upstream": "http://127.0.0.1:9", "library": True},
+            "local": {"store": {}},
+        },
+        "pins": [{"match": "docker.io/library/base:*"}],
+    }
+    config = configuration(tmp_path, tree)
+    composition = compose(config, clock)
+    state = {"status": "ready"}
+
+    async def told() -> Mapping[str, str]:
+        return state
+
+    everyone = Everybody()
+    operations = LocalOperations(composition, everyone)
+    page = pages(config, operations, told, clock)
+    admin = application(Metrics(), told, operations, token=None, loopback=True, pages=page)
+    client = TestClient(TestServer(admin))
+    await client.start_server()
+    yield Screens(client, Site(composition, everyone, operations), state)
+    await client.close()
+    await composition.close()
+
+
+# The overview
+
+
+def host(namespace: str, **more: Any) -> UpstreamState:
+    fields = {"open": False, "until": None, "error": None, "limited_until": None, "limits": [], "refused": []}
+    limits = {"ratelimit_limit": None, "ratelimit_remaining": None}
+    name = f"{namespace}.example"
+    return UpstreamState(
+        namespace=namespace, url=f"https://{name}", host=name, **{**fields, **limits, **more}
+    )
+
+
+async def test_an_overview_of_nothing(screens: Screens) -> None:
+    screen = await screens.see("")
+    assert "Ready." in screen.text
+    assert "Nothing is stored yet" in screen.text
+    assert "Hit ratio -" in screen.text
+
+
+async def test_what_is_degraded_comes_first(screens: Screens, clock: Clock) -> None:
+    screens.state.update(
+        status="degraded", store=f"/x: {HOSTILE}", drill="upstreams are cut off for 9 s more"
+    )
+    now = clock()
+    screens.site.everyone.found = [
+        ProcessReport(
+            pid=1,
+            fills=[],
+            troubles=[],
+            upstreams=[
+                host("limited", limited_until=now + 60, ratelimit_limit=100, ratelimit_remaining=0),
+                host("refused", refused=[RefusalRow(credential=1, host="auth", status=401, at=now)]),
+                host("paused", open=True, until=now + 60, error=HOSTILE),
+                host("well", ratelimit_limit=200, ratelimit_remaining=150),
+            ],
+        )
+    ]
+    screen = await screens.see("")
+    order = ["The disk:", "paused:", "refused:", "limited:", "A drill:"]
+    assert not [each for each in order if each not in screen.text], screen.text
+    places = [screen.text.index(each) for each in order]
+    assert places == sorted(places)
+    assert places[-1] < screen.text.index("Hit ratio")
+    assert "Ready." not in screen.text
+    assert screen.text.count(HOSTILE) == 2
+    assert "150 of 200" in screen.text
+
+
+async def test_what_was_saved(screens: Screens, clock: Clock) -> None:
+    counted = Counters(
+        requests=8, hits=6, misses=2, sent_bytes=8 << 20, received_bytes=2 << 20, upstream_requests=3
+    )
+    now = clock()
+    screens.site.composition.usage.record(
+        {}, [], {(now, "docker.io"): counted, (now - 86400, "local"): counted}
+    )
+    await screens.site.image(ALPINE, "3", b"layer" * 99)
+    await screens.site.image("local/app", "1", b"pushed")
+    screen = await screens.see("")
+    for said in ("75.0%", "6.0 MiB", "2.0 MiB fetched", "local private", "of 1.0 GiB"):
+        assert said in screen.text
+    heights = [float(str(each["height"])) for each in screen.all("rect") if each.get("class") == "saved"]
+    assert len(heights) == 14 and [bool(each) for each in heights] == [False] * 13 + [True]
+    by_size = [str(each["href"]) for each in screen.all("a") if "sort=size" in str(each["href"])]
+    assert by_size == ["repositories?q=docker.io%2F&sort=size", "repositories?q=local%2F&sort=size"]
+    assert "Saved in a day" in (await screens.see("?period=24h")).text
+    assert "Saved in a week" in (await screens.see("?period=nonsense")).text
+
+
+async def test_the_overview_needs_no_records(screens: Screens, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(match: str = "*") -> None:
+        raise StorageFailed(f"records in {HOSTILE}: Input/output error")
+
+    monkeypatch.setattr(screens.site.operations, "repositories", fail)
+    screen = await screens.see("")
+    assert f"The records: cannot be read: records in {HOSTILE}" in screen.text
+    assert "Ready." not in screen.text
+    assert "Input/output error" in (await screens.see("repositories", 500)).text
+
+
+# Repositories and tags
+
+
+async def test_repositories_are_searched_sorted_and_paged(screens: Screens, clock: Clock) -> None:
+    for number in range(53):
+        await screens.site.image(f"docker.io/team/app-{number:02}", "1", b"x" * 99 * number)
+    await screens.site.image("docker.io/team/app-07", "2", b"more")
+    uses = {("docker.io/team/app-09", "1"): Use(1, clock() - 60, clock() - 60)}
+    screens.site.composition.usage.record(uses, [], {})
+    screen = await screens.see("repositories")
+    assert screen.firsts() == [f"docker.io/team/app-{number:02}" for number in range(50)]
+    assert "53 in all" in screen.text and "Page 1 of 2" in screen.text
+    last = await screens.see(screen.link("repositories?sort=name&page=2"))
+    assert last.firsts() == [f"docker.io/team/app-{number}" for number in (50, 51, 52)]
+    assert "Next" not in last.text
+    for sort, first in (("tags", "07"), ("images", "07"), ("size", "52"), ("used", "09")):
+        found = await screens.see(screen.link(f"repositories?sort={sort}"))
+        assert found.firsts()[0] == f"docker.io/team/app-{first}", sort
+        assert [each["aria-sort"] for each in found.all("th") if each.get("aria-sort", "none") != "none"] == [
+            "descending"
+        ]
+    assert (await screens.see("repositories?sort=name&order=down")).firsts()[0] == "docker.io/team/app-52"
+    found = await screens.see("repositories?q=TEAM+app-1")
+    assert found.firsts() == [f"docker.io/team/app-{number}" for number in range(10, 20)]
+    assert "10 match" in found.text
+    assert "No name contains this" in (await screens.see("repositories?q=%3Cscript%3E")).text
+
+
+async def test_repositories_are_read_once_in_a_while(
+    screens: Screens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(snapshot.time, "monotonic", lambda: now[0])
+    assert "0 in all" in (await screens.see("repositories")).text
+    await screens.site.image(ALPINE, "3", b"layer")
+    assert "0 in all" in (await screens.see("repositories")).text
+    now[0] = snapshot.KEPT
+    assert "1 in all" in (await screens.see("repositories")).text
+
+
+@pytest.mark.parametrize(
+    "query", ["sort=x", "order=x", "page=0", "page=x", "page=9999999", "page=%C2%B2", "page=-1"]
+)
+async def test_what_is_no_list_is_refused(screens: Screens, query: str) -> None:
+    assert "cannot be read" in (await screens.see(f"repositories?{query}", 400)).text
+
+
+async def test_tags_are_searched_and_sorted(screens: Screens, clock: Clock) -> None:
+    for tag in ("1", "2", "edge", "v3.2"):
+        await screens.site.image(ALPINE, tag, tag.encode())
+        clock.advance(1)
+    uses = {(ALPINE, "2"): Use(5, clock() - 3, clock() - 9)}
+    screens.site.composition.usage.record(uses, [], {})
+    screen = await screens.see(f"repository?name={ALPINE}")
+    assert screen.firsts() == ["1", "2", "edge", "v3.2"]
+    assert "4 tags" in screen.text
+    newest = await screens.see(screen.link(f"repository?name={ALPINE.replace('/', '%2F')}&sort=updated"))
+    assert newest.firsts() == ["v3.2", "edge", "2", "1"]
+    assert (await screens.see(f"repository?name={ALPINE}&sort=used")).firsts()[0] == "2"
+    assert (await screens.see(f"repository?name={ALPINE}&q=2")).firsts() == ["2", "v3.2"]
+    assert "No tag contains" in (await screens.see(f"repository?name={ALPINE}&q=%2A")).text
+    assert "No tag is stored" in (await screens.see("repository?name=docker.io/library/none")).text
+    for name in ("", "alpine", "docker.io/*", "docker.io/a@b"):
+        assert "full name" in (await screens.see(f"repository?name={name}", 400)).text
+
+
+def test_a_search_for_tags_means_the_text() -> None:
+    assert glob("v1.*[a]? b") == "v1.[*][[]a][?]?b"
+
+
+# An image
+
+CONFIG = {
+    "os": "linux",
+    "architecture": "amd64",
+    "author": HOSTILE,
+    "created": "2023-11-14T00:00:00Z",
+    "config": {"Labels": {HOSTILE: HOSTILE}, "Env": [HOSTILE], "Cmd": ["sh"], "User": HOSTILE},
+    "history": [
+        {"created_by": "ADD rootfs"},
+        {"created_by": f"ENV {HOSTILE}", "comment": HOSTILE, "empty_layer": True},
+    ],
+}
+
+
+async def pictured(site: Site) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An index with a platform that is here and one that is not, and what refers to it; and the first."""
+    config = await site.blob(ALPINE, json.dumps(CONFIG).encode())
+    content = gzip.compress(archive())
+    rootfs = await site.blob(ALPINE, content)
+    made = await site.manifest(ALPINE, {"config": config, "layers": [rootfs], "annotations": {"a": HOSTILE}})
+    absent = describe(Digest.of(b"absent"), 1 << 20, OCI_MANIFEST)
+    children = [on("linux/amd64", made), on("linux/s390x", absent)]
+    index = await site.manifest(ALPINE, {"manifests": children}, "3")
+    for kind in ("application/vnd.dev.cosign.artifact.sig.v1+json", "application/spdx+json", "text/x-<b>"):
+        empty = await site.blob(ALPINE, b"{}")
+        body = {"artifactType": kind, "config": empty, "layers": [], "subject": index}
+        await site.manifest(ALPINE, body)
+    return index, made
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as made:
+        for name in ("etc/passwd", HOSTILE, "etc/.wh.shadow", *(f"usr/{number}" for number in range(60))):
+            info = tarfile.TarInfo(name)
+            info.size = 2048
+            made.addfile(info, io.BytesIO(bytes(2048)))
+        link = tarfile.TarInfo("bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "<usr>"
+        made.addfile(link)
+    return buffer.getvalue()
+
+
+async def test_an_index(screens: Screens) -> None:
+    index, made = await pictured(screens.site)
+    screen = await screens.see("image?ref=alpine:3")
+    assert f"{ALPINE}:3" in screen.text
+    assert index["digest"] in screen.text
+    rows = " | ".join(screen.rows)
+    for said in ("linux/amd64", "linux/s390x", "not here", "signature", "SBOM", "text/x-<b>"):
+        assert said in rows, said
+    assert "the tag is fresh" in screen.text
+    child = await screens.see(screen.link("image?ref=docker.io%2Flibrary%2Falpine%40"))
+    assert "Layers" in child.text and str(made["digest"]) in child.text
+    judged = await screens.see(screen.link("image?ref=docker.io%2Flibrary%2Falpine%3A3&judge=1"))
+    assert "the configuration has no policy" in judged.text
+    assert [each["href"] for each in screen.all("a") if each.get("aria-current") == "true"] == [
+        "repositories"
+    ]
+
+
+async def test_a_manifest_and_its_configuration(screens: Screens) -> None:
+    _, made = await pictured(screens.site)
+    screen = await screens.see(f"image?ref=alpine@{made['digest']}")
+    for said in ("linux/amd64", "ADD rootfs", "here", "sh", "Annotations"):
+        assert said in screen.text
+    assert screen.text.count(HOSTILE) >= 7
+    files = await screens.see(screen.link("files?ref="))
+    assert "64 files" in files.text and "Page 1 of 2" in files.text
+    assert files.firsts()[0] == "etc/passwd"
+    assert HOSTILE in files.text and "deletes" in files.text
+    assert "<usr>" in (await screens.see(screen.link("files?ref=") + "&q=bin")).text
+
+
+async def test_a_configuration_that_is_not_stored(screens: Screens) -> None:
+    absent = describe(Digest.of(b"absent"), 6)
+    await screens.site.manifest(ALPINE, {"config": absent, "layers": [absent]}, "4")
+    screen = await screens.see("image?ref=alpine:4")
+    assert "is not stored" in screen.text and "not here" in screen.text
+    assert [each for each in screen.all("a") if str(each["href"]).startswith("files")] == []
+
+
+async def test_a_layer_may_be_too_large_to_read(screens: Screens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "FILE_LIMIT", 2)
+    blob = await screens.site.blob(ALPINE, archive())
+    screen = await screens.see(f"files?ref=alpine@{blob['digest']}")
+    assert "The list is not complete: only the first 2 files are read." in screen.text
+    plain = await screens.site.blob(ALPINE, b"plain" * 999)
+    assert "no tar archive" in (await screens.see(f"files?ref=alpine@{plain['digest']}", 422)).text
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("image", 400),
+        ("image?ref=Alpine", 400),
+        ("image?ref=alpine:9", 404),
+        ("files?ref=alpine:3", 400),
+        ("files", 400),
+        (f"files?ref=alpine@{Digest.of(b'absent')}", 404),
+    ],
+)
+async def test_what_cannot_be_shown(screens: Screens, path: str, status: int) -> None:
+    await screens.see(path, status)
+
+
+@pytest.mark.parametrize(
+    ("types", "kind"),
+    [
+        (("application/vnd.dev.cosign.simplesigning.v1+json",), "signature"),
+        (("application/vnd.cncf.notary.signature",), "signature"),
+        (("application/vnd.in-toto+json",), "attestation"),
+        (("application/vnd.cyclonedx+json",), "SBOM"),
+        (("application/vnd.dev.sigstore.bundle.v0.3+json",), "signature or attestation"),
+        (("text/plain",), ""),
+    ],
+)
+def test_what_a_referrer_is(types: tuple[str, ...], kind: str) -> None:
+    def node(media_type: str, *children: ImageNode) -> ImageNode:
+        return ImageNode(
+            role="referrer",
+            digest="",
+            media_type=media_type,
+            size=0,
+            present=True,
+            platform=None,
+            artifact_type=None,
+            children=list(children),
+        )
+
+    assert kind_of(node(OCI_MANIFEST, *map(node, types))) == kind
+
+
+# Why
+
+
+async def test_why(screens: Screens) -> None:
+    await screens.site.image(ALPINE, "3", b"layer")
+    assert "What would a pull do" in (await screens.see("why")).text
+    screen = await screens.see("why?ref=alpine:3")
+    for said in ("hit", "the tag is fresh", "namespaces.docker.io.fresh_for", "disk.keep_for", f"{ALPINE}:3"):
+        assert said in screen.text
+    assert "miss" in (await screens.see("why?ref=busybox")).text
+    assert "private" not in (await screens.see("why?ref=local/app:1")).text
+    screen = await screens.see("why?ref=%3Cscript%3E", 400)
+    assert screen.all("input")[0]["value"] == "<script>"
+
+
+# All of it
+
+
+async def test_the_page_is_small(screens: Screens) -> None:
+    for number in range(50):
+        await screens.site.image(f"docker.io/some/team/of/several/application-{number:02}", "1", b"x")
+    screen = await screens.see("repositories")
+    everything = len(screen.source.encode()) + sum(len(static(name)) for name in STATIC)
+    assert everything < 150_000
+
+
+async def test_every_file_has_its_type(screens: Screens) -> None:
+    for name, kind in STATIC.items():
+        async with screens.client.get(f"/ui/{name}") as response:
+            assert (response.status, response.content_type) == (200, kind)
+            assert "immutable" in response.headers["Cache-Control"]
+
+
+@pytest.mark.parametrize(
+    ("largest", "unit", "top"),
+    [(0, 1024, 1), (1, 1024, 1), (3, 1024, 4), (700, 1024, 800), (1025, 1024, 2048), (3 << 30, 1024, 4 << 30),
+     (0, 10, 1), (7, 10, 8), (10, 10, 10), (123, 10, 200)],
+)  # fmt: skip
+def test_scales_are_round(largest: float, unit: int, top: float) -> None:
+    assert scale(largest, unit) == top
+
+
+def test_columns_have_their_heights() -> None:
+    chart = column_chart([("a", 1, 3, "text"), ("b", 0, 0, "")], 10)
+    whole = chart.base - chart.lines[-1][0]
+    (first, second) = chart.columns
+    assert first.lower[1] == pytest.approx(whole / 4)
+    assert first.lower[1] + first.upper[1] == pytest.approx(whole)
+    assert first.upper[0] + first.upper[1] == pytest.approx(first.lower[0])
+    assert second.lower[1] == second.upper[1] == 0
+    assert first.x + first.width < second.x

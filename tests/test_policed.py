@@ -293,9 +293,14 @@ class Allowing:
         self.until = math.inf
         self.asked: list[str] = []
         self.failure: Exception | None = None
+        self.begun = asyncio.Event()
+        self.gate: asyncio.Event | None = None  # closed, nothing is judged
 
     async def judge(self, subject: Subject) -> Evidence:
         self.asked.append(subject.manifest.digest)
+        self.begun.set()
+        if self.gate is not None:
+            await self.gate.wait()
         assert subject.repository == f"docker.io/{subject.name}"
         stored = await subject.registry.get_manifest(subject.name, subject.manifest.digest)
         assert stored.content == subject.manifest.content

@@ -259,8 +259,8 @@ class _Composer:
         made = Caches(factory)
         if factory.peers is not None:
             self._closing.push_async_callback(factory.peers.close)
-        self._closing.push_async_callback(made.close)
-        self._closing.push_async_callback(factory.fills.close)  # before what they read from
+        for each in (made, factory.fills, factory.guard):  # the last first, before what they read from
+            self._closing.push_async_callback(each.close)
         return made
 
     # Storage
@@ -364,7 +364,7 @@ class _Composer:
             for name, each in self._config.namespaces.items()
             if name != EVERY
         ]
-        catalogs = [store, private] if private else [store]
+        catalogs = [guard.catalog(each) for each in (store, private) if each is not None]
         return Namespaces(members, self._config.default_namespace, catalogs, others=made.others)
 
     def _maintenance(

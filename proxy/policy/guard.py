@@ -10,9 +10,10 @@ from proxy.policy.judge import Judge
 from proxy.policy.key_locks import KeyLocks, LockedCache, LockedRegistry
 from proxy.policy.moves import TagHeld, TagHolds
 from proxy.policy.overrides import Overrides
-from proxy.policy.policed import PolicedCache, PolicedRegistry
+from proxy.policy.policed import PolicedCache, PolicedCatalog, PolicedRegistry
 from proxy.policy.rules import RuleBook
 from proxy.telemetry.metrics import Metrics
+from storage.concurrency import SingleFlight
 from storage.registry import Registry
 from storage.store import Store
 
@@ -39,6 +40,7 @@ class PolicyGuard:
         self._clock = clock
         self.rules = RuleBook(policy, clock) if policy.active else None
         self._judges: dict[str, Judge] = {}
+        self._flights = SingleFlight()
         self.overrides = Overrides(caches, clock)
         self.holds = TagHolds(caches, policy.moves, clock, metrics, held)
 
@@ -47,18 +49,30 @@ class PolicyGuard:
         served = self._policed(namespace, registry, store)
         if not self._locks:
             return served  # no client has an API key, which may be for a lock file
-        locks = KeyLocks(namespace, registry, store, self._clock)
+        locks = KeyLocks(namespace, registry, store, self._clock, self._flights)
         kind = LockedCache if isinstance(registry, Cache) else LockedRegistry
         return kind(served, locks, self._metrics)
 
     def _policed(self, namespace: str, registry: Registry, store: Store) -> Registry:
         if self.rules is None:
             return registry
-        judge = Judge(namespace, registry, store, self.rules, self.overrides, self._clock)
+        judge = Judge(namespace, registry, store, self.rules, self.overrides, self._clock, self._flights)
         self._judges[namespace] = judge
         if isinstance(registry, Cache):
             return PolicedCache(registry, judge, self._metrics, self.holds, self.overrides)
         return PolicedRegistry(registry, judge, self._metrics)
+
+    def catalog(self, registry: Registry) -> Registry:
+        """What lists the repositories of `registry`, by their full names: without those that are refused."""
+        return registry if self.rules is None else PolicedCatalog(registry, self._lists)
+
+    def _lists(self, repository: str) -> bool:
+        assert self.rules is not None
+        return self.rules.refusing(repository) is None or self.overrides.concern(repository)
+
+    async def close(self) -> None:
+        """End what is being verified."""
+        await self._flights.close()
 
     def judge(self, namespace: str) -> Judge | None:
         """Who judges the content of a namespace that is there; nobody without a policy."""

@@ -27,7 +27,15 @@ from proxy.policy.graph import ReachedContent, ReachedRepositories
 from proxy.policy.overrides import Override, Overrides
 from proxy.policy.rules import RuleBook, ServingRule
 from proxy.telemetry.exchange import aside
-from storage.errors import ManifestUnknown, NameUnknown, RegistryError, StorageFailed, Unavailable
+from storage.concurrency import SingleFlight
+from storage.errors import (
+    ManifestUnknown,
+    NameUnknown,
+    RegistryError,
+    StorageFailed,
+    TagInvalid,
+    Unavailable,
+)
 from storage.graph import contents, signed_by
 from storage.oci import Digest, Manifest, Reference, Tag
 from storage.registry import Held, Registry, Validity
@@ -66,8 +74,9 @@ class Ruling:
 class Judge:
     """Judges the content of one namespace, whose repositories `registry` has; `store` has their records.
 
-    Repositories are given by their names within the namespace.  Every method may raise StorageFailed, and
-    Unavailable if what a condition needs cannot be fetched.
+    Repositories are given by their names within the namespace.  What is verified by `flights` is verified
+    once for all who ask at the same time.  Every method may raise StorageFailed, and Unavailable if what a
+    condition needs cannot be fetched.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class Judge:
         rules: RuleBook,
         overrides: Overrides,
         clock: Callable[[], float],
+        flights: SingleFlight,
     ) -> None:
         self._namespace = namespace
         self._registry = registry
@@ -88,6 +98,7 @@ class Judge:
         self._documents = Documents(registry)
         self._allowed: OrderedDict[_Key, float] = OrderedDict()
         self._evidence: OrderedDict[_Key, Evidence] = OrderedDict()
+        self._flights = flights
 
     def full(self, repository: str) -> str:
         return f"{self._namespace}/{repository}"
@@ -104,6 +115,24 @@ class Judge:
             if not rule.allows or not rule.conditions:
                 return Ruling(rule, rule.allows, rule.reason)
         return None
+
+    def refusal(self, repository: str) -> Ruling | None:
+        """The ruling that refuses all of a repository by its name alone; None without one."""
+        name = self.full(repository)
+        rule = self._rules.refusing(name)
+        return None if rule is None or self._overrides.concern(name) else Ruling(rule, False, rule.reason)
+
+    def selects(self, repository: str) -> bool:
+        """Whether tags of a repository may be refused where others are not."""
+        return self._rules.plain(self.full(repository)) is None
+
+    def lists(self, repository: str, tag: str) -> bool:
+        """Whether a tag is listed: unless it is refused by its name alone."""
+        try:
+            ruling = self.at_once(repository, Tag.parse(tag))
+        except TagInvalid:
+            return True
+        return ruling is None or ruling.allowed or ruling.rule.mode != "enforce"
 
     async def manifest(self, repository: str, reference: Reference, manifest: Manifest) -> Ruling:
         """Judge what a reference stands for."""
@@ -297,7 +326,8 @@ class Judge:
         key = rule.name, repository, str(manifest.digest)
         known = self._evidence.get(key)
         if known is None or self._clock() >= known.until:
-            known = await self._look(rule, repository, manifest)
+            flight = id(self), *key
+            known = await self._flights.join(flight, lambda: self._look(rule, repository, manifest))
             _put(self._evidence, key, known)
         return known
 

@@ -17,6 +17,7 @@ from proxy.policy.policed import PolicedRegistry
 from proxy.policy.rules import RuleBook, ServingRule
 from proxy.telemetry.exchange import KeyLock, current
 from proxy.telemetry.metrics import Metrics
+from storage.concurrency import SingleFlight
 from storage.oci import Digest, Manifest, Reference, Tag
 from storage.registry import Registry
 from storage.store import Store
@@ -27,12 +28,20 @@ KEPT = 64  # keys whose judges are kept
 class KeyLocks:
     """The judges of what clients with such keys may pull from one namespace."""
 
-    def __init__(self, namespace: str, registry: Registry, store: Store, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        registry: Registry,
+        store: Store,
+        clock: Callable[[], float],
+        flights: SingleFlight,
+    ) -> None:
         self._namespace = namespace
         self._registry = registry
         self._store = store
         self._clock = clock
         self._judges: OrderedDict[KeyLock, Judge] = OrderedDict()
+        self._flights = flights
         self.of_others = self._judge(RuleBook(PolicyConfig()))
 
     def of(self, lock: KeyLock) -> Judge:
@@ -47,7 +56,8 @@ class KeyLocks:
         return found
 
     def _judge(self, rules: RuleBook) -> Judge:
-        return Judge(self._namespace, self._registry, self._store, rules, NoOverrides(), self._clock)
+        registry, store = self._registry, self._store
+        return Judge(self._namespace, registry, store, rules, NoOverrides(), self._clock, self._flights)
 
 
 class LockedRegistry(PolicedRegistry):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 
 from proxy.cache.refresh import Refreshable
 from proxy.policy.judge import Judge, Ruling
+from proxy.policy.listing import shown
 from proxy.policy.moves import TagHolds
 from proxy.policy.overrides import Override, Overrides
 from proxy.telemetry.exchange import PolicyVerdict, aside, current, note_verdict
@@ -69,7 +71,14 @@ class PolicedRegistry(Registry):
         return self._judge.held(repository, reference, self._registry.hold_manifest(repository, reference))
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
-        return await self._registry.tags(repository, last, limit)
+        """Without those that are refused by their names."""
+        self._refuse_list(repository)
+        judge = self._judge
+        if current().peer or not judge.selects(repository):
+            return await self._registry.tags(repository, last, limit)
+        return await shown(
+            partial(self._registry.tags, repository), partial(judge.lists, repository), last, limit
+        )
 
     async def referrers(
         self,
@@ -79,10 +88,13 @@ class PolicedRegistry(Registry):
         last: str = "",
         limit: int | None = None,
     ) -> list[Descriptor]:
+        self._refuse_list(repository)
         return await self._registry.referrers(repository, digest, artifact_type, last, limit)
 
     async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
-        return await self._registry.repositories(last, limit)
+        """Without those that are refused by their names."""
+        judge = self._judge
+        return await shown(self._registry.repositories, lambda name: judge.refusal(name) is None, last, limit)
 
     # Push
 
@@ -139,22 +151,27 @@ class PolicedRegistry(Registry):
         if ruling is not None and not ruling.allowed and ruling.rule.mode == "enforce":
             self._enforce(repository, reference, ruling)
 
+    def _refuse_list(self, repository: str) -> None:
+        """Refuse what a repository has if its name is refused, in the mode `enforce`."""
+        if not current().peer and (ruling := self._judge.refusal(repository)) is not None:
+            self._enforce(repository, None, ruling)
+
     async def _judged(self, repository: str, reference: Reference, manifest: Manifest) -> None:
         if current().peer:
             return
         ruling = await self._judge.manifest(repository, reference, manifest)
         self._enforce(repository, reference, ruling)
 
-    def _enforce(self, repository: str, reference: Reference, ruling: Ruling) -> None:
-        """Do what the rule says about content that it does not allow.  Raises Denied."""
+    def _enforce(self, repository: str, reference: Reference | None, ruling: Ruling) -> None:
+        """Do what the rule says about content that it does not allow; None is a list.  Raises Denied."""
         rule, name, now = ruling.rule, self._judge.full(repository), current()
-        if ruling.override is not None:
+        if ruling.override is not None and reference is not None:
             self._tell_overridden(name, reference, rule.name, ruling.override)
         if ruling.allowed:
             return
         namespace = self._metrics.label(name.partition("/")[0])
         self._metrics.policy.labels(namespace, rule.name, rule.mode).inc()
-        image = written(name, reference)
+        image = name if reference is None else written(name, reference)
         log.info(
             "policy.refused", rule=rule.name, mode=rule.mode, image=image, reason=ruling.reason,
             user=now.user, client=now.client, id=now.id,
@@ -177,6 +194,17 @@ class PolicedRegistry(Registry):
         note_verdict(PolicyVerdict(rule, "override", override.reason))
         until = datetime.fromtimestamp(override.until, UTC).isoformat(timespec="seconds")
         now.warning = f"served against policy rule {rule}, by an override until {until}: {override.reason}"
+
+
+class PolicedCatalog(Registry):
+    """A list of repositories by their full names, of those of `registry` that `shows` is true of."""
+
+    def __init__(self, registry: Registry, shows: Callable[[str], bool]) -> None:
+        self._registry = registry
+        self._shows = shows
+
+    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+        return await shown(self._registry.repositories, self._shows, last, limit)
 
 
 class PolicedCache(PolicedRegistry):

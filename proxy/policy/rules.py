@@ -84,6 +84,11 @@ class RuleBook:
             if each.conditions or not each.allows
         )
 
+    def refusing(self, repository: str) -> ServingRule | None:
+        """The rule that refuses all of a repository by its name alone; None if it is not refused so."""
+        rule = self.plain(repository)
+        return None if rule is None or rule.allows or rule.mode != "enforce" else rule
+
     def _unmatched(self, repository: str) -> ServingRule:
         listed = any(each.fullmatch(repository) for each in self._allow_list)
         return self._refusing if listed else self.allowing

@@ -23,11 +23,11 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.breaker import HostState
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import encoding_of
-from proxy.upstream.knowledge import KnownUpstream
 from proxy.upstream.messages import PeerLink, UpstreamRequest
 from proxy.upstream.pages import pages
 from proxy.upstream.requests import RequestSender, UpstreamSettings
 from proxy.upstream.responses import Download, stated_digest, stated_extent, stated_length, stated_media_type
+from proxy.upstream.shared_limits import KnownUpstream
 from proxy.upstream.upload import WRITTEN, UploadSession, UpstreamUpload
 from storage.concurrency import run_sized
 from storage.errors import (

@@ -21,10 +21,10 @@ from proxy.config.quantities import parse_number
 from proxy.telemetry.exchange import current, origin_age, past_owners
 from proxy.upstream.breaker import HostState
 from proxy.upstream.client import UpstreamRegistry
-from proxy.upstream.knowledge import Knowledge, Namer
 from proxy.upstream.membership import Membership
 from proxy.upstream.messages import PeerLink
 from proxy.upstream.rendezvous import ranked, score
+from proxy.upstream.shared_limits import Namer, SharedLimits
 from storage.errors import Misdirected, OriginFailed
 
 PEER, SECRET = "Entrepot-Peer", "Entrepot-Secret"  # of requests: who asks; the first also of responses
@@ -234,18 +234,18 @@ class Owners:
         known = {KNOWN: self._known().encode()}
         return known if self._offline() else {ORIGIN: self._origin, **known}
 
-    def _known(self) -> Knowledge:
+    def _known(self) -> SharedLimits:
         told = [each.known.tell(self._peers.namer) for each in self._upstreams]
-        return Knowledge(
+        return SharedLimits(
             {name: each for one in told for name, each in one.circuits.items()},
             {name: each for one in told for name, each in one.budgets.items()},
         )
 
     def learn(self, headers: Mapping[str, str]) -> None:
-        knowledge = Knowledge.parse(headers.get(KNOWN, ""))
-        if knowledge.circuits or knowledge.budgets:
+        limits = SharedLimits.parse(headers.get(KNOWN, ""))
+        if limits.circuits or limits.budgets:
             for each in self._upstreams:
-                each.known.learn(knowledge, self._peers.namer)
+                each.known.learn(limits, self._peers.namer)
 
     # PeerLink
 

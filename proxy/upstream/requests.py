@@ -26,12 +26,12 @@ from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import decoded
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response, result_of
-from proxy.upstream.knowledge import KnownUpstream
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.messages import PeerLink, UpstreamRequest, accepted, authorization_of
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
 from proxy.upstream.redirects import RedirectMemory
 from proxy.upstream.refusals import Refusals
+from proxy.upstream.shared_limits import KnownUpstream
 from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import READING, Transport
 from storage.errors import OriginDenied, OriginForbidden, RegistryError, TooManyRequests, Unavailable

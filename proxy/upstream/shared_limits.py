@@ -16,7 +16,7 @@ from proxy.upstream.breaker import Breaker, Opening
 from proxy.upstream.ratelimit import Budget, Spent
 
 
-class Knowledge(msgspec.Struct, array_like=True, frozen=True):
+class SharedLimits(msgspec.Struct, array_like=True, frozen=True):
     """The open circuits of upstreams, and the budgets of their accounts, by the name that Namer gives."""
 
     circuits: dict[str, Opening] = {}
@@ -26,7 +26,7 @@ class Knowledge(msgspec.Struct, array_like=True, frozen=True):
         return msgspec.json.encode(self).decode()
 
     @classmethod
-    def parse(cls, text: str) -> Knowledge:
+    def parse(cls, text: str) -> SharedLimits:
         """That of a header; empty if it is malformed."""
         try:
             return _decoder.decode(text.encode("utf-8", "replace"))
@@ -34,7 +34,7 @@ class Knowledge(msgspec.Struct, array_like=True, frozen=True):
             return cls()
 
 
-_decoder = msgspec.json.Decoder(Knowledge)
+_decoder = msgspec.json.Decoder(SharedLimits)
 
 
 class Namer:
@@ -66,22 +66,22 @@ class KnownUpstream:
         self._breaker = breaker
         self._budgets = [(number, account, each) for number, (account, each) in enumerate(budgets)]
 
-    def tell(self, namer: Namer) -> Knowledge:
+    def tell(self, namer: Namer) -> SharedLimits:
         opened = self._breaker.opened()
         spent = {
             namer.name(self._url, number, account): each.spent() for number, account, each in self._budgets
         }
-        return Knowledge(
+        return SharedLimits(
             {} if opened is None else {namer.name(self._url): opened},
             {name: each for name, each in spent.items() if each is not None},
         )
 
-    def learn(self, knowledge: Knowledge, namer: Namer) -> None:
+    def learn(self, told: SharedLimits, namer: Namer) -> None:
         """Have it known here, unless what is known here is newer."""
-        if (opened := knowledge.circuits.get(namer.name(self._url))) is not None:
+        if (opened := told.circuits.get(namer.name(self._url))) is not None:
             self._breaker.learn(opened)
         for number, account, budget in self._budgets:
-            if (spent := knowledge.budgets.get(namer.name(self._url, number, account))) is not None:
+            if (spent := told.budgets.get(namer.name(self._url, number, account))) is not None:
                 # Without an account an upstream counts by address, and that of another replica may differ.
                 budget.learn(spent, blocks=bool(account))
                 self._learned(number)

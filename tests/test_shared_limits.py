@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from proxy.upstream.breaker import HEARSAY, LAST, Breaker
-from proxy.upstream.knowledge import Knowledge, KnownUpstream, Namer
 from proxy.upstream.ratelimit import Budget
+from proxy.upstream.shared_limits import KnownUpstream, Namer, SharedLimits
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from tests.conftest import Clock
 
@@ -29,7 +29,7 @@ class One:
             attempt.failed(error, final=True)
 
     def tell(self, other: One, namer: Namer = NAMER) -> None:
-        other.known.learn(Knowledge.parse(self.known.tell(NAMER).encode()), namer)
+        other.known.learn(SharedLimits.parse(self.known.tell(NAMER).encode()), namer)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def other(clock: Clock) -> One:
 
 
 def test_nothing_is_told_of_what_works(one: One) -> None:
-    assert one.known.tell(NAMER) == Knowledge()
+    assert one.known.tell(NAMER) == SharedLimits()
 
 
 @pytest.mark.parametrize("error", [OriginFailed("it is down \u2603"), OriginTimeout("it is slow")])
@@ -82,7 +82,7 @@ def test_what_answered_a_moment_ago_is_not_doubted(one: One, other: One, clock: 
 def test_hearsay_is_not_told_on_and_passes(one: One, other: One, clock: Clock) -> None:
     one.fail(OriginFailed("it is down"))
     one.tell(other)
-    assert other.known.tell(NAMER) == Knowledge()
+    assert other.known.tell(NAMER) == SharedLimits()
     third = One(clock)
     clock.advance(HEARSAY)
     one.tell(third)
@@ -146,4 +146,4 @@ def test_neither_url_nor_account_can_be_read(one: One) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[[", '[{"a": 1}]', '[{}, {"a": ["x"]}]', "\udcff", "[" * 5000])
 def test_nonsense_is_nothing(text: str) -> None:
-    assert Knowledge.parse(text) == Knowledge()
+    assert SharedLimits.parse(text) == SharedLimits()

@@ -20,6 +20,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     held <repository> <tag>                     where a tag is held by the policy, and where it would move
     stats <period> <time> <namespace>           counters of an hour or a day
     pin <pattern>                               a pin that was set by command
+    act <subject>                               what an operator did, for replicas that were down then
     scrub <part>                                when a part of the store was last verified
     warmed <rule>                               the last run of a warming rule
     collected                                   the report of the last garbage collection
@@ -109,6 +110,7 @@ ASKED = RecordKind("asked", 3)
 OVERRIDE = RecordKind("override", 1)
 STATISTICS = RecordKind("stats", 3)
 PIN = RecordKind("pin", 1)
+ACT = RecordKind("act", 1)
 SCRUB = RecordKind("scrub", 1)
 WARMING = RecordKind("warmed", 1)
 COLLECTED = RecordKind("collected", 0)

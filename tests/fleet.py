@@ -44,9 +44,19 @@ class Replica(Site):
 class Replicas:
     """Those of a fleet, in the order of their ports; `urls` are those that they have for each other."""
 
-    def __init__(self, urls: list[str]) -> None:
+    def __init__(self, urls: list[str], directory: Path, clock: Clock, tree: dict[str, Any]) -> None:
         self.urls = urls
         self.all: list[Replica] = []
+        self._directory = directory
+        self._clock = clock
+        self._tree = {**tree, "peers": {"urls": urls, "secret": SECRET}}
+
+    async def start(self, number: int) -> Replica:
+        """Start one of them, for the first time or again."""
+        listen = self.urls[number].removeprefix("http://")
+        replica = await start(self._directory / str(number), self._clock, {**self._tree, "listen": listen})
+        self.all[number : number + 1] = [replica]
+        return replica
 
     def ranked(self, key: str) -> list[Replica]:
         """The owner of the key first."""
@@ -79,17 +89,12 @@ async def replicas(
     more: dict[str, Any] | None = None,
 ) -> AsyncIterator[Replicas]:
     """So many caches of docker.io, whose keys are `namespace`; `more` are further namespaces."""
-    ports = free_ports(number)
-    fleet = Replicas([f"http://127.0.0.1:{port}" for port in ports])
+    urls = [f"http://127.0.0.1:{port}" for port in free_ports(number)]
+    tree = {"namespaces": {"docker.io": namespace, **(more or {})}, **(top or {})}
+    fleet = Replicas(urls, directory, clock, tree)
     try:
-        for at, port in enumerate(ports):
-            tree = {
-                "listen": f"127.0.0.1:{port}",
-                "peers": {"urls": fleet.urls, "secret": SECRET},
-                "namespaces": {"docker.io": namespace, **(more or {})},
-                **(top or {}),
-            }
-            fleet.all.append(await start(directory / str(at), clock, tree))
+        for at in range(number):
+            await fleet.start(at)
         yield fleet
     finally:
         for each in fleet.all:

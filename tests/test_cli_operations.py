@@ -22,7 +22,7 @@ from aiohttp import web
 from click.testing import CliRunner, Result
 
 from proxy.admin import activity_reports, fill_feed, models, reports, rows
-from proxy.cli import content, fills, maintenance, pins, removal, status
+from proxy.cli import content, fills, maintenance, pins, removal, savings, status
 from proxy.cli.main import main
 from proxy.cli.target import reach
 from proxy.config.loader import load
@@ -232,7 +232,7 @@ def test_the_sentence_about_what_was_saved() -> None:
             stored_bytes=0,
             limit=None,
         )
-        return status.stats_tables(found, 0.0)[0].title
+        return savings.stats_tables(found, 0.0)[0].title
 
     hub = row("docker.io", requests=4000, upstream_requests=900, sent_bytes=20 << 30, received_bytes=8 << 30)
     other = row("ghcr.io", requests=2, upstream_requests=1)

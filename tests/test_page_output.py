@@ -141,6 +141,7 @@ ELSEWHERE = {
         ".venv/bin/pip install '.[fleet]'": "CONTRIBUTING.md installs it with the tests",
         "sudo -u postgres createuser --pwprompt entrepot": "see tests/test_fleet.py",
         "entrepot migrate --to shared --dry-run": "see tests/test_cli_moves.py",
+        "entrepot ls --tags": "needs three replicas: see tests/test_fleet_view.py",
     },
     "docs/policy.md": {
         ".venv/bin/pip install '.[policy]'": "CONTRIBUTING.md installs it with the tests",

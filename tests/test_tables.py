@@ -34,6 +34,7 @@ from proxy.cli import (
     pins,
     policy,
     removal,
+    savings,
     status,
     stores,
 )
@@ -125,7 +126,7 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "ls": (models.Listed, _repositories),
     "ls --tags": (models.Listed, content.listing_tables),
     "show": (models.ImageTree, content.tree_tables),
-    "stats": (models.Stats, status.stats_tables),
+    "stats": (models.Stats, savings.stats_tables),
     "fills": (list[models.FillRow], fills.fill_tables),
     "why": (reports.Why, status.why_tables),
     "webhooks": (list[models.WebhookRow], status.webhook_tables),

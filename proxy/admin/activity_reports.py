@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from proxy.admin.models import FillRow, Model
+from proxy.admin.models import FillRow, Model, ReplicaModel
 
 FillResult: TypeAlias = Literal["committed", "followed", "linked", "kept", "suspended", "failed", "uncached"]
 
 
-class EndedFillRow(Model, frozen=True):
+class EndedFillRow(ReplicaModel, frozen=True):
     """A fill that has ended.
 
     `result` says how: committed (fetched), followed (another process fetched it), linked (stored already, for
@@ -76,7 +76,7 @@ class Evictable(Model, frozen=True):
     more: bool
 
 
-class AuditRow(Model, frozen=True):
+class AuditRow(ReplicaModel, frozen=True):
     """A line of the audit log; docs/operations.md describes its keys.  What a line does not have is empty."""
 
     at: float

@@ -343,14 +343,15 @@ def _row(name: str, counts: Counts | None, used: float) -> RepositoryRow:
 
 def merged(pages: Sequence[Listed], limit: int | None) -> Listed:
     """One page, merged of pages that begin after the same image."""
-    rows = sorted((row for page in pages for row in page.images), key=_name)
+    rows = sorted((row for page in pages for row in page.images), key=image_name)
     if limit is None or (len(rows) <= limit and all(page.next is None for page in pages)):
         return Listed(images=rows)
     last = rows[:limit][-1]
-    return Listed(images=rows[:limit], next="{}{}{}".format(*_name(last)))
+    return Listed(images=rows[:limit], next="".join(image_name(last)))
 
 
-def _name(row: ImageRow) -> tuple[str, str, str]:
+def image_name(row: ImageRow) -> tuple[str, str, str]:
+    """The repository, `:` or `@`, and the tag or digest."""
     # A tuple, so that names sort like the keys of records, in which a space follows the repository.
     return (row.repository, ":", row.tag) if row.tag is not None else (row.repository, "@", row.digest)
 

@@ -97,7 +97,7 @@ class LocalOperations(KeyOperations):
         self._holds = HoldControl(parts.guard.holds, self._reader)
         self._overrides = OverrideControl(parts.guard.overrides, self._reader)
         self._speeds = FillSpeeds()
-        self._feed = FillFeed(self._look)
+        self._feed = FillFeed(self.look)
         self._scrub = ScrubControl(parts.maintenance.scrubs, heal, parts.clock)
         self._readiness = Readiness(parts.store, parts.private, parts.hosted)
         self._warmer = Warmer(parts.namespaces, self._readiness, processes.forget)
@@ -200,7 +200,7 @@ class LocalOperations(KeyOperations):
         idle = await run_in_thread(idle_rows, parts.maintenance.eviction, root, running)
         return self._speeds.rows(fills, parts.clock()) + idle
 
-    async def _look(self) -> activity_reports.FillsNow:
+    async def look(self) -> activity_reports.FillsNow:
         states, now = await self._processes.states(), self._composition.clock()
         return activity_reports.FillsNow(
             at=now, fills=self._speeds.rows(fills_of(states), now), ended=ended_of(states)

@@ -19,10 +19,20 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """The base of all answers."""
 
 
+class ReplicaModel(Model, frozen=True, kw_only=True):
+    """The base of rows that may differ by replica.
+
+    `replica` is the URL of the one of a fleet whose row it is, None if all replicas have it alike, or without
+    a fleet.
+    """
+
+    replica: str | None = None
+
+
 # Content
 
 
-class RepositoryRow(Model, frozen=True, gc=False):
+class RepositoryRow(ReplicaModel, frozen=True, gc=False):
     """One repository of a list.
 
     `bytes` is the size of the stored content that it may show, which it may share with others.
@@ -49,7 +59,7 @@ class PlatformRow(Model, frozen=True):
     bytes_whole: int | None
 
 
-class ImageRow(Model, frozen=True):
+class ImageRow(ReplicaModel, frozen=True):
     """One tag of a list, or one manifest, for which `tag` is None.
 
     `bytes_whole` is the size of the whole image, as far as it is known: a child of an index that is not
@@ -87,7 +97,8 @@ class Listed(Model, frozen=True):
 class ImageNode(Model, frozen=True):
     """A manifest or blob in the tree of an image; `role` is manifest, config, layer or referrer.
 
-    Content that is named several times has its children at the first place only.
+    Content that is named several times has its children at the first place only.  `replicas` are the URLs of
+    those of a fleet that store it, empty if all or none do.
     """
 
     role: str
@@ -98,6 +109,7 @@ class ImageNode(Model, frozen=True):
     platform: str | None
     artifact_type: str | None
     children: list[ImageNode]
+    replicas: list[str] = []
 
 
 class Found(Model, frozen=True):
@@ -188,10 +200,18 @@ class UseRow(Model, frozen=True):
     first: float
 
 
+class ReplicaDigest(Model, frozen=True):
+    """The digest that a tag has at a replica."""
+
+    replica: str
+    digest: str
+
+
 class ImageTree(Model, frozen=True):
     """An image with all that it names.
 
-    `moves` are those of the tag, the oldest first; `pins` are the patterns that match it.
+    `moves` are those of the tag, the oldest first; `pins` are the patterns that match it.  In a fleet, the
+    tag has other digests `elsewhere`.
     """
 
     repository: str
@@ -202,9 +222,10 @@ class ImageTree(Model, frozen=True):
     moves: list[MoveRow]
     uses: UseRow | None
     pins: list[str]
+    elsewhere: list[ReplicaDigest] = []
 
 
-class PinRow(Model, frozen=True):
+class PinRow(ReplicaModel, frozen=True):
     """A pin, and what it matches now.
 
     `since` is None for a pin of the configuration.
@@ -230,7 +251,7 @@ class SpanRow(Model, frozen=True):
     stop: int
 
 
-class FillRow(Model, frozen=True):
+class FillRow(ReplicaModel, frozen=True):
     """A transfer from an upstream into the cache.
 
     `size` is -1 until upstream has sent it.  `eta` is in seconds, None while the size or speed is unknown.
@@ -301,11 +322,20 @@ class DayRow(Model, frozen=True):
     requests_saved: int
 
 
+class ReplicaStats(Model, frozen=True):
+    """What Stats are at one replica of a fleet."""
+
+    replica: str
+    total: StatsRow
+    stored_bytes: int
+    limit: int | None
+
+
 class Stats(Model, frozen=True):
     """The counters of the last `period` seconds: of `namespaces`, which are caches, and of `stores`.
 
     `total` is that of all caches.  `days` are the last fourteen, without those before the first traffic.
-    `limit` is disk.cache_limit, None without limit.
+    `limit` is disk.cache_limit, None without limit.  In a fleet all of them are sums over its `replicas`.
     """
 
     period: float
@@ -316,9 +346,10 @@ class Stats(Model, frozen=True):
     days: list[DayRow]
     stored_bytes: int
     limit: int | None
+    replicas: list[ReplicaStats] = []
 
 
-class WebhookRow(Model, frozen=True):
+class WebhookRow(ReplicaModel, frozen=True):
     """A webhook, the number of its `pending` events, and the state of its deliveries.
 
     `url` has no path and query, which may hold a secret.  `failing_since` is None while deliveries succeed;

@@ -2,7 +2,7 @@
 
 This is the only description of an operation.  The API makes its routes from it, the client its requests,
 and mypy checks both the client and LocalOperations against the Protocol.  A new operation needs a method
-and a row here, its method in LocalOperations, a line in AdminClient, and its entry in openapi.yaml.
+and a row here, its method in LocalOperations, a line in SentOperations, and its entry in openapi.yaml.
 
 Patterns are globs over full names, `<namespace>/<repository>`, with `:<tag>` or `@<digest>` where tags or
 manifests are meant.  A reference, and a pattern whose repository has no wildcard, may be written as a
@@ -12,7 +12,7 @@ client writes it: `alpine:3` is in the default namespace.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
@@ -237,6 +237,12 @@ class Operation:
     The parameters are fields of the query of a GET, else of a JSON body.  `status` is that of a success.
     An answer that is a `summary` is costly, and kept for some seconds; an operation with `changes` makes
     all of these outdated.  A `stream` is answered with server-sent events, one for each result.
+
+    In a fleet, every replica does an operation that is done `everywhere`; combination.py makes one answer of
+    theirs.  One that is `kept` is an act about such a subject: it reaches replicas that are down once they
+    are back.  One that is `private` is about private registries: where replicas share the records of these,
+    one does it for all.  One about what is `stored` leaves out other replicas without the image.  One about
+    what is the same `anywhere` is left to others only if it is not stored here.
     """
 
     def __init__(
@@ -249,6 +255,11 @@ class Operation:
         changes: bool = False,
         summary: bool = False,
         stream: bool = False,
+        everywhere: bool = False,
+        kept: str | None = None,
+        private: bool = False,
+        stored: bool = False,
+        anywhere: bool = False,
     ) -> None:
         self.name = function.__name__
         self.method = method
@@ -257,6 +268,11 @@ class Operation:
         self.changes = changes
         self.summary = summary
         self.stream = stream
+        self.everywhere = everywhere or anywhere or kept is not None
+        self.kept = kept
+        self.private = private
+        self.stored = stored
+        self.anywhere = anywhere
         self._function = function
 
     @cached_property
@@ -278,53 +294,58 @@ class Operation:
         return get_args(hint)[0] if self.stream else hint
 
 
+async def perform(operations: Operations, operation: Operation, arguments: Mapping[str, Any]) -> Any:
+    """The result of an operation.  Raises what its method raises."""
+    return await getattr(operations, operation.name)(**arguments)
+
+
 OPERATIONS = {
     each.name: each
     for each in (
-        Operation(Operations.repositories, "GET", "repositories", summary=True),
-        Operation(Operations.images, "GET", "images", summary=True),
+        Operation(Operations.repositories, "GET", "repositories", summary=True, everywhere=True),
+        Operation(Operations.images, "GET", "images", summary=True, everywhere=True),
         Operation(Operations.find, "GET", "find", summary=True),
-        Operation(Operations.show, "GET", "image"),
+        Operation(Operations.show, "GET", "image", everywhere=True),
         Operation(Operations.history, "GET", "history"),
-        Operation(Operations.diff, "GET", "diff"),
-        Operation(Operations.stats, "GET", "stats", summary=True),
-        Operation(Operations.fills, "GET", "fills"),
+        Operation(Operations.diff, "GET", "diff", anywhere=True),
+        Operation(Operations.stats, "GET", "stats", summary=True, everywhere=True),
+        Operation(Operations.fills, "GET", "fills", everywhere=True),
         Operation(Operations.watch, "GET", "fills/events", stream=True),
-        Operation(Operations.audit, "GET", "audit"),
-        Operation(Operations.config, "GET", "config"),
-        Operation(Operations.files, "GET", "files"),
-        Operation(Operations.upstreams, "GET", "upstreams"),
-        Operation(Operations.why, "GET", "why"),
+        Operation(Operations.audit, "GET", "audit", everywhere=True),
+        Operation(Operations.config, "GET", "config", anywhere=True),
+        Operation(Operations.files, "GET", "files", anywhere=True),
+        Operation(Operations.upstreams, "GET", "upstreams", everywhere=True),
+        Operation(Operations.why, "GET", "why", everywhere=True),
         Operation(Operations.policy, "GET", "policy"),
-        Operation(Operations.held, "GET", "held"),
-        Operation(Operations.approve, "POST", "held", changes=True),
-        Operation(Operations.reject, "DELETE", "held", changes=True),
-        Operation(Operations.overrides, "GET", "overrides"),
-        Operation(Operations.override, "POST", "overrides", changes=True),
-        Operation(Operations.end_override, "DELETE", "overrides", changes=True),
-        Operation(Operations.pulled, "GET", "pulled"),
+        Operation(Operations.held, "GET", "held", everywhere=True),
+        Operation(Operations.approve, "POST", "held", changes=True, kept="held"),
+        Operation(Operations.reject, "DELETE", "held", changes=True, kept="held"),
+        Operation(Operations.overrides, "GET", "overrides", everywhere=True),
+        Operation(Operations.override, "POST", "overrides", changes=True, kept="override"),
+        Operation(Operations.end_override, "DELETE", "overrides", changes=True, kept="override"),
+        Operation(Operations.pulled, "GET", "pulled", everywhere=True),
         Operation(Operations.keys, "GET", "keys"),
         Operation(Operations.create_key, "POST", "keys"),
         Operation(Operations.revoke_key, "DELETE", "keys"),
-        Operation(Operations.purge, "POST", "purge", changes=True),
+        Operation(Operations.purge, "POST", "purge", changes=True, kept="purge"),
         Operation(Operations.delete, "POST", "delete", changes=True),
         Operation(Operations.tag, "POST", "tag", changes=True),
-        Operation(Operations.refresh, "POST", "refresh", changes=True),
-        Operation(Operations.pins, "GET", "pins"),
-        Operation(Operations.pin, "POST", "pins", changes=True),
-        Operation(Operations.unpin, "DELETE", "pins", changes=True),
-        Operation(Operations.evict, "POST", "evict", changes=True),
+        Operation(Operations.refresh, "POST", "refresh", changes=True, everywhere=True, stored=True),
+        Operation(Operations.pins, "GET", "pins", everywhere=True),
+        Operation(Operations.pin, "POST", "pins", changes=True, kept="pin"),
+        Operation(Operations.unpin, "DELETE", "pins", changes=True, kept="pin"),
+        Operation(Operations.evict, "POST", "evict", changes=True, everywhere=True),
         Operation(Operations.evictable, "GET", "evict"),
         Operation(Operations.scrub, "POST", "scrub", changes=True, status=202),
         Operation(Operations.scrubbing, "GET", "scrub"),
-        Operation(Operations.webhooks, "GET", "webhooks"),
-        Operation(Operations.collect, "POST", "collect", changes=True),
-        Operation(Operations.collected, "GET", "collect"),
+        Operation(Operations.webhooks, "GET", "webhooks", everywhere=True),
+        Operation(Operations.collect, "POST", "collect", changes=True, everywhere=True, private=True),
+        Operation(Operations.collected, "GET", "collect", everywhere=True, private=True),
         Operation(Operations.warm, "POST", "warm", changes=True),
-        Operation(Operations.ready, "POST", "ready"),
-        Operation(Operations.drill, "GET", "drill"),
-        Operation(Operations.begin_drill, "POST", "drill"),
-        Operation(Operations.end_drill, "DELETE", "drill"),
+        Operation(Operations.ready, "POST", "ready", everywhere=True),
+        Operation(Operations.drill, "GET", "drill", everywhere=True),
+        Operation(Operations.begin_drill, "POST", "drill", kept="drill"),
+        Operation(Operations.end_drill, "DELETE", "drill", kept="drill"),
         Operation(Operations.reload, "POST", "reload", status=202),
     )
 }

@@ -46,7 +46,15 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
     Raises OSError, also if the path is too long for a socket, at about 100 bytes.
     """
 
-    runner = web.AppRunner(_application(own), access_log=None, shutdown_timeout=CLOSING)
+    return await serve_at(path, _application(own))
+
+
+async def serve_at(path: Path, application: web.Application) -> Callable[[], Awaitable[None]]:
+    """Serve an application at a socket; the function that it returns ends that.
+
+    Raises OSError, also if the path is too long for a socket, at about 100 bytes.
+    """
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
     listening = bind_unix(path)
     inode = path.stat().st_ino
     await runner.setup()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.admin.models import Model
+from proxy.admin.models import Model, ReplicaModel
 from proxy.config.policy import NameVerdict
 
 
@@ -50,7 +50,7 @@ class PolicyRow(Model, frozen=True):
     reason: str
 
 
-class OverrideRow(Model, frozen=True):
+class OverrideRow(ReplicaModel, frozen=True):
     """An exception from the policy for an image, by its full name: from `since` until `until`."""
 
     image: str
@@ -59,7 +59,7 @@ class OverrideRow(Model, frozen=True):
     reason: str
 
 
-class HeldRow(Model, frozen=True):
+class HeldRow(ReplicaModel, frozen=True):
     """A tag that a `rule` holds at `digest`, though its upstream has moved it to `candidate`.
 
     `seen` is when the upstream first gave that, `moves_at` when the tag follows by itself; None if an
@@ -77,7 +77,7 @@ class HeldRow(Model, frozen=True):
     rejected: list[str]
 
 
-class PulledRow(Model, frozen=True):
+class PulledRow(ReplicaModel, frozen=True):
     """Pulls of a tag or digest by one caller on one day, who was given `digest` at `last`.
 
     `who` is a user, or the address of a client without one.

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from proxy.admin.models import Model, OwnerRow
+from proxy.admin.models import Model, OwnerRow, ReplicaModel
 from proxy.admin.policy_reports import HeldRow, PolicyRow
 
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
@@ -99,7 +99,7 @@ class ExpiredRow(Model, frozen=True):
     reason: str
 
 
-class CollectedRow(Model, frozen=True):
+class CollectedRow(ReplicaModel, frozen=True):
     """What a collection deleted of one repository.
 
     `young` content is unreachable but too recent.  `refused` says why nothing could be collected, or is
@@ -201,7 +201,7 @@ class RefusalRow(Model, frozen=True):
     at: float
 
 
-class HostRow(Model, frozen=True):
+class HostRow(ReplicaModel, frozen=True):
     """A host of an upstream, as reported by the process in which its state is the worst.
 
     See proxy.admin.processes.UpstreamState.
@@ -224,6 +224,15 @@ class UpstreamRow(HostRow, frozen=True):
     namespace: str
 
 
+class ReplicaVerdict(Model, frozen=True):
+    """What a pull from another replica of the fleet would do now."""
+
+    replica: str
+    verdict: Verdict
+    because: str
+    digest: str | None
+
+
 class Why(Model, frozen=True):
     """What a pull of `reference` would do now: `verdict` is one word, `because` a sentence.
 
@@ -233,7 +242,8 @@ class Why(Model, frozen=True):
 
     `qualified` says how the namespace was found; `fresh_rule`, `keep_rule` and `pin` name the rules that
     apply.  `policy` is what the rules say of its names.  A tag that is `held` stands for another digest than
-    its upstream gives.  In a fleet, `owner` is asked before the upstream.
+    its upstream gives.  In a fleet, `owner` is asked before the upstream; all is what this replica would do,
+    and `elsewhere` is what those would do that differ.
     """
 
     asked: str
@@ -260,6 +270,7 @@ class Why(Model, frozen=True):
     policy: PolicyRow | None = None
     held: HeldRow | None = None
     owner: OwnerRow | None = None
+    elsewhere: list[ReplicaVerdict] = msgspec.field(default_factory=list)
 
 
 # Preparation for an outage
@@ -301,7 +312,7 @@ class MissingRow(Model, frozen=True):
     platforms: list[str]
 
 
-class ReadyRow(Model, frozen=True):
+class ReadyRow(ReplicaModel, frozen=True):
     """Whether the image `asked` for can be pulled while no upstream answers.
 
     `lacking` are platforms that were asked for and that the image does not have.  `referrers` is how many
@@ -321,7 +332,7 @@ class ReadyRow(Model, frozen=True):
     error: str | None = None
 
 
-class MissedRow(Model, frozen=True):
+class MissedRow(ReplicaModel, frozen=True):
     """Content that a client requested `count` times in vain; `kind` is manifest, blob, tags or referrers."""
 
     client: str

@@ -11,6 +11,7 @@ from proxy.admin import activity_reports
 from proxy.admin.operations import LARGEST_PAGE
 from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
+from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_time
 from storage.names import written
@@ -56,7 +57,7 @@ def audit_tables(found: Sequence[activity_reports.AuditRow], now: float) -> Sequ
             act_of(each),
             each.reason or each.code,
         )
-    return [table]
+    return [by_replica(table, found)]
 
 
 def act_of(row: activity_reports.AuditRow) -> str:

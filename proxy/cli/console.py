@@ -76,6 +76,13 @@ def complain(message: str) -> None:
         click.echo(f"{start} {line}", err=True)
 
 
+def warn(message: str) -> None:
+    """Say on standard error what the answer of a command lacks."""
+    colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    start = click.style("warning:", fg="yellow") if colored else "warning:"
+    click.echo(f"{start} {legible(clean(message), sys.stderr)}", err=True)
+
+
 def terminal(file: IO[str]) -> Console | None:
     """A console that draws on `file`, or None if that is not a terminal."""
     if not file.isatty():

@@ -13,6 +13,7 @@ from proxy.admin.operations import LARGEST_PAGE, Operations
 from proxy.cli.console import freshness
 from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
+from proxy.cli.replicas import ALL, by_replica, replica_name
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_size, format_time, plural
 from storage.names import written
@@ -89,7 +90,7 @@ def _repositories(rows: Sequence[models.RepositoryRow], now: float) -> Table:
     uncounted = sum(each.bytes is None for each in rows)
     if len(rows) > 1 and not uncounted:
         counts = (
-            plural(len(rows), "repository", "repositories"),
+            plural(len({each.repository for each in rows}), "repository", "repositories"),
             plural(sum(each.tags or 0 for each in rows), "tag"),
             plural(sum(each.manifests or 0 for each in rows), "manifest"),
         )
@@ -98,7 +99,7 @@ def _repositories(rows: Sequence[models.RepositoryRow], now: float) -> Table:
         table.notes.append(
             f"the content of {plural(uncounted, 'repository', 'repositories')} is being counted"
         )
-    return table
+    return by_replica(table, rows)
 
 
 def _number(number: int | None) -> str:
@@ -135,8 +136,9 @@ def _images(rows: Sequence[models.ImageRow], now: float) -> Table:
             "pinned" if each.pinned else "",
         )
     if len(rows) > 1:
-        table.notes.append(f"{plural(len(rows), 'image')}, {_sum(each.bytes_held for each in rows)}")
-    return table
+        images = len({(each.repository, each.tag or each.digest) for each in rows})
+        table.notes.append(f"{plural(images, 'image')}, {_sum(each.bytes_held for each in rows)}")
+    return by_replica(table, rows)
 
 
 def _platforms(image: models.ImageRow) -> str:
@@ -169,21 +171,26 @@ def tree_tables(found: models.ImageTree, now: float) -> Sequence[Table]:
         Column("TYPE", drop=4),
     )
     table = Table(columns, title=written(found.repository, found.reference))
-    for top in (found.node, *found.referrers):
-        for branch, node in _drawn(top, "", ""):
-            table.add(
-                branch + node.digest,
-                node.role,
-                format_size(node.size),
-                "yes" if node.present else "no",
-                node.platform or "",
-                node.artifact_type or node.media_type,
-            )
+    drawn = [each for top in (found.node, *found.referrers) for each in _drawn(top, "", "")]
+    apart = any(node.replicas for _, node in drawn)
+    if apart:
+        table.columns = [*columns, Column("REPLICAS")]
+    for branch, node in drawn:
+        table.add(
+            branch + node.digest,
+            node.role,
+            format_size(node.size),
+            "yes" if node.present else "no",
+            node.platform or "",
+            node.artifact_type or node.media_type,
+            *([" ".join(map(replica_name, node.replicas)) or (ALL if node.present else "")] if apart else []),
+        )
     uses = found.uses
     table.notes.append(
         f"used {plural(uses.count, 'time')}, last {format_time(uses.last, now)}" if uses else "never used"
     )
     table.notes += [f"pinned by {each}" for each in found.pins]
+    table.notes += [f"at {replica_name(each.replica)} it is {each.digest}" for each in found.elsewhere]
     if not found.moves:
         return [table]
     moves = Table((Column("MOVED"), Column("FROM", digests=True), Column("TO", digests=True)))

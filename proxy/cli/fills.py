@@ -17,6 +17,7 @@ from proxy.cli.bars import LEGEND, extents_bar, has_gaps
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, CommandContext, common
 from proxy.cli.help import command
+from proxy.cli.replicas import by_replica, replica_name
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_share, format_size, plural
 from storage.names import written
@@ -68,7 +69,8 @@ def show_fills(found: Sequence[models.FillRow], progress: ProgressDisplay, other
 
 
 def _part(fill: models.FillRow) -> str:
-    return written(fill.repository, fill.digest)
+    part = written(fill.repository, fill.digest)
+    return part if fill.replica is None else f"{replica_name(fill.replica)} {part}"
 
 
 def fill_tables(found: Sequence[models.FillRow], now: float) -> Sequence[Table]:
@@ -101,7 +103,7 @@ def _idle_table(found: Sequence[models.FillRow], now: float) -> Table:
             "never" if left is None else f"in {format_duration(left)}" if left > 0 else "now",
             extents_bar(each),
         )
-    return table
+    return by_replica(table, found)
 
 
 def _running_table(found: Sequence[models.FillRow]) -> Table:
@@ -133,6 +135,10 @@ def _running_table(found: Sequence[models.FillRow]) -> Table:
             format_size(each.repeated),
             extents_bar(each),
         )
+    return by_replica(_summed_up(table, found), found)
+
+
+def _summed_up(table: Table, found: Sequence[models.FillRow]) -> Table:
     if any(map(has_gaps, found)):
         table.notes.append(LEGEND)
     if repeated := sum(each.repeated for each in found):

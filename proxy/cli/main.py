@@ -34,6 +34,7 @@ from proxy.cli import (
     pins,
     policy,
     removal,
+    savings,
     status,
     stores,
     users,
@@ -71,6 +72,7 @@ def main() -> None:
 for each in (
     *content.COMMANDS,
     *history.COMMANDS,
+    *savings.COMMANDS,
     *status.COMMANDS,
     *fills.COMMANDS,
     *audit.COMMANDS,

@@ -20,6 +20,7 @@ from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_type
 from proxy.cli.fills import show_fills
 from proxy.cli.help import command
+from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout, plural
 from storage.concurrency import for_each
@@ -355,6 +356,7 @@ def drill_tables(found: Drilling, now: float) -> Sequence[Table]:
             str(each.count),
             format_time(each.last, now),
         )
+    by_replica(table, found.missed)
     if len(found.missed) > 1:
         table.notes.append(f"{plural(sum(each.count for each in found.missed), 'request')} failed")
     if found.untold:

@@ -9,6 +9,7 @@ import click
 from proxy.admin import models, reports
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
 from proxy.cli.help import command
+from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout
 
@@ -75,7 +76,7 @@ def pin_tables(found: Sequence[models.PinRow], now: float) -> Sequence[Table]:
             str(each.blobs),
             format_size(each.bytes),
         )
-    return [table]
+    return [by_replica(table, found)]
 
 
 def unpinned_tables(found: reports.Unpinned, now: float) -> Sequence[Table]:

@@ -17,6 +17,7 @@ from proxy.cli.configured import config_options
 from proxy.cli.console import complain
 from proxy.cli.context import CommandContext, common, option_type, without_server
 from proxy.cli.help import ExplainedCommand, ExplainedGroup
+from proxy.cli.replicas import by_replica
 from proxy.cli.status import moving
 from proxy.cli.tables import Column, Table
 from proxy.config.errors import ConfigError, StartError
@@ -231,7 +232,7 @@ def held_tables(rows: Sequence[policy_reports.HeldRow], now: float) -> Sequence[
     for each in rows:
         tag, seen = written(each.repository, each.tag), format_time(each.seen, now)
         table.add(tag, each.digest, each.candidate or "-", seen, moving(each, now), each.rule)
-    return [table]
+    return [by_replica(table, rows)]
 
 
 _TAG_AND_DIGEST = click.argument("reference", metavar="REF@DIGEST")
@@ -317,7 +318,7 @@ def override_tables(rows: Sequence[policy_reports.OverrideRow], now: float) -> S
     )
     for each in rows:
         table.add(each.image, format_time(each.until, now), each.reason)
-    return [table]
+    return [by_replica(table, rows)]
 
 
 def ended_tables(found: policy_reports.OverrideRow, now: float) -> Sequence[Table]:
@@ -344,7 +345,9 @@ def replay_pulls(call: CommandContext, file: Path, period: str) -> None:
 
         proposed = load(file).policy
         rows = await operations.pulled(period)
-        found = replay(proposed, [PulledReference(**msgspec.structs.asdict(each)) for each in rows])
+        found = replay(
+            proposed, [msgspec.convert(each, PulledReference, from_attributes=True) for each in rows]
+        )
         call.print(found, replay_tables)
         if any(each.outcome == "deny" for each in found):
             sys.exit(1)

@@ -14,6 +14,7 @@ from proxy.admin.operations import LARGEST_PAGE, Operations
 from proxy.cli.console import write
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.help import command
+from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_duration, format_size, format_time, parse_size, plural
 from storage.names import is_glob
@@ -186,6 +187,7 @@ def collection_tables(found: reports.Collected, now: float) -> Sequence[Table]:
         table.add(each.repository, str(each.tags), str(each.manifests), str(each.links), str(each.young))
         if each.refused:
             table.notes.append(f"not collected: {each.repository}: {each.refused}")
+    by_replica(table, found.rows)
     if not found.begun:
         table.notes.append("no collection has run yet")
         return [table]

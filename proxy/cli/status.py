@@ -1,4 +1,4 @@
-"""The commands that show what the server does: stats, why, webhooks."""
+"""The commands that show what the server does: why, webhooks."""
 
 from __future__ import annotations
 
@@ -8,133 +8,16 @@ import click
 
 from proxy.admin import models, policy_reports, reports
 from proxy.cli.console import freshness
-from proxy.cli.context import CommandContext, common, option_type
+from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
+from proxy.cli.replicas import by_replica, replica_name
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import (
     format_duration,
-    format_share,
-    format_size,
     format_time,
-    parse_timeout,
     plural,
 )
-from proxy.config.wellknown import DOCKER_HUB
 from storage.names import written
-
-WEEK = 7 * 86400.0
-
-
-def _period(text: object) -> object:
-    parse_timeout(text)
-    return text  # unchanged: the server parses it
-
-
-@command()
-@click.option(
-    "--period",
-    default="7d",
-    metavar="DURATION",
-    callback=option_type(_period),
-    show_default=True,
-    help="How far back to count.",
-)
-@common
-def stats(call: CommandContext, period: str) -> None:
-    """Show what the cache has saved.
-
-    Prints what was saved in the period, the caches and private registries, and the last 14 days. AHEAD is
-    what was fetched before a client asked: by warming, pins and refreshes.
-    """
-    call.ask(lambda operations: operations.stats(period), stats_tables)
-
-
-def stats_tables(found: models.Stats, now: float) -> Sequence[Table]:
-    limit = "" if found.limit is None else f" of {format_size(found.limit)}"
-    caches = _cache_table(found)
-    caches.notes.append(f"{_when(found.period)}; {format_size(found.stored_bytes)}{limit} stored in caches")
-    return [caches, *(table for table in (_store_table(found.stores), _trend(found.days)) if table.rows)]
-
-
-def _cache_table(found: models.Stats) -> Table:
-    columns = (
-        Column("CACHE", whole=True),
-        Column("REQUESTS", right=True, drop=1),
-        Column("HIT RATIO", right=True),
-        Column("BYTE HIT RATIO", right=True, drop=2),
-        Column("SENT", right=True, drop=6),
-        Column("RECEIVED", right=True, drop=7),
-        Column("AHEAD", right=True, drop=5),
-        Column("BYTES SAVED", right=True),
-        Column("UPSTREAM REQUESTS", right=True, drop=8),
-        Column("REQUESTS SAVED", right=True),
-        Column("STALE", right=True, drop=4),
-        Column("ERRORS", right=True, drop=3),
-    )
-    table = Table(columns, title=_saved(found))
-    total = [] if len(found.namespaces) <= 1 else [found.total]
-    for each in (*found.namespaces, *total):
-        table.add(
-            each.namespace or "all",
-            str(each.requests),
-            format_share(each.hit_ratio),
-            format_share(each.byte_hit_ratio),
-            format_size(each.sent_bytes),
-            format_size(each.received_bytes),
-            format_size(each.ahead_bytes),
-            format_size(each.bytes_saved),
-            str(each.upstream_requests),
-            str(each.requests_saved),
-            str(each.stale),
-            str(each.errors),
-        )
-    return table
-
-
-def _saved(found: models.Stats) -> str:
-    """What the caches were good for, in a sentence."""
-    if not found.total.requests:
-        return f"nothing was pulled through a cache {_when(found.period)}"
-    hub = next((each for each in found.namespaces if each.namespace == DOCKER_HUB), None)
-    count, kind = (found.total.requests_saved, "upstream") if hub is None else (hub.requests_saved, "Hub")
-    requests = f"{count:,} {kind} request{'' if count == 1 else 's'}"
-    return f"saved {format_size(found.total.bytes_saved)} and {requests} {_when(found.period)}"
-
-
-def _when(period: float) -> str:
-    return "this week" if period == WEEK else f"in the last {format_duration(period)}"
-
-
-def _store_table(rows: Sequence[models.StatsRow]) -> Table:
-    columns = (
-        Column("PRIVATE REGISTRY", whole=True),
-        Column("REQUESTS", right=True),
-        Column("SENT", right=True),
-        Column("PUSHED", right=True),
-        Column("ERRORS", right=True, drop=1),
-    )
-    table = Table(columns)
-    for each in rows:
-        sent, pushed = format_size(each.sent_bytes), format_size(each.pushed_bytes)
-        table.add(each.namespace, str(each.requests), sent, pushed, str(each.errors))
-    return table
-
-
-def _trend(days: Sequence[models.DayRow]) -> Table:
-    columns = (
-        Column("DAY", whole=True),
-        Column("REQUESTS", right=True, drop=1),
-        Column("SENT", right=True, drop=2),
-        Column("RECEIVED", right=True, drop=4),
-        Column("AHEAD", right=True, drop=3),
-        Column("BYTES SAVED", right=True),
-        Column("REQUESTS SAVED", right=True),
-    )
-    table = Table(columns)
-    for each in days:
-        sizes = (each.sent_bytes, each.received_bytes, each.ahead_bytes, each.bytes_saved)
-        table.add(each.day, str(each.requests), *map(format_size, sizes), str(each.requests_saved))
-    return table
 
 
 @command()
@@ -180,6 +63,9 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
         table.add("upstream", "offline: it is never asked")
     for each in found.upstreams:
         table.add("upstream", _upstream(each, now))
+    for other in found.elsewhere:
+        at = f", at {other.digest}" if other.digest and other.digest != found.digest else ""
+        table.add(f"verdict of {replica_name(other.replica)}", f"{other.verdict}: {other.because}{at}")
     return [table]
 
 
@@ -254,10 +140,11 @@ def webhook_tables(found: Sequence[models.WebhookRow], now: float) -> Sequence[T
             format_time(each.delivered_at, now, "never"),
             failing,
         )
+    by_replica(table, found)
     if len(found) > 1:
         counts = f"{plural(sum(each.pending for each in found), 'event')} pending"
-        table.notes.append(f"{plural(len(found), 'webhook')}, {counts}")
+        table.notes.append(f"{plural(len({each.name for each in found}), 'webhook')}, {counts}")
     return [table]
 
 
-COMMANDS = (stats, why, webhooks)
+COMMANDS = (why, webhooks)

@@ -14,6 +14,7 @@ from yarl import URL
 
 from proxy.admin.api.client import CONNECT, AdminClient, OperationFailed
 from proxy.admin.operations import Operations
+from proxy.cli.console import warn
 from proxy.config.errors import StartError
 from proxy.config.hosts import local_url, parse_server
 from proxy.config.schema import Config
@@ -92,7 +93,7 @@ async def _client(
     timeout = ClientTimeout(total=None, sock_connect=CONNECT)
     trusted = _trusted(config, server, ca_file) if url.scheme == "https" else True
     async with ClientSession(timeout=timeout, connector=TCPConnector(ssl=trusted)) as session:
-        yield AdminClient(session, url, token or config.admin_token)
+        yield AdminClient(session, url, token or config.admin_token, warn)
 
 
 def _address(server: str) -> URL:
@@ -138,6 +139,8 @@ async def _listens(url: URL, must: bool) -> bool:
 async def _directory(config: Config, url: URL | None, make: bool) -> AsyncIterator[Operations]:
     tried = f"nothing listens at {url}, and " if url else ""
     async with composed(config, make, tried) as composition:
+        if config.peers is not None:
+            warn("this works on the directory alone; other replicas are not asked, nor told")
         from proxy.admin.local_operations import LocalOperations
         from proxy.admin.peers import ServerProcesses
         from proxy.admin.processes import state_of

@@ -27,6 +27,7 @@ from proxy.namespaces.composition import Hooks, compose
 from proxy.namespaces.routing import Namespaces
 from proxy.server import make_room
 from proxy.server.access import access_control, needed
+from proxy.server.fleet_member import FleetMember
 from proxy.server.health import Health
 from proxy.server.housekeeping import Housekeeper
 from proxy.server.observation import Observation
@@ -46,7 +47,7 @@ from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.peers import PeerRequests
 from proxy.web.redirects import Redirects
 from proxy.web.server import DistributionAPI
-from proxy.web.sockets import Sockets, bind_all
+from proxy.web.sockets import Sockets, bind_all, stop_accepting
 from proxy.web.tls import Certificates
 from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
@@ -120,10 +121,12 @@ class ServerProcess:
         self._compose(self._housekeeping_hooks() if housekeeps else self._worker_hooks())
         if housekeeps:
             await self._prepare_housekeeping()
-            if sockets.admin:
+            if sockets.admin or self.composition.peers is not None:
                 await self._serve_administrators(sockets.admin)
         if sockets.listen:
             await self._serve_clients(sockets)
+        if self._member.fleet is not None:
+            self._run_in_background(self._member.fleet.run())
         if housekeeps:  # last: nothing is read through before the server listens
             self._run_in_background(self.housekeeper.run())
             self._closing.callback(self.housekeeper.close)
@@ -136,6 +139,7 @@ class ServerProcess:
         self._closing.callback(self.composition.metrics.flush)
         self._state = state_of(self.composition)
         self._run_in_background(self.composition.recorder.run())
+        self._member = FleetMember(self.composition, self._run)
         self._audit = AuditLog(self._config.audit, self._clock) if self._config.audit is not None else None
         if self._audit is not None:
             self._closing.callback(self._audit.close)
@@ -189,23 +193,32 @@ class ServerProcess:
 
     async def _serve_administrators(self, sockets: list[socket.socket]) -> None:
         # Only one process needs these, and they are large.
-        from proxy.admin.api.app import AdminRunner, application
+        from proxy.admin.api.app import AdminRunner, Summaries, application
         from proxy.admin.local_operations import LocalOperations
         from proxy.ui.app import pages
 
         config, parts, housekeeper = self._config, self.composition, self.housekeeper
         drills = DrillControl(self._processes, parts.drill, parts.metrics, parts.clock, self._run)
         operations = LocalOperations(parts, self._processes, housekeeper.evicting, housekeeper.heal, drills)
+        summaries = Summaries()
+        fleet = await self._member.join(
+            operations, self._health, self._audit, summaries.forget, self._closing
+        )
+        if not sockets:
+            self._closing.push_async_callback(operations.close)
+            return
         # Before the clients' listener, since what starts last stops first: so /healthz can report "draining".
         api = application(
             parts.metrics,
             self._health.report,
             operations,
+            fleet,
             token=config.admin_token,
             audit=self._audit,
             loopback=config.admin is not None and config.admin.loopback,
-            pages=pages(config, operations, self._health.report, parts.clock),
+            pages=pages(config, fleet or operations, self._health.report, parts.clock),
             observe=self._observation.observe,
+            summaries=summaries,
         )
         encrypted = config.admin_tls() is not None
         runner = AdminRunner(api, self._connection_limits(), encrypted=encrypted, drain=self._drain)
@@ -256,7 +269,7 @@ class ServerProcess:
         )
         runner = web.ServerRunner(
             Listener(
-                api.handle,
+                self._member.handler(api.handle),
                 self._connection_limits(),
                 encrypted=config.tls is not None,
                 connections=parts.shared.connections,
@@ -307,7 +320,7 @@ class ServerProcess:
                 times = {"handshake": limits.request_timeout, "goodbye": limits.client_timeout}
                 site = TLSSite(runner, each, certificates, **times)
             await site.start()
-        self._closing.push_async_callback(_stop_accepting, sockets)
+        self._closing.push_async_callback(stop_accepting, sockets)
         host, port = sockets[0].getsockname()[:2]
         return URL.build(scheme="https" if certificates else "http", host=host, port=port)
 
@@ -370,12 +383,3 @@ def _cause(error: Exception) -> str:
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-async def _stop_accepting(sockets: list[socket.socket]) -> None:
-    """Called before the servers on the sockets are closed."""
-    # 1. a connection is accepted, and a task is to make its transport  2. the server is closed  3. the
-    # transport cannot be made any more, and nothing closes the connection: its client would wait.
-    for each in sockets:
-        asyncio.get_running_loop().remove_reader(each.fileno())
-    await asyncio.sleep(0)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Protocol
 
 from aiohttp import web
 
 from proxy.telemetry.exchange import Exchange
+from proxy.web.responses import JSON
 from proxy.web.routes import Endpoint, Route
+from storage.concurrency import uninterrupted
 from storage.errors import NameUnknown, RegistryError, Unavailable
 
 STORED_ONLY = "only-if-cached"  # RFC 9111, section 5.2.1.7
@@ -59,6 +61,34 @@ class PeerRequests:
             self._peers.admit(exchange.peer, namespace, repository, digest)
         self._peers.hear(namespace, request.headers)
         return route.name
+
+
+class OperationRequests:
+    """Has `answer` answer the requests for operations of other replicas, and `handle` all others.
+
+    path: of those requests
+    answer: gives the status and the body of an answer to a body
+    """
+
+    def __init__(
+        self,
+        peers: OtherReplicas,
+        path: str,
+        answer: Callable[[bytes], Awaitable[tuple[int, bytes]]],
+        handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+    ) -> None:
+        self._peers = peers
+        self._path = path
+        self._answer = answer
+        self._handle = handle
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        asked = request.rel_url.raw_path == self._path and request.method == "POST"
+        if not asked or await self._peers.sender(request.headers) is None:
+            return await self._handle(request)
+        # An operation continues without the replica that asks.
+        status, body = await uninterrupted(self._answer(await request.read()))
+        return web.Response(status=status, body=body, content_type=JSON, headers=self._peers.headers())
 
 
 def check_confirmed(method: str, exchange: Exchange) -> None:

@@ -128,3 +128,12 @@ async def accept(listening: socket.socket) -> AsyncIterator[tuple[socket.socket,
             continue
         yield found
         await asyncio.sleep(0)  # sock_accept() does not yield while more connections are queued
+
+
+async def stop_accepting(sockets: list[socket.socket]) -> None:
+    """Called before the servers on the sockets are closed."""
+    # 1. a connection is accepted, and a task is to make its transport  2. the server is closed  3. the
+    # transport cannot be made any more, and nothing closes the connection: its client would wait.
+    for each in sockets:
+        asyncio.get_running_loop().remove_reader(each.fileno())
+    await asyncio.sleep(0)

@@ -13,7 +13,7 @@ import ipaddress
 import math
 import re
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import structlog
@@ -22,8 +22,10 @@ from aiohttp_cache import MemoryCache, cache_middleware
 
 from proxy.admin.api.audited import ADMITTED, recorded_by
 from proxy.admin.api.bundle_routes import ARCHIVES, BundleRoutes
-from proxy.admin.api.routes import Api, Handler, in_json
+from proxy.admin.api.routes import Api, Handler, in_json, with_warnings
+from proxy.admin.fleet import Fleet
 from proxy.admin.local_operations import LocalOperations
+from proxy.admin.notices import heard
 from proxy.namespaces.references import FieldInvalid
 from proxy.telemetry.audit import AuditLog
 from proxy.telemetry.metrics import Metrics
@@ -53,35 +55,29 @@ def application(
     metrics: Metrics,
     state: State,
     operations: LocalOperations,
+    fleet: Fleet | None = None,
     *,
     token: str | None,
     loopback: bool,
     audit: AuditLog | None = None,
     pages: web.Application | None = None,
     observe: Callable[[], Awaitable[None]] = nothing_to_observe,
+    summaries: Summaries | None = None,
 ) -> web.Application:
     """The application of the admin listener.  It closes `operations`.
 
     `state` gives `status`, which is "ready", "degraded" or "draining", and further details.  `loopback`
     says that only this machine reaches the listener.  `audit` records changes.  `pages` admits by itself.
-    `observe` brings metrics up to date before they are shown.
+    `observe` brings metrics up to date before they are shown.  `fleet` does the operations for all
+    replicas; `summaries` are the answers that are kept.
     """
-
-    async def exposition(request: web.Request) -> web.Response:
-        await observe()
-        return _shown(metrics, request)
-
-    async def readyz(request: web.Request) -> web.Response:
-        found = await state()  # a degraded server still serves, uncached; only a draining one is not ready
-        return in_json(found, 503 if found["status"] == "draining" else 200)
-
     admin = web.Application(middlewares=_middlewares(token, loopback, audit, pages))
-    summaries = _summaries_of(admin)
-    _close_with(admin, operations)
+    kept = _kept(admin, summaries)
+    _close_with(admin, operations, fleet)
     for method, path, handler in (
-        *(("GET", *each) for each in zip(OPEN, (exposition, _alive, readyz), strict=True)),
-        *Api(operations, summaries.forget).routes(),
-        *BundleRoutes(operations.exports, operations.imports, summaries.forget).routes(),
+        *_open_routes(metrics, state, observe),
+        *Api(fleet or operations, kept.forget).routes(),
+        *BundleRoutes(operations.exports, operations.imports, kept.forget).routes(),
     ):
         if method == "GET":
             admin.router.add_get(path, handler)  # and HEAD
@@ -90,8 +86,23 @@ def application(
     return _with_pages(admin, pages)
 
 
-def _close_with(admin: web.Application, operations: LocalOperations) -> None:
-    admin.on_shutdown.append(lambda app: operations.end_streams())
+def _open_routes(
+    metrics: Metrics, state: State, observe: Callable[[], Awaitable[None]]
+) -> Iterator[tuple[str, str, Handler]]:
+    async def exposition(request: web.Request) -> web.Response:
+        await observe()
+        return _shown(metrics, request)
+
+    async def readyz(request: web.Request) -> web.Response:
+        found = await state()  # a degraded server still serves, uncached; only a draining one is not ready
+        return in_json(found, 503 if found["status"] == "draining" else 200)
+
+    for path, handler in zip(OPEN, (exposition, _alive, readyz), strict=True):
+        yield "GET", path, handler
+
+
+def _close_with(admin: web.Application, operations: LocalOperations, fleet: Fleet | None) -> None:
+    admin.on_shutdown.append(lambda app: (fleet or operations).end_streams())
     admin.on_cleanup.append(lambda app: operations.close())
 
 
@@ -117,9 +128,9 @@ def _shown(metrics: Metrics, request: web.Request) -> web.Response:
     return web.Response(body=body, headers={"Content-Type": media_type, "Vary": "Accept"})
 
 
-def _summaries_of(admin: web.Application) -> Summaries:
-    """The summaries that the middleware of the cache keeps."""
-    summaries = Summaries()
+def _kept(admin: web.Application, summaries: Summaries | None) -> Summaries:
+    """The summaries, which the middleware of the cache keeps."""
+    summaries = summaries or Summaries()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", web.NotAppKeyWarning)  # the middleware looks for this name
         admin["cache"] = summaries
@@ -204,7 +215,7 @@ def _middlewares(
 
     # The cache comes last, behind the check of the token.
     audited = [] if audit is None else [recorded_by(audit)]
-    return [*audited, errors_in_json, guarded, cache_middleware]
+    return [*audited, warned, errors_in_json, guarded, cache_middleware]
 
 
 class Summaries(MemoryCache):
@@ -279,6 +290,13 @@ def _is_here(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@web.middleware
+async def warned(request: web.Request, handler: Handler) -> web.StreamResponse:
+    with heard():
+        response = await handler(request)
+        return response if response.prepared else with_warnings(response)
 
 
 @web.middleware

@@ -18,6 +18,11 @@ _READING = ("GET", "HEAD", "OPTIONS")
 _EXCEPTIONS = ("override", "end_override")
 
 
+def kind_of(operation: str | None) -> AuditKind:
+    """The kind of a change that an operator makes."""
+    return "override" if operation in _EXCEPTIONS else "admin"
+
+
 def recorded_by(audit: AuditLog) -> Any:
     """A middleware around all others: records each request that may change something, or is not admitted."""
 
@@ -43,7 +48,7 @@ def _record(audit: AuditLog, request: web.Request, status: int) -> None:
     elif request.method in _READING:
         return
     else:
-        kind = "override" if request.get(OPERATION) in _EXCEPTIONS else "admin"
+        kind = kind_of(request.get(OPERATION))
     audit.administered(
         kind,
         request.remote or "",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from yarl import URL
 
-from proxy.admin.operations import OPERATIONS, Operation, Operations
+from proxy.admin.notices import HEADER, of_header
+from proxy.admin.operations import Operation
+from proxy.admin.sent import SentOperations
 from proxy.connections.failures import explain
 from proxy.transfer import results
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
     from proxy.transfer.bundle_export import Selection
 
-P = ParamSpec("P")
 T = TypeVar("T")
 DATA = b"data: "  # how an event begins: see server_events.py
 CONNECT = 5.0  # seconds for a connection to the server; an answer may take any time
@@ -38,86 +39,24 @@ class OperationFailed(Exception):
         self.status = 2 if usage else 1
 
 
-def _sent(
-    method: Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[AdminClient, P], Coroutine[Any, Any, T]]:
-    """A method of Operations as a method of the client."""
-    operation = OPERATIONS[method.__name__]
+class AdminClient(SentOperations):
+    """The Operations of a running server, over its admin API.  Every method raises OperationFailed.
 
-    async def send(client: AdminClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        found: T = await client.send(operation, operation.parameters(*args, **kwargs))
-        return found
+    `warn` is called with each warning about another replica of its fleet, once.
+    """
 
-    return send
-
-
-def _streamed(
-    method: Callable[Concatenate[Operations, P], AsyncIterator[T]],
-) -> Callable[Concatenate[AdminClient, P], AsyncIterator[T]]:
-    """A method of Operations that gives one result after the other, as a method of the client."""
-    operation = OPERATIONS[method.__name__]
-
-    def follow(client: AdminClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
-        return client.follow(operation, operation.parameters(*args, **kwargs))
-
-    return follow
-
-
-class AdminClient:
-    """The Operations of a running server, over its admin API.  Every method raises OperationFailed."""
-
-    remote = True
-
-    def __init__(self, session: ClientSession, url: URL, token: str | None) -> None:
+    def __init__(
+        self,
+        session: ClientSession,
+        url: URL,
+        token: str | None,
+        warn: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self._warn = warn
+        self._warned: set[str] = set()
         self._session = session
         self._url = url
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-
-    repositories = _sent(Operations.repositories)
-    images = _sent(Operations.images)
-    find = _sent(Operations.find)
-    show = _sent(Operations.show)
-    history = _sent(Operations.history)
-    diff = _sent(Operations.diff)
-    stats = _sent(Operations.stats)
-    fills = _sent(Operations.fills)
-    watch = _streamed(Operations.watch)
-    audit = _sent(Operations.audit)
-    config = _sent(Operations.config)
-    files = _sent(Operations.files)
-    upstreams = _sent(Operations.upstreams)
-    why = _sent(Operations.why)
-    policy = _sent(Operations.policy)
-    held = _sent(Operations.held)
-    approve = _sent(Operations.approve)
-    reject = _sent(Operations.reject)
-    overrides = _sent(Operations.overrides)
-    override = _sent(Operations.override)
-    end_override = _sent(Operations.end_override)
-    pulled = _sent(Operations.pulled)
-    keys = _sent(Operations.keys)
-    create_key = _sent(Operations.create_key)
-    revoke_key = _sent(Operations.revoke_key)
-    purge = _sent(Operations.purge)
-    delete = _sent(Operations.delete)
-    tag = _sent(Operations.tag)
-    refresh = _sent(Operations.refresh)
-    pins = _sent(Operations.pins)
-    pin = _sent(Operations.pin)
-    unpin = _sent(Operations.unpin)
-    evict = _sent(Operations.evict)
-    evictable = _sent(Operations.evictable)
-    scrub = _sent(Operations.scrub)
-    scrubbing = _sent(Operations.scrubbing)
-    webhooks = _sent(Operations.webhooks)
-    collect = _sent(Operations.collect)
-    collected = _sent(Operations.collected)
-    warm = _sent(Operations.warm)
-    ready = _sent(Operations.ready)
-    drill = _sent(Operations.drill)
-    begin_drill = _sent(Operations.begin_drill)
-    end_drill = _sent(Operations.end_drill)
-    reload = _sent(Operations.reload)
 
     async def send(self, operation: Operation, parameters: msgspec.Struct) -> Any:
         """The answer to one operation."""
@@ -208,6 +147,10 @@ class AdminClient:
             async with self._session.request(
                 method, url, headers=headers, data=body, allow_redirects=False
             ) as response:
+                for each in of_header(response.headers.get(HEADER, "[]")):
+                    if each not in self._warned:
+                        self._warned.add(each)
+                        self._warn(each)
                 if response.status not in (200, 202):
                     raise _error_of(self._url, response.status, await response.read())
                 yield response

@@ -18,10 +18,12 @@ from aiohttp_cache import cache
 
 from proxy.admin.api.audited import ARGUMENTS, OPERATION
 from proxy.admin.api.server_events import send_events
-from proxy.admin.operations import OPERATIONS, Operation, Operations
+from proxy.admin.notices import HEADER, in_header, warnings
+from proxy.admin.operations import OPERATIONS, Operation, Operations, perform
 from proxy.namespaces.references import FieldInvalid
 
 T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R", bound=web.StreamResponse)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SUMMARY = 10  # seconds that a costly answer is kept
@@ -53,15 +55,22 @@ class Api:
             arguments = msgspec.structs.asdict(await read(request, operation.parameters))
             request[OPERATION], request[ARGUMENTS] = operation.name, arguments
             try:
-                found = await getattr(self._operations, operation.name)(**arguments)
+                found = await perform(self._operations, operation, arguments)
             finally:
                 if operation.changes:
                     self._changed()  # also after a failure half-way
-            return in_json(found, operation.status)
+            return with_warnings(in_json(found, operation.status))  # here, so a summary is kept with them
 
         if operation.stream:
             return follow
         return cache(expires=SUMMARY)(handle) if operation.summary else handle
+
+
+def with_warnings(response: R) -> R:
+    """The answer with the warnings that were heard."""
+    if found := warnings():
+        response.headers[HEADER] = in_header(found)
+    return response
 
 
 async def _document(request: web.Request) -> web.Response:

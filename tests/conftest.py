@@ -77,6 +77,11 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name long bytes by their parameter: what is compressed differs between processes, by the time in it."""
+    return argname if isinstance(val, bytes) and len(val) > 20 else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import nothing of tests/clients where it is left out: all tests there are marked `clients`."""
     left_out = config.getoption("markexpr") == "not clients"

@@ -66,7 +66,7 @@ async def test_a_key_says_who_it_is(made: Any, clock: Clock) -> None:
     key, secret = await keys.create("ci", (TEAM, "registry:catalog:*"), clock.now + 60)
     for user in ("", "ci", "anybody"):
         principal = await keys.verify(user, secret)
-        assert (principal.user, principal.scheme, principal.known) == ("ci", "key", False)
+        assert (principal.user, principal.scheme, principal.known) == ("key:ci", "key", False)
         assert principal.until == clock.now + 60
         assert principal.proof == key.digest
         assert keys.renew(principal) == principal
@@ -141,7 +141,7 @@ async def test_a_damaged_record_is_no_key(made: Any) -> None:
     records.put(API_KEY.key("ci"), b"{")
     with pytest.raises(BadCredential):
         await keys.verify("", secret)
-    assert (await keys.verify("", other)).user == "other"
+    assert (await keys.verify("", other)).user == "key:other"
 
 
 @dataclass
@@ -192,12 +192,12 @@ async def test_an_outage_of_the_database_logs_nobody_out_at_once(made: Any, cloc
     await other.verify("", secret)
     distant.away = True
     seconds.advance(STALE - 1)
-    assert (await other.verify("", secret)).user == "ci"
+    assert (await other.verify("", secret)).user == "key:ci"
     seconds.advance(2)
     with pytest.raises(StorageFailed):
         await other.verify("", secret)
     distant.away = False
-    assert (await other.verify("", secret)).user == "ci"
+    assert (await other.verify("", secret)).user == "key:ci"
 
 
 @pytest.mark.parametrize(
@@ -430,6 +430,7 @@ async def test_no_log_has_a_key(keyed: Started, events: Any) -> None:
     await door.act("pull", login("ci", secret + "x"))
     await door.run("revoke", "ci")
     assert [each["name"] for each in events.entries if each["event"].startswith("key.")] == ["ci", "ci"]
+    assert {each["user"] for each in events.entries if each["event"] == "request.served"} == {"key:ci", ""}
     assert secret[len(START) :] not in repr(events.entries)
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import FormData
 
+from proxy.access import records
 from storage.disk.records import SQLiteRecords
 from storage.keys import SIGNING
 from storage.oci import Digest
-from tests.conftest import Clock, Site
+from tests.conftest import Clock, Serve, Site
+from tests.postgres import PostgresServer
+from tests.processes import Place, Server, place  # noqa: F401  a fixture
 from tests.test_access import ALICE, BLOB, BOB, HUB, LOCAL, STRANGER, Door, Open, login, opened, users  # noqa: F401
 from tests.test_hits import hits  # noqa: F401  a fixture
 from tests.test_htpasswd import line
+from tests.upstream import Upstream
 
 RULES = [
     {"who": ["user:alice"], "may": ["pull", "push", "delete"], "where": ["local/team/*"]},
@@ -58,9 +65,9 @@ Started = Callable[..., Awaitable[Endpoint]]
 
 @pytest.fixture
 def endpoint(opened: Open, users: Path) -> Started:  # noqa: F811
-    async def start(settings: dict[str, Any] | None = None, **access: Any) -> Endpoint:
+    async def start(settings: Any = None, top: Any = None, **access: Any) -> Endpoint:
         given = {"htpasswd": str(users), "rules": RULES, "token_endpoint": settings or {}, **access}
-        door: Door = await opened(given)
+        door: Door = await opened(given, top=top)
         return Endpoint(door.site)
 
     return start
@@ -355,11 +362,11 @@ async def test_keys_are_rotated(endpoint: Started, clock: Clock) -> None:
 
 
 def signing(site: Site) -> list[str]:
-    records = SQLiteRecords(site.directory / "access" / "records")
+    stored = SQLiteRecords(site.directory / "access" / "records")
     try:
-        return list(records.keys(SIGNING.prefix()))
+        return list(stored.keys(SIGNING.prefix()))
     finally:
-        records.close()
+        stored.close()
 
 
 async def test_a_key_that_is_gone_has_signed_nothing(endpoint: Started) -> None:
@@ -367,10 +374,10 @@ async def test_a_key_that_is_gone_has_signed_nothing(endpoint: Started) -> None:
     given = await door.bearer(ALICE, f"{APP}:pull,push")
     assert (await door.push(given)).status == 201
     assert (await door.act("pull", given)).status == 200
-    records = SQLiteRecords(door.site.directory / "access" / "records")
-    for key in list(records.keys(SIGNING.prefix())):
-        records.delete(key)
-    records.close()
+    stored = SQLiteRecords(door.site.directory / "access" / "records")
+    for key in list(stored.keys(SIGNING.prefix())):
+        stored.delete(key)
+    stored.close()
     assert (await door.act("pull", given)).status == 401
 
 
@@ -424,3 +431,112 @@ async def test_tokens_are_counted_and_no_log_has_one(endpoint: Started, events: 
     served = [each for each in events.entries if each["event"] == "request.served"]
     assert [each["user"] for each in served] == ["alice", "bob", "", "alice"]
     assert not any(each.split(".")[2] in repr(events.entries) for each in tokens)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_who_is_refused_a_token_is_logged(
+    endpoint: Started, tmp_path: Path, events: Any, method: str
+) -> None:
+    audit = {"file": str(tmp_path / "audit.log"), "kinds": ["login", "token"]}
+    door = await endpoint(top={"audit": audit})
+    if method == "GET":
+        await door.ask("GET", "/token", login("alice", "wr0ng"))
+        await door.token(ALICE, f"{APP}:pull")
+    else:
+        await door.post(grant_type="password", username="alice", password="wr0ng")
+        await door.post(grant_type="password", username="alice", password="wonderland", scope=f"{APP}:pull")
+    (refused,) = [each for each in events.entries if each["event"] == "access.refused"]
+    assert (refused["action"], refused["user"], refused["log_level"]) == ("token", "", "info")
+    written = (tmp_path / "audit.log").read_text()
+    records = [json.loads(each) for each in written.splitlines()]
+    assert [(each["kind"], each["result"], each.get("user")) for each in records] == [
+        ("login", "refused", None),
+        ("token", "done", "alice"),
+    ]
+    assert records[1]["reference"] == f"{APP}:pull"
+    assert "wr0ng" not in written
+
+
+# Several processes
+
+
+@pytest.mark.clients
+async def test_all_workers_know_tokens_and_keys_also_after_a_restart(
+    place: Place,  # noqa: F811
+    users: Path,  # noqa: F811
+) -> None:
+    place.tree["namespaces"]["local"] = {"store": {}}
+    place.tree["access"] = {
+        "htpasswd": str(users),
+        "rules": RULES,
+        "token_endpoint": {},
+        "api_keys": True,
+    }
+    path = "/v2/local/team/app/tags/list"
+
+    async def statuses(server: Server, headers: Mapping[str, str]) -> list[int]:
+        found = []
+        for worker in await server.workers():
+            async with worker.ask(path, **headers) as response:
+                found.append(response.status)
+        return found
+
+    async def command(*words: str) -> bytes:
+        given = ["-m", "proxy", "keys", *words, "--config", str(place.configure())]
+        process = await asyncio.create_subprocess_exec(sys.executable, *given, stdout=subprocess.PIPE)
+        printed, _ = await process.communicate()
+        assert process.returncode == 0
+        return printed
+
+    server = await place.start()
+    one, two = await server.workers()
+    asked = f"/token{SERVICE}&scope={APP}:pull"
+    tokens = [
+        bearer(json.loads(await each.get(asked, Authorization=ALICE["Authorization"]))["token"])
+        for each in (one, two)
+    ]
+    key = bearer(json.loads(await command("create", "ci", "--scope", f"{APP}:pull", "--json"))["key"])
+    for headers in (*tokens, key):
+        assert await statuses(server, headers) == [404, 404]  # there is none, but it is allowed
+    await server.stop()
+    server = await place.start()
+    for headers in (*tokens, key):
+        assert await statuses(server, headers) == [404, 404]
+    users.write_text("")
+    await command("revoke", "ci")
+    for headers in (*tokens, key):
+        assert await statuses(server, headers) == [401, 401]
+    await server.stop()
+
+
+@pytest.mark.clients
+async def test_servers_that_share_a_database_know_each_other_s_tokens_and_keys(
+    serve: Serve,
+    upstream: Upstream,
+    postgres_server: PostgresServer,
+    users: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "RECENT", 0.0)  # a second otherwise
+    access = {"htpasswd": str(users), "rules": RULES, "token_endpoint": {}, "api_keys": True}
+    top = {"access": access, "shared": {"records": postgres_server.database()}}
+    more = {"local": {"store": {}}}
+    one, two = [
+        Endpoint(await serve(upstream, directory=tmp_path / name, more=more, top=top)) for name in ("a", "b")
+    ]
+    given = await one.bearer(ALICE, f"{APP}:pull,push")
+    assert one.site.app.admin_url is not None
+    url = one.site.app.admin_url / "api/v1/keys"
+    async with one.site.session.post(url, json={"name": "ci", "scopes": [f"{APP}:pull"]}) as response:
+        key = bearer((await response.json())["key"])
+    exchanged = await two.bearer(key, f"{APP}:pull")
+    for headers in (given, await two.bearer(BOB, f"{APP}:pull"), key, exchanged):
+        for door in (one, two):
+            assert (await door.act("pull", headers)).status == 404
+    assert not (tmp_path / "a" / "access").exists()
+    async with one.site.session.delete(url, json={"name": "ci"}) as response:
+        assert response.status == 200
+    for headers in (key, exchanged):
+        for door in (two, one):
+            assert (await door.act("pull", headers)).status == 401

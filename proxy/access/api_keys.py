@@ -19,7 +19,7 @@ from functools import lru_cache
 import msgspec
 
 from proxy.access.credentials import BadCredential
-from proxy.access.records import AccessRecords, AccessState, ApiKey
+from proxy.access.records import AccessRecords, ApiKey
 from proxy.access.rules import Grant, Principal
 from proxy.access.scopes import CATALOG, REPOSITORY, Scope, parse_scope
 from proxy.config.access import ACTIONS
@@ -58,7 +58,7 @@ class ApiKeys:
         return secret.startswith(START)
 
     async def verify(self, user: str, secret: str) -> Principal:
-        """The principal has the name of the key, whatever user the client states."""
+        """The principal is `key:` and the name of the key, whatever user the client states."""
         state = await self._records.read()
         key = state.keys.get(_digest(secret))
         if key is None:
@@ -81,8 +81,7 @@ class ApiKeys:
         )
 
     def renew(self, principal: Principal) -> Principal | None:
-        state = self._records.current() or AccessState()
-        key = state.keys.get(principal.proof)
+        key = self._records.latest.keys.get(principal.proof)
         return self._principal(key) if key is not None and self._lasts(key) else None
 
     def _lasts(self, key: ApiKey) -> bool:
@@ -168,7 +167,7 @@ def _grants(scopes: Iterable[str]) -> Iterable[Grant]:
 
 def _principal(key: ApiKey) -> Principal:
     return Principal(
-        user=key.name,
+        user=f"key:{key.name}",  # no user of htpasswd has a colon in its name
         scheme="key",
         grants=tuple(_grants(key.scopes)),
         until=math.inf if key.expires is None else key.expires,

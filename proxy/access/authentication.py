@@ -138,7 +138,8 @@ class Authenticator:
         proof = "" if self.passwords is None else self.passwords.proof(principal.user)
         if not proof or proof != principal.proof:
             return None
-        return replace(principal, groups=self.groups.get(principal.user, frozenset()))
+        groups = self.groups.get(principal.user, frozenset())
+        return principal if groups == principal.groups else replace(principal, groups=groups)
 
     def renewal(self, request: web.BaseRequest) -> Callable[[], bool]:
         """Whether identify() still returns what it has just returned for this request, without waiting."""

@@ -30,6 +30,8 @@ from storage.registry import Registry
 
 log = structlog.get_logger()
 
+TOKEN = "token"  # the action of a client that asks for a token
+
 
 class ChooseNamespace(Protocol):
     """The namespace that a request without a repository means: see Namespaces.chosen()."""
@@ -144,7 +146,7 @@ class Authorizer:
             else:
                 await self._permit_by_rules(request, access, exchange)
         except RegistryError as error:
-            self._refused(request, exchange, access.action, error)
+            self.refused(request, exchange, access.action, error)
             raise
 
     async def renewal(self, request: web.BaseRequest, name: str) -> Callable[[], bool]:
@@ -282,7 +284,7 @@ class Authorizer:
         try:
             principal = await self._authenticator.identify(request)
         except RegistryError as error:
-            self._refused(request, exchange, "ping", error)
+            self.refused(request, exchange, "ping", error)
             raise
         exchange.user = principal.user
         if not principal.anonymous or self._ping == "open":
@@ -365,13 +367,14 @@ class Authorizer:
     def _listed(self, repository: str) -> bool:
         return self._guarded.of(repository) not in (Guard.CALLER, None)
 
-    def _refused(
+    def refused(
         self, request: web.BaseRequest, exchange: Exchange, action: str, error: RegistryError
     ) -> None:
         """Log a refusal, without an unverified user name: it may be a password in the wrong field."""
         if not isinstance(error, Unauthorized | Denied) and error.status != 429:
             return
-        write = log.info if authorization(request) else log.debug  # a first request without credentials
+        shown = authorization(request) or action == TOKEN
+        write = log.info if shown else log.debug  # a first request without credentials
         write(
             "access.refused",
             id=exchange.id,

@@ -49,5 +49,6 @@ class CredentialVerifier(Protocol):
         """The principal, which any process has verified before, as it is now; without waiting.
 
         None if it is no longer accepted.  A token that this server has issued in exchange for a credential
-        is worth no more than that: this is called with each request that has such a token.
+        is worth no more than that: this is called with each request that has such a token, right after the
+        records of access control were read.
         """

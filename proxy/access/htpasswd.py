@@ -99,6 +99,7 @@ class Htpasswd:
         self._clock = clock
         self._key = secrets.token_bytes(32)
         self._right: dict[bytes, float] = {}  # until when
+        self._proofs: dict[str, str] = {}  # by user
         self._flights = SingleFlight()
         self._waiting = 0
         self._reason = ""
@@ -129,8 +130,9 @@ class Htpasswd:
     def proof(self, user: str) -> str:
         """What tells the present password of a user from any other, without being it; "" without a user."""
         self._reload()
-        value = self._users.hashes.get(user)
-        return hashlib.sha256(value).hexdigest()[:32] if value else ""
+        if (found := self._proofs.get(user)) is None and (value := self._users.hashes.get(user)) is not None:
+            found = self._proofs[user] = hashlib.sha256(value).hexdigest()[:32]
+        return found or ""
 
     async def close(self) -> None:
         await self._flights.close()
@@ -149,6 +151,7 @@ class Htpasswd:
         if users is not self._users:
             self._users = users
             self._right.clear()
+            self._proofs.clear()
 
     async def _check(self, users: Users, user: str, password: str) -> bool:
         if self._waiting >= WAITING:

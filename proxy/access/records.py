@@ -97,6 +97,11 @@ class AccessRecords:
             return self._former()
         return self._state
 
+    @property
+    def latest(self) -> AccessState:
+        """What current() or read() gave last: for who has just called one of them."""
+        return self._state or AccessState()
+
     async def read(self) -> AccessState:
         """What the records hold.  Raises StorageFailed if they have not been readable for minutes."""
         if (found := self.current()) is not None:

@@ -218,7 +218,8 @@ class DistributionAPI:
                 self._events.report_pull(request, route, exchange, response.status)
             return response
         except Unauthorized as error:
-            exchange.refused = bool(authorization(request)) and not exchange.user
+            shown = kind is Endpoint.TOKEN or bool(authorization(request))
+            exchange.refused = shown and not exchange.user
             return self._error(kind, self._directed(request, error, exchange.namespace), exchange)
         except RegistryError as error:
             exchange.refused = isinstance(error, Throttled)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 import msgspec
 from aiohttp import web
 
-from proxy.access.authorization import Authorizer
+from proxy.access.authorization import TOKEN, Authorizer
 from proxy.access.rules import Grant, Principal
 from proxy.access.scopes import requested_scopes
 from proxy.telemetry.exchange import Exchange
@@ -61,7 +61,7 @@ class TokenEndpoint:
     ) -> web.StreamResponse:
         query = request.query
         self._check_service(query.get("service"))
-        principal = await self._tokens.by_request(request)
+        principal = await self._identified(request, exchange, self._tokens.by_request(request))
         offline = query.get("offline_token", "").lower() in ("true", "1")
         return await self._issued(request, exchange, principal, query.getall("scope", []), offline)
 
@@ -73,15 +73,25 @@ class TokenEndpoint:
         match _value(form, "grant_type"):
             case "password":
                 user, password = _value(form, "username"), _value(form, "password")
-                principal = await self._tokens.by_password(request, user, password)
+                found = self._tokens.by_password(request, user, password)
             case "refresh_token":
-                principal = await self._tokens.by_refresh_token(request, _value(form, "refresh_token"))
+                found = self._tokens.by_refresh_token(request, _value(form, "refresh_token"))
             case other:
                 raise TokenRequestInvalid(
                     f"grant_type={other[:50]!r} is not supported: use password or refresh_token"
                 )
+        principal = await self._identified(request, exchange, found)
         offline = _value(form, "access_type") == "offline"
         return await self._issued(request, exchange, principal, form.get("scope", ()), offline)
+
+    async def _identified(
+        self, request: web.BaseRequest, exchange: Exchange, found: Awaitable[Principal]
+    ) -> Principal:
+        try:
+            return await found
+        except RegistryError as error:
+            self._authorizer.refused(request, exchange, TOKEN, error)
+            raise
 
     def _check_service(self, service: str | None) -> None:
         if service and service != self._tokens.service:

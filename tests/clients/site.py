@@ -127,6 +127,11 @@ class Site:
         """What reached the upstream of each namespace so far."""
         return {namespace: upstream.requests() for namespace, upstream in self.upstreams.items()}
 
+    @property
+    def log(self) -> list[str]:
+        """The lines that the server has logged so far."""
+        return list(self._process.lines)
+
     def go_offline(self) -> None:
         for upstream in self.upstreams.values():
             upstream.stop()

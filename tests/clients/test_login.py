@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,52 @@ def test_by_a_token(start: Start, client: Client, tokens: TokenServer, app: str)
     assert any(scope in each for each in tokens.asked)
 
 
+def test_by_tokens_of_this_server(start: Start, client: Client, app: str) -> None:
+    """Least rights: one token for what is pushed; and two repositories, where a blob is mounted."""
+    site = start(ping="challenge", token_endpoint={})
+    name, source = names(site, app)
+    pulls_pushes_and_pulls(site.address, client, name, source)
+    assert client.login(site.address, PASSWORD)
+    assert client.pull(name)
+    assert client.push(name, f"{site.address}/local/{app}-copy:1")
+    assert client.pull(f"{site.address}/local/{app}-copy:1")
+    assert any(
+        '"kind":"token"' in line and f'"reference":"repository:local/{app}:' in line for line in site.log
+    )
+
+
+def test_by_an_api_key(start: Start, client: Client, app: str) -> None:
+    site = start(ping="challenge", token_endpoint={}, api_keys=True)
+    name, source = names(site, app)
+    key = made_key(site, app, f"repository:local/{app}:pull,push")
+    assert not client.login(site.address, f"{key}x")
+    assert client.login(site.address, key)
+    assert client.pull(source)
+    assert client.push(source, name)
+    assert client.pull(name)
+    assert not client.push(source, f"{site.address}/local/{app}-other:1")  # beyond its scope
+    keys(site, "revoke", key_name(app))
+    assert not client.push(source, name)
+    assert not client.login(site.address, key)
+
+
+def key_name(app: str) -> str:
+    return app.replace("/", "-")
+
+
+def made_key(site: Site, app: str, scope: str) -> str:
+    """An API key, which is named after the repository that it is for."""
+    return str(json.loads(keys(site, "create", key_name(app), "--scope", scope, "--json"))["key"])
+
+
+def keys(site: Site, *words: str) -> str:
+    """What a command about API keys prints: it works on the directory beside the server."""
+    command = [sys.executable, "-m", "proxy", "keys", *words, "--config", str(site.config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("client", ["skopeo", "podman"], indirect=True)
 def test_by_a_password_though_the_ping_goes_well(start: Start, client: Client, app: str) -> None:
     site = start()
@@ -235,11 +283,12 @@ def test_docker_does_not_say_who_it_is_if_the_ping_goes_well(start: Start, clien
     assert not client.push(source, name)
 
 
-@pytest.mark.parametrize("proof", ["password", "token"])
+@pytest.mark.parametrize("proof", ["password", "token", "issued"])
 def test_a_store_with_a_host_of_its_own(
     start: Start, client: Client, tokens: TokenServer, proof: str, app: str
 ) -> None:
-    site = start(**by_tokens(tokens)) if proof == "token" else start()
+    given = {"password": {}, "token": by_tokens(tokens), "issued": {"token_endpoint": {}}}[proof]
+    site = start(**given)
     address = site.address.replace("127.0.0.1", "localhost")
     _, source = names(site, app)
     pulls_pushes_and_pulls(address, client, f"{address}/{app}:1", source)

@@ -143,6 +143,9 @@ ELSEWHERE = {
         "entrepot migrate --to shared --dry-run": "see tests/test_cli_moves.py",
         "entrepot ls --tags": "needs three replicas: see tests/test_fleet_view.py",
     },
+    "docs/tracing.md": {
+        ".venv/bin/pip install '.[tracing]'": "CONTRIBUTING.md installs it with the tests",
+    },
     "docs/policy.md": {
         ".venv/bin/pip install '.[policy]'": "CONTRIBUTING.md installs it with the tests",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import json
@@ -25,6 +26,7 @@ from proxy.ui import snapshot
 from proxy.ui.app import pages
 from proxy.ui.charts import column_chart, scale
 from proxy.ui.rendering import STATIC, static
+from proxy.ui.screens.acts import ActsScreen
 from proxy.ui.screens.image import kind_of
 from proxy.ui.screens.repositories import glob
 from storage.archives import layer
@@ -490,3 +492,36 @@ def test_columns_have_their_heights() -> None:
     assert first.upper[0] + first.upper[1] == pytest.approx(first.lower[0])
     assert second.lower[1] == second.upper[1] == 0
     assert first.x + first.width < second.x
+
+
+# Acts
+
+
+async def test_an_act_shows_at_once_in_the_lists(screens: Screens) -> None:
+    await screens.site.image(ALPINE, "3", b"layer")
+    assert "1 in all" in (await screens.see("repositories")).text
+    image = await screens.see("image?ref=alpine:3")
+    confirm = await screens.see(image.link("confirm?act=purge"))
+    assert "Purge" in confirm.text
+    fields = {str(each["name"]): str(each["value"]) for each in confirm.all("input") if "value" in each}
+    async with screens.client.post("/ui/act", data=fields) as response:
+        assert response.status == 200, await response.text()
+    assert "0 in all" in (await screens.see("repositories")).text
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No act is waited for.  To be requested before `screens`."""
+    monkeypatch.setattr(ActsScreen.__init__, "__defaults__", (0.0,))
+
+
+async def test_an_act_that_takes_long_leads_to_what_goes_on(
+    hurried: None, screens: Screens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = asyncio.Event()
+    monkeypatch.setattr(screens.site.operations, "scrub", gate.wait)
+    page = await screens.see("confirm?act=scrub")
+    fields = {str(each["name"]): str(each["value"]) for each in page.all("input") if "value" in each}
+    async with screens.client.post("/ui/act", data=fields, allow_redirects=False) as response:
+        assert (response.status, response.headers["Location"]) == (303, "transfers")
+    gate.set()

@@ -153,6 +153,8 @@ class Protection:
         """The handler's answer, or a page that says why there is none."""
         try:
             return await handler(request)
+        except web.HTTPRedirection as error:
+            return redirect(error.headers["Location"])  # which the admin API would make an error
         except web.HTTPException as error:
             answer = self._fault(request, error.status, error.reason)
             if "Allow" in error.headers:

@@ -7,11 +7,13 @@ import pytest
 from proxy.ui.rendering import NAVIGATION
 from tests.browser.chromium import COLORS
 from tests.browser.conftest import Open
-from tests.browser.shop import Shop, shop
+from tests.browser.shop import Shop, layer, shop
+from tests.upstream import digest_of
 
 __all__ = ["shop"]  # a fixture
 
 WEB = "docker.io/library/web"
+BASE = f"web@{digest_of(layer('base', 900_000))}"  # a layer of it
 # Of each screen: its address, something that it must show, and the name of its picture.
 SCREENS = {
     "transfers": ("Came in last", ""),
@@ -23,8 +25,12 @@ SCREENS = {
     "acts": ("Begin a drill", ""),
     "confirm?act=purge&pattern=web:3": ("What would be done", "confirm"),
     "confirm?act=override&reference=redis": ("Reason", ""),
-    "why?ref=web:3": ("", ""),
-    "": ("Hit ratio", ""),
+    "why?ref=web:3": ("the tag is stale", "why"),
+    "": ("Hit ratio", "overview"),
+    "repositories?q=lib&sort=size": ("library/web", "repositories"),
+    "repository?name=docker.io/library/web": ("1 tag", ""),
+    "image?ref=web:3": ("RUN make step-1", "image"),
+    "files?ref={layer}": ("usr/bin/base", "files"),
 }
 
 
@@ -39,6 +45,7 @@ async def test_every_screen(shop: Shop, window: Open, scheme: str) -> None:
     await shop.api("POST", "pins", pattern="web:3", keep_fresh=3600)
     tab = await window(shop.admin, color_scheme=scheme)
     for address, (shown, picture) in SCREENS.items():
+        address = address.format(layer=BASE)
         assert await tab.open(address) == 200, address
         assert shown in await tab.text(), address
         assert await tab.violations(COLORS if scheme == "dark" else None) == [], address
@@ -52,7 +59,7 @@ async def test_every_screen(shop: Shop, window: Open, scheme: str) -> None:
 async def test_without_script_all_can_be_read_and_done(shop: Shop, window: Open) -> None:
     tab = await window(shop.admin, java_script_enabled=False)
     for address, (shown, _) in SCREENS.items():
-        assert await tab.open(address) == 200
+        assert await tab.open(address.format(layer=BASE)) == 200
         assert shown in await tab.text(), address
     await tab.open("transfers")
     await tab.click("Load it again")

@@ -26,10 +26,13 @@ async def fake(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeBucket]:
 
 async def look(fake: FakeBucket) -> Check:
     endpoint, key = f"http://127.0.0.1:{fake.port}", Secret("a")
-    (found,) = await bucket.check(
+    found, *clocks = await bucket.check(
         SharedConfig(bucket="s3://bucket/x", endpoint=endpoint, access_key=key, secret_key=key)
     )
     assert (found.name, found.subject) == ("bucket", "s3://bucket/x")
+    # The objects of this bucket were made long ago.
+    assert [(each.name, each.state) for each in clocks] == [("clock", "warning")] * (found.state == "ok")
+    assert all("behind" in each.message for each in clocks)
     return found
 
 

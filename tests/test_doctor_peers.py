@@ -34,12 +34,14 @@ async def test_without_a_fleet_there_is_nothing_to_check(tmp_path: Path) -> None
     assert await peers.check(configuration(tmp_path, {"disk": {"path": str(tmp_path)}})) == []
 
 
+@pytest.mark.errors("disk.failed")
 async def test_the_doctor_of_a_fleet(tmp_path: Path, clock: Clock, upstream: Upstream) -> None:
     async with replicas(2, tmp_path, clock, cached(upstream)) as fleet:
         await _all_is_well(tmp_path, fleet)
         await _what_does_not_fit(tmp_path, fleet)
         await _one_that_is_down(tmp_path, fleet)
         await _clocks(tmp_path, fleet)
+        await _what_replicas_say_of_themselves(tmp_path, fleet)
     assert upstream.log == []
 
 
@@ -83,6 +85,23 @@ async def _clocks(directory: Path, fleet: Replicas) -> None:
         checks = await examine(directory, one.removeprefix("http://"), clock, urls=fleet.urls)
         assert said(checks)[1:] == [("peer", other, "ok"), ("clock", other, "warning")]
         assert which in checks[2].message
+
+
+async def _what_replicas_say_of_themselves(directory: Path, fleet: Replicas) -> None:
+    one, other = fleet.urls
+    listen = one.removeprefix("http://")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "version", lambda name: "0.0.1")
+        checks = await examine(directory, listen, urls=fleet.urls)
+        assert said(checks)[1:] == [("peer", other, "ok"), ("version", other, "warning")]
+    partial = fleet.all[1].directory / "cache" / "partial"
+    partial.rmdir()
+    partial.touch()  # even root cannot write below a file
+    checks = await examine(directory, listen, urls=fleet.urls)
+    assert said(checks)[1:] == [("peer", other, "ok"), ("replica", other, "warning")]
+    assert str(partial) in checks[2].message
+    partial.unlink()
+    partial.mkdir()
 
 
 async def test_a_name_without_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from proxy.config.shared import SharedConfig
 from proxy.connections.failures import reason
-from proxy.doctor.checks import Check, failed, ok
+from proxy.doctor.checks import Check, check_skew, failed, ok
 from storage.errors import Unavailable
 
 if TYPE_CHECKING:
     from storage.bucket.objects import Bucket, BucketHealth
 
 CONTENT = b"entrepot doctor"
+MAX_SKEW = 60.0  # seconds; S3 refuses requests of a clock that is 15 minutes off
 INSTALL = "install entrepot[fleet]"
 # What is needed for each step, by its name.
 ADVICE = {
@@ -43,14 +44,19 @@ async def check(shared: SharedConfig) -> list[Check]:
     except (Unavailable, ValueError, OSError) as error:
         why = reason(error) if isinstance(error, OSError) else error
         return [failed("bucket", shared.bucket, f"{probe.step} fails: {why}", ADVICE[probe.step])]
-    return [ok("bucket", shared.bucket, "objects can be put, read and deleted")]
+    skew = check_skew(shared.bucket, probe.ahead, MAX_SKEW)
+    return [ok("bucket", shared.bucket, "objects can be put, read, looked at and deleted"), *skew]
 
 
 class _BucketProbe:
-    """Does once what the server does; `step` is what it does now."""
+    """Does once what the server does; `step` is what it does now.
+
+    The clock of the bucket is `ahead` of ours by so many seconds.
+    """
 
     def __init__(self, shared: SharedConfig) -> None:
         self.step = "connecting"
+        self.ahead = 0.0
         self._shared = shared
 
     async def run(self) -> None:
@@ -64,9 +70,10 @@ class _BucketProbe:
                 content = CONTENT.ljust(size, b"\0")
                 source.write_bytes(content)
                 await bucket.put(key, source, size)
+                put_at = time.time()
                 self.step = "get"
                 try:
-                    await _compare(bucket, key, content)
+                    self.ahead = await _compare(bucket, key, content) + 0.5 - put_at
                 except BaseException:
                     with suppress(Unavailable):
                         await asyncio.to_thread(bucket.delete, key)
@@ -90,8 +97,8 @@ def _unreported(name: str) -> BucketHealth:
     return Unreported(name, Path(), time.time, Troubles())
 
 
-async def _compare(bucket: Bucket, key: str, content: bytes) -> None:
-    """Raise ValueError unless a range of the object is right."""
+async def _compare(bucket: Bucket, key: str, content: bytes) -> float:
+    """When the object was made, in whole seconds.  Raises ValueError unless a range of it is right."""
     from storage.bucket.objects import ObjectUnknown
 
     start, stop = len(content) // 2, len(content) - 1
@@ -101,3 +108,4 @@ async def _compare(bucket: Bucket, key: str, content: bytes) -> None:
         raise ValueError("the object that was put is not there") from None
     if b"".join([bytes(each) async for each in opened.chunks]) != content[start:stop]:
         raise ValueError("a range of the object is not what was put")
+    return opened.made_at

@@ -6,17 +6,22 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
+from functools import partial
+from importlib.metadata import version
 
+import msgspec
 from yarl import URL
 
 from proxy.config.schema import Config
 from proxy.doctor.checks import Check, check_skew, failed, ok, warning
 from proxy.upstream.fleet import connect_to_peers, membership_of
 from proxy.upstream.peers import PEER, UNNAMED, secrets_of
+from proxy.upstream.replicas import STATE, FleetRequest, NotThere, ReplicaClient, ReplicaState, Unanswered
 from proxy.upstream.transport import Transport
 from storage.errors import RegistryError
 
 MAX_SKEW = 5.0  # seconds between two clocks
+TIMEOUT = 5.0  # seconds for the answer of a replica about itself
 
 
 async def check(config: Config, clock: Callable[[], float] = time.time) -> list[Check]:
@@ -77,7 +82,31 @@ async def _check_peer(config: Config, url: str, own: str | None, clock: Callable
         )
     else:
         found = ok("peer", url, "takes the secret")
-    return [found, *_check_clock(url, response.headers.get("Date", ""), now)]
+    clocks = _check_clock(url, response.headers.get("Date", ""), now)
+    return [found, *await _check_state(config, url, own), *clocks]
+
+
+async def _check_state(config: Config, url: str, own: str | None) -> list[Check]:
+    """What is wrong with another replica, as it says itself."""
+    assert config.peers is not None
+    client = ReplicaClient(connect_to_peers(config), partial(secrets_of, own, config.peers.secret))
+    read = partial(msgspec.json.decode, type=ReplicaState)
+    try:
+        state = await client.ask(url, FleetRequest(STATE, sender=own or UNNAMED), read, TIMEOUT)
+    except (Unanswered, NotThere) as error:
+        advice = "until it is right, commands do not speak for it: compare its log and its version"
+        return [warning("replica", url, str(error), advice)]
+    finally:
+        await client.close()
+    found, ours = [], version("entrepot")
+    if state.version != ours:
+        advice = "use one version, except while replicas are replaced one by one"
+        found.append(warning("version", url, f"has version {state.version}, and this one has {ours}", advice))
+    if (status := state.health.get("status")) != "ready":
+        why = "; ".join(each for name, each in state.health.items() if name != "status")
+        advice = "run entrepot doctor there"
+        found.append(warning("replica", url, f"is {status}{f': {why}' if why else ''}", advice))
+    return found
 
 
 def _check_clock(url: str, date: str, now: float) -> list[Check]:

@@ -44,10 +44,14 @@ class ObjectUnknown(Exception):
 
 
 class Opened(NamedTuple):
-    """An object whose bytes come: its size, and the chunks of what was asked for."""
+    """An object whose bytes come: its size, the chunks of what was asked for, and when it was made.
+
+    The time is that of the bucket's clock, in whole seconds since the epoch.
+    """
 
     size: int
     chunks: AsyncIterator[bytes]
+    made_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +174,9 @@ class Bucket:
             async with asyncio.timeout(self._patience or PATIENCE):
                 asked: Any = None if stop is None else {"range": (start, stop)}
                 found = await obstore.get_async(self._store, key, options=asked)
-        return Opened(found.meta["size"], aiter(found.stream(min_chunk_size=CHUNK)))
+        meta = found.meta
+        chunks = aiter(found.stream(min_chunk_size=CHUNK))
+        return Opened(meta["size"], chunks, meta["last_modified"].timestamp())
 
     def broken(self, error: Exception) -> Unavailable:
         """Report that the chunks of an object ended with `error`; returns the error to raise from it."""

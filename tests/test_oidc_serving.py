@@ -17,7 +17,7 @@ from tests.issuer import Issuer, public
 from tests.test_access import BASIC, Door, Open, bearer, login, token
 from tests.test_bearer import PRIVATE, Server, pem
 from tests.test_htpasswd import line
-from tests.upstream import Upstream
+from tests.upstream import Basic, Upstream
 
 
 @pytest.fixture
@@ -207,3 +207,17 @@ async def test_exchanged_for_a_token_of_this_server(opened: Open, issuer: Issuer
     assert (await door.act("pull", exchanged)).status == 200
     assert (await door.act("pull", bearer(issuer.issue(**MAIN)))).status == 200  # the keys are fetched again
     assert (await door.act("pull", exchanged)).status == 401  # as the key is withdrawn that it depends on
+
+
+async def test_a_token_of_an_upstream_is_a_login_there(
+    serve: Serve, upstream: Upstream, issuer: Issuer
+) -> None:
+    # Some registries give out tokens as passwords.
+    theirs = issuer.issue(iss="https://registry.example")
+    upstream.image("library/alpine", "latest")
+    upstream.auth = Basic("caller", theirs)
+    options, access = {"username": "caller", "password": theirs}, oidc(issuer)
+    door = Door(await serve(upstream, options=options, top={"access": access}, visibility="caller"))
+    path = "/v2/library/alpine/manifests/latest"
+    assert (await door.ask("GET", path, login("caller", theirs))).status == 200
+    assert (await door.ask("GET", path, login("caller", issuer.issue()))).status == 401

@@ -184,7 +184,9 @@ def _identity_tokens(
     sources = key_sources(issuers, composition.clock, composition.shared)
     for each in sources.values():
         closing.push_async_callback(each.close)
-    alone = composition.config.access.token is None
+    # A token of another issuer may be for the token server, or a password of an upstream.
+    guards = _guards(composition.config).values()
+    alone = composition.config.access.token is None and Guard.CALLER not in guards
     return OIDCTokens(issuers, sources, composition.clock, groups, alone=alone)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 GROUPS = {
-    "Run a server": ("serve", "check", "doctor", "reload", "user", "keys", "policy"),
+    "Run a server": ("serve", "check", "config", "doctor", "reload", "user", "keys", "policy"),
     "Configure clients": ("setup",),
     "See what is stored and saved": (
         "ls",
@@ -70,6 +70,19 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "keys list": (("entrepot keys list", ""),),
     "keys revoke": (("entrepot keys revoke ci", ""),),
     "check": (("entrepot check entrepot.yml", ""),),
+    "config": (
+        ("entrepot config show", "what is set, and where"),
+        ("entrepot config diff old.yml new.yml", ""),
+    ),
+    "config schema": (("entrepot config schema", "for an editor"),),
+    "config show": (
+        ("entrepot config show", "what is set, and where"),
+        ("entrepot config show --effective", "with all defaults"),
+    ),
+    "config diff": (
+        ("entrepot config diff old.yml new.yml", ""),
+        ("entrepot config diff entrepot.yml", "from a server without a configuration"),
+    ),
     "policy": (
         ("entrepot policy check new.yml", "before it is used"),
         ("entrepot policy explain alpine:3", "why it is served, or not"),

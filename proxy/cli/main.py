@@ -22,6 +22,7 @@ from yarl import URL
 from proxy.cli import (
     audit,
     bundles,
+    configuration,
     content,
     copy,
     fills,
@@ -86,6 +87,7 @@ for each in (
     *stores.COMMANDS,
     *users.COMMANDS,
     *keys.COMMANDS,
+    *configuration.COMMANDS,
     *policy.COMMANDS,
     *lock.COMMANDS,
     setup,

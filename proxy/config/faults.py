@@ -55,6 +55,11 @@ def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+def within(path: str, outer: str) -> bool:
+    """Whether the key at `path` is that at `outer`, or in it."""
+    return bool(outer) and path.startswith(outer) and path[len(outer) :][:1] in ("", ".", "[")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at what may have been meant."""
     known = list(known)

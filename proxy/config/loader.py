@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import ItemsView, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from proxy.config.errors import ConfigError
-from proxy.config.faults import Fault, Faults, gather, join, nearest, refuse
+from proxy.config.faults import Fault, Faults, gather, join, nearest, refuse, within
 from proxy.config.fields import Section
 from proxy.config.hosts import parse_name
 from proxy.config.registry_hosts import EVERY
@@ -43,6 +44,26 @@ def load(
     Keys in the environment replace those of the file, and `settings` replace both.  Raises ConfigError, with
     all errors at once.
     """
+    return load_given(path, environ, settings).config
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A configuration, and the values that it was made of.
+
+    tree: all values that were given, as the file has them
+    sources: the variable or option that gave a value, by the path of its key
+    """
+
+    config: Config
+    tree: dict[str, Any]
+    sources: Mapping[str, str]
+
+
+def load_given(
+    path: Path | None, environ: Mapping[str, str] = os.environ, settings: Sequence[Setting] = ()
+) -> Given:
+    """As load(), with where values come from."""
     tree = {} if path is None else read_file(path)
     sources: dict[str, str] = {}
     try:
@@ -52,7 +73,7 @@ def load(
                 name: {"upstream": url, "aliases": ALIASES.get(name, [])} for name, url in WELL_KNOWN.items()
             }
         sources = apply(tree, [*environment(environ), *settings])
-        return _complete(tree)
+        return Given(_complete(tree), tree, sources)
     except Faults as error:
         lines = [_line(each, path, sources) for each in error.faults]
     except RecursionError:
@@ -62,7 +83,7 @@ def load(
 
 def _complete(tree: dict[str, Any]) -> Config:
     """Raises Faults."""
-    config: Config = _build(Config, tree, "")
+    config: Config = build(Config, tree, "")
     if tree.get("admin") is None:
         config = msgspec.structs.replace(config, admin=default_admin(config))
     if "default_namespace" not in tree and DOCKER_HUB in config.namespaces:
@@ -74,13 +95,9 @@ def _complete(tree: dict[str, Any]) -> Config:
 
 def _line(fault: Fault, path: Path | None, sources: Mapping[str, str]) -> str:
     """The line about a fault, which begins with what gave the value: a variable, an option, or the file."""
-    around = [each for each in sources if _is_within(fault.path, each) or _is_within(each, fault.path)]
+    around = [each for each in sources if within(fault.path, each) or within(each, fault.path)]
     source = fault.source or (sources[max(around, key=len)] if around else path)
     return f"{source}: {fault}" if source else str(fault)
-
-
-def _is_within(path: str, outer: str) -> bool:
-    return bool(outer) and path.startswith(outer) and path[len(outer) :][:1] in ("", ".", "[")
 
 
 def _interpolate(value: Any, path: str, environ: Mapping[str, str]) -> Any:
@@ -113,8 +130,8 @@ def _interpolate(value: Any, path: str, environ: Mapping[str, str]) -> Any:
     return text
 
 
-def _build(kind: Any, value: Any, path: str) -> Any:
-    """`value` as the type `kind`; `path` is the path of its key."""
+def build(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the type `kind`; `path` is the path of its key.  Raises Faults."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         try:
@@ -122,7 +139,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         except ValueError as error:
             raise refuse(path, str(error)) from None
     if origin in (typing.Union, types.UnionType):
-        return _build(arguments[0], value, path)  # always `… | None`, and null counts as left out
+        return build(arguments[0], value, path)  # always `… | None`, and null counts as left out
     if origin is Literal:
         if value not in arguments:
             raise refuse(path, f"expected one of {', '.join(arguments)}")
@@ -131,13 +148,11 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list):
             raise refuse(path, f"expected a list, got {kind_of(value)}")
         items = enumerate(value)
-        return tuple(gather(partial(_build, arguments[0], item, f"{path}[{index}]") for index, item in items))
+        return tuple(gather(partial(build, arguments[0], item, f"{path}[{index}]") for index, item in items))
     if kind == dict[str, NamespaceConfig]:
         return _namespaces(value, path)
     if origin is dict:
-        calls = [
-            partial(_build, arguments[1], item, join(path, name)) for name, item in _mapping(value, path)
-        ]
+        calls = [partial(build, arguments[1], item, join(path, name)) for name, item in _mapping(value, path)]
         return dict(zip(value, gather(calls), strict=True))
     if kind in SHORTHANDS and isinstance(value, SHORTHANDS[kind][0]):
         value = {SHORTHANDS[kind][1]: value}
@@ -164,7 +179,7 @@ def _fields(kind: type[Section]) -> Mapping[str, msgspec.structs.FieldInfo]:
 
 def _member(fields: Mapping[str, Any], key: str, item: Any, path: str) -> tuple[str, Any]:
     if key in fields:
-        return fields[key].name, _build(fields[key].type, item, join(path, key))
+        return fields[key].name, build(fields[key].type, item, join(path, key))
     # To YAML, `password:hunter2` without a space is a key: the part after the colon is not shown.
     name, colon, _ = key.partition(":")
     hint = "; a colon needs a space after it" if colon else nearest(name, fields)
@@ -192,8 +207,8 @@ def _namespace(name: str, value: Any, path: str) -> tuple[str, NamespaceConfig]:
     if isinstance(value, dict):
         wanted = DEFAULTS.get(name, {})
         value = {**value, **{key: each for key, each in wanted.items() if value.get(key) is None}}
-    namespace = _build(NamespaceConfig, value, path)
+    namespace = build(NamespaceConfig, value, path)
     if name == DOCKER_HUB:
         aliases = tuple(dict.fromkeys((*namespace.aliases, *DOCKER_HUB_ALIASES)))
         namespace = msgspec.structs.replace(namespace, aliases=aliases)
-    return EVERY if name == EVERY else _build(Annotated[str, parse_name], name, path), namespace
+    return EVERY if name == EVERY else build(Annotated[str, parse_name], name, path), namespace

@@ -24,7 +24,8 @@ _DURATION_UNITS = {
     "s|sec|seconds?": 1.0,
     "ms": 0.001,
 }
-_DURATION = re.compile(" ?".join(f"(?:([0-9]{{1,9}}) ?(?:{unit}))?" for unit in _DURATION_UNITS))
+DURATION = " ?".join(f"(?:([0-9]{{1,9}}) ?(?:{unit}))?" for unit in _DURATION_UNITS)
+_DURATION = re.compile(DURATION)
 _SIZE = re.compile(r"([0-9]{1,9}) ?(?:([KMGT])(i)?B?|B)", re.ASCII | re.IGNORECASE)
 _PERCENT = re.compile(r"([0-9]{1,3}) ?%", re.ASCII)
 _RESERVE = re.compile(r"([0-9]{1,9})(%?)", re.ASCII)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from proxy.config.errors import ConfigError
+from proxy.config.faults import join
 from proxy.config.values import kind_of
 
 
@@ -42,6 +43,31 @@ class _Loader(yaml.SafeLoader):
             kind = node.tag.rpartition(":")[2]
             problem = f"looks like a YAML {kind} but is not a valid one: put it in quotes"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
+
+def key_lines(path: Path) -> dict[str, int]:
+    """The line of each key and item of a file that read_file() reads, by its path.
+
+    What is taken over by an alias or `<<` has none of its own.
+    """
+    found: dict[str, int] = {}
+
+    def note(node: yaml.Node | None, at: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inside = join(at, str(key.value))
+                if inside not in found:  # else an alias refers to what contains it
+                    found[inside] = key.start_mark.line + 1
+                    note(value, inside)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                inside = f"{at}[{number}]"
+                if inside not in found:
+                    found[inside] = item.start_mark.line + 1
+                    note(item, inside)
+
+    note(yaml.compose(path.read_text(encoding="utf-8"), _Loader), "")
+    return found
 
 
 def read_file(path: Path) -> dict[Any, Any]:

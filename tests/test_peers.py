@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from structlog.testing import LogCapture
 
 from proxy.config.schema import Config
@@ -594,3 +595,90 @@ async def _each_once(
             status, _, body = await each.get(f"{BUSYBOX}/blobs/{digest}")
             assert (status, body) == (200, content)
     assert len(upstream.log) == len(layers)
+
+
+# An owner that is silent
+
+
+class SilentOwner:
+    """A replica that takes connections, and answers nothing, or only that it is there."""
+
+    def __init__(self) -> None:
+        self.pinged, self.asked = asyncio.Event(), asyncio.Event()
+        self.answers = asyncio.Event()
+        self.there = False
+        self.content, self.headers = b"", {"": ""}
+
+    async def __aenter__(self) -> SilentOwner:
+        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.answers.set()
+        await self._runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/v2/" and self.there:
+            self.pinged.set()
+        elif request.method == "GET" and "/blobs/" in request.path:
+            self.asked.set()
+            await self.answers.wait()
+            return web.Response(body=self.content, headers=self.headers)
+        else:
+            await self.answers.wait()
+        return web.Response()
+
+
+@pytest.fixture
+async def silent(
+    tmp_path: Path, clock: Clock, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Replica, SilentOwner, str]]:
+    """A replica, and one that owns a blob and is silent; the digest of the blob."""
+    monkeypatch.setattr(upstream_fleet, "SILENCE", 0.02)
+    async with SilentOwner() as owner:
+        (port,) = fleets.free_ports(1)
+        urls = [f"http://127.0.0.1:{port}", owner.url]
+        contents = (b"a layer %d" % number for number in range(1000))
+        owner.content = next(each for each in contents if ranked(str(Digest.of(each)), urls)[0] == owner.url)
+        digest = upstream.blob("library/busybox", owner.content)
+        tree = {
+            "listen": urls[0].removeprefix("http://"),
+            "peers": {"urls": urls, "secret": fleets.SECRET},
+            "namespaces": {"docker.io": cached(upstream)},
+        }
+        replica = await fleets.start(tmp_path / "one", clock, tree)
+        try:
+            yield replica, owner, digest
+        finally:
+            await replica.stop()
+
+
+async def test_an_owner_that_answers_nothing_is_not_waited_for(
+    silent: tuple[Replica, SilentOwner, str], upstream: Upstream, events: LogCapture
+) -> None:
+    replica, owner, digest = silent
+    status, _, body = await replica.get(f"{BUSYBOX}/blobs/{digest}")
+    assert (status, body) == (200, owner.content)
+    assert owner.asked.is_set()
+    assert len(upstream.log) == 1
+    (opened,) = [each for each in events.entries if each["event"] == "upstream.opened"]
+    assert opened["namespace"] == "peers"
+
+
+async def test_an_owner_that_is_there_may_take_its_time(
+    silent: tuple[Replica, SilentOwner, str], upstream: Upstream
+) -> None:
+    replica, owner, digest = silent
+    owner.there = True
+    peers = replica.app.composition.peers
+    assert peers is not None
+    owner.headers = {PEER: owner.url, ORIGIN: peers._owners["docker.io"]._origin}
+    pulling = asyncio.create_task(replica.get(f"{BUSYBOX}/blobs/{digest}"))
+    await owner.pinged.wait()
+    owner.answers.set()
+    status, _, body = await pulling
+    assert (status, body) == (200, owner.content)
+    assert upstream.log == []

@@ -18,7 +18,7 @@ class Connect:
     the wait for the response to a request that writes, once its body is sent: registries hash and move
     content before they answer.  Without `private_home` the upstream itself must not have a private address.
     Its certificate is for `server_name`, by default for the host of its URL.  With `trace`, requests to it
-    say of which trace they are.
+    say of which trace they are.  A server that does not answer for `silence` is pinged: see liveness.py.
     """
 
     ca_file: Path | None = None
@@ -35,6 +35,7 @@ class Connect:
     header_timeout: float = 10.0
     progress_timeout: float = 60.0
     write_timeout: float = 300.0
+    silence: float | None = None
 
     def ssl_context(self) -> ssl.SSLContext:
         """Raises OSError if a file cannot be read, ssl.SSLError if it is invalid."""

@@ -33,6 +33,7 @@ from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.connect import Connect
 from proxy.upstream.listing_memory import ignore
+from proxy.upstream.liveness import answering
 from proxy.upstream.redirects import RedirectMemory, good_for
 from proxy.upstream.sent_span import described, note_status
 from proxy.upstream.socket_body import SocketBodies
@@ -195,7 +196,8 @@ class Transport:
         writes = method not in READING and not isinstance(body, Mapping)
         async with asyncio.timeout(connect.write_timeout if writes else connect.header_timeout) as bound:
             if not isinstance(body, StreamedBody):
-                yield
+                async with answering(bound, connect.silence, self._ping):
+                    yield
                 return
 
             def watch(sending: bool) -> None:
@@ -205,6 +207,10 @@ class Transport:
 
             with body.watched(watch):
                 yield
+
+    async def _ping(self) -> None:
+        name, url = self._connect.server_name, self._home / "v2/"
+        (await self._session(True).head(url, allow_redirects=False, server_hostname=name)).release()
 
     async def _persist(
         self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody

@@ -15,7 +15,7 @@ INTERVAL = 1.0  # seconds between two measurements of a speed, at least
 
 
 class FillSpeeds:
-    """Measures the speed of each fill from one call to the next."""
+    """Measures the speed of each fill from one call to the next; at first, from its beginning."""
 
     def __init__(self) -> None:
         self._measured: dict[str, tuple[float, int, float]] = {}  # digest: time, bytes then, and speed
@@ -30,6 +30,8 @@ class FillSpeeds:
         if now - at >= INTERVAL:
             speed = max(0.0, (fill.bytes - before) / (now - at))
             self._measured[fill.digest] = now, fill.bytes, speed
+        elif fill.digest not in self._measured and now > fill.started:  # better than nothing
+            speed = fill.bytes / (now - fill.started)
         return FillRow(
             digest=fill.digest,
             namespace=fill.namespace,

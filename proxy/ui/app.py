@@ -54,7 +54,7 @@ def pages(
         ImageScreen(operations, renderer),
         TransfersScreen(operations, jobs, renderer),
         HistoryScreen(operations, renderer),
-        StorageScreen(operations, renderer),
+        StorageScreen(operations, repositories, renderer),
         PolicyScreen(operations, renderer),
         AuditScreen(operations, renderer),
         WhyScreen(operations, renderer),

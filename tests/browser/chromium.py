@@ -68,7 +68,7 @@ class Chromium:
     async def open(self, url: str, **options: Any) -> Tab:
         """A window without cookies; `url` is that of the page."""
 
-        async def make() -> Page:
+        async def make() -> Tab:
             context = await self._browser.new_context(
                 viewport=SIZE,  # type: ignore[arg-type]
                 reduced_motion="reduce",
@@ -77,13 +77,13 @@ class Chromium:
                 **options,
             )
             context.set_default_timeout(PATIENCE)
-            return await context.new_page()
+            return Tab(self, await context.new_page(), url)
 
-        return Tab(self, await self.run(make()), url)
+        return await self.run(make())
 
 
 class Tab:
-    """A window that shows the page of a server.
+    """A window that shows the page of a server; made in the loop of the browser.
 
     `said` are the errors and warnings of its console, `outside` the requests that went to another server.
     """

@@ -17,6 +17,7 @@ from tests.upstream import OCI_MANIFEST, Upstream, digest_of
 
 DAY = 86400.0
 APPROVAL = {"name": "releases", "repositories": ["docker.io/team/*"], "tags": ["*"], "approval": True}
+PATIENT = {"progress_timeout": "60s"}  # a test may hold a transfer while it looks at it
 RULES = [
     {
         "name": "no-latest",
@@ -117,7 +118,12 @@ async def open_shop(serve: Serve, upstream: Upstream, clock: Clock, directory: P
         **top,
     }
     site = await serve(
-        upstream, top=tree, more={"local": {"store": {}}}, fresh_for="10m", directory=directory / "disk"
+        upstream,
+        top=tree,
+        more={"local": {"store": {}}},
+        fresh_for="10m",
+        directory=directory / "disk",
+        options=PATIENT,
     )
     shop = Shop(site, upstream, clock, audit)
     base = layer("base", 900_000)
@@ -125,7 +131,13 @@ async def open_shop(serve: Serve, upstream: Upstream, clock: Clock, directory: P
     shop.image("library/web", "3", base, layer("web"), env=("VERSION=1", "MODE=slow"))
     shop.image("team/api", "2", base, layer("api", 400_000), env=("VERSION=2",))
     shop.image("library/redis", "latest", base, layer("redis"))
-    for repository, tag in (("library/base", "1"), ("library/web", "3"), ("team/api", "2")):
+    amd = upstream.image("library/db", None, [base, layer("db", 500_000)], "linux/amd64")
+    arm = upstream.image("library/db", None, [base, layer("db-arm", 480_000)], "linux/arm64")
+    upstream.artifact("library/db", amd, "application/vnd.dev.cosign.artifact.sig.v1+json")
+    upstream.index("library/db", "16", [amd, arm])
+    await shop.pull("library/db", "16")
+    pulled = (("library/base", "1"), ("library/web", "3"), ("team/api", "2"))
+    for repository, tag in pulled:
         await shop.pull(repository, tag)
         clock.advance(3600)
     clock.advance(2 * DAY)

@@ -29,7 +29,8 @@ SCREENS = {
     "": ("Hit ratio", "overview"),
     "repositories?q=lib&sort=size": ("library/web", "repositories"),
     "repository?name=docker.io/library/web": ("1 tag", ""),
-    "image?ref=web:3": ("RUN make step-1", "image"),
+    "image?ref=web:3": ("RUN make step-1", ""),
+    "image?ref=db:16": ("linux/arm64", "image"),
     "files?ref={layer}": ("usr/bin/base", "files"),
 }
 

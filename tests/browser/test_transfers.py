@@ -35,6 +35,8 @@ async def test_a_pull_is_seen_as_it_comes(shop: Shop, window: Open, monkeypatch:
     pulling = asyncio.create_task(shop.pull("library/slow", "1"))
     await hold.reached.wait()
     await tab.see("docker.io/library/slow")
+    shop.clock.advance(2)
+    await tab.do(lambda page: page.get_by_text(re.compile(r"\d KiB/s")).first.wait_for())
     await tab.do(lambda page: page.get_by_text(re.compile(r"1\.4 MiB of 3\.8 MiB")).first.wait_for())
     assert await tab.violations() == []
     await tab.picture("transfers")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from aiohttp import web
 
 from proxy.admin.operations import Operations
@@ -12,6 +10,8 @@ from proxy.config.quantities import parse_size
 from proxy.namespaces.references import FieldInvalid
 from proxy.ui.answers import Answer, tried
 from proxy.ui.rendering import Renderer
+from proxy.ui.screens.overview import by_namespace
+from proxy.ui.snapshot import RepositorySnapshot
 
 SHOWN = 50  # blobs that are evicted next
 
@@ -19,8 +19,9 @@ SHOWN = 50  # blobs that are evicted next
 class StorageScreen:
     """The disk by namespace, what is evicted next, what a limit would evict, and the pins."""
 
-    def __init__(self, operations: Operations, renderer: Renderer) -> None:
+    def __init__(self, operations: Operations, repositories: RepositorySnapshot, renderer: Renderer) -> None:
         self._operations = operations
+        self._repositories = repositories
         self._renderer = renderer
 
     def routes(self) -> list[web.RouteDef]:
@@ -36,7 +37,7 @@ class StorageScreen:
             status=answer.status,
             next=await self._operations.evictable(SHOWN),
             pins=await self._operations.pins(),
-            namespaces=await self._namespaces(),
+            namespaces=by_namespace((await self._repositories.get()).repositories),
             limit=limit,
             would=answer.found,
             fault=answer.fault,
@@ -49,10 +50,3 @@ class StorageScreen:
         except ValueError as error:
             raise FieldInvalid("limit", error) from None
         return await self._operations.evict(size, dry_run=True)
-
-    async def _namespaces(self) -> list[tuple[str, int]]:
-        """What the repositories of each namespace show, the most first; what they share counts for each."""
-        sizes: Counter[str] = Counter()
-        for each in (await self._operations.repositories()).repositories:
-            sizes[each.repository.partition("/")[0]] += each.bytes or 0
-        return sizes.most_common()

@@ -143,6 +143,19 @@ async def test_stats_are_sums(fleet: Replicas, upstream: Upstream) -> None:
     assert found.stored_bytes == sum(each.stored_bytes for each in found.replicas) > 0
 
 
+async def test_activity_is_that_of_all(fleet: Replicas, upstream: Upstream) -> None:
+    image_of(upstream)
+    for replica in fleet.all:
+        for _ in range(10):
+            await pulled(replica, f"{BUSYBOX}/manifests/latest")
+    found = await operators(fleet)[0].ask.activity()
+    assert (found.processes, found.requests, found.served + found.misses) == (3, 30, 30)
+    waited = [each.first for each in found.slowest]
+    assert len(waited) == 20 and waited == sorted(waited, reverse=True)
+    assert {each.replica for each in found.slowest} == set(fleet.urls)
+    assert found.free_bytes > 0 and found.limit is None
+
+
 async def test_fills_are_told_by_replica(fleet: Replicas, upstream: Upstream) -> None:
     layer = b"0123456789abcdef" * (1 << 16)
     digest = upstream.blob("library/busybox", layer)

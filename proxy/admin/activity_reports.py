@@ -38,6 +38,56 @@ class FillsNow(Model, frozen=True):
     ended: list[EndedFillRow]
 
 
+class SlowRow(ReplicaModel, frozen=True):
+    """A client's request that ended in the last ten minutes.
+
+    `first` is the number of seconds to the beginning of its response, `seconds` that to its end.  `id` is its
+    X-Request-Id; `trace` is empty if it is not traced.  `name` is the full name of the repository, and
+    `result` that of the access log.
+    """
+
+    at: float
+    first: float
+    seconds: float
+    id: str
+    trace: str
+    client: str
+    method: str
+    kind: str
+    name: str
+    reference: str
+    status: int
+    result: str
+    bytes: int
+
+
+class Activity(Model, frozen=True):
+    """What the server does now.
+
+    The counts are of clients' requests to the processes that run, since these started: the difference of two
+    answers is what happened between them.  Content came from the cache for those `served`, and from an
+    upstream for the `misses`.  `slowest` are the twenty whose responses took longest to begin.
+    `stored_bytes` is what the caches hold, and `limit` disk.cache_limit, None without limit; `disk_bytes` and
+    `free_bytes` are of the file system.  `troubles` are those of disks and databases.  In a fleet the numbers
+    are sums over all replicas.
+    """
+
+    at: float
+    processes: int
+    requests: int
+    served: int
+    misses: int
+    errors: int
+    sent_bytes: int
+    received_bytes: int
+    slowest: list[SlowRow]
+    stored_bytes: int
+    limit: int | None
+    disk_bytes: int
+    free_bytes: int
+    troubles: list[str]
+
+
 class EvictableRow(Model, frozen=True):
     """A blob that may be evicted.
 

@@ -16,6 +16,7 @@ import msgspec
 from proxy.admin import activity_reports, models, policy_reports, reports
 from proxy.admin.inventory import image_name
 from proxy.admin.rows import stats_row
+from proxy.telemetry.recent_requests import NUMBER
 from storage.maintenance.usage import Counters
 
 T = TypeVar("T")
@@ -238,6 +239,18 @@ def watched(answers: Answers[activity_reports.FillsNow]) -> activity_reports.Fil
     )
 
 
+def activity(answers: Answers[activity_reports.Activity]) -> activity_reports.Activity:
+    found, limits = answers.all, [each.limit for each in answers.all]
+    numbers = "processes", "requests", "served", "misses", "errors", "sent_bytes", "received_bytes"
+    slowest = [_of(url, row) for url, each in answers.found.items() for row in each.slowest]
+    return msgspec.structs.replace(
+        _summed(found, *numbers, "stored_bytes", "disk_bytes", "free_bytes"),
+        limit=None if None in limits else sum(filter(None, limits)),
+        slowest=sorted(slowest, key=lambda row: -row.first)[:NUMBER],
+        troubles=[f"{url}: {trouble}" for url, each in answers.found.items() for trouble in each.troubles],
+    )
+
+
 def audit(answers: Answers[list[activity_reports.AuditRow]]) -> list[activity_reports.AuditRow]:
     rows = [_of(url, row) for url, each in answers.found.items() for row in each]
     return sorted(rows, key=lambda row: -row.at)[: answers.arguments["limit"]]
@@ -359,6 +372,7 @@ COMBINE: Mapping[str, Callable[[Answers[Any]], Any]] = {
     "config": first,
     "files": first,
     "fills": fills,
+    "activity": activity,
     "audit": audit,
     "upstreams": upstreams,
     "why": why,

@@ -12,6 +12,7 @@ import msgspec
 import structlog
 
 from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
+from proxy.admin.activity import activity_of
 from proxy.admin.audit_control import audit_rows
 from proxy.admin.drills import DrillControl
 from proxy.admin.eviction_control import EvictionControl
@@ -222,6 +223,9 @@ class LocalOperations(KeyOperations):
             return []
         webhooks = self._composition.config.webhooks
         return await run_in_thread(lambda: [webhook_row(each, queue) for each in webhooks])
+
+    async def activity(self) -> activity_reports.Activity:
+        return await run_in_thread(activity_of, self._composition, await self._processes.states())
 
     async def upstreams(self) -> list[reports.UpstreamRow]:
         return upstream_rows([each for state in await self._processes.states() for each in state.upstreams])

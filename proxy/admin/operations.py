@@ -91,6 +91,9 @@ class Operations(Protocol):
     def watch(self) -> AsyncIterator[activity_reports.FillsNow]:
         """The fills now, and then again after each change, until the server stops."""
 
+    async def activity(self) -> activity_reports.Activity:
+        """What the server does now: requests, the slowest of them, and the disk."""
+
     async def audit(
         self, match: str = "", limit: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_PAGE)] = PAGE
     ) -> list[activity_reports.AuditRow]:
@@ -311,6 +314,7 @@ OPERATIONS = {
         Operation(Operations.stats, "GET", "stats", summary=True, everywhere=True),
         Operation(Operations.fills, "GET", "fills", everywhere=True),
         Operation(Operations.watch, "GET", "fills/events", stream=True),
+        Operation(Operations.activity, "GET", "activity", everywhere=True),
         Operation(Operations.audit, "GET", "audit", everywhere=True),
         Operation(Operations.config, "GET", "config", anywhere=True),
         Operation(Operations.files, "GET", "files", anywhere=True),

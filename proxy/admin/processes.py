@@ -18,7 +18,8 @@ from proxy.cache.drill import Drill
 from proxy.cache.fill import EndedFill, Fill
 from proxy.cache.fills import Fills
 from proxy.namespaces.composition import Composition
-from proxy.telemetry.metrics import PEERS
+from proxy.telemetry.metrics import PEERS, Metrics
+from proxy.telemetry.recent_requests import RequestTotals, SlowRequest
 from proxy.upstream.breaker import HostState
 from proxy.upstream.ratelimit import LimitState
 from storage.disk.troubles import Troubled
@@ -80,7 +81,8 @@ class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
     """The report of one process.
 
     `troubles` holds a sentence for each trouble of its disks and databases; `ended` are the fills that ended
-    last, the latest last.
+    last, the latest last.  `totals` and `slowest` are of clients' requests, `received` counts the bytes from
+    upstreams.
     """
 
     pid: int
@@ -88,6 +90,9 @@ class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
     upstreams: list[UpstreamState]
     troubles: list[str]
     ended: list[EndedFillRow] = []
+    totals: RequestTotals = msgspec.field(default_factory=RequestTotals)
+    received: int = 0
+    slowest: list[SlowRequest] = []
 
 
 class ForgetRequest(msgspec.Struct, frozen=True):
@@ -106,7 +111,7 @@ class _Upstream(Protocol):
 class ProcessState:
     """The state of this process.  `caches` are by namespace; `record` records what requests were counted.
 
-    `count` counts in the metrics what is not counted yet.  `peers` gives the state of the other replicas of a
+    `metrics` are those of this process.  `peers` gives the state of the other replicas of a
     fleet, among that of the upstreams.
     """
 
@@ -120,9 +125,9 @@ class ProcessState:
         drill: Drill | None = None,
         record: Callable[[], Awaitable[None]] | None = None,
         peers: Callable[[], Sequence[HostState]] = list,
-        count: Callable[[], None] = lambda: None,
+        metrics: Metrics | None = None,
     ) -> None:
-        self._count = count
+        self._metrics = metrics
         self._fills = fills
         self._caches = caches
         self._disks = disks
@@ -134,8 +139,9 @@ class ProcessState:
 
     def state(self) -> ProcessReport:
         """The state as known in memory, without any request; the metrics are up to date then."""
-        self._count()
-        now = self._clock()
+        metrics, now = self._metrics, self._clock()
+        if metrics is not None:
+            metrics.flush()
         return ProcessReport(
             pid=self.pid,
             fills=[_fill(each, self.pid) for each in self._fills.in_flight()],
@@ -148,6 +154,9 @@ class ProcessState:
             + [_upstream(PEERS, host, now) for host in self._peers()],
             troubles=list(dict.fromkeys(each for disk in self._disks for each in disk.troubles())),
             ended=[_ended(each) for each in self._fills.last],
+            totals=metrics.recent.totals if metrics is not None else RequestTotals(),
+            received=sum(each.received for each in metrics.upstreams.values()) if metrics is not None else 0,
+            slowest=metrics.recent.slowest() if metrics is not None else [],
         )
 
     async def record(self) -> None:
@@ -173,7 +182,7 @@ def state_of(composition: Composition) -> ProcessState:
         drill=parts.drill,
         record=parts.recorder.flush,
         peers=list if parts.peers is None else parts.peers.state,
-        count=parts.metrics.flush,
+        metrics=parts.metrics,
     )
 
 

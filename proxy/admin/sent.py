@@ -60,6 +60,7 @@ class SentOperations:
     stats = _sent(Operations.stats)
     fills = _sent(Operations.fills)
     watch = _streamed(Operations.watch)
+    activity = _sent(Operations.activity)
     audit = _sent(Operations.audit)
     config = _sent(Operations.config)
     files = _sent(Operations.files)

@@ -16,6 +16,7 @@ GROUPS = {
         "history",
         "diff",
         "stats",
+        "top",
         "fills",
         "why",
         "webhooks",
@@ -119,6 +120,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "migrate": (("entrepot migrate --to shared --dry-run", ""),),
     "reload": (("entrepot reload", ""),),
     "stats": (("entrepot stats --period 7d", ""),),
+    "top": (
+        ("entrepot top", "until q is typed"),
+        ("entrepot top --once --json", "for a script"),
+    ),
     "fills": (("entrepot fills --watch", ""),),
     "why": (("entrepot why ghcr.io/team/app:1.2", ""),),
     "webhooks": (("entrepot webhooks", ""),),

@@ -38,6 +38,7 @@ from proxy.cli import (
     savings,
     status,
     stores,
+    top,
     users,
 )
 from proxy.cli.configured import BUILT_IN, chosen, config_argument, used
@@ -75,6 +76,7 @@ for each in (
     *history.COMMANDS,
     *savings.COMMANDS,
     *status.COMMANDS,
+    *top.COMMANDS,
     *fills.COMMANDS,
     *audit.COMMANDS,
     *pins.COMMANDS,

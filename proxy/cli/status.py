@@ -92,7 +92,13 @@ def moving(found: policy_reports.HeldRow, now: float) -> str:
 
 
 def _upstream(host: reports.HostRow, now: float) -> str:
-    parts = [host.url if host.host in host.url else f"{host.url} through {host.host}"]
+    name = host.url if host.host in host.url else f"{host.url} through {host.host}"
+    return ", ".join(filter(None, (name, host_state(host, now))))
+
+
+def host_state(host: reports.HostRow, now: float) -> str:
+    """Whether a host of an upstream is asked, and what is left of its limits; empty if nothing is known."""
+    parts = []
     if host.open:
         parts.append(f"paused, next attempt {format_time(host.until, now)}: {host.error or 'it failed'}")
     if host.ratelimit_limit is not None:

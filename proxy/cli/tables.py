@@ -82,8 +82,8 @@ def plain(table: Table) -> str:
     return "".join(text)
 
 
-def fitted(table: Table, width: int) -> list[Text]:
-    """The lines of a table with rows that fits `width`; the last of them names columns that are left out."""
+def fitted(table: Table, width: int, *, told: bool = True) -> list[Text]:
+    """The lines of a table with rows that fits `width`; the last, if `told`, names what is left out."""
     table = replace(table, rows=[_short_digests(table, row) for row in table.rows])
     widths = _widths(table, width)
     if widths is None:
@@ -96,7 +96,7 @@ def fitted(table: Table, width: int) -> list[Text]:
         for number, column in enumerate(table.columns)
         if number not in widths and any(row[number] for row in table.rows)
     ]
-    if hidden:
+    if hidden and told:
         lines += wrapped(f"not shown: {', '.join(hidden)}; --wide shows all columns", width, "dim")
     return lines
 
@@ -123,7 +123,8 @@ def _widths(table: Table, width: int) -> Mapping[int, int] | None:
         least = {number: _least(table, number, limit) for number in shown}
         if _total(least) <= width:
             widths = _grown(table, least, shown, width)
-            return widths if all(_distinct(table, number, widths[number]) for number in names) else None
+            shortened = [number for number in names if number in widths]
+            return widths if all(_distinct(table, each, widths[each]) for each in shortened) else None
     return None
 
 

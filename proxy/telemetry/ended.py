@@ -23,6 +23,7 @@ class EndedRequests:
         self, metrics: Metrics, served: Callable[[Exchange, int], None] | None, log: RequestLog
     ) -> None:
         self._counts = RequestCounts(metrics)
+        self._recent = metrics.recent
         self._served = served
         self._log = log
 
@@ -39,8 +40,10 @@ class EndedRequests:
         Without `first`, the response came all at once.
         """
         self._counts.add(exchange, status, seconds, first, request_span.exemplar(exchange.span))
-        if self._served is not None and not exchange.peer:
-            self._served(exchange, status)
+        if not exchange.peer:
+            self._recent.add(method, exchange, status, seconds if first is None else first, seconds)
+            if self._served is not None:
+                self._served(exchange, status)
         line = RequestLine(
             exchange.id,
             exchange.client,

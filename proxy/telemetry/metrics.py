@@ -25,6 +25,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from proxy.telemetry.durations import BUCKETS, TalliedHistogram
 from proxy.telemetry.exemplars import Exemplars
+from proxy.telemetry.recent_requests import RecentRequests
 from proxy.telemetry.traffic import Traffic
 from storage.shared import SharedTable
 
@@ -327,6 +328,7 @@ class Metrics:
         rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
         vars(self).update((name, row.make(registry)) for name, row in rows.items())
         self.exemplars = Exemplars(exemplars)
+        self.recent = RecentRequests()
         self.upstreams: dict[str, Traffic] = {}
         self._labels: set[str] = set()
         self._uncounted: list[Callable[[], None]] = []

@@ -74,6 +74,7 @@ class RequestCounts:
             if tally.bytes:
                 (metrics.peer_sent if peer else metrics.sent).labels(label).inc(tally.bytes)
             if not peer:
+                metrics.recent.totals.add(result, tally.number, tally.bytes)
                 self._count_client(label, kind, result or "none", status, tally)
 
     def _count_client(self, label: str, kind: str, result: str, status: int, tally: _Tally) -> None:

@@ -1,4 +1,4 @@
-"""What the server does now, of all its processes together."""
+"""What the server does now, of all its processes together, and what it did before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from collections.abc import Sequence
 import msgspec
 
 from proxy.admin.activity_reports import Activity, SlowRow
+from proxy.admin.models import Stats
 from proxy.admin.processes import ProcessReport
+from proxy.admin.rows import day_row, stats_row
 from proxy.namespaces.composition import Composition
 from proxy.telemetry.recent_requests import NUMBER
+from storage.maintenance.usage import Counters
+
+TREND = 14  # days
 
 
 def activity_of(composition: Composition, states: Sequence[ProcessReport]) -> Activity:
@@ -33,4 +38,26 @@ def activity_of(composition: Composition, states: Sequence[ProcessReport]) -> Ac
         disk_bytes=disk.f_blocks * disk.f_frsize,
         free_bytes=disk.f_bavail * disk.f_frsize,
         troubles=list(dict.fromkeys(trouble for each in states for trouble in each.troubles)),
+    )
+
+
+def stats_of(composition: Composition, seconds: float) -> Stats:
+    """What was counted of the last `seconds`.  Blocks: it reads records.  Raises StorageFailed."""
+    parts = composition
+    since, hosted = parts.clock() - seconds, parts.hosted.keys()
+    counted = parts.usage.stats(since)
+    caches = {name: counted[name] for name in sorted(counted.keys() - hosted)}
+    days = {
+        day: sum((found[name] for name in found.keys() - hosted), Counters())
+        for day, found in parts.usage.days(TREND).items()
+    }
+    return Stats(
+        period=seconds,
+        since=since,
+        namespaces=[stats_row(name, each) for name, each in caches.items()],
+        stores=[stats_row(name, counted[name], store=True) for name in sorted(counted.keys() & hosted)],
+        total=stats_row("", sum(caches.values(), Counters())),
+        days=[day_row(day, each) for day, each in days.items()],
+        stored_bytes=parts.maintenance.eviction.stored(),
+        limit=parts.config.disk.cache_limit,
     )

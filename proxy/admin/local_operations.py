@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import chain
 
@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
-from proxy.admin.activity import activity_of
+from proxy.admin.activity import activity_of, stats_of
 from proxy.admin.audit_control import audit_rows
 from proxy.admin.drills import DrillControl
 from proxy.admin.eviction_control import EvictionControl
@@ -35,7 +35,7 @@ from proxy.admin.policy_control import (
 )
 from proxy.admin.purge import Purge, together
 from proxy.admin.readiness import Readiness
-from proxy.admin.rows import collected, day_row, drilling, refreshed, stats_row, webhook_row
+from proxy.admin.rows import collected, drilling, refreshed, webhook_row
 from proxy.admin.scrub_control import ScrubControl
 from proxy.admin.store_control import StoreControl
 from proxy.admin.tag_history import TagChronicle
@@ -56,12 +56,9 @@ from storage.errors import StorageFailed, Unsupported
 from storage.maintenance.collection import Collection
 from storage.maintenance.pins import Pin
 from storage.maintenance.scrub import Heal
-from storage.maintenance.usage import Counters
 from storage.names import is_glob
 
 log = structlog.get_logger()
-
-TREND = 14  # days
 
 
 class LocalOperations(KeyOperations):
@@ -174,26 +171,7 @@ class LocalOperations(KeyOperations):
     async def stats(self, period: str = "7d") -> models.Stats:
         seconds = read_seconds("period", period)
         await self._processes.record()
-        parts = self._composition
-        since = parts.clock() - seconds
-        counted = sorted((await run_in_thread(parts.usage.stats, since)).items())
-        caches = [(name, each) for name, each in counted if name not in parts.hosted]
-        stores = [(name, each) for name, each in counted if name in parts.hosted]
-        days = await run_in_thread(parts.usage.days, TREND)
-        return models.Stats(
-            period=seconds,
-            since=since,
-            namespaces=[stats_row(name, each) for name, each in caches],
-            stores=[stats_row(name, each, store=True) for name, each in stores],
-            total=stats_row("", sum((each for _, each in caches), Counters())),
-            days=[day_row(day, self._of_caches(found)) for day, found in days.items()],
-            stored_bytes=await run_in_thread(parts.maintenance.eviction.stored),
-            limit=parts.config.disk.cache_limit,
-        )
-
-    def _of_caches(self, counted: Mapping[str, Counters]) -> Counters:
-        hosted = self._composition.hosted
-        return sum((each for name, each in counted.items() if name not in hosted), Counters())
+        return await run_in_thread(stats_of, self._composition, seconds)
 
     async def fills(self) -> list[models.FillRow]:
         parts, fills = self._composition, await self._processes.fills()

@@ -237,3 +237,25 @@ def test_issuers_that_serve_everybody(issuer: str, claims: str, advised: bool) -
 def test_a_token_endpoint_where_nobody_can_log_in(users: str, advised: bool) -> None:
     lines = said(f"token_endpoint: {{}}{users}", "store: {}, listen: '127.0.0.1:7000'")
     assert any(each.startswith("access.token_endpoint: nobody can log in there") for each in lines) is advised
+
+
+@pytest.mark.parametrize(
+    ("shared", "store", "told"),
+    [
+        ("", "", True),
+        ("records: 'postgresql://db/a'", "", True),  # of a private registry, and there is none
+        ("records: 'postgresql://db/a'", "local: {store: {}}", False),
+        ("records: 'postgresql://db/a', caches: {}, bucket: 's3://a'", "", False),
+    ],
+)
+def test_replicas_that_do_not_know_each_other_s_tokens(shared: str, store: str, told: bool) -> None:
+    text = f"""
+listen: ':5000'
+access: {{api_keys: true, token_endpoint: {{}}, rules: []}}
+{FLEET.format("dns: 'peers:5000'")}
+shared: {{{shared}}}
+namespaces: {{{HUB}, {store}}}
+"""
+    lines = [str(each) for each in advise(read(text))]
+    found = [each.partition(":")[0] for each in lines if "the other replicas (peers) accept none" in each]
+    assert found == (["access.token_endpoint", "access.api_keys"] if told else [])

@@ -21,11 +21,13 @@ from proxy.access.api_keys import START, ApiKeys, KeyExists, _principal, key_sco
 from proxy.access.credentials import BadCredential
 from proxy.access.records import RECENT, STALE, AccessRecords, ApiKey
 from proxy.access.rules import AccessRules
+from proxy.admin.pullers import pullers
 from proxy.cli.main import main
 from proxy.config.access import ACTIONS
 from storage.disk.records import SQLiteRecords
 from storage.errors import NameUnknown, StorageFailed
 from storage.keys import API_KEY, KEY_USED
+from tests.configuring import read
 from tests.conftest import Clock, Serve
 from tests.test_access import ALICE, BLOB, LOCAL, Door, Open, login, opened, users  # noqa: F401
 from tests.test_admin import conforms
@@ -432,6 +434,50 @@ async def test_no_log_has_a_key(keyed: Started, events: Any) -> None:
     assert [each["name"] for each in events.entries if each["event"].startswith("key.")] == ["ci", "ci"]
     assert {each["user"] for each in events.entries if each["event"] == "request.served"} == {"key:ci", ""}
     assert secret[len(START) :] not in repr(events.entries)
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("docker.io/library/alpine:3", None),
+        ("local/team/app:1", "user:alice, group:ops from 10.0.0.0/8; API keys all, ci"),
+        ("local/public/app:1", "everybody; user:alice, group:ops from 10.0.0.0/8; API key all"),
+    ],
+)
+async def test_why_says_who_may_pull(keyed: Started, reference: str, expected: str | None) -> None:
+    rules = [
+        {"who": ["anonymous"], "may": ["pull"], "where": ["local/public/*"]},
+        {"who": ["user:alice", "group:ops"], "may": ["pull", "push"], "from": ["10.0.0.0/8"]},
+        {"who": ["user:bob"], "may": ["push"]},
+    ]
+    door = await keyed(rules=rules)
+    await door.key("ci", "--scope", TEAM)
+    await door.key("all", "--scope", "repository:local/*:pull")
+    await door.key("pusher", "--scope", "repository:local/*:push")
+    assert door.site.app.admin_url is not None
+    async with door.site.session.get(
+        door.site.app.admin_url / "api/v1/why", params={"ref": reference}
+    ) as said:
+        assert (await said.json())["access"] == expected
+    given = ["why", reference, "--server", str(door.site.app.admin_url), "--wide"]
+    told = (await asyncio.to_thread(CliRunner().invoke, main, given)).output
+    assert ("may be pulled by" in told) is (expected is not None)
+
+
+@pytest.mark.parametrize(
+    ("access", "local", "expected"),
+    [
+        ("{}", "store: {}", "clients on this machine; users"),
+        ("{rules: []}", "store: {}", "nobody"),
+        ("{rules: [{who: [authenticated], may: [pull], where: ['local/x/*']}]}", "store: {}", "nobody"),
+        ("{rules: [{who: ['claim:a=b'], may: [pull]}]}", "store: {}", "claim:a"),
+        ("{}", "upstream: 'https://x.example', visibility: caller", "whom the upstream lets, by"),
+        ("{}", "upstream: 'https://x.example'", None),
+    ],
+)
+def test_who_may_pull_by_the_configuration(access: str, local: str, expected: str | None) -> None:
+    found = pullers(read(f"access: {access}\nnamespaces: {{local: {{{local}}}}}"), "local/team/app", [])
+    assert found is None if expected is None else (found or "").startswith(expected)
 
 
 # Lock files

@@ -132,6 +132,15 @@ class ApiKeys:
         if _NAME.fullmatch(name) is None or not await self._records.change(remove):
             raise NameUnknown(f"there is no API key {name[:63]!r}: entrepot keys list shows them")
 
+    async def may_pull(self, repository: str) -> list[str]:
+        """The names of the keys that may pull from the repository of that full name."""
+        return [
+            key.name
+            for key, _ in await self.list()
+            if self._lasts(key)
+            and any(each.allows("pull") and each.covers(repository, "") for each in _grants(key.scopes))
+        ]
+
     async def list(self) -> list[tuple[ApiKey, float | None]]:
         """The keys by name, each with when it was last used."""
         state = await self._records.read()

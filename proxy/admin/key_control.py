@@ -12,6 +12,7 @@ from proxy.access.api_keys import ApiKeys, KeyExists, key_scope
 from proxy.access.records import AccessRecords, ApiKey
 from proxy.access.scopes import REPOSITORY, Scope
 from proxy.admin.key_reports import KeyCreated, KeyRevoked, KeyRow
+from proxy.admin.pullers import pullers
 from proxy.config.errors import StartError
 from proxy.namespaces.access_records import access_records
 from proxy.namespaces.composition import Composition
@@ -68,6 +69,12 @@ class KeyOperations:
         await self._api_keys().revoke(name)
         log.info("key.revoked", name=name)
         return KeyRevoked(name=name)
+
+    async def pullers(self, repository: str) -> str | None:
+        """Who may pull from a repository: see pullers()."""
+        config = self._parts_of_keys.config
+        keys = await self._api_keys().may_pull(repository) if config.access.api_keys else []
+        return pullers(config, repository, keys)
 
     async def close_keys(self) -> None:
         await self._closing_keys.aclose()

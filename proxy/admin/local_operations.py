@@ -219,7 +219,8 @@ class LocalOperations(KeyOperations):
         if policy is not None and policy.verdict == "deny" and policy.mode == "enforce":
             because = f"policy rule {policy.rule} refuses it: {policy.reason}"
             found = msgspec.structs.replace(found, verdict="refused", because=because)
-        return msgspec.structs.replace(found, policy=policy, held=held, owner=owner)
+        access = await self.pullers(image.repository)
+        return msgspec.structs.replace(found, policy=policy, held=held, owner=owner, access=access)
 
     async def policy(self, ref: str) -> policy_reports.PolicyExplained:
         return await explained(self._composition, self._reader.reference("ref", ref))

@@ -241,7 +241,8 @@ class Why(Model, frozen=True):
     error).  `complete` says whether all content is stored; what is not is fetched on demand.
 
     `qualified` says how the namespace was found; `fresh_rule`, `keep_rule` and `pin` name the rules that
-    apply.  `policy` is what the rules say of its names.  A tag that is `held` stands for another digest than
+    apply.  `access` says who may pull it, None if everybody may.  `policy` is what the rules say of its
+    names.  A tag that is `held` stands for another digest than
     its upstream gives.  In a fleet, `owner` is asked before the upstream; all is what this replica would do,
     and `elsewhere` is what those would do that differ.
     """
@@ -271,6 +272,7 @@ class Why(Model, frozen=True):
     held: HeldRow | None = None
     owner: OwnerRow | None = None
     elsewhere: list[ReplicaVerdict] = msgspec.field(default_factory=list)
+    access: str | None = None
 
 
 # Preparation for an outage

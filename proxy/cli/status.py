@@ -53,6 +53,8 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
         if found.fresh_rule is not None:
             table.add("fresh", freshness(found.fresh_until, now))
         table.add("last used", format_time(found.last_used, now))
+    if found.access is not None:
+        table.add("may be pulled by", found.access)
     if found.policy is not None:
         table.add("policy rule", _policy(found.policy))
     if found.held is not None:

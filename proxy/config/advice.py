@@ -29,6 +29,7 @@ def advise(config: Config) -> list[Advice]:
         *_logins(config),
         *_issuers(config),
         *_endpoint(config),
+        *_replicas(config),
         *_plain(config),
         *_admin(config),
         *_peers(config),
@@ -81,6 +82,20 @@ def _endpoint(config: Config) -> Iterator[Advice]:
     certified = config.tls is not None and config.tls.client_ca is not None
     if access.token_endpoint is not None and not access.has_users and not certified:
         yield Advice("access.token_endpoint", "nobody can log in there", "add users (access.htpasswd)")
+
+
+def _replicas(config: Config) -> Iterator[Advice]:
+    """Tokens and API keys that the other replicas of a fleet do not know."""
+    shared = config.shared.caches is not None or (config.shared.records is not None and config.hosted())
+    if config.peers is None or shared:
+        return
+    for key, there in (
+        ("token_endpoint", config.access.token_endpoint is not None),
+        ("api_keys", config.access.api_keys),
+    ):
+        if there:
+            what = "the other replicas (peers) accept none that this one has made"
+            yield Advice(f"access.{key}", what, "let them share a database (shared)")
 
 
 def _plain(config: Config) -> Iterator[Advice]:

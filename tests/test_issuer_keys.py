@@ -214,6 +214,23 @@ async def test_wrong_answers(
     assert says in logged
 
 
+async def test_a_page_in_place_of_the_keys_is_not_kept(
+    issuer: Issuer, make: Make, clock: Clock, events: LogCapture
+) -> None:
+    keys = make(keep=24 * HOUR)
+    found = await keys.keys("first")
+    issuer.answers["/keys"] = 200, {"ETag": '"page"', "Cache-Control": "max-age=86400"}, b"<html>later</html>"
+    clock.advance(USUAL)
+    assert await keys.keys("first") is found
+    assert keys.current() is None  # so it is asked again
+    del issuer.answers["/keys"]
+    issuer.rotate("second")
+    clock.advance(RETRY)
+    assert names(await keys.keys("first")) == ["first", "second"]
+    assert '"page"' not in issuer.conditions
+    assert len(failures(events)) == 1
+
+
 async def test_keys_that_have_moved(issuer: Issuer, make: Make, clock: Clock) -> None:
     keys = make()
     await keys.keys("first")

@@ -208,8 +208,8 @@ class IssuerKeys:
     async def _refresh(self) -> None:
         self._tried = self._clock()
         try:
-            content = await self._current_jwks()
-            found = parse_jwks(content)
+            document = await self._current_jwks()
+            found = parse_jwks(document.content)
         except (RegistryError, ValueError) as error:
             self._metadata = None  # the keys may have moved
             if not self._failure or not str(error).startswith(self._failure):  # or it is what was told before
@@ -219,20 +219,19 @@ class IssuerKeys:
             raise self._unavailable() from None
         if self._failure:
             log.info("issuer.recovered", issuer=self._name)
-        self._failure, self._fetched = "", self._clock()
+        self._jwks, self._failure, self._fetched = document, "", self._clock()
         if _content(found) != _content(self._known.keys):
             self._known = self._known.followed_by(found)
             log.info("issuer.keys", issuer=self._name, keys=self._known.names())
 
-    async def _current_jwks(self) -> bytes:
-        """Raises RegistryError, and ValueError for a document that says nothing."""
+    async def _current_jwks(self) -> _Document:
+        """Raises RegistryError, and ValueError for a discovery document that says nothing."""
         url = self._jwks_url
         if url is None:
             if self._metadata is None or self._clock() >= self._metadata.until:
                 self._metadata = await self._get(URL(metadata_url(self._issuer)), self._metadata)
             url = parse_metadata(self._metadata.content, self._issuer)
-        self._jwks = await self._get(URL(url), self._jwks)
-        return self._jwks.content
+        return await self._get(URL(url), self._jwks)
 
     async def _get(self, url: URL, former: _Document | None) -> _Document:
         headers = {"Accept": "application/json"}

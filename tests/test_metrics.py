@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
+import aiohttp
 import pytest
 import trustme
 from prometheus_client import Counter, Gauge, Histogram, Summary
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 
+from proxy.server import observation
 from proxy.telemetry.durations import BUCKETS
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
@@ -20,6 +23,7 @@ from proxy.telemetry.request_counts import RequestCounts
 from proxy.upstream.errors import result_of
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
+from storage.maintenance.collection import CollectionReport
 from storage.oci import Digest
 from storage.shared import SharedState
 from tests.authority import Authority
@@ -444,6 +448,29 @@ async def test_the_states_of_a_server(
     assert (await shown(site))["entrepot_degraded"] == 1
 
 
+async def test_a_database_that_hangs_does_not_keep_the_metrics(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observation, "MOMENT", 0.01)
+    site = await serve(upstream, more={"local": {"store": {}}})
+    collection = site.app.composition.maintenance.collection
+    asked, gate = threading.Event(), threading.Event()
+
+    def hang() -> CollectionReport:
+        asked.set()
+        gate.wait(60)
+        return CollectionReport(begun=7.0)
+
+    monkeypatch.setattr(collection, "last", hang)
+    found = await shown(site)
+    assert (found["entrepot_workers"], found["entrepot_collected_timestamp_seconds"]) == (1, 0)
+    await asyncio.to_thread(asked.wait)
+    assert (await shown(site))["entrepot_workers"] == 1  # it waits for the same
+    gate.set()
+    await site.app._observation.close()
+    assert (await shown(site))["entrepot_collected_timestamp_seconds"] == 7
+
+
 @pytest.mark.clients
 async def test_all_workers_are_counted_at_once(place: Place, upstream: Upstream) -> None:
     upstream.image("library/alpine", "3", [LAYER])
@@ -457,3 +484,5 @@ async def test_all_workers_are_counted_at_once(place: Place, upstream: Upstream)
     assert await server.metric("entrepot_workers") == 2
     assert await server.metric("entrepot_build_info") == 1
     assert await server.metric("entrepot_upstream_requests_total", result="ok") >= 1
+    async with aiohttp.ClientSession() as session, session.get(f"{server.admin_url}/metrics") as response:
+        assert promtool("check", "metrics", standard_input=await response.text()) == ""

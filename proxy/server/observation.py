@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import version
 
 from proxy.admin.processes import ProcessReport
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.upkeep import SCRUBBED
-from proxy.server.health import Health, troubles
+from proxy.server.health import MOMENT, Health, troubles
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread
-from storage.errors import StorageFailed
+from storage.errors import RegistryError
 from storage.keys import DEPOSIT
 from storage.maintenance.collection import Collection
 from storage.maintenance.scrub_progress import COUNTED
 
 
 class Observation:
-    """Sets the metrics of a server that are states.
+    """Sets the metrics of a server that are states.  Must be closed.
 
     prepare() is called once, by the process that does the housekeeping: a count that begins at 0 shows its
     first increase, which an alert waits for.
@@ -32,6 +32,7 @@ class Observation:
         self._composition = composition
         self._health = health
         self._keeper = keeper
+        self._reading: asyncio.Task[None] | None = None
 
     @property
     def _metrics(self) -> Metrics:
@@ -56,19 +57,30 @@ class Observation:
 
     async def observe(self) -> None:
         """Bring the states up to date."""
-        parts, metrics = self._composition, self._metrics
+        metrics = self._metrics
         states = await self._health.states()
         metrics.degraded.set(bool(troubles(states)))
         metrics.workers.set(len(states) - self._keeper)
         metrics.waiting.set(sum(each.queued and each.own for state in states for each in state.fills))
         metrics.credentials_refused.set(_refused(states))
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        await asyncio.wait({self._reading}, timeout=MOMENT)  # else what was read last is shown
+
+    async def _read(self) -> None:
+        """Bring those up to date that a disk, a database or a name service may let wait."""
+        parts, metrics = self._composition, self._metrics
+        with suppress(OSError, RegistryError):
+            await run_in_thread(self._observe_disk)
         if parts.peers is not None:
             metrics.peers.set(len(await parts.peers.known()))
-        with suppress(OSError, StorageFailed):
-            await run_in_thread(self._observe_disk)
         if (collection := parts.maintenance.collection) is not None:
-            with suppress(StorageFailed):
-                await run_in_thread(partial(self._observe_collection, collection))
+            with suppress(RegistryError):
+                await run_in_thread(self._observe_collection, collection)
+
+    async def close(self) -> None:
+        if self._reading is not None:
+            await asyncio.gather(self._reading, return_exceptions=True)
 
     def _observe_disk(self) -> None:
         parts, metrics = self._composition, self._metrics

@@ -173,6 +173,7 @@ class ServerProcess:
         self._closing.push_async_callback(self._health.close)
         self._observation = Observation(self.composition, self._health, keeper=self._sockets is not None)
         self._observation.prepare()
+        self._closing.push_async_callback(self._observation.close)
         if self._run is not None:
             close = await make_room.serve(self._run / HOUSEKEEPING, self.housekeeper.make_room)
             self._closing.push_async_callback(close)

@@ -76,6 +76,7 @@ def test_each_value_says_where_it_comes_from(file: Path) -> None:
         "namespaces.quay.io.library": (False, DEFAULT),
         "namespaces.quay.io.offline": (True, "ENTREPOT_NAMESPACES__QUAY_IO__OFFLINE"),
         "namespaces.quay.io.upstream.url": ("https://quay.io", f"{file}:19"),
+        "namespaces.team.example.store": ({}, f"{file}:20"),
         "namespaces.team.example.store.sparse": (False, DEFAULT),
         "access.groups.ops": (["ann", "bob"], f"{file}:22"),
         "workers": ("auto", DEFAULT),
@@ -158,6 +159,24 @@ def test_files_differ_by_what_they_mean(file: Path, tmp_path: Path) -> None:
     rest = {each for each in changed if not each.startswith(("namespaces.quay.io.", "namespaces.ghcr.io."))}
     assert rest == {"disk.path", "webhooks[0].headers"}
     assert differences(file, file) == []
+
+
+def test_of_what_only_one_has_its_defaults_are_no_difference(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yml", tmp_path / "other.yml"
+    one.write_text("namespaces: {a.example: {upstream: 'https://a'}}\n")
+    other.write_text(
+        "namespaces: {a.example: {upstream: 'https://a'}, local: {store: {}}, b.example: {upstream: 'https://b'}}\n"
+        "pins: ['a.example/*']\n"
+        "access: {rules: [{who: [anonymous], may: [pull]}]}\n"
+        "log:\n"
+    )
+    assert {each.key: (each.old, each.new) for each in differences(one, other)} == {
+        "namespaces.local.store": (None, {}),
+        "namespaces.b.example.upstream.url": (None, "https://b"),
+        "pins[0].match": (None, "a.example/*"),
+        "access.rules[0].who": (None, ["anonymous"]),
+        "access.rules[0].may": (None, ["pull"]),
+    }
 
 
 def test_a_file_differs_from_the_defaults_by_what_it_sets(tmp_path: Path) -> None:

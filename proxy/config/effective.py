@@ -80,7 +80,7 @@ def differences(old: Path | None, new: Path | None) -> list[Difference]:
     found = []
     for key in dict.fromkeys((*before, *after)):
         one, other = before.get(key), after.get(key)
-        if one is None or other is None or one.meaning != other.meaning:
+        if _differ(one, other):
             found.append(
                 Difference(
                     key,
@@ -89,6 +89,14 @@ def differences(old: Path | None, new: Path | None) -> list[Difference]:
                 )
             )
     return found
+
+
+def _differ(one: _ReadValue | None, other: _ReadValue | None) -> bool:
+    """Where one has no such key, as it has no such namespace, the defaults of the other are no difference."""
+    if one is not None and other is not None:
+        return bool(one.meaning != other.meaning)
+    there = one or other
+    return there is not None and there.source != DEFAULT and there.meaning != ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,8 @@ class _Values:
         if origin in (typing.Union, types.UnionType):
             yield from self._value(arguments[0], node, path)
         elif isinstance(kind, type) and issubclass(kind, Section):
+            if node == {}:  # such as store: {}, which says something
+                yield _ReadValue(path, {}, self._source(path), {})
             yield from self._section(kind, node, path)
         elif origin is dict and node:
             for name, item in node.items():

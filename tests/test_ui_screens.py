@@ -107,7 +107,8 @@ class Screens:
 def check(screen: Screen) -> None:
     """What holds of every screen, whatever it shows."""
     assert screen.source.startswith('<!doctype html>\n<html lang="en">')
-    assert [len(screen.all(tag)) for tag in ("h1", "main", "header", "script")] == [1] * 4
+    assert [len(screen.all(tag)) for tag in ("h1", "main", "header")] == [1] * 3
+    assert all(each.get("src") for each in screen.all("script"))
     ids = [attributes["id"] for _, attributes in screen.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     for tag, attributes in screen.tags:
@@ -359,6 +360,13 @@ async def test_an_index(screens: Screens) -> None:
     rows = " | ".join(screen.rows)
     for said in ("linux/amd64", "linux/s390x", "not here", "signature", "SBOM", "text/x-<b>"):
         assert said in rows, said
+    assert len([row for row in screen.rows if "signature" in row]) == 1
+    payload = describe(Digest.of(b"{}"), 2, "application/vnd.dev.cosign.simplesigning.v1+json")
+    config = describe(Digest.of(b"{}"), 2)
+    tag = index["digest"].replace(":", "-") + ".sig"  # as cosign names it where there is no referrers API
+    await screens.site.manifest(ALPINE, {"config": config, "layers": [payload]}, tag)
+    rows = (await screens.see("image?ref=alpine:3")).rows
+    assert len([row for row in rows if "signature" in row]) == 2
     assert "the tag is fresh" in screen.text
     child = await screens.see(screen.link("image?ref=docker.io%2Flibrary%2Falpine%40"))
     assert "Layers" in child.text and str(made["digest"]) in child.text
@@ -492,6 +500,45 @@ def test_columns_have_their_heights() -> None:
     assert first.upper[0] + first.upper[1] == pytest.approx(first.lower[0])
     assert second.lower[1] == second.upper[1] == 0
     assert first.x + first.width < second.x
+
+
+@pytest.mark.parametrize(
+    "text", ["%00", "%ff%fe", "%ed%a0%80", "a%0d%0aX:y", "%e2%80%ae", "{{7*7}}", '"><b>']
+)
+async def test_nothing_that_is_typed_in_breaks_a_screen(screens: Screens, text: str) -> None:
+    for path, status in (
+        ("repositories?q=", 200),
+        ("why?ref=", 400),
+        ("image?ref=", 400),
+        ("files?ref=", 400),
+    ):
+        screen = await screens.see(path + text, status)
+        assert screen.all("b") == [] and "49" not in screen.text
+    await screens.see(f"repository?name={ALPINE}&q={text}")
+    await screens.see(f"repository?name=docker.io/{text}", 400)
+
+
+async def test_what_cannot_be_encoded_is_replaced(screens: Screens) -> None:
+    async def find(*arguments: object) -> None:
+        raise StorageFailed("a lone \ud800 surrogate")
+
+    setattr(screens.site.operations, "find", find)  # noqa: B010
+    assert "a lone ? surrogate" in (await screens.see(f"repository?name={ALPINE}", 500)).text
+
+
+async def test_every_link_leads_to_a_screen(screens: Screens) -> None:
+    await pictured(screens.site)
+    seen, pending = {""}, [""]
+    while pending:
+        screen = await screens.see(pending.pop())
+        for each in screen.all("a"):
+            link = str(each["href"]).partition("#")[0].removeprefix("./")
+            if link not in seen and str(each["href"]) != "#content":
+                seen.add(link)
+                pending.append(link)
+    kinds = {each.partition("?")[0] for each in seen}
+    assert {"repository", "image", "files", "confirm", "why", "history"} <= kinds
+    assert len(seen) > 40
 
 
 # Acts

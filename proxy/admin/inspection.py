@@ -104,6 +104,7 @@ async def _files(
         await blob.close()
     listing.finish()
     return LayerFiles(
+        repository=repository,
         digest=str(digest),
         compression=listing.compression,
         size=blob.descriptor.size,

@@ -25,8 +25,8 @@ from proxy.admin.models import (
 )
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
-from storage.graph import Walk, contents, unread
-from storage.keys import LINK, MANIFEST, REFERRER, TAG, USE
+from storage.graph import Walk, contents, referring, unread
+from storage.keys import LINK, MANIFEST, TAG, USE
 from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
 from storage.names import glob_matcher, is_glob, literal_prefix, written
@@ -275,8 +275,8 @@ class Inventory:
 
     def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[ImageNode]:
         found = []
-        for key, _ in self.store.records.scan(REFERRER.prefix(repository, digest)):
-            manifest = self._manifest(repository, Digest(REFERRER.parse(key)[2]))
+        for each in dict.fromkeys(each for each, _ in referring(self.store, repository, digest)):
+            manifest = self._manifest(repository, each)
             if manifest is not None:
                 found.append(self._node(repository, "referrer", manifest.descriptor, seen))
         return found

@@ -174,6 +174,7 @@ class LayerFiles(Model, frozen=True):
     not read.
     """
 
+    repository: str
     digest: str
     compression: str
     size: int

@@ -81,7 +81,9 @@ class Renderer:
             "version": self.version,
         }
         text = self._templates.get_template(template).render(common | values)
-        return web.Response(text=text, status=status, content_type="text/html")
+        # What clients and upstreams say may hold characters that cannot be encoded.
+        body = text.encode("utf-8", "replace")
+        return web.Response(body=body, status=status, content_type="text/html", charset="utf-8")
 
     def part(self, template: str, **values: object) -> str:
         """A template that is a part of a page, as text."""

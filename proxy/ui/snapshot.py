@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from storage.concurrency import SingleFlight, run_in_thread
 
 KEPT = 10.0  # seconds, as the API keeps its summaries
 REST = 20  # times as long as it takes to read them
+UNUSED = 300.0  # seconds after which they take no memory any more
 
 ORDERS: dict[str, Callable[[RepositoryRow], float]] = {
     "tags": lambda row: row.tags or 0,
@@ -29,9 +31,13 @@ class RepositorySnapshot:
         self._flight = SingleFlight()
         self._known: Listed | None = None
         self._until = 0.0
+        self._dropping: asyncio.TimerHandle | None = None
 
     async def get(self) -> Listed:
         """Raises StorageFailed."""
+        if self._dropping is not None:
+            self._dropping.cancel()
+        self._dropping = asyncio.get_running_loop().call_later(UNUSED, self._drop)
         if self._known is not None and time.monotonic() < self._until:
             return self._known
         return await self._flight.join("", self._read)
@@ -43,6 +49,9 @@ class RepositorySnapshot:
         self._until = ended + max(KEPT, REST * (ended - begun))
         return self._known
 
+    def _drop(self) -> None:
+        self._known = None
+
     def forget(self) -> None:
         """Called after an act that may have changed them."""
         self._until = 0.0
@@ -52,6 +61,8 @@ class RepositorySnapshot:
         return await run_in_thread(_page, (await self.get()).repositories, view)
 
     async def close(self) -> None:
+        if self._dropping is not None:
+            self._dropping.cancel()
         await self._flight.close()
 
 

@@ -104,10 +104,8 @@ class ImageScreen:
         ref = request.query.get("ref", "").strip()
         view = ListView(request, "files", fields={"ref": ref})
         found = await self._operations.files(ref, view.search, view.offset, ROWS)
-        repository = ref.partition("@")[0]
-        return self._renderer.page(
-            request, "files.html", "Files of a layer", view=view, ref=ref, found=found, repository=repository
-        )
+        title = "Files of a layer"
+        return self._renderer.page(request, "files.html", title, view=view, ref=ref, found=found)
 
 
 def part(node: ImageNode) -> PartRow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +64,7 @@ class ImageScreen:
         ref = request.query.get("ref", "").strip()
         if not ref:
             raise FieldInvalid("ref", "expected a reference such as alpine:3")
-        tree, why = await asyncio.gather(self._operations.show(ref), self._operations.why(ref))
+        tree, why = await self._operations.show(ref), await self._operations.why(ref)
         exact = written(tree.repository, tree.digest)
         index = any(each.role == "manifest" for each in tree.node.children)
         config = None if index else await self._config(exact)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -65,14 +64,9 @@ class OverviewScreen:
         period = request.query.get("period", "7d")
         if period not in PERIODS:
             period = "7d"
-        state, stats, upstreams, webhooks, listed = await asyncio.gather(
-            self._state(),
-            self._operations.stats(period),
-            self._operations.upstreams(),
-            self._operations.webhooks(),
-            self._rows(),
-        )
-        rows, unread = listed
+        state, stats = await self._state(), await self._operations.stats(period)
+        upstreams, webhooks = await self._operations.upstreams(), await self._operations.webhooks()
+        rows, unread = await self._rows()
         return self._renderer.page(
             request,
             "overview.html",

@@ -554,6 +554,24 @@ async def test_a_locked_key_only_pulls(keyed: Started, tmp_path: Path) -> None:
     assert "images.lock:1: expected" in await door.run(*words[:-1], code=2)
 
 
+async def test_the_audit_log_has_no_key_and_the_beginning_of_a_lock(
+    serve: Serve, upstream: Upstream, tmp_path: Path
+) -> None:
+    lock, log = tmp_path / "images.lock", tmp_path / "audit.log"
+    lock.write_text("".join(f"local/app:{number}@sha256:{number:064x}\n" for number in range(30)))
+    top = {"access": {"api_keys": True}, "audit": {"file": str(log), "kinds": ["admin"]}}
+    door = Keyed(await serve(upstream, more={"local": {"store": {}}}, top=top))
+    secret = await door.key("edge", "--locked", str(lock))
+    (record,) = map(json.loads, log.read_text().splitlines())
+    assert record["operation"] == "create_key"
+    assert record["arguments"]["name"] == "edge"
+    assert record["arguments"]["lock"][-1] == "and 10 more"
+    assert len(record["arguments"]["lock"]) == 21
+    assert secret not in log.read_text()
+    (row,) = json.loads(await door.run("list", "--json"))
+    assert row["locked"] == 30
+
+
 async def test_an_override_opens_no_lock(serve: Serve, upstream: Upstream, tmp_path: Path) -> None:
     good = upstream.image("a/b", "v1", [b"good"])
     upstream.image("a/b", "v2", [b"bad"])

@@ -207,7 +207,7 @@ class Authorizer:
         found = []
         for each in scopes:
             if each.is_catalog:  # which shows a client what it may see
-                found.append(Grant(CATALOG, each.actions))
+                found.append(Grant(CATALOG, frozenset("*")))
             elif each.type == REPOSITORY:
                 try:
                     name = full_name(each.name)

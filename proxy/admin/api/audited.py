@@ -14,6 +14,7 @@ from proxy.telemetry.audit import AuditLog
 ADMITTED = web.RequestKey("admitted", bool)
 OPERATION = web.RequestKey("operation", str)
 ARGUMENTS = web.RequestKey("arguments", dict[str, Any])
+LISTED = 20  # members of a list that are recorded
 _READING = ("GET", "HEAD", "OPTIONS")
 _EXCEPTIONS = ("override", "end_override")
 
@@ -55,6 +56,13 @@ def _record(audit: AuditLog, request: web.Request, status: int) -> None:
         request.headers.get("User-Agent", ""),
         request.method,
         request.get(OPERATION, request.path),
-        request.get(ARGUMENTS, {}),
+        {name: _shortened(value) for name, value in request.get(ARGUMENTS, {}).items()},
         status,
     )
+
+
+def _shortened(value: Any) -> Any:
+    """A value for one line: of a long list, such as the lines of a lock file, the beginning."""
+    if not isinstance(value, list | tuple) or len(value) <= LISTED:
+        return value
+    return [*value[:LISTED], f"and {len(value) - LISTED} more"]

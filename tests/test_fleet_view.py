@@ -139,7 +139,9 @@ async def test_stats_are_sums(fleet: Replicas, upstream: Upstream) -> None:
     assert {each.replica for each in found.replicas} == set(fleet.urls)
     assert found.total.sent_bytes == sum(each.total.sent_bytes for each in found.replicas)
     assert found.total.received_bytes == upstream.bytes_sent + len(image.content)
-    assert sum(each.requests for each in found.days) == 6
+    (day,) = found.days
+    assert (day.requests, day.upstream_requests) == (6, len(upstream.log))
+    assert (day.bytes_saved, day.requests_saved) == (found.total.bytes_saved, found.total.requests_saved)
     assert found.stored_bytes == sum(each.stored_bytes for each in found.replicas) > 0
 
 

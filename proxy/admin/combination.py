@@ -8,89 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from proxy.admin import activity_reports, models, policy_reports, reports
+from proxy.admin.answers import SAME, Answers, of_replica, summed, told_apart, total_of
 from proxy.admin.inventory import image_name
-from proxy.admin.rows import stats_row
+from proxy.admin.rows import day_row, stats_row
 from proxy.telemetry.recent_requests import NUMBER
 from storage.maintenance.usage import Counters
 
 T = TypeVar("T")
-R = TypeVar("R", bound=models.ReplicaModel)
-S = TypeVar("S", bound=msgspec.Struct)
 
-SAME = 5.0  # seconds between two times that mean the same: no act reaches all replicas at one moment
 _STATES = ("complete", "partial", "absent")  # of an image, the best first
-
-
-@dataclass(frozen=True, slots=True)
-class Answers(Generic[T]):
-    """The answers of replicas to one operation by their URLs, that of this one first if it has one.
-
-    arguments: those of the operation
-    without: the replicas that do not have what was asked for
-    """
-
-    found: Mapping[str, T]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    without: Sequence[str] = ()
-
-    @property
-    def all(self) -> list[T]:
-        return list(self.found.values())
-
-    @property
-    def first(self) -> T:
-        return self.all[0]
 
 
 def first(answers: Answers[T]) -> T:
     """The answer of this replica, where all do the same."""
     return answers.first
-
-
-def told_apart(found: Mapping[str, Sequence[R]], key: Callable[[R], Any], *but: str) -> list[R]:
-    """The rows of all replicas: those of one key together, in the order in which keys are found.
-
-    Rows are alike if their fields are, `but` those with such names.
-    """
-    rows: dict[Any, dict[str, R]] = {}
-    for url, listed in found.items():
-        for each in listed:
-            rows.setdefault(key(each), {})[url] = each
-    together: list[R] = []
-    for replicas in rows.values():
-        one, *others = replicas.values()
-        if len(replicas) == len(found) and all(_alike(one, each, but) for each in others):
-            together.append(one)
-        else:
-            together += [_of(url, each) for url, each in replicas.items()]
-    return together
-
-
-def _of(url: str, row: R) -> R:
-    return msgspec.structs.replace(row, replica=url)
-
-
-def _alike(one: msgspec.Struct, other: msgspec.Struct, but: Sequence[str]) -> bool:
-    names = [name for name in one.__struct_fields__ if name not in but]
-    return all(_same(getattr(one, name), getattr(other, name)) for name in names)
-
-
-def _same(one: object, other: object) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) <= SAME
-    return one == other
-
-
-def _summed(structs: Sequence[S], *names: str) -> S:
-    """The first of them, with the sums of these fields."""
-    sums = {name: sum(getattr(each, name) for each in structs) for name in names}
-    return msgspec.structs.replace(structs[0], **sums)
 
 
 # Content
@@ -221,17 +157,20 @@ def _days(days: Sequence[models.DayRow]) -> list[models.DayRow]:
     dated: dict[str, list[models.DayRow]] = {}
     for each in days:
         dated.setdefault(each.day, []).append(each)
-    numbers = [name for name in models.DayRow.__struct_fields__ if name != "day"]
-    return [_summed(dated[day], *numbers) for day in sorted(dated)]
+    names = [name for name in models.DayRow.__struct_fields__ if name in Counters.__struct_fields__]
+    return [
+        day_row(day.replace("-", ""), Counters(**{name: total_of(rows, name) for name in names}))
+        for day, rows in sorted(dated.items())
+    ]
 
 
 def fills(answers: Answers[list[models.FillRow]]) -> list[models.FillRow]:
-    rows = [_of(url, row) for url, each in answers.found.items() for row in each]
+    rows = [of_replica(url, row) for url, each in answers.found.items() for row in each]
     return sorted(rows, key=lambda row: (row.idle, row.started, row.digest))
 
 
 def watched(answers: Answers[activity_reports.FillsNow]) -> activity_reports.FillsNow:
-    ended = [_of(url, row) for url, each in answers.found.items() for row in each.ended]
+    ended = [of_replica(url, row) for url, each in answers.found.items() for row in each.ended]
     return activity_reports.FillsNow(
         at=answers.first.at,
         fills=fills(Answers({url: each.fills for url, each in answers.found.items()})),
@@ -242,9 +181,9 @@ def watched(answers: Answers[activity_reports.FillsNow]) -> activity_reports.Fil
 def activity(answers: Answers[activity_reports.Activity]) -> activity_reports.Activity:
     found, limits = answers.all, [each.limit for each in answers.all]
     numbers = "processes", "requests", "served", "misses", "errors", "sent_bytes", "received_bytes"
-    slowest = [_of(url, row) for url, each in answers.found.items() for row in each.slowest]
+    slowest = [of_replica(url, row) for url, each in answers.found.items() for row in each.slowest]
     return msgspec.structs.replace(
-        _summed(found, *numbers, "stored_bytes", "disk_bytes", "free_bytes"),
+        summed(found, *numbers, "stored_bytes", "disk_bytes", "free_bytes"),
         limit=None if None in limits else sum(filter(None, limits)),
         slowest=sorted(slowest, key=lambda row: -row.first)[:NUMBER],
         troubles=[f"{url}: {trouble}" for url, each in answers.found.items() for trouble in each.troubles],
@@ -252,7 +191,7 @@ def activity(answers: Answers[activity_reports.Activity]) -> activity_reports.Ac
 
 
 def audit(answers: Answers[list[activity_reports.AuditRow]]) -> list[activity_reports.AuditRow]:
-    rows = [_of(url, row) for url, each in answers.found.items() for row in each]
+    rows = [of_replica(url, row) for url, each in answers.found.items() for row in each]
     return sorted(rows, key=lambda row: -row.at)[: answers.arguments["limit"]]
 
 
@@ -298,7 +237,7 @@ def overrides(answers: Answers[list[policy_reports.OverrideRow]]) -> list[policy
 
 def pulled(answers: Answers[list[policy_reports.PulledRow]]) -> list[policy_reports.PulledRow]:
     """A client is served by one replica at a time: so each row is that of a replica."""
-    return [_of(url, row) for url, each in answers.found.items() for row in each]
+    return [of_replica(url, row) for url, each in answers.found.items() for row in each]
 
 
 # What was done
@@ -307,7 +246,7 @@ def pulled(answers: Answers[list[policy_reports.PulledRow]]) -> list[policy_repo
 def purged(answers: Answers[reports.Purged]) -> reports.Purged:
     found = answers.all
     return msgspec.structs.replace(
-        _summed(found, "manifests", "links", "blobs", "bytes"),
+        summed(found, "manifests", "links", "blobs", "bytes"),
         references=sorted({each for one in found for each in one.references}),
         kept=sorted({each for one in found for each in one.kept}),
     )
@@ -316,7 +255,7 @@ def purged(answers: Answers[reports.Purged]) -> reports.Purged:
 def evicted(answers: Answers[reports.Evicted]) -> reports.Evicted:
     found = answers.all
     return msgspec.structs.replace(
-        _summed(found, "blobs", "bytes", "manifests", "tags", "links", "short"),
+        summed(found, "blobs", "bytes", "manifests", "tags", "links", "short"),
         seconds=max(each.seconds for each in found),
     )
 
@@ -326,11 +265,11 @@ def collected(answers: Answers[reports.Collected]) -> reports.Collected:
     found, names = answers.all, ("repositories", "tags", "manifests", "links", "blobs", "bytes", "young")
     refused = [f"{url}: {each.refused}" for url, each in answers.found.items() if each.refused]
     return msgspec.structs.replace(
-        _summed(found, *names),
+        summed(found, *names),
         begun=min(each.begun for each in found),
         seconds=max(each.seconds for each in found),
         refused="; ".join(refused),
-        rows=[_of(url, row) for url, each in answers.found.items() for row in each.rows],
+        rows=[of_replica(url, row) for url, each in answers.found.items() for row in each.rows],
     )
 
 
@@ -342,7 +281,7 @@ def ready(answers: Answers[list[reports.ReadyRow]]) -> list[reports.ReadyRow]:
             ((url, each[number]) for url, each in answers.found.items()),
             key=lambda one: _STATES.index(one[1].state),  # of equal ones the first, which is our own
         )
-        rows.append(own if best is own else _of(best_url, best))
+        rows.append(own if best is own else of_replica(best_url, best))
     return rows
 
 
@@ -354,7 +293,7 @@ def drilling(answers: Answers[reports.Drilling]) -> reports.Drilling:
         for url, each in answers.found.items()
         if each.running == latest.running and math.isclose(each.begun, latest.begun, rel_tol=0, abs_tol=SAME)
     }
-    missed = [_of(url, row) for url, each in found.items() for row in each.missed]
+    missed = [of_replica(url, row) for url, each in found.items() for row in each.missed]
     return msgspec.structs.replace(
         latest,
         left=max(each.left for each in found.values()),

@@ -19,7 +19,8 @@ import structlog
 
 from proxy.admin.activity_reports import FillsNow
 from proxy.admin.acts import ActControl, FleetAct, digest_of
-from proxy.admin.combination import COMBINE, Answers, watched
+from proxy.admin.answers import Answers
+from proxy.admin.combination import COMBINE, watched
 from proxy.admin.fill_feed import FillFeed
 from proxy.admin.notices import warn
 from proxy.admin.operations import OPERATIONS, Operation, Operations, perform

@@ -318,6 +318,7 @@ class DayRow(Model, frozen=True):
     requests: int
     sent_bytes: int
     received_bytes: int
+    upstream_requests: int
     ahead_bytes: int
     bytes_saved: int
     requests_saved: int

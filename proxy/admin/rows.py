@@ -48,6 +48,7 @@ def day_row(day: str, counted: Counters) -> DayRow:
         requests=counted.requests,
         sent_bytes=counted.sent_bytes,
         received_bytes=counted.received_bytes,
+        upstream_requests=counted.upstream_requests,
         ahead_bytes=counted.ahead_bytes,
         bytes_saved=counted.bytes_saved,
         requests_saved=counted.requests_saved,

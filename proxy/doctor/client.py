@@ -14,7 +14,7 @@ from yarl import URL
 from proxy.config.image_names import ImageName
 from proxy.connections.failures import explain
 from proxy.connections.trust import client_context
-from proxy.doctor import canary, containerd, docker, podman
+from proxy.doctor import canary, containerd, docker, podman, tokens
 from proxy.doctor.checks import Check, failed, guarded, ok, warning
 from proxy.doctor.machine import Machine
 from proxy.setup.site import CA, Site
@@ -53,6 +53,8 @@ async def examine(site: Site, root: Path, options: ClientOptions) -> list[Check]
     connector = aiohttp.TCPConnector(ssl=_trust(machine))
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         checks = [*await guarded("server", str(site.url), _listed(_check_server(session, site)))]
+        if checks[0].state != "failed":
+            checks += await guarded("tokens", site.base, _listed(tokens.check(session, site)))
         checks += client_checks
         if checks[0].state != "failed":
             for client in installed or [podman.CLIENT]:

@@ -448,6 +448,23 @@ async def test_the_states_of_a_server(
     assert (await shown(site))["entrepot_degraded"] == 1
 
 
+@pytest.mark.errors("disk.failed")
+async def test_what_fails_is_told_by_its_kind(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream)
+    kinds = {f'entrepot_troubles{{kind="{each}"}}' for each in observation.TROUBLES}
+    found = await shown(site)
+    assert {each: found[each] for each in kinds} == dict.fromkeys(kinds, 0)
+    partial = site.directory / "cache" / "partial"
+    partial.rmdir()
+    partial.touch()  # even root cannot write below a file
+    found = await shown(site)
+    assert (found["entrepot_degraded"], found['entrepot_troubles{kind="blobs"}']) == (1, 1)
+    partial.unlink()
+    partial.mkdir()
+    found = await shown(site)
+    assert (found["entrepot_degraded"], found['entrepot_troubles{kind="blobs"}']) == (0, 0)
+
+
 async def test_a_database_that_hangs_does_not_keep_the_metrics(
     serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
@@ -15,10 +14,12 @@ from proxy.cli.configured import config_options
 from proxy.cli.console import complain, write
 from proxy.cli.help import ExplainedGroup, command
 from proxy.cli.tables import Column, Table
-from proxy.config.effective import Difference, EffectiveValue, differences, effective
 from proxy.config.errors import ConfigError
 from proxy.config.faults import within
 from proxy.config.settings import Setting
+
+if TYPE_CHECKING:
+    from proxy.config.effective import Difference, EffectiveValue
 
 T = TypeVar("T")
 
@@ -40,6 +41,8 @@ def schema() -> None:
 
     Editors check a file by it whose first line is: # yaml-language-server: $schema=FILE
     """
+    from importlib.resources import files
+
     click.echo(files("proxy.config").joinpath("config.schema.json").read_text("utf-8"), nl=False)
 
 
@@ -56,6 +59,8 @@ def show(
     Prints each key with its value, and what has set it: a file with the line, a variable, or --set. Secrets
     are shown as ***.
     """
+    from proxy.config.effective import effective
+
     found = [each for each in _read(lambda: effective(path, settings=settings)) if everything or each.given]
     if as_json:
         click.echo(msgspec.json.encode(found))
@@ -83,6 +88,8 @@ def diff(old: Path, new: Path | None, as_json: bool, wide: bool) -> None:
     Without NEW, OLD is compared with a server without a configuration. The environment is left out, and ${…}
     is not replaced. Secrets are shown as ***. Exits with 1 if there is a difference.
     """
+    from proxy.config.effective import differences
+
     before, after = (None, old) if new is None else (old, new)
     found = _read(lambda: differences(before, after))
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -15,10 +16,13 @@ from proxy.namespaces.upkeep import SCRUBBED
 from proxy.server.health import MOMENT, Health, troubles
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread
+from storage.disk.troubles import Troubles
 from storage.errors import RegistryError
 from storage.keys import DEPOSIT
 from storage.maintenance.collection import Collection
 from storage.maintenance.scrub_progress import COUNTED
+
+TROUBLES = ("disk", "blobs", "records", "bucket", "database")  # kinds, whose numbers are shown from the start
 
 
 class Observation:
@@ -33,6 +37,7 @@ class Observation:
         self._health = health
         self._keeper = keeper
         self._reading: asyncio.Task[None] | None = None
+        self._troubles = Troubles(composition.shared.disks)
 
     @property
     def _metrics(self) -> Metrics:
@@ -60,6 +65,9 @@ class Observation:
         metrics = self._metrics
         states = await self._health.states()
         metrics.degraded.set(bool(troubles(states)))
+        kinds = Counter(each.kind for each in self._troubles)
+        for kind in {*TROUBLES, *kinds}:
+            metrics.troubles.labels(kind).set(kinds[kind])
         metrics.workers.set(len(states) - self._keeper)
         metrics.waiting.set(sum(each.queued and each.own for state in states for each in state.fills))
         metrics.credentials_refused.set(_refused(states))

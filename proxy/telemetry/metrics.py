@@ -296,6 +296,12 @@ class Metrics:
     # The server
     drill = _gauge("entrepot_drill", "1 while a drill cuts off upstreams.", "livemax")
     degraded = _gauge("entrepot_degraded", "1 while /readyz says degraded.", "livemostrecent")
+    troubles = _gauge(
+        "entrepot_troubles",
+        "Failures that are not over, by what fails: disk, blobs, records, bucket, database.",
+        "livemostrecent",
+        "kind",
+    )
     credentials_refused = _gauge(
         "entrepot_credentials_refused", "Configured credentials that upstreams refuse now.", "livemostrecent"
     )

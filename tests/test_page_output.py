@@ -186,6 +186,7 @@ ELSEWHERE = {
         "kubectl get --raw /.well-known/openid-configuration": ISSUERS,
     },
     "docs/commands.md": {
+        "entrepot completion fish --install": "names a home; tests/test_completion.py does it",
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,
         "entrepot keys create ci --scope 'repository:local/team/*:pul": KEYS,
         "entrepot policy explain ghcr.io/team/app@sha256:d6a3ce4be589": "needs a policy: test_cli_policy.py",

@@ -10,6 +10,7 @@ import msgspec
 
 from proxy.admin import models
 from proxy.admin.operations import LARGEST_PAGE, Operations
+from proxy.cli.completion import references
 from proxy.cli.console import freshness
 from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
@@ -151,7 +152,7 @@ def _platforms(image: models.ImageRow) -> str:
 
 
 @command()
-@click.argument("reference", metavar="REF")
+@click.argument("reference", metavar="REF", shell_complete=references)
 @common
 def show(call: CommandContext, reference: str) -> None:
     """Show the content of an image.

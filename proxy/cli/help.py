@@ -26,6 +26,7 @@ GROUPS = {
     "Keep a private registry": ("tag", "delete", "collect", "migrate"),
     "Move images": ("copy", "export", "import"),
     "Prepare for an outage": ("ready", "drill", "lock"),
+    "Use the shell": ("completion",),
 }
 OTHER = "Other commands"
 
@@ -149,6 +150,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "import": (("entrepot import images.tar", ""),),
     "ready": (("entrepot ready compose.yml", ""),),
     "lock": (("entrepot lock compose.yml Dockerfile >images.lock", ""),),
+    "completion": (
+        ("entrepot completion bash --install", ""),
+        ("entrepot completion zsh >~/.zfunc/_entrepot", ""),
+    ),
     "drill": (("entrepot drill 10m --namespace docker.io", ""),),
 }
 

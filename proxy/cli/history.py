@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from proxy.admin import tag_reports
+from proxy.cli.completion import references
 from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
@@ -15,7 +16,7 @@ from storage.names import written
 
 
 @command()
-@click.argument("reference", metavar="REF")
+@click.argument("reference", metavar="REF", shell_complete=references)
 @common
 def history(call: CommandContext, reference: str) -> None:
     """Show what a tag stood for.
@@ -48,7 +49,7 @@ def history_tables(found: tag_reports.TagHistory, now: float) -> Sequence[Table]
 
 
 @command()
-@click.argument("reference", metavar="REF")
+@click.argument("reference", metavar="REF", shell_complete=references)
 @click.argument("other", metavar="[OTHER]", default="")
 @common
 def diff(call: CommandContext, reference: str, other: str) -> None:

@@ -22,6 +22,7 @@ from yarl import URL
 from proxy.cli import (
     audit,
     bundles,
+    completion,
     configuration,
     content,
     copy,
@@ -92,6 +93,7 @@ for each in (
     *configuration.COMMANDS,
     *policy.COMMANDS,
     *lock.COMMANDS,
+    *completion.COMMANDS,
     setup,
     doctor,
 ):

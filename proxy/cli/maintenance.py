@@ -12,6 +12,7 @@ import click
 from proxy.admin import reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
+from proxy.cli.completion import references
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common
 from proxy.cli.fills import show_fills
@@ -22,7 +23,7 @@ from storage.names import written
 
 
 @command()
-@click.argument("reference", metavar="REF")
+@click.argument("reference", metavar="REF", shell_complete=references)
 @PLATFORMS
 @common
 def refresh(call: CommandContext, reference: str, platforms: tuple[str, ...]) -> None:

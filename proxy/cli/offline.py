@@ -16,6 +16,7 @@ from proxy.admin.api.client import OperationFailed
 from proxy.admin.image_files import ImageMentions, Unreadable, find_images
 from proxy.admin.operations import Operations
 from proxy.admin.reports import Drilling, ReadyRow, WarmRow
+from proxy.cli import completion
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_type
 from proxy.cli.fills import show_fills
@@ -63,7 +64,7 @@ def _mentions(files: Sequence[str], registries: Sequence[str], *, plain: bool = 
 
 
 @command()
-@click.argument("references", nargs=-1, metavar="REF...")
+@click.argument("references", nargs=-1, metavar="REF...", shell_complete=completion.references)
 @click.option(
     "--list",
     "lists",
@@ -299,6 +300,7 @@ def _time(text: object) -> float:
 @click.option(
     "--namespace",
     "namespaces",
+    shell_complete=completion.namespaces,
     multiple=True,
     metavar="NAME",
     help="Cut off only this namespace. Can be repeated.",

@@ -13,6 +13,7 @@ import msgspec
 from proxy.admin import policy_reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
+from proxy.cli.completion import references
 from proxy.cli.configured import config_options
 from proxy.cli.console import complain
 from proxy.cli.context import CommandContext, common, option_type, without_server
@@ -174,7 +175,7 @@ def case_tables(results: Sequence[CaseResult], now: float) -> Sequence[Table]:
 
 
 @policy.command(cls=ExplainedCommand)
-@click.argument("reference", metavar="REF")
+@click.argument("reference", metavar="REF", shell_complete=references)
 @common
 def explain(call: CommandContext, reference: str) -> None:
     """Explain what the policy says of an image.
@@ -273,7 +274,7 @@ def decided_tables(found: policy_reports.HeldRow, now: float) -> Sequence[Table]
 
 
 @policy.command("override", cls=ExplainedCommand)
-@click.argument("reference", metavar="REF")
+@click.argument("reference", metavar="REF", shell_complete=references)
 @click.option(
     "--for",
     "seconds",

@@ -11,6 +11,7 @@ import click
 from proxy.admin import activity_reports, reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import LARGEST_PAGE, Operations
+from proxy.cli.completion import references
 from proxy.cli.console import write
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.help import command
@@ -23,7 +24,7 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be dele
 
 
 @command()
-@click.argument("pattern", metavar="REF|GLOB")
+@click.argument("pattern", metavar="REF|GLOB", shell_complete=references)
 @_DRY_RUN
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation of a glob.")
 @click.option("--force", is_flag=True, help="Delete pinned images too, without confirmation.")

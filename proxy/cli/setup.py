@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from proxy.cli.completion import namespaces
 from proxy.cli.configured import config_options
 from proxy.cli.console import complain
 from proxy.cli.help import ExplainedCommand
@@ -52,7 +53,12 @@ class SetupCommand(ExplainedCommand):
 @config_options
 @click.option("--url", metavar="URL", help="The address of the server for clients. By default from listen.")
 @click.option(
-    "--namespace", "namespaces", multiple=True, metavar="NAME", help="Only this registry. Can be repeated."
+    "--namespace",
+    "namespaces",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=namespaces,
+    help="Only this registry. Can be repeated.",
 )
 @click.option(
     "--ca-file",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from proxy.admin import models, policy_reports, reports
+from proxy.cli.completion import references
 from proxy.cli.console import freshness
 from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
@@ -21,7 +22,7 @@ from storage.names import written
 
 
 @command()
-@click.argument("reference", metavar="REF")
+@click.argument("reference", metavar="REF", shell_complete=references)
 @common
 def why(call: CommandContext, reference: str) -> None:
     """Explain what a pull would do.

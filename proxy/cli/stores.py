@@ -11,6 +11,7 @@ import click
 from proxy.admin import reports
 from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
+from proxy.cli.completion import references
 from proxy.cli.console import write
 from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.help import command
@@ -21,7 +22,7 @@ from storage.names import is_glob, written
 
 
 @command()
-@click.argument("pattern", metavar="REF|GLOB")
+@click.argument("pattern", metavar="REF|GLOB", shell_complete=references)
 @click.option(
     "--older-than",
     callback=option_type(parse_timeout),

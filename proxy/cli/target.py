@@ -42,7 +42,7 @@ async def reach(
     running, and knows more than its directory does.  With `make`, a missing directory is made.  Errors of the
     operations leave the block as OperationFailed.
     """
-    url = _address(server) if server else _configured(config)
+    url = _address(server) if server else admin_url(config)
     if url is not None and await _listens(url, must=server is not None):
         async with _client(config, url, server, token, ca_file) as client:
             yield client
@@ -70,7 +70,7 @@ async def if_running(
 
     Raises OperationFailed.
     """
-    url = _address(server) if server else _configured(config)
+    url = _address(server) if server else admin_url(config)
     if url is None or not await _listens(url, must=server is not None):
         yield None
         return
@@ -103,7 +103,8 @@ def _address(server: str) -> URL:
         raise OperationFailed(str(error), usage=True) from None
 
 
-def _configured(config: Config) -> URL | None:
+def admin_url(config: Config) -> URL | None:
+    """The address of the admin API of a server with this configuration on this machine, if it has one."""
     if config.admin is None or not config.admin.port:
         return None
     return local_url("https" if config.admin_tls() else "http", config.admin)

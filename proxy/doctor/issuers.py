@@ -47,5 +47,5 @@ async def _ask(name: str, issuer: OIDCIssuer, source: KeySource) -> list[Check]:
         )
         return [failed("issuer", name, f"{issuer.asked}: {reason}", advice)]
     named = ", ".join(keys.names()[:3]) + (", …" if len(keys.keys) > 3 else "")
-    found = ok("issuer", name, f"signs by {len(keys.keys)} keys: {named}")
+    found = ok("issuer", name, f"its keys can be had: {named}")
     return [found, *(check_skew(name, source.ahead, MAX_SKEW) if isinstance(source, IssuerKeys) else [])]

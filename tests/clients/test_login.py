@@ -1,4 +1,4 @@
-"""Real clients log in, push and pull; by a password, and by tokens of a token server."""
+"""Real clients log in, push and pull: by a password, an API key, or the token of a job, also for a token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.clients.conftest import Filled
 from tests.clients.processes import PATIENCE, Process, environment, require
 from tests.clients.site import DockerRegistry, Site
 from tests.clients.token_server import ISSUER, SERVICE, TokenServer
+from tests.conftest import Clock
+from tests.issuer import AUDIENCE, Issuer, public
 
 USER, PASSWORD = "alice", "wonderland"
 ONLY_USERS = [{"who": ["authenticated"], "may": ["pull", "push", "delete"], "where": ["local/*"]}]
@@ -249,6 +252,31 @@ def test_by_an_api_key(start: Start, client: Client, app: str) -> None:
     keys(site, "revoke", key_name(app))
     assert not client.push(source, name)
     assert not client.login(site.address, key)
+
+
+@pytest.fixture(scope="module")
+def issuer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Issuer, Path]:
+    """An issuer that is never asked, and the file that has its key."""
+    issuer, path = Issuer(Clock(time.time())), tmp_path_factory.mktemp("issuer") / "jwks.json"
+    path.write_text(json.dumps({"keys": [public(key, kid=kid) for kid, key in issuer.signing.items()]}))
+    return issuer, path
+
+
+@pytest.mark.parametrize("ways", [{}, {"token_endpoint": {}}], ids=["password", "exchanged"])
+def test_by_the_token_of_a_job(
+    start: Start, client: Client, issuer: tuple[Issuer, Path], ways: dict[str, Any], app: str
+) -> None:
+    trusted, path = issuer
+    required = {"repository_owner": "acme"}
+    oidc = {"issuer": trusted.url, "audience": AUDIENCE, "required_claims": required, "jwks_file": str(path)}
+    site = start(ping="challenge", oidc={"ci": oidc}, **ways)
+    name, source = names(site, app)
+    assert not client.login(site.address, trusted.issue(repository_owner="somebody"))
+    assert client.login(site.address, trusted.issue(exp=time.time() + 3600))
+    assert client.pull(source)
+    assert client.push(source, name)
+    assert client.pull(name)
+    assert any('"user":"ci:repo:acme/app:ref:refs/heads/main"' in line for line in site.log)
 
 
 def key_name(app: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from proxy.admin.notices import warnings
 from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
 from proxy.ui.listing import link
 from proxy.ui.sessions import BrowserSession
@@ -79,6 +80,7 @@ class Renderer:
             "acts": self._acts and session is not None,
             "login": self._login and session is not None,
             "version": self.version,
+            "warnings": warnings(),
         }
         text = self._templates.get_template(template).render(common | values)
         # What clients and upstreams say may hold characters that cannot be encoded.
@@ -114,6 +116,7 @@ class Renderer:
             "ago": lambda time: format_time(time, self._clock()),
             "iso": iso,
             "short": short,
+            "host": lambda url: url.partition("//")[2],
             "media": media,
             "mode": stat.filemode,
         }

@@ -73,10 +73,13 @@ class TransfersScreen:
                 await asyncio.gather(coming, return_exceptions=True)
 
 
-def bars(fills: Sequence[FillRow]) -> dict[str, list[tuple[str, float, float]]]:
-    """The bar of each fill by its digest: what is there and what is coming; start and width in permille."""
+def bars(fills: Sequence[FillRow]) -> dict[tuple[str, str | None], list[tuple[str, float, float]]]:
+    """The bar of each fill by its digest and replica: what is there and what is coming.
+
+    Start and width are in permille.
+    """
     return {
-        each.digest: [
+        (each.digest, each.replica): [
             (kind, 1000 * span.start / each.size, max(2.0, 1000 * (span.stop - span.start) / each.size))
             for kind, spans in (("coming", each.coming), ("there", each.extents))
             for span in spans

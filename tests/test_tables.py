@@ -163,6 +163,7 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "policy override --end": (policy_reports.OverrideRow, policy.ended_tables),
     "keys list": (list[key_reports.KeyRow], keys.key_tables),
     "keys create": (key_reports.KeyCreated, keys.created_tables),
+    "keys end-tokens": (key_reports.TokensEnded, keys.ended_tables),
     "keys revoke": (key_reports.KeyRevoked, keys.revoked_tables),
     "doctor": (Diagnosis, doctor.check_tables),
 }

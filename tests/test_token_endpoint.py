@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from aiohttp import FormData
+from click.testing import CliRunner
 
 from proxy.access import records
+from proxy.cli.main import main
 from storage.disk.records import SQLiteRecords
 from storage.keys import SIGNING
 from storage.oci import Digest
@@ -379,6 +381,28 @@ async def test_a_key_that_is_gone_has_signed_nothing(endpoint: Started) -> None:
         stored.delete(key)
     stored.close()
     assert (await door.act("pull", given)).status == 401
+
+
+async def test_an_operator_ends_all_tokens(endpoint: Started) -> None:
+    door = await endpoint()
+    found = await door.token(ALICE, f"{APP}:pull,push", query="&offline_token=true")
+    given = bearer(found["token"])
+    assert (await door.push(given)).status == 201
+    command = ["keys", "end-tokens", "--server", str(door.site.app.admin_url)]
+    result = await asyncio.to_thread(CliRunner().invoke, main, command)
+    assert (result.exit_code, result.output) == (0, "all tokens are ended: 1 key deleted\n")
+    assert (await door.act("pull", given)).status == 401
+    assert (await door.post(grant_type="refresh_token", refresh_token=found["refresh_token"]))[0] == 401
+    assert (await door.act("pull", ALICE)).status == 200
+    assert (await door.act("pull", await door.bearer(ALICE, f"{APP}:pull"))).status == 200
+
+
+async def test_there_are_no_tokens_to_end(opened: Open) -> None:  # noqa: F811
+    door = await opened({"api_keys": True})
+    command = ["keys", "end-tokens", "--server", str(door.site.app.admin_url)]
+    result = await asyncio.to_thread(CliRunner().invoke, main, command)
+    assert result.exit_code == 1
+    assert "set access.token_endpoint" in result.output
 
 
 @pytest.mark.parametrize("change", ["payload", "signature", "header", "none"])

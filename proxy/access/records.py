@@ -169,6 +169,15 @@ class AccessRecords:
             return found
         return await self.change(renew)
 
+    async def forget_signing_keys(self) -> int:
+        """Delete the keys by which tokens are signed, so that no token is valid any more; returns how many.
+
+        Raises StorageFailed.
+        """
+        return await self.change(
+            lambda batch: sum([batch.delete(SIGNING.key(each.id)) for each in self._signing()])
+        )
+
     def _signing(self) -> list[SigningKey]:
         return [each for _, each in self._all(SIGNING.prefix(), SigningKey)]
 

@@ -11,7 +11,7 @@ import structlog
 from proxy.access.api_keys import ApiKeys, KeyExists, key_scope
 from proxy.access.records import AccessRecords, ApiKey
 from proxy.access.scopes import REPOSITORY, Scope
-from proxy.admin.key_reports import KeyCreated, KeyRevoked, KeyRow
+from proxy.admin.key_reports import KeyCreated, KeyRevoked, KeyRow, TokensEnded
 from proxy.admin.pullers import pullers
 from proxy.config.errors import StartError
 from proxy.namespaces.access_records import access_records
@@ -34,6 +34,7 @@ class KeyOperations:
         self._parts_of_keys = parts
         self._closing_keys = AsyncExitStack()
         self._opened_keys: ApiKeys | None = None
+        self._opened_records: AccessRecords | None = None
 
     async def keys(self) -> list[KeyRow]:
         return [_row(key, used) for key, used in await self._api_keys().list()]
@@ -70,6 +71,13 @@ class KeyOperations:
         log.info("key.revoked", name=name)
         return KeyRevoked(name=name)
 
+    async def end_tokens(self) -> TokensEnded:
+        if self._parts_of_keys.config.access.token_endpoint is None:
+            raise Unsupported("no tokens are issued here: set access.token_endpoint")
+        ended = await self._access_records().forget_signing_keys()
+        log.warning("tokens.ended", keys=ended)
+        return TokensEnded(keys=ended)
+
     async def pullers(self, repository: str) -> str | None:
         """Who may pull from a repository: see pullers()."""
         config = self._parts_of_keys.config
@@ -83,10 +91,14 @@ class KeyOperations:
         if self._opened_keys is None:
             if not self._parts_of_keys.config.access.api_keys:
                 raise Unsupported("API keys are not accepted here: set access.api_keys: true")
-            records = AccessRecords(access_records(self._parts_of_keys, self._closing_keys))
-            self._closing_keys.push_async_callback(records.close)
-            self._opened_keys = ApiKeys(records, self._parts_of_keys.clock)
+            self._opened_keys = ApiKeys(self._access_records(), self._parts_of_keys.clock)
         return self._opened_keys
+
+    def _access_records(self) -> AccessRecords:
+        if self._opened_records is None:
+            self._opened_records = AccessRecords(access_records(self._parts_of_keys, self._closing_keys))
+            self._closing_keys.push_async_callback(self._opened_records.close)
+        return self._opened_records
 
     def _key_scope(self, text: str) -> Scope:
         """A scope with the full name of a repository, or a pattern of full names.  Raises FieldInvalid."""

@@ -28,6 +28,12 @@ class KeyCreated(Model, frozen=True):
     notes: list[str]
 
 
+class TokensEnded(Model, frozen=True):
+    """All tokens of the token endpoint were ended, by deleting the `keys` that had signed them."""
+
+    keys: int
+
+
 class KeyRevoked(Model, frozen=True):
     """An API key that is no longer accepted."""
 

@@ -150,6 +150,9 @@ class Operations(Protocol):
     async def revoke_key(self, name: str) -> key_reports.KeyRevoked:
         """Revoke an API key.  Raises NameUnknown if there is none."""
 
+    async def end_tokens(self) -> key_reports.TokensEnded:
+        """End all tokens of the token endpoint.  Raises Unsupported if there is none."""
+
     async def purge(self, pattern: str, *, dry_run: bool = False, force: bool = False) -> reports.Purged:
         """Delete what matches, and the content that nothing else needs.  See Purge.purge()."""
 
@@ -331,6 +334,7 @@ OPERATIONS = {
         Operation(Operations.keys, "GET", "keys"),
         Operation(Operations.create_key, "POST", "keys"),
         Operation(Operations.revoke_key, "DELETE", "keys"),
+        Operation(Operations.end_tokens, "DELETE", "tokens"),
         Operation(Operations.purge, "POST", "purge", changes=True, kept="purge"),
         Operation(Operations.delete, "POST", "delete", changes=True),
         Operation(Operations.tag, "POST", "tag", changes=True),

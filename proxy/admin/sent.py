@@ -77,6 +77,7 @@ class SentOperations:
     keys = _sent(Operations.keys)
     create_key = _sent(Operations.create_key)
     revoke_key = _sent(Operations.revoke_key)
+    end_tokens = _sent(Operations.end_tokens)
     purge = _sent(Operations.purge)
     delete = _sent(Operations.delete)
     tag = _sent(Operations.tag)

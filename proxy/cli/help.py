@@ -71,6 +71,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "keys list": (("entrepot keys list", ""),),
     "keys revoke": (("entrepot keys revoke ci", ""),),
+    "keys end-tokens": (("entrepot keys end-tokens", "clients log in again"),),
     "check": (("entrepot check entrepot.yml", ""),),
     "config": (
         ("entrepot config show", "what is set, and where"),

@@ -102,6 +102,21 @@ def revoke(call: CommandContext, name: str) -> None:
     call.ask(lambda operations: operations.revoke_key(name), revoked_tables)
 
 
+@keys.command("end-tokens", cls=ExplainedCommand)
+@common
+def end_tokens(call: CommandContext) -> None:
+    """End all tokens of the token endpoint.
+
+    For when the records may have been read by others: clients log in again, by password or API key. Another
+    key signs from now on.
+    """
+    call.ask(lambda operations: operations.end_tokens(), ended_tables)
+
+
+def ended_tables(found: key_reports.TokensEnded, now: float) -> Sequence[Table]:
+    return [Table((), notes=[f"all tokens are ended: {plural(found.keys, 'key')} deleted"])]
+
+
 def key_tables(rows: Sequence[key_reports.KeyRow], now: float) -> Sequence[Table]:
     columns = (
         Column("NAME", whole=True),

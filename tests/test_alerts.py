@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 RULES = ROOT / "deploy" / "prometheus"
 DAY = 86400.0
 CONFIG = b"{}"
-LAYERS = [b"layer %d" % number for number in range(20)]
+LAYERS = [b"layer %d" % number for number in range(40)]
 
 
 def alerts() -> dict[str, dict[str, Any]]:
@@ -208,6 +208,8 @@ async def a_slow_upstream(world: World) -> None:
 
 async def an_upstream_that_is_down(world: World) -> None:
     assert await world.pull("down.example") >= 500
+    await world.scrape()
+    assert await world.pull("down.example") >= 500
 
 
 async def a_rate_limit_that_is_near(world: World) -> None:
@@ -274,9 +276,11 @@ async def certificates_that_expire(world: World) -> None:
 
 async def a_replica_that_is_down(world: World) -> None:
     await world.other.stop()
-    for layer in LAYERS:  # of which it owned some
-        status, _, _ = await world.well.get(f"/v2/library/app/blobs/{Digest.of(layer)}")
-        assert status == 200
+    for layers in (LAYERS[:20], LAYERS[20:]):  # of both, it owned some
+        for layer in layers:
+            status, _, _ = await world.well.get(f"/v2/library/app/blobs/{Digest.of(layer)}")
+            assert status == 200
+        await world.scrape()
 
 
 CAUSES: dict[Callable[[World], Awaitable[None]], set[str]] = {

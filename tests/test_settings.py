@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_every_command_is_in_a_group_and_has_an_example() -> None:
 def test_examples_are_right(name: str) -> None:
     shown = CliRunner().invoke(main, [*name.split(), "--help"], env={"COLUMNS": "80"}).output
     for line, _ in EXAMPLES[name]:
-        program, *words = shlex.split(line.partition(" <")[0])  # without what a shell does
+        program, *words = shlex.split(re.split(" [<>]", line)[0])  # without what a shell does
         assert program == "entrepot"
         assert words[: len(name.split())] == name.split()
         command: click.Command = main

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from structlog.testing import LogCapture
 
+from proxy.admin.notices import heard
 from proxy.config.schema import Config
 from proxy.upstream import fleet as upstream_fleet
 from proxy.upstream.membership import REFRESH, Membership
@@ -585,6 +586,12 @@ async def test_replicas_that_are_found_by_a_name_and_reached_by_tls(
             assert len(await fleet.known()) == 3
         upstream.clear()
         await _each_once(sites, layers[3:], contents[3:], upstream)
+        operators = sites[0].app._member.fleet
+        assert operators is not None
+        with heard() as warnings:
+            await operators.pin("a/b")
+            assert [each.replica for each in await operators.pins()] == [None]
+        assert warnings == []
 
 
 async def _each_once(

@@ -266,7 +266,7 @@ def collected(answers: Answers[reports.Collected]) -> reports.Collected:
     refused = [f"{url}: {each.refused}" for url, each in answers.found.items() if each.refused]
     return msgspec.structs.replace(
         summed(found, *names),
-        begun=min(each.begun for each in found),
+        begun=min((each.begun for each in found if each.begun), default=0.0),
         seconds=max(each.seconds for each in found),
         refused="; ".join(refused),
         rows=[of_replica(url, row) for url, each in answers.found.items() for row in each.rows],

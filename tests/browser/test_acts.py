@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from proxy.ui.acts import ACTS
 from tests.browser.conftest import Open
 from tests.browser.shop import Shop, open_shop, shop
@@ -65,12 +63,17 @@ def test_every_act_is_tried() -> None:
 async def test_each_act_is_confirmed_done_and_recorded(shop: Shop, window: Open) -> None:
     tab = await window(shop.admin)
     for name, (fields, shown, arguments) in DONE.items():
-        act = ACTS[name]
-        await tab.open("acts")
-        for label, value in fields.items():
-            await tab.fill(label, value, f"#{name}")
-        before = len(shop.acts())
-        await tab.click(f"{act.title}…")
+        act, before = ACTS[name], len(shop.acts())
+        # By its form; the page that confirms it has its fields, too, if it shows no preview.
+        if act.preview or any(each.flag for each in act.fields):
+            await tab.open("acts")
+            for label, value in fields.items():
+                await tab.fill(label, value, f"#{name}")
+            await tab.click(f"{act.title}…")
+        else:
+            await tab.open(f"confirm?act={name}")
+            for label, value in fields.items():
+                await tab.fill(label, value)
         assert await tab.title() == act.title
         assert len(shop.acts()) == before, name  # nothing has happened yet
         await tab.click(act.title, "button")
@@ -78,13 +81,9 @@ async def test_each_act_is_confirmed_done_and_recorded(shop: Shop, window: Open)
         assert "Done." in found, (name, found)
         assert shown in found, (name, found)
         *_, record = shop.acts()
-        assert (record["operation"], record["result"], record["method"]) == (act.operation, "done", "POST"), (
-            name
-        )
+        assert (record["operation"], record["result"]) == (act.operation, "done"), name
         assert arguments.items() <= record.get("arguments", {}).items(), name
-    assert await shop.api("GET", "pins") == [
-        each for each in await shop.api("GET", "pins") if each["since"] is None
-    ]
+    assert [each["since"] for each in await shop.api("GET", "pins")] == [None]  # that of the configuration
     assert (await shop.api("GET", "images?match=web:3"))["images"] == []
 
 
@@ -138,24 +137,25 @@ async def reach(tab: Any, name: str) -> None:
     raise AssertionError(f"{name} cannot be reached")
 
 
-@pytest.mark.parametrize(
-    ("form", "fault"),
-    [
-        ("act=purge&pattern=", "Reference or pattern: is required"),
-        ("act=drill&seconds=soon", "such as 1h30m"),
-        ("act=evict&to=much", "expected a size"),
-        ("act=delete&pattern=local/x:1&keep=-1", "expected a number"),
-        ("act=nonsense", "there is no such act"),
-        ("act=purge&pattern=web:3&dry_run=yes", "dry_run: there is no such field"),
-        ("act=purge&pattern=web:4", "nothing that is stored matches"),
-    ],
+# What is asked for, and why it cannot be done.
+WRONG = (
+    ("act=purge&pattern=", "Reference or pattern: is required"),
+    ("act=drill&seconds=soon", "such as 1h30m"),
+    ("act=evict&to=much", "expected a size"),
+    ("act=delete&pattern=local/x:1&keep=-1", "expected a number"),
+    ("act=nonsense", "there is no such act"),
+    ("act=purge&pattern=web:3&dry_run=yes", "dry_run: there is no such field"),
+    ("act=purge&pattern=web:4", "nothing that is stored matches"),
 )
-async def test_what_cannot_be_done_is_said_before(shop: Shop, window: Open, form: str, fault: str) -> None:
+
+
+async def test_what_cannot_be_done_is_said_before(shop: Shop, window: Open) -> None:
     tab = await window(shop.admin)
-    assert await tab.open(f"confirm?{form}") >= 400
-    assert fault in await tab.text()
-    assert await tab.count("form[action=act] button") == 0
-    tab.said.clear()  # the browser says that the answer was an error
+    for form, fault in WRONG:
+        assert await tab.open(f"confirm?{form}") >= 400
+        assert fault in await tab.text()
+        assert await tab.count("form[action=act] button") == 0
+    tab.said.clear()  # the browser says that the answers were errors
 
 
 async def test_what_fails_says_why(shop: Shop, window: Open) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
 
-from proxy.access.api_keys import ApiKeys, KeyExists, key_scope
-from proxy.access.records import AccessRecords, ApiKey
 from proxy.access.scopes import REPOSITORY, Scope
 from proxy.admin.key_reports import KeyCreated, KeyRevoked, KeyRow, TokensEnded
 from proxy.admin.pullers import pullers
 from proxy.config.errors import StartError
-from proxy.namespaces.access_records import access_records
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid
 from proxy.policy.locks import Locked, parse_lock
 from storage.errors import Unsupported
 from storage.names import is_glob
+
+if TYPE_CHECKING:  # imported where they are needed: most servers accept no API keys
+    from proxy.access.api_keys import ApiKeys
+    from proxy.access.records import AccessRecords, ApiKey
 
 log = structlog.get_logger()
 
@@ -46,6 +48,8 @@ class KeyOperations:
         seconds: float | None = None,
         lock: Sequence[str] | None = None,
     ) -> KeyCreated:
+        from proxy.access.api_keys import KeyExists
+
         keys = self._api_keys()
         locked = None if lock is None else _locked(lock)
         found = [self._key_scope(each) for each in scopes]
@@ -91,17 +95,24 @@ class KeyOperations:
         if self._opened_keys is None:
             if not self._parts_of_keys.config.access.api_keys:
                 raise Unsupported("API keys are not accepted here: set access.api_keys: true")
+            from proxy.access.api_keys import ApiKeys
+
             self._opened_keys = ApiKeys(self._access_records(), self._parts_of_keys.clock)
         return self._opened_keys
 
     def _access_records(self) -> AccessRecords:
         if self._opened_records is None:
+            from proxy.access.records import AccessRecords
+            from proxy.namespaces.access_records import access_records
+
             self._opened_records = AccessRecords(access_records(self._parts_of_keys, self._closing_keys))
             self._closing_keys.push_async_callback(self._opened_records.close)
         return self._opened_records
 
     def _key_scope(self, text: str) -> Scope:
         """A scope with the full name of a repository, or a pattern of full names.  Raises FieldInvalid."""
+        from proxy.access.api_keys import key_scope
+
         try:
             scope = key_scope(text)
         except ValueError as error:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from proxy.cache.cache import Cache
 from proxy.config.schema import Config
 from proxy.policy.judge import Judge
-from proxy.policy.key_locks import KeyLocks, LockedCache, LockedRegistry
 from proxy.policy.moves import TagHeld, TagHolds
 from proxy.policy.overrides import Overrides
 from proxy.policy.policed import PolicedCache, PolicedCatalog, PolicedRegistry
@@ -49,6 +48,8 @@ class PolicyGuard:
         served = self._policed(namespace, registry, store)
         if not self._locks:
             return served  # no client has an API key, which may be for a lock file
+        from proxy.policy.key_locks import KeyLocks, LockedCache, LockedRegistry
+
         locks = KeyLocks(namespace, registry, store, self._clock, self._flights)
         kind = LockedCache if isinstance(registry, Cache) else LockedRegistry
         return kind(served, locks, self._metrics)

@@ -10,25 +10,23 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy.access.api_keys import ApiKeys
 from proxy.access.authentication import Authenticator
 from proxy.access.authorization import Authorizer, Guard, GuardedNamespaces
 from proxy.access.client_address import ClientAddresses
-from proxy.access.records import AccessRecords
 from proxy.access.rules import AccessRules, Rule, default_rules
 from proxy.access.throttle import LoginThrottle
 from proxy.access.visibility import Visibility
 from proxy.config.access import AccessConfig, TokenService
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
-from proxy.namespaces.access_records import access_records
 from proxy.namespaces.composition import Composition
 from storage.errors import StorageFailed
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # each is imported where it is needed: most configurations need none of them
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
     from proxy.access.oidc import OIDCTokens
+    from proxy.access.records import AccessRecords
     from proxy.access.token_exchange import TokenExchange
 
 
@@ -143,6 +141,8 @@ def _authenticator(
         return made, None
     records = _records(composition, closing)
     if keys.api_keys:  # first: an issuer's verifier takes every token for one of its own
+        from proxy.access.api_keys import ApiKeys
+
         made = replace(made, verifiers=[ApiKeys(records, clock), *made.verifiers])
     if endpoint is None:
         return made, None
@@ -157,6 +157,9 @@ def _authenticator(
 
 def _records(composition: Composition, closing: AsyncExitStack) -> AccessRecords:
     """Raises StartError."""
+    from proxy.access.records import AccessRecords
+    from proxy.namespaces.access_records import access_records
+
     try:
         records = AccessRecords(access_records(composition, closing))
     except StorageFailed as error:

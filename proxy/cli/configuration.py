@@ -32,7 +32,7 @@ NOTES = {
 
 @click.group(cls=ExplainedGroup)
 def config() -> None:
-    """Explain the configuration: its schema, and where values come from."""
+    """Explain the configuration: its schema and its sources."""
 
 
 @command()

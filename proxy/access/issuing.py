@@ -35,6 +35,7 @@ LEEWAY = 60.0  # seconds between the clocks of two servers
 ROTATION = 30 * 86400.0  # seconds after which another key signs
 REMEMBERED = 10_000  # tokens
 ALGORITHM = "HS256"
+SHORT_LIVED = ("", "certificate")  # schemes whose principals cannot be looked at again
 # What the header of every token begins with, and no other one's: {"typ":"entrepot
 START = "eyJ0eXAiOiJlbnRyZXBv"
 
@@ -87,7 +88,8 @@ class TokenIssuer:
     """Issues tokens for `service`, and verifies them: a CredentialVerifier.
 
     lifetime, refresh: for how many seconds access tokens and refresh tokens are valid; None for none
-    renewals: how the principals of each scheme are looked at again; those of others stay as they are
+    renewals: how the principals of each scheme are looked at again; anonymous clients, and those with a
+        certificate, stay as they are, and those of other schemes are no longer accepted
     """
 
     scheme = "issued"
@@ -162,6 +164,7 @@ class TokenIssuer:
             and known is not None
             and state is not None
             and known.key in state.signing
+            and (known.claims.aud, known.claims.use) == (self.service, "access")
             and self._clock() < known.claims.exp
             and self._renewed(known.principal) is not None
         )
@@ -191,8 +194,9 @@ class TokenIssuer:
         return replace(current, within=known.principal.within, until=min(current.until, claims.exp))
 
     def _renewed(self, principal: Principal) -> Principal | None:
-        renew = self._renewals.get(principal.scheme)
-        return principal if renew is None else renew(principal)
+        if (renew := self._renewals.get(principal.scheme)) is not None:
+            return renew(principal)
+        return principal if principal.scheme in SHORT_LIVED else None
 
 
 def _verified(token: str, keys: Mapping[str, SigningKey]) -> _VerifiedToken:

@@ -32,16 +32,10 @@ class TokenExchange:
 
     async def by_request(self, request: web.BaseRequest) -> Principal:
         """By the credentials of the request; anonymous without any."""
-        principal = await self.authenticator.identify(request)
-        if principal.within is not None:
-            raise self._refused("a token is not exchanged for another one: log in")
-        return principal
+        return self._checked(await self.authenticator.identify(request))
 
     async def by_password(self, request: web.BaseRequest, user: str, password: str) -> Principal:
-        principal = await self.authenticator.identify_login(request, Credential(user, password))
-        if principal.within is not None:
-            raise self._refused("a token is not exchanged for another one: log in")
-        return principal
+        return self._checked(await self.authenticator.identify_login(request, Credential(user, password)))
 
     async def by_refresh_token(self, request: web.BaseRequest, token: str) -> Principal:
         """By a refresh token, or by a credential that a client takes for one since it has no user."""
@@ -59,6 +53,12 @@ class TokenExchange:
     async def refresh_token(self, principal: Principal) -> IssuedToken | None:
         """A token that stands for the credential; None if there is none for it.  Raises StorageFailed."""
         return await self.issuer.issue(principal, "refresh") if self.issuer.renews(principal) else None
+
+    def _checked(self, principal: Principal) -> Principal:
+        """Raises Unauthorized if it has a token of this server, or of a token server."""
+        if principal.within is not None or principal.scheme == "token":
+            raise self._refused("a token is not exchanged for another one: log in")
+        return principal
 
     def _refused(self, message: str) -> Unauthorized:
         return Unauthorized(message, challenges=(self.authenticator.basic,))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
+from aiohttp.web_protocol import RequestHandler
 from structlog.testing import LogCapture
 
 from proxy.admin.api.app import errors_in_json
@@ -92,6 +93,22 @@ async def test_an_address_has_so_many_connections(site: Site) -> None:
         assert (await ear.heard("client.refused"))["connections"] == 4
         async with site.request("GET", "/v2/") as response:  # clients are counted apart
             assert response.status == 200
+
+
+async def test_a_client_may_leave_as_its_answer_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, ended = RequestHandler.finish_response, asyncio.Event()
+
+    async def finish_late(handler: Any, *answer: Any) -> Any:
+        result = await finish(handler, *answer)
+        handler.transport.abort()
+        await handler._lost.wait()
+        ended.set()
+        return result
+
+    monkeypatch.setattr(RequestHandler, "finish_response", finish_late)
+    async with connect(str(site.app.admin_url)) as wire:
+        await wire.send(b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
+        await ended.wait()
 
 
 async def test_large_answers_are_whole(site: Site) -> None:

@@ -133,8 +133,7 @@ class Inventory:
             for key, value in self.store.records.scan(pattern.prefix):
                 repository, _, tag = key[start:].partition(" ")
                 if matches(repository, tag):
-                    pointer = Pointer.parse(value)
-                    yield pointer.validated_at if pointer else 0.0, repository, tag
+                    yield _set_at(value), repository, tag
             return
         used = dict(self._uses(pattern)) if sort == "used" else {}
         for key in self.store.records.keys(pattern.prefix):
@@ -321,6 +320,14 @@ class Inventory:
             artifact_type=blob.artifact_type,
             children=[],
         )
+
+
+def _set_at(value: bytes) -> float:
+    """The time in the record of a tag, without reading all of it; 0 if it is damaged."""
+    try:
+        return float(value.rpartition(b" ")[2])
+    except ValueError:
+        return 0.0
 
 
 def _shown(total: Total) -> bool:

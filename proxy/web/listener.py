@@ -221,8 +221,9 @@ class Connection(web.RequestHandler):
             return await self._finish_large(request, cast(web.Response, resp), start_time)
         alone, self._alone = self._alone, b""
         result = await super().finish_response(request, resp, start_time)
-        if alone and self._ordinary and not result[1] and not self._malformed:
-            await cast(Listener, self._manager).learn(alone, request, resp)
+        manager = cast(Listener | None, self._manager)  # None if the client has left meanwhile
+        if alone and self._ordinary and not result[1] and not self._malformed and manager is not None:
+            await manager.learn(alone, request, resp)
         if self._paused and not result[1]:
             # aiohttp waits only in large responses: many small ones, requested at once, would pile up.
             await self._drain_helper()

@@ -27,7 +27,7 @@ MiB = 1 << 20
 
 # What keeps Caddy from the trust, the ports and the sockets of this machine.
 _ALONE = "{\n\tskip_install_trust\n\tauto_https disable_redirects\n\tadmin off\n}\n"
-_AROUND = """
+AROUND = """
 daemon off;
 user root;
 worker_processes 1;
@@ -118,7 +118,7 @@ def nginx(directory: Path, behind: int) -> Iterator[Proxy]:
         },
     )
     file = directory / "nginx.conf"
-    file.write_text(_AROUND.format(directory=directory, server=server))
+    file.write_text(AROUND.format(directory=directory, server=server))
     process = Process(["nginx", "-c", file, "-p", directory, "-e", "stderr"], ready="start worker process ")
     try:
         yield Proxy(port, authority.ca)

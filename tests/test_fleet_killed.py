@@ -16,56 +16,28 @@ import pytest
 
 from tests.fleet import SECRET, free_ports
 from tests.processes import Place, Server
+from tests.relay import Relay
 from tests.test_peers import LATEST, NAME, image_of
 from tests.upstream import Upstream
 
 pytestmark = pytest.mark.clients
 
 
-class Gate:
+class Gate(Relay):
     """Leads to a replica.  What asks it for its repositories is held until the replica is gone."""
 
     def __init__(self, to: int) -> None:
+        super().__init__(to)
         self.reached, self.gone = asyncio.Event(), asyncio.Event()
-        self.port = 0
-        self._to = to
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def close(self) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
-        await asyncio.sleep(0)  # transports close their sockets in the loop's next turn
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        there = None
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-            body = await reader.readexactly(int(length or 0))
-            if b'"repositories"' in body:
-                self.reached.set()
-                await self.gone.wait()
-            back, there = await asyncio.open_connection("127.0.0.1", self._to)
-            there.write(head + body)
-            while data := await back.read(1 << 16):
-                writer.write(data)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            for each in (writer, there):
-                if each is not None:
-                    each.close()
+    async def _proxied(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+        body = await reader.readexactly(int(length or 0))
+        if b'"repositories"' in body:
+            self.reached.set()
+            await self.gone.wait()
+        return head + body
 
 
 class KilledFleet:
@@ -92,8 +64,7 @@ async def fleet(tmp_path: Path, upstream: Upstream) -> AsyncIterator[KilledFleet
     ports = free_ports(3)
     places, gate = [], Gate(ports[2])
     async with AsyncExitStack() as stack:
-        await gate.open()
-        stack.push_async_callback(gate.close)
+        await stack.enter_async_context(gate)
         urls = [f"http://127.0.0.1:{port}" for port in (*ports[:2], gate.port)]
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="entrepot-")))
         for port, own in zip(ports, urls, strict=True):

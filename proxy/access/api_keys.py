@@ -19,7 +19,7 @@ from functools import lru_cache
 import msgspec
 
 from proxy.access.credentials import BadCredential
-from proxy.access.records import AccessRecords, ApiKey
+from proxy.access.records import AccessRecords, AccessState, ApiKey
 from proxy.access.rules import Grant, Principal
 from proxy.access.scopes import CATALOG, REPOSITORY, Scope, parse_scope
 from proxy.config.access import ACTIONS
@@ -50,6 +50,7 @@ class ApiKeys:
     def __init__(self, records: AccessRecords, clock: Callable[[], float] = time.time) -> None:
         self._records = records
         self._clock = clock
+        self._tried: dict[str, float] = {}  # when the use of each key was last recorded by this process
         self._principal = lru_cache(maxsize=1024)(_principal)
 
     # Verifying
@@ -65,7 +66,8 @@ class ApiKeys:
             raise BadCredential("there is none like it: it was revoked, or is mistyped")
         if not self._lasts(key):
             raise BadCredential("it has expired: entrepot keys create makes another one")
-        if self._clock() - state.used.get(key.name, -math.inf) >= NOTED:
+        if not self._is_noted(key, state):
+            self._tried[key.name] = self._clock()
             with suppress(StorageFailed):  # nobody is refused because of that
                 await self._note(key)
         return self._principal(key)
@@ -74,11 +76,7 @@ class ApiKeys:
         if (state := self._records.current()) is None:
             return False
         key = state.keys.get(_digest(secret))
-        return (
-            key is not None
-            and self._lasts(key)
-            and self._clock() - state.used.get(key.name, -math.inf) < NOTED
-        )
+        return key is not None and self._lasts(key) and self._is_noted(key, state)
 
     def renew(self, principal: Principal) -> Principal | None:
         key = self._records.latest.keys.get(principal.proof)
@@ -86,6 +84,11 @@ class ApiKeys:
 
     def _lasts(self, key: ApiKey) -> bool:
         return key.expires is None or self._clock() < key.expires
+
+    def _is_noted(self, key: ApiKey, state: AccessState) -> bool:
+        """Whether its use was recorded lately, or that was tried."""
+        last = max(state.used.get(key.name, -math.inf), self._tried.get(key.name, -math.inf))
+        return self._clock() - last < NOTED
 
     async def _note(self, key: ApiKey) -> None:
         now = msgspec.json.encode(self._clock())

@@ -29,6 +29,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 RECENT = 1.0  # seconds until records in a database are read again: so long another server takes to learn
+AGAIN = 10.0  # seconds until it is tried again after a failure: each attempt may take seconds
 STALE = 300.0  # seconds for which what was read counts while the records cannot be read
 
 
@@ -116,7 +117,7 @@ class AccessRecords:
         except StorageFailed:
             if self._former() is None:
                 raise
-            self._tried_at = self._clock()
+            self._tried_at = self._clock() + AGAIN - RECENT
 
     def _former(self) -> AccessState | None:
         """What was read, while the records cannot be read: an outage must not log everybody out."""

@@ -101,6 +101,7 @@ async def test_so_many_may_watch() -> None:
             await anext(await stack.enter_async_context(aclosing(rig.feed.follow())))
         with pytest.raises(Unavailable, match="others watch"):
             await anext(rig.feed.follow())
+        assert [each async for each in rig.feed.follow(once=True)] == [now(1.0)]
     async with aclosing(rig.feed.follow()) as stream:
         assert await anext(stream) == now(1.0)
 
@@ -190,8 +191,8 @@ async def test_a_client_that_left_is_not_waited_for() -> None:
 # In a server
 
 
-async def events(session: ClientSession, url: Any) -> AsyncIterator[dict[str, Any]]:
-    async with session.get(url / "api/v1/fills/events") as response:
+async def events(session: ClientSession, url: Any, **query: str) -> AsyncIterator[dict[str, Any]]:
+    async with session.get((url / "api/v1/fills/events").with_query(query)) as response:
         assert response.status == 200
         async for line in response.content:
             if line.startswith(b"data: "):
@@ -233,7 +234,7 @@ async def test_a_fill_that_fails_says_why(serve: Serve, upstream: Upstream) -> N
     upstream.next("GET", digest, Corrupt(), times=99)
     with pytest.raises(ClientPayloadError):
         await site.get(f"/v2/library/alpine/blobs/{digest}")
-    async with aclosing(events(site.session, site.app.admin_url)) as stream:
-        (row,) = (await anext(stream))["ended"]
+    (now,) = [each async for each in events(site.session, site.app.admin_url, once="true")]
+    (row,) = now["ended"]
     assert (row["digest"], row["result"]) == (digest, "failed")
     assert "sent wrong content" in row["error"]

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
+from proxy.admin.models import FillRow, SpanRow
 from proxy.admin.operations import OPERATIONS
 from proxy.admin.reports import Deleted, Evicted, KeptRow
 from proxy.namespaces.references import FieldInvalid
 from proxy.ui.acts import ACTS, Act
 from proxy.ui.facts import MOST, facts
 from proxy.ui.jobs import REMEMBERED, Jobs
+from proxy.ui.screens.transfers import FINEST, bars
 from storage.errors import Unavailable
 from tests.conftest import Clock
 
@@ -138,3 +140,21 @@ async def test_only_the_last_ones_are_remembered(clock: Clock) -> None:
         await job.task
     assert [each.subject for each in jobs] == [str(each) for each in range(REMEMBERED + 2, 2, -1)]
     await jobs.close()
+
+
+def test_a_bar_has_no_more_parts_than_can_be_seen() -> None:
+    def row(*extents: tuple[int, int], coming: tuple[tuple[int, int], ...] = (), size: int = 2000) -> FillRow:
+        return FillRow(
+            digest="sha256:a", namespace="x", repository="x/y", bytes=0, size=size, started=0.0, followers=1,
+            pid=1, own=True, extents=[SpanRow(start=a, stop=b) for a, b in extents],
+            coming=[SpanRow(start=a, stop=b) for a, b in coming], repeated=0, speed=0.0, eta=None,
+        )  # fmt: skip
+
+    assert bars([row((0, 100), (1000, 2000), coming=((100, 1000),))]) == [
+        [("coming", 50.0, 450.0), ("there", 0.0, 50.0), ("there", 500.0, 500.0)]
+    ]
+    assert bars([row((4, 6), (8, 10), (12, 40))]) == [[("there", 2.0, 18.0)]]
+    assert bars([row((0, 1))]) == [[("there", 0.0, FINEST)]]
+    many = [(number * 2, number * 2 + 1) for number in range(1000)]
+    assert bars([row(*many)]) == [[("there", 0.0, 999.5)]]
+    assert bars([row((0, 0), size=-1), row(size=0)]) == [[], []]

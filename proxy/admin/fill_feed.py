@@ -35,11 +35,14 @@ class FillFeed:
         self._news = asyncio.Event()
         self._closed = False
 
-    async def follow(self) -> AsyncIterator[FillsNow]:
-        """What is known now, and then what changes.  Who is slow misses what is outdated.
+    async def follow(self, once: bool = False) -> AsyncIterator[FillsNow]:
+        """What is known now, and unless it is asked for `once`, what changes.
 
-        Raises Unavailable if too many follow.
+        Who is slow misses what is outdated.  Raises Unavailable if too many follow.
         """
+        if once:
+            yield await self._look()
+            return
         if self._followers >= MOST:
             raise Unavailable(f"{MOST} others watch the transfers already", retry_after=RETRY)
         self._followers += 1

@@ -121,8 +121,8 @@ class Fleet(SentOperations):
         return COMBINE[operation.name](Answers(found, arguments, without))
 
     def follow(self, operation: Operation, parameters: msgspec.Struct) -> AsyncIterator[Any]:
-        """The fills of all replicas, at each change."""
-        return self._feed.follow()
+        """The fills of all replicas, once or at each change."""
+        return self._feed.follow(**msgspec.structs.asdict(parameters))
 
     async def _watched(self) -> FillsNow:
         request, found = (

@@ -185,8 +185,8 @@ class LocalOperations(KeyOperations):
             at=now, fills=self._speeds.rows(fills_of(states), now), ended=ended_of(states)
         )
 
-    def watch(self) -> AsyncIterator[activity_reports.FillsNow]:
-        return self._feed.follow()
+    def watch(self, once: bool = False) -> AsyncIterator[activity_reports.FillsNow]:
+        return self._feed.follow(once)
 
     async def end_streams(self) -> None:
         """End what is watched, since the server stops."""

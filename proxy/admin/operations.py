@@ -88,8 +88,8 @@ class Operations(Protocol):
     async def fills(self) -> list[models.FillRow]:
         """The fills in flight in all processes, the oldest first; then the blobs of which parts are kept."""
 
-    def watch(self) -> AsyncIterator[activity_reports.FillsNow]:
-        """The fills now, and then again after each change, until the server stops."""
+    def watch(self, once: bool = False) -> AsyncIterator[activity_reports.FillsNow]:
+        """The fills now, and unless they are asked for `once`, after each change, until the server stops."""
 
     async def activity(self) -> activity_reports.Activity:
         """What the server does now: requests, the slowest of them, and the disk."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 
 from aiohttp import web
@@ -15,6 +15,7 @@ from proxy.admin.operations import Operations
 from proxy.ui.jobs import Jobs
 from proxy.ui.rendering import Renderer
 
+FINEST = 5.0  # permille of a bar: half a pixel
 LIFE = 600.0  # seconds of a stream, after which a browser begins another, if its session still holds
 
 
@@ -30,10 +31,7 @@ class TransfersScreen:
         return [web.get("/transfers", self._show), web.get("/events", self._follow)]
 
     async def _show(self, request: web.Request) -> web.Response:
-        async with aclosing(self._operations.watch()) as stream:  # type: ignore[type-var]
-            now = await anext(stream, None)
-        if now is None:
-            raise web.HTTPServiceUnavailable(reason="the server is shutting down")
+        (now,) = [each async for each in self._operations.watch(once=True)]
         kept = [each for each in await self._operations.fills() if each.idle]
         return self._renderer.page(
             request,
@@ -73,17 +71,27 @@ class TransfersScreen:
                 await asyncio.gather(coming, return_exceptions=True)
 
 
-def bars(fills: Sequence[FillRow]) -> dict[tuple[str, str | None], list[tuple[str, float, float]]]:
-    """The bar of each fill by its digest and replica: what is there and what is coming.
+def bars(fills: Sequence[FillRow]) -> list[list[tuple[str, float, float]]]:
+    """The bar of each fill: what is there and what is coming; start and width in permille."""
+    return [_bar(each) if each.size > 0 else [] for each in fills]
 
-    Start and width are in permille.
-    """
-    return {
-        (each.digest, each.replica): [
-            (kind, 1000 * span.start / each.size, max(2.0, 1000 * (span.stop - span.start) / each.size))
-            for kind, spans in (("coming", each.coming), ("there", each.extents))
-            for span in spans
-        ]
-        for each in fills
-        if each.size > 0
-    }
+
+def _bar(fill: FillRow) -> list[tuple[str, float, float]]:
+    return [
+        (kind, start, max(FINEST, stop - start))
+        for kind, spans in (("coming", fill.coming), ("there", fill.extents))
+        for start, stop in _joined(
+            (1000 * each.start / fill.size, 1000 * each.stop / fill.size) for each in spans
+        )
+    ]
+
+
+def _joined(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The spans, of which those that nobody could tell apart are one."""
+    found: list[tuple[float, float]] = []
+    for start, stop in sorted(spans):
+        if found and start - found[-1][1] < FINEST:
+            found[-1] = found[-1][0], max(stop, found[-1][1])
+        else:
+            found.append((start, stop))
+    return found

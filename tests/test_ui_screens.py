@@ -12,14 +12,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from proxy.admin.api.app import application
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.models import ImageNode
+from proxy.admin.models import ImageNode, RepositoryRow
 from proxy.admin.processes import ProcessReport, UpstreamState
-from proxy.admin.reports import RefusalRow
+from proxy.admin.reports import RefusalRow, ReplicaVerdict, Why
 from proxy.namespaces.composition import compose
 from proxy.telemetry.metrics import Metrics
 from proxy.ui import snapshot
@@ -28,6 +29,7 @@ from proxy.ui.charts import column_chart, scale
 from proxy.ui.rendering import STATIC, static
 from proxy.ui.screens.acts import ActsScreen
 from proxy.ui.screens.image import kind_of
+from proxy.ui.screens.overview import by_namespace
 from proxy.ui.screens.repositories import glob
 from storage.archives import layer
 from storage.errors import StorageFailed
@@ -236,6 +238,16 @@ async def test_the_overview_needs_no_records(screens: Screens, monkeypatch: pyte
     assert f"The records: cannot be read: records in {HOSTILE}" in screen.text
     assert "Ready." not in screen.text
     assert "Input/output error" in (await screens.see("repositories", 500)).text
+
+
+def test_what_replicas_have_differently_counts_once() -> None:
+    def row(repository: str, size: int, replica: str | None = None) -> RepositoryRow:
+        return RepositoryRow(
+            repository=repository, tags=1, manifests=1, bytes=size, last_used=None, replica=replica
+        )
+
+    found = by_namespace([row("a/x", 5, "b:1"), row("a/x", 7, "b:2"), row("a/y", 1), row("b/z", 9)])
+    assert [(each.name, each.repositories, each.bytes) for each in found] == [("b", 1, 9), ("a", 2, 8)]
 
 
 # Repositories and tags
@@ -452,13 +464,24 @@ def test_what_a_referrer_is(types: tuple[str, ...], kind: str) -> None:
 # Why
 
 
-async def test_why(screens: Screens) -> None:
+async def test_why(screens: Screens, monkeypatch: pytest.MonkeyPatch) -> None:
     await screens.site.image(ALPINE, "3", b"layer")
     assert "What would a pull do" in (await screens.see("why")).text
     screen = await screens.see("why?ref=alpine:3")
     for said in ("hit", "the tag is fresh", "namespaces.docker.io.fresh_for", "disk.keep_for", f"{ALPINE}:3"):
         assert said in screen.text
     assert "miss" in (await screens.see("why?ref=busybox")).text
+    why = await screens.site.operations.why("alpine:3")
+    other = ReplicaVerdict(replica="https://b:5000", verdict="refused", because=HOSTILE, digest=None)
+
+    async def elsewhere(ref: str) -> Why:
+        return msgspec.structs.replace(why, elsewhere=[other], access=f"only {HOSTILE}")
+
+    monkeypatch.setattr(screens.site.operations, "why", elsewhere)
+    found = await screens.see("why?ref=alpine:3")
+    assert f"https://b:5000 refused {HOSTILE}" in found.text
+    assert f"Access only {HOSTILE}" in found.text
+    monkeypatch.undo()
     assert "private" not in (await screens.see("why?ref=local/app:1")).text
     screen = await screens.see("why?ref=%3Cscript%3E", 400)
     assert screen.all("input")[0]["value"] == "<script>"

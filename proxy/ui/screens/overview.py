@@ -133,12 +133,12 @@ def traffic(stats: Stats, now: float) -> ColumnChart:
 
 
 def by_namespace(rows: Sequence[RepositoryRow]) -> list[NamespaceRow]:
-    """The largest first."""
-    numbers: dict[str, int] = {}
+    """The largest first.  What replicas of a fleet have differently counts as at the one that has most."""
     sizes: dict[str, int] = {}
     for row in rows:
-        name = row.repository.partition("/")[0]
-        numbers[name] = numbers.get(name, 0) + 1
-        sizes[name] = sizes.get(name, 0) + (row.bytes or 0)
-    found = [NamespaceRow(name, numbers[name], sizes[name]) for name in numbers]
-    return sorted(found, key=lambda each: (-each.bytes, each.name))
+        sizes[row.repository] = max(row.bytes or 0, sizes.get(row.repository, 0))
+    found: dict[str, list[int]] = {}
+    for repository, size in sizes.items():
+        found.setdefault(repository.partition("/")[0], []).append(size)
+    namespaces = [NamespaceRow(name, len(each), sum(each)) for name, each in found.items()]
+    return sorted(namespaces, key=lambda each: (-each.bytes, each.name))

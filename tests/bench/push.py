@@ -23,6 +23,7 @@ from time import perf_counter
 import click
 import yaml
 
+from storage.oci import Hash
 from tests.bench.clients import BenchError
 from tests.bench.peers import DockerRegistry, Peer
 
@@ -77,15 +78,31 @@ class Client:
         else:
             with body.open("rb") as file:
                 self._socket.sendfile(file)
-        status = int(self._reader.readline().split()[1])
-        headers = {}
-        while line := self._reader.readline().strip():
-            name, _, value = line.decode().partition(":")
-            headers[name.lower()] = value.strip()
+        status, headers = self._head()
         answer = self._reader.read(int(headers.get("content-length", 0)))
         if status != expected:
             raise BenchError(f"{method} {path}: {status} {answer[:300]!r}")
         return headers.get("location", "").removeprefix(f"http://127.0.0.1:{self._port}")
+
+    def _head(self) -> tuple[int, dict[str, str]]:
+        status, headers = int(self._reader.readline().split()[1]), {}
+        while line := self._reader.readline().strip():
+            name, _, value = line.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        return status, headers
+
+    def get(self, path: str, hashed: Hash | None = None) -> None:
+        """Read an answer of 200 to its end, and hash it."""
+        lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{self._port}", f"Accept: {MANIFEST}, */*"]
+        self._socket.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
+        status, headers = self._head()
+        left, buffer = int(headers["content-length"]), memoryview(bytearray(MIB))
+        while left and (got := self._reader.readinto(buffer[: min(left, MIB)])):  # type: ignore[attr-defined]
+            left -= got
+            if hashed is not None:
+                hashed.update(buffer[:got])
+        if status != 200 or left:
+            raise BenchError(f"GET {path}: {status}, {left} bytes are missing")
 
     def push_blob(self, repository: str, content: Path, digest: str) -> None:
         """POST, PATCH of all, PUT: as docker does."""

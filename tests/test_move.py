@@ -46,6 +46,7 @@ MADE_ANEW = {"object", "leftover", "upload", "writers"}
 OF_A_SERVER = {"pin", "signing", "apikey", "keyused"}  # wherever it keeps them: see EngineMoves.settle
 OF_CACHES = {"deposit", "reported"}  # of the store of caches, which is copied by what it serves
 OF_WEBHOOKS = {"event", "pending", "webhook", "number"}  # in a database of their own, which stays
+OF_A_REPLICA = {"act"}  # with its cache on its disk, which stays
 
 
 def configured(directory: Path, **shared: Any) -> Config:
@@ -136,7 +137,7 @@ async def moved(config: Config, where: str) -> MoveReport:
 
 
 def test_every_kind_of_record_is_considered() -> None:
-    known = COPIED | MADE_ANEW | OF_A_SERVER | OF_CACHES | OF_WEBHOOKS
+    known = COPIED | MADE_ANEW | OF_A_SERVER | OF_CACHES | OF_WEBHOOKS | OF_A_REPLICA
     assert set(KINDS) == known
     assert {each.name for each in OF_ENGINES} == MADE_ANEW
     assert {each.name for each in OF_SERVERS} == OF_A_SERVER

@@ -85,7 +85,15 @@ async def test_what_the_rules_let_go_of_goes_by_the_api(
     # ci-0 is immutable, ci-3 the last.
     assert [found[name] for name in ("tags", "manifests", "links", "blobs", "bytes")] == [2, 2, 2, 2, 8]
     assert {**dry, "dry_run": False, "seconds": 0} == {**found, "seconds": 0}
-    row = {"repository": NAME, "tags": 2, "manifests": 2, "links": 2, "young": 0, "refused": ""}
+    row = {
+        "repository": NAME,
+        "tags": 2,
+        "manifests": 2,
+        "links": 2,
+        "young": 0,
+        "refused": "",
+        "replica": None,
+    }
     (reported,) = found["rows"]
     expired = reported.pop("expired")
     assert reported == row

@@ -266,6 +266,16 @@ def test_a_key_that_it_brings_along_is_not_looked_at(tokens: TokenVerifier, serv
         assert refused(tokens, server.issue(OTHER, header=header))
 
 
+def test_long_headers_and_signatures(tokens: TokenVerifier, server: Server) -> None:
+    # Token servers send the chain of their certificates along.
+    chain = [base64.b64encode(certificate(PRIVATE["EC"])).decode()] * 4
+    for header in ({"x5c": chain}, {"kid": "k" * 700}):
+        assert tokens.verify(server.issue(header=header)).user == "alice"
+    assert "no configured key" in refused(tokens, server.issue(OTHER, header={"x5c": chain}))
+    start, _, _ = server.issue(PRIVATE["RSA"], "RS256", "RSA").rpartition(".")
+    assert "no configured key" in refused(tokens, f"{start}.{encoded(b's' * 1024)}")  # of 8192 bits
+
+
 def test_unsigned(tokens: TokenVerifier, server: Server) -> None:
     payload = encoded(json.dumps(server.claims()).encode())
     for algorithm in ("none", "None", "", None, 7, ["ES256"]):

@@ -101,6 +101,12 @@ async def test_rsa(issuer: Issuer, verifier: Verifier, algorithm: str) -> None:
     assert (await verifier.verify(token)).known
 
 
+@pytest.mark.parametrize("header", [{"x5c": ["c" * 1600] * 2}, {"x5t#S256": "t" * 43, "other": "o" * 600}])
+async def test_long_headers(issuer: Issuer, verifier: Verifier, header: dict[str, Any]) -> None:
+    assert (await verifier.verify(issuer.issue(header=header))).known
+    assert (await verifier.verify(issuer.issue(groups=["g" * 90] * 400))).known
+
+
 async def test_user_and_groups_by_claims(issuer: Issuer, verifier: Verifier) -> None:
     groups = (
         "groups: {deploy: {repository: 'acme/*', ref: [refs/heads/main, 'refs/tags/v*']}, all: {sub: '*'}}"

@@ -33,6 +33,7 @@ log = structlog.get_logger()
 warnings.filterwarnings("ignore", "EdDSA is deprecated", SecurityWarning)
 
 LEEWAY = 60.0  # seconds between our clock and the token server's
+LONGEST = 64 << 10  # characters of a token, as of a header of a request
 REMEMBERED = 10_000  # tokens
 KEPT = ("RSA", "EC", "OKP")
 ALGORITHMS = {
@@ -42,6 +43,20 @@ ALGORITHMS = {
 }
 _PEM = re.compile(rb"-----BEGIN ([A-Z ]+)-----[^-]+-----END \1-----")
 VerificationKey: TypeAlias = RSAKey | ECKey | OKPKey
+
+
+class SignedTokens(JWSRegistry):
+    """Reads tokens that private keys sign, of any length that a request can have.
+
+    A header may bring a chain of certificates (`x5c`), and an RSA key may be long.  Unknown headers are
+    ignored unless they are critical: RFC 7515, section 4.
+    """
+
+    max_header_length = max_payload_length = max_signature_length = LONGEST
+
+    def __init__(self) -> None:
+        every = [each for group in ALGORITHMS.values() for each in group]
+        super().__init__(algorithms=every, strict_check_header=False)
 
 
 class BadToken(Exception):
@@ -79,10 +94,7 @@ class TokenVerifier:
         self._issuer = issuer
         self._clock = clock
         self._files = [WatchedFile(each, parse_keys) for each in keys]
-        # Unknown headers are ignored unless they are critical: RFC 7515, section 4.
-        self._registry = JWSRegistry(
-            algorithms=[each for group in ALGORITHMS.values() for each in group], strict_check_header=False
-        )
+        self._registry = SignedTokens()
         self._known: dict[bytes, _Verified] = {}
         self._reasons: dict[Path, str] = {}
         self._last: dict[Path, Sequence[VerificationKey]] = {}

@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 import structlog
 from joserfc.errors import JoseError
-from joserfc.jws import JWSRegistry, deserialize_compact
+from joserfc.jws import deserialize_compact
 
-from proxy.access.bearer import ALGORITHMS, LEEWAY, REMEMBERED
+from proxy.access.bearer import ALGORITHMS, LEEWAY, LONGEST, REMEMBERED, SignedTokens
 from proxy.access.claims import claim_texts, fits
 from proxy.access.credentials import BadCredential
 from proxy.access.issuer_keys import KeySet, KeySource
@@ -29,15 +29,12 @@ from storage.errors import Unavailable
 
 log = structlog.get_logger()
 
-LONGEST = 64 << 10  # characters of a token
 LONGEST_NAME = 500  # characters of a user or a group
 MOST_GROUPS = 500
 _START = "eyJ"  # of a JSON object in base64
 # RFC 7519, section 5.1; RFC 9068, section 2.1.  Others, such as those of logouts, are no logins.
 _TYPES = (None, "jwt", "at+jwt")
-_REGISTRY = JWSRegistry(
-    algorithms=[each for group in ALGORITHMS.values() for each in group], strict_check_header=False
-)
+_REGISTRY = SignedTokens()
 
 
 class _Header(msgspec.Struct):

@@ -26,6 +26,7 @@ from structlog.testing import LogCapture
 from proxy.cache import parts, rest, tags
 from proxy.config import loader
 from proxy.config.schema import Config
+from proxy.server.housekeeping import Housekeeper
 from proxy.server.process import ServerProcess
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.tracing import Tracer
@@ -170,6 +171,20 @@ BACKOFF = transport.BACKOFF  # as it is where nobody is in a hurry
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """An upstream is asked again without a rest: a test about the rest says how long it is."""
     monkeypatch.setattr(transport, "BACKOFF", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def no_housekeeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The housekeeper of a server in this process does nothing, unless a test is marked `housekeeping`.
+
+    At each start it looks through the store, which takes longer than most tests.
+    """
+    if request.node.get_closest_marker("housekeeping") is None:
+        monkeypatch.setattr(Housekeeper, "run", _idle)
+
+
+async def _idle(housekeeper: Housekeeper) -> None:
+    await asyncio.Event().wait()
 
 
 @pytest.fixture

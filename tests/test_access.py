@@ -850,6 +850,7 @@ async def test_the_log_has_the_user_and_no_secret(
         assert secret not in text
 
 
+@pytest.mark.housekeeping
 async def test_webhooks_hear_who_it_was(
     opened: Open,
     users: Path,

@@ -420,6 +420,7 @@ async def test_what_is_asked_wrongly_is_status_2(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("running", [True, False])
+@pytest.mark.housekeeping
 async def test_webhooks_are_listed_with_what_is_pending(
     serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock, running: bool
 ) -> None:

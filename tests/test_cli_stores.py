@@ -213,6 +213,7 @@ async def test_tag_promotes_what_a_cache_holds(shop: Shop, image: Image, upstrea
     assert not [each for each in upstream.requests if "blobs" in str(each)]
 
 
+@pytest.mark.housekeeping
 async def test_events_are_those_of_a_push_and_of_a_deletion(shop: Shop, receiver: Receiver) -> None:  # noqa: F811
     digest = await shop.push("local/app", "1", LAYER)
     if not shop.running:

@@ -24,6 +24,8 @@ from tests.test_admin import conforms
 from tests.test_push import APP, Client, image, index
 from tests.upstream import Upstream
 
+pytestmark = pytest.mark.housekeeping
+
 DAY = 86400.0
 NAME = "local/team/app"
 RULES = {"keep_untagged_for": "30d", "keep_tags": [{"match": "ci-*", "last": 1}], "immutable_tags": ["ci-0"]}

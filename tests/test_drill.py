@@ -232,6 +232,7 @@ async def test_listings_that_were_seen_are_served(serve: Serve, upstream: Upstre
     assert [(each.kind, each.repository) for each in found.missed] == [("tags", "docker.io/library/other")]
 
 
+@pytest.mark.housekeeping
 async def test_housekeeping_is_put_off_and_does_not_fail(
     serve: Serve, upstream: Upstream, events: LogCapture
 ) -> None:

@@ -128,6 +128,7 @@ def uncounted(may_count: threading.Event) -> threading.Event:
     return may_count
 
 
+@pytest.mark.housekeeping
 async def test_what_an_operator_sees_of_it(uncounted: threading.Event, site: Site, tmp_path: Path) -> None:
     names = ["docker.io/library/alpine", "docker.io/library/busybox", "local/team/app"]
     assert await listed(site, "*") == [(name, None, None, None) for name in names]

@@ -24,6 +24,8 @@ from tests.test_console import blocks, is_alone
 from tests.test_docs import PAGES, ROOT
 from tests.upstream import Takes, Upstream
 
+pytestmark = pytest.mark.housekeeping
+
 ALPINE = "pull docker.io/library/alpine:3.20"
 BOTH = f"{ALPINE}\npull docker.io/library/nginx:1.27"
 MOVED = "move library/alpine 3.20\nentrepot refresh alpine:3.20"

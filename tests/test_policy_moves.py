@@ -378,6 +378,7 @@ async def test_many_at_once_hold_a_tag_once(
     assert len([each for each in events.entries if each["event"] == "tag.held"]) == 1
 
 
+@pytest.mark.housekeeping
 async def test_receivers_of_events_hear_of_it(
     serve: Serve, upstream: Upstream, clock: Clock, receiver: Receiver
 ) -> None:

@@ -163,6 +163,7 @@ async def test_what_was_stored_is_served_after_a_restart_without_upstream(
     assert (await again.get(blob))[2] == BLOB
 
 
+@pytest.mark.housekeeping
 async def test_partial_files_that_nobody_went_on_with_are_removed(
     serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock
 ) -> None:

@@ -122,6 +122,7 @@ def few_inodes(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.errors("disk.failed")
 @pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed"])
 @pytest.mark.parametrize("of", ["bytes", "inodes"])
+@pytest.mark.housekeeping
 async def test_what_was_pushed_is_served_from_a_full_disk(
     serve: Serve,
     upstream: Upstream,

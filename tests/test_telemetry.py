@@ -234,6 +234,7 @@ async def test_a_refused_token_is_counted(serve: Serve, upstream: Upstream, imag
     assert (await values(site))["entrepot_token_fetches_total", "docker.io", "denied"] == 1
 
 
+@pytest.mark.housekeeping
 async def test_stored_bytes_are_counted(
     serve: Serve, upstream: Upstream, image: Image, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ from tests.test_admin import DOCUMENT
 from tests.test_push import APP, UPLOADS, Client, image, pushed
 from tests.upstream import Upstream
 
+pytestmark = pytest.mark.housekeeping
+
 ALL = ["push", "pull", "delete", "mount", "move"]
 Told = Callable[..., Awaitable[Client]]
 

@@ -19,7 +19,7 @@ def described(method: str, url: URL, attempt: int) -> Attributes:
     attributes: dict[str, str | int] = {
         "http.request.method": method,
         "url.full": str(url.with_user(None).with_query(None).with_fragment(None)),
-        "server.address": url.host or "",
+        "server.address": url.raw_host or "",
         "server.port": url.port or 0,
     }
     if attempt:

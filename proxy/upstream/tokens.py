@@ -259,7 +259,7 @@ class TokenCache:
         return await self._flights.join(key, lambda: self._traced(scope, realm, wanted))
 
     async def _traced(self, scope: str, realm: _Realm, wanted: str) -> str:
-        described = {"entrepot.token.realm": realm.url.host or "", "entrepot.token.scope": wanted}
+        described = {"entrepot.token.realm": realm.url.raw_host or "", "entrepot.token.scope": wanted}
         with step("token", attributes=described):
             return await self._issue(scope, realm, wanted)
 

@@ -52,7 +52,7 @@ def private_store(
     are not those of the content: all of it would seem unreachable, or missing.
     """
     _complete_move(config, clock)
-    shared = is_shared(config)
+    shared = is_shared(config, troubles)
     if not shared and (config.shared.bucket or config.shared.records):
         log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
     opened = engine(config, shared, clock, troubles, guarded=True)
@@ -95,14 +95,14 @@ def _complete_move(config: Config, clock: Callable[[], float]) -> None:
                 complete(there, here, FILES)
 
 
-def is_shared(config: Config) -> bool:
+def is_shared(config: Config, troubles: Troubles | None = None) -> bool:
     """Whether the registry is in the engines that `shared` names, as far as they are configured.
 
     Raises StartError if it is elsewhere than the configuration can say.
     """
     root, shared = config.disk.path / "private", config.shared
     try:
-        found, content, objects = _on_disk(root)
+        found, content, objects = _on_disk(root, troubles)
     except StorageFailed:  # which is seen again, where nothing has to be decided by what they say
         if shared.records is not None:
             raise
@@ -126,11 +126,12 @@ def is_shared(config: Config) -> bool:
     return (shared.records is not None or shared.bucket is not None) and where != FILES
 
 
-def _on_disk(root: Path) -> tuple[Writers | None, bool, bool]:
+def _on_disk(root: Path, troubles: Troubles | None = None) -> tuple[Writers | None, bool, bool]:
     """What the records on the disk say; whether they name content, and objects.  Raises StorageFailed."""
     if not (root / "records" / FILE).exists():
         return None, any(path.is_file() for path in (root / "blobs").rglob("*")), False
-    with closing(SQLiteRecords(root / "records", durable=True)) as records:
+    disk = DiskHealth(root, troubles=troubles)
+    with closing(SQLiteRecords(root / "records", disk=disk, durable=True)) as records:
         kinds = [records.first(kind.prefix()) is not None for kind in (LINK, MANIFEST, OBJECT)]
         return Writers.of(records), any(kinds[:2]), kinds[2]
 

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from playwright.async_api import Browser, ConsoleMessage, Locator, Page, Playwright, Request, async_playwright
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Playwright,
+    Request,
+    async_playwright,
+)
 
 T = TypeVar("T")
 
@@ -39,6 +48,7 @@ class Chromium:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chromium", daemon=True)
         self._thread.start()
+        self._contexts: dict[bool, BrowserContext] = {}
         self._playwright: Playwright
         self._browser: Browser
 
@@ -70,19 +80,21 @@ class Chromium:
         await self._browser.close()
         await self._playwright.stop()
 
-    async def open(self, url: str, **options: Any) -> Tab:
-        """A window without cookies; `url` is that of the page."""
+    async def open(self, url: str, *, scripts: bool = True) -> Tab:
+        """A window without cookies, with or without scripts; `url` is that of the page."""
 
         async def make() -> Tab:
-            context = await self._browser.new_context(
-                viewport=SIZE,  # type: ignore[arg-type]
-                reduced_motion="reduce",
-                locale="en-GB",
-                timezone_id="UTC",
-                **options,
-            )
-            context.set_default_timeout(PATIENCE)
-            return Tab(self, await context.new_page(), url)
+            if scripts not in self._contexts:  # one is for all tests: to make it costs a second of work
+                self._contexts[scripts] = await self._browser.new_context(
+                    viewport=SIZE,  # type: ignore[arg-type]
+                    reduced_motion="reduce",
+                    locale="en-GB",
+                    timezone_id="UTC",
+                    java_script_enabled=scripts,
+                )
+                self._contexts[scripts].set_default_timeout(PATIENCE)
+            await self._contexts[scripts].clear_cookies()
+            return Tab(self, await self._contexts[scripts].new_page(), url)
 
         return await self.run(make())
 
@@ -187,7 +199,8 @@ class Tab:
         """What the audit of accessibility finds: the rule, and the places."""
 
         async def audit(page: Page) -> list[dict[str, Any]]:
-            await page.evaluate(_axe())
+            if await page.evaluate("() => typeof axe") == "undefined":  # else it was audited before
+                await page.evaluate(_axe())
             found: list[dict[str, Any]] = await page.evaluate(AXE, only or {})
             return found
 
@@ -204,7 +217,7 @@ class Tab:
             await self.do(lambda page: page.screenshot(path=path, animations="disabled"))
 
     async def close(self) -> None:
-        await self.do(lambda page: page.context.close())
+        await self.do(lambda page: page.close())
         assert self.said == [], self.said
         assert self.outside == [], self.outside
 

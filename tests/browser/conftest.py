@@ -31,10 +31,10 @@ def chromium() -> Iterator[Chromium]:
 
 @pytest.fixture
 async def window(chromium: Chromium) -> AsyncIterator[Open]:
-    """A window: `await window(url, color_scheme="dark")`.  At its end, its console must have been silent."""
+    """A window: `await window(url, scripts=False)`.  At its end, its console must have been silent."""
     tabs: list[Tab] = []
 
-    async def start(url: object, **options: object) -> Tab:
+    async def start(url: object, **options: bool) -> Tab:
         tabs.append(await chromium.open(str(url), **options))
         return tabs[-1]
 

@@ -57,7 +57,7 @@ async def test_every_screen(shop: Shop, window: Open) -> None:
 
 
 async def test_without_script_all_can_be_read_and_done(shop: Shop, window: Open) -> None:
-    tab = await window(shop.admin, java_script_enabled=False)
+    tab = await window(shop.admin, scripts=False)
     for address, (shown, _) in SCREENS.items():
         assert await tab.open(address.format(layer=BASE)) == 200
         assert shown in await tab.text(), address

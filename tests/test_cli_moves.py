@@ -12,6 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from proxy.cli.moves import moved_tables
+from proxy.transfer.results import DamageRow, EngineMoved, MovedPart
 from storage.oci import OCI_MANIFEST, Digest
 from tests.objects import FakeBucket
 from tests.postgres import PostgresServer
@@ -140,3 +142,23 @@ async def test_a_server_is_told_to_read_its_configuration_again(place: Place) ->
     await server.heard("config.reloaded")
     await server.gone(*before)
     assert not before & set(server.pids())
+
+
+@pytest.mark.parametrize(
+    ("to", "more", "says"),
+    [
+        ("shared", {"reloaded": True}, "is in the engines of `shared`; the server is reloading"),
+        ("local", {}, "is on the disk; the server has to be reloaded now: it refuses pushes until then"),
+        ("local", {"dry_run": True}, "nothing was copied"),
+        ("shared", {"damaged": [DamageRow("", "sha256:00", "why")]}, "the server goes on with what it had"),
+    ],
+)
+def test_what_is_said_of_a_move(to: str, more: dict[str, Any], says: str) -> None:
+    part = MovedPart(name="private registry", blobs=1, bytes=2048, records=3, paused=0.44, expected=120.0)
+    given: dict[str, Any] = {"damaged": [], "dry_run": False, "reloaded": False, **more}
+    tables = moved_tables(EngineMoved(to=to, parts=[part], seconds=2.0, **given), 0.0)
+    notes = tables[-1].notes
+    line = "private registry: 1 blob of 2.0 KiB, 3 records, in about 2 min; pushes waited for 0.4 s"
+    assert notes[0] == line
+    assert says in notes[1]
+    assert len(tables) == 1 + bool(given["damaged"])

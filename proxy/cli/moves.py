@@ -155,10 +155,10 @@ def _after(found: EngineMoved) -> list[str]:
         return ["nothing was copied"]
     if found.damaged:
         return ["the server goes on with what it had"]
-    place = "the engines of `shared`" if found.to == "shared" else "the disk"
+    place = "in the engines of `shared`" if found.to == "shared" else "on the disk"
     if any(each.name == REGISTRY for each in found.parts):
         server = "is reloading" if found.reloaded else "has to be reloaded now: it refuses pushes until then"
-        return [f"the private registry is in {place}; the server {server}", f"{found.seconds:.1f} s"]
+        return [f"the private registry is {place}; the server {server}", f"{found.seconds:.1f} s"]
     return [f"{found.seconds:.1f} s"]
 
 

@@ -633,7 +633,9 @@ async def test_fills(site: Site, clock: Clock) -> None:
         return row.speed, row.eta
 
     assert await look(0) == (0.0, None)
-    clock.advance(2)
+    clock.advance(0.5)
+    assert await look(25) == (50.0, 19.5)  # since its beginning
+    clock.advance(1.5)
     assert await look(200) == (100.0, 8.0)
     assert await look(210) == (100.0, 7.9)  # too soon to tell more
     clock.advance(4)

@@ -525,6 +525,12 @@ def test_columns_have_their_heights() -> None:
     assert first.x + first.width < second.x
 
 
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_no_two_lines_of_a_chart_have_the_same_whole_number(most: int) -> None:
+    chart = column_chart([("a", 0, 0, ""), ("b", most, 0, "")])
+    assert [round(value) for _, value in chart.lines] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "text", ["%00", "%ff%fe", "%ed%a0%80", "a%0d%0aX:y", "%e2%80%ae", "{{7*7}}", '"><b>']
 )

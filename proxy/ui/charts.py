@@ -43,7 +43,8 @@ def column_chart(bars: Sequence[tuple[str, float, float, str]], unit: int = 1024
 
     `unit` is 1024 for bytes, 10 for numbers.
     """
-    top = scale(max((lower + upper for _, lower, upper, _ in bars), default=0.0), unit)
+    sums = (lower + upper for _, lower, upper, _ in bars)
+    top = scale(max(LINES, *sums), unit)  # no two lines have the same whole number
     base, room = HEIGHT - _BOTTOM, HEIGHT - _BOTTOM - _TOP
     step = (WIDTH - _LEFT) / max(1, len(bars))
     columns = []

@@ -562,6 +562,27 @@ async def test_a_locked_key_only_pulls(keyed: Started, tmp_path: Path) -> None:
     assert "images.lock:1: expected" in await door.run(*words[:-1], code=2)
 
 
+@pytest.mark.parametrize("who", ["anonymous", "authenticated"])
+async def test_a_locked_key_does_not_push_where_everybody_may(
+    keyed: Started, tmp_path: Path, who: str
+) -> None:
+    rules = [{"who": [who], "may": ["pull", "push", "delete"], "where": ["local/team/*"]}]
+    door = await keyed(rules=rules, token_endpoint={})
+    lock = tmp_path / "images.lock"
+    lock.write_text(f"local/team/app:1@sha256:{'0' * 64}\n")
+    secret = await door.key("edge", "--locked", str(lock))
+    asked = "/token?scope=repository:local/team/app:pull,push,delete"
+    found = json.loads((await door.ask("GET", asked, login("ci", secret))).body)
+    assert found["scope"] == "repository:local/team/app:pull"
+    if who == "anonymous":
+        assert (await door.push({})).status == 201
+    for headers in (bearer(secret), login("ci", secret), bearer(found["token"])):
+        for action in ("push", "delete"):
+            said = await door.act(action, headers)
+            assert (said.status, said.code) == (403, "DENIED")
+            assert f"key:edge is not allowed to {action} local/team/app" in said.body.decode()
+
+
 async def test_the_audit_log_has_no_key_and_the_beginning_of_a_lock(
     serve: Serve, upstream: Upstream, tmp_path: Path
 ) -> None:

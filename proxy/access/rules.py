@@ -166,6 +166,8 @@ class AccessRules:
 
         `scope` is the name that a token may use instead: see scope().
         """
+        if principal.lock is not None and action != "pull":
+            return False  # also not what everybody may
         if principal.within is None:
             return self._allow(principal, action, repository, scope)
         if self._allow(_everybody(principal), action, repository, scope):

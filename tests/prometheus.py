@@ -134,9 +134,11 @@ class PrometheusServer:
     async def query(self, expression: str) -> list[dict[str, Any]]:
         """The result of a query, when all targets had last answered.  Fails if Prometheus refuses it."""
         async with aiohttp.ClientSession() as session:
-            answered = f"max_over_time(timestamp(sum(up) == {len(self._targets)})[1m:500ms])"
-            [sample] = await self._ask(session, answered)
-            return await self._ask(session, expression, time=sample["value"][1])
+            up = f"sum(up) == {len(self._targets)}"
+            [now] = await self._ask(session, f"timestamp({up})") or await self._ask(
+                session, f"max_over_time(timestamp({up})[1m:500ms])"
+            )
+            return await self._ask(session, expression, time=now["value"][1])
 
     async def _ask(self, session: aiohttp.ClientSession, expression: str, **more: str) -> list[Any]:
         url = f"{self.url}/api/v1/query"

@@ -406,6 +406,50 @@ async def test_the_last_act_counts_whatever_the_order_in_which_it_is_learned(
     assert [pin.keep_fresh for pin in fleet.all[0].app.composition.pins.list()] == [90.0]
 
 
+async def test_of_acts_at_the_same_time_all_take_the_same_one_for_the_last(fleet: Replicas) -> None:
+    """As two operators make them at once, at replicas whose clocks are behind that of a third."""
+    pattern = "docker.io/a/b"
+    told = [
+        FleetRequest(operation, arguments, "http://x", f"pin {pattern}", 7e9)
+        for operation, arguments in [
+            ("pin", {"pattern": pattern, "keep_fresh": 60.0}),
+            ("unpin", {"pattern": pattern}),
+            ("pin", {"pattern": pattern, "keep_fresh": 90.0}),
+        ]
+    ]
+    for replica, order in zip(fleet.all, ([0, 1, 2], [2, 0, 1], [1]), strict=True):
+        for number in order:
+            await joined(replica).answer(msgspec.json.encode(told[number]))
+    for replica in fleet.all:
+        await joined(replica).exchange()
+    known = [await joined(replica)._acts.known() for replica in fleet.all]
+    assert known[0] == known[1] == known[2]
+    found = [[pin.keep_fresh for pin in replica.app.composition.pins.list()] for replica in fleet.all]
+    assert found[0] == found[1] == found[2]
+
+
+async def test_replicas_that_took_different_acts_for_the_last_learn_of_it(fleet: Replicas) -> None:
+    """Though they know acts about the same subjects, of the same times."""
+    for replica, seconds in zip(fleet.all, (60.0, 90.0, 60.0), strict=True):
+        arguments = {"pattern": "docker.io/a/b", "keep_fresh": seconds}
+        request = FleetRequest("pin", arguments, "http://x", "pin docker.io/a/b", 5.0)
+        assert (await joined(replica).answer(msgspec.json.encode(request)))[0] == 200
+    for replica in fleet.all:
+        await joined(replica).exchange()
+        assert [pin.keep_fresh for pin in replica.app.composition.pins.list()] == [90.0]
+
+
+async def test_an_act_that_finds_nothing_still_replaces_an_earlier_one(fleet: Replicas, clock: Clock) -> None:
+    replica = fleet.all[0]
+    undone = FleetRequest("unpin", {"pattern": "a/b"}, "http://x", "pin docker.io/a/b", clock() + 60)
+    status, _ = await joined(replica).answer(msgspec.json.encode(undone))
+    assert status == 404
+    done = FleetRequest("pin", {"pattern": "a/b"}, "http://x", "pin docker.io/a/b", clock())
+    status, body = await joined(replica).answer(msgspec.json.encode(done))
+    assert (status, b"later unpin" in body) == (403, True)
+    assert not replica.app.composition.pins.list()
+
+
 # Replicas that cannot be asked
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 from structlog.testing import LogCapture
@@ -48,11 +49,11 @@ async def make(names: Names, clock: Clock) -> AsyncIterator[Make]:
     """Makes a Membership of a server at port 5000, whose machine has the addresses of `local`."""
     async with AsyncExitStack() as stack:
 
-        def made(settings: PeersConfig, *local: str, port: int = 5000, encrypted: bool = False) -> Membership:
+        def made(settings: PeersConfig, *local: str, port: int = 5000, **named: Any) -> Membership:
             found = Membership(
                 settings,
                 port,
-                encrypted=encrypted,
+                **named,
                 resolve=names.resolve,
                 local=local.__contains__,
                 ticks=clock,
@@ -165,6 +166,30 @@ async def test_at_another_port_it_is_another_server(make: Make, names: Names) ->
     found = make(by_name(), "10.0.0.1", port=5001)
     await found.refresh()
     assert found.own is None
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("", 0), ("10.0.0.1", 0), ("10.0.0.2", 1), ("fd00::2", 1), ("10.0.0.3", 0), ("localhost", 0)],
+)
+async def test_of_several_on_a_machine_each_finds_itself(
+    make: Make, names: Names, host: str, own: int
+) -> None:
+    """One at an address that is not listed, as behind another server, is the first."""
+    names.addresses |= {"one.example": ["10.0.0.1"], "two.example": ["10.0.0.2", "fd00::2"]}
+    listed = make(PeersConfig(secret=SECRET, urls=URLS), "10.0.0.1", "10.0.0.2", "fd00::2", host=host)
+    await listed.refresh()
+    assert listed.own == URLS[own]
+
+
+@pytest.mark.parametrize(("host", "own"), [("", 0), ("10.0.0.1", 0), ("10.0.0.2", 1), ("10.0.0.3", 0)])
+async def test_of_several_addresses_of_a_name_each_finds_itself(
+    make: Make, names: Names, host: str, own: int
+) -> None:
+    names.addresses["peers.example"] = ["10.0.0.2", "10.0.0.1"]
+    found = make(by_name(), "10.0.0.1", "10.0.0.2", host=host)
+    await found.refresh()
+    assert found.own == found.urls[own]
 
 
 async def test_what_is_configured_is_not_looked_for(make: Make, names: Names) -> None:

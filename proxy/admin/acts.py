@@ -4,7 +4,9 @@
 
 Each replica keeps the last act about each subject, and does it when it learns of it: from the replica that
 was asked, at once; from any other one, if it was down then.  A later act replaces an earlier one, so replicas
-that know the same acts have done the same, whatever the order in which they learned of them.
+that know the same acts have done the same, whatever the order in which they learned of them.  Of two acts at
+the same time, as replicas make them whose clocks are behind that of a third, all take the same one for the
+later.
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ class FleetAct(msgspec.Struct, frozen=True):
     at: float
     operation: str
     arguments: dict[str, Any]
+
+    @property
+    def order(self) -> tuple[float, str, bytes]:
+        """Is greater for a later act about the same subject, and equal only for the same act."""
+        return self.at, self.operation, msgspec.json.encode(self.arguments, order="sorted")
 
 
 class Acts:
@@ -77,7 +84,7 @@ class Acts:
 
 def digest_of(acts: Iterable[FleetAct]) -> str:
     """Is the same for replicas that know the same acts."""
-    return hashlib.sha256(msgspec.json.encode([(each.subject, each.at) for each in acts])).hexdigest()
+    return hashlib.sha256(msgspec.json.encode([(each.subject, each.order) for each in acts])).hexdigest()
 
 
 class TooLate(Denied):
@@ -113,14 +120,21 @@ class ActControl:
             last = await run_in_thread(self._acts.last, subject)
             at = max(self._clock(), last.at + STEP if last else 0.0)  # whatever the clock of another replica
             act = FleetAct(subject, at, operation.name, dict(arguments))
-            try:
-                result = await perform(self._own, operation, arguments)
-            except RegistryError as error:
-                if error.code not in UNKNOWN:
-                    raise
-                result = error
-            await run_in_thread(self._acts.keep, act)
-        return act, result
+            return act, await self._do(act, arguments)
+
+    async def _do(self, act: FleetAct, arguments: Mapping[str, Any]) -> Any:
+        """Do an act now, and keep it: also if there is nothing here to do it to, as an earlier one may come.
+
+        The result is then a RegistryError.  Raises other RegistryErrors, FieldInvalid.
+        """
+        try:
+            result = await perform(self._own, OPERATIONS[act.operation], arguments)
+        except RegistryError as error:
+            if error.code not in UNKNOWN:
+                raise
+            result = error
+        await run_in_thread(self._acts.keep, act)
+        return result
 
     def _subject(self, operation: Operation, arguments: Mapping[str, Any]) -> str:
         """Raises FieldInvalid."""
@@ -134,18 +148,18 @@ class ActControl:
     async def follow(self, act: FleetAct) -> Any:
         """Do and keep an act of which another replica tells; its result.
 
-        Raises RegistryError, FieldInvalid; TooLate also after it was kept.
+        Raises RegistryError, FieldInvalid; one of UNKNOWN and TooLate also after it was kept.
         """
-        operation = OPERATIONS[act.operation]
         async with self._turn:
             last, now = await run_in_thread(self._acts.last, act.subject), self._clock()
-            if last is not None and last.at > act.at:
+            if last is not None and last.order > act.order:
                 raise TooLate(f"it has done a later {last.operation}")
-            arguments = self._left(act, now)
-            result = None if arguments is None else await perform(self._own, operation, arguments)
-            await run_in_thread(self._acts.keep, act)
-        if arguments is None:
-            raise TooLate("by its clock, the time is over")
+            if (arguments := self._left(act, now)) is None:
+                await run_in_thread(self._acts.keep, act)
+                raise TooLate("by its clock, the time is over")
+            result = await self._do(act, arguments)
+        if isinstance(result, RegistryError):
+            raise result
         self._done()
         return result
 
@@ -163,12 +177,12 @@ class ActControl:
 
     async def learn(self, acts: Iterable[FleetAct]) -> None:
         """Do those acts of other replicas that are not known here.  Raises StorageFailed."""
-        for act in sorted(acts, key=lambda each: (each.at, each.subject)):
+        for act in sorted(acts, key=lambda each: each.order):
             operation = OPERATIONS.get(act.operation)
             if operation is None or operation.kept is None or self._acts.is_over(act, self._clock()):
                 continue  # of a replica of another version, or with another clock
             last = await run_in_thread(self._acts.last, act.subject)
-            if last is not None and last.at >= act.at:
+            if last is not None and last.order >= act.order:
                 continue
             try:
                 await self.follow(act)

@@ -36,7 +36,8 @@ def connect_to_peers(config: Config) -> Connect:
 
 def membership_of(config: Config) -> Membership:
     assert config.peers is not None
-    return Membership(config.peers, config.listen.port, encrypted=config.tls is not None)
+    host = "" if config.listen.everywhere else config.listen.host
+    return Membership(config.peers, config.listen.port, host=host, encrypted=config.tls is not None)
 
 
 def fleet_of(

@@ -46,6 +46,7 @@ class Membership:
     """The replicas that `settings` name.
 
     port: at which this server listens
+    host: the address at which it does so, by which it differs from others on this machine; empty for all
     encrypted: whether replicas that are found by a name are reached by https
 
     urls: those of all replicas
@@ -57,6 +58,7 @@ class Membership:
         settings: PeersConfig,
         port: int,
         *,
+        host: str = "",
         encrypted: bool = False,
         resolve: Resolve = resolve_all,
         local: Callable[[str], bool] = is_of_this_machine,
@@ -66,6 +68,7 @@ class Membership:
         self.own = settings.own
         self._settings = settings
         self._port = port
+        self._host = host
         self._scheme = "https" if encrypted else "http"
         self._resolve = resolve
         self._local = local
@@ -115,18 +118,23 @@ class Membership:
         addresses = one_family(await self._resolve(name, port))
         urls = {address: self._url(address, port) for address in addresses}
         if own is None and port == self._port:
-            own = next((url for address, url in urls.items() if self._local(address)), None)
+            local = {address: url for address, url in urls.items() if self._local(address)}
+            own = local.get(self._host, next(iter(local.values()), None))
         return tuple(sorted(urls.values())), own
 
     async def _ours(self, urls: Iterable[str]) -> str | None:
-        """The first URL that leads to this server."""
+        """The URL that leads to this server: to `host`, or else the first that leads to this machine."""
+        first = None
         for text in urls:
             url = URL(text)
             if url.port == self._port and url.host is not None:
                 with suppress(OSError):
-                    if any(map(self._local, await self._resolve(url.host, url.port))):
-                        return text
-        return None
+                    addresses = await self._resolve(url.host, url.port)
+                    if any(map(self._local, addresses)):
+                        if not self._host or self._host in addresses:
+                            return text
+                        first = first or text
+        return first
 
     def _url(self, address: str, port: int) -> str:
         return str(URL.build(scheme=self._scheme, host=address, port=port).origin())

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.access import api_keys as module
 from proxy.access.api_keys import START, ApiKeys, KeyExists, _principal, key_scope
 from proxy.access.credentials import BadCredential
 from proxy.access.records import AGAIN, RECENT, STALE, AccessRecords, ApiKey
@@ -133,6 +134,55 @@ async def test_the_last_use_is_known_to_the_minute(made: Any, clock: Clock) -> N
     assert [used for _, used in await keys.list()] == [first + 60]
     await keys.revoke("ci")
     assert not records.holds(KEY_USED.key("ci"))
+
+
+async def test_uses_of_many_keys_are_recorded_together(made: Any, tmp_path: Path, clock: Clock) -> None:
+    # Each record has all processes read all keys again.
+    keys, records = made
+    secrets = [(await keys.create(f"k{number}", (TEAM,)))[1] for number in range(20)]
+    changes = 0
+    transaction = records.transaction
+
+    def count(work: Any) -> Any:
+        nonlocal changes
+        changes += 1
+        return transaction(work)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "transaction", count)
+        for secret in secrets:
+            await keys.verify("", secret)
+            assert keys.remembers("", secret)
+        assert changes == 1
+        assert {used for _, used in await keys.list()} == {clock.now}
+        await keys.revoke("k3")
+        changes = 0
+        await keys.close()
+        assert changes == 1
+    assert not records.holds(KEY_USED.key("k3"))
+    again = SQLiteRecords(tmp_path / "records")
+    assert [used for _, used in await ApiKeys(AccessRecords(again)).list()] == [clock.now] * 19
+    again.close()
+
+
+async def test_uses_that_wait_are_recorded_after_the_pause(
+    made: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, records = made
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    secrets = [(await keys.create(name, (TEAM,)))[1] for name in ("one", "two")]
+    recorded = asyncio.Event()
+    loop, change = asyncio.get_running_loop(), records.transaction
+
+    def tell(work: Any) -> Any:
+        change(work)
+        if records.holds(KEY_USED.key("two")):
+            loop.call_soon_threadsafe(recorded.set)
+
+    monkeypatch.setattr(records, "transaction", tell)
+    await asyncio.gather(*(keys.verify("", secret) for secret in secrets))
+    await asyncio.wait_for(recorded.wait(), 20)
+    await keys.close()
 
 
 @pytest.mark.errors("access.damaged")

@@ -7,6 +7,7 @@ of milliseconds.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import re
@@ -31,6 +32,7 @@ from storage.records import Batch
 
 START = "entrepot_key_"
 NOTED = 60.0  # seconds between two records of the use of one key
+PAUSE = 5.0  # seconds between two records of uses: each has all processes read all keys again
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -50,7 +52,10 @@ class ApiKeys:
     def __init__(self, records: AccessRecords, clock: Callable[[], float] = time.time) -> None:
         self._records = records
         self._clock = clock
-        self._tried: dict[str, float] = {}  # when the use of each key was last recorded by this process
+        self._tried: dict[str, float] = {}  # when the use of each key was last noted by this process
+        self._waiting: dict[str, float] = {}  # those that are not recorded yet
+        self._pause: asyncio.TimerHandle | None = None
+        self._recording: asyncio.Task[None] | None = None
         self._principal = lru_cache(maxsize=1024)(_principal)
 
     # Verifying
@@ -67,9 +72,7 @@ class ApiKeys:
         if not self._lasts(key):
             raise BadCredential("it has expired: entrepot keys create makes another one")
         if not self._is_noted(key, state):
-            self._tried[key.name] = self._clock()
-            with suppress(StorageFailed):  # nobody is refused because of that
-                await self._note(key)
+            await self._note(key)
         return self._principal(key)
 
     def remembers(self, user: str, secret: str) -> bool:
@@ -86,18 +89,46 @@ class ApiKeys:
         return key.expires is None or self._clock() < key.expires
 
     def _is_noted(self, key: ApiKey, state: AccessState) -> bool:
-        """Whether its use was recorded lately, or that was tried."""
+        """Whether its use was noted lately."""
         last = max(state.used.get(key.name, -math.inf), self._tried.get(key.name, -math.inf))
         return self._clock() - last < NOTED
 
     async def _note(self, key: ApiKey) -> None:
-        now = msgspec.json.encode(self._clock())
+        """Record the use of a key: now, or after the pause together with those of others."""
+        self._tried[key.name] = self._waiting[key.name] = self._clock()
+        if self._pause is None:
+            self._begin_pause()
+            await self._record()
+
+    def _begin_pause(self) -> None:
+        self._pause = asyncio.get_running_loop().call_later(PAUSE, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._pause = None
+        if self._waiting:
+            self._begin_pause()
+            self._recording = asyncio.ensure_future(self._record())
+
+    async def _record(self) -> None:
+        """Record the uses that wait; nobody is refused if that fails."""
+        uses, self._waiting = self._waiting, {}
 
         def note(batch: Batch) -> None:
-            if batch.get(API_KEY.key(key.name)) is not None:  # it may have been revoked meanwhile
-                batch.put(KEY_USED.key(key.name), now)
+            for name, when in uses.items():
+                if batch.get(API_KEY.key(name)) is not None:  # it may have been revoked meanwhile
+                    batch.put(KEY_USED.key(name), msgspec.json.encode(when))
 
-        await self._records.change(note)
+        if uses:
+            with suppress(StorageFailed):
+                await self._records.change(note)
+
+    async def close(self) -> None:
+        """Record what waits for it."""
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._recording is not None:
+            await self._recording
+        await self._record()
 
     # Managing
 
@@ -148,7 +179,7 @@ class ApiKeys:
         """The keys by name, each with when it was last used."""
         state = await self._records.read()
         found = sorted(state.keys.values(), key=lambda each: each.name)
-        return [(each, state.used.get(each.name)) for each in found]
+        return [(each, self._waiting.get(each.name, state.used.get(each.name))) for each in found]
 
 
 def key_scope(text: str) -> Scope:

@@ -143,7 +143,9 @@ def _authenticator(
     if keys.api_keys:  # first: an issuer's verifier takes every token for one of its own
         from proxy.access.api_keys import ApiKeys
 
-        made = replace(made, verifiers=[ApiKeys(records, clock), *made.verifiers])
+        api_keys = ApiKeys(records, clock)
+        closing.push_async_callback(api_keys.close)
+        made = replace(made, verifiers=[api_keys, *made.verifiers])
     if endpoint is None:
         return made, None
     from proxy.access.issuing import TokenIssuer  # here: its library is needed for tokens alone

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.admin import inspection
+from proxy.admin import image_config
 from proxy.admin.explain import upstream_rows
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import RefusalRow
@@ -121,8 +121,12 @@ async def test_a_configuration(site: Site) -> None:  # noqa: F811
         "arm64",
         "v8",
     )
-    assert (found.entrypoint, found.command, found.environment) == (["/bin/app"], [], ["A=1", "B=<script>"])
-    assert (found.ports, found.labels, found.annotations) == (["80/tcp"], {"a": "1", "b": ""}, {"org": "me"})
+    assert (found.entrypoint, found.command, found.environment) == (
+        ["/bin/app"],
+        [],
+        ["A=1", "2", "B=<script>"],
+    )
+    assert (found.ports, found.labels, found.annotations) == (["80/tcp"], {"a": "1", "b": "2"}, {"org": "me"})
     assert [(each.created, each.created_by, each.empty) for each in found.history] == [
         (None, "ADD rootfs", False),
         (None, "ENV A=1", True),
@@ -151,7 +155,7 @@ async def test_a_configuration_that_is_not_there(
     await site.manifest(ALPINE, {"config": absent, "layers": []}, "5")
     with pytest.raises(BlobUnknown):
         await site.operations.config("alpine:5")
-    monkeypatch.setattr(inspection, "CONFIG_LIMIT", 4)
+    monkeypatch.setattr(image_config, "CONFIG_LIMIT", 4)
     with pytest.raises(FieldInvalid, match="more than 4 bytes"):
         await site.operations.config("alpine:4")
 

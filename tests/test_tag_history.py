@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from proxy.admin.image_diff import parse_config
 from proxy.admin.tag_reports import ImageDiff
 from proxy.namespaces.references import FieldInvalid
 from storage.errors import ManifestUnknown
@@ -208,38 +207,3 @@ async def test_images_of_different_stores(site: Site) -> None:
         ("removed", True),
         ("added", True),
     ]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"[]", b"\xff", b"[" * 100_000, b"null"],
-)
-def test_a_configuration_that_is_none(content: bytes) -> None:
-    assert parse_config(content) is None
-
-
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        ({}, {}),
-        ({"config": None, "history": None}, {}),
-        (
-            {"config": {"Env": [1, "A"], "Labels": ["x"], "Cmd": "sh", "User": None}},
-            {("env", "1"), ("env", "A")},
-        ),
-        ({"config": {"Labels": {"a": None}, "Entrypoint": [1]}}, {("label", "a"), ("config", "entrypoint")}),
-        ({"os": 5, "history": [{}, 1, {"created_by": 7}]}, {}),
-    ],
-)
-def test_a_configuration_of_a_strange_form(content: Any, found: Any) -> None:
-    read = parse_config(json.dumps(content).encode())
-    assert read is not None
-    assert set(read.values) == set(found)
-    assert [text for text, _ in read.steps] == (["", "7"] if "os" in content else [])
-
-
-def test_steps_that_do_not_fit_the_layers_are_not_guessed() -> None:
-    read = parse_config(config(2))
-    assert read is not None
-    assert read.of_layers(2) == ["RUN step 0", "RUN step 1"]
-    assert read.of_layers(3) == ["", "", ""]

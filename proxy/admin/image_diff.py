@@ -6,46 +6,19 @@ Only what is stored is compared: no upstream is asked.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any
 
-import msgspec
-
+from proxy.admin.image_config import ImageConfig, layer_steps, parse_config, read_config
 from proxy.admin.tag_reports import Change, ImageDiff, LayerChange, PlatformDiff, ValueChange
+from proxy.namespaces.references import FieldInvalid
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.graph import attestations, contents
 from storage.names import written
 from storage.oci import IMAGES, Descriptor, Digest, ManifestContent, platform_of
 from storage.store import Store
-
-LARGEST = 8 << 20  # bytes of a configuration; those of images are some kilobytes
-_KEYS = {
-    "User": "user",
-    "WorkingDir": "working directory",
-    "StopSignal": "stop signal",
-    "ArgsEscaped": "args escaped",
-}
-_COMMANDS = {"Entrypoint": "entrypoint", "Cmd": "command", "Shell": "shell"}
-_SETS = {"ExposedPorts": "port", "Volumes": "volume"}
-
-
-@dataclass(frozen=True, slots=True)
-class ImageConfig:
-    """What a configuration says: its values by kind and name, and the steps of the build.
-
-    Each step is what it ran, and whether it made no layer.
-    """
-
-    values: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    steps: Sequence[tuple[str, bool]] = ()
-
-    def of_layers(self, count: int) -> list[str]:
-        """The step that made each of `count` layers; "" where that cannot be told."""
-        made = [text for text, empty in self.steps if not empty]
-        return made if len(made) == count else [""] * count
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,23 +75,10 @@ class ImageDiffer:
         with suppress(ManifestUnknown):
             content = contents((await self._store(repository).get_manifest(repository, digest)).content)
         if content is not None and content.config is not None and content.media_type in IMAGES:
-            raw = await self._read(repository, content.config)
-            config = None if raw is None else parse_config(raw)
-            platform = platform or (None if raw is None else platform_of(raw))
+            with suppress(BlobUnknown, FieldInvalid):
+                raw = await read_config(self._store(repository), repository, content.config.digest)
+                config, platform = parse_config(raw), platform or platform_of(raw)
         return _Image(repository, digest, platform, content, config)
-
-    async def _read(self, repository: str, blob: Descriptor) -> bytes | None:
-        """The content of a blob; None if it is not stored, or not small."""
-        if not 0 <= blob.size <= LARGEST:
-            return None
-        try:
-            opened = await self._store(repository).get_blob(repository, blob.digest)
-        except BlobUnknown:
-            return None
-        try:
-            return b"".join([chunk async for chunk in opened.chunks(0, blob.size)])
-        finally:
-            await opened.close()
 
     def _store(self, repository: str) -> Store:
         private = self._private if repository.partition("/")[0] in self._hosted else None
@@ -180,20 +140,20 @@ class ImageDiffer:
 def _described(image: _Image | None) -> list[tuple[Descriptor, str]]:
     """The layers of an image, and the step that made each."""
     layers = () if image is None or image.content is None else image.content.layers
-    config = (image and image.config) or ImageConfig()
-    return [*zip(layers, config.of_layers(len(layers)), strict=True)]
+    steps = layer_steps(image.config.history if image and image.config else [], len(layers))
+    return [(layer, step.created_by if step else "") for layer, step in zip(layers, steps, strict=True)]
 
 
 def _values(old: _Image | None, new: _Image | None) -> Iterator[ValueChange]:
     """What differs in two configurations; nothing if one is not known."""
     if old is None or new is None or old.config is None or new.config is None:
         return
-    before, after = old.config.values, new.config.values
+    before, after = _named(old.config), _named(new.config)
     for kind, name in [*before, *(key for key in after if key not in before)]:
         values = before.get((kind, name)), after.get((kind, name))
         if values[0] != values[1]:
             yield ValueChange(kind=kind, name=name, old=values[0], new=values[1])
-    steps = [[text for text, _ in each.config.steps] for each in (old, new) if each.config is not None]
+    steps = [[step.created_by for step in each.history] for each in (old.config, new.config)]
     matched = SequenceMatcher(None, steps[0], steps[1], autojunk=False)
     for kind, start, stop, begin, end in matched.get_opcodes():
         if kind != "equal":
@@ -213,48 +173,27 @@ def _unknown(old: _Image | None, new: _Image | None) -> Iterator[str]:
             yield f"the configuration {each.content.config.digest} is not stored, or cannot be read"
 
 
-def parse_config(content: bytes) -> ImageConfig | None:
-    """The values and steps of a configuration of any form; None if it is no JSON object."""
-    try:
-        found = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    if not isinstance(found, dict):
-        return None
-    values: dict[tuple[str, str], str] = {}
-    for name in ("os", "os.version", "architecture", "variant", "created", "author"):
-        if isinstance(value := found.get(name), str):
-            values["config", name] = value
-    values |= _run_values(inner) if isinstance(inner := found.get("config"), dict) else {}
-    history = found.get("history")
-    steps = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
-    return ImageConfig(
-        values, [(_text(each.get("created_by")), each.get("empty_layer") is True) for each in steps]
-    )
-
-
-def _run_values(config: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """How a container is run: image-spec, config.md, "config"."""
-    values: dict[tuple[str, str], str] = {}
-    for key, name in _KEYS.items():
-        if config.get(key):
-            values["config", name] = _text(config[key])
-    for key, name in _COMMANDS.items():
-        if isinstance(words := config.get(key), list) and words:
-            values["config", name] = shlex.join(map(_text, words))
-    for key, name in _SETS.items():
-        if isinstance(members := config.get(key), dict):
-            values |= {("config", f"{name} {each}"): "yes" for each in members}
-    if isinstance(variables := config.get("Env"), list):
-        for variable in variables:
-            name, _, value = _text(variable).partition("=")
-            values["env", name] = value
-    if isinstance(labels := config.get("Labels"), dict):
-        values |= {("label", name): _text(value) for name, value in labels.items()}
-    return values
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+def _named(config: ImageConfig) -> dict[tuple[str, str], str]:
+    """What a configuration says beside its history, by kind and name."""
+    values = {
+        "os": config.os,
+        "os.version": config.os_version,
+        "architecture": config.architecture,
+        "variant": config.variant,
+        "created": config.created,
+        "author": config.author,
+        "user": config.user,
+        "working directory": config.directory,
+        "stop signal": config.stop_signal,
+        "args escaped": config.args_escaped,
+        "entrypoint": shlex.join(config.entrypoint),
+        "command": shlex.join(config.command),
+        "shell": shlex.join(config.shell),
+        **{f"port {each}": "yes" for each in config.ports},
+        **{f"volume {each}": "yes" for each in config.volumes},
+    }
+    named = {("config", name): value for name, value in values.items() if value}
+    for variable in config.environment:
+        name, _, value = variable.partition("=")
+        named["env", name] = value
+    return named | {("label", name): value for name, value in config.labels.items()}

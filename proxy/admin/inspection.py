@@ -6,14 +6,11 @@ Reading is no use of an image, and asks no upstream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from datetime import datetime
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
-
+from proxy.admin.image_config import ImageConfig, parse_config, parse_created, read_config
 from proxy.admin.inventory import Inventory
-from proxy.admin.models import BuildStep, ConfigReport, FileRow, Found, LayerFiles, Sort
+from proxy.admin.models import ConfigReport, FileRow, Found, LayerFiles, Sort
 from proxy.namespaces.references import FieldInvalid, ReferenceReader
 from storage.archives.layer import LayerListing
 from storage.concurrency import run_in_thread
@@ -23,8 +20,6 @@ from storage.maintenance.pins import Pin
 from storage.names import written
 from storage.oci import Digest
 from storage.store import Store
-
-CONFIG_LIMIT = 4 << 20  # bytes; those of images have some kilobytes
 
 
 class Inspection:
@@ -67,7 +62,7 @@ class Inspection:
         content = contents(manifest.content)
         if content is None or content.config is None:
             raise FieldInvalid("ref", "has no configuration: name a manifest of the index by its digest")
-        blob = await read_blob(store, image.repository, content.config.digest)
+        blob = await read_config(store, image.repository, content.config.digest)
         return config_report(str(digest), str(content.config.digest), content.annotations, blob)
 
     async def files(self, ref: str, search: str, offset: int, limit: int) -> LayerFiles:
@@ -116,82 +111,26 @@ async def _files(
     )
 
 
-async def read_blob(store: Store, repository: str, digest: Digest) -> bytes:
-    """A small blob.  Raises BlobUnknown, FieldInvalid if it is large."""
-    if await run_in_thread(store.linked, repository, digest) is None:
-        raise BlobUnknown(f"{repository} has no blob {digest}")
-    blob = await store.get_blob(repository, digest)
-    try:
-        content = bytearray()
-        async for chunk in blob.chunks():
-            content += chunk
-            if len(content) > CONFIG_LIMIT:
-                raise FieldInvalid("ref", f"its configuration has more than {CONFIG_LIMIT} bytes")
-        return bytes(content)
-    finally:
-        await blob.close()
-
-
-# The configuration of an image: image-spec, config.md.  Nothing in it is as it should be for certain.
-
-
-def config_report(digest: str, config: str, annotations: Any, content: bytes) -> ConfigReport:
+def config_report(digest: str, config: str, annotations: Mapping[str, str], content: bytes) -> ConfigReport:
     """What a configuration says, as far as it has the form of one."""
-    try:
-        found = _mapping(msgspec.json.decode(content))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        found = {}
-    run = _mapping(found.get("config"))
+    found = parse_config(content) or ImageConfig()
     return ConfigReport(
         digest=digest,
         config=config,
-        created=_time(found.get("created")),
-        author=_text(found.get("author")),
-        os=_text(found.get("os")),
-        architecture=_text(found.get("architecture")),
-        variant=_text(found.get("variant")),
-        user=_text(run.get("User")),
-        directory=_text(run.get("WorkingDir")),
-        entrypoint=_texts(run.get("Entrypoint")),
-        command=_texts(run.get("Cmd")),
-        environment=_texts(run.get("Env")),
-        ports=sorted(map(_text, _mapping(run.get("ExposedPorts")))),
-        volumes=sorted(map(_text, _mapping(run.get("Volumes")))),
-        stop_signal=_text(run.get("StopSignal")),
-        labels={_text(name): _text(value) for name, value in _mapping(run.get("Labels")).items()},
-        annotations={_text(name): _text(value) for name, value in annotations.items()},
-        history=[
-            BuildStep(
-                created=_time(each.get("created")),
-                created_by=_text(each.get("created_by")),
-                comment=_text(each.get("comment")),
-                empty=each.get("empty_layer") is True,
-            )
-            for each in map(_mapping, _list(found.get("history")))
-        ],
+        created=parse_created(found.created),
+        author=found.author,
+        os=found.os,
+        architecture=found.architecture,
+        variant=found.variant,
+        user=found.user,
+        directory=found.directory,
+        entrypoint=found.entrypoint,
+        command=found.command,
+        environment=found.environment,
+        ports=found.ports,
+        volumes=found.volumes,
+        stop_signal=found.stop_signal,
+        labels=found.labels,
+        annotations=dict(annotations),
+        history=found.history,
     )
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _texts(value: object) -> list[str]:
-    return [each for each in _list(value) if isinstance(each, str)]
-
-
-def _time(value: object) -> float | None:
-    """RFC 3339 as seconds since the epoch; None without one, and for the year 1."""
-    try:
-        at = datetime.fromisoformat(_text(value)).timestamp()
-    except (ValueError, OverflowError):
-        return None
-    return at if at > 0 else None

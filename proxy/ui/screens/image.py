@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from proxy.admin.image_config import layer_steps
 from proxy.admin.models import BuildStep, ConfigReport, ImageNode
 from proxy.admin.operations import Operations
 from proxy.admin.policy_reports import PolicyExplained
@@ -129,9 +130,7 @@ def kind_of(node: ImageNode) -> str:
 
 def layers(nodes: Sequence[ImageNode], config: ConfigReport | None) -> list[LayerRow]:
     """The layers with their steps, if there are as many of one as of the other."""
-    steps = [each for each in config.history if not each.empty] if config else []
-    fitting: Sequence[BuildStep | None] = steps if len(steps) == len(nodes) else [None] * len(nodes)
+    steps = layer_steps(config.history if config else [], len(nodes))
     return [
-        LayerRow(number, node, step)
-        for number, (node, step) in enumerate(zip(nodes, fitting, strict=True), 1)
+        LayerRow(number, node, step) for number, (node, step) in enumerate(zip(nodes, steps, strict=True), 1)
     ]

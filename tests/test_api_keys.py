@@ -610,6 +610,8 @@ async def test_a_locked_key_only_pulls(keyed: Started, tmp_path: Path) -> None:
     assert (row["scopes"], row["locked"]) == (["repository:local/team/app:pull"], 1)
     lock.write_text("local/team/app:1\n")
     assert "images.lock:1: expected" in await door.run(*words[:-1], code=2)
+    lock.write_text("# nothing yet\n")
+    assert "it has no image" in await door.run(*words[:-1], code=2)
 
 
 @pytest.mark.parametrize("who", ["anonymous", "authenticated"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from joserfc.jwk import ECKey
+from joserfc.jws import serialize_compact
 from structlog.testing import LogCapture
 
 from proxy.access import oidc as module
@@ -232,6 +233,14 @@ async def test_a_key_for_another_algorithm(issuer: Issuer, verifier: Verifier, c
     assert await verifier.verify(signed(rsa_jwk(), issuer.claims(), {"kid": "rsa"}, "PS256"))
     told, _ = await verifier.refused(signed(rsa_jwk(), issuer.claims(), {"kid": "rsa"}, "RS256"))
     assert told == "its issuer has no such key"
+
+
+@pytest.mark.parametrize("number", ["1e999", "9" * 5000])
+async def test_signed_claims_that_cannot_be_read(issuer: Issuer, verifier: Verifier, number: str) -> None:
+    payload = f'{{"iss": "{issuer.url}", "exp": {number}}}'
+    key = issuer.signing["first"]
+    token = serialize_compact({"alg": "ES256", "kid": "first"}, payload, key, ["ES256"])
+    assert (await verifier.refused(token))[0] == "its claims cannot be read"
 
 
 async def test_tokens_that_are_no_logins(issuer: Issuer, verifier: Verifier) -> None:

@@ -209,6 +209,16 @@ async def test_exchanged_for_a_token_of_this_server(opened: Open, issuer: Issuer
     assert (await door.act("pull", exchanged)).status == 401  # as the key is withdrawn that it depends on
 
 
+async def test_many_groups_are_in_a_token_once(opened: Open, issuer: Issuer) -> None:
+    rules = [{"who": ["group:ci:team-7"], "may": ["pull", "push"], "where": ["local/team/*"]}]
+    door = await opened({**oidc(issuer, rules, groups_claim="groups"), "token_endpoint": {}})
+    theirs = issuer.issue(groups=[f"team-{number}" for number in range(400)])
+    path = "/token?service=entrepot&scope=repository:local/team/app:pull,push"
+    ours = json.loads((await door.ask("GET", path, login("oidc", theirs))).body)["token"]
+    assert len(ours) < len(theirs) + 1000
+    assert (await door.push(bearer(ours))).status == 201
+
+
 async def test_a_token_of_an_upstream_is_a_login_there(
     serve: Serve, upstream: Upstream, issuer: Issuer
 ) -> None:

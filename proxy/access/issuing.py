@@ -129,7 +129,8 @@ class TokenIssuer:
             jti=secrets.token_hex(8),
             access=tuple(_access(each) for each in grants),
             scheme=principal.scheme,
-            groups=tuple(sorted(principal.groups)),
+            # Who is looked at again is found in its groups as they are then; many fit into no header.
+            groups=() if principal.scheme in self._renewals else tuple(sorted(principal.groups)),
             claims=dict(principal.claims),
             proof=principal.proof,
             until=None if principal.until == float("inf") else principal.until,

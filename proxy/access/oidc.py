@@ -252,7 +252,7 @@ def _signed(token: str, header: _Header, keys: KeySet) -> tuple[dict[str, Any], 
         except JoseError:
             continue
         except (ValueError, TypeError, RecursionError):
-            break
+            raise TokenRefused("its claims cannot be read") from None
     if not fit:
         named = f"{header.alg} key {header.kid[:100]!r}" if header.kid is not None else f"{header.alg} key"
         raise TokenRefused(

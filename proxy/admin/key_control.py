@@ -52,6 +52,8 @@ class KeyOperations:
 
         keys = self._api_keys()
         locked = None if lock is None else _locked(lock)
+        if locked is not None and not locked:
+            raise FieldInvalid("lock", "it has no image")
         found = [self._key_scope(each) for each in scopes]
         if locked is not None:
             found = _scopes_of(locked, found)

@@ -9,10 +9,20 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
-DEVELOPERS = ("CONTRIBUTING.md", "docs/architecture.md", "docs/library.md")
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/*.md")]
+DEVELOPERS = (
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/architecture.md",
+    "docs/library.md",
+    "docs/releasing.md",
+)
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *ROOT.glob("docs/*.md"),
+]
 SOURCES = [*ROOT.glob("storage/**/*.py"), *ROOT.glob("proxy/**/*.py")]
 
 FORBIDDEN = ("let alone", "for ever", "of late", "is told", "as nobody", "gone on with")
@@ -80,8 +90,9 @@ def _is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def test_names_are_in_their_files() -> None:
-    named = _NAMED.findall((ROOT / "docs/architecture.md").read_text())
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/architecture.md"])
+def test_names_are_in_their_files(page: str) -> None:
+    named = _NAMED.findall(" ".join((ROOT / page).read_text().split()))
     assert len(named) > 30
     absent = [
         f"{name} in {path}"
@@ -90,6 +101,52 @@ def test_names_are_in_their_files() -> None:
         if not re.search(rf"^ *(?:class|def|async def) {part}\b", (ROOT / path).read_text(), re.MULTILINE)
     ]
     assert not absent
+
+
+def test_every_promise_names_what_holds_it() -> None:
+    _, *sections = re.split(r"^##+ ", (ROOT / "SECURITY.md").read_text(), flags=re.MULTILINE)
+    promises = [each for section in sections for each in section.split("\n- ")[1:]]
+    assert len(promises) > 30
+    assert [each for each in promises if not _NAMED.search(" ".join(each.split()))] == []
+
+
+def test_examples_of_style_are_from_the_code() -> None:
+    code = "".join(path.read_text() for path in (*SOURCES, *ROOT.glob("tests/test_*.py")))
+    examples = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(examples) > 2
+    assert [each for each in examples if each not in code] == []
+
+
+def test_issue_forms_ask_for_what_there_is() -> None:
+    """The commands that they name are in the manual, and each field has a name of its own."""
+    forms = [path for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml") if path.name != "config.yml"]
+    assert len(forms) > 2
+    manual = (ROOT / "docs/commands.md").read_text()
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "labels", "body"} == form.keys()
+        fields = [each for each in form["body"] if each["type"] != "markdown"]
+        assert {each["type"] for each in fields} == {"textarea"}
+        assert (
+            len({each["id"] for each in fields})
+            == len({each["attributes"]["label"] for each in fields})
+            == len(fields)
+        )
+        for command in re.findall(r"`entrepot (\w+)", path.read_text()):
+            assert f"entrepot {command}" in manual
+
+
+def test_hooks_before_a_commit_are_those_of_the_manual() -> None:
+    [local] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    programs = {each["entry"].split()[0] for each in local["hooks"]}
+    assert programs == set(
+        re.findall(r"\.venv/bin/(?:ruff|mypy|pytest)\b", (ROOT / "CONTRIBUTING.md").read_text())
+    )
+    tests = re.findall(r"tests/\w+\.py", " ".join(each["entry"] for each in local["hooks"]))
+    assert "tests/test_layers.py" in tests
+    assert [each for each in tests if not (ROOT / each).is_file()] == []
 
 
 def test_no_page_and_no_source_holds_a_forbidden_phrase() -> None:

@@ -284,6 +284,21 @@ async def test_an_issuer_that_is_not_configured(issuer: Issuer, verifier: Verifi
 # Several that call themselves alike
 
 
+@pytest.mark.parametrize("down", [0, 1])
+async def test_one_of_two_with_one_name_cannot_be_asked(
+    issuer: Issuer, clock: Clock, verifier: Verifier, down: int
+) -> None:
+    other = Issuer(clock)
+    await other.start()
+    await other.stop()
+    members = [OWNER, OWNER]
+    members[down] += f", jwks_url: '{other.url}/keys'"
+    tokens = verifier.of(*members)
+    assert (await tokens.verify("", issuer.issue())).known
+    with pytest.raises(Unavailable):  # it may be of the one that is down
+        await tokens.verify("", signed(other.signing["first"], issuer.claims(), {"kid": "theirs"}))
+
+
 async def test_two_with_one_name(
     issuer: Issuer, clock: Clock, verifier: Verifier, events: LogCapture
 ) -> None:

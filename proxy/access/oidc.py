@@ -143,10 +143,12 @@ class OIDCTokens:
             return None
 
     async def _accepting(self, token: str) -> _Accepted:
-        """What the first of the issuers says that accepts the token."""
-        refusal: BadCredential | Unavailable = TokenRefused(
-            "it is of no issuer that is accepted here (access.oidc)"
-        )
+        """What the first of the issuers says that accepts the token.
+
+        While one of them cannot be asked, it is not known that none does.
+        """
+        refusal = TokenRefused("it is of no issuer that is accepted here (access.oidc)")
+        unavailable: Unavailable | None = None
         reasons = {}
         for name in self._named(token):
             try:
@@ -154,10 +156,10 @@ class OIDCTokens:
             except TokenRefused as error:
                 refusal, reasons[name] = error, error.detail
             except Unavailable as error:
-                refusal, reasons[name] = error, str(error)
+                unavailable, reasons[name] = error, str(error)
         for name, reason in reasons.items():
             log.info("token.refused", issuer=name, reason=reason)
-        raise refusal
+        raise unavailable or refusal
 
     def _named(self, token: str) -> list[str]:
         """The issuers that the token may be of; several clusters may call themselves by the same URL."""

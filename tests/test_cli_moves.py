@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -13,8 +14,10 @@ import aiohttp
 import pytest
 
 from proxy.cli.moves import moved_tables
+from proxy.config.loader import load
 from proxy.transfer.results import DamageRow, EngineMoved, MovedPart
 from storage.oci import OCI_MANIFEST, Digest
+from tests.moving import push
 from tests.objects import FakeBucket
 from tests.postgres import PostgresServer
 from tests.processes import Place, Server
@@ -132,6 +135,23 @@ async def test_nothing_that_was_acknowledged_is_lost(
                 digest = Digest.of(tag.encode() * 1000)
                 async with session.get(f"{server.url}{APP}/blobs/{digest}") as response:
                     assert await response.read() == tag.encode() * 1000
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], True), (["--dry-run"], False)])
+def test_what_stays_is_said_only_where_something_was_to_be_copied(
+    place: Place, options: list[str], kept: bool
+) -> None:
+    place.tree["namespaces"]["local"] = {"store": {}}
+    place.configure()
+    asyncio.run(push(load(place.home / "entrepot.yml"), b"content"))
+    place.tree["shared"] = {"records": "postgresql://entrepot:x@127.0.0.1:1/entrepot"}  # nobody listens
+    place.configure()
+    arguments = ["migrate", "--to", "shared", *options, "--config", str(place.home / "entrepot.yml")]
+    found = subprocess.run([sys.executable, "-m", "proxy", *arguments], capture_output=True, text=True)
+    assert found.returncode == 1
+    message = found.stderr.splitlines()[-1]
+    assert message.startswith("entrepot: records in 127.0.0.1:1/entrepot: connection failed")
+    assert ("what was copied stays" in message) == kept
 
 
 async def test_a_server_is_told_to_read_its_configuration_again(place: Place) -> None:

@@ -12,8 +12,10 @@ import pytest
 from aiohttp import web
 
 from proxy.admin import fleet as asking
+from proxy.admin import reports
+from proxy.admin.answers import Answers
 from proxy.admin.api.client import AdminClient, OperationFailed
-from proxy.admin.combination import COMBINE
+from proxy.admin.combination import COMBINE, drilling
 from proxy.admin.fleet import Fleet
 from proxy.admin.operations import OPERATIONS
 from proxy.upstream.peers import PEER, SECRET
@@ -273,6 +275,61 @@ async def test_a_drill_cuts_all_off(fleet: Replicas, upstream: Upstream) -> None
     for replica in fleet.all:
         await pulled(replica)
     assert third.warnings == []
+
+
+async def test_a_replica_that_joins_a_drill_later_is_asked_for_what_failed(
+    fleet: Replicas, clock: Clock, upstream: Upstream
+) -> None:
+    image_of(upstream)
+    await fleet.all[2].stop()
+    one = operators(fleet)[0]
+    await one.ask.begin_drill(600.0)
+    clock.advance(100)
+    late = await fleet.start(2)
+    await joined(late).exchange()
+    assert (await late.get(LATEST))[0] != 200
+    for ask in (one.ask.drill, one.ask.end_drill, one.ask.drill):
+        assert fleet.urls[2] in {row.replica for row in (await ask()).missed}
+
+
+def drill_of(begun: float, seconds: float, running: bool, failed: str) -> reports.Drilling:
+    row = reports.MissedRow(
+        client="10.0.0.9",
+        kind="manifest",
+        repository="docker.io/a/b",
+        reference=failed,
+        count=1,
+        first=begun,
+        last=begun,
+    )
+    left = seconds / 2 if running else 0.0
+    return reports.Drilling(
+        running=running, begun=begun, seconds=seconds, left=left, namespaces=[], missed=[row], untold=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ((1000.0, 600.0, True), True),
+        ((1003.0, 600.0, True), True),
+        ((1100.0, 500.0, True), True),  # it learned of it later, or its clock is ahead
+        ((1100.0, 500.0, False), True),  # and it has ended there
+        ((940.0, 600.0, True), True),  # its clock is behind
+        ((1000.0, 600.0, False), True),  # it was told the end
+        ((200.0, 600.0, False), False),
+        ((940.0, 600.0, False), False),
+        ((0.0, 0.0, False), False),
+    ],
+)
+def test_what_failed_is_that_of_one_drill(other: tuple[float, float, bool], same: bool) -> None:
+    found = {"http://a": drill_of(1000.0, 600.0, True, "1"), "http://b": drill_of(*other, "2")}
+    for answers in (found, dict(reversed(found.items()))):
+        combined = drilling(Answers(answers))
+        assert combined.running
+        assert combined.left == 300.0
+        assert {row.replica for row in combined.missed} == (set(found) if same else {"http://a"})
+        assert combined.untold == len(combined.missed)
 
 
 async def test_decisions_about_tags_reach_all(tmp_path: Path, clock: Clock, upstream: Upstream) -> None:

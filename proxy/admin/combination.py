@@ -6,7 +6,6 @@ its URL.  Numbers of what was done are sums over the replicas.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -288,11 +287,7 @@ def ready(answers: Answers[list[reports.ReadyRow]]) -> list[reports.ReadyRow]:
 def drilling(answers: Answers[reports.Drilling]) -> reports.Drilling:
     """The latest drill.  A replica that has none of it is not asked for what has failed."""
     latest = max(answers.all, key=lambda each: (each.running, each.begun))
-    found = {
-        url: each
-        for url, each in answers.found.items()
-        if each.running == latest.running and math.isclose(each.begun, latest.begun, rel_tol=0, abs_tol=SAME)
-    }
+    found = {url: each for url, each in answers.found.items() if _is_one_drill(each, latest)}
     missed = [of_replica(url, row) for url, each in found.items() for row in each.missed]
     return msgspec.structs.replace(
         latest,
@@ -300,6 +295,14 @@ def drilling(answers: Answers[reports.Drilling]) -> reports.Drilling:
         missed=sorted(missed, key=lambda row: (row.first, row.client, row.reference)),
         untold=sum(each.untold for each in found.values()),
     )
+
+
+def _is_one_drill(one: reports.Drilling, other: reports.Drilling) -> bool:
+    """Whether they are the same: a replica that learns of a drill later does what is left of it."""
+    if one.running and other.running:  # there is one at a time
+        return True
+    begins, ends = one.begun - other.begun, (one.begun + one.seconds) - (other.begun + other.seconds)
+    return min(abs(begins), abs(ends)) <= SAME
 
 
 COMBINE: Mapping[str, Callable[[Answers[Any]], Any]] = {

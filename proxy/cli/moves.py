@@ -88,9 +88,8 @@ async def _migrate(
             if not dry_run and not damaged:
                 await moves.settle()
     except RegistryError as error:
-        raise OperationFailed(
-            f"{error}; what was copied stays, and the next run continues", error.code
-        ) from error
+        kept = "" if dry_run else "; what was copied stays, and the next run continues"
+        raise OperationFailed(f"{error}{kept}", error.code) from error
     except (StartError, NotMovable, OSError) as error:
         raise OperationFailed(str(error)) from error
     if config.hosted() and not dry_run and not damaged:

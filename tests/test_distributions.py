@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import re
@@ -14,6 +15,7 @@ import venv
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
+from itertools import chain
 from pathlib import Path, PurePath
 from urllib.parse import urljoin
 from zipfile import ZipFile
@@ -25,7 +27,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.processes import Server
-from tests.test_docs import ROOT
+from tests.test_docs import ROOT, SOURCES
+from tests.test_layers import statements
 
 pytestmark = pytest.mark.clients
 
@@ -126,6 +129,24 @@ def test_the_sdist_is_the_repository(built: Path) -> None:
         names = {PurePath(*PurePath(each.name).parts[1:]) for each in archive if each.isfile()}
     made = {each for each in names if each.parts[0] in ("PKG-INFO", "setup.cfg", "entrepot.egg-info")}
     assert names - made == repository()
+
+
+def test_libraries_that_are_imported_are_named_and_the_reverse() -> None:
+    """Also those that are imported late, or only with an extra."""
+    extras = (libraries for extra, libraries in PROJECT["optional-dependencies"].items() if extra != "test")
+    named = {canonicalize_name(Requirement(each).name) for each in chain(PROJECT["dependencies"], *extras)}
+    imported = set()
+    for node in chain.from_iterable(statements(path.read_text()) for path in SOURCES):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.partition(".")[0])
+    offered = metadata.packages_distributions()
+    ours_and_pythons = {"proxy", "storage", "compression"}  # the last is of Python since 3.14
+    libraries = imported - sys.stdlib_module_names - ours_and_pythons
+    found = {each: set(map(canonicalize_name, offered.get(each, ()))) for each in libraries}
+    assert {each for each, distributions in found.items() if not distributions & named} == set()
+    assert named - set().union(*found.values()) == set()
 
 
 def test_the_program_says_its_version(installed: Path, tmp_path: Path) -> None:

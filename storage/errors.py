@@ -24,6 +24,7 @@
     ├── Misdirected                UNSUPPORTED                421   asked of the wrong replica
     ├── Unauthorized               UNAUTHORIZED               401   with a challenge
     ├── TokenRequestInvalid        UNSUPPORTED                400   a request for a token that is none
+    │   └── GrantTypeUnsupported   UNSUPPORTED                400   by a grant type that there is not
     ├── Throttled                  TOOMANYREQUESTS            429   too many wrong passwords
     ├── Denied                     DENIED                     403
     │   └── OriginDenied           DENIED                     403   the origin answered 401 or 403; see below
@@ -187,6 +188,10 @@ class TokenRequestInvalid(RegistryError):
     """A request for a token cannot be read, or asks for what there is not."""
 
     code, status = "UNSUPPORTED", 400
+
+
+class GrantTypeUnsupported(TokenRequestInvalid):
+    """RFC 6749, section 5.2."""
 
 
 class Throttled(RegistryError):

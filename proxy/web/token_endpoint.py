@@ -22,7 +22,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.web.responses import JSON, content
 from proxy.web.routes import Route
-from storage.errors import RegistryError, TokenRequestInvalid
+from storage.errors import GrantTypeUnsupported, RegistryError, TokenRequestInvalid
 
 if TYPE_CHECKING:  # it needs a library for tokens
     from proxy.access.token_exchange import TokenExchange
@@ -76,8 +76,10 @@ class TokenEndpoint:
                 found = self._tokens.by_password(request, user, password)
             case "refresh_token":
                 found = self._tokens.by_refresh_token(request, _value(form, "refresh_token"))
+            case "":
+                raise TokenRequestInvalid("the form has no grant_type: use password or refresh_token")
             case other:
-                raise TokenRequestInvalid(
+                raise GrantTypeUnsupported(
                     f"grant_type={other[:50]!r} is not supported: use password or refresh_token"
                 )
         principal = await self._identified(request, exchange, found)
@@ -132,8 +134,9 @@ class TokenEndpoint:
 
 def oauth_error(error: RegistryError) -> dict[str, str]:
     """What the body of an error says besides, for clients of OAuth."""
+    of_status = _ERRORS.get(error.status, "temporarily_unavailable")
     return {
-        "error": _ERRORS.get(error.status, "temporarily_unavailable"),
+        "error": "unsupported_grant_type" if isinstance(error, GrantTypeUnsupported) else of_status,
         "error_description": error.public,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from proxy.cli.moves import migrate
 from proxy.config.errors import StartError
 from proxy.config.loader import load
 from proxy.config.schema import Config
@@ -21,6 +24,7 @@ from proxy.namespaces.access_records import access_records_on_disk
 from proxy.namespaces.private import is_shared, private_store
 from proxy.transfer.engine_moves import EngineMoves, NotMovable
 from storage import keys
+from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageUnavailable
 from storage.keys import API_KEY, KEY_USED, LEASE, LINK, OBJECT, PIN, SIGNING, UPLOAD, RecordKind
@@ -297,6 +301,45 @@ async def test_damaged_content_is_not_moved_and_keeps_the_registry_where_it_is(
     await store.close()
     _, content = await look(both)
     assert set(content.values()) == {CONFIG, b"", b"still here"}
+
+
+@pytest.mark.parametrize(
+    ("room", "told", "options"),
+    [(len(LARGE), "[0-9.]+ [KM]iB", ["--dry-run"]), (0, "0 B", ["--dry-run"]), (-(5 << 20), "0 B", [])],
+)
+async def test_a_disk_without_room_is_not_filled(
+    tmp_path: Path,
+    both: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    told: str,
+    options: list[str],
+) -> None:
+    store = private_store(configured(tmp_path))
+    await fill(store)
+    await push(store, b"beside it")
+    await store.close()
+    await moved(both, "shared")
+    shutil.rmtree(both.disk.path / "private" / "blobs")
+    monkeypatch.setattr(BlobFiles, "room", lambda self: room)
+    arguments = ["--to", "local", *options, "--config", str(tmp_path / "shared.yml")]
+    found = await asyncio.to_thread(CliRunner().invoke, migrate, arguments)
+    assert found.exit_code == 1
+    assert re.search(rf"are to be copied, and the disk has room for {told}: make room$", found.stderr.strip())
+    assert is_shared(both)
+
+
+async def test_a_full_disk_has_room_for_what_is_there(
+    tmp_path: Path, both: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = private_store(configured(tmp_path))
+    await fill(store)
+    await store.close()
+    await moved(both, "shared")
+    monkeypatch.setattr(BlobFiles, "room", lambda self: -1)
+    async with EngineMoves(both, False) as moves:
+        ((_, job),) = moves.jobs(caches=True)
+        await moves.check_room(job)
 
 
 async def test_an_object_that_is_damaged_or_missing_stops_the_way_back(

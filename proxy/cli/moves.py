@@ -79,10 +79,10 @@ async def _migrate(
     try:
         async with EngineMoves(config, shared) as moves:
             for name, job in moves.jobs(caches):
+                await moves.check_room(job)
                 if dry_run:
                     parts.append(await moves.expected(name, job))
                     continue
-                await moves.check_room(job)
                 parts.append(await _watched(name, job, call.json))
                 damaged += [DamageRow("", str(digest), why) for digest, why in job.report.damaged.items()]
             if not dry_run and not damaged:

@@ -181,10 +181,12 @@ class EngineMoves:
         needed, room = (await job.survey()).whole_bytes, job.target.room()
         if isinstance(job, CacheCopy) and self._config.disk.cache_limit is not None:
             room = min(room, self._config.disk.cache_limit)
+        room = max(0, room)  # less than nothing of a disk that is full
         if needed > room:
+            less = ", or leave the caches out (--no-caches)" if isinstance(job, CacheCopy) else ""
             raise NotMovable(
                 f"{format_size(needed)} are to be copied, and the disk has room for {format_size(room)}: make"
-                " room, or leave the caches out (--no-caches)"
+                f" room{less}"
             )
 
     async def expected(self, name: str, job: Job) -> MovedPart:

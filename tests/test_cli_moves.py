@@ -15,6 +15,7 @@ import pytest
 
 from proxy.cli.moves import moved_tables
 from proxy.config.loader import load
+from proxy.namespaces.private import is_shared
 from proxy.transfer.results import DamageRow, EngineMoved, MovedPart
 from storage.oci import OCI_MANIFEST, Digest
 from tests.moving import push
@@ -152,6 +153,24 @@ def test_what_stays_is_said_only_where_something_was_to_be_copied(
     message = found.stderr.splitlines()[-1]
     assert message.startswith("entrepot: records in 127.0.0.1:1/entrepot: connection failed")
     assert ("what was copied stays" in message) == kept
+
+
+async def test_who_cannot_reach_the_server_has_to_reload_it(place: Place, fake: FakeBucket) -> None:
+    place.tree["namespaces"]["local"] = {"store": {}}
+    place.configure()
+    await push(load(place.home / "entrepot.yml"), b"content")
+    place.tree["shared"] = in_bucket(fake)
+    place.configure()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", "migrate", "--to", "shared", "--server", "http://127.0.0.1:1"),
+        *("--config", str(place.home / "entrepot.yml")),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"is moved; reload the server now" in err
+    assert b"no server at http://127.0.0.1:1" in err
+    assert is_shared(load(place.home / "entrepot.yml"))
 
 
 async def test_a_server_is_told_to_read_its_configuration_again(place: Place) -> None:

@@ -93,10 +93,7 @@ async def _migrate(
     except (StartError, NotMovable, OSError) as error:
         raise OperationFailed(str(error)) from error
     if config.hosted() and not dry_run and not damaged:
-        async with if_running(config, call.server, call.token, call.ca_file) as server:
-            if server is not None:
-                await server.reload()
-                reloaded = True
+        reloaded = await _reloaded(config, call)
     return EngineMoved(
         to="shared" if shared else "local",
         parts=parts,
@@ -105,6 +102,20 @@ async def _migrate(
         dry_run=dry_run,
         reloaded=reloaded,
     )
+
+
+async def _reloaded(config: Config, call: CommandContext) -> bool:
+    """Have the server read its configuration again; False if none runs.  Raises OperationFailed."""
+    try:
+        async with if_running(config, call.server, call.token, call.ca_file) as server:
+            if server is not None:
+                await server.reload()
+            return server is not None
+    except OperationFailed as error:
+        raise OperationFailed(
+            f"the private registry is moved; reload the server now, which refuses pushes until then: {error}",
+            error.code,
+        ) from error
 
 
 async def _watched(name: str, job: Job, quietly: bool) -> MovedPart:

@@ -47,6 +47,7 @@ PROXY = {
     "doctor": "config connections upstream setup access web",
     "ui": "config namespaces admin",
     "server": "telemetry config webhooks access namespaces web admin ui",
+    "testing": "config telemetry upstream namespaces web transfer",
 }
 PROXY["cli"] = " ".join(PROXY)
 PROXY["__main__"] = "cli"

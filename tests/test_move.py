@@ -329,6 +329,19 @@ async def test_a_disk_without_room_is_not_filled(
     assert is_shared(both)
 
 
+@pytest.mark.parametrize("where", ["shared", "local"])
+async def test_a_directory_that_is_not_there_is_not_made(
+    tmp_path: Path, fake: FakeBucket, where: str
+) -> None:
+    directory = tmp_path / "misspelt"
+    directory.mkdir()
+    config = configured(directory, **in_bucket(fake))
+    shutil.rmtree(directory)
+    with pytest.raises(NotMovable, match=f"{directory} does not exist"):
+        await moved(config, where)
+    assert not directory.exists()
+
+
 async def test_a_full_disk_has_room_for_what_is_there(
     tmp_path: Path, both: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

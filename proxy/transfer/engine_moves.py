@@ -90,6 +90,8 @@ class EngineMoves:
         self._common: Records | None = None  # of the caches of several servers
 
     async def __aenter__(self) -> EngineMoves:
+        if not self._config.disk.path.is_dir():
+            raise NotMovable(f"{self._config.disk.path} does not exist: run it on the machine of the server")
         lock = ProcessLock(self._config.disk.path / "move.lock")
         self._stack.callback(lock.close)
         if not lock.take(fcntl.LOCK_EX):

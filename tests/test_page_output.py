@@ -188,6 +188,8 @@ ELSEWHERE = {
         "kubectl get --raw /.well-known/openid-configuration": ISSUERS,
     },
     "docs/commands.md": {
+        "entrepot backup /mnt/backup": "see tests/test_backup.py",
+        "entrepot restore /mnt/backup --set disk.path=/var/lib/entrep": "see tests/test_backup.py",
         "entrepot completion fish --install": "names a home; tests/test_completion.py does it",
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,
         "entrepot keys create ci --scope 'repository:local/team/*:pul": KEYS,

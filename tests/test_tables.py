@@ -21,6 +21,7 @@ import proxy.cli
 from proxy.admin import activity_reports, key_reports, models, policy_reports, reports, tag_reports
 from proxy.cli import (
     audit,
+    backups,
     bundles,
     content,
     copy,
@@ -152,6 +153,8 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "import": (results.BundleImported, bundles.import_tables),
     "import --from-registry-dir": (results.Migrated, migrate.migration_tables),
     "migrate --to": (results.EngineMoved, moves.moved_tables),
+    "backup": (results.BackedUp, backups.backup_tables),
+    "restore": (results.Restored, backups.restore_tables),
     "reload": (reports.Reloading, moves.reload_tables),
     "copy": (results.Copied, copy.copy_tables),
     "policy test": (list[policy.CaseResult], policy.case_tables),

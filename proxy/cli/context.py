@@ -207,6 +207,11 @@ def without_server(function: Callable[..., None]) -> Callable[..., None]:
     return _with_options(function, "as_json", "wide")
 
 
+def on_directory(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a command that works on the directory, whether a server uses it or not."""
+    return _with_options(function, "path", "settings", "as_json", "wide")
+
+
 def _with_options(function: Callable[..., None], *names: str) -> Callable[..., None]:
     def called(*rest: Any, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in names}

@@ -23,7 +23,7 @@ GROUPS = {
         "audit",
     ),
     "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
-    "Keep a private registry": ("tag", "delete", "collect", "migrate"),
+    "Keep a private registry": ("tag", "delete", "collect", "migrate", "backup", "restore"),
     "Move images": ("copy", "export", "import"),
     "Prepare for an outage": ("ready", "drill", "lock"),
     "Use the shell": ("completion",),
@@ -120,6 +120,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "diff": (("entrepot diff alpine:3", "with what it stood for before"),),
     "audit": (("entrepot audit refused ann", "acts with both words"),),
     "migrate": (("entrepot migrate --to shared --dry-run", ""),),
+    "backup": (("entrepot backup /mnt/backup", "again: copies only what is new"),),
+    "restore": (("entrepot restore /mnt/backup --set disk.path=/data", ""),),
     "reload": (("entrepot reload", ""),),
     "stats": (("entrepot stats --period 7d", ""),),
     "top": (

@@ -21,6 +21,7 @@ from yarl import URL
 
 from proxy.cli import (
     audit,
+    backups,
     bundles,
     completion,
     configuration,
@@ -86,6 +87,7 @@ for each in (
     *offline.COMMANDS,
     *copy.COMMANDS,
     *moves.COMMANDS,
+    *backups.COMMANDS,
     *bundles.COMMANDS,
     *stores.COMMANDS,
     *users.COMMANDS,

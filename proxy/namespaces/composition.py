@@ -40,6 +40,7 @@ from proxy.upstream.peers import Peers
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
+from storage.disk.format import take_over
 from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubled, Troubles
@@ -144,16 +145,13 @@ def compose(
     shared: SharedState | None = None,
     hooks: Hooks = Hooks(),
 ) -> Composition:
-    """Make all parts of `config`.  Raises StartError.
-
-    Limits for the whole server, such as `limits.fills`, hold for all processes with the same `shared`.
-    """
+    """Make all parts of `config`; processes with the same `shared` share its limits.  Raises StartError."""
     try:
         with ExitStack() as failed:
             shared = shared or SharedState()
             metrics = metrics or Metrics(shared.exemplars)
-            parts = _Composer(config, clock, metrics, shared, hooks, failed)
-            made = parts.compose()
+            take_over(config.disk.path)
+            made = _Composer(config, clock, metrics, shared, hooks, failed).compose()
             failed.pop_all()
             return made
     except StorageFailed as error:

@@ -150,6 +150,48 @@ class EngineMoved(Result, frozen=True):
     reloaded: bool
 
 
+class BackupRow(Result, frozen=True):
+    """A store in a backup: how many blobs its records name, and of how many bytes."""
+
+    store: str
+    blobs: int
+    bytes: int
+
+
+class BackedUp(Result, frozen=True):
+    """The result of a backup.
+
+    Of its blobs, `new` ones of `new_bytes` were not in it before, `linked` of them as hard links.  `damaged`
+    content is not in it; `left_out` says what it does not cover.
+    """
+
+    directory: str
+    made: float
+    stores: list[BackupRow]
+    new: int
+    new_bytes: int
+    linked: int
+    damaged: list[DamageRow]
+    left_out: list[str]
+    seconds: float
+
+
+class Restored(Result, frozen=True):
+    """The result of a restore into `path`, of a backup that was `made` then by `version`.
+
+    `restored` is false if nothing was, because of `damaged` content.
+    """
+
+    path: str
+    restored: bool
+    made: float
+    version: str
+    stores: list[BackupRow]
+    linked: int
+    damaged: list[DamageRow]
+    seconds: float
+
+
 Outcome: TypeAlias = Literal["copied", "present", "failed"]
 
 

@@ -1,1 +1,1 @@
-"""Taking over the directory of another registry; moving a registry to other engines."""
+"""Taking over the directory of another registry; moving a registry to other engines; backups."""

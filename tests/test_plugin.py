@@ -309,6 +309,17 @@ def test_full_names(tmp_path: Path) -> None:
             registry.push_image("unknown.example/team/app:1", {})
 
 
+def test_hosts_of_the_configuration(run: Run) -> None:
+    source = """
+    def test_it(entrepot_registry):
+        for host in ("registry.example", "localhost:5000", "quay.io"):
+            entrepot_registry.push_image(f"{host}/team/{host[0]}:1", {})
+        assert entrepot_registry.repositories() == ["team/l", "team/q", "team/r"]
+    """
+    words = ("-o", "entrepot_hosts=registry.example localhost:5000 quay.io")
+    run(source, *words).assert_outcomes(passed=1)
+
+
 def example(name: str) -> Any:
     """The module of a file of examples/."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")

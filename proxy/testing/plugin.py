@@ -25,6 +25,7 @@ MARKERS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("entrepot_upstream", "the upstream of entrepot_mirror: a URL, or a name such as docker.io")
+    parser.addini("entrepot_hosts", "further registries that entrepot_registry stands for", type="args")
     parser.getgroup("entrepot").addoption(
         "--entrepot-record",
         choices=("once", "none", "all"),
@@ -68,7 +69,8 @@ def entrepot_registry(
     """An empty private registry at `url`, or with the layouts of the marker `entrepot_registry`."""
     from proxy.testing.registry import LocalRegistry
 
-    with LocalRegistry(tmp_path_factory.mktemp("entrepot-registry")) as registry:
+    directory, hosts = tmp_path_factory.mktemp("entrepot-registry"), request.config.getini("entrepot_hosts")
+    with LocalRegistry(directory, hosts) as registry:
         for marker in request.node.iter_markers("entrepot_registry"):
             layout, *name = marker.args
             registry.load(_beside(request, layout), *name, **marker.kwargs)

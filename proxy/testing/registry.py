@@ -7,7 +7,7 @@ import hashlib
 import io
 import platform
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,7 +31,12 @@ class LocalRegistry(ServedNamespace):
     """A private registry that takes pushes and deletions of anybody who reaches 127.0.0.1.
 
     It stands for every built-in registry, too: docker.io/library/alpine is its repository library/alpine.
+    So it does for `hosts`, each with its port if it has one.
     """
+
+    def __init__(self, directory: Path, hosts: Sequence[str] = ()) -> None:
+        super().__init__(directory)
+        self._hosts = hosts
 
     def load(self, path: Path | str, name: str | None = None) -> list[str]:
         """Load the images of an OCI image layout, a directory or an archive; or of what docker save writes.
@@ -83,7 +88,7 @@ class LocalRegistry(ServedNamespace):
         return str(manifest.digest)
 
     async def _start(self) -> None:
-        await self._serve(NAMESPACE, {"store": {}, "aliases": list(WELL_KNOWN)})
+        await self._serve(NAMESPACE, {"store": {}, "aliases": [*dict.fromkeys([*WELL_KNOWN, *self._hosts])]})
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:

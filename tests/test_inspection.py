@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.admin import image_config
+import storage.graph
+from proxy.admin import image_config, image_diff, inventory
 from proxy.admin.explain import upstream_rows
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import RefusalRow
@@ -158,6 +159,38 @@ async def test_a_configuration_that_is_not_there(
     monkeypatch.setattr(image_config, "CONFIG_LIMIT", 4)
     with pytest.raises(FieldInvalid, match="more than 4 bytes"):
         await site.operations.config("alpine:4")
+
+
+# What names the same many times
+
+
+async def test_what_an_index_names_again_is_read_once(
+    site: Site,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An index may name 20,000 times a manifest that has as many layers."""
+    made, read = await site.image(ALPINE, None, b"layer"), []
+    rows = [on(f"linux/{number % 3}", made) for number in range(300)]
+    for tag, named in (("many", rows), ("fewer", rows[1:])):
+        await site.manifest(ALPINE, {"manifests": named}, tag)
+    parse = storage.graph.contents
+
+    def counted(content: bytes) -> Any:
+        read.append(content)
+        return parse(content)
+
+    for module in (inventory, image_diff):
+        monkeypatch.setattr(module, "contents", counted)
+    tree = await site.operations.show("alpine:many")
+    assert len(read) == 2
+    assert [len(each.children) for each in tree.node.children] == [2] + [0] * 299
+    assert all(each.present for each in tree.node.children)
+    assert tree.node.children[1].platform == "linux/1"
+    read.clear()
+    found = await site.operations.diff("alpine:many", "alpine:fewer")
+    assert len(read) == 4
+    assert [each.change for each in found.platforms].count("same") == 299
+    assert [each.platform for each in found.platforms if each.change == "removed"] == ["linux/0"]
 
 
 # Files

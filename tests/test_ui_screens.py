@@ -402,6 +402,22 @@ async def test_a_manifest_and_its_configuration(screens: Screens) -> None:
     assert "<usr>" in (await screens.see(screen.link("files?ref=") + "&q=bin")).text
 
 
+async def test_what_a_long_table_leaves_out_is_said(screens: Screens) -> None:
+    many = {f"name{number}": "x" for number in range(502)}
+    steps = [{"created_by": f"RUN {number}"} for number in range(503)]
+    content = {"config": {"Labels": many, "Env": [*many]}, "history": steps}
+    config = await screens.site.blob(ALPINE, json.dumps(content).encode())
+    layer = await screens.site.blob(ALPINE, b"layer")
+    body = {"config": config, "layers": [layer] * 503, "annotations": many | {"one": "more"}}
+    await screens.site.manifest(ALPINE, body, "4")
+    text = (await screens.see("image?ref=alpine:4")).text
+    for caption, count in (("Layers", 3), ("Labels", 2), ("Annotations", 3), ("History", 3)):
+        after = text.rpartition(caption)[2] if caption != "History" else text.rpartition("Step")[2]
+        assert f"{count} more are not shown." in after, caption
+    assert text.count("more are not shown.") == 4
+    assert "302 more" in text
+
+
 async def test_a_configuration_that_is_not_stored(screens: Screens) -> None:
     absent = describe(Digest.of(b"absent"), 6)
     await screens.site.manifest(ALPINE, {"config": absent, "layers": [absent]}, "4")

@@ -6,14 +6,16 @@ Only what is stored is compared: no upstream is asked.
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from proxy.admin.image_config import ImageConfig, layer_steps, parse_config, read_config
 from proxy.admin.tag_reports import Change, ImageDiff, LayerChange, PlatformDiff, ValueChange
 from proxy.namespaces.references import FieldInvalid
+from storage.concurrency import run_in_thread
 from storage.errors import BlobUnknown, ManifestUnknown
 from storage.graph import attestations, contents
 from storage.names import written
@@ -52,7 +54,10 @@ class ImageDiffer:
             old=written(*old),
             new=written(*new),
             same=old[1] == new[1],
-            platforms=[self._platform(former.get(key), latter.get(key)) for key in keys],
+            # It takes seconds if there are thousands of layers.
+            platforms=await run_in_thread(
+                lambda: [self._platform(former.get(key), latter.get(key)) for key in keys]
+            ),
         )
 
     async def _images(self, repository: str, digest: Digest) -> dict[tuple[str | None, int], _Image]:
@@ -63,11 +68,18 @@ class ImageDiffer:
             image = await self._image(repository, digest, None)
             return {(image.platform, 0): image}
         found: dict[tuple[str | None, int], _Image] = {}
+        read: dict[Digest, _Image] = {}
+        numbers: Counter[str | None] = Counter()
         skipped = attestations(content)
         for child in content.children:
-            if child.digest not in skipped:
-                number = sum(platform == child.platform for platform, _ in found)
-                found[child.platform, number] = await self._image(repository, child.digest, child.platform)
+            if child.digest in skipped:
+                continue
+            if child.digest not in read:
+                read[child.digest] = await self._image(repository, child.digest, None)
+            image = read[child.digest]
+            key = child.platform, numbers[child.platform]
+            found[key] = replace(image, platform=child.platform or image.platform)
+            numbers[child.platform] += 1
         return found
 
     async def _image(self, repository: str, digest: Digest, platform: str | None) -> _Image:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from os.path import commonprefix
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from proxy.admin.models import (
     ImageNode,
@@ -68,6 +68,17 @@ class Measured:
     @property
     def complete(self) -> bool:
         return not self.unread and all(each.held for each in self.parts.values())
+
+
+class _SeenManifest(NamedTuple):
+    """What is known of a manifest after the first place in a tree; `read` if its content could be."""
+
+    present: bool
+    read: bool
+    artifact_type: str | None
+
+
+_Seen: TypeAlias = dict[tuple[Digest, bool], _SeenManifest]  # by digest, and whether its children are shown
 
 
 class Inventory:
@@ -258,7 +269,7 @@ class Inventory:
         if digest is None:
             raise ManifestUnknown(f"{written(repository, reference)} is not stored")
         manifest = self.store.manifest(repository, digest)[0]
-        seen: set[Digest] = set()
+        seen: _Seen = {}
         use = self._usage.use(repository, reference)
         moves = self._usage.moves(repository, reference) if isinstance(reference, Tag) else []
         return ImageTree(
@@ -272,7 +283,7 @@ class Inventory:
             pins=[pin.pattern for pin in self._pins.known() if pin.matches(repository, reference)],
         )
 
-    def _referrers(self, repository: str, digest: Digest, seen: set[Digest]) -> list[ImageNode]:
+    def _referrers(self, repository: str, digest: Digest, seen: _Seen) -> list[ImageNode]:
         found = []
         for each in dict.fromkeys(each for each, _ in referring(self.store, repository, digest)):
             manifest = self._manifest(repository, each)
@@ -285,27 +296,33 @@ class Inventory:
         repository: str,
         role: str,
         named: Descriptor,
-        seen: set[Digest],
+        seen: _Seen,
         depth: int = 0,
     ) -> ImageNode:
-        manifest = self._manifest(repository, named.digest)
-        content = contents(manifest.content) if manifest else None
+        """A manifest and what it names; `seen` spares reading it again at every other place that names it."""
         children: list[ImageNode] = []
-        if content and named.digest not in seen and depth < DEEPEST:
-            seen.add(named.digest)
-            for blob in content.blobs:
-                kind = "config" if blob is content.config else "layer"
-                children.append(self._leaf(repository, kind, blob))
-            for child in content.children:
-                children.append(self._node(repository, "manifest", child, seen, depth + 1))
+        key = named.digest, depth < DEEPEST
+        if key not in seen:
+            manifest = self._manifest(repository, named.digest)
+            content = contents(manifest.content) if manifest else None
+            seen[key] = _SeenManifest(
+                manifest is not None, content is not None, content.artifact_type if content else None
+            )
+            if content and depth < DEEPEST:
+                for blob in content.blobs:
+                    kind = "config" if blob is content.config else "layer"
+                    children.append(self._leaf(repository, kind, blob))
+                for child in content.children:
+                    children.append(self._node(repository, "manifest", child, seen, depth + 1))
+        found = seen[key]
         return ImageNode(
             role=role,
             digest=str(named.digest),
             media_type=named.media_type,
             size=named.size,
-            present=manifest is not None,
+            present=found.present,
             platform=named.platform,
-            artifact_type=content.artifact_type if content and role == "referrer" else named.artifact_type,
+            artifact_type=found.artifact_type if found.read and role == "referrer" else named.artifact_type,
             children=children,
         )
 

@@ -342,6 +342,7 @@ def _method(stopped: Callable[..., Any], real: Any) -> Callable[..., Any]:
     return lambda *arguments, **options: stopped(real, *arguments, **options)
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("links", [True, False])
 async def test_a_backup_that_is_killed_leaves_the_former_one(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, links: bool
@@ -371,6 +372,7 @@ async def test_a_backup_that_is_killed_leaves_the_former_one(
     assert None not in ground.held().values()
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("links", [True, False])
 async def test_a_restore_that_is_killed_is_continued(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool

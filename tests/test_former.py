@@ -80,6 +80,10 @@ async def test_what_was_pulled_is_served(site: Site) -> None:
     assert (await site.get(f"/v2/library/busybox/blobs/{Digest.of(LAYER)}"))[0] == 404
 
 
+async def test_the_directory_says_its_format_from_now_on(site: Site) -> None:
+    assert (site.directory / "format").read_text() == "1\n"
+
+
 async def test_what_was_pushed_is_served(site: Site) -> None:
     status, headers, content = await site.get("/v2/local/team/app/manifests/1")
     assert (status, headers["Docker-Content-Digest"], Digest.of(content)) == (200, APP, APP)

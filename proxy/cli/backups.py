@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -23,7 +23,6 @@ from proxy.config.loader import load
 from proxy.config.quantities import format_size, format_time, plural
 from proxy.config.schema import Config
 from proxy.transfer.results import BackedUp, BackupRow, DamageRow, Restored
-from storage.concurrency import Cancelled
 from storage.errors import RegistryError
 
 if TYPE_CHECKING:  # most commands need none of these
@@ -145,8 +144,7 @@ async def _watched(call: CommandContext, run: BackupRun | RestoreRun, work: Call
                         _show(run, progress)
             finally:
                 run.stop()
-                with suppress(Cancelled):
-                    await asyncio.wait({running})
+                await asyncio.gather(running, return_exceptions=True)
         return running.result()
     except RegistryError as error:
         raise OperationFailed(str(error), error.code) from error

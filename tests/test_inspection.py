@@ -187,6 +187,14 @@ async def test_what_an_index_names_again_is_read_once(
     assert all(each.present for each in tree.node.children)
     assert tree.node.children[1].platform == "linux/1"
     read.clear()
+    [row] = (await site.operations.find("alpine:many")).images
+    assert len(read) == 2
+    assert [each.platform for each in row.platforms] == [f"linux/{number % 3}" for number in range(300)]
+    assert row.complete and all(each.complete for each in row.platforms)
+    read.clear()
+    assert (await site.operations.why("alpine:many")).complete
+    assert len(read) == 2
+    read.clear()
     found = await site.operations.diff("alpine:many", "alpine:fewer")
     assert len(read) == 4
     assert [each.change for each in found.platforms].count("same") == 299

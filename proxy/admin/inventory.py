@@ -12,6 +12,8 @@ from itertools import islice, takewhile
 from os.path import commonprefix
 from typing import NamedTuple, TypeAlias
 
+import msgspec
+
 from proxy.admin.models import (
     ImageNode,
     ImageRow,
@@ -216,18 +218,18 @@ class Inventory:
             return Measured(manifest.media_type, parts, unread=True)
         for blob in content.blobs:
             self._add_blob(repository, blob, parts)
-        platforms = []
+        platforms, read = [], dict[Digest, PlatformRow]()  # an index may name a manifest many times
         for child in content.children:
-            found = self._parts(repository, child)
-            parts |= found.parts
-            platforms.append(
-                PlatformRow(
-                    platform=child.platform,
+            if child.digest not in read:
+                found = self._parts(repository, child)
+                parts |= found.parts
+                read[child.digest] = PlatformRow(
+                    platform=None,
                     complete=found.complete,
                     bytes_held=found.held,
                     bytes_whole=found.whole,
                 )
-            )
+            platforms.append(msgspec.structs.replace(read[child.digest], platform=child.platform))
         return Measured(manifest.media_type, parts, platforms, unread(content))
 
     def _parts(self, repository: str, top: Descriptor) -> Measured:

@@ -190,7 +190,7 @@ def backup_tables(found: BackedUp, now: float) -> Sequence[Table]:
 def restore_tables(found: Restored, now: float) -> Sequence[Table]:
     made = f"made {format_time(found.made, now)} by version {found.version}"
     done = f"restored into {found.path}" if found.restored else "not restored"
-    linked = f"{found.linked} blobs as hard links"
+    linked = f"{plural(found.linked, 'blob')} as hard links"
     return _shown(found.stores, found.damaged, [f"{done}: a backup {made}; {linked}; {found.seconds:.1f} s"])
 
 

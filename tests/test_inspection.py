@@ -201,6 +201,21 @@ async def test_what_an_index_names_again_is_read_once(
     assert [each.platform for each in found.platforms if each.change == "removed"] == ["linux/0"]
 
 
+async def test_an_index_with_too_much_is_compared_in_part(
+    site: Site,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of a thousand platforms may name the same thousand layers."""
+    monkeypatch.setattr(image_diff, "MOST", 5)
+    old, new = await site.image(ALPINE, None, b"old"), await site.image(ALPINE, None, b"new")
+    for tag, made in (("old", old), ("new", new)):
+        await site.manifest(ALPINE, {"manifests": [on(f"linux/{each}", made) for each in "abcd"]}, tag)
+    found = (await site.operations.diff("alpine:old", "alpine:new")).platforms
+    assert [len(each.layers) for each in found] == [2, 2, 0, 0]
+    assert [str(each.unknown).count("left out") for each in found] == [0, 0, 2, 2]
+    assert {each.change for each in found} == {"changed"}
+
+
 # Files
 
 

@@ -22,6 +22,8 @@ from storage.names import written
 from storage.oci import IMAGES, Descriptor, Digest, ManifestContent, platform_of
 from storage.store import Store
 
+MOST = 10_000  # layers and steps of an index; those of images have some hundreds
+
 
 @dataclass(frozen=True, slots=True)
 class _Image:
@@ -32,6 +34,13 @@ class _Image:
     platform: str | None
     content: ManifestContent | None
     config: ImageConfig | None
+    left_out: bool = False  # its index has too much to be compared
+
+    @property
+    def steps(self) -> int:
+        """How many layers and steps of a build there are to compare."""
+        layers = 0 if self.content is None else len(self.content.layers)
+        return 1 + layers + (0 if self.config is None else len(self.config.history))
 
 
 class ImageDiffer:
@@ -70,13 +79,16 @@ class ImageDiffer:
         found: dict[tuple[str | None, int], _Image] = {}
         read: dict[Digest, _Image] = {}
         numbers: Counter[str | None] = Counter()
-        skipped = attestations(content)
+        skipped, left = attestations(content), MOST
         for child in content.children:
             if child.digest in skipped:
                 continue
             if child.digest not in read:
                 read[child.digest] = await self._image(repository, child.digest, None)
             image = read[child.digest]
+            if image.steps > left:
+                image = _Image(repository, child.digest, image.platform, None, None, left_out=True)
+            left -= image.steps
             key = child.platform, numbers[child.platform]
             found[key] = replace(image, platform=child.platform or image.platform)
             numbers[child.platform] += 1
@@ -179,7 +191,9 @@ def _unknown(old: _Image | None, new: _Image | None) -> Iterator[str]:
     for each in (old, new):
         if each is None:
             continue
-        if each.content is None:
+        if each.left_out:
+            yield f"{each.digest} is left out: an index is compared up to {MOST} layers and steps"
+        elif each.content is None:
             yield f"{each.digest} is not stored, or cannot be read"
         elif each.config is None and each.content.media_type in IMAGES and each.content.config is not None:
             yield f"the configuration {each.content.config.digest} is not stored, or cannot be read"

@@ -207,3 +207,13 @@ async def test_images_of_different_stores(site: Site) -> None:
         ("removed", True),
         ("added", True),
     ]
+
+
+async def test_a_configuration_that_both_lack_is_named_once(site: Site) -> None:
+    elsewhere = describe(Digest.of(b"elsewhere"), 9)
+    made = []
+    for content in (b"old", b"new"):
+        body = {"config": elsewhere, "layers": [await site.blob(ALPINE, content)]}
+        made.append(await site.manifest(ALPINE, {"mediaType": OCI_MANIFEST, **body}))
+    found = await site.operations.diff(f"alpine@{made[0]['digest']}", made[1]["digest"])
+    assert len(found.platforms[0].unknown) == 1

@@ -133,7 +133,7 @@ class ImageDiffer:
             bytes_same=sizes["same"],
             layers=layers,
             values=[*_values(old, new)] if change == "changed" else [],
-            unknown=[] if change == "same" else [*_unknown(old, new)],
+            unknown=[] if change == "same" else [*dict.fromkeys(_unknown(old, new))],
         )
 
     def _layers(self, old: _Image | None, new: _Image | None) -> Iterator[LayerChange]:

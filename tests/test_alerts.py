@@ -305,6 +305,7 @@ AFTER = {events_that_are_lost: {"EntrepotWebhookLost"}}  # when others have fire
 @pytest.mark.errors(
     "blob.damaged", "collect.refused", "keeper.failed", "disk.failed", "webhook.dropped", "request.failed"
 )
+@pytest.mark.housekeeping
 async def test_every_alert_fires_when_a_server_does_it(world: World, tmp_path: Path) -> None:
     sites = (world.well, world.other, world.ill)
     targets = [f"127.0.0.1:{each.app.admin_url.port}" for each in sites if each.app.admin_url is not None]

@@ -14,7 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import aiohttp
@@ -40,6 +40,9 @@ from tests.postgres import PostgresServer
 from tests.seaweed import Seaweed, seaweed_server
 from tests.upstream import Basic, Upstream
 from tests.upstream_client import PLAIN, Ask
+
+if TYPE_CHECKING:
+    from tests.issuer import Issuer
 
 # A deadline would be a timed test.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -191,6 +194,16 @@ async def _idle(housekeeper: Housekeeper) -> None:
 async def upstream() -> AsyncIterator[Upstream]:
     async with Upstream() as registry:
         yield registry
+
+
+@pytest.fixture
+async def issuer(clock: Clock) -> AsyncIterator[Issuer]:
+    from tests.issuer import Issuer  # which imports this module
+
+    issuer = Issuer(clock)
+    await issuer.start()
+    yield issuer
+    await issuer.stop()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,8 @@ import pytest
 
 from proxy.doctor import issuers
 from proxy.doctor.checks import Check
-from tests.conftest import Clock, configuration
+from tests.conftest import configuration
 from tests.issuer import METADATA, Issuer
-
-
-@pytest.fixture
-async def issuer(clock: Clock) -> AsyncIterator[Issuer]:
-    issuer = Issuer(clock)
-    await issuer.start()
-    yield issuer
-    await issuer.stop()
 
 
 async def examine(

@@ -27,14 +27,6 @@ HOUR = 3600.0
 
 
 @pytest.fixture
-async def issuer(clock: Clock) -> AsyncIterator[Issuer]:
-    issuer = Issuer(clock)
-    await issuer.start()
-    yield issuer
-    await issuer.stop()
-
-
-@pytest.fixture
 async def make(issuer: Issuer, clock: Clock) -> AsyncIterator[Make]:
     made: list[IssuerKeys] = []
 

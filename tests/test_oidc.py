@@ -32,14 +32,6 @@ from tests.issuer import Issuer, public, rsa_jwk, signed
 OWNER = "required_claims: {repository_owner: acme}"
 
 
-@pytest.fixture
-async def issuer(clock: Clock) -> AsyncIterator[Issuer]:
-    issuer = Issuer(clock)
-    await issuer.start()
-    yield issuer
-    await issuer.stop()
-
-
 class Verifier:
     """The tokens of a configuration of one issuer, `ci`, or of several."""
 

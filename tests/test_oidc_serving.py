@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,6 @@ from tests.test_access import BASIC, Door, Open, bearer, login, token
 from tests.test_bearer import PRIVATE, Server, pem
 from tests.test_htpasswd import line
 from tests.upstream import Basic, Upstream
-
-
-@pytest.fixture
-async def issuer(clock: Clock) -> AsyncIterator[Issuer]:
-    issuer = Issuer(clock)
-    await issuer.start()
-    yield issuer
-    await issuer.stop()
 
 
 @pytest.fixture

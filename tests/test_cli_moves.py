@@ -189,7 +189,7 @@ async def test_a_server_is_told_to_read_its_configuration_again(place: Place) ->
         ("shared", {"reloaded": True}, "is in the engines of `shared`; the server is reloading"),
         ("local", {}, "is on the disk; the server has to be reloaded now: it refuses pushes until then"),
         ("local", {"dry_run": True}, "nothing was copied"),
-        ("shared", {"damaged": [DamageRow("", "sha256:00", "why")]}, "the server goes on with what it had"),
+        ("shared", {"damaged": [DamageRow("", "sha256:00", "why")]}, "the server continues with what it had"),
     ],
 )
 def test_what_is_said_of_a_move(to: str, more: dict[str, Any], says: str) -> None:

@@ -164,7 +164,7 @@ def _after(found: EngineMoved) -> list[str]:
     if found.dry_run:
         return ["nothing was copied"]
     if found.damaged:
-        return ["the server goes on with what it had"]
+        return ["the server continues with what it had"]
     place = "in the engines of `shared`" if found.to == "shared" else "on the disk"
     if any(each.name == REGISTRY for each in found.parts):
         server = "is reloading" if found.reloaded else "has to be reloaded now: it refuses pushes until then"

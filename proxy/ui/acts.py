@@ -133,7 +133,7 @@ ACTS = {
             "evict",
             "evict",
             "Evict content",
-            "What is too old goes, then what was used the longest time ago, until the limits hold.",
+            "Evicts what is too old, then what was used the longest time ago, until the limits hold.",
             (
                 Field(
                     "to", "Until this much is left", "20GiB", "The limits apply, if it is empty.", parse_size

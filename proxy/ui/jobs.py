@@ -1,4 +1,4 @@
-"""What was asked for on the page, and goes on without it: some fetch an image for minutes."""
+"""What was asked for on the page, and continues without it: some fetch an image for minutes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from storage.errors import RegistryError
 log = structlog.get_logger()
 
 REMEMBERED = 20
-AT_ONCE = 20  # that go on
+AT_ONCE = 20  # that are under way
 
 
 @dataclass(frozen=True, slots=True)

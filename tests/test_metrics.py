@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -503,3 +505,26 @@ async def test_all_workers_are_counted_at_once(place: Place, upstream: Upstream)
     assert await server.metric("entrepot_upstream_requests_total", result="ok") >= 1
     async with aiohttp.ClientSession() as session, session.get(f"{server.admin_url}/metrics") as response:
         assert promtool("check", "metrics", standard_input=await response.text()) == ""
+
+
+OPENED_BY_VALUES = """
+import os, sys
+from pathlib import Path
+from prometheus_client.metrics import MetricWrapperBase
+from proxy.telemetry.metrics import Metrics, share_metrics
+
+share_metrics(Path(sys.argv[1]))
+metrics = Metrics()
+before = sorted(os.listdir(sys.argv[1]))
+for metric in vars(metrics).values():
+    if isinstance(metric, MetricWrapperBase) and metric._labelnames:
+        metric.labels(*("x" for _ in metric._labelnames))
+print(before == sorted(os.listdir(sys.argv[1])), len(before) > 3)
+"""
+
+
+def test_no_file_is_opened_after_the_start(tmp_path: Path) -> None:
+    """There may be no descriptor for it while a crowd of clients is connected."""
+    command = [sys.executable, "-c", OPENED_BY_VALUES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

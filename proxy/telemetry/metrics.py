@@ -333,6 +333,10 @@ class Metrics:
         registry = None if common else self._registry
         rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
         vars(self).update((name, row.make(registry)) for name, row in rows.items())
+        if common:
+            # Each type has a file, which its first value opens; the others have values without labels.
+            # Later, while a crowd of clients is connected, there may be no descriptor.
+            self.seconds.labels("base", "none")
         self.exemplars = Exemplars(exemplars)
         self.recent = RecentRequests()
         self.upstreams: dict[str, Traffic] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.admin.operations import Operations
+from proxy.admin.operations import OPERATIONS, Operations, perform
 from proxy.config.quantities import parse_duration, parse_size
 from proxy.namespaces.references import FieldInvalid
 
@@ -228,4 +228,4 @@ async def done(
 ) -> Any:
     """Do it, or with `dry_run` tell what it would do.  Raises RegistryError, FieldInvalid."""
     more = {"dry_run": True} if dry_run else {}
-    return await getattr(operations, act.operation)(**arguments, **more)
+    return await perform(operations, OPERATIONS[act.operation], {**arguments, **more})

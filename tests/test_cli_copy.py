@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from proxy.cli import migrate
+from proxy.cli import console, migrate
 from proxy.cli.main import main
 from storage.errors import StorageFailed
 from storage.migration.migration import Migration
@@ -424,7 +424,7 @@ async def test_a_disk_that_fails_ends_it(made: Layout, config: Path, monkeypatch
 
 async def test_progress_of_an_import(made: Layout, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made.image("a", "1")
-    monkeypatch.setattr(migrate, "PAUSE", 0)
+    monkeypatch.setattr(console, "PAUSE", 0)
     original, run, seen = migrate._show, Migration.run, threading.Event()
 
     def show(migration: Migration, *rest: Any) -> None:

@@ -16,6 +16,7 @@ import click
 from proxy.admin.api.client import OperationFailed
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import CommandContext, on_directory, quiet
+from proxy.cli.damage import damage_table
 from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.errors import StartError
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # most commands need none of these
     from storage.migration.restore import RestoreRun
 
 T = TypeVar("T")
-PAUSE = 0.5  # seconds between two updates of the progress
 _DIRECTORY = click.argument("directory", metavar="DIRECTORY", type=click.Path(path_type=Path))
 
 
@@ -139,9 +139,7 @@ async def _watched(call: CommandContext, run: BackupRun | RestoreRun, work: Call
     try:
         with closing(ProgressDisplay(sys.stderr)) as progress:
             try:
-                while not (await asyncio.wait({running}, timeout=PAUSE))[0]:
-                    if not call.json:
-                        _show(run, progress)
+                await progress.follow(running, lambda on: None if call.json else _show(run, on))
             finally:
                 run.stop()
                 await asyncio.gather(running, return_exceptions=True)
@@ -169,16 +167,10 @@ def _damaged(run: BackupRun | RestoreRun) -> list[DamageRow]:
 
 
 def _shown(stores: Sequence[BackupRow], damaged: Sequence[DamageRow], notes: list[str]) -> list[Table]:
-    tables = []
-    if damaged:
-        table = Table((Column("DAMAGED", digests=True), Column("REASON")))
-        for each in damaged:
-            table.add(each.what, each.why)
-        tables.append(table)
     table = Table((Column("STORE"), Column("BLOBS", right=True), Column("BYTES", right=True)), notes=notes)
     for row in stores:
         table.add(row.store, str(row.blobs), format_size(row.bytes))
-    return [*tables, table]
+    return [damage_table(damaged), table] if damaged else [table]
 
 
 def backup_tables(found: BackedUp, now: float) -> Sequence[Table]:

@@ -8,9 +8,11 @@ file has not.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
-from typing import IO, TYPE_CHECKING
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
+PAUSE = 0.5  # seconds between two updates of the progress of work in this process
 _GLYPHS = "█▒░·─│├└…"
 _ASCII = str.maketrans(_GLYPHS, "#+-.-||`~")
 
@@ -77,7 +80,7 @@ def complain(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Say on standard error what the answer of a command lacks."""
+    """Say on standard error what is missing in the answer of a command."""
     colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     start = click.style("warning:", fg="yellow") if colored else "warning:"
     click.echo(f"{start} {legible(clean(message), sys.stderr)}", err=True)
@@ -127,6 +130,11 @@ class ProgressDisplay:
             self._steps[part] = step
             self._file.write(f"{self._legible(part)}: {text}\n")
             self._file.flush()
+
+    async def follow(self, work: asyncio.Future[Any], show: Callable[[ProgressDisplay], None]) -> None:
+        """Wait until `work` has ended, and call `show` now and then."""
+        while not (await asyncio.wait({work}, timeout=PAUSE))[0]:
+            show(self)
 
     def note(self, text: str) -> None:
         """Write a line of its own, above the bars."""

@@ -28,7 +28,6 @@ from storage.migration.distribution import DistributionTree
 from storage.migration.migration import Migration, MigrationReport
 from storage.store import Store
 
-PAUSE = 0.5  # seconds between two updates of the progress
 SHOWN = 100  # rows of damage in a table
 
 
@@ -124,9 +123,7 @@ async def _run(migration: Migration, names: Sequence[str], namespace: str, quiet
     running = asyncio.create_task(asyncio.to_thread(migration.run, names, lambda name: f"{namespace}/{name}"))
     with closing(ProgressDisplay(sys.stderr)) as progress:
         try:
-            while not (await asyncio.wait({running}, timeout=PAUSE))[0]:
-                if not quietly:
-                    _show(migration, len(names), progress)
+            await progress.follow(running, lambda on: None if quietly else _show(migration, len(names), on))
         finally:
             migration.stop()
             with suppress(Cancelled):

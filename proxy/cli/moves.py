@@ -16,8 +16,9 @@ from proxy.admin.api.client import OperationFailed
 from proxy.admin.operations import Operations
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import CommandContext, common, quiet
+from proxy.cli.damage import damage_table
 from proxy.cli.help import command
-from proxy.cli.tables import Column, Table
+from proxy.cli.tables import Table
 from proxy.cli.target import if_running
 from proxy.config.errors import StartError
 from proxy.config.loader import load
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # most commands need none of these
     from storage.migration.move import MoveReport
 
 REGISTRY = "private registry"
-PAUSE = 0.5  # seconds between two updates of the progress
 
 
 @command()
@@ -125,9 +125,7 @@ async def _watched(name: str, job: Job, quietly: bool) -> MovedPart:
     running = asyncio.ensure_future(job.run())
     with closing(ProgressDisplay(sys.stderr)) as progress:
         try:
-            while not (await asyncio.wait({running}, timeout=PAUSE))[0]:
-                if not quietly:
-                    _show(name, job.report, progress)
+            await progress.follow(running, lambda on: None if quietly else _show(name, job.report, on))
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -143,14 +141,10 @@ def _show(name: str, report: MoveReport, progress: ProgressDisplay) -> None:
 
 
 def moved_tables(found: EngineMoved, now: float) -> Sequence[Table]:
-    tables = []
-    if found.damaged:
-        table = Table((Column("DAMAGED", digests=True), Column("REASON")))
-        for each in found.damaged:
-            table.add(each.what, each.why)
-        tables.append(table)
-    tables.append(Table((), notes=[*map(_line, found.parts), *_after(found)]))
-    return tables
+    return [
+        *([damage_table(found.damaged)] if found.damaged else []),
+        Table((), notes=[*map(_line, found.parts), *_after(found)]),
+    ]
 
 
 def _line(part: MovedPart) -> str:

@@ -60,12 +60,12 @@ class Acts:
         """The oldest first; those that need not be known any more are forgotten."""
         found, now = [], self._clock()
         for _, value in list(self._records.scan(ACT.prefix())):
-            with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                act = msgspec.json.decode(value, type=FleetAct)
-                if self.is_over(act, now):
-                    self._records.delete(ACT.key(act.subject))
-                else:
-                    found.append(act)
+            if (act := _parse(value)) is None:
+                continue
+            if self.is_over(act, now):
+                self._records.delete(ACT.key(act.subject))
+            else:
+                found.append(act)
         return sorted(found, key=lambda each: (each.at, each.subject))
 
     @staticmethod
@@ -74,12 +74,17 @@ class Acts:
         return act.operation != "pin" and now - act.at >= KEPT
 
     def last(self, subject: str) -> FleetAct | None:
-        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return msgspec.json.decode(self._records.get(ACT.key(subject)) or b"", type=FleetAct)
-        return None
+        return _parse(self._records.get(ACT.key(subject)))
 
     def keep(self, act: FleetAct) -> None:
         self._records.put(ACT.key(act.subject), msgspec.json.encode(act))
+
+
+def _parse(record: bytes | None) -> FleetAct | None:
+    """None if it is absent or damaged."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return msgspec.json.decode(record or b"", type=FleetAct)
+    return None
 
 
 def digest_of(acts: Iterable[FleetAct]) -> str:

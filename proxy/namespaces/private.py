@@ -28,7 +28,7 @@ from storage.content import BlobContent
 from storage.disk.blobs import BlobFiles
 from storage.disk.database import FILE
 from storage.disk.health import DiskHealth
-from storage.disk.modes import create_file, make_directory
+from storage.disk.modes import make_directory, replace_file
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
@@ -195,7 +195,4 @@ def check_identity(root: Path, disk: DiskHealth, identity: str) -> None:
                 cause="its database is another one",
             )
         make_directory(root)
-        fresh = file.with_name(f"{file.name}.{os.getpid()}")
-        with os.fdopen(create_file(fresh, os.O_WRONLY | os.O_TRUNC), "w") as opened:
-            opened.write(identity)
-        fresh.replace(file)
+        replace_file(file, identity.encode(), file.with_name(f"{file.name}.{os.getpid()}"))

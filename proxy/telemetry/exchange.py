@@ -12,6 +12,7 @@ from storage.oci import Descriptor
 from storage.registry import everything
 
 UNKNOWN = "-"  # the namespace of a request that names no configured one
+STORED = ("hit", "revalidated", "stale")  # results whose content comes from the cache
 
 
 @dataclass(frozen=True, slots=True)

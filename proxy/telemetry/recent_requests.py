@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from proxy.telemetry.exchange import UNKNOWN, Exchange
+from proxy.telemetry.exchange import STORED, UNKNOWN, Exchange
 
 NUMBER = 20  # requests that are remembered
 SPAN = 600.0  # seconds for which they are
@@ -53,7 +53,7 @@ class RequestTotals(msgspec.Struct, kw_only=True):
         """Count requests with this result."""
         self.requests += number
         self.sent += bytes
-        self.served += number if result in ("hit", "revalidated", "stale") else 0
+        self.served += number if result in STORED else 0
         self.misses += number if result == "miss" else 0
         self.errors += number if result == "error" else 0
 

@@ -11,11 +11,10 @@ import asyncio
 from collections.abc import Mapping
 
 from proxy.telemetry.durations import Durations, TalliedHistogram
-from proxy.telemetry.exchange import Exchange
+from proxy.telemetry.exchange import STORED, Exchange
 from proxy.telemetry.metrics import Metrics
 
 MOMENT = 0.1  # seconds; a process that is killed has not counted the requests of such a time
-_STORED = ("hit", "revalidated", "stale")  # results whose bytes came from the cache
 _ANSWERED = ("hit", "stale", "negative")
 
 
@@ -80,7 +79,7 @@ class RequestCounts:
     def _count_client(self, label: str, kind: str, result: str, status: int, tally: _Tally) -> None:
         metrics = self._metrics
         metrics.responses.labels(kind, str(status)).inc(tally.number)
-        if result in _STORED:
+        if result in STORED:
             metrics.saved.labels(label).inc(tally.bytes)
         if result in _ANSWERED:
             metrics.saved_requests.labels(label).inc(tally.saved)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from storage.disk.health import translated
-from storage.disk.modes import create_file, make_directory
+from storage.disk.modes import make_directory, replace_file
 from storage.errors import StorageFailed
 
 FORMAT = 1
@@ -63,9 +63,4 @@ def _read(root: Path) -> int:
 
 def write(root: Path, number: int) -> None:
     """Record the format.  Raises OSError."""
-    fresh = root / f"{FILE}.{os.getpid()}"
-    with os.fdopen(create_file(fresh, os.O_WRONLY | os.O_TRUNC), "w") as file:
-        file.write(f"{number}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(root / FILE)
+    replace_file(root / FILE, b"%d\n" % number, root / f"{FILE}.{os.getpid()}")

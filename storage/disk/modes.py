@@ -54,6 +54,15 @@ def create_file(path: Path, flags: int) -> int:
     return file
 
 
+def replace_file(path: Path, content: bytes, fresh: Path) -> None:
+    """Give a file new content, durably, or none at all: it is first written as `fresh`.  Raises OSError."""
+    with os.fdopen(create_file(fresh, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
 def _other_owner(directory: Path) -> tuple[int, int] | None:
     """The user and group of a directory that is not ours, if we may give it something."""
     if os.geteuid() != 0:

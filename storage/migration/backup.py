@@ -35,7 +35,7 @@ from storage.disk.database import FILE
 from storage.disk.format import HEAD
 from storage.disk.health import sync
 from storage.disk.locks import try_lock
-from storage.disk.modes import create_file, make_directory
+from storage.disk.modes import make_directory, replace_file
 from storage.disk.placing import is_placed, place
 from storage.disk.records import SQLiteRecords
 from storage.disk.tree import directories, read_directory
@@ -93,7 +93,7 @@ class BackupSource(NamedTuple):
     """A store to back up.
 
     kinds: if they are given, only records of these kinds are in the backup, and no blobs
-    complete: whether what its records name must be there; what a cache lacks, it fetches
+    complete: whether what its records name must be there; what is missing in a cache, it fetches
     """
 
     name: str
@@ -167,12 +167,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 def write_head(directory: Path, content: bytes) -> None:
     """Replace the head of a backup, durably.  Raises OSError."""
-    fresh = directory / f"{HEAD}.new"
-    with os.fdopen(create_file(fresh, os.O_WRONLY | os.O_TRUNC), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(directory / HEAD)
+    replace_file(directory / HEAD, content, directory / f"{HEAD}.new")
     sync(directory)
 
 

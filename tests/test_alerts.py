@@ -256,7 +256,7 @@ async def a_task_that_fails(world: World) -> None:
 
 
 async def events_that_are_lost(world: World) -> None:
-    assert await world.push(world.well, b"of which nobody is told")
+    assert await world.push(world.well, b"of which nobody hears")
     world.well.clock.advance(3601)
 
 

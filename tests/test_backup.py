@@ -536,7 +536,7 @@ def test_the_commands(stored: Path, tmp_path: Path) -> None:
 
 def test_cached_content_is_backed_up_if_asked_for(stored: Path, tmp_path: Path) -> None:
     done = command(stored, "backup", str(tmp_path / "backup"), "--cache")
-    assert done.exit_code == 0, done.output  # what a cache lacks is no damage
+    assert done.exit_code == 0, done.output  # what is missing in a cache is no damage
     assert "cached content" not in done.output
     assert command(tmp_path / "restored", "restore", str(tmp_path / "backup")).exit_code == 0
     database = tmp_path / "restored/cache/records/cache.db"

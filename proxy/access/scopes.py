@@ -55,8 +55,8 @@ def parse_scope(text: str) -> Scope:
 def requested_scopes(parameters: Iterable[str]) -> list[Scope]:
     """What a client asks for by its parameters `scope`, each of several scopes with spaces between them.
 
-    One for each resource.  What is no scope asks for nothing: the client learns by its next request what it
-    lacks.
+    One for each resource.  What is no scope asks for nothing: the client learns by its next request what is
+    missing.
     """
     found: dict[tuple[str, str], frozenset[str]] = {}
     for each in _parsed(parameters):

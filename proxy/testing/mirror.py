@@ -140,7 +140,7 @@ class LocalMirror(ServedNamespace):
 
     @property
     def lacking(self) -> list[str]:
-        """Messages about requests whose answers the recording lacks."""
+        """Messages about requests whose answers are not in the recording."""
         return self._stand_in.lacking
 
     def fail(

@@ -38,7 +38,7 @@ KEPT = (
 
 
 class RecordingInvalid(ValueError):
-    """A recording cannot be read, or lacks an answer; the message says what to do."""
+    """A recording cannot be read, or has no answer; the message says what to do."""
 
 
 class RecordedAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -95,7 +95,7 @@ class Recording:
     ) -> RecordedAnswer:
         """The answer to a request, which is sent to `source` at most once.
 
-        Raises RecordingInvalid if a recording that is only read lacks it, and aiohttp.ClientError.
+        Raises RecordingInvalid if it is not in a recording that is only read, and aiohttp.ClientError.
         """
         key = f"{method} {path}"
         async with self._locks.setdefault(key, asyncio.Lock()):

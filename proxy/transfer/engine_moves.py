@@ -58,7 +58,7 @@ def _prefixes(kinds: Iterable[RecordKind]) -> list[str]:
 
 
 def _add(kinds: Iterable[RecordKind], source: Records, target: Records) -> None:
-    """Copy the records of these kinds that the target lacks."""
+    """Copy the records of these kinds that are not in the target."""
     for prefix in _prefixes(kinds):
         for key, value in source.scan(prefix):
             if target.get(key) is None:

@@ -1,7 +1,7 @@
 """Copying what a cache has stored into another store of caches, while both are used.
 
-Nothing is removed: whatever a cache lacks is fetched from its upstream.  What only one of the two has is in
-both then; of a tag that both have, the one that its upstream confirmed later counts.
+Nothing is removed: whatever is missing in a cache is fetched from its upstream.  What only one of the two has
+is in both then; of a tag that both have, the one that its upstream confirmed later counts.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CacheCopy:
             self.report.records += len(found)
 
     def _missing(self) -> Iterator[list[tuple[str, bytes]]]:
-        """The manifests, then the tags, that the target lacks."""
+        """The manifests, then the tags, that are not in the target."""
         for kind in (MANIFEST, REFERRER, TAG):
             known = self._target.records
             each = ((key, value) for key, value in self._source.records.scan(kind.prefix()))

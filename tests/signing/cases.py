@@ -17,7 +17,7 @@ ROOTS = {
     "timestamped": "timestamped_root.json",
     "formerly": "formerly_root.json",
 }
-# How cosign is told to verify them.  Without --offline it asks the log of the public sigstore for entries.
+# The options by which cosign verifies them.  Without --offline it asks the log of sigstore for entries.
 VERIFYING = {"timestamped": ("--use-signed-timestamps",), "formerly": ("--offline",)}
 DATA = Path(__file__).parent.parent / "data" / "signatures"
 

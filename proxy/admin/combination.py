@@ -44,9 +44,9 @@ def images(answers: Answers[models.Listed]) -> models.Listed:
     ends = [image_name(page.images[-1]) for page in answers.all if page.next is not None]
     known = [name for name in names if not ends or name <= min(ends)]
     shown = known[: answers.arguments["limit"]]
-    more = bool(ends) or len(shown) < len(names)
+    listed, more = set(shown), bool(ends) or len(shown) < len(names)
     return models.Listed(
-        images=sorted((row for row in rows if image_name(row) in set(shown)), key=image_name),
+        images=sorted((row for row in rows if image_name(row) in listed), key=image_name),
         next="".join(shown[-1]) if more else None,
         notes=_notes(answers),
     )

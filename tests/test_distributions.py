@@ -133,7 +133,11 @@ def test_the_sdist_is_the_repository(built: Path) -> None:
 
 def test_libraries_that_are_imported_are_named_and_the_reverse() -> None:
     """Also those that are imported late, or only with an extra."""
-    extras = (libraries for extra, libraries in PROJECT["optional-dependencies"].items() if extra != "test")
+    extras = (
+        libraries
+        for extra, libraries in PROJECT["optional-dependencies"].items()
+        if extra not in ("docs", "test")
+    )
     named = {canonicalize_name(Requirement(each).name) for each in chain(PROJECT["dependencies"], *extras)}
     imported = set()
     for node in chain.from_iterable(statements(path.read_text()) for path in SOURCES):

@@ -21,7 +21,7 @@ DEVELOPERS = (
 )
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
-    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("docs/**/*.md"),
 ]
 SOURCES = [*ROOT.glob("storage/**/*.py"), *ROOT.glob("proxy/**/*.py")]
 

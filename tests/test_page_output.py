@@ -161,6 +161,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": {
         "python3 -m venv .venv": CLONE,
         ".venv/bin/ruff check . && .venv/bin/ruff format --check . &&": CLONE,
+        ".venv/bin/pip install -e '.[docs]'": "tests/test_site.py builds the site",
     },
     "docs/clients.md": {
         "cat certs.d/ghcr.io/hosts.toml": "shows a file that the reader writes",

@@ -151,6 +151,7 @@ CONFIGURATIONS = {
     " local: {store: {}, listen: '0.0.0.0:5001'}}}",
     "user": "{access: {htpasswd: /etc/entrepot/htpasswd}, namespaces: {local: {store: {}}}}",
 }
+CHANGES = {"--write", "--remove", "--while-serving"}
 SECRET = "correct horse battery"
 
 
@@ -168,7 +169,7 @@ def is_alone(lines: list[str]) -> bool:
     return (
         all(line.startswith("$ entrepot ") for line in told)
         and bool(words)
-        and all(each[1] in ALONE and not {"--write", "--remove"} & {*each} for each in words)
+        and all(each[1] in ALONE and not CHANGES & {*each} for each in words)
     )
 
 

@@ -190,6 +190,7 @@ ELSEWHERE = {
     },
     "docs/commands.md": {
         "entrepot backup /mnt/backup": "see tests/test_backup.py",
+        "entrepot setup containerd --url http://10.0.0.7:5000 --while": "see tests/test_setup_hold.py",
         "entrepot restore /mnt/backup --set disk.path=/var/lib/entrep": "see tests/test_backup.py",
         "entrepot completion fish --install": "names a home; tests/test_completion.py does it",
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,

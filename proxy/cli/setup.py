@@ -1,10 +1,12 @@
 """`entrepot setup`: prints the configuration of a client, or installs it.
 
-It makes no network request and restarts nothing.
+It makes no network request, unless it holds the configuration while the server answers, and restarts nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -19,10 +21,10 @@ from proxy.cli.help import ExplainedCommand
 from proxy.config.errors import ConfigError
 from proxy.config.loader import load
 from proxy.config.settings import Setting
-from proxy.setup.install import BY_HAND, Change, InstallPlan, install, plan_install
+from proxy.setup.install import BY_HAND, Change, InstallPlan, Refused, install, plan_install
 from proxy.setup.removal import former, plan_removal
 from proxy.setup.renderers import GROUPS, RENDERERS, lines_of, store_lines
-from proxy.setup.site import Setup, site_of
+from proxy.setup.site import Setup, Site, site_of
 from proxy.setup.trust import trust_warnings
 
 
@@ -72,6 +74,11 @@ class SetupCommand(ExplainedCommand):
 )
 @click.option("--remove", is_flag=True, help="Take out what --write has installed.")
 @click.option("--dry-run", is_flag=True, help="Show what --write or --remove would change.")
+@click.option(
+    "--while-serving",
+    is_flag=True,
+    help="Install it when the server answers, take it out when it does not, and at the end.",
+)
 @click.option("--force", is_flag=True, help="With --write: replace files that entrepot has not written.")
 @click.option(
     "--root",
@@ -91,6 +98,7 @@ def setup(
     write: bool,
     remove: bool,
     dry_run: bool,
+    while_serving: bool,
     force: bool,
     root: Path,
 ) -> None:
@@ -101,6 +109,11 @@ def setup(
     """
     if write and remove:
         raise click.UsageError("give --write or --remove, not both")
+    if while_serving and (write or remove or dry_run or force or no_bypass):
+        raise click.UsageError(
+            "--while-serving installs and removes by itself, and without it the registries are asked: give"
+            " none of --write, --remove, --dry-run, --force and --no-bypass with it"
+        )
     try:
         config = load(path, settings=settings)
         site = site_of(
@@ -114,6 +127,9 @@ def setup(
         _fail(str(error), 2)
         raise
     made = RENDERERS[client](site)
+    if while_serving:
+        _hold(made, site, root)
+        return
     warnings = [] if remove else trust_warnings(made, site, config.tls, ca_file)
     if not (write or remove or dry_run):
         click.echo("\n".join([*(f"# {each}" for each in store_lines(site)), *lines_of(made, warnings)]))
@@ -130,6 +146,33 @@ def setup(
         for path, _, cause in planned.refused:
             complain(f"{path}: {cause}; nothing was {'removed' if remove else 'written'}")
         sys.exit(1)
+
+
+def _hold(setup: Setup, site: Site, root: Path) -> None:
+    """Keep the configuration in place while the server answers, until a signal asks for the end."""
+    from proxy.doctor import containerd
+    from proxy.doctor.machine import Machine
+    from proxy.setup.hold import CLIENTS, HeldSetup, hold
+
+    if setup.client not in CLIENTS:
+        raise click.UsageError(
+            f"--while-serving is for clients that read their files at each pull: {', '.join(CLIENTS)}"
+        )
+    if setup.client == containerd.CLIENT and (fault := containerd.unread(Machine(site, root))):
+        complain(f"warning: {fault}")
+
+    async def until_ended() -> None:
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, ended.set)
+        await hold(HeldSetup(setup, root, click.echo), site, ended)
+
+    try:
+        asyncio.run(until_ended())
+    except Refused as error:
+        _fail(f"{error}; nothing was written", 1)
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}", 1)
 
 
 def _report(setup: Setup, planned: InstallPlan, dry_run: bool) -> Iterator[str]:

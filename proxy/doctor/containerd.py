@@ -79,6 +79,18 @@ def config_path(machine: Machine) -> tuple[list[Path], Check]:
     return usual, warning("configuration", CLIENT, message, advice)
 
 
+def unread(machine: Machine) -> str:
+    """Why Kubernetes (CRI) does not read the files that setup writes, or nothing if it does."""
+    directories, found = config_path(machine)
+    if found.state != "ok":
+        return f"{found.message}; {found.advice}"
+    ours = machine.path(f"{CONTAINERD}/certs.d")
+    # Below a root that a container sees, it may be in another place than on the node: k3s has it elsewhere.
+    if any(each.parts[-2:] == ours.parts[-2:] for each in directories):
+        return ""
+    return f"{found.message}, but setup writes to {ours}: Kubernetes reads none of its files"
+
+
 def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = tree.get(key)
     return found if isinstance(found, Mapping) else {}

@@ -140,6 +140,12 @@ class Process:
             self._process.wait()
         self._reader.join(GRACE)
 
+    def kill(self) -> None:
+        """End it at once, as a lack of memory does, and wait until it has ended."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(GRACE)
+
     def _read(self, pipe: IO[str]) -> None:
         with pipe:
             for line in pipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,37 @@ def test_pull_from_registries_of_a_list(filled: Filled, tmp_path: Path, home: Pa
     finally:
         hub.stop()
         quay.stop()
+
+
+def test_pull_while_the_server_serves_and_when_it_does_not(
+    filled: Filled, tmp_path: Path, home: Path, pushed: Images
+) -> None:
+    """Without the server, and without or with the file, containerd pulls from the registry itself."""
+    hub = DockerRegistry(filled.roots["docker.io"], tmp_path)
+    try:
+        name = f"{hub.url.removeprefix('http://')}/library/schema2:1"
+        expected = held({name: pushed.schema2})
+        site = Site({"hub": hub}, tmp_path, listed={"hosts": [hub.url]})
+        containerd = Containerd(site, home)
+        command = [sys.executable, "-m", "proxy", "setup", "containerd", "--while-serving", "--root", home]
+        holder = Process([*command, "--url", site.url], ready="written: ")
+        try:
+            assert containerd.pull(name, how=HOW) == expected
+            assert any("request.served" in line and "library/schema2" in line for line in site.log)
+            holder.kill()
+        finally:
+            site.stop()
+        hosts = home / "etc" / "containerd" / "certs.d" / "_default" / "hosts.toml"
+        assert site.url in hosts.read_text()
+        before = len(hub.requests())
+        assert containerd.pull(name, how=HOW) == expected
+        assert len(hub.requests()) > before
+        holder = Process([*command, "--url", site.url], ready="removed: ")  # once the server has not answered
+        assert not hosts.exists()
+        holder.stop()
+        assert containerd.pull(name, how=HOW) == expected
+    finally:
+        hub.stop()
 
 
 def test_pull_by_full_name(site: Site, containerd: Containerd, pushed: Images) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ import yaml
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.clients.processes import require
+from tests.clients.processes import Process, require
 from tests.fleet import free_ports
 
 SCRAPED = "Scraped"  # fires once all targets have been scraped
@@ -141,8 +141,35 @@ class PrometheusServer:
             return await self._ask(session, expression, time=now["value"][1])
 
     async def _ask(self, session: aiohttp.ClientSession, expression: str, **more: str) -> list[Any]:
-        url = f"{self.url}/api/v1/query"
-        async with session.get(url, params={"query": expression, **more}) as response:
-            answer = await response.json()
-        assert answer["status"] == "success", f"{expression}: {answer.get('error')}"
-        return list(answer["data"]["result"])
+        return await ask(session, f"{self.url}/api/v1/query", query=expression, **more)
+
+
+@contextmanager
+def recorded(samples: Path, directory: Path) -> Iterator[str]:
+    """The URL of a Prometheus that has these samples, in the format of OpenMetrics, and scrapes nothing."""
+    require("prometheus", root=False)
+    data, configuration = directory / "data", directory / "prometheus.yml"
+    said = promtool("tsdb", "create-blocks-from", "openmetrics", str(samples), str(data))
+    assert any(data.glob("*/index")), said
+    configuration.write_text("{}")
+    (port,) = free_ports(1)
+    process = Process(
+        [
+            *("prometheus", f"--config.file={configuration}", f"--storage.tsdb.path={data}"),
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        {"PATH": os.environ["PATH"], "GOMAXPROCS": "1"},
+        ready="ready to receive web requests",
+    )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.stop()
+
+
+async def ask(session: aiohttp.ClientSession, url: str, **parameters: str) -> list[Any]:
+    """The result of a query.  Fails if Prometheus refuses it."""
+    async with session.get(url, params=parameters) as response:
+        answer = await response.json()
+    assert answer["status"] == "success", f"{parameters['query']}: {answer.get('error')}"
+    return list(answer["data"]["result"])

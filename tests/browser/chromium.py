@@ -143,6 +143,10 @@ class Tab:
 
         return await self.do(go)
 
+    async def show(self, url: str) -> None:
+        """Show a page that is none of the server's."""
+        await self.do(lambda page: page.goto(url, timeout=4 * PATIENCE))  # it may have much to draw
+
     async def text(self, selector: str = "main") -> str:
         return await self.do(lambda page: page.locator(selector).first.inner_text())
 
@@ -209,12 +213,16 @@ class Tab:
             for each in await self.do(audit)
         ]
 
-    async def picture(self, name: str) -> None:
-        """Take a picture for the documentation, if that is asked for."""
+    async def picture(self, name: str, part: str = "") -> None:
+        """Take a picture for the documentation, if that is asked for: of the window, or of a part."""
         if os.environ.get(TAKE):
             PICTURES.mkdir(exist_ok=True)
             path = PICTURES / f"{name}.png"
-            await self.do(lambda page: page.screenshot(path=path, animations="disabled"))
+            await self.do(
+                lambda page: (page.locator(part) if part else page).screenshot(
+                    path=path, animations="disabled"
+                )
+            )
 
     async def close(self) -> None:
         await self.do(lambda page: page.close())

@@ -135,6 +135,16 @@ async def test_at_once_it_is_checked_once(users: Htpasswd, checked: Checked) -> 
     assert len(checked.hashes) == 1
 
 
+async def test_a_check_that_nobody_can_join_any_more_is_remembered(users: Htpasswd) -> None:
+    asked = asyncio.create_task(users.verify("alice", "wonderland"))
+    await asyncio.sleep(0)
+    (check,) = users._flights._flights.values()
+    remembered: list[bool] = []
+    check.add_done_callback(lambda _: remembered.append(users.remembers("alice", "wonderland")))
+    assert await asked
+    assert remembered == [True]
+
+
 async def test_a_flood_is_refused(users: Htpasswd, checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAITING", 5)
     checked.gate.clear()

@@ -119,13 +119,7 @@ class Htpasswd:
         users, key = self._users, self._hash(user, password)
         if self._clock() < self._right.get(key, 0.0):
             return True
-        right = await self._flights.join((key, id(users)), lambda: self._check(users, user, password))
-        if right and users is self._users:
-            self._right.pop(key, None)
-            self._right[key] = self._clock() + REMEMBERED_FOR
-            if len(self._right) > REMEMBERED:
-                del self._right[next(iter(self._right))]
-        return right
+        return await self._flights.join((key, id(users)), lambda: self._check(users, key, user, password))
 
     def proof(self, user: str) -> str:
         """What tells the present password of a user from any other, without being it; "" without a user."""
@@ -153,7 +147,7 @@ class Htpasswd:
             self._right.clear()
             self._proofs.clear()
 
-    async def _check(self, users: Users, user: str, password: str) -> bool:
+    async def _check(self, users: Users, key: bytes, user: str, password: str) -> bool:
         if self._waiting >= WAITING:
             raise Throttled("too many passwords are being checked: try again", retry_after=1)
         self._waiting += 1
@@ -162,9 +156,16 @@ class Htpasswd:
             right = await asyncio.get_running_loop().run_in_executor(
                 self._threads, _matches, password, value or users.dummy
             )
-            return right and value is not None
         finally:
             self._waiting -= 1
+        if not right or value is None:
+            return False
+        if users is self._users:
+            self._right.pop(key, None)
+            self._right[key] = self._clock() + REMEMBERED_FOR
+            if len(self._right) > REMEMBERED:
+                del self._right[next(iter(self._right))]
+        return True
 
     def _hash(self, user: str, password: str) -> bytes:
         pair = f"{user}\0{password}".encode("utf-8", "surrogateescape")

@@ -155,7 +155,6 @@ class Listings:
                 return Answered(await self._origin.flights.join(key, lambda: self._list(key, ask)), "miss")
             except Unavailable as failure:
                 error = failure
-                self._origin.pause(key, error)
         if known is None:
             raise error.copy()
         return Answered.of(known.value, "stale", age, fresh_for, error.code)
@@ -186,6 +185,9 @@ class Listings:
             listed = await ask()
         except (ManifestUnknown, NameUnknown) as error:
             self._origin.remember(key, error)
+            raise
+        except Unavailable as error:
+            self._origin.pause(key, error)
             raise
         await self._origin.keep(self._store.listings.put(key[1], key[2], listed, origin_age.get()))
         return listed

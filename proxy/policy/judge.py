@@ -326,12 +326,16 @@ class Judge:
         key = rule.name, repository, str(manifest.digest)
         known = self._evidence.get(key)
         if known is None or self._clock() >= known.until:
-            flight = id(self), *key
-            known = await self._flights.join(flight, lambda: self._look(rule, repository, manifest))
-            _put(self._evidence, key, known)
+            known = await self._flights.join((id(self), *key), lambda: self._look(key, rule, manifest))
         return known
 
-    async def _look(self, rule: ServingRule, repository: str, manifest: Manifest) -> Evidence:
+    async def _look(self, key: _Key, rule: ServingRule, manifest: Manifest) -> Evidence:
+        """What is found, which is known from the moment that nobody can join this call any more."""
+        found = await self._find(rule, key[1], manifest)
+        _put(self._evidence, key, found)
+        return found
+
+    async def _find(self, rule: ServingRule, repository: str, manifest: Manifest) -> Evidence:
         if contents(manifest.content) is None:
             return Evidence(False, "is no manifest that all clients read alike")
         subject = Subject(self.full(repository), repository, manifest, self._registry)

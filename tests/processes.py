@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -260,9 +260,11 @@ class Place:
         path.write_text(yaml.safe_dump(self.tree))
         return path
 
-    async def start(self) -> Server:
+    async def start(self, command: Sequence[str] = (), files: Sequence[int] = ()) -> Server:
+        """Start a server, by a `command` that has its words appended and the descriptors `files`."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", "serve", "--config", str(self.configure())),
+            *(*command, sys.executable, "-m", "proxy", "serve", "--config", str(self.configure())),
+            pass_fds=files,
             env={
                 "PATH": os.environ["PATH"],
                 "HOME": str(self.home),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import subprocess
@@ -89,6 +90,35 @@ async def test_a_reload_is_told_when_it_begins_and_when_it_has_ended(
         "config.reloading",
         "config.reloaded" if valid else "config.refused",
     ]
+
+
+@pytest.mark.parametrize("process", ["", str(os.getpid())])
+async def test_systemd_hears_twice_in_its_time_that_the_server_runs(
+    hear: Hear, monkeypatch: pytest.MonkeyPatch, process: str
+) -> None:
+    waits: list[float] = []
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", wait)
+    monkeypatch.setenv("WATCHDOG_USEC", "5000000")
+    monkeypatch.setenv("WATCHDOG_PID", process)
+    with pytest.raises(asyncio.CancelledError):
+        await notify.keep_alive()
+    assert (hear(), waits) == (["WATCHDOG=1"] * 3, [2.5] * 3)
+
+
+@pytest.mark.parametrize("limit, process", [("", ""), ("soon", ""), ("5000000", "1")])
+async def test_who_is_not_watched_sends_nothing(
+    hear: Hear, monkeypatch: pytest.MonkeyPatch, limit: str, process: str
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", limit)
+    monkeypatch.setenv("WATCHDOG_PID", process)
+    await notify.keep_alive()
+    assert hear() == []
 
 
 def test_without_systemd_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, events: LogCapture) -> None:

@@ -20,6 +20,7 @@ from proxy.config.upstream import UpstreamConfig
 from proxy.server import supervisor
 from proxy.server.fork import ForkedProcess
 from proxy.server.supervisor import Assignment, Supervisor
+from proxy.web.activation import PassedSockets
 from storage.limits import RateLimit
 
 pytestmark = pytest.mark.clients
@@ -64,14 +65,20 @@ class Site:
         self.bad: Exception | None = None
         self.parents: list[Supervisor] = []
 
-    def parent(self, begin: str = "", serving: str = "", config: Config = CONFIG) -> Supervisor:
+    def parent(
+        self,
+        begin: str = "",
+        serving: str = "",
+        config: Config = CONFIG,
+        passed: PassedSockets | None = None,
+    ) -> Supervisor:
         script = WORKER.format(journal=str(self.journal), begin=begin, serving=serving)
 
         def work(given: Assignment) -> int:
             exec(script, {"given": given})
             return 0
 
-        parent = Supervisor(config, self.reload, work)
+        parent = Supervisor(config, self.reload, work, passed)
         self.parents.append(parent)
         return parent
 

@@ -535,6 +535,24 @@ async def test_who_never_shakes_hands_holds_up_the_end_but_for_a_moment(
         assert await wire.rest() == b""
 
 
+async def test_a_connection_that_both_ends_have_closed_does_not_hold_up_the_end(
+    authority: Authority, opened: Open
+) -> None:
+    """Its transport answers no question any more."""
+    gate = await opened(settings(authority.issue("server")))
+    async with connect(gate.url, tls=authority.client()) as wire:
+        await wire.ask("GET", "/v2/")
+        listener = gate.runner.server
+        assert isinstance(listener, Listener)
+        [connection] = listener.connections
+        assert connection.transport is not None
+        connection.transport.close()
+        connection.transport.close()
+        listener._sweep()
+        await gate.runner.cleanup()
+        assert await wire.rest() == b""
+
+
 @pytest.mark.errors("accept.failed")
 async def test_what_cannot_be_accepted_now_is_accepted_later(
     authority: Authority, opened: Open, monkeypatch: pytest.MonkeyPatch

@@ -57,10 +57,12 @@ from proxy.config.schema import Config
 from proxy.config.settings import Setting, environment
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.connections.trust import public_context
+from proxy.server import notify
 from proxy.server.supervisor import BoundAddresses, Supervisor
 from proxy.setup.renderers import RENDERERS, store_lines
 from proxy.setup.site import client_url, scheme_of, site_of
 from proxy.telemetry import logs
+from proxy.web.activation import passed_sockets
 
 log = structlog.get_logger()
 
@@ -152,7 +154,8 @@ def serve(
     gc.enable()
     source = used(path, [*environment(os.environ), *given])
     try:
-        parent = Supervisor(config, lambda: _with_authorities(load(path, settings=given)), run)
+        passed = passed_sockets(os.environ)
+        parent = Supervisor(config, lambda: _with_authorities(load(path, settings=given)), run, passed)
         asyncio.run(_serve(parent, config, source))
     except StartError as error:
         _fail(str(error), 1)
@@ -215,6 +218,7 @@ def _fail(message: str, status: int) -> None:
 
 
 async def _serve(parent: Supervisor, config: Config, source: str) -> None:
+    alive = asyncio.create_task(notify.keep_alive())  # also while it drains
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # until run() handles them
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -233,6 +237,7 @@ async def _serve(parent: Supervisor, config: Config, source: str) -> None:
         await parent.run()
     log.info("server.stopping", drain=config.drain)
     await parent.stop()
+    alive.cancel()
 
 
 def banner(bound: BoundAddresses, config: Config, source: str) -> str:

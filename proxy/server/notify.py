@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -23,6 +24,16 @@ def reloading() -> None:
 
 def stopping() -> None:
     _notify("STOPPING=1")
+
+
+async def keep_alive() -> None:
+    """Tell systemd twice in each WatchdogSec= that this process runs; return if it does not want to know."""
+    process, limit = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
+    if process not in ("", str(os.getpid())) or not limit.isdecimal():
+        return
+    while True:
+        _notify("WATCHDOG=1")
+        await asyncio.sleep(int(limit) / 1e6 / 2)
 
 
 def _notify(state: str) -> None:

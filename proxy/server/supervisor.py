@@ -11,7 +11,7 @@ SharedState, for the limits of the server.  Rules:
   start, or ends with a status, ends the start; so does one that is killed again and again while none serves.
 - On SIGHUP the configuration is read again.  If it is valid, new processes start with it, and the old ones
   drain as soon as the new ones serve.  If it is not, everything stays as it was.
-- systemd hears when the server serves, reloads and stops.
+- systemd hears when the server serves, reloads and stops.  Sockets that it has opened need not be bound.
 - A process whose supervisor has ended drains and ends: their connection is closed.
 """
 
@@ -41,7 +41,8 @@ from proxy.config.schema import Config
 from proxy.server import notify
 from proxy.server.fork import ForkedProcess, Parent, fork
 from proxy.telemetry import tracers
-from proxy.web.sockets import Sockets, bind, sockets_of
+from proxy.web.activation import PassedSockets
+from proxy.web.sockets import Sockets, sockets_of
 from proxy.web.tls import Certificates
 from storage.limits import RateLimit
 from storage.shared import SharedState
@@ -104,14 +105,20 @@ class Supervisor:
 
     reload: reads the configuration again
     work: what a process does; its result is the exit status
+    passed: sockets that systemd has opened, which it need not bind
     """
 
     def __init__(
-        self, config: Config, reload: Callable[[], Config], work: Callable[[Assignment], int]
+        self,
+        config: Config,
+        reload: Callable[[], Config],
+        work: Callable[[Assignment], int],
+        passed: PassedSockets | None = None,
     ) -> None:
         self._config = config
         self._reload = reload
         self._work = work
+        self._passed = passed or PassedSockets()
         self._sockets: dict[tuple[str, Address], list[socket.socket]] = {}
         self._run, self._run_lock = _run_directory()
         self._shared = SharedState(forks=True)
@@ -159,6 +166,7 @@ class Supervisor:
         for generation in generations:
             generation.retired.set()  # first: no process may be started without sockets
         self._unbind()  # before draining: no client may connect that no process will serve
+        self._passed.close()  # those that connect to these wait for the next server
         await asyncio.gather(*map(self._retire, generations))
         shutil.rmtree(self._run, ignore_errors=True)
         if self._run_lock >= 0:
@@ -212,9 +220,10 @@ class Supervisor:
         self._bind(config)
 
     def _bind(self, config: Config) -> None:
+        self._passed.check(config)
         for key, address in config.listeners().items():
             if (key, address) not in self._sockets:
-                self._sockets[key, address] = bind(address, key)
+                self._sockets[key, address] = self._passed.bind(address, key)
 
     def _bound(self, config: Config) -> Sockets:
         found = config.listeners().items()

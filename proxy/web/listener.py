@@ -36,7 +36,6 @@ MOST_WAITING = 64 << 20  # bytes of large bodies that may wait for slow clients
 LINGER = 2.0  # seconds in which the rest of a refused request may arrive
 ENDED = 0.2  # seconds before the end of a shutdown in which requests that are still answered are ended
 ON_ITS_WAY = 1.0  # seconds in which the head of a request must arrive after the server began to stop
-
 TOLD = 1000  # addresses whose mistakes are remembered, to be logged once
 _HELLO = "HTTPS traffic on an HTTP port"  # in the error of aiohttp for a TLS handshake
 
@@ -57,8 +56,8 @@ class Connection(web.RequestHandler):
     """A connection of a client, which a Listener serves."""
 
     __slots__ = (
-        *("_alone", "_head", "_lost", "_malformed", "_ordinary", "_progress", "_whole"),
-        *("address", "begun"),
+        *("_alone", "_encrypted", "_head", "_lost", "_malformed", "_ordinary", "_progress", "_socket"),
+        *("_whole", "address", "begun"),
     )
 
     def __init__(self, manager: web.Server, **options: Any) -> None:
@@ -89,8 +88,13 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        # An asyncio transport with TLS cannot be asked for these any more once both ends have closed it.
+        self._encrypted = transport.get_extra_info("sslcontext") is not None
+        self._socket = transport.get_extra_info("socket")
         self.begun = self._loop.time()
-        self._ordinary = cast(Listener, self._manager).is_ordinary(transport)
+        # Its requests are served by their bytes and by the client's address alone.
+        as_expected = self._encrypted == cast(Listener, self._manager).encrypted
+        self._ordinary = as_expected and not transport.get_extra_info("peercert")
         if self.address is None and not self.enter(transport.get_extra_info("peername")):
             self.force_close()
 
@@ -152,9 +156,11 @@ class Connection(web.RequestHandler):
     def dismiss(self) -> None:
         """Close a connection without a request in progress; with TLS, without waiting for the client."""
         transport = self.transport
-        self.force_close()
-        if transport is not None and transport.get_extra_info("sslcontext") is not None:
+        if transport is not None and self._encrypted:
+            if not transport.is_closing():  # after a second close(), abort() does nothing
+                transport.close()
             transport.abort()
+        self.force_close()
 
     def stuck(self, now: float, patience: float) -> bool:
         """Whether the client has taken nothing of a response for so long.
@@ -163,14 +169,14 @@ class Connection(web.RequestHandler):
         """
         if self.transport is None:
             return False
-        idle = self._progress.idle(self.transport.get_extra_info("socket"), now)
+        idle = self._progress.idle(self._socket, now)
         return idle > (patience if self._current_request is None else 3 * patience)
 
     def cut_off(self, reason: str) -> None:
         """Reset the connection, so that the client does not take a part of a response for all of it."""
         log.info("client.cut_off", client=self.address, reason=reason)
         if self.transport is not None:
-            reset(self.transport, self.transport.get_extra_info("socket"))
+            reset(self.transport, self._socket)
 
     async def _drain_helper(self) -> None:
         if self._drain_waiter is not None and self._drain_waiter.cancelled():
@@ -240,9 +246,8 @@ class Connection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         """Send a large body piece by piece: of all at once, the transport would hold a copy."""
         backlog = cast(Listener, self._manager).backlog
-        connection = cast(asyncio.Transport, self.transport).get_extra_info("socket")
         reason = "too much waits for slow clients"
-        body = backlog.add(cast(bytes, response.body), connection, lambda: self.cut_off(reason))
+        body = backlog.add(cast(bytes, response.body), self._socket, lambda: self.cut_off(reason))
         response.body = None
         if body is None:
             log.info("client.postponed", client=self.address, waiting=backlog.size)
@@ -305,7 +310,7 @@ class Listener(web.Server):
         )
         self.hits = hits
         self._handler = handler
-        self._encrypted = encrypted
+        self.encrypted = encrypted
         self._limits = limits
         self._open = connections or Holdings()
         self.backlog = Backlog(MOST_WAITING, self._loop.time)
@@ -324,7 +329,7 @@ class Listener(web.Server):
         if self._closing:
             connection.close()  # after the response
             self._settle()
-        if self._encrypted and not request.secure:
+        if self.encrypted and not request.secure:
             message = "this port serves https, but the request came by plain http: use https://"
             response = self.refusal("UNSUPPORTED", message, 400)
             response.force_close()
@@ -336,11 +341,6 @@ class Listener(web.Server):
         if self.hits is not None:
             await self.hits.learn(head, request, response)
 
-    def is_ordinary(self, transport: asyncio.BaseTransport) -> bool:
-        """Whether requests on the connection are served by their bytes and by the client's address alone."""
-        encrypted = transport.get_extra_info("sslcontext") is not None
-        return encrypted == self._encrypted and not transport.get_extra_info("peercert")
-
     def admit(self, address: str) -> bool:
         """Count a connection from `address`, and return whether it may stay."""
         most = self._limits.connections_per_address
@@ -351,7 +351,7 @@ class Listener(web.Server):
 
     def note_tls(self, address: str, cause: str) -> None:
         """Log, once for each address, that a client speaks TLS to a port without."""
-        if not self._encrypted and address not in self._told and len(self._told) < TOLD:
+        if not self.encrypted and address not in self._told and len(self._told) < TOLD:
             self._told.add(address)
             log.info("handshake.failed", client=address, error=cause)
 

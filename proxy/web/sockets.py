@@ -1,6 +1,7 @@
 """Listening sockets, and accepting connections on them.
 
-The first process of a server binds those for clients and administrators, and its other processes share them.
+The first process of a server binds those for clients and administrators, or has them from systemd
+(proxy.web.activation), and its other processes share them.
 Each process binds unix sockets of its own, for the others.
 """
 
@@ -13,6 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -55,22 +57,41 @@ def bind(address: Address, key: str) -> list[socket.socket]:
     """
     sockets: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(
-            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, where in dict.fromkeys((each[0], each[4]) for each in found):
+        for family, where in _resolved(address):
             listening = socket.create_server(where, family=family, backlog=BACKLOG)
             listening.setblocking(False)
             sockets.append(listening)
     except OSError as error:
         for each in sockets:
             each.close()
-        # create_server repeats the address in strerror; a name that does not resolve has a negative errno.
-        number = error.errno or 0
-        cause = os.strerror(number) if number > 0 else error.strerror or str(error)
-        advice = f": {_ADVICE[number]}" if number in _ADVICE else ""
-        raise StartError(f"cannot listen on {address} ({key}): {cause}{advice}") from error
+        raise _refusal(address, key, error) from error
     return sockets
+
+
+def resolve(address: Address, key: str) -> list[tuple[socket.AddressFamily, Any]]:
+    """The families and socket addresses that a listener has.
+
+    Raises StartError, with the configuration's `key` of the address.
+    """
+    try:
+        return _resolved(address)
+    except OSError as error:
+        raise _refusal(address, key, error) from error
+
+
+def _resolved(address: Address) -> list[tuple[socket.AddressFamily, Any]]:
+    found = socket.getaddrinfo(
+        address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    return list(dict.fromkeys((each[0], each[4]) for each in found))
+
+
+def _refusal(address: Address, key: str, error: OSError) -> StartError:
+    # create_server repeats the address in strerror; a name that does not resolve has a negative errno.
+    number = error.errno or 0
+    cause = os.strerror(number) if number > 0 else error.strerror or str(error)
+    advice = f": {_ADVICE[number]}" if number in _ADVICE else ""
+    return StartError(f"cannot listen on {address} ({key}): {cause}{advice}")
 
 
 def bind_all(config: Config) -> Sockets:

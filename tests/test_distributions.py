@@ -35,6 +35,7 @@ pytestmark = pytest.mark.clients
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What a clone has besides the repository, in its root and anywhere.
 WORK = (".git", ".venv", ".hypothesis", ".*_cache", "build", "dist")
+SITE = PurePath("proxy/ui/site")  # the documentation, where it was built
 MADE = ("__pycache__", "*.pyc", "*.egg-info", "node_modules")
 IMPORTER = """
 from typing import assert_type
@@ -66,7 +67,12 @@ def repository() -> frozenset[PurePath]:
         left_out = MADE if place.parts else (*MADE, *WORK)
         below[:] = [each for each in below if not any(map(PurePath(each).match, left_out))]
         found |= {place / each for each in files if not any(map(PurePath(each).match, left_out))}
-    return frozenset(found)
+    return frozenset(each for each in found if not each.is_relative_to(SITE))
+
+
+# What tests/test_site.py builds takes longer than a part of it, which is carried in the same way.
+BUILT = {SITE / "index.html", SITE / "files" / "deploy" / "entrepot.service", SITE / "search" / "index.json"}
+PAGE = "<!doctype html><title>Built before</title>"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in repository():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
+    for page in BUILT:
+        (source / page).parent.mkdir(parents=True, exist_ok=True)
+        (source / page).write_text(PAGE)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", built, ".", cwd=source)
     return built
 
@@ -116,7 +125,7 @@ def test_the_wheel_has_the_packages_and_nothing_else(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     names = set(ZipFile(wheel).namelist())
     about = f"{PROJECT['name']}-{PROJECT['version']}.dist-info/"
-    wanted = {str(each) for each in repository() if each.parts[0] in ("proxy", "storage")}
+    wanted = {str(each) for each in repository() | BUILT if each.parts[0] in ("proxy", "storage")}
     assert {each for each in names if not each.startswith(about)} == wanted
     assert {each.removeprefix(about) for each in names if each.startswith(about)} == {
         *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
@@ -128,7 +137,7 @@ def test_the_sdist_is_the_repository(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {PurePath(*PurePath(each.name).parts[1:]) for each in archive if each.isfile()}
     made = {each for each in names if each.parts[0] in ("PKG-INFO", "setup.cfg", "entrepot.egg-info")}
-    assert names - made == repository()
+    assert names - made == repository() | BUILT
 
 
 def test_libraries_that_are_imported_are_named_and_the_reverse() -> None:
@@ -195,6 +204,8 @@ async def test_it_serves(installed: Path, tmp_path: Path) -> None:
             assert len(parts) > 2
             for each in parts:
                 assert await get(client, urljoin(f"{server.admin_url}/ui/", each))
+            assert await get(client, f"{server.admin_url}/docs/") == PAGE
+            assert await get(client, f"{server.admin_url}/docs/search/index.json") == PAGE
         await server.stop()
     finally:
         await server.clear()

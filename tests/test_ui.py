@@ -254,6 +254,8 @@ async def test_links_are_relative_and_lead_somewhere(browse: Open) -> None:
         assert page.links
         for link in page.links:
             there = urljoin(f"http://x/below/ui/{screen}", link)
+            if there == "http://x/below/docs/":  # the documentation, which may not be built
+                continue
             assert there.startswith("http://x/below/ui/"), link
             if not there.endswith("/logout") and not link.startswith("#"):
                 status, _, _ = await browser.ask(

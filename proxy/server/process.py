@@ -197,6 +197,7 @@ class ServerProcess:
         from proxy.admin.api.app import AdminRunner, Summaries, application
         from proxy.admin.local_operations import LocalOperations
         from proxy.ui.app import pages
+        from proxy.ui.documentation import documentation
 
         config, parts, housekeeper = self._config, self.composition, self.housekeeper
         drills = DrillControl(self._processes, parts.drill, parts.metrics, parts.clock, self._run)
@@ -218,6 +219,7 @@ class ServerProcess:
             audit=self._audit,
             loopback=config.admin is not None and config.admin.loopback,
             pages=pages(config, fleet or operations, self._health.report, parts.clock),
+            manual=None if config.admin_ui == "off" else documentation(),
             observe=self._observation.observe,
             summaries=summaries,
         )

@@ -37,6 +37,7 @@ log = structlog.get_logger()
 
 OPEN = ("/metrics", "/healthz", "/readyz")
 PAGES, ENTRANCES = "/ui/", ("/", "/ui")  # the web page, and the paths that lead to it
+MANUAL = "/docs"  # leads to the documentation, which is below it
 ANSWERED = 1.0  # seconds in which an operation that is cancelled must end and be answered
 SUMMARIES = 100  # answers that are kept
 SAFE = ("application/json", *ARCHIVES)  # media types that no page can send to another host unasked
@@ -61,17 +62,19 @@ def application(
     loopback: bool,
     audit: AuditLog | None = None,
     pages: web.Application | None = None,
+    manual: web.Application | None = None,
     observe: Callable[[], Awaitable[None]] = nothing_to_observe,
     summaries: Summaries | None = None,
 ) -> web.Application:
     """The application of the admin listener.  It closes `operations`.
 
     `state` gives `status`, which is "ready", "degraded" or "draining", and further details.  `loopback`
-    says that only this machine reaches the listener.  `audit` records changes.  `pages` admits by itself.
+    says that only this machine reaches the listener.  `audit` records changes.  `pages` admits by itself;
+    `manual`, the documentation, is for everybody.
     `observe` brings metrics up to date before they are shown.  `fleet` does the operations for all
     replicas; `summaries` are the answers that are kept.
     """
-    admin = web.Application(middlewares=_middlewares(token, loopback, audit, pages))
+    admin = web.Application(middlewares=_middlewares(token, loopback, audit, pages, manual))
     kept = _kept(admin, summaries)
     _close_with(admin, operations, fleet)
     for method, path, handler in (
@@ -83,7 +86,7 @@ def application(
             admin.router.add_get(path, handler)  # and HEAD
         else:
             admin.router.add_route(method, path, handler)
-    return _with_pages(admin, pages)
+    return _with_pages(admin, pages, manual)
 
 
 def _open_routes(
@@ -106,17 +109,25 @@ def _close_with(admin: web.Application, operations: LocalOperations, fleet: Flee
     admin.on_cleanup.append(lambda app: operations.close())
 
 
-def _with_pages(admin: web.Application, pages: web.Application | None) -> web.Application:
+def _with_pages(
+    admin: web.Application, pages: web.Application | None, manual: web.Application | None
+) -> web.Application:
     if pages is not None:
         for path in ENTRANCES:
-            admin.router.add_get(path, _enter)
+            admin.router.add_get(path, _leading(PAGES))
         admin.add_subapp(PAGES, pages)
+    if manual is not None:
+        admin.router.add_get(MANUAL, _leading(MANUAL + "/"))
+        admin.add_subapp(MANUAL, manual)
     return admin
 
 
-async def _enter(request: web.Request) -> web.Response:
-    """Lead to the web page.  The path is relative: this listener may be below a path of another server."""
-    return web.Response(status=302, headers={"Location": PAGES.lstrip("/")})
+def _leading(path: str) -> Handler:
+    async def lead(request: web.Request) -> web.Response:
+        # The path is relative: this listener may be below a path of another server.
+        return web.Response(status=302, headers={"Location": path.lstrip("/")})
+
+    return lead
 
 
 async def _alive(request: web.Request) -> web.Response:
@@ -202,13 +213,19 @@ class AdminRunner(web.AppRunner):
 
 
 def _middlewares(
-    token: str | None, loopback: bool, audit: AuditLog | None, pages: web.Application | None
+    token: str | None,
+    loopback: bool,
+    audit: AuditLog | None,
+    pages: web.Application | None,
+    manual: web.Application | None,
 ) -> list[Any]:
     unguarded = OPEN if pages is None else (*OPEN, *ENTRANCES)
+    unguarded = unguarded if manual is None else (*unguarded, MANUAL)
+    own = {each for each in (pages, manual) if each is not None}
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in unguarded and pages not in request.match_info.apps:
+        if request.path not in unguarded and own.isdisjoint(request.match_info.apps):
             check(request, token, loopback)
             request[ADMITTED] = True
         return await handler(request)

@@ -1,0 +1,53 @@
+"""The documentation in a browser: read, searched and audited, in light and dark; the console stays silent."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from playwright.async_api import Page
+
+from proxy.ui.documentation import documentation
+from tests.browser.chromium import COLORS
+from tests.browser.conftest import Open
+from tests.documentation import build_site
+
+SEARCHED = (
+    "words => new URLSearchParams(location.search).get('q') === words"
+    " && document.getElementById('found').textContent.includes('section')"
+)
+FOUND = "access.html#kubernetes"
+
+
+async def test_it_is_read_and_searched(window: Open, tmp_path: Path) -> None:
+    listener = web.Application()
+    listener.add_subapp("/ui", documentation(build_site(tmp_path / "site")))  # where windows open their pages
+    async with TestServer(listener) as server:
+        tab = await window(server.make_url(""))
+        await tab.open()
+        assert await tab.title() == "Entrepôt"
+        await tab.open("tracing.html")
+        assert await tab.violations() == []
+        await tab.click("Architecture")
+        assert await tab.title() == "Architecture"
+        for words in (
+            "nothing:here *",
+            "~ ^2 +-",
+            "<b>x</b> &amp;",
+            "imagePullSecrets",
+        ):  # and marks of queries
+            await tab.fill("Search", words, "header")
+            await tab.press("Enter")
+            await tab.do(partial(Page.wait_for_function, expression=SEARCHED, arg=words))
+        assert "no imagePullSecrets are needed" in await tab.text("#results")
+        await tab.do(lambda page: page.locator("#results a").first.click())
+        assert await tab.do(lambda page: page.evaluate("location.href.split('/').pop()")) == FOUND
+        await tab.open("search.html?q=eviction")
+        await tab.see("sections")
+        assert await tab.violations() == []
+        for scheme in ("dark", "light"):
+            await tab.paint(scheme)
+            assert await tab.violations(COLORS) == []
+            await tab.open("tls.html")

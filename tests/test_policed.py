@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -79,6 +80,23 @@ async def test_a_refusal_names_the_rule_and_asks_no_upstream(
     ] * 2
     counted = 'entrepot_policy_refused_total{mode="enforce",namespace="docker.io",rule="moving"} 2.0'
     assert counted in await site.metrics()
+
+
+async def test_verdicts_are_counted_by_what_is_done(serve: Serve, upstream: Upstream) -> None:
+    image = upstream.image("a/b", "v1")
+    upstream.image("a/b", "latest")
+    site = await serve(upstream, top=policy(LATEST))
+    assert await status(site, "v1") == await status(site, image.layers[0], "blobs") == 200
+    assert await status(site, "latest") == 403
+    assert await status(site, "absent") == 404  # nothing is judged
+    url = f"{site.app.admin_url}/api/v1/overrides"
+    body = {"reference": "a/b:latest", "seconds": 60, "reason": "hotfix"}
+    async with site.session.post(url, json=body) as response:
+        assert response.status == 200
+    assert await status(site, "latest") == 200
+    sample = r'entrepot_policy_verdicts_total{namespace="docker.io",result="(\w+)"} ([0-9.]+)'
+    found = re.findall(sample, await site.metrics())
+    assert dict(found) == {"allowed": "2.0", "refused": "1.0", "overridden": "1.0"}
 
 
 async def test_a_repository_is_refused_as_a_whole(serve: Serve, upstream: Upstream) -> None:
@@ -273,7 +291,10 @@ async def test_what_is_not_enforced_is_served_and_counted(
         assert answer == 200
         assert headers.get("Warning") == (told and told.format(f"@{digest}"))
     assert [each["mode"] for each in events.entries if each["event"] == "policy.refused"] == [mode] * 7
-    assert f'{{mode="{mode}",namespace="docker.io",rule="moving"}} 7.0' in await site.metrics()
+    counted = await site.metrics()
+    assert f'{{mode="{mode}",namespace="docker.io",rule="moving"}} 7.0' in counted
+    result = {"warn": "warned", "audit": "audited"}[mode]
+    assert f'entrepot_policy_verdicts_total{{namespace="docker.io",result="{result}"}} 7.0' in counted
 
 
 async def test_the_mode_of_a_rule_comes_before_that_of_the_policy(serve: Serve, upstream: Upstream) -> None:

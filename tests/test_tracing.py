@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import re
@@ -11,9 +12,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from structlog.testing import LogCapture
 
@@ -22,6 +26,8 @@ from proxy.telemetry.tracers import configured, make_tracer
 from proxy.telemetry.tracing import NoTracer, Tracer
 from proxy.web.hits import Hits
 from proxy.web.routes import Endpoint
+from storage.disk.extents import beside
+from storage.disk.writer_note import WriterNote
 from storage.oci import Digest
 from tests.collector import Collector, collector
 from tests.conftest import Clock, Serve, Site
@@ -199,6 +205,96 @@ async def test_a_fill_and_who_follows_it(
     assert (follower.trace, follower.links, fill.links) == (TRACE, [fill.id], [follower.id])
     assert cause.links == []
     assert fill.trace == cause.trace != TRACE
+
+
+async def test_who_follows_a_fill_of_another_process(
+    serve: Serve, upstream: Upstream, image: Image, collector: Collector, tracer: Make, tmp_path: Path
+) -> None:
+    """Each request has the link, and one that begins when the writer has ended has none to it."""
+    tracers = [tracer("one"), tracer("other"), tracer("none", traces_sampler="always_off")]
+    options = {"progress_timeout": "60s"}
+    one, other, silent = [
+        await serve(upstream, directory=tmp_path / "shared", tracer=each, options=options) for each in tracers
+    ]
+    path, hold = f"/v2/library/alpine/blobs/{image.layers[0]}", Hold(asyncio.Event(), after=1)
+    upstream.next("GET", image.layers[0], hold)
+    first = asyncio.create_task(one.get(path))
+    await hold.reached.wait()
+    async with (
+        other.request("GET", path) as second,
+        other.request("GET", path, headers={"traceparent": SAMPLED}) as third,
+        silent.request("GET", path) as fourth,
+    ):
+        assert [each.status for each in (second, third, fourth)] == [200] * 3
+        hold.gate.set()
+        assert [await each.read() for each in (second, third, fourth)] == [BODY] * 3
+    assert (await first)[2] == BODY
+    await fills_ended()
+    assert (await other.get(path))[2] == BODY
+    for each in tracers:
+        await each.close()
+    fill = collector.one("fill", "one")
+    followed = collector.one("fill", "other")
+    assert (fill["entrepot.fill.result"], followed["entrepot.fill.result"]) == ("committed", "followed")
+    assert fill.id in followed.links
+    requests = sorted(collector.of(f"GET {BLOB_ROUTE}", "other"), key=lambda each: each.begun)
+    assert [fill.id in each.links for each in requests] == [True, True, False]
+    assert requests[1].trace == TRACE and followed.id in requests[1].links
+    assert list((tmp_path / "shared").rglob("*.writer")) == []
+
+
+async def test_a_former_writer_is_not_linked(
+    serve: Serve, upstream: Upstream, image: Image, collector: Collector, tracer: Make, tmp_path: Path
+) -> None:
+    """The note of one that was killed is gone when another process continues."""
+    traced, silent = tracer("one"), tracer("none", traces_sampler="always_off")
+    options = {"progress_timeout": "60s"}
+    two, three = [
+        await serve(upstream, directory=tmp_path / "shared", tracer=each, options=options)
+        for each in (silent, traced)
+    ]
+    partial = next((tmp_path / "shared").rglob("partial")) / image.layers[0].replace(":", "-")
+    partial.write_bytes(BODY[:10])
+    partial.with_name(f"{partial.name}.{partial.stat().st_ino}.writer").write_text(
+        json.dumps({"traceparent": SAMPLED})
+    )
+    path, hold = f"/v2/library/alpine/blobs/{image.layers[0]}", Hold(asyncio.Event(), after=1)
+    upstream.next("GET", image.layers[0], hold)
+    first = asyncio.create_task(two.get(path))
+    await hold.reached.wait()
+    async with three.request("GET", path) as second:
+        hold.gate.set()
+        assert await second.read() == BODY
+    assert (await first)[2] == BODY
+    await fills_ended()
+    for each in (traced, silent):
+        await each.close()
+    assert all(PARENT not in each.links for each in collector.spans)
+    assert collector.one("fill")["entrepot.fill.result"] == "followed"
+
+
+NOTES = {
+    "empty": "",
+    "no object": "[]",
+    "no texts": '{"traceparent": 1}',
+    "malformed": '{"traceparent": "00-0-0-01"}',
+    "no text": "\\xff",
+    "of another process": json.dumps({"traceparent": SAMPLED, "tracestate": "a=b", "other": "c"}),
+}
+
+
+@pytest.mark.parametrize("note", NOTES.values(), ids=NOTES.keys())
+async def test_what_a_note_may_say(collector: Collector, tracer: Make, tmp_path: Path, note: str) -> None:
+    file = (tmp_path / "blob").open("wb")
+    written = WriterNote(tmp_path / "blob", file.fileno())
+    beside(tmp_path / "blob", file.fileno(), ".writer").write_text(note)
+    traced = tracer()
+    span = traced.request({})
+    span.link_remote(written.read())
+    span.end()
+    await traced.close()
+    file.close()
+    assert collector.spans[0].links == ([PARENT] if SAMPLED in note else [])
 
 
 async def test_a_fill_that_no_request_causes(
@@ -496,6 +592,89 @@ async def test_exemplars_lead_from_the_metrics_to_traces(
     }
     assert labels == {(("span_id", served.id), ("trace_id", TRACE))}
     assert TRACE not in await site.metrics()
+
+
+# Administrators
+
+
+async def test_requests_of_administrators(
+    serve: Serve, upstream: Upstream, image: Image, collector: Collector, tracer: Make
+) -> None:
+    traced = tracer()
+    site = await serve(upstream, tracer=traced)
+    admin = site.app.admin_url
+    assert admin is not None
+    sent = {"traceparent": SAMPLED, "User-Agent": "test"}
+    for path in ("metrics", "healthz", "readyz", "api/v1/stats", "ui/storage", "api/v1/nothing"):
+        async with site.session.get(admin / path, headers=sent) as response:
+            assert response.status == (404 if path.endswith("nothing") else 200)
+    async with site.session.post(admin / "api/v1/warm", json={"reference": "alpine"}) as response:
+        assert response.status == 200
+    await traced.close()
+    asked = [each for each in collector.spans if each.kind == "server"]
+    assert [each.name for each in asked] == [
+        "GET /api/v1/stats",
+        "GET /ui/storage",
+        "GET",
+        "POST /api/v1/warm",
+    ]
+    assert [each["http.response.status_code"] for each in asked] == [200, 200, 404, 200]
+    assert [(each.trace, each.parent) for each in asked[:3]] == [(TRACE, PARENT)] * 3
+    assert (
+        asked[0].attributes.items()
+        >= {
+            "http.request.method": "GET",
+            "http.route": "/api/v1/stats",
+            "url.path": "/api/v1/stats",
+            "client.address": "127.0.0.1",
+            "user_agent.original": "test",
+            "server.port": admin.port,
+        }.items()
+    )
+    # What an operation asks of upstreams belongs to it.
+    warm = asked[-1]
+    assert {each.trace for each in collector.of("GET")} - {TRACE} == {warm.trace} != {TRACE}
+    assert warm.parent == ""
+
+
+async def test_an_operation_that_fails(
+    serve: Serve, upstream: Upstream, collector: Collector, tracer: Make
+) -> None:
+    traced = tracer()
+    site = await serve(upstream, tracer=traced)
+    admin = site.app.admin_url
+    assert admin is not None
+    upstream.next("GET", "latest", Status(500), times=9)
+    async with site.session.post(admin / "api/v1/warm", json={"reference": "nowhere"}) as response:
+        status = response.status
+    await traced.close()
+    warm = collector.one("POST /api/v1/warm")
+    assert warm["http.response.status_code"] == status
+    assert warm.status == ("error" if status >= 500 else "")
+
+
+# Policy
+
+
+async def test_what_the_policy_needs_is_a_part_of_the_request(
+    serve: Serve, upstream: Upstream, image: Image, collector: Collector, tracer: Make, tmp_path: Path
+) -> None:
+    traced = tracer()
+    rule = {"name": "signed", "action": "allow", "signed_by": ["nobody"]}
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    (tmp_path / "key.pub").write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    policy = {"signers": {"nobody": {"key": str(tmp_path / "key.pub")}}, "rules": [rule]}
+    site = await serve(upstream, top={"policy": policy}, tracer=traced)
+    assert (await site.get(TAG))[0] == 403
+    await traced.close()
+    served = collector.one(f"GET {MANIFEST_ROUTE}")
+    judged = collector.one("policy.judge")
+    assert judged.parent == served.id
+    assert (judged["entrepot.policy.rule"], judged["entrepot.policy.result"]) == ("signed", "refused")
+    (verified,) = collector.of("policy.verify")
+    assert (verified.parent, verified["entrepot.digest"]) == (judged.id, image.digest)
+    # The signatures are asked for because of it.
+    assert collector.children(verified)
 
 
 # Whom the trace is told

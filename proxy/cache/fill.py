@@ -145,6 +145,16 @@ class Fill:
             follower.link(self.span)
             self.span.link(follower)
 
+    def note_trace(self, upload: SparseUpload) -> None:
+        """Tell other processes, which follow what this one writes, of which trace it is a part."""
+        if self.span.recorded:
+            upload.note.write(self.span.headers())
+
+    def link_writer(self, span: TraceSpan) -> None:
+        """Link a span to the fill of the process that transfers the blob, if that is another one."""
+        if span.recorded and self.upload is not None and not self.upload.ours:
+            span.link_remote(self.upload.note.read())
+
     def end_span(self, result: str) -> None:
         """End its part of a trace, with how it ended."""
         if not self.span.recorded:

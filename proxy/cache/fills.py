@@ -125,6 +125,7 @@ class Fills:
             await self._start_by_range(fill, source, span)
         # shield: a client that disconnects must not cancel what others wait for.
         started = await asyncio.shield(fill.started)
+        fill.link_writer(current_span.get())
         result = "hit" if started and started[0].complete else "miss"
         if started and lazy and span and (parts := follow_parts(fill, source, self._metrics, started, span)):
             if source.repository not in fill.shown:
@@ -307,6 +308,7 @@ class Fills:
             if descriptor is None:
                 descriptor = await fill.source.origin.resolve_blob(fill.source.name, fill.digest)
             fill.repositories.add(fill.source.repository)
+            fill.link_writer(fill.span)
             fill.started.set_result((upload, descriptor))
             try:
                 committed = await fill.watch(upload)
@@ -318,6 +320,7 @@ class Fills:
         if self._store.holds(fill.digest):
             await upload.cancel()
             return None
+        fill.note_trace(upload)
         # The other processes, which follow the upload already, wait with us.
         fetcher = fill.fetcher = self._fetcher(fill, upload)
         try:

@@ -27,6 +27,7 @@ from proxy.policy.graph import ReachedContent, ReachedRepositories
 from proxy.policy.overrides import Override, Overrides
 from proxy.policy.rules import RuleBook, ServingRule
 from proxy.telemetry.exchange import aside
+from proxy.telemetry.tracing import step
 from storage.concurrency import SingleFlight
 from storage.errors import (
     ManifestUnknown,
@@ -47,6 +48,7 @@ _Key = tuple[str, str, str]
 REMEMBERED = 20_000  # references, and findings of conditions
 RETRY = 10.0  # seconds until a condition that was not met is looked at again
 DEPTH = 4  # of artifacts that are about artifacts
+_RESULTS = {"audit": "audited", "warn": "warned", "enforce": "refused"}
 _WEIGHT = {"audit": 1, "warn": 2, "enforce": 3}
 
 
@@ -64,6 +66,13 @@ class Ruling:
     until: float = math.inf
     override: Override | None = None
     led: bool = False
+
+    @property
+    def result(self) -> str:
+        """What is done because of it, as metrics and traces say it."""
+        if self.override is not None:
+            return "overridden"
+        return "allowed" if self.allowed else _RESULTS[self.rule.mode]
 
     @property
     def weight(self) -> int:
@@ -143,7 +152,7 @@ class Judge:
         if ruling is None:
             self._reached.of(self.full(repository)).add(reference, manifest)
             ruling = await self._by_what_leads(
-                repository, lambda reached: self._judge(repository, reference, manifest, reached)
+                repository, reference, lambda reached: self._judge(repository, reference, manifest, reached)
             )
         return self._remember(key, ruling)
 
@@ -154,13 +163,26 @@ class Judge:
             return known
         if (ruling := self.at_once(repository, digest)) is None:
             ruling = await self._by_what_leads(
-                repository, lambda reached: self._of_blob(repository, digest, reached)
+                repository, digest, lambda reached: self._of_blob(repository, digest, reached)
             )
         return self._remember(key, ruling)
 
     async def _by_what_leads(
-        self, repository: str, judge: Callable[[ReachedContent], Awaitable[Ruling]]
+        self,
+        repository: str,
+        reference: Reference,
+        judge: Callable[[ReachedContent], Awaitable[Ruling]],
     ) -> Ruling:
+        """The ruling of `judge` about a reference, as a part of the trace."""
+        described = {"entrepot.repository": repository, "entrepot.reference": str(reference)}
+        with step("policy.judge", attributes=described) as span:
+            ruling = await self._ruling(repository, judge)
+            if span.recorded:
+                verdict = {"entrepot.policy.rule": ruling.rule.name, "entrepot.policy.result": ruling.result}
+                span.set(verdict)
+            return ruling
+
+    async def _ruling(self, repository: str, judge: Callable[[ReachedContent], Awaitable[Ruling]]) -> Ruling:
         """The ruling of `judge`, which is given what is known to lead to content.
 
         That is read again only if what is known is not enough: in a large repository it takes time.  While
@@ -340,7 +362,8 @@ class Judge:
             return Evidence(False, "is no manifest that all clients read alike")
         subject = Subject(self.full(repository), repository, manifest, self._registry)
         reasons, until = [], math.inf
-        with aside():
+        described = {"entrepot.policy.rule": rule.name, "entrepot.digest": manifest.digest}
+        with aside(), step("policy.verify", attributes=described):
             for each in rule.conditions:
                 found = await each.judge(subject)
                 if not found.met:

@@ -163,13 +163,17 @@ class PolicedRegistry(Registry):
         self._enforce(repository, reference, ruling)
 
     def _enforce(self, repository: str, reference: Reference | None, ruling: Ruling) -> None:
-        """Do what the rule says about content that it does not allow; None is a list.  Raises Denied."""
+        """Count the ruling, and do what it says of content that is not allowed; None is a list.
+
+        Raises Denied.
+        """
         rule, name, now = ruling.rule, self._judge.full(repository), current()
+        namespace = self._metrics.label(name.partition("/")[0])
+        self._metrics.policy_verdicts.labels(namespace, ruling.result).inc()
         if ruling.override is not None and reference is not None:
             self._tell_overridden(name, reference, rule.name, ruling.override)
         if ruling.allowed:
             return
-        namespace = self._metrics.label(name.partition("/")[0])
         self._metrics.policy.labels(namespace, rule.name, rule.mode).inc()
         image = name if reference is None else written(name, reference)
         log.info(

@@ -222,6 +222,7 @@ class ServerProcess:
             manual=None if config.admin_ui == "off" else documentation(),
             observe=self._observation.observe,
             summaries=summaries,
+            tracer=self._tracer,
         )
         encrypted = config.admin_tls() is not None
         runner = AdminRunner(api, self._connection_limits(), encrypted=encrypted, drain=self._drain)

@@ -287,6 +287,12 @@ class Metrics:
         "Answers that a rule of the policy refuses; they are given all the same in modes warn and audit.",
         "namespace rule mode",
     )
+    policy_verdicts = _Row(
+        Counter,
+        "entrepot_policy_verdicts_total",
+        "Verdicts of the policy by result: allowed, audited, warned, refused, overridden.",
+        "namespace result",
+    )
     policy_held = _Row(
         Counter,
         "entrepot_policy_held_total",

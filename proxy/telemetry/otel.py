@@ -185,6 +185,10 @@ class _RecordedSpan(TraceSpan):
         if isinstance(other, _RecordedSpan) and other is not self:
             self._made.add_link(other.context)
 
+    def link_remote(self, headers: Mapping[str, str]) -> None:
+        if TRACEPARENT in headers and (context := _context(headers)) is not _ROOT:
+            self._made.add_link(get_current_span(context).get_span_context())
+
     def headers(self) -> Mapping[str, str]:
         return _headers(self.context)
 

@@ -65,6 +65,11 @@ def described(request: web.BaseRequest) -> Attributes:
     return attributes
 
 
+def named(method: str, route: str | None) -> str:
+    """The name of the span of a request; `route` is its path, with names for what differs."""
+    return " ".join(filter(None, (method if method in _METHODS else "HTTP", route)))
+
+
 def exemplar(span: TraceSpan) -> Mapping[str, str] | None:
     """The labels of an exemplar of the metrics, by which a trace is found; None of one that is not sent."""
     return {"trace_id": span.trace_id, "span_id": span.span_id} if span.recorded else None
@@ -76,7 +81,7 @@ def end(method: str, exchange: Exchange, status: int) -> None:
     if not span.recorded:
         return
     route = ROUTES.get(exchange.kind)
-    span.name(" ".join(filter(None, (method if method in _METHODS else "HTTP", route))))
+    span.name(named(method, route))
     found = {
         "http.route": route,
         "client.address": exchange.client,
@@ -92,11 +97,16 @@ def end(method: str, exchange: Exchange, status: int) -> None:
     }
     span.set({name: value for name, value in found.items() if value})
     span.set({"entrepot.upstream_requests": exchange.upstream_requests, "entrepot.sent": exchange.bytes})
+    end_with(span, status, exchange.detail if status == ABANDONED else exchange.reason or "")
+
+
+def end_with(span: TraceSpan, status: int, reason: str = "") -> None:
+    """End the span of a request that was answered with this status, or ABANDONED."""
     if status == ABANDONED:
         span.set({"error.type": "abandoned"})
-        span.end(exchange.detail)
+        span.end(reason or "abandoned")
         return
     span.set({"http.response.status_code": status})
     if status >= 500:  # a status below is an answer, not a failure of the server
         span.set({"error.type": str(status)})
-    span.end(exchange.reason or str(status) if status >= 500 else "")
+    span.end(reason or str(status) if status >= 500 else "")

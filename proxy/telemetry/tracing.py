@@ -47,6 +47,9 @@ class TraceSpan:
     def link(self, other: TraceSpan) -> None:
         """Note that it has to do with another one, which may be of another trace."""
 
+    def link_remote(self, headers: Mapping[str, str]) -> None:
+        """Note that it has to do with a span of another process, which has these `headers()`."""
+
     def headers(self) -> Mapping[str, str]:
         """Those of a request that continues the trace elsewhere: W3C Trace Context."""
         return _NOTHING

@@ -3,6 +3,7 @@
     <root>/partial/<algorithm>-<encoded>        a fill in progress, locked by its writer
     <root>/partial/<fill>.<inode>.extents       which bytes of a fill with holes are there
     <root>/partial/<fill>.<inode>.wanted        which bytes of it other processes wait for
+    <root>/partial/<fill>.<inode>.writer        what its writer says of itself: the trace of the fill
     <root>/partial/<id>                         any other upload, locked while it is written
     <root>/locks/<hash of the name>             held by a process while it does what only one may do
 

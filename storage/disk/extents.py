@@ -29,7 +29,7 @@ _SYNCED = "synced"
 _CLIENT = "client"
 _SHOWN = "shown"
 _REFUSED = "refused"
-_BESIDE = re.compile(r"(.+)\.(\d+)\.(?:extents|extents\.new|wanted)")
+_BESIDE = re.compile(r"(.+)\.(\d+)\.(?:extents|extents\.new|wanted|writer)")
 
 
 class Extents:

@@ -22,6 +22,7 @@ from storage.disk.health import write_all
 from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, Bytes, FileBlob, FileUpload
 from storage.disk.wanted import Wanted
+from storage.disk.writer_note import WriterNote
 from storage.errors import BlobUnknown, StorageFailed, Unavailable
 from storage.oci import Descriptor, Digest, Span
 from storage.registry import ReadInto
@@ -66,6 +67,7 @@ class SparseUpload(FileUpload):
         self.extents = Extents()
         self.repeated = 0
         self.wanted = Wanted(self._path, self._file)
+        self.note = WriterNote(self._path, self._file)
         self._stored = Extents()  # those of `extents`, and what threads have written since
         self._listing = threading.Lock()  # for `_stored` and the list
         self._hashing = threading.Lock()
@@ -238,6 +240,7 @@ class SparseUpload(FileUpload):
         self._stored = Extents(self.extents)
         self.offset = self._written = self.extents.total
         self.wanted.remove()  # those who still wait tell it again
+        self.note.remove()  # of the former writer
 
     def _load(self) -> bool:
         """Read the list, and continue it; False if it does not have what could be read, or is damaged."""
@@ -376,6 +379,7 @@ class SparseUpload(FileUpload):
         super()._discard()
         if self.ours:
             self.wanted.remove()
+            self.note.remove()
         if self.ours and self._list is not None:
             with suppress(OSError):
                 self._list.remove()

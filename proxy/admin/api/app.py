@@ -23,12 +23,14 @@ from aiohttp_cache import MemoryCache, cache_middleware
 from proxy.admin.api.audited import ADMITTED, recorded_by
 from proxy.admin.api.bundle_routes import ARCHIVES, BundleRoutes
 from proxy.admin.api.routes import Api, Handler, in_json, with_warnings
+from proxy.admin.api.traced import traced_by
 from proxy.admin.fleet import Fleet
 from proxy.admin.local_operations import LocalOperations
 from proxy.admin.notices import heard
 from proxy.namespaces.references import FieldInvalid
 from proxy.telemetry.audit import AuditLog
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.tracing import NoTracer, Tracer
 from proxy.web.listener import ConnectionLimits, Listener
 from storage.concurrency import Cancelled
 from storage.errors import RegistryError
@@ -65,6 +67,7 @@ def application(
     manual: web.Application | None = None,
     observe: Callable[[], Awaitable[None]] = nothing_to_observe,
     summaries: Summaries | None = None,
+    tracer: Tracer | None = None,
 ) -> web.Application:
     """The application of the admin listener.  It closes `operations`.
 
@@ -72,9 +75,10 @@ def application(
     says that only this machine reaches the listener.  `audit` records changes.  `pages` admits by itself;
     `manual`, the documentation, is for everybody.
     `observe` brings metrics up to date before they are shown.  `fleet` does the operations for all
-    replicas; `summaries` are the answers that are kept.
+    replicas; `summaries` are the answers that are kept; `tracer` traces requests, but for those of OPEN.
     """
-    admin = web.Application(middlewares=_middlewares(token, loopback, audit, pages, manual))
+    tracing = traced_by(tracer or NoTracer(), OPEN)
+    admin = web.Application(middlewares=[tracing, *_middlewares(token, loopback, audit, pages, manual)])
     kept = _kept(admin, summaries)
     _close_with(admin, operations, fleet)
     for method, path, handler in (

@@ -1,7 +1,7 @@
 """What the documentation needs to be a site of MkDocs: its pages are written for the repository.
 
-Pages of the root become pages of the site, links are made to lead within it, and files of the repository
-that pages link to are carried along.
+Pages of the root and generated ones become pages of the site, links are made to lead within it, and
+files of the repository that pages link to are carried along.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from generated import PAGES
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -66,6 +67,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in OF_ROOT.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
     files.append(File.generated(config, "icon.svg", abs_src_path=str(ROOT / ICON)))
+    for name, make in PAGES.items():
+        files.append(File.generated(config, name, content=make()))
     for page in [each for each in files if each.is_documentation_page()]:
         source = _source(page)
         for match in _LINK.finditer(page.content_string):

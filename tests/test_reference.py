@@ -93,7 +93,7 @@ def test_every_event_is_there_with_its_meaning(pages: dict[str, str]) -> None:
     assert found.keys() == _logged()
     unsaid = {name for name, row in found.items() if len(row) < 4 or not row[3].strip()}
     assert {name for name in unsaid if found[name][1] != "debug"} == set()
-    assert found["upstream.limited"][1:3] == ["warning", "`limit` `namespace`"]
+    assert found["upstream.limited"][1:3] == ["warning", "`credential` `host` `namespace` `seconds`"]
     assert "](../fleet.md#one-view)" in found["act.learned"][3]
     assert "](../operations.md#the-audit-log)" in found["audit.failed"][3]
 

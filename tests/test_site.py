@@ -152,6 +152,12 @@ def test_the_search_index_has_what_the_pages_say(site: Path, text: str, page: st
     assert all(len(each["title"]) > 1 for each in documents)
 
 
+def test_it_has_no_modules(site: Path) -> None:
+    """It is within a package, and would be a part of its code."""
+    assert [*site.rglob("*.py")] == []
+    assert "def main" in (site / "files/examples/in_process_registry.py.txt").read_text()
+
+
 def test_it_is_small(site: Path) -> None:
     assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < LARGEST
 

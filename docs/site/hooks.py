@@ -160,5 +160,7 @@ def _target(source: str, link: str) -> str | None:
         return found.removeprefix("docs/")
     if (ROOT / found).is_dir():
         return ""
-    # MkDocs leaves out what begins with a dot.
-    return CARRIED + found.lstrip(".") if (ROOT / found).is_file() else None
+    if not (ROOT / found).is_file():
+        return None
+    # MkDocs leaves out what begins with a dot, and a module would be one of the package that has the site.
+    return CARRIED + found.lstrip(".") + (".txt" if found.endswith(".py") else "")

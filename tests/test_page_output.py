@@ -136,6 +136,7 @@ AIR_GAP = "tests/clients/test_air_gap.py does all that this page says"
 DOCKER = "tests/clients/test_readme.py logs in and pushes, by docker"
 KEYS = "each key is another one: tests/test_api_keys.py"
 ISSUERS = "needs an issuer of the internet, or a cluster"
+CLUSTER = "needs a cluster; tests/test_chart.py checks the values and manifests"
 OWN = "needs a client that the tests do not install"
 # Blocks that are not typed in here, and why.
 ELSEWHERE = {
@@ -187,6 +188,12 @@ ELSEWHERE = {
         'echo "$TOKEN" | docker login registry.example:5001 -u oidc -': ISSUERS,
         "curl -o github.jwks https://token.actions.githubusercontent.": ISSUERS,
         "kubectl get --raw /.well-known/openid-configuration": ISSUERS,
+    },
+    "docs/install/kubernetes.md": {
+        "helm install entrepot deploy/helm/entrepot --namespace entre": CLUSTER,
+        "kubectl -n entrepot logs daemonset/entrepot-nodes": CLUSTER,
+        "kubectl create namespace entrepot": CLUSTER,
+        "helm package deploy/helm/entrepot": "tests/test_chart.py pushes and pulls it",
     },
     "docs/commands.md": {
         "entrepot backup /mnt/backup": "see tests/test_backup.py",

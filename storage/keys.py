@@ -50,7 +50,7 @@ and in the records of the webhooks' queue:
 Names, tags and digests hold no space, and a space sorts before every character that they do hold: so a scan
 over a prefix is in the order of the fields.  The last field of a key may hold spaces.
 
-Repositories are full names: they begin with the namespace.
+Repositories are full names: they begin with the namespace.  COPIES is none, so that no request leads there.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class RecordKind:
 
 
 EVERY = ""  # the prefix of all keys
+COPIED = "(bucket)"  # no namespace's name, and no host's
+COPIES = f"{COPIED}/copies"  # links what caches have of that which the private registry has in a bucket
 TAG = RecordKind("tag")
 MANIFEST = RecordKind("manifest")
 LINK = RecordKind("link")

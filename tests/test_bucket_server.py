@@ -59,6 +59,17 @@ class Registry:
         await asyncio.to_thread(composition.private.files.reap, 86400.0)
         return report
 
+    async def evict(self) -> None:
+        """Remove all copies of blobs from the disk."""
+        composition = self.site.app.composition
+        await composition.copies.settled()
+        await asyncio.to_thread(composition.maintenance.eviction.shrink, to=0)
+
+    @property
+    def copies(self) -> set[str]:
+        """The digests of the blobs that are copied on the disk."""
+        return {f"{each.parts[-3]}:{each.name}" for each in self.site.directory.glob("cache/blobs/*/*/*")}
+
     async def ready(self) -> dict[str, str]:
         assert self.site.app.admin_url is not None
         async with self.site.session.get(self.site.app.admin_url / "readyz") as response:
@@ -98,6 +109,7 @@ async def test_an_image_is_pushed_and_pulled(registry: Registry) -> None:
     assert (head.status, head.headers["Content-Length"]) == (200, str(len(LAYER)))
     for _ in range(2):
         assert (await registry.ask("GET", path)).content_read == LAYER
+    await registry.evict()
     registry.fake.asked.clear()
     part = await registry.ask("GET", path, Range="bytes=1000000-1999999")
     assert (part.status, part.content_read) == (206, LAYER[1_000_000:2_000_000])
@@ -153,6 +165,7 @@ async def test_a_pull_keeps_what_it_pulls(registry: Registry) -> None:
 @pytest.mark.errors("bucket.failed")
 async def test_a_bucket_that_is_down(registry: Registry) -> None:
     layer = await registry.push_image()
+    await registry.evict()
     begun = await registry.ask("POST", f"{APP}/blobs/uploads/")
     registry.fake.down = answer(503, "SlowDown")
     for method in ("GET", "HEAD"):

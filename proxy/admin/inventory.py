@@ -28,7 +28,7 @@ from proxy.admin.models import (
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
 from storage.graph import Walk, contents, referring, unread
-from storage.keys import LINK, MANIFEST, TAG, USE
+from storage.keys import COPIES, LINK, MANIFEST, TAG, USE
 from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
 from storage.names import glob_matcher, is_glob, literal_prefix, written
@@ -101,7 +101,8 @@ class Inventory:
         start = literal_prefix(name_glob) if is_glob(name_glob) else name_glob
         matches = glob_matcher(name_glob)
         totals = self._totals.repositories(start) if self._totals.listed else self._uncounted(start)
-        found = [(name, total.counted) for name, total in totals if matches(name) and _shown(total)]
+        shown = ((name, total) for name, total in totals if name != COPIES and _shown(total))
+        found = [(name, total.counted) for name, total in shown if matches(name)]
         if self._usage.counted_by(self.store.records):
             return [_row(name, counts, counts.used if counts else 0.0) for name, counts in found]
         names = [name for name, _ in found]

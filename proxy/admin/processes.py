@@ -193,7 +193,7 @@ def _fill(fill: Fill, pid: int) -> FillState:
     return FillState(
         digest=str(fill.digest),  # msgspec refuses a subclass of str
         namespace=fill.source.namespace,
-        repository=fill.source.repository,
+        repository=fill.source.full_name,
         bytes=upload.offset if upload else 0,
         size=size,
         started=fill.begun,

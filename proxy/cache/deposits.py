@@ -19,7 +19,7 @@ from proxy.cache.shared_store import SharedStore
 from storage.concurrency import run_in_thread
 from storage.content import files_of
 from storage.errors import BlobUnknown, StorageFailed, Unavailable
-from storage.keys import DEPOSIT, LINK
+from storage.keys import COPIES, DEPOSIT, LINK
 from storage.oci import Digest
 from storage.store import Store
 
@@ -79,7 +79,8 @@ class Deposits:
 
     async def _deposit(self, digest: Digest) -> None:
         """Raises StorageFailed, Unavailable."""
-        repositories = [LINK.parse(key)[0] for key in self._store.records.linking(digest)]
+        linking = (LINK.parse(key)[0] for key in self._store.records.linking(digest))
+        repositories = [each for each in linking if each != COPIES]
         with suppress(BlobUnknown):  # it was evicted: there is nothing to hand over
             blob = self._files.open(digest)
             try:

@@ -122,7 +122,7 @@ class Fill:
         error = None if self.error is None else str(self.error) or type(self.error).__name__
         source = self.source
         return EndedFill(
-            self.digest, source.namespace, source.repository, came, self.begun, now, result, error
+            self.digest, source.namespace, source.full_name, came, self.begun, now, result, error
         )
 
     async def watch(self, upload: SparseUpload) -> bool:

@@ -233,13 +233,14 @@ class Fills:
         try:
             outcome, descriptor = await self._store_blob(fill)
             fill.size = descriptor.size
-            async with handed_over(fill.digest, self._deposits if outcome != "followed" else None):
+            deposited = outcome != "followed" and not fill.source.linked
+            async with handed_over(fill.digest, self._deposits if deposited else None):
                 with step("store.write"):
                     for repository in list(fill.repositories):
                         await self._store.link(repository, fill.digest, descriptor.size)
             result = outcome
             if outcome == "committed":
-                self._make_room_later(0)
+                self.make_room_later(0)
             if not fill.started.done():
                 fill.started.set_result(None)
             seconds = round(time.monotonic() - begun, 3)
@@ -360,11 +361,11 @@ class Fills:
 
     async def _ensure_room(self, upload: SparseUpload, size: int) -> None:
         if upload.fits(size):
-            self._make_room_later(max(size, 0))
+            self.make_room_later(max(size, 0))
         else:
             await self._make_room(size)
 
-    def _make_room_later(self, coming: int) -> None:
+    def make_room_later(self, coming: int) -> None:
         """There is room, but maybe more than the cache limit will be stored: evict in the background."""
         task = asyncio.create_task(self._make_room(coming))
         self._making_room.add(task)

@@ -20,7 +20,7 @@ LOOK = 1.0  # seconds after which a reader that still waits says so again
 
 @dataclass(frozen=True, slots=True)
 class BlobSource:
-    """The origin of a blob, and the repository of the store to which it is linked.
+    """The origin of a blob, and the repository of the store to which it is linked: `linked`, or its own.
 
     `unknown` is called when the origin has no such blob, before another request can be sent, and `wrong` when
     what it sent is another one.  `client` is a word for who asks, or empty.
@@ -32,10 +32,15 @@ class BlobSource:
     unknown: Callable[[BlobUnknown], None] = lambda error: None
     client: str = ""
     wrong: Callable[[], None] = lambda: None
+    linked: str = ""
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
     @property
     def repository(self) -> str:
-        return f"{self.namespace}/{self.name}"
+        return self.linked or self.full_name
 
 
 class Followed(Protocol):

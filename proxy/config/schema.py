@@ -47,6 +47,7 @@ from proxy.config.values import (
 )
 from proxy.config.webhooks import WebhookConfig
 from proxy.config.wellknown import DEFAULTS, WELL_KNOWN
+from storage.keys import COPIED
 from storage.oci import NameGrammar
 
 
@@ -328,7 +329,7 @@ class Config(Section, frozen=True):
 
         What another namespace is called, or by which hosts this server is, is none of the hosts of `*`.
         """
-        if namespace in self.namespaces or (others := self.others) is None:
+        if namespace in (*self.namespaces, COPIED) or (others := self.others) is None:
             return namespace
         if find_pattern(others.hosts, namespace) is None:
             return namespace

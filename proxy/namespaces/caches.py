@@ -28,15 +28,17 @@ from proxy.config.upstream import UpstreamConfig
 from proxy.namespaces.routing import Member
 from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.failover import Failover
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.peers import Owners, Peers
 from proxy.upstream.requests import UpstreamSettings
+from proxy.webhooks.publisher import Publisher
 from storage.errors import Unavailable
 from storage.limits import RateLimit
-from storage.oci import NameGrammar
+from storage.oci import Digest, NameGrammar, Tag
 from storage.registry import Moved
 from storage.shared import SharedState
 from storage.store import Store
@@ -277,3 +279,19 @@ class Caches:
                 closing.push_async_callback(each.close)
             if self.others is not None:
                 closing.push_async_callback(self.others.close)
+
+
+def tag_moved_of(recorder: UsageRecorder, publisher: Publisher | None, at_once: bool) -> Moved:
+    """Records and publishes that a tag of a cache moved.
+
+    at_once: what a tag led to before is recorded at once, since digests are judged by that
+    """
+
+    async def tag_moved(repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        recorder.moved(repository, tag, old, new)
+        if at_once:
+            await recorder.flush()
+        if publisher is not None:
+            await publisher.moved(repository, tag, old, new)
+
+    return tag_moved

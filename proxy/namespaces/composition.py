@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 
 from proxy.cache.cache import Cache
+from proxy.cache.copies import BlobCopies
 from proxy.cache.deposits import Deposits
 from proxy.cache.drill import Drill
 from proxy.cache.fills import Fills
@@ -24,7 +25,7 @@ from proxy.cache.turns import ClientSlots
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
-from proxy.namespaces.caches import CacheFactory, Caches
+from proxy.namespaces.caches import CacheFactory, Caches, tag_moved_of
 from proxy.namespaces.engines import shared_caches
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
@@ -49,7 +50,6 @@ from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.pulls import Pulls
 from storage.maintenance.usage import Usage
-from storage.oci import Digest, Tag
 from storage.registry import Moved
 from storage.shared import SharedState
 from storage.store import Store
@@ -82,6 +82,7 @@ class Composition:
     """All parts of a configuration, for one event loop.  `compose` makes it, close() closes every part.
 
     store, private: the store of all caches, and the one of all hosted namespaces
+    copies: the files that are copies of what the private registry has in a bucket
     common, deposits: the store that the caches of several servers share, and what hands blobs over to it
     disks: the state of each directory and database that the parts write to
     shared: what all processes of the server know
@@ -99,6 +100,7 @@ class Composition:
     common: SharedStore | None
     deposits: Deposits | None
     private: Store | None
+    copies: BlobCopies
     disks: list[Troubled]
     usage: Usage
     recorder: UsageRecorder
@@ -184,13 +186,15 @@ class _Composer:
     def compose(self) -> Composition:
         # long: each part takes a line
         config, clock = self._config, self._clock
-        store, private = self._store(), self._private()
+        store = self._store()
         usage, recorder = self._usage(store)
         queue, publisher = self._webhooks()
         drill = Drill(clock, self._hooks.drill_begun, config.key_of)
         common, deposits = self._common(store)
         fills = self._fills(store, deposits)
-        tag_moved = _tag_moved(recorder, publisher, config.policy.active)
+        copies = self._copies(store, fills)
+        private = self._private(copies)
+        tag_moved = tag_moved_of(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
         guard = PolicyGuard(config, store, clock, self._metrics, held)
@@ -202,7 +206,7 @@ class _Composer:
             store=store,
             common=common,
             fills=fills,
-            tag_moved=tag_moved if common is None else _tag_moved(recorder, None, config.policy.active),
+            tag_moved=tag_moved if common is None else tag_moved_of(recorder, None, config.policy.active),
             moved_upstream=publisher.moved if publisher else None,
             drill=drill,
             listings=self._listings,
@@ -210,7 +214,7 @@ class _Composer:
             peers=peers,
         )
         made = self._caches(factory)
-        hosted = self._hosted(private, publisher) if private else {}
+        hosted = self._hosted(private, publisher, copies) if private else {}
         namespaces = self._namespaces(store, private, guard, made, hosted)
         pins = self._pins(store, private, common)
         return Composition(
@@ -222,6 +226,7 @@ class _Composer:
             common=common,
             deposits=deposits,
             private=private,
+            copies=copies,
             disks=self._disks,
             usage=usage,
             recorder=recorder,
@@ -288,10 +293,15 @@ class _Composer:
         self._closing.push_async_callback(deposits.close)
         return common, deposits
 
-    def _private(self) -> Store | None:
+    def _copies(self, store: Store, fills: Fills) -> BlobCopies:
+        copies = BlobCopies(store, fills)
+        self._closing.push_async_callback(copies.close)
+        return copies
+
+    def _private(self, copies: BlobCopies) -> Store | None:
         if not self._config.hosted():
             return None
-        return self._opened(private_store(self._config, self._clock, self._troubles))
+        return self._opened(private_store(self._config, self._clock, self._troubles, copies))
 
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)
@@ -329,7 +339,7 @@ class _Composer:
         total, key_of = max(1, self._config.limits.fills // part), self._config.key_of
         return ClientSlots(total, each, self._shared, key_of, kind)
 
-    def _hosted(self, store: Store, publisher: Publisher | None) -> dict[str, Hosted]:
+    def _hosted(self, store: Store, publisher: Publisher | None, copies: BlobCopies) -> dict[str, Hosted]:
         pulls = Pulls(store, self._clock)
         return {
             name: Hosted(
@@ -341,6 +351,7 @@ class _Composer:
                 self._hooks.make_room,
                 moved=publisher.moved if publisher else None,
                 clock=self._clock,
+                copies=copies,
             )
             for name, each in self._config.hosted().items()
         }
@@ -383,16 +394,3 @@ class _Composer:
         )
         made = factory.make(store, private, namespaces, publisher)
         return made if common is None else factory.shared(made, store, common)
-
-
-def _tag_moved(recorder: UsageRecorder, publisher: Publisher | None, at_once: bool) -> Moved:
-    """`at_once`: what a tag led to before is recorded at once, since digests are judged by that."""
-
-    async def tag_moved(repository: str, tag: Tag, old: Digest, new: Digest) -> None:
-        recorder.moved(repository, tag, old, new)
-        if at_once:
-            await recorder.flush()
-        if publisher is not None:
-            await publisher.moved(repository, tag, old, new)
-
-    return tag_moved

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proxy.cache.copies import BlobCopies
 from proxy.cache.deposits import Deposits
 from proxy.cache.shared_store import PATIENCE, SharedStore
 from proxy.config.errors import StartError
@@ -31,11 +32,12 @@ def bucket_blobs(
     troubles: Troubles,
     part: str = "",
     patience: float | None = None,
+    copies: BlobCopies | None = None,
 ) -> BucketBlobs:
-    """The blobs in a bucket, or in a `part` of it.  Raises StartError."""
+    """The blobs in a bucket, or in a `part` of it, and their `copies` here.  Raises StartError."""
     try:
         # Only here: one machine needs no client of object storage.
-        from storage.bucket.blobs import BucketBlobs
+        from storage.bucket.blobs import BucketBlobs, keep_nothing
         from storage.bucket.objects import Bucket, BucketHealth, Signing
     except ImportError as error:
         raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
@@ -53,7 +55,8 @@ def bucket_blobs(
         raise StartError(f"shared.bucket: {error}") from error
     health = BucketHealth(settings.url, root, clock, troubles)
     bucket = Bucket(store, settings.url, health, settings.storage_class, patience, signing)
-    return BucketBlobs(bucket, records, root, clock, disk)
+    keep = keep_nothing if copies is None else copies.keep
+    return BucketBlobs(bucket, records, root, clock, disk, keep=keep)
 
 
 def database(

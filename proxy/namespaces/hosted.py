@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from proxy.cache.copies import BlobCopies
 from storage.concurrency import run_sized
 from storage.disk.health import MakeRoom, make_no_room
 from storage.errors import (
@@ -93,6 +94,7 @@ class Hosted(Registry):
     pulls: records the pulls of tags
     make_room: is called before an upload for which the disk has no room
     moved: is called after a tag moved
+    copies: keeps what is pulled from a bucket here
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Hosted(Registry):
         make_room: MakeRoom = make_no_room,
         moved: Moved | None = None,
         clock: Callable[[], float] = time.time,
+        copies: BlobCopies | None = None,
     ) -> None:
         self._namespace = namespace
         self._store = store
@@ -114,6 +117,7 @@ class Hosted(Registry):
         self._make_room = make_room
         self._moved = moved
         self._clock = clock
+        self._copies = copies
         self._indexes = IndexEntries()
 
     def _full(self, repository: str) -> str:
@@ -123,9 +127,14 @@ class Hosted(Registry):
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         name = self._full(repository)
-        blob = await self._store.get_blob(name, digest, span)
+        if self._copies is None or self._store.files.path(digest) is not None:
+            blob = await self._store.get_blob(name, digest, span)
+            used_at = blob.used_at
+        else:
+            place = self._namespace, self._store, repository
+            blob, used_at = await self._copies.get_blob(*place, digest, span)
         try:
-            await self._leases.blob(name, digest, blob.used_at)
+            await self._leases.blob(name, digest, used_at)
         except BaseException:
             await blob.close()
             raise

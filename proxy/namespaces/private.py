@@ -21,6 +21,7 @@ from pathlib import Path
 
 import structlog
 
+from proxy.cache.copies import BlobCopies
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.namespaces.engines import bucket_blobs, database
@@ -44,9 +45,14 @@ DATABASE = "records.database"
 
 
 def private_store(
-    config: Config, clock: Callable[[], float] = time.time, troubles: Troubles | None = None
+    config: Config,
+    clock: Callable[[], float] = time.time,
+    troubles: Troubles | None = None,
+    copies: BlobCopies | None = None,
 ) -> Store:
     """Open the store of what clients push; only unreachable content is removed.
+
+    `copies` get what is pushed to a bucket.
 
     Raises StorageFailed, and StartError if the records in the database that is configured, or on the disk,
     are not those of the content: all of it would seem unreachable, or missing.
@@ -55,7 +61,7 @@ def private_store(
     shared = is_shared(config, troubles)
     if not shared and (config.shared.bucket or config.shared.records):
         log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
-    opened = engine(config, shared, clock, troubles, guarded=True)
+    opened = engine(config, shared, clock, troubles, guarded=True, copies=copies)
     try:
         if shared:
             with suppress(StorageFailed):  # of a database that cannot be asked now
@@ -142,6 +148,7 @@ def engine(
     clock: Callable[[], float] = time.time,
     troubles: Troubles | None = None,
     guarded: bool = False,
+    copies: BlobCopies | None = None,
 ) -> Engine:
     """What holds the registry on the disk, or as `shared` says.  Raises StorageFailed, StartError.
 
@@ -162,7 +169,7 @@ def engine(
         records = GuardedRecords(records, kind, clock)
     try:
         content: BlobContent = (
-            bucket_blobs(config, records, root, disk, clock, troubles)
+            bucket_blobs(config, records, root, disk, clock, troubles, copies=copies)
             if in_bucket
             else BlobFiles(root, clock, disk, private=True)
         )

@@ -143,8 +143,8 @@ class Connection(web.RequestHandler):
     def _is_whole(self, data: bytes, messages: int) -> bool:
         """Whether `data` ended where the head of a request without a body does, so that `messages` wait."""
         return (
-            data.find(b"\r\n\r\n") == len(data) - 4
-            and len(self._messages) == messages
+            len(self._messages) == messages  # first: most data are parts of a body, and long
+            and data.find(b"\r\n\r\n") == len(data) - 4
             and self._messages[-1][1] is EMPTY_PAYLOAD
             and not self._upgraded
         )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import structlog
 
-from storage.bucket.objects import Bucket, ObjectUnknown, Opened
+from storage.bucket.objects import CHUNK, Bucket, ObjectUnknown, Opened
 from storage.errors import BlobUnknown
 from storage.oci import Descriptor, Span
-from storage.registry import NOTHING, Blob
+from storage.registry import NOTHING, Blob, Incoming, ReadInto
 
 log = structlog.get_logger()
+
+PIECE = 2 << 20  # bytes that come at once of a blob which a thread reads: more cost memory, fewer time
 
 
 class BucketBlob(Blob):
@@ -25,6 +27,7 @@ class BucketBlob(Blob):
         self._bucket = bucket
         self._key = key
         self._begun: tuple[int, int, Opened] | None = None  # where it starts and stops
+        self._incoming: _IncomingObject | None = None
 
     async def begin(self, span: Span | None = None) -> None:
         size = self.descriptor.size
@@ -63,16 +66,27 @@ class BucketBlob(Blob):
         log.error("blob.damaged", digest=str(digest), found=what, path=where, action="left in its place")
         raise BlobUnknown(f"{digest} was damaged: the bucket has {what}")
 
+    def incoming(self) -> Incoming | None:
+        if self._begun is None:
+            return None
+        self._incoming = _IncomingObject(self._pieces(*self._begun[:2], PIECE))
+        return self._incoming
+
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         stop = self.descriptor.size if stop is None else min(stop, self.descriptor.size)
+        async for piece in self._pieces(start, stop, CHUNK):
+            yield bytes(piece)
+
+    async def _pieces(self, start: int, stop: int, size: int) -> AsyncGenerator[memoryview]:
+        """The bytes of [start, stop), in pieces of `size` or more.  The last one may be smaller."""
         begun, self._begun = self._begun, None
         opened = begun[2] if begun is not None and begun[0] == start and begun[1] >= stop else None
         while start < stop:
             before = start
             opened = opened or await self._open(start, stop)
             try:
-                async for chunk in opened.chunks:
-                    taken = bytes(chunk[: stop - start])
+                async for chunk in opened.stream(size):
+                    taken = memoryview(chunk)[: stop - start]
                     start += len(taken)
                     if taken:
                         yield taken
@@ -87,6 +101,32 @@ class BucketBlob(Blob):
 
     async def close(self) -> None:
         self._begun = None
+        if self._incoming is not None:
+            await self._incoming.close()
+
+
+class _IncomingObject:
+    """The bytes of an object, of `pieces`, for a thread to copy (see Incoming)."""
+
+    def __init__(self, pieces: AsyncGenerator[memoryview]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        if not self._left:
+            self._left = await anext(self._pieces, memoryview(b""))
+            if not self._left:
+                return False
+        await write(self._readinto)
+        return True
+
+    async def close(self) -> None:
+        await self._pieces.aclose()
+
+    def _readinto(self, buffer: memoryview) -> int:
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
 
 
 class ObjectReader(io.RawIOBase):

@@ -58,8 +58,16 @@ CLAIM = 60.0  # seconds for which an upload keeps other servers from uploading t
 PUBLISHED = 0o400  # the mode of a partial file that has become an object
 
 
+def keep_nothing(source: Path, digest: Digest) -> bool:
+    """Leave the file of a blob where it is, to be removed."""
+    return False
+
+
 class BucketBlobs(UploadFiles):
-    """The blobs in a bucket, recorded in `records`, and the uploads below the directory `root`."""
+    """The blobs in a bucket, recorded in `records`, and the uploads below the directory `root`.
+
+    keep: moves the file of an upload elsewhere once it is a blob; returns whether it did
+    """
 
     def __init__(
         self,
@@ -69,8 +77,10 @@ class BucketBlobs(UploadFiles):
         clock: Callable[[], float] = time.time,
         disk: DiskHealth | None = None,
         ticks: Callable[[], float] = uptime,
+        keep: Callable[[Path, Digest], bool] = keep_nothing,
     ) -> None:
         super().__init__(root, clock, disk, ticks)
+        self._keep = keep
         self._bucket = bucket
         self._records = records
 
@@ -219,7 +229,8 @@ class BucketBlobs(UploadFiles):
         if known is None or not await self._is_kept(digest, known):
             await self._put(source, digest, os.fstat(file).st_size, known)
         # The name first: if we are killed in between, who follows the file sees that it is gone.
-        source.unlink(missing_ok=True)
+        if not self._keep(source, digest):
+            source.unlink(missing_ok=True)
         os.fchmod(file, PUBLISHED)
 
     async def _is_kept(self, digest: Digest, known: StoredObject) -> bool:

@@ -44,14 +44,19 @@ class ObjectUnknown(Exception):
 
 
 class Opened(NamedTuple):
-    """An object whose bytes come: its size, the chunks of what was asked for, and when it was made.
+    """An object whose bytes come: its size, what was asked for, and when it was made.
 
-    The time is that of the bucket's clock, in whole seconds since the epoch.
+    The time is that of the bucket's clock, in whole seconds since the epoch.  `stream` has the bytes once, in
+    chunks of the given size or more, but the last.
     """
 
     size: int
-    chunks: AsyncIterator[bytes]
+    stream: Callable[[int], AsyncIterator[bytes]]
     made_at: float
+
+    @property
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self.stream(CHUNK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +180,11 @@ class Bucket:
                 asked: Any = None if stop is None else {"range": (start, stop)}
                 found = await obstore.get_async(self._store, key, options=asked)
         meta = found.meta
-        chunks = aiter(found.stream(min_chunk_size=CHUNK))
-        return Opened(meta["size"], chunks, meta["last_modified"].timestamp())
+
+        def stream(size: int) -> AsyncIterator[bytes]:
+            return aiter(found.stream(min_chunk_size=size))
+
+        return Opened(meta["size"], stream, meta["last_modified"].timestamp())
 
     def broken(self, error: Exception) -> Unavailable:
         """Report that the chunks of an object ended with `error`; returns the error to raise from it."""

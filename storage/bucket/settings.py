@@ -71,7 +71,7 @@ class BucketSettings:
             raise ValueError(first_line(error)) from None
         return made
 
-    def _options(self, scheme: str) -> dict[str, str]:
+    def _options(self, scheme: str) -> dict[str, str | bool]:
         if scheme == "gs":
             return {"service_account_key": self.secret_key, "base_url": self.endpoint}
         if scheme == "az":
@@ -88,6 +88,8 @@ class BucketSettings:
             "region": self.region,
             "server_side_encryption": self.encryption,
             "sse_kms_key_id": self.encryption_key,
+            # TLS protects the content on its way; without, a hash of each part does, at the cost of reading.
+            "unsigned_payload": not self.endpoint.startswith("http://"),
         }
 
 

@@ -13,9 +13,10 @@ from functools import partial
 from storage.concurrency import for_each, run_in_thread
 from storage.disk.tree import StoredBlob
 from storage.errors import BlobUnknown, DigestInvalid
-from storage.keys import LINK, MANIFEST, REFERRER, TAG
+from storage.keys import COPIES, LINK, MANIFEST, REFERRER, TAG
 from storage.migration.engine_copy import EngineCopy
 from storage.migration.move import AT_ONCE, MoveReport
+from storage.oci import Digest
 from storage.records import Batch, batches
 from storage.store import Store
 from storage.values import Pointer
@@ -54,8 +55,12 @@ class CacheCopy:
         """The blobs that a repository shows."""
         for portion in self._source.files.portions():
             for each in portion:
-                if self._source.records.linking(each.digest):
+                if self._repositories(each.digest):
                     yield each
+
+    def _repositories(self, digest: Digest) -> list[str]:
+        linking = (LINK.parse(key)[0] for key in self._source.records.linking(digest))
+        return [each for each in linking if each != COPIES]
 
     async def _copy_blob(self, blob: StoredBlob) -> None:
         with suppress(BlobUnknown, DigestInvalid):  # evicted meanwhile, or damaged
@@ -63,8 +68,7 @@ class CacheCopy:
                 await self._copy.copy(blob)
                 self.report.blobs += 1
                 self.report.bytes += blob.size
-            for key in await self._source.run(self._source.records.linking, blob.digest):
-                repository = LINK.parse(key)[0]
+            for repository in await self._source.run(self._repositories, blob.digest):
                 if await self._target.read(self._target.linked, repository, blob.digest) is None:
                     await self._target.link(repository, blob.digest)
 

@@ -13,6 +13,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +38,14 @@ class InBucket(Peer):
     name = "entrepot"
     seaweed: Seaweed
 
+    def forget(self) -> None:
+        """Remove what it has of the bucket on its disk, so that the next pull is the first one."""
+        partial = self.directory / "disk" / "cache" / "partial"
+        while any(partial.iterdir()):  # what was pushed becomes a copy in the background
+            time.sleep(0.01)
+        for path in (self.directory / "disk" / "cache" / "blobs").glob("*/*/*"):
+            path.unlink()
+
     def configure(self, directory: Path, upstream: str) -> list[str]:
         keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY, "region": "us-east-1"}
         configuration = {
@@ -57,6 +66,9 @@ class DistributionInBucket(Peer):
 
     name = "distribution"
     seaweed: Seaweed
+
+    def forget(self) -> None:
+        """It keeps no content."""
 
     def configure(self, directory: Path, upstream: str) -> list[str]:
         command = os.environ.get("ENTREPOT_DISTRIBUTION")
@@ -88,6 +100,7 @@ class Pulls:
     clients: int
     count: int
     by: str = "blob"
+    first: bool = False  # nobody has pulled it before
 
     @property
     def unit(self) -> str:
@@ -124,6 +137,10 @@ SCENARIOS: list[Blobs | Pulls] = [
     Blobs("push 300 MiB, 8 at once", 300 * MIB, 8, 1),
     Blobs("push 1 MiB, 1 client", MIB, 1, 50),
     Blobs("push 1 MiB, 8 at once", MIB, 8, 25),
+    Pulls("first pull 300 MiB, 1 client", LARGE, 1, 1, first=True),
+    Pulls("first pull 300 MiB, 8 at once", LARGE, 8, 1, first=True),
+    Pulls("first pull 1 MiB, 1 client", Blobs("", MIB, 1, 50), 1, 50, first=True),
+    Pulls("first pull 1 MiB, 8 at once", Blobs("", MIB, 1, 50), 8, 50, first=True),
     Pulls("pull 300 MiB, 1 client", LARGE, 1, 3),
     Pulls("pull 300 MiB, 8 at once", LARGE, 8, 1),
     Pulls("pull 1 MiB, 1 client", SMALL, 1, 100),
@@ -133,10 +150,12 @@ SCENARIOS: list[Blobs | Pulls] = [
 ]
 
 
-def sample(scenario: Any, peer: Peer, directory: Path) -> tuple[float, float]:
+def sample(scenario: Any, peer: Any, directory: Path) -> tuple[float, float]:
     """The figure, and the processor's seconds of the server."""
     given = scenario.prepare(directory, peer.port)
     clients = [Client(peer.port) for _ in given]
+    if isinstance(scenario, Pulls) and scenario.first:
+        peer.forget()
     os.sync()
     before, begun = peer.process.cpu_seconds(), perf_counter()
     with ThreadPoolExecutor(len(clients)) as pool:

@@ -89,6 +89,7 @@ class Peer:
 
     def __init__(self, directory: Path, upstream: str) -> None:
         self.port = free_port()
+        self.directory = directory
         directory.mkdir()
         self.process = Process(self.name, self.configure(directory, upstream), directory)
         self.ready()

@@ -112,6 +112,8 @@ class Sandbox:
             "127.0.0.1:5000": server,
             "/etc/entrepot.yml": str(directory / "entrepot.yml"),
             "/var/lib/registry": str(directory / "registry"),
+            "/var/lib/entrepot": str(directory / "restored"),
+            "/mnt/backup": str(directory / "backup"),
         }
         self.printed = {
             "built-in": str(directory / "entrepot.yml"),
@@ -120,6 +122,7 @@ class Sandbox:
                 f"https://{name}.example": each.url.partition("/hook")[0]
                 for name, each in zip(HOOKS, receivers, strict=False)
             },
+            "/home/ann": str(directory),
         }
         self.registries = dict.fromkeys(("docker.io", "ghcr.io", "quay.io"), registry)  # of copy
         self.misses = False  # in a drill

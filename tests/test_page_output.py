@@ -111,6 +111,11 @@ BEFORE = {
             f"{PUSHED}\nentrepot copy old.example/team/base:1.0 localhost:5000/local/team/app:stable"
         ),
         "entrepot collect": AGED,
+        "entrepot backup /mnt/backup": "push app:1",
+        "entrepot restore /mnt/backup --set disk.path=/var/lib/entrep": (
+            "push app:1\nentrepot backup /mnt/backup\nstop"
+        ),
+        "entrepot completion fish --install": "",
         "entrepot copy 'old.example/team/*:1.*' localhost:5000/local/": COPIED,
         "entrepot import --config /etc/entrepot.yml --from-registry-d": "registry",
         "entrepot doctor": "stop",
@@ -196,10 +201,7 @@ ELSEWHERE = {
         "helm package deploy/helm/entrepot": "tests/test_chart.py pushes and pulls it",
     },
     "docs/commands.md": {
-        "entrepot backup /mnt/backup": "see tests/test_backup.py",
         "entrepot setup containerd --url http://10.0.0.7:5000 --while": "see tests/test_setup_hold.py",
-        "entrepot restore /mnt/backup --set disk.path=/var/lib/entrep": "see tests/test_backup.py",
-        "entrepot completion fish --install": "names a home; tests/test_completion.py does it",
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,
         "entrepot keys create ci --scope 'repository:local/team/*:pul": KEYS,
         "entrepot policy explain ghcr.io/team/app@sha256:d6a3ce4be589": "needs a policy: test_cli_policy.py",

@@ -19,7 +19,15 @@ import pytest
 import yaml
 from aiohttp.test_utils import TestClient, TestServer
 
-from proxy.admin import activity_reports, key_reports, models, policy_reports, reports, tag_reports
+from proxy.admin import (
+    activity_reports,
+    extension_reports,
+    key_reports,
+    models,
+    policy_reports,
+    reports,
+    tag_reports,
+)
 from proxy.admin.api.app import OPEN, SUMMARIES, application
 from proxy.admin.api.routes import SUMMARY
 from proxy.namespaces.composition import compose
@@ -195,7 +203,15 @@ def test_every_schema_is_that_of_its_struct() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     kinds = [
         each
-        for module in (models, policy_reports, reports, activity_reports, tag_reports, key_reports)
+        for module in (
+            models,
+            policy_reports,
+            reports,
+            activity_reports,
+            tag_reports,
+            key_reports,
+            extension_reports,
+        )
         for each in vars(module).values()
         if isinstance(each, type) and each.__module__ == module.__name__
     ]

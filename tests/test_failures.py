@@ -27,6 +27,7 @@ from proxy.connections.failures import explain, file_fault, reason
 from proxy.connections.trust import client_context
 from proxy.doctor import client, upstreams
 from proxy.doctor.checks import Check
+from proxy.extensions.extension import Extensions
 from proxy.setup.site import Site
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.connect import Connect
@@ -122,6 +123,7 @@ async def by_doctor(mistake: Mistake, servers: Servers, url: str) -> str:
             connect_timeout=keys.connect_timeout,
             header_timeout=keys.header_timeout,
         ),
+        Extensions({}),
     )
     return failures(checks)
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.namespaces.composition import Hooks, compose
+from proxy.namespaces.composition import compose
+from proxy.namespaces.hooks import Hooks
 from proxy.server.fork import Parent
 from storage.errors import StorageFailed
 from storage.limits import RateLimit, Slots

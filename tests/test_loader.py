@@ -229,8 +229,8 @@ def test_default_namespace() -> None:
         ),
         (
             at("credentials: [{}]"),
-            "namespaces.x.upstream: credentials[0] is empty: give a password, docker_config"
-            " or credential_helper",
+            "namespaces.x.upstream: credentials[0] is empty: give a password, docker_config,"
+            " credential_helper or credential_provider",
         ),
         (
             at("credentials: [{username: u}]"),
@@ -246,7 +246,10 @@ def test_default_namespace() -> None:
             "namespaces.x.upstream: docker_config and credentials exclude each other: keep one of them",
         ),
         ("webhooks: [{url: 'https://h'}]", "webhooks[0].name: is required"),
-        ("webhooks: [{name: a}]", "webhooks[0].url: is required"),
+        (
+            "webhooks: [{name: a}]",
+            "webhooks[0]: needs one of url, such as https://hooks.example, and extension",
+        ),
         (
             "redirect: {above: 1MiB}",
             "redirect: leads clients to a bucket: set shared.bucket, or remove this key",

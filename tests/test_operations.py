@@ -23,7 +23,8 @@ from proxy.admin.processes import FillState, ProcessReport, UpstreamState
 from proxy.admin.purge import AllPinned
 from proxy.admin.reports import Purged, Scrubbing, Why
 from proxy.cli.fills import fill_tables
-from proxy.namespaces.composition import Composition, Hooks, compose
+from proxy.namespaces.composition import Composition, compose
+from proxy.namespaces.hooks import Hooks
 from proxy.namespaces.references import FieldInvalid
 from storage.disk.blobs import BlobFiles
 from storage.disk.kept import show_parts

@@ -12,12 +12,12 @@ import msgspec
 import pytest
 import yaml
 
+from proxy.config.directories import default_cache_directory
 from proxy.config.loader import load
 from proxy.config.quantities import Reserve
 from proxy.config.schema import (
     TLS,
     WarmRule,
-    default_cache_directory,
 )
 from proxy.config.upstream import Login, UpstreamConfig
 from proxy.config.values import Secret

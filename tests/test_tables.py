@@ -18,7 +18,15 @@ import pytest
 from rich.cells import cell_len
 
 import proxy.cli
-from proxy.admin import activity_reports, key_reports, models, policy_reports, reports, tag_reports
+from proxy.admin import (
+    activity_reports,
+    extension_reports,
+    key_reports,
+    models,
+    policy_reports,
+    reports,
+    tag_reports,
+)
 from proxy.cli import (
     audit,
     backups,
@@ -26,6 +34,7 @@ from proxy.cli import (
     content,
     copy,
     doctor,
+    extensions,
     fills,
     history,
     keys,
@@ -132,6 +141,7 @@ VIEWS: dict[str, tuple[Any, Callable[[Any, float], Sequence[Table]]]] = {
     "fills": (list[models.FillRow], fills.fill_tables),
     "why": (reports.Why, status.why_tables),
     "webhooks": (list[models.WebhookRow], status.webhook_tables),
+    "extensions": (list[extension_reports.ExtensionRow], extensions.extension_tables),
     "pins": (list[models.PinRow], pins.pin_tables),
     "unpin": (reports.Unpinned, pins.unpinned_tables),
     "purge": (reports.Purged, removal.purge_tables),

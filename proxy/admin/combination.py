@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from proxy.admin import activity_reports, models, policy_reports, reports
+from proxy.admin import activity_reports, extension_reports, models, policy_reports, reports
 from proxy.admin.answers import SAME, Answers, of_replica, summed, told_apart, total_of
 from proxy.admin.inventory import image_name
 from proxy.admin.rows import day_row, stats_row
@@ -216,6 +216,12 @@ def webhooks(answers: Answers[list[models.WebhookRow]]) -> list[models.WebhookRo
     return told_apart(answers.found, lambda row: row.name)
 
 
+def extensions(
+    answers: Answers[list[extension_reports.ExtensionRow]],
+) -> list[extension_reports.ExtensionRow]:
+    return told_apart(answers.found, lambda row: (row.name, row.kind, row.entry_point), "calls", "failures")
+
+
 # The policy
 
 
@@ -332,6 +338,7 @@ COMBINE: Mapping[str, Callable[[Answers[Any]], Any]] = {
     "unpin": first,
     "evict": evicted,
     "webhooks": webhooks,
+    "extensions": extensions,
     "collect": collected,
     "collected": collected,
     "ready": ready,

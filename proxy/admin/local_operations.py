@@ -11,12 +11,13 @@ from itertools import chain
 import msgspec
 import structlog
 
-from proxy.admin import activity_reports, models, policy_reports, reports, tag_reports
+from proxy.admin import activity_reports, extension_reports, models, policy_reports, reports, tag_reports
 from proxy.admin.activity import activity_of, stats_of
 from proxy.admin.audit_control import audit_rows
 from proxy.admin.drills import DrillControl
 from proxy.admin.eviction_control import EvictionControl
 from proxy.admin.explain import Explainer, owner_of, refusal_notes, upstream_rows
+from proxy.admin.extension_list import extension_rows
 from proxy.admin.fill_feed import FillFeed
 from proxy.admin.fill_speeds import FillSpeeds, idle_rows
 from proxy.admin.inspection import Inspection
@@ -201,6 +202,10 @@ class LocalOperations(KeyOperations):
             return []
         webhooks = self._composition.config.webhooks
         return await run_in_thread(lambda: [webhook_row(each, queue) for each in webhooks])
+
+    async def extensions(self) -> list[extension_reports.ExtensionRow]:
+        states = await self._processes.states()
+        return await run_in_thread(extension_rows, self._composition.config, states)
 
     async def activity(self) -> activity_reports.Activity:
         return await run_in_thread(activity_of, self._composition, await self._processes.states())

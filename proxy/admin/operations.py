@@ -18,7 +18,15 @@ from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
 import msgspec
 
-from proxy.admin import activity_reports, key_reports, models, policy_reports, reports, tag_reports
+from proxy.admin import (
+    activity_reports,
+    extension_reports,
+    key_reports,
+    models,
+    policy_reports,
+    reports,
+    tag_reports,
+)
 from proxy.admin.models import Sort
 
 PAGE, LARGEST_PAGE = 100, 1000  # images, or references, of one request
@@ -204,6 +212,9 @@ class Operations(Protocol):
     async def webhooks(self) -> list[models.WebhookRow]:
         """The state of each webhook, in the order of the configuration."""
 
+    async def extensions(self) -> list[extension_reports.ExtensionRow]:
+        """The extensions of the configuration, then those that other installed packages offer."""
+
     async def collect(self, *, dry_run: bool = False) -> reports.Collected:
         """Collect now, whatever the schedule.  Raises Unsupported if no namespace has a store."""
 
@@ -347,6 +358,7 @@ OPERATIONS = {
         Operation(Operations.scrub, "POST", "scrub", changes=True, status=202),
         Operation(Operations.scrubbing, "GET", "scrub"),
         Operation(Operations.webhooks, "GET", "webhooks", everywhere=True),
+        Operation(Operations.extensions, "GET", "extensions", everywhere=True),
         Operation(Operations.collect, "POST", "collect", changes=True, everywhere=True, private=True),
         Operation(Operations.collected, "GET", "collect", everywhere=True, private=True),
         Operation(Operations.warm, "POST", "warm", changes=True),

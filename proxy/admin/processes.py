@@ -17,6 +17,7 @@ from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fill import EndedFill, Fill
 from proxy.cache.fills import Fills
+from proxy.extensions.extension import ExtensionState
 from proxy.namespaces.composition import Composition
 from proxy.telemetry.metrics import PEERS, Metrics
 from proxy.telemetry.recent_requests import RequestTotals, SlowRequest
@@ -93,6 +94,7 @@ class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
     totals: RequestTotals = msgspec.field(default_factory=RequestTotals)
     received: int = 0
     slowest: list[SlowRequest] = []
+    extensions: list[ExtensionState] = []
 
 
 class ForgetRequest(msgspec.Struct, frozen=True):
@@ -111,8 +113,8 @@ class _Upstream(Protocol):
 class ProcessState:
     """The state of this process.  `caches` are by namespace; `record` records what requests were counted.
 
-    `metrics` are those of this process.  `peers` gives the state of the other replicas of a
-    fleet, among that of the upstreams.
+    `metrics` are those of this process, as are the `extensions`.  `peers` gives the state of the other
+    replicas of a fleet, among that of the upstreams.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class ProcessState:
         record: Callable[[], Awaitable[None]] | None = None,
         peers: Callable[[], Sequence[HostState]] = list,
         metrics: Metrics | None = None,
+        extensions: Callable[[], list[ExtensionState]] = list,
     ) -> None:
         self._metrics = metrics
         self._fills = fills
@@ -136,6 +139,7 @@ class ProcessState:
         self.drill = drill or Drill(clock)
         self._record = record
         self._peers = peers
+        self._extensions = extensions
 
     def state(self) -> ProcessReport:
         """The state as known in memory, without any request; the metrics are up to date then."""
@@ -157,6 +161,7 @@ class ProcessState:
             totals=metrics.recent.totals if metrics is not None else RequestTotals(),
             received=sum(each.received for each in metrics.upstreams.values()) if metrics is not None else 0,
             slowest=metrics.recent.slowest() if metrics is not None else [],
+            extensions=self._extensions(),
         )
 
     async def record(self) -> None:
@@ -183,6 +188,7 @@ def state_of(composition: Composition) -> ProcessState:
         record=parts.recorder.flush,
         peers=list if parts.peers is None else parts.peers.state,
         metrics=parts.metrics,
+        extensions=parts.extensions.states,
     )
 
 

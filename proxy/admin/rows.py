@@ -59,8 +59,8 @@ def webhook_row(webhook: WebhookConfig, queue: Queue) -> WebhookRow:
     state = queue.state(webhook.name)
     return WebhookRow(
         name=webhook.name,
-        url=str(URL(webhook.url).origin()),
-        format=webhook.format,
+        url=f"extension {webhook.extension}" if webhook.url is None else str(URL(webhook.url).origin()),
+        format=webhook.format if webhook.extension is None else "cloudevents",
         actions=list(webhook.actions),
         pending=queue.pending(webhook.name),
         oldest=queue.oldest(webhook.name),

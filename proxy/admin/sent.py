@@ -90,6 +90,7 @@ class SentOperations:
     scrub = _sent(Operations.scrub)
     scrubbing = _sent(Operations.scrubbing)
     webhooks = _sent(Operations.webhooks)
+    extensions = _sent(Operations.extensions)
     collect = _sent(Operations.collect)
     collected = _sent(Operations.collected)
     warm = _sent(Operations.warm)

@@ -20,6 +20,7 @@ GROUPS = {
         "fills",
         "why",
         "webhooks",
+        "extensions",
         "audit",
     ),
     "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
@@ -131,6 +132,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "fills": (("entrepot fills --watch", ""),),
     "why": (("entrepot why ghcr.io/team/app:1.2", ""),),
     "webhooks": (("entrepot webhooks", ""),),
+    "extensions": (("entrepot extensions", ""),),
     "warm": (
         ("entrepot warm postgres:17 --platform linux/amd64", ""),
         ("entrepot warm --from compose.yml", ""),

@@ -36,9 +36,21 @@ class Preflight:
 def inspect(config: Config) -> Preflight:
     """Look at all that the configuration names on this machine."""
     found = Preflight()
-    for look in (_tls, _access, _policy, _upstreams, _webhooks, _ports, _disk, _lists):
+    for look in (_extensions, _tls, _access, _policy, _upstreams, _webhooks, _ports, _disk, _lists):
         look(config, found)
     return found
+
+
+def _extensions(config: Config, found: Preflight) -> None:
+    from proxy.extensions.extension import Extensions
+
+    extensions = Extensions(config.extensions)
+    for name in config.extensions:
+        try:
+            extensions.make(name)
+        except StartError as error:
+            found.errors.append(str(error))
+    asyncio.run(extensions.close())
 
 
 def _tls(config: Config, found: Preflight) -> None:
@@ -100,6 +112,7 @@ def _policy(config: Config, found: Preflight) -> None:
 
 
 def _upstreams(config: Config, found: Preflight) -> None:
+    from proxy.extensions.extension import Extensions
     from proxy.upstream.configured import connect_of, credentials_of
     from storage.errors import OriginDenied
 
@@ -114,9 +127,10 @@ def _upstreams(config: Config, found: Preflight) -> None:
                 files = ", ".join(str(file) for _, file in _files(upstream))
                 found.errors.append(f"{path}: {files}: {file_fault(error)}")
         for login in upstream.logins():
-            if login.credential_helper is None:  # a program, which the server runs when it needs it
+            # A program or an extension is asked when the server needs it.
+            if login.credential_helper is None and login.credential_provider is None:
                 try:
-                    asyncio.run(credentials_of(login).get(_authority(upstream)))
+                    asyncio.run(credentials_of(login, Extensions({})).get(_authority(upstream)))
                 except OriginDenied as error:
                     found.warnings.append(f"{path}: {error}")
 

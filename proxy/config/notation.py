@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from proxy.config import hosts, oidc, peers, policy, quantities, registry_hosts, shared, values
+from proxy.config import extensions, hosts, oidc, peers, policy, quantities, registry_hosts, shared, values
 from proxy.config.quantities import Reserve, Share
 from proxy.config.values import Secret
 
@@ -86,6 +86,7 @@ _CLAIMS = {
 }
 _COUNT = {"type": "integer", "minimum": 1, "maximum": values.MAX_COUNT}
 _NOTATIONS: dict[Callable[[Any], Any], Notation] = {
+    extensions.parse_settings: Notation({"type": "object"}),
     hosts.parse_address: Notation(text(), str),
     hosts.parse_admin: Notation({"anyOf": [text(), _OFF]}, str, "off"),
     hosts.parse_network: Notation(text(), str),
@@ -171,4 +172,6 @@ def written(kind: Any, value: Any) -> Any:
 
 def is_secret(kind: Any) -> bool:
     """Whether values of a type are or hold what nobody may see."""
-    return kind is Secret or any(is_secret(each) for each in typing.get_args(kind))
+    return kind in (Secret, extensions.HiddenSettings) or any(
+        is_secret(each) for each in typing.get_args(kind)
+    )

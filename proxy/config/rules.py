@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from proxy.config.extension_rules import check_extensions
 from proxy.config.faults import Fault, nearest
 from proxy.config.hosts import Address, without_port
 from proxy.config.registry_hosts import EVERY
@@ -17,6 +18,7 @@ def violations(config: Config) -> Iterator[Fault]:
     yield from _check_owners(config.namespaces)
     yield from _check_every(config)
     yield from _check_webhooks(config.webhooks)
+    yield from check_extensions(config)
     named = [each for each in config.namespaces if each != EVERY]
     if config.default_namespace not in (None, *named):
         hint = nearest(str(config.default_namespace), named)

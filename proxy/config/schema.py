@@ -6,13 +6,14 @@ import fnmatch
 import math
 import os
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
 from proxy.config.access import AccessConfig
 from proxy.config.audit import AuditConfig
+from proxy.config.directories import default_cache_directory
+from proxy.config.extensions import ExtensionConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
 from proxy.config.hosts import Address, parse_address, parse_admin, parse_name
 from proxy.config.peers import PeersConfig
@@ -49,20 +50,6 @@ from proxy.config.webhooks import WebhookConfig
 from proxy.config.wellknown import DEFAULTS, WELL_KNOWN
 from storage.keys import COPIED
 from storage.oci import NameGrammar
-
-
-def default_cache_directory() -> Path:
-    """The user's cache directory (XDG Base Directory), or for a user without a home the system's."""
-    if (directory := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
-        return directory / "entrepot"
-    try:
-        home = Path.home()
-    except RuntimeError:
-        home = Path("/")
-    # Service users have a home that does not exist, and unknown users in a container have "/".
-    if home != Path("/") and home.is_dir():
-        return home / ".cache" / "entrepot"
-    return Path("/var/cache/entrepot")
 
 
 class DiskConfig(Section, frozen=True):
@@ -305,6 +292,7 @@ class Config(Section, frozen=True):
     peers: PeersConfig | None = None
     pins: tuple[PinRule, ...] = ()
     webhooks: tuple[WebhookConfig, ...] = ()
+    extensions: dict[str, ExtensionConfig] = msgspec.field(default_factory=dict)
     warm: tuple[WarmRule, ...] = ()
     default_namespace: Text | None = None
     fallback: Literal["allow", "deny"] = "allow"

@@ -116,7 +116,7 @@ class _Placement:
             return self._in_section(kind, node, keys, path)
         if typing.get_origin(kind) is tuple:
             return self._in_list(typing.get_args(kind)[0], node, keys, path)
-        if dict in _plain(kind):
+        if any(issubclass(each, dict) for each in _plain(kind)):
             return self._in_mapping(kind, node, keys, path)
         raise refuse(path, f"has no key {keys[0]} in it")
 
@@ -176,7 +176,7 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         return None
     if UNFIT.search(value):
         raise refuse(path, "holds a line break or another control character")
-    if any(each in (dict, tuple) or issubclass(each, Section) for each in plain):
+    if any(issubclass(each, dict | tuple | Section) for each in plain):
         try:
             found = parse_yaml(value)
         except ValueError as error:

@@ -10,7 +10,7 @@ from proxy.config.fields import File, Flag, Host, Section, Size, Timeout
 from proxy.config.hosts import parse_proxy, parse_urls
 from proxy.config.quantities import Reserve, parse_reserve
 from proxy.config.registry_hosts import HostPattern, find_pattern, parse_pattern_of_hosts
-from proxy.config.values import Secret, parse_count, parse_helper, parse_secret, parse_username
+from proxy.config.values import Secret, parse_count, parse_helper, parse_label, parse_secret, parse_username
 
 
 class Login(Section, frozen=True):
@@ -21,6 +21,7 @@ class Login(Section, frozen=True):
     password_file: File | None = None
     docker_config: File | None = None
     credential_helper: Annotated[str, parse_helper] | None = None
+    credential_provider: Annotated[str, parse_label] | None = None
 
     def __post_init__(self) -> None:
         sources = self.sources()
@@ -33,7 +34,7 @@ class Login(Section, frozen=True):
 
     def sources(self) -> list[str]:
         """The given keys that are a source of the password."""
-        keys = ("password", "password_file", "docker_config", "credential_helper")
+        keys = ("password", "password_file", "docker_config", "credential_helper", "credential_provider")
         return [each for each in keys if getattr(self, each) is not None]
 
 
@@ -81,7 +82,8 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
         for number, login in enumerate(self.credentials):
             if not login.sources():
                 raise ValueError(
-                    f"credentials[{number}] is empty: give a password, docker_config or credential_helper"
+                    f"credentials[{number}] is empty: give a password, docker_config, credential_helper or"
+                    " credential_provider"
                 )
         if self.client_key and not self.client_certificate:
             raise ValueError("client_key needs client_certificate")

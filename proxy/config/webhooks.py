@@ -13,14 +13,15 @@ from proxy.config.values import Secret, parse_fields, parse_label, parse_pattern
 
 
 class WebhookConfig(Section, frozen=True):
-    """A receiver of events; docs/events.md describes them.
+    """A receiver of events, at a URL or by an extension; docs/events.md describes them.
 
     `match` holds patterns of full repository names, `media_types` patterns of media types; an empty tuple
     matches everything.
     """
 
     name: Annotated[str, parse_label]
-    url: Annotated[Secret, parse_target]
+    url: Annotated[Secret, parse_target] | None = None
+    extension: Annotated[str, parse_label] | None = None
     format: Literal["registry", "cloudevents"] = "registry"
     actions: tuple[Literal["push", "pull", "delete", "mount", "move", "hold"], ...] = (
         "push",
@@ -39,6 +40,14 @@ class WebhookConfig(Section, frozen=True):
     backoff_limit: Timeout = 60.0
     keep: Keep = 604800.0
 
+    def __post_init__(self) -> None:
+        if (self.url is None) == (self.extension is None):
+            raise ValueError("needs one of url, such as https://hooks.example, and extension")
+        if self.extension is not None:
+            given = [each for each in _OF_URLS if getattr(self, each) != _DEFAULTS[each]]
+            if given := [*given, *(["headers"] if self.headers else [])]:
+                raise ValueError(f"{given[0]} is for a url, and this webhook has an extension")
+
     def wants(self, action: str, repository: str, media_type: str) -> bool:
         """Whether an event is sent; an unknown `media_type` is "", and matches."""
         return (
@@ -46,6 +55,11 @@ class WebhookConfig(Section, frozen=True):
             and _any(self.match, repository)
             and (not media_type or _any(self.media_types, media_type))
         )
+
+
+# Keys that apply only to a URL.
+_OF_URLS = ("format", "secret", "ca_file", "timeout")
+_DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(WebhookConfig)}
 
 
 def _any(patterns: tuple[re.Pattern[str], ...], text: str) -> bool:

@@ -38,6 +38,7 @@ class Sample:
 class _State(msgspec.Struct):
     status: str
     store: str = ""
+    extensions: str = ""
 
 
 async def check(config: Config, admin: URL | None = None) -> list[Check]:
@@ -71,7 +72,13 @@ async def _check_admin(session: aiohttp.ClientSession, url: URL) -> tuple[list[C
         message = f"its answer is not that of entrepot: {reason(error)}"
         return [failed("server", subject, message, "check what listens there, and admin:")], True
     if state.status == "degraded":
-        found = [failed("server", subject, state.store, "check the disk: until then, pulls are not cached")]
+        found = []
+        if state.store:
+            advice = "check the disk: until then, pulls are not cached"
+            found.append(failed("server", subject, state.store, advice))
+        if state.extensions:
+            advice = "see entrepot extensions, and the event extension.failed in the log"
+            found.append(failed("server", subject, f"an extension fails: {state.extensions}", advice))
     elif state.status != "ready":
         found = [warning("server", subject, f"is {state.status}", "wait for it to stop, then start it again")]
     else:

@@ -15,8 +15,9 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.settings import Setting
 from proxy.config.upstream import UpstreamConfig
-from proxy.doctor import bucket, database, disk, peers, running, upstreams
+from proxy.doctor import bucket, database, disk, extensions, peers, running, upstreams
 from proxy.doctor.checks import Check, failed, guarded, ok, warning
+from proxy.extensions.extension import Extensions
 
 
 async def examine(
@@ -38,6 +39,15 @@ async def examine(
         ]
     checks = [ok("configuration", subject, "is valid")]
     checks += [warning("configuration", each.path, each.surprise, each.remedy) for each in advise(config)]
+    loaded = Extensions(config.extensions)
+    try:
+        return [*checks, *await _examine(config, admin, loaded)]
+    finally:
+        await loaded.close()
+
+
+async def _examine(config: Config, admin: URL | None, loaded: Extensions) -> list[Check]:
+    checks = list(await guarded("extension", "-", extensions.check(config, loaded)))
     local = await asyncio.gather(
         guarded("disk", str(config.disk.path), asyncio.to_thread(disk.check, config.disk)),
         guarded("bucket", str(config.shared.bucket), bucket.check(config.shared)),
@@ -49,7 +59,7 @@ async def examine(
         guarded("issuer", "-", _issuers(config)),
     )
     checks += [each for found in local for each in found]
-    return checks + await _upstreams(config)
+    return checks + await _upstreams(config, loaded)
 
 
 async def _issuers(config: Config) -> list[Check]:
@@ -60,7 +70,7 @@ async def _issuers(config: Config) -> list[Check]:
     return await issuers.check(config.access.oidc)
 
 
-async def _upstreams(config: Config) -> list[Check]:
+async def _upstreams(config: Config, loaded: Extensions) -> list[Check]:
     contacted = {}
     checks: list[Check] = []
     for name, (namespace, upstream) in asked_of(config).items():
@@ -71,7 +81,7 @@ async def _upstreams(config: Config) -> list[Check]:
     ahead: list[float] = []
 
     async def ask(name: str, upstream: UpstreamConfig) -> list[Check]:
-        answered, clocks = await upstreams.check(name, upstream)
+        answered, clocks = await upstreams.check(name, upstream, loaded)
         ahead.extend(clocks)
         return answered
 

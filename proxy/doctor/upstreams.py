@@ -21,9 +21,9 @@ from proxy.config.wellknown import DOCKER_HUB_ALIASES
 from proxy.connections.failures import explain, file_fault, reason
 from proxy.doctor import certificates
 from proxy.doctor.checks import Check, failed, ok, warning
+from proxy.extensions.extension import Extensions
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.connect import Connect
-from proxy.upstream.credentials import Credentials
 from proxy.upstream.ratelimit import Budget
 from proxy.upstream.tokens import TokenCache, TokenResponse
 from proxy.upstream.transport import Transport
@@ -53,8 +53,8 @@ class UpstreamProbe:
     Its creation needs a running event loop, and raises OSError if a certificate cannot be read.
     """
 
-    def __init__(self, name: str, url: str, keys: UpstreamConfig) -> None:
-        self.name, self.keys = name, keys
+    def __init__(self, name: str, url: str, keys: UpstreamConfig, extensions: Extensions) -> None:
+        self.name, self.keys, self._extensions = name, keys, extensions
         self.url = URL(url)
         self.base = f"{url.rstrip('/')}/v2/"
         self.connect: Connect = replace(connect_of(keys), plain_http=keys.allows_http(url))
@@ -72,7 +72,9 @@ class UpstreamProbe:
             return Greeting(response.status, seconds, None)
         return Greeting(response.status, seconds, date + 0.5 - now)  # Date has whole seconds
 
-    def tokens(self, credentials: Credentials) -> TokenCache:
+    def tokens(self, login: Login) -> TokenCache:
+        """Raises LookupError if an extension that it needs could not be made."""
+        credentials = credentials_of(login, self._extensions)
         host = self.url.host_port_subcomponent or ""
         realms, plain = self.keys.token_realms, self.connect.plain_http
         return TokenCache(host, credentials, self._fetch, allowed_realms=realms, plain_http=plain)
@@ -104,14 +106,14 @@ class UpstreamProbe:
         await self._transport.close()
 
 
-async def check(name: str, keys: UpstreamConfig) -> tuple[list[Check], list[float]]:
+async def check(name: str, keys: UpstreamConfig, extensions: Extensions) -> tuple[list[Check], list[float]]:
     """The checks of all URLs of an upstream, and how many seconds their clocks are ahead of ours."""
     checks: list[Check] = []
     ahead: list[float] = []
     for url in keys.url:
         subject = name if len(keys.url) == 1 else f"{name} ({url})"
         try:
-            probe = UpstreamProbe(name, url, keys)
+            probe = UpstreamProbe(name, url, keys, extensions)
         except OSError as error:
             advice = f"check ca_file, client_certificate and client_key of namespaces.{name}.upstream"
             message = f"its certificates cannot be used: {file_fault(error)}"
@@ -146,7 +148,7 @@ async def _checks(probe: UpstreamProbe, subject: str, ahead: list[float]) -> Asy
         who = subject if len(probe.keys.logins()) == 1 else f"{subject}, credentials[{number}]"
         if login.sources():
             yield await _check_credentials(probe, who, login)
-        if probe.url.host in HUB:
+        if probe.url.host in HUB and login.credential_provider is None:
             yield await _check_rate_limit(probe, who, login)
 
 
@@ -204,7 +206,10 @@ def _check_answer(probe: UpstreamProbe, subject: str, greeting: Greeting) -> Che
 
 async def _check_credentials(probe: UpstreamProbe, subject: str, login: Login) -> Check:
     where = f"{login.sources()[0]} of namespaces.{probe.name}.upstream"
-    tokens = probe.tokens(credentials_of(login))
+    try:
+        tokens = probe.tokens(login)
+    except LookupError:
+        return failed("credentials", subject, "their extension cannot be made", "see the check extension")
     try:
         status, _ = await probe.ask("GET", "", tokens)
     except OriginDenied as error:
@@ -219,7 +224,7 @@ async def _check_credentials(probe: UpstreamProbe, subject: str, login: Login) -
 
 
 async def _check_rate_limit(probe: UpstreamProbe, subject: str, login: Login) -> Check:
-    tokens = probe.tokens(credentials_of(login))
+    tokens = probe.tokens(login)
     try:
         status, headers = await probe.ask(
             "HEAD", f"{PREVIEW}/manifests/latest", tokens, f"repository:{PREVIEW}:pull"

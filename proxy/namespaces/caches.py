@@ -25,6 +25,7 @@ from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY, registry_host
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.upstream import UpstreamConfig
+from proxy.extensions.extension import Extensions
 from proxy.namespaces.routing import Member
 from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
@@ -68,6 +69,7 @@ class CacheFactory:
     drill: Drill
     listings: ListingMemory
     guard: PolicyGuard
+    extensions: Extensions
     peers: Peers | None = None
 
     def make(self, name: str, settings: NamespaceConfig) -> tuple[Cache, UpstreamRegistry]:
@@ -97,7 +99,7 @@ class CacheFactory:
         made = []
         with _start_errors(key, upstream):
             connect = replace(connect_of(upstream), private_home=private)
-            credentials = [credentials_of(login) for login in upstream.logins()]
+            credentials = [credentials_of(login, self.extensions) for login in upstream.logins()]
             for url in upstream.url:
                 reach = replace(connect, plain_http=upstream.allows_http(url))
                 settings = UpstreamSettings(
@@ -113,7 +115,8 @@ class CacheFactory:
         """The other replicas that are asked first, if there are any."""
         if self.peers is None or settings.upstream is None:
             return None
-        accounts = [credentials_of(each).account for each in settings.upstream.logins()]
+        logins = settings.upstream.logins()
+        accounts = [credentials_of(each, self.extensions).account for each in logins]
         tags = [(each.match.pattern, each.fresh_for) for each in settings.tags]
         rules = settings.upstream.url, accounts, settings.fresh_for, tags
         offline = settings.offline or self.config.offline

@@ -25,8 +25,10 @@ from proxy.cache.turns import ClientSlots
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
+from proxy.extensions.extension import Extensions
 from proxy.namespaces.caches import CacheFactory, Caches, tag_moved_of
 from proxy.namespaces.engines import shared_caches
+from proxy.namespaces.hooks import NONE, Hooks
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
 from proxy.namespaces.routing import Member, Namespaces
@@ -42,7 +44,7 @@ from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
 from storage.disk.format import take_over
-from storage.disk.health import DiskHealth, MakeRoom, make_no_room, may_pass
+from storage.disk.health import DiskHealth, may_pass
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubled, Troubles
 from storage.errors import StorageFailed
@@ -53,28 +55,6 @@ from storage.maintenance.usage import Usage
 from storage.registry import Moved
 from storage.shared import SharedState
 from storage.store import Store
-
-
-def nothing() -> None:
-    """The default of a hook without arguments."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
-    """Functions of a process that the parts of its composition call, and what kind of process it is.
-
-    make_room: makes room on the disk before a blob or an upload is written
-    wake: is called after events were put into the queues of the webhooks
-    pause: blocks for a number of seconds between two pieces of maintenance; may raise Cancelled
-    drill_begun: is called when a drill begins
-    background: whether half of the slots for transfers are left to other processes
-    """
-
-    make_room: MakeRoom = make_no_room
-    wake: Callable[[], None] = nothing
-    pause: Callable[[float], None] = time.sleep
-    drill_begun: Callable[[], None] = nothing
-    background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +68,7 @@ class Composition:
     shared: what all processes of the server know
     tag_moved: records and publishes that a tag of a cache moved
     peers: the other replicas of the fleet, if it is one
+    extensions: those that the configuration names; those of its parts are loaded
     upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final.  Those of a
         host of the namespace `*` are there once a client has asked for it.
     """
@@ -115,6 +96,7 @@ class Composition:
     hosted: dict[str, Hosted]
     namespaces: Namespaces
     guard: PolicyGuard
+    extensions: Extensions
     pins: Pins
     maintenance: Maintenance
     closing: AsyncExitStack
@@ -145,7 +127,7 @@ def compose(
     clock: Callable[[], float] = time.time,
     metrics: Metrics | None = None,
     shared: SharedState | None = None,
-    hooks: Hooks = Hooks(),
+    hooks: Hooks = NONE,
 ) -> Composition:
     """Make all parts of `config`; processes with the same `shared` share its limits.  Raises StartError."""
     try:
@@ -186,6 +168,7 @@ class _Composer:
     def compose(self) -> Composition:
         # long: each part takes a line
         config, clock = self._config, self._clock
+        extensions = self._extensions()
         store = self._store()
         usage, recorder = self._usage(store)
         queue, publisher = self._webhooks()
@@ -211,6 +194,7 @@ class _Composer:
             drill=drill,
             listings=self._listings,
             guard=guard,
+            extensions=extensions,
             peers=peers,
         )
         made = self._caches(factory)
@@ -241,10 +225,19 @@ class _Composer:
             hosted=hosted,
             namespaces=namespaces,
             guard=guard,
+            extensions=extensions,
             pins=pins,
             maintenance=self._maintenance(store, private, namespaces, pins, publisher, common),
             closing=self._closing,
         )
+
+    def _extensions(self) -> Extensions:
+        """With those that parts of every composition call; others are loaded by the process that does."""
+        extensions = Extensions(self._config.extensions, self._metrics, self._clock)
+        self._failed.callback(extensions.abandon)
+        self._closing.push_async_callback(extensions.close)
+        extensions.load("credential_provider")
+        return extensions
 
     def _fills(self, store: Store, deposits: Deposits | None) -> Fills:
         return Fills(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from proxy.admin.explain import refusal_notes
 from proxy.admin.peers import ServerProcesses
 from proxy.admin.processes import ProcessReport
+from proxy.extensions.extension import worst
 from proxy.namespaces.composition import Composition
 from storage.errors import StorageFailed
 from storage.store import Store
@@ -36,9 +37,12 @@ class Health:
         states = await self.states()
         notes = refusal_notes([each for state in states for each in state.upstreams])
         refused = {"credentials": "; ".join(notes)} if notes else {}
-        if found := troubles(states):
-            return {"status": "degraded", "store": "; ".join(found), **drill, **refused}
-        return {"status": "ready", **drill, **refused}
+        disks, extensions = troubles(states), failing(states)
+        degraded = {
+            **({"store": "; ".join(disks)} if disks else {}),
+            **({"extensions": "; ".join(extensions)} if extensions else {}),
+        }
+        return {"status": "degraded" if degraded else "ready", **degraded, **drill, **refused}
 
     async def states(self) -> list[ProcessReport]:
         """The states of all processes, after a look at the disks and the database."""
@@ -60,6 +64,12 @@ class Health:
     async def close(self) -> None:
         if self._asking is not None:
             await asyncio.gather(self._asking, return_exceptions=True)
+
+
+def failing(states: Sequence[ProcessReport]) -> list[str]:
+    """A sentence for each extension that fails."""
+    found = worst(each for state in states for each in state.extensions)
+    return [f"{name} {each.error}" for name, each in found.items() if each.failing_since is not None]
 
 
 def troubles(states: Sequence[ProcessReport]) -> list[str]:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from proxy.admin.processes import ProcessReport
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.upkeep import SCRUBBED
-from proxy.server.health import MOMENT, Health, troubles
+from proxy.server.health import MOMENT, Health, failing, troubles
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread
 from storage.disk.troubles import Troubles
@@ -58,13 +58,16 @@ class Observation:
         for webhook in parts.config.webhooks:
             for result in ("queued", "delivered", "failed", "dropped", "lost"):
                 metrics.webhook_events.labels(webhook.name, result)
+        for name in parts.config.extensions:
+            for result in ("done", "failed", "late", "wrong"):
+                metrics.extension_calls.labels(name, result)
         metrics.cache_limit.set(parts.config.disk.cache_limit or 0)
 
     async def observe(self) -> None:
         """Bring the states up to date."""
         metrics = self._metrics
         states = await self._health.states()
-        metrics.degraded.set(bool(troubles(states)))
+        metrics.degraded.set(bool(troubles(states) or failing(states)))
         kinds = Counter(each.kind for each in self._troubles)
         for kind in {*TROUBLES, *kinds}:
             metrics.troubles.labels(kind).set(kinds[kind])

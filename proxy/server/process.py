@@ -23,7 +23,8 @@ from proxy.admin.peers import ServerProcesses, serve_state
 from proxy.admin.processes import state_of
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS, Config
-from proxy.namespaces.composition import Hooks, compose
+from proxy.namespaces.composition import compose
+from proxy.namespaces.hooks import Hooks
 from proxy.namespaces.routing import Namespaces
 from proxy.server import make_room
 from proxy.server.access import access_control, needed
@@ -183,8 +184,15 @@ class ServerProcess:
         config, parts = self._config, self.composition
         if parts.queue is None:
             return None
+        parts.extensions.load("event_sink")
         return Dispatcher(
-            config.webhooks, parts.queue, config.listen.port, parts.metrics, parts.clock, self._run
+            config.webhooks,
+            parts.queue,
+            config.listen.port,
+            parts.metrics,
+            parts.clock,
+            self._run,
+            extensions=parts.extensions,
         )
 
     def _run_in_background(self, work: Coroutine[None, None, None]) -> None:

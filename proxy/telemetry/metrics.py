@@ -267,6 +267,12 @@ class Metrics:
         "livemostrecent",
         "webhook",
     )
+    extension_calls = _Row(
+        Counter,
+        "entrepot_extension_calls_total",
+        "Calls of an extension by result: done, failed, late, wrong (returned what it must not).",
+        "extension result",
+    )
     collected_tags = _Row(Counter, "entrepot_collected_tags_total", "Tags that retention rules deleted.")
     collected_blobs = _Row(Counter, "entrepot_collected_blobs_total", "Pushed blobs that were collected.")
     collected = _Row(Counter, "entrepot_collected_bytes_total", "Bytes of pushed blobs that were collected.")

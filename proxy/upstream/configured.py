@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from proxy.config.upstream import Login, UpstreamConfig
+from proxy.extensions.extension import Extensions
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, DockerConfig, Helper, Inline, PasswordFile
+from proxy.upstream.provided import ProvidedCredentials
 
 
 def connect_of(upstream: UpstreamConfig) -> Connect:
@@ -22,7 +24,8 @@ def connect_of(upstream: UpstreamConfig) -> Connect:
     )
 
 
-def credentials_of(login: Login) -> Credentials:
+def credentials_of(login: Login, extensions: Extensions) -> Credentials:
+    """`extensions` has the credential providers."""
     if login.username is not None and login.password is not None:
         return Inline(login.username, login.password)
     if login.username is not None and login.password_file is not None:
@@ -31,4 +34,6 @@ def credentials_of(login: Login) -> Credentials:
         return DockerConfig(login.docker_config)
     if login.credential_helper is not None:
         return Helper(login.credential_helper)
+    if login.credential_provider is not None:
+        return ProvidedCredentials(extensions.get(login.credential_provider))
     return Credentials()

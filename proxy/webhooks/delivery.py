@@ -1,5 +1,7 @@
 """Delivers queued events to webhooks: one task for each webhook, one POST for each event, in order.
 
+A webhook with an extension has one call of that for each event in place of the POST.
+
 - A 2xx response means delivered.  A redirect is not followed and counts as a failure: the receiver has not
   taken the event.
 - After any other result the delivery is retried until the event is older than `keep`, with increasing delays
@@ -35,10 +37,11 @@ from proxy.config.quantities import seconds_until
 from proxy.config.webhooks import WebhookConfig
 from proxy.connections.failures import explain, file_fault
 from proxy.connections.trust import shared_context
+from proxy.extensions.extension import Extension, ExtensionFailed, Extensions
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import wakeup
 from proxy.webhooks.event import Event
-from proxy.webhooks.formats import EventSource, render
+from proxy.webhooks.formats import EventSource, cloudevent, render
 from proxy.webhooks.queue import DeliveryState, Queue, QueuedEvent
 from storage.concurrency import run_in_thread
 from storage.errors import StorageFailed
@@ -70,8 +73,8 @@ class DeliveryFailed(Exception):
 class Dispatcher:
     """Delivers the events of all webhooks, from run() until that is cancelled.
 
-    Other processes send their signals for new events in `run_directory`.  Raises StartError if a `ca_file`
-    cannot be used.
+    Other processes send their signals for new events in `run_directory`.  `extensions` has the event sinks.
+    Raises StartError if a `ca_file` cannot be used.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Dispatcher:
         clock: Callable[[], float] = time.time,
         run_directory: Path | None = None,
         wait: Wait = asyncio.sleep,
+        extensions: Extensions | None = None,
     ) -> None:
         self._queue = queue
         self._run_directory = run_directory
@@ -94,7 +98,11 @@ class Dispatcher:
             except OSError as error:
                 where = f"webhooks[{number}].ca_file: {each.ca_file}"
                 raise StartError(f"{where}: {file_fault(error)}") from error
-            self._deliveries.append(Delivery(each, queue, source, context, metrics, clock, wait))
+            sink = None
+            if each.extension is not None and extensions is not None:
+                sink = extensions.get(each.extension)
+            made = Delivery(each, queue, source, context, metrics, clock, wait, sink=sink)
+            self._deliveries.append(made)
 
     def wake(self) -> None:
         for each in self._deliveries:
@@ -115,7 +123,7 @@ class Dispatcher:
 
 
 class Delivery:
-    """The deliveries to one webhook.  `wait` is asyncio.sleep; tests replace it."""
+    """The deliveries to one webhook.  `wait` is asyncio.sleep; tests replace it.  `sink` is its extension."""
 
     def __init__(
         self,
@@ -127,6 +135,7 @@ class Delivery:
         clock: Callable[[], float],
         wait: Wait,
         jitter: Callable[[], float] = random.random,
+        sink: Extension | None = None,
     ) -> None:
         self.name = webhook.name
         self._webhook = webhook
@@ -138,6 +147,7 @@ class Delivery:
         self._clock = clock
         self._wait = wait
         self._jitter = jitter
+        self._sink = sink
         self._signal = asyncio.Event()
         self._after = ""  # the key of the last event that was delivered or dropped
         self._state = DeliveryState()
@@ -209,13 +219,16 @@ class Delivery:
 
     async def _post(self, session: aiohttp.ClientSession, content_event: Event) -> None:
         """Raises DeliveryFailed."""
+        if self._sink is not None:
+            await self._hand_over(self._sink, content_event)
+            return
         webhook = self._webhook
         media_type, body = render(content_event, webhook.format, self._source)
         headers = {**webhook.headers, "Content-Type": media_type}
         if webhook.secret is not None:
             signature = hmac.new(webhook.secret.encode(), body, hashlib.sha256).hexdigest()
             headers["X-Hub-Signature-256"] = f"sha256={signature}"
-        url = URL(webhook.url, encoded=True)
+        url = URL(str(webhook.url), encoded=True)
         try:
             async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
                 status = response.status
@@ -227,6 +240,12 @@ class Delivery:
         if not 200 <= status < 300:
             hint = ": redirects are not followed" if 300 <= status < 400 else ""
             raise DeliveryFailed(f"answered {status}{hint}", status, after)
+
+    async def _hand_over(self, sink: Extension, content_event: Event) -> None:
+        try:
+            await sink.call("send", cloudevent(content_event, self._source), gives=type(None))
+        except ExtensionFailed as error:
+            raise DeliveryFailed(str(error)) from None
 
     # Results
 

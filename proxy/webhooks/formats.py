@@ -50,7 +50,7 @@ def render(event: Event, format: Format, source: EventSource) -> tuple[str, byte
     """Return the media type and the body of a request that delivers `event`."""
     if format == "registry":
         return REGISTRY, msgspec.json.encode({"events": [_registry(event, source)]})
-    return CLOUDEVENTS, msgspec.json.encode(_cloudevent(event, source))
+    return CLOUDEVENTS, msgspec.json.encode(cloudevent(event, source))
 
 
 def _registry(event: Event, source: EventSource) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _registry(event: Event, source: EventSource) -> dict[str, Any]:
     }
 
 
-def _cloudevent(event: Event, source: EventSource) -> dict[str, Any]:
+def cloudevent(event: Event, source: EventSource) -> dict[str, Any]:
     """CloudEvents 1.0, "Required Attributes"; JSON Event Format, "Envelope"."""
     repository = event.repository
     request = event.request

@@ -95,6 +95,8 @@ def notices(
     """What is degraded, the worst first."""
     if "store" in state:
         yield Notice("bad", "The disk", state["store"])
+    if "extensions" in state:
+        yield Notice("bad", "An extension", state["extensions"])
     for each in upstreams:
         if each.open:
             until = "" if each.until is None else f" until {iso(each.until)}"

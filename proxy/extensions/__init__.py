@@ -1,0 +1,1 @@
+"""Extensions: the protocols that packages of others keep, and what finds, loads and contains them."""

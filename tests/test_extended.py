@@ -1,0 +1,305 @@
+"""Servers with extensions: what these do for them, and what is answered while they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import LogCapture
+
+from proxy.config.errors import ConfigError, StartError
+from proxy.extensions.protocols import HostLogin
+from storage.oci import Digest
+from tests.conftest import Clock, Serve, Site, configuration
+from tests.events import Ear
+from tests.extensions import (
+    MISBEHAVIOURS,
+    RELEASE,
+    Misbehaving,
+    Package,
+    package,  # noqa: F401
+    released,  # noqa: F401
+)
+from tests.test_push import Client, image
+from tests.upstream import Basic, Upstream
+
+HERE = "tests.test_extended"
+# Those of each sort: the others differ only in words.
+WAYS = ["raise", "exit", "cancel itself", "hang", "block its thread", "return something else"]
+
+
+def extension(kind: str, how: str = "well", times: int = 1_000_000, **keys: Any) -> dict[str, Any]:
+    late = MISBEHAVIOURS.get(how, (None, ""))[1].startswith("did not")
+    timeout = {"timeout": "100ms"} if late else {}
+    return {"kind": kind, "use": "one", "settings": {"how": how, "times": times}, **timeout, **keys}
+
+
+async def ready(site: Site) -> dict[str, str]:
+    async with site.session.get(site.app.admin_url / "readyz") as response:  # type: ignore[operator]
+        assert response.status == 200
+        found: dict[str, str] = json.loads(await response.read())
+        return found
+
+
+async def listed(site: Site) -> list[dict[str, Any]]:
+    async with site.session.get(site.app.admin_url / "api/v1/extensions") as response:  # type: ignore[operator]
+        found: list[dict[str, Any]] = json.loads(await response.read())
+        return [each for each in found if each["package"] in ("others-package", "not installed")]
+
+
+# The configuration
+
+
+SINK, HOOK, LOGIN = {"kind": "event_sink"}, {"name": "w", "extension": "a"}, {"password": "p"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"extensions": {"a": {}}}, "extensions.a.kind: is required"),
+        ({"extensions": {"a": {"kind": "sink"}}}, "extensions.a.kind: expected one of credential_provider"),
+        ({"extensions": {"a": {"kind": "event_sink", "settings": 3}}}, "settings: expected a mapping"),
+        ({"extensions": {"a": {"kind": "event_sink", "use": "X Y"}}}, "a.use: expected a lower-case word"),
+        ({"extensions": {"A": SINK}}, "extensions.A: expected a lower-case word"),
+        ({"extensions": {"a": SINK}}, "a: is used nowhere: name it in webhooks[]"),
+        ({"webhooks": [HOOK]}, "extension: extensions has no a: add it"),
+        ({"webhooks": [{"name": "w"}]}, "webhooks[0]: needs one of url, such as"),
+        (
+            {"webhooks": [{"name": "w", "extension": "ab"}], "extensions": {"abc": SINK}},
+            "webhooks[0].extension: extensions has no ab; did you mean abc?",
+        ),
+        (
+            {"webhooks": [HOOK], "extensions": {"a": {"kind": "credential_provider"}}},
+            "webhooks[0].extension: extensions.a is a credential_provider, not a event_sink",
+        ),
+        (
+            {"webhooks": [{"name": "w", "extension": "a", "secret": "s"}], "extensions": {"a": SINK}},
+            "webhooks[0]: secret is for a url, and this webhook has an extension",
+        ),
+        (
+            {"webhooks": [{"name": "w", "extension": "a", "headers": {"b": "c"}}]},
+            "webhooks[0]: headers is for a url, and this webhook has an extension",
+        ),
+        (
+            {"namespaces": {"x": {"upstream": {"url": "http://127.0.0.1:1", "credential_provider": "v"}}}},
+            "namespaces.x.upstream.credential_provider: extensions has no v: add it",
+        ),
+        (
+            {
+                "namespaces": {
+                    "x": {
+                        "upstream": {
+                            "url": "http://127.0.0.1:1",
+                            "credentials": [{"username": "u", "password": "p"}, {"credential_provider": "v"}],
+                        }
+                    }
+                }
+            },
+            "namespaces.x.upstream.credentials[1].credential_provider: extensions has no v",
+        ),
+        (
+            {"namespaces": {"x": {"upstream": {"url": "http://a", "credential_provider": "v", **LOGIN}}}},
+            "namespaces.x.upstream: password and credential_provider exclude each other",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_configuration(tmp_path: Path, tree: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        configuration(tmp_path, tree)
+    assert says in str(refused.value)
+
+
+def test_settings_are_any_keys_and_shown_nowhere(tmp_path: Path) -> None:
+    settings = {"password": "hunter2", "list": [1, {"a": "hunter2"}]}
+    tree = {
+        "extensions": {"a": {"kind": "event_sink", "settings": settings}},
+        "webhooks": [{"name": "w", "extension": "a"}],
+    }
+    config = configuration(tmp_path, tree)
+    assert config.extensions["a"].settings == settings
+    assert "hunter2" not in repr(config)
+
+
+@pytest.mark.parametrize("kind", ["credential_provider", "event_sink"])
+async def test_a_broken_one_keeps_the_server_from_starting(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+    kind: str,
+) -> None:
+    package.offer(kind, "one", "nowhere:Class")
+    options, webhooks = {}, []
+    if kind == "credential_provider":
+        options = {"credential_provider": "mine"}
+    else:
+        webhooks = [{"name": "w", "extension": "mine"}]
+    top = {"extensions": {"mine": {"kind": kind, "use": "one"}}, "webhooks": webhooks}
+    says = (
+        r"extensions\.mine: one of others-package 1\.2: raised ModuleNotFoundError: No module named 'nowhere'"
+    )
+    with pytest.raises(StartError, match=says):
+        await serve(upstream, top=top, options=options)
+
+
+# Credential providers
+
+
+class Logins(Misbehaving):
+    async def get(self, host: str, repository: str) -> Any:
+        return await self.act(HostLogin("user", "secret"), host, repository)
+
+
+@pytest.fixture
+async def private() -> Any:
+    async with Upstream(auth=Basic("user", "secret")) as registry:
+        yield registry
+
+
+async def test_a_provided_login_is_used_and_kept(
+    serve: Serve,
+    private: Upstream,
+    package: Package,  # noqa: F811
+) -> None:
+    package.offer("credential_provider", "one", f"{HERE}:Logins")
+    contents = [b"first", b"second"]
+    digests = [private.blob("library/app", each) for each in contents]
+    top = {"extensions": {"mine": extension("credential_provider")}}
+    site = await serve(private, top=top, options={"credential_provider": "mine"})
+    for digest, content in zip(digests, contents, strict=True):
+        status, _, body = await site.get(f"/v2/library/app/blobs/{digest}")
+        assert (status, body) == (200, content)
+    assert Logins.made[-1].calls == [(private.url.removeprefix("http://"), "library/app")]
+    (row,) = await listed(site)
+    assert row["used_by"] == ["namespaces.docker.io.upstream.credential_provider"]
+    assert (row["name"], row["entry_point"], row["version"]) == ("mine", "one", "1.2")
+    assert (row["state"], row["calls"], row["failures"]) == ("in use", 1, 0)
+    assert await ready(site) == {"status": "ready"}
+
+
+@pytest.mark.errors("extension.failed")
+@pytest.mark.parametrize("how", WAYS)
+async def test_a_provider_that_fails(
+    serve: Serve,
+    private: Upstream,
+    package: Package,  # noqa: F811
+    events: LogCapture,
+    clock: Clock,
+    how: str,
+) -> None:
+    package.offer("credential_provider", "one", f"{HERE}:Logins")
+    digest = private.blob("library/app", b"content")
+    top = {"extensions": {"mine": extension("credential_provider", how)}}
+    site = await serve(private, top=top, options={"credential_provider": "mine"})
+    for _ in range(2):
+        status, headers, body = await site.get(f"/v2/library/app/blobs/{digest}")
+        assert status == 503
+        assert int(headers["Retry-After"]) > 0
+        assert "the extension mine of this server failed" in body.decode()
+        assert "RuntimeError" not in body.decode()
+    found = await ready(site)
+    assert found["status"] == "degraded"
+    words = MISBEHAVIOURS[how][1] if how in MISBEHAVIOURS else "returned object, not HostLogin"
+    assert found["extensions"].startswith(f"mine {words}")
+    assert "entrepot_degraded 1.0" in await site.metrics()
+    (row,) = await listed(site)
+    assert (row["state"], row["failures"]) == ("failing", 1)  # it is given a rest
+    (event,) = [each for each in events.entries if each["event"] == "extension.failed"]
+    assert (event["extension"], event["kind"]) == ("mine", "credential_provider")
+    assert (await site.get("/v2/"))[0] == 200
+    RELEASE.set()
+
+
+@pytest.mark.errors("extension.failed")
+async def test_while_it_fails_the_last_login_is_used(
+    serve: Serve,
+    private: Upstream,
+    package: Package,  # noqa: F811
+) -> None:
+    package.offer("credential_provider", "one", f"{HERE}:Brief")
+    top = {"extensions": {"mine": extension("credential_provider")}}
+    site = await serve(private, top=top, options={"credential_provider": "mine"})
+    first, second = (private.blob("library/app", each) for each in (b"first", b"second"))
+    assert (await site.get(f"/v2/library/app/blobs/{first}"))[0] == 200
+    Brief.made[-1].behaviour.how = "raise"
+    assert (await site.get(f"/v2/library/app/blobs/{second}"))[0] == 200
+    assert (await ready(site))["status"] in ("ready", "degraded")
+
+
+class Brief(Misbehaving):
+    async def get(self, host: str, repository: str) -> Any:
+        return await self.act(HostLogin("user", "secret", valid_for=0.0), host, repository)
+
+
+# Event sinks
+
+
+class Sink(Misbehaving):
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        self.events: list[Any] = []
+        self.all = threading.Semaphore(0)  # when two have come
+
+    async def send(self, event: Any) -> Any:
+        found = await self.act(None, event)
+        self.events.append(event)
+        if len(self.events) == 2:
+            self.all.release()
+        return found
+
+
+@pytest.mark.housekeeping
+async def test_a_sink_is_told_of_what_its_webhook_wants(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+) -> None:
+    package.offer("event_sink", "one", f"{HERE}:Sink")
+    top = {
+        "extensions": {"mine": extension("event_sink")},
+        "webhooks": [
+            {"name": "told", "extension": "mine", "actions": ["push", "delete"], "match": ["local/team/*"]}
+        ],
+    }
+    client = Client(await serve(upstream, more={"local": {"store": {}}}, top=top))
+    config = await client.blob(b"{}")
+    assert (await client.manifest("v1", image())).status == 201
+    mine = Sink.made[-1]
+    assert await asyncio.to_thread(mine.all.acquire, timeout=20)  # type: ignore[attr-defined]
+    blob, manifest = mine.events  # type: ignore[attr-defined]
+    assert (blob["type"], manifest["type"]) == ("entrepot.blob.pushed", "entrepot.manifest.pushed")
+    assert blob["data"]["digest"] == config
+    assert manifest["data"]["digest"] == Digest.of(image())
+    assert manifest["subject"] == "local/team/app:v1"
+
+
+@pytest.mark.housekeeping
+@pytest.mark.errors("extension.failed")
+@pytest.mark.parametrize("how", WAYS)
+async def test_a_sink_that_fails_gets_the_event_again(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+    how: str,
+) -> None:
+    package.offer("event_sink", "one", f"{HERE}:Sink")
+    ear = Ear()
+    top = {
+        "extensions": {"mine": extension("event_sink", how, times=2)},
+        "webhooks": [{"name": "told", "extension": "mine", "actions": ["push"], "backoff": "1ms"}],
+    }
+    site = await serve(upstream, more={"local": {"store": {}}}, top=top)
+    client = Client(site)
+    await client.blob(b"{}")
+    failing = await ear.heard("webhook.failing", webhook="told")
+    assert failing["error"].startswith("extension mine")
+    assert (await site.get("/v2/"))[0] == 200
+    RELEASE.set()
+    await ear.heard("webhook.recovered", webhook="told")
+    mine = Sink.made[-1]
+    await site.app.stop()
+    assert len({event["id"] for (event,) in mine.calls}) == 1
+    assert len(mine.calls) >= 3 if how != "block its thread" else mine.calls

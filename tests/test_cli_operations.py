@@ -252,7 +252,7 @@ async def test_fills_without_a_server(shop: Shop) -> None:
 async def test_fills_tell_how_far(
     served: Shop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fill_feed, "INTERVAL", 0.0)
+    monkeypatch.setattr(fill_feed, "INTERVAL", 0.01)
     body = os.urandom(50_000)
     digest = served.upstream.blob("library/alpine", body)
     hold = Hold(asyncio.Event(), after=20_000)

@@ -25,14 +25,17 @@ def in_yaml(*trees: Mapping[str, Any]) -> str:
     return "---\n".join(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=1000) for tree in trees)
 
 
-class _Dumper(yaml.SafeDumper):
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where it was built
+
+
+class _Dumper(_SafeDumper):  # type: ignore[misc]
     """A dumper that writes multi-line text as a block, and no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _text(dumper: Any, text: str) -> Any:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 

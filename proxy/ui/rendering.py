@@ -100,8 +100,11 @@ class Renderer:
     def _templates(self) -> Environment:
         from jinja2 import Environment, PackageLoader, StrictUndefined  # only a server whose page is used
 
+        from proxy.ui.bytecode import BYTECODE
+
         made = Environment(
             loader=PackageLoader("proxy.ui"),
+            bytecode_cache=BYTECODE,
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,

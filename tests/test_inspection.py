@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import LogCapture
 
 import storage.graph
-from proxy.admin import image_config, image_diff, inventory
+from proxy.admin import image_config, image_diff, inventory, measuring
 from proxy.admin.explain import upstream_rows
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import RefusalRow
@@ -179,7 +179,7 @@ async def test_what_an_index_names_again_is_read_once(
         read.append(content)
         return parse(content)
 
-    for module in (inventory, image_diff):
+    for module in (inventory, measuring, image_diff):
         monkeypatch.setattr(module, "contents", counted)
     tree = await site.operations.show("alpine:many")
     assert len(read) == 2

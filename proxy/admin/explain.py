@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from proxy.admin.inventory import Inventory, Measured, finite_or_none
+from proxy.admin.inventory import Inventory, finite_or_none
+from proxy.admin.measuring import Measured
 from proxy.admin.models import OwnerRow
 from proxy.admin.processes import UpstreamState
 from proxy.admin.reports import HostRow, RefusalRow, UpstreamRow, Verdict, Why
@@ -53,7 +54,7 @@ class Explainer:
         cached = namespace.store is None
         pointer = inventory.pointer(repository, tag) if tag is not None else None
         digest = inventory.digest(repository, reference)
-        measured = inventory.measure(repository, digest) if digest else Measured(None, {})
+        measured = inventory.measure(repository, digest) if digest else Measured(None)
         use = self._usage.use(repository, reference)
         pin = self._pins.of(repository, reference)
         offline = config.offline or namespace.offline
@@ -72,7 +73,7 @@ class Explainer:
             pin=pin.pattern if pin else None,
             digest=None if digest is None or (tag is None and measured.media_type is None) else str(digest),
             stored=measured.media_type is not None,
-            complete=measured.media_type is not None and measured.complete,
+            complete=measured.complete,
             validated_at=pointer.validated_at if pointer else None,
             age=self._clock() - pointer.validated_at if pointer else None,
             fresh_until=inventory.fresh_until(repository, reference),

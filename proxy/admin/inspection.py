@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from proxy.admin.image_config import ImageConfig, parse_config, parse_created, read_config
 from proxy.admin.inventory import Inventory
-from proxy.admin.models import ConfigReport, FileRow, Found, LayerFiles, Sort
+from proxy.admin.models import ConfigReport, FileRow, Found, ImageRow, LayerFiles, Sort
 from proxy.namespaces.references import FieldInvalid, ReferenceReader
 from storage.archives.layer import LayerListing
 from storage.concurrency import run_in_thread
@@ -45,11 +45,12 @@ class Inspection:
     def _find(self, pattern: Pin, sort: Sort, reverse: bool, offset: int, limit: int) -> Found:
         entries = [entry for each in self._inventories for entry in each.entries(pattern, sort)]
         entries.sort(reverse=reverse)
-        rows = [
-            self._inventory_of(repository.partition("/")[0]).row(repository, tag)
-            for _, repository, tag in entries[offset : offset + limit]
-        ]
-        return Found(images=rows, matched=len(entries))
+        page = [(repository, tag) for _, repository, tag in entries[offset : offset + limit]]
+        rows: dict[tuple[str, str | None], ImageRow] = {}
+        for each in self._inventories:
+            own = [name for name in page if self._inventory_of(name[0].partition("/")[0]) is each]
+            rows |= {(row.repository, row.tag): row for row in each.rows(own)}
+        return Found(images=[rows[name] for name in page], matched=len(entries))
 
     async def config(self, ref: str) -> ConfigReport:
         image = self._reader.reference("ref", ref)

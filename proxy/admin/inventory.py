@@ -6,28 +6,25 @@ repositories, or of images on a page, not on the amount of content.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, takewhile
 from os.path import commonprefix
 from typing import NamedTuple, TypeAlias
 
-import msgspec
-
+from proxy.admin.measuring import Measured, Measurer
 from proxy.admin.models import (
     ImageNode,
     ImageRow,
     ImageTree,
     Listed,
     MoveRow,
-    PlatformRow,
     RepositoryRow,
     Sort,
     UseRow,
 )
 from proxy.config.schema import Config
 from storage.errors import ManifestUnknown
-from storage.graph import Walk, contents, referring, unread
+from storage.graph import contents, referring
 from storage.keys import COPIES, LINK, MANIFEST, TAG, USE
 from storage.maintenance.pins import Pin, Pins, matching
 from storage.maintenance.usage import Usage
@@ -40,36 +37,7 @@ from storage.values import Pointer
 Entry: TypeAlias = tuple[float, str, str]  # what a tag is sorted by, its repository, and itself
 
 DEEPEST = 50  # levels of a tree: indexes can be nested without limit
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPart:
-    """A manifest or blob of an image, and whether it is stored.  `size` is 0 if it is unknown."""
-
-    size: int
-    held: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """The parts of an image, or of its images for one platform; each part counts once."""
-
-    media_type: str | None
-    parts: dict[Digest, StoredPart]
-    platforms: list[PlatformRow] = field(default_factory=list)
-    unread: bool = False  # there may be more parts
-
-    @property
-    def held(self) -> int:
-        return sum(each.size for each in self.parts.values() if each.held)
-
-    @property
-    def whole(self) -> int | None:
-        return None if self.media_type is None else sum(each.size for each in self.parts.values())
-
-    @property
-    def complete(self) -> bool:
-        return not self.unread and all(each.held for each in self.parts.values())
+NODES = 30_000  # of a tree: more than one manifest can name
 
 
 class _SeenManifest(NamedTuple):
@@ -80,7 +48,24 @@ class _SeenManifest(NamedTuple):
     artifact_type: str | None
 
 
-_Seen: TypeAlias = dict[tuple[Digest, bool], _SeenManifest]  # by digest, and whether its children are shown
+class _Tree:
+    """A tree while it is made: what is known of manifests, and room for so many more nodes.
+
+    It is `cut` if it has no room for all.
+    """
+
+    def __init__(self) -> None:
+        # By digest, and whether its children are shown.
+        self.seen: dict[tuple[Digest, bool], _SeenManifest] = {}
+        self.room = NODES
+        self.cut = False
+
+    def shown(self, named: Sequence[Descriptor]) -> Sequence[Descriptor]:
+        """Those for which there is room."""
+        found = named[: self.room]
+        self.room -= len(found)
+        self.cut |= len(found) < len(named)
+        return found
 
 
 class Inventory:
@@ -121,10 +106,10 @@ class Inventory:
 
     def images(self, pattern: Pin, limit: int | None = None, last: str = "") -> Listed:
         """At most `limit` of the images that match, in the order of their names, after `last`."""
-        pins = self._pins.known()
+        pins, measurer = self._pins.known(), Measurer(self.store)
         found = list(islice(self._matching(pattern, last), None if limit is None else limit + 1))
         page = found[:limit]
-        rows = [self._image(repository, reference, pins) for repository, reference in page]
+        rows = [self._image(repository, reference, pins, measurer) for repository, reference in page]
         more = page[-1] if len(found) > len(page) and page else None
         return Listed(images=rows, next=None if more is None else written(*more))
 
@@ -161,12 +146,16 @@ class Inventory:
         for key, value in self._usage.scan(prefix):
             yield key[len(USE.prefix()) :], last_use(value)
 
-    def row(self, repository: str, tag: str) -> ImageRow:
-        return self._image(repository, Tag(tag), self._pins.known())
+    def rows(self, names: Iterable[tuple[str, str]]) -> list[ImageRow]:
+        """Those of tags, each a repository and its tag."""
+        pins, measurer = self._pins.known(), Measurer(self.store)
+        return [self._image(repository, Tag(tag), pins, measurer) for repository, tag in names]
 
-    def _image(self, repository: str, reference: Reference, pins: Sequence[Pin]) -> ImageRow:
+    def _image(
+        self, repository: str, reference: Reference, pins: Sequence[Pin], measurer: Measurer
+    ) -> ImageRow:
         digest = self.digest(repository, reference)
-        measured = self.measure(repository, digest) if digest else Measured(None, {})
+        measured = measurer.measure(repository, digest) if digest else Measured(None)
         use = self._usage.use(repository, reference)
         return ImageRow(
             repository=repository,
@@ -175,8 +164,8 @@ class Inventory:
             media_type=measured.media_type,
             bytes_held=measured.held,
             bytes_whole=measured.whole,
-            complete=measured.complete and measured.media_type is not None,
-            platforms=measured.platforms,
+            complete=measured.complete,
+            platforms=list(measured.platforms),
             last_used=use.last if use else None,
             uses=use.count if use else 0,
             fresh_until=self.fresh_until(repository, reference),
@@ -210,55 +199,7 @@ class Inventory:
 
     def measure(self, repository: str, digest: Digest) -> Measured:
         """The parts of an image, and which of them are stored for this repository."""
-        manifest = self._manifest(repository, digest)
-        if manifest is None:
-            return Measured(None, {digest: StoredPart(0, False)})
-        parts = {digest: StoredPart(len(manifest.content), True)}
-        content = contents(manifest.content)
-        if content is None:
-            return Measured(manifest.media_type, parts, unread=True)
-        for blob in content.blobs:
-            self._add_blob(repository, blob, parts)
-        platforms, read = [], dict[Digest, PlatformRow]()  # an index may name a manifest many times
-        for child in content.children:
-            if child.digest not in read:
-                found = self._parts(repository, child)
-                parts |= found.parts
-                read[child.digest] = PlatformRow(
-                    platform=None,
-                    complete=found.complete,
-                    bytes_held=found.held,
-                    bytes_whole=found.whole,
-                )
-            platforms.append(msgspec.structs.replace(read[child.digest], platform=child.platform))
-        return Measured(manifest.media_type, parts, platforms, unread(content))
-
-    def _parts(self, repository: str, top: Descriptor) -> Measured:
-        """A manifest and everything below it.  No recursion: indexes may be nested to any depth."""
-        parts: dict[Digest, StoredPart] = {}
-        media_type, steps, incomplete = None, Walk([top]), False
-        for named in steps:
-            if named.digest in parts:
-                continue
-            manifest = self._manifest(repository, named.digest)
-            if manifest is None:
-                parts[named.digest] = StoredPart(max(0, named.size), False)
-                continue
-            if named is top:
-                media_type = manifest.media_type
-            parts[named.digest] = StoredPart(len(manifest.content), True)
-            content = contents(manifest.content)
-            incomplete |= unread(content)
-            if content is not None:
-                steps.add(content.children)
-                for blob in content.blobs:
-                    self._add_blob(repository, blob, parts)
-        return Measured(media_type, parts, unread=incomplete)
-
-    def _add_blob(self, repository: str, blob: Descriptor, parts: dict[Digest, StoredPart]) -> None:
-        if blob.digest not in parts and blob.distributable:
-            held = self.store.linked(repository, blob.digest) is not None
-            parts[blob.digest] = StoredPart(max(0, blob.size), held)
+        return Measurer(self.store).measure(repository, digest)
 
     def _manifest(self, repository: str, digest: Digest) -> Manifest | None:
         try:
@@ -272,26 +213,29 @@ class Inventory:
         if digest is None:
             raise ManifestUnknown(f"{written(repository, reference)} is not stored")
         manifest = self.store.manifest(repository, digest)[0]
-        seen: _Seen = {}
+        tree = _Tree()
         use = self._usage.use(repository, reference)
         moves = self._usage.moves(repository, reference) if isinstance(reference, Tag) else []
+        node = self._node(repository, "manifest", manifest.descriptor, tree)
+        referrers = self._referrers(repository, digest, tree)
         return ImageTree(
             repository=repository,
             reference=str(reference),
             digest=str(digest),
-            node=self._node(repository, "manifest", manifest.descriptor, seen),
-            referrers=self._referrers(repository, digest, seen),
+            node=node,
+            referrers=referrers,
+            cut=tree.cut,
             moves=[MoveRow(at=each.at, old=str(each.old), new=str(each.new)) for each in moves],
             uses=UseRow(count=use.count, last=use.last, first=use.first) if use else None,
             pins=[pin.pattern for pin in self._pins.known() if pin.matches(repository, reference)],
         )
 
-    def _referrers(self, repository: str, digest: Digest, seen: _Seen) -> list[ImageNode]:
+    def _referrers(self, repository: str, digest: Digest, tree: _Tree) -> list[ImageNode]:
         found = []
         for each in dict.fromkeys(each for each, _ in referring(self.store, repository, digest)):
             manifest = self._manifest(repository, each)
             if manifest is not None:
-                found.append(self._node(repository, "referrer", manifest.descriptor, seen))
+                found.append(self._node(repository, "referrer", manifest.descriptor, tree))
         return found
 
     def _node(
@@ -299,25 +243,26 @@ class Inventory:
         repository: str,
         role: str,
         named: Descriptor,
-        seen: _Seen,
+        tree: _Tree,
         depth: int = 0,
     ) -> ImageNode:
-        """A manifest and what it names; `seen` spares reading it again at every other place that names it."""
+        """A manifest and what it names, which is not read again at every other place that names it."""
         children: list[ImageNode] = []
         key = named.digest, depth < DEEPEST
-        if key not in seen:
+        if key not in tree.seen:
             manifest = self._manifest(repository, named.digest)
-            content = contents(manifest.content) if manifest else None
-            seen[key] = _SeenManifest(
+            tree.cut |= manifest is not None and not tree.room
+            content = contents(manifest.content) if manifest and tree.room else None
+            tree.seen[key] = _SeenManifest(
                 manifest is not None, content is not None, content.artifact_type if content else None
             )
             if content and depth < DEEPEST:
-                for blob in content.blobs:
+                for blob in tree.shown(content.blobs):
                     kind = "config" if blob is content.config else "layer"
                     children.append(self._leaf(repository, kind, blob))
-                for child in content.children:
-                    children.append(self._node(repository, "manifest", child, seen, depth + 1))
-        found = seen[key]
+                for child in tree.shown(content.children):
+                    children.append(self._node(repository, "manifest", child, tree, depth + 1))
+        found = tree.seen[key]
         return ImageNode(
             role=role,
             digest=str(named.digest),

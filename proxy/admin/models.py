@@ -50,7 +50,8 @@ class RepositoryRow(ReplicaModel, frozen=True, gc=False):
 class PlatformRow(Model, frozen=True):
     """The images for one platform of an index.
 
-    `platform` is None if the index names none; `bytes_whole` is None if the manifest is not stored.
+    `platform` is None if the index names none; `bytes_whole` is None if the manifest is not stored, or if the
+    image names too much to be counted.
     """
 
     platform: str | None
@@ -64,7 +65,8 @@ class ImageRow(ReplicaModel, frozen=True):
 
     `bytes_whole` is the size of the whole image, as far as it is known: a child of an index that is not
     stored counts with its manifest only.  It is None, and `media_type` too, if the manifest itself is not
-    stored.  `fresh_until` is None for a tag that never becomes stale.
+    stored; it alone, if the image names too much to be counted.  `fresh_until` is None for a tag that never
+    becomes stale.
     """
 
     repository: str
@@ -212,7 +214,7 @@ class ImageTree(Model, frozen=True):
     """An image with all that it names.
 
     `moves` are those of the tag, the oldest first; `pins` are the patterns that match it.  In a fleet, the
-    tag has other digests `elsewhere`.
+    tag has other digests `elsewhere`.  It is `cut` if the image names more than is shown.
     """
 
     repository: str
@@ -224,6 +226,7 @@ class ImageTree(Model, frozen=True):
     uses: UseRow | None
     pins: list[str]
     elsewhere: list[ReplicaDigest] = []
+    cut: bool = False
 
 
 class PinRow(ReplicaModel, frozen=True):

@@ -5,7 +5,8 @@ The check asks no upstream, and is no use of an image.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -13,9 +14,20 @@ import msgspec
 from proxy.admin.reports import MissingRow, ReadyRow
 from proxy.namespaces.references import ImageReference
 from storage.errors import ManifestInvalid, ManifestUnknown
-from storage.graph import Walk, contents, missing_platforms, referring, selected, unread, walk
-from storage.oci import Descriptor, Digest, Manifest, Reference, Tag
+from storage.graph import Walk, contents, missing_platforms, referring, selected, unread
+from storage.oci import Descriptor, Digest, Manifest, ManifestContent, Reference, Tag
 from storage.store import Store
+
+MOST = 50  # platforms that a report names, of those to which the same is missing
+
+
+@dataclass(frozen=True, slots=True)
+class _ManifestCheck:
+    """What one manifest names, and which blobs of it are not stored."""
+
+    children: Sequence[Descriptor]
+    missing: Sequence[Descriptor]
+    unread: bool
 
 
 @dataclass(slots=True)
@@ -26,6 +38,8 @@ class _ImageCheck:
     repository: str
     missing: dict[Digest, MissingRow] = field(default_factory=dict)
     manifests: set[Digest] = field(default_factory=set)
+    checked: dict[Digest, _ManifestCheck | None] = field(default_factory=dict)  # None: it is not stored
+    times: Counter[Digest] = field(default_factory=Counter)
 
     def walk(
         self, digest: Digest, platform: str | None, kind: str | None = None, size: int = -1
@@ -33,28 +47,49 @@ class _ImageCheck:
         """Check a manifest, of `size` bytes, and everything that it names; returns the stored manifests.
 
         Missing content is reported with `kind`, by default as manifest or blob, and a manifest of an unknown
-        form as unreadable.
+        form as unreadable; and not for more platforms than MOST.
         """
-        found = walk(self.store, self.repository, digest)
-        self.manifests |= found.manifests
-        for each in found.missing:
-            self.report(each, kind or "manifest", size if each == digest else -1, platform)
-        for each in found.unread:
-            self.report(each, kind or "unreadable", -1, platform)
-        self.blobs(found.blobs.values(), platform, kind)
-        return found.manifests
+        found, steps = set(), Walk([digest])
+        for each in steps:
+            check = self._check(each)
+            if check is None:
+                self.report(each, kind or "manifest", size if each == digest else -1, platform)
+                continue
+            found.add(each)
+            steps.add(child.digest for child in check.children)
+            self.times[each] += 1
+            if self.times[each] > MOST:
+                continue
+            if check.unread:
+                self.report(each, kind or "unreadable", -1, platform)
+            for blob in check.missing:
+                self.report(blob.digest, kind or "blob", blob.size, platform)
+        self.manifests |= found
+        return found
 
-    def blobs(self, blobs: Iterable[Descriptor], platform: str | None, kind: str | None = None) -> None:
-        for each in blobs:
-            if each.distributable and self.store.linked(self.repository, each.digest) is None:
-                self.report(each.digest, kind or "blob", each.size, platform)
+    def _check(self, digest: Digest) -> _ManifestCheck | None:
+        """What is found of one manifest, which many others may name."""
+        if digest not in self.checked:
+            manifest = _manifest(self.store, self.repository, digest)
+            self.checked[digest] = None if manifest is None else self.look(contents(manifest.content))
+        return self.checked[digest]
+
+    def look(self, content: ManifestContent | None) -> _ManifestCheck:
+        if content is None:
+            return _ManifestCheck((), (), True)
+        blobs = {each.digest: each for each in content.blobs if each.distributable}
+        missing = [each for each in blobs.values() if not self._holds(each.digest)]
+        return _ManifestCheck(content.children, missing, unread(content))
+
+    def _holds(self, digest: Digest) -> bool:
+        return self.store.linked(self.repository, digest) is not None
 
     def report(self, digest: Digest, kind: str, size: int, platform: str | None) -> None:
         known = self.missing.get(digest)
         if known is None:
             known = MissingRow(digest=str(digest), kind=kind, size=size, platforms=[])
             self.missing[digest] = known
-        if platform is not None and platform not in known.platforms:
+        if platform is not None and len(known.platforms) < MOST and platform not in known.platforms:
             known.platforms.append(platform)
 
     def check_referrers(self) -> tuple[int, int]:
@@ -106,10 +141,12 @@ class Readiness:
         check = _ImageCheck(store, image.repository, manifests={manifest.digest})
         without_image: list[str] = []
         content = contents(manifest.content)
-        if unread(content):
+        own = check.look(content)
+        if own.unread:
             check.report(manifest.digest, "unreadable", len(manifest.content), None)
+        for blob in own.missing:
+            check.report(blob.digest, "blob", blob.size, None)
         if content is not None:
-            check.blobs(content.blobs, None)
             without_image = missing_platforms(content, platforms)
             for child in selected(content, platforms):
                 check.walk(child.digest, child.platform, size=child.size)

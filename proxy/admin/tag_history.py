@@ -7,6 +7,7 @@ from itertools import groupby
 
 from proxy.admin.image_diff import ImageDiffer
 from proxy.admin.inventory import Inventory
+from proxy.admin.measuring import Measured, Measurer
 from proxy.admin.tag_reports import HistoryRow, ImageDiff, TagHistory
 from proxy.config.image_names import split
 from proxy.namespaces.composition import Composition
@@ -38,8 +39,9 @@ class TagChronicle:
         if not known:
             raise ManifestUnknown(f"{written(image.repository, tag)} was never pulled, and is not stored")
         ends = [since for since, _ in known[1:]]
+        measurer = Measurer(inventory.store)
         rows = [
-            _row(image.repository, digest, since, until, inventory)
+            _row(since, until, digest, measurer.measure(image.repository, digest))
             for (since, digest), until in zip(known, [*ends, None], strict=True)
         ]
         return TagHistory(repository=image.repository, tag=str(tag), rows=rows[::-1])
@@ -90,17 +92,13 @@ def _tag(image: ImageReference) -> Tag:
     return image.reference
 
 
-def _row(
-    repository: str, digest: Digest, since: float, until: float | None, inventory: Inventory
-) -> HistoryRow:
-    measured = inventory.measure(repository, digest)
-    stored = measured.media_type is not None
+def _row(since: float, until: float | None, digest: Digest, measured: Measured) -> HistoryRow:
     return HistoryRow(
         digest=str(digest),
         since=since,
         until=until,
-        stored=stored,
-        complete=stored and measured.complete,
+        stored=measured.media_type is not None,
+        complete=measured.complete,
         bytes_whole=measured.whole,
         platforms=[each.platform for each in measured.platforms if each.platform],
     )

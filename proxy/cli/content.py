@@ -190,6 +190,8 @@ def tree_tables(found: models.ImageTree, now: float) -> Sequence[Table]:
     table.notes.append(
         f"used {plural(uses.count, 'time')}, last {format_time(uses.last, now)}" if uses else "never used"
     )
+    if found.cut:
+        table.notes.append("names more manifests and blobs than are shown")
     table.notes += [f"pinned by {each}" for each in found.pins]
     table.notes += [f"at {replica_name(each.replica)} it is {each.digest}" for each in found.elsewhere]
     if not found.moves:

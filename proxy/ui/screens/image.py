@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -17,6 +17,7 @@ from proxy.ui.rendering import Renderer, short
 from storage.errors import RegistryError
 from storage.names import written
 
+MOST = 300_000  # manifests and blobs that are added up for a page
 # What a media type or an artifact type tells, by a part of it; the first that fits.
 _KINDS = (
     ("simplesigning", "signature"),
@@ -37,7 +38,7 @@ class PartRow:
 
     node: ImageNode
     kind: str
-    whole: int
+    whole: int | None
     held: int
     complete: bool
 
@@ -66,7 +67,7 @@ class ImageScreen:
         if not ref:
             raise FieldInvalid("ref", "expected a reference such as alpine:3")
         tree, why = await self._operations.show(ref), await self._operations.why(ref)
-        exact = written(tree.repository, tree.digest)
+        exact, sums = written(tree.repository, tree.digest), Sums((tree.node, *tree.referrers))
         index = any(each.role == "manifest" for each in tree.node.children)
         config = None if index else await self._config(exact)
         blobs = [each for each in tree.node.children if each.role != "manifest"]
@@ -77,12 +78,12 @@ class ImageScreen:
             written(tree.repository, short(tree.reference)),
             tree=tree,
             exact=exact,
-            whole=part(tree.node),
-            platforms=[part(each) for each in tree.node.children if each.role == "manifest"],
+            whole=sums.part(tree.node),
+            platforms=[sums.part(each) for each in tree.node.children if each.role == "manifest"],
             layers=layers([each for each in blobs if each.role == "layer"], config),
             configured=next((each for each in blobs if each.role == "config"), None),
             config=config,
-            referrers=[part(each) for each in tree.referrers],
+            referrers=[sums.part(each) for each in tree.referrers],
             why=why,
             judged=judged,
         )
@@ -108,18 +109,38 @@ class ImageScreen:
         return self._renderer.page(request, "files.html", title, view=view, ref=ref, found=found)
 
 
-def part(node: ImageNode) -> PartRow:
-    """Sums over a tree, in which each content counts once."""
-    seen: dict[str, ImageNode] = {}
-    steps = [node]
-    while steps:
-        each = steps.pop()
-        if each.digest not in seen or each.children:
-            seen[each.digest] = each
+class Sums:
+    """Sums over parts of a tree, in which each content counts once.
+
+    What a manifest names is in the tree at the first place that names it.
+    """
+
+    def __init__(self, tops: Iterable[ImageNode]) -> None:
+        self._expanded: dict[str, ImageNode] = {}
+        self._left = MOST
+        steps = list(tops)
+        while steps:
+            each = steps.pop()
+            if each.children:
+                self._expanded[each.digest] = each
             steps += each.children
-    held = sum(max(0, each.size) for each in seen.values() if each.present)
-    whole = sum(max(0, each.size) for each in seen.values())
-    return PartRow(node, kind_of(node), whole, held, all(each.present for each in seen.values()))
+
+    def part(self, node: ImageNode) -> PartRow:
+        """A manifest with all below it; its sizes are unknown if they take too long to add up."""
+        seen: dict[str, ImageNode] = {}
+        steps = [node]
+        while steps and self._left > 0:
+            each = steps.pop()
+            if each.digest not in seen:
+                seen[each.digest] = each
+                below = self._expanded.get(each.digest, each).children
+                self._left -= 1 + len(below)
+                steps += below
+        held = sum(max(0, each.size) for each in seen.values() if each.present)
+        if steps:
+            return PartRow(node, kind_of(node), None, held, False)
+        whole = sum(max(0, each.size) for each in seen.values())
+        return PartRow(node, kind_of(node), whole, held, all(each.present for each in seen.values()))
 
 
 def kind_of(node: ImageNode) -> str:

@@ -21,7 +21,8 @@ from proxy.setup.install import Change, InstallPlan, Refused, install, plan_inst
 from proxy.setup.site import Setup, Site
 
 CLIENTS = ("containerd", "microk8s", "podman")  # those that read all their files at each pull
-INTERVAL = 2.0  # seconds between two requests
+INTERVAL = 10.0  # seconds between two requests to a server that answers
+SOON = 2.0  # seconds between two requests to one that does not
 TIMEOUT = 2.0  # seconds for an answer
 FAILURES = 3  # so many in a row until the files are taken out
 
@@ -90,7 +91,7 @@ async def hold(held: HeldSetup, site: Site, ended: asyncio.Event) -> None:
                 else:
                     held.answered()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), INTERVAL)
+                    await asyncio.wait_for(ended.wait(), SOON if cause else INTERVAL)
         finally:
             held.close()
 

@@ -1,6 +1,6 @@
 """The JSON Schema of the configuration, made of the types in proxy/config and the tables of the manual.
 
-`python -m tests.config_schema` writes it; a test checks that this has been done.
+`python -m tests.config_schema` writes it, and what the chart has of it; a test checks that this has been done.
 """
 
 from __future__ import annotations
@@ -111,4 +111,7 @@ def made() -> str:
 
 
 if __name__ == "__main__":
+    from tests import chart
+
     FILE.write_text(made(), encoding="utf-8")
+    chart.SCHEMA.write_text(chart.schema(), encoding="utf-8")  # which has it in it

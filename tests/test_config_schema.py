@@ -19,7 +19,7 @@ from proxy.config.fields import Section
 from proxy.config.loader import build
 from proxy.config.notation import is_secret, write_duration, write_size, written
 from proxy.config.quantities import parse_duration, parse_size
-from tests import config_schema
+from tests import chart, config_schema
 from tests.configuring import SECTIONS
 from tests.test_schema import EXAMPLE, uncommented
 
@@ -57,6 +57,12 @@ def configurations() -> list[tuple[str, str]]:
 
 def test_the_schema_is_up_to_date() -> None:
     assert config_schema.FILE.read_text(encoding="utf-8") == config_schema.made(), (
+        "python -m tests.config_schema writes it"
+    )
+
+
+def test_the_chart_has_it_as_it_is_now() -> None:
+    assert chart.SCHEMA.read_text(encoding="utf-8") == chart.schema(), (
         "python -m tests.config_schema writes it"
     )
 

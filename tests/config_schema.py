@@ -1,6 +1,6 @@
 """The JSON Schema of the configuration, made of the types in proxy/config and the tables of the manual.
 
-`python -m tests.config_schema` writes it, and what the chart has of it; a test checks that this has been done.
+`python -m tests.config_schema` writes it, and what the chart has of it; a test checks that it has been done.
 """
 
 from __future__ import annotations

@@ -194,6 +194,16 @@ async def test_nothing_is_kept_of_what_no_client_can_finish(registry: Registry) 
     assert list((registry.site.directory / "private" / "partial").iterdir()) == []
 
 
+async def test_a_pin_counts_what_it_matches_here(registry: Registry) -> None:
+    await registry.push_image()
+    url = registry.site.app.admin_url
+    assert url is not None
+    async with registry.site.session.post(url / "api/v1/pins", json={"pattern": "local/team/*"}) as response:
+        found = await response.json()
+    counts = [found[0][each] for each in ("references", "manifests", "blobs")]
+    assert counts == [1, 1, 2]
+
+
 async def test_a_restart_finds_all(registry: Registry, serve: Serve, upstream: Upstream) -> None:
     layer = await registry.push_image()
     await registry.site.app.stop()

@@ -134,6 +134,7 @@ async def look(config: Config) -> tuple[dict[str, bytes], dict[Digest, bytes]]:
 async def moved(config: Config, where: str) -> MoveReport:
     async with EngineMoves(config, where == "shared") as moves:
         ((_, job),) = moves.jobs(caches=True)
+        assert job is not None
         report = await job.run()
         if not report.damaged:
             await moves.settle()
@@ -413,8 +414,29 @@ async def test_what_is_there_already_is_not_overwritten(
     for store in (theirs, ours):
         await push(store, b"more")
         await store.close()
-    with pytest.raises(NotMovable, match="is already on the disk"):
-        await moved(configured(tmp_path, records=postgres_server.database()), "local")
+    elsewhere = configured(tmp_path, records=postgres_server.database())
+    async with EngineMoves(elsewhere, shared=False) as moves:
+        assert [job for _, job in moves.jobs(caches=True)] == [None]  # it is on the disk
+
+
+async def test_a_registry_that_is_there_already_stays(tmp_path: Path, fake: FakeBucket) -> None:
+    async def run(where: str, *options: str) -> str:
+        arguments = ["--to", where, *options, "--config", str(tmp_path / "shared.yml")]
+        found = await asyncio.to_thread(CliRunner().invoke, migrate, arguments)
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    store = private_store(configured(tmp_path))
+    await push(store, b"here")
+    await store.close()
+    configured(tmp_path, **in_bucket(fake))
+    for options in ([], ["--dry-run"]):
+        assert "private registry: it is already on the disk\n" in await run("local", *options)
+    assert "1 blob of" in await run("shared")
+    for _ in range(2):
+        assert "private registry: it is already in the engines of `shared`\n" in await run("shared")
+    assert "1 blob of" in await run("local")
+    assert "private registry: it is already on the disk\n" in await run("local")
 
 
 async def test_a_server_elsewhere_does_not_use_half_a_registry(

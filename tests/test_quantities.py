@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from proxy.config.quantities import (
     Reserve,
     format_duration,
+    format_past,
     format_share,
     format_size,
     format_time,
@@ -169,6 +170,13 @@ def test_sizes(count: int | None, text: str) -> None:
 )
 def test_moments(time: float | None, text: str) -> None:
     assert format_time(time, 1000.0) == text
+
+
+@pytest.mark.parametrize(
+    ("time", "text"), [(1000 - 59, "59 s ago"), (1059, "now"), (1000 + 86400, "now"), (None, "never")]
+)
+def test_what_has_happened_is_never_to_come(time: float | None, text: str) -> None:
+    assert format_past(time, 1000.0) == text
 
 
 def test_other_formats() -> None:

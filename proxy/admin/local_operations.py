@@ -86,7 +86,7 @@ class LocalOperations(KeyOperations):
         self._drills = drills
         stores = [parts.store, *([] if parts.private is None else [parts.private])]
         self._inventories = [Inventory(parts.config, each, parts.usage, parts.pins) for each in stores]
-        self._pins = PinControl(parts.pins, parts.store, self._inventories[0], self._reader)
+        self._pins = PinControl(parts.pins, self._inventories, self._reader)
         self._purges = [Purge(each, parts.pins) for each in (parts.common, parts.store) if each is not None]
         self._stores = StoreControl(parts)
         self._eviction = EvictionControl(parts, evicting or nullcontext())

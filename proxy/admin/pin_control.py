@@ -11,9 +11,8 @@ from proxy.admin.models import PinRow
 from proxy.namespaces.references import FieldInvalid, ReferenceReader, read_pattern, read_platforms
 from storage.errors import NameUnknown
 from storage.graph import walk
-from storage.maintenance.pins import Pin, Pins
+from storage.maintenance.pins import Pin, Pins, matching
 from storage.oci import Digest
-from storage.store import Store
 
 log = structlog.get_logger()
 
@@ -21,10 +20,9 @@ log = structlog.get_logger()
 class PinControl:
     """Lists, adds and removes pins.  Every method blocks, and may raise StorageFailed."""
 
-    def __init__(self, pins: Pins, store: Store, inventory: Inventory, reader: ReferenceReader) -> None:
+    def __init__(self, pins: Pins, inventories: Sequence[Inventory], reader: ReferenceReader) -> None:
         self._pins = pins
-        self._store = store
-        self._inventory = inventory
+        self._inventories = inventories
         self._reader = reader
 
     def rows(self) -> list[PinRow]:
@@ -61,15 +59,16 @@ class PinControl:
 
     def _row(self, pin: Pin) -> PinRow:
         manifests: set[Digest] = set()
-        blobs: dict[Digest, int] = {}
+        stored: dict[Digest, int] = {}
         references = 0
-        for repository, reference in self._pins.matching(pin):
-            references += 1
-            if (digest := self._inventory.digest(repository, reference)) is not None:
-                found = walk(self._store, repository, digest, pin.platforms)
-                manifests |= found.manifests
-                blobs |= {each: named.size for each, named in found.blobs.items()}
-        stored = [max(0, size) for digest, size in blobs.items() if self._store.holds(digest)]
+        for each in self._inventories:
+            for repository, reference in matching(each.store, pin):
+                references += 1
+                if (digest := each.digest(repository, reference)) is not None:
+                    found = walk(each.store, repository, digest, pin.platforms)
+                    manifests |= found.manifests
+                    blobs = ((blob, named.size) for blob, named in found.blobs.items())
+                    stored |= {blob: max(0, size) for blob, size in blobs if each.store.holds(blob)}
         return PinRow(
             pattern=pin.pattern,
             keep_fresh=pin.keep_fresh,
@@ -78,5 +77,5 @@ class PinControl:
             references=references,
             manifests=len(manifests),
             blobs=len(stored),
-            bytes=sum(stored),
+            bytes=sum(stored.values()),
         )

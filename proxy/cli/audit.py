@@ -13,7 +13,7 @@ from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
 from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_time
+from proxy.config.quantities import format_past
 from storage.names import written
 
 
@@ -50,7 +50,7 @@ def audit_tables(found: Sequence[activity_reports.AuditRow], now: float) -> Sequ
     table = Table(columns, empty="nothing is recorded")
     for each in found:
         table.add(
-            format_time(each.at, now),
+            format_past(each.at, now),
             each.kind,
             f"{each.result} ({each.status})",
             f"{each.user} at {each.address}" if each.user else each.address,

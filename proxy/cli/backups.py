@@ -21,7 +21,7 @@ from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
 from proxy.config.errors import StartError
 from proxy.config.loader import load
-from proxy.config.quantities import format_size, format_time, plural
+from proxy.config.quantities import format_past, format_size, plural
 from proxy.config.schema import Config
 from proxy.transfer.results import BackedUp, BackupRow, DamageRow, Restored
 from storage.errors import RegistryError
@@ -180,7 +180,7 @@ def backup_tables(found: BackedUp, now: float) -> Sequence[Table]:
 
 
 def restore_tables(found: Restored, now: float) -> Sequence[Table]:
-    made = f"made {format_time(found.made, now)} by version {found.version}"
+    made = f"made {format_past(found.made, now)} by version {found.version}"
     done = f"restored into {found.path}" if found.restored else "not restored"
     linked = f"{plural(found.linked, 'blob')} as hard links"
     return _shown(found.stores, found.damaged, [f"{done}: a backup {made}; {linked}; {found.seconds:.1f} s"])

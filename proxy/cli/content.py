@@ -16,7 +16,7 @@ from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
 from proxy.cli.replicas import ALL, by_replica, replica_name
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_size, format_time, plural
+from proxy.config.quantities import format_past, format_size, plural
 from storage.names import written
 
 PAGE = LARGEST_PAGE
@@ -86,7 +86,7 @@ def _repositories(rows: Sequence[models.RepositoryRow], now: float) -> Table:
     )
     table = Table(columns, empty="nothing that is stored matches")
     for each in rows:
-        used = format_time(each.last_used, now)
+        used = format_past(each.last_used, now)
         table.add(each.repository, _number(each.tags), _number(each.manifests), format_size(each.bytes), used)
     uncounted = sum(each.bytes is None for each in rows)
     if len(rows) > 1 and not uncounted:
@@ -131,7 +131,7 @@ def _images(rows: Sequence[models.ImageRow], now: float) -> Table:
             format_size(each.bytes_held),
             format_size(each.bytes_whole),
             _platforms(each),
-            format_time(each.last_used, now),
+            format_past(each.last_used, now),
             str(each.uses),
             freshness(each.fresh_until, now),
             "pinned" if each.pinned else "",
@@ -188,7 +188,7 @@ def tree_tables(found: models.ImageTree, now: float) -> Sequence[Table]:
         )
     uses = found.uses
     table.notes.append(
-        f"used {plural(uses.count, 'time')}, last {format_time(uses.last, now)}" if uses else "never used"
+        f"used {plural(uses.count, 'time')}, last {format_past(uses.last, now)}" if uses else "never used"
     )
     if found.cut:
         table.notes.append("names more manifests and blobs than are shown")
@@ -198,7 +198,7 @@ def tree_tables(found: models.ImageTree, now: float) -> Sequence[Table]:
         return [table]
     moves = Table((Column("MOVED"), Column("FROM", digests=True), Column("TO", digests=True)))
     for move in reversed(found.moves):
-        moves.add(format_time(move.at, now), move.old, move.new)
+        moves.add(format_past(move.at, now), move.old, move.new)
     return [table, moves]
 
 

@@ -11,7 +11,7 @@ from proxy.cli.completion import references
 from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_size, format_time
+from proxy.config.quantities import format_past, format_size
 from storage.names import written
 
 
@@ -38,8 +38,8 @@ def history_tables(found: tag_reports.TagHistory, now: float) -> Sequence[Table]
     table = Table(columns, title=written(found.repository, found.tag))
     for each in found.rows:
         table.add(
-            format_time(each.since, now),
-            format_time(each.until, now, "still"),
+            format_past(each.since, now),
+            format_past(each.until, now, "still"),
             each.digest,
             format_size(each.bytes_whole),
             ("completely" if each.complete else "partially") if each.stored else "no",

@@ -15,7 +15,7 @@ from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.help import ExplainedCommand, ExplainedGroup
 from proxy.cli.tables import Column, Table
 from proxy.config.errors import StartError
-from proxy.config.quantities import format_time, parse_keep, plural
+from proxy.config.quantities import format_past, format_time, parse_keep, plural
 
 
 @click.group(cls=ExplainedGroup)
@@ -132,9 +132,9 @@ def key_tables(rows: Sequence[key_reports.KeyRow], now: float) -> Sequence[Table
             each.name,
             " ".join(each.scopes),
             "" if each.locked is None else plural(each.locked, "line"),
-            format_time(each.made, now),
+            format_past(each.made, now),
             format_time(each.expires, now, "never"),
-            format_time(each.used, now, "never"),
+            format_past(each.used, now, "never"),
         )
     return [table]
 

@@ -18,7 +18,7 @@ from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common
 from proxy.cli.fills import show_fills
 from proxy.cli.help import command
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_share, format_size, format_time, plural
+from proxy.config.quantities import format_past, format_share, format_size, plural
 from storage.names import written
 
 
@@ -108,7 +108,7 @@ def scrub_tables(found: reports.Scrubbing, now: float) -> Sequence[Table]:
         if each.begun or each.running:
             table.add(
                 name,
-                format_time(each.begun, now),
+                format_past(each.begun, now),
                 format_share(min(1.0, each.bytes / each.total_bytes) if each.total_bytes else None),
                 str(each.checked),
                 format_size(each.bytes),

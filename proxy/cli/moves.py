@@ -73,26 +73,30 @@ async def _migrate(
 ) -> EngineMoved:
     from proxy.transfer.engine_moves import EngineMoves, NotMovable
 
-    begun, reloaded = time.monotonic(), False
+    begun, reloaded, pending = time.monotonic(), False, False
     parts: list[MovedPart] = []
     damaged: list[DamageRow] = []
     try:
         async with EngineMoves(config, shared) as moves:
             for name, job in moves.jobs(caches):
+                if job is None:
+                    parts.append(MovedPart(name=name, blobs=0, bytes=0, records=0))
+                    continue
+                pending = True
                 await moves.check_room(job)
                 if dry_run:
                     parts.append(await moves.expected(name, job))
                     continue
                 parts.append(await _watched(name, job, call.json))
                 damaged += [DamageRow("", str(digest), why) for digest, why in job.report.damaged.items()]
-            if not dry_run and not damaged:
+            if pending and not dry_run and not damaged:
                 await moves.settle()
     except RegistryError as error:
         kept = "" if dry_run else "; what was copied stays, and the next run continues"
         raise OperationFailed(f"{error}{kept}", error.code) from error
     except (StartError, NotMovable, OSError) as error:
         raise OperationFailed(str(error)) from error
-    if config.hosted() and not dry_run and not damaged:
+    if config.hosted() and pending and not dry_run and not damaged:
         reloaded = await _reloaded(config, call)
     return EngineMoved(
         to="shared" if shared else "local",
@@ -143,11 +147,22 @@ def _show(name: str, report: MoveReport, progress: ProgressDisplay) -> None:
 def moved_tables(found: EngineMoved, now: float) -> Sequence[Table]:
     return [
         *([damage_table(found.damaged)] if found.damaged else []),
-        Table((), notes=[*map(_line, found.parts), *_after(found)]),
+        Table((), notes=[*(_line(each, found) for each in found.parts), *_after(found)]),
     ]
 
 
-def _line(part: MovedPart) -> str:
+def _place(found: EngineMoved) -> str:
+    return "in the engines of `shared`" if found.to == "shared" else "on the disk"
+
+
+def _is_moved(part: MovedPart) -> bool:
+    """Whether it is the private registry, and was where it is to be."""
+    return part.name == REGISTRY and not (part.blobs or part.records or part.paused)
+
+
+def _line(part: MovedPart, found: EngineMoved) -> str:
+    if _is_moved(part):
+        return f"{part.name}: it is already {_place(found)}"
     what = f"{plural(part.blobs, 'blob')} of {format_size(part.bytes)}, {plural(part.records, 'record')}"
     pause = f"; pushes waited for {part.paused:.1f} s" if part.paused else ""
     expected = "" if part.expected is None else f", in about {format_duration(max(1.0, part.expected))}"
@@ -159,10 +174,9 @@ def _after(found: EngineMoved) -> list[str]:
         return ["nothing was copied"]
     if found.damaged:
         return ["the server continues with what it had"]
-    place = "in the engines of `shared`" if found.to == "shared" else "on the disk"
-    if any(each.name == REGISTRY for each in found.parts):
+    if any(each.name == REGISTRY and not _is_moved(each) for each in found.parts):
         server = "is reloading" if found.reloaded else "has to be reloaded now: it refuses pushes until then"
-        return [f"the private registry is {place}; the server {server}", f"{found.seconds:.1f} s"]
+        return [f"the private registry is {_place(found)}; the server {server}", f"{found.seconds:.1f} s"]
     return [f"{found.seconds:.1f} s"]
 
 

@@ -23,7 +23,7 @@ from proxy.cli.fills import show_fills
 from proxy.cli.help import command
 from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout, plural
+from proxy.config.quantities import format_duration, format_past, format_size, parse_timeout, plural
 from storage.concurrency import for_each
 from storage.names import written
 
@@ -356,7 +356,7 @@ def drill_tables(found: Drilling, now: float) -> Sequence[Table]:
             each.kind,
             each.client,
             str(each.count),
-            format_time(each.last, now),
+            format_past(each.last, now),
         )
     by_replica(table, found.missed)
     if len(found.missed) > 1:

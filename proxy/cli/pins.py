@@ -11,7 +11,7 @@ from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
 from proxy.cli.help import command
 from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_duration, format_size, format_time, parse_timeout
+from proxy.config.quantities import format_duration, format_past, format_size, parse_timeout
 
 
 @command()
@@ -70,7 +70,7 @@ def pin_tables(found: Sequence[models.PinRow], now: float) -> Sequence[Table]:
             each.pattern,
             "no" if each.keep_fresh is None else f"every {format_duration(each.keep_fresh)}",
             " ".join(each.platforms) or "all",
-            format_time(each.since, now, "configuration"),
+            format_past(each.since, now, "configuration"),
             str(each.references),
             str(each.manifests),
             str(each.blobs),

@@ -25,7 +25,7 @@ from proxy.config.errors import ConfigError, StartError
 from proxy.config.image_names import parse, split
 from proxy.config.loader import load
 from proxy.config.policy import NameVerdict, PolicyConfig
-from proxy.config.quantities import format_time, parse_timeout
+from proxy.config.quantities import format_past, format_time, parse_timeout
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
 from proxy.config.yaml_text import parse_yaml
@@ -231,7 +231,7 @@ def held_tables(rows: Sequence[policy_reports.HeldRow], now: float) -> Sequence[
     )
     table = Table(columns, empty="no tag is held")
     for each in rows:
-        tag, seen = written(each.repository, each.tag), format_time(each.seen, now)
+        tag, seen = written(each.repository, each.tag), format_past(each.seen, now)
         table.add(tag, each.digest, each.candidate or "-", seen, moving(each, now), each.rule)
     return [by_replica(table, rows)]
 
@@ -368,7 +368,7 @@ def replay_tables(found: Sequence[ReplayedPull], now: float) -> Sequence[Table]:
     )
     table = Table(columns, empty="nothing would have been refused")
     for each in found:
-        last = format_time(each.last, now)
+        last = format_past(each.last, now)
         table.add(each.image, each.who, str(each.count), last, each.outcome, each.rule, each.reason)
     return [table]
 

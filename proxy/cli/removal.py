@@ -17,7 +17,7 @@ from proxy.cli.context import CommandContext, common, option_type
 from proxy.cli.help import command
 from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_duration, format_size, format_time, parse_size, plural
+from proxy.config.quantities import format_duration, format_past, format_size, parse_size, plural
 from storage.names import is_glob
 
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
@@ -126,7 +126,7 @@ def evictable_tables(found: activity_reports.Evictable, now: float) -> Sequence[
         table.add(
             each.digest,
             format_size(each.bytes),
-            format_time(each.last_used, now),
+            format_past(each.last_used, now),
             "never" if left is None else f"in {format_duration(left)}" if left > 0 else "now",
             format_size(each.left + each.bytes),
             " ".join(each.repositories),
@@ -192,7 +192,7 @@ def collection_tables(found: reports.Collected, now: float) -> Sequence[Table]:
     if not found.begun:
         table.notes.append("no collection has run yet")
         return [table]
-    done = "would be collected" if found.dry_run else f"collected {format_time(found.begun, now)}"
+    done = "would be collected" if found.dry_run else f"collected {format_past(found.begun, now)}"
     table.notes.append(f"{done}: {_counts(found)}{_dry_run(found.dry_run)}")
     table.notes.append(
         f"examined {plural(found.repositories, 'repository', 'repositories')};"
@@ -212,7 +212,7 @@ def _expired_tags(found: reports.Collected, now: float) -> Sequence[Table]:
     )
     for row in found.rows:
         for each in row.expired:
-            pushed, pulled = format_time(each.pushed_at, now), format_time(each.pulled_at or None, now)
+            pushed, pulled = format_past(each.pushed_at, now), format_past(each.pulled_at or None, now)
             table.add(f"{row.repository}:{each.tag}", pushed, pulled, each.reason)
     shown = sum(len(row.expired) for row in found.rows)
     if shown < found.tags:

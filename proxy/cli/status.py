@@ -15,6 +15,7 @@ from proxy.cli.replicas import by_replica, replica_name
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import (
     format_duration,
+    format_past,
     format_time,
     plural,
 )
@@ -50,10 +51,10 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
     if found.digest is not None:
         table.add("stored", ("completely" if found.complete else "partially") if found.stored else "no")
         if found.validated_at is not None:
-            table.add("validated", format_time(found.validated_at, now))
+            table.add("validated", format_past(found.validated_at, now))
         if found.fresh_rule is not None:
             table.add("fresh", freshness(found.fresh_until, now))
-        table.add("last used", format_time(found.last_used, now))
+        table.add("last used", format_past(found.last_used, now))
     if found.access is not None:
         table.add("may be pulled by", found.access)
     if found.policy is not None:
@@ -109,7 +110,7 @@ def host_state(host: reports.HostRow, now: float) -> str:
     if host.limited_until is not None:
         parts.append(f"rate limited until {format_time(host.limited_until, now)}")
     for each in host.refused:
-        when = format_time(each.at, now)
+        when = format_past(each.at, now)
         parts.append(f"{each.host} refused credential {each.credential} with status {each.status} {when}")
     return ", ".join(parts)
 
@@ -137,7 +138,7 @@ def webhook_tables(found: Sequence[models.WebhookRow], now: float) -> Sequence[T
         failing = (
             ""
             if each.failing_since is None
-            else f"since {format_time(each.failing_since, now)}: {each.error}"
+            else f"since {format_past(each.failing_since, now)}: {each.error}"
         )
         table.add(
             each.name,
@@ -145,8 +146,8 @@ def webhook_tables(found: Sequence[models.WebhookRow], now: float) -> Sequence[T
             each.format,
             " ".join(each.actions),
             str(each.pending),
-            format_time(each.oldest, now, ""),
-            format_time(each.delivered_at, now, "never"),
+            format_past(each.oldest, now, ""),
+            format_past(each.delivered_at, now, "never"),
             failing,
         )
     by_replica(table, found)

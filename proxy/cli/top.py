@@ -26,7 +26,7 @@ from proxy.cli.help import command
 from proxy.cli.replicas import by_replica
 from proxy.cli.status import host_state
 from proxy.cli.tables import Column, Table, clean, fitted, shortened, shortened_digest
-from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
+from proxy.config.quantities import format_duration, format_past, format_share, format_size, plural
 from storage.names import written
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _slowest(found: Snapshot, now: float) -> Table:
             str(each.status),
             each.result or "none",
             each.client,
-            format_time(each.at, now),
+            format_past(each.at, now),
             each.id,
         )
     return by_replica(table, found.activity.slowest)

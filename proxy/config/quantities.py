@@ -233,6 +233,11 @@ def format_time(time: float | None, now: float, never: str = "never") -> str:
     return f"{format_duration(now - time)} ago" if time < now else f"in {format_duration(time - now)}"
 
 
+def format_past(time: float | None, now: float, never: str = "never") -> str:
+    """As format_time() of what has happened: it may be later than `now` by the clock of another replica."""
+    return format_time(None if time is None else min(time, now), now, never)
+
+
 def format_size(count: float | None) -> str:
     """`1.2 GiB`; `?` for None or a negative count, which stand for unknown."""
     if count is None or count < 0:

@@ -104,8 +104,8 @@ class EngineMoves:
     ) -> None:
         await self._stack.aclose()
 
-    def jobs(self, caches: bool) -> Iterator[tuple[str, Job]]:
-        """What is to be done, each with its name."""
+    def jobs(self, caches: bool) -> Iterator[tuple[str, Job | None]]:
+        """What is to be done, each with its name; None for what is where it is to be."""
         config = self._config
         if config.shared.records is None and config.shared.bucket is None:
             raise NotMovable("`shared` of the configuration names neither a bucket nor records")
@@ -125,13 +125,13 @@ class EngineMoves:
         self._stack.push_async_callback(store.close)
         return store
 
-    def _registry(self) -> EngineMove:
+    def _registry(self) -> EngineMove | None:
         config = self._config
         there = is_shared(config)
         disk = engine(config, shared=False)
         self._stack.callback(disk.records.close)
         if there == self._shared and Writers.of(disk.records) is None:
-            raise NotMovable(f"the private registry is already {'shared' if there else 'on the disk'}")
+            return None
         if not there:
             self._forget_database()
         shared = engine(config, shared=True)

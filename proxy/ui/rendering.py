@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from proxy.admin.notices import warnings
-from proxy.config.quantities import format_duration, format_share, format_size, format_time, plural
+from proxy.config.quantities import (
+    format_duration,
+    format_past,
+    format_share,
+    format_size,
+    format_time,
+    plural,
+)
 from proxy.ui.listing import link
 from proxy.ui.sessions import BrowserSession
 
@@ -116,7 +123,8 @@ class Renderer:
             "duration": format_duration,
             "number": lambda count: "?" if count is None else f"{count:,}",
             "plural": plural,
-            "ago": lambda time: format_time(time, self._clock()),
+            "ago": lambda time: format_past(time, self._clock()),
+            "when": lambda time: format_time(time, self._clock()),
             "iso": iso,
             "short": short,
             "host": lambda url: url.partition("//")[2],

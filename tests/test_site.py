@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
 
 import pytest
 from mkdocs.exceptions import Abort
@@ -25,6 +26,7 @@ LOADED = {
     "iframe": "src",
     "source": "srcset",
 }
+SHAPES = {"svg", "title", "desc", "style", "defs", "marker", "path", "rect", "text"}
 LARGEST = 4 << 20  # bytes of the whole site: it is in the wheel
 
 
@@ -150,6 +152,35 @@ def test_the_search_index_has_what_the_pages_say(site: Path, text: str, page: st
     documents = json.loads((site / "search/search_index.json").read_text())["docs"]
     assert page in {each["location"].partition("#")[0] for each in documents if text in each["text"]}
     assert all(len(each["title"]) > 1 for each in documents)
+
+
+DRAWINGS = sorted((ROOT / "docs" / "images").glob("*.svg"))
+
+
+@pytest.mark.parametrize("path", DRAWINGS, ids=lambda path: path.name)
+def test_a_drawing_says_what_it_shows_and_is_dark_where_the_page_is(path: Path) -> None:
+    text = path.read_text()
+    assert len(text) < 8000
+    drawing = ElementTree.fromstring(text)
+    assert drawing.get("role") == "img"
+    for name in (drawing.get("aria-labelledby") or "").split():
+        [said] = [each.text for each in drawing if each.get("id") == name]
+        assert said and len(said) > 8
+    assert "prefers-color-scheme: dark" in text
+    assert {each.tag.partition("}")[2] for each in drawing.iter()} <= SHAPES
+    colored = re.findall(r"\.([a-z]+) \{", text.partition("@media")[0])
+    assert {*re.findall(r"\.([a-z]+) \{", text.partition("@media")[2]), "dash"} == {*colored}
+    used = {name for each in drawing.iter() for name in each.get("class", "").split()}
+    assert used <= {*colored}
+
+
+def test_pictures_have_words_in_their_place(pages: dict[str, SitePage]) -> None:
+    shown = [each for page in PAGES for each in re.findall(r"!\[([^\]]*)\]\([^)]*\)", page.read_text())]
+    assert len(shown) > 15
+    assert [each for each in shown if not each.strip()] == []
+    assert {path.name for path in DRAWINGS} < {
+        Path(each).name for page in pages.values() for each in page.loaded
+    }
 
 
 def test_it_has_no_modules(site: Path) -> None:

@@ -21,6 +21,7 @@ ABSENT = (
     "In the source, run: pip install '.[docs]' && python -m mkdocs build\n"
     "Then install it again, unless it is installed in editable mode.\n"
 )
+DRAWING = "default-src 'none'; style-src 'unsafe-inline'"  # a drawing has its colors in itself
 _TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -34,9 +35,15 @@ _TYPES = {
 def documentation(site: Path = SITE) -> web.Application:
     """The application, for whoever reaches the listener: what it shows is known to everybody."""
     application = web.Application()
-    application.on_response_prepare.append(set_headers)
+    application.on_response_prepare.append(_set_headers)
     application.router.add_get("/{path:.*}", SiteFiles(site).answer)
     return application
+
+
+async def _set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    await set_headers(request, response)
+    if response.content_type == _TYPES[".svg"]:
+        response.headers["Content-Security-Policy"] = DRAWING
 
 
 class SiteFiles:

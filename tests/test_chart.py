@@ -328,6 +328,7 @@ def test_servers_pass_the_restricted_pod_security_standard(name: str) -> None:
         ({"image": {"digest": "sha256:1"}}, "image.digest"),
         ({"secretEnv": {"TOKEN": "secret"}}, "secretEnv.TOKEN"),
         ({"containerd": {"directory": "etc/containerd"}}, "containerd.directory"),
+        ({"config": {"namespaces": {"a": {"store": {}, "listen": ":5002"}}}}, "nobody reaches port 5002"),
         ({"service": {"nodePort": 30500}}, "service.nodePort needs"),
         ({"containerd": {"enabled": True}}, "nodes cannot resolve"),
         ({"ingress": {"enabled": True}}, "ingress.host"),

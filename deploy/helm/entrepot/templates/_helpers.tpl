@@ -128,7 +128,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{/* What would lose content, or not work, and no schema can say. */}}
 {{- define "entrepot.check" -}}
 {{- $shared := .Values.config.shared | default dict }}
+{{- $ports := list }}
+{{- range .Values.extraPorts }}
+{{- $ports = append $ports (toString .port) }}
+{{- end }}
 {{- range $name, $namespace := .Values.config.namespaces | default dict }}
+{{- if and (kindIs "map" $namespace) $namespace.listen }}
+{{- $port := regexFind "[0-9]+$" (toString $namespace.listen) }}
+{{- if not (has $port $ports) }}
+{{- fail (printf "config.namespaces.%s.listen: nobody reaches port %s: add it to extraPorts" $name $port) }}
+{{- end }}
+{{- end }}
 {{- if and (kindIs "map" $namespace) (hasKey $namespace "store") }}
 {{- $one := and (eq $.Values.mode "StatefulSet") (not (include "entrepot.several" $)) }}
 {{- if not (or $one (and $shared.bucket $shared.records)) }}

@@ -6,14 +6,22 @@ import asyncio
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from structlog.testing import LogCapture
 
 from proxy.config.errors import ConfigError, StartError
-from proxy.extensions.protocols import HostLogin
-from storage.oci import Digest
+from proxy.extensions.kinds import GROUPS
+from proxy.extensions.protocols import (
+    ClientRequest,
+    ConditionResult,
+    HostLogin,
+    JudgedManifest,
+    RequestRefusal,
+    ResponseHeaders,
+)
+from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.events import Ear
 from tests.extensions import (
@@ -25,7 +33,7 @@ from tests.extensions import (
     released,  # noqa: F401
 )
 from tests.test_push import Client, image
-from tests.upstream import Basic, Upstream
+from tests.upstream import Basic, Status, Upstream
 
 HERE = "tests.test_extended"
 # Those of each sort: the others differ only in words.
@@ -124,7 +132,18 @@ def test_settings_are_any_keys_and_shown_nowhere(tmp_path: Path) -> None:
     assert "hunter2" not in repr(config)
 
 
-@pytest.mark.parametrize("kind", ["credential_provider", "event_sink"])
+def top_of(kind: str, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys at the top, and of the upstream, with which the extension `mine` is used."""
+    top: dict[str, Any] = {"extensions": {"mine": extension(kind, **settings)}}
+    if kind == "event_sink":
+        top["webhooks"] = [{"name": "told", "extension": "mine", "actions": ["push"], "backoff": "1ms"}]
+    if kind == "policy_condition":
+        rule = {"name": "labelled", "action": "allow", "conditions": ["mine"]}
+        top["policy"] = {"rules": [rule]}
+    return top, {"credential_provider": "mine"} if kind == "credential_provider" else {}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
 async def test_a_broken_one_keeps_the_server_from_starting(
     serve: Serve,
     upstream: Upstream,
@@ -132,15 +151,8 @@ async def test_a_broken_one_keeps_the_server_from_starting(
     kind: str,
 ) -> None:
     package.offer(kind, "one", "nowhere:Class")
-    options, webhooks = {}, []
-    if kind == "credential_provider":
-        options = {"credential_provider": "mine"}
-    else:
-        webhooks = [{"name": "w", "extension": "mine"}]
-    top = {"extensions": {"mine": {"kind": kind, "use": "one"}}, "webhooks": webhooks}
-    says = (
-        r"extensions\.mine: one of others-package 1\.2: raised ModuleNotFoundError: No module named 'nowhere'"
-    )
+    top, options = top_of(kind)
+    says = r"extensions\.mine: one of others-package 1\.2: raised ModuleNotFoundError: No module"
     with pytest.raises(StartError, match=says):
         await serve(upstream, top=top, options=options)
 
@@ -303,3 +315,200 @@ async def test_a_sink_that_fails_gets_the_event_again(
     await site.app.stop()
     assert len({event["id"] for (event,) in mine.calls}) == 1
     assert len(mine.calls) >= 3 if how != "block its thread" else mine.calls
+
+
+# Policy conditions
+
+
+class Condition(Misbehaving):
+    """What is met has a config that says so."""
+
+    async def judge(self, manifest: JudgedManifest) -> Any:
+        config = json.loads(manifest.content)["config"]["digest"]
+        met = self.behaviour.how == "well" and await manifest.blob(config) == b'{"good":1}'
+        return await self.act(ConditionResult(met, "is good" if met else "is not good"), manifest.digest)
+
+
+def images(upstream: Upstream) -> None:
+    for tag in ("good", "bad"):
+        config = b'{"%s":1}' % tag.encode()
+        content = manifest_of(upstream.blob("library/app", config), len(config))
+        upstream.manifest("library/app", content, OCI_MANIFEST, tag)
+
+
+def manifest_of(config: str, size: int) -> bytes:
+    described = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": size}
+    return json.dumps(
+        {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": described, "layers": []}
+    ).encode()
+
+
+async def test_a_condition_decides_what_is_served(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+) -> None:
+    package.offer("policy_condition", "one", f"{HERE}:Condition")
+    images(upstream)
+    top, _ = top_of("policy_condition")
+    site = await serve(upstream, top=top)
+    for _ in range(2):
+        assert (await site.get("/v2/library/app/manifests/good"))[0] == 200
+    status, _, body = await site.get("/v2/library/app/manifests/bad")
+    assert status == 403
+    assert "it is not good" in body.decode()
+    assert len(Condition.made[-1].calls) == 2
+    assert await ready(site) == {"status": "ready"}
+
+
+async def test_what_a_condition_cannot_fetch_is_no_failure_of_it(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+) -> None:
+    package.offer("policy_condition", "one", f"{HERE}:Condition")
+    images(upstream)
+    top, _ = top_of("policy_condition")
+    site = await serve(upstream, top=top)
+    upstream.next("GET", "blob", Status(503), times=10)
+    status, _, body = await site.get("/v2/library/app/manifests/good")
+    assert status in (502, 503)
+    assert "extension" not in body.decode()
+    assert await ready(site) == {"status": "ready"}
+
+
+@pytest.mark.errors("extension.failed")
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("mode", ["enforce", "warn"])
+async def test_a_condition_that_fails(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+    how: str,
+    mode: str,
+) -> None:
+    package.offer("policy_condition", "one", f"{HERE}:Condition")
+    images(upstream)
+    top, _ = top_of("policy_condition", how=how)
+    top["policy"]["mode"] = mode
+    site = await serve(upstream, top=top)
+    status, headers, body = await site.get("/v2/library/app/manifests/good")
+    if mode == "enforce":
+        assert status == 503
+        assert int(headers["Retry-After"]) > 0
+        assert "the extension mine of this server failed" in body.decode()
+    else:
+        assert status == 200
+        assert "cannot be verified now" in headers["Warning"]
+    assert (await ready(site))["status"] == "degraded"
+    assert (await site.get("/v2/"))[0] == 200
+    RELEASE.set()
+
+
+def test_a_rule_that_denies_has_no_conditions(tmp_path: Path) -> None:
+    rule = {"name": "r", "action": "deny", "reason": "x", "conditions": ["mine"]}
+    with pytest.raises(ConfigError, match="rule r denies, and conditions are what it must meet"):
+        configuration(tmp_path, {"policy": {"rules": [rule]}})
+
+
+# Middleware
+
+
+class Gate(Misbehaving):
+    """Answers what the path says: the last part of the name of the repository."""
+
+    answers: ClassVar[dict[str, Any]] = {
+        "refused": RequestRefusal("not you"),
+        "later": RequestRefusal("not now", retry_after=7),
+        "marked": ResponseHeaders({"X-Site": "berlin"}),
+    }
+
+    async def handle(self, request: ClientRequest) -> Any:
+        found = next((each for name, each in self.answers.items() if f"/{name}/" in request.path), None)
+        return await self.act(found, request)
+
+
+async def test_middleware_sees_each_request(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+) -> None:
+    package.offer("middleware", "one", f"{HERE}:Gate")
+    digest = upstream.blob("library/marked", b"content")
+    upstream.blob("library/refused", b"content")
+    site = await serve(upstream, top=top_of("middleware")[0])
+    for _ in range(3):  # the later ones would be answered by their bytes alone
+        status, headers, body = await site.get(f"/v2/library/marked/blobs/{digest}?ns=docker.io", X_Team="a")
+        assert (status, body, headers["X-Site"]) == (200, b"content", "berlin")
+    calls = [request for (request,) in Gate.made[-1].calls]
+    assert len(calls) == 3
+    assert (calls[0].method, calls[0].client) == ("GET", "127.0.0.1")
+    assert (calls[0].path, calls[0].query) == (f"/v2/library/marked/blobs/{digest}", "ns=docker.io")
+    assert calls[0].headers["x-team"] == "a"
+    status, headers, _ = await site.get("/v2/library/marked/manifests/nothing")
+    assert (status, headers["X-Site"]) == (404, "berlin")
+    status, _, body = await site.get(f"/v2/library/refused/blobs/{digest}")
+    assert (status, json.loads(body)["errors"][0]["code"]) == (403, "DENIED")
+    assert json.loads(body)["errors"][0]["message"] == "not you"
+    status, headers, body = await site.get(f"/v2/library/later/blobs/{digest}")
+    assert (status, headers["Retry-After"]) == (429, "7")
+    assert len(Gate.made[-1].calls) == 6
+
+
+@pytest.mark.errors("extension.failed")
+@pytest.mark.parametrize("how", WAYS)
+async def test_middleware_that_fails_lets_nothing_through(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+    how: str,
+) -> None:
+    package.offer("middleware", "one", f"{HERE}:Gate")
+    digest = upstream.blob("library/app", b"content")
+    site = await serve(upstream, top=top_of("middleware", how=how, times=2)[0])
+    for _ in range(2):
+        status, headers, body = await site.get(f"/v2/library/app/blobs/{digest}")
+        assert status == 503
+        assert int(headers["Retry-After"]) > 0
+        assert b"the extension mine of this server failed" in body
+        assert (await ready(site))["status"] == "degraded"
+    RELEASE.set()
+    while True:  # until the thread of the extension is free
+        status, _, body = await site.get(f"/v2/library/app/blobs/{digest}")
+        if status == 200:
+            break
+        assert how in ("block its thread", "hang")
+    assert body == b"content"
+    assert await ready(site) == {"status": "ready"}
+
+
+async def test_without_middleware_hits_take_the_short_way(serve: Serve, upstream: Upstream) -> None:
+    site = await serve(upstream)
+    assert site.app.composition.extensions.states() == []
+    digest = upstream.blob("library/app", b"content")
+    for _ in range(3):
+        assert (await site.get(f"/v2/library/app/blobs/{digest}"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Length": "5"},
+        {"content-type": "a"},
+        {"Transfer-Encoding": "chunked"},
+        {"Docker-Content-Digest": "sha256:a"},
+        {"ETag": "a"},
+        {"Set-Cookie": "a=b"},
+        {"X-Request-Id": "1"},
+        {"X Y": "a"},
+        {"X-A:": "a"},
+        {"": "a"},
+        {"X-A": "a\r\nX-B: c"},
+        {"X-A": ""},
+        {"X-A": "é"},
+    ],
+    ids=lambda headers: repr(headers),
+)
+def test_headers_that_no_extension_adds(headers: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"header|printable"):
+        ResponseHeaders(headers)

@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from storage.oci import OCI_INDEX, OCI_MANIFEST
 from tests.conftest import OPEN
 from tests.processes import Place, Server, place  # noqa: F401  a fixture
 from tests.upstream import Basic, Upstream
@@ -81,51 +82,112 @@ async def secrets() -> Any:
     await runner.cleanup()
 
 
+def extended(address: str, home: Path) -> dict[str, Any]:
+    """Keys at the top of a configuration in which all of them are used."""
+    labels = {"labels": {"team": "", "tier": "gold"}}
+    made = {
+        "logins": ("credential_provider", "vault", {"address": address, "token_file": str(home / "token")}),
+        "labels": ("policy_condition", "required_label", labels),
+        "lines": ("event_sink", "json_lines", {"file": str(home / "events"), "sync": False}),
+        "gate": ("middleware", "client_gate", {"refuse": "^old/", "site": "berlin"}),
+    }
+    rule = {"name": "labelled", "action": "allow", "conditions": ["labels"]}
+    return {
+        "extensions": {
+            name: {"kind": kind, "use": use, "timeout": "60s", "settings": settings}
+            for name, (kind, use, settings) in made.items()
+        },
+        "policy": {"rules": [{**rule, "repositories": ["docker.io/labelled/*"]}]},
+        "webhooks": [{"name": "file", "extension": "lines", "actions": ["push"]}],
+        "access": OPEN,
+    }
+
+
 @pytest.mark.clients
 async def test_all_of_them_at_once(place: Place, packages: Path, secrets: Any) -> None:  # noqa: F811
     held, address = secrets
     (place.home / "token").write_text("token\n")
-    lines = place.home / "events"  # a pipe, so that the test sees when it is written
-    os.mkfifo(lines)
+    os.mkfifo(place.home / "events")  # a pipe, so that the test sees when it is written
     async with Upstream(auth=Basic("ann", "right")) as private:
         host = private.url.removeprefix("http://")
-        held[f"/v1/secret/data/registries/{host}"] = {
-            "username": "ann",
-            "password": "right",
-        }
+        held[f"/v1/secret/data/registries/{host}"] = {"username": "ann", "password": "right"}
         digest = private.blob("library/app", b"content")
+        labelled(private)
         place.namespace["upstream"].update(url=private.url, credential_provider="logins")
-        place.tree.update(
-            access=OPEN,
-            extensions={
-                "logins": {
-                    "kind": "credential_provider",
-                    "use": "vault",
-                    "settings": {"address": address, "token_file": str(place.home / "token")},
-                },
-                "lines": {
-                    "kind": "event_sink",
-                    "use": "json_lines",
-                    "settings": {"file": str(lines), "sync": False},
-                },
-            },
-            webhooks=[{"name": "file", "extension": "lines", "actions": ["push"]}],
-        )
+        place.tree.update(extended(address, place.home))
         place.tree["namespaces"]["local"] = {"store": {}}
         place.environment["PYTHONPATH"] = str(packages)
         server = await place.start()
         async with aiohttp.ClientSession(server.url) as client:
             async with client.get(f"/v2/library/app/blobs/{digest}") as response:
                 assert await response.read() == b"content"
-            pushed = hashlib.sha256(b"pushed").hexdigest()
-            path = f"/v2/local/app/blobs/uploads/?digest=sha256:{pushed}"
-            async with client.post(path, data=b"pushed") as response:
-                assert response.status == 201
-        event = json.loads(await asyncio.to_thread(first_line, lines))
-        assert event["type"] == "entrepot.blob.pushed"
-        assert event["data"]["digest"] == f"sha256:{pushed}"
+                assert response.headers["X-Site"] == "berlin"
+            async with client.get("/v2/", headers={"User-Agent": "old/1"}) as response:
+                assert response.status == 403
+                assert "this client is too old" in await response.text()
+            for tag, says in LABELLED:
+                async with client.get(f"/v2/labelled/app/manifests/{tag}") as response:
+                    text = await response.text()
+                    assert (response.status, says in text) == (403 if says else 200, True), (tag, text)
+            await push_event(client, place.home / "events")
         await used(server)
         await server.stop()
+
+
+async def push_event(client: aiohttp.ClientSession, pipe: Path) -> None:
+    pushed = hashlib.sha256(b"pushed").hexdigest()
+    path = f"/v2/local/app/blobs/uploads/?digest=sha256:{pushed}"
+    async with client.post(path, data=b"pushed") as response:
+        assert response.status == 201
+    event = json.loads(await asyncio.to_thread(first_line, pipe))
+    assert event["type"] == "entrepot.blob.pushed"
+    assert event["data"]["digest"] == f"sha256:{pushed}"
+
+
+# Tags, and why each is refused.
+LABELLED = [
+    ("good", ""),
+    ("both", ""),
+    ("bare", "has no label team"),
+    ("wrong", "has no label tier=gold"),
+    ("mixed", "has no label tier=gold"),
+    ("attested", ""),
+]
+
+
+def labelled(upstream: Upstream) -> None:
+    """Images and indexes, by the labels that their images have."""
+    labels = {
+        "good": {"team": "a", "tier": "gold"},
+        "other": {"team": "", "tier": "gold", "more": "x"},
+        "bare": None,
+        "wrong": {"team": "a", "tier": "tin"},
+    }
+    made = {tag: put_image(upstream, tag, {"config": {"Labels": each}}) for tag, each in labels.items()}
+    statement = {"mediaType": "application/vnd.in-toto+json", **described(upstream, b"{}")}
+    made["statement"] = put_image(upstream, None, {}, statement)
+    for tag, names in (
+        ("both", ["good", "other"]),
+        ("mixed", ["good", "wrong"]),
+        ("attested", ["good", "statement"]),
+    ):
+        children = [{"mediaType": OCI_MANIFEST, **made[name]} for name in names]
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": children}
+        upstream.manifest("labelled/app", json.dumps(index).encode(), OCI_INDEX, tag)
+
+
+def described(upstream: Upstream, content: bytes) -> dict[str, Any]:
+    return {"digest": upstream.blob("labelled/app", content), "size": len(content)}
+
+
+def put_image(upstream: Upstream, tag: str | None, config: dict[str, Any], *layers: Any) -> dict[str, Any]:
+    given = {
+        "mediaType": "application/vnd.oci.image.config.v1+json",
+        **described(upstream, json.dumps(config).encode()),
+    }
+    manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": given, "layers": list(layers)}
+    content = json.dumps(manifest).encode()
+    return {"digest": upstream.manifest("labelled/app", content, OCI_MANIFEST, tag), "size": len(content)}
 
 
 def first_line(pipe: Path) -> bytes:
@@ -141,6 +203,6 @@ async def used(server: Server) -> None:
         async with client.get("/api/v1/extensions") as response:
             rows = await response.json(content_type=None)
     assert sorted(each["entry_point"] for each in rows) == NAMES
-    assert {(each["state"], each["failures"]) for each in rows} == {("in use", 0)}
+    assert {(each["state"], each["failures"]) for each in rows} == {("in use", 0)}, rows
     assert all(each["calls"] for each in rows)
     assert {each["package"].removeprefix("entrepot-").replace("-", "_") for each in rows} == set(NAMES)

@@ -40,9 +40,9 @@ PROXY = {
     "setup": "config connections",
     "access": "config connections telemetry upstream",
     "signatures": "",
-    "policy": "config telemetry cache signatures",
+    "policy": "config telemetry extensions cache signatures",
     "namespaces": "config telemetry extensions upstream cache webhooks policy",
-    "web": "config connections telemetry webhooks access",
+    "web": "config connections telemetry extensions webhooks access",
     "transfer": "config telemetry upstream namespaces",
     "admin": "config connections telemetry extensions upstream cache webhooks access policy namespaces web"
     " transfer",

@@ -14,10 +14,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from yarl import URL
 
 from proxy.config.errors import StartError
 from proxy.config.oidc import OIDCIssuer
+from proxy.config.policy import PolicyConfig
 from proxy.config.schema import Config
 from proxy.config.upstream import UpstreamConfig
 from proxy.connections.failures import file_fault
@@ -106,9 +108,15 @@ def _policy(config: Config, found: Preflight) -> None:
         )
 
     try:
-        RuleBook(config.policy, time.time)
+        RuleBook(_without_extensions(config.policy), time.time)
     except StartError as error:
         found.errors.append(str(error))
+
+
+def _without_extensions(policy: PolicyConfig) -> PolicyConfig:
+    """What was made of the conditions that are extensions is gone, and was looked at."""
+    rules = tuple(msgspec.structs.replace(each, conditions=()) for each in policy.rules)
+    return msgspec.structs.replace(policy, rules=rules)
 
 
 def _upstreams(config: Config, found: Preflight) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # it has a rule for each of its sections
 # The key that names an extension of a kind.  A middleware is used since it is configured.
 NAMED_BY: dict[ExtensionKind, str] = {
     "credential_provider": "namespaces.NAME.upstream.credential_provider",
+    "policy_condition": "policy.rules[].conditions",
     "event_sink": "webhooks[].extension",
 }
 
@@ -24,6 +25,9 @@ def uses(config: Config) -> Iterator[tuple[str, ExtensionKind, str]]:
     for number, webhook in enumerate(config.webhooks):
         if webhook.extension is not None:
             yield f"webhooks[{number}].extension", "event_sink", webhook.extension
+    for number, rule in enumerate(config.policy.rules):
+        for name in rule.conditions:
+            yield f"policy.rules[{number}].conditions", "policy_condition", name
     for name, (_, upstream) in config.cached().items():
         for number, login in enumerate(upstream.logins()):
             part = f".credentials[{number}]" if upstream.credentials else ""

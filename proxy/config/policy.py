@@ -51,7 +51,8 @@ class PolicyRule(Section, frozen=True):
     match one of them.  If `mode` is None, that of the policy applies.
 
     What a rule allows is served only if it is signed by one of `signed_by` and by all of `signed_by_all`, as
-    far as there are any, and has all that is `attested`; and only if the lock file `locked` has it.
+    far as there are any, and has all that is `attested`; only if the lock file `locked` has it; and only if
+    it meets all `conditions`, which are extensions.
     """
 
     name: Annotated[str, parse_label]
@@ -64,6 +65,7 @@ class PolicyRule(Section, frozen=True):
     signed_by_all: tuple[Text, ...] = ()
     attested: tuple[AttestationConfig, ...] = ()
     locked: File | None = None
+    conditions: tuple[Annotated[str, parse_label], ...] = ()
 
     def __post_init__(self) -> None:
         if self.action == "deny" and self.reason is None:
@@ -72,6 +74,8 @@ class PolicyRule(Section, frozen=True):
             raise ValueError(f"rule {self.name} denies, whatever is signed: let it allow what is signed")
         if self.action == "deny" and self.locked is not None:
             raise ValueError(f"rule {self.name} denies, whatever is locked: let it allow what is locked")
+        if self.action == "deny" and self.conditions:
+            raise ValueError(f"rule {self.name} denies, and conditions are what it must meet to be allowed")
 
     @property
     def signers(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from proxy.extensions.isolation import ExtensionFault, ExtensionLate
 from proxy.extensions.loader import MadeExtension, make
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread
-from storage.errors import Unavailable
+from storage.errors import RegistryError, Unavailable
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -63,15 +63,31 @@ class Extension:
         self._logged_at = -LOGGED
         self._told = False  # a failure was logged that is not over
 
-    async def call(self, method: str, *arguments: Any, gives: type[T] | tuple[type[T], ...]) -> T:
-        """The result of a method, which must be an instance of `gives`."""
-        return await self.attend(lambda: getattr(self._made, method)(*arguments), gives)
+    async def call(
+        self,
+        method: str,
+        *arguments: Any,
+        gives: type[T] | tuple[type[T], ...],
+        excused: Callable[[], RegistryError | None] = lambda: None,
+    ) -> T:
+        """The result of a method, which must be an instance of `gives`.
 
-    async def attend(self, work: Callable[[], Awaitable[Any]], gives: type[T] | tuple[type[T], ...]) -> T:
+        If it fails for an error of the server itself, which is then `excused`, that is raised.
+        """
+        return await self.attend(lambda: getattr(self._made, method)(*arguments), gives, excused)
+
+    async def attend(
+        self,
+        work: Callable[[], Awaitable[Any]],
+        gives: type[T] | tuple[type[T], ...],
+        excused: Callable[[], RegistryError | None] = lambda: None,
+    ) -> T:
         """As call(), of a function that calls the extension in its thread."""
         try:
             result = await self._isolation.call(work, self._timeout)
         except ExtensionFault as error:
+            if (cause := excused()) is not None:
+                raise cause from None
             raise self._failed(error) from None
         return self._checked(result, gives)
 

@@ -18,5 +18,7 @@ class Group:
 
 GROUPS: Mapping[ExtensionKind, Group] = {
     "credential_provider": Group("entrepot.credential_providers", ("get",)),
+    "policy_condition": Group("entrepot.policy_conditions", ("judge",)),
     "event_sink": Group("entrepot.event_sinks", ("send",)),
+    "middleware": Group("entrepot.middleware", ("handle",)),
 }

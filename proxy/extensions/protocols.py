@@ -21,12 +21,25 @@ longer than its `timeout`, that raises anything at all or returns what it should
 
 from __future__ import annotations
 
+import math
+import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 VERSION = 1  # of all protocols here: a change that breaks extensions makes another one
+
+
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
+_VALUE = re.compile(r"[!-~](?:[ !-~]*[!-~])?")
+# Headers that frame a response, or whose meaning is the server's.
+_OURS = re.compile(
+    r"(?:content-|docker-|oci-|access-control-).*|accept-ranges|age|allow|cache-(?:control|status)|connection|date|etag"
+    r"|keep-alive|link|location|retry-after|server|set-cookie|trailer|transfer-encoding|upgrade|vary|warning"
+    r"|www-authenticate|x-content-type-options|x-request-id",
+    re.IGNORECASE,
+)
 
 
 def _check(value: object, kind: type | tuple[type, ...], what: str) -> None:
@@ -63,6 +76,64 @@ class CredentialProvider(Protocol):
         ...
 
 
+# Policy conditions: entrepot.policy_conditions
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedManifest:
+    """A manifest, or an index of manifests, that a rule of the policy allows if it meets its conditions.
+
+    repository: its full name, with the namespace
+    content: the bytes that `digest` is of
+    fetch: fetches what it names, by kind and digest: see manifest() and blob()
+    """
+
+    repository: str
+    digest: str
+    media_type: str
+    content: bytes = field(repr=False)
+    fetch: Callable[[str, str], Awaitable[bytes]] = field(repr=False)
+
+    async def manifest(self, digest: str) -> bytes:
+        """The bytes of another manifest of the repository.  Let through what it raises."""
+        return await self.fetch("manifest", digest)
+
+    async def blob(self, digest: str) -> bytes:
+        """The bytes of a blob of the repository, at most 4 MiB.  Let through what it raises."""
+        return await self.fetch("blob", digest)
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionResult:
+    """Whether a manifest meets a condition.
+
+    reason: half a sentence that follows "it", such as `has the label team` or `has no label team`; clients
+        and operators read it
+    valid_for: seconds for which this is known to be so; infinity if it depends on the content alone
+    """
+
+    met: bool
+    reason: str
+    valid_for: float = math.inf
+
+    def __post_init__(self) -> None:
+        _check(self.met, bool, "met")
+        _check(self.reason, str, "reason")
+        _check(self.valid_for, (int, float), "valid_for")
+
+
+class PolicyCondition(Protocol):
+    """Says whether content meets a condition.  It runs in workers and in the housekeeping process."""
+
+    @abstractmethod
+    async def judge(self, manifest: JudgedManifest) -> ConditionResult:
+        """Is called for each digest once, and again when its result is no longer valid or was not met.
+
+        A failure means that nothing is known: where the rule enforces, the content is not served.
+        """
+        ...
+
+
 # Event sinks: entrepot.event_sinks
 
 
@@ -75,5 +146,62 @@ class EventSink(Protocol):
 
         Events come one after the other, from a queue on disk.  One whose call failed comes again, and so may
         one that was taken, if the server was killed: it then has the same `id`.
+        """
+        ...
+
+
+# Request middleware: entrepot.middleware
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRequest:
+    """The head of a request to the distribution API.
+
+    path: as it came, percent-encoded, without the query
+    headers: by their names in lower case; several of one name are joined by commas
+    client: the address of the connection
+    """
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str] = field(repr=False)
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRefusal:
+    """Answer 403 with this message; with `retry_after`, in seconds, 429."""
+
+    message: str
+    retry_after: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.message, str, "message")
+        _check(self.retry_after, (int, float, type(None)), "retry_after")
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHeaders:
+    """Headers to add to the response; none that the server itself sends.  Raises ValueError."""
+
+    headers: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for name, value in self.headers.items():
+            if not _NAME.fullmatch(name) or _OURS.fullmatch(name):
+                raise ValueError(f"{name[:50]!r} is not the name of a header that can be added")
+            if not _VALUE.fullmatch(value):
+                raise ValueError(f"the value of {name} is not printable ASCII")
+
+
+class RequestMiddleware(Protocol):
+    """Sees requests before they are served.  It runs in workers."""
+
+    @abstractmethod
+    async def handle(self, request: ClientRequest) -> RequestRefusal | ResponseHeaders | None:
+        """Refuse a request, add headers to its response, or let it pass; before access is checked.
+
+        A failure refuses the request, with 503.
         """
         ...

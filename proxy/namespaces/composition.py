@@ -180,7 +180,7 @@ class _Composer:
         tag_moved = tag_moved_of(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
-        guard = PolicyGuard(config, store, clock, self._metrics, held)
+        guard = PolicyGuard(config, store, clock, self._metrics, held, extensions)
         factory = CacheFactory(
             config=config,
             clock=clock,
@@ -236,7 +236,7 @@ class _Composer:
         extensions = Extensions(self._config.extensions, self._metrics, self._clock)
         self._failed.callback(extensions.abandon)
         self._closing.push_async_callback(extensions.close)
-        extensions.load("credential_provider")
+        extensions.load("credential_provider", "policy_condition")
         return extensions
 
     def _fills(self, store: Store, deposits: Deposits | None) -> Fills:

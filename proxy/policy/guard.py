@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from proxy.cache.cache import Cache
 from proxy.config.schema import Config
+from proxy.extensions.extension import Extensions
 from proxy.policy.judge import Judge
 from proxy.policy.moves import TagHeld, TagHolds
 from proxy.policy.overrides import Overrides
@@ -23,6 +24,7 @@ class PolicyGuard:
     caches: the store of all caches
     rules: those of the policy; None without one
     held: is called when a tag is held
+    extensions: those that are conditions are made already
     """
 
     def __init__(
@@ -32,12 +34,13 @@ class PolicyGuard:
         clock: Callable[[], float],
         metrics: Metrics,
         held: TagHeld | None = None,
+        extensions: Extensions | None = None,
     ) -> None:
         policy = config.policy
         self._locks = config.access.api_keys
         self._metrics = metrics
         self._clock = clock
-        self.rules = RuleBook(policy, clock) if policy.active else None
+        self.rules = RuleBook(policy, clock, extensions=extensions) if policy.active else None
         self._judges: dict[str, Judge] = {}
         self._flights = SingleFlight()
         self.overrides = Overrides(caches, clock)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from proxy.config.policy import NamePattern, NameVerdict, PolicyConfig, PolicyMode, PolicyRule
+from proxy.extensions.extension import Extensions
 from proxy.policy.condition import Condition
 from proxy.policy.signers import signers_of
 from proxy.policy.verification import Unjudged, conditions_of
@@ -53,7 +54,7 @@ class RuleBook:
     `rules` come before those of the policy.
 
     Without a `clock` only names can be judged, and no files are read.  Raises StartError if a file that a
-    condition needs cannot be read.
+    condition needs cannot be read.  `extensions` has those that are conditions.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class RuleBook:
         policy: PolicyConfig,
         clock: Callable[[], float] | None = None,
         rules: tuple[ServingRule, ...] = (),
+        extensions: Extensions | None = None,
     ) -> None:
-        self.rules = (*rules, *_rules(policy, clock))
+        self.rules = (*rules, *_rules(policy, clock, extensions or Extensions({})))
         self._allow_list = policy.allow_list
         self.allowing = ServingRule("", True, "no rule denies it", policy.mode)
         self._refusing = ServingRule(ALLOW_LIST, False, "no rule allows it", policy.mode)
@@ -101,11 +103,14 @@ class RuleBook:
         return None if rule.tags or rule.conditions else rule
 
 
-def _rules(policy: PolicyConfig, clock: Callable[[], float] | None) -> Iterator[ServingRule]:
+def _rules(
+    policy: PolicyConfig, clock: Callable[[], float] | None, extensions: Extensions
+) -> Iterator[ServingRule]:
     signers = {} if clock is None else signers_of(policy.signers)
     for each in policy.rules:
-        unjudged = (Unjudged(),) if each.signers or each.locked is not None else ()
-        conditions = unjudged if clock is None else conditions_of(each, signers, clock)
+        demands = each.signers or each.locked is not None or each.conditions
+        unjudged = (Unjudged(),) if demands else ()
+        conditions = unjudged if clock is None else conditions_of(each, signers, clock, extensions)
         yield _rule(each, policy.mode, conditions)
 
 

@@ -11,8 +11,10 @@ from typing import Protocol
 
 from proxy.config.policy import PolicyRule
 from proxy.config.signers import AttestationConfig
+from proxy.extensions.extension import Extensions
 from proxy.policy.condition import Condition, Evidence, Subject
 from proxy.policy.expressions import Expression, ExpressionFailed
+from proxy.policy.extended import ExtensionCondition
 from proxy.policy.locks import LockedImages, read_lock
 from proxy.signatures.errors import SignatureRefused, SignerInvalid
 from proxy.signatures.finder import SignatureFinder
@@ -24,22 +26,25 @@ SHOWN = 3  # reasons in a message
 
 
 def conditions_of(
-    rule: PolicyRule, signers: Mapping[str, Signer], clock: Callable[[], float]
+    rule: PolicyRule, signers: Mapping[str, Signer], clock: Callable[[], float], extensions: Extensions
 ) -> tuple[Condition, ...]:
-    """The conditions of a rule, all of which have to be met.
+    """The conditions of a rule, all of which have to be met.  `extensions` are made already.
 
     Raises StartError if an expression or a lock file cannot be read.
     """
-    locked = () if (lock := rule.locked) is None else (LockedImages(read_lock(lock), lock.name),)
+    named_by_rule: list[Condition] = [
+        *([] if (lock := rule.locked) is None else [LockedImages(read_lock(lock), lock.name)]),
+        *(ExtensionCondition(extensions.get(name), clock) for name in rule.conditions),
+    ]
     requirements: list[Requirement] = [
         *([AnySignature(rule.signed_by)] if rule.signed_by else []),
         *(AnySignature((name,)) for name in rule.signed_by_all),
         *(Attestation(each) for each in rule.attested),
     ]
     if not requirements:
-        return locked
+        return tuple(named_by_rule)
     named = {name: signers[name] for name in dict.fromkeys(rule.signers)}
-    return (*locked, VerifiedSignatures(named, requirements, clock))
+    return (*named_by_rule, VerifiedSignatures(named, requirements, clock))
 
 
 @dataclass(slots=True)

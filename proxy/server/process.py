@@ -45,6 +45,7 @@ from proxy.telemetry.tracing import NoTracer, Tracer, current_span
 from proxy.web.directions import Directions
 from proxy.web.hits import HitMemory
 from proxy.web.listener import ConnectionLimits, Listener
+from proxy.web.middleware import Middleware
 from proxy.web.peers import PeerRequests
 from proxy.web.redirects import Redirects
 from proxy.web.server import DistributionAPI
@@ -277,6 +278,7 @@ class ServerProcess:
             tracer=self._tracer,
             peers=PeerRequests(parts.peers, parts.is_cache) if parts.peers is not None else None,
             redirects=Redirects(config.redirect.never_for) if config.redirect is not None else None,
+            middleware=Middleware(parts.extensions.load("middleware")),
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
         runner = web.ServerRunner(

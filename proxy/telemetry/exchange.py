@@ -54,6 +54,7 @@ class Exchange:
     agent: the User-Agent; None where no client is served
     peer: the URL of the replica that asks, empty for a client
     tell: makes headers of the response to another replica
+    added: headers of the response that extensions add
     stored_only: that replica wants what is stored, and nothing to be asked for
     method: that of the request
     refused: the credentials of the client were refused
@@ -88,6 +89,7 @@ class Exchange:
     as_of: float | None = None
     peer: str = ""
     tell: Callable[[], Mapping[str, str]] = dict
+    added: tuple[tuple[str, str], ...] = ()
     stored_only: bool = False
     method: str = ""
     refused: bool = False

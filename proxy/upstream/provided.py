@@ -49,7 +49,7 @@ class ProvidedCredentials(Credentials):
             if len(self._answers) > REMEMBERED:
                 del self._answers[next(iter(self._answers))]
         if answer.error is not None:
-            raise answer.error
+            raise answer.error.copy()
         return answer.credential
 
     async def _ask(self, key: tuple[str, str], before: _ProvidedLogin | None) -> _ProvidedLogin:

@@ -77,11 +77,11 @@ def _whose(exchange: Exchange) -> str:
 
 
 def cache_headers(exchange: Exchange) -> dict[str, str]:
-    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2); neither if no cache was involved.
+    """Age (RFC 9111 §5.1) and Cache-Status (RFC 9211 §2), neither if no cache was involved; what is added.
 
     With a warning also Cache-Control, in place of another: content that may lapse is kept by no other cache.
     """
-    headers = dict(exchange.tell())
+    headers = {**dict(exchange.added), **exchange.tell()}
     if exchange.ns is not None:
         headers["OCI-Namespace"] = exchange.ns  # distribution-spec, "Registry Proxying"
     if exchange.warning:

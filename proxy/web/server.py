@@ -19,9 +19,7 @@ import structlog
 from aiohttp import web
 
 from proxy.access.authentication import authorization, dated_user
-from proxy.access.authorization import AccessRequest, Authorizer
-from proxy.access.visibility import Probe
-from proxy.config.access import Action
+from proxy.access.authorization import Authorizer
 from proxy.config.quantities import parse_moment
 from proxy.telemetry.ended import EndedRequests
 from proxy.telemetry.exchange import Exchange, current_exchange
@@ -29,9 +27,11 @@ from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.request_log import RequestLog
 from proxy.telemetry.request_span import begin
 from proxy.telemetry.tracing import NoTracer, Tracer
+from proxy.web.actions import access_request, action_of
 from proxy.web.directions import LONGEST, Directions
 from proxy.web.events import EventReporter, RequestEvents
 from proxy.web.hits import HitMemory, Hits
+from proxy.web.middleware import Middleware
 from proxy.web.peers import PeerRequests, status_for
 from proxy.web.pull import Past, Pull
 from proxy.web.push import Push
@@ -63,7 +63,6 @@ from storage.errors import (
     Unavailable,
     Unsupported,
 )
-from storage.oci import Digest
 from storage.registry import Registry
 
 if TYPE_CHECKING:  # it needs a library for tokens
@@ -106,6 +105,7 @@ class DistributionAPI:
     redirects: tells which blobs clients may be led to the bucket for; without it none
     tokens: issues the tokens of this server's own token endpoint; without it there is none
     tracer: traces requests; without one nothing is traced
+    middleware: sees each request of a client; with any there are no `hits`
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class DistributionAPI:
         past: Past | None = None,
         tokens: TokenExchange | None = None,
         tracer: Tracer | None = None,
+        middleware: Middleware | None = None,
     ) -> None:
         self._peers, self._tracer = peers, tracer or NoTracer()
-        self._registry = registry
-        self._qualify = qualify
-        self._deny_bypass = deny_bypass
+        self._registry, self._middleware = registry, middleware or Middleware(())
+        self._qualify, self._deny_bypass = qualify, deny_bypass
         self._events = RequestEvents(reporter, clock)
         self._authorizer = authorizer
         self._directions = directions
@@ -144,9 +144,9 @@ class DistributionAPI:
         if tokens is not None and authorizer is not None:
             self._handlers[Endpoint.TOKEN] = TokenEndpoint(authorizer, tokens, qualify, metrics).handlers
         self._ended = EndedRequests(metrics, served, request_log or RequestLog())
-        # Events of pulls need the whole request.
+        # Events of pulls need the whole request, and middleware sees each.
         self.hits: Hits | None = None
-        if hit_memory is not None and not self._events.pulls:
+        if hit_memory is not None and not self._events.pulls and not self._middleware:
             self.hits = Hits(registry, authorizer, self._ended, self._ids, hit_memory, self._tracer)
 
     def _table(self, pull: Pull, push: Push) -> dict[Endpoint, dict[str, EndpointHandler]]:
@@ -182,7 +182,7 @@ class DistributionAPI:
         try:
             response = await self._answer(request, exchange)
             if not response.prepared:
-                response.headers["X-Request-Id"] = exchange.id
+                response.headers.update((*exchange.added, ("X-Request-Id", exchange.id)))
             if exchange.detail != LEFT:
                 status = response.status
             if request.method == "HEAD":
@@ -208,6 +208,8 @@ class DistributionAPI:
             name = ""
             if self._peers is not None:
                 await self._peers.recognize(request, exchange)
+            if not exchange.peer:
+                await self._middleware.ask(request, exchange)
             handler = self._handler(route.kind, request.method)
             if route.name:
                 name = await self._permitted_name(request, route, exchange)
@@ -250,7 +252,7 @@ class DistributionAPI:
         exchange.ns = request.query.get("ns")
         exchange.as_of = _as_of(request, route)
         if self._authorizer is not None:
-            await self._authorizer.permit(request, _access_request(request, route, name), exchange)
+            await self._authorizer.permit(request, access_request(request, route, name), exchange)
         if request.method not in READING:
             self._check_action(request, route, exchange.namespace)
         return name
@@ -268,7 +270,7 @@ class DistributionAPI:
         try:
             return self._full_name(request, route, route.name)
         except NameUnknown as error:
-            if self._directions is None or _action(route, request.method) != "push":
+            if self._directions is None or action_of(route, request.method) != "push":
                 raise
             cause, _, _ = str(error).partition(": ")
             where = self._directions.push(_host(request), route.name)
@@ -278,7 +280,7 @@ class DistributionAPI:
         """Raise Unsupported if the namespace is a cache, which clients only pull from."""
         if self._directions is None or namespace in self._directions.stores:
             return
-        if _action(route, request.method) == "delete":
+        if action_of(route, request.method) == "delete":
             raise Unsupported(f"{namespace} is a cache: an operator deletes from it, by entrepot purge")
         where = self._directions.push(_host(request), route.name)
         raise Unsupported(f"{route.name} belongs to {namespace}, a cache, which takes no pushes: {where}")
@@ -374,25 +376,3 @@ def _check_coding(request: web.BaseRequest) -> None:
 def _host(request: web.BaseRequest) -> str:
     """The server as the client calls it."""
     return request.headers.get("Host", "this server")[:LONGEST]
-
-
-def _access_request(request: web.BaseRequest, route: Route, name: str) -> AccessRequest:
-    named = bool(route.prefix) or "ns" in request.query
-    content, probe = _probe(route, name.partition("/")[2])
-    return AccessRequest(_action(route, request.method), name, route.name, named, content, probe)
-
-
-def _action(route: Route, method: str) -> Action:
-    if route.kind in (Endpoint.UPLOADS, Endpoint.UPLOAD):
-        return "push"
-    return "pull" if method in ("GET", "HEAD") else "delete" if method == "DELETE" else "push"
-
-
-def _probe(route: Route, repository: str) -> tuple[str, Probe]:
-    """The name of the requested content, and how to ask an upstream whether the caller may have it."""
-    reference = route.reference
-    if reference is None:
-        return "tags", lambda registry: registry.tags(repository)
-    if route.kind is Endpoint.BLOB and isinstance(reference, Digest):
-        return f"blob {reference}", lambda registry: registry.resolve_blob(repository, reference)
-    return f"manifest {reference}", lambda registry: registry.resolve_manifest(repository, reference)

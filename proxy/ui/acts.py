@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from proxy.admin.operations import OPERATIONS, Operations, perform
-from proxy.config.quantities import parse_duration, parse_size
+from proxy.config.quantities import parse_duration, parse_keep, parse_size
 from proxy.namespaces.references import FieldInvalid
 
 
@@ -15,7 +16,8 @@ from proxy.namespaces.references import FieldInvalid
 class Field:
     """A field of a form.  `read` makes the argument out of its text; it raises ValueError.
 
-    An empty field that is not `required` is left out.  With `flag`, it is a box that is `on` at first.
+    An empty field that is not `required` is left out; `given` is what it has at first.  With `flag`, it is a
+    box that is `on` at first.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Field:
     required: bool = False
     flag: bool = False
     on: bool = False
+    given: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Act:
     """An operation that changes something.
 
     `title` is what is done, `effect` what follows from it.  `danger` marks what loses something.  One with a
-    `preview` can be asked what it would do.
+    `preview` can be asked what it would do.  One with a `secret` shows it once, as its result.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Act:
     fields: tuple[Field, ...] = ()
     danger: bool = False
     preview: bool = False
+    secret: bool = False
 
     def arguments(self, form: Mapping[str, str], *, whole: bool = True) -> dict[str, Any]:
         """The arguments that a form gives; if it is not `whole` yet, fields may be missing.
@@ -71,6 +75,11 @@ def _argument(field: Field, text: str | None, whole: bool) -> tuple[str, object]
 
 def _words(text: str) -> list[str]:
     return text.replace(",", " ").split()
+
+
+def _end(text: str) -> float | None:
+    seconds = parse_keep(text)
+    return None if seconds == math.inf else seconds
 
 
 def _count(text: str) -> int:
@@ -218,6 +227,26 @@ ACTS = {
             "End an exception",
             "The policy applies to the image again.",
             (Field("reference", "Reference", "alpine:edge", required=True),),
+        ),
+        Act(
+            "create-key",
+            "create_key",
+            "Make an API key",
+            "A program logs in with it, as the password of any user. It is shown once.",
+            (
+                Field("name", "Name", "ci", required=True),
+                Field("scopes", "What it may do", "repository:docker.io/team/*:pull", read=_words),
+                Field("seconds", "Valid for", "90d", "Without an end, if it is empty.", _end, given="90d"),
+            ),
+            secret=True,
+        ),
+        Act(
+            "revoke-key",
+            "revoke_key",
+            "Revoke an API key",
+            "It is refused from the next request on, and so are the tokens that were issued for it.",
+            (Field("name", "Name", "ci", required=True),),
+            danger=True,
         ),
     )
 }

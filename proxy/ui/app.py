@@ -13,6 +13,7 @@ from proxy.config.schema import Config
 from proxy.ui.jobs import Jobs
 from proxy.ui.protection import Protection, set_headers
 from proxy.ui.rendering import PREFIX, STATIC, Renderer, static
+from proxy.ui.screens.access import AccessScreen
 from proxy.ui.screens.acts import ActsScreen
 from proxy.ui.screens.audit import AuditScreen
 from proxy.ui.screens.history import HistoryScreen
@@ -56,6 +57,7 @@ def pages(
         HistoryScreen(operations, renderer),
         StorageScreen(operations, repositories, renderer),
         PolicyScreen(operations, renderer),
+        AccessScreen(config.access, operations, renderer),
         AuditScreen(operations, renderer),
         WhyScreen(operations, renderer),
         ActsScreen(operations, jobs, renderer, config.admin_ui == "read_only", repositories.forget),

@@ -39,6 +39,7 @@ NAVIGATION = (
     ("history", "History"),
     ("storage", "Storage"),
     ("policy", "Policy"),
+    ("access", "Access"),
     ("audit", "Audit"),
     ("why", "Why"),
     (ACTS, "Actions"),
@@ -87,6 +88,7 @@ class Renderer:
             "acts": self._acts and session is not None,
             "login": self._login and session is not None,
             "version": self.version,
+            "now": self._clock(),
             "warnings": warnings(),
         }
         text = self._templates.get_template(template).render(common | values)

@@ -18,6 +18,11 @@ from tests.upstream import OCI_MANIFEST, Upstream, digest_of
 DAY = 86400.0
 APPROVAL = {"name": "releases", "repositories": ["docker.io/team/*"], "tags": ["*"], "approval": True}
 PATIENT = {"progress_timeout": "60s"}  # a test may hold a transfer while it looks at it
+ISSUER = {
+    "issuer": "https://ci.example",
+    "audience": "cache.example",
+    "required_claims": {"repository_owner": "team"},
+}
 RULES = [
     {
         "name": "no-latest",
@@ -114,7 +119,7 @@ async def open_shop(serve: Serve, upstream: Upstream, clock: Clock, directory: P
         "policy": {"rules": RULES, "moves": [APPROVAL]},
         "pins": [{"match": "docker.io/library/base:*"}],
         "disk": {"path": str(directory / "disk"), "cache_limit": "50MiB", "keep_for": "30d", "min_free": 0},
-        "access": OPEN,
+        "access": {**OPEN, "api_keys": True, "oidc": {"ci": ISSUER}},
         **top,
     }
     site = await serve(

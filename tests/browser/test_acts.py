@@ -51,6 +51,12 @@ DONE: dict[str, tuple[dict[str, str], str, dict[str, Any]]] = {
         {"seconds": 600.0, "namespaces": ["docker.io"]},
     ),
     "end-drill": ({}, "docker.io", {}),
+    "create-key": (
+        {"Name": "deploy", "What it may do": "repository:docker.io/team/*:pull", "Valid for": "30d"},
+        "It is not shown again",
+        {"name": "deploy", "scopes": ["repository:docker.io/team/*:pull"], "seconds": 30 * 86400.0},
+    ),
+    "revoke-key": ({"Name": "deploy"}, "deploy", {"name": "deploy"}),
     "purge": ({"Reference or pattern": "web:3"}, f"{WEB}:3", {"pattern": "web:3", "force": False}),
     "evict": ({"Until this much is left": "1KiB"}, "blobs", {"to": 1024}),
 }
@@ -85,6 +91,42 @@ async def test_each_act_is_confirmed_done_and_recorded(shop: Shop, window: Open)
         assert arguments.items() <= record.get("arguments", {}).items(), name
     assert [each["since"] for each in await shop.api("GET", "pins")] == [None]  # that of the configuration
     assert (await shop.api("GET", "images?match=web:3"))["images"] == []
+
+
+async def test_a_key_is_shown_once_and_revoked_from_the_list(shop: Shop, window: Open) -> None:
+    tab = await window(shop.admin)
+    await tab.open()
+    await tab.click("Access")
+    assert "There are no API keys." in await tab.text()
+    await tab.click("Make an API key…")
+    await tab.fill("Name", "deploy", "#create-key")
+    await tab.fill("What it may do", "repository:local/*:pull", "#create-key")
+    await tab.click("Make an API key…", "button")
+    await tab.click("Make an API key", "button")
+    key = await tab.text(".secret")
+    bearer = {"Authorization": f"Bearer {key}"}
+    assert (await shop.site.get("/v2/local/app/tags/list", **bearer))[0] == 404
+    await tab.click("Access")
+    found = await tab.text()
+    assert "deploy" in found and "in 90 d" in found and key not in found
+    for screen in ("acts", "transfers", "audit"):
+        await tab.open(screen)
+        assert key not in await tab.do(lambda page: page.content())
+    assert key not in shop.audit.read_text()
+    await tab.open("access")
+    await tab.click("Revoke the key deploy")
+    await tab.click("Revoke an API key", "button")
+    assert "Done." in await tab.text()
+    await tab.click("Access")
+    assert "There are no API keys." in await tab.text()
+    assert (await shop.site.get("/v2/local/app/tags/list", **bearer))[0] == 401
+    # A name that is taken, and no scope: said, and nothing made.
+    for form, fault in (("name=x&scopes=", "give at least one"), ("name=x&scopes=nonsense", "nonsense")):
+        await tab.open(f"confirm?act=create-key&{form}")
+        await tab.click("Make an API key", "button")
+        assert fault in await tab.text()
+    assert await shop.api("GET", "keys") == []
+    tab.said.clear()  # the browser says that the answers were errors
 
 
 async def test_a_tag_that_is_held_is_rejected_and_approved(shop: Shop, window: Open) -> None:

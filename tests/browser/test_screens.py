@@ -19,9 +19,11 @@ SCREENS = {
     "diff?ref=web:3": ("RUN make step-1", "diff"),
     "storage?limit=1MiB": ("Evicted next", "storage"),
     "policy?ref=redis": ("pull a release by its tag", "policy"),
+    "access": ("repository:docker.io/team/*:pull", "access"),
     "audit": ("Acts, the latest first", "audit"),
     "acts": ("Begin a drill", ""),
     "confirm?act=purge&pattern=web:3": ("What would be done", "confirm"),
+    "confirm?act=create-key": ("Valid for", ""),
     "confirm?act=override&reference=redis": ("Reason", ""),
     "why?ref=web:3": ("the tag is stale", "why"),
     "": ("Hit ratio", "overview"),
@@ -37,11 +39,24 @@ def test_every_screen_of_the_navigation_is_looked_at() -> None:
     assert {path for path, _ in NAVIGATION} <= {each.partition("?")[0] for each in SCREENS}
 
 
+async def keys(shop: Shop) -> None:
+    """API keys, of which one was used, and one has ended."""
+    scopes = ["repository:docker.io/team/*:pull", "repository:local/*:pull,push"]
+    key = (await shop.api("POST", "keys", name="ci", scopes=scopes, seconds=90 * 86400.0))["key"]
+    await shop.api("POST", "keys", name="old", scopes=scopes[:1], seconds=60)
+    locked = ["docker.io/library/base:1@" + "sha256:" + "0" * 64]
+    await shop.api("POST", "keys", name="edge", lock=locked)
+    shop.clock.advance(3600)
+    status, _, _ = await shop.site.get("/v2/local/app/tags/list", Authorization=f"Bearer {key}")
+    assert status == 404  # a use of the key
+
+
 async def test_every_screen(shop: Shop, window: Open) -> None:
     """Light, and dark, in which only the colors differ."""
     await shop.api("POST", "overrides", reference="redis:latest", seconds=7200, reason="hotfix 4711")
     await shop.site.get("/v2/library/redis/manifests/latest")
     await shop.api("POST", "pins", pattern="web:3", keep_fresh=3600)
+    await keys(shop)
     tab = await window(shop.admin)
     for address, (shown, picture) in SCREENS.items():
         await tab.paint("light")
@@ -57,6 +72,7 @@ async def test_every_screen(shop: Shop, window: Open) -> None:
 
 
 async def test_without_script_all_can_be_read_and_done(shop: Shop, window: Open) -> None:
+    await keys(shop)
     tab = await window(shop.admin, scripts=False)
     for address, (shown, _) in SCREENS.items():
         assert await tab.open(address.format(layer=BASE)) == 200

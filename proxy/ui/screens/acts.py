@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from proxy.admin.api.audited import ARGUMENTS, OPERATION
+from proxy.admin.key_reports import KeyCreated
 from proxy.admin.operations import Operations
 from proxy.admin.reports import Deleted, Purged
 from proxy.namespaces.references import FieldInvalid
@@ -78,13 +79,20 @@ class ActsScreen:
             raise Unavailable("too much is under way: try again when some of it has ended", retry_after=30.0)
         subject = str(next(iter(arguments.values()), ""))
         job = self._jobs.begin(act.title, subject, self._work(request, act, arguments))
-        await asyncio.wait({job.task}, timeout=self._waited)
+        await asyncio.wait({job.task}, timeout=None if act.secret else self._waited)
         if job.running:
             raise web.HTTPSeeOther(location="transfers")
         found = job.task.result()
-        failed = getattr(found, "error", None)
+        made = found if isinstance(found, KeyCreated) else None
         return self._renderer.page(
-            request, "done.html", act.title, act=act, form=form, found=facts(found), failed=failed
+            request,
+            "done.html",
+            act.title,
+            act=act,
+            form=form,
+            found=facts(made.row if made else found),
+            failed=getattr(found, "error", None),
+            made=made,
         )
 
     async def _work(self, request: web.Request, act: Act, arguments: Mapping[str, Any]) -> Any:

@@ -148,7 +148,11 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "bash-completion").write_text("a file")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     done = CliRunner().invoke(main, ["completion", "bash", "--install"])
-    assert done.exit_code == 1 and "cannot write" in done.stderr
+    assert done.exit_code == 1 and done.stdout == ""
+    assert done.stderr == (
+        f"entrepot: cannot write {tmp_path}/bash-completion/completions: Not a directory."
+        " Print the completion instead: entrepot completion bash > FILE\n"
+    )
 
 
 # The shells

@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from proxy.admin.api.app import application
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.models import ImageNode, RepositoryRow
+from proxy.admin.models import ImageNode, ReplicaStats, RepositoryRow, Stats
 from proxy.admin.processes import ProcessReport, UpstreamState
 from proxy.admin.reports import RefusalRow, ReplicaVerdict, Why
 from proxy.namespaces.composition import compose
@@ -206,6 +206,33 @@ async def test_what_is_degraded_comes_first(screens: Screens, clock: Clock) -> N
     assert "Ready." not in screen.text
     assert screen.text.count(HOSTILE) == 2
     assert "150 of 200" in screen.text
+
+
+async def test_platforms_that_differ_come_first_in_a_comparison(screens: Screens) -> None:
+    old, new = [await screens.site.image(ALPINE, None, content) for content in (b"old", b"new")]
+    rows = [on(f"linux/p{number}", old) for number in range(120)]
+    await screens.site.manifest(ALPINE, {"manifests": rows}, "before")
+    await screens.site.manifest(ALPINE, {"manifests": [*rows[:-1], on("linux/p119", new)]}, "after")
+    screen = await screens.see("diff?ref=alpine:before&other=alpine:after")
+    assert screen.text.index("linux/p119") < screen.text.index("linux/p0")
+    assert "20 more platforms are not shown: they are the same." in screen.text
+
+
+async def test_replicas_of_a_fleet(screens: Screens, monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = await screens.site.operations.stats()
+    rows = [
+        ReplicaStats(
+            f"https://{name}.example", msgspec.structs.replace(stats.total, requests=count), 3 << 20, None
+        )
+        for name, count in (("one", 1234), ("other", 5))
+    ]
+
+    async def fleet(period: str = "7d") -> Stats:
+        return msgspec.structs.replace(stats, replicas=rows)
+
+    monkeypatch.setattr(screens.site.operations, "stats", fleet)
+    text = (await screens.see("")).text
+    assert "one.example 1,234" in text and "other.example 5" in text and "3.0 MiB" in text
 
 
 async def test_what_was_saved(screens: Screens, clock: Clock) -> None:

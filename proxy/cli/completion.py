@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import click
 from click.shell_completion import BashComplete, add_completion_class, get_completion_class, split_arg_string
 
 from proxy.cli.configured import find_configuration
+from proxy.cli.console import complain
 from proxy.cli.help import command
 from storage.names import is_glob
 
@@ -96,7 +98,11 @@ def completion(context: click.Context, shell: str, install: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     except OSError as error:
-        raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
+        complain(
+            f"cannot write {error.filename or path}: {error.strerror}."
+            f" Print the completion instead: {PROGRAM} completion {shell} > FILE"
+        )
+        sys.exit(1)
     click.echo(f"{path}\nthen: {_THEN[shell].format(directory=path.parent)}")
 
 

@@ -1,7 +1,83 @@
 """What a registry is, and where its content rests on a disk.  Knows no HTTP, no configuration.
 
-Where to begin: `storage.registry.Registry` is the interface of everything that holds repositories;
-`storage.oci` has the types of its methods, and `storage.errors` their errors.  `storage.store.Store` is a
-registry on a disk, made of `storage.disk.blobs` and `storage.disk.records`, whose keys `storage.keys` builds.
+The public API is in __all__.  Where to begin: `Registry` is the interface of everything that holds
+repositories; `storage.oci` has the types of its methods, and `storage.errors` their errors.  `Store` is a
+registry on a disk, made of `BlobFiles` and `SQLiteRecords`, whose keys `storage.keys` builds.
 `storage.maintenance` removes and checks its content.
 """
+
+from typing import TYPE_CHECKING
+
+from storage.exports import exports
+
+if TYPE_CHECKING:
+    from storage.bucket.blobs import BucketBlobs
+    from storage.bucket.objects import Bucket, healthy
+    from storage.bucket.settings import BucketSettings
+    from storage.disk.blobs import BlobFiles
+    from storage.disk.records import SQLiteRecords
+    from storage.errors import (
+        BlobUnknown,
+        Denied,
+        DigestInvalid,
+        ManifestBlobUnknown,
+        ManifestInvalid,
+        ManifestUnknown,
+        NameUnknown,
+        RegistryError,
+        StorageFailed,
+        Unavailable,
+        Unsupported,
+    )
+    from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
+    from storage.postgres.records import PostgresRecords
+    from storage.registry import Blob, Registry, Upload
+    from storage.store import Store
+else:
+    __getattr__ = exports(
+        __name__,
+        {
+            "storage.bucket.blobs": "BucketBlobs",
+            "storage.bucket.objects": "Bucket healthy",
+            "storage.bucket.settings": "BucketSettings",
+            "storage.disk.blobs": "BlobFiles",
+            "storage.disk.records": "SQLiteRecords",
+            "storage.errors": "BlobUnknown Denied DigestInvalid ManifestBlobUnknown ManifestInvalid"
+            " ManifestUnknown NameUnknown RegistryError StorageFailed Unavailable Unsupported",
+            "storage.oci": "Descriptor Digest Manifest Reference Span Tag",
+            "storage.postgres.records": "PostgresRecords",
+            "storage.registry": "Blob Registry Upload",
+            "storage.store": "Store",
+        },
+    )
+
+__all__ = [
+    "Blob",
+    "BlobFiles",
+    "BlobUnknown",
+    "Bucket",
+    "BucketBlobs",
+    "BucketSettings",
+    "Denied",
+    "Descriptor",
+    "Digest",
+    "DigestInvalid",
+    "Manifest",
+    "ManifestBlobUnknown",
+    "ManifestInvalid",
+    "ManifestUnknown",
+    "NameUnknown",
+    "PostgresRecords",
+    "Reference",
+    "Registry",
+    "RegistryError",
+    "SQLiteRecords",
+    "Span",
+    "StorageFailed",
+    "Store",
+    "Tag",
+    "Unavailable",
+    "Unsupported",
+    "Upload",
+    "healthy",
+]

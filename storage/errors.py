@@ -85,6 +85,8 @@ class PathUnknown(RegistryError):
 
 
 class NameUnknown(RegistryError):
+    """The registry has no such repository, or does not show it to this client."""
+
     code, status = "NAME_UNKNOWN", 404
 
 
@@ -97,14 +99,20 @@ class TagInvalid(RegistryError):
 
 
 class DigestInvalid(RegistryError):
+    """A digest is malformed, or content does not match it."""
+
     code, status = "DIGEST_INVALID", 400
 
 
 class ManifestUnknown(RegistryError):
+    """The repository has no such manifest or tag."""
+
     code, status = "MANIFEST_UNKNOWN", 404
 
 
 class ManifestInvalid(RegistryError):
+    """Content is no manifest of its media type."""
+
     code, status = "MANIFEST_INVALID", 400
 
 
@@ -125,6 +133,8 @@ class ManifestBlobUnknown(RegistryError):
 
 
 class BlobUnknown(RegistryError):
+    """The repository has no such blob."""
+
     code, status = "BLOB_UNKNOWN", 404
 
 
@@ -161,6 +171,8 @@ class PaginationNumberInvalid(RegistryError):
 
 
 class Unsupported(RegistryError):
+    """The registry does not do this, for anybody."""
+
     code, status = "UNSUPPORTED", 405
 
 
@@ -199,6 +211,8 @@ class Throttled(RegistryError):
 
 
 class Denied(RegistryError):
+    """This client may not do this."""
+
     code, status = "DENIED", 403
 
 
@@ -241,6 +255,8 @@ class StorageUnavailable(StorageFailed):
 
 
 class Unavailable(RegistryError):
+    """The registry cannot answer now; it may later."""
+
     code, status = "UNAVAILABLE", 503
 
 

@@ -85,7 +85,7 @@ class Blob:
         """Say what will be read; [] is all of it.  Raises the error with which that cannot be read at all."""
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """Release what it holds."""
 
 
 class Incoming(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import re
 import sys
@@ -11,7 +10,6 @@ import tomllib
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -25,6 +23,7 @@ from storage.errors import RegistryError
 from tests import archives
 from tests.clients.processes import environment, require
 from tests.clients.processes import run as run_client
+from tests.examples import imported
 from tests.upstream import Upstream
 
 pytest_plugins = "pytester"
@@ -320,15 +319,6 @@ def test_hosts_of_the_configuration(run: Run) -> None:
     run(source, *words).assert_outcomes(passed=1)
 
 
-def example(name: str) -> Any:
-    """The module of a file of examples/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.clients
 def test_the_example_of_a_registry(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_layout(tmp_path / "layout")
@@ -337,13 +327,13 @@ def test_the_example_of_a_registry(tmp_path: Path, capfd: pytest.CaptureFixture[
         "client.urlopen('http://' + os.environ['REGISTRY'] + '/v2/app/tags/list').close()"
     )
     command = [sys.executable, "-c", ask]
-    assert example("in_process_registry").main(str(tmp_path / "layout"), "app", command) == 0
+    assert imported("in_process_registry").main(str(tmp_path / "layout"), "app", command) == 0
     said = capfd.readouterr().err
     assert re.fullmatch(r"127\.0\.0\.1:\d+/app:1\n1 requests\n", said)
 
 
 def test_the_example_of_a_copy(tmp_path: Path) -> None:
-    copy = example("copy_between_registries").copy
+    copy = imported("copy_between_registries").copy
     with LocalRegistry(tmp_path / "a") as source, LocalRegistry(tmp_path / "b") as destination:
         digest = source.push_image("team/app:1", {"file": b"content"})
         done = asyncio.run(copy(source.url, "team/app", "1", destination.url, "copied/app"))

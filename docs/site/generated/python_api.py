@@ -1,20 +1,23 @@
-"""The Python API, of its docstrings: what packages name in __all__, and the table of docs/library.md."""
+"""The Python API, of its docstrings: what packages name in __all__."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from generated.markdown import code, paragraphs
 
-PACKAGES = ("storage", "proxy", "proxy.testing.plugin")
-MANUAL = Path(__file__).parents[3] / "docs" / "library.md"
-_ROW = re.compile(r"^\| `(\w+)` \| `([\w.]+)` \|", re.MULTILINE)
+PACKAGES = (
+    "storage",
+    "proxy",
+    "proxy.testing.registry",
+    "proxy.testing.mirror",
+    "proxy.testing.failures",
+    "proxy.testing.recording",
+)
 _HEAD = """\
 # Python API
 
@@ -44,17 +47,8 @@ def page() -> str:
 
 def public() -> dict[ModuleType, list[str]]:
     """The names of the API, by their modules."""
-    found: dict[ModuleType, list[str]] = {}
-    for package in PACKAGES:
-        module = importlib.import_module(package)
-        if hasattr(module, "__all__"):
-            found[module] = [*module.__all__]
-    for name, path in _ROW.findall(MANUAL.read_text()):
-        module = importlib.import_module(path)
-        names = found.setdefault(module, [])
-        if name not in names:
-            names.append(name)
-    return found
+    modules = map(importlib.import_module, PACKAGES)
+    return {module: [*module.__all__] for module in modules}
 
 
 def _entry(name: str, value: Any) -> Iterator[str]:
@@ -93,9 +87,13 @@ def _signature(value: Any) -> str:
 def _as_written(parameter: inspect.Parameter) -> inspect.Parameter:
     if parameter.annotation is not parameter.empty:
         parameter = parameter.replace(annotation=Written(parameter.annotation))
-    if callable(parameter.default) and parameter.default is not parameter.empty:
+    if parameter.default is parameter.empty:
+        return parameter
+    if callable(parameter.default):
         name = f"{parameter.default.__module__}.{parameter.default.__qualname__}"
         parameter = parameter.replace(default=Written(name))
+    elif "<" in repr(parameter.default):  # an object that holds functions
+        parameter = parameter.replace(default=Written(f"{type(parameter.default).__name__}(...)"))
     return parameter
 
 

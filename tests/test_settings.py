@@ -196,19 +196,20 @@ def test_a_setting_needs_key_and_value(text: str) -> None:
 
 
 def test_where_a_configuration_is_looked_for(tmp_path: Path) -> None:
-    system = tmp_path / "etc" / "entrepot.yml"
+    system, package = tmp_path / "etc" / "entrepot.yml", tmp_path / "etc" / "entrepot" / "config.yml"
+    systems = (system, package)
     environ = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "relative"}
     own = tmp_path / ".config" / "entrepot.yml"
-    assert find_configuration(environ, system) is None
-    for each in (system, own):
-        each.parent.mkdir()
+    assert find_configuration(environ, systems) is None
+    for each in (package, system, own):
+        each.parent.mkdir(parents=True, exist_ok=True)
         each.write_text("")
-        assert find_configuration(environ, system) == each
+        assert find_configuration(environ, systems) == each
     other = tmp_path / "xdg" / "entrepot.yml"
-    assert find_configuration({"XDG_CONFIG_HOME": str(other.parent)}, system) == system
+    assert find_configuration({"XDG_CONFIG_HOME": str(other.parent)}, systems) == system
     other.parent.mkdir()
     other.write_text("")
-    assert find_configuration({"XDG_CONFIG_HOME": str(other.parent)}, system) == other
+    assert find_configuration({"XDG_CONFIG_HOME": str(other.parent)}, systems) == other
 
 
 def check(*words: str, **environ: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +14,14 @@ from proxy.config.settings import Setting, parse_setting
 F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLE = "ENTREPOT_CONFIG"
-SYSTEM = Path("/etc/entrepot.yml")
+SYSTEM = (Path("/etc/entrepot.yml"), Path("/etc/entrepot/config.yml"))
 BUILT_IN = "the built-in configuration"
 
 
-def find_configuration(environ: Mapping[str, str] = os.environ, system: Path = SYSTEM) -> Path | None:
-    """The file that is used if none is named: that of the user, then that of the system, else none.
+def find_configuration(
+    environ: Mapping[str, str] = os.environ, system: Sequence[Path] = SYSTEM
+) -> Path | None:
+    """The file that is used if none is named: that of the user, then the first of the system, else none.
 
     The user's is in their configuration directory (XDG Base Directory).
     """
@@ -27,7 +29,7 @@ def find_configuration(environ: Mapping[str, str] = os.environ, system: Path = S
     if not directory.is_absolute():
         directory = Path(environ.get("HOME") or "/") / ".config"
     # os.path.isfile is False for a directory that must not be read, such as another user's.
-    return next((each for each in (directory / "entrepot.yml", system) if os.path.isfile(each)), None)  # noqa: PTH113
+    return next((each for each in (directory / "entrepot.yml", *system) if os.path.isfile(each)), None)  # noqa: PTH113
 
 
 def config_options(function: F) -> F:
@@ -76,7 +78,7 @@ CONFIG = click.option(
     callback=_found,
     metavar="FILE",
     help=f"The configuration, in YAML. By default ${VARIABLE}, else entrepot.yml in the user's configuration"
-    f" directory, else {SYSTEM}, else the built-in one.",
+    f" directory, else {SYSTEM[0]} or {SYSTEM[1]}, else the built-in one.",
 )
 SET = click.option(
     "--set",

@@ -113,6 +113,10 @@ class Process:
             self.stop()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_for(self, text: str) -> str:
         """The first line that holds `text`, waiting until it is printed."""
         seen = 0

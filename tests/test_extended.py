@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import aiohttp
 import pytest
 from structlog.testing import LogCapture
 
 from proxy.config.errors import ConfigError, StartError
+from proxy.config.extensions import ExtensionConfig
+from proxy.extensions.extension import ExtensionFailed, Extensions
 from proxy.extensions.kinds import GROUPS
 from proxy.extensions.protocols import (
     ClientRequest,
     ConditionResult,
     HostLogin,
     JudgedManifest,
+    OfferedBlob,
+    OfferedManifest,
     RequestRefusal,
     ResponseHeaders,
 )
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.extended import ExtendedUpstream
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.events import Ear
@@ -140,6 +149,8 @@ def top_of(kind: str, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if kind == "policy_condition":
         rule = {"name": "labelled", "action": "allow", "conditions": ["mine"]}
         top["policy"] = {"rules": [rule]}
+    if kind == "upstream":
+        top["namespaces"] = {"docker.io": {"upstream": {"extension": "mine"}, "revalidate_timeout": "1h"}}
     return top, {"credential_provider": "mine"} if kind == "credential_provider" else {}
 
 
@@ -512,3 +523,156 @@ async def test_without_middleware_hits_take_the_short_way(serve: Serve, upstream
 def test_headers_that_no_extension_adds(headers: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"header|printable"):
         ResponseHeaders(headers)
+
+
+# Upstreams
+
+CONTENT = b"0123456789" * 100_000
+IMAGE = manifest_of(str(Digest.of(b"{}")), 2)
+
+
+class Source(Misbehaving):
+    """Has a blob and a manifest; `sent` is what it sends of the blob."""
+
+    sent: ClassVar[bytes] = CONTENT
+
+    async def manifest(self, repository: str, reference: str) -> Any:
+        known = repository == "library/app" and reference in ("latest", str(Digest.of(IMAGE)))
+        return await self.act(OfferedManifest(OCI_MANIFEST, IMAGE) if known else None, reference)
+
+    async def blob(self, repository: str, digest: str, start: int) -> Any:
+        known = (repository, digest) == ("library/app", str(Digest.of(CONTENT)))
+        found = OfferedBlob(len(CONTENT), self.read(start)) if known else None
+        return await self.act(found, digest, start)
+
+    async def read(self, start: int) -> Any:
+        for position in range(start, len(self.sent), 65536):
+            yield self.sent[position : position + 65536]
+
+    async def tags(self, repository: str) -> Any:
+        return await self.act(["latest", "1.0"] if repository == "library/app" else None)
+
+
+class Short(Source):
+    sent = CONTENT[:-1]
+
+
+class Long(Source):
+    sent = CONTENT + b"x"
+
+
+class Wrong(Source):
+    sent = CONTENT[:-1] + b"x"
+
+
+class Breaking(Source):
+    async def read(self, start: int) -> Any:
+        if start == 0:  # else each attempt would bring some more
+            yield CONTENT[:10]
+        raise SystemExit(9)
+
+
+class Another(Source):
+    async def manifest(self, repository: str, reference: str) -> Any:
+        return OfferedManifest(OCI_MANIFEST, b"{}")
+
+
+BLOB = f"/v2/library/app/blobs/{Digest.of(CONTENT)}"
+
+
+async def sourced(serve: Serve, package: Package, made: str = "Source", **settings: Any) -> Site:  # noqa: F811
+    package.offer("upstream", "one", f"{HERE}:{made}")
+    return await serve("http://127.0.0.1:1", top=top_of("upstream", **settings)[0])
+
+
+async def test_an_upstream_fills_a_cache(serve: Serve, package: Package) -> None:  # noqa: F811
+    site = await sourced(serve, package)
+    for _ in range(2):
+        for reference in ("latest", Digest.of(IMAGE)):
+            status, headers, body = await site.get(f"/v2/library/app/manifests/{reference}")
+            assert (status, headers["Content-Type"], body) == (200, OCI_MANIFEST, IMAGE)
+        status, _, body = await site.get(BLOB)
+        assert (status, body) == (200, CONTENT)
+    assert [each for each in Source.made[-1].calls if len(each) == 2] == [(str(Digest.of(CONTENT)), 0)]
+    status, _, body = await site.get("/v2/library/app/tags/list")
+    assert json.loads(body)["tags"] == ["1.0", "latest"]
+    assert (await site.get("/v2/library/app/manifests/nothing"))[0] == 404
+    assert (await site.get(f"/v2/library/app/blobs/{Digest.of(b'nothing')}"))[0] == 404
+    assert (await site.get("/v2/library/other/tags/list"))[0] == 404
+    assert await ready(site) == {"status": "ready"}
+
+
+async def test_an_upstream_is_asked_for_a_part(serve: Serve, package: Package) -> None:  # noqa: F811
+    site = await sourced(serve, package)
+    status, headers, body = await site.get(BLOB, Range="bytes=500000-500009")
+    assert (status, body) == (206, b"0123456789")
+    assert headers["Content-Range"] == f"bytes 500000-500009/{len(CONTENT)}"
+    assert (await site.get(BLOB))[2] == CONTENT
+
+
+@pytest.mark.errors("extension.failed")
+@pytest.mark.parametrize("how", WAYS)
+async def test_an_upstream_that_fails(serve: Serve, package: Package, how: str) -> None:  # noqa: F811
+    site = await sourced(serve, package, how=how, times=1)
+    status, _, body = await site.get(BLOB)
+    assert status == 503
+    assert b"the extension mine of this server failed" in body
+    assert (await ready(site))["status"] == "degraded"
+    RELEASE.set()
+    while status != 200:  # until its thread is free, and it has failed for the last time
+        status, _, body = await site.get(BLOB)
+        assert status in (200, 503)
+    assert body == CONTENT
+    assert await ready(site) == {"status": "ready"}
+
+
+@pytest.mark.errors("extension.failed")
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ("Short", f"ended {Digest.of(CONTENT)} at byte 999999 of 1000000"),
+        ("Long", f"sent more of {Digest.of(CONTENT)} than its 1000000 bytes"),
+        ("Breaking", "raised SystemExit: 9"),
+    ],
+)
+async def test_a_blob_that_does_not_come_whole(package: Package, made: str, says: str) -> None:  # noqa: F811
+    package.offer("upstream", "one", f"{HERE}:{made}")
+    extensions = Extensions({"mine": ExtensionConfig(kind="upstream", use="one", timeout=20.0)})
+    upstream = ExtendedUpstream("x", extensions.make("mine"), Metrics())
+    blob = await upstream.get_blob("library/app", Digest.of(CONTENT))
+    with pytest.raises(ExtensionFailed, match=says):
+        _ = [chunk async for chunk in blob.chunks()]
+    await blob.close()
+    await extensions.close()
+
+
+@pytest.mark.errors("upstream.wrong_digest", "fill.failed")
+async def test_a_blob_of_other_bytes_is_not_kept(serve: Serve, package: Package) -> None:  # noqa: F811
+    site = await sourced(serve, package, "Wrong")
+    body = b""
+    with suppress(aiohttp.ClientError):
+        _, _, body = await site.get(BLOB)
+    assert body != CONTENT
+    assert site.app.composition.store.linked("docker.io/library/app", Digest.of(CONTENT)) is None
+
+
+@pytest.mark.errors("extension.failed")
+async def test_a_manifest_that_is_another(serve: Serve, package: Package) -> None:  # noqa: F811
+    site = await sourced(serve, package, "Another")
+    status, _, _ = await site.get(f"/v2/library/app/manifests/{Digest.of(IMAGE)}")
+    assert status == 503
+    assert "returned sha256:" in (await ready(site))["extensions"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"url": "https://a.example"}, "url is for a registry at a url, and this upstream is an extension"),
+        ({"username": "u", "password": "p"}, "username is for a registry at a url"),
+        ({"bandwidth": "1MiB"}, "bandwidth is for a registry at a url"),
+    ],
+)
+def test_an_upstream_of_an_extension_has_no_connection(tmp_path: Path, keys: Any, says: str) -> None:
+    upstream = {"extension": "mine", **keys}
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        configuration(tmp_path, {"namespaces": {"x": {"upstream": upstream}}})

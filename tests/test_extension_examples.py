@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from storage.oci import OCI_INDEX, OCI_MANIFEST
+from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest
 from tests.conftest import OPEN
 from tests.processes import Place, Server, place  # noqa: F401  a fixture
 from tests.upstream import Basic, Upstream
@@ -87,6 +87,7 @@ def extended(address: str, home: Path) -> dict[str, Any]:
     labels = {"labels": {"team": "", "tier": "gold"}}
     made = {
         "logins": ("credential_provider", "vault", {"address": address, "token_file": str(home / "token")}),
+        "layouts": ("upstream", "layout_directory", {"directory": str(home / "layouts")}),
         "labels": ("policy_condition", "required_label", labels),
         "lines": ("event_sink", "json_lines", {"file": str(home / "events"), "sync": False}),
         "gate": ("middleware", "client_gate", {"refuse": "^old/", "site": "berlin"}),
@@ -115,7 +116,8 @@ async def test_all_of_them_at_once(place: Place, packages: Path, secrets: Any) -
         labelled(private)
         place.namespace["upstream"].update(url=private.url, credential_provider="logins")
         place.tree.update(extended(address, place.home))
-        place.tree["namespaces"]["local"] = {"store": {}}
+        place.tree["namespaces"].update(local={"store": {}}, share={"upstream": {"extension": "layouts"}})
+        manifest = lay_out(place.home / "layouts" / "team" / "app")
         place.environment["PYTHONPATH"] = str(packages)
         server = await place.start()
         async with aiohttp.ClientSession(server.url) as client:
@@ -129,9 +131,29 @@ async def test_all_of_them_at_once(place: Place, packages: Path, secrets: Any) -
                 async with client.get(f"/v2/labelled/app/manifests/{tag}") as response:
                     text = await response.text()
                     assert (response.status, says in text) == (403 if says else 200, True), (tag, text)
+            async with client.get("/v2/share/team/app/manifests/1.0") as response:
+                assert (response.content_type, await response.read()) == (OCI_MANIFEST, manifest)
+            async with client.get(f"/v2/share/team/app/blobs/{Digest.of(b'{}')}") as response:
+                assert await response.read() == b"{}"
+            async with client.get("/v2/share/team/app/tags/list") as response:
+                assert (await response.json())["tags"] == ["1.0"]
             await push_event(client, place.home / "events")
         await used(server)
         await server.stop()
+
+
+def lay_out(directory: Path) -> bytes:
+    """An OCI image layout with an image; returns its manifest."""
+    (directory / "blobs" / "sha256").mkdir(parents=True)
+    media_type = "application/vnd.oci.image.config.v1+json"
+    config = {"mediaType": media_type, "digest": str(Digest.of(b"{}")), "size": 2}
+    manifest = json.dumps({"schemaVersion": 2, "config": config, "layers": []}).encode()
+    for each in (b"{}", manifest):
+        (directory / "blobs" / "sha256" / hashlib.sha256(each).hexdigest()).write_bytes(each)
+    listed = {"mediaType": OCI_MANIFEST, "digest": str(Digest.of(manifest)), "size": len(manifest)}
+    named = {**listed, "annotations": {"org.opencontainers.image.ref.name": "1.0"}}
+    (directory / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [named]}))
+    return manifest
 
 
 async def push_event(client: aiohttp.ClientSession, pipe: Path) -> None:

@@ -134,7 +134,7 @@ def _upstreams(config: Config, found: Preflight) -> None:
             except OSError as error:
                 files = ", ".join(str(file) for _, file in _files(upstream))
                 found.errors.append(f"{path}: {files}: {file_fault(error)}")
-        for login in upstream.logins():
+        for login in upstream.logins() if upstream.extension is None else ():
             # A program or an extension is asked when the server needs it.
             if login.credential_helper is None and login.credential_provider is None:
                 try:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # it has a rule for each of its sections
 # The key that names an extension of a kind.  A middleware is used since it is configured.
 NAMED_BY: dict[ExtensionKind, str] = {
     "credential_provider": "namespaces.NAME.upstream.credential_provider",
+    "upstream": "namespaces.NAME.upstream.extension",
     "policy_condition": "policy.rules[].conditions",
     "event_sink": "webhooks[].extension",
 }
@@ -29,6 +30,8 @@ def uses(config: Config) -> Iterator[tuple[str, ExtensionKind, str]]:
         for name in rule.conditions:
             yield f"policy.rules[{number}].conditions", "policy_condition", name
     for name, (_, upstream) in config.cached().items():
+        if upstream.extension is not None:
+            yield f"namespaces.{name}.upstream.extension", "upstream", upstream.extension
         for number, login in enumerate(upstream.logins()):
             part = f".credentials[{number}]" if upstream.credentials else ""
             if login.credential_provider is not None:
@@ -50,6 +53,12 @@ def check_extensions(config: Config) -> Iterator[Fault]:
             yield Fault(path, f"extensions has no {name}{hint}")
         elif known[name].kind != kind:
             yield Fault(path, f"extensions.{name} is a {known[name].kind}, not a {kind}")
+    for name, (namespace, upstream) in config.cached().items():
+        if upstream.extension is not None and namespace.visibility == "caller":
+            yield Fault(
+                f"namespaces.{name}.visibility",
+                "caller needs an upstream with a url: an extension knows no callers",
+            )
     for name, each in known.items():
         if name not in used and each.kind in NAMED_BY:
             key = NAMED_BY[each.kind]

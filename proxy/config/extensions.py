@@ -9,7 +9,9 @@ import msgspec
 from proxy.config.fields import Section, Timeout
 from proxy.config.values import parse_label
 
-ExtensionKind: TypeAlias = Literal["credential_provider", "policy_condition", "event_sink", "middleware"]
+ExtensionKind: TypeAlias = Literal[
+    "credential_provider", "upstream", "policy_condition", "event_sink", "middleware"
+]
 
 
 class HiddenSettings(dict[str, Any]):

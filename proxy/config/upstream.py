@@ -41,11 +41,14 @@ class Login(Section, frozen=True):
 class UpstreamConfig(Login, frozen=True, kw_only=True):
     """How to reach a registry.  All other keys apply to each `url`.
 
+    An `extension` has the content itself, in place of a registry at a URL.
+
     In the namespace `*`, in place of URLs: `hosts`, of registries that clients may ask for, and `max_hosts`,
     the number of those in use at a time.
     """
 
     url: Annotated[tuple[str, ...], parse_urls] = ()
+    extension: Annotated[str, parse_label] | None = None
     hosts: tuple[Annotated[HostPattern, parse_pattern_of_hosts], ...] = ()
     max_hosts: Annotated[int, parse_count] = 100
     credentials: tuple[Login, ...] = ()
@@ -66,6 +69,11 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
     bandwidth: Size | None = None
 
     def __post_init__(self) -> None:
+        if self.extension is not None:
+            given = [each for each in _OF_REMOTES if getattr(self, each) != _DEFAULTS[each]]
+            if given:
+                raise ValueError(f"{given[0]} is for a registry at a url, and this upstream is an extension")
+            return
         if not self.url and not self.hosts:
             raise ValueError("needs url, such as https://registry.example")
         super().__post_init__()
@@ -107,3 +115,8 @@ class UpstreamConfig(Login, frozen=True, kw_only=True):
     def logins(self) -> tuple[Login, ...]:
         """The accounts to use, at least one."""
         return self.credentials or (self,)
+
+
+# Keys that apply only to a registry at a URL: all but those of fills.
+_OF_REMOTES = [each for each in UpstreamConfig.__struct_fields__ if each not in ("extension", "max_fills")]
+_DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(UpstreamConfig)}

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 LOGGED = 60.0  # seconds between two events about one extension
 FAILING = 300.0  # seconds after its last failure in which an extension counts as failing
-AGAIN = 5.0  # seconds after which a client may try again
+AGAIN = 1.0  # seconds after which a client may try again
 CLOSED = 2.0  # seconds that an extension has to end
 
 
@@ -90,6 +90,10 @@ class Extension:
                 raise cause from None
             raise self._failed(error) from None
         return self._checked(result, gives)
+
+    async def release(self, work: Callable[[], Awaitable[Any]]) -> None:
+        """Have it release something; whether it does is not waited for."""
+        self._isolation.begin(work)
 
     def call_blocking(self, work: Callable[[], Awaitable[Any]], gives: type[T] | tuple[type[T], ...]) -> T:
         """As attend(), for a thread that may block."""

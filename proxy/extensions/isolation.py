@@ -62,6 +62,7 @@ class Isolation:
         self._check_free()
         future, cancel = self._submit(work)
         waiting = asyncio.wrap_future(future)
+        waiting.add_done_callback(_retrieve)
         try:
             done, _ = await asyncio.wait({waiting}, timeout=seconds)
         except asyncio.CancelledError:
@@ -79,6 +80,11 @@ class Isolation:
             return future.result(seconds)
         except TimeoutError:
             raise self._late(cancel, seconds) from None
+
+    def begin(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do work whose result nobody waits for."""
+        with suppress(ExtensionFault):
+            self._submit(work)
 
     def _submit(self, work: Callable[[], Awaitable[T]]) -> tuple[Future[T], Callable[[], None]]:
         future: Future[T] = Future()
@@ -135,6 +141,12 @@ class Isolation:
         self._closing = True
         self._soon(self._loop.stop)
         return self._thread
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Have an error that comes when nobody waits any more not be logged as lost."""
+    if not future.cancelled():
+        future.exception()
 
 
 def fault_of(error: BaseException) -> ExtensionFault:

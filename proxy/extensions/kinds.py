@@ -18,6 +18,7 @@ class Group:
 
 GROUPS: Mapping[ExtensionKind, Group] = {
     "credential_provider": Group("entrepot.credential_providers", ("get",)),
+    "upstream": Group("entrepot.upstreams", ("manifest", "blob", "tags")),
     "policy_condition": Group("entrepot.policy_conditions", ("judge",)),
     "event_sink": Group("entrepot.event_sinks", ("send",)),
     "middleware": Group("entrepot.middleware", ("handle",)),

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -73,6 +73,57 @@ class CredentialProvider(Protocol):
 
         `repository` is what it is needed for, empty if it is for none or any.
         """
+        ...
+
+
+# Upstreams: entrepot.upstreams
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedManifest:
+    """A manifest or an index, with its media type."""
+
+    media_type: str
+    content: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self.media_type, str, "media_type")
+        _check(self.content, bytes, "content")
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedBlob:
+    """The `size` of a whole blob in bytes, and its bytes from the wanted one on."""
+
+    size: int
+    chunks: AsyncIterator[bytes] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self.size, int, "size")
+        _check(self.chunks, AsyncIterator, "chunks")
+        if self.size < 0:
+            raise ValueError("size is negative")
+
+
+class UpstreamSource(Protocol):
+    """Has the content that a cache is filled with.  It runs in workers and in the housekeeping process.
+
+    Repositories are named without the namespace.  None says that it has no such thing.
+    """
+
+    @abstractmethod
+    async def manifest(self, repository: str, reference: str) -> OfferedManifest | None:
+        """The manifest of a tag or a digest; `reference` has a colon if it is a digest."""
+        ...
+
+    @abstractmethod
+    async def blob(self, repository: str, digest: str, start: int) -> OfferedBlob | None:
+        """The blob, with its bytes from `start` on.  Each chunk is a call, and not all need be read."""
+        ...
+
+    @abstractmethod
+    async def tags(self, repository: str) -> list[str] | None:
+        """All tags of a repository, in any order."""
         ...
 
 

@@ -32,6 +32,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
+from proxy.upstream.extended import ExtendedUpstream
 from proxy.upstream.failover import Failover
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.peers import Owners, Peers
@@ -40,7 +41,7 @@ from proxy.webhooks.publisher import Publisher
 from storage.errors import Unavailable
 from storage.limits import RateLimit
 from storage.oci import Digest, NameGrammar, Tag
-from storage.registry import Moved
+from storage.registry import Moved, Registry
 from storage.shared import SharedState
 from storage.store import Store
 
@@ -72,23 +73,26 @@ class CacheFactory:
     extensions: Extensions
     peers: Peers | None = None
 
-    def make(self, name: str, settings: NamespaceConfig) -> tuple[Cache, UpstreamRegistry]:
-        """The cache of a namespace, and the last of its upstreams.  Raises StartError."""
+    def make(self, name: str, settings: NamespaceConfig) -> tuple[Cache, UpstreamRegistry | None]:
+        """The cache of a namespace, and the last of its upstreams, if that is remote.  Raises StartError."""
         assert settings.upstream is not None
+        if (wanted := settings.upstream.extension) is not None:
+            source = ExtendedUpstream(name, self.extensions.get(wanted), self.metrics)
+            return self._cache(name, source, settings), None
         upstreams = self._upstreams(name, settings.upstream)
         owners = self._owners(name, settings, upstreams)
         alone = len(upstreams) == 1 and owners is None
         origin = upstreams[0] if alone else Failover(upstreams, self.clock, owners)
+        return self._cache(name, origin, settings), upstreams[-1]
+
+    def _cache(self, name: str, origin: Registry, settings: NamespaceConfig) -> Cache:
         policy = self._policy(settings)
         if self.common is None:
-            cache = Cache(
-                name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill
-            )
+            return Cache(name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill)
         else:
             tier = SharedTier(name, origin, self.common, policy, self.clock, self.drill, self.moved_upstream)
             local = before_shared(policy)
-            cache = Cache(name, tier, self.store, self.fills, local, self.clock, self.tag_moved)
-        return cache, upstreams[-1]
+            return Cache(name, tier, self.store, self.fills, local, self.clock, self.tag_moved)
 
     def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
         """One for each URL.  Raises StartError if a file that they need cannot be read."""
@@ -219,6 +223,7 @@ class HostCaches:
             cache, upstream = self._factory.make(name, found)
         except StartError as error:  # a file was there when the server started
             raise Unavailable(str(error)) from error
+        assert upstream is not None  # it has hosts
         self._caches[name], self._upstreams[name] = cache, upstream
         log.info("namespace.made", namespace=name)
         served = self._factory.guard.of(name, cache, self._factory.store)
@@ -274,7 +279,9 @@ class Caches:
                 factory.check(name, upstream)
                 self.others = HostCaches(factory, self.caches, self.upstreams, upstream.max_hosts)
             else:
-                self.caches[name], self.upstreams[name] = factory.make(name, namespace)
+                self.caches[name], remote = factory.make(name, namespace)
+                if remote is not None:
+                    self.upstreams[name] = remote
 
     async def close(self) -> None:
         async with AsyncExitStack() as closing:

@@ -236,7 +236,7 @@ class _Composer:
         extensions = Extensions(self._config.extensions, self._metrics, self._clock)
         self._failed.callback(extensions.abandon)
         self._closing.push_async_callback(extensions.close)
-        extensions.load("credential_provider", "policy_condition")
+        extensions.load("credential_provider", "upstream", "policy_condition")
         return extensions
 
     def _fills(self, store: Store, deposits: Deposits | None) -> Fills:

@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 GROUPS = {
-    "Run a server": ("serve", "check", "config", "doctor", "reload", "user", "keys", "policy"),
+    "Run a server": ("serve", "check", "config", "doctor", "health", "reload", "user", "keys", "policy"),
     "Configure clients": ("setup",),
     "See what is stored and saved": (
         "ls",
@@ -107,6 +107,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("entrepot doctor", "on the server"),
         ("entrepot doctor --client http://cache.example:5000", "on a client"),
     ),
+    "health": (("entrepot health", "the exit status is 0 if it serves"),),
     "setup": (
         ("entrepot setup containerd --url http://cache.example:5000", "print the files"),
         ("entrepot setup docker --write", "install them"),

@@ -77,6 +77,19 @@ class AdminClient(SentOperations):
                     if each.startswith(DATA):
                         yield self._decoded(each.removeprefix(DATA), operation.result)
 
+    async def health(self) -> HealthReport:
+        """What /readyz says."""
+        from aiohttp import ClientError
+
+        try:
+            async with self._session.get(self._url / "readyz", allow_redirects=False) as response:
+                content = await response.read()
+                if response.status not in (200, 503):
+                    raise _error_of(self._url, response.status, content)
+                return self._decoded(content, HealthReport)
+        except (ClientError, ConnectionError, TimeoutError) as error:
+            raise self._unreachable(error) from error
+
     async def import_(
         self,
         archive: IO[bytes],
@@ -155,8 +168,11 @@ class AdminClient(SentOperations):
                     raise _error_of(self._url, response.status, await response.read())
                 yield response
         except (ClientError, ConnectionError, TimeoutError) as error:
-            failure = explain(error, self._url, "--ca-file")
-            raise OperationFailed(f"{self._url}: {failure}", "UNREACHABLE") from error
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> OperationFailed:
+        failure = explain(error, self._url, "--ca-file")
+        return OperationFailed(f"{self._url}: {failure}", "UNREACHABLE")
 
 
 def _query(parameters: msgspec.Struct) -> dict[str, str]:
@@ -166,6 +182,15 @@ def _query(parameters: msgspec.Struct) -> dict[str, str]:
 def _export_body(selection: Selection, dry_run: bool = False) -> bytes:
     since = [each.content.decode() for each in selection.since]
     return msgspec.json.encode({**dataclasses.asdict(selection), "since": since, "dry_run": dry_run})
+
+
+class HealthReport(msgspec.Struct, omit_defaults=True):
+    """The answer of /readyz: ready, degraded or draining, and the reasons."""
+
+    status: str
+    store: str = ""
+    drill: str = ""
+    credentials: str = ""
 
 
 class _ErrorAnswer(msgspec.Struct):

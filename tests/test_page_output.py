@@ -201,6 +201,7 @@ ELSEWHERE = {
         "helm package deploy/helm/entrepot": "tests/test_chart.py pushes and pulls it",
     },
     "docs/commands.md": {
+        "entrepot health": "needs a full disk: see tests/test_health.py",
         "entrepot extensions": "needs packages: see tests/test_extension_examples.py",
         "entrepot setup containerd --url http://10.0.0.7:5000 --while": "see tests/test_setup_hold.py",
         "entrepot serve --listen 0.0.0.0:5000 --disk /data --store lo": START,

@@ -147,7 +147,9 @@ def _install_entrepot(target: Path, epoch: int) -> None:
         for name in ("LICENSE", "README.md", "pyproject.toml"):
             shutil.copyfile(SOURCE / name, source / name)
         for name in ("proxy", "storage"):
-            shutil.copytree(SOURCE / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "site"))
+            shutil.copytree(
+                SOURCE / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "site")
+            )
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
         command = [*pip, "--no-build-isolation", f"--wheel-dir={temporary}", str(source)]
         time = max(epoch, EARLIEST)

@@ -149,6 +149,9 @@ def top_of(kind: str, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if kind == "policy_condition":
         rule = {"name": "labelled", "action": "allow", "conditions": ["mine"]}
         top["policy"] = {"rules": [rule]}
+    if kind == "storage":
+        top["shared"] = {"bucket": "extension://mine"}
+        top["namespaces"] = {"local": {"store": {}}}
     if kind == "upstream":
         top["namespaces"] = {"docker.io": {"upstream": {"extension": "mine"}, "revalidate_timeout": "1h"}}
     return top, {"credential_provider": "mine"} if kind == "credential_provider" else {}

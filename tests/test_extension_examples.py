@@ -88,6 +88,7 @@ def extended(address: str, home: Path) -> dict[str, Any]:
     made = {
         "logins": ("credential_provider", "vault", {"address": address, "token_file": str(home / "token")}),
         "layouts": ("upstream", "layout_directory", {"directory": str(home / "layouts")}),
+        "objects": ("storage", "object_directory", {"directory": str(home / "objects")}),
         "labels": ("policy_condition", "required_label", labels),
         "lines": ("event_sink", "json_lines", {"file": str(home / "events"), "sync": False}),
         "gate": ("middleware", "client_gate", {"refuse": "^old/", "site": "berlin"}),
@@ -100,6 +101,7 @@ def extended(address: str, home: Path) -> dict[str, Any]:
         },
         "policy": {"rules": [{**rule, "repositories": ["docker.io/labelled/*"]}]},
         "webhooks": [{"name": "file", "extension": "lines", "actions": ["push"]}],
+        "shared": {"bucket": "extension://objects"},
         "access": OPEN,
     }
 
@@ -117,6 +119,7 @@ async def test_all_of_them_at_once(place: Place, packages: Path, secrets: Any) -
         place.namespace["upstream"].update(url=private.url, credential_provider="logins")
         place.tree.update(extended(address, place.home))
         place.tree["namespaces"].update(local={"store": {}}, share={"upstream": {"extension": "layouts"}})
+        (place.home / "objects").mkdir()
         manifest = lay_out(place.home / "layouts" / "team" / "app")
         place.environment["PYTHONPATH"] = str(packages)
         server = await place.start()
@@ -140,6 +143,8 @@ async def test_all_of_them_at_once(place: Place, packages: Path, secrets: Any) -
             await push_event(client, place.home / "events")
         await used(server)
         await server.stop()
+    [stored] = [each for each in (place.home / "objects").rglob("*") if each.is_file()]
+    assert stored.read_bytes() == b"pushed"
 
 
 def lay_out(directory: Path) -> bytes:

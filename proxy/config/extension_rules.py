@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # it has a rule for each of its sections
 NAMED_BY: dict[ExtensionKind, str] = {
     "credential_provider": "namespaces.NAME.upstream.credential_provider",
     "upstream": "namespaces.NAME.upstream.extension",
+    "storage": "shared.bucket, as extension://NAME",
     "policy_condition": "policy.rules[].conditions",
     "event_sink": "webhooks[].extension",
 }
@@ -23,6 +24,8 @@ NAMED_BY: dict[ExtensionKind, str] = {
 
 def uses(config: Config) -> Iterator[tuple[str, ExtensionKind, str]]:
     """The path of each key that names an extension, the kind that it must have, and the name."""
+    if (name := config.shared.extension) is not None:
+        yield "shared.bucket", "storage", name
     for number, webhook in enumerate(config.webhooks):
         if webhook.extension is not None:
             yield f"webhooks[{number}].extension", "event_sink", webhook.extension

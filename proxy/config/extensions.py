@@ -10,7 +10,7 @@ from proxy.config.fields import Section, Timeout
 from proxy.config.values import parse_label
 
 ExtensionKind: TypeAlias = Literal[
-    "credential_provider", "upstream", "policy_condition", "event_sink", "middleware"
+    "credential_provider", "upstream", "storage", "policy_condition", "event_sink", "middleware"
 ]
 
 

@@ -115,7 +115,7 @@ _NOTATIONS: dict[Callable[[Any], Any], Notation] = {
     quantities.parse_reserve: Notation(
         {"anyOf": [text("[0-9]{1,9}%?"), {"type": "integer", "minimum": 0}]}, _write_reserve
     ),
-    shared.parse_bucket: Notation(text(f"(?:{'|'.join(shared.SCHEMES)})://.+")),
+    shared.parse_bucket: Notation(text(f"(?:{'|'.join((*shared.SCHEMES, shared.EXTENSION))})://.+")),
     shared.parse_database: Notation(text("postgres(?:ql)?://.*", writeOnly=True)),
     values.parse_access: Notation(one_of("all", "errors", "off", False)),
     values.parse_admin_ui: Notation(one_of("on", "read_only", "off", True, False)),

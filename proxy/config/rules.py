@@ -27,6 +27,8 @@ def violations(config: Config) -> Iterator[Fault]:
     yield from _check_peers(config)
     if config.redirect is not None and config.shared.bucket is None:
         yield Fault("redirect", "leads clients to a bucket: set shared.bucket, or remove this key")
+    if config.redirect is not None and config.shared.extension is not None:
+        yield Fault("redirect", "an extension (shared.bucket) has no URLs for clients: remove this key")
     if config.shared.caches is not None and not config.cached():
         yield Fault("shared.caches", "no namespace is a cache, with an upstream: remove this key")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CACHES = "caches"  # the part of the database and of the bucket that the caches have
 SCHEMES = ("s3", "gs", "az")  # S3 and what is compatible with it, Google Cloud Storage, Azure Blob Storage
+EXTENSION = "extension"  # the scheme of a bucket that is an extension
 
 
 def parse_database(value: object) -> Secret:
@@ -30,8 +31,14 @@ def parse_bucket(value: object) -> str:
     """The URL of a bucket, with the prefix of the keys of its objects."""
     text = parse_text(value)
     parts = urlsplit(text)
-    if parts.scheme not in SCHEMES or not parts.netloc or any(each in parts.netloc for each in "@:"):
-        raise ValueError("expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix")
+    if (
+        parts.scheme not in (*SCHEMES, EXTENSION)
+        or not parts.netloc
+        or any(each in parts.netloc for each in "@:")
+    ):
+        raise ValueError(
+            "expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, or extension://name/prefix"
+        )
     if parts.query or parts.fragment or not set(parts.path.strip("/").split("/")).isdisjoint((".", "..")):
         raise ValueError("expected a bucket and a prefix, without ?, # and ..")
     if "//" in parts.path:
@@ -70,6 +77,12 @@ class SharedConfig(Section, frozen=True):
     encryption_key: Text | None = None
     ca: File | None = None
     proxy: Annotated[Secret | None, parse_proxy] = None
+
+    @property
+    def extension(self) -> str | None:
+        """The extension that is the bucket; None if another bucket, or none, is."""
+        parts = urlsplit(self.bucket or "")
+        return parts.netloc if parts.scheme == EXTENSION else None
 
     def settings(self, part: str = "") -> BucketSettings:
         """How `bucket`, or a `part` of it, is reached.  Raises ImportError without the extra `fleet`."""

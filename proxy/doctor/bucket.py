@@ -34,7 +34,7 @@ ADVICE = {
 
 async def check(shared: SharedConfig) -> list[Check]:
     """The check of the bucket, if there is one.  Its objects are deleted again."""
-    if shared.bucket is None:
+    if shared.bucket is None or shared.extension is not None:  # which is checked as an extension
         return []
     probe = _BucketProbe(shared)
     try:

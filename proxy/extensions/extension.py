@@ -69,29 +69,36 @@ class Extension:
         *arguments: Any,
         gives: type[T] | tuple[type[T], ...],
         excused: Callable[[], RegistryError | None] = lambda: None,
+        more: float = 0.0,
     ) -> T:
         """The result of a method, which must be an instance of `gives`.
 
-        If it fails for an error of the server itself, which is then `excused`, that is raised.
+        If it fails for an error of the server itself, which is then `excused`, that is raised.  It may take
+        `more` seconds than others.
         """
-        return await self.attend(lambda: getattr(self._made, method)(*arguments), gives, excused)
+        return await self.attend(self.bound(method, *arguments), gives, excused, more)
+
+    def bound(self, method: str, *arguments: Any) -> Callable[[], Awaitable[Any]]:
+        """A function that calls a method, for its thread."""
+        return lambda: getattr(self._made, method)(*arguments)
 
     async def attend(
         self,
         work: Callable[[], Awaitable[Any]],
         gives: type[T] | tuple[type[T], ...],
         excused: Callable[[], RegistryError | None] = lambda: None,
+        more: float = 0.0,
     ) -> T:
         """As call(), of a function that calls the extension in its thread."""
         try:
-            result = await self._isolation.call(work, self._timeout)
+            result = await self._isolation.call(work, self._timeout + more)
         except ExtensionFault as error:
             if (cause := excused()) is not None:
                 raise cause from None
             raise self._failed(error) from None
         return self._checked(result, gives)
 
-    async def release(self, work: Callable[[], Awaitable[Any]]) -> None:
+    def release(self, work: Callable[[], Awaitable[Any]]) -> None:
         """Have it release something; whether it does is not waited for."""
         self._isolation.begin(work)
 

@@ -47,12 +47,16 @@ class Isolation:
             # A callback or a task of the extension may raise SystemExit, which ends a loop.
             with suppress(BaseException):
                 self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
             task.cancel()
-        self._loop.call_soon(self._loop.stop)
         with suppress(BaseException):
-            self._loop.run_forever()
+            self._loop.run_until_complete(self._finish(tasks))
         self._loop.close()
+
+    async def _finish(self, tasks: set[asyncio.Task[Any]]) -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
     async def call(self, work: Callable[[], Awaitable[T]], seconds: float) -> T:
         """The result of work.  Raises ExtensionFault; after so many seconds ExtensionLate.

@@ -19,6 +19,7 @@ class Group:
 GROUPS: Mapping[ExtensionKind, Group] = {
     "credential_provider": Group("entrepot.credential_providers", ("get",)),
     "upstream": Group("entrepot.upstreams", ("manifest", "blob", "tags")),
+    "storage": Group("entrepot.storage", ("put", "get", "size", "delete")),
     "policy_condition": Group("entrepot.policy_conditions", ("judge",)),
     "event_sink": Group("entrepot.event_sinks", ("send",)),
     "middleware": Group("entrepot.middleware", ("handle",)),

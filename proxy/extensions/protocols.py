@@ -26,6 +26,7 @@ import re
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 VERSION = 1  # of all protocols here: a change that breaks extensions makes another one
@@ -124,6 +125,52 @@ class UpstreamSource(Protocol):
     @abstractmethod
     async def tags(self, repository: str) -> list[str] | None:
         """All tags of a repository, in any order."""
+        ...
+
+
+# Storage: entrepot.storage
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedObject:
+    """The `size` of a whole object in bytes, and those of its bytes that are wanted."""
+
+    size: int
+    chunks: AsyncIterator[bytes] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self.size, int, "size")
+        _check(self.chunks, AsyncIterator, "chunks")
+
+
+class ObjectStorage(Protocol):
+    """Keeps objects by their keys, in place of a bucket.  It runs in workers and in the housekeeping process.
+
+    A key is a path of ASCII letters, digits, dots, hyphens and slashes.  No object is ever changed, and none
+    is put twice.  What is kept must outlive the process, and be seen by all that use the same storage.
+    """
+
+    @abstractmethod
+    async def put(self, key: str, source: Path, size: int) -> None:
+        """Make an object of a file of `size` bytes: whole or not at all, and safe on return.
+
+        It may take a second more for each MiB.
+        """
+        ...
+
+    @abstractmethod
+    async def get(self, key: str, start: int, stop: int | None) -> OfferedObject | None:
+        """The object with its bytes [start, stop), or to the end; None if there is none."""
+        ...
+
+    @abstractmethod
+    async def size(self, key: str) -> int | None:
+        """The size of the object in bytes; None if there is none."""
+        ...
+
+    @abstractmethod
+    async def delete(self, key: str) -> None:
+        """Delete the object, if there is one."""
         ...
 
 

@@ -164,11 +164,12 @@ class _Composer:
         self._disks: list[Troubled] = []
         self._troubles = Troubles(shared.disks)
         self._listings = ListingMemory()
+        self._extensions = Extensions(config.extensions, metrics, clock)
 
     def compose(self) -> Composition:
         # long: each part takes a line
         config, clock = self._config, self._clock
-        extensions = self._extensions()
+        self._load()
         store = self._store()
         usage, recorder = self._usage(store)
         queue, publisher = self._webhooks()
@@ -180,7 +181,7 @@ class _Composer:
         tag_moved = tag_moved_of(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
-        guard = PolicyGuard(config, store, clock, self._metrics, held, extensions)
+        guard = PolicyGuard(config, store, clock, self._metrics, held, self._extensions)
         factory = CacheFactory(
             config=config,
             clock=clock,
@@ -194,7 +195,7 @@ class _Composer:
             drill=drill,
             listings=self._listings,
             guard=guard,
-            extensions=extensions,
+            extensions=self._extensions,
             peers=peers,
         )
         made = self._caches(factory)
@@ -225,19 +226,17 @@ class _Composer:
             hosted=hosted,
             namespaces=namespaces,
             guard=guard,
-            extensions=extensions,
+            extensions=self._extensions,
             pins=pins,
             maintenance=self._maintenance(store, private, namespaces, pins, publisher, common),
             closing=self._closing,
         )
 
-    def _extensions(self) -> Extensions:
-        """With those that parts of every composition call; others are loaded by the process that does."""
-        extensions = Extensions(self._config.extensions, self._metrics, self._clock)
-        self._failed.callback(extensions.abandon)
-        self._closing.push_async_callback(extensions.close)
-        extensions.load("credential_provider", "upstream", "policy_condition")
-        return extensions
+    def _load(self) -> None:
+        """Make the extensions that parts of every composition call; others the process makes that does."""
+        self._failed.callback(self._extensions.abandon)
+        self._closing.push_async_callback(self._extensions.close)
+        self._extensions.load("credential_provider", "upstream", "storage", "policy_condition")
 
     def _fills(self, store: Store, deposits: Deposits | None) -> Fills:
         return Fills(
@@ -281,7 +280,7 @@ class _Composer:
     def _common(self, store: Store) -> tuple[SharedStore, Deposits] | tuple[None, None]:
         if self._config.shared.caches is None:
             return None, None
-        common, deposits = shared_caches(self._config, store, self._clock, self._troubles)
+        common, deposits = shared_caches(self._config, store, self._clock, self._troubles, self._extensions)
         self._opened(common)
         self._closing.push_async_callback(deposits.close)
         return common, deposits
@@ -294,7 +293,9 @@ class _Composer:
     def _private(self, copies: BlobCopies) -> Store | None:
         if not self._config.hosted():
             return None
-        return self._opened(private_store(self._config, self._clock, self._troubles, copies))
+        return self._opened(
+            private_store(self._config, self._clock, self._troubles, copies, self._extensions)
+        )
 
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from proxy.cache.copies import BlobCopies
 from proxy.cache.deposits import Deposits
@@ -13,6 +14,7 @@ from proxy.cache.shared_store import PATIENCE, SharedStore
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.config.shared import CACHES, SharedConfig
+from proxy.extensions.extension import Extensions
 from storage.disk.health import DiskHealth
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
@@ -21,6 +23,8 @@ from storage.store import Store
 
 if TYPE_CHECKING:  # one machine needs no client of object storage
     from storage.bucket.blobs import BucketBlobs
+    from storage.bucket.objects import Signing
+    from storage.bucket.settings import BucketSettings
 
 
 def bucket_blobs(
@@ -33,30 +37,44 @@ def bucket_blobs(
     part: str = "",
     patience: float | None = None,
     copies: BlobCopies | None = None,
+    extensions: Extensions | None = None,
 ) -> BucketBlobs:
-    """The blobs in a bucket, or in a `part` of it, and their `copies` here.  Raises StartError."""
+    """The blobs in a bucket, or in a `part` of it, and their `copies` here.  Raises StartError.
+
+    Of `extensions` one may be the bucket; without them it is made here.
+    """
     try:
         # Only here: one machine needs no client of object storage.
         from storage.bucket.blobs import BucketBlobs, keep_nothing
-        from storage.bucket.objects import Bucket, BucketHealth, Signing
+        from storage.bucket.objects import Bucket, BucketHealth
     except ImportError as error:
         raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
-    settings, redirect, signing = config.shared.settings(part), config.redirect, None
-    try:
-        store = settings.connect()
-        if redirect is not None:
-            public = (
-                store
-                if redirect.endpoint is None
-                else replace(settings, endpoint=redirect.endpoint).connect()
-            )
-            signing = Signing(public, redirect.above, redirect.valid_for)
-    except (ValueError, OSError) as error:
-        raise StartError(f"shared.bucket: {error}") from error
+    settings = config.shared.settings(part)
     health = BucketHealth(settings.url, root, clock, troubles)
-    bucket = Bucket(store, settings.url, health, settings.storage_class, patience, signing)
+    bucket: Bucket
+    if (name := config.shared.extension) is not None:
+        from proxy.namespaces.extended_bucket import ExtensionBucket
+
+        made = (extensions or Extensions(config.extensions, clock=clock)).make(name)
+        bucket = ExtensionBucket(made, urlsplit(settings.url).path.strip("/"), health)
+    else:
+        try:
+            store, signing = settings.connect(), _signing(config, settings)
+        except (ValueError, OSError) as error:
+            raise StartError(f"shared.bucket: {error}") from error
+        bucket = Bucket(store, settings.url, health, settings.storage_class, patience, signing)
     keep = keep_nothing if copies is None else copies.keep
     return BucketBlobs(bucket, records, root, clock, disk, keep=keep)
+
+
+def _signing(config: Config, settings: BucketSettings) -> Signing | None:
+    """How clients are led to the bucket, if they are.  Raises ValueError, OSError."""
+    from storage.bucket.objects import Signing
+
+    if (redirect := config.redirect) is None:
+        return None
+    endpoint = settings.endpoint if redirect.endpoint is None else redirect.endpoint
+    return Signing(replace(settings, endpoint=endpoint).connect(), redirect.above, redirect.valid_for)
 
 
 def database(
@@ -79,7 +97,11 @@ def database(
 
 
 def shared_caches(
-    config: Config, store: Store, clock: Callable[[], float], troubles: Troubles
+    config: Config,
+    store: Store,
+    clock: Callable[[], float],
+    troubles: Troubles,
+    extensions: Extensions | None = None,
 ) -> tuple[SharedStore, Deposits]:
     """The store that the caches of several servers share, and what hands over the blobs of `store` to it.
 
@@ -89,7 +111,9 @@ def shared_caches(
     records = database(config.shared, clock, troubles, part=CACHES)
     try:
         disk = DiskHealth(root, clock, troubles)
-        blobs = bucket_blobs(config, records, root, disk, clock, troubles, CACHES, PATIENCE)
+        blobs = bucket_blobs(
+            config, records, root, disk, clock, troubles, CACHES, PATIENCE, extensions=extensions
+        )
     except BaseException:
         records.close()
         raise

@@ -24,6 +24,7 @@ import structlog
 from proxy.cache.copies import BlobCopies
 from proxy.config.errors import StartError
 from proxy.config.schema import Config
+from proxy.extensions.extension import Extensions
 from proxy.namespaces.engines import bucket_blobs, database
 from storage.content import BlobContent
 from storage.disk.blobs import BlobFiles
@@ -49,10 +50,11 @@ def private_store(
     clock: Callable[[], float] = time.time,
     troubles: Troubles | None = None,
     copies: BlobCopies | None = None,
+    extensions: Extensions | None = None,
 ) -> Store:
     """Open the store of what clients push; only unreachable content is removed.
 
-    `copies` get what is pushed to a bucket.
+    `copies` get what is pushed to a bucket, which may be one of the `extensions`.
 
     Raises StorageFailed, and StartError if the records in the database that is configured, or on the disk,
     are not those of the content: all of it would seem unreachable, or missing.
@@ -61,7 +63,7 @@ def private_store(
     shared = is_shared(config, troubles)
     if not shared and (config.shared.bucket or config.shared.records):
         log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
-    opened = engine(config, shared, clock, troubles, guarded=True, copies=copies)
+    opened = engine(config, shared, clock, troubles, guarded=True, copies=copies, extensions=extensions)
     try:
         if shared:
             with suppress(StorageFailed):  # of a database that cannot be asked now
@@ -149,6 +151,7 @@ def engine(
     troubles: Troubles | None = None,
     guarded: bool = False,
     copies: BlobCopies | None = None,
+    extensions: Extensions | None = None,
 ) -> Engine:
     """What holds the registry on the disk, or as `shared` says.  Raises StorageFailed, StartError.
 
@@ -169,7 +172,7 @@ def engine(
         records = GuardedRecords(records, kind, clock)
     try:
         content: BlobContent = (
-            bucket_blobs(config, records, root, disk, clock, troubles, copies=copies)
+            bucket_blobs(config, records, root, disk, clock, troubles, copies=copies, extensions=extensions)
             if in_bucket
             else BlobFiles(root, clock, disk, private=True)
         )

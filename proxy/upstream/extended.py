@@ -119,7 +119,7 @@ class _ExtensionBlob(Blob):
         close = getattr(self._chunks, "aclose", None)
         if close is not None and not self._ended:
             self._ended = True
-            await self._extension.release(close)
+            self._extension.release(close)
 
 
 async def _following(chunks: AsyncIterator[bytes]) -> bytes | None:

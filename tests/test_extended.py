@@ -14,8 +14,10 @@ import aiohttp
 import pytest
 from structlog.testing import LogCapture
 
+from proxy.config.effective import differences, effective
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.extensions import ExtensionConfig
+from proxy.config.loader import load
 from proxy.extensions.extension import ExtensionFailed, Extensions
 from proxy.extensions.kinds import GROUPS
 from proxy.extensions.protocols import (
@@ -155,6 +157,20 @@ def top_of(kind: str, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if kind == "upstream":
         top["namespaces"] = {"docker.io": {"upstream": {"extension": "mine"}, "revalidate_timeout": "1h"}}
     return top, {"credential_provider": "mine"} if kind == "credential_provider" else {}
+
+
+def test_the_configuration_is_shown_without_settings(tmp_path: Path) -> None:
+    path = tmp_path / "entrepot.yml"
+    path.write_text("extensions: {a: {kind: middleware, settings: {password: hunter2, list: [hunter2]}}}")
+    shown = {each.key: each.value for each in effective(path, {}) if each.key.startswith("extensions")}
+    assert shown["extensions.a.settings"] == "***"
+    assert shown["extensions.a.kind"] == "middleware"
+    other = tmp_path / "other.yml"
+    other.write_text("extensions: {a: {kind: middleware, settings: {password: other, list: [hunter2]}}}")
+    (found,) = differences(path, other)
+    assert (found.key, found.old, found.new) == ("extensions.a.settings", "***", "***")
+    given = {"ENTREPOT_EXTENSIONS__A__SETTINGS__PASSWORD": "set"}
+    assert load(path, given).extensions["a"].settings == {"password": "set", "list": ["hunter2"]}
 
 
 @pytest.mark.parametrize("kind", GROUPS)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ def extended(address: str, home: Path) -> dict[str, Any]:
 
 
 @pytest.mark.clients
+@pytest.mark.errors("config.refused")
 async def test_all_of_them_at_once(place: Place, packages: Path, secrets: Any) -> None:  # noqa: F811
     held, address = secrets
     (place.home / "token").write_text("token\n")
@@ -142,6 +144,7 @@ async def test_all_of_them_at_once(place: Place, packages: Path, secrets: Any) -
                 assert (await response.json())["tags"] == ["1.0"]
             await push_event(client, place.home / "events")
         await used(server)
+        await reloaded(place, server)
         await server.stop()
     [stored] = [each for each in (place.home / "objects").rglob("*") if each.is_file()]
     assert stored.read_bytes() == b"pushed"
@@ -159,6 +162,22 @@ def lay_out(directory: Path) -> bytes:
     named = {**listed, "annotations": {"org.opencontainers.image.ref.name": "1.0"}}
     (directory / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [named]}))
     return manifest
+
+
+async def reloaded(place: Place, server: Server) -> None:  # noqa: F811
+    """A reload makes extensions anew; with one that is broken, all stays as it was."""
+    settings = place.tree["extensions"]["gate"]["settings"]
+    for change, event in (({"site": "munich"}, "config.reloaded"), ({"sight": "rome"}, "config.refused")):
+        settings.update(change)
+        place.configure()
+        before = server.pids()
+        server.send(signal.SIGHUP)
+        found = await server.heard(event)
+        if event == "config.reloaded":
+            await server.gone(*before)
+        async with aiohttp.ClientSession(server.url) as client, client.get("/v2/") as response:
+            assert response.headers["X-Site"] == "munich"
+    assert "extensions.gate.settings.sight: client_gate of entrepot-client-gate 1.0" in found["error"]
 
 
 async def push_event(client: aiohttp.ClientSession, pipe: Path) -> None:

@@ -4,7 +4,7 @@
     build.py DIRECTORY        write entrepot_VERSION_ARCHITECTURE.deb there
 
 Needs debhelper and dpkg-dev, and for this Python pip and setuptools.  The libraries are downloaded, exactly
-those whose hashes requirements.txt has; --libraries names a directory that has them already.  The same commit
+those that are locked for the image; --libraries names a directory that has them already.  The same commit
 makes the same package: all times are SOURCE_DATE_EPOCH, or else the time of the commit.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-REQUIREMENTS = HERE / "requirements.txt"
+REQUIREMENTS = HERE.parent / "image" / "requirements.txt"
 UNITS = HERE.parent / "systemd"
 SOURCE_ONLY = "envparse"  # it has no wheel; a new one that has none fails
 COMPLETIONS = {"bash": "entrepot", "zsh": "_entrepot", "fish": "entrepot.fish"}
@@ -56,6 +56,7 @@ def _lay_out_libraries(place: Path, libraries: Path | None) -> None:
         _pip(place, *given)
     else:
         _copy(libraries, place)
+    shutil.rmtree(place / "bin", ignore_errors=True)
     with tempfile.TemporaryDirectory() as copy:  # setuptools writes beside what it builds
         for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "proxy", "storage"):
             _copy(ROOT / name, Path(copy) / name)

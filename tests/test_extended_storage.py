@@ -21,7 +21,6 @@ from storage.errors import Unavailable
 from storage.oci import Digest
 from storage.store import Store
 from tests.conftest import Clock, Serve, configuration
-from tests.contract import PullContract, PushContract, Subject
 from tests.extensions import (
     RELEASE,
     Misbehaving,
@@ -29,7 +28,7 @@ from tests.extensions import (
     package,  # noqa: F401
     released,  # noqa: F401
 )
-from tests.test_contract import StoreContent
+from tests.test_contract import PullContract, PushContract, StoreContent, Subject
 from tests.test_extended import WAYS, extension, ready
 from tests.test_push import Client, image
 from tests.upstream import Upstream

@@ -339,7 +339,7 @@ class Judge:
             except Unavailable as error:
                 if rule.mode == "enforce":
                     raise
-                evidence = Evidence(False, f"cannot be verified now: {error}", -math.inf)
+                evidence = Evidence(False, f"cannot be verified now: {error.public}", -math.inf)
             if evidence.met:
                 return Ruling(rule, True, evidence.reason, evidence.until)
         return Ruling(rule, False, f"it {evidence.reason}", evidence.until)

@@ -67,9 +67,9 @@ class Health:
 
 
 def failing(states: Sequence[ProcessReport]) -> list[str]:
-    """A sentence for each extension that fails."""
+    """A sentence for each extension that fails, without what that says itself: anybody may read it."""
     found = worst(each for state in states for each in state.extensions)
-    return [f"{name} {each.error}" for name, each in found.items() if each.failing_since is not None]
+    return [f"{name} {(each.error or '').partition(': ')[0]}" for name, each in found.items() if each.error]
 
 
 def troubles(states: Sequence[ProcessReport]) -> list[str]:

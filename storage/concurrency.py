@@ -49,6 +49,32 @@ async def uninterrupted(work: Awaitable[T]) -> T:
     return task.result()
 
 
+class Waiters:
+    """Those who wait until something is so.  Who changes it calls tell(), which wakes only them.
+
+    To wake all each time would cost as much as the work itself, where many wait for different things.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
+
+    async def until(self, ready: Callable[[], bool]) -> None:
+        """Wait until `ready()` returns True, at once or when something has changed."""
+        while not ready():
+            woken = asyncio.get_running_loop().create_future()
+            self._waiting[woken] = ready
+            try:
+                await woken
+            finally:
+                del self._waiting[woken]
+
+    def tell(self) -> None:
+        """Something has changed."""
+        for woken, ready in self._waiting.items():
+            if not woken.done() and ready():
+                woken.set_result(None)
+
+
 class SingleFlight:
     """One call for all callers that ask for the same key at the same time."""
 

@@ -596,8 +596,8 @@ async def test_a_resumption_cancelled_while_it_hashes_keeps_what_is_there(
 ) -> None:
     path = files.root / "partial" / f"sha256-{DIGEST.encoded}"
     path.write_bytes(CONTENT[:10])
-    gate = Gate(os.pread)
-    monkeypatch.setattr(os, "pread", gate)
+    gate = Gate(os.preadv)
+    monkeypatch.setattr(os, "preadv", gate)
     resumption = asyncio.create_task(files.resume(DIGEST))
     await gate.reached.wait()
     resumption.cancel()
@@ -713,12 +713,12 @@ async def test_hashing_again_what_cannot_be_read(files: BlobFiles, monkeypatch: 
     upload = files.create()
     await upload.write(CONTENT)
     with monkeypatch.context() as patch, pytest.raises(StorageFailed):
-        patch.setattr(os, "pread", fail)
+        patch.setattr(os, "preadv", fail)
         await upload.commit(Digest.of(CONTENT, "sha512"))
     await upload.cancel()
     (files.root / "partial" / f"sha256-{DIGEST.encoded}").write_bytes(CONTENT)
     with monkeypatch.context() as patch, pytest.raises(StorageFailed):
-        patch.setattr(os, "pread", fail)
+        patch.setattr(os, "preadv", fail)
         await files.resume(DIGEST)
 
 

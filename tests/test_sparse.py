@@ -96,7 +96,7 @@ async def test_those_in_order_are_hashed_as_they_come(
     def read_again(*arguments: object) -> bytes:
         raise AssertionError("it is hashed a second time")
 
-    monkeypatch.setattr(os, "pread", read_again)
+    monkeypatch.setattr(os, "preadv", read_again)
     await upload.commit(DIGEST)
 
 

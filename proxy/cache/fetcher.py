@@ -156,7 +156,8 @@ class Fetcher:
         while True:
             start, stop = transfers.parts.gap(transfers.end)
             if start < stop:
-                await transfers.fetch_gap(start, stop, self._whole or transfers.refusals.lasting)
+                whole = self._whole or transfers.refusals.lasting
+                await transfers.fetch_gap(start, transfers.reach(start, stop), whole)
                 if transfers.size < 0:
                     return
             elif transfers.upload.offset >= transfers.end:

@@ -9,6 +9,9 @@ from storage.disk.extents import Extents
 
 SOON = 1.0  # seconds; bytes that come later are fetched by a transfer of their own
 ASSUMED = 16 << 20  # bytes per second of a transfer whose pace is not known
+PIECE = 64 << 20  # bytes that one transfer is asked for at most while clients read long ranges
+LEAST = 4 << 20  # bytes, or as many if there are so many: a request for fewer is not worth it
+LONG = 8 << 20  # bytes of a range, or more, that is fetched in pieces
 MEASURED = 0.25  # seconds after which the pace of a transfer is known
 
 
@@ -16,6 +19,10 @@ MEASURED = 0.25  # seconds after which the pace of a transfer is known
 class Part:
     """One transfer: of [position, stop), as far as it has not come.
 
+    goal: up to where the client reads for whom it began; what is after `stop` comes piece by piece
+    home: where this client waits, while the transfer brings a piece from elsewhere; else -1
+    left: how many bytes it brings in all, also from elsewhere if others bring some of its own
+    assumed: its pace, in bytes per second, until that is measured
     requested: the origin is asked for it
     granted: no other transfer brings these bytes
     claimed: up to where a thread may be writing them
@@ -26,6 +33,10 @@ class Part:
     position: int
     stop: int
     since: float
+    goal: int = -1
+    home: int = -1
+    left: int = 0
+    assumed: float = ASSUMED
     requested: bool = False
     granted: bool = False
     claimed: int = 0
@@ -45,9 +56,20 @@ class Part:
 
     def seconds_to(self, offset: int, now: float) -> float:
         """How long it takes until the byte at `offset` comes, at the present pace."""
-        ahead, elapsed = offset - self.position, now - self.since
-        pace = (self.position - self.base) / elapsed if elapsed >= MEASURED else ASSUMED
+        ahead, pace = offset - self.position, self.pace(now)
+        if self.home >= 0 and not self.position <= offset < self.stop:
+            ahead = offset - self.home + self.stop - self.position
         return 0.0 if ahead <= 0 else ahead / pace if pace else float("inf")
+
+    def pace(self, now: float) -> float:
+        """In bytes per second."""
+        elapsed = now - self.since
+        return (self.position - self.base) / elapsed if elapsed >= MEASURED else self.assumed
+
+    def brings(self, offset: int) -> bool:
+        """Whether the byte is one of its bytes, or comes in a later piece, if no other transfer brings it."""
+        begin = self.position if self.home < 0 else self.home
+        return self.position <= offset < self.stop or begin <= offset < self.goal
 
 
 class Parts:
@@ -66,7 +88,7 @@ class Parts:
 
     def add(self, start: int, stop: int) -> Part:
         """A part that takes nothing yet."""
-        self._parts.append(Part(start, stop, self._ticks()))
+        self._parts.append(Part(start, stop, self._ticks(), assumed=ASSUMED))
         return self._parts[-1]
 
     def take(self, start: int, stop: int) -> Part:
@@ -76,18 +98,29 @@ class Parts:
         self.taken.add(start, stop)
         return part
 
-    def grant(self, part: Part) -> bool:
-        """Take the bytes of `part` from the one that would bring them; False if they have come."""
+    def grant(self, part: Part, end: int) -> bool:
+        """Take the bytes of `part` from the one that would bring them; False if they have come.
+
+        If it has a goal, others that were asked for more than a piece bring no more than that.
+        """
+        piece = self.piece(end)
+        for other in self._parts if part.goal >= 0 else ():
+            if other.granted and other.stop - other.start > PIECE + LEAST:
+                self.end_at(min(other.stop, other.position + piece), other)
         for other in self._parts:
             if other.granted and other.position < part.position < other.stop:
-                self.taken.remove(part.position, other.stop)
-                other.stop = part.position
+                self.end_at(part.position, other)
         start, stop = self.taken.gap(part.position, part.stop)
         if start > part.position or start == stop:
             return False
         part.stop, part.granted = stop, True
         self.taken.add(start, stop)
         return True
+
+    def end_at(self, stop: int, part: Part) -> None:
+        """The part ends there; other transfers may bring the rest."""
+        self.taken.remove(stop, part.stop)
+        part.stop = stop
 
     def restart(self, there: Extents) -> None:
         """The upload is another one."""
@@ -115,18 +148,62 @@ class Parts:
         missing, part.stop = self.taken.gap(start, part.stop)
         return missing == start < part.stop
 
-    def gap(self, end: int) -> tuple[int, int]:
-        """The first bytes before `end` that neither are there nor are asked for."""
-        taken = Extents(self.taken)
+    def _asked(self) -> Extents:
+        """What is there or asked for."""
+        asked = Extents(self.taken)
         for part in self._parts:
             if part.requested:
-                taken.add(part.position, part.stop)
-        return taken.gap(0, end)
+                asked.add(part.position, part.stop)
+        return asked
+
+    def gap(self, end: int) -> tuple[int, int]:
+        """The first bytes before `end` that neither are there nor are asked for."""
+        return self._asked().gap(0, end)
+
+    def piece(self, end: int) -> int:
+        """How many of the bytes before `end` are asked for at once: fewer, the fewer are missing.
+
+        So the last transfers end at about the same time, and little is left to hash then.
+        """
+        missing = end - self.taken.total
+        return max(LEAST, min(PIECE, missing // (2 * max(1, len(self._parts)))))
+
+    def first(self, end: int) -> Part | None:
+        """A part of the first gap, for a transfer that nobody waits for."""
+        start, stop = self.gap(end)
+        if start == stop:
+            return None
+        part = self.take(start, min(stop, start + LONG))
+        part.left = end
+        return part
+
+    def following(self, part: Part, end: int, anywhere: bool) -> Part | None:
+        """What the transfer of `part`, which has come, brings next, of the bytes before `end`.
+
+        It comes nearer to its goal; or, if it may go `anywhere`, it brings what comes first: in turn if that
+        takes no longer than its client may wait, or if others have brought it to its goal.
+        """
+        asked, pace = self._asked(), part.pace(self._ticks())
+        at, size = part.stop if part.home < 0 else part.home, self.piece(end)
+        (start, stop), first = asked.gap(at, max(at, min(part.goal, end))), asked.gap(0, end)
+        left = (end - part.start if part.left > end else part.left) - (part.position - part.start)
+        home = -1
+        if pace * SOON > LONG:
+            size = min(size, int(pace * SOON))
+            if anywhere and part.home < 0 and first[0] < start < stop:
+                home = start
+        if home >= 0 or (start == stop and anywhere and left >= LEAST):
+            (start, stop), size = first, min(size, max(LONG, int(2 * pace * SOON)))
+        if start == stop:
+            return None
+        found = self.take(start, stop if stop - start < size + LEAST else start + size)
+        found.goal, found.home, found.left, found.assumed = part.goal, home, left, pace
+        return found
 
     def late(self, offset: int, stop: int) -> int:
         """Where the bytes of [offset, stop) end that no part brings: `offset` if these come soon."""
         now = self._ticks()
-        coming = [part for part in self._parts if part.position <= offset < part.stop]
+        coming = [part for part in self._parts if part.brings(offset)]
         if any(part.seconds_to(offset, now) <= SOON for part in coming):
             return offset
         return min([stop, *(part.position for part in self._parts if part.position > offset)])

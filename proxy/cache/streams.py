@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from typing import Any
 
 from proxy.cache.fill import LARGEST_UNSIZED
 from proxy.cache.parts import Part, Parts
 from storage.disk.extents import Extents
 from storage.disk.sparse import SparseUpload
 from storage.errors import OriginFailed
-from storage.registry import Blob, ReadInto
+from storage.registry import Blob, ReadInto, RelayedBlob
 
 BATCH = 2 << 20  # bytes that a thread reads and writes before readers get them
 FIRST = 256 << 10  # the same, of the first ones of a transfer: clients show that something comes
+
+
+class PacedBlob(RelayedBlob):
+    """A transfer that goes no further than clients read."""
+
+    def __init__(self, blob: Blob, pace: Callable[[], Any]) -> None:
+        super().__init__(blob)
+        self._pace = pace
+
+    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        if more := await super().pass_on(write):
+            await self._pace()
+        return more
+
+    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        async for chunk in self._blob.chunks(start, stop):
+            yield chunk
+            await self._pace()
 
 
 class PartStreams:

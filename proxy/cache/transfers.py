@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 from proxy.cache.fill import LARGEST_UNSIZED, Fill
-from proxy.cache.parts import Part, Parts
+from proxy.cache.parts import LONG, Part, Parts
 from proxy.cache.readers import BlobSource
 from proxy.cache.refusals import RangeRefusals
 from proxy.cache.rest import Dropped
-from proxy.cache.streams import PartStreams
+from proxy.cache.streams import PacedBlob, PartStreams
 from proxy.telemetry.metrics import Metrics
 from storage.disk.sparse import SparseUpload
 from storage.errors import (
@@ -33,28 +34,10 @@ from storage.errors import (
 )
 from storage.limits import Slots
 from storage.oci import Descriptor, Span
-from storage.registry import Blob, ReadInto, RelayedBlob
+from storage.registry import Blob
 from storage.shared import SharedTable
 
 MOST = 16  # transfers beside the one from the beginning on
-
-
-class _PacedBlob(RelayedBlob):
-    """A transfer that goes no further than clients read."""
-
-    def __init__(self, blob: Blob, pace: Callable[[], Any]) -> None:
-        super().__init__(blob)
-        self._pace = pace
-
-    async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
-        if more := await super().pass_on(write):
-            await self._pace()
-        return more
-
-    async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
-        async for chunk in self._blob.chunks(start, stop):
-            yield chunk
-            await self._pace()
 
 
 class Transfers:
@@ -100,6 +83,9 @@ class Transfers:
         self._most = asyncio.Semaphore(MOST)
         self._asking = asyncio.Lock()  # for the first range
         self._filling = 0  # gaps that are being fetched
+        self._waiting = 0  # ranges that wait for a slot
+        self._long = 0  # ranges that are fetched piece by piece
+        self._ahead: asyncio.Task[None] | None = None  # brings what comes first, beside the fill
         self._whole: tuple[BlobSource, Blob, None] | None = None  # what came for a range, for the next gap
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -167,6 +153,10 @@ class Transfers:
         self.parts.restart(self.upload.extents)
 
     # A gap
+
+    def reach(self, start: int, stop: int) -> int:
+        """Up to where the gap is to be fetched at once: not far, while other transfers can bring the rest."""
+        return min(stop, start + self.parts.piece(self.end)) if self._long and self.sends_ranges else stop
 
     async def fetch_gap(self, start: int, stop: int, whole: bool) -> None:
         """Transfer the gap [start, stop), or what is missing from there on of the `whole` blob."""
@@ -239,16 +229,62 @@ class Transfers:
             self.clients.add(source.client)
         for each in self.clients:
             self.upload.add_client(each)
-        task = asyncio.create_task(self._fetch_part(source, self.parts.add(start, stop)))
+        part = self.parts.add(start, stop)
+        if self._fill.rest.due and stop - start > LONG:
+            part.goal, part.left = stop, stop - start
+        return self._spawn(self._fetch_range(source, part))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _fetch_part(self, source: BlobSource, part: Part) -> None:
-        try:
-            async with self._most, self._slots.turn(source.namespace, str(self._fill.digest)):
+    @asynccontextmanager
+    async def _turn(self, source: BlobSource, long: bool) -> AsyncIterator[None]:
+        """A slot for a range; while a `long` one holds it, gaps are fetched piece by piece."""
+        async with self._most, self._slots.turn(source.namespace, str(self._fill.digest)):
+            self._long += long
+            try:
                 with self._metrics.transfers.track_inprogress():
-                    await self._transfer(source, part)
+                    yield
+            finally:
+                self._long -= long
+
+    async def _fetch_range(self, source: BlobSource, part: Part) -> None:
+        """Transfer the part, and those that follow it."""
+        async with AsyncExitStack() as held:
+            turn = held.enter_async_context(self._turn(source, part.goal >= 0))
+            following = await self._fetch_part(source, part, turn)
+            while following is not None:
+                following = await self._fetch_part(source, following)
+
+    def _fetch_also(self, source: BlobSource) -> None:
+        """While long ranges are read, bring what comes first by one more transfer, so that it is hashed."""
+        if self._long and not self._waiting and (self._ahead is None or self._ahead.done()):
+            self._ahead = self._spawn(self._fetch_first(source))
+
+    async def _fetch_first(self, source: BlobSource) -> None:
+        with suppress(StorageFailed):  # nobody can wait for a slot
+            async with self._turn(source, False):
+                following = self.parts.first(self.size) if self._long and not self._waiting else None
+                while following is not None:
+                    following = await self._fetch_part(source, following)
+
+    async def _fetch_part(
+        self, source: BlobSource, part: Part, turn: Awaitable[None] | None = None
+    ) -> Part | None:
+        """Transfer the part, when it is its turn; returns the one that the same transfer brings next."""
+        try:
+            if turn is not None:
+                self._waiting += 1
+                try:
+                    await turn
+                finally:
+                    self._waiting -= 1
+            await self._transfer(source, part)
+            if part.left and part.position == part.stop:
+                return self.parts.following(part, self.size, self._long > 0 and not self._waiting)
         except Dropped:
             pass
         except RegistryError as error:
@@ -256,13 +292,17 @@ class Transfers:
                 await self._count(source, error)
             self._refuse(part, error)
         except Exception as error:  # it would meet whoever asks again
-            failure = OriginFailed(f"a range of {source.name} could not be fetched: see the log")
-            self.refusals.add(part.start, part.stop, failure)
-            self.refusals.pause(math.inf)
-            self._fill.rest.fail(failure)
-            self._fill.log.error("fill.failed", error=repr(error), exc_info=error)
+            self._fail(source, part, error)
         finally:
             self._end(part)
+        return None
+
+    def _fail(self, source: BlobSource, part: Part, error: Exception) -> None:
+        failure = OriginFailed(f"a range of {source.name} could not be fetched: see the log")
+        self.refusals.add(part.start, part.stop, failure)
+        self.refusals.pause(math.inf)
+        self._fill.rest.fail(failure)
+        self._fill.log.error("fill.failed", error=repr(error), exc_info=error)
 
     async def _count(self, source: BlobSource, error: RegistryError) -> None:
         """Count a refusal of a range, unless the origin is down, or may not have the blob."""
@@ -283,7 +323,7 @@ class Transfers:
         if blob is None:
             return
         try:
-            paced = blob if rest.due else _PacedBlob(blob, partial(rest.pace, part))
+            paced = blob if rest.due else PacedBlob(blob, partial(rest.pace, part))
             await self._streams.stream(paced, part, self.size, self.upload)
         finally:
             await self._close(blob)
@@ -315,8 +355,10 @@ class Transfers:
         return await self._request(source, part)
 
     async def _request(self, source: BlobSource, part: Part) -> Blob | None:
-        if not self.sends_ranges or self.refusals.lasting or not self.parts.clip(part):
+        if not self.sends_ranges or self.refusals.lasting or not (part.granted or self.parts.clip(part)):
             return None
+        if part.goal >= 0 and not part.granted:
+            part.stop = min(part.stop, part.position + self.parts.piece(self.end))
         part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
         blob = await source.origin.get_blob(source.name, self._fill.digest, span)
@@ -329,7 +371,8 @@ class Transfers:
             elif self.ranges and size != self.size:
                 raise OriginFailed(f"{source.namespace} first stated {self.size} bytes, now {size}")
             await self._streams.settled(part.position, self.parts)
-            if self.ranges and self.parts.grant(part):
+            if self.ranges and (part.granted or self.parts.grant(part, self.size)):
+                self._fetch_also(source)
                 self._fill.rest.tell()
                 return blob
         except BaseException:

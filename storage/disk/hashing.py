@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from queue import SimpleQueue
 
@@ -24,6 +24,17 @@ HASHERS = 2  # of one process
 
 Update = Callable[[int, memoryview], None]
 _memory = threading.local()
+
+
+def thread_memory() -> memoryview:
+    """PIECE bytes of memory of this thread; what is read into them again and again stays near the core.
+
+    The memory is kept: to take new memory each time costs as much as to read.
+    """
+    if not hasattr(_memory, "piece"):
+        _memory.piece = memoryview(bytearray(PIECE))
+    found: memoryview = _memory.piece
+    return found
 
 
 class Hasher:
@@ -40,17 +51,49 @@ class Hasher:
         await run_in_thread(int, threads=self.thread)
 
 
-class HashedInPlace:
-    """Pieces that are hashed by the thread that writes them.
+class HashedFromFile:
+    """A hasher hashes what is in a file, in steps; `step` returns whether more is there.
 
-    The memory is kept: to take new memory each time costs as much as to read.
+    What a step could not read, an OSError, is left to who needs the hash.
     """
+
+    def __init__(self, hasher: Hasher, step: Callable[[], bool]) -> None:
+        self._hasher = hasher
+        self._step = step
+        self._lock = threading.Lock()
+        self._working = False
+        self._more = False  # has come since the step began
+
+    def hash_on(self) -> None:
+        """More may be there."""
+        with self._lock:
+            self._more = self._working
+            begin, self._working = not self._working, True
+        if begin:
+            self._hasher.thread.submit(self._work)
+
+    def _work(self) -> None:
+        more = False
+        with suppress(OSError):
+            more = self._step()
+        with self._lock:
+            self._working = more or self._more
+            self._more = False
+        if self._working:
+            self._hasher.thread.submit(self._work)
+
+    async def finish(self) -> None:
+        """Wait until all that is there is hashed."""
+        while self._working:
+            await self._hasher.finish()
+
+
+class HashedInPlace:
+    """Pieces that are hashed by the thread that writes them."""
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        if not hasattr(_memory, "piece"):
-            _memory.piece = memoryview(bytearray(PIECE))
-        self._piece: memoryview = _memory.piece
+        self._piece = thread_memory()
 
     def memory(self) -> memoryview:
         """Memory for the next piece, of at most PIECE bytes.  May wait until some is free."""

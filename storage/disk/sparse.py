@@ -17,7 +17,7 @@ from typing import Any
 
 from storage.concurrency import run_in_thread
 from storage.disk.extents import SUFFIX, ExtentList, Extents
-from storage.disk.hashing import PIECE, Hasher, next_hasher, pieces_for
+from storage.disk.hashing import PIECE, HashedFromFile, next_hasher, pieces_for
 from storage.disk.health import write_all
 from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, Bytes, FileBlob, FileUpload
@@ -39,6 +39,10 @@ def _held_if_free(lock: threading.Lock) -> Iterator[bool]:
     finally:
         if ours:
             lock.release()
+
+
+def _leave(position: int, chunk: Bytes) -> None:
+    """What is written is hashed from the file."""
 
 
 class PartBlob(FileBlob):
@@ -71,7 +75,8 @@ class SparseUpload(FileUpload):
         self._stored = Extents()  # those of `extents`, and what threads have written since
         self._listing = threading.Lock()  # for `_stored` and the list
         self._hashing = threading.Lock()
-        self._hasher: Hasher | None = None  # of what is written from the beginning on
+        self._hasher = next_hasher()
+        self._from_file = HashedFromFile(self._hasher, self._hash_step)
         self._copying = 0  # threads
         self._list: ExtentList | None = None
         self._unlisted: list[tuple[int, int]] = []  # what is written, and not yet in the list
@@ -147,10 +152,13 @@ class SparseUpload(FileUpload):
         known = len(self.refused)
         if offset >= size:
             return size
-        while self.extents.end(offset) <= offset and self._error is None and not self._complete:
-            await self._moved.wait()
-            if any(start <= offset < stop for start, stop in self.refused[known:]):
-                raise Unavailable(f"the process that transfers {self._path.name} could not get byte {offset}")
+
+        def refused() -> bool:
+            return any(start <= offset < stop for start, stop in self.refused[known:])
+
+        await self._waiters.until(lambda: self._stopped or self.has(offset) or refused())
+        if not (self._stopped or self.has(offset)):
+            raise Unavailable(f"the process that transfers {self._path.name} could not get byte {offset}")
         if self._complete:
             return await self.wait_past(offset, size)
         if (end := self.extents.end(offset)) <= offset and self._error is not None:
@@ -191,14 +199,12 @@ class SparseUpload(FileUpload):
     def _copy(self, readinto: ReadInto, position: int, most: int, copied: list[int]) -> None:
         start = position
         self._begin_list(position)
-        if self._list is None:
-            self._hasher = self._hasher or next_hasher()
         # With a list, what is next to be hashed may be in the file.
-        hasher = self._hasher if self._list is None else None
+        hasher, hash_next = (self._hasher, self._hash_next) if self._list is None else (None, _leave)
         with _held_if_free(self._hashing) as free:
             behind = not free or self._hashed < position
         try:
-            with pieces_for(hasher, self._hash_next, behind=behind) as pieces:
+            with pieces_for(hasher, hash_next, behind=behind) as pieces:
                 while most:
                     # The kernel keeps a file in larger pages, and sends it faster, if writes are aligned.
                     wanted = pieces.memory()[: min(most, PIECE - position % PIECE)]
@@ -215,13 +221,12 @@ class SparseUpload(FileUpload):
 
     async def _flushed(self) -> None:
         await super()._flushed()
-        while self._copying:
-            await self._moved.wait()
+        await self._waiters.until(lambda: not self._copying)
+        await self._from_file.finish()
 
     async def commit(self, digest: Digest) -> Descriptor:
         await self._flushed()
-        if self._hasher is not None:
-            await self._hasher.finish()
+        await self._hasher.finish()
         return await super().commit(digest)
 
     def rehash(self) -> None:
@@ -328,10 +333,18 @@ class SparseUpload(FileUpload):
             there = self._stored.end(0)
         if sync:
             self._sync()
-        # Gaps are closed before what is already there: hash that, while it may be in memory.
-        with _held_if_free(self._hashing) as ours:
-            if ours:
-                self._catch_up(min(there, self._hashed + 2 * BACKLOG))
+        if there > self._hashed:
+            self._from_file.hash_on()
+
+    def _hash_step(self) -> bool:
+        """Hash some of what is there, while it may be in memory; whether there is more."""
+        with self._listing:
+            there = self._stored.end(0)
+        with self._hashing:
+            if self._error is not None:
+                return False
+            self._catch_up(min(there, self._hashed + BACKLOG))
+            return self._hashed < there
 
     def _hash_next(self, position: int, chunk: Bytes) -> None:
         with _held_if_free(self._hashing) as ours:  # what is left out is hashed from the file

@@ -21,7 +21,8 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from storage.concurrency import run_in_thread
+from storage.concurrency import Waiters, run_in_thread
+from storage.disk.hashing import thread_memory
 from storage.disk.health import translated, write_all
 from storage.disk.locks import POLL, leads_to, try_lock, unlock
 from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailable
@@ -140,7 +141,7 @@ class FileUpload(Upload):
         self._complete = False
         self._left = False  # by a commit that may succeed later
         self._error: BaseException | None = None
-        self._moved = asyncio.Event()
+        self._waiters = Waiters()
         self._flusher: asyncio.Task[None] | None = None
 
     def rehash(self) -> None:
@@ -155,9 +156,10 @@ class FileUpload(Upload):
         self._readable = max(self._readable, self.offset - 1)
 
     def _catch_up(self, stop: int = sys.maxsize) -> None:
-        while chunk := os.pread(self._file, max(0, min(CHUNK, stop - self._hashed)), self._hashed):
-            self._hash.update(chunk)
-            self._hashed += len(chunk)
+        memory = thread_memory()
+        while number := os.preadv(self._file, [memory[: max(0, stop - self._hashed)]], self._hashed):
+            self._hash.update(memory[:number])
+            self._hashed += number
 
     async def watch(self, digest: Digest) -> bool:
         """Follow the writes of another process until it ends.
@@ -232,8 +234,7 @@ class FileUpload(Upload):
         self.offset += len(chunk)
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush())
-        while self.offset - self._written > BACKLOG and self._error is None:
-            await self._moved.wait()
+        await self._waiters.until(lambda: self.offset - self._written <= BACKLOG or self._error is not None)
 
     async def _flush(self) -> None:
         # The disk writes one batch while the next one accumulates: slow disks get large writes, and the
@@ -361,8 +362,7 @@ class FileUpload(Upload):
         The last of `size` bytes is withheld, too: the expectation may be wrong.
         """
         withheld = size - 1 if size >= 0 else sys.maxsize
-        while min(self._end_of(offset), withheld) <= offset and self._error is None and not self._complete:
-            await self._moved.wait()
+        await self._waiters.until(lambda: self._stopped or min(self._end_of(offset), withheld) > offset)
         if self._complete:
             if size not in (-1, self.offset):
                 raise Unavailable(f"{size} bytes were promised, but there are {self.offset}")
@@ -374,8 +374,11 @@ class FileUpload(Upload):
 
     def _move(self, readable: int) -> None:
         self._readable = readable
-        self._moved.set()
-        self._moved = asyncio.Event()
+        self._waiters.tell()
+
+    @property
+    def _stopped(self) -> bool:  # nothing more can be waited for
+        return self._complete or self._error is not None
 
     def _fail(self, error: BaseException) -> None:
         if self._error is None and not self._complete:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from storage.concurrency import SingleFlight, for_each
+from storage.concurrency import SingleFlight, Waiters, for_each
 
 
 class Tower:
@@ -31,6 +31,40 @@ async def in_the_air(*asking: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any
     for _ in range(3):  # turns: the task starts, the call starts, the call waits
         await asyncio.sleep(0)
     return tasks
+
+
+async def test_only_those_wait_no_more_for_whom_it_is_so() -> None:
+    waiters, reached, asked = Waiters(), 0, 0
+
+    def past(number: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return reached >= number
+
+    await waiters.until(lambda: past(0))
+    one, two, gone = await in_the_air(*(waiters.until(partial(past, each)) for each in (1, 2, 1)))
+    gone.cancel()
+    await asyncio.wait([gone])
+    asked = 0
+    waiters.tell()
+    assert asked == 2
+    reached = 1
+    waiters.tell()
+    waiters.tell()  # before it runs
+    await one
+    assert not two.done()
+    reached = 2
+    waiters.tell()
+    reached = 1  # it is not so any more when it runs
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not two.done()
+    reached = 3
+    waiters.tell()
+    await two
+    asked = 0
+    waiters.tell()
+    assert asked == 0
 
 
 async def test_all_who_ask_meanwhile_share_one_call() -> None:

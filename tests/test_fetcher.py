@@ -93,6 +93,37 @@ async def test_sixteen_ranges_at_once(
     assert upstream.bytes_sent == SIZE
 
 
+@pytest.mark.parametrize("clients", [1, 3])
+async def test_long_ranges_come_in_pieces_and_what_comes_first_beside_them(
+    serve: Serve, upstream: Upstream, impatient: None, monkeypatch: pytest.MonkeyPatch, clients: int
+) -> None:
+    for name, value in {"LEAST": 50_000, "LONG": 100_000, "PIECE": 150_000}.items():
+        monkeypatch.setattr(parts, name, value)
+    digest = upstream.blob("a/b", BODY)
+    site = await serve(upstream)
+    begun, held, step = asyncio.Event(), asyncio.Event(), SIZE // 4
+    upstream.next("GET", digest, Hold(begun, after=1000), Hold(held, after=151_000))
+    committed = heard("fill.committed")
+    async with site.request("GET", path_of(digest), headers={"Range": f"bytes=0-{step - 1}"}) as first:
+        assert await first.content.readexactly(1000) == BODY[:1000]
+        starts = [start for _ in range(clients) for start in range(step, SIZE, step)]
+        ranges = [f"bytes={start}-{start + step - 1}" for start in starts]
+        pulls = [asyncio.create_task(part(site, digest, each)) for each in ranges]
+        await pulls[0]
+        begun.set()
+        assert await asyncio.gather(*pulls) == [BODY[start : start + step] for start in starts]
+        assert await first.read() == BODY[1000:step]
+    await committed.wait()
+    held.set()
+    assert blobs(site) == [BODY]
+    whole, *pieces = asked(upstream)
+    assert whole == (0, 0)
+    # Where it ends, so that others bring what comes first as well.
+    assert [start for start, _ in pieces] == [151_000, *(stop for _, stop in pieces[:-1])]
+    assert max(stop - start for start, stop in pieces) <= 200_000
+    assert upstream.bytes_sent == SIZE
+
+
 async def test_open_ranges_that_are_dropped(serve: Serve, upstream: Upstream, impatient: None) -> None:
     digest = upstream.blob("a/b", BODY)
     site = await serve(upstream)

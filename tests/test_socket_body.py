@@ -18,7 +18,7 @@ import trustme
 from proxy.cache import streams
 from proxy.upstream import socket_body
 from proxy.upstream.connect import Connect
-from proxy.upstream.socket_body import SocketBodies
+from proxy.upstream.socket_body import LITTLE, SocketBodies
 from storage.errors import OriginFailed, OriginTimeout
 from storage.limits import RateLimit
 from storage.oci import Digest
@@ -204,7 +204,7 @@ async def test_it_ends_early(ask: Ask, server: Server, end: Answer) -> None:
 async def test_the_less_is_found_the_later_it_is_looked_for(
     ask: Ask, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces = [1000, 32_768, 1, 1, 1, 32_769, 200_000, 1000, 1000]
+    pieces = [1000, LITTLE, 1, 1, 1, LITTLE + 1, 2 * LITTLE, 1000, 1000]
     ends = list(accumulate(pieces, initial=40_000))
     pauses: list[float] = []
     sent: asyncio.StreamWriter | None = None

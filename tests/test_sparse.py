@@ -100,6 +100,35 @@ async def test_those_in_order_are_hashed_as_they_come(
     await upload.commit(DIGEST)
 
 
+async def test_what_is_there_is_hashed_before_the_rest_comes(files: BlobFiles) -> None:
+    upload = await files.resume(DIGEST)
+    upload.expect(len(CONTENT))
+    await write(upload, 100_000, 250_000)
+    assert upload._hashed == 0
+    await write(upload, 0, 100_000)
+    await write(upload, 260_000, len(CONTENT))
+    await upload._from_file.finish()
+    assert upload._hashed == 250_000
+    await write(upload, 250_000, 260_000)
+    await upload.commit(DIGEST)
+    assert files.path(DIGEST).read_bytes() == CONTENT
+
+
+@pytest.mark.errors("disk.failed")
+async def test_what_cannot_be_read_to_be_hashed(files: BlobFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(5, "broken")
+
+    upload = await files.resume(DIGEST)
+    upload.expect(len(CONTENT))
+    monkeypatch.setattr(os, "preadv", fail)
+    for start in (100_000, 0, 200_000):  # a write can find out no more than that it is left to commit()
+        await write(upload, start, min(start + 100_000, len(CONTENT)))
+    with pytest.raises(StorageFailed):
+        await upload.commit(DIGEST)
+    await upload.cancel()
+
+
 async def test_nothing_is_there(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     upload.expect(len(CONTENT))

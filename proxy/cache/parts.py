@@ -11,7 +11,8 @@ SOON = 1.0  # seconds; bytes that come later are fetched by a transfer of their 
 ASSUMED = 16 << 20  # bytes per second of a transfer whose pace is not known
 PIECE = 64 << 20  # bytes that one transfer is asked for at most while clients read long ranges
 LEAST = 4 << 20  # bytes, or as many if there are so many: a request for fewer is not worth it
-LONG = 8 << 20  # bytes of a range, or more, that is fetched in pieces
+LONG = 8 << 20  # bytes; a range of more is fetched in pieces, the first one of so many
+AWAY = 0.75  # seconds for which a transfer brings other bytes than those that its client waits for
 MEASURED = 0.25  # seconds after which the pace of a transfer is known
 
 
@@ -86,10 +87,13 @@ class Parts:
     def __iter__(self) -> Iterator[Part]:
         return iter(self._parts)
 
-    def add(self, start: int, stop: int) -> Part:
-        """A part that takes nothing yet."""
-        self._parts.append(Part(start, stop, self._ticks(), assumed=ASSUMED))
-        return self._parts[-1]
+    def add(self, start: int, stop: int, in_pieces: bool = False) -> Part:
+        """A part that takes nothing yet; a long one may come `in_pieces`."""
+        part = Part(start, stop, self._ticks(), assumed=ASSUMED)
+        if in_pieces and stop - start > LONG:
+            part.goal, part.left = stop, stop - start
+        self._parts.append(part)
+        return part
 
     def take(self, start: int, stop: int) -> Part:
         """A part of a gap(), which takes all of it."""
@@ -141,6 +145,8 @@ class Parts:
     def clip(self, part: Part) -> bool:
         """Shorten `part` by what others bring; False if they bring its beginning, and soon."""
         start = part.position
+        if part.goal >= 0:
+            part.stop = min(part.stop, start + LONG)
         for other in self._parts:
             if other.requested and other.position <= start < other.stop:
                 part.stop = min(part.stop, other.stop)
@@ -165,7 +171,8 @@ class Parts:
 
         So the last transfers end at about the same time, and little is left to hash then.
         """
-        missing = end - self.taken.total
+        coming = sum(part.stop - part.position for part in self._parts if part.granted)
+        missing = end - self.taken.total + coming
         return max(LEAST, min(PIECE, missing // (2 * max(1, len(self._parts)))))
 
     def first(self, end: int) -> Part | None:
@@ -187,17 +194,21 @@ class Parts:
         at, size = part.stop if part.home < 0 else part.home, self.piece(end)
         (start, stop), first = asked.gap(at, max(at, min(part.goal, end))), asked.gap(0, end)
         left = (end - part.start if part.left > end else part.left) - (part.position - part.start)
-        home = -1
-        if pace * SOON > LONG:
-            size = min(size, int(pace * SOON))
-            if anywhere and part.home < 0 and first[0] < start < stop:
-                home = start
-        if home >= 0 or (start == stop and anywhere and left >= LEAST):
-            (start, stop), size = first, min(size, max(LONG, int(2 * pace * SOON)))
+        quick = pace * SOON > LONG
+        away = quick and anywhere and part.home < 0 and first[0] < start < stop
+        idle = anywhere and start == stop and left >= LEAST
+        if quick:
+            size = min(size, int(pace * AWAY))
+        elif idle:
+            size = min(size, max(LONG, int(2 * pace * SOON)))  # who comes next may need its slot
+        home, goal = start if away else -1, -1 if idle else part.goal
+        if away or idle:
+            start, stop = first
         if start == stop:
             return None
-        found = self.take(start, stop if stop - start < size + LEAST else start + size)
-        found.goal, found.home, found.left, found.assumed = part.goal, home, left, pace
+        last = stop - start <= size + (0 if away else LEAST)
+        found = self.take(start, stop if last else start + size)
+        found.goal, found.home, found.left, found.assumed = goal, home, left, pace
         return found
 
     def late(self, offset: int, stop: int) -> int:

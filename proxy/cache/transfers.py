@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from proxy.cache.fill import LARGEST_UNSIZED, Fill
-from proxy.cache.parts import LONG, Part, Parts
+from proxy.cache.parts import Part, Parts
 from proxy.cache.readers import BlobSource
 from proxy.cache.refusals import RangeRefusals
 from proxy.cache.rest import Dropped
@@ -229,9 +229,7 @@ class Transfers:
             self.clients.add(source.client)
         for each in self.clients:
             self.upload.add_client(each)
-        part = self.parts.add(start, stop)
-        if self._fill.rest.due and stop - start > LONG:
-            part.goal, part.left = stop, stop - start
+        part = self.parts.add(start, stop, in_pieces=self._fill.rest.due)
         return self._spawn(self._fetch_range(source, part))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -357,8 +355,6 @@ class Transfers:
     async def _request(self, source: BlobSource, part: Part) -> Blob | None:
         if not self.sends_ranges or self.refusals.lasting or not (part.granted or self.parts.clip(part)):
             return None
-        if part.goal >= 0 and not part.granted:
-            part.stop = min(part.stop, part.position + self.parts.piece(self.end))
         part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
         blob = await source.origin.get_blob(source.name, self._fill.digest, span)

@@ -24,7 +24,7 @@ from proxy.connections.trust import ClientSSLObject
 LEAST = 1 << 20  # bytes; for fewer it is not worth it
 GATHER = 0.005  # seconds in which more may come, before the next look: each look costs as much as 100 KiB
 LONGEST = 0.04  # seconds before the next look, doubling, after one that found
-LITTLE = 32 << 10  # bytes, or fewer
+LITTLE = 256 << 10  # bytes, or fewer: a look at them costs more than to copy them
 RECORDS = 256 << 10  # bytes of TLS read at a time
 
 _memory = threading.local()
@@ -110,8 +110,9 @@ class SocketBody:
                 self._pause = GATHER if self._found > LITTLE else min(2 * self._pause, LONGEST)
                 self._found = 0
                 await asyncio.sleep(self._pause)
-            async with asyncio.timeout(self._bodies.patience):
-                await self._readable()
+            if not self._arrived:
+                async with asyncio.timeout(self._bodies.patience):
+                    await self._readable()
             self._empty = False
         if self._error is not None:
             raise self._error
@@ -120,22 +121,28 @@ class SocketBody:
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
-        loop.add_reader(self._socket, readable.set)
+        file = self._socket.fileno()  # of the socket itself, asyncio would make a text
+        loop.add_reader(file, readable.set)
         try:
             await readable.wait()
         finally:
-            loop.remove_reader(self._socket)
+            loop.remove_reader(file)
 
     @property
     def unread(self) -> int:
         """How many bytes have come that readinto() has not returned; by TLS with those that it adds."""
-        try:
-            number = int.from_bytes(fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4)), sys.byteorder)
-        except OSError:
-            number = 0
+        number = self._arrived
         if self._tls is not None:
             number += self._tls.pending() + self._tls.incoming.pending
         return len(self._head) + number
+
+    @property
+    def _arrived(self) -> int:
+        """How many bytes wait in the socket."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     def readinto(self, buffer: memoryview) -> int:
         """As ReadInto; an error is raised by the next wait()."""

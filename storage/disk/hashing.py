@@ -26,15 +26,15 @@ Update = Callable[[int, memoryview], None]
 _memory = threading.local()
 
 
-def thread_memory() -> memoryview:
-    """PIECE bytes of memory of this thread; what is read into them again and again stays near the core.
+def thread_memory(number: int) -> memoryview:
+    """So many bytes of memory of this thread.
 
     The memory is kept: to take new memory each time costs as much as to read.
     """
-    if not hasattr(_memory, "piece"):
-        _memory.piece = memoryview(bytearray(PIECE))
-    found: memoryview = _memory.piece
-    return found
+    kept: dict[int, memoryview] = _memory.__dict__
+    if number not in kept:
+        kept[number] = memoryview(bytearray(number))
+    return kept[number]
 
 
 class Hasher:
@@ -93,7 +93,7 @@ class HashedInPlace:
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self._piece = thread_memory()
+        self._piece = thread_memory(PIECE)
 
     def memory(self) -> memoryview:
         """Memory for the next piece, of at most PIECE bytes.  May wait until some is free."""

@@ -29,7 +29,7 @@ from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailabl
 from storage.oci import OCTETS, Descriptor, Digest, Hash
 from storage.registry import Blob, Upload
 
-CHUNK = 1 << 20  # bytes read or hashed at a time
+CHUNK = 1 << 20  # bytes read at a time
 BACKLOG = 4 << 20  # bytes that may wait for the disk before the writer has to wait
 Bytes: TypeAlias = bytes | memoryview
 
@@ -156,7 +156,7 @@ class FileUpload(Upload):
         self._readable = max(self._readable, self.offset - 1)
 
     def _catch_up(self, stop: int = sys.maxsize) -> None:
-        memory = thread_memory()
+        memory = thread_memory(CHUNK)
         while number := os.preadv(self._file, [memory[: max(0, stop - self._hashed)]], self._hashed):
             self._hash.update(memory[:number])
             self._hashed += number

@@ -31,7 +31,9 @@ def thread_memory(number: int) -> memoryview:
 
     The memory is kept: to take new memory each time costs as much as to read.
     """
-    kept: dict[int, memoryview] = _memory.__dict__
+    if not hasattr(_memory, "kept"):
+        _memory.kept = {}
+    kept: dict[int, memoryview] = _memory.kept
     if number not in kept:
         kept[number] = memoryview(bytearray(number))
     return kept[number]

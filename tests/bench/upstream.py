@@ -103,8 +103,9 @@ class Traffic:
 class Upstream:
     """Runs until close(); everything it writes is below `directory`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, slow_rate: int = SLOW_RATE) -> None:
         self.directory = directory
+        self._slow_rate = slow_rate
         self._tree = directory / "tree" / "v2" / REPOSITORY
         (self._tree / "blobs").mkdir(parents=True)
         (self._tree / "manifests").mkdir()
@@ -130,6 +131,10 @@ class Upstream:
     def close(self) -> None:
         self._link.stop()
         self.process.stop()
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all that it runs."""
+        return self.process.cpu_seconds() + self._link.cpu_seconds()
 
     def add_blob(self, size: int) -> Content:
         """Content that nobody has seen: one random MiB over and over, each time with another number in it."""
@@ -211,7 +216,7 @@ class Upstream:
             port=self.port,
             tls_port=self.tls_port,
             slow_port=self.slow_port,
-            slow_rate=SLOW_RATE,
+            slow_rate=self._slow_rate,
             direct_port=self.direct_port,
             status_port=self._status_port,
         )

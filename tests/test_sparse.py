@@ -107,7 +107,7 @@ async def test_what_is_there_is_hashed_before_the_rest_comes(files: BlobFiles) -
     assert upload._hashed == 0
     await write(upload, 0, 100_000)
     await write(upload, 260_000, len(CONTENT))
-    await upload._from_file.finish()
+    await upload._behind().finish()
     assert upload._hashed == 250_000
     await write(upload, 250_000, 260_000)
     await upload.commit(DIGEST)

@@ -53,6 +53,21 @@ class Hasher:
         await run_in_thread(int, threads=self.thread)
 
 
+@contextmanager
+def held_if_free(lock: threading.Lock) -> Iterator[bool]:
+    """Hold a lock, if it is free."""
+    ours = lock.acquire(blocking=False)
+    try:
+        yield ours
+    finally:
+        if ours:
+            lock.release()
+
+
+def hash_later(position: int, chunk: memoryview) -> None:
+    """An Update for what is hashed from the file."""
+
+
 class HashedFromFile:
     """A hasher hashes what is in a file, in steps; `step` returns whether more is there.
 
@@ -60,7 +75,7 @@ class HashedFromFile:
     """
 
     def __init__(self, hasher: Hasher, step: Callable[[], bool]) -> None:
-        self._hasher = hasher
+        self.hasher = hasher
         self._step = step
         self._lock = threading.Lock()
         self._working = False
@@ -72,7 +87,7 @@ class HashedFromFile:
             self._more = self._working
             begin, self._working = not self._working, True
         if begin:
-            self._hasher.thread.submit(self._work)
+            self.hasher.thread.submit(self._work)
 
     def _work(self) -> None:
         more = False
@@ -82,12 +97,12 @@ class HashedFromFile:
             self._working = more or self._more
             self._more = False
         if self._working:
-            self._hasher.thread.submit(self._work)
+            self.hasher.thread.submit(self._work)
 
     async def finish(self) -> None:
         """Wait until all that is there is hashed."""
         while self._working:
-            await self._hasher.finish()
+            await self.hasher.finish()
 
 
 class HashedInPlace:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from storage.concurrency import run_in_thread
 from storage.disk.extents import SUFFIX, ExtentList, Extents
-from storage.disk.hashing import PIECE, HashedFromFile, next_hasher, pieces_for
+from storage.disk.hashing import PIECE, HashedFromFile, hash_later, held_if_free, next_hasher, pieces_for
 from storage.disk.health import write_all
 from storage.disk.locks import leads_to
 from storage.disk.uploads import BACKLOG, Bytes, FileBlob, FileUpload
@@ -28,21 +28,6 @@ from storage.oci import Descriptor, Digest, Span
 from storage.registry import ReadInto
 
 SYNC = 256 << 20  # bytes written after which they are synchronized, so that they outlast a power failure
-
-
-@contextmanager
-def _held_if_free(lock: threading.Lock) -> Iterator[bool]:
-    """Hold a lock, if it is free."""
-    ours = lock.acquire(blocking=False)
-    try:
-        yield ours
-    finally:
-        if ours:
-            lock.release()
-
-
-def _leave(position: int, chunk: Bytes) -> None:
-    """What is written is hashed from the file."""
 
 
 class PartBlob(FileBlob):
@@ -75,8 +60,7 @@ class SparseUpload(FileUpload):
         self._stored = Extents()  # those of `extents`, and what threads have written since
         self._listing = threading.Lock()  # for `_stored` and the list
         self._hashing = threading.Lock()
-        self._hasher = next_hasher()
-        self._from_file = HashedFromFile(self._hasher, self._hash_step)
+        self._from_file: HashedFromFile | None = None  # once there is anything for a hasher
         self._copying = 0  # threads
         self._list: ExtentList | None = None
         self._unlisted: list[tuple[int, int]] = []  # what is written, and not yet in the list
@@ -200,8 +184,10 @@ class SparseUpload(FileUpload):
         start = position
         self._begin_list(position)
         # With a list, what is next to be hashed may be in the file.
-        hasher, hash_next = (self._hasher, self._hash_next) if self._list is None else (None, _leave)
-        with _held_if_free(self._hashing) as free:
+        hasher, hash_next = (
+            (self._behind().hasher, self._hash_next) if self._list is None else (None, hash_later)
+        )
+        with held_if_free(self._hashing) as free:
             behind = not free or self._hashed < position
         try:
             with pieces_for(hasher, hash_next, behind=behind) as pieces:
@@ -222,11 +208,13 @@ class SparseUpload(FileUpload):
     async def _flushed(self) -> None:
         await super()._flushed()
         await self._waiters.until(lambda: not self._copying)
-        await self._from_file.finish()
+        if self._from_file is not None:
+            await self._from_file.finish()
 
     async def commit(self, digest: Digest) -> Descriptor:
         await self._flushed()
-        await self._hasher.finish()
+        if self._from_file is not None:
+            await self._from_file.hasher.finish()
         return await super().commit(digest)
 
     def rehash(self) -> None:
@@ -334,7 +322,13 @@ class SparseUpload(FileUpload):
         if sync:
             self._sync()
         if there > self._hashed:
-            self._from_file.hash_on()
+            self._behind().hash_on()
+
+    def _behind(self) -> HashedFromFile:
+        with self._listing:
+            if self._from_file is None:
+                self._from_file = HashedFromFile(next_hasher(), self._hash_step)
+            return self._from_file
 
     def _hash_step(self) -> bool:
         """Hash some of what is there, while it may be in memory; whether there is more."""
@@ -347,7 +341,7 @@ class SparseUpload(FileUpload):
             return self._hashed < there
 
     def _hash_next(self, position: int, chunk: Bytes) -> None:
-        with _held_if_free(self._hashing) as ours:  # what is left out is hashed from the file
+        with held_if_free(self._hashing) as ours:  # what is left out is hashed from the file
             if ours:
                 super()._hash_next(position, chunk)
 

@@ -27,7 +27,7 @@ from proxy.config.loader import load
 from proxy.testing.registry import LocalRegistry
 from tests import chart
 from tests.chart import CHART, KUSTOMIZE, ROOT, VALUES, Manifest, helm, kustomized, refusal, render
-from tests.clients.processes import Process, free_port
+from tests.clients.processes import Process, free_port, require
 from tests.test_config_schema import validator
 
 pytestmark = pytest.mark.clients
@@ -134,6 +134,14 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     },
     "private": {"config": {"namespaces": {"local": {"store": {"immutable_tags": ["v*"]}}}}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> None:
+    """Wheels bring them for the usual machines."""
+    for name in ("helm", "kubectl"):
+        if chart.tool(name) is None:
+            require(name, root=False)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=list(CASES))

@@ -105,7 +105,7 @@ class Installed:
 
 @pytest.fixture
 def installed(package: Path, tmp_path: Path) -> Iterator[Installed]:
-    require("unshare", "nsenter")
+    require("unshare", "nsenter", "systemd-analyze")
     place = tmp_path / "copy"
     place.mkdir()
     holder = Process(["unshare", "--mount", "sh", "-c", COPY, "copy", place], ready="mounted")
@@ -152,6 +152,8 @@ async def test_it_is_installed_serves_and_is_removed(
         "root:entrepot 750",
         "root:entrepot 640",
     ]
+    units = [f"/lib/systemd/system/{each}" for each in ("entrepot.service", "entrepot.socket")]
+    assert installed.run("systemd-analyze", "verify", "--man=no", *units) == ""
     assert "/etc/entrepot/config.yml is valid" in installed.run("entrepot", "check", "--no-files")
     installed.configure(
         {

@@ -32,6 +32,7 @@ from proxy.extensions.protocols import (
 )
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.extended import ExtendedUpstream
+from proxy.web.hits import Hits
 from storage.oci import OCI_MANIFEST, Digest
 from tests.conftest import Clock, Serve, Site, configuration
 from tests.events import Ear
@@ -45,6 +46,7 @@ from tests.extensions import (
 )
 from tests.test_push import Client, image
 from tests.upstream import Basic, Status, Upstream
+from tests.wire import connect
 
 HERE = "tests.test_extended"
 # Those of each sort: the others differ only in words.
@@ -518,12 +520,37 @@ async def test_middleware_that_fails_lets_nothing_through(
     assert await ready(site) == {"status": "ready"}
 
 
-async def test_without_middleware_hits_take_the_short_way(serve: Serve, upstream: Upstream) -> None:
-    site = await serve(upstream)
-    assert site.app.composition.extensions.states() == []
-    digest = upstream.blob("library/app", b"content")
-    for _ in range(3):
-        assert (await site.get(f"/v2/library/app/blobs/{digest}"))[0] == 200
+async def test_only_middleware_keeps_requests_from_the_short_way(
+    serve: Serve,
+    upstream: Upstream,
+    package: Package,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    short: list[bool] = []
+    answer = Hits.answer
+
+    def counting(self: Hits, *arguments: Any) -> bool:
+        short.append(answer(self, *arguments))
+        return short[-1]
+
+    monkeypatch.setattr(Hits, "answer", counting)
+    package.offer("middleware", "one", f"{HERE}:Gate")
+    package.offer("event_sink", "one", f"{HERE}:Sink")
+    content = manifest_of(str(Digest.of(b"{}")), 2)
+    path = f"/v2/library/app/manifests/{upstream.manifest('library/app', content, OCI_MANIFEST)}"
+    head = f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    for kind in ("", "event_sink", "middleware"):
+        top = top_of(kind)[0] if kind else {}
+        site = await serve(upstream, top=top, directory=tmp_path / f"disk {kind}")
+        assert (await site.get(path))[0] == 200  # a miss
+        short.clear()
+        async with connect(site.url) as wire:
+            for _ in range(6):
+                await wire.send(head)
+                assert (await wire.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
+                assert await wire.read(len(content)) == content
+        assert (any(short), bool(short)) == ((False, False) if kind == "middleware" else (True, True)), kind
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ LINES = {
 WIDTHS = {"entrepot warm postgres:17 ghcr.io/shop/app:2.0.1": 132}
 START = "tests/clients/test_readme.py starts this server"
 CLONE = "builds or tests a clone of this repository"
+TUTORIALS = "tests/clients/test_tutorials.py does all that this page says"
 AIR_GAP = "tests/clients/test_air_gap.py does all that this page says"
 DOCKER = "tests/clients/test_readme.py logs in and pushes, by docker"
 KEYS = "each key is another one: tests/test_api_keys.py"
@@ -176,6 +177,31 @@ ELSEWHERE = {
         "kit pull cache.example:5000/ghcr.io/jozu-ai/llama3:8b --plai": OWN,
         "python -m tests.clients.newest --directory built": "builds clients for half an hour",
     },
+    "docs/migration.md": {"skopeo login harbor.example": "needs a Harbor; tests/test_copy.py copies"},
+    "docs/tutorials/mirror.md": dict.fromkeys(
+        (
+            "entrepot check mirror.yml",
+            "skopeo copy --src-tls-verify=false docker://127.0.0.1:5000/d",
+            "entrepot ls --config mirror.yml",
+            "skopeo copy --src-tls-verify=false docker://127.0.0.1:5000/d (2)",
+            "entrepot setup podman --url http://127.0.0.1:5000 --config m",
+            "skopeo copy docker://docker.io/library/alpine:3.20 oci:usual",
+            "entrepot drill 1m --config mirror.yml",
+        ),
+        TUTORIALS,
+    ),
+    "docs/tutorials/private-registry.md": dict.fromkeys(
+        (
+            "echo 'correct horse battery' | entrepot user add ci --passwo",
+            "entrepot check registry.yml",
+            "skopeo copy --dest-tls-verify=false --dest-creds 'ci:correct",
+            "skopeo copy --src-tls-verify=false docker://127.0.0.1:5000/t",
+            "! skopeo delete --tls-verify=false --creds 'ci:correct horse",
+            "entrepot tag local/team/app:1.0.0 local/team/app:stable --co",
+            "entrepot delete 'local/team/app:build-*' --dry-run --config",
+        ),
+        TUTORIALS,
+    ),
     "docs/air-gap.md": {
         "entrepot warm --list images.txt --platform linux/amd64 --con": AIR_GAP,
         "openssl genpkey -algorithm ed25519 -out bundle.key": AIR_GAP,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,13 @@ import pytest
 
 from tests.authority import Authority
 from tests.clients import images
-from tests.clients.processes import own_address, require
+from tests.clients.processes import free_port, own_address, require
 from tests.clients.site import DockerRegistry, Site
+from tests.clients.walk import Walk
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+Walks = Callable[..., Walk]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -136,3 +139,40 @@ def home() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="entrepot-"))
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def registries(tmp_path: Path) -> Iterator[dict[str, DockerRegistry]]:
+    """Empty upstream registries, by namespace."""
+    require("docker-registry", "skopeo", root=False)
+    found: dict[str, DockerRegistry] = {}
+    try:
+        for name in ("docker.io", "ghcr.io"):
+            found[name] = DockerRegistry(tmp_path / name, tmp_path)
+        yield found
+    finally:
+        for each in found.values():
+            each.stop()
+
+
+@pytest.fixture
+def walks(home: Path, registries: dict[str, DockerRegistry]) -> Iterator[Walks]:
+    """Walks through a page, of which are changed: the addresses of the registries and of the server, the
+    directories below /var/lib, where `setup --write` puts what is the machine's, and what a test says.
+    """
+    started: list[Walk] = []
+
+    def walk(page: str, changes: Mapping[str, str] | None = None) -> Walk:
+        common = {
+            "https://registry-1.docker.io": registries["docker.io"].url,
+            "https://ghcr.io": registries["ghcr.io"].url,
+            "127.0.0.1:5000": f"127.0.0.1:{free_port()}",
+            "127.0.0.1:5001": f"127.0.0.1:{free_port()}",
+            "/var/lib": str(home / "lib"),
+        }
+        started.append(Walk(ROOT / page, home, {**(changes or {}), **common}))
+        return started[-1]
+
+    yield walk
+    for each in started:
+        each.stop()

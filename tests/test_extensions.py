@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,14 @@ from proxy.extensions import loader
 from proxy.extensions.extension import FAILING, LOGGED, ExtensionFailed, Extensions, ExtensionState, worst
 from proxy.extensions.isolation import ExtensionLate, Isolation
 from proxy.extensions.kinds import GROUPS
-from proxy.extensions.protocols import HostLogin
+from proxy.extensions.protocols import (
+    ConditionResult,
+    HostLogin,
+    OfferedBlob,
+    OfferedManifest,
+    OfferedObject,
+    RequestRefusal,
+)
 from proxy.telemetry.metrics import Metrics
 from tests.conftest import Clock
 from tests.extensions import (
@@ -411,11 +420,31 @@ def test_the_worst_of_several_processes() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [(5, "p"), ("u", None), ("u", "p", "soon")], ids=["user", "password", "validity"]
+    "make",
+    [
+        lambda: HostLogin(5, "p"),  # type: ignore[arg-type]
+        lambda: HostLogin("u", None),  # type: ignore[arg-type]
+        lambda: HostLogin("u", "p", "soon"),  # type: ignore[arg-type]
+        lambda: HostLogin("u", "p", -1.0),
+        lambda: HostLogin("u", "p", math.nan),
+        lambda: ConditionResult("yes", "is"),  # type: ignore[arg-type]
+        lambda: ConditionResult(True, "is", math.nan),
+        lambda: RequestRefusal("no", -1),
+        lambda: RequestRefusal("no", math.inf),
+        lambda: OfferedManifest("text", b""),
+        lambda: OfferedManifest("a/b\r\nc: d", b""),
+        lambda: OfferedManifest("a/b", "{}"),  # type: ignore[arg-type]
+        lambda: OfferedBlob(-1, None),  # type: ignore[arg-type]
+        lambda: OfferedObject(1, [b""]),  # type: ignore[arg-type]
+    ],
 )
-def test_a_login_of_other_types(values: tuple[Any, ...]) -> None:
-    with pytest.raises(TypeError):
-        HostLogin(*values)
+def test_what_an_extension_cannot_return(make: Callable[[], object]) -> None:
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        make()
+
+
+def test_what_is_valid_without_an_end() -> None:
+    assert HostLogin("u", "p", math.inf).valid_for == ConditionResult(True, "is").valid_for
 
 
 def test_a_login_shows_no_password() -> None:

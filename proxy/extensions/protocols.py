@@ -33,6 +33,7 @@ VERSION = 1  # of all protocols here: a change that breaks extensions makes anot
 
 
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
+_TYPE = re.compile(r"[A-Za-z0-9][\w!#$&^.+-]{0,126}/[A-Za-z0-9][\w!#$&^.+-]{0,126}", re.ASCII)  # RFC 6838
 _VALUE = re.compile(r"[!-~](?:[ !-~]*[!-~])?")
 # Headers that frame a response, or whose meaning is the server's.
 _OURS = re.compile(
@@ -46,6 +47,13 @@ _OURS = re.compile(
 def _check(value: object, kind: type | tuple[type, ...], what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{what} is {type(value).__name__}")
+
+
+def _check_span(value: float | None, what: str) -> None:
+    """A number of seconds: neither negative nor NaN, which is no number."""
+    _check(value, (int, float), what)
+    if value is None or not value >= 0:
+        raise ValueError(f"{what} is {value}")
 
 
 # Credential providers: entrepot.credential_providers
@@ -62,7 +70,7 @@ class HostLogin:
     def __post_init__(self) -> None:
         _check(self.username, str, "username")
         _check(self.password, str, "password")
-        _check(self.valid_for, (int, float), "valid_for")
+        _check_span(self.valid_for, "valid_for")
 
 
 class CredentialProvider(Protocol):
@@ -90,6 +98,8 @@ class OfferedManifest:
     def __post_init__(self) -> None:
         _check(self.media_type, str, "media_type")
         _check(self.content, bytes, "content")
+        if not _TYPE.fullmatch(self.media_type):
+            raise ValueError(f"{self.media_type[:50]!r} is not a media type")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +227,7 @@ class ConditionResult:
     def __post_init__(self) -> None:
         _check(self.met, bool, "met")
         _check(self.reason, str, "reason")
-        _check(self.valid_for, (int, float), "valid_for")
+        _check_span(self.valid_for, "valid_for")
 
 
 class PolicyCondition(Protocol):
@@ -276,7 +286,9 @@ class RequestRefusal:
 
     def __post_init__(self) -> None:
         _check(self.message, str, "message")
-        _check(self.retry_after, (int, float, type(None)), "retry_after")
+        if self.retry_after is not None:
+            _check_span(self.retry_after, "retry_after")
+            _check(int(self.retry_after), int, "retry_after")  # raises OverflowError for infinity
 
 
 @dataclass(frozen=True, slots=True)

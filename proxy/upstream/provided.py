@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +61,8 @@ class ProvidedCredentials(Credentials):
             return _ProvidedLogin(until, before.credential)
         if found is None:
             return _ProvidedLogin(self._clock() + RETRY)
-        lasts = found.valid_for if math.isfinite(found.valid_for) else 0.0
-        return _ProvidedLogin(self._clock() + max(lasts, RETRY), Credential(found.username, found.password))
+        until = self._clock() + max(found.valid_for, RETRY)
+        return _ProvidedLogin(until, Credential(found.username, found.password))
 
     def forget(self) -> None:
         self._answers.clear()

@@ -29,7 +29,7 @@ class VaultSettings:
 
 
 class Vault(CredentialProvider):
-    """Asks for each host once in `valid_for` seconds, and again when its login was refused."""
+    """Is asked for each repository, once in `valid_for` seconds, and again when the login was refused."""
 
     protocol = 1
     Settings = VaultSettings

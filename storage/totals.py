@@ -129,9 +129,10 @@ class Total(msgspec.Struct, omit_defaults=True, gc=False):
     @classmethod
     def parse(cls, record: bytes | None) -> Total | None:
         """None if the record is absent or damaged."""
-        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return msgspec.json.decode(record or b"", type=cls)
-        return None
+        try:
+            return _decode(record or b"")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
 
     def apply(self, change: RecordChange) -> bool:
         """Whether it changes anything."""
@@ -143,6 +144,9 @@ class Total(msgspec.Struct, omit_defaults=True, gc=False):
             changed |= self.counted.apply(change)
         self.changes += changed
         return changed
+
+
+_decode = msgspec.json.Decoder(Total).decode  # of 100,000 records, one after the other
 
 
 class CountedBatch:
@@ -250,8 +254,9 @@ class Totals:
 
     def _each(self, kind: RecordKind, prefix: str = "") -> Iterator[tuple[str, Total]]:
         # A name may be the whole prefix, and a scan leaves out what its prefix is.
+        start = len(kind.prefix())
         for key, value in self._records.scan(kind.prefix() + prefix[:-1]):
-            if (name := kind.parse(key)[0]).startswith(prefix):
+            if (name := key[start:]).startswith(prefix):
                 yield name, Total.parse(value) or Total()
 
     def stored(self) -> int | None:

@@ -6,8 +6,11 @@ import asyncio
 import gzip
 import io
 import json
+import sqlite3
 import tarfile
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,12 @@ from proxy.ui.screens.image import kind_of
 from proxy.ui.screens.overview import by_namespace
 from proxy.ui.screens.repositories import glob
 from storage.archives import layer
+from storage.disk.salvage import checksum
 from storage.errors import StorageFailed
+from storage.keys import COUNTED, TOTAL
 from storage.maintenance.usage import Counters, Use
 from storage.oci import OCI_MANIFEST, Digest
+from storage.totals import Counts, Total
 from tests.conftest import Clock, configuration
 from tests.test_operations import ALPINE, Everybody, Site, describe, on
 
@@ -158,6 +164,50 @@ async def screens(tmp_path: Path, clock: Clock) -> AsyncIterator[Screens]:
     yield Screens(client, Site(composition, everyone, operations), state)
     await client.close()
     await composition.close()
+
+
+# Many
+
+
+def write_rows(root: Path, rows: Sequence[tuple[str, bytes]]) -> None:
+    """Write records as one of them is written: by a transaction of each, they would take half a minute."""
+    (path,) = root.rglob("cache.db")
+    with closing(sqlite3.connect(path)) as database, database:
+        columns = "raw, store_time, access_time, access_count, tag, size, mode, filename"
+        made = f"INSERT INTO Cache (key, value, {columns}) SELECT ?, ?, {columns} FROM Cache WHERE key = ?"
+        database.executemany(
+            made, [(key, checksum(key, value) + value, COUNTED.key()) for key, value in rows]
+        )
+
+
+async def test_a_hundred_thousand_repositories(screens: Screens) -> None:
+    """First paint, search and order take not much longer than it takes to decode what is read."""
+    count = 100_000
+    names = [f"docker.io/team-{number % 997}/app-{number}" for number in range(count)]
+
+    rows = []
+    for number, name in enumerate(names):
+        numbers = {"tag": number % 9 + 1, "manifest": 3, "link": 7}
+        counts = Counts(numbers=numbers, bytes={"link": number}, used=float(number))
+        rows.append((TOTAL.key(name), Total(counted=counts).encode()))
+    await asyncio.to_thread(screens.site.store.records.put, COUNTED.key(), b"")
+    await asyncio.to_thread(write_rows, screens.site.store.files.root, rows)
+    begun = time.process_time()
+    assert all(Total.parse(value) for _, value in rows)
+    decoding = time.process_time() - begun
+    largest = names[-1]
+    for address, said, most in (
+        ("repositories", "100,000", 20),
+        ("repositories?sort=size", largest, 3),
+        ("repositories?q=APP-99999&sort=used", largest, 3),
+        ("repositories?sort=tags&page=1000", "Page 1,000 of", 3),
+        ("", "100,000", 4),
+    ):
+        begun = time.process_time()
+        screen = await screens.see(address)
+        spent = time.process_time() - begun
+        assert said in screen.text, (address, screen.text[:2000])
+        assert spent < most * decoding, address
 
 
 # The overview

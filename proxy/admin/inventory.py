@@ -297,7 +297,10 @@ def _set_at(value: bytes) -> float:
 
 def _shown(total: Total) -> bool:
     """Whether a repository has anything that a client can pull, as far as it is known."""
-    return total.counted is None or any(map(total.counted.number, (TAG, MANIFEST, LINK)))
+    if total.counted is None:
+        return True
+    numbers = total.counted.numbers  # which have no zeros
+    return TAG.name in numbers or MANIFEST.name in numbers or LINK.name in numbers
 
 
 def _row(name: str, counts: Counts | None, used: float) -> RepositoryRow:
@@ -306,8 +309,8 @@ def _row(name: str, counts: Counts | None, used: float) -> RepositoryRow:
         return RepositoryRow(repository=name, tags=None, manifests=None, bytes=None, last_used=last_used)
     return RepositoryRow(
         repository=name,
-        tags=counts.number(TAG),
-        manifests=counts.number(MANIFEST),
+        tags=counts.numbers.get(TAG.name, 0),
+        manifests=counts.numbers.get(MANIFEST.name, 0),
         bytes=counts.size,
         last_used=last_used,
     )

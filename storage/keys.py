@@ -33,6 +33,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     stored <algorithm>/<ab>                     how many blobs a fan-out directory has, and of how many bytes
     counted                                     that everything without a total is empty
     writers                                     who may write the records of a private registry
+    identity                                    by which a bucket is known to belong to the records
 
 in the records of access control:
 
@@ -125,6 +126,7 @@ TOTAL = RecordKind("total", 1)
 STORED = RecordKind("stored", 1)
 COUNTED = RecordKind("counted", 0)
 WRITERS = RecordKind("writers", 0)
+IDENTITY = RecordKind("identity", 0)
 SIGNING = RecordKind("signing", 1)
 API_KEY = RecordKind("apikey", 1)
 KEY_USED = RecordKind("keyused", 1)

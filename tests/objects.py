@@ -41,18 +41,21 @@ def _error(status: int, code: str, headers: dict[str, str] | None = None) -> web
 class FakeBucket:
     """A server with one bucket, `bucket`.
 
-    objects: the content by key; uploads: the parts of the unfinished ones by their id
+    objects: the content by key, without `markers`, which name the owner and are not in `asked`
+    uploads: the parts of the unfinished ones by their id
     asked: method and key, with the range or the query, of each request
     spoilt: what answers the next requests of a method; `down` answers all of them
     """
 
     objects: dict[str, bytes] = field(default_factory=dict)
+    markers: dict[str, bytes] = field(default_factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     spoilt: dict[str, list[Spoil]] = field(default_factory=dict)
     down: Spoil | None = None
     cut: int = 0  # bytes of the body of the next GET, after which the connection ends
     port: int = 0
+    conditional: bool = True  # it can put an object only if there is none
 
     def __post_init__(self) -> None:
         self._ending = asyncio.Event()
@@ -85,12 +88,27 @@ class FakeBucket:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         key = request.path.removeprefix("/bucket/")
         what = request.query_string or request.headers.get("Range", "")
+        if key.endswith("/entrepot") and self.down is None:
+            return await self._marker(request, key)
         self.asked.append(f"{request.method} {key} {what}".rstrip())
         if self.down is not None:
             return await self.down(request)
         if spoilt := self.spoilt.get(request.method):
             return await spoilt.pop(0)(request)
         return await getattr(self, f"_{request.method.lower()}")(request, key)  # type: ignore[no-any-return]
+
+    async def _marker(self, request: web.Request, key: str) -> web.Response:
+        if request.method == "PUT":
+            if request.headers.get("If-None-Match") == "*":
+                if not self.conditional:
+                    return _error(501, "NotImplemented")
+                if key in self.markers:
+                    return _error(412, "PreconditionFailed")
+            self.markers[key] = await request.read()
+        elif key not in self.markers:
+            return _error(404, "NoSuchKey")
+        dates = {"ETag": '"e"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+        return web.Response(body=self.markers[key], headers=dates)
 
     async def _put(self, request: web.Request, key: str) -> web.Response:
         body = await request.content.read()

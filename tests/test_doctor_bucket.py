@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -12,6 +14,8 @@ from proxy.config.shared import SharedConfig
 from proxy.config.values import Secret
 from proxy.doctor import bucket
 from proxy.doctor.checks import Check
+from storage.disk.records import SQLiteRecords
+from storage.keys import IDENTITY
 from tests.objects import FakeBucket, answer
 
 
@@ -44,6 +48,23 @@ async def test_a_bucket_that_is_well(fake: FakeBucket) -> None:
     assert all(
         key.startswith("x/doctor/") for key in (each.split(" ")[1] for each in fake.asked) if key != "/bucket"
     )
+
+
+async def test_a_bucket_of_other_records_is_named(fake: FakeBucket, tmp_path: Path) -> None:
+    async def state() -> str:
+        endpoint, key = f"http://127.0.0.1:{fake.port}", Secret("a")
+        shared = SharedConfig(bucket="s3://bucket/x", endpoint=endpoint, access_key=key, secret_key=key)
+        last = (await bucket.check(shared, tmp_path))[-1]
+        return last.message if last.state == "failed" else "ok"
+
+    assert await state() == "ok"  # nobody's
+    fake.markers["x/entrepot"] = b"theirs"
+    assert await state() == "it belongs to other records"
+    assert not (tmp_path / "records").exists()
+    with closing(SQLiteRecords(tmp_path / "records")) as records:
+        assert await state() == "it belongs to other records"
+        records.put(IDENTITY.key(), b"theirs")
+        assert await state() == "ok"
 
 
 async def test_none_is_not_asked() -> None:

@@ -115,6 +115,7 @@ async def test_what_is_pushed_is_kept_by_it(serve: Serve, upstream: Upstream, pa
     client = await started(serve, upstream, package)
     config = await client.blob(b"{}")
     assert (await client.manifest("v1", image())).status == 201
+    assert len(Memory.objects.pop("some/prefix/entrepot")) == 32  # whose the others are
     assert list(Memory.objects.values()) == [b"{}"]
     assert next(iter(Memory.objects)).startswith("some/prefix/sha256/")
     for _ in range(2):

@@ -46,7 +46,7 @@ COPIED = {
     *("use", "moves", "resolved", "asked", "override", "held", "stats", "scrub", "warmed", "collected"),
     *("total", "stored", "counted"),
 }
-MADE_ANEW = {"object", "leftover", "upload", "writers"}
+MADE_ANEW = {"object", "leftover", "upload", "writers", "identity"}
 OF_A_SERVER = {"pin", "signing", "apikey", "keyused"}  # wherever it keeps them: see EngineMoves.settle
 OF_CACHES = {"deposit", "reported"}  # of the store of caches, which is copied by what it serves
 OF_WEBHOOKS = {"event", "pending", "webhook", "number"}  # in a database of their own, which stays

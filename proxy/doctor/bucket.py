@@ -6,14 +6,17 @@ import asyncio
 import secrets
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxy.config.shared import SharedConfig
 from proxy.connections.failures import reason
 from proxy.doctor.checks import Check, check_skew, failed, ok
-from storage.errors import Unavailable
+from storage.disk.records import SQLiteRecords
+from storage.errors import StorageFailed, Unavailable
+from storage.keys import IDENTITY
+from storage.records import Records
 
 if TYPE_CHECKING:
     from storage.bucket.objects import Bucket, BucketHealth
@@ -32,8 +35,11 @@ ADVICE = {
 }
 
 
-async def check(shared: SharedConfig) -> list[Check]:
-    """The check of the bucket, if there is one.  Its objects are deleted again."""
+async def check(shared: SharedConfig, private: Path | None = None) -> list[Check]:
+    """The check of the bucket, if there is one.  Its objects are deleted again.
+
+    private: the directory of the private registry, if the bucket has its content
+    """
     if shared.bucket is None or shared.extension is not None:  # which is checked as an extension
         return []
     probe = _BucketProbe(shared)
@@ -45,7 +51,35 @@ async def check(shared: SharedConfig) -> list[Check]:
         why = reason(error) if isinstance(error, OSError) else error
         return [failed("bucket", shared.bucket, f"{probe.step} fails: {why}", ADVICE[probe.step])]
     skew = check_skew(shared.bucket, probe.ahead, MAX_SKEW)
-    return [ok("bucket", shared.bucket, "objects can be put, read, looked at and deleted"), *skew]
+    found = [ok("bucket", shared.bucket, "objects can be put, read, looked at and deleted"), *skew]
+    if private is not None and await asyncio.to_thread(_is_foreign, shared, private):
+        advice = "use those records, or another prefix; if they are lost, delete its object entrepot"
+        found.append(failed("bucket", shared.bucket, "it belongs to other records", advice))
+    return found
+
+
+def _is_foreign(shared: SharedConfig, private: Path) -> bool:
+    """Whether the bucket belongs to other records, as far as that can be known now."""
+    from storage.bucket.objects import Bucket, ObjectUnknown
+    from storage.bucket.owner import MARKER
+
+    name = str(shared.bucket)
+    try:
+        marker = Bucket(shared.settings().connect(), name, _unreported(name)).read(MARKER)
+        if shared.records is None and not (private / "records").exists():
+            return True
+        with closing(_records(shared, private)) as records:
+            return records.get(IDENTITY.key()) != marker
+    except (ObjectUnknown, ImportError, StorageFailed, Unavailable):  # another check says so
+        return False
+
+
+def _records(shared: SharedConfig, private: Path) -> Records:
+    if shared.records is None:
+        return SQLiteRecords(private / "records", durable=True)
+    from storage.postgres.records import PostgresRecords  # only with a database
+
+    return PostgresRecords(str(shared.records), connections=1)
 
 
 class _BucketProbe:

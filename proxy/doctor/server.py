@@ -48,9 +48,10 @@ async def examine(
 
 async def _examine(config: Config, admin: URL | None, loaded: Extensions) -> list[Check]:
     checks = list(await guarded("extension", "-", extensions.check(config, loaded)))
+    private = config.disk.path / "private" if config.hosted() else None
     local = await asyncio.gather(
         guarded("disk", str(config.disk.path), asyncio.to_thread(disk.check, config.disk)),
-        guarded("bucket", str(config.shared.bucket), bucket.check(config.shared)),
+        guarded("bucket", str(config.shared.bucket), bucket.check(config.shared, private)),
         guarded("database", "-", asyncio.to_thread(database.check, config)),
         guarded("tls", str(config.listen), asyncio.to_thread(running.check_certificate, config)),
         guarded("workers", "-", asyncio.to_thread(running.check_limits, config)),

@@ -38,6 +38,7 @@ from typing import BinaryIO
 
 from storage.bucket.blob import BucketBlob, ObjectReader
 from storage.bucket.objects import CHUNK, Bucket, ObjectUnknown
+from storage.bucket.owner import BucketOwner, ForeignBucket
 from storage.bucket.sessions import Session, SharedUpload
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.blobs import TOUCH
@@ -83,6 +84,7 @@ class BucketBlobs(UploadFiles):
         self._keep = keep
         self._bucket = bucket
         self._records = records
+        self._owner = BucketOwner(bucket, records)
 
     def path(self, digest: Digest) -> None:
         return None
@@ -221,6 +223,11 @@ class BucketBlobs(UploadFiles):
 
         self._records.transaction(work, shared=True)
 
+    async def put_object(self, key: str, source: Path, size: int) -> None:
+        """Make an object of a file of `size` bytes.  Raises ForeignBucket."""
+        await run_in_thread(self._owner.check)
+        await self._bucket.put(key, source, size)
+
     async def publish(self, source: Path, file: int, digest: Digest) -> None:
         await uninterrupted(self._publish(source, file, digest))
 
@@ -266,7 +273,7 @@ class BucketBlobs(UploadFiles):
         key = f"{_name(digest)}{secrets.token_hex(8)}"
         if not alone:
             await run_in_thread(self._records.put, LEFTOVER.key(key), str(self.clock()).encode())
-            await self._bucket.put(key, source, size)
+            await self.put_object(key, source, size)
         elif not await self._put_alone(source, digest, size, damaged, key):
             return
         made = partial(self._record, digest, key, size, damaged)
@@ -308,7 +315,7 @@ class BucketBlobs(UploadFiles):
             return False
         renewing = asyncio.create_task(self._renew_claim(key))
         try:
-            await self._bucket.put(key, source, size)
+            await self.put_object(key, source, size)
         except Unavailable:
             with suppress(StorageFailed):  # others need not wait for it
                 await run_in_thread(self._claim_since, key, self.clock() - CLAIM - 1)
@@ -336,6 +343,11 @@ class BucketBlobs(UploadFiles):
 
     def reap(self, age: float) -> int:
         reaped = super().reap(age)
+        with suppress(Unavailable):  # it is reported, and so is the other
+            try:
+                self._owner.check()
+            except ForeignBucket:
+                return reaped
         with suppress(Unavailable):  # it is reported
             for key, value in self._records.scan(UPLOAD.prefix()):
                 found = Session.parse(value)

@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import obstore
 import structlog
-from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
+from storage.bucket.memory import return_large_pieces
 from storage.bucket.settings import ObjectStore, first_line
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.troubles import Trouble, Troubles
@@ -132,6 +133,7 @@ class Bucket:
         patience: float | None = None,
         signing: Signing | None = None,
     ) -> None:
+        return_large_pieces()
         self.name = name
         self.health = health
         self._store = store
@@ -221,6 +223,23 @@ class Bucket:
         """All bytes of an object.  Raises ObjectUnknown."""
         with self._asking(key):
             yield from obstore.get(self._store, key).stream(min_chunk_size=CHUNK)
+
+    def read(self, key: str) -> bytes:
+        """A small object.  Raises ObjectUnknown."""
+        return b"".join(map(bytes, self.chunks(key)))
+
+    def create(self, key: str, content: bytes) -> None:
+        """Make a small object, unless there is one, as far as the service can tell."""
+        try:
+            with self._asking(key), suppress(AlreadyExistsError):
+                try:
+                    obstore.put(self._store, key, content, mode="create")
+                except BaseError as error:
+                    if "NotImplemented" not in str(error):
+                        raise
+                    obstore.put(self._store, key, content)
+        except ObjectUnknown as error:  # what it is written to is gone
+            raise self.health.failed(error) from None
 
     def delete(self, key: str) -> None:
         """Delete an object, if there is one."""

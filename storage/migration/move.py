@@ -29,6 +29,7 @@ from storage.errors import BlobUnknown, DigestInvalid
 from storage.keys import (
     API_KEY,
     EVERY,
+    IDENTITY,
     KEY_USED,
     LEFTOVER,
     LINK,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:  # one machine needs no client of object storage
     from storage.bucket.blobs import BucketBlobs
 
 # Records that say where content is: each engine has its own.
-OF_ENGINES: tuple[RecordKind, ...] = (OBJECT, LEFTOVER, UPLOAD, WRITERS)
+OF_ENGINES: tuple[RecordKind, ...] = (OBJECT, LEFTOVER, UPLOAD, WRITERS, IDENTITY)
 # Records of a server, in a database beside those of the registry: they are copied from elsewhere.
 OF_SERVERS: tuple[RecordKind, ...] = (PIN, SIGNING, API_KEY, KEY_USED)
 AT_ONCE = 4  # blobs

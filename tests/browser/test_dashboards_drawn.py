@@ -221,7 +221,7 @@ async def test_every_panel_shows_something(
     with recorded(tmp_path / SAMPLES, tmp_path) as url:
         found = {name: await answers(url, name, start) for name in DASHBOARDS}
     empty = {title for each in found.values() for title, answer in each.items() if is_empty(answer)}
-    assert empty == EMPTY.keys()
+    assert empty <= EMPTY.keys(), "they show nothing"
     file = tmp_path / "dashboards.html"
     file.write_text(page({name: dashboard(name) for name in DASHBOARDS}, found))
     tab = await window(file.as_uri())

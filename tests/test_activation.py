@@ -8,7 +8,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -328,13 +328,11 @@ async def test_systemds_own_launcher_is_understood(place: Place, upstream: Upstr
     command = ("systemd-socket-activate", f"--listen={address}", "--fdname=http")
     starting = asyncio.create_task(place.start(command))
     async with aiohttp.ClientSession() as session:
-        while True:  # it starts the server at the first connection
-            try:
+        while not starting.done():  # it starts the server at the first connection
+            with suppress(aiohttp.ClientConnectorError):
                 async with session.get(f"http://{address}/v2/") as response:
                     assert response.status == 200
-                    break
-            except aiohttp.ClientConnectorError:
-                await asyncio.sleep(0)
+            await asyncio.sleep(0)
     server = await starting
     assert server.url == f"http://{address}"
     assert server.noise[-1].startswith("Execing "), server.noise  # all is the launcher's

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import click
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import storage.errors
 from proxy.cli.main import main
@@ -165,6 +170,30 @@ def test_the_python_api_is_what_packages_declare(
     assert "## `declares`" in page and "### `Kept`" in page and "It is kept." in page
     assert "#### `Kept.f`" in page and "def f(self) -> int" in page
     assert "Hidden" not in page
+
+
+# Without the libraries that only other extras bring: as pip install '.[docs]' leaves it.
+ALONE = """
+import sys
+sys.path.insert(0, {site!r})
+sys.modules.update(dict.fromkeys({absent!r}))
+from generated import PAGES
+print(sum(len(make()) for make in PAGES.values()))
+"""
+
+
+@pytest.mark.clients
+def test_the_site_needs_no_other_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = {canonicalize_name(Requirement(each).name) for name in extras for each in extras[name]}
+    kept = {canonicalize_name(Requirement(each).name) for each in extras["docs"]}
+    modules = metadata.packages_distributions().items()
+    absent = [name for name, by in modules if {*map(canonicalize_name, by)} & (needed - kept)]
+    assert {"pytest", "obstore", "playwright"} <= {*absent}
+    code = ALONE.format(site=str(SITE), absent=absent)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100_000
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from playwright.async_api import Page
@@ -33,38 +35,47 @@ SPILLED = """() => {
 FOUND = "access.html#kubernetes"
 
 
-async def test_it_is_read_and_searched(window: Open, tmp_path: Path) -> None:
+async def icon(request: web.Request) -> web.Response:
+    return web.Response(status=204)  # a drawing has no link to one
+
+
+@pytest.fixture
+async def address(tmp_path: Path) -> AsyncIterator[str]:
+    """Of a listener that serves the site; it outlives the windows of the test."""
     listener = web.Application()
+    listener.router.add_get("/favicon.ico", icon)
     listener.add_subapp("/ui", documentation(build_site(tmp_path / "site")))  # where windows open their pages
     async with TestServer(listener) as server:
-        tab = await window(server.make_url(""))
-        for name in DRAWINGS:
-            await tab.open(f"images/{name}")
-            assert await tab.do(lambda page: page.evaluate(SPILLED)) == [], name
-            assert not [each for each in tab.said if "404" not in each]
-            tab.said.clear()  # it asks for an icon, which a drawing has no link to
-        await tab.open()
-        assert await tab.title() == "Entrepôt"
-        await tab.open("tracing.html")
-        assert await tab.violations() == []
-        await tab.click("Architecture")
-        assert await tab.title() == "Architecture"
-        for words in (
-            "nothing:here *",
-            "~ ^2 +-",
-            "<b>x</b> &amp;",
-            "imagePullSecrets",
-        ):  # and marks of queries
-            await tab.fill("Search", words, "header")
-            await tab.press("Enter")
-            await tab.do(partial(Page.wait_for_function, expression=SEARCHED, arg=words))
-        assert "no imagePullSecrets are needed" in await tab.text("#results")
-        await tab.do(lambda page: page.locator("#results a").first.click())
-        assert await tab.do(lambda page: page.evaluate("location.href.split('/').pop()")) == FOUND
-        await tab.open("search.html?q=eviction")
-        await tab.see("sections")
-        assert await tab.violations() == []
-        for scheme in ("dark", "light"):
-            await tab.paint(scheme)
-            assert await tab.violations(COLORS) == []
-            await tab.open("tls.html")
+        yield str(server.make_url(""))
+
+
+async def test_it_is_read_and_searched(address: str, window: Open) -> None:
+    tab = await window(address)
+    for name in DRAWINGS:
+        await tab.open(f"images/{name}")
+        assert await tab.do(lambda page: page.evaluate(SPILLED)) == [], name
+    await tab.open()
+    assert await tab.title() == "Entrepôt"
+    await tab.open("tracing.html")
+    assert await tab.violations() == []
+    await tab.click("Architecture")
+    assert await tab.title() == "Architecture"
+    for words in (
+        "nothing:here *",
+        "~ ^2 +-",
+        "<b>x</b> &amp;",
+        "imagePullSecrets",
+    ):  # and marks of queries
+        await tab.fill("Search", words, "header")
+        await tab.press("Enter")
+        await tab.do(partial(Page.wait_for_function, expression=SEARCHED, arg=words))
+    assert "no imagePullSecrets are needed" in await tab.text("#results")
+    await tab.do(lambda page: page.locator("#results a").first.click())
+    assert await tab.do(lambda page: page.evaluate("location.href.split('/').pop()")) == FOUND
+    await tab.open("search.html?q=eviction")
+    await tab.see("sections")
+    assert await tab.violations() == []
+    for scheme in ("dark", "light"):
+        await tab.paint(scheme)
+        assert await tab.violations(COLORS) == []
+        await tab.open("tls.html")

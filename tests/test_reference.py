@@ -189,7 +189,7 @@ def test_the_site_needs_no_other_extra() -> None:
     kept = {canonicalize_name(Requirement(each).name) for each in extras["docs"]}
     modules = metadata.packages_distributions().items()
     absent = [name for name, by in modules if {*map(canonicalize_name, by)} & (needed - kept)]
-    assert {"pytest", "obstore", "playwright"} <= {*absent}
+    assert {"pytest", "sigstore", "playwright"} <= {*absent}
     code = ALONE.format(site=str(SITE), absent=absent)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

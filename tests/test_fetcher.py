@@ -731,6 +731,8 @@ async def test_whatever_is_read_and_dropped(
         rig = Rig(tmp_path_factory.mktemp("rig"), upstream, Clock())
         with monkeypatch.context() as patch:
             patch.setattr(parts, "ASSUMED", pace)
+            for name, value in {"LEAST": 100, "LONG": 200, "PIECE": 500}.items():
+                patch.setattr(parts, name, value)
             patch.setattr(SparseUpload, "write_at", counted)
             pulls = []
             async with rig.turns.turn("up"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -89,6 +90,21 @@ class Podman:
         runtime, *more = self._runtime
         words = ("run", "--detach", f"--name={name}", "--network=host", *more, *options, image)
         self.run(f"--runtime={runtime}", *words)
+
+    def program(self) -> Path:
+        """A program that is called as podman is, and has this storage and runtime."""
+        assert self._runtime is not None, "choose_runtime() comes first"
+        runtime, *more = self._runtime
+        path = self._home / "bin" / "podman"
+        path.parent.mkdir(exist_ok=True)
+        found = shlex.join([shutil.which("podman") or "podman", *self._podman[1:], f"--runtime={runtime}"])
+        options = shlex.join(more)
+        path.write_text(
+            f'#!/bin/sh\ncase "$1" in\nrun | create) word=$1; shift; exec {found} "$word" {options} "$@" ;;\n'
+            f'*) exec {found} "$@" ;;\nesac\n'
+        )
+        path.chmod(0o755)
+        return path
 
     def clear(self) -> None:
         """Remove all containers."""

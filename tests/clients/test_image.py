@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import platform
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import tarfile
 import tempfile
 import tomllib
@@ -19,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -28,17 +22,12 @@ from packaging.utils import canonicalize_name
 
 from proxy.cli.main import main
 from tests.clients.containers import Podman
+from tests.clients.image import DIRECTORY, EPOCH, Layout, build, running_podman
 from tests.clients.processes import Process, environment, free_port, require, run
 from tests.clients.site import SERVER
 from tests.test_docs import ROOT
 
-DIRECTORY = ROOT / "deploy" / "image"
-BUILD = DIRECTORY / "build.py"
-ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
-PATIENCE = 800  # seconds for a build on a busy machine
-PACKAGES = ROOT / ".venv" / "image"  # as .ci/run downloads them
 TREES = ("data", "system", "libraries", "application")  # in the order of their layers
-EPOCH = 1_760_000_000
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 SBOM = "application/vnd.cyclonedx+json"
 USER = 65532
@@ -72,52 +61,6 @@ while os.path.exists(f"/proc/{orphan}"):  # nothing tells when a process of othe
 print("ended")
 """
 LIBRARIES = "import cbor2, cel, obstore, opentelemetry.sdk.trace, psycopg, sigstore, ssl, sqlite3"
-
-
-class Layout:
-    """The image as an OCI image layout; read with nothing of ours."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.index = json.loads((directory / "index.json").read_text())
-        self.top = self.index["manifests"][0]
-        self.manifest = self.read(self.top)
-        self.config = self.read(self.manifest["config"])
-
-    def path(self, descriptor: dict[str, Any]) -> Path:
-        return self.directory / "blobs" / descriptor["digest"].replace(":", "/")
-
-    def read(self, descriptor: dict[str, Any]) -> Any:
-        return json.loads(self.path(descriptor).read_text())
-
-
-def build(command: str, place: Path, umask: int) -> None:
-    """Run build.py: `image` makes a layout at `place`, and `trees` the files alone."""
-    require("buildah", "dpkg-deb")
-    if not PACKAGES.exists():
-        if os.environ.get("ENTREPOT_REQUIRE_CLIENTS") == "1":
-            pytest.fail(f"{PACKAGES} has no packages: .ci/run downloads them")
-        pytest.skip("the packages of the image are not downloaded: deploy/image/build.py fetch .venv/image")
-    given = {"SOURCE_DATE_EPOCH": str(EPOCH), "REVISION": "0123abc", "TMPDIR": str(place.parent)}
-    words = [sys.executable, BUILD, command, PACKAGES, place]
-    done = subprocess.run(
-        words, env={**os.environ, **given}, capture_output=True, text=True, umask=umask, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="session")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """Built by the first process of the tests that wants it."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    directory = shared / "image" / "layout"
-    directory.parent.mkdir(exist_ok=True)
-    with (directory.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "index.json").exists():
-            build("image", directory, umask=0o022)
-    return Layout(directory)
 
 
 def test_what_it_says_of_itself(layout: Layout) -> None:
@@ -251,12 +194,8 @@ def running(registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """As strictly as it can be run: nothing but its volume can be written, and it may do nothing special."""
     require("skopeo")
     home = Path(tempfile.mkdtemp(prefix="entrepot-"))
-    podman = Podman(home)
+    podman = running_podman(home)
     try:
-        static = home / "static"
-        (package,) = PACKAGES.glob(f"{ARCHITECTURE}/debian/tini_*.deb")
-        run(["dpkg-deb", "--extract", package, static], environment(home))
-        podman.choose_runtime(static / "usr/bin/tini-static")
         port, admin = free_port(), free_port()
         config = home / "config.yml"
         config.write_text(

@@ -1,0 +1,81 @@
+"""The image of deploy/image, built once for all tests that want it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients.containers import Podman
+from tests.clients.processes import environment, require, run
+from tests.test_docs import ROOT
+
+DIRECTORY = ROOT / "deploy" / "image"
+BUILD = DIRECTORY / "build.py"
+ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+PACKAGES = ROOT / ".venv" / "image"  # as .ci/run downloads them
+EPOCH = 1_760_000_000
+PATIENCE = 800  # seconds for a build on a busy machine
+
+
+class Layout:
+    """The image as an OCI image layout; read with nothing of ours."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.index = json.loads((directory / "index.json").read_text())
+        self.top = self.index["manifests"][0]
+        self.manifest = self.read(self.top)
+        self.config = self.read(self.manifest["config"])
+
+    def path(self, descriptor: dict[str, Any]) -> Path:
+        return self.directory / "blobs" / descriptor["digest"].replace(":", "/")
+
+    def read(self, descriptor: dict[str, Any]) -> Any:
+        return json.loads(self.path(descriptor).read_text())
+
+
+def build(command: str, place: Path, umask: int) -> None:
+    """Run build.py: `image` makes a layout at `place`, and `trees` the files alone."""
+    require("buildah", "dpkg-deb")
+    if not PACKAGES.exists():
+        if os.environ.get("ENTREPOT_REQUIRE_CLIENTS") == "1":
+            pytest.fail(f"{PACKAGES} has no packages: .ci/run downloads them")
+        pytest.skip("the packages of the image are not downloaded: deploy/image/build.py fetch .venv/image")
+    given = {"SOURCE_DATE_EPOCH": str(EPOCH), "REVISION": "0123abc", "TMPDIR": str(place.parent)}
+    words = [sys.executable, BUILD, command, PACKAGES, place]
+    done = subprocess.run(
+        words, env={**os.environ, **given}, capture_output=True, text=True, umask=umask, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    """Built by the first process of the tests that wants it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    directory = shared / "image" / "layout"
+    directory.parent.mkdir(exist_ok=True)
+    with (directory.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "index.json").exists():
+            build("image", directory, umask=0o022)
+    return Layout(directory)
+
+
+def running_podman(home: Path) -> Podman:
+    """One that can run containers here, or the test is skipped."""
+    podman = Podman(home)
+    static = home / "static"
+    (package,) = PACKAGES.glob(f"{ARCHITECTURE}/debian/tini_*.deb")
+    run(["dpkg-deb", "--extract", package, static], environment(home))
+    podman.choose_runtime(static / "usr/bin/tini-static")
+    return podman

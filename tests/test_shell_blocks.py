@@ -135,6 +135,8 @@ def helped(command: tuple[str, ...]) -> str | None:
     """What a program says of its options; None if it is not installed."""
     if shutil.which(command[0]) is None:
         return None
+    if command == ("docker", "compose") and "compose" not in (helped(("docker",)) or ""):
+        return None  # a part of its own, which Debian has not
     done = subprocess.run([*command, *HELP.get(command[0], ("--help",))], capture_output=True, text=True)
     return done.stdout + done.stderr
 

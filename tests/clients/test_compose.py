@@ -124,8 +124,9 @@ def test_the_cache_alone_runs(layout: Layout) -> None:
     path = f"{podman.program().parent}:{podman.environment['PATH']}"
     variables = {**podman.environment, **VARIABLES, "PATH": path}
     try:
-        podman.run("pull", "--quiet", f"oci:{layout.directory}")
-        podman.run("tag", podman.run("images", "--quiet").strip(), "localhost/entrepot")
+        version = layout.top["annotations"]["org.opencontainers.image.ref.name"]
+        image = podman.run("pull", "--quiet", f"oci:{layout.directory}:{version}")
+        podman.run("tag", image.strip(), "localhost/entrepot")
         run([*compose, "up", "--detach", "--no-build"], variables)
         run([*compose, "exec", "-T", "entrepot", "python3.11", "-c", WAIT.format(port)], variables)
         assert run([*compose, "exec", "-T", "entrepot", "entrepot", "health"], variables) == "ready\n"

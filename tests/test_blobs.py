@@ -372,6 +372,7 @@ def tell(process: subprocess.Popen[str], what: str) -> None:
     process.stdin.flush()
 
 
+@pytest.mark.clients
 async def test_what_another_process_writes_is_followed_to_its_commit(files: BlobFiles) -> None:
     with another_process(files) as process:
         upload = await files.resume(DIGEST)
@@ -389,6 +390,7 @@ async def test_what_another_process_writes_is_followed_to_its_commit(files: Blob
     assert await read(files.open(DIGEST)) == CONTENT
 
 
+@pytest.mark.clients
 async def test_what_a_killed_process_has_left_is_taken_over(files: BlobFiles) -> None:
     with another_process(files) as process:
         upload = await files.resume(DIGEST)
@@ -402,6 +404,7 @@ async def test_what_a_killed_process_has_left_is_taken_over(files: BlobFiles) ->
     assert await read(files.open(DIGEST)) == CONTENT
 
 
+@pytest.mark.clients
 async def test_what_another_process_has_thrown_away_cannot_be_had_now(files: BlobFiles) -> None:
     with another_process(files) as process:
         upload = await files.resume(DIGEST)
@@ -416,6 +419,7 @@ async def test_what_another_process_has_thrown_away_cannot_be_had_now(files: Blo
     assert await put(files, CONTENT) == DIGEST
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("end", ["cancel", "suspend"])
 async def test_who_follows_another_process_does_not_take_its_file_away(files: BlobFiles, end: str) -> None:
     with another_process(files) as process:

@@ -74,6 +74,7 @@ async def copied(config: Config, shared: bool) -> MoveReport:
     return report
 
 
+@pytest.mark.clients
 async def test_what_a_cache_has_is_shared_and_comes_back(config: Config) -> None:
     manifest = Manifest.of(OCI_MANIFEST, b'{"schemaVersion": 2}')
     newer = Manifest.of(OCI_MANIFEST, b'{"schemaVersion": 2, "layers": []}')

@@ -97,6 +97,7 @@ def test_names_from_a_list(ground: Ground) -> None:
     assert "none.txt" in ground.fails("export", ground.directory / "b", "--list", "none.txt", status=2)
 
 
+@pytest.mark.clients
 def test_through_pipes(ground: Ground) -> None:
     ground.done("import", ground.archive)
     command = [sys.executable, "-m", "proxy"]

@@ -264,6 +264,7 @@ async def test_drill_of_what_is_not_configured(served: Shop) -> None:
     )
 
 
+@pytest.mark.clients
 async def test_drill_ends_early_by_ctrl_c(served: Shop) -> None:
     words = ["drill", "10m", "--server", str(served.site.app.admin_url)]
     process = await asyncio.create_subprocess_exec(

@@ -578,6 +578,7 @@ def test_every_command_has_the_common_options() -> None:
         assert command.help
 
 
+@pytest.mark.clients
 def test_who_serves_loads_nothing_that_is_large() -> None:
     large = {"aiohttp", "diskcache", "proxy.admin.local_operations"}
     program = f"import sys, proxy.cli.main; print({large} & set(sys.modules))"
@@ -585,6 +586,7 @@ def test_who_serves_loads_nothing_that_is_large() -> None:
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.clients
 async def test_watching_ends_by_ctrl_c(served: Shop) -> None:
     words = ["fills", "--watch", "--json", "--server", str(served.site.app.admin_url)]
     process = await asyncio.create_subprocess_exec(

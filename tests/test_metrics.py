@@ -523,6 +523,7 @@ print(before == sorted(os.listdir(sys.argv[1])), len(before) > 3)
 """
 
 
+@pytest.mark.clients
 def test_no_file_is_opened_after_the_start(tmp_path: Path) -> None:
     """There may be no descriptor for it while a crowd of clients is connected."""
     command = [sys.executable, "-c", OPENED_BY_VALUES, str(tmp_path)]

@@ -55,7 +55,8 @@ class FakeBucket:
     down: Spoil | None = None
     cut: int = 0  # bytes of the body of the next GET, after which the connection ends
     port: int = 0
-    conditional: bool = True  # it can put an object only if there is none
+    conditional: bool = True  # it can put an object only if there is none, else it says that it cannot
+    careless: bool = False  # it overlooks that condition
 
     def __post_init__(self) -> None:
         self._ending = asyncio.Event()
@@ -99,19 +100,26 @@ class FakeBucket:
 
     async def _marker(self, request: web.Request, key: str) -> web.Response:
         if request.method == "PUT":
-            if request.headers.get("If-None-Match") == "*":
-                if not self.conditional:
-                    return _error(501, "NotImplemented")
-                if key in self.markers:
-                    return _error(412, "PreconditionFailed")
+            if (refusal := self._refusal(request, key in self.markers)) is not None:
+                return refusal
             self.markers[key] = await request.read()
         elif key not in self.markers:
             return _error(404, "NoSuchKey")
         dates = {"ETag": '"e"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
         return web.Response(body=self.markers[key], headers=dates)
 
+    def _refusal(self, request: web.Request, exists: bool) -> web.Response | None:
+        """The answer to a conditional put that is not done."""
+        if request.headers.get("If-None-Match") != "*" or self.careless:
+            return None
+        if not self.conditional:
+            return _error(501, "NotImplemented")
+        return _error(412, "PreconditionFailed") if exists else None
+
     async def _put(self, request: web.Request, key: str) -> web.Response:
         body = await request.content.read()
+        if (refusal := self._refusal(request, key in self.objects)) is not None:
+            return refusal
         found = hashlib.sha256(body).hexdigest()
         if request.headers.get("x-amz-content-sha256", found) != found:
             return _error(400, "XAmzContentSHA256Mismatch")

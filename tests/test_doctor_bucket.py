@@ -35,7 +35,7 @@ async def look(fake: FakeBucket) -> Check:
     )
     assert (found.name, found.subject) == ("bucket", "s3://bucket/x")
     # The objects of this bucket were made long ago.
-    assert [(each.name, each.state) for each in clocks] == [("clock", "warning")] * (found.state == "ok")
+    assert [(each.name, each.state) for each in clocks] == [("clock", "warning")] * (found.state != "failed")
     assert all("behind" in each.message for each in clocks)
     return found
 
@@ -48,6 +48,33 @@ async def test_a_bucket_that_is_well(fake: FakeBucket) -> None:
     assert all(
         key.startswith("x/doctor/") for key in (each.split(" ")[1] for each in fake.asked) if key != "/bucket"
     )
+
+
+async def test_the_condition_of_a_put_is_met(fake: FakeBucket) -> None:
+    assert "if there is none" in (await look(fake)).message
+    last = [each.partition(" ")[0] for each in fake.asked]
+    assert last[-6:-1] == ["PUT", "PUT", "GET", "POST", "HEAD"]  # put, refused, compared, deleted, looked at
+
+
+@pytest.mark.parametrize("fault", ["careless", "not implemented"])
+async def test_a_bucket_that_puts_on_no_condition_says_what_follows(fake: FakeBucket, fault: str) -> None:
+    fake.careless, fake.conditional = fault == "careless", fault == "careless"
+    found = await look(fake)
+    assert (found.state, found.message) == ("warning", bucket.UNCONDITIONAL)
+    assert "a prefix of its own" in found.advice
+    assert fake.objects == {}
+
+
+async def test_what_a_failed_condition_leaves_is_deleted(fake: FakeBucket) -> None:
+    async def put(request: web.Request) -> web.StreamResponse:
+        return await fake._put(request, request.path.removeprefix("/bucket/"))
+
+    # The object, the two parts of another, the one that is put if there is none, and its second.
+    fake.spoilt["PUT"] = [put, put, put, put, answer(403, "AccessDenied")]
+    found = await look(fake)
+    assert (found.state, found.message.partition(":")[0]) == ("failed", "put if there is none fails")
+    assert "If-None-Match" in found.advice
+    assert fake.objects == {}
 
 
 async def test_a_bucket_of_other_records_is_named(fake: FakeBucket, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The check of the bucket: that objects can be put, whole and in parts, read, looked at, and deleted."""
+"""The check of the bucket: that objects can be put, read, looked at, and deleted.
+
+They are put whole, in parts, and only if there is none: the object that names the owner of a bucket is.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from proxy.config.shared import SharedConfig
 from proxy.connections.failures import reason
-from proxy.doctor.checks import Check, check_skew, failed, ok
+from proxy.doctor.checks import Check, check_skew, failed, ok, warning
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed, Unavailable
 from storage.keys import IDENTITY
@@ -31,8 +34,14 @@ ADVICE = {
     "get": "give the permission to get objects (s3:GetObject)",
     "put in parts": "give the permission to put and to abort uploads of parts (s3:AbortMultipartUpload)",
     "delete": "give the permission to delete objects (s3:DeleteObject)",
+    "put if there is none": "give the permission to put objects, on conditions too (s3:PutObject, If-None-Match)",
     "look": "give the permission to list the bucket (s3:ListBucket), so that missing objects show as such",
 }
+UNCONDITIONAL = "it replaces objects that are to be put only if there is none"
+ALONE = (
+    "give each registry a prefix of its own: of two that use one for the first time at the same moment, both may"
+    " take it for theirs, and one refuses pushes later; all else works"
+)
 
 
 async def check(shared: SharedConfig, private: Path | None = None) -> list[Check]:
@@ -51,7 +60,12 @@ async def check(shared: SharedConfig, private: Path | None = None) -> list[Check
         why = reason(error) if isinstance(error, OSError) else error
         return [failed("bucket", shared.bucket, f"{probe.step} fails: {why}", ADVICE[probe.step])]
     skew = check_skew(shared.bucket, probe.ahead, MAX_SKEW)
-    found = [ok("bucket", shared.bucket, "objects can be put, read, looked at and deleted"), *skew]
+    rights = ok(
+        "bucket", shared.bucket, "objects can be put, also if there is none, read, looked at and deleted"
+    )
+    if not probe.conditional:
+        rights = warning("bucket", shared.bucket, UNCONDITIONAL, ALONE)
+    found = [rights, *skew]
     if private is not None and await asyncio.to_thread(_is_foreign, shared, private):
         advice = "use those records, or another prefix; if they are lost, delete its object entrepot"
         found.append(failed("bucket", shared.bucket, "it belongs to other records", advice))
@@ -85,12 +99,14 @@ def _records(shared: SharedConfig, private: Path) -> Records:
 class _BucketProbe:
     """Does once what the server does; `step` is what it does now.
 
-    The clock of the bucket is `ahead` of ours by so many seconds.
+    The clock of the bucket is `ahead` of ours by so many seconds; `conditional` is whether it keeps an object
+    when another is to be put only if there is none.
     """
 
     def __init__(self, shared: SharedConfig) -> None:
         self.step = "connecting"
         self.ahead = 0.0
+        self.conditional = False
         self._shared = shared
 
     async def run(self) -> None:
@@ -114,9 +130,23 @@ class _BucketProbe:
                     raise
                 self.step = "delete"
                 await asyncio.to_thread(bucket.delete, key)
+        await asyncio.to_thread(self._put_twice, bucket, key)
         self.step = "look"
         if await bucket.size(key) is not None:
             raise ValueError("the object that was deleted is still there")
+
+    def _put_twice(self, bucket: Bucket, key: str) -> None:
+        self.step = "put if there is none"
+        bucket.create(key, CONTENT)
+        try:
+            bucket.create(key, CONTENT[::-1])
+            self.conditional = bucket.read(key) == CONTENT
+        except BaseException:
+            with suppress(Unavailable):
+                bucket.delete(key)
+            raise
+        self.step = "delete"
+        bucket.delete(key)
 
 
 def _unreported(name: str) -> BucketHealth:

@@ -34,13 +34,13 @@ ADVICE = {
     "get": "give the permission to get objects (s3:GetObject)",
     "put in parts": "give the permission to put and to abort uploads of parts (s3:AbortMultipartUpload)",
     "delete": "give the permission to delete objects (s3:DeleteObject)",
-    "put if there is none": "give the permission to put objects, on conditions too (s3:PutObject, If-None-Match)",
+    "put if there is none": "permit to put objects, on conditions too (s3:PutObject, If-None-Match)",
     "look": "give the permission to list the bucket (s3:ListBucket), so that missing objects show as such",
 }
 UNCONDITIONAL = "it replaces objects that are to be put only if there is none"
 ALONE = (
-    "give each registry a prefix of its own: of two that use one for the first time at the same moment, both may"
-    " take it for theirs, and one refuses pushes later; all else works"
+    "give each registry a prefix of its own: of two that use one for the first time at the same moment, both"
+    " may take it for theirs, and one refuses pushes later; all else works"
 )
 
 

@@ -7,8 +7,10 @@ import hashlib
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiohttp import web
 
 from storage.disk.blobs import BlobFiles
 from storage.keys import COPIED, COPIES
@@ -147,6 +149,26 @@ async def test_a_transfer_that_breaks_off_continues(registry: Registry) -> None:
     assert (await registry.ask("GET", path)).content_read == LAYER
     assert len(registry.fake.asked) > 1
     assert registry.copies == {path.rpartition("/")[2]}
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_a_transfer_outlives_the_link_that_it_began_for(registry: Registry) -> None:  # noqa: F811
+    path = await blob_of(registry)
+    digest = await registry.push(LAYER, OTHER)
+    await registry.evict()
+    others: list[asyncio.Task[Any]] = []
+
+    async def unlink(request: web.Request) -> web.StreamResponse:
+        assert (await registry.ask("DELETE", path)).status == 202
+        others.append(asyncio.create_task(registry.ask("GET", f"{OTHER}/blobs/{digest}")))
+        registry.fake.cut = 5 << 20
+        registry.fake.spoilt["GET"] = [answer(503, "SlowDown")] * 4  # so that the object is opened again
+        return await registry.fake._get(request, request.path.removeprefix("/bucket/"))
+
+    registry.fake.spoilt["GET"] = [unlink]
+    assert (await registry.ask("GET", path)).content_read == LAYER
+    assert (await others[0]).content_read == LAYER
+    assert (await registry.ask("GET", path)).status == 404
 
 
 async def test_copies_are_bounded_by_the_limit_of_the_cache(

@@ -33,17 +33,21 @@ CHECKED = 64 << 20  # bytes of such copies after which limits are looked at
 
 
 class _Objects(Registry):
-    """The blobs of `store` in the namespace: whether they are there, its records say."""
+    """The blobs of `store`, whatever repository has them: its records have said who may have them.
 
-    def __init__(self, namespace: str, store: Store) -> None:
-        self._namespace = namespace
+    One fill of a blob is for all of its repositories, so it outlives the link in the one that it is for.
+    """
+
+    def __init__(self, store: Store) -> None:
         self._store = store
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        return await self._store.get_blob(f"{self._namespace}/{repository}", digest, span)
+        blob = await self._store.read(self._store.files.open, digest)
+        await blob.begin(span)
+        return blob
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        blob, _ = await self._store.read(self._store.blob, f"{self._namespace}/{repository}", digest)
+        blob = await self._store.read(self._store.files.open, digest)
         return blob.descriptor
 
 
@@ -76,7 +80,7 @@ class BlobCopies:
         # Ranges are read as ranges; containerd begins a pull of the whole blob with `bytes=0-`.
         whole = span in (None, Span(0)) or self._fills.filling(digest)
         if whole and not failed and stored.descriptor.size:
-            source = BlobSource(namespace, _Objects(namespace, store), repository, linked=COPIES)
+            source = BlobSource(namespace, _Objects(store), repository, linked=COPIES)
             with suppress(StorageFailed):
                 return (await self._fills.join(source, digest, span)).value, stored.used_at
         await stored.begin(span)

@@ -397,6 +397,24 @@ async def test_it_is_closed_in_its_thread(package: Package, events: LogCapture) 
     assert not [each for each in threading.enumerate() if each.name.startswith("extension ")]
 
 
+class ClosingTogether(Plain):
+    """Closes once two of its kind do."""
+
+    both: ClassVar[threading.Barrier]
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.both.wait, PATIENCE)
+
+
+async def test_all_are_closed_at_once(package: Package, events: LogCapture) -> None:  # noqa: F811
+    package.offer("credential_provider", "one", f"{HERE}:ClosingTogether")
+    ClosingTogether.both = threading.Barrier(2)
+    extensions = Extensions({"mine": configured(), "other": configured()})
+    extensions.load("credential_provider")
+    await extensions.close()
+    assert [each for each in events.entries if each["event"] == "extension.not_closed"] == []
+
+
 async def test_a_call_after_the_end() -> None:
     isolation = Isolation("x")
     isolation.close().join()

@@ -16,7 +16,8 @@ import pytest
 
 from storage.bucket import objects
 from storage.bucket.blobs import CLAIM, BucketBlobs
-from storage.bucket.objects import AGAIN, CHUNK, PART, Bucket, BucketHealth
+from storage.bucket.failures import AGAIN
+from storage.bucket.objects import CHUNK, PART, Bucket, BucketHealth
 from storage.bucket.settings import BucketSettings
 from storage.disk.health import DiskHealth
 from storage.disk.records import SQLiteRecords

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from proxy.config.shared import SharedConfig
 from proxy.connections.failures import reason
 from proxy.doctor.checks import Check, check_skew, failed, ok, warning
+from storage.bucket.failures import BucketFailed
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed, Unavailable
 from storage.keys import IDENTITY
@@ -56,6 +57,11 @@ async def check(shared: SharedConfig, private: Path | None = None) -> list[Check
         await probe.run()
     except ImportError as error:
         return [failed("bucket", shared.bucket, f"obstore cannot be loaded: {error}", INSTALL)]
+    except BucketFailed as error:
+        failure = error.failure
+        message = f"{probe.step} fails: the bucket {failure.cause}: {failure.detail}"
+        advice = ADVICE[probe.step] if failure.right else failure.advice
+        return [failed("bucket", shared.bucket, message, advice)]
     except (Unavailable, ValueError, OSError) as error:
         why = reason(error) if isinstance(error, OSError) else error
         return [failed("bucket", shared.bucket, f"{probe.step} fails: {why}", ADVICE[probe.step])]
@@ -155,8 +161,8 @@ def _unreported(name: str) -> BucketHealth:
     from storage.disk.troubles import Troubles
 
     class Unreported(BucketHealth):
-        def failed(self, error: BaseException) -> Unavailable:
-            return self.error(error)
+        def failed(self, error: BaseException, action: str = "", key: str = "") -> BucketFailed:
+            return self.error(error, action, key)
 
     return Unreported(name, Path(), time.time, Troubles())
 

@@ -96,7 +96,7 @@ class BucketBlob(Blob):
             except Exception as broken:  # whatever obstore raises
                 error = broken
             if start == before:  # else it goes on from where it broke off
-                raise self._bucket.broken(error) from error
+                raise self._bucket.broken(error, self._key) from error
             opened = None
 
     async def close(self) -> None:

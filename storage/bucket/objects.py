@@ -6,7 +6,6 @@ Every failure but that of a missing object is an Unavailable, and is reported to
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,27 +16,23 @@ from typing import Any, NamedTuple
 
 import obstore
 import structlog
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError
 
+from storage.bucket.failures import BucketFailed, explain, is_of_bucket
 from storage.bucket.memory import return_large_pieces
-from storage.bucket.settings import ObjectStore, first_line
+from storage.bucket.settings import ObjectStore
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.troubles import Trouble, Troubles
-from storage.errors import Unavailable
 
 log = structlog.get_logger()
 
 KIND = "bucket"  # the kind of these failures among the troubles of a server
 PATIENCE = 30.0  # seconds for the first bytes of an object, by default
-AGAIN = 5.0  # seconds after which a client may try again
 CHUNK = 1 << 20  # bytes read at a time
 PART = 5 << 20  # bytes of a part of an upload, at least; S3 takes no smaller ones
 PARTS = 10_000  # in an upload, at most
 AT_ONCE = 3  # parts of an upload in memory
 UPLOADS = 4  # at once in a process; others wait for one to end
-_STATUS = re.compile(r"status code: ([0-9]{3}[A-Za-z ]*)")
-# A missing bucket is a 404 as a missing object is; only the text tells them apart: S3 and GCS, Azure.
-_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted")
 
 
 class ObjectUnknown(Exception):
@@ -86,22 +81,29 @@ class BucketHealth:
         self._clock = clock
         self._troubles = troubles
 
-    def failed(self, error: BaseException) -> Unavailable:
-        """Report a failure; returns the error to raise from it."""
-        cause = _cause(error)
-        trouble = Trouble(KIND, 0, self._root, self._name, cause, 0, self._clock())
-        if self._troubles.add(trouble):
-            action = "what needs it is answered 503"
-            log.error(
-                "bucket.failed", bucket=self._name, cause=cause, detail=first_line(error), action=action
-            )
-        return self.error(error)
+    def failed(self, error: BaseException, action: str = "", key: str = "") -> BucketFailed:
+        """Report that an attempt to `put`, `get`, `look at` or `delete` an object has failed.
 
-    def error(self, error: BaseException) -> Unavailable:
+        Returns the error to raise from it.
+        """
+        made = self.error(error, action, key)
+        failure = made.failure
+        trouble = Trouble(KIND, 0, self._root, self._name, failure.cause, 0, self._clock())
+        if self._troubles.add(trouble):
+            log.error(
+                "bucket.failed",
+                bucket=self._name,
+                cause=failure.cause,
+                detail=failure.detail,
+                advice=failure.advice,
+                raw=failure.raw,
+                action="what needs it is answered 503",
+            )
+        return made
+
+    def error(self, error: BaseException, action: str = "", key: str = "") -> BucketFailed:
         """The error to raise from a failure, which is not reported."""
-        cause = _cause(error)
-        public = f"the object storage of this registry {cause}"
-        return Unavailable(f"{self._name} {cause}: {first_line(error)}", retry_after=AGAIN, public=public)
+        return BucketFailed(self._name, explain(error, action, key))
 
     def worked(self) -> None:
         """Report a success."""
@@ -143,18 +145,18 @@ class Bucket:
         self._uploads = asyncio.Semaphore(UPLOADS)
 
     @contextmanager
-    def _asking(self, key: str, text: bool = True) -> Iterator[None]:
+    def _asking(self, action: str, key: str, text: bool = True) -> Iterator[None]:
         """Report what comes of a request; `text` is whether an error has a text."""
         try:
             yield
         except FileNotFoundError as error:
-            if any(each in str(error) for each in _NO_BUCKET):
-                raise self.health.failed(error) from None
+            if action == "put" or is_of_bucket(error):  # what an object is put into is missing
+                raise self.health.failed(error, action, key) from None
             if text:
                 self.health.worked()
             raise ObjectUnknown(f"{self.name} has no {key}") from None
         except Exception as error:  # obstore's are of several kinds, and a panic of its library is another
-            raise self.health.failed(error) from None
+            raise self.health.failed(error, action, key) from None
         self.health.worked()
 
     async def put(self, key: str, source: Path, size: int) -> None:
@@ -165,19 +167,16 @@ class Bucket:
         """
         part = max(PART, -(-size // PARTS))
         options: Any = {"chunk_size": part, "max_concurrency": AT_ONCE, "attributes": self._attributes}
-        try:
-            async with self._uploads:
-                with self._asking(key):
-                    await uninterrupted(obstore.put_async(self._store, key, source, **options))
-        except ObjectUnknown as error:  # of an upload: what it is written to is gone
-            raise self.health.failed(error) from None
+        async with self._uploads:
+            with self._asking("put", key):
+                await uninterrupted(obstore.put_async(self._store, key, source, **options))
 
     async def get(self, key: str, start: int = 0, stop: int | None = None) -> Opened:
         """Ask for the bytes [start, stop), of which there is at least one; None is the end, for all of them.
 
         Raises ObjectUnknown.  Reading the chunks may raise what a connection does: see broken().
         """
-        with self._asking(key):
+        with self._asking("get", key):
             async with asyncio.timeout(self._patience or PATIENCE):
                 asked: Any = None if stop is None else {"range": (start, stop)}
                 found = await obstore.get_async(self._store, key, options=asked)
@@ -188,14 +187,14 @@ class Bucket:
 
         return Opened(meta["size"], stream, meta["last_modified"].timestamp())
 
-    def broken(self, error: Exception) -> Unavailable:
+    def broken(self, error: Exception, key: str) -> BucketFailed:
         """Report that the chunks of an object ended with `error`; returns the error to raise from it."""
-        return self.health.failed(error)
+        return self.health.failed(error, "get", key)
 
     async def size(self, key: str) -> int | None:
         """The size of an object in bytes; None if there is none."""
         try:
-            with self._asking(key, text=False):
+            with self._asking("look at", key, text=False):
                 async with asyncio.timeout(self._patience or PATIENCE):
                     return int((await obstore.head_async(self._store, key))["size"])
         except ObjectUnknown:
@@ -216,12 +215,12 @@ class Bucket:
             # For GET: of Azure, HEAD too; others are not sent there.  Google may have to be asked for it.
             return await run_in_thread(obstore.sign, signing.store, "GET", key, valid)
         except Exception as error:  # obstore's are of several kinds
-            log.warning("redirect.failed", bucket=self.name, error=first_line(error))
+            log.warning("redirect.failed", bucket=self.name, error=explain(error).detail)
             return None
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """All bytes of an object.  Raises ObjectUnknown."""
-        with self._asking(key):
+        with self._asking("get", key):
             yield from obstore.get(self._store, key).stream(min_chunk_size=CHUNK)
 
     def read(self, key: str) -> bytes:
@@ -230,21 +229,18 @@ class Bucket:
 
     def create(self, key: str, content: bytes) -> None:
         """Make a small object, unless there is one, as far as the service can tell."""
-        try:
-            with self._asking(key), suppress(AlreadyExistsError):
-                try:
-                    obstore.put(self._store, key, content, mode="create")
-                except BaseError as error:
-                    if "NotImplemented" not in str(error):
-                        raise
-                    obstore.put(self._store, key, content)
-        except ObjectUnknown as error:  # what it is written to is gone
-            raise self.health.failed(error) from None
+        with self._asking("put", key), suppress(AlreadyExistsError):
+            try:
+                obstore.put(self._store, key, content, mode="create")
+            except BaseError as error:
+                if "NotImplemented" not in str(error):
+                    raise
+                obstore.put(self._store, key, content)
 
     def delete(self, key: str) -> None:
         """Delete an object, if there is one."""
         try:
-            with self._asking(key):
+            with self._asking("delete", key):
                 obstore.delete(self._store, key)
         except ObjectUnknown:  # Azure says so, S3 does not
             pass
@@ -252,24 +248,10 @@ class Bucket:
     def probe(self) -> None:
         """Ask for something, to see whether it works."""
         try:
-            with self._asking("probe"):
+            with self._asking("get", "probe"):
                 obstore.get(self._store, "probe")
         except ObjectUnknown:
             pass
-
-
-def _cause(error: BaseException) -> str:
-    """What is wrong, in words that are the same for all objects and times."""
-    text = str(error)
-    if isinstance(error, ObjectUnknown) or any(each in text for each in _NO_BUCKET):
-        return "has no such bucket"
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
-        return "refuses access"
-    if isinstance(error, TimeoutError):
-        return "does not answer"
-    if (status := _STATUS.search(text)) is not None:
-        return f"answers {status[1].strip()}"
-    return "cannot be reached"
 
 
 def healthy(name: str, root: Path) -> BucketHealth:

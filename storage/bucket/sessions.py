@@ -203,7 +203,7 @@ class SharedUpload(Upload):
             except RegistryError:
                 raise
             except Exception as error:  # whatever obstore raises
-                raise self._blobs.bucket.broken(error) from error
+                raise self._blobs.bucket.broken(error, key) from error
             if file.offset != end:
                 raise Unavailable(f"a part of upload {self.id!r} could not be read", retry_after=1.0)
 

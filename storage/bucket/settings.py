@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
+from storage.bucket.failures import explain
+
 ObjectStore: TypeAlias = Any  # obstore's stores, which its functions take, have no common type
 
 SCHEMES = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
@@ -68,7 +70,7 @@ class BucketSettings:
                 **options,
             )
         except BaseError as error:
-            raise ValueError(first_line(error)) from None
+            raise ValueError(explain(error).raw) from None
         return made
 
     def _options(self, scheme: str) -> dict[str, str | bool]:
@@ -91,8 +93,3 @@ class BucketSettings:
             # TLS protects the content on its way; without, a hash of each part does, at the cost of reading.
             "unsigned_payload": not self.endpoint.startswith("http://"),
         }
-
-
-def first_line(error: BaseException) -> str:
-    """What obstore says of an error, without the source of it, which it writes below."""
-    return " ".join(str(error).partition("\n")[0].split())

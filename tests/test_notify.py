@@ -97,7 +97,7 @@ async def test_a_reload_is_told_when_it_begins_and_when_it_has_ended(
     ]
 
 
-@pytest.mark.parametrize("process", ["", str(os.getpid())])
+@pytest.mark.parametrize("process", [pytest.param("", id="any"), pytest.param(str(os.getpid()), id="this")])
 async def test_systemd_hears_twice_in_its_time_that_the_server_runs(
     hear: Hear, monkeypatch: pytest.MonkeyPatch, process: str
 ) -> None:

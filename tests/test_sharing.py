@@ -19,7 +19,7 @@ from storage.errors import RegistryError
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.test_faults import FRESH, LATER, SCENARIOS, Held, Switch, verify_store
-from tests.upstream import Bearer, Corrupt, Hold, Upstream, WrongLength
+from tests.upstream import Bearer, Corrupt, Hold, Status, Upstream, WrongLength
 
 REPOSITORY = "library/alpine"
 LAYER = os.urandom(3 << 20)
@@ -104,6 +104,45 @@ async def test_ranges_of_a_fill_of_another_worker(
         "bytes=3000100-",
     ]
     assert upstream.bytes_sent == len(LAYER)
+
+
+ANSWERS = {
+    429: (Status(429, {"Retry-After": "7"}), 503, b"TOOMANYREQUESTS"),
+    503: (Status(503, {"Retry-After": "7"}), 502, b"UNAVAILABLE"),
+    404: (Status(404), 404, b"BLOB_UNKNOWN"),
+}
+
+
+@pytest.mark.parametrize("later", [None, *ANSWERS])
+async def test_what_another_worker_is_refused_is_fetched_by_who_follows_it(
+    serve: Serve, upstream: Upstream, tmp_path: Path, later: int | None
+) -> None:
+    directory, top = tmp_path / "shared", {"fallback": "deny"}
+    first, second = [await serve(upstream, directory=directory, top=top, lazy=True) for _ in range(2)]
+    digest = upstream.blob(REPOSITORY, LAYER)
+    path = f"/v2/{REPOSITORY}/blobs/{digest}"
+    getting, heading = (Hold(asyncio.Event(), after=None) for _ in range(2))
+    upstream.next("GET", digest, ANSWERS[429][0], getting)
+    upstream.next("HEAD", digest, heading)
+    refused = asyncio.create_task(first.get(path, Range="bytes=1000-1999"))
+    await getting.reached.wait()
+    answered = asyncio.create_task(second.get(path, Range="bytes=5000-5999"))
+    await heading.reached.wait()  # it has seen that the first one transfers the blob
+    if later is not None:
+        upstream.next("GET", digest, ANSWERS[later][0])
+    getting.gate.set()
+    status, headers, _ = await refused
+    assert (status, headers["Retry-After"]) == (503, "7")
+    heading.gate.set()
+    status, headers, body = await answered
+    if later is None:
+        assert (status, body) == (206, LAYER[5000:6000])
+        for left in (directory / "cache" / "partial").iterdir():
+            left.unlink()
+    else:
+        assert status == ANSWERS[later][1]
+        assert ANSWERS[later][2] in body
+        assert headers.get("Retry-After") == (None if later == 404 else "7")
 
 
 async def test_ranges_of_all_workers_at_once_come_once(

@@ -13,11 +13,19 @@ from proxy.cache.readers import BlobSource
 from proxy.cache.rest import Idle, Rest
 from proxy.telemetry.tracing import TraceSpan, current_span, failed
 from storage.disk.sparse import SparseUpload
+from storage.errors import StorageFailed, Unavailable
 from storage.oci import Descriptor, Digest, Span
 
 log = structlog.get_logger()
 
 LARGEST_UNSIZED = 64 << 30  # bytes of a blob whose size the origin does not state: a body must end some time
+
+
+class Abandoned(StorageFailed):
+    """The process that transferred the blob has thrown away what had come, for whatever reason.
+
+    Who has read some of it reads on from the origin; who has not may begin a fill.
+    """
 
 
 class RangeFetcher(Protocol):
@@ -126,7 +134,10 @@ class Fill:
         )
 
     async def watch(self, upload: SparseUpload) -> bool:
-        """Follow the process that transfers it: see FileUpload.watch().  Raises Idle when nobody reads."""
+        """Follow the process that transfers it: see FileUpload.watch().
+
+        Raises Abandoned, and Idle when nobody reads.
+        """
         watching = asyncio.ensure_future(upload.watch(self.digest))
         try:
             await self.rest.wait(lambda: False, lambda: True, watching)
@@ -134,6 +145,8 @@ class Fill:
         except Idle as error:
             self.error = error  # before anybody can join
             raise
+        except Unavailable as error:  # its disk is ours, and may be full: clients read on
+            raise Abandoned(str(error)) from error
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)

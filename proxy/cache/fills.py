@@ -19,7 +19,7 @@ import structlog
 from proxy.cache.answered import Answered
 from proxy.cache.deposits import Deposits, handed_over
 from proxy.cache.fetcher import Fetcher
-from proxy.cache.fill import EndedFill, Fill
+from proxy.cache.fill import Abandoned, EndedFill, Fill
 from proxy.cache.lazy import confirm, follow_parts
 from proxy.cache.policy import Threshold
 from proxy.cache.readers import BlobSource, FollowedBlob
@@ -106,8 +106,10 @@ class Fills:
                 answered = await self._join(fill, source, span, lazy)
             if answered is not None:
                 return answered
-            # An error for another repository says nothing about ours: then a new fill is started.
-            if fill.error is not None and fill.source.repository == source.repository:
+            # An error for another repository, or met by another process, says nothing about ours: then a
+            # new fill is started.
+            ours = fill.source.repository == source.repository and not isinstance(fill.error, Abandoned)
+            if fill.error is not None and ours:
                 raise fill.error
 
     async def _join(
@@ -127,7 +129,8 @@ class Fills:
         started = await asyncio.shield(fill.started)
         fill.link_writer(current_span.get())
         result = "hit" if started and started[0].complete else "miss"
-        if started and lazy and span and (parts := follow_parts(fill, source, self._metrics, started, span)):
+        parts = await follow_parts(fill, source, self._metrics, started, span) if started and lazy else None
+        if parts is not None:
             if source.repository not in fill.shown:
                 with suppress(OSError):  # then its origin is asked again whether it has the blob
                     show_parts(self._store.files.root, fill.digest, source.repository)
@@ -311,11 +314,7 @@ class Fills:
             fill.repositories.add(fill.source.repository)
             fill.link_writer(fill.span)
             fill.started.set_result((upload, descriptor))
-            try:
-                committed = await fill.watch(upload)
-            except Unavailable as error:  # its disk is ours, and may be full: clients read on
-                raise StorageFailed(str(error)) from error
-            if committed:
+            if await fill.watch(upload):
                 return "followed", Descriptor(OCTETS, fill.digest, upload.offset)
         # 1. we find it missing  2. another process commits it  3. we get the lock
         if self._store.holds(fill.digest):

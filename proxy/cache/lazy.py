@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from proxy.cache.answered import Answered
-from proxy.cache.fill import Fill
+from proxy.cache.fill import Abandoned, Fill
 from proxy.cache.readers import LOOK, BlobSource, FollowedBlob
 from proxy.telemetry.metrics import Metrics
 from storage.disk.sparse import SparseUpload
@@ -41,15 +41,23 @@ class LazyBlob(FollowedBlob):
         self._whole = sum(min(each.stop or 0, size) - each.start for each in spans) >= size
         if self._whole:
             self._fill.demand()
-        elif self._fill.fetcher is not None:
-            with suppress(StorageFailed):  # then it is read from the origin
-                await self._fill.fetcher.prepare(self._source, spans)
         else:
-            gaps = self._upload.missing(spans)
-            for start, stop in gaps:
-                self._fill.want(self._source, start, stop)
-            for start, stop in gaps[:1]:
-                await self.readable(start, stop)
+            with suppress(StorageFailed):  # then it is read from the origin
+                await self.ask(spans)
+
+    async def ask(self, spans: Sequence[Span]) -> None:
+        """Ask for what is missing of the spans, and wait until the first of it comes, or is under way.
+
+        Raises the error of the origin, and StorageFailed.
+        """
+        if self._fill.fetcher is not None:
+            await self._fill.fetcher.prepare(self._source, spans)
+            return
+        gaps = self._upload.missing(spans)
+        for start, stop in gaps:
+            self._fill.want(self._source, start, stop)
+        for start, stop in gaps[:1]:
+            await self.readable(start, stop)
 
     async def readable(self, offset: int, stop: int | None = None) -> int:
         size = self.descriptor.size
@@ -73,12 +81,22 @@ class LazyBlob(FollowedBlob):
         await super().close()
 
 
-def follow_parts(
-    fill: Fill, source: BlobSource, metrics: Metrics, started: tuple[SparseUpload, Descriptor], span: Span
+async def follow_parts(
+    fill: Fill,
+    source: BlobSource,
+    metrics: Metrics,
+    started: tuple[SparseUpload, Descriptor],
+    span: Span | None,
 ) -> Answered[Blob] | None:
-    """A reader of parts of a fill, `span` first; None if it has ended, or all of it is to be read."""
+    """A reader of parts of a fill, `span` first; None if it has ended, or all of it is to be read.
+
+    If another process transfers it, waits until the first missing byte has come.
+    """
     upload, descriptor = started
-    size, span = descriptor.size, span.of(descriptor.size)
+    size = descriptor.size
+    if span is None:
+        return None
+    span = span.of(size)
     span = Span(span.start, size if span.stop is None else min(span.stop, size))
     if size <= 0 or span == Span(0, size):
         fill.demand()
@@ -87,7 +105,16 @@ def follow_parts(
         blob = LazyBlob(upload, descriptor, source, metrics, fill, span)
     except BlobUnknown:
         return None
-    return Answered(blob, "miss" if upload.missing([span]) else "hit")
+    result = "miss" if upload.missing([span]) else "hit"
+    if fill.fetcher is None:
+        try:
+            await blob.ask([span])
+        except BaseException as error:
+            await blob.close()
+            if isinstance(error, Abandoned):  # nothing is sent yet, so its client may follow another fill
+                return None
+            raise
+    return Answered(blob, result)
 
 
 async def confirm(

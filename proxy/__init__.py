@@ -8,7 +8,7 @@ use them without the server.
 
 from typing import TYPE_CHECKING
 
-from storage.exports import exports
+from storage.exports import PublicNames
 
 if TYPE_CHECKING:
     from proxy.cache.cache import Cache
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from proxy.web.listener import ConnectionLimits, Listener
     from proxy.web.server import DistributionAPI
 else:
-    __getattr__ = exports(
+    _names = PublicNames(
         __name__,
         {
             "proxy.cache.cache": "Cache",
@@ -47,6 +47,7 @@ else:
             "proxy.web.server": "DistributionAPI",
         },
     )
+    __getattr__, __dir__ = _names.get, _names.listed
 
 __all__ = [
     "Cache",

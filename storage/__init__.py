@@ -8,7 +8,7 @@ registry on a disk, made of `BlobFiles` and `SQLiteRecords`, whose keys `storage
 
 from typing import TYPE_CHECKING
 
-from storage.exports import exports
+from storage.exports import PublicNames
 
 if TYPE_CHECKING:
     from storage.bucket.blobs import BucketBlobs
@@ -33,8 +33,39 @@ if TYPE_CHECKING:
     from storage.postgres.records import PostgresRecords
     from storage.registry import Blob, Registry, Upload
     from storage.store import Store
-else:
-    __getattr__ = exports(
+
+    __all__ = [
+        "Blob",
+        "BlobFiles",
+        "BlobUnknown",
+        "Bucket",
+        "BucketBlobs",
+        "BucketSettings",
+        "Denied",
+        "Descriptor",
+        "Digest",
+        "DigestInvalid",
+        "Manifest",
+        "ManifestBlobUnknown",
+        "ManifestInvalid",
+        "ManifestUnknown",
+        "NameUnknown",
+        "PostgresRecords",
+        "Reference",
+        "Registry",
+        "RegistryError",
+        "SQLiteRecords",
+        "Span",
+        "StorageFailed",
+        "Store",
+        "Tag",
+        "Unavailable",
+        "Unsupported",
+        "Upload",
+        "healthy",
+    ]
+else:  # __all__ has what is installed: the extra `fleet` has libraries that some names need
+    _names = PublicNames(
         __name__,
         {
             "storage.bucket.blobs": "BucketBlobs",
@@ -49,35 +80,11 @@ else:
             "storage.registry": "Blob Registry Upload",
             "storage.store": "Store",
         },
+        {
+            "storage.bucket.blobs": ("obstore", "fleet"),
+            "storage.bucket.objects": ("obstore", "fleet"),
+            "storage.bucket.settings": ("obstore", "fleet"),
+            "storage.postgres.records": ("psycopg", "fleet"),
+        },
     )
-
-__all__ = [
-    "Blob",
-    "BlobFiles",
-    "BlobUnknown",
-    "Bucket",
-    "BucketBlobs",
-    "BucketSettings",
-    "Denied",
-    "Descriptor",
-    "Digest",
-    "DigestInvalid",
-    "Manifest",
-    "ManifestBlobUnknown",
-    "ManifestInvalid",
-    "ManifestUnknown",
-    "NameUnknown",
-    "PostgresRecords",
-    "Reference",
-    "Registry",
-    "RegistryError",
-    "SQLiteRecords",
-    "Span",
-    "StorageFailed",
-    "Store",
-    "Tag",
-    "Unavailable",
-    "Unsupported",
-    "Upload",
-    "healthy",
-]
+    __getattr__, __dir__ = _names.get, _names.listed

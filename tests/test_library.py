@@ -23,6 +23,7 @@ import yaml
 import proxy
 import storage
 from proxy import Connect, Credentials, Metrics, UpstreamRegistry, UpstreamSettings
+from storage.exports import PublicNames
 from tests.documentation import ROOT
 from tests.examples import imported
 from tests.objects import FakeBucket
@@ -74,11 +75,50 @@ class TestPublic:
         assert all(issubclass(getattr(package, each), storage.RegistryError) for each in rest), rest
         assert [each for each in package.__all__ if not inspect.getdoc(getattr(package, each))] == []
 
+    def test_help_and_completion_list_them(self, package: ModuleType) -> None:
+        assert {*package.__all__, "__doc__"} <= set(dir(package))
+
     def test_no_other_name_is_there(self, package: ModuleType) -> None:
         with pytest.raises(AttributeError, match=rf"^module '{package.__name__}' has no attribute 'Absent'$"):
             _ = package.Absent
         with pytest.raises(ImportError, match="cannot import name 'Absent'"):
             exec(f"from {package.__name__} import Absent")
+
+
+def test_names_whose_library_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in {"shelf": "", "near": "class Near: ...", "far": "import ferry"}.items():
+        (tmp_path / f"{name}.py").write_text(content)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "broken.py").write_text("import anchor")
+    monkeypatch.syspath_prepend(tmp_path)  # type: ignore[no-untyped-call]
+    modules = {"near": "Near", "far": "Far Farther", "broken": "Broken"}
+    names = PublicNames("shelf", modules, {"far": ("ferry", "sea")})
+    importlib.import_module("shelf")
+    assert names.installed() == ["Broken", "Near"]
+    assert "Near" in names.listed() and "Far" not in names.listed() and "__name__" in names.listed()
+    assert names.get("Near").__class__ is type
+    with pytest.raises(ImportError, match=r"^shelf\.Far needs ferry: install entrepot\[sea\]$"):
+        names.get("Far")
+    with pytest.raises(ModuleNotFoundError, match="anchor"):  # of no extra: the installation is broken
+        names.get("Broken")
+    (tmp_path / "ferry.py").write_text("")
+    importlib.invalidate_caches()
+    assert names.installed() == ["Broken", "Far", "Farther", "Near"]
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("library", ["obstore", "psycopg"])
+def test_the_public_names_without_the_library_of_an_extra(library: str) -> None:
+    names = storage._names
+    found = {module for module, (each, _) in names._needs.items() if each == library}
+    program = (
+        f"import sys; sys.modules[{library!r}] = None; import storage\n"
+        "from storage import *\n"
+        "print(*sorted({*storage._names._defined} - {*storage.__all__}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    absent = sorted(name for name, module in names._defined.items() if module in found)
+    assert done.stdout.decode().split() == absent
 
 
 @pytest.mark.clients

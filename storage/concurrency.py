@@ -97,6 +97,11 @@ class SingleFlight:
         """Whether a call for `key` is in progress."""
         return key in self._flights
 
+    @property
+    def count(self) -> int:
+        """How many calls are in progress."""
+        return len(self._flights)
+
     def _forget(self, key: Hashable, flight: asyncio.Future[Any]) -> None:
         del self._flights[key]
         # All callers may have been cancelled; then nothing else would retrieve the exception.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import math
 import os
@@ -117,6 +118,106 @@ async def test_copies_are_served_while_the_bucket_is_down(registry: Registry) ->
         assert (await registry.ask(method, f"{APP}/blobs/{layer}")).status == 200
     registry.fake.down = None
     assert (await registry.ask("GET", path)).content_read == other
+
+
+# Small blobs are read whole, before their first byte is sent
+
+SMALL = os.urandom(1 << 20)
+
+
+@pytest.fixture
+def fills(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> list[Digest]:  # noqa: F811
+    """The blobs that are filled."""
+    seen: list[Digest] = []
+    real = registry.site.app.composition.fills.join
+
+    async def join(source: Any, digest: Digest, *more: Any) -> Any:
+        seen.append(digest)
+        return await real(source, digest, *more)
+
+    monkeypatch.setattr(registry.site.app.composition.fills, "join", join)
+    return seen
+
+
+@pytest.mark.parametrize("range_", ["", "bytes=0-"])
+async def test_a_small_blob_is_read_once_and_copied(
+    registry: Registry,  # noqa: F811
+    fills: list[Digest],
+    range_: str,
+) -> None:
+    path = await blob_of(registry, SMALL)
+    asked = {"Range": range_} if range_ else {}
+    found = await asyncio.gather(*(registry.ask("GET", path, **asked) for _ in range(5)))
+    assert {each.content_read for each in found} == {SMALL}
+    copies = registry.site.app.composition.copies
+    await copies.settled()
+    assert [each.split(" ")[0] for each in registry.fake.asked] == ["GET"]
+    assert registry.copies == {path.rpartition("/")[2]}
+    assert (await registry.ask("GET", path)).content_read == SMALL
+    assert (len(registry.fake.asked), fills, copies.held) == (1, [], 0)
+
+
+async def test_of_many_small_blobs_some_are_filled(
+    registry: Registry,  # noqa: F811
+    fills: list[Digest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("proxy.cache.copies.SMALL_AT_ONCE", 2)
+    contents = [os.urandom(1000) for _ in range(5)]
+    paths = [await blob_of(registry, each) for each in contents]
+    found = await asyncio.gather(*(registry.ask("GET", each) for each in paths))
+    assert [each.content_read for each in found] == contents
+    assert 1 <= len(fills) <= 3
+    await registry.site.app.composition.copies.settled()
+    assert len(registry.copies) == 5
+
+
+async def test_a_small_blob_that_breaks_off_continues(registry: Registry) -> None:  # noqa: F811
+    path = await blob_of(registry, SMALL)
+    registry.fake.cut = 300_000
+    assert (await registry.ask("GET", path)).content_read == SMALL
+    assert len(registry.fake.asked) == 2
+
+
+@pytest.mark.errors("fill.failed")
+async def test_no_byte_of_a_small_blob_is_wrong(registry: Registry) -> None:  # noqa: F811
+    path = await blob_of(registry, SMALL)
+    (key,) = registry.fake.objects
+    registry.fake.objects[key] = SMALL[:-1] + bytes([SMALL[-1] ^ 1])
+    with pytest.raises(Exception, match=r"payload|reset|Connection"):
+        await registry.ask("GET", path)
+    composition = registry.site.app.composition
+    assert (registry.copies, composition.copies.held) == (set(), 0)
+    assert isinstance(composition.store.files, BlobFiles)
+    assert not list((composition.store.files.root / "partial").glob("*"))
+    registry.fake.objects[key] = SMALL
+    assert (await registry.ask("GET", path)).content_read == SMALL
+
+
+@pytest.mark.errors("bucket.failed", "blob.damaged")
+async def test_a_small_blob_of_a_bucket_that_fails(registry: Registry) -> None:  # noqa: F811
+    path = await blob_of(registry, SMALL)
+    registry.fake.down = answer(503, "SlowDown")
+    assert (await registry.ask("GET", path)).status == 503
+    registry.fake.down, (key,) = None, registry.fake.objects
+    del registry.fake.objects[key]
+    assert (await registry.ask("GET", path)).status == 404
+
+
+@pytest.mark.errors("disk.failed")
+async def test_a_small_blob_is_served_from_a_disk_that_fails(
+    registry: Registry,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = await blob_of(registry, SMALL)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("proxy.cache.copies.create_file", fail)
+    monkeypatch.setattr("storage.disk.directory.create_file", fail)
+    assert (await registry.ask("GET", path)).content_read == SMALL
+    assert registry.copies == set()
 
 
 @pytest.mark.errors("fill.failed")

@@ -5,12 +5,14 @@
 
 Whether a blob is there, and who may have it, the records of the store say, each time; a copy has only the
 bytes of a digest.  It comes from the bucket, by a fill that all who ask for the blob follow, and which
-verifies it; or from a push, whose file stays here.
+verifies it; or from a push, whose file stays here.  A small blob is read whole and verified before its first
+byte is sent, which costs less than a fill: each process reads it once, into a file that gets its name later.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import secrets
 from collections.abc import Sequence
@@ -19,17 +21,21 @@ from pathlib import Path
 
 from proxy.cache.fills import Fills
 from proxy.cache.readers import BlobSource
-from storage.concurrency import run_in_thread
+from storage.concurrency import SingleFlight, run_in_thread
 from storage.content import files_of
+from storage.disk.modes import create_file
+from storage.disk.uploads import FileBlob
 from storage.errors import BlobUnknown, StorageFailed
 from storage.keys import COPIES
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.records import Batch
-from storage.registry import Blob, Registry
+from storage.registry import Blob, ReadInto, Registry
 from storage.store import Store
 
 AT_ONCE = 50  # pushed blobs that become copies in one transaction
 CHECKED = 64 << 20  # bytes of such copies after which limits are looked at
+SMALL = 2 << 20  # bytes of a blob that is read whole: it comes in one piece
+SMALL_AT_ONCE = 16  # of them are read; others are filled
 
 
 class _Objects(Registry):
@@ -59,6 +65,8 @@ class BlobCopies:
         self._files = files_of(cache.files)
         self._fills = fills
         self._fresh: list[tuple[Path, Digest]] = []  # files of what was pushed
+        self._ready: dict[Digest, int] = {}  # small blobs whose files are fresh: the open file
+        self._reading = SingleFlight()
         self._unchecked = 0  # bytes
         self._taking: asyncio.Task[None] | None = None
 
@@ -78,13 +86,59 @@ class BlobCopies:
         except StorageFailed:
             failed = True
         # Ranges are read as ranges; containerd begins a pull of the whole blob with `bytes=0-`.
-        whole = span in (None, Span(0)) or self._fills.filling(digest)
+        filling = self._fills.filling(digest)
+        whole = span in (None, Span(0)) or filling
         if whole and not failed and stored.descriptor.size:
+            if not filling and (small := await self._small(stored)) is not None:
+                return small, stored.used_at
             source = BlobSource(namespace, _Objects(store), repository, linked=COPIES)
             with suppress(StorageFailed):
                 return (await self._fills.join(source, digest, span)).value, stored.used_at
         await stored.begin(span)
         return stored, stored.used_at
+
+    async def _small(self, stored: Blob) -> Blob | None:
+        """A small blob, verified; None if it is large, or is to be filled.  Raises what the bucket does."""
+        digest, size = stored.descriptor.digest, stored.descriptor.size
+        if (found := self._opened(digest, size)) is not None:
+            return found
+        if size > SMALL or not (self._reading.has(digest) or self._reading.count < SMALL_AT_ONCE):
+            return None
+        with suppress(StorageFailed):
+            await self._reading.join(digest, lambda: self._read(stored))
+            return self._opened(digest, size) or self._files.open(digest, size)
+        return None
+
+    def _opened(self, digest: Digest, size: int) -> Blob | None:
+        if (file := self._ready.get(digest)) is None:
+            return None
+        return FileBlob(os.dup(file), Descriptor(OCTETS, digest, size))
+
+    async def _read(self, stored: Blob) -> None:
+        """Read a blob into a fresh file.  Raises StorageFailed without one, or if it is another blob."""
+        digest, size = stored.descriptor.digest, stored.descriptor.size
+        fresh = self._files.path_of(secrets.token_urlsafe(16))
+        await stored.begin()
+        incoming = stored.incoming()
+        if incoming is None:
+            raise StorageFailed(f"{digest} does not come from afar")
+        arrival = _Arrival(fresh, digest, size)
+        try:
+            with self._files.guard(fresh, size):
+                if self._files.room() < size:
+                    raise StorageFailed(f"there is no room for {digest}: a fill makes some")
+                while await incoming.pass_on(arrival.take):
+                    pass
+            if not arrival.right:
+                raise StorageFailed(f"{digest}: the bucket has other content")
+        except BaseException:
+            arrival.discard()
+            raise
+        finally:
+            await stored.close()
+        self._files.worked(size)
+        self._ready[digest] = arrival.file
+        self._keep(fresh, digest)
 
     def keep(self, source: Path, digest: Digest) -> bool:
         """Take over the file of a verified blob, soon; returns whether the file was moved."""
@@ -93,10 +147,13 @@ class BlobCopies:
             source.rename(fresh)
         except OSError:  # another file system, or the disk fails
             return False
+        self._keep(fresh, digest)
+        return True
+
+    def _keep(self, fresh: Path, digest: Digest) -> None:
         self._fresh.append((fresh, digest))
         if self._taking is None:
             self._taking = asyncio.get_running_loop().create_task(self._take())
-        return True
 
     async def _take(self) -> None:
         """Make copies of the fresh files, of many in one transaction.  Nobody waits for it."""
@@ -105,6 +162,9 @@ class BlobCopies:
                 some, self._fresh = self._fresh[:AT_ONCE], self._fresh[AT_ONCE:]
                 with suppress(StorageFailed):  # then a scrub counts them
                     self._unchecked += await run_in_thread(self._copy, some)
+                for _, digest in some:  # which is found by its name now
+                    if (file := self._ready.pop(digest, None)) is not None:
+                        os.close(file)
                 if self._unchecked >= CHECKED:
                     self._unchecked = 0
                     self._fills.make_room_later(0)
@@ -137,10 +197,55 @@ class BlobCopies:
             with suppress(OSError):
                 fresh.unlink(missing_ok=True)
 
+    @property
+    def held(self) -> int:
+        """How many files are held open until they have their names."""
+        return len(self._ready)
+
     async def settled(self) -> None:
         """Wait until there is a copy of all that was kept."""
         while self._taking is not None:
             await asyncio.wait([self._taking])
 
     async def close(self) -> None:
+        await self._reading.close()
         await self.settled()
+
+
+class _Arrival:
+    """A blob of `size` bytes that is written to the file `path`, open as `file`, and hashed."""
+
+    def __init__(self, path: Path, digest: Digest, size: int) -> None:
+        self.file = -1
+        self._path = path
+        self._digest = digest
+        self._size = size
+        self._came = 0
+        self._hash = hashlib.new(digest.algorithm)
+
+    async def take(self, readinto: ReadInto) -> int:
+        """Take the next bytes.  Raises OSError."""
+        return await run_in_thread(self._take, readinto)
+
+    def _take(self, readinto: ReadInto) -> int:
+        if self.file < 0:
+            self.file = create_file(self._path, os.O_RDWR | os.O_EXCL)
+        buffer = memoryview(bytearray(self._size - self._came))
+        number = readinto(buffer)
+        self._hash.update(buffer[:number])
+        written = 0
+        while written < number:
+            written += os.write(self.file, buffer[written:number])
+        self._came += number
+        return number
+
+    @property
+    def right(self) -> bool:
+        """Whether the bytes that came are those of the blob."""
+        return self._came == self._size and Digest.of_hash(self._hash) == self._digest
+
+    def discard(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)

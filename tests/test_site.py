@@ -27,6 +27,9 @@ LOADED = {
     "source": "srcset",
 }
 SHAPES = {"svg", "title", "desc", "style", "defs", "marker", "path", "rect", "text"}
+CARRIED = "files"  # the folder for files of the repository
+IGNORED = ROOT / "deploy/image/Dockerfile.dockerignore"
+SECRET = "of-whoever-builds-it"
 LARGEST = 5 << 20  # bytes of the whole site: it is in the wheel
 
 
@@ -69,7 +72,9 @@ class SitePage(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_site(tmp_path_factory.mktemp("site"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HOME", str(tmp_path_factory.mktemp(SECRET)))
+        return build_site(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +192,18 @@ def test_it_has_no_modules(site: Path) -> None:
     """It is within a package, and would be a part of its code."""
     assert [*site.rglob("*.py")] == []
     assert "def main" in (site / "files/examples/in_process_registry.py.txt").read_text()
+
+
+def test_it_says_nothing_of_whoever_builds_it(site: Path) -> None:
+    """Neither variables of the environment nor paths."""
+    for path in site.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_files_that_it_carries_along_are_there_where_the_image_is_built(site: Path) -> None:
+    allowed = {line[1:] for line in IGNORED.read_text().splitlines() if line.startswith("!")}
+    for path in (site / CARRIED).iterdir():
+        assert {path.name, f".{path.name}"} & allowed, f"{IGNORED} does not let {path.name} in"
 
 
 def test_it_is_small(site: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,8 @@ def _as_written(parameter: inspect.Parameter) -> inspect.Parameter:
     if callable(parameter.default):
         name = f"{parameter.default.__module__}.{parameter.default.__qualname__}"
         parameter = parameter.replace(default=Written(name))
+    elif parameter.default is os.environ:  # it has the secrets of whoever builds the site
+        parameter = parameter.replace(default=Written("os.environ"))
     elif "<" in repr(parameter.default):  # an object that holds functions
         parameter = parameter.replace(default=Written(f"{type(parameter.default).__name__}(...)"))
     return parameter

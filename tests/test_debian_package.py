@@ -188,8 +188,9 @@ async def test_it_is_installed_serves_and_is_removed(
             )
             async with client.post(blob, data=b"mine") as response:
                 assert response.status == 201
-            async with client.get(f"{server.admin_url}/ui/") as response:
-                assert response.status == 200
+            for page in ("ui/", "docs/", "docs/reference/python-api.html"):
+                async with client.get(f"{server.admin_url}/{page}") as response:
+                    assert response.status == 200, page
         await server.stop()
     finally:
         await server.clear()

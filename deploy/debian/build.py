@@ -3,9 +3,9 @@
 
     build.py DIRECTORY        write entrepot_VERSION_ARCHITECTURE.deb there
 
-Needs debhelper and dpkg-dev, and for this Python pip and setuptools.  The libraries are downloaded, exactly
-those that are locked for the image; --libraries names a directory that has them already.  The same commit
-makes the same package: all times are SOURCE_DATE_EPOCH, or else the time of the commit.
+Needs debhelper and dpkg-dev, and for this Python what deploy/image/build-requirements.txt has.  The libraries
+are downloaded, exactly those that are locked for the image; --libraries names a directory that has them
+already.  The same commit makes the same package: all times are SOURCE_DATE_EPOCH, or else that of the commit.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def _lay_out_libraries(place: Path, libraries: Path | None) -> None:
     with tempfile.TemporaryDirectory() as copy:  # setuptools writes beside what it builds
         for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "proxy", "storage"):
             _copy(ROOT / name, Path(copy) / name)
+        _build_site(Path(copy), place)
         _pip(place, "--no-build-isolation", copy)
     shutil.rmtree(place / "bin", ignore_errors=True)
     for record in place.glob("*.dist-info"):
@@ -83,6 +85,15 @@ def _lay_out_libraries(place: Path, libraries: Path | None) -> None:
         "/usr/lib/entrepot",
         place,
     )
+
+
+def _build_site(copy: Path, libraries: Path) -> None:
+    """Put the documentation into a copy of the source, by the Python and the libraries of the package."""
+    path = (copy, libraries, sysconfig.get_path("purelib"))  # the last has MkDocs, which is plain Python
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    words = ("-m", "mkdocs", "build", "--quiet", f"--config-file={ROOT / 'mkdocs.yml'}")
+    place = f"--site-dir={copy / 'proxy/ui/site'}"
+    _run("/usr/bin/python3", "-BsS", *words, place, cwd=copy, environment=environment)
 
 
 def _lay_out_units(tree: Path) -> None:
@@ -140,8 +151,8 @@ def _pip(target: Path, *words: str) -> None:
     _run(sys.executable, "-m", "pip", "install", *quietly, f"--target={target}", *words)
 
 
-def _run(*command: str | Path, cwd: Path | None = None) -> None:
-    subprocess.run(list(map(str, command)), cwd=cwd, check=True)
+def _run(*command: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
+    subprocess.run(list(map(str, command)), cwd=cwd, env=environment, check=True)
 
 
 def _output(*command: str | Path) -> str:

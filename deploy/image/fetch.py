@@ -24,13 +24,13 @@ SOURCE_ONLY = ("envparse",)  # it has no wheel; a new one that has none fails
 def fetch(directory: Path, architectures: Sequence[str]) -> None:
     """Download all that is not there: files are kept while the lists are what they were.
 
-    Also Debian's packages for this machine, whose Python compiles.  Raises CalledProcessError and OSError.
+    Also for this machine, whose Python compiles, and makes the documentation by the libraries.  Raises
+    CalledProcessError and OSError.
     """
     directory = directory.resolve()  # apt would look for another one elsewhere
     parts = {"debian": ("debian.txt", _fetch_debian), "libraries": ("requirements.txt", _fetch_libraries)}
     for each in dict.fromkeys([NATIVE, *architectures]):
-        for name in parts if each in architectures else ["debian"]:
-            list_, download = parts[name]
+        for name, (list_, download) in parts.items():
             wanted = hashlib.sha256((HERE / list_).read_bytes()).hexdigest()
             mark = directory / each / f"{name}.complete"
             if not (mark.exists() and mark.read_text() == wanted):

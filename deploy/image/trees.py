@@ -13,10 +13,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import sbom
@@ -65,6 +67,28 @@ LINKS = {
 }
 
 
+@dataclass(frozen=True)
+class ImagePython:
+    """The Python of the image, for this machine's architecture, with other libraries before its own.
+
+    It runs whatever Python runs this, so that the image does not depend on that.
+    """
+
+    system: Path
+
+    def run(self, *words: str | Path, libraries: Sequence[Path | str] = (), directory: Path = HERE) -> None:
+        """Raises CalledProcessError."""
+        (loader,) = self.system.glob("usr/lib/*-linux-gnu/ld-linux-*.so.*")
+        python = [loader, "--library-path", loader.parent, self.system / "usr/bin/python3.11", "-B", "-s"]
+        environment = {
+            "PYTHONHOME": str(self.system / "usr"),
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": os.pathsep.join(map(str, libraries)),
+            "PYTHONUTF8": "1",
+        }
+        subprocess.run(list(map(str, [*python, *words])), check=True, env=environment, cwd=directory)
+
+
 def make_trees(packages: Path, trees: Path, architecture: str, epoch: int) -> None:
     """Make all trees in the new directory `trees`.  Raises CalledProcessError and OSError.
 
@@ -77,10 +101,14 @@ def make_trees(packages: Path, trees: Path, architecture: str, epoch: int) -> No
     _make_system(packages / architecture / "debian", system, architecture)
     ignored = shutil.ignore_patterns(*UNUSED)
     shutil.copytree(packages / architecture / "libraries", libraries / PACKAGES, ignore=ignored)
-    _install_entrepot(application / PACKAGES, epoch)
-    for found in (libraries, application):
-        _remove_records(found)
-    _compile(packages, trees, architecture)
+    with tempfile.TemporaryDirectory() as temporary:
+        python = ImagePython(system if architecture == NATIVE else Path(temporary))
+        if architecture != NATIVE:
+            _make_system(packages / NATIVE / "debian", python.system, NATIVE)
+        _install_entrepot(application / PACKAGES, epoch, python, packages / NATIVE / "libraries")
+        for found in (libraries, application):
+            _remove_records(found)
+        _compile(trees, python)
     _write(application, "usr/bin/entrepot")
     (application / "etc/entrepot").mkdir(parents=True)
     shutil.copyfile(HERE / "config.yml", application / "etc/entrepot/config.yml")
@@ -139,8 +167,11 @@ def _write(root: Path, name: str) -> None:
     (root / name).write_text(FILES[name])
 
 
-def _install_entrepot(target: Path, epoch: int) -> None:
-    """Build its wheel from a copy, for that writes to the directory, and unpack it."""
+def _install_entrepot(target: Path, epoch: int, python: ImagePython, libraries: Path) -> None:
+    """Build its wheel from a copy, for that writes to the directory, and unpack it.
+
+    libraries: of this machine's architecture, for the reference, which is made of the code
+    """
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary, "source")
         source.mkdir()
@@ -150,6 +181,14 @@ def _install_entrepot(target: Path, epoch: int) -> None:
             shutil.copytree(
                 SOURCE / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "site")
             )
+        words = ["-m", "mkdocs", "build", "--quiet", f"--config-file={SOURCE / 'mkdocs.yml'}"]
+        mkdocs = sysconfig.get_path("purelib")  # all of it is plain Python
+        python.run(
+            *words,
+            f"--site-dir={source / 'proxy/ui/site'}",
+            libraries=[source, libraries, mkdocs],
+            directory=source,
+        )
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
         command = [*pip, "--no-build-isolation", f"--wheel-dir={temporary}", str(source)]
         time = max(epoch, EARLIEST)
@@ -167,23 +206,11 @@ def _remove_records(tree: Path) -> None:
                 each.unlink()
 
 
-def _compile(packages: Path, trees: Path, architecture: str) -> None:
-    """Compile everything by the Python of the image, whatever runs this, into files that no time is in.
-
-    That of this machine's architecture makes what each other one reads.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        system = trees / "system"
-        if architecture != NATIVE:
-            system = Path(temporary)
-            _make_system(packages / NATIVE / "debian", system, NATIVE)
-        (loader,) = system.glob("usr/lib/*-linux-gnu/ld-linux-*.so.*")
-        python = [loader, "--library-path", loader.parent, system / "usr/bin/python3.11", "-B", "-s"]
-        environment = {"PYTHONHOME": str(system / "usr"), "PYTHONHASHSEED": "0"}
-        for tree in (trees / each for each in ("system", "libraries", "application")):
-            options = ["-q", "--invalidation-mode=unchecked-hash", "-s", tree, "-p", "/", tree / "usr"]
-            command = list(map(str, [*python, "-m", "compileall", *options]))
-            subprocess.run(command, check=True, env=environment)
+def _compile(trees: Path, python: ImagePython) -> None:
+    """Compile everything into files that no time is in: those of one architecture are those of each."""
+    for tree in (trees / each for each in ("system", "libraries", "application")):
+        options = ["-q", "--invalidation-mode=unchecked-hash", "-s", tree, "-p", "/", tree / "usr"]
+        python.run("-m", "compileall", *options)
 
 
 def _write_sbom(packages: Path, trees: Path, architecture: str, epoch: int) -> None:

@@ -166,6 +166,7 @@ class Running:
 
     podman: Podman
     url: str
+    admin_url: str
     log: Process
 
 
@@ -215,7 +216,7 @@ def running(registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         follow = Process(
             podman.command("logs", "--follow", "server"), podman.environment, ready="listening on"
         )
-        yield Running(podman, f"127.0.0.1:{port}", follow)
+        yield Running(podman, f"127.0.0.1:{port}", f"http://127.0.0.1:{admin}", follow)
         follow.stop()
     finally:
         podman.clear()
@@ -243,6 +244,12 @@ def test_it_serves(running: Running, layout: Layout, home: Path) -> None:
         f"up/{NAME}",
         "mine/entrepot",
     }
+
+
+def test_it_has_the_documentation(running: Running) -> None:
+    for page in ("", "reference/python-api.html"):
+        with urllib.request.urlopen(f"{running.admin_url}/docs/{page}") as answer:
+            assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
 
 
 def test_its_health_check(running: Running) -> None:

@@ -168,7 +168,9 @@ async def test_of_many_small_blobs_some_are_filled(
     found = await asyncio.gather(*(registry.ask("GET", each) for each in paths))
     assert [each.content_read for each in found] == contents
     assert 1 <= len(fills) <= 3
-    await registry.site.app.composition.copies.settled()
+    composition = registry.site.app.composition
+    await asyncio.gather(*map(composition.fills.ended, fills))
+    await composition.copies.settled()
     assert len(registry.copies) == 5
 
 

@@ -39,6 +39,7 @@ class BucketOwner:
         self._bucket = bucket
         self._records = records
         self._ours = False
+        self._logged = False
 
     def check(self) -> None:
         """Make the bucket that of the records.  Raises ForeignBucket if it is that of others."""
@@ -49,7 +50,9 @@ class BucketOwner:
             self._bucket.create(MARKER, identity)  # unless another process does so first
             found = self._marked()
         if found != identity:
-            log.error("bucket.foreign", bucket=self._bucket.name, action="nothing is put into it")
+            if not self._logged:  # each push asks
+                log.error("bucket.foreign", bucket=self._bucket.name, action="nothing is put into it")
+                self._logged = True
             raise ForeignBucket(self._bucket.name)
         self._ours = True
 

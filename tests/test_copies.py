@@ -174,6 +174,33 @@ async def test_of_many_small_blobs_some_are_filled(
     assert len(registry.copies) == 5
 
 
+@pytest.mark.errors("disk.failed")
+@pytest.mark.parametrize("evicted", [False, True])
+async def test_a_small_blob_whose_copy_is_gone_at_once_is_there(
+    registry: Registry,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    evicted: bool,
+) -> None:
+    path = await blob_of(registry, SMALL)
+    reading = registry.site.app.composition.copies._reading
+    real = reading.join
+
+    async def join(*given: Any) -> None:
+        await real(*given)
+        await registry.site.app.composition.copies.settled()
+        if evicted:
+            await registry.evict()
+
+    def place(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reading, "join", join)
+    if not evicted:
+        monkeypatch.setattr(BlobFiles, "place", place)
+    found = await registry.ask("GET", path)
+    assert (found.status, found.content_read) == (200, SMALL)
+
+
 async def test_a_small_blob_that_breaks_off_continues(registry: Registry) -> None:  # noqa: F811
     path = await blob_of(registry, SMALL)
     registry.fake.cut = 300_000

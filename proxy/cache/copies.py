@@ -106,7 +106,10 @@ class BlobCopies:
             return None
         with suppress(StorageFailed):
             await self._reading.join(digest, lambda: self._read(stored))
-            return self._opened(digest, size) or self._files.open(digest, size)
+            if (found := self._opened(digest, size)) is not None:
+                return found
+            with suppress(BlobUnknown):  # its file could not get its name, or has just been evicted
+                return self._files.open(digest, size)
         return None
 
     def _opened(self, digest: Digest, size: int) -> Blob | None:
